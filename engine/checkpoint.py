@@ -1,0 +1,208 @@
+"""The state of a run on disk: staged, digested, synced, renamed, and only then named by LATEST. Killed at any moment, the
+folder still holds the last whole checkpoint. It reads no pickle: safetensors and JSON only.
+
+    checkpoints/LATEST                      "step_00000040"
+    checkpoints/step_00000040/manifest.json step, layout, configuration, and size and SHA-256 of every file
+    checkpoints/step_00000040/policy/       the policy as a Hugging Face checkpoint
+    checkpoints/step_00000040/rank_0000.safetensors   what this trainer rank needs to go on exactly
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config import RunConfig
+from engine.errors import CheckpointError
+from engine.llama.hf import write_hf_checkpoint
+
+MANIFEST, LATEST, POLICY = "manifest.json", "LATEST", "policy"
+MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
+    "run": {"steps", "directory"},
+    "sync": {"timeout_seconds", "bucket_mebibytes"},
+    "trainer": {"timeout_seconds"},
+    "inference": {"timeout_seconds"},
+    "rewards": {"workers"},
+    "checkpoint": {"keep"},
+    "evaluation": None,
+    "sft": None,
+}
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one trainer rank sees them."""
+
+    def __init__(self, folder: Path, *, rank: int, world_size: int, barrier: Callable[[], None]) -> None:
+        """`barrier` waits for all trainer ranks."""
+        self._folder, self._rank, self._world_size, self._barrier = folder, rank, world_size, barrier
+
+    def commit(
+        self, step: int, state: dict[str, torch.Tensor], weights: Iterator[tuple[str, torch.Tensor]], config: RunConfig
+    ) -> Path:
+        """Writes the checkpoint of `step`; collective. `weights` yields the full policy on rank 0 (drained everywhere)."""
+        final = self._folder / f"step_{step:08d}"
+        staging = self._folder / f".staging-{final.name}"
+        if self._rank == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for stale in self._folder.glob(".staging-*"):
+                shutil.rmtree(stale)
+            staging.mkdir()
+        self._barrier()
+        file = staging / rank_file(self._rank)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+        _sync(file)
+        if self._rank == 0:
+            write_hf_checkpoint(staging / POLICY, weights, template=config.model.path)
+        else:
+            for _ in weights:
+                pass
+        self._barrier()
+        if self._rank == 0:
+            self._finish(step, staging, final, config)
+        self._barrier()
+        return final
+
+    def _finish(self, step: int, staging: Path, final: Path, config: RunConfig) -> None:
+        files = {
+            str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(staging.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {
+            "step": step,
+            "ranks": self._world_size,
+            "config": json.loads(config.model_dump_json()),
+            "files": files,
+        }
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _sync(staging / MANIFEST)
+        _sync(staging)
+        if final.exists():
+            former = final.with_name(f".staging-former-{final.name}")
+            final.rename(former)
+            shutil.rmtree(former)
+        staging.rename(final)
+        _sync(self._folder)
+        pointer = self._folder / f".{LATEST}"
+        pointer.write_text(final.name, encoding="utf-8")
+        _sync(pointer)
+        os.replace(pointer, self._folder / LATEST)
+        _sync(self._folder)
+        kept = sorted(path for path in self._folder.glob("step_*") if path.is_dir())
+        for old in kept[: -config.checkpoint.keep]:
+            shutil.rmtree(old)
+
+    def load(self, config: RunConfig) -> tuple[int, dict[str, torch.Tensor]]:
+        """(step, this rank's state) of the newest checkpoint, after checking this rank's file against its digest.
+
+        Raises CheckpointError when there is none, it is torn or altered, or it belongs to another run.
+        """
+        newest = latest(self._folder)
+        if newest is None:
+            raise CheckpointError(f"{self._folder} must hold a checkpoint to resume from; found none: start without --resume")
+        manifest = read_manifest(newest)
+        _check_same_run(newest, manifest["config"], config)
+        name = rank_file(self._rank)
+        verify_file(newest, name, manifest)
+        return int(manifest["step"]), load_file(newest / name)
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint that LATEST names, or None when the run has none yet."""
+    pointer = folder / LATEST
+    if not pointer.exists():
+        return None
+    newest = folder / pointer.read_text(encoding="utf-8").strip()
+    if not (newest / MANIFEST).exists():
+        raise CheckpointError(f"{pointer} names {newest.name}, which holds no {MANIFEST}: write the name of another folder")
+    return newest
+
+
+def rank_file(rank: int) -> str:
+    """The file of one trainer rank's state."""
+    return f"rank_{rank:04d}.safetensors"
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder; CheckpointError names the file that is missing or not a manifest."""
+    file = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; use another checkpoint") from error
+    if not isinstance(manifest, dict) or not {"step", "config", "files"} <= manifest.keys():
+        raise CheckpointError(f"{file} must hold step, config and files; found something else: use another checkpoint")
+    return manifest
+
+
+def verify_file(checkpoint: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Compares a file with the manifest's size and SHA-256; CheckpointError names it."""
+    file = checkpoint / name
+    known = manifest["files"].get(name)
+    if known is None:
+        raise CheckpointError(f"{file} is not part of the checkpoint: resume with the trainer layout that wrote it")
+    if not file.exists() or file.stat().st_size != known["bytes"]:
+        found = file.stat().st_size if file.exists() else "none"
+        raise CheckpointError(f"{file} must have {known['bytes']} bytes; found {found}: use another checkpoint")
+    if _sha256(file) != known["sha256"]:
+        raise CheckpointError(f"{file} differs from its digest, so its bits have changed: use another checkpoint")
+
+
+def export(checkpoint: Path, destination: Path) -> Path:
+    """Copies the verified policy of a checkpoint folder to `destination` as a Hugging Face checkpoint.
+
+    Raises CheckpointError when a file differs from its digest or the destination holds something else.
+    """
+    manifest = read_manifest(checkpoint)
+    names = [name for name in manifest["files"] if name.startswith(f"{POLICY}/")]
+    for name in names:
+        verify_file(checkpoint, name, manifest)
+    if destination.exists() and any(destination.iterdir()):
+        raise CheckpointError(f"{destination} must be new or empty; found files in it: choose another folder")
+    staging = destination.with_name(f".{destination.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for name in names:
+        shutil.copyfile(checkpoint / name, staging / Path(name).name)
+        _sync(staging / Path(name).name)
+    if destination.exists():
+        destination.rmdir()
+    staging.rename(destination)
+    return destination
+
+
+def _check_same_run(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> None:
+    """CheckpointError names the first option that makes this another run than the one saved."""
+    now = json.loads(config.model_dump_json())
+    for section, options in now.items():
+        free = MAY_CHANGE.get(section, set())
+        if free is None:
+            continue
+        for name, value in options.items():
+            before = saved.get(section, {}).get(name)
+            if name not in free and before != value:
+                raise CheckpointError(
+                    f"{section}.{name} must be what {checkpoint} was written with; found {value!r} instead of "
+                    f"{before!r}: set it back, or start a new run in another directory"
+                )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

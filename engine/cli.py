@@ -1,0 +1,243 @@
+"""The `semion` command. It reads options, starts what was asked for, shows progress and turns every typed error into
+one line and an exit code; what is done is done in other rooms.
+
+Exit codes: 0 done, 1 a failed doctor, 2 configuration, 3 data, 4 checkpoint, 5 inference, 6 weight sync, 7 numerics,
+8 watchdog.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.config import RunConfig, dump_config, load_config
+from engine.errors import CheckpointError, ConfigError, SemionError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options) or 0)
+    except SemionError as error:
+        print(f"semion: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("semion: interrupted; continue with --resume auto from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="semion", description="Offline, semi-online and online RL for Llama models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int | None], text: str, *, config: bool = True) -> Any:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        if config:
+            sub.add_argument("config", help="TOML file")
+            sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set anew")
+        return sub
+
+    def add_running(name: str, command: Callable[[argparse.Namespace], int | None], text: str) -> Any:
+        sub = add(name, command, text)
+        sub.add_argument("--json", metavar="PATH", help="write the figures to this file too")
+        sub.add_argument("--verbose", action="store_true", help="print what every process logs")
+        return sub
+
+    add("check", _check, "validate a configuration and print the resolved tree")
+    train = add_running("train", _train, "train with DPO or GRPO, offline to online")
+    train.add_argument("--resume", choices=["auto"], help="auto: continue from the newest checkpoint, if there is one")
+    add_running("sft", _sft, "supervised fine-tuning on worked solutions")
+    rollout = add_running("rollout", _rollout, "sample rollouts of run.steps steps from model.path, scored, to a file")
+    rollout.add_argument("--output", required=True, metavar="FILE", help="JSONL file to make")
+    add_running("eval", _eval, "held-out accuracy of model.path")
+    export = add("export", _export, "verify a checkpoint and copy its policy as a Hugging Face model", config=False)
+    export.add_argument("checkpoint", help="a run's directory (its newest checkpoint) or one checkpoint's folder")
+    export.add_argument("destination", help="folder to make")
+    doctor = add("doctor", _doctor, "say what this machine has and lacks", config=False)
+    doctor.add_argument("--json", metavar="PATH", help="write the findings to this file too")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    print(dump_config(load_config(options.config, options.overrides)), end="")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from engine.checkpoint import latest
+    from engine.cluster import Cluster
+
+    config = _runnable(options)
+    directory = config.run_directory
+    resume = options.resume == "auto" and latest(directory / "checkpoints") is not None
+    if not options.resume and (directory / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"run.directory must be new; found a run in {directory}: add --resume auto, or name another directory"
+        )
+    with Cluster(config, verbose=options.verbose) as cluster:
+        summary = _show(config, "train", cluster.train(resume=resume))
+    if summary["evaluations"]:
+        _print_accuracies(summary["evaluations"])
+    _write(summary, directory / "summary.json", options.json)
+
+
+def _sft(options: argparse.Namespace) -> None:
+    from engine.cluster import Cluster
+
+    config = _runnable(options)
+    if config.sft.checkpoint_out is None:
+        raise ConfigError("sft.checkpoint_out is required by `semion sft` and missing: name the folder to make")
+    with Cluster(config, verbose=options.verbose) as cluster:
+        summary = _show(config, "sft", cluster.fine_tune())
+    print(f"checkpoint: {config.sft.checkpoint_out}")
+    _write(summary, config.run_directory / "summary.json", options.json)
+
+
+def _rollout(options: argparse.Namespace) -> None:
+    from engine.cluster import Cluster
+    from engine.inference.pool import Pool
+    from engine.observe.sinks import JsonlLedger
+    from engine.rewards.math import MathReward
+    from engine.rollouts import RolloutSource
+    from engine.worker import load_prompts
+
+    config = _runnable(options)
+    if Path(options.output).exists():
+        raise ConfigError(f"--output must be a new file; found {options.output}: name another")
+    figures: list[dict[str, float]] = []
+    with Cluster(config, verbose=options.verbose) as cluster, MathReward(config.rewards) as reward:
+        pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
+        ledger = JsonlLedger(options.output)
+        source = RolloutSource(config, load_prompts(config, config.data.train), pool, reward, ledger)
+        width = config.schedule.offline_chunk
+        for step in range(config.run.steps):
+            if step % width == 0:
+                source.open(range(step, min(step + width, config.run.steps)))
+            data = source.next(step)
+            figures.append({"step": step} | data.metrics)
+            print(f"step {step}: reward {data.metrics['reward_mean']:.3f}, {data.num_prompts} prompts", flush=True)
+        source.close()
+        ledger.close()
+    mean = sum(f["reward_mean"] for f in figures) / len(figures)
+    print(f"{options.output}: mean reward {mean:.3f} over {len(figures)} steps")
+    _write({"reward_mean": mean, "steps": figures}, None, options.json)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from engine.cluster import Cluster
+    from engine.evaluation.accuracy import evaluate
+    from engine.inference.pool import Pool
+    from engine.rewards.math import MathReward
+    from engine.worker import load_prompts
+
+    config = _runnable(options)
+    if config.data.held_out is None:
+        raise ConfigError("data.held_out is required by `semion eval` and missing: name a file of problems")
+    prompts = load_prompts(config, config.data.held_out).prompts
+    with Cluster(config, verbose=options.verbose) as cluster, MathReward(config.rewards) as reward:
+        result = evaluate(config, prompts, Pool(cluster.start_engines(), config.inference.timeout_seconds), reward)
+    _print_accuracies([{"step": config.model.path} | result.summary()])
+    _write(result.summary() | {"records": list(result.records)}, None, options.json)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from engine.checkpoint import MANIFEST, export, latest
+
+    folder = Path(options.checkpoint)
+    checkpoint: Path | None = folder
+    if not (folder / MANIFEST).exists():
+        checkpoint = latest(folder / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} must be a run or a checkpoint; found neither: name the run's directory")
+    print(f"{export(checkpoint, Path(options.destination))}: the policy of {checkpoint.name}, verified")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from engine.doctor import examine
+    from engine.observe.progress import print_table
+
+    findings = examine()
+    print_table("semion doctor", [("what", "found", "verdict"), *((f.what, f.found, f.verdict) for f in findings)])
+    _write({f.what: {"found": f.found, "verdict": f.verdict} for f in findings}, None, options.json)
+    return int(any(f.verdict != "ok" for f in findings))
+
+
+def _runnable(options: argparse.Namespace) -> RunConfig:
+    """The configuration, with what can be seen wrong before any process starts."""
+    from engine.llama.hf import read_shape
+
+    config = load_config(options.config, options.overrides)
+    read_shape(config.model.path)
+    for key, path in (("data.train", config.data.train), ("data.held_out", config.data.held_out)):
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"{key} must be a file; found none at {path}: check the path")
+    return config
+
+
+def _show(config: RunConfig, title: str, events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Shows a run's events while they come; a summary of the run."""
+    from engine.observe.progress import Progress
+
+    started = time.monotonic()
+    evaluations: list[dict[str, Any]] = []
+    totals: dict[str, float] = {}
+    steps, versions = 0, {}
+    with Progress(config.run.steps, title) as progress:
+        for event in events:
+            kind = event.pop("kind")
+            if kind == "step":
+                steps += 1
+                progress.update(event)
+                for name in ("train_seconds", "wait_seconds", "sync_seconds", "step_seconds", "generation_tokens"):
+                    totals[name] = totals.get(name, 0.0) + event.get(name, 0.0)
+                totals["generation_seconds"] = totals.get("generation_seconds", 0.0) + event.get("generation_seconds", 0.0)
+            elif kind == "evaluation":
+                evaluations.append(event)
+                progress.note(
+                    f"step {event['step']}: held-out accuracy {event['mean']:.1%} ± {event['standard_error']:.1%} "
+                    f"({event['num_problems']} problems, {event['num_seeds']} seeds)"
+                )
+            elif kind == "note":
+                progress.note(event["text"])
+            else:
+                versions = event.get("engine_versions", {})
+    return {
+        "steps": steps,
+        "seconds": time.monotonic() - started,
+        "totals": totals,
+        "evaluations": evaluations,
+        "versions": versions,
+    }
+
+
+def _print_accuracies(evaluations: list[dict[str, Any]]) -> None:
+    from engine.observe.progress import print_table
+
+    rows = [
+        (
+            str(e["step"]),
+            f"{e['mean']:.1%} ± {e['standard_error']:.1%}",
+            f"± {e['seed_spread']:.1%}",
+            f"{e['num_problems']} × {e['num_seeds']}",
+            f"{e['completion_tokens_mean']:.1f}",
+        )
+        for e in evaluations
+    ]
+    print_table("held-out accuracy", [("step", "mean ± s.e.", "over seeds", "problems × seeds", "tokens"), *rows])
+
+
+def _write(document: dict[str, Any], *paths: str | Path | None) -> None:
+    from engine.observe.sinks import write_json
+
+    for path in paths:
+        if path is not None:
+            write_json(path, document)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Places the processes of a run with Ray and watches them: trainer ranks and inference engines, each in its own process.
+The only room that imports ray. It computes nothing and knows no algorithm.
+
+Ray's own control channel pickles what crosses it. It listens on the loopback interface only, and a token made anew for
+each run must come with every call.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from engine.config import RunConfig
+from engine.errors import InferenceError, SemionError, WatchdogError
+from engine.worker import Event, TrainerRank
+
+HOST = "127.0.0.1"
+SETTLE_SECONDS = 2.0  # after a first error, how long to wait for one that says more
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for "this machine only": it binds to the loopback interface
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+class RayFuture:
+    """A method of an engine under way in its process."""
+
+    def __init__(self, reference: Any, name: str) -> None:
+        self._reference, self._name = reference, name
+
+    def result(self, timeout_seconds: float) -> Any:
+        """The value, or the error that the engine raised; TimeoutError when late, InferenceError when it died."""
+        import ray
+
+        try:
+            return ray.get(self._reference, timeout=timeout_seconds)
+        except ray.exceptions.GetTimeoutError as error:
+            raise TimeoutError(self._name) from error
+        except ray.exceptions.RayTaskError as error:
+            raise _plain(error, self._name) from error
+        except ray.exceptions.RayActorError as error:
+            raise InferenceError(f"the process of {self._name} died: see its log for why, then resume") from error
+
+
+class RayEngine:
+    """A VllmEngine in a Ray actor."""
+
+    def __init__(self, actor: Any, name: str) -> None:
+        self._actor, self._name = actor, name
+
+    def call(self, method: str, *arguments: Any) -> RayFuture:
+        """Starts a method; calls of one caller run in order."""
+        return RayFuture(getattr(self._actor, method).remote(*arguments), self._name)
+
+
+class Cluster:
+    """The processes of one run on this machine; leaving the context ends them all."""
+
+    def __init__(self, config: RunConfig, *, verbose: bool = False) -> None:
+        self._config, self._verbose = config, verbose
+        self._actors: list[Any] = []
+
+    def __enter__(self) -> Cluster:
+        os.environ.update(_ENVIRONMENT)
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        import ray
+
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            object_store_memory=256 << 20,
+            logging_level="error",
+            log_to_driver=self._verbose,
+        )
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+        ray.shutdown()
+
+    def start_engines(self) -> list[RayEngine]:
+        """Starts the inference engines; they load while the caller goes on."""
+        from engine.inference.vllm_engine import VllmEngine
+
+        actors = [self._start(VllmEngine, self._config, index) for index in range(self._config.inference.engines)]
+        return [RayEngine(actor, f"engine {index}") for index, actor in enumerate(actors)]
+
+    def train(self, *, resume: bool) -> Iterator[Event]:
+        """Runs the training loop on every trainer rank; yields rank 0's events as they come.
+
+        Raises the error of whichever process failed, a typed one before any other.
+        """
+        engines = self.start_engines()
+        return self._run("train", lambda rank: (engines if rank == 0 else None, resume))
+
+    def fine_tune(self) -> Iterator[Event]:
+        """Runs the supervised loop on every trainer rank."""
+        return self._run("fine_tune", lambda rank: ())
+
+    def _start(self, kind: type, *arguments: Any) -> Any:
+        import ray
+
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        actor = ray.remote(num_cpus=0, num_gpus=gpus)(kind).remote(*arguments)
+        self._actors.append(actor)
+        return actor
+
+    def _run(self, method: str, arguments_of: Any) -> Iterator[Event]:
+        import ray
+
+        world_size = self._config.trainer.world_size
+        ranks = [self._start(TrainerRank, self._config.model_dump_json(), rank, HOST) for rank in range(world_size)]
+        port = ray.get(ranks[0].serve.remote(), timeout=self._config.trainer.timeout_seconds)
+        streams = [
+            getattr(actor, method).options(num_returns="streaming").remote(port, *arguments_of(rank))
+            for rank, actor in enumerate(ranks)
+        ]
+        names = {stream: f"trainer rank {rank}" for rank, stream in enumerate(streams)}
+        while streams:
+            ready, _ = ray.wait(streams, num_returns=1)
+            for stream in ready:
+                try:
+                    yield ray.get(next(stream))
+                except StopIteration:
+                    streams.remove(stream)
+                except ray.exceptions.RayError as error:
+                    streams.remove(stream)
+                    raise self._worst(_plain(error, names[stream]), streams, names) from error
+
+    def _worst(self, first: Exception, streams: list[Any], names: dict[Any, str]) -> Exception:
+        """Of the errors that end a run within a moment, the one that says most: what broke first is often an echo."""
+        import ray
+
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while not _telling(first) and streams and time.monotonic() < deadline:
+            ready, _ = ray.wait(streams, num_returns=1, timeout=SETTLE_SECONDS)
+            for stream in ready:
+                try:
+                    ray.get(next(stream))
+                except StopIteration:
+                    streams.remove(stream)
+                except ray.exceptions.RayError as error:
+                    streams.remove(stream)
+                    other = _plain(error, names[stream])
+                    first = other if _telling(other) else first
+        return first
+
+
+def _telling(error: Exception) -> bool:
+    return isinstance(error, SemionError) and not isinstance(error, WatchdogError)
+
+
+def _plain(error: Any, name: str) -> Exception:
+    """A Ray error as what happened in the process `name`: our typed error itself, or a WatchdogError that tells it."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RayTaskError):
+        if isinstance(error.cause, SemionError):
+            return error.cause
+        return WatchdogError(f"{name} failed with {type(error.cause).__name__}: {error}")
+    return WatchdogError(f"the process of {name} died without saying why ({type(error).__name__}): see its log, then resume")

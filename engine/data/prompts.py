@@ -1,0 +1,91 @@
+"""The prompts of a run and the order they come in. The order is arithmetic on (seed, step), so nothing of it is saved
+and a resumed run goes on where it stood. Sampling and scoring happen elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from engine.data.rows import Row
+from engine.data.templates import encode_prompt
+from engine.errors import DataError
+from engine.seeds import counted_seed
+from engine.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """All prompts of a file, tokenized, with what was left out."""
+
+    prompts: tuple[Prompt, ...]  # in the order of the rows
+    num_dropped: int  # longer than max_prompt_tokens
+    num_duplicates: int  # a problem that came before
+
+    @classmethod
+    def from_rows(
+        cls, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, template: str, max_prompt_tokens: int
+    ) -> PromptSet:
+        """Tokenizes each row once. A prompt's id is the row's own or the first 16 hex digits of its problem's SHA-256.
+
+        Raises DataError when one id stands for two problems or when no prompt is left, ConfigError when the tokenizer
+        has no chat template.
+        """
+        prompts: list[Prompt] = []
+        problems: set[str] = set()
+        by_id: dict[str, str] = {}
+        num_dropped = num_duplicates = 0
+        for row in rows:
+            if row.problem in problems:
+                num_duplicates += 1
+                continue
+            problems.add(row.problem)
+            prompt_id = row.id or hashlib.sha256(row.problem.encode()).hexdigest()[:16]
+            if prompt_id in by_id:
+                raise DataError(
+                    f"`id` must name one problem; found {prompt_id!r} for {by_id[prompt_id][:60]!r} and "
+                    f"{row.problem[:60]!r}: change one, or remove the `id` fields"
+                )
+            by_id[prompt_id] = row.problem
+            token_ids = encode_prompt(tokenizer, row.problem, template)
+            if len(token_ids) > max_prompt_tokens:
+                num_dropped += 1
+                continue
+            prompts.append(Prompt(prompt_id, token_ids, row.problem, row.answer, row.solution, row.source))
+        if not prompts:
+            raise DataError(
+                f"at least one prompt must fit data.max_prompt_tokens; found {num_dropped} longer than "
+                f"{max_prompt_tokens} and no other: raise data.max_prompt_tokens"
+            )
+        return cls(tuple(prompts), num_dropped, num_duplicates)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOrder:
+    """Which prompts a step uses: one seeded permutation after another (epochs), cut into steps. A step may span epochs;
+    one that wants more prompts than there are wraps around."""
+
+    num_prompts: int
+    seed: int
+
+    def at(self, step: int, prompts_per_step: int) -> list[int]:
+        """Indices of the prompts of `step` (from 0), a pure function of the arguments and the fields."""
+        first = step * prompts_per_step
+        return [self._index(position) for position in range(first, first + prompts_per_step)]
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, self.num_prompts)
+        return int(_permutation(self.seed, epoch, self.num_prompts)[offset])
+
+
+@lru_cache(maxsize=2)  # a step touches one epoch or two
+def _permutation(seed: int, epoch: int, num_prompts: int) -> NDArray[np.int64]:
+    """[num_prompts] int64. Sorts raw counter-based words (Philox), whose stream numpy keeps stable over versions."""
+    words = np.random.Philox(key=counted_seed(seed, "prompt order", epoch)).random_raw(num_prompts)
+    return np.argsort(words, kind="stable")

@@ -1,0 +1,55 @@
+"""From a problem's text to a prompt's tokens: the user message of the paper and the tokenizer's own chat template. The
+only place that tokenizes prompts; it knows nothing of files or order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from engine.errors import ConfigError
+
+# Figure 4 of arXiv 2506.21495. The paper prints typographic quotes, an effect of its typesetting; ours are plain ASCII.
+FIGURE4 = (
+    "Given the following problem, reason and give a final answer to the problem. Problem: {problem}\n"
+    "Your response should end with 'The final answer is $\\boxed{[answer]}$. I hope it is correct.' "
+    "where [answer] is the response to the problem."
+)
+TEMPLATE_DATE = "26 Jul 2024"  # Llama's templates print a date, today's by default: a run would depend on its day
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder, never from the network. Raises ConfigError naming the folder."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"model.path must be a folder with a tokenizer; found no folder {path}: check the path")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"model.path must hold a tokenizer (tokenizer.json and tokenizer_config.json); found that {path} cannot be "
+            f"read ({str(error).splitlines()[0]}): copy the tokenizer's files there"
+        ) from error
+    return tokenizer
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, problem: str, template: str) -> tuple[int, ...]:
+    """Token ids of one user message in the chat template, generation prompt included.
+
+    `template` is 'figure4' or a text whose every {problem} is replaced, literally. Raises ConfigError when the
+    tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"model.path must hold a tokenizer with a chat template; found none in {tokenizer.name_or_path!r}: "
+            f"add chat_template to its tokenizer_config.json"
+        )
+    message = (FIGURE4 if template == "figure4" else template).replace("{problem}", problem)
+    token_ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}],
+        add_generation_prompt=True,
+        return_dict=False,
+        date_string=TEMPLATE_DATE,
+    )
+    return tuple(token_ids)

@@ -1,0 +1,152 @@
+"""All engines as one: deals requests to them, gathers completions, and commits a weight version only when every engine
+has verified it. It starts no process; it is given handles and sees engines through them.
+
+Requests are dealt by position, so which engine samples what is fixed by the configuration. Each engine answers its calls
+in the order they were made: a `collect` queued behind a `submit` needs nobody's attention while the trainer trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine.errors import InferenceError, WeightSyncError
+from engine.inference.sampling import SampleRequest
+from engine.types import Completion
+
+
+class Future(Protocol):
+    """A call under way in an engine's process."""
+
+    def result(self, timeout_seconds: float) -> Any:
+        """Its value; the error it raised; TimeoutError after `timeout_seconds`."""
+        ...
+
+
+class EngineHandle(Protocol):
+    """An engine elsewhere. Calls run one after another in the order they were made."""
+
+    def call(self, method: str, *arguments: Any) -> Future:
+        """Starts a method of VllmEngine and returns at once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the engines did since the last collection, over all engines."""
+
+    num_tokens: int  # sampled
+    busy_seconds: float  # the longest time any engine spent decoding
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Requests under way: each engine's futures, and where in the asked-for order its answers belong."""
+
+    submitted: tuple[Future, ...]
+    futures: tuple[Future, ...]
+    places: tuple[tuple[int, ...], ...]
+
+
+class Pool:
+    """The engines, and the one weight version that all of them serve."""
+
+    def __init__(self, engines: Sequence[EngineHandle], timeout_seconds: float) -> None:
+        self._engines = tuple(engines)
+        self._timeout = timeout_seconds
+        self._version: int | None = 0  # engines load the seed model; None while a sync is under way or has failed
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def describe(self) -> dict[str, str]:
+        """Waits until every engine is up; versions of what runs in the first."""
+        futures = [handle.call("describe") for handle in self._engines]
+        found: list[dict[str, str]] = [self._result(future, i, "start") for i, future in enumerate(futures)]
+        return found[0]
+
+    @property
+    def version(self) -> int:
+        """The committed version; InferenceError when a sync has failed and none is."""
+        if self._version is None:
+            raise InferenceError("no weight version is committed in the pool: a weight sync is under way or has failed")
+        return self._version
+
+    # -- sampling
+
+    def submit(self, batches: Sequence[Sequence[SampleRequest]]) -> list[Ticket]:
+        """Queues several steps' requests at once, so that they decode together; one ticket a step, in order."""
+        assert self.version >= 0
+        count = len(self._engines)
+        shares = [[range(engine, len(batch), count) for engine in range(count)] for batch in batches]
+        submitted = tuple(
+            handle.call("submit", [batch[i] for batch, share in zip(batches, shares, strict=True) for i in share[engine]])
+            for engine, handle in enumerate(self._engines)
+        )
+        tickets = []
+        for batch, share in zip(batches, shares, strict=True):
+            futures = [
+                handle.call("collect", [batch[i].request_id for i in places])
+                for handle, places in zip(self._engines, share, strict=True)
+            ]
+            tickets.append(Ticket(submitted, tuple(futures), tuple(tuple(places) for places in share)))
+        return tickets
+
+    def gather(self, ticket: Ticket) -> tuple[list[Completion], Usage]:
+        """Waits for a ticket's completions, in the order of its requests. InferenceError names an engine that is late."""
+        found: dict[int, Completion] = {}
+        tokens, seconds = 0.0, 0.0
+        self.wait(ticket.submitted, "submit")
+        for engine, (future, places) in enumerate(zip(ticket.futures, ticket.places, strict=True)):
+            completions, usage = self._result(future, engine, "collect")
+            found.update(zip(places, completions, strict=True))
+            tokens, seconds = tokens + usage["tokens"], max(seconds, usage["seconds"])
+        return [found[place] for place in range(len(found))], Usage(int(tokens), seconds)
+
+    def generate(self, requests: Sequence[SampleRequest]) -> tuple[list[Completion], Usage]:
+        """Submits and waits."""
+        return self.gather(self.submit([requests])[0])
+
+    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
+        """Every engine's log-probs of the same sequences (see VllmEngine.log_probs), engine by engine."""
+        futures = [handle.call("log_probs", sequences) for handle in self._engines]
+        return [self._result(future, engine, "log_probs") for engine, future in enumerate(futures)]
+
+    # -- weight sync
+
+    def open_channel(self, first_rank: int, info: dict[str, Any]) -> list[Future]:
+        """Asks engine i to join the weight-sync channel as member first_rank + i; the caller joins meanwhile."""
+        return [handle.call("open_channel", info | {"rank": first_rank + i}) for i, handle in enumerate(self._engines)]
+
+    def receive(self, version: int, buckets: list[Any]) -> list[Future]:
+        """Asks every engine to receive a sync. Until `commit`, no version is served."""
+        self._version = None
+        return [handle.call("receive", version, buckets) for handle in self._engines]
+
+    def commit(self, version: int, futures: Sequence[Future], timeout_seconds: float) -> None:
+        """Waits until every engine has verified every tensor of `version`, then serves it; WeightSyncError otherwise."""
+        for engine, future in enumerate(futures):
+            try:
+                verified = future.result(timeout_seconds)
+            except TimeoutError as error:
+                raise WeightSyncError(
+                    f"engine {engine} did not verify version {version} within sync.timeout_seconds = {timeout_seconds}: "
+                    f"look at its log, or raise the limit"
+                ) from error
+            assert verified == version, (engine, verified, version)
+        self._version = version
+
+    def wait(self, futures: Sequence[Future], what: str) -> None:
+        """Waits for one call of each engine."""
+        for engine, future in enumerate(futures):
+            self._result(future, engine, what)
+
+    def _result(self, future: Future, engine: int, what: str) -> Any:
+        try:
+            return future.result(self._timeout)
+        except TimeoutError as error:
+            raise InferenceError(
+                f"engine {engine} did not answer {what!r} within inference.timeout_seconds = {self._timeout}: "
+                f"raise it, or look at the engine's log"
+            ) from error

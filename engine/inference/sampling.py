@@ -1,0 +1,51 @@
+"""What is asked of an engine: one request a sample, each with its own counted seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engine.seeds import counted_seed
+from engine.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One completion to sample."""
+
+    request_id: str  # unique among the requests an engine holds
+    prompt_id: str
+    sample_index: int
+    seed: int
+    token_ids: tuple[int, ...]  # of the prompt
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+def sample_requests(
+    prompts: Iterable[Prompt],
+    samples: int,
+    *,
+    run_seed: int,
+    purpose: str,
+    step: int,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+) -> list[SampleRequest]:
+    """`samples` requests for each prompt; seeds are pure functions of (run seed, purpose, step, prompt id, index)."""
+    return [
+        SampleRequest(
+            request_id=f"{purpose}:{step}:{place}:{index}",
+            prompt_id=prompt.id,
+            sample_index=index,
+            seed=counted_seed(run_seed, purpose, step, prompt.id, index),
+            token_ids=prompt.token_ids,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+        )
+        for place, prompt in enumerate(prompts)
+        for index in range(samples)
+    ]

@@ -1,0 +1,176 @@
+"""One vLLM engine, in the process that makes it: sampling, scoring and the receiving end of a weight sync. It places no
+process and knows no other engine.
+
+Calls come one after another. `submit` only queues; `collect` runs the engine until the asked-for requests are done, and
+whatever else was submitted is decoded in the same continuous batch. So the batches, and with them every bit of the
+result, depend on the order of calls alone and never on timing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config import RunConfig
+from engine.errors import InferenceError
+from engine.inference.sampling import SampleRequest
+from engine.types import Completion
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+class VllmEngine:
+    """vLLM with one Llama, weights of one version, and requests in flight."""
+
+    def __init__(self, config: RunConfig, index: int) -> None:
+        self._config = config
+        self._timeout = config.inference.timeout_seconds
+        self._index = index
+        os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(config.inference.threads))
+        import torch
+        from transformers import AutoTokenizer, GenerationConfig
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from engine.bridge import receive
+
+        receive.register()
+        path = config.model.path
+        on_cpu = not torch.cuda.is_available()
+        torch.set_num_threads(config.inference.threads)
+        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        eos = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
+        self._eos_ids = [eos] if isinstance(eos, int) else list(eos)
+        self._llm = LLM(
+            model=path,
+            dtype=config.model.dtype,
+            load_format=receive.PLAIN_FORMAT if on_cpu else "auto",
+            enforce_eager=on_cpu,
+            max_model_len=config.inference.max_model_tokens,
+            max_num_seqs=config.inference.max_concurrent,
+            kv_cache_memory_bytes=config.inference.kv_cache_mebibytes << 20,
+            block_size=32 if on_cpu else None,
+            enable_chunked_prefill=False,  # a part of a prompt draws from the sample's generator; a CPU one cannot go back
+            max_num_batched_tokens=max(8192, config.inference.max_model_tokens),
+            enable_prefix_caching=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend=receive.BACKEND),
+        )
+        self._core = self._llm.llm_engine
+        self._llm.update_weight_version("0")
+        self._version = 0
+        self._open: dict[str, SampleRequest] = {}
+        self._done: dict[str, Any] = {}
+        self._busy_seconds, self._num_sampled = 0.0, 0
+
+    def describe(self) -> dict[str, str]:
+        """Versions of what runs here."""
+        import torch
+        import vllm
+
+        return {"vllm": vllm.__version__, "torch": torch.__version__}
+
+    # -- sampling
+
+    def submit(self, requests: Sequence[SampleRequest]) -> None:
+        """Queues requests; the prefix cache is dropped first, so that no earlier work changes a bit of theirs."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if not self._open:
+            self._llm.reset_prefix_cache()
+        for request in requests:
+            parameters = SamplingParams(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                max_tokens=request.max_tokens,
+                seed=request.seed,
+                logprobs=0,
+                stop_token_ids=self._eos_ids,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            assert request.request_id not in self._open, request.request_id
+            self._core.add_request(request.request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
+            self._open[request.request_id] = request
+
+    def collect(self, request_ids: Sequence[str]) -> tuple[list[Completion], dict[str, float]]:
+        """Decodes until `request_ids` are done; (their completions in that order, seconds decoding and tokens sampled
+        since the last call). InferenceError when they take longer than inference.timeout_seconds."""
+        started = time.monotonic()
+        unknown = [request_id for request_id in request_ids if request_id not in self._open]
+        if unknown:
+            raise InferenceError(f"engine {self._index} was never given request {unknown[0]}: its submission failed")
+        missing = set(request_ids) - self._done.keys()
+        while missing:
+            for output in self._core.step():
+                if output.finished:
+                    self._done[output.request_id] = output.outputs[0]
+                    self._num_sampled += len(output.outputs[0].token_ids)
+                    missing.discard(output.request_id)
+            if time.monotonic() - started > self._timeout:
+                raise InferenceError(
+                    f"engine {self._index} did not finish {len(missing)} of {len(request_ids)} requests within "
+                    f"inference.timeout_seconds = {self._timeout}: raise it or lower sampling.max_tokens"
+                )
+        completions = [self._completion(request_id) for request_id in request_ids]
+        self._busy_seconds += time.monotonic() - started
+        usage = {"seconds": self._busy_seconds, "tokens": float(self._num_sampled)}
+        self._busy_seconds, self._num_sampled = 0.0, 0
+        return completions, usage
+
+    def _completion(self, request_id: str) -> Completion:
+        request, output = self._open.pop(request_id), self._done.pop(request_id)
+        token_ids = tuple(output.token_ids)
+        versions = {span.version for span in output.weight_versions}
+        assert versions == {str(self._version)}, (request_id, versions, self._version)
+        return Completion(
+            prompt_id=request.prompt_id,
+            sample_index=request.sample_index,
+            seed=request.seed,
+            version=self._version,
+            token_ids=token_ids,
+            log_probs=tuple(entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)),
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason="stop" if output.finish_reason == "stop" else "length",
+        )
+
+    def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-prob of each token of each sequence given those before it, but for the first; used to check a sync."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [
+            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            for output, ids in zip(outputs, sequences, strict=True)
+        ]
+
+    # -- weight sync
+
+    def open_channel(self, info: dict[str, Any]) -> None:
+        """Joins the weight-sync channel (see bridge.receive.OpenInfo)."""
+        self._llm.init_weight_transfer_engine({"init_info": info})
+
+    def receive(self, version: int, buckets: list[Any]) -> int:
+        """Receives, places and verifies a whole sync, drops the prefix cache, and serves `version`; returns it."""
+        if self._open:
+            raise InferenceError(f"engine {self._index} has {len(self._open)} requests in flight at a weight sync")
+        self._version = -1  # in doubt until every tensor is verified
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": {"buckets": buckets}})
+        self._llm.finish_weight_update(str(version))
+        self._llm.reset_prefix_cache()
+        self._version = version
+        return version

@@ -1,0 +1,125 @@
+"""The training loop, one for every regime and every algorithm. It sees protocols only: a policy, a source of batches, a
+publisher, and a few things to do on the way. Every trainer rank runs it in step with the others.
+
+Consumes: the batch of each step. Produces: one record a step, yielded as soon as the step is done. Waits for: the
+rollouts of the step (`source.next`) and, at a sync, for every engine to verify the new weights (`publisher.publish`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from engine.schedule import SyncSchedule
+from engine.types import Batch
+
+Record = dict[str, float]
+
+
+class Policy(Protocol):
+    """The model being trained."""
+
+    def score(self, batch: Batch) -> Batch:
+        """Fills in what the loss needs of the reference."""
+        ...
+
+    def train_step(self, batch: Batch) -> Record:
+        """One optimizer step; metrics equal on every rank."""
+        ...
+
+    def refresh_reference(self) -> None:
+        """Copies the policy into the reference."""
+        ...
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def open(self, steps: range) -> None:
+        """Lets the rollouts of `steps` be sampled from the weights that the pool now serves."""
+        ...
+
+    def next(self, step: int) -> tuple[Batch, Record]:
+        """This rank's batch and, on rank 0, what is known of its rollouts."""
+        ...
+
+
+class Publisher(Protocol):
+    """The way from the policy to the pool."""
+
+    def publish(self, version: int) -> Record:
+        """Returns when every engine serves `version`; says what it cost."""
+        ...
+
+
+def train(
+    schedule: SyncSchedule,
+    policy: Policy,
+    source: Source,
+    publisher: Publisher,
+    *,
+    start: int,
+    checkpoint: Callable[[int], None],
+    evaluate: Callable[[int], None],
+) -> Iterator[Record]:
+    """Runs steps start .. schedule.num_steps - 1 and yields a record for each.
+
+    `checkpoint(step)` and `evaluate(step)` are called with the number of steps done so far and decide for themselves
+    whether anything is due. A checkpoint comes before the sync of the same step, an evaluation right after it, so that
+    it judges the newest weights.
+    """
+    for step in range(start, schedule.num_steps):
+        started = time.monotonic()
+        record: Record = {"step": step}
+        if schedule.sync_due(step):
+            record |= publisher.publish(step)
+            evaluate(step)
+        if schedule.reference_due(step):
+            policy.refresh_reference()
+        if steps := schedule.opens(step):
+            source.open(steps)
+        batch, rollouts = source.next(step)
+        trained = time.monotonic()
+        record |= rollouts | policy.train_step(policy.score(batch))
+        record["train_seconds"] = time.monotonic() - trained
+        record["step_seconds"] = time.monotonic() - started
+        yield _finished(record)
+        checkpoint(step + 1)
+    if start < schedule.num_steps:
+        publisher.publish(schedule.num_steps)
+    evaluate(schedule.num_steps)
+
+
+def fine_tune(policy: Policy, source: Source, *, num_steps: int) -> Iterator[Record]:
+    """The supervised loop: no rollouts, no sync, no reference."""
+    for step in range(num_steps):
+        started = time.monotonic()
+        batch, _ = source.next(step)
+        record = {"step": step} | policy.train_step(batch)
+        record["train_seconds"] = record["step_seconds"] = time.monotonic() - started
+        yield _finished(record)
+
+
+def _finished(record: Record) -> Record:
+    """Sums become the means that people read; the sums' own names go."""
+    record["training_tokens_per_second"] = record.get("num_tokens", 0.0) / max(record["train_seconds"], 1e-9)
+    if "generation_seconds" in record:
+        record["generation_tokens_per_second"] = record["generation_tokens"] / max(record["generation_seconds"], 1e-9)
+    pairs, targets = record.get("pairs", math.nan), record.get("target_tokens", math.nan)
+    means = {
+        "margin_mean": ("margin", pairs),
+        "preferred_share": ("preferred", pairs),
+        "chosen_log_prob_mean": ("chosen_log_prob", pairs),
+        "rejected_log_prob_mean": ("rejected_log_prob", pairs),
+        "kl_mean": ("kl", targets),
+        "clipped_share": ("clipped", targets),
+        "ratio_mean": ("ratio", targets),
+        "log_prob_gap_mean": ("rollout_gap", targets),
+        "nll_mean": ("nll", targets),
+    }
+    for mean, (total, count) in means.items():
+        if total in record:
+            record[mean] = record.pop(total) / count if count else math.nan
+    return record

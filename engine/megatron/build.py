@@ -1,0 +1,175 @@
+"""Builds this rank's chunks of a Llama as megatron-core's GPTModel and fills them from a Hugging Face checkpoint. The
+layer spec is chosen in one function; everything else is sizes. It trains nothing.
+
+Shape legend: S positions, B rows, T tokens of a packed row, N heads of this rank, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from engine.config import Trainer
+from engine.errors import ConfigError
+from engine.llama import layout
+from engine.llama.hf import HfCheckpoint, LlamaShape
+from engine.megatron.topology import Topology
+
+MEGATRON_LOW_FREQ, MEGATRON_HIGH_FREQ, MEGATRON_ORIGINAL_POSITIONS = 1.0, 4.0, 8192  # fixed in its RotaryEmbedding
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the constructor megatron calls; marks its weight so that megatron sums its gradient over
+    tensor-parallel ranks when each saw only its part of the sequence."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
+
+
+class PackedAttention(MegatronModule):
+    """Causal grouped-query attention by torch's SDPA, inside each sequence of a packed row: [T, N, D] -> [T, N * D]."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, packed_seq_params: Any, **__: Any
+    ) -> torch.Tensor:
+        """Attends within the boundaries of `packed_seq_params.cu_seqlens_q`."""
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, N, T, D]
+        gqa = query.size(-2) != key.size(-2)
+        outputs = []
+        for start, end in pairwise(bounds):
+            one_q, one_k, one_v = (x[:, :, start:end] for x in (q, k, v))
+            outputs.append(
+                F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True, scale=self.scale, enable_gqa=gqa)
+            )
+        return torch.cat(outputs, 2)[0].transpose(0, 1).flatten(1)
+
+
+def layer_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
+    """The modules of this rank's layers: megatron's local spec, with our RMSNorm and attention. The one place where a
+    Transformer Engine spec will be chosen."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=RMSNorm)
+
+
+def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> TransformerConfig:
+    """megatron's configuration of a Llama in this layout."""
+    virtual = trainer.virtual_pipeline if trainer.virtual_pipeline > 1 else None
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden,
+        tensor_model_parallel_size=trainer.tensor_parallel,
+        pipeline_model_parallel_size=trainer.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=virtual,
+        sequence_parallel=trainer.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=virtual is None,
+        overlap_p2p_comm=virtual is not None,  # two stages need it for virtual chunks
+        deallocate_pipeline_outputs=virtual is None or torch.cuda.is_available(),  # overlap on gloo: corrupts sends
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # variable lengths ask for it, dense models too
+        calculate_per_token_loss=True,  # DDP sums gradients: the loss carries its own denominator
+        recompute_granularity="full" if trainer.recompute else None,
+        recompute_method="uniform" if trainer.recompute else None,
+        recompute_num_layers=1 if trainer.recompute else None,
+    )
+
+
+def build_chunks(shape: LlamaShape, config: TransformerConfig, topology: Topology) -> list[GPTModel]:
+    """This rank's GPTModel chunks, one per virtual stage, ending in vocab-parallel logits; weights still random.
+
+    Raises ConfigError for a layout or a rotary scaling that megatron cannot do.
+    """
+    layout.check_layout(shape, topology.tp_size, topology.pp_size, topology.vpp_size)
+    _check_scaling(shape)
+    chunks = []
+    for chunk in range(topology.vpp_size):
+        virtual = chunk if topology.vpp_size > 1 else None
+        chunks.append(
+            GPTModel(
+                config=config,
+                transformer_layer_spec=layer_spec(config, virtual),
+                vocab_size=layout.padded_vocab(shape, topology.tp_size),
+                max_sequence_length=shape.max_positions,
+                pre_process=topology.is_first_stage and chunk == 0,
+                post_process=topology.is_last_stage and chunk == topology.vpp_size - 1,
+                parallel_output=True,
+                share_embeddings_and_output_weights=shape.tied,
+                position_embedding_type="rope",
+                rotary_base=shape.rope_theta,
+                rope_scaling=shape.rope_scaling is not None,
+                rope_scaling_factor=shape.rope_scaling.factor if shape.rope_scaling else 1.0,
+                vp_stage=virtual,
+            )
+        )
+    return chunks
+
+
+def _check_scaling(shape: LlamaShape) -> None:
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return
+    found = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions)
+    supported = (MEGATRON_LOW_FREQ, MEGATRON_HIGH_FREQ, MEGATRON_ORIGINAL_POSITIONS)
+    if found != supported:
+        raise ConfigError(
+            f"model.path must have rotary low_freq_factor, high_freq_factor and original_max_position_embeddings of "
+            f"{supported}, fixed in megatron-core; found {found}: use a Llama 3.1 or 3.2 checkpoint"
+        )
+
+
+def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """A chunk's parameters by their names in the whole model: local layer numbers made model-wide."""
+    offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+    for name, parameter in chunk.named_parameters():
+        yield layout.renumber(name, offset), parameter
+
+
+@torch.no_grad()
+def load_weights(chunk: GPTModel, shape: LlamaShape, checkpoint: HfCheckpoint, topology: Topology) -> None:
+    """Fills a chunk with this rank's shards. CheckpointError names a tensor that is missing or of another shape."""
+
+    def fetch(name: str) -> torch.Tensor:
+        source = "model.embed_tokens.weight" if shape.tied and name == "lm_head.weight" else name
+        return checkpoint.tensor(source, layout.tensor_shape(shape, name))
+
+    for name, parameter in named_parameters(chunk):
+        shard = layout.take_shard(shape, name, fetch, topology.tp_rank, topology.tp_size)
+        assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
+        parameter.copy_(shard)

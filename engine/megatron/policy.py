@@ -1,0 +1,264 @@
+"""The policy on this trainer rank: scores batches with the reference, takes optimizer steps through megatron's
+schedules, and hands out its weights and its state. It draws no data, samples nothing and writes no file.
+
+Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank, K metrics of the objective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from engine.algorithms.losses import Objective
+from engine.config import RunConfig
+from engine.errors import CheckpointError, NumericsError
+from engine.llama import layout
+from engine.llama.hf import HfCheckpoint, read_shape
+from engine.megatron import build
+from engine.megatron.optimizer import PolicyOptimizer
+from engine.megatron.topology import Topology
+from engine.ops import token_log_probs
+from engine.types import Batch, Microbatch
+
+# What a microbatch gives back on the last stage: (scalar to differentiate, tensor to collect)
+LossOf = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Policy:
+    """A Llama spread over the topology's ranks, its AdamW, and the reference as a second set of weights."""
+
+    def __init__(
+        self, config: RunConfig, topology: Topology, objective: Objective, checkpoint_path: str | Path
+    ) -> None:
+        """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy.
+
+        Collective over all ranks. Raises ConfigError for another model or an impossible layout, CheckpointError for
+        files that do not hold it.
+        """
+        self.topology = topology
+        self.objective = objective
+        self.shape = read_shape(checkpoint_path)
+        self.dtype: torch.dtype = getattr(torch, config.model.dtype)
+        self._config = build.megatron_config(self.shape, config.trainer, self.dtype)
+        self._config.finalize_model_grads_func = _finalize
+        models = build.build_chunks(self.shape, self._config, topology)
+        checkpoint = HfCheckpoint(checkpoint_path)
+        for model in models:
+            build.load_weights(model, self.shape, checkpoint, topology)
+        distributed = config.trainer.distributed_optimizer
+        options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+        self._chunks = [DistributedDataParallel(self._config, options, model) for model in models]
+        self._optimizer = PolicyOptimizer(config.optimizer, self._chunks, dtype=self.dtype, distributed=distributed)
+        self.parameters = dict(pair for model in models for pair in build.named_parameters(model))
+        self._reference: dict[str, torch.Tensor] = {}
+        if objective.needs_reference:
+            self.refresh_reference()
+
+    def refresh_reference(self) -> None:
+        """Makes the reference a copy of the policy as it is now."""
+        assert self.objective.needs_reference, "a reference nobody needs"
+        self._reference = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def score(self, batch: Batch) -> Batch:
+        """The batch with `reference_log_probs` [T] filled on the last stage; unchanged where no reference is needed.
+
+        Collective over the pipeline's ranks.
+        """
+        if not self.objective.needs_reference:
+            return batch
+        with self.serving(self._reference):
+            rows = self.log_probs(batch)
+        if not self.topology.is_last_stage:
+            return batch
+        scored = [replace(m, reference_log_probs=row) for m, row in zip(batch.microbatches, rows, strict=True)]
+        return replace(batch, microbatches=tuple(scored))
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch) -> list[torch.Tensor]:
+        """Token log-probs [T] (float32, 0 where the target is IGNORED) of every microbatch; empty off the last stage.
+
+        Collective over the pipeline's ranks.
+        """
+
+        def collect(logits: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+            log_probs = self._token_log_probs(logits, microbatch)
+            return log_probs.sum(), log_probs
+
+        return self.run(batch, collect, forward_only=True)
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on a scored batch. Returns loss, gradient norm before clipping, learning rate, packed
+        tokens and the objective's sums by name, over all microbatches and data-parallel ranks, equal on every rank.
+
+        Collective over all ranks. NumericsError on every rank, with the weights untouched, when the loss or the
+        gradient norm is not finite.
+        """
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+        def lose(logits: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, sums = self.objective(self._token_log_probs(logits, microbatch), microbatch, batch)
+            num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
+            return loss, torch.cat([torch.stack([loss.detach(), num_tokens]), sums])
+
+        rows = self.run(batch, lose, forward_only=False)
+        loss, num_tokens, *sums = self._total(rows).tolist()
+        if not math.isfinite(loss):
+            raise NumericsError(
+                f"step {batch.step}: the loss must be finite; found {loss}: lower optimizer.learning_rate or raise "
+                f"optimizer.eps, and resume from the last checkpoint"
+            )
+        grad_norm, learning_rate = self._optimizer.apply(batch.step)
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": num_tokens}
+        return metrics | dict(zip(self.objective.metric_names, sums, strict=True))
+
+    @torch.no_grad()
+    def gather(self, bucket: layout.ExportBucket) -> list[tuple[str, torch.Tensor]] | None:
+        """The bucket's full Hugging Face tensors, copied, on the leader of its stage; None on every other rank.
+
+        Collective over the tensor-parallel ranks of that stage at data-parallel rank 0; others return at once.
+        """
+        here = self.topology
+        if here.pp_rank != bucket.stage or here.dp_rank != 0:
+            return None
+        local = torch.cat([self._part(meta.name).reshape(-1) for meta in bucket.tensors])
+        gathered = [local]
+        if here.tp_size > 1:
+            gathered = [torch.empty_like(local) for _ in range(here.tp_size)] if here.tp_rank == 0 else []
+            dist.gather(local, gathered or None, group=here.tp_group, group_dst=0)
+        if here.tp_rank != 0:
+            return None
+        shapes = [layout.part_shape(self.shape, meta.name, here.tp_size) for meta in bucket.tensors]
+        sizes = [math.prod(shape) for shape in shapes]
+        parts = [flat.split(sizes) for flat in gathered]  # by rank, then by tensor
+        return [
+            (meta.name, layout.join_parts(self.shape, meta.name, [rank[i].view(shapes[i]) for rank in parts]))
+            for i, meta in enumerate(bucket.tensors)
+        ]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """CPU copies of all this rank needs to continue bit for bit: weights, reference, optimizer. Local shards."""
+        tensors = {f"policy.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors |= {f"reference.{name}": value for name, value in self._reference.items()}
+        tensors |= {f"optimizer.{name}": value for name, value in self._optimizer.state().items()}
+        return {name: value.to("cpu", copy=True) for name, value in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Continues from what `state` returned on this rank of the same layout; CheckpointError names what differs."""
+        for prefix, own in (("policy", self.parameters), ("reference", self._reference)):
+            for name, value in own.items():
+                saved = tensors.get(f"{prefix}.{name}")
+                if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
+                    raise CheckpointError(
+                        f"trainer state must hold {prefix}.{name} as {list(value.shape)} {value.dtype}; found "
+                        f"{'nothing' if saved is None else f'{list(saved.shape)} {saved.dtype}'}: resume with the "
+                        f"configuration that saved it"
+                    )
+                value.data.copy_(saved)
+        prefix = "optimizer."
+        self._optimizer.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+    @contextmanager
+    def serving(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Runs the model on other weights of the same shapes, by pointer; the policy's own come back at the end."""
+        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.data = weights[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = own[name]
+
+    def run(self, batch: Batch, loss_of: LossOf, *, forward_only: bool) -> list[torch.Tensor]:
+        """Drives megatron's schedule over the microbatches; what `loss_of(logits [T, V_local], microbatch)` collects
+        comes back in order on the last stage, nothing elsewhere. Collective over the pipeline's ranks.
+
+        The backward adds the gradient of each microbatch's scalar, undivided, into the chunks' gradient buffers.
+        """
+
+        def forward_step(rows: Iterator[Microbatch], chunk: Any) -> tuple[torch.Tensor, Any]:
+            row = _to_device(next(rows), self.topology.device)
+            output = chunk(row.token_ids[None], row.position_ids[None], None, packed_seq_params=_packed(row))
+            return output, partial(finish, row)
+
+        def finish(row: Microbatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            loss, collected = loss_of(logits.squeeze(0), row)
+            return loss, torch.ones((), dtype=torch.int, device=loss.device), collected
+
+        iterators = [iter(batch.microbatches) for _ in self._chunks]
+        single = len(self._chunks) == 1
+        collected: list[torch.Tensor] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators[0] if single else iterators,
+            model=self._chunks[0] if single else self._chunks,
+            num_microbatches=len(batch.microbatches),
+            seq_length=1,  # ignored: lengths vary
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return collected
+
+    def _token_log_probs(self, logits: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+        log_probs, _ = token_log_probs(
+            logits,
+            microbatch.targets,
+            vocab_start=self.topology.tp_rank * logits.size(-1),
+            num_valid=self.shape.vocab_size,
+            group=self.topology.tp_group,
+        )
+        return log_probs
+
+    def _total(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        """Sum over microbatches, then over data-parallel ranks; the last stage's sum reaches all stages. [2 + K]"""
+        size = 2 + len(self.objective.metric_names)
+        total = torch.zeros(size, dtype=torch.float64, device=self.topology.device)
+        for row in rows:
+            total += row
+        dist.all_reduce(total, group=self.topology.dp_group)
+        dist.all_reduce(total, group=self.topology.pp_group)  # zeros but for the last stage
+        return total
+
+    def _part(self, name: str) -> torch.Tensor:
+        """This rank's part of a Hugging Face tensor."""
+        parameter, index = layout.parameter_of(name)
+        return layout.unfuse(self.shape, parameter, self.parameters[parameter].data, self.topology.tp_size)[index]
+
+
+def _finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+    """megatron's gradient reductions without its division by tokens: the loss carries its own denominator."""
+    finalize_model_grads(chunks, None, **options)
+
+
+def _packed(microbatch: Microbatch) -> PackedSeqParams:
+    longest = int(microbatch.cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=microbatch.cu_seqlens,
+        cu_seqlens_kv=microbatch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
+    tensors = {field.name: getattr(microbatch, field.name) for field in fields(microbatch)}
+    moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in tensors.items()}
+    return Microbatch(**moved)

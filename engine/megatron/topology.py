@@ -1,0 +1,124 @@
+"""Where a trainer rank stands: its tensor, pipeline and data coordinates and the process groups along each axis. It
+opens and closes torch.distributed and megatron's groups, and builds no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.config import Trainer
+from engine.errors import ConfigError
+from engine.megatron import cpu_device
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One rank's place. Global rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank."""
+
+    tp_size: int
+    pp_size: int
+    dp_size: int
+    vpp_size: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        """Global rank."""
+        return (self.pp_rank * self.dp_size + self.dp_rank) * self.tp_size + self.tp_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of trainer ranks."""
+        return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer, and so sees losses and log-probs."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_stage_leader(self) -> bool:
+        """Whether `gather` gives this rank the full tensors of its stage."""
+        return self.tp_rank == 0 and self.dp_rank == 0
+
+    def stage_leaders(self) -> tuple[int, ...]:
+        """Global rank with tp_rank 0 and dp_rank 0 of every stage, in stage order."""
+        return tuple(stage * self.dp_size * self.tp_size for stage in range(self.pp_size))
+
+    def close(self) -> None:
+        """Destroys megatron's groups and leaves torch.distributed."""
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def open_topology(
+    trainer: Trainer, *, rank: int, world_size: int, store: dist.Store, timeout: timedelta, seed: int = 0
+) -> Topology:
+    """Joins torch.distributed through `store` (gloo, or NCCL where a GPU is present) and makes megatron's groups.
+
+    Collective over all `world_size` ranks. On a CPU machine it installs the CPU stand-in on the calling thread, the
+    only one that may call megatron afterwards. `timeout` bounds every later wait of one rank for another.
+    Raises ConfigError when the layout does not fill `world_size`.
+    """
+    if trainer.world_size != world_size:
+        raise ConfigError(
+            f"trainer.tensor_parallel * pipeline_parallel * data_parallel must equal the number of trainer ranks; "
+            f"found {trainer.world_size} and {world_size}: start {trainer.world_size} ranks"
+        )
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = cpu_device.CPU
+        cpu_device.install()
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+    return _make_groups(trainer, device, timeout, seed)
+
+
+def _make_groups(trainer: Trainer, device: torch.device, timeout: timedelta, seed: int) -> Topology:
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        trainer.tensor_parallel,
+        trainer.pipeline_parallel,
+        trainer.virtual_pipeline if trainer.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
+        order="tp-cp-ep-dp-pp",
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    topology = Topology(
+        tp_size=trainer.tensor_parallel,
+        pp_size=trainer.pipeline_parallel,
+        dp_size=trainer.data_parallel,
+        vpp_size=trainer.virtual_pipeline,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        device=device,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+    assert topology.rank == dist.get_rank(), (topology.rank, dist.get_rank())
+    return topology

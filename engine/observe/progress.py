@@ -1,0 +1,119 @@
+"""What a person sees of a run: a live display on a terminal, one line a step elsewhere, and a table of results at the
+end. It keeps no figures and writes no files (sinks.py does).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+# label on screen, key of the record, format; a label and its value make one cell of the display
+METRICS: tuple[tuple[str, str, str], ...] = (
+    ("reward", "reward_mean", "{:.3f}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("skipped prompts", "skipped_prompts", "{:.0f}"),
+    ("reward timeouts", "reward_timeouts", "{:.0f}"),
+    ("loss", "loss", "{:.4f}"),
+    ("margin", "margin_mean", "{:.3f}"),
+    ("grad norm", "grad_norm", "{:.3g}"),
+    ("learning rate", "learning_rate", "{:.2g}"),
+    ("entropy", "rollout_entropy", "{:.3f}"),
+    ("length", "completion_tokens_mean", "{:.1f} tok"),
+    ("staleness", "staleness", "{:.0f}"),
+    ("log-prob gap", "log_prob_gap_mean", "{:.1e}"),
+    ("generation", "generation_tokens_per_second", "{:,.0f} tok/s"),
+    ("training", "training_tokens_per_second", "{:,.0f} tok/s"),
+    ("sync", "sync_seconds", "{:.2f} s"),
+    ("synced", "sync_mebibytes", "{:.1f} MiB"),
+    ("step", "step_seconds", "{:.2f} s"),
+    ("waited", "wait_seconds", "{:.2f} s"),
+)
+CELLS_PER_ROW = 4
+
+
+class Progress:
+    """Shows a run of `total_steps` while it is entered. Without a terminal: one line an update, one a note.
+
+    The time left counts the steps done since entering, so that a resumed run is not taken for a fast one.
+    """
+
+    def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
+        assert total_steps > 0, total_steps
+        self._total_steps = total_steps
+        self._title = title
+        self._console = console or Console()
+        self._record: Mapping[str, float] = {}
+        self._entered_seconds = time.monotonic()
+        self._first_step: int | None = None
+        self._live: Live | None = None
+
+    def update(self, record: Mapping[str, float]) -> None:
+        """Shows the record of a finished step; metrics that it does not hold are shown as "-"."""
+        self._record = record
+        if self._first_step is None:
+            self._first_step = int(record["step"])
+        if self._live is not None:
+            self._live.update(self._display(), refresh=True)
+        else:
+            figures = "  ".join(f"{label} {_shown(record, key, form)}" for label, key, form in METRICS)
+            self.note(f"{self._title}  {self._position()}  {figures}")
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own, above the live display where there is one."""
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def _position(self) -> str:
+        """Steps done of all, and the time left at the mean pace since entering."""
+        done = int(self._record["step"]) + 1 if self._record else 0
+        if self._first_step is None:
+            return f"{done}/{self._total_steps}  left -"
+        pace_seconds = (time.monotonic() - self._entered_seconds) / (done - self._first_step)
+        left = timedelta(seconds=round(pace_seconds * (self._total_steps - done)))
+        return f"{done}/{self._total_steps}  left {left}"
+
+    def _display(self) -> RenderableType:
+        done = int(self._record["step"]) + 1 if self._record else 0
+        head = Table.grid(padding=(0, 2))
+        head.add_row(Text(self._title), ProgressBar(self._total_steps, done, width=40), self._position())
+        body = Table.grid(padding=(0, 2))
+        cells = [(label, _shown(self._record, key, form)) for label, key, form in METRICS]
+        for _ in range(CELLS_PER_ROW):
+            body.add_column(style="dim")
+            body.add_column(justify="right")
+        for first in range(0, len(cells), CELLS_PER_ROW):
+            body.add_row(*(text for cell in cells[first : first + CELLS_PER_ROW] for text in cell))
+        return Group(head, body)
+
+    def __enter__(self) -> Progress:
+        self._entered_seconds = time.monotonic()
+        if self._console.is_terminal:
+            self._live = Live(self._display(), console=self._console, refresh_per_second=1)
+            self._live.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _shown(record: Mapping[str, float], key: str, form: str) -> str:
+    return form.format(record[key]) if key in record else "-"
+
+
+def print_table(title: str, rows: Iterable[Sequence[str]], console: Console | None = None) -> None:
+    """Prints a table: the first of `rows` is its heading, the first column names, the others are right-aligned."""
+    heading, *body = rows
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(heading):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in body:
+        table.add_row(*row)
+    (console or Console()).print(table)

@@ -1,0 +1,184 @@
+"""From prompts to training sequences: asks the pool for an interval's rollouts at once, has them scored, makes pairs or
+advantages, and keeps the ledger of every rollout. It trains nothing and touches no process group.
+
+Waiting: `open` never waits. One helper thread gathers and scores the opened steps in order while the trainer trains;
+`next` waits for that thread, and the thread for the engines, whose own deadline it passes on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence as Many
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from engine.algorithms.advantages import grouped_advantages
+from engine.algorithms.pairs import random_pair
+from engine.config import RunConfig
+from engine.data.prompts import PromptOrder, PromptSet
+from engine.inference.pool import Pool, Ticket, Usage
+from engine.inference.sampling import sample_requests
+from engine.observe.sinks import JsonlLedger
+from engine.rewards.base import Reward
+from engine.types import Completion, Prompt, Rollout, RolloutGroup, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepData:
+    """Everything one optimizer step trains on, before it is dealt to ranks."""
+
+    sequences: list[Sequence]
+    num_prompts: int
+    metrics: dict[str, float]
+
+
+class RolloutSource:
+    """The rollouts of a run, step by step."""
+
+    def __init__(
+        self, config: RunConfig, prompts: PromptSet, pool: Pool, reward: Reward, ledger: JsonlLedger | None
+    ) -> None:
+        self._config, self._prompts, self._pool, self._reward, self._ledger = config, prompts.prompts, pool, reward, ledger
+        self._order = PromptOrder(len(prompts.prompts), config.run.seed)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._coming: dict[int, Future[tuple[list[RolloutGroup], Usage]]] = {}
+
+    def open(self, steps: range) -> None:
+        """Submits every prompt of `steps`; they all may be sampled from now on."""
+        prompts = {step: self._prompts_of(step) for step in steps}
+        sampling, samples = self._config.sampling, self._config.algorithm.samples_per_prompt
+        batches = [
+            sample_requests(
+                prompts[step],
+                samples,
+                run_seed=self._config.run.seed,
+                purpose="rollout",
+                step=step,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+            )
+            for step in steps
+        ]
+        for step, ticket in zip(steps, self._pool.submit(batches), strict=True):
+            self._coming[step] = self._thread.submit(self._groups, step, prompts[step], ticket)
+
+    def next(self, step: int) -> StepData:
+        """Waits until the groups of `step` are complete and scored. Raises what an engine or the reward raised."""
+        started = time.monotonic()
+        groups, usage = self._coming.pop(step).result()
+        metrics = {"wait_seconds": time.monotonic() - started} | rollout_metrics(groups, usage)
+        version = self._config.schedule.version(step)
+        found = {rollout.completion.version for group in groups for rollout in group.rollouts}
+        assert found == {version}, f"step {step} must train on rollouts of version {version}, found {found}"
+        metrics["staleness"] = float(step - version)
+        sequences, skipped = training_sequences(groups, self._config)
+        metrics["skipped_prompts"] = float(skipped)
+        if self._ledger is not None:
+            self._ledger.append(row for group in groups for row in ledger_rows(group))
+        return StepData(sequences, len(groups), metrics)
+
+    def close(self) -> None:
+        """Stops the helper thread; what was under way is dropped."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _prompts_of(self, step: int) -> list[Prompt]:
+        return [self._prompts[i] for i in self._order.at(step, self._config.data.prompts_per_step)]
+
+    def _groups(self, step: int, prompts: list[Prompt], ticket: Ticket) -> tuple[list[RolloutGroup], Usage]:
+        completions, usage = self._pool.gather(ticket)
+        return score_groups(step, prompts, completions, self._reward), usage
+
+
+def score_groups(step: int, prompts: Many[Prompt], completions: Many[Completion], reward: Reward) -> list[RolloutGroup]:
+    """Groups of consecutive completions (equally many a prompt, in prompt order) with their rewards."""
+    size = len(completions) // len(prompts)
+    items = [(prompts[place // size], completion.text) for place, completion in enumerate(completions)]
+    rollouts = [
+        Rollout(completion, score) for completion, score in zip(completions, reward.score(items), strict=True)
+    ]
+    return [
+        RolloutGroup(prompt, step, tuple(rollouts[place * size : (place + 1) * size]))
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def training_sequences(groups: Many[RolloutGroup], config: RunConfig) -> tuple[list[Sequence], int]:
+    """(sequences in prompt order, prompts without signal). DPO drops those prompts; GRPO keeps them at advantage 0,
+    since its KL term still sees them, and drops them where there is none."""
+    sequences: list[Sequence] = []
+    skipped, num_pairs = 0, 0
+    for group in groups:
+        if config.algorithm.loss == "dpo":
+            pair = random_pair(group, config.run.seed)
+            if pair is None:
+                skipped += 1
+                continue
+            sequences += [_sequence(group, rollout, 0.0, num_pairs, rollout is pair[0]) for rollout in pair]
+            num_pairs += 1
+            continue
+        advantages = grouped_advantages([rollout.score.value for rollout in group.rollouts])
+        without_signal = not any(advantages)
+        skipped += without_signal
+        if not without_signal or config.algorithm.kl_weight:
+            pairs = zip(group.rollouts, advantages, strict=True)
+            sequences += [_sequence(group, rollout, advantage, -1, False) for rollout, advantage in pairs]
+    return sequences, skipped
+
+
+def _sequence(group: RolloutGroup, rollout: Rollout, advantage: float, pair: int, chosen: bool) -> Sequence:
+    completion = rollout.completion
+    return Sequence(
+        group.prompt.token_ids, completion.token_ids, completion.log_probs, advantage=advantage, pair=pair, chosen=chosen
+    )
+
+
+def rollout_metrics(groups: Many[RolloutGroup], usage: Usage) -> dict[str, float]:
+    """What a person watches of a step's rollouts. The entropy is the mean of minus the log-prob of every sampled token,
+    an unbiased estimate of the next-token entropy at temperature 1."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    rewards = [rollout.score.value for rollout in rollouts]
+    by_outcome = {
+        right: [n for n, reward in zip(lengths, rewards, strict=True) if (reward > 0) is right] for right in (True, False)
+    }
+    statuses = [rollout.score.status for rollout in rollouts]
+    return {
+        "reward_mean": math.fsum(rewards) / len(rollouts),
+        "accuracy": sum(reward > 0 for reward in rewards) / len(rollouts),
+        "rollout_entropy": -math.fsum(p for r in rollouts for p in r.completion.log_probs) / sum(lengths),
+        "completion_tokens_mean": sum(lengths) / len(lengths),
+        "completion_tokens_max": float(max(lengths)),
+        "correct_tokens_mean": _mean(by_outcome[True]),
+        "incorrect_tokens_mean": _mean(by_outcome[False]),
+        "truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "reward_timeouts": float(statuses.count("timeout")),
+        "reward_failures": float(statuses.count("died") + statuses.count("unparsable")),
+        "generation_tokens": float(sum(lengths)),
+        "generation_seconds": usage.busy_seconds,
+    }
+
+
+def _mean(values: Many[int]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def ledger_rows(group: RolloutGroup) -> list[dict[str, object]]:
+    """One JSON row a rollout: what was asked, sampled and judged, and which weights sampled it."""
+    return [
+        {
+            "step": group.step,
+            "version": rollout.completion.version,
+            "prompt_id": group.prompt.id,
+            "sample_index": rollout.completion.sample_index,
+            "seed": rollout.completion.seed,
+            "reward": rollout.score.value,
+            "status": rollout.score.status,
+            "finish_reason": rollout.completion.finish_reason,
+            "text": rollout.completion.text,
+            "token_ids": list(rollout.completion.token_ids),
+            "log_probs": list(rollout.completion.log_probs),
+        }
+        for rollout in group.rollouts
+    ]

@@ -1,0 +1,110 @@
+"""The records that flow through the engine: a prompt becomes a group of rollouts, a group becomes training sequences,
+sequences are packed into microbatches. Nothing here computes; every record is frozen except the tensors' own contents.
+
+Worked example: prompt "3 + 4 = ?" with N = 2 samples. Rollout 0 says 7 (reward 1), rollout 1 says 8 (reward 0).
+DPO makes one pair = two `Sequence`s with `pair=0`, one `chosen`; GRPO makes two `Sequence`s with advantages +0.5, -0.5.
+
+Shape legend: T tokens of a packed row, B sequences of it, P pairs of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+IGNORED = -100  # target value of a position whose token no loss looks at
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem, tokenized once."""
+
+    id: str  # stable across runs: a digest of the problem's text, or the row's own id
+    token_ids: tuple[int, ...]  # the chat template applied, generation prompt included
+    problem: str  # the problem as the file gives it
+    answer: str  # gold answer
+    solution: str  # worked solution; empty where the file has none
+    source: str  # where the row says it comes from
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns for one request: sampled tokens of one version of the weights."""
+
+    prompt_id: str
+    sample_index: int  # 0 .. N-1 within the group
+    seed: int  # the sampling seed, a pure function of (run seed, step, prompt id, sample index)
+    version: int  # optimizer steps in the weights that sampled it
+    token_ids: tuple[int, ...]  # EOS included when it was sampled
+    log_probs: tuple[float, ...]  # of each sampled token, natural log, before temperature and top-p
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A reward with how it came about; anything but `ok` is counted and reported."""
+
+    value: float
+    status: Literal["ok", "timeout", "died", "unparsable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A completion and its reward."""
+
+    completion: Completion
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """All rollouts of one prompt at one step, ordered by sample index."""
+
+    prompt: Prompt
+    step: int  # the step that consumes it
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One training sequence: prompt and completion, with what its loss needs."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    rollout_log_probs: tuple[float, ...]  # one a completion token; empty for supervised data
+    advantage: float = 0.0
+    pair: int = -1  # index of its preference pair in the batch, -1 for none
+    chosen: bool = False  # of its pair
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and completion together."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(slots=True)
+class Microbatch:
+    """One packed row of sequences. Position t predicts `targets[t]`; only completion tokens are targets."""
+
+    token_ids: torch.Tensor  # [T] int64
+    targets: torch.Tensor  # [T] int64, IGNORED where nothing is learned
+    position_ids: torch.Tensor  # [T] int64, restarting at every sequence
+    cu_seqlens: torch.Tensor  # [B + 1] int32, row boundaries of the sequences
+    advantages: torch.Tensor  # [B] float32
+    rollout_log_probs: torch.Tensor  # [T] float32, 0 where the target is IGNORED
+    pairs: torch.Tensor  # [P, 2] int64, (chosen, rejected) as indices into the B sequences
+    reference_log_probs: torch.Tensor | None = None  # [T] float32, filled by Policy.score on the last stage
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one data-parallel rank trains on in one step; the counts are those of the whole step, over all ranks."""
+
+    step: int
+    microbatches: tuple[Microbatch, ...]
+    num_prompts: int  # all prompts of the step, skipped ones included
+    num_pairs: int
+    num_target_tokens: int

@@ -1,0 +1,309 @@
+"""What one trainer rank does from start to end: joins the others, builds its parts, runs the loop, and on rank 0 also
+owns the rollouts, the pool's handles, the records and the evaluation. It starts no process; cluster.py does.
+
+A run's events come out as an iterator of small dictionaries: {"kind": "step" | "evaluation" | "note" | "done", ...}.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from engine.config import RunConfig, dump_config
+from engine.errors import CheckpointError
+from engine.observe.sinks import JsonlLedger, MetricsWriter
+
+if TYPE_CHECKING:
+    from engine.checkpoint import Checkpoints
+    from engine.inference.pool import EngineHandle, Pool
+    from engine.megatron.policy import Policy
+    from engine.megatron.topology import Topology
+    from engine.rollouts import RolloutSource
+    from engine.types import Batch, Prompt
+
+Event = dict[str, Any]
+NUM_SAMPLES = 8  # held-out problems whose greedy answers are kept for people to read
+
+
+class TrainerRank:
+    """One trainer rank. Everything heavy is imported in here, on the thread that then calls megatron."""
+
+    def __init__(self, config_json: str, rank: int, host: str) -> None:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        import torch
+
+        torch.set_num_threads(1)
+        self._config = RunConfig.model_validate_json(config_json)
+        self._rank, self._host = rank, host
+        self._server: socket.socket | None = None
+
+    def serve(self) -> int:
+        """Opens the rendezvous of the trainer ranks on this rank's host; its port."""
+        from engine.bridge.channel import listen
+
+        self._server, port = listen(self._host)
+        return port
+
+    def train(self, port: int, engines: list[EngineHandle] | None, resume: bool) -> Iterator[Event]:
+        """Trains; `engines` are rank 0's. Every rank must be told to train with the same arguments otherwise."""
+        from engine import loop
+        from engine.algorithms.losses import make_objective
+        from engine.megatron.policy import Policy
+
+        config, topology = self._config, self._join(port)
+        policy = Policy(config, topology, make_objective(config.algorithm), config.model.path)
+        checkpoints = _checkpoints(config, topology)
+        start = _resume(config, checkpoints, policy) if resume else 0
+        desk = _Desk(config, engines, start) if engines is not None else None
+        publisher = _publisher(config, policy, topology, self._host, desk)
+        source = _Source(config, topology, desk.source if desk else None)
+
+        def checkpoint(step: int) -> None:
+            if _checkpoint_due(config, step):
+                checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config)
+
+        def evaluate(step: int) -> None:
+            if desk is not None:
+                desk.evaluate(step)
+
+        for record in loop.train(
+            config.schedule, policy, source, publisher, start=start, checkpoint=checkpoint, evaluate=evaluate
+        ):
+            for event in desk.finish_step(record) if desk else ():
+                yield event
+        for event in desk.finish() if desk else ():
+            yield event
+        topology.close()
+
+    def fine_tune(self, port: int) -> Iterator[Event]:
+        """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""
+        from engine import loop
+        from engine.algorithms.losses import NllObjective
+        from engine.llama.hf import write_hf_checkpoint
+        from engine.megatron.policy import Policy
+
+        config, topology = self._config, self._join(port)
+        policy = Policy(config, topology, NllObjective(), config.model.path)
+        source = _SupervisedSource(config, topology)
+        writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
+        for record in loop.fine_tune(policy, source, num_steps=config.run.steps):
+            if writer is not None:
+                writer.write(record)
+                yield {"kind": "step"} | record
+        weights = _weights(config, policy, topology)
+        if writer is None:
+            for _ in weights:
+                pass
+        else:
+            assert config.sft.checkpoint_out is not None
+            write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path)
+            writer.close()
+            yield {"kind": "done", "checkpoint": config.sft.checkpoint_out}
+        topology.close()
+
+    def _join(self, port: int) -> Topology:
+        from engine.bridge.channel import Rendezvous, join_store, serve_store
+        from engine.megatron.topology import open_topology
+
+        trainer = self._config.trainer
+        if self._server is not None:
+            store = serve_store(self._server, self._host, trainer.world_size, trainer.timeout_seconds)
+        else:
+            store = join_store(Rendezvous(self._host, port, trainer.world_size, trainer.timeout_seconds))
+        return open_topology(
+            trainer,
+            rank=self._rank,
+            world_size=trainer.world_size,
+            store=store,
+            timeout=timedelta(seconds=trainer.timeout_seconds),
+            seed=self._config.run.seed,
+        )
+
+
+class _Desk:
+    """What rank 0 alone has: the pool, the rollouts, the reward, the records."""
+
+    def __init__(self, config: RunConfig, engines: list[EngineHandle], start: int) -> None:
+        from engine.inference.pool import Pool
+        from engine.rewards.math import MathReward
+        from engine.rollouts import RolloutSource
+
+        self._config, directory = config, config.run_directory
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.toml").write_text(dump_config(config), encoding="utf-8")
+        self._metrics = MetricsWriter(directory)
+        self._evaluations = JsonlLedger(directory / "evaluations.jsonl")
+        self._samples = JsonlLedger(directory / "samples.jsonl")
+        self._ledger = JsonlLedger(directory / "rollouts.jsonl")
+        for rows in (self._metrics, self._evaluations, self._samples, self._ledger):
+            rows.truncate(start)
+        prompts = load_prompts(config, config.data.train)
+        self._held_out: tuple[Prompt, ...] = ()
+        self._events: list[Event] = []
+        self._note(f"{len(prompts.prompts)} prompts, {prompts.num_dropped} too long, {prompts.num_duplicates} twice")
+        if config.data.held_out is not None:
+            self._held_out = load_prompts(config, config.data.held_out).prompts
+        self._reward = MathReward(config.rewards)
+        self.pool: Pool = Pool(engines, config.inference.timeout_seconds)
+        self._versions = self.pool.describe()
+        self.source: RolloutSource = RolloutSource(config, prompts, self.pool, self._reward, self._ledger)
+
+    def evaluate(self, step: int) -> None:
+        """Held-out accuracy of the version just published, where it is due."""
+        every = self._config.evaluation.every
+        at_an_end = step in (0, self._config.run.steps)
+        if not self._held_out or not (at_an_end or (every != "ends" and step % every == 0)):
+            return
+        from engine.evaluation.accuracy import evaluate, greedy_samples
+
+        result = evaluate(self._config, self._held_out, self.pool, self._reward)
+        summary = {"step": step} | result.summary()
+        self._evaluations.append([summary | {"records": result.records}])
+        samples = greedy_samples(self._config, self._held_out[:NUM_SAMPLES], self.pool)
+        self._samples.append({"step": step} | sample for sample in samples)
+        self._events.append({"kind": "evaluation"} | summary)
+
+    def finish_step(self, record: dict[str, float]) -> list[Event]:
+        """Writes a step down; the events up to and including it."""
+        self._metrics.write(record)
+        return [*self._drain(), {"kind": "step"} | record]
+
+    def finish(self) -> list[Event]:
+        """Closes everything; the last events."""
+        self.source.close()
+        self._reward.close()
+        for sink in (self._metrics, self._evaluations, self._samples, self._ledger):
+            sink.close()
+        return [*self._drain(), {"kind": "done", "engine_versions": self._versions}]
+
+    def _note(self, text: str) -> None:
+        self._events.append({"kind": "note", "text": text})
+
+    def _drain(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
+class _Source:
+    """The loop's source on every rank: rank 0 asks its rollouts, the others receive their part."""
+
+    def __init__(self, config: RunConfig, topology: Topology, rollouts: RolloutSource | None) -> None:
+        self._config, self._topology, self._rollouts = config, topology, rollouts
+
+    def open(self, steps: range) -> None:
+        if self._rollouts is not None:
+            self._rollouts.open(steps)
+
+    def next(self, step: int) -> tuple[Batch, dict[str, float]]:
+        from engine.megatron.handout import hand_out
+
+        data = self._rollouts.next(step) if self._rollouts is not None else None
+        sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
+        batch = hand_out(sequences, num_prompts, step, self._config.trainer, self._topology)
+        return batch, metrics | {"target_tokens": float(batch.num_target_tokens)}
+
+
+class _SupervisedSource:
+    """Worked solutions in the seeded order; every rank reads the file and packs its own part."""
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        from engine.data.prompts import PromptOrder
+        from engine.data.supervised import supervised_sequence
+        from engine.data.templates import load_tokenizer
+
+        self._config, self._topology = config, topology
+        tokenizer = load_tokenizer(config.model.path)
+        prompts = load_prompts(config, config.data.train).prompts
+        self._sequences = [supervised_sequence(prompt, tokenizer) for prompt in prompts]
+        self._order = PromptOrder(len(prompts), config.run.seed)
+
+    def open(self, steps: range) -> None:
+        """Nothing to open."""
+
+    def next(self, step: int) -> tuple[Batch, dict[str, float]]:
+        from engine.megatron.packing import make_batches
+
+        sequences = [self._sequences[i] for i in self._order.at(step, self._config.sft.sequences_per_step)]
+        batches = make_batches(sequences, step=step, num_prompts=len(sequences), trainer=self._config.trainer)
+        batch = batches[self._topology.dp_rank]
+        return batch, {"target_tokens": float(batch.num_target_tokens)}
+
+
+class _Publisher:
+    """The bridge's publisher, saying what a sync cost in the loop's words."""
+
+    def __init__(self, publisher: Any) -> None:
+        self._publisher = publisher
+
+    def publish(self, version: int) -> dict[str, float]:
+        report = self._publisher.publish(version)
+        return {"sync_seconds": report.seconds, "sync_mebibytes": report.num_bytes / 2**20}
+
+
+def load_prompts(config: RunConfig, path: str) -> Any:
+    """The prompts of a file with the run's tokenizer and template (engine.data.prompts.PromptSet)."""
+    from engine.data.prompts import PromptSet
+    from engine.data.rows import load_rows
+    from engine.data.templates import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.path)
+    return PromptSet.from_rows(load_rows(path), tokenizer, config.data.template, config.data.max_prompt_tokens)
+
+
+def _plan(config: RunConfig, policy: Policy) -> Any:
+    from engine.llama.layout import export_plan
+
+    trainer, max_bytes = config.trainer, config.sync.bucket_mebibytes << 20
+    return export_plan(policy.shape, trainer.pipeline_parallel, trainer.virtual_pipeline, policy.dtype, max_bytes)
+
+
+def _publisher(config: RunConfig, policy: Policy, topology: Topology, host: str, desk: _Desk | None) -> _Publisher:
+    from engine.bridge.publish import Publisher
+
+    return _Publisher(
+        Publisher(
+            policy,
+            topology,
+            _plan(config, policy),
+            policy.dtype,
+            host=host,
+            num_engines=config.inference.engines,
+            timeout_seconds=config.sync.timeout_seconds,
+            pool=desk.pool if desk else None,
+        )
+    )
+
+
+def _weights(config: RunConfig, policy: Policy, topology: Topology) -> Iterator[Any]:
+    from engine.bridge.publish import stream_to_first_rank
+
+    return stream_to_first_rank(policy, topology, _plan(config, policy), policy.dtype)
+
+
+def _checkpoints(config: RunConfig, topology: Topology) -> Checkpoints:
+    import torch.distributed as dist
+
+    from engine.checkpoint import Checkpoints
+
+    folder = config.run_directory / "checkpoints"
+    return Checkpoints(folder, rank=topology.rank, world_size=topology.world_size, barrier=dist.barrier)
+
+
+def _checkpoint_due(config: RunConfig, step: int) -> bool:
+    every = config.checkpoint.every
+    return step == config.run.steps or (every != "end" and step % every == 0)
+
+
+def _resume(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> int:
+    """Loads the newest checkpoint into the policy; the step to go on with."""
+    step, state = checkpoints.load(config)
+    if step < config.run.steps and not config.schedule.opens(step):
+        raise CheckpointError(
+            f"the checkpoint of step {step} ends a run between two weight syncs; found run.steps = {config.run.steps}: "
+            f"only a checkpoint at a multiple of sync.sync_interval can be continued"
+        )
+    policy.load_state(state)
+    return step

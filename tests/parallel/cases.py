@@ -1,0 +1,144 @@
+"""What the ranks of the pool are asked to do; each case runs on every rank and returns something JSON can say. The
+comparisons are made in the tests, in one process, from the files that the cases leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from engine.algorithms.losses import DpoObjective, GrpoObjective, NllObjective, Objective
+from engine.config import RunConfig
+from engine.errors import NumericsError
+from engine.llama.layout import export_plan
+from engine.megatron.policy import Policy
+from engine.megatron.topology import Topology, open_topology
+from engine.types import Batch, Microbatch
+from tests.parallel.material import batch_of, run_config
+
+Case = Callable[..., Any]
+TIMEOUT = timedelta(seconds=60)
+
+
+def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    """Opens this rank's topology, runs a case of this file and leaves torch.distributed again."""
+    cases: dict[str, Case] = {"train": train, "resume": resume, "infinite": infinite}
+    config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
+    store = dist.FileStore(place["store"], place["world_size"])
+    rank, world_size = place["rank"], place["world_size"]
+    topology = open_topology(config.trainer, rank=rank, world_size=world_size, store=store, timeout=TIMEOUT)
+    try:
+        return cases[name](config, topology, **arguments)
+    finally:
+        topology.close()
+
+
+def objective_of(name: str, config: RunConfig) -> Objective:
+    """The objective under test by its short name."""
+    if name == "nll":
+        return NllObjective()
+    return DpoObjective(config.algorithm) if name == "dpo" else GrpoObjective(config.algorithm)
+
+
+def full_tensors(policy: Policy, prefix: str) -> dict[str, torch.Tensor]:
+    """This leader's Hugging Face tensors of what the policy now serves, in small buckets; empty off the leaders."""
+    topology = policy.topology
+    plan = export_plan(policy.shape, topology.pp_size, topology.vpp_size, policy.dtype, 20_000)
+    gathered = [policy.gather(bucket) for bucket in plan]
+    return {prefix + name: value for bucket in gathered if bucket is not None for name, value in bucket}
+
+
+def logits(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
+    """Full-vocabulary logits [T, V] by microbatch on the last stage's first tensor rank."""
+    topology = policy.topology
+
+    def collect(local: torch.Tensor, _: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+        return local.sum(), local.detach().clone()
+
+    with torch.no_grad():
+        rows = policy.run(batch, collect, forward_only=True)
+    full = {}
+    for index, row in enumerate(rows):
+        shards = [torch.empty_like(row) for _ in range(topology.tp_size)]
+        dist.all_gather(shards, row, group=topology.tp_group)
+        full[f"logits.{index}"] = torch.cat(shards, 1)[:, : policy.shape.vocab_size].contiguous()
+    return full if topology.tp_rank == 0 and topology.dp_rank == 0 else {}
+
+
+def train(
+    config: RunConfig, topology: Topology, checkpoint: str, objective: str, output: str
+) -> list[dict[str, float]]:
+    """Three steps; leaders write logits before them, gradients of each and weights after. Returns the metrics."""
+    policy = Policy(config, topology, objective_of(objective, config), checkpoint)
+    kept: dict[str, torch.Tensor] = {}
+    metrics = []
+    for step in range(3):
+        batch = batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)
+        if step == 0:
+            kept |= logits(policy, batch)
+        metrics.append(policy.train_step(policy.score(batch)))
+        if not config.trainer.distributed_optimizer:  # it leaves every rank with a part of the gradient
+            gradients: Any = {name: parameter.main_grad for name, parameter in policy.parameters.items()}  # type: ignore[attr-defined]
+            with policy.serving(gradients):
+                kept |= full_tensors(policy, f"gradient.{step}.")
+    kept |= full_tensors(policy, "weight.")
+    if kept:
+        whole = {name: value.contiguous() for name, value in kept.items()}
+        save_file(whole, Path(output) / f"{topology.rank}.safetensors")
+    return metrics
+
+
+def resume(config: RunConfig, topology: Topology, checkpoint: str, output: str) -> dict[str, bool]:
+    """Three steps in one go, and the last two again by a second policy from the first one's state on disk."""
+
+    def steps(policy: Policy, which: range) -> list[dict[str, float]]:
+        batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in which]
+        return [policy.train_step(policy.score(batch)) for batch in batches]
+
+    file = Path(output) / f"state.{topology.rank}.safetensors"
+    first = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    save_file(first.state(), file)
+    untrained = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    untrained.load_state(load_file(file))
+    steps(first, range(1))
+    first.refresh_reference()
+    save_file(first.state(), file)
+    whole = steps(first, range(1, 3))
+    second = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    second.load_state(load_file(file))
+    again = steps(second, range(1, 3))
+    ours, theirs = first.state(), second.state()
+    return {
+        "metrics": whole == again,
+        "keys": list(ours) == list(theirs),
+        "tensors": all(torch.equal(ours[name], theirs[name]) for name in ours),
+        "from_start": steps(untrained, range(1)) == steps_of_seed(config, topology, checkpoint),
+    }
+
+
+def steps_of_seed(config: RunConfig, topology: Topology, checkpoint: str) -> list[dict[str, float]]:
+    """The first step of a policy that was never saved."""
+    policy = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    batch = batch_of(0, policy.shape.vocab_size, config.trainer, topology.dp_rank)
+    return [policy.train_step(policy.score(batch))]
+
+
+def infinite(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+    """One GRPO step where a single advantage of a single rank is infinite."""
+    policy = Policy(config, topology, GrpoObjective(config.algorithm), checkpoint)
+    batch = batch_of(7, policy.shape.vocab_size, config.trainer, topology.dp_rank)
+    if topology.dp_rank == topology.dp_size - 1:
+        batch.microbatches[0].advantages[0] = float("inf")
+    before = policy.state()
+    try:
+        policy.train_step(policy.score(batch))
+    except NumericsError as error:
+        after = policy.state()
+        return {"message": str(error), "untouched": all(torch.equal(before[name], after[name]) for name in before)}
+    return {"message": "", "untouched": False}

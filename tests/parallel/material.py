@@ -1,0 +1,49 @@
+"""The configuration and the batches every case trains on, made alike in the ranks and in the tests. No megatron."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from engine.config import RunConfig, Trainer
+from engine.megatron.packing import make_batches
+from engine.types import Batch, Sequence
+
+
+def run_config(trainer: dict[str, Any], options: dict[str, Any]) -> RunConfig:
+    """A run of 3 steps with a learning rate large enough to see, and no clipping, so that gradients stay readable."""
+    tree: dict[str, Any] = {
+        "run": {"directory": "unused", "steps": 3},
+        "model": {"path": "unused"},
+        "data": {"train": "unused", "max_prompt_tokens": 8},
+        "sampling": {"max_tokens": 24},
+        "algorithm": {"nll_weight": 0.1},
+        "optimizer": {"learning_rate": 3e-3, "eps": 1e-4, "clip_norm": 1e9, "warmup_steps": 2},
+        "trainer": {"microbatch_tokens": 64, **trainer},
+    }
+    for section, values in options.items():
+        tree[section] = tree.get(section, {}) | values
+    return RunConfig.model_validate(tree)
+
+
+def sequences(step: int, vocab_size: int) -> list[Sequence]:
+    """Four pairs of different lengths with made-up advantages; 5 or so rows of 64 tokens, on 2 ranks 2 or 3 each."""
+    draw = random.Random(step)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(vocab_size) for _ in range(count))
+
+    made = []
+    for pair in range(4):
+        prompt = tokens(draw.randint(1, 8))
+        for chosen in (True, False):
+            completion = tokens(draw.randint(1, 24))
+            log_probs = tuple(-4.0 - draw.random() for _ in completion)
+            made.append(Sequence(prompt, completion, log_probs, draw.uniform(-1, 1), pair, chosen))
+    return made
+
+
+def batch_of(step: int, vocab_size: int, trainer: Trainer, dp_rank: int) -> Batch:
+    """This data-parallel rank's part of a step."""
+    made = sequences(step, vocab_size)
+    return make_batches(made, step=step, num_prompts=5, trainer=trainer)[dp_rank]

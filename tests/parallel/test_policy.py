@@ -1,0 +1,191 @@
+"""Every layout against one rank and against transformers: logits, losses, gradients, weights; resume; bad numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from engine.llama.hf import HfCheckpoint
+from engine.types import IGNORED
+from tests.parallel import material
+from tests.parallel.pool import WorkerPool
+
+LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: checkpoint, objective, trainer options
+    "tp2": ("plain", "dpo", {"tensor_parallel": 2}),
+    "tp2_sequence_parallel_recompute": (
+        "plain",
+        "dpo",
+        {"tensor_parallel": 2, "sequence_parallel": True, "recompute": True},
+    ),
+    "tp2_odd_vocabulary": ("odd", "nll", {"tensor_parallel": 2}),
+    "tp2_tied": ("tied", "nll", {"tensor_parallel": 2}),
+    "pp2": ("plain", "dpo", {"pipeline_parallel": 2}),
+    "pp2_tied": ("tied", "nll", {"pipeline_parallel": 2}),
+    "pp2_virtual2": ("plain", "dpo", {"pipeline_parallel": 2, "virtual_pipeline": 2}),
+    "dp2": ("plain", "dpo", {"data_parallel": 2}),
+    "dp2_distributed_optimizer": ("plain", "dpo", {"data_parallel": 2, "distributed_optimizer": True}),
+    "tp2_pp2": ("odd", "nll", {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    "tp2_pp2_tied_sequence_parallel": (
+        "tied",
+        "nll",
+        {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True},
+    ),
+    "tp2_dp2_distributed_optimizer": (
+        "plain",
+        "dpo",
+        {"tensor_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
+    ),
+    "pp2_dp2_distributed_optimizer": (
+        "tied",
+        "nll",
+        {"pipeline_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
+    ),
+}
+Checkpoint = Callable[[str], Path]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What three steps of the case `train` left behind."""
+
+    metrics: list[list[dict[str, float]]]  # by rank, by step
+    tensors: dict[str, torch.Tensor]  # of all leaders
+
+    def select(self, *prefixes: str) -> dict[str, torch.Tensor]:
+        """Tensors whose names start with one of the prefixes."""
+        return {key: value for key, value in self.tensors.items() if key.startswith(prefixes)}
+
+
+Train = Callable[[str, str, dict[str, Any]], Trained]
+
+
+@pytest.fixture(scope="module")
+def train(pool: WorkerPool, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Runs the case `train` once per checkpoint, objective and layout."""
+    made: dict[str, Trained] = {}
+
+    def run(variant: str, objective: str, trainer: dict[str, Any]) -> Trained:
+        key = json.dumps([variant, objective, trainer])
+        if key not in made:
+            size = math.prod(trainer.get(f"{axis}_parallel", 1) for axis in ("tensor", "pipeline", "data"))
+            output = tmp_path_factory.mktemp("train")
+            where = {"checkpoint": str(checkpoint(variant)), "output": str(output)}
+            metrics = pool.run("train", size, trainer=trainer, objective=objective, **where)
+            tensors: dict[str, torch.Tensor] = {}
+            for file in output.glob("*.safetensors"):
+                tensors |= load_file(file)
+            made[key] = Trained(metrics, tensors)
+        return made[key]
+
+    return run
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest absolute difference over tensors of the same names."""
+    assert found.keys() == expected.keys()
+    return max(float((found[key] - expected[key]).abs().max()) for key in expected)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_rank(name: str, train: Train) -> None:
+    """Three optimizer steps: metrics equal on all ranks; losses and gradients within 1e-5 of one rank, weights 2e-5."""
+    variant, objective, trainer = LAYOUTS[name]
+    found, expected = train(variant, objective, trainer), train(variant, objective, {})
+    assert all(metrics == found.metrics[0] for metrics in found.metrics)
+    for step, wanted in zip(found.metrics[0], expected.metrics[0], strict=True):
+        for key in wanted.keys() - {"num_tokens"}:  # padding differs with the layout
+            assert step[key] == pytest.approx(wanted[key], abs=1e-5, rel=1e-5), key
+    if not trainer.get("distributed_optimizer"):  # there no rank has whole gradients
+        assert worst(found.select("gradient."), expected.select("gradient.")) <= 1e-5
+    assert worst(found.select("weight."), expected.select("weight.")) <= 2e-5
+
+
+@pytest.mark.parametrize("name", ["one_rank", *(n for n in LAYOUTS if "dp2" not in n)])
+def test_logits_equal_transformers(name: str, train: Train, checkpoint: Checkpoint) -> None:
+    """Packed rows through every layout against LlamaForCausalLM on each sequence alone, within 1e-4 in fp32."""
+    variant, objective, trainer = LAYOUTS.get(name, ("odd", "nll", {}))
+    found = train(variant, objective, trainer)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(variant)).eval()
+    batch = material.batch_of(0, model.config.vocab_size, material.run_config(trainer, {}).trainer, 0)
+    for index, row in enumerate(batch.microbatches):
+        for start, end in pairwise(row.cu_seqlens.tolist()):
+            with torch.no_grad():
+                wanted = model(row.token_ids[None, start:end]).logits[0]
+            assert (found.tensors[f"logits.{index}"][start:end] - wanted).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("variant", ["odd", "tied"])
+def test_one_rank_equals_transformers_and_adamw(variant: str, train: Train, checkpoint: Checkpoint) -> None:
+    """The anchor of all layouts: three NLL steps of LlamaForCausalLM with torch's AdamW, warm-up and decay groups."""
+    found = train(variant, "nll", {})
+    config = material.run_config({}, {})
+    options = config.optimizer
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(variant))
+    decayed = [{"params": [p for p in model.parameters() if (p.ndim > 1) is wide]} for wide in (True, False)]
+    adamw = torch.optim.AdamW(decayed, betas=(options.beta1, options.beta2), eps=options.eps)
+    for step, metrics in enumerate(found.metrics[0]):
+        batch = material.batch_of(step, model.config.vocab_size, config.trainer, 0)
+        adamw.zero_grad()
+        loss = torch.zeros(())
+        for row in batch.microbatches:
+            for start, end in pairwise(row.cu_seqlens.tolist()):
+                logits = model(row.token_ids[None, start:end]).logits[0]
+                loss = loss + F.cross_entropy(logits, row.targets[start:end], ignore_index=IGNORED, reduction="sum")
+        (loss / batch.num_target_tokens).backward()
+        assert metrics["loss"] == pytest.approx(float(loss) / batch.num_target_tokens, abs=1e-5)
+        gradients = {f"gradient.{step}.{name}": p.grad for name, p in model.named_parameters()}
+        assert worst(found.select(f"gradient.{step}."), gradients) <= 1e-5
+        for group, decay in zip(adamw.param_groups, (options.weight_decay, 0.0), strict=True):
+            group["weight_decay"] = decay
+            group["lr"] = metrics["learning_rate"]
+        assert metrics["learning_rate"] == pytest.approx(options.learning_rate * min(1.0, (step + 1) / 2))
+        adamw.step()
+    assert worst(found.select("weight."), {f"weight.{n}": p.detach() for n, p in model.named_parameters()}) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [
+        ({"tensor_parallel": 2}, {}),
+        ({"data_parallel": 2, "distributed_optimizer": True}, {}),
+        ({"data_parallel": 2, "distributed_optimizer": True}, {"model": {"dtype": "bfloat16"}}),
+        ({"tensor_parallel": 2}, {"model": {"dtype": "bfloat16"}}),
+        ({"pipeline_parallel": 2, "virtual_pipeline": 2}, {}),
+    ],
+    ids=["tp2", "dp2_distributed", "dp2_distributed_bf16", "tp2_bf16", "pp2_virtual2"],
+)
+def test_resumed_policy_continues_bit_for_bit(
+    trainer: dict[str, Any], options: dict[str, Any], pool: WorkerPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """State through a safetensors file into a fresh policy, before the first step and after it, reference moved."""
+    where = {"checkpoint": str(checkpoint("plain")), "output": str(tmp_path)}
+    for rank in pool.run("resume", 2, trainer=trainer, options=options, **where):
+        assert rank == {"metrics": True, "keys": True, "tensors": True, "from_start": True}
+
+
+@pytest.mark.parametrize("trainer", [{"data_parallel": 2}, {"tensor_parallel": 2}, {"pipeline_parallel": 2}])
+def test_infinite_advantage_stops_every_rank(trainer: dict[str, Any], pool: WorkerPool, checkpoint: Checkpoint) -> None:
+    """One infinite advantage on one rank: NumericsError names the step on every rank, no weight has moved."""
+    for rank in pool.run("infinite", 2, trainer=trainer, checkpoint=str(checkpoint("plain"))):
+        assert rank["message"].startswith("step 7: the loss must be finite")
+        assert rank["untouched"]
+
+
+def test_export_is_the_checkpoint(train: Train, checkpoint: Checkpoint) -> None:
+    """Names and shapes gathered after training are exactly those of the Hugging Face folder, odd vocabulary, TP 2."""
+    source = HfCheckpoint(checkpoint("odd"))
+    found = train("odd", "nll", {"tensor_parallel": 2}).select("weight.")
+    assert {name: value.shape for name, value in found.items()} == {
+        f"weight.{name}": source.tensor(name).shape for name in source.names()
+    }

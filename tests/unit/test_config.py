@@ -1,0 +1,236 @@
+"""Configuration: a user's mistake is one sentence with key, rule, value and fix; what is loaded can be dumped and
+loaded again; and the list of options is a reviewed file, so that none appears unnoticed.
+
+`python tests/unit/test_config.py` writes that file anew.
+"""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from engine.config import RunConfig, _broken_rules, dump_config, load_config
+from engine.errors import ConfigError
+
+OPTIONS_FILE = Path(__file__).with_name("options.txt")
+MAX_OPTIONS = 85
+
+REQUIRED = """
+[run]
+directory = "runs/a"
+steps = 20
+[model]
+path = "seed"
+[data]
+train = "train.jsonl"
+[trainer]
+microbatch_tokens = 8192
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(REQUIRED, encoding="utf-8")
+    return path
+
+
+def complaint(path, *overrides):
+    """The one sentence that loading ends with."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert caught.value.exit_code == 2
+    return sentence
+
+
+def options() -> list[str]:
+    """Every option with its default, one line each, in the order of the tree."""
+    lines = []
+    for name, section in RunConfig.model_fields.items():
+        assert section.annotation is not None
+        for key, field in section.annotation.model_fields.items():
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            lines.append(f"{name}.{key}: {default}")
+    return lines
+
+
+def test_the_options_are_the_reviewed_ones():
+    reviewed = OPTIONS_FILE.read_text("utf-8").splitlines()
+    assert options() == reviewed, "if meant so, run `python tests/unit/test_config.py` and have the difference reviewed"
+    assert len(reviewed) <= MAX_OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("sync.sync_intervall=1", ("sync.sync_intervall is not an option", "found 1", "sync_interval, ")),
+        ("synch.sync_interval=1", ("synch is not an option", "found {'sync_interval': 1}", "sync, ")),
+        ("sync.sync_interval=0", ("sync.sync_interval: ", "greater than 0", "'never'", "found 0", "1 online")),
+        ("sync.sync_interval=1.5", ("sync.sync_interval: ", "integer", "'never'", "found 1.5")),
+        ("run.steps=true", ("run.steps: ", "integer", "found True", "optimizer steps")),
+        ("run.seed=-1", ("run.seed: ", "greater than or equal to 0", "found -1")),
+        ("trainer.sequence_parallel=1", ("trainer.sequence_parallel: ", "boolean", "found 1")),
+        ("algorithm.loss=ppo", ("algorithm.loss: ", "'dpo' or 'grpo'", "found 'ppo'")),
+        ("algorithm.samples_per_prompt=1", ("algorithm.samples_per_prompt: ", "equal to 2", "found 1")),
+        ("optimizer.learning_rate=inf", ("optimizer.learning_rate: ", "finite", "found inf")),
+        ("optimizer.learning_rate=fast", ("optimizer.learning_rate: ", "number", "found 'fast'")),
+        ("evaluation.top_p=1.5", ("evaluation.top_p: ", "less than or equal to 1", "found 1.5")),
+        ("evaluation.max_problems=0", ("evaluation.max_problems: ", "greater than 0", "found 0")),
+        ("model.path=3", ("model.path: ", "string", "found 3", "folder")),
+        ("run.steps", ("'run.steps'", "section.key=value")),
+        ("model=3", ("'model=3'", "section.key=value")),
+        ("run.steps.more=3", ("'run.steps.more=3'", "section.key=value")),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_with_key_rule_and_value(path, override, parts):
+    sentence = complaint(path, override)
+    for part in parts:
+        assert part in sentence
+
+
+# overrides that break one rule; then the two options or the option it names, the value found, the fix
+COMBINATIONS = [
+    (["sync.sync_interval=4", "checkpoint.every=10"], "checkpoint.every", "sync.sync_interval", "10 and 4", "use 8"),
+    (["sync.sync_interval=4", "checkpoint.every=3"], "checkpoint.every", "sync.sync_interval", "3 and 4", "use 4"),
+    (["sync.sync_interval=4", "evaluation.every=6"], "evaluation.every", "sync.sync_interval", "6 and 4", "'ends'"),
+    (["sync.sync_interval=never", "evaluation.every=6"], "evaluation.every", "sync.sync_interval", "'never'", "'ends'"),
+    (["trainer.sequence_parallel=true"], "trainer.sequence_parallel", "trainer.tensor_parallel", "found 1", "false"),
+    (["trainer.virtual_pipeline=2"], "trainer.virtual_pipeline", "trainer.pipeline_parallel", "found 2", "set it to 1"),
+    (["data.template=Solve it"], "data.template", "'figure4'", "found 'Solve it'", "add {problem}"),
+    (["sampling.max_tokens=4000"], "data.max_prompt_tokens", "inference.max_model_tokens", "1024 + 4000", "5024"),
+    (["trainer.microbatch_tokens=6143"], "trainer.microbatch_tokens", "a pair", "6143 < 6144", "raise it"),
+    (
+        ["trainer.microbatch_tokens=3071", "algorithm.loss=grpo"],
+        *("trainer.microbatch_tokens", "one sequence", "3071 < 3072", "raise it"),
+    ),
+    (
+        ["algorithm.loss=grpo", "algorithm.reduction=pairs"],
+        *("algorithm.reduction = 'pairs'", "algorithm.loss", "found 'grpo'", "use 'prompts'"),
+    ),
+    (
+        ["algorithm.loss=grpo", "algorithm.nll_weight=1.0"],
+        *("algorithm.nll_weight", "'grpo'", "found 1.0", "set it to 0"),
+    ),
+    (
+        ["algorithm.loss=grpo", "algorithm.kl_weight=0.0", "sync.reference=follow"],
+        *("sync.reference", "algorithm.kl_weight = 0", "found 'follow'", "set sync.reference = 'never'"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "beside", "found", "fix"), COMBINATIONS)
+def test_an_impossible_combination_names_both_options_the_values_and_the_fix(path, overrides, key, beside, found, fix):
+    sentence = complaint(path, *overrides)
+    assert sentence.startswith(key)
+    assert beside in sentence
+    assert found in sentence
+    assert fix in sentence[sentence.rindex(": ") :]
+
+
+def test_every_rule_on_combinations_has_a_case():
+    named = {case[1].split(" ")[0] for case in COMBINATIONS}
+    num_rules = inspect.getsource(_broken_rules).count("broken.append(")
+    assert len(named) == num_rules, "each rule of _broken_rules names another option first"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sync.sync_interval=4", "checkpoint.every=8", "evaluation.every=12"],
+        ["sync.sync_interval=never", "checkpoint.every=7"],
+        ["trainer.sequence_parallel=true", "trainer.tensor_parallel=2"],
+        ["trainer.virtual_pipeline=2", "trainer.pipeline_parallel=2"],
+        ["data.template=Solve {problem}"],
+        ["trainer.microbatch_tokens=3072", "algorithm.loss=grpo", "algorithm.reduction=tokens"],
+    ],
+)
+def test_what_is_possible_is_accepted(path, overrides):
+    load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ("section [run] is required",)),
+        ("[run]\ndirectory = 'a'\n", ("run.steps is required", "set it")),
+        ("run = 3\n", ("run: ", "found 3")),
+        ("[run\n", ("run.toml is not TOML", "line 1")),
+        ("x = '\udce9'", ("run.toml is not TOML",)),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(path, text, parts):
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    sentence = complaint(path)
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    for path in (tmp_path / "absent.toml", tmp_path):
+        assert str(path) in complaint(path)
+
+
+def test_overrides_win_in_order_and_keep_their_types(path):
+    overrides = ["run.steps=5", "run.steps = 7", "run.directory=my runs/b", "optimizer.learning_rate=1e-5"]
+    config = load_config(path, [*overrides, "sync.sync_interval=never", "trainer.recompute=true"])
+    assert (config.run.steps, config.run.directory) == (7, "my runs/b")
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.sync.sync_interval == "never"
+    assert config.trainer.recompute is True
+
+
+def test_an_override_may_not_turn_a_value_into_a_section(path):
+    path.write_text("run = 3\n", encoding="utf-8")
+    assert "run is not a section" in complaint(path, "run.steps=3")
+
+
+def test_nothing_changes_after_loading(path):
+    config = load_config(path)
+    with pytest.raises(ValidationError):
+        config.run.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["sync.sync_interval=never", "sync.reference=follow", "checkpoint.every=3"],
+        ["sync.sync_interval=4", "sync.reference=8", "evaluation.max_problems=5", "data.held_out=test.jsonl"],
+    ],
+)
+def test_what_is_dumped_loads_to_an_equal_configuration(path, tmp_path, overrides):
+    config = load_config(path, overrides)
+    dumped = tmp_path / "resolved.toml"
+    dumped.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(dumped) == config
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(1e-300, 1e300))
+def test_any_text_and_any_number_survive_the_dump(tmp_path_factory, text, number):
+    path = tmp_path_factory.mktemp("dump") / "run.toml"
+    path.write_text(REQUIRED, encoding="utf-8")
+    loaded = load_config(path).model_dump()
+    loaded["data"]["template"] = text + "{problem}"
+    loaded["optimizer"]["learning_rate"] = number
+    config = RunConfig.model_validate(loaded)
+    path.write_bytes(dump_config(config).encode("utf-8"))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "interval", "chunk"),
+    [([], 1, 16), (["sync.sync_interval=never", "checkpoint.every=6"], "never", 6)],
+)
+def test_the_schedule_follows_the_options(path, overrides, interval, chunk):
+    schedule = load_config(path, overrides).schedule
+    assert (schedule.sync_interval, schedule.offline_chunk, schedule.num_steps) == (interval, chunk, 20)
+
+
+if __name__ == "__main__":
+    OPTIONS_FILE.write_text("\n".join(options()) + "\n", encoding="utf-8")
+    print(f"wrote {len(options())} options to {OPTIONS_FILE}")

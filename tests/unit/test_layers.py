@@ -1,0 +1,181 @@
+"""The shape of the house: imports point one way, heavy libraries stay in their rooms, and every file keeps the rules
+(one opening paragraph, sizes, no broad except, no guarded import, no global, nothing evaluated or unpickled).
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE = ROOT / "engine"
+
+# From the ground up. A room (a folder or a module of engine/) imports its own layer and those above it in this list.
+LAYERS = (
+    ("types", "config", "schedule", "errors", "seeds"),
+    ("data", "rewards", "algorithms", "ops", "llama", "observe"),
+    ("megatron", "inference", "bridge", "checkpoint", "evaluation"),
+    ("loop", "rollouts", "planner"),
+    ("cluster", "worker", "cli", "doctor"),
+)
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+
+# Library -> the only places under engine/ that may import it, at the top of a file or inside a function.
+HEAVY = {
+    "ray": ("cluster.py",),
+    "vllm": ("inference/", "bridge/receive.py"),
+    "megatron": ("megatron/",),
+    "transformer_engine": ("megatron/",),
+    "math_verify": ("rewards/",),
+    "transformers": ("data/", "inference/"),
+    "tensorboard": ("observe/",),
+}
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+FORBIDDEN_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "cloudpickle.load", "cloudpickle.loads", "torch.load"}
+BROAD = {"Exception", "BaseException"}
+GUARDS = {"ImportError", "ModuleNotFoundError", *BROAD}
+
+
+def sources() -> dict[str, ast.Module]:
+    """Every Python file of engine/, by its path below it."""
+    return {str(path.relative_to(ENGINE)): ast.parse(path.read_text("utf-8")) for path in sorted(ENGINE.rglob("*.py"))}
+
+
+SOURCES = sources()
+BELOW_THE_TOP = [path for path in SOURCES if path != "__init__.py"]
+
+
+def room_of(path: str) -> str:
+    return path.split("/")[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything a file imports, wherever in it; `from a import b` gives a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def rooms_imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for line, name in imported(tree):
+        package, _, rest = name.partition(".")
+        if package == "engine" and rest:
+            yield line, rest.split(".")[0]
+
+
+def faults(tree: ast.Module, num_lines: int) -> list[str]:
+    """Where a file leaves the rules of the house, one phrase each."""
+    found = []
+    if num_lines > MAX_FILE_LINES:
+        found.append(f"file of {num_lines} lines (over {MAX_FILE_LINES})")
+    if tree.body and ast.get_docstring(tree) is None:
+        found.append("no opening paragraph")
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or line) - line + 1
+            if length > MAX_FUNCTION_LINES:
+                found.append(f"line {line}: {node.name} has {length} lines (over {MAX_FUNCTION_LINES})")
+        elif isinstance(node, ast.Global):
+            found.append(f"line {line}: global {', '.join(node.names)}")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in FORBIDDEN_CALLS:
+            found.append(f"line {line}: {ast.unparse(node.func)}(...)")
+        elif isinstance(node, ast.Try):
+            guards = any(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in node.body)
+            if guards and any(caught(handler) & GUARDS for handler in node.handlers):
+                found.append(f"line {line}: guarded import")
+        elif isinstance(node, ast.ExceptHandler):
+            raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+            if caught(node) & BROAD and not raises:
+                found.append(f"line {line}: broad except that does not raise")
+    return found
+
+
+def caught(handler: ast.ExceptHandler) -> set[str]:
+    """Names of the exceptions a handler takes; a bare one takes BaseException."""
+    if handler.type is None:
+        return {"BaseException"}
+    return {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)}
+
+
+@pytest.mark.parametrize("path", BELOW_THE_TOP)
+def test_every_room_has_a_layer_and_imports_only_downwards(path):
+    room = room_of(path)
+    assert room in LEVEL, f"engine/{path}: room {room!r} is in no layer: give it one in LAYERS"
+    for line, target in rooms_imported(SOURCES[path]):
+        assert target in LEVEL, f"engine/{path}:{line} imports engine.{target}, which is in no layer"
+        assert LEVEL[target] <= LEVEL[room], f"engine/{path}:{line} imports upwards: {room} -> {target}"
+
+
+def test_rooms_of_one_layer_do_not_import_each_other_in_a_circle():
+    edges: dict[str, set[str]] = {room: set() for room in LEVEL}
+    for path in BELOW_THE_TOP:
+        edges[room_of(path)] |= {target for _, target in rooms_imported(SOURCES[path])} - {room_of(path)}
+    while leaves := [room for room, targets in edges.items() if not targets & edges.keys()]:
+        for room in leaves:
+            del edges[room]
+    assert not edges, f"a circle among {sorted(edges)}"
+
+
+@pytest.mark.parametrize("path", BELOW_THE_TOP)
+def test_heavy_libraries_stay_in_their_rooms(path):
+    for line, name in imported(SOURCES[path]):
+        homes = HEAVY.get(name.split(".")[0])
+        assert homes is None or path.startswith(homes), f"engine/{path}:{line} imports {name}; its place is {homes}"
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_rules_of_the_house(path):
+    num_lines = len((ENGINE / path).read_text("utf-8").splitlines())
+    assert faults(SOURCES[path], num_lines) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("x = 1", "no opening paragraph"),
+        ("'''Room.'''\ndef f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
+        ("'''Room.'''\n" + "x = 1\n" * 400, "file of 401 lines"),
+        ("'''Room.'''\ndef f():\n    global x", "global x"),
+        ("'''Room.'''\neval('1')", "eval(...)"),
+        ("'''Room.'''\nimport torch\ntorch.load('x')", "torch.load(...)"),
+        ("'''Room.'''\ntry:\n    import ray\nexcept ImportError:\n    ray = None", "guarded import"),
+        ("'''Room.'''\ntry:\n    f()\nexcept (KeyError, Exception):\n    pass", "broad except"),
+        ("'''Room.'''\ntry:\n    f()\nexcept:\n    pass", "broad except"),
+    ],
+)
+def test_each_rule_finds_what_it_forbids(source, fault):
+    (found,) = faults(ast.parse(source), len(source.splitlines()))
+    assert fault in found
+
+
+def test_the_rules_leave_good_code_alone():
+    good = "'''Room.'''\ntry:\n    f()\nexcept Exception as error:\n    raise ValueError from error"
+    assert faults(ast.parse(good), 5) == []
+
+
+def modules_after(*names: str) -> set[str]:
+    """Top-level modules loaded in a fresh interpreter after importing `names`."""
+    code = f"import sys\nimport {', '.join(names)}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_the_command_line_configuration_and_observation_need_no_torch():
+    """So that `semion check`, a refused option and --help answer within a second or so."""
+    names = ("engine.cli", "engine.config", "engine.schedule", "engine.observe.sinks", "engine.observe.progress")
+    assert not modules_after(*names) & {"torch", *HEAVY} - {"tensorboard"}
+
+
+def test_the_two_lowest_layers_drag_in_no_trainer_generator_or_cluster():
+    low = ["engine." + path.removesuffix(".py").replace("/", ".") for path in BELOW_THE_TOP if LEVEL[room_of(path)] < 2]
+    loaded = modules_after(*(name.removesuffix(".__init__") for name in low))
+    assert not loaded & {"megatron", "vllm", "ray", "transformer_engine"}

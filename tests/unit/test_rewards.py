@@ -1,0 +1,231 @@
+"""Covers engine/rewards: verdicts, hostile answers, the deaths of judging processes and of their workers, and an end
+that leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.config import Rewards
+from engine.errors import WatchdogError
+from engine.rewards import math as math_reward
+from engine.rewards.base import Reward
+from engine.rewards.frames import read_frame, write_frame
+from engine.rewards.math import MathReward
+from engine.types import Prompt, Score
+
+RIGHT, WRONG = Score(1.0, "ok"), Score(0.0, "ok")
+DEADLINE_SECONDS = 1.0
+BOX = "\\boxed{%s}"
+HOSTILE = {
+    "tower of powers": BOX % "9^{9^{9^{9}}}",
+    "power of a power": BOX % "2^{2^{100000}}",
+    "tower without LaTeX": "the answer is 9^9^9^9",
+    "factorial": BOX % "1000000000!",
+    "factorials of factorials": BOX % "9!!!!!",
+    "binomial": BOX % r"\binom{1000000000}{500000000}",
+    "long sum": BOX % r"\sum_{i=1}^{1000000000} \frac{1}{i^2}",
+    "a million digits": BOX % ("9" * 1_000_000),
+    "deep parentheses": BOX % ("(" * 500 + "1" + ")" * 500),
+    "deep fractions": BOX % (r"\frac{1}{1+" * 200 + "1" + "}" * 200),
+    "deeper fractions": BOX % (r"\frac{1}{1+" * 2000 + "1" + "}" * 2000),
+    "large set": BOX % (r"\{" + ",".join(map(str, range(3000))) + r"\}"),
+    "union of intervals": BOX % r"\cup".join(f"({i},{i + 1})" for i in range(300)),
+    "many boxes": BOX % "1" * 100_000,
+    "open boxes": "\\boxed{" * 100_000,
+    "not text": "4\x00\udcff\u202e\U0001d7cf",
+    "nothing": "",
+}
+
+
+def prompt(answer: str) -> Prompt:
+    return Prompt("id", (1,), "problem", answer, "", "")
+
+
+def processes() -> list[psutil.Process]:
+    """Our workers and the children that judge for them."""
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    late_at = time.monotonic() + seconds
+    while not condition() and time.monotonic() < late_at:
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[MathReward]:
+    with MathReward(Rewards(workers=1, deadline_seconds=DEADLINE_SECONDS, memory_mebibytes=1024)) as made:
+        made.score([(prompt("1"), "1")])  # started
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "score"),
+    [
+        ("57", r"The final answer is $\boxed{57}$. I hope it is correct.", RIGHT),
+        ("57", r"The final answer is $\boxed{58}$. I hope it is correct.", WRONG),
+        ("57", "it is 57", RIGHT),
+        ("57", "no idea", WRONG),
+        (r"\frac{1}{2}", r"\boxed{0.5}", RIGHT),
+        (r"$\frac{1}{2}$", r"\boxed{\frac{2}{4}}", RIGHT),
+        (r"\(\frac{1}{2}\)", r"\boxed{\frac{2}{4}}", RIGHT),
+        (r"\boxed{\frac{1}{2}}", r"\boxed{1/2}", RIGHT),
+        (r"\$5", r"\boxed{5}", RIGHT),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"$\boxed{(3, \frac{\pi}{2})}$", RIGHT),
+        ("x=2", r"\boxed{2}", RIGHT),
+        (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}", RIGHT),
+        ("", r"\boxed{5}", Score(0.0, "unparsable")),
+        ("  ", "", Score(0.0, "unparsable")),
+        ("57", r"\boxed{57}" + " so" * 5000, WRONG),  # only the end is judged
+    ],
+)
+def test_verdicts(reward: MathReward, gold: str, text: str, score: Score) -> None:
+    assert reward.score([(prompt(gold), text)]) == [score]
+
+
+def test_hostile_answers_cost_no_more_than_their_deadline(reward: MathReward) -> None:
+    for name, text in HOSTILE.items():
+        start = time.monotonic()
+        (hostile,) = reward.score([(prompt("57"), text)])
+        seconds = time.monotonic() - start
+        assert seconds < DEADLINE_SECONDS + 1.0, (name, seconds)
+        assert hostile.value == 0.0, name
+        assert reward.score([(prompt("57"), BOX % "57")]) == [RIGHT], name
+        if name in ("tower of powers", "factorial", "binomial"):
+            assert hostile.status == "timeout", name
+
+
+def test_a_child_that_crashes_is_a_death_and_the_next_answer_is_judged(reward: MathReward) -> None:
+    (worker,) = reward._workers
+    (child,) = psutil.Process(worker.process.pid).children()
+    child.kill()
+    assert wait_until(lambda: child.status() == psutil.STATUS_ZOMBIE)
+    assert reward.score([(prompt("5"), "5"), (prompt("5"), "5")]) == [Score(0.0, "died"), RIGHT]
+    assert reward._workers == [worker]
+
+
+def test_memory_is_bounded() -> None:
+    with MathReward(Rewards(workers=1, deadline_seconds=DEADLINE_SECONDS, memory_mebibytes=256)) as small:
+        bomb, honest = small.score([(prompt("5"), BOX % "2^{10000000000}"), (prompt("5"), "5")])
+        (child,) = psutil.Process(small._workers[0].process.pid).children()
+        assert child.rlimit(psutil.RLIMIT_AS) == (256 << 20, 256 << 20)
+        assert child.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+    assert bomb.value == 0.0 and honest == RIGHT  # the status depends on who notices: Math-Verify or we
+
+
+def test_two_workers_keep_the_order() -> None:
+    slow = BOX % "9!!!!!"
+    items = [(prompt(str(i % 3)), slow if i == 4 else BOX % i) for i in range(30)]
+    with MathReward(Rewards(workers=2, deadline_seconds=DEADLINE_SECONDS)) as pair:
+        scores = pair.score(items)
+        assert pair.score([]) == []
+    assert scores[:4] == [RIGHT] * 3 + [WRONG] and scores[4] == Score(0.0, "timeout") and scores[5:] == [WRONG] * 25
+
+
+def test_a_dead_or_stuck_worker_is_replaced_and_its_answers_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_reward, "GRACE_SECONDS", 0.5)
+    items = [(prompt("5"), "5"), (prompt("5"), "6"), (prompt("5"), "5")]
+    before = set(processes())
+    with MathReward(Rewards(workers=1, deadline_seconds=DEADLINE_SECONDS)) as single:
+        assert single.score(items) == [RIGHT, WRONG, RIGHT]
+        for kind in (signal.SIGKILL, signal.SIGSTOP):
+            (worker,) = single._workers
+            os.kill(worker.process.pid, kind)
+            assert single.score(items) == [RIGHT, WRONG, RIGHT], kind.name
+            assert worker not in single._workers
+    assert wait_until(lambda: set(processes()) == before)
+
+
+def test_an_answer_that_takes_two_workers_down_is_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    with MathReward(Rewards(workers=1)) as single:
+        assert single.score([(prompt("5"), "5")]) == [RIGHT]
+        give = math_reward._Worker.give
+
+        def give_and_kill(self: math_reward._Worker, index: int, gold: str, text: str, seconds: float) -> None:
+            if text == "kill":
+                self.process.kill()
+            give(self, index, gold, text, seconds)
+
+        monkeypatch.setattr(math_reward._Worker, "give", give_and_kill)
+        assert single.score([(prompt("5"), "kill"), (prompt("5"), "5")]) == [Score(0.0, "died"), RIGHT]
+
+
+def test_workers_that_cannot_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with MathReward(Rewards()) as broken, pytest.raises(WatchdogError, match=r"3 dead or late in a row.*exit code 1"):
+        broken.score([(prompt("5"), "5")])
+
+
+def test_close_ends_everything_and_twice_is_once() -> None:
+    before = set(processes())
+    reward: Reward = MathReward(Rewards(workers=2, deadline_seconds=60.0))
+    reward.score([(prompt("5"), "5"), (prompt("5"), "6")])
+    assert wait_until(lambda: len(set(processes()) - before) == 4)
+    started = set(processes()) - before
+    start = time.monotonic()
+    reward.close()
+    reward.close()
+    assert time.monotonic() - start < 1.5
+    assert wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in started), 2.0)
+
+
+PARENT = """
+import os, sys, time
+from engine.config import Rewards
+from engine.rewards.math import MathReward
+from engine.types import Prompt
+reward = MathReward(Rewards(deadline_seconds=60.0))
+reward.score([(Prompt("id", (1,), "", "5", "", ""), "5")])
+import psutil
+print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)
+if sys.argv[1] == "busy":
+    reward.score([(Prompt("id", (1,), "", "5", "", ""), r"\\boxed{9!!!!!}")])
+"""
+
+
+@pytest.mark.parametrize("end", ["busy", "exit"])  # SIGKILL in the middle of an answer; leaving without close()
+def test_nothing_outlives_the_parent(end: str) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", PARENT, end]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        if end == "busy":
+            time.sleep(0.3)
+            parent.kill()
+        parent.wait(20)
+    assert wait_until(lambda: not any(alive(pid) for pid in pids), 3.0)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; nobody may reap an orphan here, so a zombie is dead."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_worker_imports_neither_torch_nor_our_records() -> None:
+    code = "import sys, engine.rewards.math_worker; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert not {"torch", "numpy", "pydantic", "transformers", "engine.types"} & set(run.stdout.split())
+
+
+@pytest.mark.parametrize("message", [["\ud800é\x00", 1.5], "x" * 50_000, [None]])
+def test_frames_survive_a_pipe_and_a_torn_one_is_an_end(message: object) -> None:
+    read_end, write_end = os.pipe()
+    write_frame(write_end, message)
+    assert read_frame(read_end) == message
+    os.write(write_end, b"\x09\x00\x00\x00[1")
+    os.close(write_end)
+    assert read_frame(read_end) is None
+    os.close(read_end)

@@ -1,0 +1,93 @@
+"""The regime as arithmetic, against the definitions of the paper's semi-online training: with s optimizer steps between
+two syncs, rollouts of steps [k s, (k + 1) s) come from version k s, so staleness at step t is t - k s, at most s - 1.
+"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.schedule import SyncSchedule
+
+intervals = st.integers(1, 40)
+step_counts = st.integers(1, 200)
+chunks = st.integers(1, 40)
+references = st.one_of(st.sampled_from(["never", "follow"]), st.integers(1, 40))
+schedules = st.builds(SyncSchedule, st.one_of(st.just("never"), intervals), references, step_counts, chunks)
+
+
+@given(intervals, references, step_counts, chunks)
+def test_staleness_is_the_distance_to_the_last_sync(s, reference, num_steps, chunk):
+    schedule = SyncSchedule(s, reference, num_steps, chunk)
+    for t in range(num_steps):
+        k = t // s
+        assert schedule.version(t) == k * s
+        assert schedule.staleness(t) == t - k * s <= s - 1
+        assert schedule.sync_due(t) == (t == k * s)
+
+
+@given(references, step_counts, chunks)
+def test_offline_syncs_once_and_keeps_the_seed_weights(reference, num_steps, chunk):
+    schedule = SyncSchedule("never", reference, num_steps, chunk)
+    assert [t for t in range(num_steps) if schedule.sync_due(t)] == [0]
+    assert [schedule.version(t) for t in range(num_steps)] == [0] * num_steps
+    assert [schedule.staleness(t) for t in range(num_steps)] == list(range(num_steps))
+
+
+@given(schedules)
+def test_the_bound_on_staleness_is_reached_and_never_passed(schedule):
+    assert schedule.max_staleness == max(schedule.staleness(t) for t in range(schedule.num_steps))
+
+
+@given(schedules)
+def test_a_version_exists_when_it_is_sampled_from(schedule):
+    """The weights that serve a step are those of the last sync at or before it."""
+    served = None
+    for t in range(schedule.num_steps):
+        if schedule.sync_due(t):
+            served = t
+        assert schedule.version(t) == served
+
+
+@given(schedules)
+def test_every_step_is_opened_exactly_once_in_order_and_in_time(schedule):
+    opened = []
+    for t in range(schedule.num_steps):
+        opened += schedule.opens(t)
+        assert t in opened, "a step must be open before it trains"
+    assert opened == list(range(schedule.num_steps))
+
+
+@given(schedules)
+def test_no_step_is_opened_before_its_own_weights_are_served(schedule):
+    for t in range(schedule.num_steps):
+        assert {schedule.version(opened) for opened in schedule.opens(t)} <= {schedule.version(t)}
+
+
+@given(intervals, step_counts)
+def test_a_following_reference_moves_with_every_sync_but_the_first(s, num_steps):
+    schedule = SyncSchedule(s, "follow", num_steps, 1)
+    moved = [t for t in range(num_steps) if schedule.reference_due(t)]
+    assert moved == [t for t in range(1, num_steps) if schedule.sync_due(t)]
+
+
+@given(schedules, st.integers(1, 40))
+def test_a_reference_of_its_own_interval_ignores_the_syncs(schedule, every):
+    own = SyncSchedule(schedule.sync_interval, every, schedule.num_steps, schedule.offline_chunk)
+    assert [t for t in range(own.num_steps) if own.reference_due(t)] == list(range(every, own.num_steps, every))
+
+
+@pytest.mark.parametrize(("s", "reference"), [(1, "never"), (10, "never"), ("never", "never"), ("never", "follow")])
+def test_a_reference_that_never_moves(s, reference):
+    """Offline never syncs after step 0, so there is nothing to follow."""
+    schedule = SyncSchedule(s, reference, 50, 8)
+    assert not any(schedule.reference_due(t) for t in range(50))
+
+
+def test_the_three_regimes_of_a_run_of_six_steps():
+    """The worked example: what is read in the documentation, number by number."""
+    online, semi, offline = (SyncSchedule(s, "follow", 6, 4) for s in (1, 3, "never"))
+    assert [online.staleness(t) for t in range(6)] == [0, 0, 0, 0, 0, 0]
+    assert [semi.staleness(t) for t in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [offline.staleness(t) for t in range(6)] == [0, 1, 2, 3, 4, 5]
+    assert [list(semi.opens(t)) for t in range(6)] == [[0, 1, 2], [], [], [3, 4, 5], [], []]
+    assert [list(offline.opens(t)) for t in range(6)] == [[0, 1, 2, 3], [], [], [], [4, 5], []]
