@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from engine.config import RunConfig
@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for "this machine only": it binds to the loopback interface
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray would run trainer and engines at a lower priority than everything else
+    "RAY_prestart_worker_first_driver": "0",  # and start processes that no run uses
     "RAY_DEDUP_LOGS": "0",
     "GLOO_SOCKET_IFNAME": "lo",
     "HF_HUB_OFFLINE": "1",
@@ -106,11 +108,11 @@ class Cluster:
         Raises the error of whichever process failed, a typed one before any other.
         """
         engines = self.start_engines()
-        return self._run("train", lambda rank: (engines if rank == 0 else None, resume))
+        return self.run_ranks("train", lambda rank: (engines if rank == 0 else None, resume))
 
     def fine_tune(self) -> Iterator[Event]:
         """Runs the supervised loop on every trainer rank."""
-        return self._run("fine_tune", lambda rank: ())
+        return self.run_ranks("fine_tune", lambda rank: ())
 
     def _start(self, kind: type, *arguments: Any) -> Any:
         import ray
@@ -120,11 +122,14 @@ class Cluster:
         self._actors.append(actor)
         return actor
 
-    def _run(self, method: str, arguments_of: Any) -> Iterator[Event]:
+    def run_ranks(
+        self, method: str, arguments_of: Callable[[int], tuple[Any, ...]], kind: type[TrainerRank] = TrainerRank
+    ) -> Iterator[Event]:
+        """Runs a method of every trainer rank with (rendezvous port, *arguments_of(rank)); yields their events."""
         import ray
 
         world_size = self._config.trainer.world_size
-        ranks = [self._start(TrainerRank, self._config.model_dump_json(), rank, HOST) for rank in range(world_size)]
+        ranks = [self._start(kind, self._config.model_dump_json(), rank, HOST) for rank in range(world_size)]
         port = ray.get(ranks[0].serve.remote(), timeout=self._config.trainer.timeout_seconds)
         streams = [
             getattr(actor, method).options(num_returns="streaming").remote(port, *arguments_of(rank))

@@ -96,8 +96,8 @@ def fine_tune(policy: Policy, source: Source, *, num_steps: int) -> Iterator[Rec
     """The supervised loop: no rollouts, no sync, no reference."""
     for step in range(num_steps):
         started = time.monotonic()
-        batch, _ = source.next(step)
-        record = {"step": step} | policy.train_step(batch)
+        batch, known = source.next(step)
+        record: Record = {"step": step} | known | policy.train_step(batch)
         record["train_seconds"] = record["step_seconds"] = time.monotonic() - started
         yield _finished(record)
 

@@ -17,6 +17,7 @@ from engine.errors import CheckpointError
 from engine.observe.sinks import JsonlLedger, MetricsWriter
 
 if TYPE_CHECKING:
+    from engine.bridge.publish import Publisher
     from engine.checkpoint import Checkpoints
     from engine.inference.pool import EngineHandle, Pool
     from engine.megatron.policy import Policy
@@ -58,7 +59,7 @@ class TrainerRank:
         checkpoints = _checkpoints(config, topology)
         start = _resume(config, checkpoints, policy) if resume else 0
         desk = _Desk(config, engines, start) if engines is not None else None
-        publisher = _publisher(config, policy, topology, self._host, desk)
+        publisher = _Publisher(open_publisher(config, policy, topology, self._host, desk.pool if desk else None))
         source = _Source(config, topology, desk.source if desk else None)
 
         def checkpoint(step: int) -> None:
@@ -235,7 +236,7 @@ class _SupervisedSource:
 class _Publisher:
     """The bridge's publisher, saying what a sync cost in the loop's words."""
 
-    def __init__(self, publisher: Any) -> None:
+    def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
 
     def publish(self, version: int) -> dict[str, float]:
@@ -260,20 +261,21 @@ def _plan(config: RunConfig, policy: Policy) -> Any:
     return export_plan(policy.shape, trainer.pipeline_parallel, trainer.virtual_pipeline, policy.dtype, max_bytes)
 
 
-def _publisher(config: RunConfig, policy: Policy, topology: Topology, host: str, desk: _Desk | None) -> _Publisher:
+def open_publisher(
+    config: RunConfig, policy: Policy, topology: Topology, host: str, pool: Pool | None
+) -> Publisher:
+    """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
     from engine.bridge.publish import Publisher
 
-    return _Publisher(
-        Publisher(
-            policy,
-            topology,
-            _plan(config, policy),
-            policy.dtype,
-            host=host,
-            num_engines=config.inference.engines,
-            timeout_seconds=config.sync.timeout_seconds,
-            pool=desk.pool if desk else None,
-        )
+    return Publisher(
+        policy,
+        topology,
+        _plan(config, policy),
+        policy.dtype,
+        host=host,
+        num_engines=config.inference.engines,
+        timeout_seconds=config.sync.timeout_seconds,
+        pool=pool,
     )
 
 

@@ -2,7 +2,7 @@
 NuminaMath schema, a byte-level BPE tokenizer trained on them, and a randomly initialised Llama of a million or two
 parameters as an ordinary Hugging Face checkpoint. It trains no model (`semion sft` does) and judges no answer.
 
-Most of the supervised solutions show every step, the others only state the result. Both are right, but a small model
+Half of the supervised solutions show every step, the others only state the result. Both are right, but a small model
 computes much better on paper than in its head; that, and sums it only half knows, leave reinforcement learning room.
 Equal seeds and sizes give equal files, byte for byte.
 """
@@ -24,10 +24,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from engine.data.templates import FIGURE4, encode_prompt
+
 NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
 THINGS = ("apples", "books", "cards", "coins", "shells", "stars")
 LARGEST = 20  # of any result: a small model learns that many sums in a minute, not more
-HASTY_SHARE = 0.4  # of the supervised solutions that leave the steps out
+HASTY_SHARE = 0.5  # of the supervised solutions that leave the steps out
 OPERATORS: dict[str, Callable[[Fraction, int], Fraction]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -35,11 +37,6 @@ OPERATORS: dict[str, Callable[[Fraction, int], Fraction]] = {
     "/": operator.truediv,
 }
 
-QUESTION = (
-    "Given the following problem, reason and give a final answer to the problem. Problem: {problem}\n"
-    "Your response should end with 'The final answer is $\\boxed{{[answer]}}$. I hope it is correct.' "
-    "where [answer] is the response to the problem."
-)
 ENDING = "The final answer is $\\boxed{{{answer}}}$. I hope it is correct."
 
 BEGIN, END_OF_TURN, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|pad|>"
@@ -207,7 +204,7 @@ def train_tokenizer(rows: list[dict[str, str]]) -> PreTrainedTokenizerFast:
     texts = (
         text
         for row in rows[:TOKENIZER_PROBLEMS]
-        for text in ("user", "assistant", "\n\n", QUESTION.format(problem=row["problem"]), row["solution"])
+        for text in ("user", "assistant", "\n\n", FIGURE4.replace("{problem}", row["problem"]), row["solution"])
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -270,7 +267,7 @@ def make_seed(folder: Path, seed: int, sizes: dict[str, int]) -> dict[str, int |
     tokenizer.save_pretrained(folder / "random_model")
     model.save_pretrained(folder / "random_model")
     sample = splits["sft"][:500]
-    prompts = [len(prompt_ids(tokenizer, row["problem"])) for row in sample]
+    prompts = [len(encode_prompt(tokenizer, row["problem"], "figure4")) for row in sample]
     completions = [len(tokenizer.encode(row["solution"])) + 1 for row in sample]
     return {
         **{f"{split}_problems": len(rows) for split, rows in splits.items()},
@@ -281,13 +278,6 @@ def make_seed(folder: Path, seed: int, sizes: dict[str, int]) -> dict[str, int |
         "completion_tokens_mean": round(sum(completions) / len(sample), 1),
         "completion_tokens_max": max(completions),
     }
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, problem: str) -> list[int]:
-    """Token ids of the chat prompt that asks `problem`, generation prompt included."""
-    messages = [{"role": "user", "content": QUESTION.format(problem=problem)}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -302,7 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     sizes = {"sft": options.sft_problems, "rl": options.rl_problems, "held_out": options.held_out_problems}
     if min(sizes.values()) < 1:
-        parser.error(f"--sft-problems, --rl-problems, --held-out-problems must be at least 1; found {sizes}: raise them")
+        parser.error(f"--sft-problems, --rl-problems, --held-out-problems must be positive; found {sizes}: raise them")
     started = time.perf_counter()
     made = make_seed(options.output, options.seed, sizes)
     made["seconds"] = round(time.perf_counter() - started, 1)

@@ -86,6 +86,7 @@ def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> 
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not torch.cuda.is_available(),  # the weights are loaded over it in any case
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         add_bias_linear=False,

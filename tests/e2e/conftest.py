@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,37 @@ VARIANTS: dict[str, dict[str, object]] = {
     "tied": {"tie_word_embeddings": True},
     "odd_vocab": {"vocab_size": 263},  # which tensor-parallel 2 does not divide
 }
+
+
+CONFIG = """
+[run]
+directory = "{directory}"
+seed = 5
+steps = 4
+[model]
+path = "{model}"
+[data]
+train = "{sums}/train.jsonl"
+held_out = "{sums}/held_out.jsonl"
+template = "{{problem}}"
+prompts_per_step = 6
+max_prompt_tokens = 64
+[algorithm]
+samples_per_prompt = 6
+[sampling]
+max_tokens = 8
+[trainer]
+microbatch_tokens = 256
+timeout_seconds = 200.0
+[optimizer]
+learning_rate = 1e-3
+eps = 1e-8
+[inference]
+max_model_tokens = 128
+kv_cache_mebibytes = 64
+[evaluation]
+samples = 2
+"""
 
 
 def teach(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = 80) -> None:
@@ -86,43 +118,19 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def run_config(tmp_path: Path, seed_model: Callable[[str], Path], sums: Path) -> Callable[..., RunConfig]:
-    """A configuration of four steps on the sums, changed by overrides; `variant` names the seed model."""
+@pytest.fixture(scope="session")
+def configure(seed_model: Callable[[str], Path], sums: Path) -> Callable[..., RunConfig]:
+    """Makes a configuration of four steps on the sums, in a folder, changed by overrides; `variant` names the seed model."""
 
-    def make(*overrides: str, variant: str = "plain", directory: str = "run") -> RunConfig:
-        file = tmp_path / "run.toml"
-        file.write_text(
-            f"""
-[run]
-directory = "{tmp_path / directory}"
-seed = 5
-steps = 4
-[model]
-path = "{seed_model(variant)}"
-[data]
-train = "{sums / "train.jsonl"}"
-held_out = "{sums / "held_out.jsonl"}"
-template = "{{problem}}"
-prompts_per_step = 6
-max_prompt_tokens = 64
-[algorithm]
-samples_per_prompt = 6
-[sampling]
-max_tokens = 8
-[trainer]
-microbatch_tokens = 256
-timeout_seconds = 200.0
-[optimizer]
-learning_rate = 1e-3
-eps = 1e-8
-[inference]
-max_model_tokens = 128
-kv_cache_mebibytes = 64
-[evaluation]
-samples = 2
-"""
-        )
+    def make(folder: Path, *overrides: str, variant: str = "plain", directory: str = "run") -> RunConfig:
+        file = folder / "base.toml"
+        file.write_text(CONFIG.format(directory=folder / directory, model=seed_model(variant), sums=sums))
         return load_config(file, list(overrides))
 
     return make
+
+
+@pytest.fixture
+def run_config(configure: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., RunConfig]:
+    """`configure` in the test's own folder."""
+    return partial(configure, tmp_path)

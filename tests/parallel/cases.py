@@ -71,9 +71,7 @@ def logits(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
     return full if topology.tp_rank == 0 and topology.dp_rank == 0 else {}
 
 
-def train(
-    config: RunConfig, topology: Topology, checkpoint: str, objective: str, output: str
-) -> list[dict[str, float]]:
+def train(config: RunConfig, topology: Topology, checkpoint: str, objective: str, output: str) -> list[dict[str, float]]:
     """Three steps; leaders write logits before them, gradients of each and weights after. Returns the metrics."""
     policy = Policy(config, topology, objective_of(objective, config), checkpoint)
     kept: dict[str, torch.Tensor] = {}

@@ -182,6 +182,14 @@ def test_infinite_advantage_stops_every_rank(trainer: dict[str, Any], pool: Work
         assert rank["untouched"]
 
 
+def test_reference_stays_while_the_policy_moves(train: Train) -> None:
+    """The margin over the reference is exactly 0 before the first step, and not afterwards."""
+    first, second, _ = train("plain", "dpo", {"tensor_parallel": 2}).metrics[0]
+    assert first["margin"] == 0.0
+    assert second["margin"] != 0.0
+    assert first["pairs"] == second["pairs"] == 4.0
+
+
 def test_export_is_the_checkpoint(train: Train, checkpoint: Checkpoint) -> None:
     """Names and shapes gathered after training are exactly those of the Hugging Face folder, odd vocabulary, TP 2."""
     source = HfCheckpoint(checkpoint("odd"))

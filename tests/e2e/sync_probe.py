@@ -1,0 +1,86 @@
+"""A script, not a test: trains real ranks for a few steps, publishes after each into live engines, and prints how far the
+engines' log-probs of a fixed batch are from the trainer's. `python sync_probe.py CONFIG SYNCS`."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from engine.config import load_config
+from engine.worker import Event, TrainerRank
+
+SEQUENCES, LONGEST, DIGITS = 5, 30, 200
+
+
+class Probe(TrainerRank):
+    """A trainer rank that trains on noise and asks, after every sync, whether engines and trainer agree."""
+
+    def probe(self, port: int, engines: list[Any] | None, num_syncs: int) -> Iterator[Event]:
+        import torch
+        import torch.distributed as dist
+
+        from engine.algorithms.losses import NllObjective
+        from engine.inference.pool import Pool
+        from engine.megatron.handout import hand_out
+        from engine.megatron.packing import pack
+        from engine.megatron.policy import Policy
+        from engine.types import Sequence
+        from engine.worker import open_publisher
+
+        config, topology = self._config, self._join(port)
+        policy = Policy(config, topology, NllObjective(), config.model.path)
+        pool = Pool(engines, config.inference.timeout_seconds) if engines is not None else None
+        if pool is not None:
+            pool.describe()
+        publisher = open_publisher(config, policy, topology, self._host, pool)
+        draw = random.Random(3)
+        rows = [[draw.randrange(DIGITS) for _ in range(draw.randrange(5, LONGEST))] for _ in range(SEQUENCES)]
+        sequences = [Sequence(tuple(row[:1]), tuple(row[1:]), ()) for row in rows]
+        for version in range(1, num_syncs + 1):
+            batch = hand_out(sequences if topology.rank == 0 else None, len(rows), version, config.trainer, topology)
+            metrics = policy.train_step(batch)
+            report = publisher.publish(version)
+            (whole,) = pack(sequences, config.trainer.microbatch_tokens, topology.tp_size)
+            mine = policy.log_probs(replace(batch, microbatches=(whole,)))
+            flat = mine[0] if mine else torch.empty(whole.token_ids.numel())
+            dist.broadcast(flat, topology.world_size - 1)
+            if pool is None:
+                continue
+            expected, start = [], 0
+            for row in rows:
+                expected.append(flat[start : start + len(row) - 1].tolist())
+                start += len(row)
+            gap = max(
+                abs(a - b)
+                for engine in pool.log_probs(rows)
+                for xs, ys in zip(engine, expected, strict=True)
+                for a, b in zip(xs, ys, strict=True)
+            )
+            yield {
+                "kind": "sync",
+                "version": pool.version,
+                "gap": gap,
+                "loss": metrics["loss"],
+                "messages": report.num_messages,
+                "bytes": report.num_bytes,
+                "seconds": report.seconds,
+            }
+        topology.close()
+
+
+def main() -> None:
+    from engine.cluster import Cluster
+
+    config, num_syncs = load_config(sys.argv[1], sys.argv[3:]), int(sys.argv[2])
+    with Cluster(config) as cluster:
+        engines = cluster.start_engines()
+        events = cluster.run_ranks("probe", lambda rank: (engines if rank == 0 else None, num_syncs), Probe)
+        print("RESULT " + json.dumps(list(events)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The commands, end to end on two CPU cores: supervised training, semi-online, offline and online runs, a killed run that
+resumes, evaluation, rollouts, export. Each run is real: megatron-core ranks, vLLM engines, gloo between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from engine.config import RunConfig, dump_config
+
+pytestmark = pytest.mark.timeout(900)  # a run is half a minute of work, on a machine that may be busy
+
+Make = Callable[..., RunConfig]
+TIMES = ("_seconds", "_per_second")  # metrics that two equal runs may have otherwise
+SEMI_ONLINE = [
+    "trainer.tensor_parallel=2",
+    "sync.sync_interval=2",
+    "sync.reference=follow",
+    "inference.engines=2",
+    "checkpoint.every=2",
+]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "engine.cli", *arguments]
+
+
+def semion(*arguments: str, expect: int = 0, timeout: float = 400) -> str:
+    run = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout)
+    assert run.returncode == expect, run.stdout[-2000:] + run.stderr[-4000:]
+    return run.stdout + run.stderr
+
+
+def written(config: RunConfig, folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{config.run_directory.name}.toml"
+    file.write_text(dump_config(config))
+    return str(file)
+
+
+def rows(config: RunConfig, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.run_directory / name).read_text().splitlines()]
+
+
+def untimed(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not any(part in k for part in TIMES)} for row in metrics]
+
+
+@pytest.fixture(scope="module")
+def semi_online(configure: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, str]:
+    """A finished semi-online DPO run at tensor-parallel 2 with two engines, and what it printed."""
+    folder = tmp_path_factory.mktemp("semi_online")
+    config = configure(folder, *SEMI_ONLINE)
+    return config, semion("train", written(config, folder), "--json", str(folder / "summary.json"))
+
+
+def test_every_rollout_comes_from_the_version_of_its_interval(semi_online: tuple[RunConfig, str]) -> None:
+    config, _ = semi_online
+    ledger = rows(config, "rollouts.jsonl")
+    assert len(ledger) == config.run.steps * config.data.prompts_per_step * config.algorithm.samples_per_prompt
+    assert {(row["step"], row["version"]) for row in ledger} == {(0, 0), (1, 0), (2, 2), (3, 2)}
+    assert len({row["seed"] for row in ledger}) == len(ledger), "every sample has a seed of its own"
+    assert [row["staleness"] for row in rows(config, "metrics.jsonl")] == [0, 1, 0, 1]
+    assert {row["status"] for row in ledger} == {"ok"}
+    assert 0 < sum(row["reward"] for row in ledger) < len(ledger)
+
+
+def test_metrics_are_what_the_readme_promises(semi_online: tuple[RunConfig, str]) -> None:
+    config, printed = semi_online
+    metrics = rows(config, "metrics.jsonl")
+    wanted = {
+        *("reward_mean", "accuracy", "skipped_prompts", "loss", "margin_mean", "rollout_entropy", "completion_tokens_mean"),
+        *("staleness", "generation_tokens_per_second", "training_tokens_per_second", "log_prob_gap_mean", "grad_norm"),
+        *("reward_timeouts", "wait_seconds", "step_seconds", "learning_rate"),
+    }
+    assert all(wanted <= row.keys() for row in metrics)
+    assert all(("sync_seconds" in row) is (row["step"] % 2 == 0) for row in metrics)
+    assert metrics[0]["log_prob_gap_mean"] < 1e-5 < metrics[1]["log_prob_gap_mean"], "equal when fresh, apart when stale"
+    summary = json.loads((config.run_directory / "summary.json").read_text())
+    assert [evaluation["step"] for evaluation in summary["evaluations"]] == [0, 4]
+    assert "held-out accuracy" in printed
+    assert list((config.run_directory / "tensorboard").iterdir())
+
+
+def test_a_killed_run_resumes_as_if_nothing_had_happened(
+    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
+) -> None:
+    whole, _ = semi_online
+    config = run_config(*SEMI_ONLINE)
+    file = written(config, tmp_path)
+    run = subprocess.Popen(command("train", file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (config.run_directory / "checkpoints" / "LATEST").exists():
+        assert time.monotonic() < deadline and run.poll() is None, "no checkpoint before the run ended"
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert "add --resume auto" in semion("train", file, expect=2)
+    semion("train", file, "--resume", "auto")
+    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
+    assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
+    final = "checkpoints/step_00000004/policy/model.safetensors"
+    assert (config.run_directory / final).read_bytes() == (whole.run_directory / final).read_bytes()
+
+
+def test_resume_refuses_another_run_and_altered_bits(semi_online: tuple[RunConfig, str], tmp_path: Path) -> None:
+    config, _ = semi_online
+    file = written(config, tmp_path)
+    assert "algorithm.beta" in semion("train", file, "algorithm.beta=0.5", "--resume", "auto", expect=4)
+    altered = tmp_path / "altered"
+    checkpoint = config.run_directory / "checkpoints" / "step_00000004"
+    subprocess.run(["cp", "-r", str(checkpoint), str(altered)], check=True)
+    weights = altered / "policy" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert "model.safetensors differs from its digest" in semion("export", str(altered), str(tmp_path / "out"), expect=4)
+
+
+def test_the_exported_policy_generates_in_transformers_what_the_pool_generates(
+    semi_online: tuple[RunConfig, str], tmp_path: Path
+) -> None:
+    config, _ = semi_online
+    exported = tmp_path / "exported"
+    semion("export", str(config.run_directory), str(exported))
+    model = LlamaForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    samples = [row for row in rows(config, "samples.jsonl") if row["step"] == config.run.steps]
+    assert len(samples) == 5
+    for sample in samples:
+        prompt = torch.tensor([sample["prompt_ids"]])
+        output = model.generate(prompt, max_new_tokens=config.sampling.max_tokens, do_sample=False, pad_token_id=0)
+        completion = output[0, prompt.shape[1] :]
+        assert completion.tolist() == sample["token_ids"]
+        assert tokenizer.decode(completion, skip_special_tokens=True) == sample["text"]
+
+
+def test_offline_dpo_over_pipeline_stages_keeps_the_seed_weights(run_config: Make, tmp_path: Path) -> None:
+    config = run_config("trainer.pipeline_parallel=2", "sync.sync_interval=never", directory="offline")
+    semion("train", written(config, tmp_path))
+    assert {row["version"] for row in rows(config, "rollouts.jsonl")} == {0}
+    metrics = rows(config, "metrics.jsonl")
+    assert [row["staleness"] for row in metrics] == [0, 1, 2, 3]
+    assert ["sync_seconds" in row for row in metrics] == [True, False, False, False]
+
+
+def test_online_grpo_over_data_parallel_ranks_is_never_stale(run_config: Make, tmp_path: Path) -> None:
+    layout = ["trainer.data_parallel=2", "trainer.distributed_optimizer=true"]
+    config = run_config(*layout, "algorithm.loss=grpo", "run.steps=3", directory="online")
+    semion("train", written(config, tmp_path))
+    assert {(row["step"], row["version"]) for row in rows(config, "rollouts.jsonl")} == {(0, 0), (1, 1), (2, 2)}
+    metrics = rows(config, "metrics.jsonl")
+    assert all(row["staleness"] == 0 and row["log_prob_gap_mean"] < 1e-5 for row in metrics)
+    assert all(abs(row["ratio_mean"] - 1) < 1e-4 for row in metrics), "strictly on policy the ratio is 1"
+
+
+def test_supervised_training_makes_a_checkpoint_that_answers(run_config: Make, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    config = run_config(
+        *("trainer.data_parallel=2", "run.steps=60", "sft.sequences_per_step=20", f"sft.checkpoint_out={made}"),
+        *("optimizer.learning_rate=0.01", "optimizer.weight_decay=0.0"),
+        directory="sft",
+    )
+    semion("sft", written(config, tmp_path))
+    metrics = rows(config, "metrics.jsonl")
+    assert metrics[-1]["nll_mean"] < 0.3 * metrics[0]["nll_mean"]
+    result = tmp_path / "eval.json"
+    evaluated = run_config(f"model.path={made}", "evaluation.temperature=0.0", directory="eval")
+    held_out = f"data.held_out={config.data.train}"  # what it was taught, so that the outcome is certain
+    semion("eval", written(evaluated, tmp_path), held_out, "--json", str(result))
+    figures = json.loads(result.read_text())
+    assert figures["mean"] > 0.8
+    assert len(figures["records"]) == figures["num_problems"] * figures["num_seeds"] == 40
+
+
+def test_rollouts_to_a_file(run_config: Make, tmp_path: Path) -> None:
+    config, out = run_config("run.steps=1", directory="rollout"), tmp_path / "rollouts.jsonl"
+    semion("rollout", written(config, tmp_path), "--output", str(out), "--json", str(tmp_path / "figures.json"))
+    ledger = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(ledger) == 36
+    assert all(len(row["log_probs"]) == len(row["token_ids"]) and max(row["log_probs"]) <= 0 for row in ledger)
+    mean = sum(row["reward"] for row in ledger) / len(ledger)
+    assert json.loads((tmp_path / "figures.json").read_text())["reward_mean"] == pytest.approx(mean)
+
+
+def test_a_dead_engine_ends_the_run_with_its_name(run_config: Make, tmp_path: Path) -> None:
+    config = run_config("run.steps=500", "evaluation.every=ends", directory="killed")
+    log = (tmp_path / "log").open("w+")
+    run = subprocess.Popen(command("train", written(config, tmp_path)), stdout=log, stderr=log)
+    deadline = time.monotonic() + 300
+    metrics = config.run_directory / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert time.monotonic() < deadline and run.poll() is None, Path(log.name).read_text()[-2000:]
+        time.sleep(0.05)
+    engines = subprocess.run(["pgrep", "-f", "ray::VllmEngine"], capture_output=True, text=True).stdout.split()
+    for pid in engines:
+        os.kill(int(pid), signal.SIGKILL)
+    assert engines, "no engine process found"
+    assert run.wait(timeout=60) == 5
+    assert "engine 0" in Path(log.name).read_text()

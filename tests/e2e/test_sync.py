@@ -1,0 +1,44 @@
+"""After every sync, live vLLM engines give the log-probs that the trainer gives: real ranks, real engines, real gloo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.config import RunConfig, dump_config
+
+pytestmark = pytest.mark.timeout(900)
+
+PROBE = Path(__file__).with_name("sync_probe.py")
+SYNCS = 6
+
+# name: (variant of the seed model, overrides). Grouped queries are in every one (4 heads, 2 key-value heads).
+LAYOUTS = {
+    "tp2, a vocabulary that 2 does not divide, several buckets": (
+        "odd_vocab",
+        ["trainer.tensor_parallel=2", "trainer.sequence_parallel=true", "sync.bucket_mebibytes=1"],
+    ),
+    "pp2, tied embeddings, two engines": ("tied", ["trainer.pipeline_parallel=2", "inference.engines=2"]),
+    "dp2, distributed optimizer": ("plain", ["trainer.data_parallel=2", "trainer.distributed_optimizer=true"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_engines_give_the_trainers_log_probs_after_every_sync(
+    layout: str, run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    variant, overrides = LAYOUTS[layout]
+    file = tmp_path / "probe.toml"
+    file.write_text(dump_config(run_config(*overrides, variant=variant)))
+    run = subprocess.run([sys.executable, str(PROBE), str(file), str(SYNCS)], capture_output=True, text=True, timeout=400)
+    results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert results, run.stderr[-3000:]
+    syncs = json.loads(results[0].removeprefix("RESULT "))
+    assert [sync["version"] for sync in syncs] == list(range(1, SYNCS + 1))
+    assert max(sync["gap"] for sync in syncs) < 1e-4
+    assert syncs[-1]["loss"] < syncs[0]["loss"] - 0.1, "the weights must change between syncs for the test to mean anything"

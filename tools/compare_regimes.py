@@ -1,0 +1,104 @@
+"""One seed model through several regimes on equal prompts: offline, semi-online and online DPO, and GRPO. Prints a table
+of held-out accuracy with standard errors, and what the time went into. Run it after tools/quickstart:
+
+    .venv/bin/python tools/compare_regimes.py [--seeds 0 1] [--json PATH] [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "runs" / "regimes"
+REGIMES = {
+    "offline DPO": ["sync.sync_interval=never", "sync.reference=never"],
+    "semi-online DPO, s = 10": ["sync.sync_interval=10", "sync.reference=follow"],
+    "online DPO": ["sync.sync_interval=1", "sync.reference=follow"],
+    "GRPO": ["algorithm.loss=grpo", "sync.sync_interval=1", "sync.reference=never"],
+}
+LAST = 5  # steps at the end over which entropy and length are averaged
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set anew in every regime")
+    parser.add_argument("--config", default="configs/quickstart.toml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of every regime for each")
+    parser.add_argument("--grpo", nargs="*", default=[], metavar="section.key=value", help="options of GRPO alone")
+    parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
+    options = parser.parse_args()
+    results: dict[str, list[dict[str, Any]]] = {}
+    for seed in options.seeds:
+        for regime, overrides in REGIMES.items():
+            own = options.grpo if regime == "GRPO" else []
+            name = f"{regime.replace(' ', '_').replace(',', '').replace('=', '')}_{seed}"
+            settings = [*overrides, *own, *options.overrides, f"run.seed={seed}", "checkpoint.every=end"]
+            results.setdefault(regime, []).append(run(options.config, name, settings))
+    rows = [row(regime, runs) for regime, runs in results.items()]
+    print(table(rows))
+    if options.json:
+        Path(options.json).write_text(json.dumps({"rows": rows, "runs": results}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def run(config: str, name: str, settings: list[str]) -> dict[str, Any]:
+    """One run, or what it left when it has been made before with the same settings."""
+    directory = FOLDER / name
+    marker = directory / "settings.json"
+    if not marker.exists() or json.loads(marker.read_text()) != settings:
+        subprocess.run(["rm", "-rf", str(directory)], check=True)
+        print(f"== {name}", flush=True)
+        command = [sys.executable, "-m", "engine.cli", "train", config, *settings, f"run.directory={directory}"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        marker.write_text(json.dumps(settings))
+    summary = json.loads((directory / "summary.json").read_text())
+    metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    before, after = summary["evaluations"][0], summary["evaluations"][-1]
+    tail = metrics[-LAST:]
+    return {
+        "before": before["mean"],
+        "after": after["mean"],
+        "standard_error": after["standard_error"],
+        "step_seconds": sum(m["step_seconds"] for m in metrics[1:]) / len(metrics[1:]),
+        "wait_seconds": sum(m["wait_seconds"] for m in metrics[1:]) / len(metrics[1:]),
+        "entropy_first": metrics[0]["rollout_entropy"],
+        "entropy_last": sum(m["rollout_entropy"] for m in tail) / len(tail),
+        "tokens_first": metrics[0]["completion_tokens_mean"],
+        "tokens_last": sum(m["completion_tokens_mean"] for m in tail) / len(tail),
+        "max_staleness": max(m["staleness"] for m in metrics),
+    }
+
+
+def row(regime: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds; the standard error is that of the problems, and with several seeds that of the seeds too."""
+    means = {name: math.fsum(run[name] for run in runs) / len(runs) for name in runs[0]}
+    spread = None
+    if len(runs) > 1:
+        spread = math.sqrt(math.fsum((run["after"] - means["after"]) ** 2 for run in runs) / (len(runs) - 1) / len(runs))
+    return {"regime": regime, "runs": len(runs), "spread_over_seeds": spread} | means
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, for docs/results.md."""
+    lines = [
+        "| regime | before | after ± s.e. (problems) | ± (seeds) | s a step | waited | entropy first → last | tokens | staleness |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        seeds = "" if r["spread_over_seeds"] is None else f"{r['spread_over_seeds']:.1%}"
+        lines.append(
+            f"| {r['regime']} | {r['before']:.1%} | {r['after']:.1%} ± {r['standard_error']:.1%} | {seeds} | "
+            f"{r['step_seconds']:.2f} | {r['wait_seconds']:.2f} | {r['entropy_first']:.2f} → {r['entropy_last']:.2f} | "
+            f"{r['tokens_first']:.1f} → {r['tokens_last']:.1f} | ≤ {r['max_staleness']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
