@@ -2,7 +2,7 @@
 folder still holds the last whole checkpoint. It reads no pickle: safetensors and JSON only.
 
     checkpoints/LATEST                      "step_00000040"
-    checkpoints/step_00000040/manifest.json step, layout, configuration, and size and SHA-256 of every file
+    checkpoints/step_00000040/manifest.json step, layout, configuration, size and SHA-256 of every file and of itself
     checkpoints/step_00000040/policy/       the policy as a Hugging Face checkpoint
     checkpoints/step_00000040/rank_0000.safetensors   what this trainer rank needs to go on exactly
 """
@@ -82,6 +82,7 @@ class Checkpoints:
             "config": json.loads(config.model_dump_json()),
             "files": files,
         }
+        manifest["sha256"] = _content_digest(manifest)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _sync(staging / MANIFEST)
         _sync(staging)
@@ -96,7 +97,8 @@ class Checkpoints:
         _sync(pointer)
         os.replace(pointer, self._folder / LATEST)
         _sync(self._folder)
-        kept = sorted(path for path in self._folder.glob("step_*") if path.is_dir())
+        # Later steps than this one are of a run that was killed before it named them; they do not count as kept.
+        kept = sorted(path for path in self._folder.glob("step_*") if path.is_dir() and path.name <= final.name)
         for old in kept[: -config.checkpoint.keep]:
             shutil.rmtree(old)
 
@@ -120,7 +122,7 @@ def latest(folder: Path) -> Path | None:
     pointer = folder / LATEST
     if not pointer.exists():
         return None
-    newest = folder / pointer.read_text(encoding="utf-8").strip()
+    newest = folder / pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not (newest / MANIFEST).exists():
         raise CheckpointError(f"{pointer} names {newest.name}, which holds no {MANIFEST}: write the name of another folder")
     return newest
@@ -138,8 +140,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; use another checkpoint") from error
-    if not isinstance(manifest, dict) or not {"step", "config", "files"} <= manifest.keys():
-        raise CheckpointError(f"{file} must hold step, config and files; found something else: use another checkpoint")
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _content_digest(manifest):
+        raise CheckpointError(f"{file} differs from its own digest, so its bits have changed: use another checkpoint")
     return manifest
 
 
@@ -193,6 +195,10 @@ def _check_same_run(checkpoint: Path, saved: dict[str, Any], config: RunConfig) 
                     f"{section}.{name} must be what {checkpoint} was written with; found {value!r} instead of "
                     f"{before!r}: set it back, or start a new run in another directory"
                 )
+
+
+def _content_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

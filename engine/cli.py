@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig, dump_config, load_config
-from engine.errors import CheckpointError, ConfigError, SemionError
+from engine.errors import CheckpointError, ConfigError, DataError, SemionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,7 +175,7 @@ def _runnable(options: argparse.Namespace) -> RunConfig:
     read_shape(config.model.path)
     for key, path in (("data.train", config.data.train), ("data.held_out", config.data.held_out)):
         if path is not None and not Path(path).is_file():
-            raise ConfigError(f"{key} must be a file; found none at {path}: check the path")
+            raise DataError(f"{key} must be a file; found none at {path}: check the path")
     return config
 
 

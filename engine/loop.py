@@ -75,7 +75,9 @@ def train(
         record: Record = {"step": step}
         if schedule.sync_due(step):
             record |= publisher.publish(step)
+            paused = time.monotonic()
             evaluate(step)
+            started += time.monotonic() - paused  # an evaluation is no part of a step's time
         if schedule.reference_due(step):
             policy.refresh_reference()
         if steps := schedule.opens(step):
@@ -87,8 +89,7 @@ def train(
         record["step_seconds"] = time.monotonic() - started
         yield _finished(record)
         checkpoint(step + 1)
-    if start < schedule.num_steps:
-        publisher.publish(schedule.num_steps)
+    publisher.publish(schedule.num_steps)
     evaluate(schedule.num_steps)
 
 
@@ -106,7 +107,8 @@ def _finished(record: Record) -> Record:
     """Sums become the means that people read; the sums' own names go."""
     record["training_tokens_per_second"] = record.get("num_tokens", 0.0) / max(record["train_seconds"], 1e-9)
     if "generation_seconds" in record:
-        record["generation_tokens_per_second"] = record["generation_tokens"] / max(record["generation_seconds"], 1e-9)
+        seconds, tokens = record["generation_seconds"], record["generation_tokens"]
+        record["generation_tokens_per_second"] = tokens / seconds if tokens else math.nan
     pairs, targets = record.get("pairs", math.nan), record.get("target_tokens", math.nan)
     means = {
         "margin_mean": ("margin", pairs),

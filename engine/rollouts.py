@@ -155,7 +155,7 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage) -> dict[str, float
         "truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
         "reward_timeouts": float(statuses.count("timeout")),
         "reward_failures": float(statuses.count("died") + statuses.count("unparsable")),
-        "generation_tokens": float(sum(lengths)),
+        "generation_tokens": float(usage.num_tokens),  # sampled while this step was waited for, whichever step's
         "generation_seconds": usage.busy_seconds,
     }
 

@@ -302,6 +302,10 @@ def _checkpoint_due(config: RunConfig, step: int) -> bool:
 def _resume(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> int:
     """Loads the newest checkpoint into the policy; the step to go on with."""
     step, state = checkpoints.load(config)
+    if step > config.run.steps:
+        raise CheckpointError(
+            f"run.steps must not be less than the {step} steps already done; found {config.run.steps}: raise it"
+        )
     if step < config.run.steps and not config.schedule.opens(step):
         raise CheckpointError(
             f"the checkpoint of step {step} ends a run between two weight syncs; found run.steps = {config.run.steps}: "

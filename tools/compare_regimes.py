@@ -87,8 +87,8 @@ def row(regime: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, for docs/results.md."""
     lines = [
-        "| regime | before | after ± s.e. (problems) | ± (seeds) | s a step | waited | entropy first → last | tokens | staleness |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| regime | before | after ± s.e. (problems) | ± (seeds) | s a step | waited | entropy | tokens | staleness |",
+        "|---|" + "---|" * 8,
     ]
     for r in rows:
         seeds = "" if r["spread_over_seeds"] is None else f"{r['spread_over_seeds']:.1%}"

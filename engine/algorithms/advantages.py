@@ -18,4 +18,5 @@ def grouped_advantages(rewards: Sequence[float]) -> list[float]:
         if not math.isfinite(reward):
             raise NumericsError(f"reward {index} of the group must be finite; found {reward}: mend the reward function")
     mean = math.fsum(rewards) / len(rewards)
+    mean = min(max(mean, min(rewards)), max(rewards))  # rounding: equal rewards must give exactly 0, which means no signal
     return [reward - mean for reward in rewards]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.errors import InferenceError, WeightSyncError
+from engine.errors import InferenceError, SemionError, WeightSyncError
 from engine.inference.sampling import SampleRequest
 from engine.types import Completion
 
@@ -134,6 +134,8 @@ class Pool:
                     f"engine {engine} did not verify version {version} within sync.timeout_seconds = {timeout_seconds}: "
                     f"look at its log, or raise the limit"
                 ) from error
+            except SemionError as error:
+                raise WeightSyncError(f"engine {engine} did not verify version {version}: {error}") from error
             assert verified == version, (engine, verified, version)
         self._version = version
 

@@ -59,7 +59,8 @@ class VllmEngine:
             max_num_seqs=config.inference.max_concurrent,
             kv_cache_memory_bytes=config.inference.kv_cache_mebibytes << 20,
             block_size=32 if on_cpu else None,
-            enable_chunked_prefill=False,  # a part of a prompt draws from the sample's generator; a CPU one cannot go back
+            # A chunk of a prompt draws from the sample's generator and takes it back, which a CPU generator cannot.
+            enable_chunked_prefill=not on_cpu,
             max_num_batched_tokens=max(8192, config.inference.max_model_tokens),
             enable_prefix_caching=True,
             skip_tokenizer_init=True,

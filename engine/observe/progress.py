@@ -55,14 +55,14 @@ class Progress:
         self._live: Live | None = None
 
     def update(self, record: Mapping[str, float]) -> None:
-        """Shows the record of a finished step; metrics that it does not hold are shown as "-"."""
+        """Shows the record of a finished step; on a terminal, "-" for a metric that it lacks."""
         self._record = record
         if self._first_step is None:
             self._first_step = int(record["step"])
         if self._live is not None:
             self._live.update(self._display(), refresh=True)
         else:
-            figures = "  ".join(f"{label} {_shown(record, key, form)}" for label, key, form in METRICS)
+            figures = "  ".join(f"{label} {_shown(record, key, form)}" for label, key, form in METRICS if key in record)
             self.note(f"{self._title}  {self._position()}  {figures}")
 
     def note(self, text: str) -> None:

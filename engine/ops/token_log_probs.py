@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from engine.types import IGNORED
 
-NEVER = float("-inf")
+LOWEST = torch.finfo(torch.float32).min  # the largest logit of a row without any: -inf would make its differences NaN
 
 
 def token_log_probs(
@@ -56,14 +56,14 @@ class _TokenLogProbs(torch.autograd.Function):
         mine = (column >= 0) & (column < valid)
         column = column.clamp(0, max(valid - 1, 0))
         if valid:
-            largest = x.max(-1).values
+            largest = x.max(-1).values.clamp(min=LOWEST)
             weight = (x - largest.unsqueeze(-1)).exp()
             target_x = torch.where(mine, x.gather(-1, column.unsqueeze(-1)).squeeze(-1), 0.0)
             weighted_x = torch.where(weight > 0, weight * x, 0.0).sum(-1)
             local = torch.stack([largest, weight.sum(-1), weighted_x, target_x])
         else:  # a rank that holds nothing but padding
             local = x.new_zeros(4, x.size(0))
-            local[0] = NEVER
+            local[0] = LOWEST
         largest, total, weighted, target_x = _combine(local, group)
         log_total = largest + total.log()
         mean_x = weighted / total

@@ -101,11 +101,21 @@ class MathReward:
         self.close()
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score]:
-        """One score for each (prompt, completion text), in order. Raises WatchdogError when workers cannot start."""
+        """One score for each (prompt, completion text), in order. Raises WatchdogError when workers cannot start.
+
+        Equal answers to equal golds are judged once: the samples of a prompt repeat each other as entropy falls.
+        """
         assert self._finalizer.alive, "score() after close()"
-        scores: list[Score | None] = [None] * len(items)
-        num_tries = [0] * len(items)
-        waiting = deque(range(len(items)))
+        answers = [(prompt.answer[-MAX_CHARACTERS:], text[-MAX_CHARACTERS:]) for prompt, text in items]
+        distinct = list(dict.fromkeys(answers))
+        judged = dict(zip(distinct, self._judge(distinct), strict=True))
+        return [judged[answer] for answer in answers]
+
+    def _judge(self, answers: list[tuple[str, str]]) -> list[Score]:
+        """One score for each (gold, text)."""
+        scores: list[Score | None] = [None] * len(answers)
+        num_tries = [0] * len(answers)
+        waiting = deque(range(len(answers)))
         for worker in list(self._workers):
             if worker.index is not None or worker.process.poll() is not None:  # interrupted, or dead by now
                 self._replace(worker)
@@ -114,9 +124,8 @@ class MathReward:
                 if waiting and worker.ready and worker.index is None:
                     index = waiting.popleft()
                     num_tries[index] += 1
-                    prompt, text = items[index]
-                    seconds = self._config.deadline_seconds + GRACE_SECONDS
-                    worker.give(index, prompt.answer[-MAX_CHARACTERS:], text[-MAX_CHARACTERS:], seconds)
+                    gold, text = answers[index]
+                    worker.give(index, gold, text, self._config.deadline_seconds + GRACE_SECONDS)
             for index, score in self._wait():
                 if score is not None:
                     scores[index] = score

@@ -146,9 +146,18 @@ def test_the_exported_policy_generates_in_transformers_what_the_pool_generates(
         assert tokenizer.decode(completion, skip_special_tokens=True) == sample["text"]
 
 
-def test_offline_dpo_over_pipeline_stages_keeps_the_seed_weights(run_config: Make, tmp_path: Path) -> None:
-    config = run_config("trainer.pipeline_parallel=2", "sync.sync_interval=never", directory="offline")
+def test_offline_dpo_over_pipeline_stages_keeps_the_seed_weights_and_can_be_prolonged(
+    run_config: Make, tmp_path: Path
+) -> None:
+    layout = ["trainer.pipeline_parallel=2", "sync.sync_interval=never", "checkpoint.every=2"]
+    config = run_config(*layout, directory="offline")
     semion("train", written(config, tmp_path))
+    other = run_config(*layout, directory="prolonged")
+    file = written(other, tmp_path)
+    semion("train", file, "run.steps=2")
+    semion("train", file, "--resume", "auto")
+    assert rows(other, "rollouts.jsonl") == rows(config, "rollouts.jsonl")
+    assert untimed(rows(other, "metrics.jsonl")) == untimed(rows(config, "metrics.jsonl"))
     assert {row["version"] for row in rows(config, "rollouts.jsonl")} == {0}
     metrics = rows(config, "metrics.jsonl")
     assert [row["staleness"] for row in metrics] == [0, 1, 2, 3]

@@ -111,7 +111,7 @@ def test_write_json_replaces_whole_documents(tmp_path):
 
 
 class TestProgressWithoutTerminal:
-    def test_exactly_one_line_a_step_with_every_metric(self, clock):
+    def test_exactly_one_line_a_step_with_the_metrics_it_holds(self, clock):
         text = io.StringIO()
         with Progress(4, "train", Console(file=text, width=40)) as progress:
             for step in range(2):
@@ -122,8 +122,7 @@ class TestProgressWithoutTerminal:
         assert second.startswith("train  2/4  left 0:00:20  ")
         assert "loss 0.1250" in first
         assert "accuracy 50.0%" in first
-        assert "margin -" in first
-        assert all(f"  {label} " in first for label, _, _ in METRICS)
+        assert "margin" not in first and " -" not in first
 
     def test_time_left_of_a_resumed_run_counts_its_own_steps(self, clock):
         text = io.StringIO()

@@ -110,8 +110,17 @@ def test_a_child_that_crashes_is_a_death_and_the_next_answer_is_judged(reward: M
     (child,) = psutil.Process(worker.process.pid).children()
     child.kill()
     assert wait_until(lambda: child.status() == psutil.STATUS_ZOMBIE)
-    assert reward.score([(prompt("5"), "5"), (prompt("5"), "5")]) == [Score(0.0, "died"), RIGHT]
+    assert reward.score([(prompt("5"), "5"), (prompt("6"), "6")]) == [Score(0.0, "died"), RIGHT]
     assert reward._workers == [worker]
+
+
+def test_equal_answers_are_judged_once_and_all_get_the_score(reward: MathReward) -> None:
+    (worker,) = reward._workers
+    given: list[str] = []
+    give = worker.give
+    worker.give = lambda index, gold, text, seconds: (given.append(text), give(index, gold, text, seconds))  # type: ignore
+    assert reward.score([(prompt("5"), text) for text in ("5", "6", "5", "5")]) == [RIGHT, WRONG, RIGHT, RIGHT]
+    assert given == ["5", "6"]
 
 
 def test_memory_is_bounded() -> None:

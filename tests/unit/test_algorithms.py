@@ -1,0 +1,257 @@
+"""Losses against the paper's formulas written out in float64 over lists of numbers: values, gradients with respect to
+every token's log-prob, metrics, and that microbatches and ranks add up to the step. Advantages and pairs.
+"""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.algorithms.advantages import grouped_advantages
+from engine.algorithms.losses import DpoObjective, GrpoObjective, NllObjective, make_objective
+from engine.algorithms.pairs import random_pair
+from engine.config import Algorithm, Trainer
+from engine.errors import NumericsError
+from engine.megatron.packing import make_batches
+from engine.types import Completion, Prompt, Rollout, RolloutGroup, Score, Sequence
+
+NUM_PROMPTS = 7  # of the step, skipped ones included
+CLOSE = {"rel": 2e-5, "abs": 2e-5}  # fp32 sums of some dozens of terms of order 1
+
+
+class Step:
+    """A made-up step: sequences, and for each a policy and a reference log-prob a completion token, as float64."""
+
+    def __init__(self, seed, num_pairs=4):
+        draw = random.Random(seed)
+        self.sequences, self.policy, self.reference = [], [], []
+        for pair in range(num_pairs):
+            for chosen in (True, False):
+                length = draw.randint(1, 6)
+                rollout = tuple(draw.uniform(-4, -0.1) for _ in range(length))
+                prompt = (len(self.sequences) + 1, *range(9, 9 + draw.randint(0, 3)))  # its first token tells who it is
+                advantage = draw.choice([0.0, draw.uniform(-1, 1)])
+                self.sequences.append(Sequence(prompt, tuple(range(length)), rollout, advantage, pair, chosen))
+                self.policy.append([p + draw.uniform(-0.5, 0.5) for p in rollout])
+                self.reference.append([p + draw.uniform(-0.5, 0.5) for p in rollout])
+
+    @property
+    def num_tokens(self):
+        return sum(len(s.completion_ids) for s in self.sequences)
+
+    def run(self, objective, *, data_parallel=1, microbatch_tokens=400):
+        """(sum of the losses, sums of the metrics by name, gradient of each sequence's tokens) over all microbatches."""
+        trainer = Trainer(data_parallel=data_parallel, microbatch_tokens=microbatch_tokens)
+        loss, sums = 0.0, [0.0] * len(objective.metric_names)
+        gradients = [[math.nan]] * len(self.sequences)
+        for batch in make_batches(self.sequences, step=0, num_prompts=NUM_PROMPTS, trainer=trainer):
+            for microbatch in batch.microbatches:
+                row, spans = self._lay_out(microbatch, self.policy)
+                reference, _ = self._lay_out(microbatch, self.reference)
+                row.requires_grad_()
+                part, metrics = objective(row, replace(microbatch, reference_log_probs=reference), batch)
+                part.backward()
+                assert not metrics.requires_grad
+                loss += part.item()
+                sums = [a + b for a, b in zip(sums, metrics.tolist(), strict=True)]
+                for index, span in spans.items():
+                    gradients[index] = row.grad[span].tolist()
+        return loss, dict(zip(objective.metric_names, sums, strict=True)), gradients
+
+    def _lay_out(self, microbatch, values):
+        """Values in their places of the row, and the slice of each sequence's completion tokens."""
+        row, spans = torch.zeros(microbatch.token_ids.numel()), {}
+        for start in microbatch.cu_seqlens[:-1].tolist():
+            index = int(microbatch.token_ids[start]) - 1
+            if index >= 0:
+                first = start + len(self.sequences[index].prompt_ids) - 1
+                spans[index] = slice(first, first + len(values[index]))
+                row[spans[index]] = torch.tensor(values[index])
+        return row, spans
+
+    def pairs(self):
+        return [(2 * pair, 2 * pair + 1) for pair in range(len(self.sequences) // 2)]
+
+    def gap(self):
+        return sum(
+            abs(p - q)
+            for sequence, policy in zip(self.sequences, self.policy, strict=True)
+            for p, q in zip(policy, sequence.rollout_log_probs, strict=True)
+        )
+
+
+LAYOUTS = [
+    {"data_parallel": 1, "microbatch_tokens": 400},  # one row
+    {"data_parallel": 1, "microbatch_tokens": 24},  # several rows
+    {"data_parallel": 3, "microbatch_tokens": 24},  # several ranks, some with empty rows
+]
+
+
+def check(found, loss, metrics, gradients):
+    assert found[0] == pytest.approx(loss, **CLOSE)
+    assert found[1] == pytest.approx(metrics, **CLOSE)
+    for mine, want in zip(found[2], gradients, strict=True):
+        assert mine == pytest.approx(want, **CLOSE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("reduction", "divisor"), [("prompts", NUM_PROMPTS), ("pairs", 4), ("tokens", None)])
+@pytest.mark.parametrize("nll_weight", [0.0, 0.3])
+def test_dpo_is_the_papers(layout, reduction, divisor, nll_weight):
+    """-log sigmoid(beta * m) + nll_weight * NLL(chosen), m of sums over the response, divided by the step's own count.
+
+    d/dl(chosen token) = -beta * sigmoid(-beta * m) - nll_weight; rejected: + beta * sigmoid(-beta * m).
+    """
+    step, beta = Step(3), 0.7
+    algorithm = Algorithm(beta=beta, nll_weight=nll_weight, reduction=reduction)
+    loss, gradients = 0.0, [[0.0]] * 8
+    divisor = divisor or step.num_tokens
+    sums = {"pairs": 4.0, "margin": 0.0, "preferred": 0.0, "chosen_log_prob": 0.0, "rejected_log_prob": 0.0}
+    for chosen, rejected in step.pairs():
+        gain = sum(step.policy[chosen]) - sum(step.reference[chosen])
+        margin = beta * (gain - (sum(step.policy[rejected]) - sum(step.reference[rejected])))
+        loss += math.log(1 + math.exp(-margin)) - nll_weight * sum(step.policy[chosen])
+        slope = beta / (1 + math.exp(margin))
+        gradients[chosen] = [(-slope - nll_weight) / divisor] * len(step.policy[chosen])
+        gradients[rejected] = [slope / divisor] * len(step.policy[rejected])
+        sums["margin"] += margin
+        sums["preferred"] += margin > 0
+        sums["chosen_log_prob"] += sum(step.policy[chosen])
+        sums["rejected_log_prob"] += sum(step.policy[rejected])
+    check(step.run(DpoObjective(algorithm), **layout), loss / divisor, sums | {"rollout_gap": step.gap()}, gradients)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("reduction", "divisor"), [("prompts", NUM_PROMPTS), ("tokens", None)])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.25])
+def test_grpo_is_the_papers(layout, reduction, divisor, kl_weight):
+    """-min(r A, clip(r) A) + kl_weight * (exp(d) - d - 1) summed over tokens, d = reference - policy.
+
+    d/dl = -r A where the clip does not bind (A >= 0 and r <= 1 + eps, or A < 0 and r >= 1 - eps), and kl (1 - exp d).
+    """
+    step, eps = Step(5, num_pairs=8), 0.2
+    algorithm = Algorithm(loss="grpo", clip_ratio=eps, kl_weight=kl_weight, reduction=reduction)
+    divisor = divisor or step.num_tokens
+    loss, gradients = 0.0, []
+    sums = {"sequences": float(sum(s.advantage != 0 for s in step.sequences)), "kl": 0.0, "clipped": 0.0, "ratio": 0.0}
+    bound = 0
+    for sequence, policy, reference in zip(step.sequences, step.policy, step.reference, strict=True):
+        a, slopes = sequence.advantage, []
+        for p, old, ref in zip(policy, sequence.rollout_log_probs, reference, strict=True):
+            r, d = math.exp(p - old), ref - p
+            loss -= min(r, 1 + eps) * a if a >= 0 else max(r, 1 - eps) * a
+            binds = r > 1 + eps if a >= 0 else r < 1 - eps
+            bound += binds and a != 0
+            slopes.append(((0 if binds else -r * a) + kl_weight * (1 - math.exp(d))) / divisor)
+            if kl_weight:
+                loss += kl_weight * (math.exp(d) - d - 1)
+                sums["kl"] += math.exp(d) - d - 1
+            sums["clipped"] += not 1 - eps <= r <= 1 + eps
+            sums["ratio"] += r
+        gradients.append(slopes)
+    assert bound > 2, "the clip must bind somewhere for the test to mean anything"
+    check(step.run(GrpoObjective(algorithm), **layout), loss / divisor, sums | {"rollout_gap": step.gap()}, gradients)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nll_is_the_mean_over_the_steps_target_tokens(layout):
+    step = Step(7)
+    nll = -sum(map(sum, step.policy))
+    gradients = [[-1 / step.num_tokens] * len(policy) for policy in step.policy]
+    metrics = {"tokens": float(step.num_tokens), "nll": nll}
+    check(step.run(NllObjective(), **layout), nll / step.num_tokens, metrics, gradients)
+
+
+def test_strictly_on_policy_grpo_is_the_policy_gradient():
+    """With rollout log-probs equal to the policy's the ratio is 1, nothing is clipped and the gradient is -A."""
+    step = Step(11)
+    step.sequences = [
+        replace(s, rollout_log_probs=tuple(p)) for s, p in zip(step.sequences, step.policy, strict=True)
+    ]
+    _, sums, gradients = step.run(GrpoObjective(Algorithm(loss="grpo", kl_weight=0.0)))
+    assert sums["ratio"] == pytest.approx(step.num_tokens)
+    assert sums["clipped"] == sums["rollout_gap"] == 0
+    for sequence, gradient in zip(step.sequences, gradients, strict=True):
+        assert gradient == pytest.approx([-sequence.advantage / NUM_PROMPTS] * len(gradient), abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", [DpoObjective(Algorithm()), GrpoObjective(Algorithm(loss="grpo")), NllObjective()])
+def test_a_step_without_sequences_has_loss_0_and_can_be_differentiated(objective):
+    step = Step(0, num_pairs=0)
+    loss, sums, _ = step.run(objective)
+    assert loss == 0
+    assert set(sums.values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kind", "needs_reference"),
+    [
+        (Algorithm(), DpoObjective, True),
+        (Algorithm(loss="grpo"), GrpoObjective, True),
+        (Algorithm(loss="grpo", kl_weight=0.0), GrpoObjective, False),
+    ],
+)
+def test_the_configuration_names_the_objective(algorithm, kind, needs_reference):
+    objective = make_objective(algorithm)
+    assert type(objective) is kind
+    assert objective.needs_reference is needs_reference
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=16))
+def test_advantages_are_rewards_minus_their_mean_and_nothing_more(rewards):
+    """Not divided by the standard deviation: differences between advantages are differences between rewards."""
+    advantages = grouped_advantages(rewards)
+    assert math.fsum(advantages) == pytest.approx(0, abs=1e-8)
+    assert [a - advantages[0] for a in advantages] == pytest.approx([r - rewards[0] for r in rewards], abs=1e-8)
+
+
+@given(st.floats(-1e6, 1e6), st.integers(1, 16))
+def test_equal_rewards_give_advantages_of_exactly_0(reward, count):
+    """Whatever the rounding of their mean: 0 is how a prompt without signal is told."""
+    assert grouped_advantages([reward] * count) == [0.0] * count
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_named(broken):
+    with pytest.raises(NumericsError, match=f"reward 2 of the group must be finite; found {broken}"):
+        grouped_advantages([0.0, 1.0, broken])
+
+
+def group(rewards, prompt_id="p", step=0):
+    rollouts = tuple(
+        Rollout(Completion(prompt_id, i, i, 0, (i,), (-1.0,), "", "stop"), Score(reward, "ok"))
+        for i, reward in enumerate(rewards)
+    )
+    return RolloutGroup(Prompt(prompt_id, (1,), "", "", "", ""), step, rollouts)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=8), st.integers(0, 99), st.integers(0, 99))
+def test_a_pair_is_one_correct_and_one_wrong_rollout_or_none(rewards, step, run_seed):
+    drawn = random_pair(group(rewards, step=step), run_seed)
+    assert (drawn is None) is (len(set(rewards)) == 1)
+    if drawn is not None:
+        assert [rollout.score.value for rollout in drawn] == [1.0, 0.0]
+    assert drawn == random_pair(group(rewards, step=step), run_seed), "a pure function of its arguments"
+
+
+def test_a_pair_depends_on_run_seed_step_and_prompt_and_reaches_every_rollout_alike():
+    rewards = [1.0] * 4 + [0.0] * 4
+    draws = {
+        (seed, step, prompt): random_pair(group(rewards, prompt, step), seed)
+        for seed in range(8)
+        for step in range(8)
+        for prompt in "abcdefgh"
+    }
+    counts = [0] * 8
+    for drawn in draws.values():
+        assert drawn is not None
+        for rollout in drawn:
+            counts[rollout.completion.sample_index] += 1
+    assert all(abs(count - 128) < 5 * math.sqrt(128 * 3 / 4) for count in counts), counts  # 512 draws of one in four
+    for fixed in range(3):  # with the other two held, each of the three changes the draw
+        varied = [pair for key, pair in draws.items() if all(key[i] == (0, 0, "a")[i] for i in range(3) if i != fixed)]
+        assert len({tuple(r.completion.sample_index for r in pair) for pair in varied if pair}) > 2
