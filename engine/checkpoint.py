@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.config import RunConfig
 from engine.errors import CheckpointError
+from engine.files import staged_folder, sync
 from engine.llama.hf import write_hf_checkpoint
 
 MANIFEST, LATEST, POLICY = "manifest.json", "LATEST", "policy"
@@ -58,7 +59,7 @@ class Checkpoints:
         self._barrier()
         file = staging / rank_file(self._rank)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
-        _sync(file)
+        sync(file)
         if self._rank == 0:
             write_hf_checkpoint(staging / POLICY, weights, template=config.model.path)
         else:
@@ -84,19 +85,19 @@ class Checkpoints:
         }
         manifest["sha256"] = _content_digest(manifest)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(staging / MANIFEST)
-        _sync(staging)
+        sync(staging / MANIFEST)
+        sync(staging)
         if final.exists():
             former = final.with_name(f".staging-former-{final.name}")
             final.rename(former)
             shutil.rmtree(former)
         staging.rename(final)
-        _sync(self._folder)
+        sync(self._folder)
         pointer = self._folder / f".{LATEST}"
         pointer.write_text(final.name, encoding="utf-8")
-        _sync(pointer)
+        sync(pointer)
         os.replace(pointer, self._folder / LATEST)
-        _sync(self._folder)
+        sync(self._folder)
         # Later steps than this one are of a run that was killed before it named them; they do not count as kept.
         kept = sorted(path for path in self._folder.glob("step_*") if path.is_dir() and path.name <= final.name)
         for old in kept[: -config.checkpoint.keep]:
@@ -169,15 +170,9 @@ def export(checkpoint: Path, destination: Path) -> Path:
         verify_file(checkpoint, name, manifest)
     if destination.exists() and any(destination.iterdir()):
         raise CheckpointError(f"{destination} must be new or empty; found files in it: choose another folder")
-    staging = destination.with_name(f".{destination.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for name in names:
-        shutil.copyfile(checkpoint / name, staging / Path(name).name)
-        _sync(staging / Path(name).name)
-    if destination.exists():
-        destination.rmdir()
-    staging.rename(destination)
+    with staged_folder(destination) as staging:
+        for name in names:
+            shutil.copyfile(checkpoint / name, staging / Path(name).name)
     return destination
 
 
@@ -204,11 +199,3 @@ def _content_digest(manifest: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,6 @@ folder written so that it appears whole or not at all. It knows no parallel layo
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.errors import CheckpointError, ConfigError
+from engine.files import staged_folder
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -194,26 +194,14 @@ def write_hf_checkpoint(
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
         raise CheckpointError(f"{directory} must be new or a checkpoint; found other files: choose another folder")
-    staging = directory.with_name(f".{directory.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    dtype = _write_shards(staging, tensors, max_shard_bytes)
-    config = _read_json(Path(template) / "config.json")
-    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(staging / "config.json", config)
-    for name in COMPANIONS:
-        if (Path(template) / name).exists():
-            shutil.copyfile(Path(template) / name, staging / name)
-    for file in staging.iterdir():
-        _sync(file)
-    _sync(staging)
-    former = directory.with_name(f".{directory.name}.former")
-    shutil.rmtree(former, ignore_errors=True)
-    if directory.exists():
-        directory.rename(former)
-    staging.rename(directory)
-    _sync(directory.parent)
-    shutil.rmtree(former, ignore_errors=True)
+    with staged_folder(directory) as staging:
+        dtype = _write_shards(staging, tensors, max_shard_bytes)
+        config = _read_json(Path(template) / "config.json")
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        _write_json(staging / "config.json", config)
+        for name in COMPANIONS:
+            if (Path(template) / name).exists():
+                shutil.copyfile(Path(template) / name, staging / name)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> torch.dtype:
@@ -249,12 +237,3 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
 
 def _write_json(file: Path, tree: dict[str, Any]) -> None:
     file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Makes a file or a folder's entries survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

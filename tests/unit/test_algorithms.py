@@ -20,7 +20,7 @@ from engine.megatron.packing import make_batches
 from engine.types import Completion, Prompt, Rollout, RolloutGroup, Score, Sequence
 
 NUM_PROMPTS = 7  # of the step, skipped ones included
-CLOSE = {"rel": 2e-5, "abs": 2e-5}  # fp32 sums of some dozens of terms of order 1
+CLOSE = 2e-5  # relative or absolute: fp32 sums of some dozens of terms of order 1
 
 
 class Step:
@@ -28,7 +28,9 @@ class Step:
 
     def __init__(self, seed, num_pairs=4):
         draw = random.Random(seed)
-        self.sequences, self.policy, self.reference = [], [], []
+        self.sequences: list[Sequence] = []
+        self.policy: list[list[float]] = []  # log-probs of each sequence's completion tokens
+        self.reference: list[list[float]] = []
         for pair in range(num_pairs):
             for chosen in (True, False):
                 length = draw.randint(1, 6)
@@ -92,10 +94,10 @@ LAYOUTS = [
 
 
 def check(found, loss, metrics, gradients):
-    assert found[0] == pytest.approx(loss, **CLOSE)
-    assert found[1] == pytest.approx(metrics, **CLOSE)
+    assert found[0] == pytest.approx(loss, rel=CLOSE, abs=CLOSE)
+    assert found[1] == pytest.approx(metrics, rel=CLOSE, abs=CLOSE)
     for mine, want in zip(found[2], gradients, strict=True):
-        assert mine == pytest.approx(want, **CLOSE)
+        assert mine == pytest.approx(want, rel=CLOSE, abs=CLOSE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -169,9 +171,7 @@ def test_nll_is_the_mean_over_the_steps_target_tokens(layout):
 def test_strictly_on_policy_grpo_is_the_policy_gradient():
     """With rollout log-probs equal to the policy's the ratio is 1, nothing is clipped and the gradient is -A."""
     step = Step(11)
-    step.sequences = [
-        replace(s, rollout_log_probs=tuple(p)) for s, p in zip(step.sequences, step.policy, strict=True)
-    ]
+    step.sequences = [replace(s, rollout_log_probs=tuple(p)) for s, p in zip(step.sequences, step.policy, strict=True)]
     _, sums, gradients = step.run(GrpoObjective(Algorithm(loss="grpo", kl_weight=0.0)))
     assert sums["ratio"] == pytest.approx(step.num_tokens)
     assert sums["clipped"] == sums["rollout_gap"] == 0

@@ -150,7 +150,10 @@ class OneRank:
     rank: int = 0
     pp_rank: int = 0
     is_stage_leader: bool = True
-    device: torch.device = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     def stage_leaders(self) -> tuple[int, ...]:
         return (0,)

@@ -15,7 +15,7 @@ ENGINE = ROOT / "engine"
 
 # From the ground up. A room (a folder or a module of engine/) imports its own layer and those above it in this list.
 LAYERS = (
-    ("types", "config", "schedule", "errors", "seeds"),
+    ("types", "config", "schedule", "errors", "seeds", "files"),
     ("data", "rewards", "algorithms", "ops", "llama", "observe"),
     ("megatron", "inference", "bridge", "checkpoint", "evaluation"),
     ("loop", "rollouts", "planner"),

@@ -58,9 +58,7 @@ class World:
     def run(self, schedule: SyncSchedule, start: int = 0) -> list[dict[str, float]]:
         self.steps_done = start
         world: Any = self
-        return list(
-            train(schedule, world, world, world, start=start, checkpoint=self.checkpoint, evaluate=self.evaluate)
-        )
+        return list(train(schedule, world, world, world, start=start, checkpoint=self.checkpoint, evaluate=self.evaluate))
 
 
 def step_of(step: int) -> list[str]:

@@ -82,7 +82,7 @@ def test_a_step_holds_the_prompts_of_the_order_and_pairs_of_right_and_wrong(open
         assert data.metrics["skipped_prompts"] == 4 - len(mixed)
         assert data.metrics["staleness"] == step
         assert [s.prompt_ids for s in data.sequences] == [p.token_ids for p in mixed for _ in range(2)]
-        assert [(s.pair, s.chosen) for s in data.sequences] == [(i, right) for i in range(len(mixed)) for right in (True, False)]
+        assert [(s.pair, s.chosen) for s in data.sequences] == [(i, c) for i in range(len(mixed)) for c in (True, False)]
         assert all((s.completion_ids[0] % 2 == 0) is s.chosen for s in data.sequences)
         assert all(s.rollout_log_probs == (-0.5,) and s.advantage == 0 for s in data.sequences)
 
@@ -183,7 +183,8 @@ MIXED = [group([1, 1], 0), group([1, 0, 0, 0], 1), group([0, 0], 2), group([0, 1
 def test_dpo_skips_prompts_without_a_pair_and_numbers_the_others():
     sequences, skipped = training_sequences(MIXED, run_config())
     assert skipped == 2
-    assert [(s.prompt_ids[0], s.pair, s.chosen) for s in sequences] == [(2, 0, True), (2, 0, False), (4, 1, True), (4, 1, False)]
+    found = [(s.prompt_ids[0], s.pair, s.chosen) for s in sequences]
+    assert found == [(2, 0, True), (2, 0, False), (4, 1, True), (4, 1, False)]
     assert [len(s.completion_ids) for s in sequences if s.chosen] == [1, 2]
     assert all(s.rollout_log_probs == (-len(s.completion_ids) / 2,) * len(s.completion_ids) for s in sequences)
 

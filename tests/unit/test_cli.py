@@ -1,0 +1,179 @@
+"""The command in process: a configuration that is printed can be read again, and each mistake ends with its exit code
+and one line on stderr that names what to mend. No process is started here; tests/e2e runs whole commands.
+"""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from engine import cli
+from engine.checkpoint import Checkpoints
+from engine.config import dump_config, load_config
+
+CONFIG = """
+[run]
+directory = "{folder}/run"
+steps = 4
+[model]
+path = "{folder}/seed"
+[data]
+train = "{folder}/train.jsonl"
+held_out = "{folder}/held_out.jsonl"
+[trainer]
+microbatch_tokens = 8192
+"""
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 67,
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A configuration whose files all exist."""
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "config.json").write_text(json.dumps(LLAMA))
+    for name in ("train.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text('{"problem": "1+1", "answer": "2"}\n')
+    (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path))
+    return tmp_path / "run.toml"
+
+
+@pytest.fixture
+def complaint(capsys):
+    """Runs a command that must fail with an exit code; the one line it says."""
+
+    def run(code: int, *arguments: object) -> str:
+        assert cli.main([str(argument) for argument in arguments]) == code
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("semion: ")
+        assert said.err.count("\n") == 1, said.err
+        assert "Traceback" not in said.err
+        return said.err
+
+    return run
+
+
+def test_check_prints_the_resolved_tree_which_loads_again(file, tmp_path, capsys):
+    assert cli.main(["check", str(file), "algorithm.beta=0.25", "sync.sync_interval=never"]) == 0
+    printed = capsys.readouterr().out
+    again = tmp_path / "again.toml"
+    again.write_text(printed)
+    config = load_config(again)
+    assert config == load_config(file, ["algorithm.beta=0.25", "sync.sync_interval=never"])
+    assert (config.algorithm.beta, config.sync.sync_interval) == (0.25, "never")
+    assert printed == dump_config(config)
+    assert "warmup_steps = 0" in printed, "defaults are resolved"
+
+
+COMMANDS = [["train"], ["sft"], ["rollout", "--output", "out.jsonl"], ["eval"]]
+
+
+@pytest.mark.parametrize("command", [["check"], *COMMANDS])
+def test_an_unknown_key_or_a_missing_file_is_a_configuration_error(command, file, complaint):
+    said = complaint(2, *command, file, "algorithm.betta=1")
+    assert "algorithm.betta is not an option; found 1" in said
+    assert "No such file" in complaint(2, *command, file.with_name("nowhere.toml"))
+    assert "must read section.key=value" in complaint(2, *command, file, "beta=1")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_run_needs_is_looked_at_before_any_process_starts(command, file, tmp_path, complaint, monkeypatch):
+    monkeypatch.setattr("engine.cluster.Cluster.__enter__", lambda self: pytest.fail("a process would have started"))
+    assert "data.train must be a file; found none at gone.jsonl" in complaint(3, *command, file, "data.train=gone.jsonl")
+    assert "data.held_out must be a file" in complaint(3, *command, file, "data.held_out=gone.jsonl")
+    assert "gone/config.json cannot be read" in complaint(4, *command, file, "model.path=gone")
+    (tmp_path / "seed" / "config.json").write_text(json.dumps(LLAMA | {"model_type": "qwen2"}))
+    said = complaint(2, *command, file)
+    assert "must have model_type = 'llama'; found 'qwen2'" in said
+
+
+def test_a_run_is_not_overwritten_without_resume(file, tmp_path, complaint):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    said = complaint(2, "train", file)
+    assert f"found a run in {tmp_path}/run: add --resume auto" in said
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_resuming_from_a_pointer_to_nothing_is_a_checkpoint_error(file, tmp_path, complaint):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "LATEST").write_text("step_00000004")
+    assert "LATEST names step_00000004, which holds no manifest.json" in complaint(4, "train", file, "--resume", "auto")
+
+
+def test_commands_name_the_option_they_need(file, tmp_path, complaint):
+    said = complaint(2, "sft", file)
+    assert "sft.checkpoint_out is required" in said
+    (tmp_path / "out.jsonl").touch()
+    assert "--output must be a new file" in complaint(2, "rollout", file, "--output", tmp_path / "out.jsonl")
+    text = file.read_text()
+    file.write_text(text[: text.index("held_out")] + text[text.index("[trainer]") :])
+    assert "data.held_out is required by `semion eval`" in complaint(2, "eval", file)
+
+
+def test_export_of_a_run_of_a_checkpoint_and_of_nothing(file, tmp_path, complaint, capsys):
+    assert "must be a run or a checkpoint; found neither" in complaint(4, "export", tmp_path, tmp_path / "out")
+    assert "must be a run or a checkpoint" in complaint(4, "export", tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", rank=0, world_size=1, barrier=lambda: None)
+    weights = [("model.norm.weight", torch.ones(3))]
+    folder = checkpoints.commit(4, {"step": torch.tensor(4)}, iter(weights), load_config(file))
+    for source, name in ((tmp_path / "run", "of_run"), (folder, "of_checkpoint")):
+        assert cli.main(["export", str(source), str(tmp_path / name)]) == 0
+        assert "the policy of step_00000004, verified" in capsys.readouterr().out
+        assert (tmp_path / name / "model.safetensors").exists()
+    assert "must be new or empty" in complaint(4, "export", folder, tmp_path / "of_run")
+
+
+def test_doctor_reports_what_it_found_in_json_too(tmp_path, capsys):
+    code = cli.main(["doctor", "--json", str(tmp_path / "doctor.json")])
+    findings = json.loads((tmp_path / "doctor.json").read_text())
+    assert {"python", "C++ compiler", "torch", "ray", "free memory", "free disk", "loopback", "device"} <= findings.keys()
+    assert findings["torch"] == {"found": torch.__version__, "verdict": "ok"}
+    assert findings["loopback"]["verdict"] == "ok"
+    assert code == int(any(finding["verdict"] != "ok" for finding in findings.values()))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in findings)
+
+
+def test_an_interrupt_says_how_to_go_on(file, monkeypatch, complaint):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_config", interrupted)
+    assert "continue with --resume auto" in complaint(130, "check", file)
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "a.toml", "--resume", "never"]])
+def test_a_command_line_that_makes_no_sense_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    assert "usage: semion" in capsys.readouterr().err
+
+
+def test_a_runs_events_become_its_summary(file, capsys):
+    """Steps, sums of seconds, evaluations and versions; notes and accuracies are shown while it runs."""
+    accuracy: dict[str, Any] = {"step": 0, "mean": 0.5, "standard_error": 0.1, "num_problems": 10, "num_seeds": 2}
+    events: list[dict[str, Any]] = [
+        {"kind": "note", "text": "12 prompts"},
+        {"kind": "evaluation"} | accuracy,
+        {"kind": "step", "step": 0, "train_seconds": 1.0, "step_seconds": 2.0, "sync_seconds": 0.5},
+        {"kind": "step", "step": 1, "train_seconds": 1.5, "step_seconds": 2.0, "generation_seconds": 0.25},
+        {"kind": "done", "engine_versions": {"vllm": "1"}},
+    ]
+    summary = cli._show(load_config(file), "train", iter(events))
+    assert (summary["steps"], summary["evaluations"], summary["versions"]) == (2, [accuracy], {"vllm": "1"})
+    totals = {"train_seconds": 2.5, "step_seconds": 4.0, "sync_seconds": 0.5, "generation_seconds": 0.25}
+    assert summary["totals"] == totals | {"wait_seconds": 0.0, "generation_tokens": 0.0}
+    printed = capsys.readouterr().out
+    assert "12 prompts" in printed
+    assert "step 0: held-out accuracy 50.0% ± 10.0% (10 problems, 2 seeds)" in printed

@@ -1,0 +1,138 @@
+"""Held-out accuracy: its standard error against a bootstrap, its figures on an example worked out by hand, and that two
+versions are judged on equal luck.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import RunConfig
+from engine.evaluation.accuracy import evaluate, greedy_samples, standard_error
+from engine.inference.pool import Pool
+from engine.types import Prompt, Score
+from tests.unit.test_pool import FakeEngine
+
+PROMPTS = [Prompt(f"p{i}", (i,), f"problem {i}", f"{i}", "", "") for i in range(5)]
+
+
+def run_config(samples: int, max_problems: int | None = None, seed: int = 0) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"directory": "unused", "steps": 1, "seed": seed},
+            "model": {"path": "unused"},
+            "data": {"train": "unused"},
+            "sampling": {"max_tokens": 7},
+            "evaluation": {"samples": samples, "max_problems": max_problems, "temperature": 0.6, "top_p": 0.9},
+        }
+    )
+
+
+class Judge:
+    """Marks by (problem, sample), in the order that evaluation asks; remembers what it was asked."""
+
+    def __init__(self, marks: list[list[Score]]) -> None:
+        self.marks = [mark for row in marks for mark in row]
+        self.asked: list[str] = []
+
+    def score(self, items):
+        self.asked = [prompt.id for prompt, _ in items]
+        return self.marks
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+RIGHT, WRONG, LATE = Score(1.0, "ok"), Score(0.0, "ok"), Score(0.0, "timeout")
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_the_standard_error_is_that_of_a_bootstrap_over_problems(spread):
+    """Problems of one difficulty and of many; treating the samples as independent would be far too sure of the latter."""
+    draw = np.random.default_rng(0)
+    difficulty = np.clip(draw.normal(0.5, spread, 400), 0, 1)
+    correct = (draw.random((400, 8)) < difficulty[:, None]).astype(float)
+    resampled = correct.mean(1)[draw.integers(0, 400, (4000, 400))].mean(1)
+    found = standard_error(correct.tolist())
+    assert found == pytest.approx(resampled.std(), rel=0.05)
+    naive = correct.std() / math.sqrt(correct.size)
+    assert found / naive == pytest.approx(1.0, abs=0.1) if spread == 0 else found / naive > 2
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=3), min_size=2, max_size=10), st.integers(2, 4))
+def test_more_samples_of_the_same_outcome_prove_nothing_more(correct, times):
+    assert standard_error([row * times for row in correct]) == pytest.approx(standard_error(correct), abs=1e-12)
+
+
+def test_one_problem_has_no_spread_to_measure():
+    assert standard_error([[1.0, 0.0]]) == 0.0
+
+
+def test_figures_worked_out_by_hand():
+    """3 problems, 2 seeds: right/right, right/late, wrong/wrong. Seeds 2/3 and 1/3; problems 1, 1/2, 0."""
+    engine = FakeEngine(version=6)
+    judge = Judge([[RIGHT, RIGHT], [RIGHT, LATE], [WRONG, WRONG]])
+    pool = Pool([engine], 5.0)
+    pool.commit(6, pool.receive(6, []), 5.0)
+    result = evaluate(run_config(samples=2, max_problems=3), PROMPTS, pool, judge)
+    assert judge.asked == ["p0", "p0", "p1", "p1", "p2", "p2"]
+    assert result.summary() == {
+        "version": 6,
+        "mean": pytest.approx(0.5),
+        "standard_error": pytest.approx(0.5 / math.sqrt(3)),
+        "seed_spread": pytest.approx(math.sqrt(2 * (1 / 6) ** 2 / 1 / 2)),
+        "num_problems": 3,
+        "num_seeds": 2,
+        "completion_tokens_mean": 1.0,
+        "reward_timeouts": 1,
+    }
+    assert [(r["prompt_id"], r["seed_index"], r["reward"], r["status"]) for r in result.records] == [
+        ("p0", 0, 1.0, "ok"),
+        ("p0", 1, 1.0, "ok"),
+        ("p1", 0, 1.0, "ok"),
+        ("p1", 1, 0.0, "timeout"),
+        ("p2", 0, 0.0, "ok"),
+        ("p2", 1, 0.0, "ok"),
+    ]
+    (asked,) = next(arguments for method, arguments in engine.calls if method == "submit")
+    assert {(r.temperature, r.top_p, r.max_tokens) for r in asked} == {(0.6, 0.9, 7)}
+
+
+def test_one_seed_has_no_spread_over_seeds():
+    result = evaluate(run_config(samples=1), PROMPTS, Pool([FakeEngine()], 5.0), Judge([[RIGHT]] * 5))
+    assert (result.mean, result.seed_spread, result.num_problems) == (1.0, 0.0, 5)
+
+
+def test_seeds_depend_on_the_run_but_not_on_the_version_nor_on_the_other_problems():
+    def seeds(version: int, run_seed: int = 0, max_problems: int | None = None) -> list[int]:
+        engines = [FakeEngine(), FakeEngine()]
+        pool = Pool(engines, 5.0)
+        pool.commit(version, pool.receive(version, []), 5.0)
+        config = run_config(3, max_problems, run_seed)
+        judge = Judge([[RIGHT] * 3] * (max_problems or 5))
+        return [int(str(record["text"])) for record in evaluate(config, PROMPTS, pool, judge).records]
+
+    first = seeds(0)
+    assert len(set(first)) == 15
+    assert seeds(8) == first
+    assert seeds(0, max_problems=2) == first[:6]
+    assert not set(seeds(0, run_seed=1)) & set(first)
+
+
+def test_greedy_samples_tell_what_was_asked_and_said():
+    engine = FakeEngine()
+    prompt = replace(PROMPTS[3], token_ids=(4, 5))
+    (sample,) = greedy_samples(run_config(samples=2), [prompt], Pool([engine], 5.0))
+    (asked,) = engine.calls[0][1][0]
+    assert (asked.temperature, asked.top_p, asked.max_tokens) == (0.0, 1.0, 7)
+    assert sample == {
+        "version": 0,
+        "problem": "problem 3",
+        "answer": "3",
+        "text": str(asked.seed),
+        "prompt_ids": [4, 5],
+        "token_ids": [asked.seed],
+    }
