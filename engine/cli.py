@@ -79,6 +79,7 @@ def _train(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"run.directory must be new; found a run in {directory}: add --resume auto, or name another directory"
         )
+    _say_start(config, engines=config.inference.engines)
     with Cluster(config, verbose=options.verbose) as cluster:
         summary = _show(config, "train", cluster.train(resume=resume))
     if summary["evaluations"]:
@@ -92,6 +93,7 @@ def _sft(options: argparse.Namespace) -> None:
     config = _runnable(options)
     if config.sft.checkpoint_out is None:
         raise ConfigError("sft.checkpoint_out is required by `semion sft` and missing: name the folder to make")
+    _say_start(config, engines=0)
     with Cluster(config, verbose=options.verbose) as cluster:
         summary = _show(config, "sft", cluster.fine_tune())
     print(f"checkpoint: {config.sft.checkpoint_out}")
@@ -177,6 +179,16 @@ def _runnable(options: argparse.Namespace) -> RunConfig:
         if path is not None and not Path(path).is_file():
             raise DataError(f"{key} must be a file; found none at {path}: check the path")
     return config
+
+
+def _say_start(config: RunConfig, *, engines: int) -> None:
+    """What is being started, since it takes a while."""
+    trainer = config.trainer
+    print(
+        f"starting {trainer.world_size} trainer ranks (tensor {trainer.tensor_parallel}, pipeline "
+        f"{trainer.pipeline_parallel}, data {trainer.data_parallel}) and {engines} engines; --verbose shows their logs",
+        flush=True,
+    )
 
 
 def _show(config: RunConfig, title: str, events: Iterable[dict[str, Any]]) -> dict[str, Any]:

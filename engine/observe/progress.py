@@ -4,6 +4,7 @@ end. It keeps no figures and writes no files (sinks.py does).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -55,8 +56,8 @@ class Progress:
         self._live: Live | None = None
 
     def update(self, record: Mapping[str, float]) -> None:
-        """Shows the record of a finished step; on a terminal, "-" for a metric that it lacks."""
-        self._record = record
+        """Shows the record of a finished step; on a terminal, the newest value of each metric."""
+        self._record = {**self._record, **record}
         if self._first_step is None:
             self._first_step = int(record["step"])
         if self._live is not None:
@@ -105,7 +106,7 @@ class Progress:
 
 
 def _shown(record: Mapping[str, float], key: str, form: str) -> str:
-    return form.format(record[key]) if key in record else "-"
+    return form.format(record[key]) if math.isfinite(record.get(key, math.nan)) else "-"
 
 
 def print_table(title: str, rows: Iterable[Sequence[str]], console: Console | None = None) -> None:
