@@ -101,6 +101,7 @@ def _sft(options: argparse.Namespace) -> None:
 
 
 def _rollout(options: argparse.Namespace) -> None:
+    config = _runnable(options)
     from engine.cluster import Cluster
     from engine.inference.pool import Pool
     from engine.observe.sinks import JsonlLedger
@@ -108,7 +109,6 @@ def _rollout(options: argparse.Namespace) -> None:
     from engine.rollouts import RolloutSource
     from engine.worker import load_prompts
 
-    config = _runnable(options)
     if Path(options.output).exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
     figures: list[dict[str, float]] = []
@@ -131,13 +131,13 @@ def _rollout(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    config = _runnable(options)
     from engine.cluster import Cluster
     from engine.evaluation.accuracy import evaluate
     from engine.inference.pool import Pool
     from engine.rewards.math import MathReward
     from engine.worker import load_prompts
 
-    config = _runnable(options)
     if config.data.held_out is None:
         raise ConfigError("data.held_out is required by `semion eval` and missing: name a file of problems")
     prompts = load_prompts(config, config.data.held_out).prompts
@@ -171,10 +171,17 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _runnable(options: argparse.Namespace) -> RunConfig:
     """The configuration, with what can be seen wrong before any process starts."""
-    from engine.llama.hf import read_shape
-
     config = load_config(options.config, options.overrides)
-    read_shape(config.model.path)
+    from engine.llama.hf import read_shape
+    from engine.llama.layout import check_layout
+
+    shape, trainer = read_shape(config.model.path), config.trainer
+    check_layout(shape, trainer.tensor_parallel, trainer.pipeline_parallel, trainer.virtual_pipeline)
+    if config.inference.max_model_tokens > shape.max_positions:
+        raise ConfigError(
+            f"inference.max_model_tokens must not exceed the model's {shape.max_positions} positions; found "
+            f"{config.inference.max_model_tokens}: lower it"
+        )
     for key, path in (("data.train", config.data.train), ("data.held_out", config.data.held_out)):
         if path is not None and not Path(path).is_file():
             raise DataError(f"{key} must be a file; found none at {path}: check the path")

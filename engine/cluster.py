@@ -52,7 +52,7 @@ class RayFuture:
         except ray.exceptions.RayTaskError as error:
             raise _plain(error, self._name) from error
         except ray.exceptions.RayActorError as error:
-            raise InferenceError(f"the process of {self._name} died: see its log for why, then resume") from error
+            raise InferenceError(f"the process of {self._name} ended: {_last_line(error)}") from error
 
 
 class RayEngine:
@@ -178,4 +178,10 @@ def _plain(error: Any, name: str) -> Exception:
         if isinstance(error.cause, SemionError):
             return error.cause
         return WatchdogError(f"{name} failed with {type(error.cause).__name__}: {error}")
-    return WatchdogError(f"the process of {name} died without saying why ({type(error).__name__}): see its log, then resume")
+    return WatchdogError(f"the process of {name} ended: {_last_line(error)}")
+
+
+def _last_line(error: Exception) -> str:
+    """What Ray knows of a death: of an error in a constructor its message, else the signal or exit."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -36,6 +36,19 @@ class VllmEngine:
         self._timeout = config.inference.timeout_seconds
         self._index = index
         os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(config.inference.threads))
+        try:
+            self._load()
+        except Exception as error:
+            why = " ".join(str(error).split())
+            raise InferenceError(f"engine {index} could not start from {config.model.path}: {why}") from error
+        self._core = self._llm.llm_engine
+        self._llm.update_weight_version("0")
+        self._version = 0
+        self._open: dict[str, SampleRequest] = {}
+        self._done: dict[str, Any] = {}
+        self._busy_seconds, self._num_sampled = 0.0, 0
+
+    def _load(self) -> None:
         import torch
         from transformers import AutoTokenizer, GenerationConfig
         from vllm import LLM
@@ -44,7 +57,7 @@ class VllmEngine:
         from engine.bridge import receive
 
         receive.register()
-        path = config.model.path
+        config, path = self._config, self._config.model.path
         on_cpu = not torch.cuda.is_available()
         torch.set_num_threads(config.inference.threads)
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -67,12 +80,6 @@ class VllmEngine:
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=receive.BACKEND),
         )
-        self._core = self._llm.llm_engine
-        self._llm.update_weight_version("0")
-        self._version = 0
-        self._open: dict[str, SampleRequest] = {}
-        self._done: dict[str, Any] = {}
-        self._busy_seconds, self._num_sampled = 0.0, 0
 
     def describe(self) -> dict[str, str]:
         """Versions of what runs here."""

@@ -31,6 +31,7 @@ LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 67,
+    "max_position_embeddings": 4096,
 }
 
 
@@ -59,6 +60,18 @@ def complaint(capsys):
         return said.err
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trainer.tensor_parallel=3", "trainer.tensor_parallel"),
+        ("trainer.pipeline_parallel=4", "layers"),
+        ("inference.max_model_tokens=5000", "4096 positions"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_any_process_starts(file, complaint, override, named):
+    assert named in complaint(2, "train", file, override)
 
 
 def test_check_prints_the_resolved_tree_which_loads_again(file, tmp_path, capsys):
