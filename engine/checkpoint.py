@@ -81,6 +81,7 @@ class Checkpoints:
             "step": step,
             "ranks": self._world_size,
             "config": json.loads(config.model_dump_json()),
+            "data": _data_digests(config),
             "files": files,
         }
         manifest["sha256"] = _content_digest(manifest)
@@ -113,6 +114,7 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder} must hold a checkpoint to resume from; found none: start without --resume")
         manifest = read_manifest(newest)
         _check_same_run(newest, manifest["config"], config)
+        _check_same_data(newest, manifest["data"], config)
         name = rank_file(self._rank)
         verify_file(newest, name, manifest)
         return int(manifest["step"]), load_file(newest / name)
@@ -194,6 +196,22 @@ def _check_same_run(checkpoint: Path, saved: dict[str, Any], config: RunConfig) 
 
 def _content_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same_data(checkpoint: Path, saved: dict[str, str | None], config: RunConfig) -> None:
+    """CheckpointError when a data file is not the one that the run began with."""
+    for key, digest in _data_digests(config).items():
+        if digest != saved.get(key):
+            raise CheckpointError(
+                f"{key} must be the file that {checkpoint} was written with; found other contents in "
+                f"{getattr(config.data, key.removeprefix('data.'))}: put the file back, or start a new run"
+            )
+
+
+def _data_digests(config: RunConfig) -> dict[str, str | None]:
+    """SHA-256 of every data file by its option; None where there is none."""
+    paths = {"data.train": config.data.train, "data.held_out": config.data.held_out}
+    return {key: _sha256(Path(path)) if path and Path(path).is_file() else None for key, path in paths.items()}
 
 
 def _sha256(path: Path) -> str:

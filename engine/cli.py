@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig, dump_config, load_config
 from engine.errors import CheckpointError, ConfigError, DataError, SemionError
+from engine.files import locked
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,10 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options) or 0)
     except SemionError as error:
+        if getattr(options, "verbose", False):
+            traceback.print_exc()
         print(f"semion: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("semion: interrupted; continue with --resume auto from the last checkpoint", file=sys.stderr)
+        print("semion: interrupted; a training run continues with --resume auto from its newest checkpoint", file=sys.stderr)
         return 130
 
 
@@ -73,60 +77,87 @@ def _train(options: argparse.Namespace) -> None:
     from engine.cluster import Cluster
 
     config = _runnable(options)
+    if config.sft.checkpoint_out is not None:
+        raise ConfigError(f"sft.checkpoint_out is for `semion sft`; found {config.sft.checkpoint_out!r}: remove it")
     directory = config.run_directory
-    resume = options.resume == "auto" and latest(directory / "checkpoints") is not None
-    if not options.resume and (directory / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"run.directory must be new; found a run in {directory}: add --resume auto, or name another directory"
-        )
-    _say_start(config, engines=config.inference.engines)
-    with Cluster(config, verbose=options.verbose) as cluster:
-        summary = _show(config, "train", cluster.train(resume=resume))
-    if summary["evaluations"]:
-        _print_accuracies(summary["evaluations"])
-    _write(summary, directory / "summary.json", options.json)
+    with locked(directory):
+        resume = options.resume == "auto" and latest(directory / "checkpoints") is not None
+        if not resume:
+            _check_fresh(config, may_start_over=options.resume == "auto")
+        (directory / "config.toml").write_text(dump_config(config), encoding="utf-8")
+        with Cluster(config, verbose=options.verbose) as cluster:
+            summary = _show(config, "train", config.inference.engines, cluster.train(resume=resume))
+        if summary["evaluations"]:
+            _print_accuracies(summary["evaluations"])
+        _write(summary, directory / "summary.json", options.json)
 
 
 def _sft(options: argparse.Namespace) -> None:
     from engine.cluster import Cluster
+    from engine.llama.hf import check_destination
 
     config = _runnable(options)
     if config.sft.checkpoint_out is None:
         raise ConfigError("sft.checkpoint_out is required by `semion sft` and missing: name the folder to make")
-    _say_start(config, engines=0)
-    with Cluster(config, verbose=options.verbose) as cluster:
-        summary = _show(config, "sft", cluster.fine_tune())
-    print(f"checkpoint: {config.sft.checkpoint_out}")
-    _write(summary, config.run_directory / "summary.json", options.json)
+    check_destination(config.sft.checkpoint_out)
+    with locked(config.run_directory):
+        _check_fresh(config, may_start_over=False)
+        (config.run_directory / "config.toml").write_text(dump_config(config), encoding="utf-8")
+        with Cluster(config, verbose=options.verbose) as cluster:
+            summary = _show(config, "sft", 0, cluster.fine_tune())
+        print(f"checkpoint: {config.sft.checkpoint_out}")
+        _write(summary, config.run_directory / "summary.json", options.json)
+
+
+def _check_fresh(config: RunConfig, *, may_start_over: bool) -> None:
+    """ConfigError when run.directory holds records that starting anew would take away.
+
+    A run that was stopped before its first checkpoint may start over under --resume auto: equal configurations write equal
+    records again.
+    """
+    directory = config.run_directory
+    if not (directory / "metrics.jsonl").exists():
+        return
+    before = directory / "config.toml"
+    same = before.exists() and before.read_text(encoding="utf-8") == dump_config(config)
+    if not may_start_over:
+        raise ConfigError(f"run.directory must be new; found a run in {directory}: add --resume auto, or name another one")
+    if not same:
+        raise ConfigError(
+            f"run.directory must be new or hold this run; found one with other options and no checkpoint in {directory}: use "
+            f"the options it had, or name another directory"
+        )
+    print("no checkpoint was written before the run was stopped: starting over", flush=True)
 
 
 def _rollout(options: argparse.Namespace) -> None:
+    options.overrides += ["sync.sync_interval=never", "sync.reference=never"]  # the weights of model.path, for every step
     config = _runnable(options)
     from engine.cluster import Cluster
     from engine.inference.pool import Pool
-    from engine.observe.sinks import JsonlLedger
+    from engine.observe.sinks import JsonlLedger, finite
     from engine.rewards.math import MathReward
     from engine.rollouts import RolloutSource
     from engine.worker import load_prompts
 
     if Path(options.output).exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
-    figures: list[dict[str, float]] = []
+    prompts, figures = load_prompts(config, config.data.train), []
     with Cluster(config, verbose=options.verbose) as cluster, MathReward(config.rewards) as reward:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         ledger = JsonlLedger(options.output)
-        source = RolloutSource(config, load_prompts(config, config.data.train), pool, reward, ledger)
-        width = config.schedule.offline_chunk
+        source = RolloutSource(config, prompts, pool, reward, ledger)
         for step in range(config.run.steps):
-            if step % width == 0:
-                source.open(range(step, min(step + width, config.run.steps)))
+            if steps := config.schedule.opens(step):
+                source.open(steps)
             data = source.next(step)
-            figures.append({"step": step} | data.metrics)
+            figures.append({"step": step} | finite(data.metrics))
             print(f"step {step}: reward {data.metrics['reward_mean']:.3f}, {data.num_prompts} prompts", flush=True)
         source.close()
         ledger.close()
-    mean = sum(f["reward_mean"] for f in figures) / len(figures)
-    print(f"{options.output}: mean reward {mean:.3f} over {len(figures)} steps")
+    rewards = [figure["reward_mean"] for figure in figures if figure["reward_mean"] is not None]
+    mean = sum(rewards) / len(rewards) if rewards else None
+    print(f"{options.output}: mean reward {mean} over {len(figures)} steps")
     _write({"reward_mean": mean, "steps": figures}, None, options.json)
 
 
@@ -140,9 +171,10 @@ def _eval(options: argparse.Namespace) -> None:
 
     if config.data.held_out is None:
         raise ConfigError("data.held_out is required by `semion eval` and missing: name a file of problems")
-    prompts = load_prompts(config, config.data.held_out).prompts
+    held_out = load_prompts(config, config.data.held_out)
+    print(f"data.held_out: {held_out}", flush=True)
     with Cluster(config, verbose=options.verbose) as cluster, MathReward(config.rewards) as reward:
-        result = evaluate(config, prompts, Pool(cluster.start_engines(), config.inference.timeout_seconds), reward)
+        result = evaluate(config, held_out.prompts, Pool(cluster.start_engines(), config.inference.timeout_seconds), reward)
     _print_accuracies([{"step": config.model.path} | result.summary()])
     _write(result.summary() | {"records": list(result.records)}, None, options.json)
 
@@ -188,35 +220,22 @@ def _runnable(options: argparse.Namespace) -> RunConfig:
     return config
 
 
-def _say_start(config: RunConfig, *, engines: int) -> None:
-    """What is being started, since it takes a while."""
-    trainer = config.trainer
-    print(
-        f"starting {trainer.world_size} trainer ranks (tensor {trainer.tensor_parallel}, pipeline "
-        f"{trainer.pipeline_parallel}, data {trainer.data_parallel}) and {engines} engines; --verbose shows their logs",
-        flush=True,
-    )
-
-
-def _show(config: RunConfig, title: str, events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Shows a run's events while they come; a summary of the run."""
+def _show(config: RunConfig, title: str, engines: int, events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Shows a run's events while they come; the summary of the run from its records."""
     from engine.observe.progress import Progress
+    from engine.observe.summary import summarize
 
-    started = time.monotonic()
-    evaluations: list[dict[str, Any]] = []
-    totals: dict[str, float] = {}
-    steps, versions = 0, {}
+    trainer, started, versions = config.trainer, time.monotonic(), {}
     with Progress(config.run.steps, title) as progress:
+        progress.note(
+            f"starting {trainer.world_size} trainer ranks (tensor {trainer.tensor_parallel}, pipeline "
+            f"{trainer.pipeline_parallel}, data {trainer.data_parallel}) and {engines} engines; --verbose shows their logs"
+        )
         for event in events:
             kind = event.pop("kind")
             if kind == "step":
-                steps += 1
                 progress.update(event)
-                for name in ("train_seconds", "wait_seconds", "sync_seconds", "step_seconds", "generation_tokens"):
-                    totals[name] = totals.get(name, 0.0) + event.get(name, 0.0)
-                totals["generation_seconds"] = totals.get("generation_seconds", 0.0) + event.get("generation_seconds", 0.0)
             elif kind == "evaluation":
-                evaluations.append(event)
                 progress.note(
                     f"step {event['step']}: held-out accuracy {event['mean']:.1%} ± {event['standard_error']:.1%} "
                     f"({event['num_problems']} problems, {event['num_seeds']} seeds)"
@@ -225,13 +244,7 @@ def _show(config: RunConfig, title: str, events: Iterable[dict[str, Any]]) -> di
                 progress.note(event["text"])
             else:
                 versions = event.get("engine_versions", {})
-    return {
-        "steps": steps,
-        "seconds": time.monotonic() - started,
-        "totals": totals,
-        "evaluations": evaluations,
-        "versions": versions,
-    }
+    return summarize(config.run_directory) | {"seconds": time.monotonic() - started, "versions": versions}
 
 
 def _print_accuracies(evaluations: list[dict[str, Any]]) -> None:

@@ -130,14 +130,20 @@ class Cluster:
 
         world_size = self._config.trainer.world_size
         ranks = [self._start(kind, self._config.model_dump_json(), rank, HOST) for rank in range(world_size)]
-        port = ray.get(ranks[0].serve.remote(), timeout=self._config.trainer.timeout_seconds)
+        try:
+            port = ray.get(ranks[0].serve.remote(), timeout=self._config.trainer.timeout_seconds)
+        except ray.exceptions.RayError as error:
+            raise _plain(error, "trainer rank 0") from error
         streams = [
             getattr(actor, method).options(num_returns="streaming").remote(port, *arguments_of(rank))
             for rank, actor in enumerate(ranks)
         ]
         names = {stream: f"trainer rank {rank}" for rank, stream in enumerate(streams)}
+        patience = self._patience_seconds()
         while streams:
-            ready, _ = ray.wait(streams, num_returns=1)
+            ready, _ = ray.wait(streams, num_returns=1, timeout=patience)
+            if not ready:
+                raise WatchdogError(f"no trainer rank gave a sign of life for {patience:.0f} s: look for a stopped process")
             for stream in ready:
                 try:
                     yield ray.get(next(stream))
@@ -146,6 +152,11 @@ class Cluster:
                 except ray.exceptions.RayError as error:
                     streams.remove(stream)
                     raise self._worst(_plain(error, names[stream]), streams, names) from error
+
+    def _patience_seconds(self) -> float:
+        """Longer than any step with its sync, evaluation and checkpoint may wait for all it waits for."""
+        c = self._config
+        return 2 * (c.trainer.timeout_seconds + c.inference.timeout_seconds + c.sync.timeout_seconds)
 
     def _worst(self, first: Exception, streams: list[Any], names: dict[Any, str]) -> Exception:
         """Of the errors that end a run within a moment, the one that says most: what broke first is often an echo."""
@@ -177,11 +188,12 @@ def _plain(error: Any, name: str) -> Exception:
     if isinstance(error, ray.exceptions.RayTaskError):
         if isinstance(error.cause, SemionError):
             return error.cause
-        return WatchdogError(f"{name} failed with {type(error.cause).__name__}: {error}")
+        why = " ".join(str(error.cause).split()) or "no message"
+        return WatchdogError(f"{name} failed with {type(error.cause).__name__}: {why}; --verbose shows where")
     return WatchdogError(f"the process of {name} ended: {_last_line(error)}")
 
 
 def _last_line(error: Exception) -> str:
     """What Ray knows of a death: of an error in a constructor its message, else the signal or exit."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].removeprefix("engine.errors.InferenceError: ") if lines else type(error).__name__

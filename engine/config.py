@@ -120,7 +120,7 @@ class Inference(Section):
     max_concurrent: Positive = Field(256, description="requests decoded together in one engine")
     kv_cache_mebibytes: Positive = Field(1024, description="KV cache of one engine")
     threads: Positive = Field(1, description="CPU threads of one engine; a GPU engine ignores it")
-    timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for one step's rollouts or for start-up")
+    timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
 
 
 class Rewards(Section):
@@ -152,7 +152,7 @@ class Supervised(Section):
     """`semion sft`: NLL on worked solutions."""
 
     sequences_per_step: Positive = 64
-    checkpoint_out: str | None = Field(None, description="folder for the Hugging Face checkpoint it makes")
+    checkpoint_out: str | None = Field(None, description="folder for the Hugging Face checkpoint; makes the run supervised")
 
 
 class RunConfig(Section):
@@ -185,7 +185,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> RunConfig:
-        for broken in _broken_rules(self):
+        for broken in _broken_rules(self) + ([] if self.sft.checkpoint_out else _broken_rollout_rules(self)):
             raise ValueError(broken)
         return self
 
@@ -213,6 +213,26 @@ def _broken_rules(config: RunConfig) -> list[str]:
         )
     if c.data.template != "figure4" and "{problem}" not in c.data.template:
         broken.append(f"data.template must be 'figure4' or hold {{problem}}; found {c.data.template!r}: add {{problem}}")
+    if c.algorithm.loss == "grpo" and c.algorithm.reduction == "pairs":
+        broken.append("algorithm.reduction = 'pairs' needs algorithm.loss = 'dpo'; found 'grpo': use 'prompts' or 'tokens'")
+    if c.algorithm.loss == "grpo" and c.algorithm.nll_weight:
+        broken.append(f"algorithm.nll_weight is DPO's; found {c.algorithm.nll_weight} with 'grpo': set it to 0")
+    if c.algorithm.loss == "grpo" and not c.algorithm.kl_weight and c.sync.reference != "never":
+        broken.append(
+            f"sync.reference needs a loss that looks at the reference; found {c.sync.reference!r} with algorithm.kl_weight "
+            f"= 0: set sync.reference = 'never'"
+        )
+    if s == "never" and c.sync.reference == "follow":
+        broken.append(
+            "sync.reference = 'follow' copies the policy at weight syncs, and sync.sync_interval = 'never' has none; found "
+            "both: set sync.reference to 'never' or a number of steps"
+        )
+    return broken
+
+
+def _broken_rollout_rules(c: RunConfig) -> list[str]:
+    """The same for what only a run with rollouts needs; supervised training has no samples and no pairs."""
+    broken = []
     longest = c.data.max_prompt_tokens + c.sampling.max_tokens
     if longest > c.inference.max_model_tokens:
         broken.append(
@@ -225,15 +245,6 @@ def _broken_rules(config: RunConfig) -> list[str]:
         broken.append(
             f"trainer.microbatch_tokens must hold {what} at full length; found {c.trainer.microbatch_tokens} < {together}: "
             f"raise it, or lower sampling.max_tokens"
-        )
-    if c.algorithm.loss == "grpo" and c.algorithm.reduction == "pairs":
-        broken.append("algorithm.reduction = 'pairs' needs algorithm.loss = 'dpo'; found 'grpo': use 'prompts' or 'tokens'")
-    if c.algorithm.loss == "grpo" and c.algorithm.nll_weight:
-        broken.append(f"algorithm.nll_weight is DPO's; found {c.algorithm.nll_weight} with 'grpo': set it to 0")
-    if c.algorithm.loss == "grpo" and not c.algorithm.kl_weight and c.sync.reference != "never":
-        broken.append(
-            f"sync.reference needs a loss that looks at the reference; found {c.sync.reference!r} with algorithm.kl_weight "
-            f"= 0: set sync.reference = 'never'"
         )
     return broken
 
@@ -312,7 +323,7 @@ def dump_config(config: RunConfig) -> str:
     lines = []
     for name, section in config.model_dump().items():
         lines.append(f"[{name}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in section.items() if value is not None]
+        lines += [f"# {key} is unset" if value is None else f"{key} = {_toml(value)}" for key, value in section.items()]
         lines.append("")
     return "\n".join(lines)
 

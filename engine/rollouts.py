@@ -72,7 +72,7 @@ class RolloutSource:
         version = self._config.schedule.version(step)
         found = {rollout.completion.version for group in groups for rollout in group.rollouts}
         assert found == {version}, f"step {step} must train on rollouts of version {version}, found {found}"
-        metrics["staleness"] = float(step - version)
+        metrics["staleness"] = float(self._config.schedule.staleness(step))
         sequences, skipped = training_sequences(groups, self._config)
         metrics["skipped_prompts"] = float(skipped)
         if self._ledger is not None:
@@ -106,7 +106,8 @@ def score_groups(step: int, prompts: Many[Prompt], completions: Many[Completion]
 
 def training_sequences(groups: Many[RolloutGroup], config: RunConfig) -> tuple[list[Sequence], int]:
     """(sequences in prompt order, prompts without signal). DPO drops those prompts; GRPO keeps them at advantage 0,
-    since its KL term still sees them, and drops them where there is none."""
+    since its KL term still sees them, and drops them where there is none. Rollouts that could not be judged are left
+    out of both (`reward_timeouts` and `reward_failures` count them)."""
     sequences: list[Sequence] = []
     skipped, num_pairs = 0, 0
     for group in groups:
@@ -118,12 +119,12 @@ def training_sequences(groups: Many[RolloutGroup], config: RunConfig) -> tuple[l
             sequences += [_sequence(group, rollout, 0.0, num_pairs, rollout is pair[0]) for rollout in pair]
             num_pairs += 1
             continue
-        advantages = grouped_advantages([rollout.score.value for rollout in group.rollouts])
+        advantages = grouped_advantages([rollout.score.value for rollout in group.judged])
         without_signal = not any(advantages)
         skipped += without_signal
         if not without_signal or config.algorithm.kl_weight:
-            pairs = zip(group.rollouts, advantages, strict=True)
-            sequences += [_sequence(group, rollout, advantage, -1, False) for rollout, advantage in pairs]
+            credited = zip(group.judged, advantages, strict=True)
+            sequences += [_sequence(group, rollout, advantage, -1, False) for rollout, advantage in credited]
     return sequences, skipped
 
 
@@ -139,19 +140,21 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage) -> dict[str, float
     an unbiased estimate of the next-token entropy at temperature 1."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
-    rewards = [rollout.score.value for rollout in rollouts]
-    by_outcome = {
-        right: [n for n, reward in zip(lengths, rewards, strict=True) if (reward > 0) is right] for right in (True, False)
-    }
+    judged = [rollout for group in groups for rollout in group.judged]
+    rewards = [rollout.score.value for rollout in judged]
+    correct, incorrect = (
+        [len(rollout.completion.token_ids) for rollout in judged if (rollout.score.value > 0) is right]
+        for right in (True, False)
+    )
     statuses = [rollout.score.status for rollout in rollouts]
     return {
-        "reward_mean": math.fsum(rewards) / len(rollouts),
-        "accuracy": sum(reward > 0 for reward in rewards) / len(rollouts),
+        "reward_mean": _mean(rewards),
+        "accuracy": _mean([reward > 0 for reward in rewards]),
         "rollout_entropy": -math.fsum(p for r in rollouts for p in r.completion.log_probs) / sum(lengths),
         "completion_tokens_mean": sum(lengths) / len(lengths),
         "completion_tokens_max": float(max(lengths)),
-        "correct_tokens_mean": _mean(by_outcome[True]),
-        "incorrect_tokens_mean": _mean(by_outcome[False]),
+        "correct_tokens_mean": _mean(correct),
+        "incorrect_tokens_mean": _mean(incorrect),
         "truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
         "reward_timeouts": float(statuses.count("timeout")),
         "reward_failures": float(statuses.count("died") + statuses.count("unparsable")),
@@ -160,8 +163,8 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage) -> dict[str, float
     }
 
 
-def _mean(values: Many[int]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _mean(values: Many[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def ledger_rows(group: RolloutGroup) -> list[dict[str, object]]:

@@ -33,12 +33,6 @@ class SyncSchedule:
         """Optimizer steps between the weights that sampled a rollout and those that train on it: t - k * s."""
         return step - self.version(step)
 
-    @property
-    def max_staleness(self) -> int:
-        """The largest staleness any step of the run may see."""
-        interval = self.num_steps if self.sync_interval == "never" else self.sync_interval
-        return min(interval, self.num_steps) - 1
-
     def reference_due(self, step: int) -> bool:
         """Whether the reference is copied from the policy before `step`. At step 0 both are the seed model."""
         if self.reference == "never" or step == 0:
@@ -50,5 +44,9 @@ class SyncSchedule:
 
         The whole interval at a sync; offline, a chunk of the endless interval at a time.
         """
-        width = self.offline_chunk if self.sync_interval == "never" else self.sync_interval
-        return range(step, min(step + width, self.num_steps)) if step % width == 0 else range(0)
+        return range(step, min(step + self.width, self.num_steps)) if step % self.width == 0 else range(0)
+
+    @property
+    def width(self) -> int:
+        """Steps whose rollouts are submitted together: the interval, or offline a chunk of it."""
+        return self.offline_chunk if self.sync_interval == "never" else self.sync_interval

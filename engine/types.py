@@ -34,7 +34,7 @@ class Completion:
     """What an engine returns for one request: sampled tokens of one version of the weights."""
 
     prompt_id: str
-    sample_index: int  # 0 .. N-1 within the group
+    sample_index: int  # 0 .. N-1; N .. 2N-1 where the prompt comes twice in a step
     seed: int  # the sampling seed, a pure function of (run seed, step, prompt id, sample index)
     version: int  # optimizer steps in the weights that sampled it
     token_ids: tuple[int, ...]  # EOS included when it was sampled
@@ -66,6 +66,11 @@ class RolloutGroup:
     prompt: Prompt
     step: int  # the step that consumes it
     rollouts: tuple[Rollout, ...]
+
+    @property
+    def judged(self) -> tuple[Rollout, ...]:
+        """The rollouts whose reward says something: a timeout or a death is no evidence against an answer."""
+        return tuple(rollout for rollout in self.rollouts if rollout.score.status == "ok")
 
 
 @dataclass(frozen=True, slots=True)

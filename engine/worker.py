@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from engine.config import RunConfig, dump_config
-from engine.errors import CheckpointError
+from engine.config import RunConfig
+from engine.errors import CheckpointError, ConfigError
 from engine.observe.sinks import JsonlLedger, MetricsWriter
 
 if TYPE_CHECKING:
     from engine.bridge.publish import Publisher
     from engine.checkpoint import Checkpoints
+    from engine.data.prompts import PromptSet
     from engine.inference.pool import EngineHandle, Pool
     from engine.megatron.policy import Policy
     from engine.megatron.topology import Topology
@@ -87,8 +88,8 @@ class TrainerRank:
         from engine.megatron.policy import Policy
 
         config, topology = self._config, self._join(port)
-        policy = Policy(config, topology, NllObjective(), config.model.path)
         source = _SupervisedSource(config, topology)
+        policy = Policy(config, topology, NllObjective(), config.model.path)
         writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
         for record in loop.fine_tune(policy, source, num_steps=config.run.steps):
             if writer is not None:
@@ -119,7 +120,8 @@ class TrainerRank:
             rank=self._rank,
             world_size=trainer.world_size,
             store=store,
-            timeout=timedelta(seconds=trainer.timeout_seconds),
+            # Ranks wait for each other, and while rank 0 waits for an engine they wait for that too.
+            timeout=timedelta(seconds=trainer.timeout_seconds + self._config.inference.timeout_seconds),
             seed=self._config.run.seed,
         )
 
@@ -133,8 +135,6 @@ class _Desk:
         from engine.rollouts import RolloutSource
 
         self._config, directory = config, config.run_directory
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.toml").write_text(dump_config(config), encoding="utf-8")
         self._metrics = MetricsWriter(directory)
         self._evaluations = JsonlLedger(directory / "evaluations.jsonl")
         self._samples = JsonlLedger(directory / "samples.jsonl")
@@ -143,10 +143,11 @@ class _Desk:
             rows.truncate(start)
         prompts = load_prompts(config, config.data.train)
         self._held_out: tuple[Prompt, ...] = ()
-        self._events: list[Event] = []
-        self._note(f"{len(prompts.prompts)} prompts, {prompts.num_dropped} too long, {prompts.num_duplicates} twice")
+        self._events: list[Event] = [{"kind": "note", "text": f"data.train: {prompts}"}]
         if config.data.held_out is not None:
-            self._held_out = load_prompts(config, config.data.held_out).prompts
+            held_out = load_prompts(config, config.data.held_out)
+            self._held_out = held_out.prompts
+            self._events.append({"kind": "note", "text": f"data.held_out: {held_out}"})
         self._reward = MathReward(config.rewards)
         self.pool: Pool = Pool(engines, config.inference.timeout_seconds)
         self._versions = self.pool.describe()
@@ -180,9 +181,6 @@ class _Desk:
             sink.close()
         return [*self._drain(), {"kind": "done", "engine_versions": self._versions}]
 
-    def _note(self, text: str) -> None:
-        self._events.append({"kind": "note", "text": text})
-
     def _drain(self) -> list[Event]:
         events, self._events = self._events, []
         return events
@@ -214,11 +212,20 @@ class _SupervisedSource:
         from engine.data.prompts import PromptOrder
         from engine.data.supervised import supervised_sequence
         from engine.data.templates import load_tokenizer
+        from engine.llama.hf import read_shape
 
         self._config, self._topology = config, topology
         tokenizer = load_tokenizer(config.model.path)
         prompts = load_prompts(config, config.data.train).prompts
         self._sequences = [supervised_sequence(prompt, tokenizer) for prompt in prompts]
+        limit = min(config.trainer.microbatch_tokens, read_shape(config.model.path).max_positions)
+        for prompt, sequence in zip(prompts, self._sequences, strict=True):
+            if sequence.num_tokens > limit:
+                raise ConfigError(
+                    f"trainer.microbatch_tokens and the model's positions must hold every prompt with its solution; found "
+                    f"{sequence.num_tokens} tokens in {prompt.id} and a limit of {limit}: raise trainer.microbatch_tokens, or "
+                    f"shorten or remove the row"
+                )
         self._order = PromptOrder(len(prompts), config.run.seed)
 
     def open(self, steps: range) -> None:
@@ -244,13 +251,19 @@ class _Publisher:
         return {"sync_seconds": report.seconds, "sync_mebibytes": report.num_bytes / 2**20}
 
 
-def load_prompts(config: RunConfig, path: str) -> Any:
-    """The prompts of a file with the run's tokenizer and template (engine.data.prompts.PromptSet)."""
+def load_prompts(config: RunConfig, path: str) -> PromptSet:
+    """The prompts of a file with the run's tokenizer and template. ConfigError when tokenizer and model do not fit."""
     from engine.data.prompts import PromptSet
     from engine.data.rows import load_rows
     from engine.data.templates import load_tokenizer
+    from engine.llama.hf import read_shape
 
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer, vocab_size = load_tokenizer(config.model.path), read_shape(config.model.path).vocab_size
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"model.path must hold a tokenizer that fits the model; found {len(tokenizer)} tokens for a vocabulary of "
+            f"{vocab_size} in {config.model.path}: use the tokenizer that the model was trained with"
+        )
     return PromptSet.from_rows(load_rows(path), tokenizer, config.data.template, config.data.max_prompt_tokens)
 
 
@@ -308,8 +321,8 @@ def _resume(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> int:
         )
     if step < config.run.steps and not config.schedule.opens(step):
         raise CheckpointError(
-            f"the checkpoint of step {step} ends a run between two weight syncs; found run.steps = {config.run.steps}: "
-            f"only a checkpoint at a multiple of sync.sync_interval can be continued"
+            f"run.steps cannot be raised from {step}, where the checkpoint ends a run between two points at which rollouts "
+            f"are submitted; found {config.run.steps}: a run can be prolonged from a multiple of {config.schedule.width} steps"
         )
     policy.load_state(state)
     return step

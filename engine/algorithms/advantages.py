@@ -10,13 +10,15 @@ from engine.errors import NumericsError
 
 
 def grouped_advantages(rewards: Sequence[float]) -> list[float]:
-    """Rewards of one group (any length >= 1) to advantages of the same length, which sum to 0.
+    """Rewards of one group (any length) to advantages of the same length, which sum to 0.
 
     Raises NumericsError naming the index of a reward that is not finite.
     """
     for index, reward in enumerate(rewards):
         if not math.isfinite(reward):
             raise NumericsError(f"reward {index} of the group must be finite; found {reward}: mend the reward function")
+    if not rewards:
+        return []
     mean = math.fsum(rewards) / len(rewards)
     mean = min(max(mean, min(rewards)), max(rewards))  # rounding: equal rewards must give exactly 0, which means no signal
     return [reward - mean for reward in rewards]

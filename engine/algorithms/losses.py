@@ -89,7 +89,7 @@ class GrpoObjective:
     d = reference - policy. No length and no standard-deviation normalisation. Paper, equation 1.
     """
 
-    metric_names = ("sequences", "kl", "clipped", "ratio", "rollout_gap")
+    metric_names = ("with_signal", "kl", "clipped", "ratio", "rollout_gap")
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.clip, self.kl_weight, self.reduction = algorithm.clip_ratio, algorithm.kl_weight, algorithm.reduction
@@ -101,19 +101,18 @@ class GrpoObjective:
         lengths = microbatch.cu_seqlens.diff().long()
         advantage = microbatch.advantages.repeat_interleave(lengths, output_size=log_probs.numel())
         ratio = torch.where(counted, (log_probs - microbatch.rollout_log_probs).exp(), 1.0)
-        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage)
-        loss = -(surrogate * counted).sum()
+        free, clipped = ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage
+        loss = -(torch.minimum(free, clipped) * counted).sum()
         kl = log_probs.new_zeros(())
         if self.needs_reference:
             assert microbatch.reference_log_probs is not None, "the reference must score a microbatch before GRPO's KL"
             d = torch.where(counted, microbatch.reference_log_probs - log_probs, 0.0)
             kl = (d.exp() - d - 1).sum()
             loss = loss + self.kl_weight * kl
-        outside = ((ratio < 1 - self.clip) | (ratio > 1 + self.clip)) & counted
         sums = [
             log_probs.new_tensor(float((microbatch.advantages != 0).sum())),
             kl,
-            outside.float().sum(),
+            ((clipped < free) & counted).float().sum(),
             (ratio * counted).sum(),
             rollout_gap(log_probs, microbatch),
         ]

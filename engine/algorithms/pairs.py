@@ -11,11 +11,13 @@ from engine.types import Rollout, RolloutGroup
 def random_pair(group: RolloutGroup, run_seed: int) -> tuple[Rollout, Rollout] | None:
     """(chosen, rejected): one drawn from the correct rollouts (reward > 0), one from the others; None if either is empty.
 
-    The draw is a pure function of (run seed, step, prompt id). Source: paper, section 3, verifiable task.
+    The draw is a pure function of (run seed, step, prompt id, first sample index). A rollout that could not be judged is
+    neither. Source: paper, section 3, verifiable task.
     """
-    correct = [r for r in group.rollouts if r.score.value > 0]
-    wrong = [r for r in group.rollouts if r.score.value <= 0]
+    correct = [r for r in group.judged if r.score.value > 0]
+    wrong = [r for r in group.judged if r.score.value <= 0]
     if not correct or not wrong:
         return None
-    draw = random.Random(counted_seed(run_seed, "pair", group.step, group.prompt.id))
+    first = group.rollouts[0].completion.sample_index
+    draw = random.Random(counted_seed(run_seed, "pair", group.step, group.prompt.id, first))
     return draw.choice(correct), draw.choice(wrong)

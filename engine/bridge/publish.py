@@ -71,6 +71,10 @@ class Engines(Protocol):
         """See Pool.commit."""
         ...
 
+    def raise_failure(self, version: int, futures: Any) -> None:
+        """See Pool.raise_failure."""
+        ...
+
     def wait(self, futures: Any, what: str) -> None:
         """See Pool.wait."""
         ...
@@ -150,14 +154,20 @@ class Publisher:
             ]
             receiving = self._pool.receive(version, manifest)
         for index, (bucket, message) in enumerate(zip(self._plan, self._manifests, strict=True)):
-            self._send(bucket, message, f"bucket {index + 1} of {len(self._plan)} ({message.names[0]} ...)")
+            try:
+                self._send(bucket, message)
+            except RuntimeError as error:
+                if self._pool is not None:
+                    self._pool.raise_failure(version, receiving)  # an engine's own reason says more than a broken message
+                what = f"bucket {index + 1} of {len(self._plan)} ({message.names[0]} ...)"
+                raise WeightSyncError(f"{what} was not delivered within {self._timeout} s: {error}") from error
         if self._pool is not None:
             assert receiving is not None
             self._pool.commit(version, receiving, self._timeout)
         num_bytes = sum(m.num_bytes for m in self._manifests)
         return SyncReport(version, time.monotonic() - started, num_bytes, len(self._plan))
 
-    def _send(self, bucket: ExportBucket, message: BucketManifest, what: str) -> None:
+    def _send(self, bucket: ExportBucket, message: BucketManifest) -> None:
         tensors = self._source.gather(bucket)
         if self._channel is None:
             return
@@ -167,10 +177,7 @@ class Publisher:
             for view, digest, (_, tensor) in zip(views, digests, tensors, strict=True):
                 view.copy_(tensor)
                 digest.copy_(tensor_digest(view))
-        try:
-            self._channel.broadcast(buffer, message.source)
-        except RuntimeError as error:
-            raise WeightSyncError(f"{what} was not delivered within {self._timeout} s: {error}") from error
+        self._channel.broadcast(buffer, message.source)
 
 
 def stream_to_first_rank(

@@ -72,18 +72,30 @@ class Receiver(WeightTransferEngine[OpenInfo, SyncInfo]):
 
     @torch.no_grad()
     def receive_weights(self, update_info: SyncInfo) -> None:
-        """Receives, places and verifies every bucket; WeightSyncError names the first tensor that differs."""
+        """Receives, places and verifies every bucket; WeightSyncError names the first tensor that differs.
+
+        It is raised after the last bucket: whoever stops receiving makes the sender and the other engines wait.
+        """
         assert self._channel is not None, "the channel must be open before a sync"
+        first_error: WeightSyncError | None = None
         for source, dtype, names, shapes in update_info.buckets:
             manifest = BucketManifest(source, dtype, tuple(names), tuple(tuple(shape) for shape in shapes))
             buffer = manifest.buffer(self.device)
             self._channel.broadcast(buffer, source)
             tensors, digests = manifest.views(buffer)
             for name, tensor, digest in zip(names, tensors, digests, strict=True):
-                live = live_tensor(self.model, name, tensor.shape)
-                live.copy_(tensor)
-                if tensor_digest(live) != digest:
-                    raise WeightSyncError(f"tensor {name} differs from the trainer's after it was placed: send it again")
+                try:
+                    self._place(name, tensor, digest)
+                except WeightSyncError as error:
+                    first_error = first_error or error
+        if first_error is not None:
+            raise first_error
+
+    def _place(self, name: str, tensor: torch.Tensor, digest: torch.Tensor) -> None:
+        live = live_tensor(self.model, name, tensor.shape)
+        live.copy_(tensor)
+        if tensor_digest(live) != digest:
+            raise WeightSyncError(f"tensor {name} differs from the trainer's after it was placed: send it again")
 
     def shutdown(self) -> None:
         """Leaves the channel."""

@@ -28,6 +28,9 @@ class PromptSet:
     num_dropped: int  # longer than max_prompt_tokens
     num_duplicates: int  # a problem that came before
 
+    def __str__(self) -> str:
+        return f"{len(self.prompts)} prompts; left out: {self.num_dropped} too long, {self.num_duplicates} that came before"
+
     @classmethod
     def from_rows(
         cls, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, template: str, max_prompt_tokens: int

@@ -15,6 +15,8 @@ from engine.errors import InferenceError, SemionError, WeightSyncError
 from engine.inference.sampling import SampleRequest
 from engine.types import Completion
 
+FAILURE_SECONDS = 1.0  # how long a broken sync waits for an engine's own reason
+
 
 class Future(Protocol):
     """A call under way in an engine's process."""
@@ -56,9 +58,6 @@ class Pool:
         self._engines = tuple(engines)
         self._timeout = timeout_seconds
         self._version: int | None = 0  # engines load the seed model; None while a sync is under way or has failed
-
-    def __len__(self) -> int:
-        return len(self._engines)
 
     def describe(self) -> dict[str, str]:
         """Waits until every engine is up; versions of what runs in the first."""
@@ -138,6 +137,16 @@ class Pool:
                 raise WeightSyncError(f"engine {engine} did not verify version {version}: {error}") from error
             assert verified == version, (engine, verified, version)
         self._version = version
+
+    def raise_failure(self, version: int, futures: Sequence[Future]) -> None:
+        """Raises the WeightSyncError of an engine that has failed already, if one has."""
+        for engine, future in enumerate(futures):
+            try:
+                future.result(FAILURE_SECONDS)
+            except TimeoutError:
+                continue
+            except SemionError as error:
+                raise WeightSyncError(f"engine {engine} did not verify version {version}: {error}") from error
 
     def wait(self, futures: Sequence[Future], what: str) -> None:
         """Waits for one call of each engine."""

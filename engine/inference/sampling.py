@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,18 +35,25 @@ def sample_requests(
     top_p: float,
     max_tokens: int,
 ) -> list[SampleRequest]:
-    """`samples` requests for each prompt; seeds are pure functions of (run seed, purpose, step, prompt id, index)."""
-    return [
-        SampleRequest(
-            request_id=f"{purpose}:{step}:{place}:{index}",
-            prompt_id=prompt.id,
-            sample_index=index,
-            seed=counted_seed(run_seed, purpose, step, prompt.id, index),
-            token_ids=prompt.token_ids,
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_tokens,
-        )
-        for place, prompt in enumerate(prompts)
-        for index in range(samples)
-    ]
+    """`samples` requests for each prompt; seeds are pure functions of (run seed, purpose, step, prompt id, index).
+
+    A prompt that comes again in the same step counts its samples on, so that it never repeats itself.
+    """
+    asked: Counter[str] = Counter()
+    requests = []
+    for prompt in prompts:
+        for index in range(asked[prompt.id], asked[prompt.id] + samples):
+            requests.append(
+                SampleRequest(
+                    request_id=f"{purpose}:{step}:{prompt.id}:{index}",
+                    prompt_id=prompt.id,
+                    sample_index=index,
+                    seed=counted_seed(run_seed, purpose, step, prompt.id, index),
+                    token_ids=prompt.token_ids,
+                    temperature=temperature,
+                    top_p=top_p,
+                    max_tokens=max_tokens,
+                )
+            )
+        asked[prompt.id] += samples
+    return requests

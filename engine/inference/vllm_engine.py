@@ -16,6 +16,7 @@ from typing import Any
 from engine.config import RunConfig
 from engine.errors import InferenceError
 from engine.inference.sampling import SampleRequest
+from engine.llama.hf import read_end_ids
 from engine.types import Completion
 
 ENVIRONMENT = {
@@ -50,7 +51,7 @@ class VllmEngine:
 
     def _load(self) -> None:
         import torch
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import AutoTokenizer
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
@@ -61,8 +62,7 @@ class VllmEngine:
         on_cpu = not torch.cuda.is_available()
         torch.set_num_threads(config.inference.threads)
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        eos = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
-        self._eos_ids = [eos] if isinstance(eos, int) else list(eos)
+        self._end_ids = list(read_end_ids(path)) or [self._tokenizer.eos_token_id]
         self._llm = LLM(
             model=path,
             dtype=config.model.dtype,
@@ -104,7 +104,7 @@ class VllmEngine:
                 max_tokens=request.max_tokens,
                 seed=request.seed,
                 logprobs=0,
-                stop_token_ids=self._eos_ids,
+                stop_token_ids=self._end_ids,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )

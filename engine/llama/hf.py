@@ -135,6 +135,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     return tree
 
 
+def read_end_ids(path: str | Path) -> tuple[int, ...]:
+    """The token ids that end a completion, from generation_config.json or else config.json; empty where neither says."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path) / name
+        found = _read_json(file).get("eos_token_id") if file.exists() else None
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(found)
+    return ()
+
+
 class HfCheckpoint:
     """The tensors of a folder with model.safetensors or an index of shards, read from disk when asked for."""
 
@@ -180,6 +190,15 @@ class HfCheckpoint:
             raise CheckpointError(f"{self.path / file} cannot be read: {error}; fetch it again") from error
 
 
+def check_destination(directory: str | Path) -> Path:
+    """The folder a checkpoint may be written to: new, empty, or a former checkpoint; CheckpointError otherwise."""
+    directory = Path(directory)
+    taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if taken and not (directory / "config.json").exists():
+        raise CheckpointError(f"{directory} must be new or a checkpoint; found other files: choose another folder")
+    return directory
+
+
 def write_hf_checkpoint(
     directory: str | Path,
     tensors: Iterable[tuple[str, torch.Tensor]],
@@ -191,9 +210,7 @@ def write_hf_checkpoint(
     `template` is the folder whose config.json (dtype updated), generation config and tokenizer files come along.
     A former checkpoint at `directory` is replaced; a folder that is none raises CheckpointError and is left alone.
     """
-    directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise CheckpointError(f"{directory} must be new or a checkpoint; found other files: choose another folder")
+    directory = check_destination(directory)
     with staged_folder(directory) as staging:
         dtype = _write_shards(staging, tensors, max_shard_bytes)
         config = _read_json(Path(template) / "config.json")

@@ -104,8 +104,7 @@ class MetricsWriter:
         """Adds one step. A value that is not finite becomes null in metrics.jsonl and stays itself in TensorBoard."""
         step = int(record["step"])
         metrics = {name: float(value) for name, value in record.items() if name != "step"}
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._ledger.append([{"step": step, **finite}])
+        self._ledger.append([{"step": step, **finite(metrics)}])
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
@@ -125,6 +124,11 @@ class MetricsWriter:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """The metrics as JSON can hold them: null for what is not finite, such as the mean of nothing."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def write_json(path: str | Path, document: Any) -> None:

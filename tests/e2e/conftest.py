@@ -17,7 +17,7 @@ from engine.config import RunConfig, load_config
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
-    "odd_vocab": {"vocab_size": 263},  # which tensor-parallel 2 does not divide
+    "odd_vocab": {"vocab_size": 8193},  # which tensor-parallel 2 does not divide, in tensors of a mebibyte
 }
 
 

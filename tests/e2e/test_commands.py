@@ -4,7 +4,6 @@ resumes, evaluation, rollouts, export. Each run is real: megatron-core ranks, vL
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -110,6 +110,8 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     semion("train", file, "--resume", "auto")
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
     assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
+    ours, theirs = (json.loads((c.run_directory / "summary.json").read_text()) for c in (config, whole))
+    assert ours["evaluations"] == theirs["evaluations"], "the accuracy before training survives the resume"
     final = "checkpoints/step_00000004/policy/model.safetensors"
     assert (config.run_directory / final).read_bytes() == (whole.run_directory / final).read_bytes()
 
@@ -194,10 +196,11 @@ def test_supervised_training_makes_a_checkpoint_that_answers(run_config: Make, t
 
 
 def test_rollouts_to_a_file(run_config: Make, tmp_path: Path) -> None:
-    config, out = run_config("run.steps=1", directory="rollout"), tmp_path / "rollouts.jsonl"
+    config, out = run_config("run.steps=3", directory="rollout"), tmp_path / "rollouts.jsonl"
     semion("rollout", written(config, tmp_path), "--output", str(out), "--json", str(tmp_path / "figures.json"))
     ledger = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(ledger) == 36
+    assert len(ledger) == 3 * 36
+    assert {(row["step"], row["version"]) for row in ledger} == {(0, 0), (1, 0), (2, 0)}, "one model, whatever the regime"
     assert all(len(row["log_probs"]) == len(row["token_ids"]) and max(row["log_probs"]) <= 0 for row in ledger)
     mean = sum(row["reward"] for row in ledger) / len(ledger)
     assert json.loads((tmp_path / "figures.json").read_text())["reward_mean"] == pytest.approx(mean)
@@ -212,9 +215,10 @@ def test_a_dead_engine_ends_the_run_with_its_name(run_config: Make, tmp_path: Pa
     while not metrics.exists() or not metrics.read_text():
         assert time.monotonic() < deadline and run.poll() is None, Path(log.name).read_text()[-2000:]
         time.sleep(0.05)
-    engines = subprocess.run(["pgrep", "-f", "ray::VllmEngine"], capture_output=True, text=True).stdout.split()
-    for pid in engines:
-        os.kill(int(pid), signal.SIGKILL)
+    family = psutil.Process(run.pid).children(recursive=True)
+    engines = [process for process in family if "ray::VllmEngine" in " ".join(process.cmdline())]
     assert engines, "no engine process found"
+    for process in engines:
+        process.kill()
     assert run.wait(timeout=60) == 5
     assert "engine 0" in Path(log.name).read_text()

@@ -41,4 +41,5 @@ def test_engines_give_the_trainers_log_probs_after_every_sync(
     syncs = json.loads(results[0].removeprefix("RESULT "))
     assert [sync["version"] for sync in syncs] == list(range(1, SYNCS + 1))
     assert max(sync["gap"] for sync in syncs) < 1e-4
+    assert all((sync["messages"] > 1) is ("bucket" in layout or "pp2" in layout) for sync in syncs)
     assert syncs[-1]["loss"] < syncs[0]["loss"] - 0.1, "the weights must change between syncs for the test to mean anything"

@@ -3,6 +3,7 @@ and one line on stderr that names what to mend. No process is started here; test
 """
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from engine import cli
 from engine.checkpoint import Checkpoints
 from engine.config import dump_config, load_config
+from engine.files import locked
+from engine.observe.sinks import JsonlLedger, MetricsWriter
 
 CONFIG = """
 [run]
@@ -162,7 +165,7 @@ def test_an_interrupt_says_how_to_go_on(file, monkeypatch, complaint):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "load_config", interrupted)
-    assert "continue with --resume auto" in complaint(130, "check", file)
+    assert "continues with --resume auto" in complaint(130, "check", file)
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "a.toml", "--resume", "never"]])
@@ -173,20 +176,50 @@ def test_a_command_line_that_makes_no_sense_is_refused(arguments, capsys):
     assert "usage: semion" in capsys.readouterr().err
 
 
-def test_a_runs_events_become_its_summary(file, capsys):
-    """Steps, sums of seconds, evaluations and versions; notes and accuracies are shown while it runs."""
+def test_a_run_is_shown_while_it_comes_and_summed_up_from_its_records(file, tmp_path, capsys):
+    """The summary counts what the records hold, also of before a resume; events are only shown."""
+    config = load_config(file, [f"run.directory={tmp_path / 'run'}"])
     accuracy: dict[str, Any] = {"step": 0, "mean": 0.5, "standard_error": 0.1, "num_problems": 10, "num_seeds": 2}
+    with MetricsWriter(config.run_directory) as writer:
+        writer.write({"step": 0, "train_seconds": 1.0, "step_seconds": 2.0, "sync_seconds": 0.5})
+        writer.write({"step": 1, "train_seconds": 1.5, "step_seconds": 2.0, "reward_mean": math.nan})
+    ledger = JsonlLedger(config.run_directory / "evaluations.jsonl")
+    ledger.append([accuracy | {"records": [1, 2]}])
+    ledger.close()
     events: list[dict[str, Any]] = [
         {"kind": "note", "text": "12 prompts"},
         {"kind": "evaluation"} | accuracy,
-        {"kind": "step", "step": 0, "train_seconds": 1.0, "step_seconds": 2.0, "sync_seconds": 0.5},
-        {"kind": "step", "step": 1, "train_seconds": 1.5, "step_seconds": 2.0, "generation_seconds": 0.25},
+        {"kind": "step", "step": 1, "train_seconds": 1.5, "step_seconds": 2.0},
         {"kind": "done", "engine_versions": {"vllm": "1"}},
     ]
-    summary = cli._show(load_config(file), "train", iter(events))
+    summary = cli._show(config, "train", 1, iter(events))
     assert (summary["steps"], summary["evaluations"], summary["versions"]) == (2, [accuracy], {"vllm": "1"})
-    totals = {"train_seconds": 2.5, "step_seconds": 4.0, "sync_seconds": 0.5, "generation_seconds": 0.25}
-    assert summary["totals"] == totals | {"wait_seconds": 0.0, "generation_tokens": 0.0}
+    totals = summary["totals"]
+    assert (totals["train_seconds"], totals["step_seconds"], totals["sync_seconds"]) == (2.5, 4.0, 0.5)
     printed = capsys.readouterr().out
     assert "12 prompts" in printed
     assert "step 0: held-out accuracy 50.0% ± 10.0% (10 problems, 2 seeds)" in printed
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(file, complaint, tmp_path):
+    with locked(tmp_path / "run"):
+        assert "one run at a time" in complaint(2, "train", file, f"run.directory={tmp_path / 'run'}")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over_only_as_itself(file, complaint, tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text("")
+    where = f"run.directory={directory}"
+    config = load_config(file, [where])
+    (directory / "config.toml").write_text(dump_config(config))
+    assert "--resume auto" in complaint(2, "train", file, where)
+    assert "options it had" in complaint(2, "train", file, where, "run.seed=9", "--resume", "auto")
+    cli._check_fresh(config, may_start_over=True)  # raises nothing
+
+
+def test_supervised_training_is_refused_before_it_could_be_lost(file, complaint, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    assert "choose another folder" in complaint(4, "sft", file, f"sft.checkpoint_out={tmp_path / 'full'}")
+    assert "semion sft" in complaint(2, "train", file, f"sft.checkpoint_out={tmp_path / 'new'}")

@@ -148,18 +148,21 @@ def group(rewards: Many[float], prompt: int = 0, statuses: Many[str] | None = No
 
 
 def test_metrics_of_a_step_worked_out_by_hand():
-    """Lengths 1, 2, 3, 1, 2; rewards 1, 0, 0, 1, 1; minus log-probs 1*0.5 + 2*1 + 3*1.5 + 1*0.5 + 2*1 = 9.5."""
-    groups = [group([1, 0, 0], 0, ["ok", "timeout", "died"]), group([1, 1], 1)]
+    """Lengths 1, 2, 3, 1, 2; rewards 1, -, -, 1, 0, where "-" could not be judged.
+
+    Minus log-probs 1*0.5 + 2*1 + 3*1.5 + 1*0.5 + 2*1 = 9.5.
+    """
+    groups = [group([1, 0, 0], 0, ["ok", "timeout", "died"]), group([1, 0], 1)]
     metrics = rollout_metrics(groups, Usage(num_tokens=9, busy_seconds=2.5))
     assert metrics == pytest.approx(
         {
-            "reward_mean": 0.6,
-            "accuracy": 0.6,
+            "reward_mean": 2 / 3,
+            "accuracy": 2 / 3,
             "rollout_entropy": 9.5 / 9,
             "completion_tokens_mean": 1.8,
             "completion_tokens_max": 3.0,
-            "correct_tokens_mean": 4 / 3,
-            "incorrect_tokens_mean": 2.5,
+            "correct_tokens_mean": 1.0,
+            "incorrect_tokens_mean": 2.0,
             "truncated": 0.4,
             "reward_timeouts": 1.0,
             "reward_failures": 1.0,
@@ -178,6 +181,18 @@ def test_rewards_are_not_accuracies():
 
 
 MIXED = [group([1, 1], 0), group([1, 0, 0, 0], 1), group([0, 0], 2), group([0, 1], 3)]
+
+
+def test_what_could_not_be_judged_is_no_evidence():
+    """A timeout is neither rejected nor part of the group's mean."""
+    late = group([1, 0, 0], 0, ["ok", "timeout", "ok"])
+    sequences, skipped = training_sequences([late], run_config())
+    assert skipped == 0
+    assert [len(s.completion_ids) for s in sequences] == [1, 3]
+    grpo, _ = training_sequences([late], run_config(algorithm={"loss": "grpo"}))
+    assert [(len(s.completion_ids), s.advantage) for s in grpo] == [(1, 0.5), (3, -0.5)]
+    nothing = group([0, 0], 0, ["timeout", "died"])
+    assert training_sequences([nothing], run_config(algorithm={"loss": "grpo"})) == ([], 1)
 
 
 def test_dpo_skips_prompts_without_a_pair_and_numbers_the_others():

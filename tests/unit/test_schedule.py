@@ -35,7 +35,8 @@ def test_offline_syncs_once_and_keeps_the_seed_weights(reference, num_steps, chu
 
 @given(schedules)
 def test_the_bound_on_staleness_is_reached_and_never_passed(schedule):
-    assert schedule.max_staleness == max(schedule.staleness(t) for t in range(schedule.num_steps))
+    bound = schedule.num_steps if schedule.sync_interval == "never" else min(schedule.sync_interval, schedule.num_steps)
+    assert max(schedule.staleness(t) for t in range(schedule.num_steps)) == bound - 1
 
 
 @given(schedules)
