@@ -84,7 +84,6 @@ def _train(options: argparse.Namespace) -> None:
         resume = options.resume == "auto" and latest(directory / "checkpoints") is not None
         if not resume:
             _check_fresh(config, may_start_over=options.resume == "auto")
-        (directory / "config.toml").write_text(dump_config(config), encoding="utf-8")
         with Cluster(config, verbose=options.verbose) as cluster:
             summary = _show(config, "train", config.inference.engines, cluster.train(resume=resume))
         if summary["evaluations"]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from engine.config import RunConfig
+from engine.config import RunConfig, dump_config
 from engine.errors import CheckpointError, ConfigError
 from engine.observe.sinks import JsonlLedger, MetricsWriter
 
@@ -135,6 +135,8 @@ class _Desk:
         from engine.rollouts import RolloutSource
 
         self._config, directory = config, config.run_directory
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.toml").write_text(dump_config(config), encoding="utf-8")
         self._metrics = MetricsWriter(directory)
         self._evaluations = JsonlLedger(directory / "evaluations.jsonl")
         self._samples = JsonlLedger(directory / "samples.jsonl")

@@ -47,6 +47,8 @@ eps = 1e-8
 [inference]
 max_model_tokens = 128
 kv_cache_mebibytes = 64
+[rewards]
+deadline_seconds = 30.0
 [evaluation]
 samples = 2
 """

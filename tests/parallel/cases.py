@@ -71,8 +71,19 @@ def logits(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
     return full if topology.tp_rank == 0 and topology.dp_rank == 0 else {}
 
 
+def collect_gradients(policy: Policy) -> None:
+    """Makes every `main_grad` whole after a step under the distributed optimizer, whose reduce-scatter leaves a rank
+    with its shard of each bucket and unreduced gradients elsewhere. The next step zeroes them all."""
+    topology = policy.topology
+    buffers = [buffer for chunk in policy._chunks for buffer in chunk.buffers]
+    for bucket in [bucket for buffer in buffers for bucket in buffer.buckets]:
+        own = bucket.grad_data.view(topology.dp_size, -1)[topology.dp_rank].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, own, group=topology.dp_group)
+
+
 def train(config: RunConfig, topology: Topology, checkpoint: str, objective: str, output: str) -> list[dict[str, float]]:
-    """Three steps; leaders write logits before them, gradients of each and weights after. Returns the metrics."""
+    """Three steps; leaders write logits before them, gradients of each (as clipped) and weights after. Returns the
+    metrics."""
     policy = Policy(config, topology, objective_of(objective, config), checkpoint)
     kept: dict[str, torch.Tensor] = {}
     metrics = []
@@ -81,10 +92,11 @@ def train(config: RunConfig, topology: Topology, checkpoint: str, objective: str
         if step == 0:
             kept |= logits(policy, batch)
         metrics.append(policy.train_step(policy.score(batch)))
-        if not config.trainer.distributed_optimizer:  # it leaves every rank with a part of the gradient
-            gradients: Any = {name: parameter.main_grad for name, parameter in policy.parameters.items()}  # type: ignore[attr-defined]
-            with policy.serving(gradients):
-                kept |= full_tensors(policy, f"gradient.{step}.")
+        if config.trainer.distributed_optimizer:
+            collect_gradients(policy)
+        parameters: dict[str, Any] = {**policy.parameters}
+        with policy.serving({name: parameter.main_grad for name, parameter in parameters.items()}):
+            kept |= full_tensors(policy, f"gradient.{step}.")
     kept |= full_tensors(policy, "weight.")
     if kept:
         whole = {name: value.contiguous() for name, value in kept.items()}

@@ -1,4 +1,6 @@
-"""Every layout against one rank and against transformers: logits, losses, gradients, weights; resume; bad numbers."""
+"""Every layout against one rank and against transformers: logits, losses, gradients, clipping, weights; resume; bad
+numbers. What a loss should be is not asked here.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,14 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: checkpoint, obj
     "tp2": ("plain", "dpo", {"tensor_parallel": 2}),
     "tp2_sequence_parallel_recompute": (
         "plain",
-        "dpo",
+        "grpo",
         {"tensor_parallel": 2, "sequence_parallel": True, "recompute": True},
     ),
     "tp2_odd_vocabulary": ("odd", "nll", {"tensor_parallel": 2}),
     "tp2_tied": ("tied", "nll", {"tensor_parallel": 2}),
     "pp2": ("plain", "dpo", {"pipeline_parallel": 2}),
     "pp2_tied": ("tied", "nll", {"pipeline_parallel": 2}),
-    "pp2_virtual2": ("plain", "dpo", {"pipeline_parallel": 2, "virtual_pipeline": 2}),
+    "pp2_virtual2": ("plain", "grpo", {"pipeline_parallel": 2, "virtual_pipeline": 2}),
     "dp2": ("plain", "dpo", {"data_parallel": 2}),
     "dp2_distributed_optimizer": ("plain", "dpo", {"data_parallel": 2, "distributed_optimizer": True}),
     "tp2_pp2": ("odd", "nll", {"tensor_parallel": 2, "pipeline_parallel": 2}),
@@ -43,7 +45,7 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: checkpoint, obj
     ),
     "tp2_dp2_distributed_optimizer": (
         "plain",
-        "dpo",
+        "grpo",
         {"tensor_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
     ),
     "pp2_dp2_distributed_optimizer": (
@@ -52,6 +54,8 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: checkpoint, obj
         {"pipeline_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
     ),
 }
+CLIP_NORM = 0.5  # below the gradient norm of every step of every objective
+CLIPPED = ("tp2", "tp2_sequence_parallel_recompute", "pp2_tied", "dp2_distributed_optimizer")
 Checkpoint = Callable[[str], Path]
 
 
@@ -67,21 +71,22 @@ class Trained:
         return {key: value for key, value in self.tensors.items() if key.startswith(prefixes)}
 
 
-Train = Callable[[str, str, dict[str, Any]], Trained]
+Train = Callable[..., Trained]
 
 
 @pytest.fixture(scope="module")
 def train(pool: WorkerPool, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Runs the case `train` once per checkpoint, objective and layout."""
+    """Runs the case `train` once per checkpoint, objective, layout and clip_norm."""
     made: dict[str, Trained] = {}
 
-    def run(variant: str, objective: str, trainer: dict[str, Any]) -> Trained:
-        key = json.dumps([variant, objective, trainer])
+    def run(variant: str, objective: str, trainer: dict[str, Any], clip_norm: float = material.UNCLIPPED) -> Trained:
+        key = json.dumps([variant, objective, trainer, clip_norm])
         if key not in made:
             size = math.prod(trainer.get(f"{axis}_parallel", 1) for axis in ("tensor", "pipeline", "data"))
             output = tmp_path_factory.mktemp("train")
             where = {"checkpoint": str(checkpoint(variant)), "output": str(output)}
-            metrics = pool.run("train", size, trainer=trainer, objective=objective, **where)
+            options = {"optimizer": {"clip_norm": clip_norm}}
+            metrics = pool.run("train", size, trainer=trainer, options=options, objective=objective, **where)
             tensors: dict[str, torch.Tensor] = {}
             for file in output.glob("*.safetensors"):
                 tensors |= load_file(file)
@@ -97,17 +102,21 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return max(float((found[key] - expected[key]).abs().max()) for key in expected)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_one_rank(name: str, train: Train) -> None:
+@pytest.mark.parametrize(
+    ("name", "clip_norm"),
+    [*((name, material.UNCLIPPED) for name in LAYOUTS), *((name, CLIP_NORM) for name in CLIPPED)],
+    ids=[*LAYOUTS, *(f"{name}-clipped" for name in CLIPPED)],
+)
+def test_layout_equals_one_rank(name: str, clip_norm: float, train: Train) -> None:
     """Three optimizer steps: metrics equal on all ranks; losses and gradients within 1e-5 of one rank, weights 2e-5."""
     variant, objective, trainer = LAYOUTS[name]
-    found, expected = train(variant, objective, trainer), train(variant, objective, {})
+    found, expected = train(variant, objective, trainer, clip_norm), train(variant, objective, {}, clip_norm)
     assert all(metrics == found.metrics[0] for metrics in found.metrics)
     for step, wanted in zip(found.metrics[0], expected.metrics[0], strict=True):
+        assert step["grad_norm"] > CLIP_NORM
         for key in wanted.keys() - {"num_tokens"}:  # padding differs with the layout
             assert step[key] == pytest.approx(wanted[key], abs=1e-5, rel=1e-5), key
-    if not trainer.get("distributed_optimizer"):  # there no rank has whole gradients
-        assert worst(found.select("gradient."), expected.select("gradient.")) <= 1e-5
+    assert worst(found.select("gradient."), expected.select("gradient.")) <= 1e-5
     assert worst(found.select("weight."), expected.select("weight.")) <= 2e-5
 
 
@@ -125,10 +134,11 @@ def test_logits_equal_transformers(name: str, train: Train, checkpoint: Checkpoi
             assert (found.tensors[f"logits.{index}"][start:end] - wanted).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("clip_norm", [material.UNCLIPPED, CLIP_NORM], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("variant", ["odd", "tied"])
-def test_one_rank_equals_transformers_and_adamw(variant: str, train: Train, checkpoint: Checkpoint) -> None:
-    """The anchor of all layouts: three NLL steps of LlamaForCausalLM with torch's AdamW, warm-up and decay groups."""
-    found = train(variant, "nll", {})
+def test_one_rank_equals_transformers(variant: str, clip_norm: float, train: Train, checkpoint: Checkpoint) -> None:
+    """The anchor of all layouts: three NLL steps of LlamaForCausalLM and torch's AdamW, warm-up, decay, clipping."""
+    found = train(variant, "nll", {}, clip_norm)
     config = material.run_config({}, {})
     options = config.optimizer
     model = AutoModelForCausalLM.from_pretrained(checkpoint(variant))
@@ -143,7 +153,10 @@ def test_one_rank_equals_transformers_and_adamw(variant: str, train: Train, chec
                 logits = model(row.token_ids[None, start:end]).logits[0]
                 loss = loss + F.cross_entropy(logits, row.targets[start:end], ignore_index=IGNORED, reduction="sum")
         (loss / batch.num_target_tokens).backward()
-        assert metrics["loss"] == pytest.approx(float(loss) / batch.num_target_tokens, abs=1e-5)
+        assert metrics["loss"] == pytest.approx(loss.item() / batch.num_target_tokens, abs=1e-5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert norm > CLIP_NORM
         gradients = {f"gradient.{step}.{name}": p.grad for name, p in model.named_parameters()}
         assert worst(found.select(f"gradient.{step}."), gradients) <= 1e-5
         for group, decay in zip(adamw.param_groups, (options.weight_decay, 0.0), strict=True):
@@ -182,12 +195,15 @@ def test_infinite_advantage_stops_every_rank(trainer: dict[str, Any], pool: Work
         assert rank["untouched"]
 
 
-def test_reference_stays_while_the_policy_moves(train: Train) -> None:
-    """The margin over the reference is exactly 0 before the first step, and not afterwards."""
-    first, second, _ = train("plain", "dpo", {"tensor_parallel": 2}).metrics[0]
-    assert first["margin"] == 0.0
-    assert second["margin"] != 0.0
-    assert first["pairs"] == second["pairs"] == 4.0
+@pytest.mark.parametrize(
+    ("name", "distance", "counted", "count"),
+    [("tp2", "margin", "pairs", 4.0), ("pp2_virtual2", "kl", "with_signal", 8.0)],
+)
+def test_reference_stays_as_policy_moves(name: str, distance: str, counted: str, count: float, train: Train) -> None:
+    """The margin over the reference, or the KL to it, is exactly 0 before the first step, and not afterwards."""
+    steps = train(*LAYOUTS[name]).metrics[0]
+    assert [metrics[distance] != 0.0 for metrics in steps] == [False, True, True]
+    assert [metrics[counted] for metrics in steps] == [count] * 3
 
 
 def test_export_is_the_checkpoint(train: Train, checkpoint: Checkpoint) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
 
 
 def main() -> None:
-    """Serves until stdin closes."""
+    """Serves until stdin closes, and never outlives the pool, not even when that is killed in the middle of a case."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     import torch
 
     from tests.parallel import cases
