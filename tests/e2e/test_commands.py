@@ -207,7 +207,7 @@ def test_rollouts_to_a_file(run_config: Make, tmp_path: Path) -> None:
 
 
 def test_a_dead_engine_ends_the_run_with_its_name(run_config: Make, tmp_path: Path) -> None:
-    config = run_config("run.steps=500", "evaluation.every=ends", directory="killed")
+    config = run_config("run.steps=500", "sync.sync_interval=never", directory="killed")  # no sync for it to die in
     log = (tmp_path / "log").open("w+")
     run = subprocess.Popen(command("train", written(config, tmp_path)), stdout=log, stderr=log)
     deadline = time.monotonic() + 300
