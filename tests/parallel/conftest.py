@@ -36,9 +36,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:
-    """Processes that outlive single tests; killed at the end of the session."""
+    """Processes that outlive single tests; ended after the last of them, since even idle they take time of a core."""
     workers = WorkerPool()
     yield workers
     workers.close()
