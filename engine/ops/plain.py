@@ -1,19 +1,18 @@
-"""Log-probs of target tokens from vocab-parallel logits: one collective of 16 bytes a row, a numerically safe
-log-sum-exp in fp32, and a backward that writes over the logits. It gathers no logits and keeps no softmax.
+"""The plain twins: every operator of this folder in ordinary PyTorch, in whatever floating-point type it is given. They
+are the oracle of the tests and the peers' yardstick, readable first; no code of the engine calls them.
 
-Shape legend: T tokens, V_local vocabulary columns of this rank, R ranks of the tensor-parallel group.
+Shape legend: T tokens, V_local vocabulary columns of this rank, H hidden, B sequences (or rewards), G groups.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce
 
 from engine.types import IGNORED
 
-LOWEST = torch.finfo(torch.float32).min  # the largest logit of a row without any: -inf would make its differences NaN
+Group = dist.ProcessGroup | None
 
 
 def token_log_probs(
@@ -22,81 +21,90 @@ def token_log_probs(
     *,
     vocab_start: int = 0,
     num_valid: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     temperature: float = 1.0,
-    with_entropy: bool = False,
-    inplace_backward: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-prob [T] (float32, natural log) of targets [T] (int64) under logits [T, V_local] (bf16, fp16 or fp32).
-
-    A row whose target is IGNORED (-100) gives 0 and passes no gradient through its log-prob. `vocab_start` is the
-    vocabulary index of this rank's first column; columns at or beyond `num_valid` over all ranks are padding and take
-    no probability. `with_entropy` also gives the entropy [T] of every row in nats, differentiable too. With
-    `inplace_backward` the gradient overwrites the logits, so the caller must not read them after the backward.
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probs [T], entropy [T]) with autograd's own backward; across ranks by differentiable all-reduces."""
     valid = logits.size(-1) if num_valid is None else max(0, min(logits.size(-1), num_valid - vocab_start))
-    log_probs, entropy = _TokenLogProbs.apply(logits, targets, vocab_start, valid, group, temperature, inplace_backward)
-    return log_probs, entropy if with_entropy else None
+    x = logits[:, :valid] / temperature
+    largest = x.detach().amax(-1) if valid else x.new_full((x.size(0),), -torch.inf)
+    if group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    weight = (x - largest.unsqueeze(-1)).exp()
+    column = targets - vocab_start
+    mine = (column >= 0) & (column < valid)
+    picked = x.gather(-1, torch.where(mine, column, 0).unsqueeze(-1)).squeeze(-1) if valid else x.sum(-1)
+    sums = torch.stack([weight.sum(-1), torch.where(weight > 0, weight * x, 0.0).sum(-1), torch.where(mine, picked, 0.0)])
+    if group is not None:
+        sums = all_reduce(sums, group=group)
+    total, weighted, target_x = sums.unbind()
+    log_total = largest + total.log()
+    return torch.where(targets != IGNORED, target_x - log_total, 0.0), log_total - weighted / total
 
 
-class _TokenLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        vocab_start: int,
-        valid: int,
-        group: dist.ProcessGroup | None,
-        temperature: float,
-        inplace_backward: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = logits[:, :valid].float() / temperature
-        column = targets - vocab_start
-        mine = (column >= 0) & (column < valid)
-        column = column.clamp(0, max(valid - 1, 0))
-        if valid:
-            largest = x.max(-1).values.clamp(min=LOWEST)
-            weight = (x - largest.unsqueeze(-1)).exp()
-            target_x = torch.where(mine, x.gather(-1, column.unsqueeze(-1)).squeeze(-1), 0.0)
-            weighted_x = torch.where(weight > 0, weight * x, 0.0).sum(-1)
-            local = torch.stack([largest, weight.sum(-1), weighted_x, target_x])
-        else:  # a rank that holds nothing but padding
-            local = x.new_zeros(4, x.size(0))
-            local[0] = LOWEST
-        largest, total, weighted, target_x = _combine(local, group)
-        log_total = largest + total.log()
-        mean_x = weighted / total
-        ctx.save_for_backward(logits, log_total, mean_x, column, mine, targets != IGNORED)
-        ctx.valid, ctx.temperature, ctx.inplace = valid, temperature, inplace_backward
-        return torch.where(targets != IGNORED, target_x - log_total, 0.0), log_total - mean_x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_log_prob, grad_entropy = gradients
-        logits, log_total, mean_x, column, mine, counted = ctx.saved_tensors
-        valid = ctx.valid
-        x = logits[:, :valid].float() / ctx.temperature
-        p = (x - log_total.unsqueeze(-1)).exp()
-        g = torch.where(counted, grad_log_prob, 0.0)
-        # d log-prob = onehot - p;  d entropy = -p (x - E[x])
-        centred = torch.where(p > 0, x - mean_x.unsqueeze(-1), 0.0)
-        d = -p * (g.unsqueeze(-1) + grad_entropy.unsqueeze(-1) * centred)
-        if valid:
-            d.scatter_add_(-1, column.unsqueeze(-1), torch.where(mine, g, 0.0).unsqueeze(-1))
-        out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        out[:, :valid].copy_(d / ctx.temperature)
-        out[:, valid:].zero_()
-        return out, None, None, None, None, None, None
+def sequence_log_probs(
+    token_log_probs: torch.Tensor, cu_seqlens: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Per-sequence sums [B]."""
+    values = token_log_probs if mask is None else torch.where(mask, token_log_probs, 0.0)
+    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), axis=0, initial=0)
 
 
-def _combine(local: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, ...]:
-    """Joins each rank's (max, sum of exp, exp-weighted x, target x), all [T], in one all-gather of [R, 4, T]."""
-    if group is None or dist.get_world_size(group) == 1:
-        return tuple(local.unbind(0))
-    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, local, group=group)
-    parts = torch.stack(gathered)  # [R, 4, T]
-    largest = parts[:, 0].max(0).values
-    scale = (parts[:, 0] - largest).exp()
-    return largest, (parts[:, 1] * scale).sum(0), (parts[:, 2] * scale).sum(0), parts[:, 3].sum(0)
+def grouped_advantages(
+    rewards: torch.Tensor, cu_groups: torch.Tensor, *, normalize: str = "mean"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages [B], no_signal [G])."""
+    advantages, no_signal = [rewards.new_empty(0)], []
+    for group in rewards.split(cu_groups.diff().tolist()):
+        equal = bool((group == group[:1]).all())
+        centred = group - group.mean()
+        if normalize == "mean_std":
+            centred = centred / centred.square().mean().sqrt()
+        elif normalize == "leave_one_out":
+            centred = centred * (len(group) / max(1, len(group) - 1))
+        advantages.append(torch.zeros_like(group) if equal else centred)
+        no_signal.append(equal)
+    return torch.cat(advantages), torch.tensor(no_signal, dtype=torch.bool)
+
+
+def policy_gradient_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    reference_log_probs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    clip_ratio: float,
+    kl_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, sums [4])."""
+    counted = targets != IGNORED
+    advantage = advantages.repeat_interleave(cu_seqlens.diff().long(), output_size=log_probs.numel())
+    gap = torch.where(counted, log_probs - old_log_probs, 0.0)
+    ratio = gap.exp()
+    low, high = 1 - clip_ratio, 1 + clip_ratio
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    loss = -(surrogate * counted).sum()
+    kl = log_probs.new_zeros(())
+    if reference_log_probs is not None:
+        d = torch.where(counted, reference_log_probs - log_probs, 0.0)
+        kl = (d.exp() - d - 1).sum()
+        loss = loss + kl_weight * kl
+    outside = ((ratio < low) | (ratio > high)) & counted
+    sums = torch.stack([kl, outside.to(ratio.dtype).sum(), (ratio * counted).sum(), gap.abs().sum()])
+    return loss, sums.detach()
+
+
+def lm_head_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    vocab_start: int = 0,
+    num_valid: int | None = None,
+    group: Group = None,
+) -> torch.Tensor:
+    """Log-probs [T] with all logits [T, V_local] in memory."""
+    options = {"vocab_start": vocab_start, "num_valid": num_valid, "group": group}
+    return token_log_probs(hidden @ weight.t(), targets, **options)[0]

@@ -93,9 +93,7 @@ class _TokenLogProbs(torch.autograd.Function):
         with_entropy: bool,
         inplace_backward: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_probs, entropy, totals = joined_parts(
-            logits, targets, vocab_start, columns, group, temperature, with_entropy
-        )
+        log_probs, entropy, totals = joined_parts(logits, targets, vocab_start, columns, group, temperature, with_entropy)
         ctx.save_for_backward(logits, targets, totals)
         ctx.options = vocab_start, columns[0], temperature
         ctx.with_entropy, ctx.inplace = with_entropy, inplace_backward
