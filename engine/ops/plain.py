@@ -106,5 +106,5 @@ def lm_head_log_probs(
     group: Group = None,
 ) -> torch.Tensor:
     """Log-probs [T] with all logits [T, V_local] in memory."""
-    options = {"vocab_start": vocab_start, "num_valid": num_valid, "group": group}
-    return token_log_probs(hidden @ weight.t(), targets, **options)[0]
+    logits = hidden @ weight.t()
+    return token_log_probs(logits, targets, vocab_start=vocab_start, num_valid=num_valid, group=group)[0]
