@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(block) join_kernel(const float* parts, int64_t
 }
 
 template <Element E, bool WITH_ENTROPY>
-__global__ void __launch_bounds__(block, 1536 / block) backward_kernel(Rows rows, Gradient gradient) {
+__global__ void __launch_bounds__(block, 1024 / block) backward_kernel(Rows rows, Gradient gradient) {
   using Storage = typename Elements<E>::Storage;
   const int64_t row = blockIdx.x, target = rows.targets[row], column = target - rows.vocab_start;
   const Storage* const logits = static_cast<const Storage*>(rows.logits) + row * rows.row_stride;

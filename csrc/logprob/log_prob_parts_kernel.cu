@@ -8,7 +8,7 @@
 namespace semion {
 namespace {
 
-constexpr int unroll = 4, small_block = 128, block = 512, store_block = 1024;
+constexpr int unroll = 4, block = 256, store_block = 1024;
 constexpr int64_t num_blocks_to_fill = 528;  // four for each of an H200's 132 multiprocessors
 using Rows = SemionLogProbRows;
 
@@ -87,8 +87,8 @@ __device__ __forceinline__ void put_ignored(float* parts, int64_t num_rows, int6
   put(parts, num_rows, row, sums, 0.0f);
 }
 
-template <Element E, bool EVERY_ROW, int BLOCK>
-__global__ void __launch_bounds__(BLOCK, 1024 / BLOCK) parts_kernel(Rows rows, float* parts, float* shares) {
+template <Element E, bool EVERY_ROW>
+__global__ void __launch_bounds__(block, 1024 / block) parts_kernel(Rows rows, float* parts, float* shares) {
   const int64_t row = blockIdx.x;
   const bool first = threadIdx.x == 0;
   if (!EVERY_ROW && rows.targets[row] == ignored) {
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(BLOCK, 1024 / BLOCK) parts_kernel(Rows rows, f
   float logit = 0.0f;
   if (first && gridDim.y == 1) logit = Target::of<E>(rows, row).logit;  // asked for before the row, to hide its way
   const auto* const logits = static_cast<const typename Elements<E>::Storage*>(rows.logits) + row * rows.row_stride;
-  const RowSums sums = sum_row<E, EVERY_ROW, false, BLOCK>(logits, rows.num_valid, blockIdx.y, gridDim.y,
+  const RowSums sums = sum_row<E, EVERY_ROW, false, block>(logits, rows.num_valid, blockIdx.y, gridDim.y,
                                                            log2_e / rows.temperature);
   if (!first) return;
   if (gridDim.y == 1) {
@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(BLOCK, 1024 / BLOCK) parts_kernel(Rows rows, f
 }
 
 template <Element E, bool EVERY_ROW>
-__global__ void __launch_bounds__(small_block) join_shares_kernel(Rows rows, int num_splits, const float* shares,
+__global__ void __launch_bounds__(block) join_shares_kernel(Rows rows, int num_splits, const float* shares,
                                                                   float* parts) {
-  const int64_t row = int64_t(blockIdx.x) * small_block + threadIdx.x;
+  const int64_t row = int64_t(blockIdx.x) * block + threadIdx.x;
   if (row >= rows.num_rows || (!EVERY_ROW && rows.targets[row] == ignored)) return;
   RowSums sums;
   for (int split = 0; split < num_splits; ++split) {
@@ -148,22 +148,18 @@ __global__ void __launch_bounds__(store_block, 1) store_kernel(Rows rows, float*
   }
   __syncthreads();
   const RowGradient of_row = difference;
-  write_row_gradient<E, false, true, unroll>(logits, logits, rows.num_columns, rows.num_valid, of_row, threadIdx.x,
-                                             store_block);
+  write_row_gradient<E, false, true, unroll / 2>(logits, logits, rows.num_columns, rows.num_valid, of_row, threadIdx.x,
+                                                 store_block);
 }
 
 template <Element E, bool EVERY_ROW>
 void launch_parts(const Rows& rows, float* parts, float* shares, cudaStream_t stream) {
   const int num_splits = semion_log_prob_splits(&rows);
   const dim3 grid(static_cast<unsigned>(rows.num_rows), static_cast<unsigned>(num_splits));
-  if (rows.num_valid < block * unroll * Elements<E>::PER_VECTOR) {
-    SEMION_LAUNCH((parts_kernel<E, EVERY_ROW, small_block>), grid, small_block, stream, rows, parts, shares);
-  } else {
-    SEMION_LAUNCH((parts_kernel<E, EVERY_ROW, block>), grid, block, stream, rows, parts, shares);
-  }
+  SEMION_LAUNCH((parts_kernel<E, EVERY_ROW>), grid, block, stream, rows, parts, shares);
   if (num_splits > 1) {
-    const auto num_blocks = static_cast<unsigned>((rows.num_rows + small_block - 1) / small_block);
-    SEMION_LAUNCH((join_shares_kernel<E, EVERY_ROW>), num_blocks, small_block, stream, rows, num_splits, shares, parts);
+    const auto num_blocks = static_cast<unsigned>((rows.num_rows + block - 1) / block);
+    SEMION_LAUNCH((join_shares_kernel<E, EVERY_ROW>), num_blocks, block, stream, rows, num_splits, shares, parts);
   }
 }
 

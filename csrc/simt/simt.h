@@ -28,6 +28,7 @@ struct alignas(16) uint4 {
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
+using std::isfinite;
 using cudaStream_t = void*;
 enum cudaError_t : int {
   cudaSuccess = 0,
@@ -191,7 +192,7 @@ inline uint16_t to_float16(float x) {  // to nearest, ties to even (nearbyint's 
   if (size >= 65520.0f) return sign | 0x7c00;
   int exponent = 0;
   std::frexp(size, &exponent);                        // size in [2^(exponent - 1), 2^exponent)
-  const int step = exponent < -13 ? -24 : exponent - 11;  // weight of the last bit, subnormals included
+  const int step = size == 0 || exponent < -13 ? -24 : exponent - 11;  // weight of the last bit, subnormals included
   const auto units = static_cast<int>(std::nearbyint(std::ldexp(size, -step)));
   return static_cast<uint16_t>(sign | (step == -24 ? units : units + ((step + 24) << 10)));
 }
@@ -229,7 +230,18 @@ void __stcs(T* address, T value) {
   std::memcpy(address, &value, sizeof value);
 }
 
+inline unsigned long long atomicMin(unsigned long long* address, unsigned long long value) {
+  const unsigned long long old = *address;
+  if (value < old) *address = value;
+  return old;
+}
+
 inline float __uint_as_float(uint32_t bits) { return simt::bits_float(bits); }
+
+inline cudaError_t cudaMemsetAsync(void* address, int value, size_t num_bytes, cudaStream_t) {
+  std::memset(address, value, num_bytes);
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaGetLastError() {
   const cudaError_t error = simt::machine.error;
@@ -238,4 +250,4 @@ inline cudaError_t cudaGetLastError() {
 }
 
 #define SEMION_LAUNCH(kernel, grid, block, stream, ...) \
-  (static_cast<void>(stream), simt::launch((kernel), dim3(grid), dim3(block), __VA_ARGS__))
+  (static_cast<void>(stream), simt::launch((kernel), dim3(grid), dim3(block) __VA_OPT__(, ) __VA_ARGS__))
