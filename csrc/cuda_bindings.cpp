@@ -34,7 +34,8 @@ struct OnDeviceOf {
 };
 
 void check_launch(const char* name, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + " failed on the GPU: " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(name) + " failed on the GPU: " + cudaGetErrorString(error));
 }
 
 template <class... Sizes>
@@ -110,7 +111,8 @@ Tensor log_prob_parts(const Tensor& logits, const Tensor& targets, int64_t vocab
   const int splits = semion_log_prob_splits(&rows);
   Tensor parts = new_tensor(logits, ScalarType::Float, 4, rows.num_rows);
   Tensor workspace = new_tensor(logits, ScalarType::Float, splits > 1 ? 3 * splits * rows.num_rows : 0);
-  check_launch("log_prob_parts", semion_log_prob_parts(&rows, writable<float>(parts), writable<float>(workspace), device.stream));
+  check_launch("log_prob_parts",
+               semion_log_prob_parts(&rows, writable<float>(parts), writable<float>(workspace), device.stream));
   return parts;
 }
 
