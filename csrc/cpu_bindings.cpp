@@ -16,7 +16,7 @@
 
 namespace semion::cpu {
 namespace {
-constexpr int64_t work_per_thread = 1 << 15;  // elements below which another thread costs more than it brings
+constexpr int64_t work_per_thread = 1 << 17;  // elements below which another thread costs more than it brings
 
 int64_t rows_per_thread(int64_t row_size) {
   return std::max<int64_t>(1, work_per_thread / std::max<int64_t>(1, row_size));

@@ -62,16 +62,22 @@ inline Floats smaller(Floats a, Floats b) {
 #endif
 }
 
+// The lanes of a joined two by two, in the order that is shortest.
+template <class Value, class Join>
+inline Value joined_lanes(Floats a, Join join) {
+  Value value[lanes];
+  for (int i = 0; i < lanes; ++i) value[i] = a[i];
+  for (int half = lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) value[i] = join(value[i], value[i + half]);
+  return value[0];
+}
+
 inline float largest_lane(Floats a) {
-  float found = a[0];
-  for (int i = 1; i < lanes; ++i) found = a[i] > found ? a[i] : found;
-  return found;
+  return joined_lanes<float>(a, [](float x, float y) { return x > y ? x : y; });
 }
 
 inline double sum_lanes(Floats a) {
-  double sum = 0;
-  for (int i = 0; i < lanes; ++i) sum += a[i];
-  return sum;
+  return joined_lanes<double>(a, [](double x, double y) { return x + y; });
 }
 
 inline Floats load(const float* from) {
@@ -162,6 +168,49 @@ inline void store_part(Element* to, int64_t count, Floats value) {
   std::memcpy(to, room, static_cast<size_t>(count) * sizeof(Element));
 }
 
+inline float widen(const float* from) {
+  return *from;
+}
+inline float widen(const Bf16* from) {
+  const uint32_t bits = static_cast<uint32_t>(from->bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline float widen(const Half* from) {
+  return load_part(from, 1, *from)[0];
+}
+
+// 2 * lanes adjacent elements, in an order that is the type's own: store_pair undoes load_pair.
+struct Pair {
+  Floats a, b;
+};
+
+template <class Element>
+inline Pair load_pair(const Element* from) {
+  return {load(from), load(from + lanes)};
+}
+
+template <class Element>
+inline void store_pair(Element* to, Pair pair) {
+  store(to, pair.a);
+  store(to + lanes, pair.b);
+}
+
+// A word holds an even and an odd element: no lanes have to be moved about.
+inline Pair load_pair(const Bf16* from) {
+  Words both;
+  std::memcpy(&both, from, sizeof both);
+  return {(Floats)(both << 16), (Floats)(both & 0xffff0000)};
+}
+
+inline void store_pair(Bf16* to, Pair pair) {
+  const Words even = (Words)pair.a, odd = (Words)pair.b;
+  const Words low = (even + 0x7fff + ((even >> 16) & 1)) >> 16, high = odd + 0x7fff + ((odd >> 16) & 1);
+  const Words both = low | (high & 0xffff0000);
+  std::memcpy(to, &both, sizeof both);
+}
+
 inline float minus_infinity(const float*) {
   return -INFINITY;
 }
@@ -172,17 +221,17 @@ inline Half minus_infinity(const Half*) {
   return {0xfc00};
 }
 
-// t = n + r with n the nearest integer, which the low bits of `shifted` hold.
+// t = n + r with n the nearest integer. The low bits of `shifted` hold n + 127, the exponent of the float 2^n.
 struct Split {
   Floats shifted, n, r;
 };
 inline Split split(Floats t) {
-  const float rounder = 0x1.8p23f;
+  const float rounder = 0x1.8p23f + 127;
   const Floats shifted = t + rounder, n = shifted - rounder;
   return {shifted, n, t - n};
 }
 inline Floats power_of_two(Floats shifted) {
-  return (Floats)(((Words)shifted + 127) << 23);
+  return (Floats)((Words)shifted << 23);
 }
 
 // 2^r on [-1/2, 1/2] within 1.7e-7 of itself; 1 + r q(r) is the minimax polynomial that is exact at 0.

@@ -8,6 +8,7 @@ namespace semion {
 namespace SEMION_ISA {
 namespace {
 constexpr int64_t block_size = 2048;
+constexpr int64_t prefetch_distance = 1024;  // elements; the processor's own prefetcher stops at every page
 constexpr float slack = 8;  // log2 of how far the reference may lie below the largest logit before it moves
 constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
@@ -18,42 +19,38 @@ struct Sums {
 
 template <class E>
 float largest_of(const E* x, int64_t n) {
-  Floats found = all(-INFINITY);
+  Pair found{all(-INFINITY), all(-INFINITY)};
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) found = larger(found, load(x + i));
-  if (i < n) found = larger(found, load_part(x + i, n - i, minus_infinity(x)));
-  return largest_lane(found);
+  for (; i + 2 * lanes <= n; i += 2 * lanes) {
+    const Pair pair = load_pair(x + i);
+    found = {larger(found.a, pair.a), larger(found.b, pair.b)};
+  }
+  for (; i + lanes <= n; i += lanes) found.a = larger(found.a, load(x + i));
+  if (i < n) found.b = larger(found.b, load_part(x + i, n - i, minus_infinity(x)));
+  return largest_lane(larger(found.a, found.b));
 }
 
-// One block with t = (x - reference) * scale.
+// One block with t = (x - reference) * scale. Two sums each, for as many more the registers do not suffice.
 template <class E, bool with_entropy>
 Sums sum_block(const E* x, int64_t n, float reference, float scale) {
-  constexpr int ways = 4;
-  Floats total[ways] = {}, weighted[ways] = {}, largest[ways];
-  for (int k = 0; k < ways; ++k) largest[k] = all(-INFINITY);
-  const auto add = [&](Floats value, int k) {
-    largest[k] = larger(largest[k], value);
+  Floats total_a = {}, total_b = {}, weighted_a = {}, weighted_b = {}, largest = all(-INFINITY);
+  const auto add = [&](Floats value, Floats& total, Floats& weighted) {
+    largest = larger(largest, value);
     const Floats t = larger(all(-127.0f), (value - reference) * scale);
     const Floats e = exp2(t);
-    total[k] += e;
-    if (with_entropy) weighted[k] += e * t;
+    total += e;
+    if (with_entropy) weighted += e * t;
   };
   int64_t i = 0;
-  for (; i + ways * lanes <= n; i += ways * lanes)
-    for (int k = 0; k < ways; ++k) add(load(x + i + k * lanes), k);
-  for (; i + lanes <= n; i += lanes) add(load(x + i), 0);
-  if (i < n) add(load_part(x + i, n - i, minus_infinity(x)), 0);
-  for (int k = 1; k < ways; ++k) {
-    total[0] += total[k];
-    weighted[0] += weighted[k];
-    largest[0] = larger(largest[0], largest[k]);
+  for (; i + 2 * lanes <= n; i += 2 * lanes) {
+    __builtin_prefetch(x + i + prefetch_distance);
+    const Pair pair = load_pair(x + i);
+    add(pair.a, total_a, weighted_a);
+    add(pair.b, total_b, weighted_b);
   }
-  return {sum_lanes(total[0]), with_entropy ? sum_lanes(weighted[0]) : 0.0, largest_lane(largest[0])};
-}
-
-template <class E>
-double widen(const E* x) {
-  return load_part(x, 1, *x)[0];
+  for (; i + lanes <= n; i += lanes) add(load(x + i), total_a, weighted_a);
+  if (i < n) add(load_part(x + i, n - i, minus_infinity(x)), total_b, weighted_b);
+  return {sum_lanes(total_a + total_b), with_entropy ? sum_lanes(weighted_a + weighted_b) : 0.0, largest_lane(largest)};
 }
 
 template <class E, bool with_entropy>
@@ -94,7 +91,7 @@ void parts_of(const LogProbInput& in, float* parts, int64_t begin, int64_t end) 
     const auto work = in.every_row ? row_part<E, true> : row_part<E, false>;
     work(x, in.num_valid, scale, out, out + num_rows, out + 2 * num_rows);
     const int64_t column = target - in.vocab_start;
-    out[3 * num_rows] = column >= 0 && column < in.num_valid ? static_cast<float>(widen(x + column)) : 0.0f;
+    out[3 * num_rows] = column >= 0 && column < in.num_valid ? widen(x + column) : 0.0f;
   }
 }
 
@@ -107,9 +104,9 @@ void gradient_row(const E* x, E* out, int64_t n, float reference, float scale, f
   };
   int64_t i = 0;
   for (; i + 2 * lanes <= n; i += 2 * lanes) {
-    const Floats first = gradient(load(x + i)), second = gradient(load(x + i + lanes));
-    store(out + i, first);
-    store(out + i + lanes, second);
+    __builtin_prefetch(x + i + prefetch_distance, 1);
+    const Pair pair = load_pair(x + i);
+    store_pair(out + i, {gradient(pair.a), gradient(pair.b)});
   }
   for (; i + lanes <= n; i += lanes) store(out + i, gradient(load(x + i)));
   if (i < n) store_part(out + i, n - i, gradient(load_part(x + i, n - i, minus_infinity(x))));
@@ -132,7 +129,7 @@ void backward_of(const LogProbInput& in, const LogProbGradient& gradient, int64_
     const double total = gradient.totals[in.num_rows + row], mean = gradient.totals[2 * in.num_rows + row];
     const double a = (h == 0 ? -g : h * mean - g) / total, b = -h * ln_2 / total;
     const bool mine = column >= 0 && column < in.num_valid;
-    const double t = mine ? (widen(x + column) - reference) * scale : 0.0;  // before the row is overwritten
+    const double t = mine ? (static_cast<double>(widen(x + column)) - reference) * scale : 0.0;  // before the row is overwritten
     const auto work = h == 0 ? gradient_row<E, false> : gradient_row<E, true>;
     work(x, out, in.num_valid, reference, scale, static_cast<float>(a), static_cast<float>(b));
     if (mine) {

@@ -11,10 +11,11 @@ constexpr int64_t tokens_per_flush = 32 * lanes;
 
 // All bits set in the lanes of counted tokens.
 Ints counted_of(const int64_t* targets, int64_t count) {
+  typedef int64_t Longs __attribute__((vector_size(8 * SEMION_LANES)));
   constexpr int64_t ignored = -100;
-  Ints counted;
-  for (int i = 0; i < lanes; ++i) counted[i] = i < count && targets[i] != ignored ? -1 : 0;
-  return counted;
+  Longs ids = Longs{} + ignored;
+  std::memcpy(&ids, targets, count == lanes ? sizeof ids : static_cast<size_t>(count) * 8);
+  return __builtin_convertvector(ids != ignored, Ints);
 }
 
 Floats where(Ints condition, Floats value) {

@@ -67,7 +67,7 @@ class _Head:
         grad_hidden = grad_weight = None
         if coefficients is not None:
             grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+            grad_weight = torch.empty_like(weight, dtype=torch.float32)
         for first in range(0, num_tokens, self.chunk_rows):
             rows = slice(first, first + self.chunk_rows)
             x, chunk_targets = hidden[rows], targets[rows]
@@ -80,7 +80,9 @@ class _Head:
                 logits, chunk_targets, totals, coefficients[rows], None, self.vocab_start, columns[0], 1.0, logits
             )
             torch.mm(logits, weight, out=grad_hidden[rows])
-            _add_product(grad_weight, logits, x)
+            _add_product(grad_weight, logits, x, fresh=first == 0)
+        if grad_weight is not None and num_tokens == 0:
+            grad_weight.zero_()
         if grad_hidden is not None and group_size(self.group) > 1:
             dist.all_reduce(grad_hidden, group=self.group)
         return log_probs, grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
@@ -98,8 +100,8 @@ class _LmHeadLogProbs(torch.autograd.Function):
     ) -> torch.Tensor:
         log_probs, grad_hidden, grad_weight = head.run(hidden, weight, targets, coefficients)
         ctx.head, ctx.single_pass = head, coefficients is not None
-        kept = (coefficients, grad_hidden, grad_weight) if ctx.single_pass else (hidden, weight, targets)
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*((coefficients,) if ctx.single_pass else (hidden, weight, targets)))
+        ctx.gradients = (grad_hidden, grad_weight)  # scaled in place: a copy would be as large as the weight
         return log_probs
 
     @staticmethod
@@ -108,18 +110,24 @@ class _LmHeadLogProbs(torch.autograd.Function):
         if not ctx.single_pass:
             _, grad_hidden, grad_weight = ctx.head.run(*ctx.saved_tensors, gradient)
             return grad_hidden, grad_weight, None, None, None
-        coefficients, grad_hidden, grad_weight = ctx.saved_tensors
+        (coefficients,) = ctx.saved_tensors  # raises, as elsewhere in torch, when the backward runs a second time
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
         factor = _factor(gradient, coefficients)
-        return grad_hidden * factor, grad_weight * factor, None, None, None
+        if factor != 1:
+            grad_hidden *= factor
+            grad_weight *= factor
+        return grad_hidden, grad_weight, None, None, None
 
 
-def _add_product(total: torch.Tensor, logits: torch.Tensor, x: torch.Tensor) -> None:
-    """total [V, H] (float32) += logits [C, V].T @ x [C, H], blockwise where the product has another type."""
+def _add_product(total: torch.Tensor, logits: torch.Tensor, x: torch.Tensor, *, fresh: bool) -> None:
+    """total [V, H] (float32) += logits [C, V].T @ x [C, H], or = where it is fresh; blockwise if they are narrower."""
     if x.dtype == torch.float32:
-        total.addmm_(logits.t(), x)
+        total.addmm_(logits.t(), x, beta=0 if fresh else 1)
         return
     for part, columns in zip(total.split(BLOCK), logits.split(BLOCK, 1), strict=True):
-        part += columns.t() @ x
+        product = columns.t() @ x
+        part.copy_(product) if fresh else part.add_(product)
 
 
 def _factor(gradient: torch.Tensor, coefficients: torch.Tensor) -> float:

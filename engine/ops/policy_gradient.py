@@ -43,8 +43,9 @@ class _PolicyGradient(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         sums, gradient = torch.ops.semion.policy_gradient(*arguments)
         ctx.save_for_backward(gradient)
-        loss, others = sums[0].clone(), sums[1:]
+        loss, others = sums[0], sums[1:]
         ctx.mark_non_differentiable(others)
+        ctx.set_materialize_grads(False)
         return loss, others
 
     @staticmethod
