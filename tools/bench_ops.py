@@ -14,7 +14,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ class Figures:
         self.repeats = repeats
         self.rows: list[dict[str, Any]] = []
 
-    def compare(self, name: str, peers: dict[str, Work], prepare: Work = lambda: None, **extra: Any) -> None:
+    def compare(
+        self, name: str, peers: dict[str, Work], prepare: Work = lambda: None, extra: Mapping[str, float] | None = None
+    ) -> None:
         """Medians of wall and CPU seconds; `prepare` runs, untimed, before each."""
         seconds: dict[str, list[tuple[float, float]]] = {peer: [] for peer in peers}
         for repeat in range(self.repeats + 1):
@@ -55,7 +57,12 @@ class Figures:
         ours = medians["semion"]
         for peer, (wall, cpu) in medians.items():
             row = {"case": name, "peer": peer, "wall_ms": 1e3 * wall, "cpu_ms": 1e3 * cpu}
-            row |= {"ratio_wall": wall / ours[0], "ratio_cpu": cpu / ours[1], "threads": torch.get_num_threads(), **extra}
+            row |= {
+                "ratio_wall": wall / ours[0],
+                "ratio_cpu": cpu / ours[1],
+                "threads": torch.get_num_threads(),
+                **(extra or {}),
+            }
             self.rows.append(row)
             print(
                 f"{name:46} {peer:9} {row['wall_ms']:10.2f} ms {row['cpu_ms']:10.2f} CPU ms   "
@@ -92,7 +99,7 @@ def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) ->
     with torch.no_grad():
         errors = {"error": error(token_log_probs(logits, targets)[0]), "eager_error": error(eager())}
         ours = {"semion": lambda: token_log_probs(logits, targets)}
-        figures.compare(f"forward {name}", {**ours, "eager": eager}, **errors)
+        figures.compare(f"forward {name}", {**ours, "eager": eager}, extra=errors)
         ours = {"semion": lambda: token_log_probs(logits, targets, with_entropy=True)}
         figures.compare(f"entropy {name}", {**ours, "eager": lambda: eager(True)})
     peers: dict[str, Work] = {
@@ -157,7 +164,7 @@ def lm_head_case(figures: Figures) -> None:
     gradient = weight.nbytes + hidden.nbytes
     memory = {f"{peer}_MiB_beside_gradients": round((peak - gradient) / 2**20) for peer, peak in peaks.items()}
     name = f"LM head [256 x 1024 -> 128256] fp32, {torch.get_num_threads()} threads"
-    figures.compare(name, peers, **memory)
+    figures.compare(name, peers, extra=memory)
 
 
 def peak_bytes(work: Work) -> int:

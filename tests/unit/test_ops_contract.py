@@ -2,6 +2,10 @@
 every repetition and number of threads, no memory of row length, and errors that name argument, rule and value.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,8 +14,8 @@ from hypothesis import strategies as st
 from engine.errors import SemionError
 from engine.ops import _library, plain, sequence_log_probs, token_log_probs
 from engine.types import IGNORED
-from tests.unit.memory_limit import fits
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 128256  # Llama 3's
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -109,17 +113,12 @@ def test_the_same_bits_at_every_repetition_and_number_of_threads():
         torch.set_num_threads(threads)
 
 
-def test_nothing_of_row_length_is_allocated():
-    """Forward and backward over 49 MB of bf16 logits: 4 MB more than they take are enough."""
-    logits, targets = torch.randn(192, VOCABULARY).bfloat16().requires_grad_(), torch.randint(0, VOCABULARY, (192,))
-
-    def work(x, y):
-        log_probs, entropy = with_entropy(x, y)
-        torch.autograd.grad((log_probs + entropy).sum(), x)
-
-    work(logits[:1].detach().clone().requires_grad_(), targets[:1])  # threads and autograd take theirs once
-    assert fits(lambda: work(logits, targets), 4e6)
-    assert not fits(lambda: logits.detach().clone(), 40e6), "the bound refuses a tensor of row length"
+@pytest.mark.parametrize("claim", ["token_log_probs", "lm_head_single_pass", "lm_head_recomputed"])
+def test_memory_stays_within_what_is_claimed(claim):
+    """Enforced by a limit on the address space of a fresh process: memory_limit.py."""
+    command = [sys.executable, "-m", "tests.unit.memory_limit", claim]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 """Sequence sums with a mask, grouped advantages, the policy-gradient loss and the LM head by chunks against their plain
-twins in float64: values, gradients, the same bits every time, bounded memory, errors.
+twins in float64: values, gradients, the same bits every time, errors.
 """
 
 import math
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from engine.errors import NumericsError
 from engine.ops import grouped_advantages, lm_head_log_probs, plain, policy_gradient_loss, sequence_log_probs
 from engine.types import IGNORED
-from tests.unit.memory_limit import fits
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=6)
 
@@ -165,19 +164,3 @@ def test_lm_head_names_wrong_arguments(shapes, options, message):
     hidden, weight, targets = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         lm_head_log_probs(hidden, weight, targets.long(), **options)
-
-
-@pytest.mark.parametrize("single_pass", [True, False])
-def test_lm_head_never_holds_all_logits(single_pass):
-    """1024 × 32000 logits are 131 MB; with 64 rows at a time 40 MB are enough, 8 of them the weight's gradient."""
-    hidden, weight = torch.randn(1024, 64, requires_grad=True), torch.randn(32000, 64, requires_grad=True)
-    targets = torch.randint(0, 32000, (1024,))
-
-    def work(rows):
-        coefficients = torch.ones(rows) if single_pass else None
-        found = lm_head_log_probs(hidden[:rows], weight, targets[:rows], coefficients=coefficients, chunk_rows=64)
-        torch.autograd.grad(found.sum(), (hidden, weight))
-
-    work(1)
-    assert fits(lambda: work(1024), 40e6)
-    assert not fits(lambda: hidden @ weight.t(), 100e6)
