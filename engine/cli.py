@@ -208,7 +208,7 @@ def _runnable(options: argparse.Namespace) -> RunConfig:
 
     shape, trainer = read_shape(config.model.path), config.trainer
     check_layout(shape, trainer.tensor_parallel, trainer.pipeline_parallel, trainer.virtual_pipeline)
-    if config.inference.max_model_tokens > shape.max_positions:
+    if config.sft.checkpoint_out is None and config.inference.max_model_tokens > shape.max_positions:
         raise ConfigError(
             f"inference.max_model_tokens must not exceed the model's {shape.max_positions} positions; found "
             f"{config.inference.max_model_tokens}: lower it"

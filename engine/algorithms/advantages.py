@@ -3,22 +3,19 @@ no division by the standard deviation)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from engine.errors import NumericsError
+import torch
+
+from engine import ops
 
 
 def grouped_advantages(rewards: Sequence[float]) -> list[float]:
-    """Rewards of one group (any length) to advantages of the same length, which sum to 0.
+    """Rewards of one group (any length) to advantages of the same length, which sum to 0; exactly 0 if all are equal.
 
     Raises NumericsError naming the index of a reward that is not finite.
     """
-    for index, reward in enumerate(rewards):
-        if not math.isfinite(reward):
-            raise NumericsError(f"reward {index} of the group must be finite; found {reward}: mend the reward function")
-    if not rewards:
-        return []
-    mean = math.fsum(rewards) / len(rewards)
-    mean = min(max(mean, min(rewards)), max(rewards))  # rounding: equal rewards must give exactly 0, which means no signal
-    return [reward - mean for reward in rewards]
+    bounds = torch.tensor([0, len(rewards)], dtype=torch.int32)
+    advantages, _ = ops.grouped_advantages(torch.tensor(rewards, dtype=torch.float64), bounds)
+    values: list[float] = advantages.tolist()
+    return values

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.config import Algorithm
-from engine.ops import sequence_log_probs
+from engine.ops import policy_gradient_loss, sequence_log_probs
 from engine.types import IGNORED, Batch, Microbatch
 
 Result = tuple[torch.Tensor, torch.Tensor]  # (scalar loss, [K] detached sums)
@@ -97,26 +97,20 @@ class GrpoObjective:
 
     def __call__(self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch) -> Result:
         """See Objective."""
-        counted = microbatch.targets != IGNORED
-        lengths = microbatch.cu_seqlens.diff().long()
-        advantage = microbatch.advantages.repeat_interleave(lengths, output_size=log_probs.numel())
-        ratio = torch.where(counted, (log_probs - microbatch.rollout_log_probs).exp(), 1.0)
-        free, clipped = ratio * advantage, ratio.clamp(1 - self.clip, 1 + self.clip) * advantage
-        loss = -(torch.minimum(free, clipped) * counted).sum()
-        kl = log_probs.new_zeros(())
-        if self.needs_reference:
-            assert microbatch.reference_log_probs is not None, "the reference must score a microbatch before GRPO's KL"
-            d = torch.where(counted, microbatch.reference_log_probs - log_probs, 0.0)
-            kl = (d.exp() - d - 1).sum()
-            loss = loss + self.kl_weight * kl
-        sums = [
-            log_probs.new_tensor(float((microbatch.advantages != 0).sum())),
-            kl,
-            ((clipped < free) & counted).float().sum(),
-            (ratio * counted).sum(),
-            rollout_gap(log_probs, microbatch),
-        ]
-        return loss / denominator(batch, self.reduction), torch.stack(sums).detach()
+        reference = microbatch.reference_log_probs if self.needs_reference else None
+        assert reference is not None or not self.needs_reference, "the reference must score before GRPO's KL"
+        loss, sums = policy_gradient_loss(
+            log_probs,
+            microbatch.rollout_log_probs,
+            reference,
+            microbatch.advantages,
+            microbatch.cu_seqlens,
+            microbatch.targets,
+            clip_ratio=self.clip,
+            kl_weight=self.kl_weight,
+        )
+        with_signal = (microbatch.advantages != 0).sum().to(sums).unsqueeze(0)
+        return loss / denominator(batch, self.reduction), torch.cat([with_signal, sums])
 
 
 class NllObjective:

@@ -1,10 +1,22 @@
-"""Arithmetic on packed rows that the losses are made of, in plain PyTorch: log-probs from vocab-parallel logits and
-their sums per sequence. It knows no model and no algorithm.
+"""Arithmetic on packed rows that the losses are made of: kernels of csrc/ with autograd, communication and documentation.
+It knows no model and no algorithm. `plain` holds a twin of each in PyTorch alone, the oracle of the tests.
 
-Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank, B sequences.
+Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank, H hidden, B sequences, G groups.
 """
 
+from engine.ops import _library
+from engine.ops.advantages import grouped_advantages
+from engine.ops.lm_head import lm_head_log_probs
+from engine.ops.policy_gradient import policy_gradient_loss
 from engine.ops.sequence import sequence_log_probs
 from engine.ops.token_log_probs import token_log_probs
 
-__all__ = ["sequence_log_probs", "token_log_probs"]
+_library.load()
+
+__all__ = [
+    "grouped_advantages",
+    "lm_head_log_probs",
+    "policy_gradient_loss",
+    "sequence_log_probs",
+    "token_log_probs",
+]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,8 @@ from engine.errors import NumericsError
 from engine.llama.layout import export_plan
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
-from engine.types import Batch, Microbatch
+from engine.ops import lm_head_log_probs, token_log_probs
+from engine.types import IGNORED, Batch, Microbatch
 from tests.parallel.material import batch_of, run_config
 
 Case = Callable[..., Any]
@@ -28,7 +30,7 @@ TIMEOUT = timedelta(seconds=60)
 
 def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
     """Opens this rank's topology, runs a case of this file and leaves torch.distributed again."""
-    cases: dict[str, Case] = {"train": train, "resume": resume, "infinite": infinite}
+    cases: dict[str, Case] = {"train": train, "resume": resume, "infinite": infinite, "log_probs": log_probs}
     config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
     store = dist.FileStore(place["store"], place["world_size"])
     rank, world_size = place["rank"], place["world_size"]
@@ -152,3 +154,45 @@ def infinite(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str
         after = policy.state()
         return {"message": str(error), "untouched": all(torch.equal(before[name], after[name]) for name in before)}
     return {"message": "", "untouched": False}
+
+
+def log_probs(config: RunConfig, topology: Topology, num_valid: int) -> dict[str, Any]:
+    """Token log-probs and the LM head on this rank's columns against the whole vocabulary on one rank: the largest
+    differences of values and gradients, and what the collectives of the first carried."""
+    generator = torch.Generator().manual_seed(5)
+    num_tokens, hidden_size, size, here = 9, 16, topology.tp_size, topology.tp_rank
+    width = -(-num_valid // size)
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator)
+    weight = torch.randn(width * size, hidden_size, generator=generator)
+    targets = torch.randint(0, num_valid, (num_tokens,), generator=generator)
+    targets[3] = IGNORED
+    weights = torch.randn(2, num_tokens, generator=generator)
+    part = slice(here * width, (here + 1) * width)
+
+    def token(columns: slice, **options: Any) -> list[torch.Tensor]:
+        logits = (hidden @ weight.t())[:, columns].requires_grad_()
+        values, entropy = token_log_probs(logits, targets, num_valid=num_valid, with_entropy=True, **options)
+        assert entropy is not None
+        return [values, entropy, *torch.autograd.grad((weights[0] * values + weights[1] * entropy).sum(), logits)]
+
+    def head(columns: slice, **options: Any) -> list[torch.Tensor]:
+        x, w = hidden.clone().requires_grad_(), weight[columns].clone().requires_grad_()
+        values = lm_head_log_probs(x, w, targets, num_valid=num_valid, chunk_rows=4, **options)
+        return [values, *torch.autograd.grad((weights[0] * values).sum(), (x, w))]
+
+    def worst(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+        return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True) if a.numel())
+
+    mine = {"vocab_start": part.start, "group": topology.tp_group}
+    whole = slice(0, width * size)
+    with patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers:
+        found = token(part, **mine)
+    wanted = token(whole)
+    single, once = head(part, coefficients=weights[0], **mine), head(part, **mine)
+    full = head(whole)
+    return {
+        "token": worst(found, [*wanted[:2], wanted[2][:, part]]),
+        "single_pass": worst(single, [*full[:2], full[2][part]]),
+        "recomputed": worst(once, [*full[:2], full[2][part]]),
+        "bytes_a_row": [call.args[1].nbytes / num_tokens for call in gathers.call_args_list],
+    }

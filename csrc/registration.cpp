@@ -1,0 +1,35 @@
+// The operators torch.ops.semion.*: their schemas, for whichever device. cpu_bindings.cpp and cuda_bindings.cpp implement
+// them; engine/ops wraps them in functions with documentation, autograd and communication.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(semion, library) {
+  // logits [T, V_local] float32/bfloat16/float16, targets [T] int64 that are -100 or in [lowest_id, end_id)
+  // -> [4, T] float32: this rank's part of every row (csrc/logprob/logprob.h). every_row: for an entropy.
+  library.def(
+      "log_prob_parts(Tensor logits, Tensor targets, int vocab_start, int num_valid, int lowest_id, int end_id, "
+      "float temperature, bool every_row) -> Tensor");
+  // parts [R, 4, T] -> log_probs [T], entropy [T], totals [3, T], all float32.
+  library.def(
+      "log_prob_join(Tensor parts, Tensor targets, float temperature) -> "
+      "(Tensor log_probs, Tensor entropy, Tensor totals)");
+  // Writes the gradient of the logits to out, which may be the logits.
+  library.def(
+      "log_prob_backward(Tensor logits, Tensor targets, Tensor totals, Tensor grad_log_prob, Tensor? grad_entropy, "
+      "int vocab_start, int num_valid, float temperature, Tensor(a!) out) -> ()");
+
+  // values [T] float32, cu_seqlens [B + 1] int32, mask [T] bool -> [B] float32; and back.
+  library.def("sequence_sums(Tensor values, Tensor cu_seqlens, Tensor? mask) -> Tensor");
+  library.def("sequence_sums_backward(Tensor grad_sums, Tensor cu_seqlens, Tensor? mask, int num_tokens) -> Tensor");
+
+  // rewards [B] float32/float64, cu_groups [G + 1] int32, normalize: 0 mean, 1 mean_std, 2 leave_one_out
+  // -> advantages [B], no_signal [G] bool, broken [1] int64: index of the first reward that is not finite, or -1.
+  library.def(
+      "grouped_advantages(Tensor rewards, Tensor cu_groups, int normalize) -> "
+      "(Tensor advantages, Tensor no_signal, Tensor broken)");
+
+  // log-probs [T] float32, advantages [B] float32, cu_seqlens [B + 1] int32, targets [T] int64
+  // -> sums [5] float32 (loss, KL, clipped, ratio, gap), gradient [T] float32 of the loss: csrc/policy/policy_gradient.h.
+  library.def(
+      "policy_gradient(Tensor log_probs, Tensor old_log_probs, Tensor? reference_log_probs, Tensor advantages, "
+      "Tensor cu_seqlens, Tensor targets, float clip_ratio, float kl_weight) -> (Tensor sums, Tensor gradient)");
+}

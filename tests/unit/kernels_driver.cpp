@@ -1,0 +1,192 @@
+// The CPU kernels without torch, for the sanitizers: every instruction set this processor has, every element type, widths
+// around each vector length, arrays of exactly the size promised, against sums in double. Prints what differs.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "advantages/advantages.h"
+#include "logprob/logprob.h"
+#include "logprob/sequences.h"
+#include "policy/policy_gradient.h"
+
+namespace {
+using namespace semion;
+int num_faults = 0;
+std::mt19937 draw(7);
+
+void expect(const char* what, const char* isa, int64_t size, double found, double wanted, double tolerance) {
+  const bool same = std::isnan(wanted) ? std::isnan(found) : found == wanted || std::fabs(found - wanted) <= tolerance;
+  if (same || ++num_faults > 20) return;
+  std::printf("%s, %s, size %ld: found %.9g, want %.9g within %.2g\n", what, isa, static_cast<long>(size), found, wanted,
+              tolerance);
+}
+
+double decode(uint16_t bits, Element element) {
+  if (element == Element::bfloat16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+  }
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const double sign = bits >> 15 ? -1 : 1;
+  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+  return exponent ? sign * std::ldexp(1024 + fraction, exponent - 25) : sign * std::ldexp(fraction, -24);
+}
+
+struct Matrix {  // rows of `stride` elements, the last one only `width` long
+  Element element;
+  int64_t stride;
+  std::vector<float> wide;
+  std::vector<uint16_t> narrow;
+
+  Matrix(Element of, int64_t rows, int64_t width, int64_t row_stride) : element(of), stride(row_stride) {
+    const size_t size = static_cast<size_t>((rows - 1) * stride + width);
+    element == Element::float32 ? wide.resize(size) : narrow.resize(size);
+  }
+  void* data() { return element == Element::float32 ? static_cast<void*>(wide.data()) : narrow.data(); }
+  double at(int64_t row, int64_t column) const {
+    const size_t i = static_cast<size_t>(row * stride + column);
+    return element == Element::float32 ? static_cast<double>(wide[i]) : decode(narrow[i], element);
+  }
+  void fill(float scale) {  // with every kind of value: normal, small, closed
+    std::normal_distribution<float> normal(0, scale);
+    for (float& value : wide) value = draw() % 7 == 0 ? -INFINITY : normal(draw);
+    for (uint16_t& bits : narrow) {
+      const float value = normal(draw);
+      uint32_t word;
+      std::memcpy(&word, &value, 4);
+      const int exponent = std::clamp(static_cast<int>(word >> 23 & 255) - 112, 0, 30);
+      bits = element == Element::bfloat16
+                 ? static_cast<uint16_t>(word >> 16)
+                 : static_cast<uint16_t>((word >> 16 & 0x8000) | static_cast<uint32_t>(exponent) << 10 | (word >> 13 & 1023));
+      if (draw() % 7 == 0) bits = element == Element::bfloat16 ? 0xff80 : 0xfc00;
+    }
+  }
+};
+
+struct Kernels {
+  const char* isa;
+  decltype(&baseline::log_prob_parts) parts;
+  decltype(&baseline::log_prob_backward) backward;
+  decltype(&baseline::policy_gradient) policy;
+};
+
+void check_log_probs(const Kernels& kernels, Element element, int64_t width, float scale, double temperature) {
+  const int64_t rows = 3, valid = width > 2 ? width - 2 : width, start = 11;
+  Matrix logits(element, rows, width, width + 5);
+  logits.fill(scale);
+  const std::vector<int64_t> targets{start + valid - 1, ignored, start + width + 100};  // mine, ignored, another rank's
+  LogProbInput in{logits.data(), logits.stride, element, targets.data(), rows, start, width, valid, temperature, true};
+  std::vector<float> parts(4 * rows), log_probs(rows), entropy(rows), totals(3 * rows);
+  kernels.parts(in, parts.data(), 0, rows);
+  log_prob_join(parts.data(), 1, targets.data(), rows, temperature, log_probs.data(), entropy.data(), totals.data(), 0, rows);
+  const std::vector<float> g{0.7f, 0.9f, -1.3f}, h{0.3f, -0.4f, 0.0f};
+  Matrix out(element, rows, width, width + 3);
+  const LogProbGradient gradient{totals.data(), g.data(), h.data(), out.data(), out.stride};
+  kernels.backward(in, gradient, 0, rows);
+  for (int64_t row = 0; row < rows; ++row) {
+    double largest = -INFINITY, total = 0, mean = 0;
+    for (int64_t i = 0; i < valid; ++i) largest = std::max(largest, logits.at(row, i));
+    if (largest == -INFINITY) continue;  // no distribution
+    const auto d = [&](int64_t i) { return (logits.at(row, i) - largest) / temperature; };
+    for (int64_t i = 0; i < valid; ++i) total += std::exp(d(i));
+    for (int64_t i = 0; i < valid; ++i) mean += d(i) > -INFINITY ? std::exp(d(i)) * d(i) / total : 0;
+    const double room = 2e-6 * (1 + std::fabs(std::log(total) - mean));
+    expect("entropy", kernels.isa, width, entropy[row], std::log(total) - mean, room);
+    if (row == 0) {
+      const double wanted = d(valid - 1) - std::log(total);
+      expect("log-prob", kernels.isa, width, log_probs[row], wanted, 2e-6 + 2e-7 * std::fabs(wanted));
+    }
+    if (row == 1) expect("ignored log-prob", kernels.isa, width, log_probs[row], 0, 0);
+    const double gr = row == 1 ? 0 : static_cast<double>(g[row]) / temperature, hr = static_cast<double>(h[row]) / temperature;
+    for (int64_t i = 0; i < width; ++i) {
+      const double p = i < valid ? std::exp(d(i)) / total : 0, onehot = row == 0 && i == valid - 1 ? gr : 0;
+      const double wanted = onehot - (p > 0 ? p * (gr + hr * (d(i) - mean)) : 0);
+      const double unit = element == Element::float32 ? 1e-6 : element == Element::bfloat16 ? 4e-3 : 5e-4;
+      const double tolerance = 2e-6 / temperature + unit * std::fabs(wanted);
+      expect("gradient", kernels.isa, width, out.at(row, i), wanted, i < valid ? tolerance : 0);
+    }
+  }
+}
+
+void check_policy(const Kernels& kernels, int32_t first, int32_t second) {
+  const std::vector<int32_t> bounds{0, first, first, first + second};
+  const size_t size = static_cast<size_t>(first + second);
+  std::normal_distribution<float> normal(0, 0.3f);
+  std::vector<float> now(size), old(size), reference(size), gradient(size), advantages{0.8f, 1.0f, -0.6f};
+  std::vector<int64_t> targets(size);
+  for (size_t i = 0; i < size; ++i) {
+    now[i] = normal(draw), old[i] = normal(draw), reference[i] = normal(draw);
+    targets[i] = draw() % 4 ? 5 : ignored;
+  }
+  const PolicyGradientInput in{now.data(),    old.data(),     reference.data(), advantages.data(),
+                               bounds.data(), targets.data(), 0.2f,             0.1f};
+  std::vector<double> sums(3 * num_policy_sums);
+  kernels.policy(in, sums.data(), gradient.data(), 0, 3);
+  for (size_t sequence = 0; sequence < 3; ++sequence) {
+    double want[num_policy_sums] = {};
+    for (int32_t j = bounds[sequence]; j < bounds[sequence + 1]; ++j) {
+      const size_t i = static_cast<size_t>(j);
+      const bool counted = targets[i] != ignored;
+      const double gap = static_cast<double>(now[i]) - old[i], ratio = std::exp(gap), a = advantages[sequence];
+      const double d = static_cast<double>(reference[i]) - now[i], kl = std::exp(d) - d - 1;
+      const double low = 1 - static_cast<double>(0.2f), high = 1 + static_cast<double>(0.2f);
+      const double terms[] = {-std::min(ratio * a, std::clamp(ratio, low, high) * a) + 0.1 * kl, kl,
+                              static_cast<double>(ratio < low || ratio > high), ratio, std::fabs(gap)};
+      for (int k = 0; k < num_policy_sums; ++k) want[k] += counted ? terms[k] : 0;
+      const bool open = a >= 0 ? ratio <= high : ratio >= low;
+      const double slope = (open ? -ratio * a : 0) + 0.1 * (1 - std::exp(d));
+      expect("policy gradient", kernels.isa, first, gradient[i], counted ? slope : 0, 1e-6);
+    }
+    for (int k = 0; k < num_policy_sums; ++k)
+      expect("policy sum", kernels.isa, first, sums[sequence * num_policy_sums + static_cast<size_t>(k)], want[k],
+             1e-5 * (1 + std::fabs(want[k])));
+  }
+}
+
+void check_small_ones() {
+  const std::vector<float> values{1, 2, 4, 8};
+  const std::vector<int32_t> bounds{0, 0, 3, 4};
+  const bool mask[] = {true, false, true, true};
+  std::vector<float> sums(3), back(4);
+  sequence_sums(values.data(), bounds.data(), mask, sums.data(), 0, 3);
+  sequence_sums_backward(sums.data(), bounds.data(), mask, back.data(), 0, 3);
+  const float wanted[] = {0, 5, 8}, wanted_back[] = {5, 0, 5, 8};
+  for (int64_t i = 0; i < 3; ++i) expect("sequence sum", "", i, sums[static_cast<size_t>(i)], wanted[i], 0);
+  for (int64_t i = 0; i < 4; ++i) expect("sequence gradient", "", i, back[static_cast<size_t>(i)], wanted_back[i], 0);
+  std::vector<double> rewards{0.1, 0.1, 0.1, 1, 3}, advantages(5);
+  const std::vector<int32_t> groups{0, 3, 3, 5};
+  bool no_signal[3];
+  const auto advantages_of = [&](Normalize normalize) {
+    return static_cast<double>(
+        grouped_advantages(rewards.data(), groups.data(), 3, normalize, advantages.data(), no_signal));
+  };
+  expect("broken", "", 0, advantages_of(Normalize::leave_one_out), -1, 0);
+  const double leave_one_out[] = {0, 0, 0, -2, 2};
+  for (int64_t i = 0; i < 5; ++i) expect("advantage", "", i, advantages[static_cast<size_t>(i)], leave_one_out[i], 0);
+  rewards[4] = NAN;
+  expect("broken", "", 1, advantages_of(Normalize::mean), 4, 0);
+}
+}  // namespace
+
+int main() {
+  std::vector<Kernels> all{{"baseline", baseline::log_prob_parts, baseline::log_prob_backward, baseline::policy_gradient}};
+  if (best_isa() != Isa::baseline)
+    all.push_back({"avx2", avx2::log_prob_parts, avx2::log_prob_backward, avx2::policy_gradient});
+  if (best_isa() == Isa::avx512)
+    all.push_back({"avx512", avx512::log_prob_parts, avx512::log_prob_backward, avx512::policy_gradient});
+  for (const Kernels& kernels : all) {
+    for (const Element element : {Element::float32, Element::bfloat16, Element::float16})
+      for (int64_t width = 1; width < 6000; width += width < 70 ? 1 : 1409)
+        for (const float scale : {2.0f, 40.0f}) check_log_probs(kernels, element, width, scale, width % 2 ? 1.0 : 0.6);
+    for (int32_t size = 0; size < 40; ++size) check_policy(kernels, size, 700 - size);
+    std::printf("checked %s\n", kernels.isa);
+  }
+  check_small_ones();
+  return num_faults != 0;
+}

@@ -1,0 +1,225 @@
+"""The kernels of engine/ops against named peers in the same process, interleaved: medians, ratios, errors and memory, with
+versions and processor. Prints a table; --json writes the figures too.
+
+    .venv/bin/python tools/bench_ops.py [--threads 1 2] [--repeats 7] [--cases log_probs policy lm_head] [--json PATH]
+
+On a machine that others use, look at the ratios of CPU seconds: they forget the time a thread waits for a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from engine.config import Trainer
+from engine.megatron.topology import open_topology
+from engine.ops import grouped_advantages, lm_head_log_probs, plain, policy_gradient_loss, token_log_probs
+
+Work = Callable[[], object]
+SHAPES = ((512, 128256), (8192, 512))  # Llama 3's vocabulary; one that fits a cache
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Figures:
+    """Seconds of several peers, run in turn; the first is ours."""
+
+    def __init__(self, repeats: int) -> None:
+        self.repeats = repeats
+        self.rows: list[dict[str, Any]] = []
+
+    def compare(
+        self, name: str, peers: dict[str, Work], prepare: Work = lambda: None, extra: Mapping[str, float] | None = None
+    ) -> None:
+        """Medians of wall and CPU seconds; `prepare` runs, untimed, before each."""
+        seconds: dict[str, list[tuple[float, float]]] = {peer: [] for peer in peers}
+        for repeat in range(self.repeats + 1):
+            for peer, work in peers.items():
+                prepare()
+                wall, cpu = time.perf_counter(), time.process_time()
+                work()
+                if repeat:  # the first warms up
+                    seconds[peer].append((time.perf_counter() - wall, time.process_time() - cpu))
+        medians = {p: [statistics.median(column) for column in zip(*s, strict=True)] for p, s in seconds.items()}
+        ours = medians["semion"]
+        for peer, (wall, cpu) in medians.items():
+            row = {"case": name, "peer": peer, "wall_ms": 1e3 * wall, "cpu_ms": 1e3 * cpu}
+            row |= {
+                "ratio_wall": wall / ours[0],
+                "ratio_cpu": cpu / ours[1],
+                "threads": torch.get_num_threads(),
+                **(extra or {}),
+            }
+            self.rows.append(row)
+            print(
+                f"{name:46} {peer:9} {row['wall_ms']:10.2f} ms {row['cpu_ms']:10.2f} CPU ms   "
+                f"{row['ratio_wall']:6.2f}x wall {row['ratio_cpu']:6.2f}x CPU  {extra or ''}",
+                flush=True,
+            )
+
+
+def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) -> None:
+    """Forward, forward with entropy, forward and backward."""
+    torch.manual_seed(0)
+    base = (3 * torch.randn(num_tokens, width)).to(DTYPES[dtype])
+    targets, weights = torch.randint(0, width, (num_tokens,)), torch.randn(num_tokens)
+    logits = base.clone().requires_grad_()
+
+    def refresh() -> None:  # ours and megatron's write over the logits
+        logits.data.copy_(base)
+
+    def eager(with_entropy: bool = False) -> torch.Tensor:
+        log_p = logits.log_softmax(-1)
+        if with_entropy:
+            return torch.stack([log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)])
+        return log_p.gather(1, targets[:, None])[:, 0]
+
+    def backward(log_probs: torch.Tensor) -> None:
+        torch.autograd.grad((weights * log_probs).sum(), logits)
+
+    exact = plain.token_log_probs(base[:32].double(), targets[:32])[0]
+
+    def error(found: torch.Tensor) -> float:
+        return float((found[:32].double() - exact).abs().max())
+
+    name = f"[{num_tokens} x {width}] {dtype}, {torch.get_num_threads()} threads"
+    with torch.no_grad():
+        errors = {"error": error(token_log_probs(logits, targets)[0]), "eager_error": error(eager())}
+        ours = {"semion": lambda: token_log_probs(logits, targets)}
+        figures.compare(f"forward {name}", {**ours, "eager": eager}, extra=errors)
+        ours = {"semion": lambda: token_log_probs(logits, targets, with_entropy=True)}
+        figures.compare(f"entropy {name}", {**ours, "eager": lambda: eager(True)})
+    peers: dict[str, Work] = {
+        "semion": lambda: backward(token_log_probs(logits, targets)[0]),
+        "eager": lambda: backward(eager()),
+        "megatron": lambda: backward(vocab_parallel_cross_entropy(logits, targets)),
+    }
+    figures.compare(f"both {name}", peers, prepare=refresh)
+
+
+def policy_case(figures: Figures) -> None:
+    """64 rollouts in groups of 8, 256 tokens each: advantages, loss, gradient."""
+    torch.manual_seed(0)
+    lengths = torch.full((64,), 256)
+    rewards, groups = torch.randint(0, 2, (64,)).float(), torch.arange(0, 65, 8, dtype=torch.int32)
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
+    log_probs = (-torch.rand(16384)).requires_grad_()
+    old, reference = (log_probs.detach() + 0.2 * torch.randn(2, 16384)).unbind()
+    targets = torch.where(torch.rand(16384) < 0.1, -100, 3)
+    options = {"clip_ratio": 0.2, "kl_weight": 0.01}
+
+    def ours() -> None:
+        advantages, _ = grouped_advantages(rewards, groups)
+        loss, _ = policy_gradient_loss(log_probs, old, reference, advantages, bounds, targets, **options)
+        torch.autograd.grad(loss, log_probs)
+
+    def eager() -> None:
+        grouped = rewards.view(-1, 8)
+        advantages = (grouped - grouped.mean(1, keepdim=True)).view(-1)
+        loss, _ = plain.policy_gradient_loss(log_probs, old, reference, advantages, bounds, targets, **options)
+        torch.autograd.grad(loss, log_probs)
+
+    inner = 50  # a call takes too little to time alone
+
+    def many(work: Work) -> Work:
+        return lambda: [work() for _ in range(inner)]
+
+    name = f"advantages and loss, 16k tokens x {inner}, {torch.get_num_threads()} threads"
+    figures.compare(name, {"semion": many(ours), "eager": many(eager)})
+
+
+def lm_head_case(figures: Figures) -> None:
+    """Hidden [256 x 1024] to a vocabulary of 128256, fp32: log-probs and both gradients; peak of torch's allocations."""
+    torch.manual_seed(0)
+    hidden = torch.randn(256, 1024, requires_grad=True)
+    weight = (0.03 * torch.randn(128256, 1024)).requires_grad_()
+    targets, coefficients = torch.randint(0, 128256, (256,)), torch.randn(256)
+
+    def both(log_probs: torch.Tensor) -> None:
+        torch.autograd.grad((coefficients * log_probs).sum(), (hidden, weight))
+
+    def eager() -> None:
+        log_p = F.linear(hidden, weight).log_softmax(-1)
+        both(log_p.gather(1, targets[:, None])[:, 0])
+
+    peers: dict[str, Work] = {
+        "semion": lambda: both(lm_head_log_probs(hidden, weight, targets, coefficients=coefficients)),
+        "eager": eager,
+        "recompute": lambda: both(lm_head_log_probs(hidden, weight, targets)),
+    }
+    peaks = {peer: peak_bytes(work) for peer, work in peers.items()}
+    gradient = weight.nbytes + hidden.nbytes
+    memory = {f"{peer}_MiB_beside_gradients": round((peak - gradient) / 2**20) for peer, peak in peaks.items()}
+    name = f"LM head [256 x 1024 -> 128256] fp32, {torch.get_num_threads()} threads"
+    figures.compare(name, peers, extra=memory)
+
+
+def peak_bytes(work: Work) -> int:
+    """Largest sum of what torch's CPU allocator had given out during work()."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def processor() -> str:
+    """The processor's own name and what it can do of the vector kinds."""
+    text = Path("/proc/cpuinfo").read_text("utf-8")
+    lines = dict(line.split("\t", 1) for line in text.splitlines() if "\t" in line)
+    flags = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in text.split()]
+    return f"{lines.get('model name', platform.processor()).strip(': ')} ({', '.join(flags)})"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--cases", nargs="+", default=["log_probs", "policy", "lm_head"])
+    parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
+    options = parser.parse_args()
+    machine = {
+        "processor": processor(),
+        "torch": torch.__version__,
+        "megatron-core": megatron.core.__version__,
+        "python": platform.python_version(),
+    }
+    print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n", flush=True)
+    figures = Figures(options.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        topology = open_topology(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            for shape in SHAPES if "log_probs" in options.cases else ():
+                for dtype in DTYPES:
+                    log_probs_case(figures, *shape, dtype)
+            if "policy" in options.cases:
+                policy_case(figures)
+            if "lm_head" in options.cases:
+                lm_head_case(figures)
+        topology.close()
+    if options.json:
+        Path(options.json).write_text(json.dumps({"machine": machine, "figures": figures.rows}, indent=1), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
