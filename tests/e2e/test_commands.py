@@ -179,8 +179,8 @@ def test_online_grpo_over_data_parallel_ranks_is_never_stale(run_config: Make, t
 def test_supervised_training_makes_a_checkpoint_that_answers(run_config: Make, tmp_path: Path) -> None:
     made = tmp_path / "made"
     config = run_config(
-        *("trainer.data_parallel=2", "run.steps=60", "sft.sequences_per_step=20", f"sft.checkpoint_out={made}"),
-        *("optimizer.learning_rate=0.01", "optimizer.weight_decay=0.0"),
+        *("trainer.data_parallel=2", "run.steps=200", "sft.sequences_per_step=20", f"sft.checkpoint_out={made}"),
+        *("optimizer.learning_rate=0.005", "optimizer.weight_decay=0.0"),
         directory="sft",
     )
     semion("sft", written(config, tmp_path))
