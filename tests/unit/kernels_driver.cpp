@@ -137,7 +137,7 @@ void check_policy(const Kernels& kernels, int32_t first, int32_t second) {
       const double d = static_cast<double>(reference[i]) - now[i], kl = std::exp(d) - d - 1;
       const double low = 1 - static_cast<double>(0.2f), high = 1 + static_cast<double>(0.2f);
       const double terms[] = {-std::min(ratio * a, std::clamp(ratio, low, high) * a) + 0.1 * kl, kl,
-                              static_cast<double>(ratio < low || ratio > high), ratio, std::fabs(gap)};
+                              static_cast<double>(a > 0 ? ratio > high : a < 0 && ratio < low), ratio, std::fabs(gap)};
       for (int k = 0; k < num_policy_sums; ++k) want[k] += counted ? terms[k] : 0;
       const bool open = a >= 0 ? ratio <= high : ratio >= low;
       const double slope = (open ? -ratio * a : 0) + 0.1 * (1 - std::exp(d));
