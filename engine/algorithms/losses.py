@@ -31,6 +31,10 @@ class Objective(Protocol):
         """Whether the loss looks at reference log-probs."""
         ...
 
+    def coefficients(self, microbatch: Microbatch) -> torch.Tensor | None:
+        """What the loss multiplies each log-prob by, up to one factor, [T] float32; None where that depends on them."""
+        ...
+
     def __call__(self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch) -> Result:
         """log_probs [T] float32 with gradient -> (scalar loss, [K] detached sums)."""
         ...
@@ -59,6 +63,9 @@ class DpoObjective:
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.beta, self.nll_weight, self.reduction = algorithm.beta, algorithm.nll_weight, algorithm.reduction
+
+    def coefficients(self, microbatch: Microbatch) -> None:
+        """Depends on the log-probs."""
 
     def __call__(self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch) -> Result:
         """See Objective."""
@@ -95,6 +102,9 @@ class GrpoObjective:
         self.clip, self.kl_weight, self.reduction = algorithm.clip_ratio, algorithm.kl_weight, algorithm.reduction
         self.needs_reference = algorithm.kl_weight > 0
 
+    def coefficients(self, microbatch: Microbatch) -> None:
+        """Depends on the log-probs."""
+
     def __call__(self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch) -> Result:
         """See Objective."""
         reference = microbatch.reference_log_probs if self.needs_reference else None
@@ -118,6 +128,10 @@ class NllObjective:
 
     metric_names = ("tokens", "nll")
     needs_reference = False
+
+    def coefficients(self, microbatch: Microbatch) -> torch.Tensor:
+        """Every token counts the same; those without a target have a log-prob of 0."""
+        return torch.ones_like(microbatch.targets, dtype=torch.float32)
 
     def __call__(self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch) -> Result:
         """See Objective."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -58,6 +59,18 @@ class PackedAttention(MegatronModule):
                 F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True, scale=self.scale, enable_gqa=gqa)
             )
         return torch.cat(outputs, 2)[0].transpose(0, 1).flatten(1)
+
+
+class HeadlessModel(GPTModel):
+    """A GPTModel that ends in final hidden states [B, S, H]: its output weight is there, and log-probs that take a few
+    rows of logits at a time multiply by it. Their backward gives every tensor-parallel rank the whole gradient."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        return hidden_states.transpose(0, 1).contiguous()
 
 
 def layer_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
@@ -112,18 +125,22 @@ def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> 
     )
 
 
-def build_chunks(shape: LlamaShape, config: TransformerConfig, topology: Topology) -> list[GPTModel]:
-    """This rank's GPTModel chunks, one per virtual stage, ending in vocab-parallel logits; weights still random.
+def build_chunks(
+    shape: LlamaShape, config: TransformerConfig, topology: Topology, *, headless: bool = False
+) -> list[GPTModel]:
+    """This rank's GPTModel chunks, one per virtual stage, ending in vocab-parallel logits, or in hidden states where
+    `headless`; weights still random.
 
     Raises ConfigError for a layout or a rotary scaling that megatron cannot do.
     """
     layout.check_layout(shape, topology.tp_size, topology.pp_size, topology.vpp_size)
     _check_scaling(shape)
+    kind = HeadlessModel if headless else GPTModel
     chunks = []
     for chunk in range(topology.vpp_size):
         virtual = chunk if topology.vpp_size > 1 else None
         chunks.append(
-            GPTModel(
+            kind(
                 config=config,
                 transformer_layer_spec=layer_spec(config, virtual),
                 vocab_size=layout.padded_vocab(shape, topology.tp_size),
@@ -140,6 +157,14 @@ def build_chunks(shape: LlamaShape, config: TransformerConfig, topology: Topolog
             )
         )
     return chunks
+
+
+def output_weight(chunk: GPTModel) -> torch.nn.Parameter:
+    """The last chunk's output weight [V_local, H]; where it is tied and the embedding is here too, that is it."""
+    tied = chunk.share_embeddings_and_output_weights
+    weight = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+    assert isinstance(weight, torch.nn.Parameter), type(weight)
+    return weight
 
 
 def _check_scaling(shape: LlamaShape) -> None:

@@ -1,7 +1,7 @@
 """The policy on this trainer rank: scores batches with the reference, takes optimizer steps through megatron's
 schedules, and hands out its weights and its state. It draws no data, samples nothing and writes no file.
 
-Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank, K metrics of the objective.
+Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank, H hidden, K metrics of the objective.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from engine.llama.hf import HfCheckpoint, read_shape
 from engine.megatron import build
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.topology import Topology
-from engine.ops import token_log_probs
+from engine.ops import lm_head_log_probs, token_log_probs
 from engine.types import Batch, Microbatch
 
 # What a microbatch gives back on the last stage: (scalar to differentiate, tensor to collect)
@@ -56,13 +56,15 @@ class Policy:
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._config = build.megatron_config(self.shape, config.trainer, self.dtype)
         self._config.finalize_model_grads_func = _finalize
-        models = build.build_chunks(self.shape, self._config, topology)
+        self._headless = config.trainer.fused_lm_head
+        models = build.build_chunks(self.shape, self._config, topology, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
         for model in models:
             build.load_weights(model, self.shape, checkpoint, topology)
         distributed = config.trainer.distributed_optimizer
         options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
         self._chunks = [DistributedDataParallel(self._config, options, model) for model in models]
+        self._output_weight = build.output_weight(models[-1]) if topology.is_last_stage else None
         self._optimizer = PolicyOptimizer(config.optimizer, self._chunks, dtype=self.dtype, distributed=distributed)
         self.parameters = dict(pair for model in models for pair in build.named_parameters(model))
         self._reference: dict[str, torch.Tensor] = {}
@@ -95,8 +97,8 @@ class Policy:
         Collective over the pipeline's ranks.
         """
 
-        def collect(logits: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-            log_probs = self._token_log_probs(logits, microbatch)
+        def collect(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+            log_probs = self._token_log_probs(output, microbatch)
             return log_probs.sum(), log_probs
 
         return self.run(batch, collect, forward_only=True)
@@ -112,8 +114,9 @@ class Policy:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-        def lose(logits: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-            loss, sums = self.objective(self._token_log_probs(logits, microbatch), microbatch, batch)
+        def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+            coefficients = self.objective.coefficients(microbatch)
+            loss, sums = self.objective(self._token_log_probs(output, microbatch, coefficients), microbatch, batch)
             num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
             return loss, torch.cat([torch.stack([loss.detach(), num_tokens]), sums])
 
@@ -188,8 +191,9 @@ class Policy:
                 parameter.data = own[name]
 
     def run(self, batch: Batch, loss_of: LossOf, *, forward_only: bool) -> list[torch.Tensor]:
-        """Drives megatron's schedule over the microbatches; what `loss_of(logits [T, V_local], microbatch)` collects
-        comes back in order on the last stage, nothing elsewhere. Collective over the pipeline's ranks.
+        """Drives megatron's schedule over the microbatches; what `loss_of(output, microbatch)` collects comes back in
+        order on the last stage, nothing elsewhere. The output is logits [T, V_local], or with trainer.fused_lm_head
+        hidden states [T, H]. Collective over the pipeline's ranks.
 
         The backward adds the gradient of each microbatch's scalar, undivided, into the chunks' gradient buffers.
         """
@@ -199,8 +203,8 @@ class Policy:
             output = chunk(row.token_ids[None], row.position_ids[None], None, packed_seq_params=_packed(row))
             return output, partial(finish, row)
 
-        def finish(row: Microbatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            loss, collected = loss_of(logits.squeeze(0), row)
+        def finish(row: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            loss, collected = loss_of(output.squeeze(0), row)
             return loss, torch.ones((), dtype=torch.int, device=loss.device), collected
 
         iterators = [iter(batch.microbatches) for _ in self._chunks]
@@ -216,15 +220,20 @@ class Policy:
         )
         return collected
 
-    def _token_log_probs(self, logits: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-        log_probs, _ = token_log_probs(
-            logits,
-            microbatch.targets,
-            vocab_start=self.topology.tp_rank * logits.size(-1),
-            num_valid=self.shape.vocab_size,
-            group=self.topology.tp_group,
+    def _token_log_probs(
+        self, output: torch.Tensor, microbatch: Microbatch, coefficients: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert self._output_weight is not None, "log-probs off the last stage"
+        vocabulary: dict[str, Any] = {
+            "vocab_start": self.topology.tp_rank * self._output_weight.size(0),
+            "num_valid": self.shape.vocab_size,
+            "group": self.topology.tp_group,
+        }
+        if not self._headless:
+            return token_log_probs(output, microbatch.targets, **vocabulary)[0]
+        return lm_head_log_probs(
+            output, self._output_weight, microbatch.targets, coefficients=coefficients, **vocabulary
         )
-        return log_probs
 
     def _total(self, rows: list[torch.Tensor]) -> torch.Tensor:
         """Sum over microbatches, then over data-parallel ranks; the last stage's sum reaches all stages. [2 + K]"""

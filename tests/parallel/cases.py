@@ -91,7 +91,7 @@ def train(config: RunConfig, topology: Topology, checkpoint: str, objective: str
     metrics = []
     for step in range(3):
         batch = batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)
-        if step == 0:
+        if step == 0 and not config.trainer.fused_lm_head:
             kept |= logits(policy, batch)
         metrics.append(policy.train_step(policy.score(batch)))
         if config.trainer.distributed_optimizer:

@@ -54,6 +54,15 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: checkpoint, obj
         {"pipeline_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
     ),
 }
+HEADLESS: dict[str, tuple[str, str, dict[str, Any]]] = {  # log-probs from hidden states
+    "fused_head": ("odd", "grpo", {"fused_lm_head": True}),
+    "fused_head_tp2_sequence_parallel": (
+        "plain",
+        "nll",
+        {"fused_lm_head": True, "tensor_parallel": 2, "sequence_parallel": True},
+    ),
+    "fused_head_tp2_pp2_tied": ("tied", "dpo", {"fused_lm_head": True, "tensor_parallel": 2, "pipeline_parallel": 2}),
+}
 CLIP_NORM = 0.5  # below the gradient norm of every step of every objective
 CLIPPED = ("tp2", "tp2_sequence_parallel_recompute", "pp2_tied", "dp2_distributed_optimizer")
 Checkpoint = Callable[[str], Path]
@@ -104,12 +113,12 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize(
     ("name", "clip_norm"),
-    [*((name, material.UNCLIPPED) for name in LAYOUTS), *((name, CLIP_NORM) for name in CLIPPED)],
-    ids=[*LAYOUTS, *(f"{name}-clipped" for name in CLIPPED)],
+    [*((name, material.UNCLIPPED) for name in [*LAYOUTS, *HEADLESS]), *((name, CLIP_NORM) for name in CLIPPED)],
+    ids=[*LAYOUTS, *HEADLESS, *(f"{name}-clipped" for name in CLIPPED)],
 )
 def test_layout_equals_one_rank(name: str, clip_norm: float, train: Train) -> None:
     """Three optimizer steps: metrics equal on all ranks; losses and gradients within 1e-5 of one rank, weights 2e-5."""
-    variant, objective, trainer = LAYOUTS[name]
+    variant, objective, trainer = (LAYOUTS | HEADLESS)[name]
     found, expected = train(variant, objective, trainer, clip_norm), train(variant, objective, {}, clip_norm)
     assert all(metrics == found.metrics[0] for metrics in found.metrics)
     for step, wanted in zip(found.metrics[0], expected.metrics[0], strict=True):
