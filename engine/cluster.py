@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from engine.config import RunConfig
-from engine.errors import InferenceError, SemionError, WatchdogError
+from engine.errors import EngineLostError, SemionError, WatchdogError
 from engine.worker import Event, TrainerRank
 
 HOST = "127.0.0.1"
@@ -35,6 +35,14 @@ _ENVIRONMENT = {
 }
 
 
+def start_actor(kind: type, *arguments: Any, gpus: int = 1) -> Any:
+    """An actor of this class, on as many GPUs as it is to have where there are any."""
+    import ray
+
+    on_gpu = bool(ray.cluster_resources().get("GPU"))
+    return ray.remote(num_cpus=0, num_gpus=gpus if on_gpu else 0)(kind).remote(*arguments)
+
+
 class RayFuture:
     """A method of an engine under way in its process."""
 
@@ -42,7 +50,7 @@ class RayFuture:
         self._reference, self._name = reference, name
 
     def result(self, timeout_seconds: float) -> Any:
-        """The value, or the error that the engine raised; TimeoutError when late, InferenceError when it died."""
+        """The value, or the error that the engine raised; TimeoutError when late, EngineLostError when it died."""
         import ray
 
         try:
@@ -52,14 +60,31 @@ class RayFuture:
         except ray.exceptions.RayTaskError as error:
             raise _plain(error, self._name) from error
         except ray.exceptions.RayActorError as error:
-            raise InferenceError(f"the process of {self._name} ended: {_last_line(error)}") from error
+            raise EngineLostError(f"the process of {self._name} ended: {_last_line(error)}") from error
 
 
 class RayEngine:
     """A VllmEngine in a Ray actor."""
 
-    def __init__(self, actor: Any, name: str) -> None:
-        self._actor, self._name = actor, name
+    def __init__(self, config: RunConfig, index: int) -> None:
+        self._config, self._index, self._name = config, index, f"engine {index}"
+        self._actor = self._start()
+
+    def _start(self) -> Any:
+        from engine.inference.vllm_engine import VllmEngine
+
+        return start_actor(VllmEngine, self._config, self._index, gpus=self._config.inference.tensor_parallel)
+
+    def restart(self) -> None:
+        """Ends the actor, wherever it may hang, and starts another."""
+        self.stop()
+        self._actor = self._start()
+
+    def stop(self) -> None:
+        """Ends the actor."""
+        import ray
+
+        ray.kill(self._actor)
 
     def call(self, method: str, *arguments: Any) -> RayFuture:
         """Starts a method; calls of one caller run in order."""
@@ -71,7 +96,8 @@ class Cluster:
 
     def __init__(self, config: RunConfig, *, verbose: bool = False) -> None:
         self._config, self._verbose = config, verbose
-        self._actors: list[Any] = []
+        self._ranks: list[Any] = []
+        self._engines: list[RayEngine] = []
 
     def __enter__(self) -> Cluster:
         os.environ.update(_ENVIRONMENT)
@@ -91,16 +117,16 @@ class Cluster:
     def __exit__(self, *raised: object) -> None:
         import ray
 
-        for actor in self._actors:
+        for actor in self._ranks:
             ray.kill(actor)
+        for engine in self._engines:
+            engine.stop()
         ray.shutdown()
 
     def start_engines(self) -> list[RayEngine]:
         """Starts the inference engines; they load while the caller goes on."""
-        from engine.inference.vllm_engine import VllmEngine
-
-        actors = [self._start(VllmEngine, self._config, index) for index in range(self._config.inference.engines)]
-        return [RayEngine(actor, f"engine {index}") for index, actor in enumerate(actors)]
+        self._engines += [RayEngine(self._config, index) for index in range(self._config.inference.engines)]
+        return self._engines
 
     def train(self, *, resume: bool) -> Iterator[Event]:
         """Runs the training loop on every trainer rank; yields rank 0's events as they come.
@@ -114,14 +140,6 @@ class Cluster:
         """Runs the supervised loop on every trainer rank."""
         return self.run_ranks("fine_tune", lambda rank: ())
 
-    def _start(self, kind: type, *arguments: Any) -> Any:
-        import ray
-
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        actor = ray.remote(num_cpus=0, num_gpus=gpus)(kind).remote(*arguments)
-        self._actors.append(actor)
-        return actor
-
     def run_ranks(
         self, method: str, arguments_of: Callable[[int], tuple[Any, ...]], kind: type[TrainerRank] = TrainerRank
     ) -> Iterator[Event]:
@@ -129,7 +147,8 @@ class Cluster:
         import ray
 
         world_size = self._config.trainer.world_size
-        ranks = [self._start(kind, self._config.model_dump_json(), rank, HOST) for rank in range(world_size)]
+        ranks = [start_actor(kind, self._config.model_dump_json(), rank, HOST) for rank in range(world_size)]
+        self._ranks += ranks
         try:
             port = ray.get(ranks[0].serve.remote(), timeout=self._config.trainer.timeout_seconds)
         except ray.exceptions.RayError as error:

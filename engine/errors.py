@@ -33,6 +33,10 @@ class InferenceError(SemionError):
     exit_code = 5
 
 
+class EngineLostError(InferenceError):
+    """An engine's process is gone, or what it holds cannot be mended: only starting it anew helps."""
+
+
 class WeightSyncError(SemionError):
     """A weight sync did not reach every engine bit for bit; the message names engine and tensor."""
 

@@ -44,7 +44,7 @@ class TrainerRank:
 
     def serve(self) -> int:
         """Opens the rendezvous of the trainer ranks on this rank's host; its port."""
-        from engine.bridge.channel import listen
+        from engine.bridge.transport import listen
 
         self._server, port = listen(self._host)
         return port
@@ -107,14 +107,14 @@ class TrainerRank:
         topology.close()
 
     def _join(self, port: int) -> Topology:
-        from engine.bridge.channel import Rendezvous, join_store, serve_store
+        from engine.bridge.transport import join_store, serve_store
         from engine.megatron.topology import open_topology
 
         trainer = self._config.trainer
         if self._server is not None:
             store = serve_store(self._server, self._host, trainer.world_size, trainer.timeout_seconds)
         else:
-            store = join_store(Rendezvous(self._host, port, trainer.world_size, trainer.timeout_seconds))
+            store = join_store(self._host, port, trainer.world_size, trainer.timeout_seconds)
         return open_topology(
             trainer,
             rank=self._rank,
@@ -152,7 +152,7 @@ class _Desk:
             self._events.append({"kind": "note", "text": f"data.held_out: {held_out}"})
         self._reward = MathReward(config.rewards)
         self.pool: Pool = Pool(engines, config.inference.timeout_seconds)
-        self._versions = self.pool.describe()
+        self._versions = {k: v for k, v in self.pool.describe()[0].items() if k != "host"}
         self.source: RolloutSource = RolloutSource(config, prompts, self.pool, self._reward, self._ledger)
 
     def evaluate(self, step: int) -> None:
@@ -250,7 +250,8 @@ class _Publisher:
 
     def publish(self, version: int) -> dict[str, float]:
         report = self._publisher.publish(version)
-        return {"sync_seconds": report.seconds, "sync_mebibytes": report.num_bytes / 2**20}
+        repeated = {"sync_attempts": float(report.attempts)} if report.attempts > 1 else {}
+        return {"sync_seconds": report.seconds, "sync_mebibytes": report.num_bytes / 2**20} | repeated
 
 
 def load_prompts(config: RunConfig, path: str) -> PromptSet:
@@ -276,22 +277,32 @@ def _plan(config: RunConfig, policy: Policy) -> Any:
     return export_plan(policy.shape, trainer.pipeline_parallel, trainer.virtual_pipeline, policy.dtype, max_bytes)
 
 
-def open_publisher(
-    config: RunConfig, policy: Policy, topology: Topology, host: str, pool: Pool | None
-) -> Publisher:
+def open_publisher(config: RunConfig, policy: Policy, topology: Topology, host: str, pool: Pool | None) -> Publisher:
     """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
-    from engine.bridge.publish import Publisher
+    import torch
+    import torch.distributed as dist
 
-    return Publisher(
-        policy,
-        topology,
-        _plan(config, policy),
-        policy.dtype,
-        host=host,
-        num_engines=config.inference.engines,
-        timeout_seconds=config.sync.timeout_seconds,
-        pool=pool,
+    from engine.bridge.publish import Publisher
+    from engine.bridge.terms import SyncTerms
+    from engine.llama.layout import EngineLayout, trainer_layout
+
+    machine = torch.zeros(config.inference.engines, dtype=torch.int64, device=topology.device)  # of every engine
+    if pool is not None:
+        for node, engines in enumerate(pool.nodes()):
+            machine[list(engines)] = node
+    dist.broadcast(machine, 0)
+    numbers = machine.tolist()
+    terms = SyncTerms(
+        shape=policy.shape,
+        dtype=config.model.dtype,
+        trainer=trainer_layout(config.trainer),
+        dp_size=topology.dp_size,
+        engine=EngineLayout(config.inference.tensor_parallel, whole=config.inference.packed_weights),
+        nodes=tuple(tuple(i for i, node in enumerate(numbers) if node == n) for n in range(max(numbers) + 1)),
+        bucket_bytes=config.sync.bucket_mebibytes << 20,
+        transport="nccl" if topology.device.type == "cuda" else "gloo",
     )
+    return Publisher(policy, topology, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
 
 
 def _weights(config: RunConfig, policy: Policy, topology: Topology) -> Iterator[Any]:

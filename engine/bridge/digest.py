@@ -1,30 +1,47 @@
-"""A 64-bit digest of a tensor's bits, computed where the tensor lives, equal on every device and dtype-exact.
+"""The proof that an engine holds what the trainer sent: one 64-bit digest for every parameter of an engine's shard, added
+up from the rectangles that make it. Senders add what they send, where it will lie; the receiver digests what its live
+parameter then holds. They agree only if every element arrived once, in its place, bit for bit. It moves nothing.
 
-It detects faults (a flipped bit, two swapped values, a stale or misplaced slice); it is not a defence against an
-adversary. Each word is mixed with its position (splitmix64's finalizer, one to one), then words are summed modulo
-2**64: a change within one word always shows, any other with near certainty.
+It finds faults (a flipped bit, swapped rows or tensors, a missing or stale slice); it is no defence against an adversary.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import torch
 
-_POSITION = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-_LOW_35, _LOW_32 = (1 << 35) - 1, (1 << 32) - 1
-_CHUNK = 1 << 20  # words digested at a time, so that the workspace stays at a few tens of MiB
-_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from engine.bridge.plan import Bucket
+from engine.ops import block_digest, column_weights
 
 
-def tensor_digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Digest of any dense tensor, as an int64 scalar on its device; two tensors of equal bits and order agree."""
-    words = tensor.detach().contiguous().view(-1).view(_WORD[tensor.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, words.numel(), _CHUNK):
-        z = words[start : start + _CHUNK].to(torch.int64)
-        position = torch.arange(start + 1, start + 1 + z.numel(), device=z.device, dtype=torch.int64)
-        z = (z ^ (position * _POSITION)) * _MIX_1
-        z = (z ^ (z >> 29 & _LOW_35)) * _MIX_2  # the masks make the shifts logical: arithmetic ones are not one to one
-        total += (z ^ (z >> 32 & _LOW_32)).sum()
-    return total
+class ShardDigest:
+    """Sums of the parameters of one engine rank, in an order that both sides know: [number of parameters] int64."""
+
+    def __init__(self, parameters: Sequence[str], columns: torch.Tensor) -> None:
+        """`columns`: column_weights of the widest parameter, on the device of what will be digested."""
+        self._index = {name: i for i, name in enumerate(parameters)}
+        self._columns = columns
+        self.sums = torch.zeros(len(parameters), dtype=torch.int64, device=columns.device)
+
+    def add(self, parameter: str, row: int, col: int, block: torch.Tensor) -> None:
+        """Adds a rectangle [rows, cols] that lies at (row, col) of the parameter."""
+        index = self._index[parameter]
+        seed = _seed(parameter)
+        self.sums[index : index + 1] += block_digest(block, row=row, col=col, seed=seed, columns=self._columns)
+
+    def differing(self, expected: torch.Tensor) -> list[str]:
+        """The parameters whose sums are not the expected ones."""
+        wrong = (self.sums != expected).tolist()
+        return [name for name, i in self._index.items() if wrong[i]]
+
+
+def weights_for(buckets: Sequence[Bucket], device: torch.device) -> torch.Tensor:
+    """The column weights that all rectangles of these buckets need, at their destinations."""
+    widths = [t.target.col + t.cols for bucket in buckets for t in bucket.transfers]
+    return column_weights(max(widths, default=0), device)
+
+
+def _seed(parameter: str) -> int:
+    return int.from_bytes(hashlib.blake2b(parameter.encode(), digest_size=8).digest())

@@ -1,27 +1,49 @@
-"""The trainer's side of a weight sync: every stage leader streams its stage's full tensors, bucket by bucket, to all
-engines at once. Every trainer rank calls `publish` at the same step; only rank 0 talks to the pool.
+"""The trainer's side of a weight sync, as a transaction: all engines serve version v, or all serve the next one. Every
+trainer rank calls `publish` at the same step and sends its own shards; rank 0 alone talks to the pool.
 
-The tensor-parallel shards of a bucket are gathered on the stage leader first; no rank ever holds more than a bucket.
+An attempt that fails anywhere fails everywhere: whoever notices closes its transport, ranks tell each other before the next
+collective, and engines that gave no answer are replaced. Then all meet again and the whole version is sent anew.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from engine.bridge.channel import BucketManifest, Channel, Rendezvous, join_store, listen, serve_store
-from engine.bridge.digest import tensor_digest
+from engine.bridge.exchange import Sender
+from engine.bridge.terms import SyncTerms
+from engine.bridge.transport import (
+    Deadline,
+    Rendezvous,
+    Transport,
+    TransportError,
+    join_store,
+    listen,
+    open_transport,
+    serve_store,
+)
 from engine.errors import WeightSyncError
 from engine.llama.layout import ExportBucket
+
+ATTEMPTS = 3  # a fault that outlives two repetitions is no accident
+PATIENCE_SECONDS = 1.0  # beyond the deadline, for an engine to say what it ran into
+REASON_BYTES = 1024  # of a rank's failure, as the others are told it
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
     """What has weights: megatron's Policy."""
+
+    @property
+    def parameters(self) -> Mapping[str, torch.Tensor]:
+        """This rank's shards by megatron's names."""
+        ...
 
     def gather(self, bucket: ExportBucket) -> list[tuple[str, torch.Tensor]] | None:
         """Full tensors on the bucket's stage leader, None elsewhere; collective over the stage's tensor-parallel ranks."""
@@ -37,13 +59,8 @@ class Place(Protocol):
         ...
 
     @property
-    def pp_rank(self) -> int:
-        """Pipeline stage."""
-        ...
-
-    @property
-    def is_stage_leader(self) -> bool:
-        """Whether this rank sends what its stage holds."""
+    def world_size(self) -> int:
+        """Number of trainer ranks."""
         ...
 
     @property
@@ -59,24 +76,16 @@ class Place(Protocol):
 class Engines(Protocol):
     """The pool, as far as a sync needs it."""
 
-    def open_channel(self, first_rank: int, info: dict[str, Any]) -> list[Any]:
-        """See Pool.open_channel."""
-        ...
-
-    def receive(self, version: int, buckets: list[Any]) -> list[Any]:
+    def receive(self, version: int, call: dict[str, Any]) -> list[Any]:
         """See Pool.receive."""
         ...
 
-    def commit(self, version: int, futures: Any, timeout_seconds: float) -> None:
+    def unverified(self, version: int, futures: Any, seconds: float) -> dict[int, str]:
+        """See Pool.unverified."""
+        ...
+
+    def commit(self, version: int) -> None:
         """See Pool.commit."""
-        ...
-
-    def raise_failure(self, version: int, futures: Any) -> None:
-        """See Pool.raise_failure."""
-        ...
-
-    def wait(self, futures: Any, what: str) -> None:
-        """See Pool.wait."""
         ...
 
 
@@ -86,98 +95,104 @@ class SyncReport:
 
     version: int
     seconds: float
-    num_bytes: int  # of weights, once
+    num_bytes: int  # that left the trainer: one copy for every machine with engines
     num_messages: int
+    attempts: int
 
 
 class Publisher:
     """Sends versions of the policy to the pool."""
 
     def __init__(
-        self,
-        source: Source,
-        place: Place,
-        plan: tuple[ExportBucket, ...],
-        dtype: torch.dtype,
-        *,
-        host: str,
-        num_engines: int,
-        timeout_seconds: float,
-        pool: Engines | None,
+        self, source: Source, place: Place, terms: SyncTerms, *, host: str, timeout_seconds: float, pool: Engines | None
     ) -> None:
-        """Opens the channel; collective over the trainer ranks. `pool` is rank 0's, None elsewhere; `host` is the
-        address rank 0 listens on, and no other."""
-        self._source, self._place, self._pool = source, place, pool
-        self._plan, self._timeout = plan, timeout_seconds
-        leaders = place.stage_leaders()
-        name = str(dtype).removeprefix("torch.")
-        self._manifests = [
-            BucketManifest(bucket.stage, name, tuple(t.name for t in bucket.tensors), tuple(t.shape for t in bucket.tensors))
-            for bucket in plan
-        ]
-        self._channel = self._open(host, len(leaders), num_engines)
-
-    def _open(self, host: str, num_leaders: int, num_engines: int) -> Channel | None:
-        port = torch.zeros(1, dtype=torch.int64, device=self._place.device)
+        """Opens the rendezvous; collective over the trainer ranks. `pool` is rank 0's, None elsewhere; `host` is the
+        address rank 0 listens on, and no other. Engines join at the first sync."""
+        self._source, self._place, self._pool, self._terms = source, place, pool, terms
+        self._timeout = timeout_seconds
+        self._plan = terms.plan()
+        self._digest, self._terms_json = self._plan.digest, terms.to_json()
+        self._sender = Sender(self._plan, place.rank, place.device)
+        self._transport: Transport | None = None
+        self._epoch = -1
+        port = torch.zeros(1, dtype=torch.int64, device=place.device)
         server = None
-        if self._place.rank == 0:
+        if place.rank == 0:
             server, port[0] = listen(host)
         dist.broadcast(port, 0)
-        if not self._place.is_stage_leader:
-            return None
-        meeting = Rendezvous(host, int(port), num_leaders + num_engines, self._timeout)
-        if server is None:
-            return Channel(join_store(meeting), self._place.pp_rank, meeting)
-        assert self._pool is not None
-        store = serve_store(server, host, meeting.world_size, self._timeout)
-        info = {
-            "host": host,
-            "port": meeting.port,
-            "world_size": meeting.world_size,
-            "timeout_seconds": self._timeout,
-        }
-        joining = self._pool.open_channel(num_leaders, info)
-        channel = Channel(store, self._place.pp_rank, meeting)
-        self._pool.wait(joining, "open_channel")
-        return channel
+        self._host, self._port = host, int(port)
+        if server is not None:
+            self._store = serve_store(server, host, self._plan.num_members, timeout_seconds)
+        else:
+            self._store = join_store(host, self._port, self._plan.num_members, timeout_seconds)
 
     def publish(self, version: int) -> SyncReport:
-        """Sends the policy's weights as `version`; returns when every engine has verified and serves them.
-
-        Raises WeightSyncError when an engine fails or is late; the pool then serves no version.
-        """
+        """Sends the policy's weights as `version`; returns when every engine has verified and serves them. Collective
+        over the trainer ranks. WeightSyncError on all of them, when ATTEMPTS have failed; the pool then serves none."""
         started = time.monotonic()
-        receiving = None
-        if self._pool is not None:
-            manifest = [
-                (m.source, m.dtype, list(m.names), [list(shape) for shape in m.shapes]) for m in self._manifests
-            ]
-            receiving = self._pool.receive(version, manifest)
-        for index, (bucket, message) in enumerate(zip(self._plan, self._manifests, strict=True)):
-            try:
-                self._send(bucket, message)
-            except RuntimeError as error:
+        reason = ""
+        for attempt in range(1, ATTEMPTS + 1):
+            reason = self._attempt(version)
+            if not reason:
                 if self._pool is not None:
-                    self._pool.raise_failure(version, receiving)  # an engine's own reason says more than a broken message
-                what = f"bucket {index + 1} of {len(self._plan)} ({message.names[0]} ...)"
-                raise WeightSyncError(f"{what} was not delivered within {self._timeout} s: {error}") from error
-        if self._pool is not None:
-            assert receiving is not None
-            self._pool.commit(version, receiving, self._timeout)
-        num_bytes = sum(m.num_bytes for m in self._manifests)
-        return SyncReport(version, time.monotonic() - started, num_bytes, len(self._plan))
+                    self._pool.commit(version)
+                seconds = time.monotonic() - started
+                return SyncReport(version, seconds, self._plan.num_bytes, len(self._plan.messages), attempt)
+            if self._place.rank == 0:
+                log.warning("weight sync of version %d failed (attempt %d of %d): %s", version, attempt, ATTEMPTS, reason)
+        raise WeightSyncError(f"version {version} did not reach every engine in {ATTEMPTS} attempts; the last: {reason}")
 
-    def _send(self, bucket: ExportBucket, message: BucketManifest) -> None:
-        tensors = self._source.gather(bucket)
-        if self._channel is None:
-            return
-        buffer = message.buffer(self._place.device)
-        if tensors is not None:
-            views, digests = message.views(buffer)
-            for view, digest, (_, tensor) in zip(views, digests, tensors, strict=True):
-                view.copy_(tensor)
-                digest.copy_(tensor_digest(view))
-        self._channel.broadcast(buffer, message.source)
+    def _attempt(self, version: int) -> str:
+        """One try at a whole sync; why it failed, in the same words on every rank, or nothing."""
+        deadline, failure = Deadline(self._timeout), ""
+        futures = None
+        if self._transport is None:
+            self._epoch += 1
+        if self._pool is not None:
+            futures = self._pool.receive(version, self._call())
+        try:
+            if self._transport is None:
+                meeting = Rendezvous(self._host, self._port, self._plan.num_members, self._timeout, self._epoch)
+                self._transport = open_transport(self._terms.transport, self._store, self._place.rank, meeting)
+            self._sender.send(self._source.parameters, self._transport, deadline)
+        except (TransportError, WeightSyncError) as error:
+            failure = f"trainer rank {self._place.rank}: {error}"
+            self._close()
+        if self._pool is not None:
+            doubtful = self._pool.unverified(version, futures, deadline.remaining() + PATIENCE_SECONDS)
+            # What an engine says of itself says more than that its message broke.
+            failure = "; ".join(f"engine {engine}: {why}" for engine, why in doubtful.items()) or failure
+        failure = self._agreed(failure)
+        if failure:
+            self._close()
+        return failure
+
+    def _call(self) -> dict[str, Any]:
+        """What engines are told of a sync: bridge.receive.SyncCall, but for the engine's number."""
+        return {
+            "seconds": self._timeout,
+            "terms": self._terms_json,
+            "plan_digest": self._digest,
+            "host": self._host,
+            "port": self._port,
+            "epoch": self._epoch,
+        }
+
+    def _close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        self._transport = None
+
+    def _agreed(self, failure: str) -> str:
+        """The failure of the lowest rank that has one, told to all: nobody goes on to a collective that others left."""
+        mine = torch.zeros(REASON_BYTES, dtype=torch.uint8, device=self._place.device)
+        text = failure.encode()[:REASON_BYTES]
+        if text:
+            mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=self._place.device)
+        reasons = [torch.empty_like(mine) for _ in range(self._place.world_size)]
+        dist.all_gather(reasons, mine)
+        found = [bytes(reason.tolist()).rstrip(b"\0").decode(errors="ignore") for reason in reasons]
+        return next((reason for reason in found if reason), "")
 
 
 def stream_to_first_rank(

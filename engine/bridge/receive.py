@@ -1,134 +1,195 @@
-"""vLLM's side of a weight sync: a weight-transfer engine that writes each bucket straight into the live parameters and
-then digests what the parameters hold. vLLM loads it through the entry point `vllm.general_plugins` in every process.
+"""vLLM's side of a weight sync: our weight-transfer engine, which every worker of an engine runs, and a way of loading that
+leaves weights where they can be written. vLLM loads it through its plugin entry point. It decides nothing about versions.
 
-On a CPU vLLM packs linear weights after loading, which leaves nothing to write into; the load format registered here
-keeps them plain (one matmul call instead of a packed one). It receives; it never decides when.
+Where live parameters keep their layout (a GPU without quantization, and a CPU with the load format `semion_plain`) slices
+go straight into them. Where vLLM repacks weights after loading, full tensors go through its layerwise reload; what the
+repacked weights then hold cannot be compared with what was sent, so there the digests cover what arrived.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from engine.bridge.channel import BucketManifest, Channel, Rendezvous, join_store
-from engine.bridge.digest import tensor_digest
+from engine.bridge.exchange import Receiver, Shards
+from engine.bridge.terms import SyncTerms
+from engine.bridge.transport import Deadline, Rendezvous, Transport, TransportError, join_store, open_transport
 from engine.errors import WeightSyncError
+from engine.llama import layout
 
 BACKEND = "semion"
 PLAIN_FORMAT = "semion_plain"
 
 
 @dataclass
-class OpenInfo(WeightTransferInitInfo):
-    """How this engine joins the channel."""
-
-    host: str
-    port: int
-    rank: int
-    world_size: int
-    timeout_seconds: float
+class NoInfo(WeightTransferInitInfo):
+    """Nothing is known before the first sync."""
 
 
 @dataclass
-class SyncInfo(WeightTransferUpdateInfo):
-    """The manifests of one whole sync, in sending order: (source, dtype, names, shapes)."""
+class SyncCall(WeightTransferUpdateInfo):
+    """One version to receive: `terms` as JSON with the digest of their plan, and where the members of `epoch` meet."""
 
-    buckets: list[tuple[int, str, list[str], list[list[int]]]] = field(default_factory=list)
+    engine: int
+    seconds: float
+    terms: str
+    plan_digest: str
+    host: str
+    port: int
+    epoch: int
 
 
-class Receiver(WeightTransferEngine[OpenInfo, SyncInfo]):
-    """Places buckets in the live model and proves it: digests of parameters against digests of what was sent."""
+class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
+    """One worker's end of the channel, and its receiver under the present terms."""
 
-    init_info_cls = OpenInfo
-    update_info_cls = SyncInfo
+    init_info_cls = NoInfo
+    update_info_cls = SyncCall
     supports_draft_weight_update = False
 
-    _channel: Channel | None = None
+    _transport: Transport | None = None
+    _receiver: Receiver | None = None
+    _terms: SyncTerms | None = None
+    _met: tuple[int, str, int] | None = None  # port, plan and epoch
 
-    def init_transfer_engine(self, init_info: OpenInfo) -> None:
-        """Joins the channel as member `init_info.rank`."""
-        i = init_info
-        meeting = Rendezvous(i.host, i.port, i.world_size, i.timeout_seconds)
-        self._channel = Channel(join_store(meeting), i.rank, meeting)
+    def init_transfer_engine(self, init_info: NoInfo) -> None:
+        """The channel opens at the first sync."""
 
     def start_weight_update(self) -> None:
-        """Nothing to prepare: parameters keep their layout and are written in place."""
+        """Nothing to prepare."""
 
     def finish_weight_update(self) -> None:
-        """Nothing to finish: every bucket is placed and verified when it arrives."""
+        """Nothing to finish: a version is placed and verified when `update_weights` returns."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receives one whole sync. The base class then synchronises an accelerator, which a CPU build lacks."""
+        """Receives one version. The base class then synchronises an accelerator, which a CPU build lacks."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     @torch.no_grad()
-    def receive_weights(self, update_info: SyncInfo) -> None:
-        """Receives, places and verifies every bucket; WeightSyncError names the first tensor that differs.
+    def receive_weights(self, update_info: SyncCall) -> None:
+        """Receives, places and verifies one version. After any failure the channel is closed, so that the others fail too;
+        the next call must name a new epoch. WeightSyncError says what did not come or differs."""
+        call, deadline = update_info, Deadline(update_info.seconds)
+        try:
+            if self._met != (call.port, call.plan_digest, call.epoch):
+                self._open(call, deadline)
+            assert self._transport is not None and self._receiver is not None and self._terms is not None
+            with self._shards(self._terms) as shards:
+                self._receiver.receive(shards, self._transport, deadline)
+        except (TransportError, WeightSyncError) as error:
+            self.shutdown()
+            raise WeightSyncError(str(error)) from error
 
-        It is raised after the last bucket: whoever stops receiving makes the sender and the other engines wait.
-        """
-        assert self._channel is not None, "the channel must be open before a sync"
-        first_error: WeightSyncError | None = None
-        for source, dtype, names, shapes in update_info.buckets:
-            manifest = BucketManifest(source, dtype, tuple(names), tuple(tuple(shape) for shape in shapes))
-            buffer = manifest.buffer(self.device)
-            self._channel.broadcast(buffer, source)
-            tensors, digests = manifest.views(buffer)
-            for name, tensor, digest in zip(names, tensors, digests, strict=True):
-                try:
-                    self._place(name, tensor, digest)
-                except WeightSyncError as error:
-                    first_error = first_error or error
-        if first_error is not None:
-            raise first_error
+    def _open(self, call: SyncCall, deadline: Deadline) -> None:
+        self.shutdown()
+        self._terms = terms = SyncTerms.from_json(call.terms)
+        plan = terms.plan()
+        if plan.digest != call.plan_digest:
+            raise WeightSyncError(
+                f"the plan must be the trainer's, {call.plan_digest[:12]}; found {plan.digest[:12]}: run one version of "
+                f"semion on both sides"
+            )
+        if not terms.engine.whole:
+            _check_parameters(self.model, layout.shard_shapes(terms.shape, terms.engine, self._tp_rank), terms.torch_dtype)
+        member = plan.member(call.engine, self._tp_rank)
+        self._receiver = Receiver(plan, member, terms.torch_dtype, self.device)
+        meeting = Rendezvous(call.host, call.port, plan.num_members, deadline.remaining(), call.epoch)
+        store = join_store(call.host, call.port, plan.num_members, deadline.remaining())
+        self._transport = open_transport(terms.transport, store, member, meeting)
+        self._met = (call.port, call.plan_digest, call.epoch)
 
-    def _place(self, name: str, tensor: torch.Tensor, digest: torch.Tensor) -> None:
-        live = live_tensor(self.model, name, tensor.shape)
-        live.copy_(tensor)
-        if tensor_digest(live) != digest:
-            raise WeightSyncError(f"tensor {name} differs from the trainer's after it was placed: send it again")
+    @contextmanager
+    def _shards(self, terms: SyncTerms) -> Iterator[Shards]:
+        if not terms.engine.whole:
+            yield LiveShards(self.model)
+            return
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+        yield ReloadedShards(self.model, layout.tensors(terms.shape), terms.torch_dtype, self.device)
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    @property
+    def _tp_rank(self) -> int:
+        return int(self.parallel_config.rank % self.parallel_config.tensor_parallel_size)
 
     def shutdown(self) -> None:
         """Leaves the channel."""
-        self._channel = None
+        if self._transport is not None:
+            self._transport.close()
+        self._transport = self._met = None
 
 
-_STACKED = {
-    "q_proj": ("qkv_proj", 0),
-    "k_proj": ("qkv_proj", 1),
-    "v_proj": ("qkv_proj", 2),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-}
+class LiveShards:
+    """vLLM's own parameters, written in place."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+
+    def __getitem__(self, parameter: str) -> torch.Tensor:
+        return self._parameters[parameter]
+
+    def complete(self, parameter: str) -> None:
+        """It is where it belongs."""
 
 
-def live_tensor(model: torch.nn.Module, name: str, shape: torch.Size) -> torch.Tensor:
-    """The view of vLLM's live parameters that holds the Hugging Face tensor `name` of `shape` (one engine rank).
+class ReloadedShards:
+    """Full tensors, each held until it is whole and then given to vLLM's loader."""
 
-    vLLM stacks q, k, v and gate, up by rows and pads the vocabulary's rows. WeightSyncError when there is no such place.
-    """
-    module, _, leaf = name.rpartition(".")
-    parent, _, projection = module.rpartition(".")
-    stacked, part = _STACKED.get(projection, (projection, 0))
-    try:
-        owner = model.get_submodule(f"{parent}.{stacked}" if parent else stacked)
-        parameter = owner.get_parameter(leaf)
-    except AttributeError as error:
-        raise WeightSyncError(f"tensor {name} has no place in the engine's model: publish and serve one model") from error
-    start = sum(getattr(owner, "output_partition_sizes", [0])[:part])
-    view = parameter.data[start : start + shape[0]]
-    if view.shape != shape:
-        raise WeightSyncError(f"tensor {name} must have shape {tuple(view.shape)} in the engine; found {tuple(shape)}")
-    return view
+    def __init__(
+        self, model: Any, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._model, self._shapes, self._dtype, self._device = model, shapes, dtype, device
+        self._held: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, parameter: str) -> torch.Tensor:
+        if parameter not in self._held:
+            self._held[parameter] = torch.empty(self._shapes[parameter], dtype=self._dtype, device=self._device)
+        return self._held[parameter]
+
+    def complete(self, parameter: str) -> None:
+        """Hands it over; vLLM repacks a layer when it has all of it."""
+        self._model.load_weights([(parameter, self._held.pop(parameter))])
+
+
+def _check_parameters(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """WeightSyncError where the engine's parameters are not those of the layout that slices are written into."""
+    found = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
+    for name, shape in shapes.items():
+        if found.get(name) != (shape, dtype):
+            raise WeightSyncError(
+                f"engine parameter {name} must be {shape} {dtype} to be written in place; found {found.get(name)}: publish "
+                f"and serve one model, or set inference.packed_weights"
+            )
+
+
+class SyncWorker:
+    """What our engine adds to a vLLM worker (its worker_extension_cls)."""
+
+    def semion_receive(self: Any, call: dict[str, Any]) -> str:
+        """Receives one version; nothing, or why it failed. It never raises: vLLM would leave the other workers' answers in
+        its queue and take them for those of the next call."""
+        try:
+            self.start_weight_update()
+            self.update_weights(call)
+            self.finish_weight_update()
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        return ""
 
 
 class PlainLoader(DefaultModelLoader):
@@ -155,7 +216,7 @@ class PlainLoader(DefaultModelLoader):
 
 
 def register() -> None:
-    """Makes the receiver and the load format known to this vLLM process; called by vLLM, any number of times."""
+    """Makes the inbox and the load format known to this vLLM process; called by vLLM, any number of times."""
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, Receiver)
+        WeightTransferEngineFactory.register_engine(BACKEND, Inbox)
         register_model_loader(PLAIN_FORMAT)(PlainLoader)

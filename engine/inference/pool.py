@@ -7,15 +7,14 @@ in the order they were made: a `collect` queued behind a `submit` needs nobody's
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.errors import InferenceError, SemionError, WeightSyncError
+from engine.errors import EngineLostError, InferenceError, SemionError
 from engine.inference.sampling import SampleRequest
 from engine.types import Completion
-
-FAILURE_SECONDS = 1.0  # how long a broken sync waits for an engine's own reason
 
 
 class Future(Protocol):
@@ -31,6 +30,10 @@ class EngineHandle(Protocol):
 
     def call(self, method: str, *arguments: Any) -> Future:
         """Starts a method of VllmEngine and returns at once."""
+        ...
+
+    def restart(self) -> None:
+        """Ends the engine, if it is still there, and starts it anew with the seed model; returns at once."""
         ...
 
 
@@ -59,11 +62,17 @@ class Pool:
         self._timeout = timeout_seconds
         self._version: int | None = 0  # engines load the seed model; None while a sync is under way or has failed
 
-    def describe(self) -> dict[str, str]:
-        """Waits until every engine is up; versions of what runs in the first."""
+    def describe(self) -> list[dict[str, str]]:
+        """Waits until every engine is up; the machine and the versions of each."""
         futures = [handle.call("describe") for handle in self._engines]
-        found: list[dict[str, str]] = [self._result(future, i, "start") for i, future in enumerate(futures)]
-        return found[0]
+        return [self._result(future, i, "start") for i, future in enumerate(futures)]
+
+    def nodes(self) -> tuple[tuple[int, ...], ...]:
+        """Engines by machine."""
+        hosts: dict[str, list[int]] = {}
+        for engine, found in enumerate(self.describe()):
+            hosts.setdefault(found["host"], []).append(engine)
+        return tuple(map(tuple, hosts.values()))
 
     @property
     def version(self) -> int:
@@ -76,11 +85,14 @@ class Pool:
 
     def submit(self, batches: Sequence[Sequence[SampleRequest]]) -> list[Ticket]:
         """Queues several steps' requests at once, so that they decode together; one ticket a step, in order."""
-        assert self.version >= 0
-        count = len(self._engines)
+        version, count = self.version, len(self._engines)
         shares = [[range(engine, len(batch), count) for engine in range(count)] for batch in batches]
         submitted = tuple(
-            handle.call("submit", [batch[i] for batch, share in zip(batches, shares, strict=True) for i in share[engine]])
+            handle.call(
+                "submit",
+                [batch[i] for batch, share in zip(batches, shares, strict=True) for i in share[engine]],
+                version,
+            )
             for engine, handle in enumerate(self._engines)
         )
         tickets = []
@@ -114,39 +126,41 @@ class Pool:
 
     # -- weight sync
 
-    def open_channel(self, first_rank: int, info: dict[str, Any]) -> list[Future]:
-        """Asks engine i to join the weight-sync channel as member first_rank + i; the caller joins meanwhile."""
-        return [handle.call("open_channel", info | {"rank": first_rank + i}) for i, handle in enumerate(self._engines)]
-
-    def receive(self, version: int, buckets: list[Any]) -> list[Future]:
-        """Asks every engine to receive a sync. Until `commit`, no version is served."""
+    def receive(self, version: int, call: dict[str, Any]) -> list[Future]:
+        """Asks every engine to receive a version (`call`: bridge.receive.SyncCall). Until `commit`, none is served."""
         self._version = None
-        return [handle.call("receive", version, buckets) for handle in self._engines]
+        return [handle.call("receive", version, call | {"engine": i}) for i, handle in enumerate(self._engines)]
 
-    def commit(self, version: int, futures: Sequence[Future], timeout_seconds: float) -> None:
-        """Waits until every engine has verified every tensor of `version`, then serves it; WeightSyncError otherwise."""
+    def unverified(self, version: int, futures: Sequence[Future], seconds: float) -> dict[int, str]:
+        """Waits at most `seconds` for all engines' word on `version`; why those are in doubt that did not verify it.
+
+        They are quarantined: an engine answers no request before it has verified a version in full. One that is gone or
+        gave no answer is started anew, which takes up to inference.timeout_seconds; InferenceError if that fails.
+        """
+        deadline = time.monotonic() + seconds
+        reasons: dict[int, str] = {}
+        lost = []
         for engine, future in enumerate(futures):
             try:
-                verified = future.result(timeout_seconds)
-            except TimeoutError as error:
-                raise WeightSyncError(
-                    f"engine {engine} did not verify version {version} within sync.timeout_seconds = {timeout_seconds}: "
-                    f"look at its log, or raise the limit"
-                ) from error
-            except SemionError as error:
-                raise WeightSyncError(f"engine {engine} did not verify version {version}: {error}") from error
-            assert verified == version, (engine, verified, version)
-        self._version = version
-
-    def raise_failure(self, version: int, futures: Sequence[Future]) -> None:
-        """Raises the WeightSyncError of an engine that has failed already, if one has."""
-        for engine, future in enumerate(futures):
-            try:
-                future.result(FAILURE_SECONDS)
+                verified = future.result(max(0.0, deadline - time.monotonic()))
+                assert verified == version, (engine, verified, version)
             except TimeoutError:
-                continue
+                reasons[engine] = f"no answer within {seconds:.0f} s"
+                lost.append(engine)
+            except EngineLostError as error:
+                reasons[engine] = str(error)
+                lost.append(engine)
             except SemionError as error:
-                raise WeightSyncError(f"engine {engine} did not verify version {version}: {error}") from error
+                reasons[engine] = str(error)
+        for engine in lost:
+            self._engines[engine].restart()
+        for engine in lost:
+            self._result(self._engines[engine].call("describe"), engine, "start again")
+        return reasons
+
+    def commit(self, version: int) -> None:
+        """Serves `version`, which every engine has verified."""
+        self._version = version
 
     def wait(self, futures: Sequence[Future], what: str) -> None:
         """Waits for one call of each engine."""

@@ -9,12 +9,13 @@ result, depend on the order of calls alone and never on timing.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from engine.config import RunConfig
-from engine.errors import InferenceError
+from engine.errors import EngineLostError, InferenceError, WeightSyncError
 from engine.inference.sampling import SampleRequest
 from engine.llama.hf import read_end_ids
 from engine.types import Completion
@@ -27,6 +28,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+IN_DOUBT = -1  # the version of weights that are not, or not yet, proven to be one
 
 
 class VllmEngine:
@@ -66,7 +68,10 @@ class VllmEngine:
         self._llm = LLM(
             model=path,
             dtype=config.model.dtype,
-            load_format=receive.PLAIN_FORMAT if on_cpu else "auto",
+            load_format=receive.PLAIN_FORMAT if on_cpu and not config.inference.packed_weights else "auto",
+            tensor_parallel_size=config.inference.tensor_parallel,
+            distributed_executor_backend="mp" if config.inference.tensor_parallel > 1 else None,
+            worker_extension_cls=f"{receive.__name__}.{receive.SyncWorker.__name__}",
             enforce_eager=on_cpu,
             max_model_len=config.inference.max_model_tokens,
             max_num_seqs=config.inference.max_concurrent,
@@ -82,19 +87,23 @@ class VllmEngine:
         )
 
     def describe(self) -> dict[str, str]:
-        """Versions of what runs here."""
+        """The machine and the versions of what runs here."""
         import torch
         import vllm
 
-        return {"vllm": vllm.__version__, "torch": torch.__version__}
+        return {"host": socket.gethostname(), "vllm": vllm.__version__, "torch": torch.__version__}
 
     # -- sampling
 
-    def submit(self, requests: Sequence[SampleRequest]) -> None:
-        """Queues requests; the prefix cache is dropped first, so that no earlier work changes a bit of theirs."""
+    def submit(self, requests: Sequence[SampleRequest], version: int) -> None:
+        """Queues requests for `version`, the only one that may answer them; the prefix cache is dropped first, so that no
+        earlier work changes a bit of theirs. InferenceError when the engine serves another version, or none."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        if self._version != version:
+            serves = "no version: its last weight sync failed" if self._version == IN_DOUBT else f"version {self._version}"
+            raise InferenceError(f"engine {self._index} must serve version {version} to answer; it serves {serves}")
         if not self._open:
             self._llm.reset_prefix_cache()
         for request in requests:
@@ -167,18 +176,18 @@ class VllmEngine:
 
     # -- weight sync
 
-    def open_channel(self, info: dict[str, Any]) -> None:
-        """Joins the weight-sync channel (see bridge.receive.OpenInfo)."""
-        self._llm.init_weight_transfer_engine({"init_info": info})
-
-    def receive(self, version: int, buckets: list[Any]) -> int:
-        """Receives, places and verifies a whole sync, drops the prefix cache, and serves `version`; returns it."""
+    def receive(self, version: int, call: dict[str, Any]) -> int:
+        """Receives, places and verifies a whole version on every worker, drops the prefix cache, and serves it; returns
+        it. Meanwhile, and after a failure, the engine answers no request. WeightSyncError says what went wrong;
+        EngineLostError where vLLM was left between two versions that no further sync can mend."""
         if self._open:
             raise InferenceError(f"engine {self._index} has {len(self._open)} requests in flight at a weight sync")
-        self._version = -1  # in doubt until every tensor is verified
-        self._llm.start_weight_update()
-        self._llm.update_weights({"update_info": {"buckets": buckets}})
-        self._llm.finish_weight_update(str(version))
+        self._version = IN_DOUBT
+        reasons = self._llm.collective_rpc("semion_receive", args=(call,))
+        if found := [f"worker {rank}: {why}" for rank, why in enumerate(reasons) if why]:
+            error = EngineLostError if self._config.inference.packed_weights else WeightSyncError
+            raise error("; ".join(found))
+        self._llm.update_weight_version(str(version))
         self._llm.reset_prefix_cache()
         self._version = version
         return version

@@ -34,8 +34,6 @@ class Probe(TrainerRank):
         config, topology = self._config, self._join(port)
         policy = Policy(config, topology, NllObjective(), config.model.path)
         pool = Pool(engines, config.inference.timeout_seconds) if engines is not None else None
-        if pool is not None:
-            pool.describe()
         publisher = open_publisher(config, policy, topology, self._host, pool)
         draw = random.Random(3)
         rows = [[draw.randrange(DIGITS) for _ in range(draw.randrange(5, LONGEST))] for _ in range(SEQUENCES)]

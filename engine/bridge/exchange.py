@@ -1,0 +1,262 @@
+"""One weight sync as one member sees it: trainer ranks send their buckets, engine ranks place them and prove it. It follows
+a ShardPlan over a Transport, knows neither megatron nor vLLM, and decides nothing about versions.
+
+Both sides keep two messages under way and need staging memory for at most two buckets. What is contiguous in both shards
+needs none: it is sent from the parameter and received into it. While messages travel, the others are packed, placed and
+digested. At the end every sender tells every engine rank it sent to what the digests must be.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from engine.bridge.digest import ShardDigest, weights_for
+from engine.bridge.plan import Bucket, Message, Role, ShardPlan, Transfer
+from engine.bridge.transport import Deadline, Pending, Transport, TransportError
+from engine.errors import WeightSyncError
+from engine.llama.layout import rectangle
+
+WINDOW = 2  # messages of a member under way at once
+
+
+class Shards(Protocol):
+    """The live parameters of an engine rank."""
+
+    def __getitem__(self, parameter: str) -> torch.Tensor:
+        """The tensor to write into: a contiguous matrix or vector."""
+        ...
+
+    def complete(self, parameter: str) -> None:
+        """Told when the last element of a parameter has been written and digested."""
+        ...
+
+
+def engine_parameters(plan: ShardPlan, target: int) -> tuple[str, ...]:
+    """The parameters of the engines' tensor rank `target`, in the order of their digests."""
+    found = {t.target.parameter: None for b in plan.buckets if b.target == target for t in b.transfers}
+    return tuple(found)
+
+
+class Sender:
+    """A trainer rank's side of every sync that follows one plan."""
+
+    def __init__(self, plan: ShardPlan, rank: int, device: torch.device) -> None:
+        self._plan = plan
+        self._messages = [message for message, role in plan.messages_of(rank) if role is Role.SEND]
+        buckets = [message.bucket for message in self._messages]
+        self._columns = weights_for(buckets, device)
+        self._staging = _Staging(buckets, plan.dtype_bytes, device)
+        targets = {bucket.target for bucket in buckets}
+        self._parameters = {target: engine_parameters(plan, target) for target in targets}
+
+    def send(self, shards: Mapping[str, torch.Tensor], transport: Transport, deadline: Deadline) -> None:
+        """Sends this rank's part of one version from its shards. WeightSyncError names what was not delivered."""
+        under_way = _UnderWay(self._plan, deadline)
+        sums: dict[tuple[tuple[int, ...], int], ShardDigest] = {}
+        for message in self._messages:
+            under_way.make_room()
+            buffer = self._pack(message.bucket, shards)
+            under_way.add(message, transport.send(buffer, self._plan.receivers(message)[0]))
+            key = tuple(sorted(message.route)), message.bucket.target
+            if key not in sums:
+                sums[key] = ShardDigest(self._parameters[key[1]], self._columns)
+            for t in message.bucket.transfers:
+                block = rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols)
+                sums[key].add(t.target.parameter, t.target.row, t.target.col, block)
+        under_way.finish()
+        tails = []
+        for (engines, target), digest in sums.items():
+            tails += [transport.send(digest.sums, self._plan.member(engine, target)) for engine in engines]
+        for tail in tails:
+            _finish(tail, "the digests", deadline)
+
+    def _pack(self, bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        views = [rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols) for t in bucket.transfers]
+        if not bucket.packed:
+            return views[0]
+        buffer = self._staging.next(bucket, views[0].dtype)
+        for part, view in zip(_parts(buffer, bucket), views, strict=True):
+            part.copy_(view)
+        return buffer
+
+
+class Receiver:
+    """An engine rank's side of every sync that follows one plan."""
+
+    def __init__(self, plan: ShardPlan, member: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._plan, self._dtype = plan, dtype
+        self._target = (member - plan.trainer_size) % plan.target.tp_size
+        self._work = plan.messages_of(member)
+        buckets = [message.bucket for message, _ in self._work]
+        self._columns = weights_for(buckets, device)
+        self._staging = _Staging(buckets, plan.dtype_bytes, device)
+        self._parameters = engine_parameters(plan, self._target)
+        self._extents = _extents(buckets)
+        self._senders = sorted({message.source for message, _ in self._work})
+
+    def receive(self, shards: Shards, transport: Transport, deadline: Deadline) -> None:
+        """Receives one version into the live shards and verifies it. WeightSyncError names the message that did not come,
+        or the parameters that differ."""
+        held = ShardDigest(self._parameters, self._columns)
+        missing = Counter({name: extent.num_elements for name, extent in self._extents.items()})
+        posted: deque[tuple[torch.Tensor, Pending]] = deque()
+        forwards = _UnderWay(self._plan, deadline)
+
+        def post(index: int) -> None:
+            message, role = self._work[index]
+            source = self._plan.receivers(message)[0] if role is Role.RECEIVE_FROM_ENGINE else message.source
+            forwards.make_room_for(message)
+            buffer = self._buffer(message.bucket, shards)
+            posted.append((buffer, transport.receive(buffer, source)))
+
+        for index in range(min(WINDOW, len(self._work))):
+            post(index)
+        for index, (message, _) in enumerate(self._work):
+            buffer, pending = posted.popleft()
+            _finish(pending, describe(self._plan, message), deadline)
+            for peer in self._plan.receivers(message)[1:] if _forwards(self._work[index]) else ():
+                forwards.add(message, transport.send(buffer, peer))
+            self._place(message.bucket, buffer, shards)
+            if index + WINDOW < len(self._work):
+                post(index + WINDOW)
+            self._digest_complete(message.bucket, shards, held, missing)
+        forwards.finish()
+        self._verify(held, transport, deadline)
+
+    def _buffer(self, bucket: Bucket, shards: Shards) -> torch.Tensor:
+        if bucket.packed:
+            return self._staging.next(bucket, self._dtype)
+        (t,) = bucket.transfers
+        return rectangle(shards[t.target.parameter], t.target.row, t.target.col, t.rows, t.cols)
+
+    def _place(self, bucket: Bucket, buffer: torch.Tensor, shards: Shards) -> None:
+        if not bucket.packed:
+            return
+        for part, t in zip(_parts(buffer, bucket), bucket.transfers, strict=True):
+            rectangle(shards[t.target.parameter], t.target.row, t.target.col, t.rows, t.cols).copy_(part)
+
+    def _digest_complete(self, bucket: Bucket, shards: Shards, held: ShardDigest, missing: Counter[str]) -> None:
+        """Digests every parameter that this bucket was the last of, as it now stands in the engine."""
+        for t in bucket.transfers:
+            name = t.target.parameter
+            missing[name] -= t.rows * t.cols
+            if missing[name] == 0:
+                extent = self._extents[name]
+                held.add(name, 0, 0, rectangle(shards[name], 0, 0, extent.rows, extent.cols))
+                shards.complete(name)
+
+    def _verify(self, held: ShardDigest, transport: Transport, deadline: Deadline) -> None:
+        expected = torch.zeros_like(held.sums)
+        for source in self._senders:
+            part = torch.empty_like(expected)
+            _finish(transport.receive(part, source), f"the digests of trainer rank {source}", deadline)
+            expected += part
+        if wrong := held.differing(expected):
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            names = ", ".join(dict.fromkeys(self._extents[wrong[0]].names))
+            raise WeightSyncError(
+                f"engine parameter {wrong[0]}{more} (from {names}) must hold the trainer's bits after a sync; found other "
+                f"ones: the sync is repeated in full"
+            )
+
+
+def describe(plan: ShardPlan, message: Message) -> str:
+    """A message in words: which bucket, which tensors, from whom to whom."""
+    names = list(dict.fromkeys(t.name for t in message.bucket.transfers))
+    more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+    engines = ", ".join(str(engine) for engine in message.route)
+    return (
+        f"bucket {message.index + 1} of {len(plan.messages)} ({names[0]}{more}) from trainer rank {message.source} to "
+        f"tensor rank {message.bucket.target} of engine {engines}"
+    )
+
+
+@dataclass
+class _Extent:
+    """How far a parameter of an engine rank is covered: what lies beyond is vocabulary padding."""
+
+    rows: int = 0
+    cols: int = 0
+    num_elements: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def cover(self, t: Transfer) -> None:
+        self.rows, self.cols = max(self.rows, t.target.row + t.rows), max(self.cols, t.target.col + t.cols)
+        self.num_elements += t.rows * t.cols
+        self.names.append(t.name)
+
+
+def _extents(buckets: list[Bucket]) -> dict[str, _Extent]:
+    extents: dict[str, _Extent] = {}
+    for bucket in buckets:
+        for t in bucket.transfers:
+            extents.setdefault(t.target.parameter, _Extent()).cover(t)
+    for name, extent in extents.items():
+        assert extent.num_elements == extent.rows * extent.cols, (name, extent)
+    return extents
+
+
+class _Staging:
+    """Memory for WINDOW buckets, used in turn."""
+
+    def __init__(self, buckets: list[Bucket], dtype_bytes: int, device: torch.device) -> None:
+        largest = max((bucket.num_bytes for bucket in buckets if bucket.packed), default=0)
+        self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(WINDOW)]
+        self._turn = 0
+
+    def next(self, bucket: Bucket, dtype: torch.dtype) -> torch.Tensor:
+        """Room for a bucket, as elements; whoever used it WINDOW buckets ago must be done with it."""
+        self._turn = (self._turn + 1) % WINDOW
+        return self._slots[self._turn][: bucket.num_bytes].view(dtype)
+
+
+class _UnderWay:
+    """Messages being sent: at most WINDOW, oldest first."""
+
+    def __init__(self, plan: ShardPlan, deadline: Deadline) -> None:
+        self._plan, self._deadline = plan, deadline
+        self._queue: deque[tuple[Message, Pending]] = deque()
+
+    def add(self, message: Message, pending: Pending) -> None:
+        self._queue.append((message, pending))
+
+    def make_room(self) -> None:
+        """Waits until less than WINDOW are under way."""
+        while len(self._queue) >= WINDOW:
+            self._finish_one()
+
+    def make_room_for(self, message: Message) -> None:
+        """Waits for everything, if the message needs staging memory that may still be in use."""
+        if message.bucket.packed:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for all of them."""
+        while self._queue:
+            self._finish_one()
+
+    def _finish_one(self) -> None:
+        message, pending = self._queue.popleft()
+        _finish(pending, describe(self._plan, message), self._deadline)
+
+
+def _finish(pending: Pending, what: str, deadline: Deadline) -> None:
+    try:
+        pending.wait(deadline)
+    except TransportError as error:
+        raise WeightSyncError(f"{what} was not delivered within {deadline.seconds:g} s: {error}") from error
+
+
+def _forwards(work: tuple[Message, Role]) -> bool:
+    return work[1] is Role.RECEIVE_AND_FORWARD
+
+
+def _parts(buffer: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:
+    """A packed bucket's rectangles, as views of it."""
+    sizes = [t.rows * t.cols for t in bucket.transfers]
+    return [part.view(t.rows, t.cols) for part, t in zip(buffer.split(sizes), bucket.transfers, strict=True)]

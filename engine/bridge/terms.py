@@ -1,0 +1,52 @@
+"""What trainer ranks and engines must agree on before a weight is moved: the layouts, from which each computes the same
+plan, and the words of it that cross a process boundary as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import TypeAdapter
+
+from engine.bridge.plan import ShardPlan, plan
+from engine.bridge.transport import Kind
+from engine.llama.hf import LlamaShape
+from engine.llama.layout import EngineLayout, TrainerLayout
+
+
+@dataclass(frozen=True, slots=True)
+class SyncTerms:
+    """Everything that a plan depends on, and what carries it out."""
+
+    shape: LlamaShape
+    dtype: str  # of the weights, a torch dtype's name
+    trainer: TrainerLayout
+    dp_size: int
+    engine: EngineLayout
+    nodes: tuple[tuple[int, ...], ...]  # engines by machine
+    bucket_bytes: int
+    transport: Kind
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype), self.dtype
+        return dtype
+
+    def plan(self) -> ShardPlan:
+        """The plan of every sync under these terms; equal wherever it is computed."""
+        size = self.torch_dtype.itemsize
+        return plan(self.shape, size, self.trainer, self.dp_size, self.engine, self.nodes, self.bucket_bytes)
+
+    def to_json(self) -> str:
+        """For another process."""
+        return _ADAPTER.dump_json(self).decode()
+
+    @staticmethod
+    def from_json(text: str) -> SyncTerms:
+        """The terms that `to_json` wrote; pydantic's ValidationError for any other text."""
+        return _ADAPTER.validate_json(text)
+
+
+_ADAPTER = TypeAdapter(SyncTerms)

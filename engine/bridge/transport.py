@@ -1,0 +1,212 @@
+"""How bytes get from one member of a weight sync to another: the rendezvous, and transports behind one small protocol. It
+knows buffers and members, not tensors or models. Nothing is pickled, and every wait has a deadline.
+
+A transport carries the messages of a pair of members in the order in which both name them. After `close`, or the death of
+a member, every wait for that member fails at once, so that one failure reaches whoever depends on it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+
+Kind = Literal["gloo", "nccl"]
+
+
+class TransportError(Exception):
+    """A message was not delivered: the peer is gone, late, or has given up."""
+
+
+class Deadline:
+    """A moment by which a whole sync must be over."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left, never less than a millisecond: a wait without any would be one without end."""
+        return max(1e-3, self._end - time.monotonic())
+
+
+class Pending(Protocol):
+    """A message under way; its buffer must be left alone until `wait` returns."""
+
+    def wait(self, deadline: Deadline) -> None:
+        """TransportError when it is not delivered by then."""
+        ...
+
+
+class Transport(Protocol):
+    """Point-to-point messages between numbered members."""
+
+    def send(self, buffer: torch.Tensor, peer: int) -> Pending:
+        """Starts sending a contiguous buffer."""
+        ...
+
+    def receive(self, buffer: torch.Tensor, peer: int) -> Pending:
+        """Starts filling a contiguous buffer of the size that the peer sends."""
+        ...
+
+    def close(self) -> None:
+        """Gives up whatever is under way, here and at the peers."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the members meet. A new epoch is a new transport over the same store: the old one may be broken."""
+
+    host: str
+    port: int
+    num_members: int
+    timeout_seconds: float
+    epoch: int = 0
+
+
+def listen(host: str) -> tuple[socket.socket, int]:
+    """A listening socket on a free port of `host` only: a rendezvous never opens other interfaces."""
+    server = socket.create_server((host, 0))
+    return server, server.getsockname()[1]
+
+
+def serve_store(server: socket.socket, host: str, world_size: int, timeout_seconds: float) -> dist.TCPStore:
+    """The key-value store of a rendezvous on an already bound socket, which it takes over."""
+    port = server.getsockname()[1]
+    return dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+        master_listen_fd=server.detach(),
+    )
+
+
+def join_store(host: str, port: int, world_size: int, timeout_seconds: float) -> dist.TCPStore:
+    """The same store, from a member that does not serve it."""
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    return dist.TCPStore(host, port, world_size, timeout=timeout, wait_for_workers=False)
+
+
+def own_address(meeting: Rendezvous) -> str:
+    """The address of this machine on the interface that leads to the rendezvous."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((meeting.host, meeting.port))
+        return str(probe.getsockname()[0])
+
+
+def open_transport(kind: Kind, store: dist.Store, member: int, meeting: Rendezvous) -> Transport:
+    """Joins the members of this epoch; collective over all of them. TransportError when they do not come in time."""
+    epoch = dist.PrefixStore(f"epoch {meeting.epoch}", store)
+    try:
+        return (Gloo if kind == "gloo" else Nccl)(epoch, member, meeting)
+    except RuntimeError as error:
+        raise TransportError(f"member {member} did not meet the others: {_first_line(error)}") from error
+
+
+class Gloo:
+    """CPU buffers over TCP, on one interface."""
+
+    def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(meeting))]
+        self._group: Any = dist.ProcessGroupGloo(store, member, meeting.num_members, options)
+        self._sent: Counter[int] = Counter()
+        self._received: Counter[int] = Counter()
+
+    def send(self, buffer: torch.Tensor, peer: int) -> Pending:
+        """See Transport."""
+        self._sent[peer] += 1
+        return _start(lambda: self._group.send([buffer], peer, self._sent[peer]))
+
+    def receive(self, buffer: torch.Tensor, peer: int) -> Pending:
+        """See Transport."""
+        self._received[peer] += 1
+        return _start(lambda: self._group.recv([buffer], peer, self._received[peer]))
+
+    def close(self) -> None:
+        """See Transport."""
+        self._group.abort()
+
+
+class Nccl:
+    """GPU buffers over NCCL, on its own stream; each message is a group of one. Unverified on a GPU."""
+
+    def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._group: Any = dist.ProcessGroupNCCL(store, member, meeting.num_members, options)
+        self._group.eager_connect_single_device(self._device)
+
+    def send(self, buffer: torch.Tensor, peer: int) -> Pending:
+        """See Transport."""
+        return self._grouped(lambda: self._group.send([buffer], peer, 0))
+
+    def receive(self, buffer: torch.Tensor, peer: int) -> Pending:
+        """See Transport."""
+        return self._grouped(lambda: self._group.recv([buffer], peer, 0))
+
+    def close(self) -> None:
+        """See Transport."""
+        self._group.abort()
+
+    def _grouped(self, start: Any) -> Pending:
+        # Inside a group a message uses the communicator of all members; alone it would make one for the pair.
+        self._group._start_coalescing(self._device)
+        start()
+        return _Polled(self._group._end_coalescing(self._device))
+
+
+class _Started:
+    """A gloo work; waiting for it past the deadline takes its connection down."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, deadline: Deadline) -> None:
+        try:
+            self._work.wait(datetime.timedelta(seconds=deadline.remaining()))
+        except RuntimeError as error:
+            raise TransportError(_first_line(error)) from error
+
+
+class _Polled:
+    """An NCCL work. Its own wait would only order streams; this one holds the host until the buffer is free."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, deadline: Deadline) -> None:
+        try:
+            while not self._work.is_completed():
+                if deadline.remaining() <= 1e-3:
+                    raise TransportError("timed out")
+                time.sleep(1e-4)
+            self._work.wait()
+        except RuntimeError as error:
+            raise TransportError(_first_line(error)) from error
+
+
+def _start(call: Any) -> Pending:
+    try:
+        return _Started(call())
+    except RuntimeError as error:
+        raise TransportError(_first_line(error)) from error
+
+
+def _first_line(error: RuntimeError) -> str:
+    """torch's words without the path of its source and its advice."""
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    line = line.split("] ", 1)[1] if line.startswith("[") and "] " in line else line
+    return line.split(". This is typically")[0]
