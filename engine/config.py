@@ -87,6 +87,8 @@ class Trainer(Section):
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive = Field(1, description="model chunks per pipeline stage")
+    first_stage_layers: Positive | None = Field(None, description="of the first pipeline stage; unset: as the others")
+    last_stage_layers: Positive | None = Field(None, description="of the last pipeline stage; unset: as the others")
     data_parallel: Positive = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
@@ -117,6 +119,7 @@ class Inference(Section):
     """The pool of vLLM engines."""
 
     engines: Positive = 1
+    tensor_parallel: Positive = Field(1, description="ranks of one engine")
     max_model_tokens: Positive = Field(4096, description="prompt and completion together")
     max_concurrent: Positive = Field(256, description="requests decoded together in one engine")
     kv_cache_mebibytes: Positive = Field(1024, description="KV cache of one engine")
@@ -211,6 +214,12 @@ def _broken_rules(config: RunConfig) -> list[str]:
         broken.append(
             f"trainer.virtual_pipeline needs trainer.pipeline_parallel > 1; found {c.trainer.virtual_pipeline} "
             f"with 1 stage: set it to 1"
+        )
+    ends = (c.trainer.first_stage_layers, c.trainer.last_stage_layers)
+    if ends != (None, None) and c.trainer.pipeline_parallel == 1:
+        broken.append(
+            f"trainer.first_stage_layers and trainer.last_stage_layers need trainer.pipeline_parallel > 1; found {ends[0]} "
+            f"and {ends[1]} with 1 stage: remove them"
         )
     if c.data.template != "figure4" and "{problem}" not in c.data.template:
         broken.append(f"data.template must be 'figure4' or hold {{problem}}; found {c.data.template!r}: add {{problem}}")

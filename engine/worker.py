@@ -273,8 +273,7 @@ def load_prompts(config: RunConfig, path: str) -> PromptSet:
 def _plan(config: RunConfig, policy: Policy) -> Any:
     from engine.llama.layout import export_plan
 
-    trainer, max_bytes = config.trainer, config.sync.bucket_mebibytes << 20
-    return export_plan(policy.shape, trainer.pipeline_parallel, trainer.virtual_pipeline, policy.dtype, max_bytes)
+    return export_plan(policy.shape, policy.layout, policy.dtype, config.sync.bucket_mebibytes << 20)
 
 
 def open_publisher(config: RunConfig, policy: Policy, topology: Topology, host: str, pool: Pool | None) -> Publisher:

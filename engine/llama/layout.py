@@ -1,74 +1,127 @@
-"""One table of Llama's tensors: the Hugging Face name, the megatron parameter that holds it, how tensor-parallel ranks
-cut it, and which pipeline stage owns it. Pure functions on names and tensors: no process group, no device, no model.
+"""One table of Llama's tensors, and where a shard of a megatron trainer, of a vLLM engine or a whole model holds them. It
+serves import, export, checkpoints and the bridge: names and rectangles only, no process group, no device, no model.
 
-How a megatron parameter is made: each of its Hugging Face sources is cut for one rank (`cut_part`), then the parts are
-fused inside the rank, block by block: a query group's [q | k | v] rows, or [gate | up]. Both steps are undone the same
-way, so a rank can unfuse its own shard and a leader can join parts, without ever seeing the whole model.
+A shard stacks rectangles of Hugging Face tensors by rows. The table says which tensors share a parameter and how each is
+cut over tensor-parallel ranks; two fusings alone need code: megatron's QKV, whose rows [q.. | k | v] of each query group
+follow one another and are then cut evenly, wherever the cuts fall, and vLLM's, which stacks a rank's own q, k and v and
+repeats a key-value head on several ranks where there are more ranks than heads. A vector [n] is a rectangle [n, 1].
+
+Sources: megatron-core 0.16.1 (transformer/attention.py, transformer/transformer_layer.py, models/gpt/gpt_layer_specs.py) and
+vLLM 0.32 (models/llama.py, layers/linear.py, layers/vocab_parallel_embedding.py).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
+from functools import lru_cache
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
 
 from engine.errors import ConfigError
-from engine.llama.hf import LlamaShape
 
-LAYER = re.compile(r"\blayers\.(\d+)\.")
+if TYPE_CHECKING:
+    import torch
+
+    from engine.config import Trainer
+    from engine.llama.hf import LlamaShape
+
+VLLM_VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to it before it cuts
+Place = Literal["first", "layer", "last"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """One megatron parameter; `{}` in a name stands for the layer's number in the whole model."""
+class Row:
+    """One Hugging Face tensor; `{}` stands for the layer's number. Rows of one parameter are fused in it, in order."""
+
+    name: str
+    rows: Literal["vocabulary", "heads", "kv_heads", "ffn", "hidden"]
+    cols: Literal["hidden", "heads", "ffn", "one"]
+    cut: Literal["vocabulary", "heads", "rows", "columns", "whole"]  # over tensor-parallel ranks
+    place: Place  # the pipeline stage that owns it
+    trainer: str  # megatron-core's parameter, local spec
+    engine: str  # vLLM's parameter
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HF, _MEGATRON = "model.layers.{}.", "decoder.layers.{}."
+_TRAINER_QKV, _ENGINE_QKV = _MEGATRON + "self_attention.linear_qkv.weight", _HF + "self_attn.qkv_proj.weight"
+_TRAINER_FC1, _ENGINE_FC1 = _MEGATRON + "mlp.linear_fc1.weight", _HF + "mlp.gate_up_proj.weight"
+_TRAINER_PROJ, _ENGINE_PROJ = _MEGATRON + "self_attention.linear_proj.weight", _HF + "self_attn.o_proj.weight"
+_TRAINER_FC2, _ENGINE_FC2 = _MEGATRON + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight"
+_NORM_1, _NORM_2 = _HF + "input_layernorm.weight", _HF + "post_attention_layernorm.weight"
+
+TABLE = (
+    Row(EMBEDDING, "vocabulary", "hidden", "vocabulary", "first", "embedding.word_embeddings.weight", EMBEDDING),
+    Row(_HF + "self_attn.q_proj.weight", "heads", "hidden", "heads", "layer", _TRAINER_QKV, _ENGINE_QKV),
+    Row(_HF + "self_attn.k_proj.weight", "kv_heads", "hidden", "heads", "layer", _TRAINER_QKV, _ENGINE_QKV),
+    Row(_HF + "self_attn.v_proj.weight", "kv_heads", "hidden", "heads", "layer", _TRAINER_QKV, _ENGINE_QKV),
+    Row(_HF + "self_attn.o_proj.weight", "hidden", "heads", "columns", "layer", _TRAINER_PROJ, _ENGINE_PROJ),
+    Row(_HF + "mlp.gate_proj.weight", "ffn", "hidden", "rows", "layer", _TRAINER_FC1, _ENGINE_FC1),
+    Row(_HF + "mlp.up_proj.weight", "ffn", "hidden", "rows", "layer", _TRAINER_FC1, _ENGINE_FC1),
+    Row(_HF + "mlp.down_proj.weight", "hidden", "ffn", "columns", "layer", _TRAINER_FC2, _ENGINE_FC2),
+    Row(_NORM_1, "hidden", "one", "whole", "layer", _MEGATRON + "input_layernorm.weight", _NORM_1),
+    Row(_NORM_2, "hidden", "one", "whole", "layer", _MEGATRON + "pre_mlp_layernorm.weight", _NORM_2),
+    Row("model.norm.weight", "hidden", "one", "whole", "last", "decoder.final_layernorm.weight", "model.norm.weight"),
+    Row(HEAD, "vocabulary", "hidden", "vocabulary", "last", "output_layer.weight", HEAD),
+)
+TRANSFORMER_ENGINE_NAMES = {  # its linear layers hold the norm before them
+    _MEGATRON + "input_layernorm.weight": _MEGATRON + "self_attention.linear_qkv.layer_norm_weight",
+    _MEGATRON + "pre_mlp_layernorm.weight": _MEGATRON + "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerLayout:
+    """A megatron trainer's axes. A cell (pipeline rank, tensor rank) holds the same weights on every data-parallel rank."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+    vpp_size: int = 1  # model chunks of a stage
+    first_stage_layers: int | None = None  # None: as many as the other stages
+    last_stage_layers: int | None = None
+    spec: Literal["local", "transformer_engine"] = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLayout:
+    """A vLLM engine's tensor-parallel axis; `whole`: every rank holds full tensors under their Hugging Face names."""
+
+    tp_size: int = 1
+    whole: bool = False
+
+
+Layout = TrainerLayout | EngineLayout
+WHOLE = EngineLayout(whole=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle [rows, cols] of a Hugging Face tensor, from (row, col) on, and where a shard's parameter holds it."""
+
+    name: str
+    row: int
+    col: int
+    rows: int
+    cols: int
+    parameter: str
+    shard_row: int
+    shard_col: int
+
+    def numbered(self, layer: int) -> Piece:
+        """A template's piece in the layer of that number."""
+        name, parameter = self.name.replace("{}", str(layer)), self.parameter.replace("{}", str(layer))
+        return Piece(name, self.row, self.col, self.rows, self.cols, parameter, self.shard_row, self.shard_col)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A rank's part of one parameter: its shape, and the pieces in it. What they leave uncovered is vocabulary padding."""
 
     parameter: str
-    sources: tuple[str, ...]
-    cut: Literal["rows", "vocabulary", "columns", "whole"]  # of each source, over tensor-parallel ranks
-    place: Literal["first", "layer", "last"]
-
-
-RULES = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary", "first"),
-    Rule(
-        "decoder.layers.{}.self_attention.linear_qkv.weight",
-        (
-            "model.layers.{}.self_attn.q_proj.weight",
-            "model.layers.{}.self_attn.k_proj.weight",
-            "model.layers.{}.self_attn.v_proj.weight",
-        ),
-        "rows",
-        "layer",
-    ),
-    Rule(
-        "decoder.layers.{}.self_attention.linear_proj.weight",
-        ("model.layers.{}.self_attn.o_proj.weight",),
-        "columns",
-        "layer",
-    ),
-    Rule(
-        "decoder.layers.{}.mlp.linear_fc1.weight",
-        ("model.layers.{}.mlp.gate_proj.weight", "model.layers.{}.mlp.up_proj.weight"),
-        "rows",
-        "layer",
-    ),
-    Rule("decoder.layers.{}.mlp.linear_fc2.weight", ("model.layers.{}.mlp.down_proj.weight",), "columns", "layer"),
-    Rule("decoder.layers.{}.input_layernorm.weight", ("model.layers.{}.input_layernorm.weight",), "whole", "layer"),
-    Rule(
-        "decoder.layers.{}.pre_mlp_layernorm.weight",
-        ("model.layers.{}.post_attention_layernorm.weight",),
-        "whole",
-        "layer",
-    ),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "whole", "last"),
-    Rule("output_layer.weight", ("lm_head.weight",), "vocabulary", "last"),
-)
-BY_PARAMETER = {rule.parameter: rule for rule in RULES}
-BY_SOURCE = {source: (rule, index) for rule in RULES for index, source in enumerate(rule.sources)}
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,174 +140,249 @@ class ExportBucket:
     tensors: tuple[TensorMeta, ...]
 
 
-def _split_name(name: str) -> tuple[str, int]:
-    """A name with its layer's number taken out: ("model.layers.{}.mlp...", 7), or (name, -1)."""
-    found = LAYER.search(name)
-    return (LAYER.sub("layers.{}.", name), int(found[1])) if found else (name, -1)
-
-
-def renumber(parameter: str, offset: int) -> str:
-    """A megatron parameter name with `offset` added to its layer's number."""
-    return LAYER.sub(lambda found: f"layers.{int(found[1]) + offset}.", parameter)
-
-
-def tensor_names(shape: LlamaShape) -> tuple[str, ...]:
-    """Names of all Hugging Face tensors, embedding first, then layer by layer; no lm_head where it is tied."""
-    by_place: dict[str, list[str]] = {"first": [], "layer": [], "last": []}
-    for rule in RULES:
-        by_place[rule.place] += rule.sources
-    layers = [source.format(layer) for layer in range(shape.num_layers) for source in by_place["layer"]]
-    last = [source for source in by_place["last"] if not (shape.tied and source == "lm_head.weight")]
-    return (*by_place["first"], *layers, *last)
-
-
-def tensor_shape(shape: LlamaShape, name: str) -> tuple[int, ...]:
-    """Full shape of a Hugging Face tensor."""
-    rule, index = BY_SOURCE[_split_name(name)[0]]
-    if rule.cut == "whole":
-        return (shape.hidden,)
-    if rule.cut == "vocabulary":
-        return (shape.vocab_size, shape.hidden)
-    attention = "self_attn" in rule.sources[0]
-    if rule.cut == "columns":
-        return (shape.hidden, shape.num_heads * shape.head_dim if attention else shape.ffn_hidden)
-    heads = shape.num_heads if index == 0 else shape.num_kv_heads
-    return (heads * shape.head_dim if attention else shape.ffn_hidden, shape.hidden)
-
-
-def padded_vocab(shape: LlamaShape, tp_size: int) -> int:
-    """Vocabulary rows with padding, the next multiple of the tensor-parallel size."""
-    return -(-shape.vocab_size // tp_size) * tp_size
-
-
-def check_layout(shape: LlamaShape, tp_size: int, pp_size: int, vpp_size: int) -> None:
-    """ConfigError when tensor or pipeline ranks cannot share this model evenly."""
-    rules = (
-        ("trainer.tensor_parallel", tp_size, "key-value heads", shape.num_kv_heads),
-        ("trainer.tensor_parallel", tp_size, "attention heads", shape.num_heads),
-        ("trainer.tensor_parallel", tp_size, "feed-forward columns", shape.ffn_hidden),
-        ("trainer.pipeline_parallel * trainer.virtual_pipeline", pp_size * vpp_size, "layers", shape.num_layers),
+def trainer_layout(trainer: Trainer) -> TrainerLayout:
+    """The layout a configuration asks for."""
+    t = trainer
+    return TrainerLayout(
+        t.tensor_parallel, t.pipeline_parallel, t.virtual_pipeline, t.first_stage_layers, t.last_stage_layers
     )
-    for option, size, what, count in rules:
-        if count % size:
-            raise ConfigError(
-                f"{option} must divide the model's {count} {what}; found {size}: use a divisor of {count}"
-            )
 
 
-def stage_of(name: str, shape: LlamaShape, pp_size: int, vpp_size: int = 1) -> tuple[int, int]:
-    """(pipeline rank, model chunk) that holds a Hugging Face tensor; chunk c of rank p is virtual stage c * pp + p.
-
-    A tied embedding is owned by the first stage; the last stage's copy of it is not counted here.
-    """
-    pattern, layer = _split_name(name)
-    place = BY_SOURCE[pattern][0].place
-    if place == "first":
-        return 0, 0
-    if place == "last":
-        return pp_size - 1, vpp_size - 1
-    virtual_stage = layer // (shape.num_layers // (pp_size * vpp_size))
-    return virtual_stage % pp_size, virtual_stage // pp_size
+def padded_vocab(shape: LlamaShape, layout: Layout) -> int:
+    """Rows of the vocabulary's parameters over all ranks, with padding."""
+    on_engine = 1 if _is_whole(layout) else VLLM_VOCABULARY_MULTIPLE
+    multiple = layout.tp_size if isinstance(layout, TrainerLayout) else on_engine
+    return -(-shape.vocab_size // multiple) * multiple
 
 
-def parameter_of(name: str) -> tuple[str, int]:
-    """(megatron parameter with the model-wide layer number, index among its sources) of a Hugging Face tensor."""
-    pattern, layer = _split_name(name)
-    rule, index = BY_SOURCE[pattern]
-    return rule.parameter.format(layer), index
+def stage_sizes(shape: LlamaShape, layout: TrainerLayout) -> tuple[int, ...]:
+    """Layers of each pipeline stage: what the first and the last leave is shared evenly by those in between."""
+    ends = {0: layout.first_stage_layers, layout.pp_size - 1: layout.last_stage_layers}
+    given = {stage: count for stage, count in ends.items() if count is not None}
+    each = (shape.num_layers - sum(given.values())) // max(1, layout.pp_size - len(given))
+    return tuple(given.get(stage, each) for stage in range(layout.pp_size))
 
 
-def sources_of(parameter: str) -> tuple[str, ...]:
-    """Hugging Face names fused in a megatron parameter, in their order."""
-    pattern, layer = _split_name(parameter)
-    return tuple(source.format(layer) for source in BY_PARAMETER[pattern].sources)
+@lru_cache(maxsize=64)
+def stage_layers(shape: LlamaShape, layout: TrainerLayout) -> tuple[tuple[range, ...], ...]:
+    """Layer numbers by pipeline rank, then by model chunk: chunk c of rank p is virtual stage c * pp_size + p."""
+    sizes = [count // layout.vpp_size for count in stage_sizes(shape, layout)]
+    start, chunks = 0, []
+    for _ in range(layout.vpp_size):
+        for size in sizes:
+            chunks.append(range(start, start + size))
+            start += size
+    assert start == shape.num_layers, (start, shape.num_layers, layout)
+    return tuple(tuple(chunks[rank :: layout.pp_size]) for rank in range(layout.pp_size))
 
 
-def cut_part(shape: LlamaShape, name: str, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
-    """One tensor-parallel rank's part of a full Hugging Face tensor; vocabulary rows are padded with zeros."""
-    cut = BY_SOURCE[_split_name(name)[0]][0].cut
-    if cut == "whole":
-        return full
-    if cut == "vocabulary":
-        full = F.pad(full, (0, 0, 0, padded_vocab(shape, tp_size) - full.size(0)))
-    axis = 1 if cut == "columns" else 0
-    return full.chunk(tp_size, axis)[tp_rank]
+@lru_cache(maxsize=1024)
+def template(shape: LlamaShape, layout: Layout, place: Place, tp_rank: int) -> tuple[Shard, ...]:
+    """A tensor rank's shards at the first stage's start, of any one layer (`{}` in names), or at the last stage's end."""
+    rows = [row for row in TABLE if row.place == place]
+    shards = []
+    for parameter, sources in groupby(rows, lambda row: _parameter(row, layout)):
+        fused = list(sources)
+        if fused[0].name == HEAD and shape.tied:
+            if not isinstance(layout, TrainerLayout) or layout.pp_size == 1:
+                continue  # the output layer is the embedding itself
+            fused = [row for row in TABLE if row.name == EMBEDDING]  # the last stage's copy of it
+        pieces = tuple(_stack(parameter, _rectangles(shape, layout, fused, tp_rank)))
+        row, num_rows = fused[0], sum(piece.rows for piece in pieces)
+        if row.cut == "vocabulary" and not _is_whole(layout):
+            num_rows = padded_vocab(shape, layout) // layout.tp_size
+        width = _sizes(shape, row)[1] // (layout.tp_size if row.cut == "columns" and not _is_whole(layout) else 1)
+        shards.append(Shard(parameter, (num_rows,) if row.cols == "one" else (num_rows, width), pieces))
+    return tuple(shards)
 
 
-def part_shape(shape: LlamaShape, name: str, tp_size: int) -> tuple[int, ...]:
-    """Shape of one rank's part of a Hugging Face tensor."""
-    cut = BY_SOURCE[_split_name(name)[0]][0].cut
-    sizes = list(tensor_shape(shape, name))
-    if cut == "vocabulary":
-        sizes[0] = padded_vocab(shape, tp_size) // tp_size
-    elif cut != "whole":
-        sizes[cut == "columns"] //= tp_size
-    return tuple(sizes)
+def _parameter(row: Row, layout: Layout) -> str:
+    if isinstance(layout, EngineLayout):
+        return row.name if layout.whole else row.engine
+    return TRANSFORMER_ENGINE_NAMES.get(row.trainer, row.trainer) if layout.spec == "transformer_engine" else row.trainer
 
 
-def join_parts(shape: LlamaShape, name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The full Hugging Face tensor of all ranks' parts in rank order, padding rows dropped."""
-    cut = BY_SOURCE[_split_name(name)[0]][0].cut
-    if cut == "whole":
-        return parts[0]
-    full = torch.cat(list(parts), 1 if cut == "columns" else 0)
-    return full[: shape.vocab_size] if cut == "vocabulary" else full
+def _is_whole(layout: Layout) -> bool:
+    return isinstance(layout, EngineLayout) and layout.whole
 
 
-def _blocks(shape: LlamaShape, parameter: str, tp_size: int) -> int:
-    """How many times a rank's shard repeats the sequence of its sources: once a query group, or once."""
-    return shape.num_kv_heads // tp_size if "linear_qkv" in parameter else 1
+def _sizes(shape: LlamaShape, row: Row) -> tuple[int, int]:
+    sizes = {
+        "vocabulary": shape.vocab_size,
+        "hidden": shape.hidden,
+        "heads": shape.num_heads * shape.head_dim,
+        "kv_heads": shape.num_kv_heads * shape.head_dim,
+        "ffn": shape.ffn_hidden,
+        "one": 1,
+    }
+    return sizes[row.rows], sizes[row.cols]
 
 
-def unfuse(shape: LlamaShape, parameter: str, shard: torch.Tensor, tp_size: int) -> tuple[torch.Tensor, ...]:
-    """A rank's parts of the sources fused in its megatron shard; a view where one source fills it."""
-    names = sources_of(parameter)
-    if len(names) == 1:
-        return (shard,)
-    blocks = _blocks(shape, parameter, tp_size)
-    rows = [part_shape(shape, name, tp_size)[0] // blocks for name in names]
-    parts = shard.view(blocks, sum(rows), -1).split(rows, 1)
-    return tuple(part.reshape(-1, shard.size(1)) for part in parts)
+_Rectangle = tuple[str, int, int, int, int]  # name, row, col, rows, cols
 
 
-def take_shard(
-    shape: LlamaShape, parameter: str, fetch: Callable[[str], torch.Tensor], tp_rank: int, tp_size: int
-) -> torch.Tensor:
-    """One rank's megatron shard, from full Hugging Face tensors that `fetch` gives by name."""
-    parts = [cut_part(shape, name, fetch(name), tp_rank, tp_size) for name in sources_of(parameter)]
-    if len(parts) == 1:
-        return parts[0]
-    blocks = _blocks(shape, parameter, tp_size)
-    return torch.cat([part.reshape(blocks, -1, part.size(1)) for part in parts], 1).flatten(0, 1)
+def _rectangles(shape: LlamaShape, layout: Layout, fused: list[Row], tp_rank: int) -> Iterator[_Rectangle]:
+    """What a rank's shard holds of the tensors fused in it, from its first row to its last."""
+    if fused[0].cut == "heads" and isinstance(layout, TrainerLayout):
+        yield from _cut_groups(shape, fused, layout.tp_size, tp_rank)
+        return
+    for row in fused:
+        num_rows, num_cols = _sizes(shape, row)
+        size = layout.tp_size
+        if row.cut == "whole" or _is_whole(layout):
+            yield row.name, 0, 0, num_rows, num_cols
+        elif row.cut == "columns":
+            yield row.name, 0, tp_rank * num_cols // size, num_rows, num_cols // size
+        elif row.cut == "vocabulary":
+            each = padded_vocab(shape, layout) // size
+            start, end = (min(rank * each, num_rows) for rank in (tp_rank, tp_rank + 1))
+            yield row.name, start, 0, end - start, num_cols
+        else:
+            # Ranks in excess of the heads share one: rank r holds key-value head r // (size // heads).
+            parts = min(size, shape.num_kv_heads) if row.rows == "kv_heads" else size
+            yield row.name, tp_rank * parts // size * (num_rows // parts), 0, num_rows // parts, num_cols
 
 
-def join_shards(shape: LlamaShape, parameter: str, shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The full Hugging Face tensors held by all ranks' megatron shards in rank order: the inverse of `take_shard`."""
-    parts = [unfuse(shape, parameter, shard, len(shards)) for shard in shards]
+def _cut_groups(shape: LlamaShape, fused: list[Row], size: int, tp_rank: int) -> Iterator[_Rectangle]:
+    """megatron's QKV: query groups one after another, a rank holds an even share of all the rows."""
+    each = [_sizes(shape, row)[0] // shape.num_kv_heads for row in fused]
+    share = shape.num_kv_heads * sum(each) // size
+    first, end, start = tp_rank * share, (tp_rank + 1) * share, 0
+    for group in range(shape.num_kv_heads):
+        for row, rows in zip(fused, each, strict=True):
+            low, high = max(first, start), min(end, start + rows)
+            if low < high:
+                yield row.name, group * rows + low - start, 0, high - low, shape.hidden
+            start += rows
+
+
+def _stack(parameter: str, rectangles: Iterator[_Rectangle]) -> Iterator[Piece]:
+    start = 0
+    for name, row, col, rows, cols in rectangles:
+        if rows:  # a rank may hold nothing but padding
+            yield Piece(name, row, col, rows, cols, parameter, start, 0)
+        start += rows
+
+
+def pieces(
+    shape: LlamaShape, layout: Layout, tp_rank: int, pp_rank: int = 0, chunk: int | None = None
+) -> tuple[Piece, ...]:
+    """Everything that a rank holds (of one model chunk only, if given), in the order of the layers."""
+    held: list[Piece] = []
+    for shard, layer in _held(shape, layout, tp_rank, pp_rank, chunk):
+        held += shard.pieces if layer is None else [piece.numbered(layer) for piece in shard.pieces]
+    return tuple(held)
+
+
+def shard_shapes(
+    shape: LlamaShape, layout: Layout, tp_rank: int, pp_rank: int = 0, chunk: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of a rank (of one model chunk only, if given)."""
     return {
-        name: join_parts(shape, name, [part[index] for part in parts])
-        for index, name in enumerate(sources_of(parameter))
+        shard.parameter if layer is None else shard.parameter.replace("{}", str(layer)): shard.shape
+        for shard, layer in _held(shape, layout, tp_rank, pp_rank, chunk)
     }
 
 
+def _held(
+    shape: LlamaShape, layout: Layout, tp_rank: int, pp_rank: int, chunk: int | None
+) -> Iterator[tuple[Shard, int | None]]:
+    trainer = layout if isinstance(layout, TrainerLayout) else TrainerLayout()
+    chunks = range(trainer.vpp_size) if chunk is None else range(chunk, chunk + 1)
+    if pp_rank == 0 and 0 in chunks:
+        yield from ((shard, None) for shard in template(shape, layout, "first", tp_rank))
+    for here in chunks:
+        for layer in stage_layers(shape, trainer)[pp_rank][here]:
+            yield from ((shard, layer) for shard in template(shape, layout, "layer", tp_rank))
+    if pp_rank == trainer.pp_size - 1 and trainer.vpp_size - 1 in chunks:
+        yield from ((shard, None) for shard in template(shape, layout, "last", tp_rank))
+
+
+def rectangle(tensor: torch.Tensor, row: int, col: int, rows: int, cols: int) -> torch.Tensor:
+    """The view [rows, cols] of a contiguous matrix or vector."""
+    return tensor.view(tensor.shape[0], -1)[row : row + rows, col : col + cols]
+
+
+def tensors(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor with its full shape: embedding, layers, end; no lm_head where it is tied."""
+    return shard_shapes(shape, WHOLE, 0)
+
+
 def export_plan(
-    shape: LlamaShape, pp_size: int, vpp_size: int, dtype: torch.dtype, max_bytes: int
+    shape: LlamaShape, layout: TrainerLayout, dtype: torch.dtype, max_bytes: int
 ) -> tuple[ExportBucket, ...]:
     """All Hugging Face tensors in buckets of one stage and at most `max_bytes` each; a larger tensor stands alone.
 
-    Pure: every rank computes the same plan.
+    Pure: every rank computes the same plan. A tied embedding is the first stage's.
     """
+    stages = {layer: p for p, chunks in enumerate(stage_layers(shape, layout)) for chunk in chunks for layer in chunk}
     buckets: list[ExportBucket] = []
     held: list[TensorMeta] = []
     held_stage, held_bytes = 0, 0
-    for name in tensor_names(shape):
-        meta = TensorMeta(name, tensor_shape(shape, name))
-        stage = stage_of(name, shape, pp_size, vpp_size)[0]
-        num_bytes = torch.Size(meta.shape).numel() * dtype.itemsize
+    for shard, layer in _held(shape, WHOLE, 0, 0, None):
+        last_stage = layout.pp_size - 1 if shard.parameter != EMBEDDING else 0
+        stage = stages[layer] if layer is not None else last_stage
+        name = shard.parameter if layer is None else shard.parameter.replace("{}", str(layer))
+        num_bytes = math.prod(shard.shape) * dtype.itemsize
         if held and (stage != held_stage or held_bytes + num_bytes > max_bytes):
             buckets.append(ExportBucket(held_stage, tuple(held)))
             held, held_bytes = [], 0
-        held.append(meta)
+        held.append(TensorMeta(name, shard.shape))
         held_stage, held_bytes = stage, held_bytes + num_bytes
     buckets.append(ExportBucket(held_stage, tuple(held)))
     return tuple(buckets)
+
+
+def check_layout(shape: LlamaShape, layout: TrainerLayout) -> None:
+    """ConfigError when tensor ranks or pipeline stages cannot share this model."""
+    _check_heads(shape, layout.tp_size, "trainer.tensor_parallel")
+    fused = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    _check_divides(layout.tp_size, fused, "trainer.tensor_parallel", "rows of fused queries, keys and values")
+    first, last, virtual = layout.first_stage_layers, layout.last_stage_layers, layout.vpp_size
+    if first is None and last is None:
+        option = "trainer.pipeline_parallel * trainer.virtual_pipeline"
+        _check_divides(layout.pp_size * virtual, shape.num_layers, option, "layers")
+        return
+    ends = "trainer.first_stage_layers and trainer.last_stage_layers"
+    given = [count for count in (first, last) if count is not None]
+    between, left = layout.pp_size - len(given), shape.num_layers - sum(given)
+    if between < 0 or left < 0 or (left % between if between else left) or (between and not left):
+        raise ConfigError(
+            f"{ends} must leave a multiple of the stages between them of the model's {shape.num_layers} layers; found "
+            f"{first} and {last}, which leave {left} for {between} stages: choose others, or another trainer.pipeline_parallel"
+        )
+    sizes = stage_sizes(shape, layout)
+    if any(size % virtual for size in sizes):
+        raise ConfigError(
+            f"trainer.virtual_pipeline must divide the layers of every stage; found {virtual} with stages of {list(sizes)} "
+            f"layers: change it or {ends}"
+        )
+    if virtual > 1 and not between:
+        raise ConfigError(
+            f"{ends} must not both be set on two stages with trainer.virtual_pipeline > 1, which megatron-core cannot place; "
+            f"found {first} and {last} with {virtual}: unset one, the other stage takes the rest"
+        )
+
+
+def check_engine_layout(shape: LlamaShape, layout: EngineLayout) -> None:
+    """ConfigError when the ranks of a vLLM engine cannot share this model."""
+    if not layout.whole:
+        _check_heads(shape, layout.tp_size, "inference.tensor_parallel")
+        what = f"vocabulary rows padded to a multiple of {VLLM_VOCABULARY_MULTIPLE}"
+        _check_divides(layout.tp_size, padded_vocab(shape, layout), "inference.tensor_parallel", what)
+
+
+def _check_heads(shape: LlamaShape, size: int, option: str) -> None:
+    groups = shape.num_kv_heads
+    if groups % size and size % groups:
+        raise ConfigError(
+            f"{option} must divide the model's {groups} key-value heads or be a multiple of them; found {size}: use a divisor "
+            f"or a multiple of {groups}"
+        )
+    _check_divides(size, shape.num_heads, option, "attention heads")
+    _check_divides(size, shape.ffn_hidden, option, "feed-forward columns")
+
+
+def _check_divides(size: int, count: int, option: str, what: str) -> None:
+    if count % size:
+        raise ConfigError(f"{option} must divide the model's {count} {what}; found {size}: use a divisor of {count}")

@@ -6,8 +6,9 @@ Shape legend: S positions, B rows, T tokens of a packed row, N heads of this ran
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from engine.llama import layout
 from engine.llama.hf import HfCheckpoint, LlamaShape
 from engine.megatron.topology import Topology
 
+LAYER = re.compile(r"\blayers\.(\d+)\.")
 MEGATRON_LOW_FREQ, MEGATRON_HIGH_FREQ, MEGATRON_ORIGINAL_POSITIONS = 1.0, 4.0, 8192  # fixed in its RotaryEmbedding
 
 
@@ -83,7 +85,8 @@ def layer_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlock
 
 
 def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> TransformerConfig:
-    """megatron's configuration of a Llama in this layout."""
+    """megatron's configuration of a Llama in this layout. ConfigError for a layout that cannot hold it."""
+    layout.check_layout(shape, layout.trainer_layout(trainer))
     virtual = trainer.virtual_pipeline if trainer.virtual_pipeline > 1 else None
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -95,6 +98,8 @@ def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> 
         tensor_model_parallel_size=trainer.tensor_parallel,
         pipeline_model_parallel_size=trainer.pipeline_parallel,
         virtual_pipeline_model_parallel_size=virtual,
+        num_layers_in_first_pipeline_stage=trainer.first_stage_layers,
+        num_layers_in_last_pipeline_stage=trainer.last_stage_layers,
         sequence_parallel=trainer.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -131,9 +136,8 @@ def build_chunks(
     """This rank's GPTModel chunks, one per virtual stage, ending in vocab-parallel logits, or in hidden states where
     `headless`; weights still random.
 
-    Raises ConfigError for a layout or a rotary scaling that megatron cannot do.
+    Raises ConfigError for a rotary scaling that megatron cannot do.
     """
-    layout.check_layout(shape, topology.tp_size, topology.pp_size, topology.vpp_size)
     _check_scaling(shape)
     kind = HeadlessModel if headless else GPTModel
     chunks = []
@@ -143,7 +147,7 @@ def build_chunks(
             kind(
                 config=config,
                 transformer_layer_spec=layer_spec(config, virtual),
-                vocab_size=layout.padded_vocab(shape, topology.tp_size),
+                vocab_size=layout.padded_vocab(shape, layout.TrainerLayout(topology.tp_size)),
                 max_sequence_length=shape.max_positions,
                 pre_process=topology.is_first_stage and chunk == 0,
                 post_process=topology.is_last_stage and chunk == topology.vpp_size - 1,
@@ -184,18 +188,27 @@ def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]
     """A chunk's parameters by their names in the whole model: local layer numbers made model-wide."""
     offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     for name, parameter in chunk.named_parameters():
-        yield layout.renumber(name, offset), parameter
+        yield LAYER.sub(lambda found: f"layers.{int(found[1]) + offset}.", name), parameter
 
 
 @torch.no_grad()
-def load_weights(chunk: GPTModel, shape: LlamaShape, checkpoint: HfCheckpoint, topology: Topology) -> None:
-    """Fills a chunk with this rank's shards. CheckpointError names a tensor that is missing or of another shape."""
-
-    def fetch(name: str) -> torch.Tensor:
-        source = "model.embed_tokens.weight" if shape.tied and name == "lm_head.weight" else name
-        return checkpoint.tensor(source, layout.tensor_shape(shape, name))
-
-    for name, parameter in named_parameters(chunk):
-        shard = layout.take_shard(shape, name, fetch, topology.tp_rank, topology.tp_size)
-        assert shard.shape == parameter.shape, (name, shard.shape, parameter.shape)
-        parameter.copy_(shard)
+def load_weights(
+    chunk: GPTModel, index: int, shape: LlamaShape, spread: layout.TrainerLayout, checkpoint: HfCheckpoint, topology: Topology
+) -> None:
+    """Fills this rank's chunk of that index with its pieces, padding rows with zeros. CheckpointError names a tensor that is
+    missing or of another shape."""
+    cell = (topology.tp_rank, topology.pp_rank, index)
+    parameters = dict(named_parameters(chunk))
+    found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    expected = layout.shard_shapes(shape, spread, *cell)
+    assert found == expected, set(found.items()) ^ set(expected.items())
+    pieces = sorted(layout.pieces(shape, spread, *cell), key=lambda piece: piece.name)
+    for name, parameter in parameters.items():
+        if sum(p.rows * p.cols for p in pieces if p.parameter == name) < parameter.numel():
+            parameter.zero_()
+    full = layout.tensors(shape)
+    for name, group in groupby(pieces, key=lambda piece: piece.name):  # each tensor is read once, one is held at a time
+        tensor = checkpoint.tensor(name, full[name])
+        for p in group:
+            place = layout.rectangle(parameters[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
+            place.copy_(layout.rectangle(tensor, p.row, p.col, p.rows, p.cols))

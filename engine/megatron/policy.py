@@ -7,7 +7,7 @@ Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -59,8 +59,10 @@ class Policy:
         self._headless = config.trainer.fused_lm_head
         models = build.build_chunks(self.shape, self._config, topology, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
-        for model in models:
-            build.load_weights(model, self.shape, checkpoint, topology)
+        self.layout = layout.trainer_layout(config.trainer)
+        for index, model in enumerate(models):
+            build.load_weights(model, index, self.shape, self.layout, checkpoint, topology)
+        self._held = [self._pieces_of(tp_rank) for tp_rank in range(topology.tp_size)]
         distributed = config.trainer.distributed_optimizer
         options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
         self._chunks = [DistributedDataParallel(self._config, options, model) for model in models]
@@ -140,20 +142,23 @@ class Policy:
         here = self.topology
         if here.pp_rank != bucket.stage or here.dp_rank != 0:
             return None
-        local = torch.cat([self._part(meta.name).reshape(-1) for meta in bucket.tensors])
-        gathered = [local]
+        pieces = [[p for meta in bucket.tensors for p in held.get(meta.name, ())] for held in self._held]
+        flat = torch.empty(
+            max(sum(p.rows * p.cols for p in held) for held in pieces), dtype=self.dtype, device=here.device
+        )
+        for p, part in _parts(pieces[here.tp_rank], flat):
+            part.copy_(layout.rectangle(self.parameters[p.parameter].data, p.shard_row, p.shard_col, p.rows, p.cols))
+        gathered = [flat]
         if here.tp_size > 1:
-            gathered = [torch.empty_like(local) for _ in range(here.tp_size)] if here.tp_rank == 0 else []
-            dist.gather(local, gathered or None, group=here.tp_group, group_dst=0)
+            gathered = [torch.empty_like(flat) for _ in range(here.tp_size)] if here.tp_rank == 0 else []
+            dist.gather(flat, gathered or None, group=here.tp_group, group_dst=0)
         if here.tp_rank != 0:
             return None
-        shapes = [layout.part_shape(self.shape, meta.name, here.tp_size) for meta in bucket.tensors]
-        sizes = [math.prod(shape) for shape in shapes]
-        parts = [flat.split(sizes) for flat in gathered]  # by rank, then by tensor
-        return [
-            (meta.name, layout.join_parts(self.shape, meta.name, [rank[i].view(shapes[i]) for rank in parts]))
-            for i, meta in enumerate(bucket.tensors)
-        ]
+        full = {meta.name: torch.empty(meta.shape, dtype=self.dtype, device=here.device) for meta in bucket.tensors}
+        for held, received in zip(pieces, gathered, strict=True):
+            for p, part in _parts(held, received):
+                layout.rectangle(full[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
+        return list(full.items())
 
     def state(self) -> dict[str, torch.Tensor]:
         """CPU copies of all this rank needs to continue bit for bit: weights, reference, optimizer. Local shards."""
@@ -245,10 +250,21 @@ class Policy:
         dist.all_reduce(total, group=self.topology.pp_group)  # zeros but for the last stage
         return total
 
-    def _part(self, name: str) -> torch.Tensor:
-        """This rank's part of a Hugging Face tensor."""
-        parameter, index = layout.parameter_of(name)
-        return layout.unfuse(self.shape, parameter, self.parameters[parameter].data, self.topology.tp_size)[index]
+    def _pieces_of(self, tp_rank: int) -> dict[str, list[layout.Piece]]:
+        """What a tensor-parallel rank of this stage holds of each Hugging Face tensor."""
+        held: dict[str, list[layout.Piece]] = {}
+        for piece in layout.pieces(self.shape, self.layout, tp_rank, self.topology.pp_rank):
+            held.setdefault(piece.name, []).append(piece)
+        return held
+
+
+def _parts(pieces: Iterable[layout.Piece], flat: torch.Tensor) -> Iterator[tuple[layout.Piece, torch.Tensor]]:
+    """Each piece with its view [rows, cols] of a flat message that holds them one after another."""
+    start = 0
+    for piece in pieces:
+        size = piece.rows * piece.cols
+        yield piece, flat[start : start + size].view(piece.rows, piece.cols)
+        start += size
 
 
 def _finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:

@@ -50,8 +50,7 @@ def objective_of(name: str, config: RunConfig) -> Objective:
 
 def full_tensors(policy: Policy, prefix: str) -> dict[str, torch.Tensor]:
     """This leader's Hugging Face tensors of what the policy now serves, in small buckets; empty off the leaders."""
-    topology = policy.topology
-    plan = export_plan(policy.shape, topology.pp_size, topology.vpp_size, policy.dtype, 20_000)
+    plan = export_plan(policy.shape, policy.layout, policy.dtype, 20_000)
     gathered = [policy.gather(bucket) for bucket in plan]
     return {prefix + name: value for bucket in gathered if bucket is not None for name, value in bucket}
 

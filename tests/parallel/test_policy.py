@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: checkpoint, obj
     "pp2": ("plain", "dpo", {"pipeline_parallel": 2}),
     "pp2_tied": ("tied", "nll", {"pipeline_parallel": 2}),
     "pp2_virtual2": ("plain", "grpo", {"pipeline_parallel": 2, "virtual_pipeline": 2}),
+    "pp2_uneven": ("tied", "nll", {"pipeline_parallel": 2, "first_stage_layers": 1}),
+    "tp4_over_two_kv_heads": ("plain", "dpo", {"tensor_parallel": 4}),
     "dp2": ("plain", "dpo", {"data_parallel": 2}),
     "dp2_distributed_optimizer": ("plain", "dpo", {"data_parallel": 2, "distributed_optimizer": True}),
     "tp2_pp2": ("odd", "nll", {"tensor_parallel": 2, "pipeline_parallel": 2}),
