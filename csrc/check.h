@@ -77,4 +77,21 @@ inline void check_logits(const char* name, const Tensor& logits) {
   if (logits.size(1) > 1 && logits.stride(1) != 1)
     refuse(name, " must have a column stride of 1; found ", logits.stride(1), ": call .contiguous()");
 }
+
+// A rectangle of bits at (row, col) of a larger tensor, and the weights of that tensor's columns (reshard/digest.h).
+inline void check_block(const Tensor& block, const Tensor& columns, int64_t row, int64_t col) {
+  if (block.dim() != 2) refuse("block must have shape [R, C]; found ", shape_of(block));
+  if (block.size(1) > 1 && block.stride(1) != 1)
+    refuse("block must have a column stride of 1; found ", block.stride(1), ": call .contiguous()");
+  const size_t size = block.element_size();
+  if (size != 1 && size != 2 && size != 4 && size != 8)
+    refuse("block must have elements of 1, 2, 4 or 8 bytes; found ", size);
+  if (row < 0) refuse("row must be at least 0; found ", row);
+  if (col < 0) refuse("col must be at least 0; found ", col);
+  check_type("columns", columns, {ScalarType::Long});
+  check_shape("columns", columns, {columns.numel()}, "[at least col + C]");
+  if (columns.numel() < col + block.size(1))
+    refuse("columns must hold at least col + C = ", col + block.size(1), " weights; found ", columns.numel());
+  check_device("columns", columns, "block", block);
+}
 }  // namespace semion

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "logprob/logprob.h"
 #include "logprob/sequences.h"
 #include "policy/policy_gradient.h"
+#include "reshard/digest.h"
 
 namespace semion::cpu {
 namespace {
@@ -226,6 +228,25 @@ std::tuple<Tensor, Tensor> policy_gradient(const Tensor& log_probs, const Tensor
   }
   return {sums, gradient};
 }
+
+Tensor block_digest(const Tensor& block, const Tensor& columns, int64_t row, int64_t col, int64_t seed) {
+  check_block(block, columns, row, col);
+  const DigestInput in{block.const_data_ptr(),
+                       block.stride(0),
+                       static_cast<int>(block.element_size()),
+                       block.size(0),
+                       block.size(1),
+                       static_cast<const uint64_t*>(columns.const_data_ptr()) + col,
+                       row,
+                       static_cast<uint64_t>(seed)};
+  std::atomic<uint64_t> total = 0;  // the order of additions modulo 2^64 does not matter
+  const auto kernel = SEMION_PICK(block_digest);
+  torch::stable::parallel_for(0, in.num_rows, rows_per_thread(in.num_columns),
+                              [&](int64_t begin, int64_t end) { total += kernel(in, begin, end); });
+  Tensor digest = new_tensor(block, ScalarType::Long, 1);
+  *static_cast<uint64_t*>(digest.mutable_data_ptr()) = total;
+  return digest;
+}
 }  // namespace
 }  // namespace semion::cpu
 
@@ -237,4 +258,5 @@ STABLE_TORCH_LIBRARY_IMPL(semion, CPU, library) {
   library.impl("sequence_sums_backward", TORCH_BOX(&semion::cpu::sequence_sums_backward));
   library.impl("grouped_advantages", TORCH_BOX(&semion::cpu::grouped_advantages));
   library.impl("policy_gradient", TORCH_BOX(&semion::cpu::policy_gradient));
+  library.impl("block_digest", TORCH_BOX(&semion::cpu::block_digest));
 }

@@ -16,6 +16,7 @@
 #include "logprob/log_prob_kernel.h"
 #include "logprob/sequences_kernel.h"
 #include "policy/policy_gradient_kernel.h"
+#include "reshard/digest_kernel.h"
 
 namespace semion::cuda {
 namespace {
@@ -238,6 +239,22 @@ std::tuple<Tensor, Tensor> policy_gradient(const Tensor& log_probs, const Tensor
                                                          writable<float>(gradient), device.stream));
   return {sums, gradient};
 }
+
+Tensor block_digest(const Tensor& block, const Tensor& columns, int64_t row, int64_t col, int64_t seed) {
+  check_block(block, columns, row, col);
+  const SemionDigestBlock in{block.const_data_ptr(),
+                             block.stride(0),
+                             data<uint64_t>(columns) + col,
+                             block.size(0),
+                             block.size(1),
+                             row,
+                             static_cast<uint64_t>(seed),
+                             static_cast<int32_t>(block.element_size())};
+  const OnDeviceOf device(block);
+  Tensor digest = new_tensor(block, ScalarType::Long, 1);
+  check_launch("block_digest", semion_block_digest(&in, writable<uint64_t>(digest), device.stream));
+  return digest;
+}
 }  // namespace
 }  // namespace semion::cuda
 
@@ -256,4 +273,5 @@ STABLE_TORCH_LIBRARY_IMPL(semion, CUDA, library) {
   library.impl("sequence_sums_backward", TORCH_BOX(&semion::cuda::sequence_sums_backward));
   library.impl("grouped_advantages", TORCH_BOX(&semion::cuda::grouped_advantages));
   library.impl("policy_gradient", TORCH_BOX(&semion::cuda::policy_gradient));
+  library.impl("block_digest", TORCH_BOX(&semion::cuda::block_digest));
 }

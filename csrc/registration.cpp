@@ -32,4 +32,8 @@ STABLE_TORCH_LIBRARY(semion, library) {
   library.def(
       "policy_gradient(Tensor log_probs, Tensor old_log_probs, Tensor? reference_log_probs, Tensor advantages, "
       "Tensor cu_seqlens, Tensor targets, float clip_ratio, float kl_weight) -> (Tensor sums, Tensor gradient)");
+
+  // block [R, C] of elements of 1, 2, 4 or 8 bytes, columns [at least col + C] int64: every column's weight
+  // -> [1] int64: the digest of the block's bits at (row, col) of the tensor that seed names (csrc/reshard/digest.h).
+  library.def("block_digest(Tensor block, Tensor columns, int row, int col, int seed) -> Tensor");
 }

@@ -21,6 +21,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90a", "100a")  # A100, H100 and H200, B200: those that setup.py builds for
 FLAGS = ["-std=c++17", "-O3", "-Xptxas=-v,--warn-on-spills", "-Xcompiler=-Wall,-Wextra", "--Werror=cross-execution-space-call"]
+TYPES = {"f": "float", "d": "double", "h": "uint8", "t": "uint16", "j": "uint32", "m": "uint64"}  # as mangled
 ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)' for 'sm_(?P<architecture>\w+)'.*?"
     r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -51,10 +52,9 @@ def kernel_name(symbol: str) -> str:
     rest = symbol[name.end() :]
     if rest[0] != "I":
         return name.group(1)
-    if rest[1] in "fd":
-        return f"{name.group(1)}<{'float' if rest[1] == 'f' else 'double'}>"
     values = re.findall(r"L(?:NS_\d+[A-Za-z]+)?(E|b|i)(\d+)", rest.split("EEEv")[0])
-    shown = [("false", "true")[int(value)] if kind == "b" else value for kind, value in values]
+    shown = [TYPES[rest[1]]] if rest[1] in TYPES else []
+    shown += [("false", "true")[int(value)] if kind == "b" else value for kind, value in values]
     return f"{name.group(1)}<{', '.join(shown)}>"
 
 

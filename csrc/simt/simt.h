@@ -236,6 +236,12 @@ inline unsigned long long atomicMin(unsigned long long* address, unsigned long l
   return old;
 }
 
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  const unsigned long long old = *address;
+  *address += value;
+  return old;
+}
+
 inline float __uint_as_float(uint32_t bits) { return simt::bits_float(bits); }
 
 inline cudaError_t cudaMemsetAsync(void* address, int value, size_t num_bytes, cudaStream_t) {

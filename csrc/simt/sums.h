@@ -1,11 +1,13 @@
-// Sums over the threads of a warp or a block in an order that never changes, in double. The caller decides what is added.
+// Sums over the threads of a warp or a block in an order that never changes, in double (or in integers of 64 bits, modulo
+// 2^64). The caller decides what is added.
 #pragma once
 #include "launch.h"
 
 namespace semion {
 
 // Every lane gets the warp's sum.
-__device__ __forceinline__ double warp_sum(double value) {
+template <class Value>
+__device__ __forceinline__ Value warp_sum(Value value) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
   return value;

@@ -6,6 +6,7 @@ Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank,
 
 from engine.ops import _library
 from engine.ops.advantages import grouped_advantages
+from engine.ops.digest import block_digest, column_weights
 from engine.ops.lm_head import lm_head_log_probs
 from engine.ops.policy_gradient import policy_gradient_loss
 from engine.ops.sequence import sequence_log_probs
@@ -14,6 +15,8 @@ from engine.ops.token_log_probs import token_log_probs
 _library.load()
 
 __all__ = [
+    "block_digest",
+    "column_weights",
     "grouped_advantages",
     "lm_head_log_probs",
     "policy_gradient_loss",

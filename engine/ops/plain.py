@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_reduce
 
+from engine.ops.digest import signed, splitmix64
 from engine.types import IGNORED
 
 Group = dist.ProcessGroup | None
@@ -108,3 +109,14 @@ def lm_head_log_probs(
     """Log-probs [T] with all logits [T, V_local] in memory."""
     logits = hidden @ weight.t()
     return token_log_probs(logits, targets, vocab_start=vocab_start, num_valid=num_valid, group=group)[0]
+
+
+def block_digest(block: torch.Tensor, *, row: int, col: int, seed: int) -> torch.Tensor:
+    """Digest [1]: every weight and every product in int64, which wraps modulo 2**64."""
+    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[block.element_size()]
+    bits = block.view(word).long()
+    if block.element_size() < 8:
+        bits = bits & (1 << 8 * block.element_size()) - 1
+    rows, columns = (torch.arange(first, first + size) for first, size in zip((row, col), block.shape, strict=True))
+    row_weights = splitmix64(signed(seed) ^ splitmix64(rows)) | 1
+    return (row_weights.unsqueeze(1) * (splitmix64(columns + 1) | 1) * bits).sum().view(1)

@@ -12,6 +12,7 @@
 #include "logprob/logprob.h"
 #include "logprob/sequences.h"
 #include "policy/policy_gradient.h"
+#include "reshard/digest.h"
 
 namespace {
 using namespace semion;
@@ -74,6 +75,7 @@ struct Kernels {
   decltype(&baseline::log_prob_parts) parts;
   decltype(&baseline::log_prob_backward) backward;
   decltype(&baseline::policy_gradient) policy;
+  decltype(&baseline::block_digest) digest;
 };
 
 void check_log_probs(const Kernels& kernels, Element element, int64_t width, float scale, double temperature) {
@@ -149,6 +151,30 @@ void check_policy(const Kernels& kernels, int32_t first, int32_t second) {
   }
 }
 
+template <class Word>
+void check_digest(const Kernels& kernels, int64_t rows, int64_t width) {
+  const int64_t stride = width + 3;
+  std::vector<Word> block(static_cast<size_t>((rows - 1) * stride + width));
+  std::vector<uint64_t> columns(static_cast<size_t>(width));
+  for (Word& word : block) word = static_cast<Word>(draw() * 0x9E3779B97F4A7C15);
+  for (uint64_t& weight : columns) weight = draw() * 0x9E3779B97F4A7C15;
+  const DigestInput in{block.data(), stride, sizeof(Word), rows, width, columns.data(), 9, 77};
+  uint64_t wanted = 0;
+  for (int64_t r = 1; r < rows; ++r)
+    for (int64_t c = 0; c < width; ++c)
+      wanted += row_weight(77, 9 + r) * columns[static_cast<size_t>(c)] * block[static_cast<size_t>(r * stride + c)];
+  expect("digest", kernels.isa, width, static_cast<double>(kernels.digest(in, 1, rows) - wanted), 0, 0);
+}
+
+void check_digests(const Kernels& kernels) {
+  for (int64_t width = 1; width < 9000; width += width < 40 ? 1 : 2047) {
+    check_digest<uint8_t>(kernels, 7, width);
+    check_digest<uint16_t>(kernels, 6, width);
+    check_digest<uint32_t>(kernels, 5, width);
+    check_digest<uint64_t>(kernels, 4, width);
+  }
+}
+
 void check_small_ones() {
   const std::vector<float> values{1, 2, 4, 8};
   const std::vector<int32_t> bounds{0, 0, 3, 4};
@@ -175,16 +201,19 @@ void check_small_ones() {
 }  // namespace
 
 int main() {
-  std::vector<Kernels> all{{"baseline", baseline::log_prob_parts, baseline::log_prob_backward, baseline::policy_gradient}};
+  std::vector<Kernels> all{{"baseline", baseline::log_prob_parts, baseline::log_prob_backward, baseline::policy_gradient,
+                            baseline::block_digest}};
   if (best_isa() != Isa::baseline)
-    all.push_back({"avx2", avx2::log_prob_parts, avx2::log_prob_backward, avx2::policy_gradient});
+    all.push_back({"avx2", avx2::log_prob_parts, avx2::log_prob_backward, avx2::policy_gradient, avx2::block_digest});
   if (best_isa() == Isa::avx512)
-    all.push_back({"avx512", avx512::log_prob_parts, avx512::log_prob_backward, avx512::policy_gradient});
+    all.push_back({"avx512", avx512::log_prob_parts, avx512::log_prob_backward, avx512::policy_gradient,
+                   avx512::block_digest});
   for (const Kernels& kernels : all) {
     for (const Element element : {Element::float32, Element::bfloat16, Element::float16})
       for (int64_t width = 1; width < 6000; width += width < 70 ? 1 : 1409)
         for (const float scale : {2.0f, 40.0f}) check_log_probs(kernels, element, width, scale, width % 2 ? 1.0 : 0.6);
     for (int32_t size = 0; size < 40; ++size) check_policy(kernels, size, 700 - size);
+    check_digests(kernels);
     std::printf("checked %s\n", kernels.isa);
   }
   check_small_ones();

@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 ELEMENTS = [torch.float32, torch.bfloat16, torch.float16]  # in the order of the launchers' numbers
-pointer, i32, i64, f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+pointer, i32, i64, u64, f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 
 
 def digest(*parts: str) -> str:
@@ -43,6 +43,13 @@ class PolicyGradientRow(ctypes.Structure):
         ("log_probs", pointer), ("old_log_probs", pointer), ("reference_log_probs", pointer), ("advantages", pointer),
         ("cu_seqlens", pointer), ("targets", pointer), ("num_tokens", i32), ("num_sequences", i32), ("clip_ratio", f32),
         ("kl_weight", f32),
+    ]  # fmt: skip
+
+
+class DigestBlock(ctypes.Structure):
+    _fields_ = [
+        ("block", pointer), ("row_stride", i64), ("columns", pointer), ("num_rows", i64), ("num_columns", i64), ("row", i64),
+        ("seed", u64), ("element_size", i32),
     ]  # fmt: skip
 
 

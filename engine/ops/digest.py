@@ -1,0 +1,51 @@
+"""A digest of a rectangle of bits that adds up: digests of the pieces of a tensor sum to the tensor's own, however it is
+cut and whoever holds the pieces. It finds faults; it is no defence against an adversary. No gradient passes.
+
+Shape legend: R rows and C columns of the rectangle.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def block_digest(block: torch.Tensor, *, row: int, col: int, seed: int, columns: torch.Tensor | None = None) -> torch.Tensor:
+    """Digest [1] (int64, on the block's device) of block [R, C], which lies at (row, col) of the tensor that `seed` names.
+
+    The sum over r and c of Rw(seed, row + r) * Cw(col + c) * v(r, c) modulo 2**64, where v(r, c) are the bits of an
+    element as an unsigned integer, Cw(j) = splitmix64(j + 1) | 1 and Rw(seed, i) = splitmix64(seed ^ splitmix64(i)) | 1
+    (splitmix64: Steele, Lea and Flood, 2014). Digests of disjoint blocks add up, as int64, to that of their union; a
+    change of one element always shows, because both weights are odd; rows, columns or tensors that change places show
+    but for a chance of some 2**-64.
+
+    The block has any type of 1, 2, 4 or 8 bytes, any row stride, and adjacent columns. `seed` counts modulo 2**64.
+    `columns` are column_weights of the whole tensor or more, to be kept by a caller who has many blocks of one width;
+    without them they are computed. Raises ValueError naming argument, rule and value for a wrong shape, type or place.
+    """
+    if columns is None:
+        columns = column_weights(col + (block.size(1) if block.dim() == 2 else 0), block.device)
+    digest: torch.Tensor = torch.ops.semion.block_digest(block, columns, row, col, signed(seed))
+    return digest
+
+
+def column_weights(num_columns: int, device: torch.device | str) -> torch.Tensor:
+    """The weights Cw(0) to Cw(num_columns - 1) [num_columns], int64."""
+    return splitmix64(torch.arange(1, max(0, num_columns) + 1, dtype=torch.int64, device=device)) | 1
+
+
+def splitmix64(state: torch.Tensor) -> torch.Tensor:
+    """One step of splitmix64 from each state, int64 that wraps modulo 2**64: the addition, then the finalizer."""
+    z = state + signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def signed(value: int) -> int:
+    """The number in [-2**63, 2**63) that equals value modulo 2**64."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """z / 2**bits as if z were unsigned."""
+    return z >> bits & (1 << (64 - bits)) - 1
