@@ -124,6 +124,7 @@ class Inference(Section):
     max_concurrent: Positive = Field(256, description="requests decoded together in one engine")
     kv_cache_mebibytes: Positive = Field(1024, description="KV cache of one engine")
     threads: Positive = Field(1, description="CPU threads of one engine; a GPU engine ignores it")
+    packed_weights: bool = Field(False, description="let vLLM repack weights for speed; a sync then reloads full tensors")
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
 
 

@@ -45,8 +45,8 @@ def engine_parameters(plan: ShardPlan, target: int) -> tuple[str, ...]:
 class Sender:
     """A trainer rank's side of every sync that follows one plan."""
 
-    def __init__(self, plan: ShardPlan, rank: int, device: torch.device) -> None:
-        self._plan = plan
+    def __init__(self, plan: ShardPlan, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._plan, self._dtype = plan, dtype
         self._messages = [message for message, role in plan.messages_of(rank) if role is Role.SEND]
         buckets = [message.bucket for message in self._messages]
         self._columns = weights_for(buckets, device)
@@ -54,8 +54,13 @@ class Sender:
         targets = {bucket.target for bucket in buckets}
         self._parameters = {target: engine_parameters(plan, target) for target in targets}
 
+    @torch.no_grad()
     def send(self, shards: Mapping[str, torch.Tensor], transport: Transport, deadline: Deadline) -> None:
-        """Sends this rank's part of one version from its shards. WeightSyncError names what was not delivered."""
+        """Sends this rank's part of one version from its shards. WeightSyncError names what was not delivered, or a shard
+        that is not of the agreed type."""
+        for name, shard in shards.items():
+            if shard.dtype != self._dtype:
+                raise WeightSyncError(f"trainer parameter {name} must be {self._dtype}; found {shard.dtype}: publish one type")
         under_way = _UnderWay(self._plan, deadline)
         sums: dict[tuple[tuple[int, ...], int], ShardDigest] = {}
         for message in self._messages:
@@ -79,7 +84,7 @@ class Sender:
         views = [rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols) for t in bucket.transfers]
         if not bucket.packed:
             return views[0]
-        buffer = self._staging.next(bucket, views[0].dtype)
+        buffer = self._staging.next(bucket, self._dtype)
         for part, view in zip(_parts(buffer, bucket), views, strict=True):
             part.copy_(view)
         return buffer
@@ -99,6 +104,7 @@ class Receiver:
         self._extents = _extents(buckets)
         self._senders = sorted({message.source for message, _ in self._work})
 
+    @torch.no_grad()
     def receive(self, shards: Shards, transport: Transport, deadline: Deadline) -> None:
         """Receives one version into the live shards and verifies it. WeightSyncError names the message that did not come,
         or the parameters that differ."""
@@ -249,7 +255,7 @@ def _finish(pending: Pending, what: str, deadline: Deadline) -> None:
     try:
         pending.wait(deadline)
     except TransportError as error:
-        raise WeightSyncError(f"{what} was not delivered within {deadline.seconds:g} s: {error}") from error
+        raise WeightSyncError(f"{what} was not delivered: {error}") from error
 
 
 def _forwards(work: tuple[Message, Role]) -> bool:

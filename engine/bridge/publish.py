@@ -112,7 +112,7 @@ class Publisher:
         self._timeout = timeout_seconds
         self._plan = terms.plan()
         self._digest, self._terms_json = self._plan.digest, terms.to_json()
-        self._sender = Sender(self._plan, place.rank, place.device)
+        self._sender = Sender(self._plan, place.rank, terms.torch_dtype, place.device)
         self._transport: Transport | None = None
         self._epoch = -1
         port = torch.zeros(1, dtype=torch.int64, device=place.device)
@@ -187,10 +187,12 @@ class Publisher:
         """The failure of the lowest rank that has one, told to all: nobody goes on to a collective that others left."""
         mine = torch.zeros(REASON_BYTES, dtype=torch.uint8, device=self._place.device)
         text = failure.encode()[:REASON_BYTES]
-        if text:
-            mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=self._place.device)
+        mine[: len(text)] = torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)[: len(text)]
         reasons = [torch.empty_like(mine) for _ in range(self._place.world_size)]
-        dist.all_gather(reasons, mine)
+        try:
+            dist.all_gather(reasons, mine)
+        except RuntimeError as error:
+            raise WeightSyncError(f"a trainer rank is gone or late after a weight sync: {error}; {failure}") from error
         found = [bytes(reason.tolist()).rstrip(b"\0").decode(errors="ignore") for reason in reasons]
         return next((reason for reason in found if reason), "")
 

@@ -117,7 +117,7 @@ class Gloo:
     """CPU buffers over TCP, on one interface."""
 
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
-        options = dist.ProcessGroupGloo._Options()
+        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(meeting))]
         self._group: Any = dist.ProcessGroupGloo(store, member, meeting.num_members, options)

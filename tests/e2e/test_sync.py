@@ -25,6 +25,11 @@ LAYOUTS = {
     ),
     "pp2, tied embeddings, two engines": ("tied", ["trainer.pipeline_parallel=2", "inference.engines=2"]),
     "dp2, distributed optimizer": ("plain", ["trainer.data_parallel=2", "trainer.distributed_optimizer=true"]),
+    "tp2 and pp2 to an engine of tp2": (
+        "odd_vocab",
+        ["trainer.tensor_parallel=2", "trainer.pipeline_parallel=2", "inference.tensor_parallel=2"],
+    ),
+    "an engine that repacks its weights": ("plain", ["inference.packed_weights=true"]),
 }
 
 

@@ -1,0 +1,219 @@
+"""A weight sync is a transaction: whatever fails, wherever, no engine ever answers with anything but the whole of the
+version it names, the sync says so within its timeout or repeats itself, and the next one succeeds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from engine.errors import InferenceError, SemionError, WeightSyncError
+from engine.inference.pool import Pool
+from engine.inference.sampling import SampleRequest
+from tests.parallel import sync_world
+from tests.parallel.sync_world import ENGINES, FORK, TERMS, Fault, Handle, filled, fingerprint, trainer_process
+
+TIMEOUT = 3.0
+EXTRA = 2.0  # what may pass beyond the timeout before everybody has failed
+PLAN = TERMS.plan()
+SENT = sum(message.source == 1 for message in PLAN.messages)  # by trainer rank 1
+TAKEN = len(PLAN.messages)  # by each engine, and as many sent on by the two together
+
+
+@dataclass
+class Answers:
+    """What clients were told while versions came and went."""
+
+    right: int = 0
+    refused: int = 0
+    wrong: int = 0
+
+
+class Clients:
+    """Ask both engines all the time, for the version that is being published and the one before it."""
+
+    def __init__(self, engines: list[Handle], version: int) -> None:
+        self.answers = Answers()
+        self._expected: dict[int, int] = {}
+        self._engines, self._stopping = engines, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.expect(version)
+
+    def expect(self, version: int) -> None:
+        """From now on this version is asked for too."""
+        self._expected[version] = fingerprint(filled(TERMS.engine, 0, version))
+
+    def __enter__(self) -> Clients:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join(30)
+
+    def _run(self) -> None:
+        count = 0
+        while not self._stopping.is_set():
+            for engine in self._engines:
+                for version in list(self._expected)[-2:]:
+                    count += 1
+                    self._ask(engine, version, str(count))
+
+    def _ask(self, engine: Handle, version: int, name: str) -> None:
+        request = SampleRequest(name, "p", 0, 1, (1,), 1.0, 1.0, 1)
+        try:
+            submitted, collected = engine.call("submit", [request], version), engine.call("collect", [name])
+            submitted.result(20)
+            ((completion,), _) = collected.result(20)
+        except (InferenceError, TimeoutError):
+            self.answers.refused += 1
+            return
+        if completion.version == version and completion.token_ids == (self._expected[version],):
+            self.answers.right += 1
+        else:
+            self.answers.wrong += 1
+
+
+class Cluster:
+    """Two engines, a pool, and two trainer ranks, of which this process is the first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.engines = [Handle(index) for index in range(ENGINES)]
+        self.pool = Pool(self.engines, 20.0)
+        self.pipe, theirs = FORK.Pipe()
+        store = str(folder / "store")
+        self.trainer = FORK.Process(target=trainer_process, args=(theirs, 1, store, TIMEOUT), daemon=True)
+        self.trainer.start()
+        self.world, self.publisher = sync_world.open_publisher(0, store, TIMEOUT, self.pool)
+        assert self.pipe.poll(60) and self.pipe.recv() == "ready"
+        self.version = 0
+
+    def publish(self, fault: Fault | None = None) -> tuple[int, float]:
+        """The next version, with a fault in trainer rank 1; (attempts, seconds)."""
+        self.version += 1
+        self.world.parameters = filled(TERMS.trainer, 0, self.version)
+        self.pipe.send((self.version, fault))
+        started = time.monotonic()
+        try:
+            report = self.publisher.publish(self.version)
+        finally:
+            seconds = time.monotonic() - started
+            said = self.pipe.recv() if self.pipe.poll(TIMEOUT + 20) else "nothing"
+        assert said == "", said
+        return report.attempts, seconds
+
+    def arm(self, engine: int, fault: Fault) -> None:
+        """Arms a fault in an engine."""
+        self.engines[engine].call("arm", fault).result(5)
+
+    def check(self) -> None:
+        """Every engine serves the last version, bit for bit."""
+        assert self.pool.version == self.version
+        expected = fingerprint(filled(TERMS.engine, 0, self.version))
+        requests = [SampleRequest(f"check {i}", "p", i, 1, (1,), 1.0, 1.0, 1) for i in range(ENGINES)]
+        completions, _ = self.pool.generate(requests)
+        assert [c.token_ids for c in completions] == [(expected,)] * ENGINES
+
+    def close(self) -> None:
+        """Ends all processes."""
+        self.trainer.kill()
+        for engine in self.engines:
+            engine.stop()
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A fresh one, at version 1."""
+    made = Cluster(tmp_path)
+    assert made.publish()[0] == 1
+    yield made
+    made.close()
+
+
+def test_an_abort_before_in_or_after_any_message_of_any_member_is_repeated(cluster: Cluster) -> None:
+    """Every message of trainer rank 1 and of both engines, while clients ask; then 1,000 requests have been answered."""
+    cases = [(None, Fault("abort", i, phase)) for i in range(SENT) for phase in ("before", "during", "after")]
+    cases += [(e, Fault("abort", i, "during")) for e in range(ENGINES) for i in range(TAKEN)]
+    cases += [(0, Fault("abort", i, phase)) for i in (0, TAKEN - 1) for phase in ("before", "after")]
+    with Clients(cluster.engines, cluster.version) as clients:
+        for engine, fault in cases:
+            clients.expect(cluster.version + 1)
+            if engine is not None:
+                cluster.arm(engine, fault)
+            attempts, seconds = cluster.publish(fault if engine is None else None)
+            assert attempts == 2, (engine, fault)
+            assert seconds < TIMEOUT + EXTRA, (engine, fault, seconds)
+            cluster.check()
+        deadline = time.monotonic() + 60
+        while clients.answers.right < 1000 and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert clients.answers.right >= 1000
+    assert clients.answers.refused > 0, "clients must have met engines in doubt"
+    assert clients.answers.wrong == 0
+
+
+@pytest.mark.parametrize("fault", [Fault("flip", 0), Fault("flip", SENT - 1), Fault("drop", 1), Fault("swap", 0)], ids=str)
+def test_what_is_altered_on_the_way_is_noticed_and_sent_again(cluster: Cluster, fault: Fault) -> None:
+    """A flipped bit, a message that never goes, two tensors of one shape in each other's place."""
+    attempts, seconds = cluster.publish(fault)
+    assert attempts == 2
+    assert seconds < TIMEOUT + EXTRA
+    cluster.check()
+
+
+@pytest.mark.parametrize("index", [0, TAKEN // 2, TAKEN - 1])
+@pytest.mark.parametrize("engine", range(ENGINES))
+def test_a_killed_engine_is_replaced_and_brought_up_to_date(cluster: Cluster, engine: int, index: int) -> None:
+    with Clients(cluster.engines, cluster.version) as clients:
+        clients.expect(cluster.version + 1)
+        cluster.arm(engine, Fault("kill", index))
+        assert cluster.publish()[0] == 2
+    cluster.check()
+    assert cluster.engines[engine].restarts == 1
+    assert clients.answers.wrong == 0
+
+
+def test_a_stopped_engine_is_noticed_at_the_timeout_and_replaced(cluster: Cluster) -> None:
+    cluster.arm(1, Fault("stop", 1))
+    attempts, seconds = cluster.publish()
+    assert attempts == 2
+    assert TIMEOUT <= seconds < 2 * (TIMEOUT + EXTRA)
+    cluster.check()
+
+
+def test_a_wrong_type_fails_every_rank_in_words_and_the_next_sync_succeeds(cluster: Cluster) -> None:
+    with pytest.raises(WeightSyncError, match=r"output_layer\.weight must be torch\.float32; found torch\.bfloat16"):
+        cluster.publish(Fault("dtype", 0))
+    with pytest.raises(InferenceError, match="no weight version is committed"):
+        assert cluster.pool.version
+    request = SampleRequest("r", "p", 0, 1, (1,), 1.0, 1.0, 1)
+    with pytest.raises(InferenceError, match="its last weight sync failed"):
+        cluster.engines[0].call("submit", [request], cluster.version - 1).result(5)
+    assert cluster.publish()[0] == 1
+    cluster.check()
+
+
+def test_a_plan_that_is_not_the_trainers_is_refused(cluster: Cluster) -> None:
+    cluster.publisher._digest = "0" * 64
+    with pytest.raises(WeightSyncError, match="the plan must be the trainer's, 000000000000"):
+        cluster.publish()
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop"])
+def test_a_lost_trainer_rank_ends_the_sync_with_an_error(tmp_path: Path, kind: str) -> None:
+    """Nothing is committed, and nobody waits for ever."""
+    cluster = Cluster(tmp_path)
+    cluster.publish()
+    cluster.pipe.send((2, Fault(kind, SENT // 2)))
+    cluster.world.parameters = filled(TERMS.trainer, 0, 2)
+    with pytest.raises(SemionError, match="trainer rank"):
+        cluster.publisher.publish(2)
+    with pytest.raises(InferenceError, match="no weight version is committed"):
+        assert cluster.pool.version
+    cluster.close()
