@@ -1,0 +1,355 @@
+"""Which rectangle of which trainer shard goes to which place of which engine shard, in which message, by which route, and in
+one order for all: a pure function of layouts and sizes. It moves nothing and talks to nobody: every member computes the same.
+
+A stream is all that the engines' ranks of one tensor rank on one node need of one trainer cell. It is cut into buckets, the
+same objects for every node and data-parallel replica. One copy of a bucket enters a node, at an engine that passes it on to
+the node's others. Members of the channel are numbered: trainer ranks first, then engine by engine their tensor ranks.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from enum import Enum
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from engine.llama.layout import EngineLayout, Piece, Place, Shard, TrainerLayout, stage_layers, template
+
+if TYPE_CHECKING:
+    from engine.llama.hf import LlamaShape
+
+UNPACKED_BYTES = 1 << 20  # what is contiguous in both shards and at least this large travels alone, without being copied
+Cell = tuple[int, int]  # (pipeline rank, tensor rank) of the trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A place in a shard: row and column in the parameter's matrix, a vector [n] being [n, 1]."""
+
+    parameter: str
+    row: int
+    col: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A rectangle [rows, cols] of the Hugging Face tensor `name`, from a trainer's shard into an engine's."""
+
+    name: str
+    rows: int
+    cols: int
+    source: Spot
+    target: Spot
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What one message carries: its transfers' rectangles one after another, each row by row."""
+
+    cell: Cell  # of the trainer that holds it
+    target: int  # tensor rank of the engines that need it
+    transfers: tuple[Transfer, ...]
+    num_bytes: int
+    packed: bool  # False: one transfer, contiguous in both shards, which needs no staging memory
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One sending of a bucket into one node."""
+
+    bucket: Bucket
+    index: int  # in the global order
+    source: int  # trainer rank
+    route: tuple[int, ...]  # the node's engines: the first receives from the source and passes it to the others
+
+
+class Role(Enum):
+    """What a member does in a message."""
+
+    SEND = "send"
+    RECEIVE = "receive"  # from the trainer, for itself alone
+    RECEIVE_AND_FORWARD = "receive and forward"
+    RECEIVE_FROM_ENGINE = "receive from engine"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One weight sync: all messages in the one order in which every member takes its part of them."""
+
+    messages: tuple[Message, ...]
+    source: TrainerLayout
+    dp_size: int
+    target: EngineLayout
+    nodes: tuple[tuple[int, ...], ...]  # engines by node
+    dtype_bytes: int
+
+    @property
+    def trainer_size(self) -> int:
+        """Number of trainer ranks, the first members of the channel."""
+        return self.source.tp_size * self.source.pp_size * self.dp_size
+
+    @property
+    def num_members(self) -> int:
+        """Trainer ranks and all ranks of all engines."""
+        return self.trainer_size + sum(map(len, self.nodes)) * self.target.tp_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that leave the trainer: one copy for every node."""
+        return sum(message.bucket.num_bytes for message in self.messages)
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Every bucket once, in the order of its first sending."""
+        return tuple({id(message.bucket): message.bucket for message in self.messages}.values())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that members must agree on, in hexadecimal; equal in every process that has the same plan."""
+        buckets = self.buckets
+        number = {id(bucket): index for index, bucket in enumerate(buckets)}
+        order = array("q")
+        for message in self.messages:
+            order.extend((number[id(message.bucket)], message.source, *message.route))
+        sizes = (astuple(self.source), self.dp_size, astuple(self.target), self.nodes, self.dtype_bytes)
+        return hashlib.sha256(repr((sizes, buckets)).encode() + order.tobytes()).hexdigest()
+
+    def member(self, engine: int, tp_rank: int) -> int:
+        """The number of an engine's tensor rank in the channel."""
+        return self.trainer_size + engine * self.target.tp_size + tp_rank
+
+    def receivers(self, message: Message) -> tuple[int, ...]:
+        """Members that receive the message, the one that passes it on first."""
+        return tuple(self.member(engine, message.bucket.target) for engine in message.route)
+
+    def role(self, message: Message, member: int) -> Role | None:
+        """What the member does in the message, if anything."""
+        if member < self.trainer_size:
+            return Role.SEND if member == message.source else None
+        engine, tp_rank = divmod(member - self.trainer_size, self.target.tp_size)
+        if tp_rank != message.bucket.target or engine not in message.route:
+            return None
+        if engine != message.route[0]:
+            return Role.RECEIVE_FROM_ENGINE
+        return Role.RECEIVE_AND_FORWARD if len(message.route) > 1 else Role.RECEIVE
+
+    def messages_of(self, member: int) -> tuple[tuple[Message, Role], ...]:
+        """The messages in which a member takes part, in order, with its role."""
+        roles = ((message, self.role(message, member)) for message in self.messages)
+        return tuple((message, role) for message, role in roles if role is not None)
+
+
+def plan(
+    shape: LlamaShape,
+    dtype_bytes: int,
+    source: TrainerLayout,
+    dp_size: int,
+    target: EngineLayout,
+    nodes: tuple[tuple[int, ...], ...],
+    bucket_bytes: int,
+) -> ShardPlan:
+    """The plan of every weight sync between these layouts; both must pass layout's checks. `nodes` holds each engine once.
+
+    Every element of every engine shard arrives exactly once, straight from a rank that holds it. A bucket has at most
+    `bucket_bytes`, or is a single row of a rectangle. Replicas of a cell send equal shares, to within one bucket.
+    """
+    assert sorted(engine for node in nodes for engine in node) == list(range(sum(map(len, nodes)))), nodes
+    assert all(nodes) and bucket_bytes > 0 and dp_size > 0, (nodes, bucket_bytes, dp_size)
+    with _uncollected():
+        buckets = {
+            (cell, tp_rank): tuple(_fill(cell, tp_rank, routes, dtype_bytes, bucket_bytes))
+            for (cell, tp_rank), routes in sorted(_streams(shape, source, target).items())
+        }
+        messages = _order(buckets, source.tp_size, dp_size, nodes)
+    return ShardPlan(messages, source, dp_size, target, nodes, dtype_bytes)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection inside: everything made is kept, and looking for cycles in it would double the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """A transfer before the layer's number is known, and the cells that could send it."""
+
+    holders: tuple[Cell, ...]
+    target: int
+    transfer: Transfer
+    contiguous: bool  # whole rows of both shards
+
+    def numbered(self, layer: int) -> _Route:
+        number, t = str(layer), self.transfer
+        source = Spot(t.source.parameter.replace("{}", number), t.source.row, t.source.col)
+        target = Spot(t.target.parameter.replace("{}", number), t.target.row, t.target.col)
+        moved = Transfer(t.name.replace("{}", number), t.rows, t.cols, source, target)
+        return _Route(self.holders, self.target, moved, self.contiguous)
+
+    def rows(self, start: int, count: int) -> _Route:
+        """`count` of its rows from `start` on."""
+        t = self.transfer
+        source = Spot(t.source.parameter, t.source.row + start, t.source.col)
+        target = Spot(t.target.parameter, t.target.row + start, t.target.col)
+        return _Route(self.holders, self.target, Transfer(t.name, count, t.cols, source, target), self.contiguous)
+
+
+def _streams(
+    shape: LlamaShape, source: TrainerLayout, target: EngineLayout
+) -> dict[tuple[Cell, int], list[_Route]]:
+    """What goes from each cell to each tensor rank of the engines, layer by layer."""
+    places: tuple[tuple[Place, int], ...] = (("first", 0), ("layer", 0), ("last", source.pp_size - 1))
+    held = {
+        place: [((pp, tp), s) for tp in range(source.tp_size) for s in template(shape, source, place, tp)]
+        for place, pp in places
+    }
+    ends = held["first"] + held["last"]
+    streams: dict[tuple[Cell, int], list[_Route]] = {}
+
+    def add(routes: list[_Route], pp_rank: int | None, turn: int) -> None:
+        """Gives each route to one of its holders. Vectors take turns; a target's preferred holder is the one that sends it
+        most of the rest, so that few streams are made."""
+        for route in routes:
+            count = len(route.holders)
+            pp, tp = route.holders[(route.target * count + turn % count) // target.tp_size]
+            turn += count > 1 and route.target == 0
+            streams.setdefault(((pp if pp_rank is None else pp_rank, tp), route.target), []).append(route)
+
+    add(list(_routes(shape, ends, target, "first")), None, 0)
+    of_a_layer = list(_routes(shape, held["layer"], target, "layer"))
+    num_vectors = sum(len(route.holders) > 1 and route.target == 0 for route in of_a_layer)
+    for pp_rank, chunks in enumerate(stage_layers(shape, source)):
+        for layer in (layer for chunk in chunks for layer in chunk):
+            add([route.numbered(layer) for route in of_a_layer], pp_rank, layer * num_vectors)
+    add(list(_routes(shape, ends, target, "last")), None, 0)
+    return streams
+
+
+def _routes(
+    shape: LlamaShape, held: list[tuple[Cell, Shard]], target: EngineLayout, place: Place
+) -> Iterator[_Route]:
+    """Every overlap of what the engines' ranks need at a place with what trainer cells hold."""
+    holders: dict[str, dict[tuple[int, ...], list[tuple[Cell, Shard, Piece]]]] = {}
+    for cell, shard in held:
+        for p in shard.pieces:
+            holders.setdefault(p.name, {}).setdefault((p.row, p.col, p.rows, p.cols), []).append((cell, shard, p))
+    for tp_rank in range(target.tp_size):
+        for shard in template(shape, target, place, tp_rank):
+            for needed in shard.pieces:
+                for found in holders[needed.name].values():
+                    yield from _overlap(found, shard, needed, tp_rank)
+
+
+def _overlap(
+    found: list[tuple[Cell, Shard, Piece]], shard: Shard, needed: Piece, tp_rank: int
+) -> Iterator[_Route]:
+    """What one needed piece takes of a rectangle that one or more cells hold. A matrix with several holders, the tied
+    embedding, is shared out among them by rows; a vector is left whole."""
+    p = found[0][2]
+    row, col = max(needed.row, p.row), max(needed.col, p.col)
+    rows = min(needed.row + needed.rows, p.row + p.rows) - row
+    cols = min(needed.col + needed.cols, p.col + p.cols) - col
+    if rows <= 0 or cols <= 0:
+        return
+
+    def route(cells: tuple[Cell, ...], holder: Shard, piece: Piece) -> _Route:
+        source = Spot(piece.parameter, piece.shard_row + row - piece.row, piece.shard_col + col - piece.col)
+        place = Spot(needed.parameter, needed.shard_row + row - needed.row, needed.shard_col + col - needed.col)
+        contiguous = cols == _width(holder) == _width(shard)
+        return _Route(cells, tp_rank, Transfer(needed.name, rows, cols, source, place), contiguous)
+
+    if len(shard.shape) == 1 or len(found) == 1:
+        yield route(tuple(cell for cell, _, _ in found), *found[0][1:])
+        return
+    for index, (cell, holder, piece) in enumerate(found):
+        start, end = (i * rows // len(found) for i in (index, index + 1))
+        if start < end:
+            yield route((cell,), holder, piece).rows(start, end - start)
+
+
+def _width(shard: Shard) -> int:
+    return shard.shape[1] if len(shard.shape) == 2 else 1
+
+
+def _fill(cell: Cell, tp_rank: int, routes: list[_Route], dtype_bytes: int, bucket_bytes: int) -> Iterator[Bucket]:
+    """A stream as buckets: large contiguous transfers alone and cut evenly, the others together, as full as may be."""
+    held: list[Transfer] = []
+    held_bytes = 0
+    for route in routes:
+        rows, row_bytes = route.transfer.rows, route.transfer.cols * dtype_bytes
+        num_bytes = rows * row_bytes
+        if route.contiguous and num_bytes >= UNPACKED_BYTES:
+            most = max(1, bucket_bytes // row_bytes)
+            parts = -(-rows // most)
+            for part in range(parts):
+                start, end = part * rows // parts, (part + 1) * rows // parts
+                transfer = route.transfer if parts == 1 else route.rows(start, end - start).transfer
+                yield Bucket(cell, tp_rank, (transfer,), (end - start) * row_bytes, False)
+            continue
+        start = 0
+        while start < rows:
+            left = (rows - start) * row_bytes
+            fitting = min(rows - start, max(0, bucket_bytes - held_bytes) // row_bytes)
+            whole = fitting == rows - start
+            if held and (not fitting or (not whole and left <= bucket_bytes)):
+                yield Bucket(cell, tp_rank, tuple(held), held_bytes, True)  # the next one has room for all of it
+                held, held_bytes = [], 0
+                continue
+            count = max(1, fitting)
+            held.append(route.transfer if count == rows else route.rows(start, count).transfer)
+            held_bytes += count * row_bytes
+            start += count
+    if held:
+        yield Bucket(cell, tp_rank, tuple(held), held_bytes, True)
+
+
+def _order(
+    buckets: dict[tuple[Cell, int], tuple[Bucket, ...]], tp_size: int, dp_size: int, nodes: tuple[tuple[int, ...], ...]
+) -> tuple[Message, ...]:
+    """The k-th bucket of every stream before any (k + 1)-th. Within a round the streams come in waves, in each of which no
+    cell and no receiver occurs twice. The replica with the least to send so far sends; the entry into a node goes round."""
+    ranks = {cell: [(cell[0] * dp_size + dp) * tp_size + cell[1] for dp in range(dp_size)] for cell, _ in buckets}
+    loads = {cell: [0] * dp_size for cell in ranks}  # bytes sent by each replica
+    targets = sorted({tp_rank for _, tp_rank in buckets})
+    turns = [[node[i:] + node[:i] for i in range(len(node))] for node in nodes]
+    routes = {(node, tp_rank): cycle(turns[node]) for node in range(len(nodes)) for tp_rank in targets}
+    waiting = [
+        (buckets[cell, tp_rank], loads[cell], ranks[cell], routes[node, tp_rank])
+        for (cell, tp_rank), node in _waves(list(buckets), len(nodes))
+    ]
+    messages: list[Message] = []
+    k = 0
+    while waiting := [stream for stream in waiting if len(stream[0]) > k]:
+        for stream, sent, senders, route in waiting:
+            bucket = stream[k]
+            replica = sent.index(min(sent))
+            sent[replica] += bucket.num_bytes
+            messages.append(Message(bucket, len(messages), senders[replica], next(route)))
+        k += 1
+    return tuple(messages)
+
+
+def _waves(keys: list[tuple[Cell, int]], num_nodes: int) -> list[tuple[tuple[Cell, int], int]]:
+    """Every (stream's key, node), coloured greedily so that edges of one colour (wave) share neither cell nor receiver."""
+    busy: dict[object, int] = {}  # waves of a cell or of a receiver (node, tensor rank), as bits
+    waves = []
+    for cell, tp_rank in keys:
+        for node in range(num_nodes):
+            ends = (cell, (node, tp_rank, "receiver"))
+            taken = busy.get(ends[0], 0) | busy.get(ends[1], 0)
+            bit = ~taken & (taken + 1)  # the lowest wave in which both are free
+            for end in ends:
+                busy[end] = busy.get(end, 0) | bit
+            waves.append((bit, (cell, tp_rank), node))
+    return [(key, node) for _, key, node in sorted(waves)]
