@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     rollout = add_running("rollout", _rollout, "sample rollouts of run.steps steps from model.path, scored, to a file")
     rollout.add_argument("--output", required=True, metavar="FILE", help="JSONL file to make")
     add_running("eval", _eval, "held-out accuracy of model.path")
+    plan = add("plan", _plan, "say what a weight sync will move, by which links and how fast, without starting anything")
+    plan.add_argument("--network-gigabytes-per-second", type=float, default=45.0, help="of one GPU, between nodes (45)")
+    plan.add_argument("--nvlink-gigabytes-per-second", type=float, default=350.0, help="of one GPU, inside a node (350)")
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of an inference node (8)")
+    plan.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     export = add("export", _export, "verify a checkpoint and copy its policy as a Hugging Face model", config=False)
     export.add_argument("checkpoint", help="a run's directory (its newest checkpoint) or one checkpoint's folder")
     export.add_argument("destination", help="folder to make")
@@ -176,6 +181,19 @@ def _eval(options: argparse.Namespace) -> None:
         result = evaluate(config, held_out.prompts, Pool(cluster.start_engines(), config.inference.timeout_seconds), reward)
     _print_accuracies([{"step": config.model.path} | result.summary()])
     _write(result.summary() | {"records": list(result.records)}, None, options.json)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from engine.observe.progress import print_table
+    from engine.planner import Machine, plan_sync, table
+
+    machine = Machine(
+        options.network_gigabytes_per_second, options.nvlink_gigabytes_per_second, options.gpus_per_node
+    )
+    figures = plan_sync(config, machine)
+    print_table(f"semion plan {options.config}", table(figures))
+    _write(figures, None, options.json)
 
 
 def _export(options: argparse.Namespace) -> None:

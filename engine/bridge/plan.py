@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from enum import Enum
+from functools import reduce
 from itertools import cycle
+from operator import and_
 from typing import TYPE_CHECKING
 
 from engine.llama.layout import EngineLayout, Piece, Place, Shard, TrainerLayout, stage_layers, template
@@ -226,13 +228,13 @@ def _streams(
             turn += count > 1 and route.target == 0
             streams.setdefault(((pp if pp_rank is None else pp_rank, tp), route.target), []).append(route)
 
-    add(list(_routes(shape, ends, target, "first")), None, 0)
     of_a_layer = list(_routes(shape, held["layer"], target, "layer"))
     num_vectors = sum(len(route.holders) > 1 and route.target == 0 for route in of_a_layer)
     for pp_rank, chunks in enumerate(stage_layers(shape, source)):
         for layer in (layer for chunk in chunks for layer in chunk):
             add([route.numbered(layer) for route in of_a_layer], pp_rank, layer * num_vectors)
-    add(list(_routes(shape, ends, target, "last")), None, 0)
+    # At the end, so that the streams of all stages have messages of the same sizes side by side for as long as they can.
+    add([*_routes(shape, ends, target, "first"), *_routes(shape, ends, target, "last")], None, 0)
     return streams
 
 
@@ -269,7 +271,7 @@ def _overlap(
         contiguous = cols == _width(holder) == _width(shard)
         return _Route(cells, tp_rank, Transfer(needed.name, rows, cols, source, place), contiguous)
 
-    if cols == 1 or len(found) == 1:
+    if len(shard.shape) == 1 or len(found) == 1:
         yield route(tuple(cell for cell, _, _ in found), *found[0][1:])
         return
     for index, (cell, holder, piece) in enumerate(found):
@@ -300,7 +302,7 @@ def _fill(cell: Cell, tp_rank: int, routes: list[_Route], dtype_bytes: int, buck
         start = 0
         while start < rows:
             left = (rows - start) * row_bytes
-            fitting = min(rows - start, (bucket_bytes - held_bytes) // row_bytes)
+            fitting = min(rows - start, max(0, bucket_bytes - held_bytes) // row_bytes)
             whole = fitting == rows - start
             if held and (not fitting or (not whole and left <= bucket_bytes)):
                 yield Bucket(cell, tp_rank, tuple(held), held_bytes, True)  # the next one has room for all of it
@@ -317,8 +319,8 @@ def _fill(cell: Cell, tp_rank: int, routes: list[_Route], dtype_bytes: int, buck
 def _order(
     buckets: dict[tuple[Cell, int], tuple[Bucket, ...]], tp_size: int, dp_size: int, nodes: tuple[tuple[int, ...], ...]
 ) -> tuple[Message, ...]:
-    """The k-th bucket of every stream before any (k + 1)-th. Within a round the streams come in waves, in each of which no
-    cell and no receiver occurs twice. The replica with the least to send so far sends; the entry into a node goes round."""
+    """The k-th bucket of every stream before any (k + 1)-th. Within a round the streams come in waves, whose messages can all
+    travel at once. The replica with the least to send so far sends; the entry into a node goes round."""
     ranks = {cell: [(cell[0] * dp_size + dp) * tp_size + cell[1] for dp in range(dp_size)] for cell, _ in buckets}
     loads = {cell: [0] * dp_size for cell in ranks}  # bytes sent by each replica
     targets = sorted({tp_rank for _, tp_rank in buckets})
@@ -326,7 +328,7 @@ def _order(
     routes = {(node, tp_rank): cycle(turns[node]) for node in range(len(nodes)) for tp_rank in targets}
     waiting = [
         (buckets[cell, tp_rank], loads[cell], ranks[cell], routes[node, tp_rank])
-        for (cell, tp_rank), node in _waves(list(buckets), len(nodes))
+        for (cell, tp_rank), node in _waves(list(buckets), dp_size, nodes)
     ]
     messages: list[Message] = []
     k = 0
@@ -340,16 +342,23 @@ def _order(
     return tuple(messages)
 
 
-def _waves(keys: list[tuple[Cell, int]], num_nodes: int) -> list[tuple[tuple[Cell, int], int]]:
-    """Every (stream's key, node), coloured greedily so that edges of one colour (wave) share neither cell nor receiver."""
-    busy: dict[object, int] = {}  # waves of a cell or of a receiver (node, tensor rank), as bits
+def _waves(
+    keys: list[tuple[Cell, int]], dp_size: int, nodes: tuple[tuple[int, ...], ...]
+) -> list[tuple[tuple[Cell, int], int]]:
+    """Every (stream's key, node), coloured greedily: in one colour (wave) a cell occurs once a replica at most, and a
+    receiver, the ranks of one tensor rank on one node, once an engine."""
+    seats: dict[object, list[int]] = {}  # a cell's or receiver's waves as bits, one integer for each replica or engine
     waves = []
     for cell, tp_rank in keys:
-        for node in range(num_nodes):
-            ends = (cell, (node, tp_rank, "receiver"))
-            taken = busy.get(ends[0], 0) | busy.get(ends[1], 0)
-            bit = ~taken & (taken + 1)  # the lowest wave in which both are free
-            for end in ends:
-                busy[end] = busy.get(end, 0) | bit
-            waves.append((bit, (cell, tp_rank), node))
-    return [(key, node) for _, key, node in sorted(waves)]
+        for node, engines in enumerate(nodes):
+            ends = (
+                seats.setdefault(cell, [0] * dp_size),
+                seats.setdefault((node, tp_rank, "receiver"), [0] * len(engines)),
+            )
+            taken = reduce(and_, ends[0]) | reduce(and_, ends[1])
+            bit = ~taken & (taken + 1)  # the lowest wave in which both have a seat
+            first = [next(i for i, bits in enumerate(end) if not bits & bit) for end in ends]
+            for end, seat in zip(ends, first, strict=True):
+                end[seat] |= bit
+            waves.append((bit, first[0], (cell, tp_rank), node))
+    return [(key, node) for _, _, key, node in sorted(waves)]

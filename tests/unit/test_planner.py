@@ -1,0 +1,149 @@
+"""`semion plan`: its figures for the configurations in configs/scale against numbers worked out by hand, its table and its
+JSON; and that what it measures would show a plan that is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import cli
+from engine.bridge.plan import ShardPlan, plan
+from engine.config import load_config
+from engine.llama.hf import LlamaShape
+from engine.llama.layout import EngineLayout, TrainerLayout
+from engine.planner import Machine, measure
+
+ROOT = Path(__file__).parents[2]
+PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496, "405b": 405_853_388_800}
+SMALL = LlamaShape(4, 8, 4, 2, 2, 12, 100, 1e4, None, 1e-5, False, 16)
+SMALL_PLAN = plan(SMALL, 4, TrainerLayout(2, 2), 2, EngineLayout(2), ((0, 1), (2,)), 1000)
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch, capsys):
+    """Runs `semion plan` on a file of configs/scale; its JSON and what it printed."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(name: str, *more: str) -> tuple[dict[str, Any], str]:
+        path = tmp_path / "plan.json"
+        assert cli.main(["plan", f"configs/scale/llama-3.1-{name}.toml", *more, "--json", str(path)]) == 0
+        return json.loads(path.read_text()), capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_scale_configurations(name, planned):
+    """Everything direct, nothing twice, one copy a node, replicas alike; a replay close to the busiest link."""
+    figures, _ = planned(name)
+    weights = 2 * PARAMETERS[name]
+    assert figures["num_bytes"] == weights
+    assert figures["direct_fraction"] == figures["received_over_needed"] == 1.0
+    # Every tensor rank of an engine has norms of its own: they alone are more than the weights once.
+    norms = figures["received_by_node"]["max"] - weights
+    assert 0 <= norms < 1e-4 * weights
+    assert figures["trainer_to_node_bytes"] == figures["nodes"] * figures["received_by_node"]["max"]
+    assert figures["received_by_engine_rank"]["mean"] * figures["engine_ranks"] == pytest.approx(
+        figures["trainer_to_node_bytes"] + figures["within_node_bytes"]
+    )
+    assert figures["sent_by_trainer_rank"]["mean"] * figures["trainer_ranks"] == pytest.approx(
+        figures["trainer_to_node_bytes"]
+    )
+    assert figures["sent_by_trainer_rank"]["max"] < 1.01 * figures["sent_by_trainer_rank"]["mean"]
+    assert figures["seconds_at_least"] <= figures["seconds"] < 1.1 * figures["seconds_at_least"]
+
+
+def test_the_layouts_of_the_scale_configurations(planned):
+    """405B: 512 trainer ranks, 16 engines of 8 ranks on as many nodes, and no byte within a node."""
+    figures, _ = planned("405b")
+    assert (figures["trainer_ranks"], figures["engines"], figures["engine_ranks"], figures["nodes"]) == (512, 16, 128, 16)
+    assert figures["within_node_bytes"] == 0
+    figures, _ = planned("8b")
+    assert (figures["trainer_ranks"], figures["engines"], figures["nodes"]) == (8, 4, 1)
+    assert figures["within_node_bytes"] == 3 * figures["num_bytes"]
+
+
+def test_options_change_what_they_should(planned):
+    """Twice the network halves the busiest link; nodes of two GPUs take two copies for four engines; and the table says so."""
+    figures, _ = planned("8b")
+    faster, _ = planned("8b", "--network-gigabytes-per-second", "90")
+    assert faster["seconds_at_least"] == pytest.approx(figures["seconds_at_least"] / 2)
+    apart, said = planned("8b", "sync.bucket_mebibytes=16", "--gpus-per-node", "2")
+    assert apart["trainer_to_node_bytes"] == 2 * figures["trainer_to_node_bytes"]
+    assert apart["num_buckets"] > figures["num_buckets"]
+    assert apart["staging_of_engine_rank"] <= 16 << 20
+    for cell in ("100.00%", "1.0000", "received by each of 2 nodes", "32.121 GB", f"{apart['num_messages']:,}"):
+        assert cell in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--network-gigabytes-per-second", "0"], ("--network-gigabytes-per-second", "found 0.0")),
+        (["--nvlink-gigabytes-per-second", "nan"], ("--nvlink-gigabytes-per-second", "found nan")),
+        (["--gpus-per-node", "-1"], ("--gpus-per-node", "found -1")),
+        (["inference.tensor_parallel=16"], ("inference.tensor_parallel", "found 16 with --gpus-per-node 8")),
+        (["inference.tensor_parallel=3"], ("inference.tensor_parallel must divide", "key-value heads", "found 3")),
+        (["trainer.pipeline_parallel=5"], ("trainer.pipeline_parallel", "32 layers", "found 5")),
+        (["trainer.first_stage_layers=40"], ("trainer.first_stage_layers", "found 40 and None")),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, parts, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["plan", "configs/scale/llama-3.1-8b.toml", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(part in said for part in parts), said
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_scale_configurations_are_valid(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(f"configs/scale/llama-3.1-{name}.toml")
+    assert (ROOT / config.model.path / "config.json").is_file()
+
+
+def with_first(**changes: Any) -> ShardPlan:
+    """The small plan with another first message."""
+    first, *rest = SMALL_PLAN.messages
+    return replace(SMALL_PLAN, messages=(replace(first, **changes), *rest))
+
+
+def replace_spot(side: str) -> ShardPlan:
+    """The small plan with the first transfer of its first message a row off on one side."""
+    bucket = SMALL_PLAN.messages[0].bucket
+    transfer, *others = bucket.transfers
+    spot = getattr(transfer, side)
+    moved = replace(transfer, **{side: replace(spot, row=spot.row + 1)})
+    return with_first(bucket=replace(bucket, transfers=(moved, *others)))
+
+
+def test_a_plan_that_takes_what_is_not_there_is_not_direct():
+    """A source outside its piece, a target outside its piece, a rank of another cell."""
+    assert measure(SMALL, SMALL_PLAN, Machine())["direct_fraction"] == 1.0
+    wrong_rank = with_first(source=SMALL_PLAN.messages[0].source ^ 1)
+    for made in (replace_spot("source"), replace_spot("target"), wrong_rank):
+        assert 0.5 < measure(SMALL, made, Machine())["direct_fraction"] < 1.0
+
+
+def test_a_plan_that_sends_twice_or_not_at_all_shows():
+    once = SMALL_PLAN.messages
+    twice, less = (replace(SMALL_PLAN, messages=messages) for messages in ((*once, once[0]), once[1:]))
+    assert measure(SMALL, twice, Machine())["received_over_needed"] > 1.0
+    assert measure(SMALL, less, Machine())["received_over_needed"] < 1.0
+
+
+def test_the_replay_by_hand():
+    """One trainer rank to one node of two engines, one bucket: over the network once, then over NVLink once."""
+    made = plan(SMALL, 4, TrainerLayout(), 1, EngineLayout(), ((0, 1),), 1 << 30)
+    (message,) = made.messages
+    figures = measure(SMALL, made, Machine(2.0, 4.0))
+    assert figures["seconds"] == pytest.approx(message.bucket.num_bytes * (1 / 2e9 + 1 / 4e9))
+    assert figures["seconds_at_least"] == pytest.approx(message.bucket.num_bytes / 2e9)
+    assert figures["staging_of_trainer_rank"] == figures["staging_of_engine_rank"] == message.bucket.num_bytes
