@@ -21,6 +21,7 @@ from engine.bridge.transport import Deadline, Pending, Transport, TransportError
 from engine.errors import WeightSyncError
 from engine.llama.layout import rectangle
 
+UNDELIVERED = "was not delivered"  # in the words of every failure that may be an echo of another
 WINDOW = 2  # messages of a member under way at once
 
 
@@ -255,7 +256,7 @@ def _finish(pending: Pending, what: str, deadline: Deadline) -> None:
     try:
         pending.wait(deadline)
     except TransportError as error:
-        raise WeightSyncError(f"{what} was not delivered: {error}") from error
+        raise WeightSyncError(f"{what} {UNDELIVERED}: {error}") from error
 
 
 def _forwards(work: tuple[Message, Role]) -> bool:

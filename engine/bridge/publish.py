@@ -11,18 +11,20 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from engine.bridge.exchange import Sender
+from engine.bridge.exchange import UNDELIVERED, Sender
 from engine.bridge.terms import SyncTerms
 from engine.bridge.transport import (
     Deadline,
     Rendezvous,
     Transport,
     TransportError,
+    first_line,
     join_store,
     listen,
     open_transport,
@@ -32,7 +34,7 @@ from engine.errors import WeightSyncError
 from engine.llama.layout import ExportBucket
 
 ATTEMPTS = 3  # a fault that outlives two repetitions is no accident
-PATIENCE_SECONDS = 1.0  # beyond the deadline, for an engine to say what it ran into
+ENGINE_PATIENCE, RANK_PATIENCE = 1.0, 2.0  # seconds beyond the timeout for engines, then ranks, to say what they ran into
 REASON_BYTES = 1024  # of a rank's failure, as the others are told it
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,10 @@ class Engines(Protocol):
         """See Pool.unverified."""
         ...
 
+    def replace_lost(self) -> None:
+        """See Pool.replace_lost."""
+        ...
+
     def commit(self, version: int) -> None:
         """See Pool.commit."""
         ...
@@ -115,6 +121,7 @@ class Publisher:
         self._sender = Sender(self._plan, place.rank, terms.torch_dtype, place.device)
         self._transport: Transport | None = None
         self._epoch = -1
+        self._ranks = dist.new_group(backend="gloo")
         port = torch.zeros(1, dtype=torch.int64, device=place.device)
         server = None
         if place.rank == 0:
@@ -144,7 +151,8 @@ class Publisher:
 
     def _attempt(self, version: int) -> str:
         """One try at a whole sync; why it failed, in the same words on every rank, or nothing."""
-        deadline, failure = Deadline(self._timeout), ""
+        deadline, settled = Deadline(self._timeout), Deadline(self._timeout + RANK_PATIENCE)
+        reasons: list[str] = []
         futures = None
         if self._transport is None:
             self._epoch += 1
@@ -156,15 +164,17 @@ class Publisher:
                 self._transport = open_transport(self._terms.transport, self._store, self._place.rank, meeting)
             self._sender.send(self._source.parameters, self._transport, deadline)
         except (TransportError, WeightSyncError) as error:
-            failure = f"trainer rank {self._place.rank}: {error}"
+            reasons.append(f"trainer rank {self._place.rank}: {error}")
             self._close()
         if self._pool is not None:
-            doubtful = self._pool.unverified(version, futures, deadline.remaining() + PATIENCE_SECONDS)
-            # What an engine says of itself says more than that its message broke.
-            failure = "; ".join(f"engine {engine}: {why}" for engine, why in doubtful.items()) or failure
-        failure = self._agreed(failure)
+            doubtful = self._pool.unverified(version, futures, deadline.remaining() + ENGINE_PATIENCE)
+            reasons += [f"engine {engine}: {why}" for engine, why in doubtful.items()]
+        failure = self._agreed(_most_telling(reasons), settled)
         if failure:
             self._close()
+            if self._pool is not None:
+                self._pool.replace_lost()
+            dist.barrier()  # an engine may need minutes to start: the others wait here, not at the next rendezvous
         return failure
 
     def _call(self) -> dict[str, Any]:
@@ -183,18 +193,25 @@ class Publisher:
             self._transport.close()
         self._transport = None
 
-    def _agreed(self, failure: str) -> str:
-        """The failure of the lowest rank that has one, told to all: nobody goes on to a collective that others left."""
-        mine = torch.zeros(REASON_BYTES, dtype=torch.uint8, device=self._place.device)
+    def _agreed(self, failure: str, settled: Deadline) -> str:
+        """The most telling of the ranks' failures, told to all: nobody goes on to a collective that others left."""
+        mine = torch.zeros(REASON_BYTES, dtype=torch.uint8)
         text = failure.encode()[:REASON_BYTES]
         mine[: len(text)] = torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)[: len(text)]
         reasons = [torch.empty_like(mine) for _ in range(self._place.world_size)]
         try:
-            dist.all_gather(reasons, mine)
+            work = dist.all_gather(reasons, mine, group=self._ranks, async_op=True)
+            work.wait(timedelta(seconds=settled.remaining()))
         except RuntimeError as error:
-            raise WeightSyncError(f"a trainer rank is gone or late after a weight sync: {error}; {failure}") from error
-        found = [bytes(reason.tolist()).rstrip(b"\0").decode(errors="ignore") for reason in reasons]
-        return next((reason for reason in found if reason), "")
+            why = f"{failure}; {first_line(error)}" if failure else first_line(error)
+            raise WeightSyncError(f"a trainer rank is gone, or late after a weight sync: {why}") from error
+        return _most_telling([bytes(reason.tolist()).rstrip(b"\0").decode(errors="ignore") for reason in reasons])
+
+
+def _most_telling(reasons: list[str]) -> str:
+    """The first that is more than a message which was not delivered: that is an echo of a failure elsewhere."""
+    found = [reason for reason in reasons if reason]
+    return next((reason for reason in found if UNDELIVERED not in reason), found[0] if found else "")
 
 
 def stream_to_first_rank(

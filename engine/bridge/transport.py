@@ -110,7 +110,7 @@ def open_transport(kind: Kind, store: dist.Store, member: int, meeting: Rendezvo
     try:
         return (Gloo if kind == "gloo" else Nccl)(epoch, member, meeting)
     except RuntimeError as error:
-        raise TransportError(f"member {member} did not meet the others: {_first_line(error)}") from error
+        raise TransportError(f"member {member} did not meet the others: {first_line(error)}") from error
 
 
 class Gloo:
@@ -178,7 +178,7 @@ class _Started:
         try:
             self._work.wait(datetime.timedelta(seconds=deadline.remaining()))
         except RuntimeError as error:
-            raise TransportError(_first_line(error)) from error
+            raise TransportError(first_line(error)) from error
 
 
 class _Polled:
@@ -195,17 +195,17 @@ class _Polled:
                 time.sleep(1e-4)
             self._work.wait()
         except RuntimeError as error:
-            raise TransportError(_first_line(error)) from error
+            raise TransportError(first_line(error)) from error
 
 
 def _start(call: Any) -> Pending:
     try:
         return _Started(call())
     except RuntimeError as error:
-        raise TransportError(_first_line(error)) from error
+        raise TransportError(first_line(error)) from error
 
 
-def _first_line(error: RuntimeError) -> str:
+def first_line(error: RuntimeError) -> str:
     """torch's words without the path of its source and its advice."""
     line = str(error).splitlines()[0] if str(error) else type(error).__name__
     line = line.split("] ", 1)[1] if line.startswith("[") and "] " in line else line

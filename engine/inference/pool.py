@@ -60,6 +60,7 @@ class Pool:
     def __init__(self, engines: Sequence[EngineHandle], timeout_seconds: float) -> None:
         self._engines = tuple(engines)
         self._timeout = timeout_seconds
+        self._lost: list[int] = []
         self._version: int | None = 0  # engines load the seed model; None while a sync is under way or has failed
 
     def describe(self) -> list[dict[str, str]]:
@@ -134,29 +135,32 @@ class Pool:
     def unverified(self, version: int, futures: Sequence[Future], seconds: float) -> dict[int, str]:
         """Waits at most `seconds` for all engines' word on `version`; why those are in doubt that did not verify it.
 
-        They are quarantined: an engine answers no request before it has verified a version in full. One that is gone or
-        gave no answer is started anew, which takes up to inference.timeout_seconds; InferenceError if that fails.
+        They are quarantined: an engine answers no request before it has verified a version in full. Those that are gone
+        or gave no answer are lost until `replace_lost`.
         """
         deadline = time.monotonic() + seconds
         reasons: dict[int, str] = {}
-        lost = []
         for engine, future in enumerate(futures):
             try:
                 verified = future.result(max(0.0, deadline - time.monotonic()))
                 assert verified == version, (engine, verified, version)
             except TimeoutError:
                 reasons[engine] = f"no answer within {seconds:.0f} s"
-                lost.append(engine)
+                self._lost.append(engine)
             except EngineLostError as error:
                 reasons[engine] = str(error)
-                lost.append(engine)
+                self._lost.append(engine)
             except SemionError as error:
                 reasons[engine] = str(error)
+        return reasons
+
+    def replace_lost(self) -> None:
+        """Starts lost engines anew, within inference.timeout_seconds; InferenceError if that fails."""
+        lost, self._lost = self._lost, []
         for engine in lost:
             self._engines[engine].restart()
         for engine in lost:
             self._result(self._engines[engine].call("describe"), engine, "start again")
-        return reasons
 
     def commit(self, version: int) -> None:
         """Serves `version`, which every engine has verified."""
