@@ -87,8 +87,8 @@ class Trainer(Section):
     tensor_parallel: Positive = 1
     pipeline_parallel: Positive = 1
     virtual_pipeline: Positive = Field(1, description="model chunks per pipeline stage")
-    first_stage_layers: Positive | None = Field(None, description="of the first pipeline stage; unset: as the others")
-    last_stage_layers: Positive | None = Field(None, description="of the last pipeline stage; unset: as the others")
+    first_stage_layers: Positive | None = Field(None, description="layers of the first stage; unset: as the others")
+    last_stage_layers: Positive | None = Field(None, description="layers of the last stage; unset: as the others")
     data_parallel: Positive = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False

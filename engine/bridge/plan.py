@@ -219,22 +219,24 @@ def _streams(
     ends = held["first"] + held["last"]
     streams: dict[tuple[Cell, int], list[_Route]] = {}
 
-    def add(routes: list[_Route], pp_rank: int | None, turn: int) -> None:
-        """Gives each route to one of its holders. Vectors take turns; a target's preferred holder is the one that sends it
-        most of the rest, so that few streams are made."""
-        for route in routes:
-            count = len(route.holders)
-            pp, tp = route.holders[(route.target * count + turn % count) // target.tp_size]
-            turn += count > 1 and route.target == 0
-            streams.setdefault(((pp if pp_rank is None else pp_rank, tp), route.target), []).append(route)
+    turns = [0] * target.tp_size
+
+    def add(route: _Route, pp_rank: int | None) -> None:
+        """Gives a route to one of its holders. Vectors take turns; as few streams as possible are made for them, since a
+        target's holders are mostly those that send it the rest."""
+        count, turn = len(route.holders), turns[route.target]
+        turns[route.target] += count > 1
+        pp, tp = route.holders[(route.target * count + turn % count) // target.tp_size]
+        streams.setdefault(((pp if pp_rank is None else pp_rank, tp), route.target), []).append(route)
 
     of_a_layer = list(_routes(shape, held["layer"], target, "layer"))
-    num_vectors = sum(len(route.holders) > 1 and route.target == 0 for route in of_a_layer)
     for pp_rank, chunks in enumerate(stage_layers(shape, source)):
         for layer in (layer for chunk in chunks for layer in chunk):
-            add([route.numbered(layer) for route in of_a_layer], pp_rank, layer * num_vectors)
+            for route in of_a_layer:
+                add(route.numbered(layer), pp_rank)
     # At the end, so that the streams of all stages have messages of the same sizes side by side for as long as they can.
-    add([*_routes(shape, ends, target, "first"), *_routes(shape, ends, target, "last")], None, 0)
+    for route in (*_routes(shape, ends, target, "first"), *_routes(shape, ends, target, "last")):
+        add(route, None)
     return streams
 
 

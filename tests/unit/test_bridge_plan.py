@@ -300,7 +300,7 @@ def test_8b_from_two_by_two_to_one() -> None:
     assert all(a[0] != b[0] and a[1] != b[1] for a, b in pairwise(neighbours))
 
 
-@pytest.mark.parametrize(("tp_size", "engine_size"), [(2, 4), (4, 4), (8, 4), (8, 1), (2, 1)])
+@pytest.mark.parametrize(("tp_size", "engine_size"), [(2, 4), (4, 4), (8, 4), (8, 1), (2, 1), (1, 8)])
 def test_what_many_hold_is_sent_by_one_and_in_turns(tp_size: int, engine_size: int) -> None:
     """Norms: by each tensor rank as often, and along streams that exist anyway; a tied embedding: half by either end."""
     shape = replace(LLAMA_8B, tied=True)
