@@ -20,6 +20,7 @@ import torch.distributed as dist
 from engine.bridge.exchange import UNDELIVERED, Sender
 from engine.bridge.terms import SyncTerms
 from engine.bridge.transport import (
+    UNMET,
     Deadline,
     Rendezvous,
     Transport,
@@ -209,9 +210,10 @@ class Publisher:
 
 
 def _most_telling(reasons: list[str]) -> str:
-    """The first that is more than a message which was not delivered: that is an echo of a failure elsewhere."""
+    """The first that is more than a message or a member that did not come: those are echoes of a failure elsewhere."""
     found = [reason for reason in reasons if reason]
-    return next((reason for reason in found if UNDELIVERED not in reason), found[0] if found else "")
+    telling = (reason for reason in found if UNDELIVERED not in reason and UNMET not in reason)
+    return next(telling, found[0] if found else "")
 
 
 def stream_to_first_rank(

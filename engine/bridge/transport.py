@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 Kind = Literal["gloo", "nccl"]
+UNMET = "did not meet the others"  # in the words of every failure to open a transport
 
 
 class TransportError(Exception):
@@ -110,7 +111,7 @@ def open_transport(kind: Kind, store: dist.Store, member: int, meeting: Rendezvo
     try:
         return (Gloo if kind == "gloo" else Nccl)(epoch, member, meeting)
     except RuntimeError as error:
-        raise TransportError(f"member {member} did not meet the others: {first_line(error)}") from error
+        raise TransportError(f"member {member} {UNMET}: {first_line(error)}") from error
 
 
 class Gloo:

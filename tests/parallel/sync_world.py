@@ -15,6 +15,7 @@ import threading
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from engine.llama import layout
 from engine.llama.hf import LlamaShape
 from engine.llama.layout import EngineLayout, TrainerLayout
 
+os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])  # the server of forks imports this file once
 FORK = get_context("forkserver")
 FORK.set_forkserver_preload([__name__])
 SHAPE = LlamaShape(
@@ -177,7 +179,8 @@ class FakeLlm:
             start_weight_update=lambda: None, finish_weight_update=lambda: None, update_weights=self.inbox.update_weights
         )
         self.llm_engine = self
-        self._version, self._waiting = "0", []
+        self._version = "0"
+        self._waiting: list[str] = []
 
     def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[str]:
         """Calls the worker."""
@@ -334,20 +337,21 @@ def arm_trainer(world: World, publisher: Publisher, fault: Fault) -> None:
         name = "output_layer.weight"
         world.parameters[name] = world.parameters[name].bfloat16()
     elif fault.kind == "swap":
-        sender, send = publisher._sender, publisher._sender.send
+        sender: Any = publisher._sender
+        send = sender.send
         original = list(sender._messages)
         whole = [i for i, message in enumerate(original) if not message.bucket.packed]
         one, other = whole[0], next(i for i in whole if original[i].bucket.transfers[0].name == "lm_head.weight")
 
         def swapped(*arguments: Any) -> None:
             sender._messages[one], sender._messages[other] = original[other], original[one]
-            sender.send = send  # type: ignore[method-assign]
+            sender.send = send
             try:
                 send(*arguments)
             finally:
                 sender._messages[:] = original
 
-        sender.send = swapped  # type: ignore[method-assign]
+        sender.send = swapped
     else:
         Arm(publisher, "_transport")(fault)
 
