@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -23,17 +24,24 @@ class ShardDigest:
         """`columns`: column_weights of the widest parameter, on the device of what will be digested."""
         self._index = {name: i for i, name in enumerate(parameters)}
         self._columns = columns
-        self.sums = torch.zeros(len(parameters), dtype=torch.int64, device=columns.device)
+        self._places: list[int] = []
+        self._parts: list[torch.Tensor] = []
 
     def add(self, parameter: str, row: int, col: int, block: torch.Tensor) -> None:
         """Adds a rectangle [rows, cols] that lies at (row, col) of the parameter."""
-        index = self._index[parameter]
-        seed = _seed(parameter)
-        self.sums[index : index + 1] += block_digest(block, row=row, col=col, seed=seed, columns=self._columns)
+        self._places.append(self._index[parameter])
+        self._parts.append(block_digest(block, row=row, col=col, seed=_seed(parameter), columns=self._columns))
+
+    def sums(self) -> torch.Tensor:
+        """What has been added so far."""
+        total = torch.zeros(len(self._index), dtype=torch.int64, device=self._columns.device)
+        if self._parts:
+            total.index_add_(0, torch.tensor(self._places, device=total.device), torch.cat(self._parts))
+        return total
 
     def differing(self, expected: torch.Tensor) -> list[str]:
         """The parameters whose sums are not the expected ones."""
-        wrong = (self.sums != expected).tolist()
+        wrong = (self.sums() != expected).tolist()
         return [name for name, i in self._index.items() if wrong[i]]
 
 
@@ -43,5 +51,6 @@ def weights_for(buckets: Sequence[Bucket], device: torch.device) -> torch.Tensor
     return column_weights(max(widths, default=0), device)
 
 
+@lru_cache(maxsize=1 << 16)
 def _seed(parameter: str) -> int:
     return int.from_bytes(hashlib.blake2b(parameter.encode(), digest_size=8).digest())

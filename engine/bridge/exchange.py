@@ -77,9 +77,10 @@ class Sender:
         under_way.finish()
         tails = []
         for (engines, target), digest in sums.items():
-            tails += [transport.send(digest.sums, self._plan.member(engine, target)) for engine in engines]
+            expected = digest.sums()
+            tails += [transport.send(expected, self._plan.member(engine, target)) for engine in engines]
         for tail in tails:
-            _finish(tail, "the digests", deadline)
+            _finish(tail, deadline)
 
     def _pack(self, bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> torch.Tensor:
         views = [rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols) for t in bucket.transfers]
@@ -125,7 +126,7 @@ class Receiver:
             post(index)
         for index, (message, _) in enumerate(self._work):
             buffer, pending = posted.popleft()
-            _finish(pending, describe(self._plan, message), deadline)
+            _finish(pending, deadline, self._plan, message)
             for peer in self._plan.receivers(message)[1:] if _forwards(self._work[index]) else ():
                 forwards.add(message, transport.send(buffer, peer))
             self._place(message.bucket, buffer, shards)
@@ -158,10 +159,10 @@ class Receiver:
                 shards.complete(name)
 
     def _verify(self, held: ShardDigest, transport: Transport, deadline: Deadline) -> None:
-        expected = torch.zeros_like(held.sums)
+        expected = torch.zeros_like(held.sums())
         for source in self._senders:
             part = torch.empty_like(expected)
-            _finish(transport.receive(part, source), f"the digests of trainer rank {source}", deadline)
+            _finish(transport.receive(part, source), deadline)
             expected += part
         if wrong := held.differing(expected):
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -249,13 +250,16 @@ class _UnderWay:
 
     def _finish_one(self) -> None:
         message, pending = self._queue.popleft()
-        _finish(pending, describe(self._plan, message), self._deadline)
+        _finish(pending, self._deadline, self._plan, message)
 
 
-def _finish(pending: Pending, what: str, deadline: Deadline) -> None:
+def _finish(
+    pending: Pending, deadline: Deadline, plan: ShardPlan | None = None, message: Message | None = None
+) -> None:
     try:
         pending.wait(deadline)
     except TransportError as error:
+        what = "a vector of digests" if plan is None or message is None else describe(plan, message)
         raise WeightSyncError(f"{what} {UNDELIVERED}: {error}") from error
 
 
