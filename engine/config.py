@@ -70,6 +70,9 @@ class Sync(Section):
     sync_interval: Positive | Literal["never"] = Field(1, description="s: 1 online, k semi-online, 'never' offline")
     reference: Positive | Literal["never", "follow"] = "never"
     bucket_mebibytes: Positive = Field(64, description="weights sent together in one message")
+    transport: Literal["auto", "gloo", "nccl", "ipc"] = Field(
+        "auto", description="'ipc': shared memory of one machine or GPU; 'auto': NCCL where there are GPUs, else gloo"
+    )
     timeout_seconds: PositiveFloat = 120.0
 
 

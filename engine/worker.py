@@ -299,9 +299,17 @@ def open_publisher(config: RunConfig, policy: Policy, topology: Topology, host: 
         engine=EngineLayout(config.inference.tensor_parallel, whole=config.inference.packed_weights),
         nodes=tuple(tuple(i for i, node in enumerate(numbers) if node == n) for n in range(max(numbers) + 1)),
         bucket_bytes=config.sync.bucket_mebibytes << 20,
-        transport="nccl" if topology.device.type == "cuda" else "gloo",
+        transport=_transport(config.sync.transport, topology.device.type),
     )
     return Publisher(policy, topology, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
+
+
+def _transport(asked: str, device: str) -> Any:
+    """What carries a sync; ConfigError for a transport that cannot carry what is on this device."""
+    fits = ("nccl", "ipc") if device == "cuda" else ("gloo", "ipc")
+    if asked not in ("auto", *fits):
+        raise ConfigError(f"sync.transport must be one of auto, {', '.join(fits)} on {device}; found {asked!r}: use 'auto'")
+    return fits[0] if asked == "auto" else asked
 
 
 def _weights(config: RunConfig, policy: Policy, topology: Topology) -> Iterator[Any]:

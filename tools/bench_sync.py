@@ -2,7 +2,7 @@
 a broadcast for every tensor, and vLLM's own reload from disk (the page cache is warm). Trainer ranks hold random weights in
 megatron's layout; the engine is the product's. Prints a table of medians, and what memory a sync takes beside the weights.
 
-    .venv/bin/python tools/bench_sync.py [--millions 50 300] [--trainers 1 2] [--repeats 7] [--json PATH]
+    .venv/bin/python tools/bench_sync.py [--millions 50 300] [--trainers 1 2] [--transports gloo ipc] [--repeats 7] [--json PATH]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ class Rank:
         """Not asked here."""
 
 
-def open_rank(rank: int, trainers: int, folder: Path, pool: Any) -> Any:
+def open_rank(rank: int, trainers: int, folder: Path, pool: Any, transport: str) -> Any:
     """Joins the ranks and opens the bridge."""
     import torch
     import torch.distributed as dist
@@ -193,14 +194,14 @@ def open_rank(rank: int, trainers: int, folder: Path, pool: Any) -> Any:
     shape, where = read_shape(folder), layout.trainer_layout(config.trainer)
     shards = {name: torch.randn(size) for name, size in layout.shard_shapes(shape, where, rank).items()}
     bucket_bytes = config.sync.bucket_mebibytes << 20
-    terms = SyncTerms(shape, "float32", where, 1, EngineLayout(1), ((0,),), bucket_bytes, "gloo")
+    terms = SyncTerms(shape, "float32", where, 1, EngineLayout(1), ((0,),), bucket_bytes, transport)
     place = Rank(rank, trainers, shards)
     return Publisher(place, place, terms, host=HOST, timeout_seconds=TIMEOUT, pool=pool), shape
 
 
-def rank_process(pipe: Connection, rank: int, trainers: int, folder: Path) -> None:
+def rank_process(pipe: Connection, rank: int, trainers: int, folder: Path, transport: str) -> None:
     """A rank other than the first: publishes when told."""
-    publisher, _ = open_rank(rank, trainers, folder, None)
+    publisher, _ = open_rank(rank, trainers, folder, None, transport)
     while True:
         version = pipe.recv()
         if version is None:
@@ -243,7 +244,7 @@ def compare(peers: dict[str, Callable[[], None]], repeats: int, cpu: Callable[[]
     return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in seconds.items()}
 
 
-def measure(millions: int, trainers: int, repeats: int, folder: Path) -> dict[str, Any]:
+def measure(transport: str, trainers: int, repeats: int, folder: Path) -> dict[str, Any]:
     """One size and layout."""
     import torch
     import torch.distributed as dist
@@ -259,10 +260,10 @@ def measure(millions: int, trainers: int, repeats: int, folder: Path) -> dict[st
     others = []
     for rank in range(1, trainers):
         pipe, end = SPAWN.Pipe()
-        process = SPAWN.Process(target=rank_process, args=(end, rank, trainers, folder), daemon=True)
+        process = SPAWN.Process(target=rank_process, args=(end, rank, trainers, folder, transport), daemon=True)
         process.start()
         others.append((pipe, process))
-    publisher, shape = open_rank(0, trainers, folder, Pool([handle], TIMEOUT))
+    publisher, shape = open_rank(0, trainers, folder, Pool([handle], TIMEOUT), transport)
     server, port = listen(HOST)
     server.close()
     opening = handle.call("open", port)
@@ -308,6 +309,7 @@ def measure(millions: int, trainers: int, repeats: int, folder: Path) -> dict[st
     return {
         "parameters": sum(tensor.numel() for tensor in whole.values()),
         "trainers": trainers,
+        "transport": transport,
         "mebibytes": num_bytes / 2**20,
         "wall_and_cpu_seconds": seconds,
         "gibibytes_per_second": num_bytes / 2**30 / seconds["semion"][0],
@@ -322,6 +324,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, nargs="+", choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument("--trainers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--transports", nargs="+", choices=["gloo", "ipc"], default=["gloo", "ipc"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     options = parser.parse_args()
@@ -331,8 +334,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_model(folder, millions)
-            for trainers in options.trainers:
-                rows.append(measure(millions, trainers, options.repeats, folder))
+            for trainers, transport in product(options.trainers, options.transports):
+                rows.append(measure(transport, trainers, options.repeats, folder))
                 print(json.dumps(rows[-1], indent=1), flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

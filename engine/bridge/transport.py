@@ -17,7 +17,8 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 
-Kind = Literal["gloo", "nccl"]
+Kind = Literal["gloo", "nccl", "ipc"]
+LANES = 2
 UNMET = "did not meet the others"  # in the words of every failure to open a transport
 
 
@@ -109,6 +110,10 @@ def open_transport(kind: Kind, store: dist.Store, member: int, meeting: Rendezvo
     """Joins the members of this epoch; collective over all of them. TransportError when they do not come in time."""
     epoch = dist.PrefixStore(f"epoch {meeting.epoch}", store)
     try:
+        if kind == "ipc":
+            from engine.bridge.shared_memory import Ipc
+
+            return Ipc(epoch, member, meeting)
         return (Gloo if kind == "gloo" else Nccl)(epoch, member, meeting)
     except RuntimeError as error:
         raise TransportError(f"member {member} {UNMET}: {first_line(error)}") from error
@@ -122,18 +127,20 @@ class Gloo:
         options._timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(meeting))]
         self._group: Any = dist.ProcessGroupGloo(store, member, meeting.num_members, options)
-        self._sent: Counter[int] = Counter()
-        self._received: Counter[int] = Counter()
+        self._sent: Counter[tuple[int, int]] = Counter()
+        self._received: Counter[tuple[int, int]] = Counter()
 
-    def send(self, buffer: torch.Tensor, peer: int) -> Pending:
-        """See Transport."""
-        self._sent[peer] += 1
-        return _start(lambda: self._group.send([buffer], peer, self._sent[peer]))
+    def send(self, buffer: torch.Tensor, peer: int, lane: int = 0) -> Pending:
+        """See Transport. Messages of another lane (below LANES) have an order of their own."""
+        self._sent[peer, lane] += 1
+        tag = self._sent[peer, lane] * LANES + lane
+        return _start(lambda: self._group.send([buffer], peer, tag))
 
-    def receive(self, buffer: torch.Tensor, peer: int) -> Pending:
+    def receive(self, buffer: torch.Tensor, peer: int, lane: int = 0) -> Pending:
         """See Transport."""
-        self._received[peer] += 1
-        return _start(lambda: self._group.recv([buffer], peer, self._received[peer]))
+        self._received[peer, lane] += 1
+        tag = self._received[peer, lane] * LANES + lane
+        return _start(lambda: self._group.recv([buffer], peer, tag))
 
     def close(self) -> None:
         """See Transport."""
