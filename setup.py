@@ -24,7 +24,7 @@ KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CUDA_ARCHITECTURES = ("80", "90a", "100a")

@@ -88,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> log_prob_join(const Tensor& parts, const Tens
   Tensor log_probs = new_tensor(parts, ScalarType::Float, num_rows);
   Tensor entropy = new_tensor(parts, ScalarType::Float, num_rows);
   Tensor totals = new_tensor(parts, ScalarType::Float, 3, num_rows);
-  semion::log_prob_join(floats(parts), parts.size(0), static_cast<const int64_t*>(targets.const_data_ptr()), num_rows,
-                        temperature, writable(log_probs), writable(entropy), writable(totals), 0, num_rows);
+  SEMION_PICK(log_prob_join)(floats(parts), parts.size(0), static_cast<const int64_t*>(targets.const_data_ptr()), num_rows,
+                             temperature, writable(log_probs), writable(entropy), writable(totals), 0, num_rows);
   return {log_probs, entropy, totals};
 }
 

@@ -34,13 +34,12 @@ struct LogProbGradient {
   void* out;                   // [T, num_columns], may be the logits
   int64_t row_stride;          // of out
 };
-
-// parts [R, 4, T] of all ranks -> log_probs [T], entropy [T], totals [3, T], for rows begin to end.
-void log_prob_join(const float* parts, int64_t num_ranks, const int64_t* targets, int64_t num_rows, double temperature,
-                   float* log_probs, float* entropy, float* totals, int64_t begin, int64_t end);
 }  // namespace semion
 
 // parts [4, T] of this rank, for rows begin to end.
 SEMION_DECLARE(void, log_prob_parts, const LogProbInput& in, float* parts, int64_t begin, int64_t end)
 // Writes the gradient of the logits, padding zeroed, for rows begin to end.
 SEMION_DECLARE(void, log_prob_backward, const LogProbInput& in, const LogProbGradient& gradient, int64_t begin, int64_t end)
+// parts [R, 4, T] of all ranks -> log_probs [T], entropy [T], totals [3, T], for rows begin to end.
+SEMION_DECLARE(void, log_prob_join, const float* parts, int64_t num_ranks, const int64_t* targets, int64_t num_rows,
+               double temperature, float* log_probs, float* entropy, float* totals, int64_t begin, int64_t end)
