@@ -92,14 +92,15 @@ class BuildKernels(build_ext):
             assert cuda is not None, "the CUDA half without a toolkit"
             commands = cuda_commands(objects, cuda)
             libraries = [f"-L{cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            torch_libraries = ["-ltorch_cpu", "-ltorch_cuda"]  # torch's current stream is in the second
         else:
-            commands, libraries = cpu_commands(objects), []
+            commands, libraries, torch_libraries = cpu_commands(objects), [], ["-ltorch_cpu"]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             list(threads.map(self.spawn, [command for _, command in commands]))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Resolved by name among the libraries that importing torch has loaded: no path of this machine goes in.
-        libraries += [f"-L{torch_folder() / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+        libraries += [f"-L{torch_folder() / 'lib'}", "-Wl,--no-as-needed", *torch_libraries]
         self.spawn([COMPILER, "-shared", *(str(path) for path, _ in commands), *libraries, "-o", str(target)])
 
 

@@ -53,7 +53,8 @@ void ask_for(const E* from) {
   for (size_t line = 0; line < 2 * lanes * sizeof(E); line += 64) __builtin_prefetch(bytes + line);
 }
 
-// One block with t = (x - reference) * scale; what lies `ahead` elements on is asked for meanwhile. Two sums each, for as many more the registers do not suffice.
+// One block with t = (x - reference) * scale; what lies `ahead` elements on is asked for meanwhile. Two sums each: for more
+// the registers do not suffice.
 template <class E, bool with_entropy, bool with_largest>
 Sums sum_block(const E* x, int64_t n, float reference, float scale, int64_t ahead) {
   Floats total_a = {}, total_b = {}, weighted_a = {}, weighted_b = {}, largest = all(-INFINITY);
@@ -99,7 +100,7 @@ void row_part(const E* x, int64_t n, float reference, float scale, int64_t ahead
 }
 
 template <class E>
-void parts_of(const LogProbInput& in, float* parts, int64_t begin, int64_t end) {
+void parts_of(const LogProbRows& in, float* parts, int64_t begin, int64_t end) {
   const float scale = static_cast<float>(log2_e / in.temperature);
   const int64_t num_rows = in.num_rows;
   const auto work = in.every_row ? row_part<E, true> : row_part<E, false>;
@@ -145,7 +146,7 @@ void gradient_row(const E* x, E* out, int64_t n, float reference, float scale, f
 }
 
 template <class E>
-void backward_of(const LogProbInput& in, const LogProbGradient& gradient, int64_t begin, int64_t end) {
+void backward_of(const LogProbRows& in, const LogProbGradient& gradient, int64_t begin, int64_t end) {
   const double inverse = 1 / in.temperature;
   const float scale = static_cast<float>(log2_e / in.temperature);
   for (int64_t row = begin; row < end; ++row) {
@@ -176,7 +177,7 @@ void backward_of(const LogProbInput& in, const LogProbGradient& gradient, int64_
 }
 }  // namespace
 
-void log_prob_parts(const LogProbInput& in, float* parts, int64_t begin, int64_t end) {
+void log_prob_parts(const LogProbRows& in, float* parts, int64_t begin, int64_t end) {
   switch (in.element) {
     case Element::float32: return parts_of<float>(in, parts, begin, end);
     case Element::bfloat16: return parts_of<Bf16>(in, parts, begin, end);
@@ -184,7 +185,7 @@ void log_prob_parts(const LogProbInput& in, float* parts, int64_t begin, int64_t
   }
 }
 
-void log_prob_backward(const LogProbInput& in, const LogProbGradient& gradient, int64_t begin, int64_t end) {
+void log_prob_backward(const LogProbRows& in, const LogProbGradient& gradient, int64_t begin, int64_t end) {
   switch (in.element) {
     case Element::float32: return backward_of<float>(in, gradient, begin, end);
     case Element::bfloat16: return backward_of<Bf16>(in, gradient, begin, end);

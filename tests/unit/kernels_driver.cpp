@@ -84,7 +84,8 @@ void check_log_probs(const Kernels& kernels, Element element, int64_t width, flo
   Matrix logits(element, rows, width, width + 5);
   logits.fill(scale);
   const std::vector<int64_t> targets{start + valid - 1, ignored, start + width + 100};  // mine, ignored, another rank's
-  LogProbInput in{logits.data(), logits.stride, element, targets.data(), rows, start, width, valid, temperature, true};
+  const LogProbRows in{logits.data(), logits.stride, targets.data(), rows, start, 0, start + width, temperature, element,
+                       static_cast<int32_t>(width), static_cast<int32_t>(valid), true};
   std::vector<float> parts(4 * rows), log_probs(rows), entropy(rows), totals(3 * rows);
   kernels.parts(in, parts.data(), 0, rows);
   kernels.join(parts.data(), 1, targets.data(), rows, temperature, log_probs.data(), entropy.data(), totals.data(), 0, rows);
@@ -127,8 +128,8 @@ void check_policy(const Kernels& kernels, int32_t first, int32_t second) {
     now[i] = normal(draw), old[i] = normal(draw), reference[i] = normal(draw);
     targets[i] = draw() % 4 ? 5 : ignored;
   }
-  const PolicyGradientInput in{now.data(),    old.data(),     reference.data(), advantages.data(),
-                               bounds.data(), targets.data(), 0.2f,             0.1f};
+  const PolicyGradientRow in{now.data(),    old.data(),     reference.data(), advantages.data(), bounds.data(),
+                             targets.data(), first + second, 3,                0.2f,              0.1f};
   std::vector<double> sums(3 * num_policy_sums);
   kernels.policy(in, sums.data(), gradient.data(), 0, 3);
   for (size_t sequence = 0; sequence < 3; ++sequence) {
