@@ -81,7 +81,7 @@ class Figures:
 
 
 def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) -> None:
-    """Forward, forward with entropy, forward and backward."""
+    """Forward, forward with entropy, forward and backward; `read` is one read of the logits' bytes, a sum of int64."""
     torch.manual_seed(0)
     base = (3 * torch.randn(num_tokens, width)).to(DTYPES[dtype])
     targets, weights = torch.randint(0, width, (num_tokens,)), torch.randn(num_tokens)
@@ -108,7 +108,7 @@ def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) ->
     with torch.no_grad():
         errors = {"error": error(token_log_probs(logits, targets)[0]), "eager_error": error(eager())}
         ours = {"semion": lambda: token_log_probs(logits, targets)}
-        figures.compare(f"forward {name}", {**ours, "eager": eager}, extra=errors)
+        figures.compare(f"forward {name}", {**ours, "eager": eager, "read": logits.view(torch.int64).sum}, extra=errors)
         ours = {"semion": lambda: token_log_probs(logits, targets, with_entropy=True)}
         figures.compare(f"entropy {name}", {**ours, "eager": lambda: eager(True)})
     peers: dict[str, Work] = {
