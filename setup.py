@@ -24,7 +24,7 @@ KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CUDA_ARCHITECTURES = ("80", "90a", "100a")
@@ -92,14 +92,15 @@ class BuildKernels(build_ext):
             assert cuda is not None, "the CUDA half without a toolkit"
             commands = cuda_commands(objects, cuda)
             libraries = [f"-L{cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            torch_libraries = ["-ltorch_cpu", "-ltorch_cuda"]  # torch's current stream is in the second
         else:
-            commands, libraries = cpu_commands(objects), []
+            commands, libraries, torch_libraries = cpu_commands(objects), [], ["-ltorch_cpu"]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             list(threads.map(self.spawn, [command for _, command in commands]))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Resolved by name among the libraries that importing torch has loaded: no path of this machine goes in.
-        libraries += [f"-L{torch_folder() / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+        libraries += [f"-L{torch_folder() / 'lib'}", "-Wl,--no-as-needed", *torch_libraries]
         self.spawn([COMPILER, "-shared", *(str(path) for path, _ in commands), *libraries, "-o", str(target)])
 
 

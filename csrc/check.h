@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <limits>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -76,6 +78,84 @@ inline void check_logits(const char* name, const Tensor& logits) {
   if (logits.dim() != 2) refuse(name, " must have shape [T, V_local]; found ", shape_of(logits));
   if (logits.size(1) > 1 && logits.stride(1) != 1)
     refuse(name, " must have a column stride of 1; found ", logits.stride(1), ": call .contiguous()");
+}
+
+// A contiguous tensor of this type and shape beside `other`.
+inline void check(const char* name, const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape,
+                  const char* legend, const char* other_name, const Tensor& other) {
+  check_type(name, tensor, {type});
+  check_shape(name, tensor, shape, legend);
+  check_device(name, tensor, other_name, other);
+}
+
+// A vector of one of these types, contiguous: what the others are checked against.
+inline void check_vector(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> types,
+                         const char* legend) {
+  check_type(name, tensor, types);
+  check_shape(name, tensor, {tensor.numel()}, legend);
+}
+
+inline void check_rows(const Tensor& logits, const Tensor& targets, int64_t num_valid, double temperature) {
+  check_logits("logits", logits);
+  check("targets", targets, ScalarType::Long, {logits.size(0)}, "[T]", "logits", logits);
+  if (num_valid < 0 || num_valid > logits.size(1))
+    refuse("num_valid of this rank must be in [0, ", logits.size(1), "]; found ", num_valid);
+  if (logits.size(1) > std::numeric_limits<int32_t>::max())
+    refuse("V_local must be less than 2^31; found ", logits.size(1));
+  if (!(temperature > 0)) refuse("temperature must be greater than 0; found ", temperature);
+}
+
+inline void check_parts(const Tensor& parts, const Tensor& targets) {
+  if (parts.dim() != 3) refuse("parts must have shape [R, 4, T]; found ", shape_of(parts));
+  check_type("parts", parts, {ScalarType::Float});
+  check_shape("parts", parts, {parts.size(0), 4, targets.numel()}, "[R, 4, T]");
+  check("targets", targets, ScalarType::Long, {targets.numel()}, "[T]", "parts", parts);
+}
+
+inline void check_gradient(const Tensor& logits, const Tensor& totals, const Tensor& grad_log_prob,
+                           const std::optional<Tensor>& grad_entropy, const Tensor& out) {
+  const int64_t num_rows = logits.size(0);
+  check("totals", totals, ScalarType::Float, {3, num_rows}, "[3, T]", "logits", logits);
+  check("grad_log_prob", grad_log_prob, ScalarType::Float, {num_rows}, "[T]", "logits", logits);
+  if (grad_entropy) check("grad_entropy", *grad_entropy, ScalarType::Float, {num_rows}, "[T]", "logits", logits);
+  check_logits("out", out);
+  check_type("out", out, {logits.scalar_type()});
+  check_device("out", out, "logits", logits);
+  if (out.size(0) != num_rows || out.size(1) != logits.size(1))
+    refuse("out must have the shape of logits = ", shape_of(logits), "; found ", shape_of(out));
+}
+
+// Boundaries of parts, beside `other`; their number less one. What they hold is for the device to check.
+inline int64_t check_bounds(const char* name, const Tensor& bounds, const char* other_name, const Tensor& other) {
+  check_type(name, bounds, {ScalarType::Int});
+  if (bounds.dim() != 1 || bounds.size(0) < 1)
+    refuse(name, " must have shape [parts + 1] with at least one element; found ", shape_of(bounds));
+  check(name, bounds, ScalarType::Int, {bounds.size(0)}, "[parts + 1]", other_name, other);
+  return bounds.size(0) - 1;
+}
+
+inline void check_mask(const std::optional<Tensor>& mask, int64_t num_tokens, const char* other_name, const Tensor& other) {
+  if (mask) check("mask", *mask, ScalarType::Bool, {num_tokens}, "[T]", other_name, other);
+}
+
+inline void check_normalize(int64_t normalize) {
+  if (normalize < 0 || normalize > 2) refuse("normalize must be 0, 1 or 2; found ", normalize);
+}
+
+// Everything of policy_gradient but the boundaries; `num_sequences` is what they say.
+inline void check_policy(const Tensor& log_probs, const Tensor& old_log_probs,
+                         const std::optional<Tensor>& reference_log_probs, const Tensor& advantages, const Tensor& targets,
+                         int64_t num_sequences, double clip_ratio) {
+  const int64_t num_tokens = log_probs.numel();
+  check_vector("log_probs", log_probs, {ScalarType::Float}, "[T]");
+  const auto check_tokens = [&](const char* name, const Tensor& tensor, ScalarType type) {
+    check(name, tensor, type, {num_tokens}, "[T]", "log_probs", log_probs);
+  };
+  check_tokens("old_log_probs", old_log_probs, ScalarType::Float);
+  if (reference_log_probs) check_tokens("reference_log_probs", *reference_log_probs, ScalarType::Float);
+  check_tokens("targets", targets, ScalarType::Long);
+  check("advantages", advantages, ScalarType::Float, {num_sequences}, "[B]", "log_probs", log_probs);
+  if (!(clip_ratio >= 0)) refuse("clip_ratio must be at least 0; found ", clip_ratio);
 }
 
 // A rectangle of bits at (row, col) of a larger tensor, and the weights of that tensor's columns (reshard/digest.h).

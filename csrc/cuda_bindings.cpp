@@ -1,11 +1,10 @@
 // The operators of registration.cpp on a GPU: checks, memory and the current stream, then the launchers. It never waits for
 // the GPU, so what a tensor on it holds is not checked here: a target out of range makes its log-prob NaN, and bounds
-// beyond the tokens are held within them. log_prob_store exists here alone. Unverified on a GPU so far.
+// beyond the tokens are held within them. Unverified on a GPU so far.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <limits>
 #include <optional>
@@ -15,13 +14,12 @@
 #include "check.h"
 #include "logprob/log_prob_kernel.h"
 #include "logprob/sequences_kernel.h"
+#include "memory.h"
 #include "policy/policy_gradient_kernel.h"
 #include "reshard/digest_kernel.h"
 
 namespace semion::cuda {
 namespace {
-constexpr int64_t num_policy_sums = 5;
-
 // Makes a tensor's device the current one for as long as it lives, and knows torch's stream there.
 struct OnDeviceOf {
   torch::stable::accelerator::DeviceGuard guard;
@@ -39,75 +37,21 @@ void check_launch(const char* name, cudaError_t error) {
   throw std::runtime_error(std::string(name) + " failed on the GPU: " + cudaGetErrorString(error));
 }
 
-template <class... Sizes>
-Tensor new_tensor(const Tensor& like, ScalarType type, Sizes... sizes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(sizes)...}, type);
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* writable(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// A contiguous tensor of this type and shape beside `other`.
-void check(const char* name, const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape,
-           const char* legend, const char* other_name, const Tensor& other) {
-  check_type(name, tensor, {type});
-  check_shape(name, tensor, shape, legend);
-  check_device(name, tensor, other_name, other);
-}
-
 int32_t count(const char* name, int64_t size) {
   if (size > std::numeric_limits<int32_t>::max()) refuse(name, " must be less than 2^31 on a GPU; found ", size);
   return static_cast<int32_t>(size);
 }
 
-// B of bounds [B + 1] beside `other`.
-int32_t check_bounds(const char* name, const Tensor& bounds, const char* other_name, const Tensor& other) {
-  if (bounds.dim() != 1 || bounds.size(0) < 1) refuse(name, " must have shape [B + 1]; found ", shape_of(bounds));
-  check(name, bounds, ScalarType::Int, {bounds.size(0)}, "[B + 1]", other_name, other);
-  return count(name, bounds.size(0) - 1);
-}
-
-const uint8_t* mask_of(const std::optional<Tensor>& mask, int64_t num_tokens, const Tensor& beside) {
-  if (!mask) return nullptr;
-  check("mask", *mask, ScalarType::Bool, {num_tokens}, "[T]", "token_log_probs", beside);
-  return data<uint8_t>(*mask);
-}
-
-SemionLogProbRows rows_of(const Tensor& logits, const Tensor& targets, int64_t vocab_start, int64_t num_valid,
-                          int64_t lowest_id, int64_t end_id, double temperature, bool every_row) {
-  check_logits("logits", logits);
-  check("targets", targets, ScalarType::Long, {logits.size(0)}, "[T]", "logits", logits);
-  if (num_valid < 0 || num_valid > logits.size(1))
-    refuse("num_valid of this rank must be in [0, ", logits.size(1), "]; found ", num_valid);
-  if (!(temperature > 0)) refuse("temperature must be greater than 0; found ", temperature);
-  const ScalarType type = logits.scalar_type();
-  SemionLogProbRows rows{};
-  rows.logits = const_cast<void*>(logits.const_data_ptr());
-  rows.row_stride = logits.stride(0);
-  rows.targets = data<int64_t>(targets);
-  rows.num_rows = count("T", logits.size(0));
-  rows.vocab_start = vocab_start;
-  rows.lowest_id = lowest_id;
-  rows.end_id = end_id;
-  rows.element = type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2;
-  rows.num_columns = count("V_local", logits.size(1));
-  rows.num_valid = static_cast<int32_t>(num_valid);
-  rows.every_row = every_row;
-  rows.temperature = static_cast<float>(temperature);
-  return rows;
+const uint8_t* mask_of(const std::optional<Tensor>& mask) {
+  return mask ? data<uint8_t>(*mask) : nullptr;
 }
 
 Tensor log_prob_parts(const Tensor& logits, const Tensor& targets, int64_t vocab_start, int64_t num_valid,
                       int64_t lowest_id, int64_t end_id, double temperature, bool every_row) {
-  const SemionLogProbRows rows =
-      rows_of(logits, targets, vocab_start, num_valid, lowest_id, end_id, temperature, every_row);
+  check_rows(logits, targets, num_valid, temperature);
+  LogProbRows rows = rows_of(logits, targets, vocab_start, num_valid, temperature);
+  rows.lowest_id = lowest_id, rows.end_id = end_id, rows.every_row = every_row;
+  count("T", rows.num_rows);
   const OnDeviceOf device(logits);
   const int splits = semion_log_prob_splits(&rows);
   Tensor parts = new_tensor(logits, ScalarType::Float, 4, rows.num_rows);
@@ -118,11 +62,8 @@ Tensor log_prob_parts(const Tensor& logits, const Tensor& targets, int64_t vocab
 }
 
 std::tuple<Tensor, Tensor, Tensor> log_prob_join(const Tensor& parts, const Tensor& targets, double temperature) {
+  check_parts(parts, targets);
   const int64_t num_rows = targets.numel();
-  if (parts.dim() != 3) refuse("parts must have shape [R, 4, T]; found ", shape_of(parts));
-  check_type("parts", parts, {ScalarType::Float});
-  check_shape("parts", parts, {parts.size(0), 4, num_rows}, "[R, 4, T]");
-  check("targets", targets, ScalarType::Long, {num_rows}, "[T]", "parts", parts);
   const OnDeviceOf device(parts);
   Tensor log_probs = new_tensor(parts, ScalarType::Float, num_rows);
   Tensor entropy = new_tensor(parts, ScalarType::Float, num_rows);
@@ -137,53 +78,38 @@ std::tuple<Tensor, Tensor, Tensor> log_prob_join(const Tensor& parts, const Tens
 void log_prob_backward(const Tensor& logits, const Tensor& targets, const Tensor& totals, const Tensor& grad_log_prob,
                        const std::optional<Tensor>& grad_entropy, int64_t vocab_start, int64_t num_valid,
                        double temperature, Tensor out) {
-  const SemionLogProbRows rows = rows_of(logits, targets, vocab_start, num_valid, 0, 0, temperature, false);
-  check("totals", totals, ScalarType::Float, {3, rows.num_rows}, "[3, T]", "logits", logits);
-  check("grad_log_prob", grad_log_prob, ScalarType::Float, {rows.num_rows}, "[T]", "logits", logits);
-  if (grad_entropy) check("grad_entropy", *grad_entropy, ScalarType::Float, {rows.num_rows}, "[T]", "logits", logits);
-  check_logits("out", out);
-  check_type("out", out, {logits.scalar_type()});
-  check_device("out", out, "logits", logits);
-  if (out.size(0) != logits.size(0) || out.size(1) != logits.size(1))
-    refuse("out must have the shape of logits = ", shape_of(logits), "; found ", shape_of(out));
+  check_rows(logits, targets, num_valid, temperature);
+  check_gradient(logits, totals, grad_log_prob, grad_entropy, out);
+  const LogProbRows rows = rows_of(logits, targets, vocab_start, num_valid, temperature);
+  count("T", rows.num_rows);
   const OnDeviceOf device(logits);
-  const SemionLogProbGradient gradient{data<float>(totals), data<float>(grad_log_prob),
-                                       grad_entropy ? data<float>(*grad_entropy) : nullptr, out.mutable_data_ptr(),
-                                       out.stride(0)};
+  const LogProbGradient gradient{data<float>(totals), data<float>(grad_log_prob),
+                                 grad_entropy ? data<float>(*grad_entropy) : nullptr, out.mutable_data_ptr(), out.stride(0)};
   check_launch("log_prob_backward", semion_log_prob_backward(&rows, &gradient, device.stream));
-}
-
-Tensor log_prob_store(Tensor logits, const Tensor& targets, int64_t num_valid, int64_t end_id, double temperature) {
-  const SemionLogProbRows rows = rows_of(logits, targets, 0, num_valid, 0, end_id, temperature, false);
-  const OnDeviceOf device(logits);
-  Tensor parts = new_tensor(logits, ScalarType::Float, 4, rows.num_rows);
-  check_launch("log_prob_store", semion_log_prob_store(&rows, writable<float>(parts), device.stream));
-  return parts;
 }
 
 Tensor sequence_sums(const Tensor& values, const Tensor& cu_seqlens, const std::optional<Tensor>& mask) {
   const int32_t num_tokens = count("T", values.numel());
-  check_type("token_log_probs", values, {ScalarType::Float});
-  check_shape("token_log_probs", values, {num_tokens}, "[T]");
-  const int32_t num_sequences = check_bounds("cu_seqlens", cu_seqlens, "token_log_probs", values);
-  const uint8_t* counted = mask_of(mask, num_tokens, values);
+  check_vector("token_log_probs", values, {ScalarType::Float}, "[T]");
+  const int32_t num_sequences = count("B", check_bounds("cu_seqlens", cu_seqlens, "token_log_probs", values));
+  check_mask(mask, num_tokens, "token_log_probs", values);
   const OnDeviceOf device(values);
   Tensor sums = new_tensor(values, ScalarType::Float, num_sequences);
-  check_launch("sequence_sums", semion_sequence_sums(data<float>(values), data<int32_t>(cu_seqlens), counted, num_tokens,
+  check_launch("sequence_sums", semion_sequence_sums(data<float>(values), data<int32_t>(cu_seqlens), mask_of(mask), num_tokens,
                                                      num_sequences, writable<float>(sums), device.stream));
   return sums;
 }
 
 Tensor sequence_sums_backward(const Tensor& grad_sums, const Tensor& cu_seqlens, const std::optional<Tensor>& mask,
                               int64_t num_tokens) {
-  const int32_t num_sequences = check_bounds("cu_seqlens", cu_seqlens, "grad_sums", grad_sums);
-  check_type("grad_sums", grad_sums, {ScalarType::Float});
+  check_vector("grad_sums", grad_sums, {ScalarType::Float}, "[B]");
+  const int32_t num_sequences = count("B", check_bounds("cu_seqlens", cu_seqlens, "grad_sums", grad_sums));
   check_shape("grad_sums", grad_sums, {num_sequences}, "[B]");
-  const uint8_t* counted = mask_of(mask, num_tokens, grad_sums);
+  check_mask(mask, num_tokens, "grad_sums", grad_sums);
   const OnDeviceOf device(grad_sums);
   Tensor grad_values = torch::stable::new_zeros(grad_sums, {num_tokens}, ScalarType::Float);
   check_launch("sequence_sums_backward",
-               semion_sequence_sums_backward(data<float>(grad_sums), data<int32_t>(cu_seqlens), counted,
+               semion_sequence_sums_backward(data<float>(grad_sums), data<int32_t>(cu_seqlens), mask_of(mask),
                                              count("T", num_tokens), num_sequences, writable<float>(grad_values),
                                              device.stream));
   return grad_values;
@@ -191,10 +117,9 @@ Tensor sequence_sums_backward(const Tensor& grad_sums, const Tensor& cu_seqlens,
 
 std::tuple<Tensor, Tensor, Tensor> grouped_advantages(const Tensor& rewards, const Tensor& cu_groups, int64_t normalize) {
   const int32_t num_rewards = count("B", rewards.numel());
-  check_type("rewards", rewards, {ScalarType::Float, ScalarType::Double});
-  check_shape("rewards", rewards, {num_rewards}, "[B]");
-  const int32_t num_groups = check_bounds("cu_groups", cu_groups, "rewards", rewards);
-  if (normalize < 0 || normalize > 2) refuse("normalize must be 0, 1 or 2; found ", normalize);
+  check_vector("rewards", rewards, {ScalarType::Float, ScalarType::Double}, "[B]");
+  const int32_t num_groups = count("G", check_bounds("cu_groups", cu_groups, "rewards", rewards));
+  check_normalize(normalize);
   const OnDeviceOf device(rewards);
   Tensor advantages = torch::stable::new_zeros(rewards, {num_rewards}, rewards.scalar_type());
   Tensor no_signal = new_tensor(rewards, ScalarType::Bool, num_groups), broken = new_tensor(rewards, ScalarType::Long, 1);
@@ -211,26 +136,10 @@ std::tuple<Tensor, Tensor> policy_gradient(const Tensor& log_probs, const Tensor
                                            const Tensor& cu_seqlens, const Tensor& targets, double clip_ratio,
                                            double kl_weight) {
   const int32_t num_tokens = count("T", log_probs.numel());
-  const auto check_tokens = [&](const char* name, const Tensor& tensor, ScalarType type) {
-    check(name, tensor, type, {num_tokens}, "[T]", "log_probs", log_probs);
-  };
-  check_tokens("log_probs", log_probs, ScalarType::Float);
-  check_tokens("old_log_probs", old_log_probs, ScalarType::Float);
-  if (reference_log_probs) check_tokens("reference_log_probs", *reference_log_probs, ScalarType::Float);
-  check_tokens("targets", targets, ScalarType::Long);
-  const int32_t num_sequences = check_bounds("cu_seqlens", cu_seqlens, "log_probs", log_probs);
-  check("advantages", advantages, ScalarType::Float, {num_sequences}, "[B]", "log_probs", log_probs);
-  if (!(clip_ratio >= 0)) refuse("clip_ratio must be at least 0; found ", clip_ratio);
-  const SemionPolicyGradientRow row{data<float>(log_probs),
-                                    data<float>(old_log_probs),
-                                    reference_log_probs ? data<float>(*reference_log_probs) : nullptr,
-                                    data<float>(advantages),
-                                    data<int32_t>(cu_seqlens),
-                                    data<int64_t>(targets),
-                                    num_tokens,
-                                    num_sequences,
-                                    static_cast<float>(clip_ratio),
-                                    static_cast<float>(kl_weight)};
+  const int32_t num_sequences = count("B", check_bounds("cu_seqlens", cu_seqlens, "log_probs", log_probs));
+  check_policy(log_probs, old_log_probs, reference_log_probs, advantages, targets, num_sequences, clip_ratio);
+  const PolicyGradientRow row = row_of(log_probs, old_log_probs, reference_log_probs, advantages, cu_seqlens, targets,
+                                       clip_ratio, kl_weight);
   const OnDeviceOf device(log_probs);
   Tensor sums = new_tensor(log_probs, ScalarType::Float, num_policy_sums);
   Tensor gradient = torch::stable::new_zeros(log_probs, {num_tokens}, ScalarType::Float);
@@ -258,17 +167,10 @@ Tensor block_digest(const Tensor& block, const Tensor& columns, int64_t row, int
 }  // namespace
 }  // namespace semion::cuda
 
-STABLE_TORCH_LIBRARY_FRAGMENT(semion, library) {
-  // parts [4, T] of one rank with the whole vocabulary; P - onehot over the logits (csrc/logprob/log_prob_kernel.h).
-  library.def(
-      "log_prob_store(Tensor(a!) logits, Tensor targets, int num_valid, int end_id, float temperature) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(semion, CUDA, library) {
   library.impl("log_prob_parts", TORCH_BOX(&semion::cuda::log_prob_parts));
   library.impl("log_prob_join", TORCH_BOX(&semion::cuda::log_prob_join));
   library.impl("log_prob_backward", TORCH_BOX(&semion::cuda::log_prob_backward));
-  library.impl("log_prob_store", TORCH_BOX(&semion::cuda::log_prob_store));
   library.impl("sequence_sums", TORCH_BOX(&semion::cuda::sequence_sums));
   library.impl("sequence_sums_backward", TORCH_BOX(&semion::cuda::sequence_sums_backward));
   library.impl("grouped_advantages", TORCH_BOX(&semion::cuda::grouped_advantages));

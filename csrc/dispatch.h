@@ -7,7 +7,8 @@ enum class Isa { baseline, avx2, avx512 };
 inline Isa best_isa() {
   static const Isa isa = [] {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    return avx2 && __builtin_cpu_supports("avx512f") ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+    return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
   }();
   return isa;
 }

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #define SEMION_ISA avx512
@@ -62,22 +63,49 @@ inline Floats smaller(Floats a, Floats b) {
 #endif
 }
 
-// The lanes of a joined two by two, in the order that is shortest.
-template <class Value, class Join>
-inline Value joined_lanes(Floats a, Join join) {
-  Value value[lanes];
-  for (int i = 0; i < lanes; ++i) value[i] = a[i];
-  for (int half = lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) value[i] = join(value[i], value[i + half]);
-  return value[0];
+typedef double Doubles __attribute__((vector_size(4 * SEMION_LANES)));  // half as many
+typedef int64_t Longs __attribute__((vector_size(4 * SEMION_LANES)));
+
+// Lane i gets lane i ^ distance. The indices come as constants: GCC would otherwise put them together at run time.
+template <int distance, int... i>
+inline Floats partners(Floats a, std::integer_sequence<int, i...>) {
+  return __builtin_shuffle(a, Ints{(i ^ distance)...});
+}
+template <int distance, int... i>
+inline Doubles partners(Doubles a, std::integer_sequence<int, i...>) {
+  return __builtin_shuffle(a, Longs{(i ^ distance)...});
 }
 
+template <int distance = lanes / 2>
 inline float largest_lane(Floats a) {
-  return joined_lanes<float>(a, [](float x, float y) { return x > y ? x : y; });
+  a = larger(a, partners<distance>(a, std::make_integer_sequence<int, lanes>()));
+  if constexpr (distance > 1) return largest_lane<distance / 2>(a);
+  return a[0];
+}
+
+template <int distance = lanes / 4>
+inline double sum_lanes(Doubles a) {
+  a += partners<distance>(a, std::make_integer_sequence<int, lanes / 2>());
+  if constexpr (distance > 1) return sum_lanes<distance / 2>(a);
+  return a[0];
+}
+
+// The lower half of the lanes in double.
+inline Doubles widened_half(Floats a) {
+#if SEMION_LANES == 16
+  __m256 half;  // GCC 12 warns of its own header's cast
+  std::memcpy(&half, &a, sizeof half);
+  return (Doubles)_mm512_maskz_cvtps_pd(0xff, half);
+#elif SEMION_LANES == 8
+  return (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)a));
+#else
+  return (Doubles)_mm_cvtps_pd((__m128)a);
+#endif
 }
 
 inline double sum_lanes(Floats a) {
-  return joined_lanes<double>(a, [](double x, double y) { return x + y; });
+  const Floats b = partners<lanes / 2>(a, std::make_integer_sequence<int, lanes>());
+  return sum_lanes(widened_half(a) + widened_half(b));
 }
 
 inline Floats load(const float* from) {
@@ -243,11 +271,24 @@ inline Floats small_exp2(Floats r) {
   return p * r + 1.0f;
 }
 
-// 2^t for t in [-127, 127]: 0 below -126.5, NaN for NaN.
+#if SEMION_LANES == 16
+// 2^t of any t, NaN for NaN: two instructions do what the split above takes four for, with a remainder in [0, 1), on which
+// the polynomial is within 1.5e-7.
 inline Floats exp2(Floats t) {
-  const Split at = split(t);
+  const Floats r = (Floats)_mm512_maskz_reduce_ps(0xffff, (__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Floats p = r * 0x1.e974fap-10f + 0x1.277856p-7f;
+  p = p * r + 0x1.c91ce6p-5f;
+  p = p * r + 0x1.ebdb56p-3f;
+  p = p * r + 0x1.62e4bap-1f;
+  return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)(p * r + 1.0f), (__m512)t);
+}
+#else
+// 2^t for t up to 127: 0 below -126.5, NaN for NaN.
+inline Floats exp2(Floats t) {
+  const Split at = split(larger(all(-127.0f), t));
   return small_exp2(at.r) * power_of_two(at.shifted);
 }
+#endif
 
 // e^x of any x: 0 below -87.6, infinity above 88.3, NaN for NaN. ln 2 comes in two parts, the first exact in a product.
 inline Floats exp(Floats x) {
@@ -255,6 +296,22 @@ inline Floats exp(Floats x) {
   const Split at = split(x * 0x1.715476p0f);
   const Floats r = (x - at.n * 0x1.62e4p-1f) - at.n * 0x1.7f7d1cp-20f;
   return small_exp2(r * 0x1.715476p0f) * power_of_two(at.shifted);
+}
+
+// The natural logarithm within 2e-11; NaN for 0, infinity and NaN. x = 2^k m with m within a factor of sqrt(2) of 1, and
+// log m = 2 artanh s = 2 (s + s^3 / 3 + ...) with s = (m - 1) / (m + 1), at most 0.172.
+inline Doubles log(Doubles x) {
+  typedef uint64_t Bits __attribute__((vector_size(4 * SEMION_LANES)));
+  constexpr uint64_t root_half = 0x3fe6a09e667f3bcd, bias = 1023, two_52 = 0x4330000000000000;
+  const Bits bits = (Bits)x, biased = (bits - root_half + (bias << 52)) >> 52;
+  const Doubles k = (Doubles)(biased | two_52) - (0x1p52 + bias);  // integers below 2^52 without a conversion
+  const Doubles m = (Doubles)(bits - ((biased - bias) << 52)), s = (m - 1.0) / (m + 1.0), z = s * s;
+  Doubles p = z * (1.0 / 11) + 1.0 / 9;
+  p = p * z + 1.0 / 7;
+  p = p * z + 1.0 / 5;
+  p = p * z + 1.0 / 3;
+  p = p * z + 1.0;
+  return k * 0.69314718055994531 + 2.0 * s * p + (x - x) / x;
 }
 }  // namespace SEMION_ISA
 }  // namespace semion

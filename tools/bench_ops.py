@@ -1,7 +1,7 @@
 """The kernels of engine/ops against named peers in the same process, interleaved: medians, ratios, errors and memory, with
 versions and processor. Prints a table; --json writes the figures too.
 
-    .venv/bin/python tools/bench_ops.py [--threads 1 2] [--repeats 7] [--cases log_probs policy lm_head] [--json PATH]
+    .venv/bin/python tools/bench_ops.py [--threads 1 2] [--repeats 7] [--cases log_probs policy digest lm_head] [--json PATH]
 
 On a machine that others use, look at the ratios of CPU seconds: they forget the time a thread waits for a core.
 """
@@ -25,9 +25,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from engine.bridge.digest import tensor_digest
 from engine.config import Trainer
 from engine.megatron.topology import open_topology
-from engine.ops import grouped_advantages, lm_head_log_probs, plain, policy_gradient_loss, token_log_probs
+from engine.ops import (
+    block_digest,
+    column_weights,
+    grouped_advantages,
+    lm_head_log_probs,
+    plain,
+    policy_gradient_loss,
+    token_log_probs,
+)
 
 Work = Callable[[], object]
 SHAPES = ((512, 128256), (8192, 512))  # Llama 3's vocabulary; one that fits a cache
@@ -72,7 +81,7 @@ class Figures:
 
 
 def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) -> None:
-    """Forward, forward with entropy, forward and backward."""
+    """Forward, forward with entropy, forward and backward; `read` is one read of the logits' bytes, a sum of int64."""
     torch.manual_seed(0)
     base = (3 * torch.randn(num_tokens, width)).to(DTYPES[dtype])
     targets, weights = torch.randint(0, width, (num_tokens,)), torch.randn(num_tokens)
@@ -99,7 +108,7 @@ def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) ->
     with torch.no_grad():
         errors = {"error": error(token_log_probs(logits, targets)[0]), "eager_error": error(eager())}
         ours = {"semion": lambda: token_log_probs(logits, targets)}
-        figures.compare(f"forward {name}", {**ours, "eager": eager}, extra=errors)
+        figures.compare(f"forward {name}", {**ours, "eager": eager, "read": logits.view(torch.int64).sum}, extra=errors)
         ours = {"semion": lambda: token_log_probs(logits, targets, with_entropy=True)}
         figures.compare(f"entropy {name}", {**ours, "eager": lambda: eager(True)})
     peers: dict[str, Work] = {
@@ -141,11 +150,30 @@ def policy_case(figures: Figures) -> None:
     figures.compare(name, {"semion": many(ours), "eager": many(eager)})
 
 
-def lm_head_case(figures: Figures) -> None:
-    """Hidden [256 x 1024] to a vocabulary of 128256, fp32: log-probs and both gradients; peak of torch's allocations."""
+def digest_case(figures: Figures, dtype: str) -> None:
+    """A block [4096 x 4096] against a plain read of its bytes (a sum of int64), a copy, and the bridge's first digest."""
     torch.manual_seed(0)
-    hidden = torch.randn(256, 1024, requires_grad=True)
-    weight = (0.03 * torch.randn(128256, 1024)).requires_grad_()
+    block = torch.randn(4096, 4096).to(DTYPES[dtype])
+    columns, words, room = column_weights(4096, "cpu"), block.view(torch.int64), torch.empty_like(block)
+    peers: dict[str, Work] = {
+        "semion": lambda: block_digest(block, row=0, col=0, seed=1, columns=columns),
+        "read": words.sum,
+        "copy": lambda: room.copy_(block),
+        "flat": lambda: tensor_digest(block),
+    }
+    name = f"digest [4096 x 4096] {dtype}, {torch.get_num_threads()} threads"
+    figures.compare(name, peers, extra={"MB": block.nbytes / 1e6})
+
+
+def lm_head_case(figures: Figures, dtype: str) -> None:
+    """Hidden [256 x 1024] to a vocabulary of 128256: log-probs and both gradients; peak of torch's allocations.
+
+    `products` does nothing but the three products in float32, all rows at once: no way is faster on a processor without
+    products of half precision.
+    """
+    torch.manual_seed(0)
+    hidden = torch.randn(256, 1024).to(DTYPES[dtype]).requires_grad_()
+    weight = (0.03 * torch.randn(128256, 1024)).to(DTYPES[dtype]).requires_grad_()
     targets, coefficients = torch.randint(0, 128256, (256,)), torch.randn(256)
 
     def both(log_probs: torch.Tensor) -> None:
@@ -155,16 +183,28 @@ def lm_head_case(figures: Figures) -> None:
         log_p = F.linear(hidden, weight).log_softmax(-1)
         both(log_p.gather(1, targets[:, None])[:, 0])
 
+    x, w = hidden.detach().float(), weight.detach().float()
+    logits, slopes = torch.empty(256, 128256), torch.empty_like(w)
+
+    def products() -> None:
+        torch.mm(x, w.t(), out=logits)
+        torch.mm(logits, w)
+        torch.mm(logits.t(), x, out=slopes)
+
+    def head(**options: Any) -> Work:
+        return lambda: both(lm_head_log_probs(hidden, weight, targets, **options))
+
     peers: dict[str, Work] = {
-        "semion": lambda: both(lm_head_log_probs(hidden, weight, targets, coefficients=coefficients)),
+        "semion": head(coefficients=coefficients),
+        "semion128": head(coefficients=coefficients, chunk_rows=128),
+        "recompute": head(),
         "eager": eager,
-        "recompute": lambda: both(lm_head_log_probs(hidden, weight, targets)),
     }
     peaks = {peer: peak_bytes(work) for peer, work in peers.items()}
     gradient = weight.nbytes + hidden.nbytes
     memory = {f"{peer}_MiB_beside_gradients": round((peak - gradient) / 2**20) for peer, peak in peaks.items()}
-    name = f"LM head [256 x 1024 -> 128256] fp32, {torch.get_num_threads()} threads"
-    figures.compare(name, peers, extra=memory)
+    name = f"LM head [256 x 1024 -> 128256] {dtype}, {torch.get_num_threads()} threads"
+    figures.compare(name, peers | {"products": products}, extra=memory)
 
 
 def peak_bytes(work: Work) -> int:
@@ -192,7 +232,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--cases", nargs="+", default=["log_probs", "policy", "lm_head"])
+    parser.add_argument("--cases", nargs="+", default=["log_probs", "policy", "digest", "lm_head"])
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     options = parser.parse_args()
     machine = {
@@ -213,8 +253,11 @@ def main() -> int:
                     log_probs_case(figures, *shape, dtype)
             if "policy" in options.cases:
                 policy_case(figures)
-            if "lm_head" in options.cases:
-                lm_head_case(figures)
+            for dtype in DTYPES:
+                if "digest" in options.cases:
+                    digest_case(figures, dtype)
+                if "lm_head" in options.cases:
+                    lm_head_case(figures, dtype)
         topology.close()
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": machine, "figures": figures.rows}, indent=1), "utf-8")

@@ -9,8 +9,8 @@ namespace {
 
 constexpr int unroll = 4, block = 256;
 constexpr int64_t num_blocks_to_fill = 1056;  // eight for each of an H200's 132 multiprocessors
-using Rows = SemionLogProbRows;
-using Gradient = SemionLogProbGradient;
+using Rows = LogProbRows;
+using Gradient = LogProbGradient;
 
 __global__ void __launch_bounds__(block) join_kernel(const float* parts, int64_t num_ranks, const int64_t* targets,
                                                      int64_t num_rows, float temperature, float* log_probs,
@@ -42,8 +42,9 @@ __global__ void __launch_bounds__(block, 1024 / block) backward_kernel(Rows rows
   const Storage* const logits = static_cast<const Storage*>(rows.logits) + row * rows.row_stride;
   Storage* const out = static_cast<Storage*>(gradient.out) + row * gradient.row_stride;
   const int worker = int(blockIdx.y * block + threadIdx.x), num_workers = int(gridDim.y * block);
-  const float g = target == ignored ? 0.0f : gradient.grad_log_prob[row] / rows.temperature;
-  const float h = WITH_ENTROPY ? gradient.grad_entropy[row] / rows.temperature : 0.0f;
+  const float temperature = float(rows.temperature);
+  const float g = target == ignored ? 0.0f : gradient.grad_log_prob[row] / temperature;
+  const float h = WITH_ENTROPY ? gradient.grad_entropy[row] / temperature : 0.0f;
   if (g == 0.0f && h == 0.0f) {
     clear_row<E>(out, rows.num_columns, worker, num_workers);
     return;
@@ -51,10 +52,10 @@ __global__ void __launch_bounds__(block, 1024 / block) backward_kernel(Rows rows
   const float per_total = 1.0f / gradient.totals[rows.num_rows + row];
   const float mean = WITH_ENTROPY ? gradient.totals[2 * rows.num_rows + row] : 0.0f;
   const bool mine = target >= 0 && column >= 0 && column < rows.num_valid;
-  const RowGradient of_row = {gradient.totals[row], log2_e / rows.temperature, (h * mean - g) * per_total,
+  const RowGradient of_row = {gradient.totals[row], log2_e / temperature, (h * mean - g) * per_total,
                               -h * ln_2 * per_total, g, mine ? int(column) : -1};
   if (reinterpret_cast<uintptr_t>(logits) % 16 == reinterpret_cast<uintptr_t>(out) % 16) {
-    write_row_gradient<E, WITH_ENTROPY, false, unroll>(logits, out, rows.num_columns, rows.num_valid, of_row, worker,
+    write_row_gradient<E, WITH_ENTROPY, unroll>(logits, out, rows.num_columns, rows.num_valid, of_row, worker,
                                                        num_workers);
   } else {
     write_shifted_row_gradient<E, WITH_ENTROPY>(logits, out, rows.num_columns, rows.num_valid, of_row, worker,
@@ -90,10 +91,10 @@ cudaError_t semion_log_prob_join(const float* parts, int64_t num_ranks, const in
   return cudaGetLastError();
 }
 
-cudaError_t semion_log_prob_backward(const SemionLogProbRows* rows, const SemionLogProbGradient* gradient,
+cudaError_t semion_log_prob_backward(const semion::LogProbRows* rows, const semion::LogProbGradient* gradient,
                                      cudaStream_t stream) {
   if (rows->num_rows == 0 || rows->num_columns == 0) return cudaSuccess;
-  switch (Element(rows->element)) {
+  switch (rows->element) {
     case Element::float32: semion::launch_backward<Element::float32>(*rows, *gradient, stream); break;
     case Element::bfloat16: semion::launch_backward<Element::bfloat16>(*rows, *gradient, stream); break;
     case Element::float16: semion::launch_backward<Element::float16>(*rows, *gradient, stream); break;

@@ -1,38 +1,37 @@
 // The forward of token log-probs on a GPU: one block reads a row once, or several blocks read a share of it each and a
-// second kernel joins the shares in their order. log_prob_store reads the row a second time, last pieces first, which
-// the caches hold. Bound by memory on paper (16 byte loads, two rounds of four in flight, some 7 instructions an
-// element, 9 with the entropy); unverified on a GPU.
+// second kernel joins the shares in their order. Bound by memory on paper (16 byte loads, two rounds of four in flight,
+// some 7 instructions an element, 9 with the entropy); unverified on a GPU.
 #include "log_prob_kernel.h"
-#include "row_gradient.h"
+#include "row_sums.h"
 
 namespace semion {
 namespace {
 
-constexpr int unroll = 4, block = 256, store_block = 1024;
+constexpr int unroll = 4, block = 256;
 constexpr int64_t num_blocks_to_fill = 528;  // four for each of an H200's 132 multiprocessors
-using Rows = SemionLogProbRows;
+using Rows = LogProbRows;
 
 // Adds this thread's share of vectors [begin, end) of a row. The next round is loaded before this one is summed.
-template <Element E, bool WITH_ENTROPY, bool STAYS, int BLOCK>
+template <Element E, bool WITH_ENTROPY>
 __device__ __forceinline__ void add_vectors(const uint4* vectors, int begin, int end, float rate, RowSums& mine) {
-  constexpr int ROUND = unroll * BLOCK;
+  constexpr int ROUND = unroll * block;
   uint4 ahead[unroll];
   int first = begin + int(threadIdx.x);
 #pragma unroll
   for (int u = 0; u < unroll; ++u)
-    if (first + u * BLOCK < end) ahead[u] = load_vector<STAYS>(vectors + first + u * BLOCK);
+    if (first + u * block < end) ahead[u] = __ldcs(vectors + first + u * block);
   for (; first < end; first += ROUND) {
     uint4 here[unroll];
 #pragma unroll
     for (int u = 0; u < unroll; ++u) here[u] = ahead[u];
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
-      const int next = first + ROUND + u * BLOCK;
-      if (next < end) ahead[u] = load_vector<STAYS>(vectors + next);
+      const int next = first + ROUND + u * block;
+      if (next < end) ahead[u] = __ldcs(vectors + next);
     }
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
-      if (first + u * BLOCK >= end) break;
+      if (first + u * block >= end) break;
       float x[Elements<E>::PER_VECTOR];
       widen_vector<E>(here[u], x);
       mine.add<WITH_ENTROPY>(x, rate);
@@ -41,7 +40,7 @@ __device__ __forceinline__ void add_vectors(const uint4* vectors, int begin, int
 }
 
 // The sums of share `split` of a row's valid columns; thread 0 has the result.
-template <Element E, bool WITH_ENTROPY, bool STAYS, int BLOCK>
+template <Element E, bool WITH_ENTROPY>
 __device__ __forceinline__ RowSums sum_row(const typename Elements<E>::Storage* row, int num_valid, int split,
                                            int num_splits, float rate) {
   const RowPieces<E> pieces(row, num_valid);
@@ -53,8 +52,8 @@ __device__ __forceinline__ RowSums sum_row(const typename Elements<E>::Storage* 
   const int share = (pieces.num_vectors + num_splits - 1) / num_splits;
   const int begin = split * share, end = begin + share < pieces.num_vectors ? begin + share : pieces.num_vectors;
   const uint4* const vectors = reinterpret_cast<const uint4*>(row + pieces.head);
-  add_vectors<E, WITH_ENTROPY, STAYS, BLOCK>(vectors, begin, end, rate, mine);
-  return join_block<WITH_ENTROPY, BLOCK>(mine, rate);
+  add_vectors<E, WITH_ENTROPY>(vectors, begin, end, rate, mine);
+  return join_block<WITH_ENTROPY, block>(mine, rate);
 }
 
 // The target of a row as a column of this rank, or -1, and its logit: 0 on another rank, NaN of a target out of range.
@@ -98,8 +97,8 @@ __global__ void __launch_bounds__(block, 1024 / block) parts_kernel(Rows rows, f
   float logit = 0.0f;
   if (first && gridDim.y == 1) logit = Target::of<E>(rows, row).logit;  // asked for before the row, to hide its way
   const auto* const logits = static_cast<const typename Elements<E>::Storage*>(rows.logits) + row * rows.row_stride;
-  const RowSums sums = sum_row<E, EVERY_ROW, false, block>(logits, rows.num_valid, blockIdx.y, gridDim.y,
-                                                           log2_e / rows.temperature);
+  const RowSums sums = sum_row<E, EVERY_ROW>(logits, rows.num_valid, blockIdx.y, gridDim.y,
+                                             log2_e / float(rows.temperature));
   if (!first) return;
   if (gridDim.y == 1) {
     put(parts, rows.num_rows, row, sums, logit);
@@ -123,33 +122,9 @@ __global__ void __launch_bounds__(block) join_shares_kernel(Rows rows, int num_s
     other.reference = share[0];
     other.total = share[rows.num_rows];
     other.weighted = share[2 * rows.num_rows];
-    sums.join<EVERY_ROW>(other, log2_e / rows.temperature);
+    sums.join<EVERY_ROW>(other, log2_e / float(rows.temperature));
   }
   put(parts, rows.num_rows, row, sums, Target::of<E>(rows, row).logit);
-}
-
-template <Element E>
-__global__ void __launch_bounds__(store_block, 1) store_kernel(Rows rows, float* parts) {
-  const int64_t row = blockIdx.x;
-  auto* const logits = static_cast<typename Elements<E>::Storage*>(rows.logits) + row * rows.row_stride;
-  if (rows.targets[row] == ignored) {
-    if (threadIdx.x == 0) put_ignored(parts, rows.num_rows, row);
-    clear_row<E>(logits, rows.num_columns, threadIdx.x, store_block);
-    return;
-  }
-  __shared__ RowGradient difference;
-  Target target = {-1, 0.0f};
-  if (threadIdx.x == 0) target = Target::of<E>(rows, row);
-  const float rate = log2_e / rows.temperature;
-  const RowSums sums = sum_row<E, false, true, store_block>(logits, rows.num_valid, 0, 1, rate);
-  if (threadIdx.x == 0) {
-    put(parts, rows.num_rows, row, sums, target.logit);
-    difference = {sums.reference, rate, 1.0f / sums.total, 0.0f, -1.0f, target.column};
-  }
-  __syncthreads();
-  const RowGradient of_row = difference;
-  write_row_gradient<E, false, true, unroll / 2>(logits, logits, rows.num_columns, rows.num_valid, of_row, threadIdx.x,
-                                                 store_block);
 }
 
 template <Element E, bool EVERY_ROW>
@@ -173,38 +148,19 @@ void choose_parts(const Rows& rows, float* parts, float* shares, cudaStream_t st
 
 using semion::Element;
 
-int semion_log_prob_splits(const SemionLogProbRows* rows) {
-  const int per_vector = Element(rows->element) == Element::float32 ? 4 : 8;
+int semion_log_prob_splits(const semion::LogProbRows* rows) {
+  const int per_vector = rows->element == Element::float32 ? 4 : 8;
   const int64_t most = rows->num_valid / (per_vector * semion::block * semion::unroll);
   const int64_t wanted = rows->num_rows > 0 ? (semion::num_blocks_to_fill + rows->num_rows - 1) / rows->num_rows : 1;
   return static_cast<int>(most < 1 ? 1 : wanted < most ? wanted : most);
 }
 
-cudaError_t semion_log_prob_parts(const SemionLogProbRows* rows, float* parts, float* workspace, cudaStream_t stream) {
+cudaError_t semion_log_prob_parts(const semion::LogProbRows* rows, float* parts, float* workspace, cudaStream_t stream) {
   if (rows->num_rows == 0) return cudaSuccess;
-  switch (Element(rows->element)) {
+  switch (rows->element) {
     case Element::float32: semion::choose_parts<Element::float32>(*rows, parts, workspace, stream); break;
     case Element::bfloat16: semion::choose_parts<Element::bfloat16>(*rows, parts, workspace, stream); break;
     case Element::float16: semion::choose_parts<Element::float16>(*rows, parts, workspace, stream); break;
-    default: return cudaErrorInvalidValue;
-  }
-  return cudaGetLastError();
-}
-
-cudaError_t semion_log_prob_store(const SemionLogProbRows* rows, float* parts, cudaStream_t stream) {
-  if (rows->num_rows == 0) return cudaSuccess;
-  const auto grid = static_cast<unsigned>(rows->num_rows);
-  constexpr int threads = semion::store_block;
-  switch (Element(rows->element)) {
-    case Element::float32:
-      SEMION_LAUNCH(semion::store_kernel<Element::float32>, grid, threads, stream, *rows, parts);
-      break;
-    case Element::bfloat16:
-      SEMION_LAUNCH(semion::store_kernel<Element::bfloat16>, grid, threads, stream, *rows, parts);
-      break;
-    case Element::float16:
-      SEMION_LAUNCH(semion::store_kernel<Element::float16>, grid, threads, stream, *rows, parts);
-      break;
     default: return cudaErrorInvalidValue;
   }
   return cudaGetLastError();

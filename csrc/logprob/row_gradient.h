@@ -1,5 +1,5 @@
-// The gradient of one row of logits on a GPU: the arithmetic and the walk over the row that the backward and the forward
-// that stores P - onehot share. The caller gives each thread its number; there is no barrier and no reduction.
+// The gradient of one row of logits on a GPU: the arithmetic and the walk over the row. The caller gives each thread its
+// number; there is no barrier and no reduction.
 #pragma once
 #include "row_sums.h"
 
@@ -19,9 +19,8 @@ struct RowGradient {
 };
 
 // Thread `worker` of `num_workers` writes its part of out[0, num_columns): the gradient of the valid columns of `row`, 0
-// in the others. `out` may be `row`, and must lie at the same distance from a 16 byte boundary. BACKWARDS takes the last
-// pieces first: they are the ones that an earlier read of the row left in the caches.
-template <Element E, bool WITH_ENTROPY, bool BACKWARDS, int UNROLL>
+// in the others. `out` may be `row`, and must lie at the same distance from a 16 byte boundary.
+template <Element E, bool WITH_ENTROPY, int UNROLL>
 __device__ __forceinline__ void write_row_gradient(const typename Elements<E>::Storage* row,
                                                    typename Elements<E>::Storage* out, int num_columns, int num_valid,
                                                    const RowGradient& gradient, int worker, int num_workers) {
@@ -39,20 +38,19 @@ __device__ __forceinline__ void write_row_gradient(const typename Elements<E>::S
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const int i = first + u * num_workers;
-      if (i < pieces.num_vectors) loaded[u] = __ldcs(from + (BACKWARDS ? pieces.num_vectors - 1 - i : i));
+      if (i < pieces.num_vectors) loaded[u] = __ldcs(from + i);
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const int i = first + u * num_workers;
       if (i >= pieces.num_vectors) break;
-      const int vector = BACKWARDS ? pieces.num_vectors - 1 - i : i;
-      const int c = pieces.vector_column(vector);
+      const int c = pieces.vector_column(i);
       float x[WIDTH];
       widen_vector<E>(loaded[u], x);
 #pragma unroll
       for (int k = 0; k < WIDTH; ++k)
         x[k] = c + k < num_valid ? gradient.template at<WITH_ENTROPY>(x[k], c + k) : 0.0f;
-      __stcs(to + vector, narrow_vector<E>(x));
+      __stcs(to + i, narrow_vector<E>(x));
     }
   }
 }

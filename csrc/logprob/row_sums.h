@@ -3,11 +3,10 @@
 // in an order that the shape alone fixes, so results repeat bit for bit. A NaN stays one. It reads no logits.
 #pragma once
 #include "../simt/elements.h"
+#include "rows.h"
 
 namespace semion {
 
-constexpr int64_t ignored = -100;
-constexpr float lowest = -3.402823466e38f;  // the reference of a row without any logit: -inf would make differences NaN
 constexpr float vanishing = -150.0f;        // 2^vanishing is 0, and its product with 0 is no NaN as that of -inf is
 constexpr float log2_e = 1.442695041f, ln_2 = 0.6931471806f;
 

@@ -23,7 +23,7 @@ Floats where(Ints condition, Floats value) {
 }
 
 // Adds up to `lanes` tokens to the sums and returns the gradient of their loss.
-Floats add_tokens(const PolicyGradientInput& in, int64_t first, int64_t count, float advantage, Floats* sums) {
+Floats add_tokens(const PolicyGradientRow& in, int64_t first, int64_t count, float advantage, Floats* sums) {
   const auto at = [&](const float* values) {
     return count == lanes ? load(values + first) : load_part(values + first, count, 0.0f);
   };
@@ -48,7 +48,7 @@ Floats add_tokens(const PolicyGradientInput& in, int64_t first, int64_t count, f
 }
 }  // namespace
 
-void policy_gradient(const PolicyGradientInput& in, double* sums, float* gradient, int64_t begin, int64_t end) {
+void policy_gradient(const PolicyGradientRow& in, double* sums, float* gradient, int64_t begin, int64_t end) {
   for (int64_t sequence = begin; sequence < end; ++sequence) {
     double* out = sums + sequence * num_policy_sums;
     for (int k = 0; k < num_policy_sums; ++k) out[k] = 0;

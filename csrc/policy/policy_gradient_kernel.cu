@@ -8,8 +8,8 @@ namespace semion {
 namespace {
 
 constexpr int64_t ignored = -100;
-constexpr int block = 256, num_sums = 5;
-using Row = SemionPolicyGradientRow;
+constexpr int block = 256, num_sums = num_policy_sums;
+using Row = PolicyGradientRow;
 
 // The gradient of one token's loss; adds what it contributes to the sums.
 __device__ __forceinline__ float add_token(const Row& row, int token, float advantage, double (&sums)[num_sums]) {
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(block) sequences_kernel(const double* sequence
 }  // namespace
 }  // namespace semion
 
-cudaError_t semion_policy_gradient(const SemionPolicyGradientRow* row, double* workspace, float* sums, float* gradient,
-                                   cudaStream_t stream) {
+cudaError_t semion_policy_gradient(const semion::PolicyGradientRow* row, double* workspace, float* sums,
+                                   float* gradient, cudaStream_t stream) {
   if (row->num_sequences > 0)
     SEMION_LAUNCH(semion::tokens_kernel, row->num_sequences, semion::block, stream, *row, workspace, gradient);
   SEMION_LAUNCH(semion::sequences_kernel, 1, semion::block, stream, workspace, row->num_sequences, sums);

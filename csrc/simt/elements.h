@@ -1,11 +1,10 @@
 // Elements of a row of logits: bf16, fp16 and fp32 to fp32 and back, one at a time or 16 bytes at a time, and where the
 // 16 byte pieces of an arbitrarily placed row lie. It knows nothing of what the elements mean.
 #pragma once
+#include "../element.h"
 #include "launch.h"
 
 namespace semion {
-
-enum class Element : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 #ifdef SEMION_SIMT
 inline uint16_t narrow_bfloat16(float x) { return simt::to_bfloat16(x); }
@@ -90,12 +89,6 @@ __device__ __forceinline__ uint4 narrow_vector(const float (&x)[Elements<E>::PER
   constexpr int PER_WORD = Elements<E>::PER_VECTOR / 4;
   return make_uint4(Elements<E>::narrow_word(x), Elements<E>::narrow_word(x + PER_WORD),
                     Elements<E>::narrow_word(x + 2 * PER_WORD), Elements<E>::narrow_word(x + 3 * PER_WORD));
-}
-
-// 16 bytes that are not read again, or (STAYS) that a later pass hopes to find in the caches.
-template <bool STAYS>
-__device__ __forceinline__ uint4 load_vector(const uint4* address) {
-  return STAYS ? __ldca(address) : __ldcs(address);
 }
 
 // The columns [0, n) of a row as `head` single elements, `num_vectors` aligned pieces of 16 bytes, and single elements

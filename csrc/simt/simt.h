@@ -212,16 +212,11 @@ T __shfl_xor_sync(unsigned, T value, int mask) {  // every lane of the warp must
 }
 
 template <class T>
-T __ldca(const T* address) {
+T __ldcs(const T* address) {
   if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) simt::machine.error = cudaErrorMisalignedAddress;
   T value;
   std::memcpy(&value, address, sizeof value);
   return value;
-}
-
-template <class T>
-T __ldcs(const T* address) {
-  return __ldca(address);
 }
 
 template <class T>

@@ -1,11 +1,14 @@
 """The output layer and its log-probs together, without all logits: a few rows at a time go through the weight, the
 kernels, and back. At no time do more than `chunk_rows` × V_local logits exist.
 
+Where the processor has no products of half precision, they are done in float32, the weight widened a block at a time.
+
 Shape legend: T tokens, H hidden, V_local vocabulary columns of this rank, C rows of a chunk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ import torch.distributed as dist
 
 from engine.ops.token_log_probs import Group, group_size, joined_parts, local_columns
 
-BLOCK = 4096  # vocabulary rows whose part of a half-precision weight gradient is formed at once, in float32
+BLOCK = 4096  # vocabulary rows of a half-precision weight, or of its gradient, that exist in float32 at once
 
 
 def lm_head_log_probs(
@@ -25,7 +28,7 @@ def lm_head_log_probs(
     num_valid: int | None = None,
     group: Group = None,
     coefficients: torch.Tensor | None = None,
-    chunk_rows: int = 128,
+    chunk_rows: int = 256,
 ) -> torch.Tensor:
     """Log-probs [T] (float32) of targets [T] under hidden [T, H] @ weight [V_local, H].T, with gradients to both.
 
@@ -33,7 +36,8 @@ def lm_head_log_probs(
     states and gets their whole gradient (one all-reduce); the weight's gradient is that of its own rows, summed in
     float32. Without `coefficients` the backward computes the logits again. With them (float32 [T]: what the loss
     multiplies each log-prob by, up to one factor) both gradients are formed in the forward pass, from the logits it has
-    anyway; the backward then only multiplies. It raises ValueError if what reaches it is no multiple of them.
+    anyway; the backward then only multiplies. It raises ValueError if what reaches it is no multiple of them. Fewer rows
+    at a time take less memory and more time: the weight is read for each chunk anew.
     """
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1; found {chunk_rows}")
@@ -62,16 +66,19 @@ class _Head:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Log-probs [T] and, given the coefficients, the gradients of sum(coefficients * log-probs) [T, H], [V_local, H]."""
         num_tokens, width = hidden.size(0), weight.size(0)
+        dtype = _products_in(hidden)
         log_probs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
-        room = hidden.new_empty(min(self.chunk_rows, num_tokens), width)
+        room = hidden.new_empty(min(self.chunk_rows, num_tokens), width, dtype=dtype)
         grad_hidden = grad_weight = None
         if coefficients is not None:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.empty_like(weight, dtype=torch.float32)
         for first in range(0, num_tokens, self.chunk_rows):
             rows = slice(first, first + self.chunk_rows)
-            x, chunk_targets = hidden[rows], targets[rows]
-            logits = torch.mm(x, weight.t(), out=room[: x.size(0)])
+            x, chunk_targets = hidden[rows].to(dtype), targets[rows]
+            logits = room[: x.size(0)]
+            for block, part in _blocks(weight, dtype):
+                torch.mm(x, part.t(), out=logits[:, block])
             columns = local_columns(logits, self.vocab_start, self.num_valid, self.group)
             log_probs[rows], _, totals = joined_parts(logits, chunk_targets, self.vocab_start, columns, self.group, 1.0, False)
             if coefficients is None or grad_hidden is None or grad_weight is None:
@@ -79,7 +86,10 @@ class _Head:
             torch.ops.semion.log_prob_backward(
                 logits, chunk_targets, totals, coefficients[rows], None, self.vocab_start, columns[0], 1.0, logits
             )
-            torch.mm(logits, weight, out=grad_hidden[rows])
+            back = torch.empty_like(x)
+            for block, part in _blocks(weight, dtype):
+                back.addmm_(logits[:, block], part, beta=1 if block.start else 0)
+            grad_hidden[rows] = back
             _add_product(grad_weight, logits, x, fresh=first == 0)
         if grad_weight is not None and num_tokens == 0:
             grad_weight.zero_()
@@ -118,6 +128,26 @@ class _LmHeadLogProbs(torch.autograd.Function):
             grad_hidden *= factor
             grad_weight *= factor
         return grad_hidden, grad_weight, None, None, None
+
+
+def _products_in(hidden: torch.Tensor) -> torch.dtype:
+    """The type to multiply in: hidden's own, but float32 on a processor that would only imitate it (four times slower)."""
+    if hidden.is_cpu and hidden.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    if hidden.is_cpu and hidden.dtype == torch.float16 and not torch.cpu._is_amx_fp16_supported():
+        return torch.float32
+    return hidden.dtype
+
+
+def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, weight of these rows in this type): the whole weight, or BLOCK rows after another in the same room."""
+    if weight.dtype == dtype:
+        yield slice(0, weight.size(0)), weight
+        return
+    room = weight.new_empty(min(BLOCK, weight.size(0)), weight.size(1), dtype=dtype)
+    for first in range(0, weight.size(0), BLOCK):
+        part = weight[first : first + BLOCK]
+        yield slice(first, first + part.size(0)), room[: part.size(0)].copy_(part)
 
 
 def _add_product(total: torch.Tensor, logits: torch.Tensor, x: torch.Tensor, *, fresh: bool) -> None:

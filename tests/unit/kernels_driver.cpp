@@ -73,6 +73,7 @@ struct Matrix {  // rows of `stride` elements, the last one only `width` long
 struct Kernels {
   const char* isa;
   decltype(&baseline::log_prob_parts) parts;
+  decltype(&baseline::log_prob_join) join;
   decltype(&baseline::log_prob_backward) backward;
   decltype(&baseline::policy_gradient) policy;
   decltype(&baseline::block_digest) digest;
@@ -83,10 +84,11 @@ void check_log_probs(const Kernels& kernels, Element element, int64_t width, flo
   Matrix logits(element, rows, width, width + 5);
   logits.fill(scale);
   const std::vector<int64_t> targets{start + valid - 1, ignored, start + width + 100};  // mine, ignored, another rank's
-  LogProbInput in{logits.data(), logits.stride, element, targets.data(), rows, start, width, valid, temperature, true};
+  const LogProbRows in{logits.data(), logits.stride, targets.data(), rows, start, 0, start + width, temperature, element,
+                       static_cast<int32_t>(width), static_cast<int32_t>(valid), true};
   std::vector<float> parts(4 * rows), log_probs(rows), entropy(rows), totals(3 * rows);
   kernels.parts(in, parts.data(), 0, rows);
-  log_prob_join(parts.data(), 1, targets.data(), rows, temperature, log_probs.data(), entropy.data(), totals.data(), 0, rows);
+  kernels.join(parts.data(), 1, targets.data(), rows, temperature, log_probs.data(), entropy.data(), totals.data(), 0, rows);
   const std::vector<float> g{0.7f, 0.9f, -1.3f}, h{0.3f, -0.4f, 0.0f};
   Matrix out(element, rows, width, width + 3);
   const LogProbGradient gradient{totals.data(), g.data(), h.data(), out.data(), out.stride};
@@ -126,8 +128,8 @@ void check_policy(const Kernels& kernels, int32_t first, int32_t second) {
     now[i] = normal(draw), old[i] = normal(draw), reference[i] = normal(draw);
     targets[i] = draw() % 4 ? 5 : ignored;
   }
-  const PolicyGradientInput in{now.data(),    old.data(),     reference.data(), advantages.data(),
-                               bounds.data(), targets.data(), 0.2f,             0.1f};
+  const PolicyGradientRow in{now.data(),    old.data(),     reference.data(), advantages.data(), bounds.data(),
+                             targets.data(), first + second, 3,                0.2f,              0.1f};
   std::vector<double> sums(3 * num_policy_sums);
   kernels.policy(in, sums.data(), gradient.data(), 0, 3);
   for (size_t sequence = 0; sequence < 3; ++sequence) {
@@ -201,12 +203,12 @@ void check_small_ones() {
 }  // namespace
 
 int main() {
-  std::vector<Kernels> all{{"baseline", baseline::log_prob_parts, baseline::log_prob_backward, baseline::policy_gradient,
+  std::vector<Kernels> all{{"baseline", baseline::log_prob_parts, baseline::log_prob_join, baseline::log_prob_backward, baseline::policy_gradient,
                             baseline::block_digest}};
   if (best_isa() != Isa::baseline)
-    all.push_back({"avx2", avx2::log_prob_parts, avx2::log_prob_backward, avx2::policy_gradient, avx2::block_digest});
+    all.push_back({"avx2", avx2::log_prob_parts, avx2::log_prob_join, avx2::log_prob_backward, avx2::policy_gradient, avx2::block_digest});
   if (best_isa() == Isa::avx512)
-    all.push_back({"avx512", avx512::log_prob_parts, avx512::log_prob_backward, avx512::policy_gradient,
+    all.push_back({"avx512", avx512::log_prob_parts, avx512::log_prob_join, avx512::log_prob_backward, avx512::policy_gradient,
                    avx512::block_digest});
   for (const Kernels& kernels : all) {
     for (const Element element : {Element::float32, Element::bfloat16, Element::float16})

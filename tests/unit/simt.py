@@ -27,8 +27,8 @@ def digest(*parts: str) -> str:
 class LogProbRows(ctypes.Structure):
     _fields_ = [
         ("logits", pointer), ("row_stride", i64), ("targets", pointer), ("num_rows", i64), ("vocab_start", i64),
-        ("lowest_id", i64), ("end_id", i64), ("element", i32), ("num_columns", i32), ("num_valid", i32),
-        ("every_row", i32), ("temperature", f32),
+        ("lowest_id", i64), ("end_id", i64), ("temperature", ctypes.c_double), ("element", i32), ("num_columns", i32),
+        ("num_valid", i32), ("every_row", i32),
     ]  # fmt: skip
 
 

@@ -144,6 +144,26 @@ def test_lm_head_equals_the_plain_twin(dtype, single_pass, chunk_rows):
     assert (gradients[0][5] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("native", [True, False])
+def test_lm_head_of_half_precision_with_and_without_the_processors_products(monkeypatch, dtype, native):
+    """Whichever this processor has. In float32 the log-probs are float32's, and blocks of the weight leave no seam."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native)
+    torch.manual_seed(5)
+    hidden, weight = torch.randn(7, 24).to(dtype).requires_grad_(), (0.3 * torch.randn(5001, 24)).to(dtype).requires_grad_()
+    targets = torch.tensor([0, 4095, 4096, 5000, 17, IGNORED, 4999])
+    found = lm_head_log_probs(hidden, weight, targets, coefficients=torch.ones(7), chunk_rows=3)
+    gradients = torch.autograd.grad(found.sum(), (hidden, weight))
+    exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    want = plain.lm_head_log_probs(*exact, targets)
+    slopes = torch.autograd.grad(want.sum(), exact)
+    assert (found - want).abs().max() <= (HEAD_TOLERANCE[dtype] if native else 5e-6)
+    for mine, theirs in zip(gradients, slopes, strict=True):
+        rounding = HEAD_TOLERANCE[dtype] if native else torch.finfo(dtype).eps
+        assert (mine.double() - theirs).abs().max() <= rounding * theirs.abs().max()
+
+
 def test_coefficients_that_are_not_the_losses_are_refused():
     hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True)
     log_probs = lm_head_log_probs(hidden, weight, torch.zeros(4).long(), coefficients=torch.ones(4))
