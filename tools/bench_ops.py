@@ -25,7 +25,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from engine.bridge.digest import tensor_digest
 from engine.config import Trainer
 from engine.megatron.topology import open_topology
 from engine.ops import (
@@ -151,7 +150,7 @@ def policy_case(figures: Figures) -> None:
 
 
 def digest_case(figures: Figures, dtype: str) -> None:
-    """A block [4096 x 4096] against a plain read of its bytes (a sum of int64), a copy, and the bridge's first digest."""
+    """A block [4096 x 4096] against a plain read of its bytes (a sum of int64), a copy, and the plain twin."""
     torch.manual_seed(0)
     block = torch.randn(4096, 4096).to(DTYPES[dtype])
     columns, words, room = column_weights(4096, "cpu"), block.view(torch.int64), torch.empty_like(block)
@@ -159,7 +158,7 @@ def digest_case(figures: Figures, dtype: str) -> None:
         "semion": lambda: block_digest(block, row=0, col=0, seed=1, columns=columns),
         "read": words.sum,
         "copy": lambda: room.copy_(block),
-        "flat": lambda: tensor_digest(block),
+        "plain": lambda: plain.block_digest(block, row=0, col=0, seed=1),
     }
     name = f"digest [4096 x 4096] {dtype}, {torch.get_num_threads()} threads"
     figures.compare(name, peers, extra={"MB": block.nbytes / 1e6})

@@ -2,7 +2,7 @@
 a broadcast for every tensor, and vLLM's own reload from disk (the page cache is warm). Trainer ranks hold random weights in
 megatron's layout; the engine is the product's. Prints a table of medians, and what memory a sync takes beside the weights.
 
-    .venv/bin/python tools/bench_sync.py [--millions 50 300] [--trainers 1 2] [--transports gloo ipc] [--repeats 7] [--json PATH]
+    .venv/bin/python tools/bench_sync.py [--millions 50 300] [--trainers 1 2] [--transports gloo ipc] [--repeats 7]
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Rank:
         """Not asked here."""
 
 
-def open_rank(rank: int, trainers: int, folder: Path, pool: Any, transport: str) -> Any:
+def open_rank(rank: int, trainers: int, folder: Path, pool: Any, transport: Any) -> Any:
     """Joins the ranks and opens the bridge."""
     import torch
     import torch.distributed as dist
@@ -199,7 +199,7 @@ def open_rank(rank: int, trainers: int, folder: Path, pool: Any, transport: str)
     return Publisher(place, place, terms, host=HOST, timeout_seconds=TIMEOUT, pool=pool), shape
 
 
-def rank_process(pipe: Connection, rank: int, trainers: int, folder: Path, transport: str) -> None:
+def rank_process(pipe: Connection, rank: int, trainers: int, folder: Path, transport: Any) -> None:
     """A rank other than the first: publishes when told."""
     publisher, _ = open_rank(rank, trainers, folder, None, transport)
     while True:
@@ -244,7 +244,7 @@ def compare(peers: dict[str, Callable[[], None]], repeats: int, cpu: Callable[[]
     return {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in seconds.items()}
 
 
-def measure(transport: str, trainers: int, repeats: int, folder: Path) -> dict[str, Any]:
+def measure(transport: Any, trainers: int, repeats: int, folder: Path) -> dict[str, Any]:
     """One size and layout."""
     import torch
     import torch.distributed as dist

@@ -1,9 +1,9 @@
 """One weight sync as one member sees it: trainer ranks send their buckets, engine ranks place them and prove it. It follows
 a ShardPlan over a Transport, knows neither megatron nor vLLM, and decides nothing about versions.
 
-Both sides keep two messages under way and need staging memory for at most two buckets. What is contiguous in both shards
-needs none: it is sent from the parameter and received into it. While messages travel, the others are packed, placed and
-digested. At the end every sender tells every engine rank it sent to what the digests must be.
+Both sides keep as many messages under way as the transport has room for, and need staging memory for at most two buckets.
+What is contiguous in both shards needs none: it is sent from the parameter and received into it. While messages travel,
+others are packed, placed and digested. At the end every sender tells every engine rank it sent to what the digests must be.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engine.errors import WeightSyncError
 from engine.llama.layout import rectangle
 
 UNDELIVERED = "was not delivered"  # in the words of every failure that may be an echo of another
-WINDOW = 2  # messages of a member under way at once
+STAGED = 2  # buckets of a member in staging memory at once
 
 
 class Shards(Protocol):
@@ -62,18 +62,18 @@ class Sender:
         for name, shard in shards.items():
             if shard.dtype != self._dtype:
                 raise WeightSyncError(f"trainer parameter {name} must be {self._dtype}; found {shard.dtype}: publish one type")
-        under_way = _UnderWay(self._plan, deadline)
+        under_way = _UnderWay(self._plan, transport.depth, deadline)
         sums: dict[tuple[tuple[int, ...], int], ShardDigest] = {}
         for message in self._messages:
-            under_way.make_room()
-            buffer = self._pack(message.bucket, shards)
-            under_way.add(message, transport.send(buffer, self._plan.receivers(message)[0]))
             key = tuple(sorted(message.route)), message.bucket.target
             if key not in sums:
                 sums[key] = ShardDigest(self._parameters[key[1]], self._columns)
-            for t in message.bucket.transfers:
+            for t in message.bucket.transfers:  # first: what follows finds it in the processor's cache
                 block = rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols)
                 sums[key].add(t.target.parameter, t.target.row, t.target.col, block)
+            under_way.make_room(message.bucket)
+            buffer = self._pack(message.bucket, shards)
+            under_way.add(message, transport.send(buffer, self._plan.receivers(message)[0]))
         under_way.finish()
         tails = []
         for (engines, target), digest in sums.items():
@@ -112,26 +112,31 @@ class Receiver:
         or the parameters that differ."""
         held = ShardDigest(self._parameters, self._columns)
         missing = Counter({name: extent.num_elements for name, extent in self._extents.items()})
-        posted: deque[tuple[torch.Tensor, Pending]] = deque()
-        forwards = _UnderWay(self._plan, deadline)
+        posted: deque[tuple[Message, torch.Tensor, Pending]] = deque()
+        forwards = _UnderWay(self._plan, transport.depth, deadline)
+        waiting = deque(self._work)
 
-        def post(index: int) -> None:
-            message, role = self._work[index]
-            source = self._plan.receivers(message)[0] if role is Role.RECEIVE_FROM_ENGINE else message.source
-            forwards.make_room_for(message)
-            buffer = self._buffer(message.bucket, shards)
-            posted.append((buffer, transport.receive(buffer, source)))
+        def post_ahead() -> None:
+            while waiting and len(posted) < transport.depth:
+                message, role = waiting[0]
+                if message.bucket.packed and sum(other.bucket.packed for other, _, _ in posted) == STAGED:
+                    return
+                source = self._plan.receivers(message)[0] if role is Role.RECEIVE_FROM_ENGINE else message.source
+                if message.bucket.packed:
+                    forwards.finish()  # staging memory may still be on its way to another engine
+                buffer = self._buffer(message.bucket, shards)
+                posted.append((message, buffer, transport.receive(buffer, source)))
+                waiting.popleft()
 
-        for index in range(min(WINDOW, len(self._work))):
-            post(index)
-        for index, (message, _) in enumerate(self._work):
-            buffer, pending = posted.popleft()
+        for _, role in self._work:
+            post_ahead()
+            message, buffer, pending = posted.popleft()
             _finish(pending, deadline, self._plan, message)
-            for peer in self._plan.receivers(message)[1:] if _forwards(self._work[index]) else ():
+            for peer in self._plan.receivers(message)[1:] if role is Role.RECEIVE_AND_FORWARD else ():
+                forwards.make_room(message.bucket)
                 forwards.add(message, transport.send(buffer, peer))
             self._place(message.bucket, buffer, shards)
-            if index + WINDOW < len(self._work):
-                post(index + WINDOW)
+            post_ahead()
             self._digest_complete(message.bucket, shards, held, missing)
         forwards.finish()
         self._verify(held, transport, deadline)
@@ -210,38 +215,35 @@ def _extents(buckets: list[Bucket]) -> dict[str, _Extent]:
 
 
 class _Staging:
-    """Memory for WINDOW buckets, used in turn."""
+    """Memory for STAGED buckets, used in turn."""
 
     def __init__(self, buckets: list[Bucket], dtype_bytes: int, device: torch.device) -> None:
         largest = max((bucket.num_bytes for bucket in buckets if bucket.packed), default=0)
-        self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(WINDOW)]
+        self._slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(STAGED)]
         self._turn = 0
 
     def next(self, bucket: Bucket, dtype: torch.dtype) -> torch.Tensor:
-        """Room for a bucket, as elements; whoever used it WINDOW buckets ago must be done with it."""
-        self._turn = (self._turn + 1) % WINDOW
+        """Room for a bucket, as elements; whoever used it STAGED buckets ago must be done with it."""
+        self._turn = (self._turn + 1) % STAGED
         return self._slots[self._turn][: bucket.num_bytes].view(dtype)
 
 
 class _UnderWay:
-    """Messages being sent: at most WINDOW, oldest first."""
+    """Messages being sent, oldest first: at most `depth`, of them STAGED from staging memory."""
 
-    def __init__(self, plan: ShardPlan, deadline: Deadline) -> None:
-        self._plan, self._deadline = plan, deadline
+    def __init__(self, plan: ShardPlan, depth: int, deadline: Deadline) -> None:
+        self._plan, self._depth, self._deadline = plan, depth, deadline
         self._queue: deque[tuple[Message, Pending]] = deque()
 
     def add(self, message: Message, pending: Pending) -> None:
         self._queue.append((message, pending))
 
-    def make_room(self) -> None:
-        """Waits until less than WINDOW are under way."""
-        while len(self._queue) >= WINDOW:
+    def make_room(self, bucket: Bucket) -> None:
+        """Waits until this bucket may be under way too."""
+        while len(self._queue) >= self._depth or (
+            bucket.packed and sum(message.bucket.packed for message, _ in self._queue) >= STAGED
+        ):
             self._finish_one()
-
-    def make_room_for(self, message: Message) -> None:
-        """Waits for everything, if the message needs staging memory that may still be in use."""
-        if message.bucket.packed:
-            self.finish()
 
     def finish(self) -> None:
         """Waits for all of them."""
@@ -261,10 +263,6 @@ def _finish(
     except TransportError as error:
         what = "a vector of digests" if plan is None or message is None else describe(plan, message)
         raise WeightSyncError(f"{what} {UNDELIVERED}: {error}") from error
-
-
-def _forwards(work: tuple[Message, Role]) -> bool:
-    return work[1] is Role.RECEIVE_AND_FORWARD
 
 
 def _parts(buffer: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:

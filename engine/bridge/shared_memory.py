@@ -17,13 +17,15 @@ import torch.distributed as dist
 
 from engine.bridge.transport import Deadline, Gloo, Pending, Rendezvous, TransportError
 
-SLOTS = 2  # no less than the messages that a member has under way
+SLOTS = 2
 FILLED, EMPTIED = 0, 1  # lanes of words
 PAGE = 1 << 20  # slots are whole multiples of it
 
 
 class Ipc:
     """See the head of this file; the interface is transport.Transport's."""
+
+    depth = SLOTS
 
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
         self._store, self._member = store, member

@@ -49,6 +49,8 @@ class Pending(Protocol):
 class Transport(Protocol):
     """Point-to-point messages between numbered members."""
 
+    depth: int  # messages that a member may have under way
+
     def send(self, buffer: torch.Tensor, peer: int) -> Pending:
         """Starts sending a contiguous buffer."""
         ...
@@ -122,6 +124,8 @@ def open_transport(kind: Kind, store: dist.Store, member: int, meeting: Rendezvo
 class Gloo:
     """CPU buffers over TCP, on one interface."""
 
+    depth = 8
+
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
         options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
@@ -149,6 +153,8 @@ class Gloo:
 
 class Nccl:
     """GPU buffers over NCCL, on its own stream; each message is a group of one. Unverified on a GPU."""
+
+    depth = 8
 
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
         options = dist.ProcessGroupNCCL.Options()

@@ -12,7 +12,7 @@ import os
 import queue
 import signal
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -99,7 +99,7 @@ class FaultyTransport:
     """The real gloo transport, with one fault."""
 
     def __init__(self, real: transport.Transport, fault: Fault) -> None:
-        self._real, self._fault, self._count = real, fault, 0
+        self._real, self._fault, self._count, self.depth = real, fault, 0, real.depth
 
     def close(self) -> None:
         """Passes it on."""
@@ -324,11 +324,14 @@ class World:
         """Not asked here."""
 
 
-def open_publisher(rank: int, store: str, timeout_seconds: float, pool: Any) -> tuple[World, Publisher]:
+def open_publisher(
+    rank: int, store: str, timeout_seconds: float, transport: Any, pool: Any
+) -> tuple[World, Publisher]:
     """Joins the trainer ranks and opens the bridge."""
     dist.init_process_group("gloo", store=dist.FileStore(store, TRAINERS), rank=rank, world_size=TRAINERS)
     world = World(rank, filled(TERMS.trainer, rank, 0))
-    return world, Publisher(world, world, TERMS, host=HOST, timeout_seconds=timeout_seconds, pool=pool)
+    terms = replace(TERMS, transport=transport)
+    return world, Publisher(world, world, terms, host=HOST, timeout_seconds=timeout_seconds, pool=pool)
 
 
 def arm_trainer(world: World, publisher: Publisher, fault: Fault) -> None:
@@ -356,10 +359,10 @@ def arm_trainer(world: World, publisher: Publisher, fault: Fault) -> None:
         Arm(publisher, "_transport")(fault)
 
 
-def trainer_process(pipe: Connection, rank: int, store: str, timeout_seconds: float) -> None:
+def trainer_process(pipe: Connection, rank: int, store: str, timeout_seconds: float, transport: str) -> None:
     """A trainer rank that publishes when told: (version, fault or None) -> nothing, or the error's words."""
     torch.set_num_threads(1)
-    world, publisher = open_publisher(rank, store, timeout_seconds, None)
+    world, publisher = open_publisher(rank, store, timeout_seconds, transport, None)
     pipe.send("ready")
     while True:
         version, fault = pipe.recv()
