@@ -152,7 +152,7 @@ class _Desk:
             self._events.append({"kind": "note", "text": f"data.held_out: {held_out}"})
         self._reward = MathReward(config.rewards)
         self.pool: Pool = Pool(engines, config.inference.timeout_seconds)
-        self._versions = {k: v for k, v in self.pool.describe()[0].items() if k != "host"}
+        self._versions = {k: v for k, v in self.pool.describe()[0].items() if k not in ("host", "pid")}
         self.source: RolloutSource = RolloutSource(config, prompts, self.pool, self._reward, self._ledger)
 
     def evaluate(self, step: int) -> None:

@@ -87,11 +87,11 @@ class VllmEngine:
         )
 
     def describe(self) -> dict[str, str]:
-        """The machine and the versions of what runs here."""
+        """The machine, the process and the versions of what runs here."""
         import torch
         import vllm
 
-        return {"host": socket.gethostname(), "vllm": vllm.__version__, "torch": torch.__version__}
+        return {"host": socket.gethostname(), "pid": str(os.getpid()), "vllm": vllm.__version__, "torch": torch.__version__}
 
     # -- sampling
 

@@ -1,10 +1,13 @@
 """A script, not a test: trains real ranks for a few steps, publishes after each into live engines, and prints how far the
-engines' log-probs of a fixed batch are from the trainer's. `python sync_probe.py CONFIG SYNCS`."""
+engines' log-probs of a fixed batch are from the trainer's. `python sync_probe.py CONFIG SYNCS [KILL]`: before sync number
+KILL, engine 0 is killed."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +22,7 @@ SEQUENCES, LONGEST, DIGITS = 5, 30, 200
 class Probe(TrainerRank):
     """A trainer rank that trains on noise and asks, after every sync, whether engines and trainer agree."""
 
-    def probe(self, port: int, engines: list[Any] | None, num_syncs: int) -> Iterator[Event]:
+    def probe(self, port: int, engines: list[Any] | None, num_syncs: int, kill: int) -> Iterator[Event]:
         import torch
         import torch.distributed as dist
 
@@ -41,6 +44,8 @@ class Probe(TrainerRank):
         for version in range(1, num_syncs + 1):
             batch = hand_out(sequences if topology.rank == 0 else None, len(rows), version, config.trainer, topology)
             metrics = policy.train_step(batch)
+            if pool is not None and version == kill:
+                os.kill(int(pool.describe()[0]["pid"]), signal.SIGKILL)
             report = publisher.publish(version)
             (whole,) = pack(sequences, config.trainer.microbatch_tokens, topology.tp_size)
             mine = policy.log_probs(replace(batch, microbatches=(whole,)))
@@ -66,6 +71,7 @@ class Probe(TrainerRank):
                 "messages": report.num_messages,
                 "bytes": report.num_bytes,
                 "seconds": report.seconds,
+                "attempts": report.attempts,
             }
         topology.close()
 
@@ -73,10 +79,11 @@ class Probe(TrainerRank):
 def main() -> None:
     from engine.cluster import Cluster
 
-    config, num_syncs = load_config(sys.argv[1], sys.argv[3:]), int(sys.argv[2])
+    config, num_syncs = load_config(sys.argv[1]), int(sys.argv[2])
+    kill = int(sys.argv[3]) if len(sys.argv) > 3 else 0
     with Cluster(config) as cluster:
         engines = cluster.start_engines()
-        events = cluster.run_ranks("probe", lambda rank: (engines if rank == 0 else None, num_syncs), Probe)
+        events = cluster.run_ranks("probe", lambda rank: (engines if rank == 0 else None, num_syncs, kill), Probe)
         print("RESULT " + json.dumps(list(events)))
 
 
