@@ -75,11 +75,13 @@ class Sender:
                 block = rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols)
                 sums[key].add(t.target.parameter, t.target.row, t.target.col, block)
         under_way.finish()
-        tails = []
-        for (engines, target), digest in sums.items():
-            tails += [transport.send(digest.sums, self._plan.member(engine, target)) for engine in engines]
-        for tail in tails:
-            _finish(tail, "the digests", deadline)
+        tails = [
+            (f"the digest for tensor rank {target} of engine {e}", transport.send(digest.sums, self._plan.member(e, target)))
+            for (engines, target), digest in sums.items()
+            for e in engines
+        ]
+        for what, tail in tails:
+            _finish(tail, what, deadline)
 
     def _pack(self, bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> torch.Tensor:
         views = [rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols) for t in bucket.transfers]
@@ -123,11 +125,12 @@ class Receiver:
 
         for index in range(min(WINDOW, len(self._work))):
             post(index)
-        for index, (message, _) in enumerate(self._work):
+        for index, (message, role) in enumerate(self._work):
             buffer, pending = posted.popleft()
             _finish(pending, describe(self._plan, message), deadline)
-            for peer in self._plan.receivers(message)[1:] if _forwards(self._work[index]) else ():
-                forwards.add(message, transport.send(buffer, peer))
+            if role is Role.RECEIVE_AND_FORWARD:
+                forwards.make_room()
+                forwards.add(message, *(transport.send(buffer, peer) for peer in self._plan.receivers(message)[1:]))
             self._place(message.bucket, buffer, shards)
             if index + WINDOW < len(self._work):
                 post(index + WINDOW)
@@ -161,7 +164,7 @@ class Receiver:
         expected = torch.zeros_like(held.sums)
         for source in self._senders:
             part = torch.empty_like(expected)
-            _finish(transport.receive(part, source), f"the digests of trainer rank {source}", deadline)
+            _finish(transport.receive(part, source), f"the digest of trainer rank {source}", deadline)
             expected += part
         if wrong := held.differing(expected):
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -227,10 +230,11 @@ class _UnderWay:
 
     def __init__(self, plan: ShardPlan, deadline: Deadline) -> None:
         self._plan, self._deadline = plan, deadline
-        self._queue: deque[tuple[Message, Pending]] = deque()
+        self._queue: deque[tuple[Message, tuple[Pending, ...]]] = deque()
 
-    def add(self, message: Message, pending: Pending) -> None:
-        self._queue.append((message, pending))
+    def add(self, message: Message, *sendings: Pending) -> None:
+        """One for each member that the message is sent to."""
+        self._queue.append((message, sendings))
 
     def make_room(self) -> None:
         """Waits until less than WINDOW are under way."""
@@ -248,8 +252,9 @@ class _UnderWay:
             self._finish_one()
 
     def _finish_one(self) -> None:
-        message, pending = self._queue.popleft()
-        _finish(pending, describe(self._plan, message), self._deadline)
+        message, sendings = self._queue.popleft()
+        for pending in sendings:
+            _finish(pending, describe(self._plan, message), self._deadline)
 
 
 def _finish(pending: Pending, what: str, deadline: Deadline) -> None:
@@ -257,10 +262,6 @@ def _finish(pending: Pending, what: str, deadline: Deadline) -> None:
         pending.wait(deadline)
     except TransportError as error:
         raise WeightSyncError(f"{what} {UNDELIVERED}: {error}") from error
-
-
-def _forwards(work: tuple[Message, Role]) -> bool:
-    return work[1] is Role.RECEIVE_AND_FORWARD
 
 
 def _parts(buffer: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ import os
 import queue
 import signal
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -314,7 +314,7 @@ class World:
     rank: int
     parameters: dict[str, torch.Tensor]
     world_size: int = TRAINERS
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def stage_leaders(self) -> tuple[int, ...]:
         """One stage."""
