@@ -20,7 +20,6 @@ from engine.bridge.plan import Bucket, Message
 from engine.bridge.publish import _most_telling, stream_to_first_rank
 from engine.bridge.terms import SyncTerms
 from engine.bridge.transport import UNMET
-from engine.errors import WeightSyncError
 from engine.llama.hf import Llama3Scaling
 from engine.llama.layout import EngineLayout, ExportBucket, TensorMeta, TrainerLayout
 from tests.unit.bridge_world import Case, World, small_shape
@@ -124,8 +123,9 @@ class Change:
 
     def alter(self, world: World) -> Callable[[int, int, torch.Tensor], torch.Tensor]:
         """For a Network."""
+        bucket, chosen = self.message(world).bucket, (self.sender, self.number)
         return lambda member, number, content: (
-            self.make(content.clone(), self.message(world).bucket) if (member, number) == (self.sender, self.number) else content
+            self.make(content.clone(), bucket) if (member, number) == chosen else content
         )
 
     def message(self, world: World) -> Message:
