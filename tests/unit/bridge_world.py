@@ -19,7 +19,7 @@ from engine.errors import WeightSyncError
 from engine.llama import layout
 from engine.llama.hf import LlamaShape
 from engine.llama.layout import EngineLayout, Layout, TrainerLayout
-from tests.unit.memory_transport import MemoryTransport, Network
+from tests.unit.memory_transport import Network
 
 Tensors = dict[str, torch.Tensor]
 CPU = torch.device("cpu")
@@ -147,10 +147,6 @@ class World:
         """Of an engine's member."""
         return (member - len(self.trainers)) % self.case.engine.tp_size
 
-    def transport_of(self, network: Network, member: int) -> MemoryTransport:
-        """A member's end."""
-        return network.members[member]
-
     def sync(self, network: Network | None = None, *, seconds: float = 20.0, silent: Iterable[int] = ()) -> dict[int, str]:
         """Every member but the silent ones takes its part, and closes its transport when it fails, as the bridge does;
         the words of those that failed."""
@@ -166,6 +162,7 @@ class World:
                     self.senders[member].send(self.held[member], transport, deadline)
                 else:
                     self.receivers[member].receive(self.live[member], transport, deadline)
+                assert transport.num_under_way == 0, "a member is done before its messages are"
             except WeightSyncError as error:
                 said[member] = str(error)
                 transport.close()

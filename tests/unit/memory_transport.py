@@ -118,6 +118,11 @@ class MemoryTransport:
             for pair in self._network.pairs.values():
                 pair.changed.notify_all()
 
+    @property
+    def num_under_way(self) -> int:
+        """Messages that nobody has waited for."""
+        return len(self._sending) + self._num_receiving
+
     def _post(self, buffer: torch.Tensor) -> Post:
         assert buffer.is_contiguous()
         return Post(buffer, buffer.clone())

@@ -240,10 +240,10 @@ def test_a_trainers_parameter_of_another_type_is_named() -> None:
     world = World(CHANGED[0])
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     world.held[0][name] = world.held[0][name].bfloat16()
-    transport = Network(world.plan.num_members).members[0]
-    said = world.sync(seconds=0.3)
+    network = Network(world.plan.num_members)
+    said = world.sync(network, seconds=0.3)
     assert said[0] == f"trainer parameter {name} must be torch.float32; found torch.bfloat16: publish one type"
-    assert transport.storages == set()
+    assert network.members[0].storages == set(), "nothing was sent before the types were known"
 
 
 # -- what is said when somebody is silent
@@ -274,7 +274,7 @@ def test_a_silent_member_ends_every_wait_in_words(case: Case, data: st.DataObjec
 
 def test_the_sentence_names_bucket_tensor_and_ranks() -> None:
     world = World(Case(trainer=TrainerLayout(2), bucket_bytes=EVERYTHING, unpacked_bytes=EVERYTHING, nodes=ONE_NODE))
-    said = world.sync(seconds=0.3, silent=[1])
+    said = world.sync(seconds=1.0, silent=[1])
     (lost,) = (message for message in world.plan.messages if message.source == 1)
     assert said[world.plan.receivers(lost)[0]] == (
         f"bucket {lost.index + 1} of 2 ({lost.bucket.transfers[0].name} and {len({t.name for t in lost.bucket.transfers}) - 1} "
