@@ -9,8 +9,9 @@ others are packed, placed and digested. At the end every sender tells every engi
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -78,9 +79,11 @@ class Sender:
         tails = []
         for (engines, target), digest in sums.items():
             expected = digest.sums()
-            tails += [transport.send(expected, self._plan.member(engine, target)) for engine in engines]
-        for tail in tails:
-            _finish(tail, deadline)
+            for engine in engines:
+                named = f"the digest for tensor rank {target} of engine {engine}".__str__
+                tails.append((named, transport.send(expected, self._plan.member(engine, target))))
+        for named, tail in tails:
+            _finish(tail, deadline, named)
 
     def _pack(self, bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> torch.Tensor:
         views = [rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols) for t in bucket.transfers]
@@ -131,10 +134,10 @@ class Receiver:
         for _, role in self._work:
             post_ahead()
             message, buffer, pending = posted.popleft()
-            _finish(pending, deadline, self._plan, message)
-            for peer in self._plan.receivers(message)[1:] if role is Role.RECEIVE_AND_FORWARD else ():
+            _finish(pending, deadline, partial(describe, self._plan, message))
+            if role is Role.RECEIVE_AND_FORWARD:
                 forwards.make_room(message.bucket)
-                forwards.add(message, transport.send(buffer, peer))
+                forwards.add(message, *(transport.send(buffer, peer) for peer in self._plan.receivers(message)[1:]))
             self._place(message.bucket, buffer, shards)
             post_ahead()
             self._digest_complete(message.bucket, shards, held, missing)
@@ -167,7 +170,7 @@ class Receiver:
         expected = torch.zeros_like(held.sums())
         for source in self._senders:
             part = torch.empty_like(expected)
-            _finish(transport.receive(part, source), deadline)
+            _finish(transport.receive(part, source), deadline, f"the digest of trainer rank {source}".__str__)
             expected += part
         if wrong := held.differing(expected):
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -233,10 +236,11 @@ class _UnderWay:
 
     def __init__(self, plan: ShardPlan, depth: int, deadline: Deadline) -> None:
         self._plan, self._depth, self._deadline = plan, depth, deadline
-        self._queue: deque[tuple[Message, Pending]] = deque()
+        self._queue: deque[tuple[Message, tuple[Pending, ...]]] = deque()
 
-    def add(self, message: Message, pending: Pending) -> None:
-        self._queue.append((message, pending))
+    def add(self, message: Message, *sendings: Pending) -> None:
+        """One for each member that the message is sent to."""
+        self._queue.append((message, sendings))
 
     def make_room(self, bucket: Bucket) -> None:
         """Waits until this bucket may be under way too."""
@@ -251,18 +255,16 @@ class _UnderWay:
             self._finish_one()
 
     def _finish_one(self) -> None:
-        message, pending = self._queue.popleft()
-        _finish(pending, self._deadline, self._plan, message)
+        message, sendings = self._queue.popleft()
+        for pending in sendings:
+            _finish(pending, self._deadline, partial(describe, self._plan, message))
 
 
-def _finish(
-    pending: Pending, deadline: Deadline, plan: ShardPlan | None = None, message: Message | None = None
-) -> None:
+def _finish(pending: Pending, deadline: Deadline, name: Callable[[], str]) -> None:
     try:
         pending.wait(deadline)
     except TransportError as error:
-        what = "a vector of digests" if plan is None or message is None else describe(plan, message)
-        raise WeightSyncError(f"{what} {UNDELIVERED}: {error}") from error
+        raise WeightSyncError(f"{name()} {UNDELIVERED}: {error}") from error
 
 
 def _parts(buffer: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:

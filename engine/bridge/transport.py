@@ -11,6 +11,7 @@ import datetime
 import socket
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -39,7 +40,7 @@ class Deadline:
 
 
 class Pending(Protocol):
-    """A message under way; its buffer must be left alone until `wait` returns."""
+    """A message under way; its buffer must be left alone until `wait` returns, which also tells that it could not start."""
 
     def wait(self, deadline: Deadline) -> None:
         """TransportError when it is not delivered by then."""
@@ -147,8 +148,11 @@ class Gloo:
         return _start(lambda: self._group.recv([buffer], peer, tag))
 
     def close(self) -> None:
-        """See Transport."""
-        self._group.abort()
+        """See Transport. gloo's `abort` leaves connections open; a wait that times out closes all that still are."""
+        for peer in range(self._group.size()):
+            if peer != self._group.rank():
+                with suppress(RuntimeError):  # this peer's connection is closed already
+                    self._group.recv([torch.empty(1)], peer, 0).wait(datetime.timedelta(milliseconds=1))
 
 
 class Nccl:
@@ -177,9 +181,12 @@ class Nccl:
 
     def _grouped(self, start: Any) -> Pending:
         # Inside a group a message uses the communicator of all members; alone it would make one for the pair.
-        self._group._start_coalescing(self._device)
-        start()
-        return _Polled(self._group._end_coalescing(self._device))
+        try:
+            self._group._start_coalescing(self._device)
+            start()
+            return _Polled(self._group._end_coalescing(self._device))
+        except RuntimeError as error:
+            return _Refused(error)
 
 
 class _Started:
@@ -212,11 +219,21 @@ class _Polled:
             raise TransportError(first_line(error)) from error
 
 
+class _Refused:
+    """A message that could not be started: its connection is closed."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        self._error = error
+
+    def wait(self, deadline: Deadline) -> None:
+        raise TransportError(first_line(self._error)) from self._error
+
+
 def _start(call: Any) -> Pending:
     try:
         return _Started(call())
     except RuntimeError as error:
-        raise TransportError(first_line(error)) from error
+        return _Refused(error)
 
 
 def first_line(error: RuntimeError) -> str:

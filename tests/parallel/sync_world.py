@@ -256,15 +256,16 @@ class Handle:
 
     def restart(self) -> None:
         """Kills the process, if there is one, and starts another."""
-        if self.restarts >= 0:
-            self.stop()
-        self.restarts += 1
-        self._pipe, theirs = FORK.Pipe()
-        self._answers: dict[int, queue.Queue[Any]] = {}
-        self.process = FORK.Process(target=engine_process, args=(theirs, self.index), daemon=True)
-        self.process.start()
-        theirs.close()
-        threading.Thread(target=self._listen, args=(self._pipe, self._answers), daemon=True).start()
+        with self._lock:  # nobody may ask on one pipe and wait for the other's answer
+            if self.restarts >= 0:
+                self.stop()
+            self.restarts += 1
+            self._pipe, theirs = FORK.Pipe()
+            self._answers: dict[int, queue.Queue[Any]] = {}
+            self.process = FORK.Process(target=engine_process, args=(theirs, self.index), daemon=True)
+            self.process.start()
+            theirs.close()
+            threading.Thread(target=self._listen, args=(self._pipe, self._answers), daemon=True).start()
 
     def stop(self) -> None:
         """Kills the process."""

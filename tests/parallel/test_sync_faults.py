@@ -1,20 +1,24 @@
 """A weight sync is a transaction: whatever fails, wherever, no engine ever answers with anything but the whole of the
-version it names, the sync says so within its timeout or repeats itself, and the next one succeeds."""
+version it names, the sync says so within its timeout or repeats itself, and the next one succeeds. At the end of the file
+one engine alone, in this process: what it refuses, and what it makes of its workers' words."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from engine.errors import InferenceError, WeightSyncError
+from engine.errors import EngineLostError, InferenceError, WeightSyncError
 from engine.inference.pool import Pool
 from engine.inference.sampling import SampleRequest
+from engine.inference.vllm_engine import ENVIRONMENT
 from tests.parallel import sync_world
 from tests.parallel.sync_world import ENGINES, FORK, TERMS, Fault, Handle, filled, fingerprint, trainer_process
 
@@ -251,3 +255,97 @@ def test_shared_memory_carries_versions_and_survives_faults_too(tmp_path: Path) 
         cluster.check()
     finally:
         cluster.close()
+
+
+# -- one engine alone
+
+CALL: dict[str, Any] = {"engine": 0}
+
+
+class Workers:
+    """What an engine's workers say to the next calls; by default that they have received a version."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = ["", ""]
+        self.calls: list[tuple[str, Any]] = []
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[str]:
+        self.calls.append((method, *args))
+        return self.said
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[sync_world.TestEngine, Workers]]:
+    """Makes an engine of this process, and its workers."""
+
+    def make(*, packed_weights: bool = False) -> tuple[sync_world.TestEngine, Workers]:
+        for name in (*ENVIRONMENT, "OMP_NUM_THREADS"):
+            monkeypatch.setenv(name, "1")  # so that what the engine sets is unset afterwards
+        inference = SimpleNamespace(timeout_seconds=10.0, threads=1, packed_weights=packed_weights)
+        config: Any = SimpleNamespace(inference=inference, model=SimpleNamespace(path="nowhere"))
+        engine, workers = sync_world.TestEngine(config, 3), Workers()
+        monkeypatch.setattr(engine._llm, "collective_rpc", workers.collective_rpc)
+        return engine, workers
+
+    return make
+
+
+def request(name: str) -> SampleRequest:
+    return SampleRequest(name, "p", 0, 1, (1,), 1.0, 1.0, 1)
+
+
+@pytest.mark.parametrize("asked", [-1, 1, 5])
+def test_an_engine_answers_for_its_own_version_only(alone: Any, asked: int) -> None:
+    engine, _ = alone()
+    with pytest.raises(InferenceError, match=f"engine 3 must serve version {asked} to answer; it serves version 0"):
+        engine.submit([request("r")], asked)
+    with pytest.raises(InferenceError, match="engine 3 was never given request r"):
+        engine.collect(["r"])
+    engine.submit([request("r")], 0)
+    ((completion,), _) = engine.collect(["r"])
+    assert completion.version == 0
+
+
+def test_an_engine_in_doubt_answers_nobody_until_it_has_verified_a_version(alone: Any) -> None:
+    engine, workers = alone()
+    workers.said = ["", "bucket 1 was not delivered"]
+    with pytest.raises(WeightSyncError, match=r"^worker 1: bucket 1 was not delivered$"):
+        engine.receive(1, CALL)
+    for asked in (0, 1):
+        with pytest.raises(InferenceError, match=f"must serve version {asked} to answer; it serves no version: its last"):
+            engine.submit([request("r")], asked)
+    workers.said = ["", ""]
+    assert engine.receive(2, CALL) == 2
+    assert workers.calls == [("semion_receive", CALL)] * 2
+    engine.submit([request("r")], 2)
+    ((completion,), _) = engine.collect(["r"])
+    assert completion.version == 2
+
+
+def test_an_engine_with_requests_in_flight_receives_nothing(alone: Any) -> None:
+    """They would be decoded with two versions; the one it serves it goes on serving."""
+    engine, workers = alone()
+    engine.submit([request("r"), request("s")], 0)
+    with pytest.raises(InferenceError, match="engine 3 has 2 requests in flight at a weight sync"):
+        engine.receive(1, CALL)
+    assert workers.calls == []
+    completions, _ = engine.collect(["r", "s"])
+    assert [completion.version for completion in completions] == [0, 0]
+    assert engine.receive(1, CALL) == 1
+
+
+def test_what_several_workers_say_is_told_together(alone: Any) -> None:
+    engine, workers = alone()
+    workers.said = ["no room", "", "no time"]
+    with pytest.raises(WeightSyncError, match=r"^worker 0: no room; worker 2: no time$"):
+        engine.receive(1, CALL)
+
+
+def test_an_engine_that_repacks_its_weights_is_lost_by_a_failure(alone: Any) -> None:
+    """vLLM may be anywhere in its reload: only a new process helps, and the pool makes one of a lost engine."""
+    engine, workers = alone(packed_weights=True)
+    workers.said = ["the digest differs"]
+    with pytest.raises(EngineLostError, match=r"^worker 0: the digest differs$"):
+        engine.receive(1, CALL)
+    with pytest.raises(InferenceError, match="it serves no version"):
+        engine.submit([request("r")], 1)

@@ -14,7 +14,7 @@ from engine.config import RunConfig
 from engine.evaluation.accuracy import evaluate, greedy_samples, standard_error
 from engine.inference.pool import Pool
 from engine.types import Prompt, Score
-from tests.unit.test_pool import FakeEngine
+from tests.unit.test_pool import FakeEngine, pool_at
 
 PROMPTS = [Prompt(f"p{i}", (i,), f"problem {i}", f"{i}", "", "") for i in range(5)]
 
@@ -75,8 +75,7 @@ def test_figures_worked_out_by_hand():
     """3 problems, 2 seeds: right/right, right/late, wrong/wrong. Seeds 2/3 and 1/3; problems 1, 1/2, 0."""
     engine = FakeEngine(version=6)
     judge = Judge([[RIGHT, RIGHT], [RIGHT, LATE], [WRONG, WRONG]])
-    pool = Pool([engine], 5.0)
-    pool.commit(6, pool.receive(6, []), 5.0)
+    pool = pool_at(6, engine)
     result = evaluate(run_config(samples=2, max_problems=3), PROMPTS, pool, judge)
     assert judge.asked == ["p0", "p0", "p1", "p1", "p2", "p2"]
     assert result.summary() == {
@@ -97,7 +96,7 @@ def test_figures_worked_out_by_hand():
         ("p2", 0, 0.0, "ok"),
         ("p2", 1, 0.0, "ok"),
     ]
-    (asked,) = next(arguments for method, arguments in engine.calls if method == "submit")
+    (asked, _) = next(arguments for method, arguments in engine.calls if method == "submit")
     assert {(r.temperature, r.top_p, r.max_tokens) for r in asked} == {(0.6, 0.9, 7)}
 
 
@@ -108,9 +107,7 @@ def test_one_seed_has_no_spread_over_seeds():
 
 def test_seeds_depend_on_the_run_but_not_on_the_version_nor_on_the_other_problems():
     def seeds(version: int, run_seed: int = 0, max_problems: int | None = None) -> list[int]:
-        engines = [FakeEngine(), FakeEngine()]
-        pool = Pool(engines, 5.0)
-        pool.commit(version, pool.receive(version, []), 5.0)
+        pool = pool_at(version, FakeEngine(), FakeEngine())
         config = run_config(3, max_problems, run_seed)
         judge = Judge([[RIGHT] * 3] * (max_problems or 5))
         return [int(str(record["text"])) for record in evaluate(config, PROMPTS, pool, judge).records]

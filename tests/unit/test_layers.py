@@ -34,6 +34,9 @@ HEAVY = {
     "tensorboard": ("observe/",),
 }
 
+# Functions that may take any error and answer with its words: vLLM loses the other workers' answers when one of them raises.
+ANSWERING = {"semion_receive"}
+
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 FORBIDDEN_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "cloudpickle.load", "cloudpickle.loads", "torch.load"}
 BROAD = {"Exception", "BaseException"}
@@ -77,6 +80,7 @@ def faults(tree: ast.Module, num_lines: int) -> list[str]:
         found.append(f"file of {num_lines} lines (over {MAX_FILE_LINES})")
     if tree.body and ast.get_docstring(tree) is None:
         found.append("no opening paragraph")
+    answering = {handler for function in ast.walk(tree) if answers(function) for handler in ast.walk(function)}
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -93,9 +97,13 @@ def faults(tree: ast.Module, num_lines: int) -> list[str]:
                 found.append(f"line {line}: guarded import")
         elif isinstance(node, ast.ExceptHandler):
             raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
-            if caught(node) & BROAD and not raises:
+            if caught(node) & BROAD and not raises and node not in answering:
                 found.append(f"line {line}: broad except that does not raise")
     return found
+
+
+def answers(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and node.name in ANSWERING
 
 
 def caught(handler: ast.ExceptHandler) -> set[str]:
@@ -159,6 +167,8 @@ def test_each_rule_finds_what_it_forbids(source, fault):
 def test_the_rules_leave_good_code_alone():
     good = "'''Room.'''\ntry:\n    f()\nexcept Exception as error:\n    raise ValueError from error"
     assert faults(ast.parse(good), 5) == []
+    answering = "'''Room.'''\ndef semion_receive():\n    try:\n        f()\n    except Exception:\n        return 'why'"
+    assert faults(ast.parse(answering), 6) == []
 
 
 def modules_after(*names: str) -> set[str]:

@@ -1,5 +1,5 @@
 """The pool with engines that are lists of calls: how requests are dealt and completions put back in order, what an error
-or a late engine becomes, and that a weight version counts only when every engine has verified it.
+or a late engine becomes, that a weight version is served only when it is committed, and who is replaced after a failure.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import InferenceError, WeightSyncError
+from engine.errors import EngineLostError, InferenceError, WeightSyncError
 from engine.inference.pool import Pool, Usage
 from engine.inference.sampling import SampleRequest
 from engine.types import Completion
@@ -36,8 +36,11 @@ class FakeEngine:
     A completion is one token, the request's seed; its text is the seed in decimal.
     """
 
-    def __init__(self, version: int = 0, failing: dict[str, Exception] | None = None, seconds: float = 1.0) -> None:
-        self.version, self.failing, self.seconds = version, failing or {}, seconds
+    def __init__(
+        self, version: int = 0, failing: dict[str, Exception] | None = None, seconds: float = 1.0, host: str = "here"
+    ) -> None:
+        self.version, self.failing, self.seconds, self.host = version, failing or {}, seconds, host
+        self.restarts = 0
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.answers: list[Answer] = []
         self.held: dict[str, SampleRequest] = {}
@@ -51,10 +54,14 @@ class FakeEngine:
         self.answers.append(Answer(getattr(self, method)(*arguments), self.failing.get(method)))
         return self.answers[-1]
 
-    def describe(self) -> dict[str, str]:
-        return {"vllm": "fake"}
+    def restart(self) -> None:
+        self.restarts += 1
+        self.version = 0
 
-    def submit(self, requests: list[SampleRequest]) -> None:
+    def describe(self) -> dict[str, str]:
+        return {"host": self.host, "vllm": "fake"}
+
+    def submit(self, requests: list[SampleRequest], version: int) -> None:
         self.held |= {request.request_id: request for request in requests}
 
     def collect(self, request_ids: list[str]) -> tuple[list[Completion], dict[str, float]]:
@@ -73,10 +80,7 @@ class FakeEngine:
             finish_reason="stop",
         )
 
-    def open_channel(self, info: dict[str, Any]) -> None:
-        self.info = info
-
-    def receive(self, version: int, buckets: list[Any]) -> int:
+    def receive(self, version: int, call: dict[str, Any]) -> int:
         self.version = version
         return version
 
@@ -86,6 +90,14 @@ class FakeEngine:
 
 def requests(count: int, step: int = 0) -> list[SampleRequest]:
     return [SampleRequest(f"{step}:{i}", f"p{i}", i, 1000 * step + i, (1,), 1.0, 1.0, 8) for i in range(count)]
+
+
+def pool_at(version: int, *engines: FakeEngine) -> Pool:
+    """A pool whose engines have all received this version."""
+    pool = Pool(engines, 5.0)
+    assert pool.unverified(version, pool.receive(version, {}), 5.0) == {}
+    pool.commit(version)
+    return pool
 
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 12), min_size=1, max_size=4))
@@ -142,59 +154,124 @@ def test_a_late_engine_is_named_with_the_limit(method, what, ask):
 
 
 def test_every_engine_answers_for_itself():
-    pool = Pool([FakeEngine(), FakeEngine()], 5.0)
-    assert pool.describe() == {"vllm": "fake"}
+    pool = Pool([FakeEngine(host="a"), FakeEngine(host="b")], 5.0)
+    assert pool.describe() == [{"host": "a", "vllm": "fake"}, {"host": "b", "vllm": "fake"}]
     assert pool.log_probs([[1, 2], [3]]) == [[[-1.0, -2.0], [-3.0]]] * 2
 
 
-def test_engines_join_the_channel_after_the_trainers_ranks():
-    engines = [FakeEngine() for _ in range(3)]
-    pool = Pool(engines, 5.0)
-    pool.wait(pool.open_channel(2, {"host": "h", "port": 1}), "open_channel")
-    assert [engine.info for engine in engines] == [{"host": "h", "port": 1, "rank": rank} for rank in (2, 3, 4)]
+@pytest.mark.parametrize(
+    ("hosts", "nodes"),
+    [("a", ((0,),)), ("aaa", ((0, 1, 2),)), ("abc", ((0,), (1,), (2,))), ("baba", ((0, 2), (1, 3)))],
+)
+def test_engines_of_one_machine_are_a_node(hosts, nodes):
+    assert Pool([FakeEngine(host=host) for host in hosts], 5.0).nodes() == nodes
 
 
-def test_a_version_is_served_when_all_engines_have_verified_it_and_not_before():
+def test_a_version_is_served_when_it_is_committed_and_not_before():
     engines = [FakeEngine(), FakeEngine()]
     pool = Pool(engines, 5.0)
     assert pool.version == 0, "engines start with the seed model"
-    receiving = pool.receive(4, ["bucket"])
-    assert all(engine.calls == [("receive", (4, ["bucket"]))] for engine in engines)
+    futures = pool.receive(4, {"epoch": 1})
+    assert [engine.calls for engine in engines] == [[("receive", (4, {"epoch": 1, "engine": i}))] for i in range(2)]
+    assert pool.unverified(4, futures, 3.0) == {}
     with pytest.raises(InferenceError, match="no weight version is committed"):
         assert pool.version
     with pytest.raises(InferenceError, match="no weight version is committed"):
         pool.submit([requests(1)])
     assert all("submit" not in engine.methods for engine in engines), "an engine in doubt is never asked"
-    pool.commit(4, receiving, 3.0)
-    assert [answer.limits for engine in engines for answer in engine.answers] == [[3.0], [3.0]]
+    pool.commit(4)
     assert pool.version == 4
     assert {completion.version for completion in pool.generate(requests(4))[0]} == {4}
+    assert all(arguments[1] == 4 for engine in engines for method, arguments in engine.calls if method == "submit")
+
+
+def test_the_time_for_all_engines_is_one():
+    engines = [FakeEngine() for _ in range(3)]
+    pool = Pool(engines, 5.0)
+    pool.unverified(4, pool.receive(4, {}), 3.0)
+    (limits,) = zip(*(engine.answers[0].limits for engine in engines), strict=True)
+    assert 3.0 >= limits[0] >= limits[1] >= limits[2] > 2.0, "what one engine has used is not waited for again"
+
+
+LATE, LOST, FAILED = TimeoutError(), EngineLostError("the process of engine 1 ended"), WeightSyncError("lm_head.weight differs")
+REASONS = [
+    (LATE, "no answer within 3 s", True),
+    (LOST, "the process of engine 1 ended", True),
+    (FAILED, "lm_head.weight differs", False),
+    (InferenceError("engine 1 has 2 requests in flight"), "engine 1 has 2 requests in flight", False),
+]
+
+
+@pytest.mark.parametrize(("error", "reason", "restarted"), REASONS)
+def test_an_engine_that_did_not_verify_is_in_doubt_and_replaced_only_when_lost(error, reason, restarted):
+    """The others hold the new weights, yet nothing is asked of anybody until a later sync is committed."""
+    engines = [FakeEngine(), FakeEngine(failing={"receive": error}), FakeEngine()]
+    pool = Pool(engines, 5.0)
+    assert pool.unverified(4, pool.receive(4, {}), 3.0) == {1: reason}
+    pool.replace_lost()
+    assert [engine.restarts for engine in engines] == [0, int(restarted), 0]
+    assert ("describe" in engines[1].methods) is restarted, "it is waited for until it is up"
+    with pytest.raises(InferenceError, match="no weight version is committed"):
+        pool.submit([requests(1)])
+    engines[1].failing.clear()
+    assert pool.unverified(4, pool.receive(4, {}), 3.0) == {}
+    pool.commit(4)
+    assert {completion.version for completion in pool.generate(requests(6))[0]} == {4}
+    pool.replace_lost()
+    assert [engine.restarts for engine in engines] == [0, int(restarted), 0], "nobody is lost twice"
+
+
+def test_the_word_of_every_engine_is_heard():
+    engines = [FakeEngine(failing={"receive": error}) for error, _, _ in REASONS]
+    pool = Pool([*engines, FakeEngine()], 5.0)
+    expected = dict(enumerate(reason for _, reason, _ in REASONS))
+    assert pool.unverified(4, pool.receive(4, {}), 3.0) == expected
+    pool.replace_lost()
+    assert [engine.restarts for engine in engines] == [int(restarted) for _, _, restarted in REASONS]
+
+
+def test_all_lost_engines_start_side_by_side():
+    order: list[str] = []
+
+    class Watched(FakeEngine):
+        def restart(self) -> None:
+            order.append("restart")
+
+        def describe(self) -> dict[str, str]:
+            order.append("describe")
+            return super().describe()
+
+    pool = Pool([Watched(failing={"receive": LATE}) for _ in range(2)], 5.0)
+    pool.unverified(4, pool.receive(4, {}), 3.0)
+    pool.replace_lost()
+    assert order == ["restart", "restart", "describe", "describe"]
 
 
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (TimeoutError(), r"engine 1 did not verify version 4 within sync\.timeout_seconds = 3\.0"),
-        (WeightSyncError("tensor lm_head.weight differs"), "engine 1 did not verify version 4: tensor lm_head.weight differs"),
-        (InferenceError("its process died"), "engine 1 did not verify version 4: its process died"),
+        (TimeoutError(), r"engine 1 did not answer 'start again' within inference\.timeout_seconds = 5\.0"),
+        (InferenceError("engine 1 could not start from seed: no memory"), "could not start from seed: no memory"),
     ],
 )
-def test_a_sync_that_one_engine_fails_leaves_no_version(error, sentence):
-    """The others hold the new weights, yet nothing is asked of anybody until a later sync succeeds."""
-    engines = [FakeEngine(), FakeEngine(failing={"receive": error}), FakeEngine()]
+def test_an_engine_that_does_not_start_again_ends_the_run(error, sentence):
+    engines = [FakeEngine(), FakeEngine(failing={"receive": LOST, "describe": error})]
     pool = Pool(engines, 5.0)
-    with pytest.raises(WeightSyncError, match=sentence):
-        pool.commit(4, pool.receive(4, []), 3.0)
-    with pytest.raises(InferenceError, match="no weight version is committed"):
-        pool.submit([requests(1)])
-    engines[1].failing.clear()
-    pool.commit(5, pool.receive(5, []), 3.0)
-    assert pool.version == 5
+    pool.unverified(4, pool.receive(4, {}), 3.0)
+    with pytest.raises(InferenceError, match=sentence):
+        pool.replace_lost()
+
+
+@pytest.mark.parametrize("error", [AssertionError("a broken invariant"), ZeroDivisionError()])
+def test_what_is_nobodys_to_mend_is_no_reason(error):
+    pool = Pool([FakeEngine(failing={"receive": error})], 5.0)
+    with pytest.raises(type(error)):
+        pool.unverified(4, pool.receive(4, {}), 3.0)
 
 
 def test_an_engine_that_verified_another_version_is_a_broken_invariant():
     pool = Pool([FakeEngine()], 5.0)
     with pytest.raises(AssertionError):
-        pool.commit(5, pool.receive(4, []), 3.0)
+        pool.unverified(5, pool.receive(4, {}), 3.0)
     with pytest.raises(InferenceError):
         assert pool.version
