@@ -222,11 +222,11 @@ def _runnable(options: argparse.Namespace) -> RunConfig:
     """The configuration, with what can be seen wrong before any process starts."""
     config = load_config(options.config, options.overrides)
     from engine.llama.hf import read_shape
-    from engine.llama.layout import EngineLayout, check_engine_layout, check_layout, trainer_layout
+    from engine.llama.layout import check_engine_layout, check_layout, engine_layout, trainer_layout
 
     shape = read_shape(config.model.path)
     check_layout(shape, trainer_layout(config.trainer))
-    check_engine_layout(shape, EngineLayout(config.inference.tensor_parallel))
+    check_engine_layout(shape, engine_layout(config.inference))
     if config.sft.checkpoint_out is None and config.inference.max_model_tokens > shape.max_positions:
         raise ConfigError(
             f"inference.max_model_tokens must not exceed the model's {shape.max_positions} positions; found "

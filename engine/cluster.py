@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from engine.config import RunConfig
+from engine.config import SYNC_ATTEMPTS, RunConfig
 from engine.errors import EngineLostError, SemionError, WatchdogError
 from engine.worker import Event, TrainerRank
 
@@ -28,6 +28,7 @@ _ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",  # and start processes that no run uses
     "RAY_DEDUP_LOGS": "0",
     "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
@@ -175,7 +176,8 @@ class Cluster:
     def _patience_seconds(self) -> float:
         """Longer than any step with its sync, evaluation and checkpoint may wait for all it waits for."""
         c = self._config
-        return 2 * (c.trainer.timeout_seconds + c.inference.timeout_seconds + c.sync.timeout_seconds)
+        syncing = SYNC_ATTEMPTS * (c.sync.timeout_seconds + c.inference.timeout_seconds)  # each may replace an engine
+        return 2 * (c.trainer.timeout_seconds + c.inference.timeout_seconds) + syncing
 
     def _worst(self, first: Exception, streams: list[Any], names: dict[Any, str]) -> Exception:
         """Of the errors that end a run within a moment, the one that says most: what broke first is often an echo."""

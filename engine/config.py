@@ -64,6 +64,9 @@ class Algorithm(Section):
     reduction: Literal["prompts", "pairs", "tokens"] = "prompts"
 
 
+SYNC_ATTEMPTS = 3  # of one weight sync: a fault that outlives two repetitions is no accident
+
+
 class Sync(Section):
     """The regime: how often the generator and the reference take the policy's weights."""
 
@@ -71,9 +74,9 @@ class Sync(Section):
     reference: Positive | Literal["never", "follow"] = "never"
     bucket_mebibytes: Positive = Field(64, description="weights sent together in one message")
     transport: Literal["auto", "gloo", "nccl", "ipc"] = Field(
-        "auto", description="'ipc': shared memory of one machine or GPU; 'auto': NCCL where there are GPUs, else gloo"
+        "auto", description="'ipc': shared memory of one machine; 'auto': NCCL where there are GPUs, else gloo"
     )
-    timeout_seconds: PositiveFloat = 120.0
+    timeout_seconds: PositiveFloat = Field(120.0, description="longest attempt at a weight sync; there are three")
 
 
 class Sampling(Section):

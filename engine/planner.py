@@ -15,7 +15,15 @@ from engine.bridge.plan import Bucket, ShardPlan, Spot, Transfer, plan
 from engine.config import RunConfig
 from engine.errors import ConfigError
 from engine.llama.hf import LlamaShape, read_shape
-from engine.llama.layout import EngineLayout, Piece, check_engine_layout, check_layout, pieces, tensors, trainer_layout
+from engine.llama.layout import (
+    Piece,
+    check_engine_layout,
+    check_layout,
+    engine_layout,
+    pieces,
+    tensors,
+    trainer_layout,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +41,7 @@ def plan_sync(config: RunConfig, machine: Machine) -> dict[str, Any]:
     ConfigError when the layouts do not fit the model or the machine.
     """
     shape, source = read_shape(config.model.path), trainer_layout(config.trainer)
-    target = EngineLayout(config.inference.tensor_parallel)
+    target = engine_layout(config.inference)
     check_layout(shape, source)
     check_engine_layout(shape, target)
     nodes = _nodes(config.inference.engines, target.tp_size, machine)

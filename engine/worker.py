@@ -283,7 +283,7 @@ def open_publisher(config: RunConfig, policy: Policy, topology: Topology, host: 
 
     from engine.bridge.publish import Publisher
     from engine.bridge.terms import SyncTerms
-    from engine.llama.layout import EngineLayout, trainer_layout
+    from engine.llama.layout import engine_layout, trainer_layout
 
     machine = torch.zeros(config.inference.engines, dtype=torch.int64, device=topology.device)  # of every engine
     if pool is not None:
@@ -291,12 +291,14 @@ def open_publisher(config: RunConfig, policy: Policy, topology: Topology, host: 
             machine[list(engines)] = node
     dist.broadcast(machine, 0)
     numbers = machine.tolist()
+    if config.sync.transport == "ipc" and any(numbers):
+        raise ConfigError("sync.transport = 'ipc' needs all engines on one machine; found several: use 'auto'")
     terms = SyncTerms(
         shape=policy.shape,
         dtype=config.model.dtype,
         trainer=trainer_layout(config.trainer),
         dp_size=topology.dp_size,
-        engine=EngineLayout(config.inference.tensor_parallel, whole=config.inference.packed_weights),
+        engine=engine_layout(config.inference),
         nodes=tuple(tuple(i for i, node in enumerate(numbers) if node == n) for n in range(max(numbers) + 1)),
         bucket_bytes=config.sync.bucket_mebibytes << 20,
         transport=_transport(config.sync.transport, topology.device.type),
@@ -306,7 +308,7 @@ def open_publisher(config: RunConfig, policy: Policy, topology: Topology, host: 
 
 def _transport(asked: str, device: str) -> Any:
     """What carries a sync; ConfigError for a transport that cannot carry what is on this device."""
-    fits = ("nccl", "ipc") if device == "cuda" else ("gloo", "ipc")
+    fits = ("nccl",) if device == "cuda" else ("gloo", "ipc")  # nothing places a trainer and an engine on one GPU yet
     if asked not in ("auto", *fits):
         raise ConfigError(f"sync.transport must be one of auto, {', '.join(fits)} on {device}; found {asked!r}: use 'auto'")
     return fits[0] if asked == "auto" else asked

@@ -1,2 +1,2 @@
-"""Weight sync: trainer shards become engine weights. `publish` is the trainer's side, `receive` vLLM's, `digest` the
-proof that they hold the same bits, `channel` the process group between them."""
+"""Weight sync: trainer shards become engine weights. `plan` says what goes where, `transport` how bytes travel, `exchange` what
+each member does, `digest` proves it; `publish` is the trainer's side and the transaction, `receive` vLLM's."""

@@ -100,6 +100,7 @@ class Receiver:
 
     def __init__(self, plan: ShardPlan, member: int, dtype: torch.dtype, device: torch.device) -> None:
         self._plan, self._dtype = plan, dtype
+        self.member, self.num_members = member, plan.num_members
         self._target = (member - plan.trainer_size) % plan.target.tp_size
         self._work = plan.messages_of(member)
         buckets = [message.bucket for message, _ in self._work]

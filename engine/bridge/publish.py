@@ -31,10 +31,10 @@ from engine.bridge.transport import (
     open_transport,
     serve_store,
 )
+from engine.config import SYNC_ATTEMPTS
 from engine.errors import WeightSyncError
 from engine.llama.layout import ExportBucket
 
-ATTEMPTS = 3  # a fault that outlives two repetitions is no accident
 ENGINE_PATIENCE, RANK_PATIENCE = 1.0, 2.0  # seconds beyond the timeout for engines, then ranks, to say what they ran into
 REASON_BYTES = 1024  # of a rank's failure, as the others are told it
 log = logging.getLogger(__name__)
@@ -136,22 +136,23 @@ class Publisher:
 
     def publish(self, version: int) -> SyncReport:
         """Sends the policy's weights as `version`; returns when every engine has verified and serves them. Collective
-        over the trainer ranks. WeightSyncError on all of them, when ATTEMPTS have failed; the pool then serves none."""
+        over the trainer ranks. WeightSyncError on all of them, when SYNC_ATTEMPTS have failed; the pool then serves none."""
         started = time.monotonic()
         reason = ""
-        for attempt in range(1, ATTEMPTS + 1):
-            reason = self._attempt(version)
+        for attempt in range(1, SYNC_ATTEMPTS + 1):
+            reason = self._attempt(version, last=attempt == SYNC_ATTEMPTS)
             if not reason:
                 if self._pool is not None:
                     self._pool.commit(version)
                 seconds = time.monotonic() - started
                 return SyncReport(version, seconds, self._plan.num_bytes, len(self._plan.messages), attempt)
             if self._place.rank == 0:
-                log.warning("weight sync of version %d failed (attempt %d of %d): %s", version, attempt, ATTEMPTS, reason)
-        raise WeightSyncError(f"version {version} did not reach every engine in {ATTEMPTS} attempts; the last: {reason}")
+                log.warning("weight sync of version %d failed (attempt %d of %d): %s", version, attempt, SYNC_ATTEMPTS, reason)
+        raise WeightSyncError(f"version {version} did not reach every engine in {SYNC_ATTEMPTS} attempts; the last: {reason}")
 
-    def _attempt(self, version: int) -> str:
+    def _attempt(self, version: int, *, last: bool) -> str:
         """One try at a whole sync; why it failed, in the same words on every rank, or nothing."""
+        dist.barrier()  # so that all clocks start together
         deadline, settled = Deadline(self._timeout), Deadline(self._timeout + RANK_PATIENCE)
         reasons: list[str] = []
         futures = None
@@ -164,7 +165,7 @@ class Publisher:
                 meeting = Rendezvous(self._host, self._port, self._plan.num_members, self._timeout, self._epoch)
                 self._transport = open_transport(self._terms.transport, self._store, self._place.rank, meeting)
             self._sender.send(self._source.parameters, self._transport, deadline)
-        except (TransportError, WeightSyncError) as error:
+        except (TransportError, WeightSyncError, RuntimeError, OSError) as error:
             reasons.append(f"trainer rank {self._place.rank}: {error}")
             self._close()
         if self._pool is not None:
@@ -173,6 +174,7 @@ class Publisher:
         failure = self._agreed(_most_telling(reasons), settled)
         if failure:
             self._close()
+        if failure and not last:
             if self._pool is not None:
                 self._pool.replace_lost()
             dist.barrier()  # an engine may need minutes to start: the others wait here, not at the next rendezvous

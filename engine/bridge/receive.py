@@ -8,6 +8,8 @@ repacked weights then hold cannot be compared with what was sent, so there the d
 
 from __future__ import annotations
 
+import ctypes
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +64,13 @@ class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
     _transport: Transport | None = None
     _receiver: Receiver | None = None
     _terms: SyncTerms | None = None
+    _planned = ""  # digest of the receiver's plan
     _met: tuple[int, str, int] | None = None  # port, plan and epoch
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self.parallel_config.tensor_parallel_size > 1:
+            die_with_parent()
 
     def init_transfer_engine(self, init_info: NoInfo) -> None:
         """The channel opens at the first sync."""
@@ -83,20 +91,33 @@ class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
     def receive_weights(self, update_info: SyncCall) -> None:
         """Receives, places and verifies one version. After any failure the channel is closed, so that the others fail too;
         the next call must name a new epoch. WeightSyncError says what did not come or differs."""
-        call, deadline = update_info, Deadline(update_info.seconds)
+        call, deadline, done = update_info, Deadline(update_info.seconds), False
         try:
             if self._met != (call.port, call.plan_digest, call.epoch):
-                self._open(call, deadline)
+                self._open(call)
             assert self._transport is not None and self._receiver is not None and self._terms is not None
             with self._shards(self._terms) as shards:
                 self._receiver.receive(shards, self._transport, deadline)
-        except (TransportError, WeightSyncError) as error:
-            self.shutdown()
+            done = True
+        except TransportError as error:
             raise WeightSyncError(str(error)) from error
+        finally:
+            if not done:
+                self.shutdown()
 
-    def _open(self, call: SyncCall, deadline: Deadline) -> None:
+    def _open(self, call: SyncCall) -> None:
         self.shutdown()
-        self._terms = terms = SyncTerms.from_json(call.terms)
+        if call.plan_digest != self._planned:
+            self._prepare(call)
+        assert self._receiver is not None and self._terms is not None
+        meeting = Rendezvous(call.host, call.port, self._receiver.num_members, call.seconds, call.epoch)
+        store = join_store(call.host, call.port, self._receiver.num_members, call.seconds)
+        self._transport = open_transport(self._terms.transport, store, self._receiver.member, meeting)
+        self._met = (call.port, call.plan_digest, call.epoch)
+
+    def _prepare(self, call: SyncCall) -> None:
+        """Computes the plan and checks that it is the trainer's and that the parameters are those it writes to."""
+        terms = SyncTerms.from_json(call.terms)
         plan = terms.plan()
         if plan.digest != call.plan_digest:
             raise WeightSyncError(
@@ -107,10 +128,7 @@ class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
             _check_parameters(self.model, layout.shard_shapes(terms.shape, terms.engine, self._tp_rank), terms.torch_dtype)
         member = plan.member(call.engine, self._tp_rank)
         self._receiver = Receiver(plan, member, terms.torch_dtype, self.device)
-        meeting = Rendezvous(call.host, call.port, plan.num_members, deadline.remaining(), call.epoch)
-        store = join_store(call.host, call.port, plan.num_members, deadline.remaining())
-        self._transport = open_transport(terms.transport, store, member, meeting)
-        self._met = (call.port, call.plan_digest, call.epoch)
+        self._terms, self._planned = terms, call.plan_digest
 
     @contextmanager
     def _shards(self, terms: SyncTerms) -> Iterator[Shards]:
@@ -213,6 +231,12 @@ class PlainLoader(DefaultModelLoader):
             if hasattr(module, "cpu_linear"):
                 module.cpu_linear = torch.nn.functional.linear
         return model
+
+
+def die_with_parent() -> None:
+    """A worker of an engine that is killed, even a stopped one, must not keep its memory from the engine that follows."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def register() -> None:

@@ -2,7 +2,8 @@
 only the words "filled" and "emptied". A window is two slots of anonymous shared memory, or of a GPU's memory by CUDA IPC
 (unverified on a GPU): so it also joins a trainer and an engine on one GPU, which NCCL cannot.
 
-The copy goes through memory twice, once on each side; in return nothing passes through a socket.
+The copy goes through memory twice, once on each side; in return nothing passes through a socket. A window stays for as long
+as the channel: two slots of the largest message of its pair, rounded up to a power of two, beside the staging memory.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections import deque
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from engine.bridge.transport import Deadline, Gloo, Pending, Rendezvous, TransportError
+from engine.bridge.transport import Deadline, Gloo, Pending, Rendezvous, TransportError, first_line
 
 SLOTS = 2
 FILLED, EMPTIED = 0, 1  # lanes of words
-PAGE = 1 << 20  # slots are whole multiples of it
+PAGE = 1 << 20  # the least size of a slot
 
 
 class Ipc:
@@ -32,14 +34,18 @@ class Ipc:
         self._words = Gloo(dist.PrefixStore("words", store), member, meeting)
         self._outgoing: dict[int, _Window] = {}
         self._incoming: dict[int, _Window] = {}
-        self._sent: list[Pending] = []
+        self._sent: dict[int, deque[Pending]] = {}  # gloo drops a word whose handle is dropped before the peer asked for it
+        self._old: list[_Window] = []
 
     def send(self, buffer: torch.Tensor, peer: int) -> Pending:
         """Copies the buffer into the next slot, which is free: a member has no more than SLOTS messages under way."""
         data = buffer.view(-1).view(torch.uint8)
         window = self._outgoing.get(peer)
         if window is None or window.slot_bytes < data.numel():
-            number = window.number + 1 if window is not None else 0
+            number = 0
+            if window is not None:
+                self._old.append(window)  # the peer may not have mapped it yet
+                number = window.number + 1
             window = self._outgoing[peer] = _Window.make(data, number)
             self._store.set(f"window {self._member} {peer} {number}", window.told())
         slot = window.next()
@@ -63,14 +69,16 @@ class Ipc:
             window = self._incoming[peer] = _Window.find(bytes(told), number, data.device)
         data.copy_(window.memory[slot, : data.numel()])
         _settle(data.device)
-        self._sent = [*self._sent[-SLOTS:], self._words.send(torch.zeros(1, dtype=torch.int64), peer, EMPTIED)]
+        words = self._sent.setdefault(peer, deque(maxlen=SLOTS + 1))
+        words.append(self._words.send(torch.zeros(1, dtype=torch.int64), peer, EMPTIED))
 
     def close(self) -> None:
         """Gives up whatever is under way, and the windows."""
         self._words.close()
-        for window in self._outgoing.values():
+        for window in (*self._outgoing.values(), *self._old):
             window.close()
         self._outgoing.clear()
+        self._old.clear()
         self._incoming.clear()
 
 
@@ -91,17 +99,18 @@ class _Window:
     @staticmethod
     def make(data: torch.Tensor, number: int) -> _Window:
         """A new window with room for `data`, where the data is."""
-        slot_bytes = -(-data.numel() // PAGE) * PAGE
+        slot_bytes = max(PAGE, 1 << (data.numel() - 1).bit_length())  # so that it is outgrown a few times only
         if data.is_cuda:
             return _Window(torch.empty(SLOTS, slot_bytes, dtype=torch.uint8, device=data.device), number)
         file = os.memfd_create("semion")  # anonymous: a killed process leaves nothing behind
         os.ftruncate(file, SLOTS * slot_bytes)
-        return _Window(_mapped(f"/proc/self/fd/{file}", slot_bytes), number, file)
+        return _Window(_mapped(file, slot_bytes), number, file)
 
     def told(self) -> str:
         """What the receiver needs to map it, as JSON."""
         if self._file is not None:
-            return json.dumps({"path": f"/proc/{os.getpid()}/fd/{self._file}", "slot_bytes": self.slot_bytes})
+            path, inode = f"/proc/{os.getpid()}/fd/{self._file}", os.fstat(self._file).st_ino
+            return json.dumps({"path": path, "inode": inode, "slot_bytes": self.slot_bytes})
         shared = self.memory.untyped_storage()._share_cuda_()
         fields = [base64.b64encode(f).decode() if isinstance(f, bytes) else f for f in shared]
         return json.dumps({"cuda": fields, "slot_bytes": self.slot_bytes})
@@ -112,8 +121,16 @@ class _Window:
         known: dict[str, Any] = json.loads(told)
         slot_bytes = int(known["slot_bytes"])
         if "path" in known:
-            return _Window(_mapped(known["path"], slot_bytes), number)
+            file = os.open(known["path"], os.O_RDWR)
+            try:
+                found = os.fstat(file)
+                if (found.st_ino, found.st_size) != (known["inode"], SLOTS * slot_bytes):
+                    raise OSError(f"{known['path']} is another file now")  # the peer has closed its window
+                return _Window(_mapped(file, slot_bytes), number)
+            finally:
+                os.close(file)
         fields = [base64.b64decode(f) if isinstance(f, str) else f for f in known["cuda"]]
+        fields[0] = device.index  # the peer's number of the same GPU means nothing here
         storage = torch.UntypedStorage._new_shared_cuda(*fields)
         flat = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
         return _Window(flat.view(SLOTS, slot_bytes), number)
@@ -146,10 +163,11 @@ class _Filled:
         try:
             self._channel.empty(self._word, self._data, self._peer)
         except (RuntimeError, OSError) as error:
-            raise TransportError(f"the peer's shared memory is gone: {error}") from error
+            raise TransportError(f"the peer's shared memory cannot be used: {first_line(error)}") from error
 
 
-def _mapped(path: str, slot_bytes: int) -> torch.Tensor:
+def _mapped(file: int, slot_bytes: int) -> torch.Tensor:
+    path = f"/proc/self/fd/{file}"
     return torch.from_file(path, shared=True, size=SLOTS * slot_bytes, dtype=torch.uint8).view(SLOTS, slot_bytes)
 
 

@@ -1,16 +1,19 @@
 """How bytes get from one member of a weight sync to another: the rendezvous, and transports behind one small protocol. It
 knows buffers and members, not tensors or models. Nothing is pickled, and every wait has a deadline.
 
-A transport carries the messages of a pair of members in the order in which both name them. After `close`, or the death of
-a member, every wait for that member fails at once, so that one failure reaches whoever depends on it.
+A transport carries the messages of a pair of members in the order in which both name them. After `close` every wait for that
+member fails soon, so that one failure reaches whoever depends on it; so does its death, but over NCCL, where only the
+deadline tells.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -20,6 +23,7 @@ import torch.distributed as dist
 
 Kind = Literal["gloo", "nccl", "ipc"]
 LANES = 2
+FAILED, POLL_SECONDS = "failed", 0.25  # a word in the store, and how often it is looked for
 UNMET = "did not meet the others"  # in the words of every failure to open a transport
 
 
@@ -156,37 +160,62 @@ class Gloo:
 
 
 class Nccl:
-    """GPU buffers over NCCL, on its own stream; each message is a group of one. Unverified on a GPU."""
+    """GPU buffers over NCCL; each message is a group of one. All messages of a member run one after another on one stream, so
+    it may only have one under way: then they run in the plan's order, in which nobody waits in a circle. A peer's failure is
+    noticed by a word in the store. Unverified on a GPU."""
 
-    depth = 8
+    depth = 1
 
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
+        _gather(store, member, meeting)  # building the communicator has no deadline: so nobody begins before all are here
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
         self._device = torch.device("cuda", torch.cuda.current_device())
-        self._group: Any = dist.ProcessGroupNCCL(store, member, meeting.num_members, options)
+        self._store = store
+        handling = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # an error is ours to report; torch would end the process
+        try:
+            self._group: Any = dist.ProcessGroupNCCL(store, member, meeting.num_members, options)
+        finally:
+            os.environ.pop("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+            if handling is not None:
+                os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = handling
         self._group.eager_connect_single_device(self._device)
 
     def send(self, buffer: torch.Tensor, peer: int) -> Pending:
         """See Transport."""
-        return self._grouped(lambda: self._group.send([buffer], peer, 0))
+        return _start(lambda: grouped(self._group, lambda: self._group.send([buffer], peer, 0)), self._failed)
 
     def receive(self, buffer: torch.Tensor, peer: int) -> Pending:
         """See Transport."""
-        return self._grouped(lambda: self._group.recv([buffer], peer, 0))
+        return _start(lambda: grouped(self._group, lambda: self._group.recv([buffer], peer, 0)), self._failed)
 
     def close(self) -> None:
         """See Transport."""
+        with suppress(RuntimeError):  # the store may be gone: then the others know
+            self._store.set(FAILED, "1")
         self._group.abort()
 
-    def _grouped(self, start: Any) -> Pending:
-        # Inside a group a message uses the communicator of all members; alone it would make one for the pair.
-        try:
-            self._group._start_coalescing(self._device)
-            start()
-            return _Polled(self._group._end_coalescing(self._device))
-        except RuntimeError as error:
-            return _Refused(error)
+    def _failed(self) -> bool:
+        return self._store.check([FAILED])
+
+
+def grouped(group: Any, start: Callable[[], Any]) -> Any:
+    """Starts a message inside a group, where it uses the communicator of all members; alone it would make one for the pair.
+    The group is closed whatever happens: left open, it would swallow every later call of this thread."""
+    group._start_coalescing()
+    try:
+        start()
+    finally:
+        work = group._end_coalescing()
+    return work
+
+
+def _gather(store: dist.Store, member: int, meeting: Rendezvous) -> None:
+    """Waits until every member has come. RuntimeError when one does not within the meeting's time."""
+    store.set(f"here {member}", "1")
+    everybody = [f"here {other}" for other in range(meeting.num_members)]
+    store.wait(everybody, datetime.timedelta(seconds=meeting.timeout_seconds))
 
 
 class _Started:
@@ -205,14 +234,19 @@ class _Started:
 class _Polled:
     """An NCCL work. Its own wait would only order streams; this one holds the host until the buffer is free."""
 
-    def __init__(self, work: Any) -> None:
-        self._work = work
+    def __init__(self, work: Any, failed: Callable[[], bool]) -> None:
+        self._work, self._failed = work, failed
 
     def wait(self, deadline: Deadline) -> None:
+        asked = time.monotonic()
         try:
             while not self._work.is_completed():
                 if deadline.remaining() <= 1e-3:
                     raise TransportError("timed out")
+                if time.monotonic() - asked > POLL_SECONDS:
+                    asked = time.monotonic()
+                    if self._failed():
+                        raise TransportError("another member has given up")
                 time.sleep(1e-4)
             self._work.wait()
         except RuntimeError as error:
@@ -229,14 +263,15 @@ class _Refused:
         raise TransportError(first_line(self._error)) from self._error
 
 
-def _start(call: Any) -> Pending:
+def _start(call: Callable[[], Any], failed: Callable[[], bool] | None = None) -> Pending:
     try:
-        return _Started(call())
+        work = call()
     except RuntimeError as error:
         return _Refused(error)
+    return _Started(work) if failed is None else _Polled(work, failed)
 
 
-def first_line(error: RuntimeError) -> str:
+def first_line(error: Exception) -> str:
     """torch's words without the path of its source and its advice."""
     line = str(error).splitlines()[0] if str(error) else type(error).__name__
     line = line.split("] ", 1)[1] if line.startswith("[") and "] " in line else line

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.errors import EngineLostError, InferenceError, SemionError
+from engine.errors import EngineLostError, InferenceError, SemionError, WeightSyncError
 from engine.inference.sampling import SampleRequest
 from engine.types import Completion
 
@@ -147,20 +147,22 @@ class Pool:
             except TimeoutError:
                 reasons[engine] = f"no answer within {seconds:.0f} s"
                 self._lost.append(engine)
-            except EngineLostError as error:
-                reasons[engine] = str(error)
-                self._lost.append(engine)
             except SemionError as error:
                 reasons[engine] = str(error)
+                # What is neither a failed sync nor a refusal is a process, or a vLLM in it, beyond repair.
+                if isinstance(error, EngineLostError) or not isinstance(error, (WeightSyncError, InferenceError)):
+                    self._lost.append(engine)
         return reasons
 
     def replace_lost(self) -> None:
-        """Starts lost engines anew, within inference.timeout_seconds; InferenceError if that fails."""
+        """Starts lost engines anew, all within inference.timeout_seconds; InferenceError if that fails."""
         lost, self._lost = self._lost, []
         for engine in lost:
             self._engines[engine].restart()
-        for engine in lost:
-            self._result(self._engines[engine].call("describe"), engine, "start again")
+        deadline = time.monotonic() + self._timeout
+        starting = [(engine, self._engines[engine].call("describe")) for engine in lost]
+        for engine, future in starting:
+            self._result(future, engine, "start again", max(0.0, deadline - time.monotonic()))
 
     def commit(self, version: int) -> None:
         """Serves `version`, which every engine has verified."""
@@ -171,9 +173,9 @@ class Pool:
         for engine, future in enumerate(futures):
             self._result(future, engine, what)
 
-    def _result(self, future: Future, engine: int, what: str) -> Any:
+    def _result(self, future: Future, engine: int, what: str, seconds: float | None = None) -> Any:
         try:
-            return future.result(self._timeout)
+            return future.result(self._timeout if seconds is None else seconds)
         except TimeoutError as error:
             raise InferenceError(
                 f"engine {engine} did not answer {what!r} within inference.timeout_seconds = {self._timeout}: "

@@ -9,9 +9,9 @@ result, depend on the order of calls alone and never on timing.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
@@ -91,7 +91,8 @@ class VllmEngine:
         import torch
         import vllm
 
-        return {"host": socket.gethostname(), "pid": str(os.getpid()), "vllm": vllm.__version__, "torch": torch.__version__}
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return {"host": machine, "pid": str(os.getpid()), "vllm": vllm.__version__, "torch": torch.__version__}
 
     # -- sampling
 
@@ -163,9 +164,13 @@ class VllmEngine:
         )
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-prob of each token of each sequence given those before it, but for the first; used to check a sync."""
+        """Log-prob of each token of each sequence given those before it, but for the first; used to check a sync.
+        InferenceError when the engine serves no version, or has requests in flight."""
         from vllm import SamplingParams
 
+        if self._version == IN_DOUBT or self._open:
+            why = "its last weight sync failed" if self._version == IN_DOUBT else f"{len(self._open)} requests are in flight"
+            raise InferenceError(f"engine {self._index} must serve a version and be idle to score; {why}")
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)

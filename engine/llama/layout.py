@@ -24,7 +24,7 @@ from engine.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from engine.config import Trainer
+    from engine.config import Inference, Trainer
     from engine.llama.hf import LlamaShape
 
 VLLM_VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to it before it cuts
@@ -146,6 +146,11 @@ def trainer_layout(trainer: Trainer) -> TrainerLayout:
     return TrainerLayout(
         t.tensor_parallel, t.pipeline_parallel, t.virtual_pipeline, t.first_stage_layers, t.last_stage_layers
     )
+
+
+def engine_layout(inference: Inference) -> EngineLayout:
+    """The layout of the engines that a configuration asks for."""
+    return EngineLayout(inference.tensor_parallel, whole=inference.packed_weights)
 
 
 def padded_vocab(shape: LlamaShape, layout: Layout) -> int:

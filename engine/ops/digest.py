@@ -15,8 +15,9 @@ def block_digest(block: torch.Tensor, *, row: int, col: int, seed: int, columns:
     The sum over r and c of Rw(seed, row + r) * Cw(col + c) * v(r, c) modulo 2**64, where v(r, c) are the bits of an
     element as an unsigned integer, Cw(j) = splitmix64(j + 1) | 1 and Rw(seed, i) = splitmix64(seed ^ splitmix64(i)) | 1
     (splitmix64: Steele, Lea and Flood, 2014). Digests of disjoint blocks add up, as int64, to that of their union; a
-    change of one element always shows, because both weights are odd; rows, columns or tensors that change places show
-    but for a chance of some 2**-64.
+    change of one element always shows, because both weights are odd. Elements, rows, columns or tensors that change places
+    show but for a small chance, largest where they differ in their highest bit alone (x and -x): some 2**-32 for 4 bytes,
+    2**-48 for 2, and none for 8, where two such flips always cancel.
 
     The block has any type of 1, 2, 4 or 8 bytes, any row stride, and adjacent columns. `seed` counts modulo 2**64.
     `columns` are column_weights of the whole tensor or more, to be kept by a caller who has many blocks of one width;

@@ -53,7 +53,8 @@ class Pair:
 class Network:
     """All members; `alter` may change what arrives."""
 
-    def __init__(self, num_members: int, alter: Alter | None = None) -> None:
+    def __init__(self, num_members: int, alter: Alter | None = None, depth: int = 3) -> None:
+        self.depth = depth
         self.lock = threading.Lock()
         self.alter = alter or (lambda member, number, content: content)
         self.closed: set[int] = set()
@@ -78,10 +79,9 @@ class Network:
 class MemoryTransport:
     """One member's Transport. It counts what is under way: sends, different buffers being sent, and receives."""
 
-    depth = 3
-
     def __init__(self, network: Network, member: int) -> None:
         self._network, self._member = network, member
+        self.depth = network.depth
         self._num_sends = 0
         self._sending: list[int] = []  # addresses of buffers
         self._num_receiving = 0

@@ -89,12 +89,12 @@ def test_any_layout_any_bucket(case: Case) -> None:
 # -- what it takes
 
 
-@given(cases())
+@given(cases(), st.sampled_from([1, 3]))
 @settings(max_examples=12, deadline=None)
-def test_two_buckets_of_memory_and_as_many_messages_under_way_as_the_transport_carries(case: Case) -> None:
+def test_two_buckets_of_memory_and_as_many_messages_under_way_as_the_transport_carries(case: Case, depth: int) -> None:
     """Whatever is sent or received lies in a shard or in one of two slots, each as large as the member's largest packed
     bucket; of an engine that passes messages on, as many may be coming in as going out."""
-    world, network = World(case), Network(World(case).plan.num_members)
+    world, network = World(case), Network(World(case).plan.num_members, depth=depth)
     assert world.sync(network) == {}
     for member, transport in enumerate(network.members):
         side = world.senders.get(member) or world.receivers[member]

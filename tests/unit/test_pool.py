@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import EngineLostError, InferenceError, WeightSyncError
+from engine.errors import EngineLostError, InferenceError, WatchdogError, WeightSyncError
 from engine.inference.pool import Pool, Usage
 from engine.inference.sampling import SampleRequest
 from engine.types import Completion
@@ -199,6 +199,7 @@ REASONS = [
     (LOST, "the process of engine 1 ended", True),
     (FAILED, "lm_head.weight differs", False),
     (InferenceError("engine 1 has 2 requests in flight"), "engine 1 has 2 requests in flight", False),
+    (WatchdogError("engine 1 failed with RuntimeError: cancelled"), "engine 1 failed with RuntimeError: cancelled", True),
 ]
 
 

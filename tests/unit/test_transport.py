@@ -19,6 +19,7 @@ from engine.bridge.transport import (
     Transport,
     TransportError,
     first_line,
+    grouped,
     join_store,
     listen,
     open_transport,
@@ -173,3 +174,24 @@ def test_a_deadline_is_never_a_wait_without_end() -> None:
 )
 def test_torchs_words_without_its_sources_and_advice(error: str, words: str) -> None:
     assert first_line(RuntimeError(error)) == words
+
+
+def test_a_message_is_a_group_of_one_and_a_refused_one_leaves_no_group_open() -> None:
+    """As an NCCL backend has it: both calls take nothing, and what is left open swallows the thread's later calls."""
+    calls: list[str] = []
+
+    class Backend:
+        def _start_coalescing(self) -> None:
+            calls.append("start")
+
+        def _end_coalescing(self) -> str:
+            calls.append("end")
+            return "work"
+
+    def refuse() -> None:
+        raise RuntimeError("connection closed")
+
+    assert grouped(Backend(), lambda: calls.append("send")) == "work"
+    with pytest.raises(RuntimeError, match="connection closed"):
+        grouped(Backend(), refuse)
+    assert calls == ["start", "send", "end", "start", "end"]
