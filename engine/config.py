@@ -108,7 +108,7 @@ class Trainer(Section):
     distributed_optimizer: bool = False
     recompute: bool = Field(False, description="recompute activations in the backward, layer by layer")
     fused_lm_head: bool = Field(False, description="log-probs from hidden states, a few rows of logits at a time")
-    microbatch_tokens: Positive = Field(8192, description="packed tokens in one microbatch at most")
+    microbatch_tokens: Positive = Field(8192, description="packed tokens in one microbatch at most; larger groups are spread")
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait of a trainer rank for another")
 
     @property
