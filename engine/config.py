@@ -19,6 +19,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
+Pairing = Literal["random", "best_worst", "length_matched"]
 
 
 class Section(BaseModel):
@@ -55,13 +56,23 @@ class Data(Section):
 class Algorithm(Section):
     """The loss and how groups become training sequences."""
 
-    loss: Literal["dpo", "grpo"] = "dpo"
+    loss: Literal["dpo", "group_dpo", "grpo"] = "dpo"
+    pairing: Pairing = Field("random", description="DPO's pair: of correct and wrong, of extreme rewards, or of near lengths")
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
     beta: PositiveFloat = Field(0.1, description="DPO's inverse temperature")
     clip_ratio: PositiveFloat = Field(0.2, description="GRPO's epsilon")
     kl_weight: NonNegativeFloat = Field(0.001, description="GRPO's KL to the reference (k3)")
+    alpha: NonNegativeFloat = Field(0.0, description="GRPO's weight beside GroupDPO, over the same group")
+    normalize_advantages: Literal["mean", "mean_std", "leave_one_out"] = "mean"
+    normalize_length: bool = Field(False, description="divide GRPO's sum over a response by its number of tokens")
     nll_weight: NonNegativeFloat = Field(0.0, description="DPO's NLL on the chosen response")
+    entropy_weight: NonNegativeFloat = Field(0.0, description="of minus the mean next-token entropy over a response")
     reduction: Literal["prompts", "pairs", "tokens"] = "prompts"
+
+    @property
+    def uses_advantages(self) -> bool:
+        """Whether GRPO is the loss or part of it."""
+        return self.loss == "grpo" or self.alpha > 0
 
 
 SYNC_ATTEMPTS = 3  # of one weight sync: a fault that outlives two repetitions is no accident
@@ -100,7 +111,7 @@ class Trainer(Section):
     distributed_optimizer: bool = False
     recompute: bool = Field(False, description="recompute activations in the backward, layer by layer")
     fused_lm_head: bool = Field(False, description="log-probs from hidden states, a few rows of logits at a time")
-    microbatch_tokens: Positive = Field(8192, description="packed tokens in one microbatch at most")
+    microbatch_tokens: Positive = Field(8192, description="packed tokens in one microbatch at most; larger groups are spread")
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait of a trainer rank for another")
 
     @property
@@ -196,7 +207,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> RunConfig:
-        for broken in _broken_rules(self) + ([] if self.sft.checkpoint_out else _broken_rollout_rules(self)):
+        always = _broken_rules(self) + _broken_algorithm_rules(self)
+        for broken in always + ([] if self.sft.checkpoint_out else _broken_rollout_rules(self)):
             raise ValueError(broken)
         return self
 
@@ -230,19 +242,45 @@ def _broken_rules(config: RunConfig) -> list[str]:
         )
     if c.data.template != "figure4" and "{problem}" not in c.data.template:
         broken.append(f"data.template must be 'figure4' or hold {{problem}}; found {c.data.template!r}: add {{problem}}")
-    if c.algorithm.loss == "grpo" and c.algorithm.reduction == "pairs":
-        broken.append("algorithm.reduction = 'pairs' needs algorithm.loss = 'dpo'; found 'grpo': use 'prompts' or 'tokens'")
-    if c.algorithm.loss == "grpo" and c.algorithm.nll_weight:
-        broken.append(f"algorithm.nll_weight is DPO's; found {c.algorithm.nll_weight} with 'grpo': set it to 0")
-    if c.algorithm.loss == "grpo" and not c.algorithm.kl_weight and c.sync.reference != "never":
-        broken.append(
-            f"sync.reference needs a loss that looks at the reference; found {c.sync.reference!r} with algorithm.kl_weight "
-            f"= 0: set sync.reference = 'never'"
-        )
     if s == "never" and c.sync.reference == "follow":
         broken.append(
             "sync.reference = 'follow' copies the policy at weight syncs, and sync.sync_interval = 'never' has none; found "
             "both: set sync.reference to 'never' or a number of steps"
+        )
+    return broken
+
+
+def _broken_algorithm_rules(c: RunConfig) -> list[str]:
+    """The same for what the losses cannot be combined with."""
+    a, broken = c.algorithm, []
+    if a.loss == "grpo" and a.reduction == "pairs":
+        broken.append("algorithm.reduction = 'pairs' needs algorithm.loss with pairs; found 'grpo': use 'prompts' or 'tokens'")
+    if a.loss == "grpo" and a.nll_weight:
+        broken.append(f"algorithm.nll_weight is DPO's; found {a.nll_weight} with 'grpo': set it to 0")
+    if a.loss == "grpo" and not a.kl_weight and c.sync.reference != "never":
+        broken.append(
+            f"sync.reference needs a loss that looks at the reference; found {c.sync.reference!r} with algorithm.kl_weight "
+            f"= 0: set sync.reference = 'never'"
+        )
+    if a.loss != "group_dpo" and a.alpha:
+        broken.append(
+            f"algorithm.alpha adds GRPO to algorithm.loss = 'group_dpo'; found {a.alpha} with {a.loss!r}: set alpha to 0, or "
+            f"the loss to 'group_dpo'"
+        )
+    if a.loss != "dpo" and a.pairing != "random":
+        broken.append(
+            f"algorithm.pairing chooses the one pair of algorithm.loss = 'dpo'; found {a.pairing!r} with {a.loss!r}: leave "
+            f"it at 'random'"
+        )
+    if not a.uses_advantages and (a.normalize_length or a.normalize_advantages != "mean"):
+        broken.append(
+            f"algorithm.normalize_advantages and algorithm.normalize_length are GRPO's; found {a.normalize_advantages!r} and "
+            f"{a.normalize_length} with {a.loss!r}: leave them at 'mean' and false"
+        )
+    if a.entropy_weight and c.trainer.fused_lm_head:
+        broken.append(
+            f"algorithm.entropy_weight needs the logits, which trainer.fused_lm_head never makes; found {a.entropy_weight} "
+            f"and true: set trainer.fused_lm_head to false"
         )
     return broken
 
@@ -256,12 +294,10 @@ def _broken_rollout_rules(c: RunConfig) -> list[str]:
             f"data.max_prompt_tokens + sampling.max_tokens must fit inference.max_model_tokens; found "
             f"{c.data.max_prompt_tokens} + {c.sampling.max_tokens} > {c.inference.max_model_tokens}: raise it to {longest}"
         )
-    together = 2 * longest if c.algorithm.loss == "dpo" else longest
-    if together > c.trainer.microbatch_tokens:
-        what = "both sequences of a pair" if c.algorithm.loss == "dpo" else "one sequence"
+    if longest > c.trainer.microbatch_tokens:
         broken.append(
-            f"trainer.microbatch_tokens must hold {what} at full length; found {c.trainer.microbatch_tokens} < {together}: "
-            f"raise it, or lower sampling.max_tokens"
+            f"trainer.microbatch_tokens must hold one sequence at full length; found {c.trainer.microbatch_tokens} < "
+            f"{longest}: raise it, or lower sampling.max_tokens"
         )
     return broken
 

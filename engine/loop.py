@@ -120,6 +120,7 @@ def _finished(record: Record) -> Record:
         "ratio_mean": ("ratio", targets),
         "log_prob_gap_mean": ("rollout_gap", targets),
         "nll_mean": ("nll", targets),
+        "entropy_mean": ("entropy", targets),
     }
     for mean, (total, count) in means.items():
         if total in record:

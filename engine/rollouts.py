@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engine.algorithms.advantages import grouped_advantages
-from engine.algorithms.pairs import random_pair
+from engine.algorithms.pairs import correct_and_wrong, extremes, preference_pair
 from engine.config import RunConfig
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.inference.pool import Pool, Ticket, Usage
@@ -73,8 +73,8 @@ class RolloutSource:
         found = {rollout.completion.version for group in groups for rollout in group.rollouts}
         assert found == {version}, f"step {step} must train on rollouts of version {version}, found {found}"
         metrics["staleness"] = float(self._config.schedule.staleness(step))
-        sequences, skipped = training_sequences(groups, self._config)
-        metrics["skipped_prompts"] = float(skipped)
+        sequences, counts = training_sequences(groups, self._config)
+        metrics |= counts
         if self._ledger is not None:
             self._ledger.append(row for group in groups for row in ledger_rows(group))
         return StepData(sequences, len(groups), metrics)
@@ -104,34 +104,59 @@ def score_groups(step: int, prompts: Many[Prompt], completions: Many[Completion]
     ]
 
 
-def training_sequences(groups: Many[RolloutGroup], config: RunConfig) -> tuple[list[Sequence], int]:
-    """(sequences in prompt order, prompts without signal). DPO drops those prompts; GRPO keeps them at advantage 0,
-    since its KL term still sees them, and drops them where there is none. Rollouts that could not be judged are left
-    out of both (`reward_timeouts` and `reward_failures` count them)."""
+def training_sequences(groups: Many[RolloutGroup], config: RunConfig) -> tuple[list[Sequence], dict[str, float]]:
+    """The sequences in prompt order, and how many prompts gave no signal and why.
+
+    skipped_prompts: no pair and no advantage but 0. Of all prompts: all_correct_prompts, all_wrong_prompts,
+    unjudged_prompts (none of the rollouts could be judged); tied_prompts: of those with two different rewards, how many
+    have several rollouts of the highest or of the lowest, so that a seeded draw chose among them. What is skipped is not
+    made up for by other prompts.
+    """
     sequences: list[Sequence] = []
-    skipped, num_pairs = 0, 0
+    names = ("skipped_prompts", "all_correct_prompts", "all_wrong_prompts", "unjudged_prompts", "tied_prompts")
+    counts = dict.fromkeys(names, 0.0)
+    num_groups = 0
     for group in groups:
-        if config.algorithm.loss == "dpo":
-            pair = random_pair(group, config.run.seed)
-            if pair is None:
-                skipped += 1
-                continue
-            sequences += [_sequence(group, rollout, 0.0, num_pairs, rollout is pair[0]) for rollout in pair]
-            num_pairs += 1
-            continue
-        advantages = grouped_advantages([rollout.score.value for rollout in group.judged])
-        without_signal = not any(advantages)
-        skipped += without_signal
-        if not without_signal or config.algorithm.kl_weight:
-            credited = zip(group.judged, advantages, strict=True)
-            sequences += [_sequence(group, rollout, advantage, -1, False) for rollout, advantage in credited]
-    return sequences, skipped
+        made, has_signal = _sequences_of(group, config, num_groups)
+        sequences += made
+        num_groups += any(sequence.group >= 0 for sequence in made)
+        correct, wrong = correct_and_wrong(group)
+        best, worst = extremes(group)
+        counts["skipped_prompts"] += not has_signal
+        counts["all_correct_prompts"] += bool(correct) and not wrong
+        counts["all_wrong_prompts"] += bool(wrong) and not correct
+        counts["unjudged_prompts"] += not group.judged
+        counts["tied_prompts"] += best != worst and len(best) + len(worst) > 2
+    return sequences, counts
 
 
-def _sequence(group: RolloutGroup, rollout: Rollout, advantage: float, pair: int, chosen: bool) -> Sequence:
+def _sequences_of(group: RolloutGroup, config: RunConfig, index: int) -> tuple[list[Sequence], bool]:
+    """(what the loss trains on of this prompt, whether there is a pair or an advantage).
+
+    DPO and GroupDPO drop a prompt without a pair. GRPO keeps it at advantage 0, since its KL term still sees it, and drops
+    it where there is none. Rollouts that could not be judged are left out of all (`reward_timeouts` and `reward_failures`
+    count them).
+    """
+    algorithm = config.algorithm
+    if algorithm.loss == "dpo":
+        pair = preference_pair(group, algorithm.pairing, config.run.seed)
+        return [_sequence(group, r, 0.0, index, r is pair[0]) for r in pair] if pair else [], pair is not None
+    advantages = grouped_advantages([r.score.value for r in group.judged], algorithm.normalize_advantages)
+    has_pairs = algorithm.loss == "group_dpo" and all(correct_and_wrong(group))
+    has_signal = has_pairs or (algorithm.uses_advantages and any(advantages))
+    if not has_signal and not (algorithm.uses_advantages and algorithm.kl_weight):
+        return [], False
+    made = [
+        _sequence(group, r, advantage, index if has_pairs else -1, has_pairs and r.score.value > 0)
+        for r, advantage in zip(group.judged, advantages, strict=True)
+    ]
+    return made, has_signal
+
+
+def _sequence(group: RolloutGroup, rollout: Rollout, advantage: float, index: int, chosen: bool) -> Sequence:
     completion = rollout.completion
     return Sequence(
-        group.prompt.token_ids, completion.token_ids, completion.log_probs, advantage=advantage, pair=pair, chosen=chosen
+        group.prompt.token_ids, completion.token_ids, completion.log_probs, advantage=advantage, group=index, chosen=chosen
     )
 
 

@@ -2,7 +2,7 @@
 sequences are packed into microbatches. Nothing here computes; every record is frozen except the tensors' own contents.
 
 Worked example: prompt "3 + 4 = ?" with N = 2 samples. Rollout 0 says 7 (reward 1), rollout 1 says 8 (reward 0).
-DPO makes one pair = two `Sequence`s with `pair=0`, one `chosen`; GRPO makes two `Sequence`s with advantages +0.5, -0.5.
+DPO makes one pair = two `Sequence`s with `group=0`, one `chosen`; GRPO makes two `Sequence`s with advantages +0.5, -0.5.
 
 Shape legend: T tokens of a packed row, B sequences of it, P pairs of it.
 """
@@ -81,8 +81,8 @@ class Sequence:
     completion_ids: tuple[int, ...]
     rollout_log_probs: tuple[float, ...]  # one a completion token; empty for supervised data
     advantage: float = 0.0
-    pair: int = -1  # index of its preference pair in the batch, -1 for none
-    chosen: bool = False  # of its pair
+    group: int = -1  # whom it is compared with: every chosen with every rejected of the same number; -1: nobody
+    chosen: bool = False  # in its group
 
     @property
     def num_tokens(self) -> int:
@@ -100,8 +100,14 @@ class Microbatch:
     cu_seqlens: torch.Tensor  # [B + 1] int32, row boundaries of the sequences
     advantages: torch.Tensor  # [B] float32
     rollout_log_probs: torch.Tensor  # [T] float32, 0 where the target is IGNORED
-    pairs: torch.Tensor  # [P, 2] int64, (chosen, rejected) as indices into the B sequences
-    reference_log_probs: torch.Tensor | None = None  # [T] float32, filled by Policy.score on the last stage
+    pairs: torch.Tensor  # [P, 2] int64, (chosen, rejected) as indices into the B sequences, of groups that are all here
+    pair_weights: torch.Tensor  # [P] float32, 1 / number of pairs of its group
+    spread_groups: torch.Tensor  # [B] int64, the group of a sequence whose group is spread over several rows, else -1
+    chosen: torch.Tensor  # [B] bool
+    # The rest is filled by Policy.score on the last stage
+    reference_log_probs: torch.Tensor | None = None  # [T] float32
+    slopes: torch.Tensor | None = None  # [B] float32, derivative of the spread groups' loss by a sequence's log-prob
+    spread_sums: torch.Tensor | None = None  # the spread groups' loss and metrics, on one row; zeros on the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,5 +117,5 @@ class Batch:
     step: int
     microbatches: tuple[Microbatch, ...]
     num_prompts: int  # all prompts of the step, skipped ones included
-    num_pairs: int
+    num_groups: int  # prompts that have a pair, or more
     num_target_tokens: int

@@ -1,23 +1,86 @@
-"""From a group of scored rollouts to one preference pair, or to none. Arithmetic on a group, nothing else."""
+"""From a group of scored rollouts to one preference pair, or to none, and from marked sequences to all pairs of their
+groups. Arithmetic on a group, nothing else.
+
+Correct is a reward above 0; a rollout that could not be judged is neither correct nor wrong, best nor worst. Wherever
+several rollouts or pairs would do equally well, a draw decides that is a pure function of (run seed, step, prompt id,
+first sample index): no order of samples is preferred.
+
+Shape legend: P pairs.
+"""
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 
+import torch
+
+from engine.config import Pairing
+from engine.errors import NumericsError
 from engine.seeds import counted_seed
 from engine.types import Rollout, RolloutGroup
 
+Pair = tuple[Rollout, Rollout]
 
-def random_pair(group: RolloutGroup, run_seed: int) -> tuple[Rollout, Rollout] | None:
-    """(chosen, rejected): one drawn from the correct rollouts (reward > 0), one from the others; None if either is empty.
 
-    The draw is a pure function of (run seed, step, prompt id, first sample index). A rollout that could not be judged is
-    neither. Source: paper, section 3, verifiable task.
+def correct_and_wrong(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]]:
+    """The judged rollouts with a reward above 0, and the others. Raises NumericsError for a reward that is not finite."""
+    for rollout in group.judged:
+        if not math.isfinite(rollout.score.value):
+            raise NumericsError(
+                f"the reward of sample {rollout.completion.sample_index} of prompt {group.prompt.id} must be finite; found "
+                f"{rollout.score.value}: mend the reward function"
+            )
+    correct = [rollout for rollout in group.judged if rollout.score.value > 0]
+    return correct, [rollout for rollout in group.judged if rollout.score.value <= 0]
+
+
+def preference_pair(group: RolloutGroup, pairing: Pairing, run_seed: int) -> Pair | None:
+    """(chosen, rejected), or None where the group has no such pair.
+
+    `random`: one drawn from the correct rollouts, one from the wrong (paper, verifiable task). `best_worst`: the highest
+    reward and the lowest, which is also the largest margin of rewards (paper, non-verifiable task); None where all are
+    equal. `length_matched`: of all correct and wrong, the two whose numbers of tokens are closest.
     """
-    correct = [r for r in group.judged if r.score.value > 0]
-    wrong = [r for r in group.judged if r.score.value <= 0]
-    if not correct or not wrong:
-        return None
     first = group.rollouts[0].completion.sample_index
     draw = random.Random(counted_seed(run_seed, "pair", group.step, group.prompt.id, first))
-    return draw.choice(correct), draw.choice(wrong)
+    correct, wrong = correct_and_wrong(group)
+    if pairing == "best_worst":
+        best, worst = extremes(group)
+        return None if best == worst else (draw.choice(best), draw.choice(worst))
+    if not correct or not wrong:
+        return None
+    if pairing == "random":
+        return draw.choice(correct), draw.choice(wrong)
+    distances = {(i, j): abs(_length(c) - _length(w)) for i, c in enumerate(correct) for j, w in enumerate(wrong)}
+    least = min(distances.values())
+    i, j = draw.choice([places for places, distance in distances.items() if distance == least])
+    return correct[i], wrong[j]
+
+
+def extremes(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]]:
+    """The judged rollouts of the highest reward, and those of the lowest; the same ones where all rewards are equal."""
+    rewards = [rollout.score.value for rollout in group.judged]
+    highest = [rollout for rollout in group.judged if rollout.score.value == max(rewards)]
+    return highest, [rollout for rollout in group.judged if rollout.score.value == min(rewards)]
+
+
+def all_pairs(groups: Sequence[int], chosen: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pairs [P, 2] int64, weights [P] float32) of sequences with a group each: places of every chosen one with every
+    rejected one of the same group, each weighing 1 / number of pairs of that group. A group of -1 has none.
+
+    Source: paper, equation 4; a group of two is one pair of weight 1.
+    """
+    pairs: list[tuple[int, int]] = []
+    weights: list[float] = []
+    for group in dict.fromkeys(groups):
+        members = [place for place, other in enumerate(groups) if other == group >= 0]
+        here = [(c, r) for c in members if chosen[c] for r in members if not chosen[r]]
+        pairs += here
+        weights += [1 / len(here) for _ in here]
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2), torch.tensor(weights, dtype=torch.float32)
+
+
+def _length(rollout: Rollout) -> int:
+    return len(rollout.completion.token_ids)

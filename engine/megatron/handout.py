@@ -48,7 +48,7 @@ def _encode(sequences: list[Sequence], num_prompts: int) -> bytes:
             "token_ids": torch.tensor([t for s in sequences for t in (*s.prompt_ids, *s.completion_ids)], dtype=torch.int64),
             "log_probs": torch.tensor([p for s in sequences for p in s.rollout_log_probs], dtype=torch.float64),
             "advantages": torch.tensor([s.advantage for s in sequences], dtype=torch.float64),
-            "pairs": torch.tensor([(s.pair, int(s.chosen)) for s in sequences], dtype=torch.int64).view(-1, 2),
+            "groups": torch.tensor([(s.group, int(s.chosen)) for s in sequences], dtype=torch.int64).view(-1, 2),
         }
     )
 
@@ -65,11 +65,11 @@ def _decode(payload: bytes) -> tuple[list[Sequence], int]:
             completion_ids=tuple(token_ids[token + prompt : token + prompt + completion]),
             rollout_log_probs=tuple(log_probs[prob : prob + probs]),
             advantage=advantage,
-            pair=pair,
+            group=group,
             chosen=bool(chosen),
         )
-        for (prompt, completion, probs), token, prob, advantage, (pair, chosen) in zip(
-            lengths, token_starts, prob_starts, tensors["advantages"].tolist(), tensors["pairs"].tolist(), strict=False
+        for (prompt, completion, probs), token, prob, advantage, (group, chosen) in zip(
+            lengths, token_starts, prob_starts, tensors["advantages"].tolist(), tensors["groups"].tolist(), strict=False
         )
     ]
     return sequences, int(tensors["num_prompts"])

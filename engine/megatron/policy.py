@@ -80,6 +80,7 @@ class Policy:
 
     def score(self, batch: Batch) -> Batch:
         """The batch with `reference_log_probs` [T] filled on the last stage; unchanged where no reference is needed.
+        Where groups are spread over several rows, the policy scores them too: that gives `slopes` and `spread_sums`.
 
         Collective over the pipeline's ranks.
         """
@@ -87,9 +88,13 @@ class Policy:
             return batch
         with self.serving(self._reference):
             rows = self.log_probs(batch)
+        spread = any(bool((microbatch.spread_groups >= 0).any()) for microbatch in batch.microbatches)
+        own = self.log_probs(batch) if spread else []
         if not self.topology.is_last_stage:
             return batch
         scored = [replace(m, reference_log_probs=row) for m, row in zip(batch.microbatches, rows, strict=True)]
+        if spread:
+            scored = self.objective.weigh(scored, own)
         return replace(batch, microbatches=tuple(scored))
 
     @torch.no_grad()
@@ -100,7 +105,7 @@ class Policy:
         """
 
         def collect(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-            log_probs = self._token_log_probs(output, microbatch)
+            log_probs, _ = self._token_log_probs(output, microbatch)
             return log_probs.sum(), log_probs
 
         return self.run(batch, collect, forward_only=True)
@@ -118,7 +123,10 @@ class Policy:
 
         def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             coefficients = self.objective.coefficients(microbatch)
-            loss, sums = self.objective(self._token_log_probs(output, microbatch, coefficients), microbatch, batch)
+            log_probs, entropy = self._token_log_probs(
+                output, microbatch, coefficients, with_entropy=self.objective.needs_entropy
+            )
+            loss, sums = self.objective(log_probs, microbatch, batch, entropy)
             num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
             return loss, torch.cat([torch.stack([loss.detach(), num_tokens]), sums])
 
@@ -226,8 +234,12 @@ class Policy:
         return collected
 
     def _token_log_probs(
-        self, output: torch.Tensor, microbatch: Microbatch, coefficients: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        output: torch.Tensor,
+        microbatch: Microbatch,
+        coefficients: torch.Tensor | None = None,
+        with_entropy: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self._output_weight is not None, "log-probs off the last stage"
         vocabulary: dict[str, Any] = {
             "vocab_start": self.topology.tp_rank * self._output_weight.size(0),
@@ -235,10 +247,12 @@ class Policy:
             "group": self.topology.tp_group,
         }
         if not self._headless:
-            return token_log_probs(output, microbatch.targets, **vocabulary)[0]
-        return lm_head_log_probs(
+            return token_log_probs(output, microbatch.targets, with_entropy=with_entropy, **vocabulary)
+        assert not with_entropy, "the configuration allows no entropy with trainer.fused_lm_head"
+        log_probs = lm_head_log_probs(
             output, self._output_weight, microbatch.targets, coefficients=coefficients, **vocabulary
         )
+        return log_probs, None
 
     def _total(self, rows: list[torch.Tensor]) -> torch.Tensor:
         """Sum over microbatches, then over data-parallel ranks; the last stage's sum reaches all stages. [2 + K]"""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from engine.algorithms.losses import DpoObjective, GrpoObjective, NllObjective, Objective
+from engine.algorithms.losses import DpoObjective, GrpoObjective, NllObjective, Objective, make_objective
 from engine.config import RunConfig
 from engine.errors import NumericsError
 from engine.llama.layout import export_plan
@@ -22,7 +22,7 @@ from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
 from engine.ops import lm_head_log_probs, token_log_probs
 from engine.types import IGNORED, Batch, Microbatch
-from tests.parallel.material import batch_of, run_config
+from tests.parallel.material import EVERYTHING, batch_of, run_config
 
 Case = Callable[..., Any]
 TIMEOUT = timedelta(seconds=60)
@@ -45,6 +45,8 @@ def objective_of(name: str, config: RunConfig) -> Objective:
     """The objective under test by its short name."""
     if name == "nll":
         return NllObjective()
+    if name == "everything":
+        return make_objective(config.algorithm.model_copy(update=EVERYTHING))
     return DpoObjective(config.algorithm) if name == "dpo" else GrpoObjective(config.algorithm)
 
 
@@ -88,8 +90,9 @@ def train(config: RunConfig, topology: Topology, checkpoint: str, objective: str
     policy = Policy(config, topology, objective_of(objective, config), checkpoint)
     kept: dict[str, torch.Tensor] = {}
     metrics = []
+    group_pairs = 2 if objective == "everything" else 1
     for step in range(3):
-        batch = batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)
+        batch = batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank, group_pairs)
         if step == 0 and not config.trainer.fused_lm_head:
             kept |= logits(policy, batch)
         metrics.append(policy.train_step(policy.score(batch)))

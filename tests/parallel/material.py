@@ -10,6 +10,7 @@ from engine.megatron.packing import make_batches
 from engine.types import Batch, Sequence
 
 UNCLIPPED = 1e9  # a clip_norm far above every gradient
+EVERYTHING = {"loss": "group_dpo", "alpha": 0.3, "entropy_weight": 0.05}  # with NLL and KL, every term there is
 
 
 def run_config(trainer: dict[str, Any], options: dict[str, Any]) -> RunConfig:
@@ -28,8 +29,9 @@ def run_config(trainer: dict[str, Any], options: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
-def sequences(step: int, vocab_size: int) -> list[Sequence]:
-    """Four pairs of different lengths with made-up advantages; 5 or so rows of 64 tokens, on 2 ranks 2 or 3 each."""
+def sequences(step: int, vocab_size: int, group_pairs: int = 1) -> list[Sequence]:
+    """Four pairs of different lengths with made-up advantages; 5 or so rows of 64 tokens, on 2 ranks 2 or 3 each.
+    `group_pairs` pairs that follow one another are one group."""
     draw = random.Random(step)
 
     def tokens(count: int) -> tuple[int, ...]:
@@ -41,11 +43,11 @@ def sequences(step: int, vocab_size: int) -> list[Sequence]:
         for chosen in (True, False):
             completion = tokens(draw.randint(1, 24))
             log_probs = tuple(-4.0 - draw.random() for _ in completion)
-            made.append(Sequence(prompt, completion, log_probs, draw.uniform(-1, 1), pair, chosen))
+            made.append(Sequence(prompt, completion, log_probs, draw.uniform(-1, 1), pair // group_pairs, chosen))
     return made
 
 
-def batch_of(step: int, vocab_size: int, trainer: Trainer, dp_rank: int) -> Batch:
+def batch_of(step: int, vocab_size: int, trainer: Trainer, dp_rank: int, group_pairs: int = 1) -> Batch:
     """This data-parallel rank's part of a step."""
-    made = sequences(step, vocab_size)
+    made = sequences(step, vocab_size, group_pairs)
     return make_batches(made, step=step, num_prompts=5, trainer=trainer)[dp_rank]

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from engine.llama.hf import HfCheckpoint
-from engine.types import IGNORED
+from engine.megatron.handout import _decode, _encode
+from engine.types import IGNORED, Sequence
 from tests.parallel import material
 from tests.parallel.pool import WorkerPool
 
@@ -64,6 +65,11 @@ HEADLESS: dict[str, tuple[str, str, dict[str, Any]]] = {  # log-probs from hidde
         {"fused_lm_head": True, "tensor_parallel": 2, "sequence_parallel": True},
     ),
     "fused_head_tp2_pp2_tied": ("tied", "dpo", {"fused_lm_head": True, "tensor_parallel": 2, "pipeline_parallel": 2}),
+}
+EVERYTHING: dict[str, tuple[str, str, dict[str, Any]]] = {  # groups of two pairs, spread over rows of 64 on one rank
+    "everything_in_whole_rows": ("odd", "everything", {"microbatch_tokens": 256}),
+    "everything_tp2": ("odd", "everything", {"tensor_parallel": 2, "sequence_parallel": True}),
+    "everything_pp2_dp2": ("odd", "everything", {"pipeline_parallel": 2, "data_parallel": 2}),
 }
 CLIP_NORM = 0.5  # below the gradient norm of every step of every objective
 CLIPPED = ("tp2", "tp2_sequence_parallel_recompute", "pp2_tied", "dp2_distributed_optimizer")
@@ -115,12 +121,12 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize(
     ("name", "clip_norm"),
-    [*((name, material.UNCLIPPED) for name in [*LAYOUTS, *HEADLESS]), *((name, CLIP_NORM) for name in CLIPPED)],
-    ids=[*LAYOUTS, *HEADLESS, *(f"{name}-clipped" for name in CLIPPED)],
+    [*((name, material.UNCLIPPED) for name in [*LAYOUTS, *HEADLESS, *EVERYTHING]), *((name, CLIP_NORM) for name in CLIPPED)],
+    ids=[*LAYOUTS, *HEADLESS, *EVERYTHING, *(f"{name}-clipped" for name in CLIPPED)],
 )
 def test_layout_equals_one_rank(name: str, clip_norm: float, train: Train) -> None:
     """Three optimizer steps: metrics equal on all ranks; losses and gradients within 1e-5 of one rank, weights 2e-5."""
-    variant, objective, trainer = (LAYOUTS | HEADLESS)[name]
+    variant, objective, trainer = (LAYOUTS | HEADLESS | EVERYTHING)[name]
     found, expected = train(variant, objective, trainer, clip_norm), train(variant, objective, {}, clip_norm)
     assert all(metrics == found.metrics[0] for metrics in found.metrics)
     for step, wanted in zip(found.metrics[0], expected.metrics[0], strict=True):
@@ -215,6 +221,25 @@ def test_reference_stays_as_policy_moves(name: str, distance: str, counted: str,
     steps = train(*LAYOUTS[name]).metrics[0]
     assert [metrics[distance] != 0.0 for metrics in steps] == [False, True, True]
     assert [metrics[counted] for metrics in steps] == [count] * 3
+
+
+def test_groups_are_spread_over_rows_of_one_rank_and_whole_in_larger_ones(train: Train) -> None:
+    """What the layouts of EVERYTHING compare: both kinds in the small rows, none spread in the large, the same sums."""
+    spread = []
+    for trainer in ({}, {"microbatch_tokens": 256}):
+        options = material.run_config(trainer, {}).trainer
+        batches = [material.batch_of(step, 67, options, 0, group_pairs=2) for step in range(3)]
+        rows = [row for batch in batches for row in batch.microbatches]
+        spread.append([bool((row.spread_groups >= 0).any()) for row in rows])
+    assert any(spread[0]) and not any(spread[1])
+    assert [metrics["pairs"] for metrics in train("odd", "everything", {}).metrics[0]] == [8.0] * 3
+
+
+def test_sequences_survive_the_broadcast() -> None:
+    """Groups, marks, advantages and empty rollout log-probs included."""
+    made = [*material.sequences(0, 67, group_pairs=2), Sequence((1,), (2, 3), ())]
+    assert _decode(_encode(made, 5)) == (made, 5)
+    assert _decode(_encode([], 5)) == ([], 5)
 
 
 def test_export_is_the_checkpoint(train: Train, checkpoint: Checkpoint) -> None:

@@ -1,96 +1,24 @@
-"""Losses against the paper's formulas written out in float64 over lists of numbers: values, gradients with respect to
-every token's log-prob, metrics, and that microbatches and ranks add up to the step. Advantages and pairs.
+"""DPO, GRPO and NLL against the paper's formulas written out in float64 over lists of numbers: values, gradients with
+respect to every token's log-prob, metrics, and that microbatches and ranks add up to the step. Advantages and pairs.
 """
 
 import math
-import random
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.algorithms.advantages import grouped_advantages
 from engine.algorithms.losses import DpoObjective, GrpoObjective, NllObjective, make_objective
-from engine.algorithms.pairs import random_pair
-from engine.config import Algorithm, Trainer
+from engine.algorithms.pairs import all_pairs, preference_pair
+from engine.config import Algorithm
 from engine.errors import NumericsError
-from engine.megatron.packing import make_batches
-from engine.types import Completion, Prompt, Rollout, RolloutGroup, Score, Sequence
+from engine.types import Completion, Prompt, Rollout, RolloutGroup, Score
+from tests.unit.steps import LAYOUTS, Step
 
 NUM_PROMPTS = 7  # of the step, skipped ones included
 CLOSE = 2e-5  # relative or absolute: fp32 sums of some dozens of terms of order 1
-
-
-class Step:
-    """A made-up step: sequences, and for each a policy and a reference log-prob a completion token, as float64."""
-
-    def __init__(self, seed, num_pairs=4):
-        draw = random.Random(seed)
-        self.sequences: list[Sequence] = []
-        self.policy: list[list[float]] = []  # log-probs of each sequence's completion tokens
-        self.reference: list[list[float]] = []
-        for pair in range(num_pairs):
-            for chosen in (True, False):
-                length = draw.randint(1, 6)
-                rollout = tuple(draw.uniform(-4, -0.1) for _ in range(length))
-                prompt = (len(self.sequences) + 1, *range(9, 9 + draw.randint(0, 3)))  # its first token tells who it is
-                advantage = draw.choice([0.0, draw.uniform(-1, 1)])
-                self.sequences.append(Sequence(prompt, tuple(range(length)), rollout, advantage, pair, chosen))
-                self.policy.append([p + draw.uniform(-0.5, 0.5) for p in rollout])
-                self.reference.append([p + draw.uniform(-0.5, 0.5) for p in rollout])
-
-    @property
-    def num_tokens(self):
-        return sum(len(s.completion_ids) for s in self.sequences)
-
-    def run(self, objective, *, data_parallel=1, microbatch_tokens=400):
-        """(sum of the losses, sums of the metrics by name, gradient of each sequence's tokens) over all microbatches."""
-        trainer = Trainer(data_parallel=data_parallel, microbatch_tokens=microbatch_tokens)
-        loss, sums = 0.0, [0.0] * len(objective.metric_names)
-        gradients = [[math.nan]] * len(self.sequences)
-        for batch in make_batches(self.sequences, step=0, num_prompts=NUM_PROMPTS, trainer=trainer):
-            for microbatch in batch.microbatches:
-                row, spans = self._lay_out(microbatch, self.policy)
-                reference, _ = self._lay_out(microbatch, self.reference)
-                row.requires_grad_()
-                part, metrics = objective(row, replace(microbatch, reference_log_probs=reference), batch)
-                part.backward()
-                assert not metrics.requires_grad
-                loss += part.item()
-                sums = [a + b for a, b in zip(sums, metrics.tolist(), strict=True)]
-                for index, span in spans.items():
-                    gradients[index] = row.grad[span].tolist()
-        return loss, dict(zip(objective.metric_names, sums, strict=True)), gradients
-
-    def _lay_out(self, microbatch, values):
-        """Values in their places of the row, and the slice of each sequence's completion tokens."""
-        row, spans = torch.zeros(microbatch.token_ids.numel()), {}
-        for start in microbatch.cu_seqlens[:-1].tolist():
-            index = int(microbatch.token_ids[start]) - 1
-            if index >= 0:
-                first = start + len(self.sequences[index].prompt_ids) - 1
-                spans[index] = slice(first, first + len(values[index]))
-                row[spans[index]] = torch.tensor(values[index])
-        return row, spans
-
-    def pairs(self):
-        return [(2 * pair, 2 * pair + 1) for pair in range(len(self.sequences) // 2)]
-
-    def gap(self):
-        return sum(
-            abs(p - q)
-            for sequence, policy in zip(self.sequences, self.policy, strict=True)
-            for p, q in zip(policy, sequence.rollout_log_probs, strict=True)
-        )
-
-
-LAYOUTS = [
-    {"data_parallel": 1, "microbatch_tokens": 400},  # one row
-    {"data_parallel": 1, "microbatch_tokens": 24},  # several rows
-    {"data_parallel": 3, "microbatch_tokens": 24},  # several ranks, some with empty rows
-]
 
 
 def check(found, loss, metrics, gradients):
@@ -113,7 +41,7 @@ def test_dpo_is_the_papers(layout, reduction, divisor, nll_weight):
     loss, gradients = 0.0, [[0.0]] * 8
     divisor = divisor or step.num_tokens
     sums = {"pairs": 4.0, "margin": 0.0, "preferred": 0.0, "chosen_log_prob": 0.0, "rejected_log_prob": 0.0}
-    for chosen, rejected in step.pairs():
+    for chosen, rejected, _ in step.pairs():
         gain = sum(step.policy[chosen]) - sum(step.reference[chosen])
         margin = beta * (gain - (sum(step.policy[rejected]) - sum(step.reference[rejected])))
         loss += math.log(1 + math.exp(-margin)) - nll_weight * sum(step.policy[chosen])
@@ -172,7 +100,7 @@ def test_strictly_on_policy_grpo_is_the_policy_gradient():
     """With rollout log-probs equal to the policy's the ratio is 1, nothing is clipped and the gradient is -A."""
     step = Step(11)
     step.sequences = [replace(s, rollout_log_probs=tuple(p)) for s, p in zip(step.sequences, step.policy, strict=True)]
-    _, sums, gradients = step.run(GrpoObjective(Algorithm(loss="grpo", kl_weight=0.0)))
+    _, sums, gradients, _ = step.run(GrpoObjective(Algorithm(loss="grpo", kl_weight=0.0)))
     assert sums["ratio"] == pytest.approx(step.num_tokens)
     assert sums["clipped"] == sums["rollout_gap"] == 0
     for sequence, gradient in zip(step.sequences, gradients, strict=True):
@@ -182,7 +110,7 @@ def test_strictly_on_policy_grpo_is_the_policy_gradient():
 @pytest.mark.parametrize("objective", [DpoObjective(Algorithm()), GrpoObjective(Algorithm(loss="grpo")), NllObjective()])
 def test_a_step_without_sequences_has_loss_0_and_can_be_differentiated(objective):
     step = Step(0, num_pairs=0)
-    loss, sums, _ = step.run(objective)
+    loss, sums, *_ = step.run(objective)
     assert loss == 0
     assert set(sums.values()) == {0.0}
 
@@ -231,17 +159,17 @@ def group(rewards, prompt_id="p", step=0):
 
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=8), st.integers(0, 99), st.integers(0, 99))
 def test_a_pair_is_one_correct_and_one_wrong_rollout_or_none(rewards, step, run_seed):
-    drawn = random_pair(group(rewards, step=step), run_seed)
+    drawn = preference_pair(group(rewards, step=step), "random", run_seed)
     assert (drawn is None) is (len(set(rewards)) == 1)
     if drawn is not None:
         assert [rollout.score.value for rollout in drawn] == [1.0, 0.0]
-    assert drawn == random_pair(group(rewards, step=step), run_seed), "a pure function of its arguments"
+    assert drawn == preference_pair(group(rewards, step=step), "random", run_seed), "a pure function of its arguments"
 
 
 def test_a_pair_depends_on_run_seed_step_and_prompt_and_reaches_every_rollout_alike():
     rewards = [1.0] * 4 + [0.0] * 4
     draws = {
-        (seed, step, prompt): random_pair(group(rewards, prompt, step), seed)
+        (seed, step, prompt): preference_pair(group(rewards, prompt, step), "random", seed)
         for seed in range(8)
         for step in range(8)
         for prompt in "abcdefgh"
@@ -255,3 +183,69 @@ def test_a_pair_depends_on_run_seed_step_and_prompt_and_reaches_every_rollout_al
     for fixed in range(3):  # with the other two held, each of the three changes the draw
         varied = [pair for key, pair in draws.items() if all(key[i] == (0, 0, "a")[i] for i in range(3) if i != fixed)]
         assert len({tuple(r.completion.sample_index for r in pair) for pair in varied if pair}) > 2
+
+
+REWARDS = st.one_of(st.sampled_from([0.0, 1.0]), st.sampled_from([-2.5, -1.0, 0.25, 0.5, 3.0]))
+
+
+@given(st.lists(REWARDS, min_size=2, max_size=8), st.integers(0, 99))
+def test_the_best_and_the_worst_are_those_of_extreme_rewards(rewards, run_seed):
+    """None where all are equal; signs do not matter."""
+    drawn = preference_pair(group(rewards), "best_worst", run_seed)
+    assert (drawn is None) is (len(set(rewards)) == 1)
+    if drawn is not None:
+        assert [rollout.score.value for rollout in drawn] == [max(rewards), min(rewards)]
+
+
+@given(st.lists(st.tuples(REWARDS, st.integers(1, 6)), min_size=2, max_size=8), st.integers(0, 99))
+def test_length_matched_is_the_nearest_correct_and_wrong(samples, run_seed):
+    rollouts = group([reward for reward, _ in samples])
+    lengths = [length for _, length in samples]
+    rollouts = replace(
+        rollouts,
+        rollouts=tuple(
+            replace(r, completion=replace(r.completion, token_ids=(7,) * n))
+            for r, n in zip(rollouts.rollouts, lengths, strict=True)
+        ),
+    )
+    drawn = preference_pair(rollouts, "length_matched", run_seed)
+    distances = [abs(n - m) for reward, n in samples for other, m in samples if reward > 0 >= other]
+    assert (drawn is None) is (not distances)
+    if drawn is not None:
+        assert drawn[0].score.value > 0 >= drawn[1].score.value
+        assert abs(len(drawn[0].completion.token_ids) - len(drawn[1].completion.token_ids)) == min(distances)
+
+
+@pytest.mark.parametrize("pairing", ["best_worst", "length_matched"])
+def test_ties_are_drawn_and_reach_every_rollout_alike(pairing):
+    """Two best of four, two worst: over 256 prompts each is drawn about half of the time, and again the same."""
+    rewards = [1.0, 0.0, 1.0, 0.0]
+    draws = [preference_pair(group(rewards, f"p{i}"), pairing, 3) for i in range(256)]
+    assert draws == [preference_pair(group(rewards, f"p{i}"), pairing, 3) for i in range(256)]
+    drawn = [rollout.completion.sample_index for pair in draws if pair for rollout in pair]
+    assert all(abs(drawn.count(i) - 128) < 5 * math.sqrt(256 / 4) for i in range(4))
+
+
+@pytest.mark.parametrize("pairing", ["random", "best_worst", "length_matched"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_is_in_no_pair(pairing, broken):
+    with pytest.raises(NumericsError, match=f"reward of sample 1 of prompt p must be finite; found {broken}"):
+        preference_pair(group([1.0, broken, 0.0]), pairing, 0)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=4), max_size=4), st.randoms())
+def test_all_pairs_are_every_chosen_with_every_rejected_of_the_group(groups, draw):
+    """In whatever order the sequences stand; the weights of a group sum to 1; a group of -1 has no pairs."""
+    marked = [(index - 1, chosen) for index, members in enumerate(groups) for chosen in members]
+    draw.shuffle(marked)
+    pairs, weights = all_pairs([g for g, _ in marked], [c for _, c in marked])
+    found = [tuple(pair) for pair in pairs.tolist()]
+    places = range(len(marked))
+    wanted = {
+        (c, r) for c in places for r in places if marked[c][0] == marked[r][0] >= 0 and marked[c][1] and not marked[r][1]
+    }
+    assert len(found) == len(wanted)
+    assert set(found) == wanted
+    for index in {marked[c][0] for c, _ in found}:
+        total = sum(weight for (c, _), weight in zip(found, weights.tolist(), strict=True) if marked[c][0] == index)
+        assert total == pytest.approx(1)

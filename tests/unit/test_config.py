@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engine.config import RunConfig, _broken_rollout_rules, _broken_rules, dump_config, load_config
+from engine.config import RunConfig, _broken_algorithm_rules, _broken_rollout_rules, _broken_rules, dump_config, load_config
 from engine.errors import ConfigError
 
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
@@ -75,7 +75,7 @@ def test_the_options_are_the_reviewed_ones():
         ("run.steps=true", ("run.steps: ", "integer", "found True", "optimizer steps")),
         ("run.seed=-1", ("run.seed: ", "greater than or equal to 0", "found -1")),
         ("trainer.sequence_parallel=1", ("trainer.sequence_parallel: ", "boolean", "found 1")),
-        ("algorithm.loss=ppo", ("algorithm.loss: ", "'dpo' or 'grpo'", "found 'ppo'")),
+        ("algorithm.loss=ppo", ("algorithm.loss: ", "'dpo', 'group_dpo' or 'grpo'", "found 'ppo'")),
         ("algorithm.samples_per_prompt=1", ("algorithm.samples_per_prompt: ", "equal to 2", "found 1")),
         ("optimizer.learning_rate=inf", ("optimizer.learning_rate: ", "finite", "found inf")),
         ("optimizer.learning_rate=fast", ("optimizer.learning_rate: ", "number", "found 'fast'")),
@@ -105,10 +105,17 @@ COMBINATIONS = [
     (["sync.sync_interval=never", "sync.reference=follow"], "sync.reference", "sync.sync_interval", "both", "'never'"),
     (["data.template=Solve it"], "data.template", "'figure4'", "found 'Solve it'", "add {problem}"),
     (["sampling.max_tokens=4000"], "data.max_prompt_tokens", "inference.max_model_tokens", "1024 + 4000", "5024"),
-    (["trainer.microbatch_tokens=6143"], "trainer.microbatch_tokens", "a pair", "6143 < 6144", "raise it"),
+    (["trainer.microbatch_tokens=3071"], "trainer.microbatch_tokens", "one sequence", "3071 < 3072", "raise it"),
+    (["algorithm.alpha=0.01"], "algorithm.alpha", "algorithm.loss", "0.01 with 'dpo'", "set alpha to 0"),
+    (["algorithm.pairing=best_worst", "algorithm.loss=grpo"], "algorithm.pairing", "loss", "'best_worst' with", "'random'"),
+    (["algorithm.normalize_length=true"], "algorithm.normalize_advantages", "normalize_length", "True with 'dpo'", "false"),
     (
-        ["trainer.microbatch_tokens=3071", "algorithm.loss=grpo"],
-        *("trainer.microbatch_tokens", "one sequence", "3071 < 3072", "raise it"),
+        ["algorithm.normalize_advantages=mean_std", "algorithm.loss=group_dpo"],
+        *("algorithm.normalize_advantages", "normalize_length", "'mean_std' and False with 'group_dpo'", "'mean'"),
+    ),
+    (
+        ["algorithm.entropy_weight=1e-4", "trainer.fused_lm_head=true"],
+        *("algorithm.entropy_weight", "trainer.fused_lm_head", "found 0.0001 and true", "false"),
     ),
     (
         ["algorithm.loss=grpo", "algorithm.reduction=pairs"],
@@ -136,7 +143,7 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 
 def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
-    rules = inspect.getsource(_broken_rules) + inspect.getsource(_broken_rollout_rules)
+    rules = "".join(map(inspect.getsource, (_broken_rules, _broken_algorithm_rules, _broken_rollout_rules)))
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
 
 
@@ -150,6 +157,10 @@ def test_every_rule_on_combinations_has_a_case():
         ["trainer.first_stage_layers=3", "trainer.pipeline_parallel=2"],
         ["data.template=Solve {problem}"],
         ["trainer.microbatch_tokens=3072", "algorithm.loss=grpo", "algorithm.reduction=tokens"],
+        ["algorithm.loss=grpo", "algorithm.normalize_advantages=mean_std", "algorithm.normalize_length=true"],
+        ["algorithm.loss=group_dpo", "algorithm.alpha=0.01", "algorithm.nll_weight=1.0", "algorithm.entropy_weight=3e-4"],
+        ["algorithm.loss=group_dpo", "algorithm.alpha=0.001", "algorithm.normalize_length=true", "algorithm.reduction=pairs"],
+        ["algorithm.pairing=length_matched", "algorithm.entropy_weight=1e-4"],
     ],
 )
 def test_what_is_possible_is_accepted(path, overrides):

@@ -182,7 +182,7 @@ def test_supervised_training_asks_for_batches_and_trains():
 
 def test_sums_become_means_over_pairs_and_over_tokens():
     sums = {"margin": 6.0, "preferred": 3.0, "chosen_log_prob": -8.0, "rejected_log_prob": -12.0}
-    by_token = {"rollout_gap": 1.0, "kl": 2.0, "clipped": 5.0, "ratio": 10.0, "nll": 20.0}
+    by_token = {"rollout_gap": 1.0, "kl": 2.0, "clipped": 5.0, "ratio": 10.0, "nll": 20.0, "entropy": 15.0}
     other = {"step": 3, "pairs": 4.0, "target_tokens": 10.0, "num_tokens": 30.0, "train_seconds": 1.5, "loss": 0.5}
     generation = {"generation_seconds": 2.0, "generation_tokens": 50.0}
     assert _finished(sums | by_token | other | generation) == other | generation | {
@@ -195,6 +195,7 @@ def test_sums_become_means_over_pairs_and_over_tokens():
         "clipped_share": 0.5,
         "ratio_mean": 1.0,
         "nll_mean": 2.0,
+        "entropy_mean": 1.5,
         "training_tokens_per_second": 20.0,
         "generation_tokens_per_second": 25.0,
     }

@@ -15,8 +15,8 @@ from engine.megatron.packing import empty_microbatch, make_batches, pack, split_
 from engine.types import IGNORED, Batch, Sequence
 
 PAIR = [
-    Sequence((1, 2), (3, 4, 5), (-0.1, -0.2, -0.3), advantage=0.5, pair=0, chosen=False),
-    Sequence((1, 2), (6,), (-0.4,), advantage=-0.5, pair=0, chosen=True),
+    Sequence((1, 2), (3, 4, 5), (-0.1, -0.2, -0.3), advantage=0.5, group=0, chosen=False),
+    Sequence((1, 2), (6,), (-0.4,), advantage=-0.5, group=0, chosen=True),
 ]
 
 
@@ -98,11 +98,11 @@ def test_every_sequence_lands_once(
         assert row.advantages.numel() == row.cu_seqlens.numel() - 1
         for both in row.pairs.tolist():
             chosen, rejected = (by_first_token[int(row.token_ids[row.cu_seqlens[index]])] for index in both)
-            assert chosen.pair == rejected.pair >= 0
+            assert chosen.group == rejected.group >= 0
             assert chosen.chosen
             assert not rejected.chosen
             num_pairs += 1
-    assert num_pairs == batches[0].num_pairs == sum(s.chosen for s in sequences)
+    assert num_pairs == batches[0].num_groups == sum(s.chosen for s in sequences)
     assert batches[0].num_target_tokens == sum(len(s.completion_ids) for s in sequences)
     again = make_batches(sequences, step=3, num_prompts=9, trainer=trainer)
     assert [contents(batch) for batch in again] == [contents(batch) for batch in batches]
@@ -126,7 +126,15 @@ def test_empty_row_adds_nothing() -> None:
     assert row.cu_seqlens.tolist() == [0, 4]
 
 
-def test_a_pair_larger_than_a_row_is_refused() -> None:
-    """8 tokens together do not fit 7: the option, the rule and the value to use."""
-    with pytest.raises(ConfigError, match=r"trainer\.microbatch_tokens must hold .* found 7 < 8: raise it to 8"):
-        pack(PAIR, 7, 1)
+def test_a_pair_larger_than_a_row_is_spread_and_marked() -> None:
+    """8 tokens together do not fit 7: a row each, no pair in either, both marked with their group."""
+    rows = pack([*PAIR, Sequence((8,), (9,), ())], 7, 2)
+    assert [row.pairs.numel() for row in rows] == [0, 0]
+    assert [row.spread_groups.tolist() for row in rows] == [[0, -1], [0, -1, -1]]
+    assert [row.chosen.tolist() for row in rows] == [[False, False], [True, False, False]]
+
+
+def test_a_sequence_larger_than_a_row_is_refused() -> None:
+    """5 tokens do not fit 4: the option, the rule and the value to use."""
+    with pytest.raises(ConfigError, match=r"trainer\.microbatch_tokens must hold .* found 4 < 5: raise it to 5"):
+        pack(PAIR, 4, 1)

@@ -82,7 +82,7 @@ def test_a_step_holds_the_prompts_of_the_order_and_pairs_of_right_and_wrong(open
         assert data.metrics["skipped_prompts"] == 4 - len(mixed)
         assert data.metrics["staleness"] == step
         assert [s.prompt_ids for s in data.sequences] == [p.token_ids for p in mixed for _ in range(2)]
-        assert [(s.pair, s.chosen) for s in data.sequences] == [(i, c) for i in range(len(mixed)) for c in (True, False)]
+        assert [(s.group, s.chosen) for s in data.sequences] == [(i, c) for i in range(len(mixed)) for c in (True, False)]
         assert all((s.completion_ids[0] % 2 == 0) is s.chosen for s in data.sequences)
         assert all(s.rollout_log_probs == (-0.5,) and s.advantage == 0 for s in data.sequences)
 
@@ -186,19 +186,28 @@ MIXED = [group([1, 1], 0), group([1, 0, 0, 0], 1), group([0, 0], 2), group([0, 1
 def test_what_could_not_be_judged_is_no_evidence():
     """A timeout is neither rejected nor part of the group's mean."""
     late = group([1, 0, 0], 0, ["ok", "timeout", "ok"])
-    sequences, skipped = training_sequences([late], run_config())
-    assert skipped == 0
+    sequences, counts = training_sequences([late], run_config())
+    assert set(counts.values()) == {0}
     assert [len(s.completion_ids) for s in sequences] == [1, 3]
     grpo, _ = training_sequences([late], run_config(algorithm={"loss": "grpo"}))
     assert [(len(s.completion_ids), s.advantage) for s in grpo] == [(1, 0.5), (3, -0.5)]
     nothing = group([0, 0], 0, ["timeout", "died"])
-    assert training_sequences([nothing], run_config(algorithm={"loss": "grpo"})) == ([], 1)
+    for algorithm in ({}, {"pairing": "best_worst"}, {"loss": "grpo"}, {"loss": "group_dpo"}):
+        sequences, counts = training_sequences([nothing], run_config(algorithm=algorithm))
+        assert sequences == []
+        assert {name: count for name, count in counts.items() if count} == {"skipped_prompts": 1, "unjudged_prompts": 1}
 
 
 def test_dpo_skips_prompts_without_a_pair_and_numbers_the_others():
-    sequences, skipped = training_sequences(MIXED, run_config())
-    assert skipped == 2
-    found = [(s.prompt_ids[0], s.pair, s.chosen) for s in sequences]
+    sequences, counts = training_sequences(MIXED, run_config())
+    assert counts == {
+        "skipped_prompts": 2,
+        "all_correct_prompts": 1,
+        "all_wrong_prompts": 1,
+        "unjudged_prompts": 0,
+        "tied_prompts": 1,
+    }
+    found = [(s.prompt_ids[0], s.group, s.chosen) for s in sequences]
     assert found == [(2, 0, True), (2, 0, False), (4, 1, True), (4, 1, False)]
     assert [len(s.completion_ids) for s in sequences if s.chosen] == [1, 2]
     assert all(s.rollout_log_probs == (-len(s.completion_ids) / 2,) * len(s.completion_ids) for s in sequences)
@@ -206,14 +215,47 @@ def test_dpo_skips_prompts_without_a_pair_and_numbers_the_others():
 
 @pytest.mark.parametrize(("kl_weight", "kept"), [(0.001, [1, 2, 3, 4]), (0.0, [2, 4])])
 def test_grpo_keeps_prompts_without_signal_only_for_its_kl(kl_weight, kept):
-    sequences, skipped = training_sequences(MIXED, run_config(algorithm={"loss": "grpo", "kl_weight": kl_weight}))
-    assert skipped == 2
+    sequences, counts = training_sequences(MIXED, run_config(algorithm={"loss": "grpo", "kl_weight": kl_weight}))
+    assert counts["skipped_prompts"] == 2
     assert list(dict.fromkeys(s.prompt_ids[0] for s in sequences)) == kept
     advantages = {i: [s.advantage for s in sequences if s.prompt_ids[0] == i] for i in kept}
     assert advantages[2] == [0.75, -0.25, -0.25, -0.25]
     assert advantages[4] == [-0.5, 0.5]
     assert all(advantages[i] == [0.0, 0.0] for i in kept if i in (1, 3))
-    assert all(s.pair == -1 and not s.chosen for s in sequences)
+    assert all(s.group == -1 and not s.chosen for s in sequences)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "skipped"),
+    [({}, [2, 4], 2), ({"alpha": 0.1, "kl_weight": 0.0}, [2, 4], 2), ({"alpha": 0.1}, [1, 2, 3, 4], 2)],
+)
+def test_group_dpo_compares_all_rollouts_of_a_prompt(options, kept, skipped):
+    """A prompt without pairs stays only for the KL of GRPO beside it, and is in no group."""
+    sequences, counts = training_sequences(MIXED, run_config(algorithm={"loss": "group_dpo"} | options))
+    assert counts["skipped_prompts"] == skipped
+    assert list(dict.fromkeys(s.prompt_ids[0] for s in sequences)) == kept
+    found = {i: [(s.group, s.chosen) for s in sequences if s.prompt_ids[0] == i] for i in kept}
+    assert found[2] == [(0, True), (0, False), (0, False), (0, False)]
+    assert found[4] == [(1, False), (1, True)]
+    assert all(found[i] == [(-1, False)] * 2 for i in kept if i in (1, 3))
+    assert [s.advantage for s in sequences if s.prompt_ids[0] == 2] == [0.75, -0.25, -0.25, -0.25]
+
+
+def test_advantages_without_a_pair_are_a_signal_to_grpo_alone():
+    """All rewards positive: nothing to compare, something to credit; and the normalisation is the one asked for."""
+    options = {"alpha": 0.1, "kl_weight": 0.0, "normalize_advantages": "mean_std"}
+    sequences, counts = training_sequences([group([1, 3])], run_config(algorithm={"loss": "group_dpo"} | options))
+    assert [(s.advantage, s.group) for s in sequences] == [(-1.0, -1), (1.0, -1)]
+    assert counts["skipped_prompts"] == 0
+    assert training_sequences([group([1, 3])], run_config(algorithm={"loss": "group_dpo"}))[1]["skipped_prompts"] == 1
+
+
+def test_the_pairing_is_the_one_asked_for():
+    """Best and worst of rewards that are all positive; the nearer of two wrong ones. Lengths 1, 2, 3."""
+    best, _ = training_sequences([group([2, 3, 1])], run_config(algorithm={"pairing": "best_worst"}))
+    assert [(len(s.completion_ids), s.chosen) for s in best] == [(2, True), (3, False)]
+    near, _ = training_sequences([group([1, 0, 0])], run_config(algorithm={"pairing": "length_matched"}))
+    assert [(len(s.completion_ids), s.chosen) for s in near] == [(1, True), (2, False)]
 
 
 def test_completions_are_scored_against_their_own_prompt():
