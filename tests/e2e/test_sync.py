@@ -33,6 +33,8 @@ LAYOUTS = {
     "an engine that repacks its weights": ("plain", ["inference.packed_weights=true"]),
 }
 
+ONE_MESSAGE = ("dp2, distributed optimizer", "an engine that repacks its weights")  # one cell, one engine, a small model
+
 
 def probe(config: RunConfig, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """What the script saw at each sync."""
@@ -54,7 +56,7 @@ def test_engines_give_the_trainers_log_probs_after_every_sync(
     assert [sync["version"] for sync in syncs] == list(range(1, SYNCS + 1))
     assert max(sync["gap"] for sync in syncs) < 1e-4
     assert {sync["attempts"] for sync in syncs} == {1}
-    assert all(sync["messages"] > 1 for sync in syncs) or "repacks" in layout
+    assert all((sync["messages"] > 1) is (layout not in ONE_MESSAGE) for sync in syncs)
     assert syncs[-1]["loss"] < syncs[0]["loss"] - 0.1, "the weights must change between syncs for the test to mean anything"
 
 
