@@ -155,18 +155,24 @@ def dump_config(config: RunConfig) -> str:
     for name, section in config.model_dump().items():
         lines += [f"[{name}]", *_pairs(section), ""]
         for key, tables in section.items():
-            if isinstance(tables, tuple):
+            if _holds_tables(tables):
                 for table in tables:
                     lines += [f"[[{name}.{key}]]", *_pairs(table), ""]
     return "\n".join(lines)
 
 
 def _pairs(section: dict[str, Any]) -> list[str]:
-    single = {key: value for key, value in section.items() if not isinstance(value, tuple)}
+    single = {key: value for key, value in section.items() if not _holds_tables(value)}
     return [f"# {key} is unset" if value is None else f"{key} = {_toml(value)}" for key, value in single.items()]
 
 
+def _holds_tables(value: Any) -> bool:
+    return isinstance(value, tuple) and any(isinstance(element, dict) for element in value)
+
+
 def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):

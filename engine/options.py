@@ -13,6 +13,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 RewardName = Literal["math", "model", "function"]
 BestBy = Literal["reward", "length_normalized_reward"]
 Pairing = Literal["random", "best_worst", "length_matched"]
@@ -141,6 +142,11 @@ class Trainer(Section):
     fused_lm_head: bool = Field(False, description="log-probs from hidden states, a few rows of logits at a time")
     microbatch_tokens: Positive = Field(8192, description="packed tokens in one microbatch at most; larger groups are spread")
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait of a trainer rank for another")
+    layers: Literal["local", "transformer_engine"] = Field("local", description="megatron-core's own, or Transformer Engine's")
+    fp8: Literal["none", "delayed", "current", "blockwise"] = Field("none", description="scaling of FP8 products")
+    fp8_parameters: bool = Field(False, description="keep and gather the layers' weights in FP8")
+    overlap_tensor_parallel: bool = Field(False, description="Transformer Engine's overlap of products and communication")
+    fuse_gradient_accumulation: bool = Field(False, description="apex: weight gradients added in fp32 inside the product")
 
     @property
     def world_size(self) -> int:
@@ -158,12 +164,18 @@ class Optimizer(Section):
     eps: PositiveFloat = 1e-4
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat = 1.0
+    implementation: Literal["torch", "te", "apex"] = Field("torch", description="whose AdamW; te: Transformer Engine's")
+    moment_dtype: Literal["float32", "bfloat16", "fp8"] = Field("float32", description="of both moments, kept by te's AdamW")
+    offload_share: Share = Field(0.0, description="of the optimizer's state, kept and updated in the host's memory")
 
 
 class Inference(Section):
     """The pool of vLLM engines."""
 
     engines: Positive = 1
+    placement: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated", description="engines on devices of their own, or on the trainer's, taking turns with it"
+    )
     tensor_parallel: Positive = Field(1, description="ranks of one engine")
     max_model_tokens: Positive = Field(4096, description="prompt and completion together")
     max_concurrent: Positive = Field(256, description="requests decoded together in one engine")
@@ -228,6 +240,23 @@ class Guard(Section):
     length_share: PositiveFloat = Field(0.3, description="the same of completion_tokens_mean")
 
 
+class Cluster(Section):
+    """The machines of the run. More than one: `semion` runs inside a Ray cluster that is already there (tools/slurm)."""
+
+    nodes: Positive = 1
+    gpus_per_node: Positive = Field(8, description="where there are GPUs; trainer ranks and engines fill nodes in order")
+
+
+class Profile(Section):
+    """A profile of a window of steps, by phase; `tools/nsys` sets it."""
+
+    tool: Literal["off", "torch", "nsys"] = "off"
+    first_step: NonNegative = 5
+    num_steps: Positive = 3
+    ranks: tuple[NonNegative, ...] = Field((0,), strict=False, description="trainer ranks that are profiled")
+    engines: tuple[NonNegative, ...] = Field((0,), strict=False, description="engines that are profiled")
+
+
 class Supervised(Section):
     """`semion sft`: NLL on worked solutions."""
 
@@ -252,4 +281,6 @@ class Options(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     guard: Guard = Guard()
+    cluster: Cluster = Cluster()
+    profile: Profile = Profile()
     sft: Supervised = Supervised()

@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 from engine.rules import broken_algorithm_rules, broken_data_rules, broken_rollout_rules, broken_rules
 
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 85
+MAX_OPTIONS = 101
 
 REQUIRED = """
 [run]
