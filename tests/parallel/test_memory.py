@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 1500,
     "max_position_embeddings": 4096,
 }
-T = 512
+T = 256
 TOLERANCE = 0.05
 PLAIN: dict[str, Any] = {}
 RECOMPUTE = {"recompute": True}
@@ -49,11 +49,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("trainer", "dtype", "algorithm"),
     [
         (PLAIN, "bfloat16", NO_REFERENCE),
-        (RECOMPUTE, "float32", {}),
         (FUSED, "float32", {}),
         (SHARDED, "bfloat16", {}),
-        ({"tensor_parallel": 2}, "bfloat16", {}),
-        (SEQUENCE, "float32", {}),
+        (SEQUENCE, "bfloat16", {}),
         (SEQUENCE | RECOMPUTE | FUSED, "float32", NO_REFERENCE),
         (PIPELINE, "float32", {}),
         (PIPELINE | {"virtual_pipeline": 2}, "float32", {}),
