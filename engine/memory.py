@@ -77,9 +77,11 @@ def estimate(shape: LlamaShape, config: RunConfig, channel: Channel) -> Memory:
     worst = max(range(len(stages)), key=totals.__getitem__)
     named = f"stage {worst} of {len(stages)}" if len(stages) > 1 else "trainer rank"
     engine = engine_rank(shape, config, channel)
-    if config.inference.placement == "disaggregated":
-        devices: tuple[Device, ...] = (Device(f"{named}, training", stages[worst]), Device("engine rank", engine))
-    else:
+    devices: tuple[Device, ...] = (Device(f"{named}, training", stages[worst]),)
+    samples = config.sft.checkpoint_out is None and config.uses_engines
+    if samples and config.inference.placement == "disaggregated":
+        devices += (Device("engine rank", engine),)
+    elif samples:
         devices = tuple(Device(f"{named}, {turn}", shared(stages[worst], engine, turn)) for turn in ("training", "sampling"))
     return Memory(devices, tuple(totals), host_bytes_per_node(shape, config))
 

@@ -89,6 +89,11 @@ def test_colocated_devices_take_turns():
     assert "engine: KV cache" not in training.components and "activations" not in sampling.components
 
 
+@pytest.mark.parametrize("overrides", [["sft.checkpoint_out=x"], ["data.replay=x.jsonl", "sync.sync_interval=never"]])
+def test_a_run_that_samples_nothing_has_no_engine(overrides):
+    assert [device.name for device in of_8b(*overrides, "sync.reference=never").devices] == ["trainer rank, training"]
+
+
 def test_an_engine_rank_has_its_part_of_the_weights_and_a_whole_kv_cache():
     """vLLM's kv_cache_memory_bytes is of each rank."""
     one, two = (of_8b(f"inference.tensor_parallel={ranks}").devices[1].components for ranks in (1, 2))
