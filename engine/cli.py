@@ -66,10 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_flags(add("score", scoring.score, "judge the rows of a file with a reward, without training", config=False))
     prepare = add("prepare", preparing.prepare, "filter and split NuminaMath or WildChat into training data", config=False)
     preparing.add_arguments(prepare)
-    plan = add("plan", _plan, "say what a weight sync will move, by which links and how fast, without starting anything")
+    plan = add("plan", _plan, "say what a weight sync will move and how fast, and what memory a run takes; starts nothing")
     plan.add_argument("--network-gigabytes-per-second", type=float, default=45.0, help="of one GPU, between nodes (45)")
     plan.add_argument("--nvlink-gigabytes-per-second", type=float, default=350.0, help="of one GPU, inside a node (350)")
-    plan.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of an inference node (8)")
+    plan.add_argument("--gpu-gibibytes", type=float, default=139.0, help="memory of a GPU (139: H200; 79: H100, A100 of 80 GB)")
     plan.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     export = add("export", _export, "verify a checkpoint and copy its policy as a Hugging Face model", config=False)
     export.add_argument("checkpoint", help="a run's directory (its newest checkpoint) or one checkpoint's folder")
@@ -118,13 +118,15 @@ def _check(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from engine.observe.progress import print_table
-    from engine.planner import Machine, plan_sync, table
+    from engine.planner import Machine, memory_table, plan_run, table, verdict
 
     machine = Machine(
-        options.network_gigabytes_per_second, options.nvlink_gigabytes_per_second, options.gpus_per_node
+        options.network_gigabytes_per_second, options.nvlink_gigabytes_per_second, options.gpu_gibibytes
     )
-    figures = plan_sync(config, machine)
+    figures = plan_run(config, machine)
     print_table(f"semion plan {options.config}", table(figures))
+    print_table("", memory_table(figures["memory"]))
+    print(verdict(figures["memory"]))
     write_figures(figures, None, options.json)
 
 

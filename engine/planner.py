@@ -1,17 +1,20 @@
-"""What a weight sync of a configuration will move, by which links and in what time, before anything is launched: the plan is
-made as a run makes it, then measured. It needs the model's config.json: no weights, no GPU, no process but this one.
+"""What a weight sync of a configuration will move, by which links and in what time, and whether its devices hold it all, before
+anything is launched: the plan is made as a run makes it, then measured; engine/memory.py counts the rest. It needs the model's
+config.json: no weights, no GPU, no process but this one.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from engine.bridge.exchange import STAGED
 from engine.bridge.plan import Bucket, ShardPlan, Spot, Transfer, plan
+from engine.bridge.shared_memory import SLOTS, slot_size
 from engine.config import RunConfig
 from engine.errors import ConfigError
 from engine.llama.hf import LlamaShape, read_shape
@@ -24,19 +27,22 @@ from engine.llama.layout import (
     tensors,
     trainer_layout,
 )
+from engine.memory import GIB, Channel, estimate
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the estimate takes for given: trainer and engines on nodes of their own, both links one way at a time each."""
+    """What the estimate takes for given: trainer and engines on nodes of their own, or all on one, where every link is NVLink;
+    both links one way at a time each."""
 
     network_gigabytes_per_second: float = 45.0  # of one GPU, from node to node
     nvlink_gigabytes_per_second: float = 350.0  # of one GPU, inside a node
-    gpus_per_node: int = 8
+    gpu_gibibytes: float = 139.0  # what torch calls the memory of an H200
 
 
-def plan_sync(config: RunConfig, machine: Machine) -> dict[str, Any]:
-    """Makes the plan of every weight sync of the run and measures it; the figures of `measure` and `plan_seconds`.
+def plan_run(config: RunConfig, machine: Machine) -> dict[str, Any]:
+    """Makes the plan of every weight sync of the run and measures it: the figures of `measure`, `plan_seconds` and, under
+    `memory`, those of `weigh`.
 
     ConfigError when the layouts do not fit the model or the machine.
     """
@@ -44,31 +50,75 @@ def plan_sync(config: RunConfig, machine: Machine) -> dict[str, Any]:
     target = engine_layout(config.inference)
     check_layout(shape, source)
     check_engine_layout(shape, target)
-    nodes = _nodes(config.inference.engines, target.tp_size, machine)
+    if _on_one_node(config):
+        machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
+    _check(machine)
+    nodes = _nodes(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
     made = plan(
         shape, dtype.itemsize, source, config.trainer.data_parallel, target, nodes, config.sync.bucket_mebibytes << 20
     )
-    return {"plan_seconds": time.perf_counter() - started, **measure(shape, made, machine)}
+    seconds = time.perf_counter() - started
+    return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(shape, config, made, machine)}
 
 
-def _nodes(num_engines: int, tp_size: int, machine: Machine) -> tuple[tuple[int, ...], ...]:
-    """Engines side by side, as many to a node as it has GPUs for."""
+def _check(machine: Machine) -> None:
     for option, value in (
         ("--network-gigabytes-per-second", machine.network_gigabytes_per_second),
         ("--nvlink-gigabytes-per-second", machine.nvlink_gigabytes_per_second),
-        ("--gpus-per-node", machine.gpus_per_node),
+        ("--gpu-gibibytes", machine.gpu_gibibytes),
     ):
         if not 0 < value < float("inf"):
             raise ConfigError(f"{option} must be a number greater than 0; found {value}: give the machine's")
-    if tp_size > machine.gpus_per_node:
+
+
+def _nodes(num_engines: int, tp_size: int, gpus_per_node: int) -> tuple[tuple[int, ...], ...]:
+    """Engines side by side, as many to a node as it has GPUs for."""
+    if tp_size > gpus_per_node:
         raise ConfigError(
-            f"inference.tensor_parallel must fit into a node; found {tp_size} with --gpus-per-node {machine.gpus_per_node}: "
+            f"inference.tensor_parallel must fit into a node; found {tp_size} with cluster.gpus_per_node = {gpus_per_node}: "
             f"lower it"
         )
-    each = machine.gpus_per_node // tp_size
+    each = gpus_per_node // tp_size
     return tuple(tuple(range(i, min(i + each, num_engines))) for i in range(0, num_engines, each))
+
+
+def _on_one_node(config: RunConfig) -> bool:
+    trainer, engines = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
+    colocated = config.inference.placement == "colocated"
+    return (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
+
+
+def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machine) -> dict[str, Any]:
+    """The memory of each kind of device by component, and whether the fullest fits the machine's GPU. Bytes."""
+    colocated = config.inference.placement == "colocated"
+    held = estimate(shape, config, channel(made, windows=colocated or config.sync.transport == "ipc"))
+    gpu_bytes = round(machine.gpu_gibibytes * GIB)
+    return {
+        "gpu_bytes": gpu_bytes,
+        "fullest": held.fullest.name,
+        "fits": held.fullest.num_bytes <= gpu_bytes,
+        "spare_bytes": gpu_bytes - held.fullest.num_bytes,
+        "devices": [{"name": d.name, "num_bytes": d.num_bytes, "components": d.components} for d in held.devices],
+        "stages": list(held.stages),
+        "host_bytes_per_node": held.host_bytes_per_node,
+    }
+
+
+def channel(made: ShardPlan, *, windows: bool) -> Channel:
+    """What the members keep between syncs: staging buckets and, where messages go through `windows`, two slots for every
+    member that they send to, as large as the largest message."""
+    staged, largest = [0] * made.num_members, [dict[int, int]() for _ in range(made.num_members)]
+    for message in made.messages:
+        size, receivers = message.bucket.num_bytes, made.receivers(message)
+        for member in (message.source, *receivers) if message.bucket.packed else ():
+            staged[member] = max(staged[member], STAGED * size)
+        for sender, peers in ((message.source, receivers[:1]), (receivers[0], receivers[1:])) if windows else ():
+            for peer in peers:
+                largest[sender][peer] = max(largest[sender].get(peer, 0), size)
+    held = [size + SLOTS * sum(map(slot_size, out.values())) for size, out in zip(staged, largest, strict=True)]
+    return Channel(max(held[: made.trainer_size]), max(held[made.trainer_size :]))
 
 
 def measure(shape: LlamaShape, made: ShardPlan, machine: Machine) -> dict[str, Any]:
@@ -213,6 +263,36 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("transfer at these bandwidths", f"{f['seconds']:.3f} s", ""),
         ("the busiest link alone", f"{f['seconds_at_least']:.3f} s", ""),
     ]
+
+
+def memory_table(memory: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The devices side by side for people: heading, then a row for each component that any of them has."""
+    devices = memory["devices"]
+    names = dict.fromkeys(name for device in devices for name in device["components"])
+    rows = [(name, [device["components"].get(name, 0) for device in devices]) for name in names]
+    shares = (f"{device['num_bytes'] / memory['gpu_bytes']:.0%}" for device in devices)
+    return [
+        ("a GPU's memory", *(device["name"] for device in devices)),
+        *((name, *(_gibibytes(size) if size else "" for size in sizes)) for name, sizes in rows if any(sizes)),
+        ("in all", *(_gibibytes(device["num_bytes"]) for device in devices)),
+        ("of the GPU", *shares),
+    ]
+
+
+def verdict(memory: dict[str, Any]) -> str:
+    """Whether it fits, and by how much; what the stages and the host hold, where there is anything to say."""
+    fits, spare, gpu = memory["fits"], abs(memory["spare_bytes"]), memory["gpu_bytes"]
+    by_how_much = f"{_gibibytes(spare)} ({spare / gpu:.0%}) {'to spare' if fits else 'too much'}"
+    text = f"{'fits' if fits else 'does not fit'} GPUs of {_gibibytes(gpu)}: {by_how_much} on {memory['fullest']}"
+    if len(memory["stages"]) > 1:
+        text += f"\ntrainer ranks by stage: {', '.join(f'{size / GIB:.1f}' for size in memory['stages'])} GiB"
+    if memory["host_bytes_per_node"]:
+        text += f"\noptimizer state in the host's memory: {_gibibytes(memory['host_bytes_per_node'])} a node"
+    return text
+
+
+def _gibibytes(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:,.1f} GiB"
 
 
 def _gigabytes(num_bytes: float) -> str:

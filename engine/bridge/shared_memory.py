@@ -82,6 +82,11 @@ class Ipc:
         self._incoming.clear()
 
 
+def slot_size(num_bytes: int) -> int:
+    """Bytes of the slots of a window made for a message of that size: a power of two, outgrown a few times only."""
+    return max(PAGE, 1 << (num_bytes - 1).bit_length())
+
+
 class _Window:
     """Memory [SLOTS, slot_bytes] uint8 of one direction of a pair, and how the other side finds it."""
 
@@ -99,7 +104,7 @@ class _Window:
     @staticmethod
     def make(data: torch.Tensor, number: int) -> _Window:
         """A new window with room for `data`, where the data is."""
-        slot_bytes = max(PAGE, 1 << (data.numel() - 1).bit_length())  # so that it is outgrown a few times only
+        slot_bytes = slot_size(data.numel())
         if data.is_cuda:
             return _Window(torch.empty(SLOTS, slot_bytes, dtype=torch.uint8, device=data.device), number)
         file = os.memfd_create("semion")  # anonymous: a killed process leaves nothing behind

@@ -23,6 +23,7 @@ from engine.megatron.topology import Topology, open_topology
 from engine.ops import lm_head_log_probs, token_log_probs
 from engine.types import IGNORED, Batch, Microbatch
 from tests.parallel.material import EVERYTHING, batch_of, run_config
+from tests.parallel.memory_case import memory
 
 Case = Callable[..., Any]
 TIMEOUT = timedelta(seconds=60)
@@ -36,6 +37,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "seed": seed,
         "infinite": infinite,
         "log_probs": log_probs,
+        "memory": memory,
     }
     config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
     store = dist.FileStore(place["store"], place["world_size"])

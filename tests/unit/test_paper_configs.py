@@ -8,7 +8,7 @@ import pytest
 
 from engine.config import RunConfig, load_config
 from engine.llama.hf import read_shape
-from engine.planner import Machine, plan_sync
+from engine.planner import Machine, plan_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER, TINY = ({path.stem: path for path in (ROOT / "configs" / name).glob("*.toml")} for name in ("paper", "tiny"))
@@ -86,11 +86,12 @@ def test_a_row_says_how_its_prompts_are_made_and_how_many(name):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_row_fits_the_model_and_its_sync_is_planned(name):
+def test_a_row_fits_the_model_and_its_gpus_and_its_sync_is_planned(name):
     config = load_config(PAPER[name], [f"model.path={LLAMA_8B}"])
     assert config.inference.max_model_tokens <= read_shape(LLAMA_8B).max_positions
-    figures = plan_sync(config, Machine(45.0, 350.0, 8))
+    figures = plan_run(config, Machine())
     assert (figures["direct_fraction"], figures["received_over_needed"]) == (1.0, 1.0)
+    assert figures["memory"]["fits"], figures["memory"]
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -1,5 +1,5 @@
-"""`semion plan`: its figures for the configurations in configs/scale against numbers worked out by hand, its table and its
-JSON; and that what it measures would show a plan that is wrong.
+"""`semion plan`: its figures for the configurations in configs/scale against numbers worked out by hand, its tables and its
+JSON; that every one of them fits where it says it runs; and that what is measured would show a plan that is wrong.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from engine.planner import Machine, measure
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496, "405b": 405_853_388_800}
+SCALE = sorted(path.stem.removeprefix("llama-3.1-") for path in (ROOT / "configs" / "scale").glob("*.toml"))
+MARGIN = 0.05  # of a GPU's memory, for what the estimate does not know
 SMALL = LlamaShape(4, 8, 4, 2, 2, 12, 100, 1e4, None, 1e-5, False, 16)
 SMALL_PLAN = plan(SMALL, 4, TrainerLayout(2, 2), 2, EngineLayout(2), ((0, 1), (2,)), 1000)
 
@@ -38,11 +40,11 @@ def planned(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", SCALE)
 def test_the_scale_configurations(name, planned):
     """Everything direct, nothing twice, one copy a node, replicas alike; a replay close to the busiest link."""
     figures, _ = planned(name)
-    weights = 2 * PARAMETERS[name]
+    weights = 2 * PARAMETERS[name.partition("-")[0]]
     assert figures["num_bytes"] == weights
     assert figures["direct_fraction"] == figures["received_over_needed"] == 1.0
     # Every tensor rank of an engine has norms of its own: they alone are more than the weights once.
@@ -55,31 +57,61 @@ def test_the_scale_configurations(name, planned):
     assert figures["sent_by_trainer_rank"]["mean"] * figures["trainer_ranks"] == pytest.approx(
         figures["trainer_to_node_bytes"]
     )
-    assert figures["sent_by_trainer_rank"]["max"] < 1.01 * figures["sent_by_trainer_rank"]["mean"]
-    assert figures["seconds_at_least"] <= figures["seconds"] < 1.1 * figures["seconds_at_least"]
+    assert figures["sent_by_trainer_rank"]["max"] < 1.06 * figures["sent_by_trainer_rank"]["mean"]  # replicas, to a bucket
+    assert figures["seconds_at_least"] <= figures["seconds"]
+
+
+@pytest.mark.parametrize("name", SCALE)
+def test_the_scale_configurations_fit_their_gpus_and_nodes(name, planned):
+    figures, said = planned(name)
+    config, memory = load_config(f"configs/scale/llama-3.1-{name}.toml"), figures["memory"]
+    assert memory["fits"] and memory["spare_bytes"] >= MARGIN * memory["gpu_bytes"], memory
+    assert "fits GPUs of 139.0 GiB" in said
+    needed = (config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel)
+    per_node, colocated = config.cluster.gpus_per_node, config.inference.placement == "colocated"
+    assert (max(needed) if colocated else sum(needed)) <= config.cluster.nodes * per_node
+    assert per_node % config.trainer.tensor_parallel == per_node % config.inference.tensor_parallel == 0
+    head = Path(f"configs/scale/llama-3.1-{name}.toml").read_text("utf-8").split("\n\n")[0]
+    assert "Unverified on GPUs" in head.replace("\n# ", " ") and "node" in head
 
 
 def test_the_layouts_of_the_scale_configurations(planned):
-    """405B: 512 trainer ranks, 16 engines of 8 ranks on as many nodes, and no byte within a node."""
+    """405B: 256 trainer ranks, 8 engines of 8 ranks on as many nodes, and no byte within a node. 4 x 4: the reverse."""
     figures, _ = planned("405b")
-    assert (figures["trainer_ranks"], figures["engines"], figures["engine_ranks"], figures["nodes"]) == (512, 16, 128, 16)
+    assert (figures["trainer_ranks"], figures["engines"], figures["engine_ranks"], figures["nodes"]) == (256, 8, 64, 8)
     assert figures["within_node_bytes"] == 0
-    figures, _ = planned("8b")
-    assert (figures["trainer_ranks"], figures["engines"], figures["nodes"]) == (8, 4, 1)
+    figures, _ = planned("8b-4x4")
+    assert (figures["trainer_ranks"], figures["engines"], figures["nodes"]) == (4, 4, 1)
     assert figures["within_node_bytes"] == 3 * figures["num_bytes"]
 
 
 def test_options_change_what_they_should(planned):
-    """Twice the network halves the busiest link; nodes of two GPUs take two copies for four engines; and the table says so."""
-    figures, _ = planned("8b")
-    faster, _ = planned("8b", "--network-gigabytes-per-second", "90")
-    assert faster["seconds_at_least"] == pytest.approx(figures["seconds_at_least"] / 2)
-    apart, said = planned("8b", "sync.bucket_mebibytes=16", "--gpus-per-node", "2")
-    assert apart["trainer_to_node_bytes"] == 2 * figures["trainer_to_node_bytes"]
+    """Twice the network halves the busiest link; nodes of two GPUs take four times the copies; and the table says so."""
+    figures, _ = planned("8b-paper-32x8")
+    slow, faster = (planned("8b-paper-32x8", "--network-gigabytes-per-second", speed)[0] for speed in ("10", "20"))
+    assert faster["seconds_at_least"] == pytest.approx(slow["seconds_at_least"] / 2)
+    apart, said = planned("8b-paper-32x8", "sync.bucket_mebibytes=16", "cluster.gpus_per_node=2")
+    assert apart["trainer_to_node_bytes"] == 4 * figures["trainer_to_node_bytes"]
     assert apart["num_buckets"] > figures["num_buckets"]
     assert apart["staging_of_engine_rank"] <= 16 << 20
-    for cell in ("100.00%", "1.0000", "received by each of 2 nodes", "32.121 GB", f"{apart['num_messages']:,}"):
+    for cell in ("100.00%", "1.0000", "received by each of 4 nodes", "64.242 GB", f"{apart['num_messages']:,}"):
         assert cell in said
+
+
+def test_a_run_on_one_node_has_nvlink_everywhere(planned):
+    """4 x 4: the network's speed changes nothing."""
+    figures, slow = (planned("8b-4x4", "--network-gigabytes-per-second", speed)[0] for speed in ("45", "1"))
+    assert figures["seconds"] == slow["seconds"]
+
+
+def test_what_does_not_fit_is_said_and_told(planned):
+    """80 GB GPUs: the exit code is still 0, the verdict and the JSON say by how much."""
+    figures, said = planned("8b-4x4", "--gpu-gibibytes", "79")
+    memory = figures["memory"]
+    total = max(sum(device["components"].values()) for device in memory["devices"])
+    assert not memory["fits"]
+    assert memory["spare_bytes"] == 79 * 2**30 - total < 0
+    assert f"does not fit GPUs of 79.0 GiB: {-memory['spare_bytes'] / 2**30:.1f} GiB" in said
 
 
 @pytest.mark.parametrize(
@@ -87,8 +119,8 @@ def test_options_change_what_they_should(planned):
     [
         (["--network-gigabytes-per-second", "0"], ("--network-gigabytes-per-second", "found 0.0")),
         (["--nvlink-gigabytes-per-second", "nan"], ("--nvlink-gigabytes-per-second", "found nan")),
-        (["--gpus-per-node", "-1"], ("--gpus-per-node", "found -1")),
-        (["inference.tensor_parallel=16"], ("inference.tensor_parallel", "found 16 with --gpus-per-node 8")),
+        (["--gpu-gibibytes", "-1"], ("--gpu-gibibytes", "found -1.0")),
+        (["inference.tensor_parallel=16"], ("inference.tensor_parallel", "found 16 with cluster.gpus_per_node = 8")),
         (["inference.tensor_parallel=3"], ("inference.tensor_parallel must divide", "key-value heads", "found 3")),
         (["trainer.pipeline_parallel=5"], ("trainer.pipeline_parallel", "32 layers", "found 5")),
         (["trainer.first_stage_layers=40"], ("trainer.first_stage_layers", "found 40 and None")),
@@ -96,17 +128,18 @@ def test_options_change_what_they_should(planned):
 )
 def test_mistakes_are_one_sentence(arguments, parts, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert cli.main(["plan", "configs/scale/llama-3.1-8b.toml", *arguments]) == 2
+    assert cli.main(["plan", "configs/scale/llama-3.1-8b-paper-32x8.toml", *arguments]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert all(part in said for part in parts), said
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", SCALE)
 def test_the_scale_configurations_are_valid(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(f"configs/scale/llama-3.1-{name}.toml")
     assert (ROOT / config.model.path / "config.json").is_file()
+    assert cli.main(["check", f"configs/scale/llama-3.1-{name}.toml"]) == 0
 
 
 def with_first(**changes: Any) -> ShardPlan:

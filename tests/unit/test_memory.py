@@ -1,0 +1,156 @@
+"""The estimate of memory where no CPU run can show it: FP8, moments and offloading by hand, turns on one GPU, and properties
+that any layout must have. What torch really allocates is compared in tests/parallel/test_memory.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.bridge.plan import plan
+from engine.config import RunConfig, load_config
+from engine.llama.hf import LlamaShape, read_shape
+from engine.llama.layout import EngineLayout, TrainerLayout
+from engine.memory import ASLEEP, GIB, HEAD_BLOCK, HEAD_ROWS, TRANSIENT, Channel, Memory, Step, TrainerState, estimate
+from engine.ops import lm_head
+from engine.planner import channel
+
+ROOT = Path(__file__).parents[2]
+LLAMA_8B = read_shape(ROOT / "configs" / "models" / "llama-3.1-8b")
+PARAMETERS = 8_030_261_248
+VOCABULARY, MATRICES = 2 * 128256 * 4096, PARAMETERS - 2 * 128256 * 4096 - 65 * 4096
+SMALL = LlamaShape(4, 8, 4, 2, 2, 12, 100, 1e4, None, 1e-5, False, 16)
+
+
+def configured(name: str = "8b-4x4", *overrides: str) -> RunConfig:
+    return load_config(ROOT / "configs" / "scale" / f"llama-3.1-{name}.toml", list(overrides))
+
+
+def of_8b(*overrides: str) -> Memory:
+    return estimate(LLAMA_8B, configured("8b-4x4", *overrides), Channel())
+
+
+def test_an_8b_trainer_rank_by_hand():
+    """bf16 on four data-parallel ranks: 2 bytes, a reference, fp32 gradients, and a quarter of 12 bytes."""
+    trainer = of_8b().devices[0].components
+    assert (trainer["weights"], trainer["reference"], trainer["gradients"]) == (2 * PARAMETERS, 2 * PARAMETERS, 4 * PARAMETERS)
+    assert trainer["optimizer"] == 3 * PARAMETERS
+    assert trainer["FP8 copies"] == 0
+    assert trainer["logits"] == 2 * 6144 * 128256
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_device", "on_host"),
+    [
+        (["optimizer.moment_dtype=bfloat16"], 2 + 4, 0),
+        (["optimizer.moment_dtype=fp8"], 2 + 2, 0),
+        (["optimizer.offload_share=1.0"], 0, 16),
+        (["optimizer.offload_share=0.5"], 6, 8),
+    ],
+)
+def test_bytes_of_the_optimizer_by_its_options(overrides, on_device, on_host):
+    """Of every parameter of a rank's quarter; a node has four trainer ranks."""
+    held = of_8b(*overrides)
+    assert held.devices[0].components["optimizer"] == pytest.approx(on_device * PARAMETERS / 4)
+    assert held.host_bytes_per_node == pytest.approx(on_host * PARAMETERS)
+
+
+def test_fp8_adds_copies_of_the_layers_matrices_and_shrinks_what_products_save():
+    plain, fp8 = of_8b().devices[0].components, of_8b("trainer.fp8=current").devices[0].components
+    assert fp8["FP8 copies"] == 2 * MATRICES
+    assert 0.8 * plain["activations"] < fp8["activations"] < plain["activations"]
+
+
+def test_torchs_own_adamw_has_a_root_for_every_parameter():
+    """Where recomputation leaves little else: 4 bytes of each of a rank's quarter."""
+    held = of_8b("optimizer.implementation=torch", "trainer.recompute=true", "trainer.fused_lm_head=true")
+    assert held.devices[0].components["workspace"] == PARAMETERS
+
+
+def test_an_offline_run_that_evaluates_keeps_the_seed_too():
+    """A reference that moves is a further copy; one that never does is the seed itself."""
+    offline = ("sync.sync_interval=never", "data.held_out=x.jsonl", "evaluation.every=10")
+    assert of_8b(*offline, "sync.reference=100").devices[0].components["reference"] == 4 * PARAMETERS
+    assert of_8b(*offline, "sync.reference=never").devices[0].components["reference"] == 2 * PARAMETERS
+
+
+def test_colocated_devices_take_turns():
+    """Training: the engine keeps its context and graphs. Sampling: the trainer keeps all but the step's own tensors."""
+    training, sampling = estimate(LLAMA_8B, configured("8b-colocated"), Channel(GIB, GIB)).devices
+    apart = estimate(LLAMA_8B, configured("8b-colocated", "inference.placement=disaggregated"), Channel(GIB, GIB))
+    trainer, engine = (device.components for device in apart.devices)
+    assert training.components == trainer | {name: engine[name] for name in ASLEEP}
+    assert sampling.components == {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
+    assert "engine: KV cache" not in training.components and "activations" not in sampling.components
+
+
+@pytest.mark.parametrize("overrides", [["sft.checkpoint_out=x"], ["data.replay=x.jsonl", "sync.sync_interval=never"]])
+def test_a_run_that_samples_nothing_has_no_engine(overrides):
+    assert [device.name for device in of_8b(*overrides, "sync.reference=never").devices] == ["trainer rank, training"]
+
+
+def test_an_engine_rank_has_its_part_of_the_weights_and_a_whole_kv_cache():
+    """vLLM's kv_cache_memory_bytes is of each rank."""
+    one, two = (of_8b(f"inference.tensor_parallel={ranks}").devices[1].components for ranks in (1, 2))
+    assert one["engine: weights"] == 2 * PARAMETERS
+    assert two["engine: weights"] == pytest.approx(PARAMETERS, rel=1e-3)
+    assert one["engine: KV cache"] == two["engine: KV cache"] == 96 * GIB
+
+
+def test_the_channel_has_two_buckets_and_windows_for_every_peer():
+    """Buckets of at most 1000 bytes; a window is two slots of a mebibyte; an engine passes on to the node's other."""
+    made = plan(SMALL, 4, TrainerLayout(2, 2), 2, EngineLayout(2), ((0, 1), (2,)), 1000)
+    staged, windows = channel(made, windows=False), channel(made, windows=True)
+    largest = max(message.bucket.num_bytes for message in made.messages if message.bucket.packed)
+    assert 0 < staged.trainer_bytes <= 2 * largest <= 2000
+    pairs: dict[int, set[int]] = {}
+    for message in made.messages:
+        pairs.setdefault(message.source, set()).add(made.receivers(message)[0])
+    assert windows.trainer_bytes - staged.trainer_bytes == 2 * 2**20 * max(map(len, pairs.values()))
+    assert windows.engine_bytes - staged.engine_bytes == 2 * 2**20
+
+
+def test_the_head_is_counted_in_the_operators_own_chunks():
+    assert inspect.signature(lm_head.lm_head_log_probs).parameters["chunk_rows"].default == HEAD_ROWS
+    assert lm_head.BLOCK == HEAD_BLOCK
+
+
+LAYOUTS = st.fixed_dictionaries(
+    {
+        "tensor_parallel": st.sampled_from([1, 2, 4, 8]),
+        "pipeline_parallel": st.sampled_from([1, 2, 4]),
+        "data_parallel": st.sampled_from([1, 4]),
+        "recompute": st.booleans(),
+        "fused_lm_head": st.booleans(),
+        "microbatch_tokens": st.sampled_from([4096, 8192]),
+        "layers": st.sampled_from(["local", "transformer_engine"]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LAYOUTS)
+def test_any_layout_holds_the_model_once_and_less_of_it_takes_less(options: dict[str, Any]):
+    """Stages add up to the model on every tensor rank; recomputing, fewer tokens and more stages never take more."""
+
+    def configured_with(**changes: Any) -> RunConfig:
+        base = configured("8b-4x4", "inference.max_model_tokens=3072")
+        return base.model_copy(update={"trainer": base.trainer.model_copy(update=options | changes)})
+
+    config = configured_with()
+    stages = range(options["pipeline_parallel"])
+    held = sum(TrainerState(LLAMA_8B, config, stage).num_parameters for stage in stages) * options["tensor_parallel"]
+    assert PARAMETERS <= held <= 1.001 * PARAMETERS
+    whole, again = (
+        sum(Step(LLAMA_8B, configured_with(recompute=recompute), 0).fullest.values()) for recompute in (False, True)
+    )
+    assert 0 < again < whole
+    fewer = Step(LLAMA_8B, configured_with(microbatch_tokens=options["microbatch_tokens"] // 2), 0)
+    assert sum(fewer.fullest.values()) <= sum(Step(LLAMA_8B, config, 0).fullest.values())
+    in_flight = [Step(LLAMA_8B, config, stage).in_flight for stage in stages]
+    assert in_flight == sorted(in_flight, reverse=True) and in_flight[-1] == 1
