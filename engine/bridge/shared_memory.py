@@ -1,8 +1,8 @@
 """A transport between members on one machine: the receiver maps memory of the sender and copies out of it; gloo carries only
 the words "here it is" and "taken". A sender's lasting memory, parameters and staging, is read where it lies: one copy in all.
 Anything else, such as what an engine passes on, goes through a window, two slots of memory of the transport's own. On a CPU
-lasting memory moves into shared memory (/dev/shm) at the first sync; where that is too small, through the window with it too. On
-a GPU it is CUDA IPC (unverified on a GPU): so this also joins a trainer and an engine on one GPU, which NCCL cannot.
+lasting memory moves into shared memory (/dev/shm) at the first sync; where that has no room, it takes the window too. On a GPU
+it is CUDA IPC (unverified on a GPU): so this also joins a trainer and an engine on one GPU, which NCCL cannot.
 
 A window stays for as long as the channel: two slots of its pair's largest such message, rounded up to a power of two,
 beside the staging memory.

@@ -61,8 +61,8 @@ class Transport(Protocol):
     depth: int  # messages that a member may have under way
 
     def send(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
-        """Starts sending a contiguous buffer. `lasting`: its memory, a parameter's or staging memory, is used again and again, so
-        that a transport may let the receiver map it and read it where it lies, until the message is waited for."""
+        """Starts sending a contiguous buffer. `lasting`: its memory, a parameter's or staging memory, is used again and again,
+        so that a transport may let the receiver map it and read it where it lies, until the message is waited for."""
         ...
 
     def receive(self, buffer: torch.Tensor, peer: int) -> Pending:

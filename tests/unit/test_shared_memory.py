@@ -40,7 +40,7 @@ def ends() -> Iterator[tuple[Ipc, Ipc]]:
         end.close()
 
 
-def carry(ends: tuple[Ipc, Ipc], buffer: torch.Tensor, *, lasting: bool, before: object = None) -> torch.Tensor:
+def carry(ends: tuple[Ipc, Ipc], buffer: torch.Tensor, *, lasting: bool, before: float | None = None) -> torch.Tensor:
     """What the other end receives; `before`: written over the buffer between the two sides."""
     into = torch.empty_like(buffer)
     receiving = ends[1].receive(into, 0)
