@@ -74,7 +74,8 @@ class Sender:
                 sums[key].add(t.target.parameter, t.target.row, t.target.col, block)
             under_way.make_room(message.bucket)
             buffer = self._pack(message.bucket, shards)
-            under_way.add(message, transport.send(buffer, self._plan.receivers(message)[0]))
+            first = self._plan.receivers(message)[0]
+            under_way.add(message, transport.send(buffer, first, lasting=True))
         under_way.finish()
         tails = []
         for (engines, target), digest in sums.items():

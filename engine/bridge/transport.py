@@ -60,8 +60,9 @@ class Transport(Protocol):
 
     depth: int  # messages that a member may have under way
 
-    def send(self, buffer: torch.Tensor, peer: int) -> Pending:
-        """Starts sending a contiguous buffer."""
+    def send(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
+        """Starts sending a contiguous buffer. `lasting`: its memory, a parameter's or staging memory, is used again and again,
+        so that a transport may let the receiver map it and read it where it lies, until the message is waited for."""
         ...
 
     def receive(self, buffer: torch.Tensor, peer: int) -> Pending:
@@ -143,7 +144,7 @@ class Gloo:
         self._sent: Counter[tuple[int, int]] = Counter()
         self._received: Counter[tuple[int, int]] = Counter()
 
-    def send(self, buffer: torch.Tensor, peer: int, lane: int = 0) -> Pending:
+    def send(self, buffer: torch.Tensor, peer: int, lane: int = 0, *, lasting: bool = False) -> Pending:
         """See Transport. Messages of another lane (below LANES) have an order of their own."""
         self._sent[peer, lane] += 1
         tag = self._sent[peer, lane] * LANES + lane
@@ -192,7 +193,7 @@ class Nccl:
                 os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = handling
         self._group.eager_connect_single_device(self._device)
 
-    def send(self, buffer: torch.Tensor, peer: int) -> Pending:
+    def send(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
         """See Transport."""
         return _start(lambda: grouped(self._group, lambda: self._group.send([buffer], peer, 0)), self._failed)
 

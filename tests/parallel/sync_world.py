@@ -13,6 +13,7 @@ import queue
 import signal
 import threading
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -105,9 +106,9 @@ class FaultyTransport:
         """Passes it on."""
         self._real.close()
 
-    def send(self, buffer: torch.Tensor, peer: int) -> Any:
+    def send(self, buffer: torch.Tensor, peer: int, **kind: Any) -> Any:
         """Passes it on, but for the fault."""
-        return self._carry(self._real.send, buffer, peer)
+        return self._carry(partial(self._real.send, **kind), buffer, peer)
 
     def receive(self, buffer: torch.Tensor, peer: int) -> Any:
         """Passes it on, but for the fault."""

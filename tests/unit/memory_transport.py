@@ -130,7 +130,7 @@ class MemoryTransport:
         self.most_sends = self.most_sending = self.most_receiving = 0
         self.storages: set[int] = set()  # of all weights that were ever posted
 
-    def send(self, buffer: torch.Tensor, peer: int) -> PendingMessage:
+    def send(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> PendingMessage:
         """See Transport."""
         with self._network.lock:
             pair = self._network.pairs[self._member, peer]

@@ -1,0 +1,110 @@
+"""The transport of one machine between two members in threads of this process: what lasts is read where it lies, the rest goes
+through a window that a sender may write over, and whatever cannot be mapped is said in words.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.bridge import shared_memory
+from engine.bridge.shared_memory import Ipc
+from engine.bridge.transport import Deadline, Rendezvous, TransportError, join_store, listen, serve_store
+
+HOST, LONG = "127.0.0.1", 20.0
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Ipc, Ipc]]:
+    """Two members."""
+    server, port = listen(HOST)
+    stores = [serve_store(server, HOST, 2, LONG), join_store(HOST, port, 2, LONG)]
+    found: dict[int, Ipc] = {}
+
+    def join(member: int) -> None:
+        found[member] = Ipc(stores[member], member, Rendezvous(HOST, port, 2, LONG))
+
+    threads = [threading.Thread(target=join, args=(member,)) for member in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    yield found[0], found[1]
+    for end in found.values():
+        end.close()
+
+
+def carry(ends: tuple[Ipc, Ipc], buffer: torch.Tensor, *, lasting: bool, before: float | None = None) -> torch.Tensor:
+    """What the other end receives; `before`: written over the buffer between the two sides."""
+    into = torch.empty_like(buffer)
+    receiving = ends[1].receive(into, 0)
+    sending = ends[0].send(buffer, 1, lasting=lasting)
+    if before is not None:
+        buffer.fill_(before)
+    receiving.wait(Deadline(LONG))
+    sending.wait(Deadline(LONG))
+    return into
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("lasting", [True, False])
+def test_messages_arrive_bit_for_bit(ends: tuple[Ipc, Ipc], dtype: torch.dtype, lasting: bool) -> None:
+    kept = torch.arange(1000).to(dtype)
+    for part in (kept, kept[10:20], kept[999:], kept.view(10, 100)[3:7]):
+        assert torch.equal(carry(ends, part, lasting=lasting), part)
+
+
+def test_what_lasts_is_read_where_it_lies_and_the_rest_is_not(ends: tuple[Ipc, Ipc]) -> None:
+    parameter, staging = torch.ones(100), torch.ones(100)
+    assert carry(ends, parameter, lasting=True, before=2.0).eq(2.0).all(), "it was copied on the way"
+    assert parameter.untyped_storage().is_shared()
+    assert carry(ends, staging, lasting=False, before=2.0).eq(1.0).all(), "the sender may write over it at once"
+    assert not staging.untyped_storage().is_shared()
+
+
+def test_a_storage_is_announced_once_whatever_is_sent_of_it(ends: tuple[Ipc, Ipc]) -> None:
+    """Parameters that are views of one buffer, as under the distributed optimizer; and again at the next sync."""
+    buffer = torch.arange(3000.0)
+    weights = [buffer[:1000], buffer[1000:1500], buffer[1500:]]
+    for _ in range(2):
+        for weight in weights:
+            assert torch.equal(carry(ends, weight, lasting=True), weight)
+        weights[1].mul_(-1)
+    assert (ends[0]._num_regions, len(ends[1]._mapped)) == (1, 1)
+
+
+def test_without_room_for_shared_memory_a_parameter_goes_through_the_window(
+    ends: tuple[Ipc, Ipc], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda folder: SimpleNamespace(free=399))
+    parameter = torch.ones(100)
+    with caplog.at_level(logging.WARNING):
+        assert carry(ends, parameter, lasting=True, before=2.0).eq(1.0).all()
+    assert "/dev/shm has no room for 400 bytes" in caplog.text
+    assert not parameter.untyped_storage().is_shared()
+
+
+def test_a_window_that_is_too_small_is_followed_by_a_larger_one(ends: tuple[Ipc, Ipc]) -> None:
+    for size in (10, shared_memory.PAGE, 10, 3 * shared_memory.PAGE):
+        message = torch.arange(size) % 251
+        assert torch.equal(carry(ends, message, lasting=False), message)
+    assert len(ends[0]._old) == 2
+
+
+def test_memory_that_is_not_there_any_more_is_said_in_words(ends: tuple[Ipc, Ipc]) -> None:
+    parameter = torch.ones(100)
+    carry(ends, parameter, lasting=True)
+    told = json.loads(ends[0]._store.get("memory 0 0"))
+    for change, words in (({"inode": 1}, "is another file now"), ({"path": told["path"] + "9"}, "No such file")):
+        ends[1]._mapped.clear()
+        ends[0]._store.set("memory 0 0", json.dumps(told | change))
+        receiving = ends[1].receive(torch.empty(100), 0)
+        ends[0].send(parameter, 1, lasting=True)
+        with pytest.raises(TransportError, match=f"shared memory cannot be used: .*{words}"):
+            receiving.wait(Deadline(LONG))
