@@ -142,7 +142,9 @@ def test_python_and_architectures_are_those_of_setup_py_and_the_doctor():
 def test_every_copied_path_is_there_and_reaches_the_build():
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
     copied = {
-        path for keyword, rest in instructions(DOCKERFILE) if keyword == "COPY" and "--from" not in rest
+        path
+        for keyword, rest in instructions(DOCKERFILE)
+        if keyword == "COPY" and "--from" not in rest
         for path in rest.split()[:-1]
     }
     assert copied == allowed
