@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def median_seconds(work: Callable[[int], object], device: str, repeats: int) -> 
     return statistics.median(seconds[3:])
 
 
-def copy_ceiling(device: str, size: int, repeats: int) -> dict[str, float | str]:
+def copy_ceiling(device: str, size: int, repeats: int) -> dict[str, Any]:
     """Bytes read and written a second by a copy of size x size x 8 bytes."""
     sources = [torch.randn(size, size, 2, device=device) for _ in range(BUFFERS)]
     target = torch.empty_like(sources[0])
@@ -45,7 +46,7 @@ def copy_ceiling(device: str, size: int, repeats: int) -> dict[str, float | str]
     return {"ceiling": "copy", "of": f"{target.nbytes / 2**20:.3g} MiB", "ms": 1e3 * seconds, "TB/s": moved / seconds / 1e12}
 
 
-def product_ceiling(device: str, size: int, repeats: int) -> dict[str, float | str]:
+def product_ceiling(device: str, size: int, repeats: int) -> dict[str, Any]:
     """Floating-point operations a second of a bf16 product [size x size] x [size x size]."""
     left = [torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(BUFFERS)]
     right = torch.randn(size, size, device=device).to(torch.bfloat16)

@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # trainer options, the plainest first
     "fp8 delayed te": {"layers": "transformer_engine", "fp8": "delayed"},
 }
 OPTIMIZERS = ("torch", "te", "apex")
-LIBRARIES = {"te": "transformer_engine", "apex": "apex"}  # by the last word of a name
+LIBRARIES = {"te": "transformer_engine", "apex": "amp_C"}  # modules, by the last word of a name
 # How a variant that this machine cannot run fails: torch and CUDA (RuntimeError), missing libraries, checks of megatron and TE.
 REFUSALS = (SemionError, RuntimeError, ImportError, AssertionError, ValueError, TypeError, AttributeError)
 

@@ -31,7 +31,7 @@ from engine.megatron.topology import Topology, open_topology
 from engine.options import Trainer
 from engine.types import Batch, Sequence
 
-VOCABULARY, LENGTH, SEQUENCES = 512, 128, 32
+VOCABULARY, LENGTH = 512, 128
 SIZES = {
     "hidden_size": 512,
     "intermediate_size": 1536,
@@ -60,19 +60,19 @@ def write_model(folder: Path, seed: int, sizes: dict[str, int]) -> None:
     model.save_pretrained(folder)
 
 
-def draw_batch(step: int, trainer: Trainer) -> Batch:
+def draw_batch(step: int, num_sequences: int, trainer: Trainer) -> Batch:
     """Sequences that can be learned in part: each token follows from the one before by a fixed rule, but for one in five."""
     draw = random.Random(step)
     made = []
-    for _ in range(SEQUENCES):
+    for _ in range(num_sequences):
         tokens = [draw.randrange(VOCABULARY)]
         while len(tokens) < LENGTH:
             tokens.append(draw.randrange(VOCABULARY) if draw.random() < 0.2 else (tokens[-1] * 5 + 17) % VOCABULARY)
         made.append(Sequence(tuple(tokens[:1]), tuple(tokens[1:]), (), 0.0, -1, False))
-    return make_batches(made, step=step, num_prompts=SEQUENCES, trainer=trainer)[0]
+    return make_batches(made, step=step, num_prompts=num_sequences, trainer=trainer)[0]
 
 
-def curve(variant: Variant, folder: Path, steps: int, topology: Topology) -> list[float]:
+def curve(variant: Variant, folder: Path, steps: int, num_sequences: int, topology: Topology) -> list[float]:
     """The loss of every step."""
     dtype, trainer = variant
     config = RunConfig.model_validate(
@@ -81,12 +81,12 @@ def curve(variant: Variant, folder: Path, steps: int, topology: Topology) -> lis
             "model": {"path": str(folder), "dtype": dtype},
             "data": {"train": "unused", "max_prompt_tokens": 1},
             "sampling": {"max_tokens": LENGTH},
-            "trainer": {"microbatch_tokens": LENGTH * SEQUENCES, **trainer},
+            "trainer": {"microbatch_tokens": LENGTH * num_sequences, **trainer},
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 20, "eps": 1e-8},
         }
     )
     policy = Policy(config, topology, NllObjective(), folder)
-    return [policy.train_step(draw_batch(step, config.trainer))["loss"] for step in range(steps)]
+    return [policy.train_step(draw_batch(step, num_sequences, config.trainer))["loss"] for step in range(steps)]
 
 
 def distance(one: list[float], other: list[float]) -> float:
@@ -111,11 +111,12 @@ def compare(curves: dict[str, list[float]], reference: str, noise: float) -> lis
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--tiny", action="store_true", help="a model of two narrow layers")
+    parser.add_argument("--tiny", action="store_true", help="two narrow layers, four sequences a step")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write figures and curves to this file too")
     options = parser.parse_args()
     variants = ON_GPU if torch.cuda.is_available() else ON_CPU
     reference = next(iter(variants))
+    num_sequences = 4 if options.tiny else 32
     curves: dict[str, list[float]] = {}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -124,12 +125,12 @@ def main() -> int:
             write_model(folder, seed, TINY if options.tiny else SIZES)
         store = dist.FileStore(f"{name}/store", 1)
         topology = open_topology(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
-        curves[reference] = curve(variants[reference], folders[0], options.steps, topology)
+        curves[reference] = curve(variants[reference], folders[0], options.steps, num_sequences, topology)
         second = f"{reference}, second seed"
-        curves[second] = curve(variants[reference], folders[1], options.steps, topology)
+        curves[second] = curve(variants[reference], folders[1], options.steps, num_sequences, topology)
         noise = distance(curves[reference], curves[second])
         for candidate in list(variants)[1:]:
-            curves[candidate] = curve(variants[candidate], folders[0], options.steps, topology)
+            curves[candidate] = curve(variants[candidate], folders[0], options.steps, num_sequences, topology)
             rows = compare(curves, reference, noise)
             print(rows[-1], flush=True)
             if options.json:

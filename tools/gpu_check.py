@@ -7,7 +7,8 @@ Leaves report.json, report.md, and each section's log and figures in the output 
 report in docs/results/gpu-DATE.md too. --offline-stack is for a machine without a network that has Python 3.12 and torch 2.11
 for CUDA 13: archives (*.tar.xz of a site folder) and pure-Python wheels in that folder are unpacked outside the repository.
 
-Exit codes: 0 nothing failed, 1 a section failed, 2 no GPU or a wrong option. This file needs the standard library alone.
+Exit codes: 0 nothing failed, 1 a section failed, 2 no GPU, torch sees none, or a wrong option. This file needs the standard
+library alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from types import FrameType
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
-TE_TESTS = "tests/gpu/test_transformer_engine.py"
+TE_TESTS, COLOCATED_TESTS = "tests/gpu/test_transformer_engine.py", "tests/gpu/test_colocated_gpu.py"
 PYTEST = ("-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "--junitxml={junit}")
 MIN_SECONDS = 5.0  # left of the budget, or a section is not begun
 TAIL_LINES = 6
@@ -70,7 +71,7 @@ class Outcome:
 SECTIONS = (
     Section("extension", "our CUDA kernels build", ("setup.py", "build_ext", "--inplace"), 60, programs=("nvcc",)),
     Section("machine", "driver, versions, the kernels load", ("-m", "engine.cli", "doctor", "--json", "{json}"), 40),
-    Section("kernel_tests", "our kernels are right on a GPU", (*PYTEST, "tests/gpu", f"--ignore={TE_TESTS}"), 90),
+    Section("kernel_tests", "our kernels are right on a GPU", (*PYTEST, "tests/gpu/test_kernels_gpu.py"), 90),
     Section(
         "transformer_engine",
         "the trainer with Transformer Engine's layers computes what it does with megatron's",
@@ -107,6 +108,14 @@ SECTIONS = (
         modules=("vllm",),
     ),
     Section(
+        "colocated",
+        "trainer and engine in turn on one GPU",
+        (*PYTEST, COLOCATED_TESTS),
+        150,
+        files=(COLOCATED_TESTS,),
+        modules=("vllm",),
+    ),
+    Section(
         "quickstart",
         "the whole engine with vLLM on one GPU",
         ("tools/quickstart.py", "--single-device", "--json", "{json}"),
@@ -121,7 +130,7 @@ class Report:
 
     def __init__(self, sections: Sequence[Section], targets: Sequence[Path], about: dict[str, Any]) -> None:
         self.about = about
-        self.outcomes = {s.name: Outcome(s.name, s.proves, f"python {' '.join(s.command)}") for s in sections}
+        self.outcomes = {s.name: Outcome(s.name, s.proves, shown(s)) for s in sections}
         self._targets = targets
         self.write()
 
@@ -148,6 +157,11 @@ class Report:
             if o.figures:
                 lines += ["", f"## {o.name}", "", f"`{o.command}`", "", *table(o.figures)]
         return "\n".join(lines) + "\n"
+
+
+def shown(section: Section) -> str:
+    """Its command for people."""
+    return f"python {' '.join(section.command)}".replace("{json}", "FILE").replace("{junit}", "FILE")
 
 
 def cell(value: Any) -> str:
@@ -297,6 +311,12 @@ def gpus() -> list[str]:
     return [line.split(" (UUID")[0] for line in done.stdout.splitlines()] if done.returncode == 0 else []
 
 
+def torch_sees_one(environment: dict[str, str]) -> bool:
+    """Whether torch would compute on it; if not, the measurements would run as their twins on the CPU."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False).returncode == 0
+
+
 def stop(number: int, _: FrameType | None) -> None:
     """A request to end becomes an exception, so that the running section is ended too."""
     raise SystemExit(128 + number)
@@ -327,11 +347,15 @@ def main() -> int:
     published = ROOT / "docs" / "results" / f"gpu-{now:%Y-%m-%d}.md"
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as scratch:
         site = None if options.offline_stack is None else Path(scratch)
+        environment = section_environment(site)
+        if not torch_sees_one(environment):
+            print(f"gpu_check: torch must see the GPU; {sys.executable}'s sees none: name another in PYTHON", file=sys.stderr)
+            return 2
         report = Report(sections, (output / "report.json", output / "report.md", published), about)
         if site is not None:
             about["offline stack"] = ", ".join(unpack(options.offline_stack, site))
         left = options.budget_seconds - (time.monotonic() - started)
-        code = run_sections(sections, report, output, section_environment(site), left)
+        code = run_sections(sections, report, output, environment, left)
     print(report.markdown())
     return code
 

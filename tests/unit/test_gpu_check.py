@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools import gpu_check
 from tools.gpu_check import Report, Section, run_sections
@@ -180,6 +181,19 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "gpu_check: an NVIDIA GPU must be here; nvidia-smi found none: run it on a GPU machine\n"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_a_gpu_that_torch_does_not_see_is_not_enough(tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
+    tool.chmod(0o755)
+    environment = {**ENVIRONMENT, "PATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"}
+    command = [sys.executable, "tools/gpu_check.py", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "torch must see the GPU" in done.stderr
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_real_sections_name_files_that_are_there_and_fit_their_budget():
