@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # Semion for NVIDIA GPUs: driver 580 or newer on the host, A100, H100, H200 or B200. Never built or run so far.
 #
-#   docker build --tag semion .                                     some 30 minutes on 16 cores, most of it apex
+#   docker build --tag semion .                                     MAX_JOBS=N as --build-arg: compilers at a time
 #   docker run --gpus all --shm-size 16g --volume "$PWD:/work" semion train /work/run.toml
 #
 # Versions are those of requirements/gpu.txt and gpu_source.txt; here stand only the system's. The tags below can be moved by
@@ -10,7 +10,7 @@
 # and pass --build-arg DEVEL_DIGEST=@sha256:... and --build-arg BASE_DIGEST=@sha256:... (or write them in as the defaults).
 #
 # Stages: `packages` installs wheels, `source` compiles what has none, `kernels` our own; the image takes their results in
-# that order, so that a change of our code moves megabytes, not the 10 GB of packages. It starts from the `base` flavour
+# that order, so that a change of our code moves one small layer, not the packages'. It starts from the `base` flavour
 # because torch's wheels bring CUDA's libraries, cuDNN and NCCL: a second copy would only be the wrong version. At run time
 # Triton (vLLM, megatron-core) compiles a launcher with gcc and Python's headers and brings its own ptxas, and Transformer
 # Engine compiles with NVRTC and the headers of the wheels; nothing needs nvcc, as long as vLLM's two ways that would compile
