@@ -5,9 +5,9 @@ is late stops nothing else, and the report is whole after every section, whateve
 
 Leaves report.json, report.md, and each section's log and figures in the output folder ($OUT, or runs/gpu_check), and the
 report in docs/results/gpu-DATE.md too. --offline-stack is for a machine without a network that has Python 3.12 and torch 2.11
-for CUDA 13: archives (*.tar.xz of a site folder) and pure-Python wheels in that folder are unpacked outside the repository. Beside
-the archives of Transformer Engine with megatron-core and of vLLM the engine needs wheels of rich, markdown-it-py, mdurl and
-Pygments there; sections whose library is missing say so.
+for CUDA 13: archives (*.tar.xz of a site folder) and pure-Python wheels in that folder are unpacked outside the repository.
+Beside the archives of Transformer Engine with megatron-core and of vLLM the engine needs wheels of rich, markdown-it-py, mdurl
+and Pygments there; sections whose library is missing say so.
 
 Exit codes: 0 nothing failed, 1 a section failed, 2 no GPU, torch sees none, or a wrong option. This file needs the standard
 library alone.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine import doctor
+from tools import check_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
@@ -133,6 +134,7 @@ def test_python_and_architectures_are_those_of_setup_py_and_the_doctor():
     versions = set(re.findall(r"python(3\.\d+)", DOCKERFILE))
     assert versions == {"3.12"}
     assert 'python_requires=">=3.11,<3.13"' in (ROOT / "setup.py").read_text("utf-8")
+    assert tuple(built_architectures()) == check_cuda.ARCHITECTURES
     capabilities = [f"{a.rstrip('a')[:-1]}.{a.rstrip('a')[-1]}" for a in built_architectures()]
     listed = re.search(r'TORCH_CUDA_ARCH_LIST="([^"]+)"', DOCKERFILE)
     assert listed is not None
