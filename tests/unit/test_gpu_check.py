@@ -1,0 +1,204 @@
+"""tools/gpu_check's runner with made-up sections: what passes, fails, is late, lacks something or leaves figures; and that a
+report is whole whenever the runner is killed. No section of the real list runs here.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import gpu_check
+from tools.gpu_check import Report, Section, run_sections
+
+ENVIRONMENT = dict(os.environ)
+WRITE = "import json, sys; json.dump({figures!r}, open(sys.argv[1], 'w'))"
+
+
+def section(name: str, code: str, *arguments: str, seconds: float = 20, **needs) -> Section:
+    return Section(name, f"proves {name}", ("-c", code, *arguments), seconds, **needs)
+
+
+def run(tmp_path: Path, sections, budget: float = 60) -> tuple[int, dict, str]:
+    """Exit code, sections of report.json by name, report.md."""
+    targets = [tmp_path / "report.json", tmp_path / "report.md"]
+    report = Report(sections, targets, {"date": "today", "GPUs": "made up"})
+    code = run_sections(sections, report, tmp_path, ENVIRONMENT, budget)
+    found = json.loads(targets[0].read_text("utf-8"))["sections"]
+    return code, {row["name"]: row for row in found}, targets[1].read_text("utf-8")
+
+
+def test_a_section_that_fails_or_is_late_stops_nothing(tmp_path):
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+    sections = [
+        section("breaks", "raise SystemExit('it broke')"),
+        section("hangs", child + "print('half way', flush=True); time.sleep(60)", seconds=1.5),
+        section("passes", WRITE.format(figures=[{"a": 1.0}]), "{json}"),
+        section("lacks", "", modules=("no_such_module",)),
+        section("needs", "", files=("no/such/file",)),
+        section("wants", "", programs=("no-such-program",)),
+    ]
+    code, found, text = run(tmp_path, sections)
+    assert code == 1
+    assert {name: row["verdict"] for name, row in found.items()} == {
+        "breaks": "FAIL",
+        "hangs": "FAIL",
+        "passes": "PASS",
+        "lacks": "NOT RUN",
+        "needs": "NOT RUN",
+        "wants": "NOT RUN",
+    }
+    assert found["breaks"]["reason"] == "exit code 1: it broke"
+    assert found["hangs"]["reason"] == "late after 2 s: half way"
+    assert found["hangs"]["seconds"] < 20
+    assert found["lacks"]["reason"] == "no_such_module is not installed"
+    assert found["needs"]["reason"] == "file missing: no/such/file"
+    assert found["wants"]["reason"] == "no-such-program is not in PATH"
+    assert found["passes"]["figures"] == [{"a": 1.0}]
+    assert "`tools/gpu_check --only hangs`" in text and "`tools/gpu_check --only passes`" not in text
+
+
+def test_figures_written_before_a_deadline_are_kept_and_old_ones_are_not(tmp_path):
+    (tmp_path / "silent.json").write_text('[{"old": 1}]')
+    early = WRITE.format(figures=[{"case": "first", "ms": 2.5}]) + "; import time; sys.stdout.flush(); time.sleep(60)"
+    cut = "import sys; open(sys.argv[1], 'w').write('[{\"case\"')"
+    sections = [section("late", early, "{json}", seconds=3), section("cut", cut, "{json}"), section("silent", "")]
+    _, found, text = run(tmp_path, sections)
+    assert found["late"]["verdict"] == "FAIL"
+    assert found["late"]["figures"] == [{"case": "first", "ms": 2.5}]
+    assert "| first | 2.5 |" in text
+    assert "figures cut off" in found["cut"]["reason"]
+    assert found["silent"]["figures"] == []
+
+
+def test_a_spent_budget_is_said(tmp_path):
+    sections = [section("first", "import time; time.sleep(60)"), section("second", "")]
+    code, found, _ = run(tmp_path, sections, budget=gpu_check.MIN_SECONDS + 0.5)
+    assert code == 1
+    assert found["first"]["reason"].startswith("late")
+    assert found["second"]["verdict"] == "NOT RUN"
+    assert "budget" in found["second"]["reason"]
+
+
+CASES = {
+    "test_good.py": "def test_a(): pass",
+    "test_bad.py": "def test_b(): assert 1 == 2\ndef test_c(): pass",
+    "test_skipped.py": "import pytest\ndef test_d(): pytest.skip('no GPU')",
+}
+
+
+def test_pytest_is_counted_from_its_own_report(tmp_path):
+    sections = []
+    for name, text in CASES.items():
+        (tmp_path / name).write_text(text)
+        command = (*gpu_check.PYTEST, "-p", "no:hypothesispytest", str(tmp_path / name), "--rootdir", str(tmp_path))
+        sections.append(Section(name[5:-3], "", command, 60))
+    _, found, _ = run(tmp_path, sections, budget=150)
+    assert found["good"]["verdict"] == "PASS", found["good"]["reason"]
+    assert found["good"]["figures"] == [{"passed": 1, "failure": 0, "error": 0, "skipped": 0}]
+    assert (found["bad"]["verdict"], found["bad"]["reason"]) == ("FAIL", "failed: test_b")
+    assert (found["skipped"]["verdict"], found["skipped"]["reason"]) == ("NOT RUN", "every test was skipped")
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_runner_leaves_a_whole_report(tmp_path, ending):
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import signal, sys\nfrom pathlib import Path\nfrom tools.gpu_check import *\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "folder = Path(sys.argv[1])\n"
+        "sleep = 'import time, os; print(os.getpid(), flush=True); time.sleep(15)'\n"
+        "sections = [Section('one', '', ('-c', ''), 20), Section('two', '', ('-c', sleep), 20), Section('three', '', (), 1)]\n"
+        "report = Report(sections, [folder / 'report.json', folder / 'report.md'], {'date': 'today'})\n"
+        "run_sections(sections, report, folder, dict(os.environ), 60)\n"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(gpu_check.ROOT)}
+    runner = subprocess.Popen([sys.executable, str(driver), str(tmp_path)], env=environment)
+    log = tmp_path / "two.log"
+    end = time.monotonic() + 30
+    while not (log.exists() and log.read_text().strip()) and time.monotonic() < end:
+        time.sleep(0.05)
+    section_pid = int(log.read_text())
+    runner.send_signal(ending)
+    assert runner.wait(10) == (128 + ending if ending == signal.SIGTERM else -ending)
+    found = json.loads((tmp_path / "report.json").read_text())["sections"]
+    assert [(row["name"], row["verdict"], row["reason"]) for row in found] == [
+        ("one", "PASS", ""),
+        ("two", "NOT RUN", "not reached"),
+        ("three", "NOT RUN", "not reached"),
+    ]
+    if ending == signal.SIGTERM:
+        assert not Path(f"/proc/{section_pid}").exists()
+    else:
+        os.kill(section_pid, signal.SIGKILL)  # nothing outlives this test
+    assert "| three | NOT RUN |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("figures", "rows"),
+    [
+        ({"figures": [{"a": 1}], "machine": {}}, [{"a": 1}]),
+        ({"torch": {"found": "2", "verdict": "ok"}}, [{"what": "torch", "found": "2", "verdict": "ok"}]),
+        ({"seconds": 3, "phases": {"a": 1}}, [{"seconds": 3, "phases": {"a": 1}}]),
+        ([{"a": 1}], [{"a": 1}]),
+    ],
+)
+def test_figures_of_every_form_become_rows(figures, rows):
+    assert gpu_check.rows_of(figures) == rows
+
+
+def test_a_table_survives_bars_newlines_and_missing_columns():
+    lines = gpu_check.table([{"a": "x|y\nz"}, {"b": 0.123456}])
+    assert lines == ["| a | b |", "|---|---|", "| x\\|y z |  |", "|  | 0.1235 |"]
+
+
+def test_a_stack_is_unpacked_and_imported_from(tmp_path):
+    (tmp_path / "stack").mkdir()
+    for module in ("packed_module", "wheel_module"):
+        (tmp_path / f"{module}.py").write_text("value = 7\n")
+    with tarfile.open(tmp_path / "stack" / "site.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "packed_module.py", "./packed_module.py")
+    with zipfile.ZipFile(tmp_path / "stack" / "wheel_module-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.write(tmp_path / "wheel_module.py", "wheel_module.py")
+    site = tmp_path / "site"
+    assert gpu_check.unpack(tmp_path / "stack", site) == ["site.tar.xz", "wheel_module-1.0-py3-none-any.whl"]
+    environment = gpu_check.section_environment(site)
+    command = [sys.executable, "-c", "import packed_module as p, wheel_module as w, engine; print(p.value + w.value)"]
+    assert subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "14\n"
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    environment = {**ENVIRONMENT, "PATH": str(tmp_path)}
+    command = [sys.executable, "tools/gpu_check.py", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "gpu_check: an NVIDIA GPU must be here; nvidia-smi found none: run it on a GPU machine\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_a_gpu_that_torch_does_not_see_is_not_enough(tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
+    tool.chmod(0o755)
+    environment = {**ENVIRONMENT, "PATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"}
+    command = [sys.executable, "tools/gpu_check.py", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "torch must see the GPU" in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_real_sections_name_files_that_are_there_and_fit_their_budget():
+    modules = [part for s in gpu_check.SECTIONS for part in s.command if part.startswith("tools.")]
+    tools = [f"{module.replace('.', '/')}.py" for module in modules] + ["tools/quickstart.py", "setup.py"]
+    assert len(modules) == 5 and all((gpu_check.ROOT / tool).exists() for tool in tools), tools
+    assert len({s.name for s in gpu_check.SECTIONS}) == len(gpu_check.SECTIONS)
+    assert sum(s.seconds for s in gpu_check.SECTIONS[:5]) < 540, "the cheap sections alone must fit"
