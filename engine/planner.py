@@ -107,16 +107,15 @@ def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machin
 
 
 def channel(made: ShardPlan, *, windows: bool) -> Channel:
-    """What the members keep between syncs: staging buckets and, where messages go through `windows`, two slots for every
-    member that they send to, as large as the largest message."""
+    """What the members keep between syncs: staging buckets and, where engines pass messages on through `windows`, two slots
+    for every engine rank that one passes them to, as large as the largest message."""
     staged, largest = [0] * made.num_members, [dict[int, int]() for _ in range(made.num_members)]
     for message in made.messages:
         size, receivers = message.bucket.num_bytes, made.receivers(message)
         for member in (message.source, *receivers) if message.bucket.packed else ():
             staged[member] = max(staged[member], STAGED * size)
-        for sender, peers in ((message.source, receivers[:1]), (receivers[0], receivers[1:])) if windows else ():
-            for peer in peers:
-                largest[sender][peer] = max(largest[sender].get(peer, 0), size)
+        for peer in receivers[1:] if windows else ():
+            largest[receivers[0]][peer] = max(largest[receivers[0]].get(peer, 0), size)
     held = [size + SLOTS * sum(map(slot_size, out.values())) for size, out in zip(staged, largest, strict=True)]
     return Channel(max(held[: made.trainer_size]), max(held[made.trainer_size :]))
 

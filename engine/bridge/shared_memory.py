@@ -50,6 +50,7 @@ class Ipc:
         more than SLOTS messages under way."""
         data = _bytes_of(buffer)
         region, offset = self._place(data) if lasting and _can_be_shared(data) else self._fill(data, peer)
+        _settle(data.device)
         word = torch.tensor([region.number, offset])
         given = self._words.send(word, peer, GIVEN)
         return _Given(given, self._words.receive(torch.empty(1, dtype=torch.int64), peer, TAKEN), word)
@@ -160,7 +161,6 @@ class _Window:
         """Copies the data into the next slot; where in the region that begins."""
         self._turn = (self._turn + 1) % SLOTS
         self._slots[self._turn, : data.numel()].copy_(data)
-        _settle(data.device)
         return self._turn * self.slot_bytes
 
 
