@@ -85,8 +85,8 @@ class RolloutSource:
             for step in steps
         ]
         for step, ticket in zip(steps, self._pool.submit(batches), strict=True):
-            sampling = self._sampling[step] = self._thread.submit(self._pool.gather, ticket)
-            self._coming[step] = self._thread.submit(self._groups, step, prompts[step], sampling)
+            self._sampling[step] = self._thread.submit(self._pool.gather, ticket)
+            self._coming[step] = self._thread.submit(self._groups, step, prompts[step], self._sampling[step])
 
     def settle(self, step: int) -> None:
         """Waits as `next` does, which still hands the step out."""
