@@ -78,7 +78,7 @@ class Recorder:
             return
         self._profiler.stop()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_suffix(".part.json")
+        part = self.file.with_name(self.file.name + ".part")
         self._profiler.export_chrome_trace(str(part))
         os.replace(part, self.file)
         self._profiler = None

@@ -201,7 +201,7 @@ def test_a_recorder_leaves_a_trace_of_its_window(tmp_path):
     timers = Timers()
     with phase(Phase.WAIT):
         recorder.start()
-    assert recorder.recording
+    recording = [recorder.recording]
     with phase(Phase.TRAIN):
         for name in ("forward-compute", "forward-backward", "backward-compute", "forward-recv"):
             timers(name, log_level=2).start(barrier=True)
@@ -209,7 +209,7 @@ def test_a_recorder_leaves_a_trace_of_its_window(tmp_path):
             timers(name).stop()
     assert list(tmp_path.iterdir()) == []
     recorder.stop()
-    assert not recorder.recording
+    assert [*recording, recorder.recording] == [True, False]
     assert [file.name for file in (tmp_path / "profile").iterdir()] == ["engine-0.json"]
     rows = {row.phase: row.count for row in read_profile(recorder.file).rows}
     assert rows == {"window": 1, "train": 1, "forward": 1, "backward": 1, "pipeline": 1}
@@ -221,9 +221,10 @@ def test_an_engines_window_closes_when_it_is_full(tmp_path, monkeypatch):
     recorder.decoded()
     recorder.start()
     recorder.decoded()
-    assert recorder.recording
+    recording = [recorder.recording]
     recorder.decoded()
-    assert not recorder.recording and recorder.file.exists()
+    assert [*recording, recorder.recording] == [True, False]
+    assert recorder.file.exists()
 
 
 def test_nsys_is_told_when_to_capture_and_refused_without_a_gpu(tmp_path, monkeypatch):
