@@ -102,7 +102,7 @@ class Cluster:
         self._engines: list[RayEngine] = []
 
     def __enter__(self) -> Cluster:
-        os.environ.update(_ENVIRONMENT)
+        os.environ.update(_ENVIRONMENT | nsight.ray_environment(self._config.profile))
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 

@@ -51,6 +51,11 @@ def runtime_env(options: Profile, directory: Path, kind: Literal["rank", "engine
     return {"py_executable": shlex.join([*command(report), sys.executable])}
 
 
+def ray_environment(options: Profile) -> dict[str, str]:
+    """What Ray must be started with, so that nsys outlives the process it profiles and writes its report."""
+    return {"RAY_process_group_cleanup_enabled": "0"} if options.tool == "nsys" else {}
+
+
 def await_reports(options: Profile) -> None:
     """Waits until nsys, of processes that have been ended, has written what it captured on this machine."""
     if options.tool == "nsys":

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from engine.checkpoint import latest
 from engine.config import RunConfig, dump_config
 from tests.unit.test_metric_names import documented
 
@@ -127,7 +128,8 @@ def test_a_profiled_run_is_the_same_run_and_says_where_its_time_went(
 
 def tensors(config: RunConfig) -> dict[str, bytes]:
     """Every tensor file of the run's last checkpoint."""
-    folder = config.run_directory / "checkpoints" / f"step_{config.run.steps}"
+    folder = latest(config.run_directory / "checkpoints")
+    assert folder is not None
     files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
     assert len(files) > config.trainer.world_size
     return files
