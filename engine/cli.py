@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.commands import evaluating, preparing, sampling, scoring, training
+from engine.commands import profile as profiles
 from engine.commands import report as reports
 from engine.commands.common import write_figures
 from engine.config import dump_config, load_config
@@ -80,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="FILE", help="HTML file to write (report.html in the first RUN)")
     report.add_argument("--json", metavar="PATH", help="write regimes, evaluations and the guard's findings to this file")
     report.add_argument("--plots", metavar="FOLDER", help="write every plot as an SVG file too")
+    profile = add("profile", profiles.profile, "say where the time of a profiled run went, by process and phase", config=False)
+    profile.add_argument("paths", nargs="+", metavar="RUN|FILE", help="a run's directory, or a trace or exported nsys report")
+    profile.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     doctor = add("doctor", _doctor, "say what this machine has and lacks", config=False)
     doctor.add_argument("--json", metavar="PATH", help="write the findings to this file too")
     return parser

@@ -12,10 +12,11 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from engine.config import RunConfig
 from engine.errors import EngineLostError, SemionError, WatchdogError
+from engine.observe import nsight
 from engine.options import SYNC_ATTEMPTS
 from engine.worker import Event, TrainerRank, sign_of_life
 
@@ -38,12 +39,13 @@ _ENVIRONMENT = {
 }
 
 
-def start_actor(kind: type, *arguments: Any, gpus: int = 1) -> Any:
+def start_actor(kind: type, *arguments: Any, gpus: int = 1, runtime_env: dict[str, Any] | None = None) -> Any:
     """An actor of this class, on as many GPUs as it is to have where there are any."""
     import ray
 
     on_gpu = bool(ray.cluster_resources().get("GPU"))
-    return ray.remote(num_cpus=0, num_gpus=gpus if on_gpu else 0)(kind).remote(*arguments)
+    options = {"runtime_env": runtime_env} if runtime_env else {}
+    return ray.remote(num_cpus=0, num_gpus=gpus if on_gpu else 0, **options)(kind).remote(*arguments)
 
 
 class RayFuture:
@@ -69,8 +71,10 @@ class RayFuture:
 class RayEngine:
     """An engine, of the policy or of the reward model, in a Ray actor; errors call it `name`."""
 
-    def __init__(self, name: str, kind: type, *arguments: Any, gpus: int) -> None:
-        self._name, self._start = name, partial(start_actor, kind, *arguments, gpus=gpus)
+    def __init__(
+        self, name: str, kind: type, *arguments: Any, gpus: int, runtime_env: dict[str, Any] | None = None
+    ) -> None:
+        self._name, self._start = name, partial(start_actor, kind, *arguments, gpus=gpus, runtime_env=runtime_env)
         self._actor = self._start()
 
     def restart(self) -> None:
@@ -98,7 +102,7 @@ class Cluster:
         self._engines: list[RayEngine] = []
 
     def __enter__(self) -> Cluster:
-        os.environ.update(_ENVIRONMENT)
+        os.environ.update(_ENVIRONMENT | nsight.ray_environment(self._config.profile))
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
@@ -119,6 +123,7 @@ class Cluster:
             ray.kill(actor)
         for engine in self._engines:
             engine.stop()
+        nsight.await_reports(self._config.profile)
         ray.shutdown()
 
     def start_engines(self) -> list[RayEngine]:
@@ -127,7 +132,11 @@ class Cluster:
 
         inference = self._config.inference
         engines = [
-            RayEngine(f"engine {index}", VllmEngine, self._config, index, gpus=inference.tensor_parallel)
+            RayEngine(
+                *(f"engine {index}", VllmEngine, self._config, index),
+                gpus=inference.tensor_parallel,
+                runtime_env=self._profiled("engine", index),
+            )
             for index in range(inference.engines)
         ]
         self._engines += engines
@@ -162,7 +171,10 @@ class Cluster:
         import ray
 
         world_size = self._config.trainer.world_size
-        ranks = [start_actor(kind, self._config.model_dump_json(), rank, HOST) for rank in range(world_size)]
+        ranks = [
+            start_actor(kind, self._config.model_dump_json(), rank, HOST, runtime_env=self._profiled("rank", rank))
+            for rank in range(world_size)
+        ]
         self._ranks += ranks
         try:
             port = ray.get(ranks[0].serve.remote(), timeout=self._config.trainer.timeout_seconds)
@@ -188,6 +200,9 @@ class Cluster:
                 except ray.exceptions.RayError as error:
                     streams.remove(stream)
                     raise self._worst(_plain(error, names[stream]), streams, names) from error
+
+    def _profiled(self, kind: Literal["rank", "engine"], index: int) -> dict[str, Any]:
+        return nsight.runtime_env(self._config.profile, self._config.run_directory, kind, index)
 
     def _patience_seconds(self) -> float:
         """Longer than any step with its sync and checkpoint may wait for all it waits for."""

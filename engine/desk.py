@@ -96,6 +96,7 @@ class Desk:
     def finish(self) -> list[Event]:
         """Closes everything; the last events."""
         self.source.close()
+        self.pool.finish_profile()
         self._reward.close()
         for sink in self._sinks:
             sink.close()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from engine.observe.phases import Phase, phase
 from engine.schedule import SyncSchedule
 from engine.types import Batch
 
@@ -63,6 +64,18 @@ class Publisher(Protocol):
         ...
 
 
+class Window(Protocol):
+    """Who profiles some steps."""
+
+    def step(self, step: int) -> None:
+        """`step` begins; the number of steps in all is the end."""
+        ...
+
+    def submitted(self, steps: range) -> None:
+        """The rollouts of `steps` have been asked for."""
+        ...
+
+
 def train(
     schedule: SyncSchedule,
     policy: Policy,
@@ -73,6 +86,7 @@ def train(
     checkpoint: Callable[[int], None],
     evaluation_due: Callable[[int], bool],
     evaluate: Callable[[int], None],
+    window: Window,
 ) -> Iterator[Record]:
     """Runs steps start .. schedule.num_steps - 1 and yields a record for each.
 
@@ -81,28 +95,38 @@ def train(
     pool after a sync and are lent to it at any other step.
     """
     for step in range(start, schedule.num_steps):
+        window.step(step)
         started = time.monotonic()
         record: Record = {"step": step}
         if schedule.sync_due(step):
-            record |= publisher.publish(step)
+            with phase(Phase.PUBLISH):
+                record |= publisher.publish(step)
         if evaluation_due(step):
             paused = time.monotonic()
-            if schedule.sync_due(step):
-                evaluate(step)
-            else:
-                _evaluate_between_syncs(step, schedule, policy, source, publisher, evaluate)
+            with phase(Phase.EVALUATION):
+                if schedule.sync_due(step):
+                    evaluate(step)
+                else:
+                    _evaluate_between_syncs(step, schedule, policy, source, publisher, evaluate)
             started += time.monotonic() - paused  # an evaluation is no part of a step's time
         if schedule.reference_due(step):
             policy.refresh_reference()
         if steps := schedule.opens(step):
             source.open(steps)
-        batch, rollouts = source.next(step)
+            window.submitted(steps)
+        with phase(Phase.WAIT):
+            batch, rollouts = source.next(step)
         trained = time.monotonic()
-        record |= rollouts | policy.train_step(policy.score(batch))
+        with phase(Phase.SCORE):
+            batch = policy.score(batch)
+        with phase(Phase.TRAIN):
+            record |= rollouts | policy.train_step(batch)
         record["train_seconds"] = time.monotonic() - trained
         record["step_seconds"] = time.monotonic() - started
         yield _finished(record)
-        checkpoint(step + 1)
+        with phase(Phase.CHECKPOINT):
+            checkpoint(step + 1)
+    window.step(schedule.num_steps)
     publisher.publish(schedule.num_steps)
     if evaluation_due(schedule.num_steps):
         evaluate(schedule.num_steps)
@@ -118,22 +142,28 @@ def _evaluate_between_syncs(
 ) -> None:
     """Lends the newest weights to the pool. No rollout changes by it: those of the interval are complete before, and the
     next ones are asked for after the sync that ends the interval, or offline after the seed's weights are back."""
-    source.settle(schedule.in_flight(step))
-    publisher.publish(step)
+    with phase(Phase.WAIT):
+        source.settle(schedule.in_flight(step))
+    with phase(Phase.PUBLISH):
+        publisher.publish(step)
     evaluate(step)
     if schedule.sync_interval == "never":
-        with policy.as_seed():
+        with policy.as_seed(), phase(Phase.PUBLISH):
             publisher.publish(0)
 
 
-def fine_tune(policy: Policy, source: Source, *, num_steps: int) -> Iterator[Record]:
+def fine_tune(policy: Policy, source: Source, *, num_steps: int, window: Window) -> Iterator[Record]:
     """The supervised loop: no rollouts, no sync, no reference."""
     for step in range(num_steps):
+        window.step(step)
         started = time.monotonic()
-        batch, known = source.next(step)
-        record: Record = {"step": step} | known | policy.train_step(batch)
+        with phase(Phase.WAIT):
+            batch, known = source.next(step)
+        with phase(Phase.TRAIN):
+            record: Record = {"step": step} | known | policy.train_step(batch)
         record["train_seconds"] = record["step_seconds"] = time.monotonic() - started
         yield _finished(record)
+    window.step(num_steps)
 
 
 def _finished(record: Record) -> Record:

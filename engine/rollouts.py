@@ -19,8 +19,9 @@ from engine.algorithms.pairs import better_and_worse, correct_and_wrong, extreme
 from engine.config import RunConfig
 from engine.data.ledger import token_digest
 from engine.data.mixture import Mixture
-from engine.inference.pool import Pool, Ticket, Usage
+from engine.inference.pool import Pool, Usage
 from engine.inference.sampling import sample_requests
+from engine.observe.phases import Phase, phase
 from engine.observe.sinks import JsonlLedger
 from engine.rewards.base import Reward
 from engine.types import Completion, Prompt, Rollout, RolloutGroup, Sequence
@@ -63,6 +64,7 @@ class RolloutSource:
     ) -> None:
         self._config, self._prompts, self._pool, self._reward, self._ledger = config, prompts, pool, reward, ledger
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._sampling: dict[int, Future[tuple[list[Completion], Usage]]] = {}
         self._coming: dict[int, Future[tuple[list[RolloutGroup], Usage]]] = {}
 
     def open(self, steps: range) -> None:
@@ -83,7 +85,8 @@ class RolloutSource:
             for step in steps
         ]
         for step, ticket in zip(steps, self._pool.submit(batches), strict=True):
-            self._coming[step] = self._thread.submit(self._groups, step, prompts[step], ticket)
+            self._sampling[step] = self._thread.submit(self._pool.gather, ticket)
+            self._coming[step] = self._thread.submit(self._groups, step, prompts[step], self._sampling[step])
 
     def settle(self, step: int) -> None:
         """Waits as `next` does, which still hands the step out."""
@@ -92,7 +95,9 @@ class RolloutSource:
     def next(self, step: int) -> StepData:
         """Waits until the groups of `step` are complete and scored. Raises what an engine or the reward raised."""
         started = time.monotonic()
-        groups, usage = self._coming.pop(step).result()
+        self._sampling.pop(step).result()
+        with phase(Phase.REWARDS):
+            groups, usage = self._coming.pop(step).result()
         metrics = {"wait_seconds": time.monotonic() - started} | rollout_metrics(groups, usage)
         version = self._config.schedule.version(step)
         found = {rollout.completion.version for group in groups for rollout in group.rollouts}
@@ -107,8 +112,10 @@ class RolloutSource:
         """Stops the helper thread; what was under way is dropped."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _groups(self, step: int, prompts: list[Prompt], ticket: Ticket) -> tuple[list[RolloutGroup], Usage]:
-        completions, usage = self._pool.gather(ticket)
+    def _groups(
+        self, step: int, prompts: list[Prompt], sampling: Future[tuple[list[Completion], Usage]]
+    ) -> tuple[list[RolloutGroup], Usage]:
+        completions, usage = sampling.result()
         return score_groups(step, prompts, completions, self._reward), usage
 
 

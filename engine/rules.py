@@ -53,6 +53,30 @@ def broken_rules(config: Options) -> list[str]:
             "sync.reference = 'follow' copies the policy at weight syncs, and sync.sync_interval = 'never' has none; found "
             "both: set sync.reference to 'never' or a number of steps"
         )
+    return broken + broken_profile_rules(c)
+
+
+def broken_profile_rules(c: Options) -> list[str]:
+    """The same for what cannot be profiled."""
+    p = c.profile
+    broken: list[str] = []
+    if p.tool == "off":
+        return broken
+    if p.first_step + p.num_steps > c.run.steps:
+        broken.append(
+            f"profile.first_step + profile.num_steps must not exceed run.steps; found {p.first_step} + {p.num_steps} > "
+            f"{c.run.steps}: lower them, or raise run.steps"
+        )
+    if any(rank >= c.trainer.world_size for rank in p.ranks):
+        broken.append(
+            f"profile.ranks must be of the {c.trainer.world_size} trainer ranks, counted from 0 (trainer.tensor_parallel x "
+            f"pipeline_parallel x data_parallel); found {list(p.ranks)}: leave out what is beyond"
+        )
+    if any(engine >= c.inference.engines for engine in p.engines):
+        broken.append(
+            f"profile.engines must be of the inference.engines, counted from 0; found {list(p.engines)} and "
+            f"{c.inference.engines}: leave out what is beyond"
+        )
     return broken
 
 

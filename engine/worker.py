@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config import RunConfig
 from engine.errors import CheckpointError, ConfigError, NumericsError
 from engine.observe.sinks import MetricsWriter
+from engine.observe.window import Window
 
 if TYPE_CHECKING:
     from engine.bridge.publish import Publisher
@@ -107,6 +108,7 @@ class TrainerRank:
             checkpoint=checkpoint,
             evaluation_due=config.evaluation_due,
             evaluate=evaluate,
+            window=Window(config.profile, config.run_directory, self._rank, desk.pool if desk else None, config.schedule),
         ):
             for event in desk.finish_step(record) if desk else ():
                 yield event
@@ -142,7 +144,8 @@ class TrainerRank:
         source = _SupervisedSource(config, topology)
         policy = Policy(config, topology, NllObjective(), config.model.path)
         writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
-        for record in loop.fine_tune(policy, source, num_steps=config.run.steps):
+        window = Window(config.profile, config.run_directory, self._rank)
+        for record in loop.fine_tune(policy, source, num_steps=config.run.steps, window=window):
             if writer is not None:
                 writer.write(record)
                 yield {"kind": "step"} | record

@@ -31,6 +31,7 @@ from engine.bridge.terms import SyncTerms
 from engine.bridge.transport import Deadline, Rendezvous, Transport, TransportError, join_store, open_transport
 from engine.errors import WeightSyncError
 from engine.llama import layout
+from engine.observe.recorder import capture_here
 
 BACKEND = "semion"
 PLAIN_FORMAT = "semion_plain"
@@ -208,6 +209,10 @@ class SyncWorker:
         except Exception as error:
             return " ".join(str(error).split()) or type(error).__name__
         return ""
+
+    def semion_capture(self: Any, on: bool) -> None:
+        """Begins or ends what Nsight Systems captures of this worker."""
+        capture_here(on)
 
 
 class PlainLoader(DefaultModelLoader):

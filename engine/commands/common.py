@@ -25,6 +25,10 @@ def runnable(options: argparse.Namespace) -> RunConfig:
             f"{config.inference.max_model_tokens}: lower it"
         )
     _check_files(config)
+    if config.profile.tool == "nsys":
+        from engine.observe.nsight import check_installed
+
+        check_installed()
     if config.sft.checkpoint_out is None and config.uses_engines:
         _check_rewards(config)
     return config

@@ -61,6 +61,7 @@ class Pool:
         self._engines = tuple(engines)
         self._timeout = timeout_seconds
         self._lost: list[int] = []
+        self._profiling: list[tuple[int, Future]] = []  # what engines were last told about a profile
         self._version: int | None = 0  # engines load the seed model; None while a sync is under way or has failed
 
     def describe(self) -> list[dict[str, str]]:
@@ -124,6 +125,20 @@ class Pool:
         """Every engine's log-probs of the same sequences (see VllmEngine.log_probs), engine by engine."""
         futures = [handle.call("log_probs", sequences) for handle in self._engines]
         return [self._result(future, engine, "log_probs") for engine, future in enumerate(futures)]
+
+    # -- profile
+
+    def profile(self, engines: Sequence[int], on: bool) -> None:
+        """Has these engines begin or end their profile, behind all that they were asked before. Raises what the last such call
+        raised."""
+        self.finish_profile()
+        self._profiling = [(engine, self._engines[engine].call("profile", on)) for engine in engines]
+
+    def finish_profile(self) -> None:
+        """Waits until the engines have done what `profile` told them."""
+        told, self._profiling = self._profiling, []
+        for engine, future in told:
+            self._result(future, engine, "profile")
 
     # -- weight sync
 

@@ -18,6 +18,8 @@ from engine.config import RunConfig
 from engine.errors import EngineLostError, InferenceError, WeightSyncError
 from engine.inference.sampling import SampleRequest
 from engine.llama.hf import read_end_ids
+from engine.observe.phases import Phase, phase
+from engine.observe.recorder import Recorder, profiled_process
 from engine.types import Completion
 
 ENVIRONMENT = {
@@ -50,6 +52,7 @@ class VllmEngine:
         self._open: dict[str, SampleRequest] = {}
         self._done: dict[str, Any] = {}
         self._busy_seconds, self._num_sampled = 0.0, 0
+        self._recorder: Recorder | None = None
 
     def _load(self) -> None:
         import torch
@@ -131,7 +134,11 @@ class VllmEngine:
             raise InferenceError(f"engine {self._index} was never given request {unknown[0]}: its submission failed")
         missing = set(request_ids) - self._done.keys()
         while missing:
-            for output in self._core.step():
+            with phase(Phase.DECODE):
+                outputs = self._core.step()
+            if self._recorder is not None:
+                self._recorder.decoded()
+            for output in outputs:
                 if output.finished:
                     self._done[output.request_id] = output.outputs[0]
                     self._num_sampled += len(output.outputs[0].token_ids)
@@ -173,11 +180,27 @@ class VllmEngine:
             raise InferenceError(f"engine {self._index} must serve a version and be idle to score; {why}")
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
-        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        with phase(Phase.ENGINE_LOG_PROBS):
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [
             [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for output, ids in zip(outputs, sequences, strict=True)
         ]
+
+    def profile(self, on: bool) -> None:
+        """Opens or closes this engine's window of profile.tool. torch's profiler records this process: with
+        inference.tensor_parallel > 1 its workers are others, and only what it does itself and its waits for them are seen."""
+        if on:
+            tool, name = self._config.profile.tool, profiled_process("engine", self._index)
+            assert tool != "off"
+            self._recorder = Recorder(tool, self._config.run_directory, name, self._capture)
+            self._recorder.start()
+        elif self._recorder is not None and self._recorder.recording:  # else it was full, or the engine has been replaced
+            self._recorder.stop()
+
+    def _capture(self, on: bool) -> None:
+        """Tells nsys in the workers, which have the device."""
+        self._llm.collective_rpc("semion_capture", args=(on,))
 
     # -- weight sync
 
@@ -188,7 +211,8 @@ class VllmEngine:
         if self._open:
             raise InferenceError(f"engine {self._index} has {len(self._open)} requests in flight at a weight sync")
         self._version = IN_DOUBT
-        reasons = self._llm.collective_rpc("semion_receive", args=(call,))
+        with phase(Phase.PLACE):
+            reasons = self._llm.collective_rpc("semion_receive", args=(call,))
         if found := [f"worker {rank}: {why}" for rank, why in enumerate(reasons) if why]:
             error = EngineLostError if self._config.inference.packed_weights else WeightSyncError
             raise error("; ".join(found))

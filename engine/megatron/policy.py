@@ -31,7 +31,9 @@ from engine.llama import layout
 from engine.llama.hf import HfCheckpoint, read_shape
 from engine.megatron import build
 from engine.megatron.optimizer import PolicyOptimizer
+from engine.megatron.timers import Timers
 from engine.megatron.topology import Topology
+from engine.observe.phases import Phase, phase
 from engine.ops import lm_head_log_probs, token_log_probs
 from engine.types import Batch, Microbatch
 
@@ -56,6 +58,7 @@ class Policy:
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._config = build.megatron_config(self.shape, config.trainer, self.dtype)
         self._config.finalize_model_grads_func = _finalize
+        self._config.timers = Timers()
         self._headless = config.trainer.fused_lm_head
         models = build.build_chunks(self.shape, self._config, topology, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
@@ -98,10 +101,13 @@ class Policy:
         """
         if not self.objective.needs_reference:
             return batch
-        with self.serving(self._reference):
+        with self.serving(self._reference), phase(Phase.REFERENCE):
             rows = self.log_probs(batch)
         spread = any(bool((microbatch.spread_groups >= 0).any()) for microbatch in batch.microbatches)
-        own = self.log_probs(batch) if spread else []
+        own: list[torch.Tensor] = []
+        if spread:
+            with phase(Phase.SPREAD):
+                own = self.log_probs(batch)
         if not self.topology.is_last_stage:
             return batch
         scored = [replace(m, reference_log_probs=row) for m, row in zip(batch.microbatches, rows, strict=True)]
@@ -149,7 +155,8 @@ class Policy:
                 f"step {batch.step}: the loss must be finite; found {loss}: lower optimizer.learning_rate or raise "
                 f"optimizer.eps, and resume from the last checkpoint"
             )
-        grad_norm, learning_rate = self._optimizer.apply(batch.step)
+        with phase(Phase.OPTIMIZER):
+            grad_norm, learning_rate = self._optimizer.apply(batch.step)
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": num_tokens}
         return metrics | dict(zip(self.objective.metric_names, sums, strict=True))
 
@@ -258,13 +265,14 @@ class Policy:
             "num_valid": self.shape.vocab_size,
             "group": self.topology.tp_group,
         }
-        if not self._headless:
-            return token_log_probs(output, microbatch.targets, with_entropy=with_entropy, **vocabulary)
-        assert not with_entropy, "the configuration allows no entropy with trainer.fused_lm_head"
-        log_probs = lm_head_log_probs(
-            output, self._output_weight, microbatch.targets, coefficients=coefficients, **vocabulary
-        )
-        return log_probs, None
+        with phase(Phase.LOG_PROBS):
+            if not self._headless:
+                return token_log_probs(output, microbatch.targets, with_entropy=with_entropy, **vocabulary)
+            assert not with_entropy, "the configuration allows no entropy with trainer.fused_lm_head"
+            log_probs = lm_head_log_probs(
+                output, self._output_weight, microbatch.targets, coefficients=coefficients, **vocabulary
+            )
+            return log_probs, None
 
     def _total(self, rows: list[torch.Tensor]) -> torch.Tensor:
         """Sum over microbatches, then over data-parallel ranks; the last stage's sum reaches all stages. [2 + K]"""

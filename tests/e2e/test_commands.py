@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from engine.checkpoint import latest
 from engine.config import RunConfig, dump_config
 from tests.unit.test_metric_names import documented
 
@@ -92,6 +93,46 @@ def test_metrics_are_what_the_readme_promises(semi_online: tuple[RunConfig, str]
     assert [evaluation["step"] for evaluation in summary["evaluations"]] == [0, 4]
     assert "held-out accuracy" in printed
     assert list((config.run_directory / "tensorboard").iterdir())
+
+
+def test_a_profiled_run_is_the_same_run_and_says_where_its_time_went(
+    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
+) -> None:
+    whole, _ = semi_online
+    window = ["profile.tool=torch", "profile.first_step=2", "profile.num_steps=2", "profile.ranks=[0, 1]"]
+    config = run_config(*SEMI_ONLINE, *window)
+    semion("train", written(config, tmp_path))
+    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
+    assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
+    assert tensors(config) == tensors(whole)
+    printed = semion("profile", str(config.run_directory), "--json", str(tmp_path / "figures.json"))
+    assert "decode" in printed and "log-probs" in printed
+    processes = json.loads((tmp_path / "figures.json").read_text())["processes"]
+    assert [process["process"] for process in processes] == ["engine-0", "rank-0", "rank-1"]
+    engine, *ranks = ({row["phase"]: row for row in process["rows"]} for process in processes)
+    steps = rows(config, "metrics.jsonl")[2:]
+    assert engine.keys() == {"window", "place", "decode"}
+    assert engine["place"]["count"] == 1 < engine["decode"]["count"]
+    top = {"publish", "wait", "score", "train", "checkpoint"}
+    inner = {"reference", "forward", "log-probs", "backward", "reduce"}
+    for found, more in zip(ranks, ({"rewards"}, set()), strict=True):
+        assert found.keys() == {"window", "optimizer", *top, *inner, *more}
+        assert 0.8 < sum(found[name]["share"] for name in top) <= 1
+        assert found["forward"]["seconds"] + found["backward"]["seconds"] < sum(step["train_seconds"] for step in steps)
+        assert found["train"]["seconds"] >= found["backward"]["seconds"] + found["optimizer"]["seconds"]
+        assert found["forward"]["count"] == 2 * found["backward"]["count"], "the reference has a forward and no backward"
+        assert found["train"]["count"] == found["checkpoint"]["count"] == 2 and found["publish"]["count"] == 1
+        assert found["window"]["seconds"] >= sum(step["step_seconds"] for step in steps) * 0.9
+    assert ranks[0]["wait"]["seconds"] >= ranks[0]["rewards"]["seconds"]
+
+
+def tensors(config: RunConfig) -> dict[str, bytes]:
+    """Every tensor file of the run's last checkpoint."""
+    folder = latest(config.run_directory / "checkpoints")
+    assert folder is not None
+    files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
+    assert len(files) > config.trainer.world_size
+    return files
 
 
 def test_a_killed_run_resumes_as_if_nothing_had_happened(

@@ -14,7 +14,13 @@ from pydantic import ValidationError
 
 from engine.config import RunConfig, dump_config, load_config
 from engine.errors import ConfigError
-from engine.rules import broken_algorithm_rules, broken_data_rules, broken_rollout_rules, broken_rules
+from engine.rules import (
+    broken_algorithm_rules,
+    broken_data_rules,
+    broken_profile_rules,
+    broken_rollout_rules,
+    broken_rules,
+)
 
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
 MAX_OPTIONS = 101
@@ -169,6 +175,9 @@ COMBINATIONS = [
         ["algorithm.loss=grpo", "algorithm.kl_weight=0.0", "sync.reference=follow"],
         *("sync.reference", "algorithm.kl_weight = 0", "found 'follow'", "set sync.reference = 'never'"),
     ),
+    (["profile.tool=torch", "profile.first_step=18"], "profile.first_step", "run.steps", "18 + 3 > 20", "raise run.steps"),
+    (["profile.tool=nsys", "profile.ranks=[0, 1]"], "profile.ranks", "trainer.tensor_parallel", "[0, 1]", "leave out"),
+    (["profile.tool=torch", "profile.engines=[2]"], "profile.engines", "inference.engines", "[2] and 1", "leave out"),
 ]
 
 
@@ -183,7 +192,8 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 
 def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
-    rules = "".join(map(inspect.getsource, (broken_rules, broken_data_rules, broken_algorithm_rules, broken_rollout_rules)))
+    functions = (broken_rules, broken_data_rules, broken_algorithm_rules, broken_rollout_rules, broken_profile_rules)
+    rules = "".join(map(inspect.getsource, functions))
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
 
 
@@ -206,6 +216,7 @@ def test_every_rule_on_combinations_has_a_case():
         ["algorithm.loss=group_dpo", "algorithm.alpha=0.01", "algorithm.nll_weight=1.0", "algorithm.entropy_weight=3e-4"],
         ["algorithm.loss=group_dpo", "algorithm.alpha=0.001", "algorithm.normalize_length=true", "algorithm.reduction=pairs"],
         ["algorithm.pairing=length_matched", "algorithm.entropy_weight=1e-4"],
+        ["profile.tool=torch", "profile.first_step=17", "profile.ranks=[1]", "trainer.tensor_parallel=2", "profile.engines=[]"],
         ["data.reward=model", "reward_model.path=rm"],
         ["data.reward=model", "reward_model.path=rm", 'data.mix=[{train = "b"}]', "algorithm.pairing=best_worst"],
     ],

@@ -20,6 +20,7 @@ class World:
 
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.windows: list[str] = []  # what the profile's window was told
         self.steps_done = 0
         self.served = 0  # version in the pool
         self.held: int | None = None  # version that stands in for the policy's own weights
@@ -66,6 +67,12 @@ class World:
         self.steps_done += 1
         return {"loss": 1.0}
 
+    def step(self, step: int) -> None:
+        self.windows.append(f"step {step}")
+
+    def submitted(self, steps: range) -> None:
+        self.windows.append(f"submitted {steps.start}-{steps.stop - 1}")
+
     def checkpoint(self, step: int) -> None:
         self.log.append(f"checkpoint {step}")
 
@@ -88,6 +95,7 @@ class World:
             checkpoint=self.checkpoint,
             evaluation_due=due or (lambda step: schedule.sync_due(step) or step == schedule.num_steps),
             evaluate=self.evaluate,
+            window=world,
         )
         return list(steps)
 
@@ -109,6 +117,7 @@ def test_online_syncs_before_every_step():
         *sync_of(1), "open 1-1", *step_of(1),
         *sync_of(2),
     ]  # fmt: skip
+    assert world.windows == ["step 0", "submitted 0-0", "step 1", "submitted 1-1", "step 2"]
     assert [record["step"] for record in records] == [0, 1]
     assert all(record["loss"] == 1 and record["reward_mean"] == 0.25 and record["sync_seconds"] == 0.5 for record in records)
 
@@ -230,6 +239,7 @@ def test_a_record_comes_before_the_steps_checkpoint():
     steps = train(
         *(schedule, world, world, world),
         **{"start": 0, "checkpoint": world.checkpoint, "evaluation_due": lambda step: True, "evaluate": world.evaluate},
+        window=world,
     )
     next(steps)
     assert world.log[-1] == "train scored batch 0"
@@ -256,7 +266,8 @@ def test_staleness_is_the_schedules_and_never_above_its_bound(interval, num_step
 def test_supervised_training_asks_for_batches_and_trains():
     world: Any = World()
     world.sampled = {0: 0, 1: 0}
-    records = list(fine_tune(world, world, num_steps=2))
+    records = list(fine_tune(world, world, num_steps=2, window=world))
+    assert world.windows == ["step 0", "step 1", "step 2"]
     assert world.log == ["next 0", "train batch 0", "next 1", "train batch 1"]
     assert [(record["step"], record["loss"]) for record in records] == [(0, 1.0), (1, 1.0)]
     assert all(record["train_seconds"] == record["step_seconds"] >= 0 for record in records)

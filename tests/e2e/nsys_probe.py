@@ -1,0 +1,29 @@
+"""A script, not a test: starts the trainer ranks of a configuration, which do nothing but say who they are, and ends them.
+`python nsys_probe.py CONFIG`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+from engine.cluster import Cluster
+from engine.config import load_config
+from engine.worker import Event, TrainerRank
+
+
+class Probe(TrainerRank):
+    """A trainer rank that trains nothing."""
+
+    def probe(self, port: int) -> Iterator[Event]:
+        yield {"rank": self._rank, "pid": os.getpid()}
+
+
+def main() -> None:
+    with Cluster(load_config(sys.argv[1])) as cluster:
+        print("RESULT " + json.dumps(list(cluster.run_ranks("probe", lambda rank: (), Probe))))
+
+
+if __name__ == "__main__":
+    main()
