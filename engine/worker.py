@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import RunConfig
-from engine.errors import CheckpointError, ConfigError, NumericsError
+from engine.errors import CheckpointError, ConfigError, NumericsError, PreemptedError
 from engine.observe.sinks import MetricsWriter
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ Event = dict[str, Any]
 def sign_of_life(config: RunConfig) -> Path:
     """The file that rank 0 touches when it has waited for something, between two of its events."""
     return config.run_directory / "alive"
+
+
+def stop_request(config: RunConfig) -> Path:
+    """The file by which the command asks rank 0 to save and end; rank 0 is on the command's machine."""
+    return config.run_directory / "stop"
 
 
 class TrainerRank:
@@ -77,8 +82,8 @@ class TrainerRank:
         source = _Source(config, topology, desk.source if desk else None)
 
         def checkpoint(step: int) -> None:
-            collapse = self._collapse(topology, desk)
-            saved = _commits(config, step, collapse)
+            collapse, stopped = self._collapse(topology, desk), self._stopped(topology, step)
+            saved = _commits(config, step, collapse or stopped)
             if saved:
                 checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config)
             if collapse and step < config.run.steps:
@@ -86,6 +91,10 @@ class TrainerRank:
                     desk.finish()
                 state = "saved in a checkpoint" if saved else "not at a sync boundary, so the newest checkpoint stands"
                 raise NumericsError(f"{collapse}; guard.action = 'stop' ended the run after {step} steps, {state}")
+            if stopped:
+                if desk is not None:
+                    desk.finish()
+                raise PreemptedError(f"asked to stop: saved after {step} steps, {stopped}")
 
         def evaluate(step: int) -> None:
             if desk is not None:
@@ -130,6 +139,16 @@ class TrainerRank:
         from engine.megatron.handout import broadcast_bytes
 
         return broadcast_bytes(desk.collapse.encode() if desk else b"", topology.device).decode()
+
+    def _stopped(self, topology: Topology, step: int) -> str:
+        """What to do about a run that is asked to stop, on every rank; empty where it goes on. Collective where a run that
+        ended after `step` steps could be continued: nowhere else is it looked at."""
+        if not self._config.schedule.opens(step):
+            return ""
+        from engine.megatron.handout import broadcast_bytes
+
+        asked = topology.rank == 0 and stop_request(self._config).exists()
+        return broadcast_bytes(b"--resume auto goes on" if asked else b"", topology.device).decode()
 
     def fine_tune(self, port: int) -> Iterator[Event]:
         """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""

@@ -177,7 +177,7 @@ def test_rollouts_that_failed_half_way_leave_no_output_and_can_be_made_again(
             super().close()
 
     monkeypatch.setattr("engine.observe.sinks.JsonlLedger", Ledger)
-    monkeypatch.setattr("engine.cluster.Cluster", lambda config, verbose: cluster)
+    monkeypatch.setattr("engine.cluster.Cluster", lambda config, **_: cluster)
     monkeypatch.setattr("engine.rewards.routed.open_rewards", lambda config, engine: RoutedReward({"math": Parity()}))
     cluster.__exit__.return_value = False
     output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
