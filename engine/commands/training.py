@@ -70,7 +70,7 @@ def preemptible(config: RunConfig) -> Iterator[None]:
         if asked > 1:
             raise KeyboardInterrupt  # the one exception that comes out of a wait in Ray
         request.touch()
-        os.write(2, b"semion: asked to stop: the run will save and end where it can go on from; a second signal ends it at once\n")
+        os.write(2, b"semion: asked to stop: the run will save and end where it can go on from; a second time: at once\n")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
