@@ -8,7 +8,7 @@ then the reward engine, on a GPU of its own in either case, for it judges while 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,7 +51,7 @@ def training_parts(config: RunConfig) -> tuple[Part, ...]:
     return ("trainer", "engines", "reward_engine") if samples else ("trainer",)
 
 
-def place(config: RunConfig, parts: Collection[Part]) -> Placement:
+def place(config: RunConfig, parts: tuple[Part, ...]) -> Placement:
     """The seats of these parts. ConfigError when they do not fit cluster.nodes * cluster.gpus_per_node."""
     trainer, inference = config.trainer, config.inference
     free = [list(range(config.cluster.gpus_per_node)) for _ in range(config.cluster.nodes)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import RunConfig
-from engine.errors import CheckpointError, ConfigError, NumericsError, PreemptedError
+from engine.errors import CheckpointError, ConfigError, NumericsError, PreemptedError, SemionError
 from engine.observe.sinks import MetricsWriter
 
 if TYPE_CHECKING:
@@ -86,15 +86,10 @@ class TrainerRank:
             saved = _commits(config, step, collapse or stopped)
             if saved:
                 checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config)
-            if collapse and step < config.run.steps:
+            if end := _early_end(config, step, collapse, stopped, saved):
                 if desk is not None:
                     desk.finish()
-                state = "saved in a checkpoint" if saved else "not at a sync boundary, so the newest checkpoint stands"
-                raise NumericsError(f"{collapse}; guard.action = 'stop' ended the run after {step} steps, {state}")
-            if stopped:
-                if desk is not None:
-                    desk.finish()
-                raise PreemptedError(f"asked to stop: saved after {step} steps, {stopped}")
+                raise end
 
         def evaluate(step: int) -> None:
             if desk is not None:
@@ -344,6 +339,14 @@ def _checkpoints(config: RunConfig, topology: Topology) -> Checkpoints:
 def _commits(config: RunConfig, step: int, collapse: str) -> bool:
     """Whether the state after `step` steps is saved: when due, and before a stop where a run can go on from it."""
     return config.checkpoint_due(step) or bool(collapse and config.schedule.opens(step))
+
+
+def _early_end(config: RunConfig, step: int, collapse: str, stopped: str, saved: bool) -> SemionError | None:
+    """Why the run ends after `step` steps although more are asked for; None where it goes on."""
+    if collapse and step < config.run.steps:
+        state = "saved in a checkpoint" if saved else "not at a sync boundary, so the newest checkpoint stands"
+        return NumericsError(f"{collapse}; guard.action = 'stop' ended the run after {step} steps, {state}")
+    return PreemptedError(f"asked to stop: saved after {step} steps, {stopped}") if stopped else None
 
 
 def _resume(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> int:

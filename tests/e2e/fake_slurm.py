@@ -59,8 +59,13 @@ def srun(arguments: list[str]) -> int:
     assert len(chosen) == step.nodes == step.ntasks, arguments
     become_subreaper()
     tasks = [subprocess.Popen(step.command, env=os.environ | {"SLURMD_NODENAME": node}) for node in chosen]
-    signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
-    signal.signal(signal.SIGTERM, lambda *_: [task.kill() for task in tasks])
+
+    def pass_on(number: int, _: object) -> None:
+        for task in tasks:
+            task.send_signal(signal.SIGKILL if number == signal.SIGTERM else number)
+
+    signal.signal(signal.SIGUSR1, pass_on)
+    signal.signal(signal.SIGTERM, pass_on)
     codes = [task.wait() for task in tasks]
     leftovers(0.0)
     return max(code if code >= 0 else 128 - code for code in codes)
