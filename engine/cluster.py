@@ -119,7 +119,13 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         handler = signal.getsignal(signal.SIGTERM)
-        (self._start_ray if self._config.cluster.nodes == 1 else self._join_ray)()
+        try:
+            (self._start_ray if self._config.cluster.nodes == 1 else self._join_ray)()
+            if self._placement is not None:
+                self._check_devices(self._placement)
+        except BaseException:
+            self.__exit__()
+            raise
         if handler is not signal.SIG_DFL:
             signal.signal(signal.SIGTERM, handler)  # which Ray has taken
         return self
@@ -142,7 +148,6 @@ class Cluster:
         self._nodes = [Node(found["NodeID"], HOST, "lo", devices(found["Resources"].get("GPU", 0)))]
         if self._nodes[0].devices:
             self._placement = place(self._config, self._parts)
-            self._check_devices()
 
     def _join_ray(self) -> None:
         """The Ray cluster that RAY_ADDRESS names, or whose node this machine is, with all nodes that the run needs."""
@@ -159,17 +164,12 @@ class Cluster:
         address = os.environ.get("RAY_ADDRESS", "auto")
         try:
             ray.init(address=address, logging_level="error", log_to_driver=self._verbose)
-        except ConnectionError as error:
+        except (ConnectionError, ray.exceptions.RayError) as error:
             raise ConfigError(
-                f"cluster.nodes = {self._config.cluster.nodes} needs a Ray cluster that is already there; found none at "
-                f"{address!r}: start the run with tools/slurm/train.sbatch, or set RAY_ADDRESS"
+                f"cluster.nodes = {self._config.cluster.nodes} needs a Ray cluster that is already there and takes this token; "
+                f"found none at {address!r}: start the run with tools/slurm/train.sbatch, or set RAY_ADDRESS"
             ) from error
-        try:
-            self._nodes = [self._look_at(node) for node in self._await_nodes()]
-            self._check_devices()
-        except BaseException:
-            ray.shutdown()
-            raise
+        self._nodes = [self._look_at(node) for node in self._await_nodes()]
 
     def _await_nodes(self) -> list[dict[str, Any]]:
         """The cluster's first nodes, as many as the run needs: its head, then by address. WatchdogError when not all come."""
@@ -202,11 +202,10 @@ class Cluster:
         except ray.exceptions.RayError as error:
             raise _plain(error, f"node {address}") from error
 
-    def _check_devices(self) -> None:
+    def _check_devices(self, placement: Placement) -> None:
         """ConfigError when a node lacks a GPU that something is placed on; on nodes without any the run is on the CPU."""
-        assert self._placement is not None
         on_gpu = any(node.devices for node in self._nodes)
-        for seat in self._placement.seats if on_gpu else ():
+        for seat in placement.seats if on_gpu else ():
             node = self._nodes[seat.node]
             if max(seat.gpus) >= len(node.devices):
                 raise ConfigError(

@@ -13,7 +13,7 @@ import pytest
 
 from engine.config import RunConfig
 from tests.e2e import fake_slurm
-from tests.e2e.test_commands import FINAL, SEMI_ONLINE, Make, rows, semion, untimed, written
+from tests.e2e.test_commands import FINAL, SEMI_ONLINE, Make, rows, untimed, written
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tools/slurm/train.sbatch"
@@ -52,15 +52,3 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
     assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
     assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
-
-
-def test_several_nodes_are_refused_without_a_token_and_without_a_cluster(
-    run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = written(run_config("cluster.nodes=2"), tmp_path)
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    assert "RAY_AUTH_TOKEN unset" in semion("train", file, expect=2)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert "found none at 'auto'" in semion("train", file, expect=2)

@@ -144,10 +144,11 @@ def test_gpus_have_the_names_that_cuda_was_told(monkeypatch, named, found):
 
 
 def test_a_node_with_fewer_gpus_than_are_placed_on_it_is_named():
-    cluster = Cluster(make(cluster={"nodes": 2}, trainer={"data_parallel": 8}))
+    config = make(cluster={"nodes": 2}, trainer={"data_parallel": 8})
+    cluster = Cluster(config)
     cluster._nodes = [Node("a", "10.0.0.1", "eth0", tuple("01234567")), Node("b", "10.0.0.2", "eth0", ())]
     with pytest.raises(ConfigError, match=r"found 8, and 0 on 10\.0\.0\.2"):
-        cluster._check_devices()
+        cluster._check_devices(place(config, ALL))
 
 
 def test_the_interface_is_the_one_that_carries_the_address():
@@ -159,3 +160,11 @@ def test_the_interface_is_the_one_that_carries_the_address():
 def test_supervised_training_starts_no_engine():
     assert training_parts(make(sft={"checkpoint_out": "unused"})) == ("trainer",)
     assert training_parts(make()) == ALL
+
+
+def test_several_nodes_are_refused_without_a_token(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    cluster = Cluster(make(cluster={"nodes": 2}))
+    with pytest.raises(ConfigError, match="found RAY_AUTH_MODE = 'disabled' and RAY_AUTH_TOKEN unset"):
+        cluster.__enter__()
