@@ -39,6 +39,7 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
     "checkpoint": {"keep", "best_by"},
     "evaluation": None,
     "guard": None,
+    "cluster": None,  # where processes are changes no bit
     "sft": None,
 }
 

@@ -1,51 +1,65 @@
-"""Places the processes of a run with Ray and watches them: trainer ranks and inference engines, each in its own process.
-The only room that imports ray. It computes nothing and knows no algorithm.
+"""Starts the processes of a run with Ray where placement.py puts them, and watches them: trainer ranks and inference engines,
+each in its own process. The only room that imports ray. It computes nothing and knows no algorithm.
 
-Ray's own control channel pickles what crosses it. It listens on the loopback interface only, and a token made anew for
-each run must come with every call.
+Ray's own control channel pickles what crosses it. On one node it listens on the loopback interface only, and a token made
+anew for each run must come with every call. With cluster.nodes > 1 the run joins a Ray cluster that is already there, and
+only one that demands a token.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
+import signal
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import psutil
+
 from engine.config import RunConfig
-from engine.errors import EngineLostError, SemionError, WatchdogError
+from engine.errors import ConfigError, EngineLostError, SemionError, WatchdogError
 from engine.observe import nsight
 from engine.options import SYNC_ATTEMPTS
+from engine.placement import Part, Placement, Seat, place, training_parts
 from engine.worker import Event, TrainerRank, sign_of_life
 
 HOST = "127.0.0.1"
+HEAD = "node:__internal_head__"  # the resource by which Ray marks a cluster's first node
 SETTLE_SECONDS = 2.0  # after a first error, how long to wait for one that says more
-_ENVIRONMENT = {
+RAY_ENVIRONMENT = {  # of every process of Ray
     "RAY_AUTH_MODE": "token",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for "this machine only": it binds to the loopback interface
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # which GPUs a process sees is ours to say
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # Ray would run trainer and engines at a lower priority than everything else
     "RAY_prestart_worker_first_driver": "0",  # and start processes that no run uses
     "RAY_DEDUP_LOGS": "0",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "NCCL_SOCKET_IFNAME": "lo",
+}
+_ENVIRONMENT = {  # of every rank and engine
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
 }
+_LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for "this machine only": it binds to the loopback interface
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
 
 
-def start_actor(kind: type, *arguments: Any, gpus: int = 1, runtime_env: dict[str, Any] | None = None) -> Any:
-    """An actor of this class, on as many GPUs as it is to have where there are any."""
-    import ray
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the run, as its processes are told of it."""
 
-    on_gpu = bool(ray.cluster_resources().get("GPU"))
-    options = {"runtime_env": runtime_env} if runtime_env else {}
-    return ray.remote(num_cpus=0, num_gpus=gpus if on_gpu else 0, **options)(kind).remote(*arguments)
+    ray_id: str
+    address: str  # private: where its ranks and engines meet the others'
+    interface: str  # that carries the address
+    devices: tuple[str, ...]  # its GPUs by CUDA's names; none on a machine without
 
 
 class RayFuture:
@@ -71,11 +85,9 @@ class RayFuture:
 class RayEngine:
     """An engine, of the policy or of the reward model, in a Ray actor; errors call it `name`."""
 
-    def __init__(
-        self, name: str, kind: type, *arguments: Any, gpus: int, runtime_env: dict[str, Any] | None = None
-    ) -> None:
-        self._name, self._start = name, partial(start_actor, kind, *arguments, gpus=gpus, runtime_env=runtime_env)
-        self._actor = self._start()
+    def __init__(self, name: str, start: Callable[[], Any]) -> None:
+        self._name, self._start = name, start
+        self._actor = start()
 
     def restart(self) -> None:
         """Ends the actor, wherever it may hang, and starts another."""
@@ -94,15 +106,34 @@ class RayEngine:
 
 
 class Cluster:
-    """The processes of one run on this machine; leaving the context ends them all."""
+    """The processes of one run, on this machine or on cluster.nodes of them; leaving the context ends them all."""
 
-    def __init__(self, config: RunConfig, *, verbose: bool = False) -> None:
+    def __init__(self, config: RunConfig, *, parts: tuple[Part, ...] | None = None, verbose: bool = False) -> None:
+        """`parts`: what is going to be started, a training run's where not said. ConfigError when it does not fit."""
         self._config, self._verbose = config, verbose
+        self._parts = training_parts(config) if parts is None else parts
+        self._nodes: list[Node] = []
+        # On one machine without GPUs there is nothing to place.
+        self._placement: Placement | None = place(config, self._parts) if config.cluster.nodes > 1 else None
         self._ranks: list[Any] = []
         self._engines: list[RayEngine] = []
 
     def __enter__(self) -> Cluster:
-        os.environ.update(_ENVIRONMENT | nsight.ray_environment(self._config.profile))
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            (self._start_ray if self._config.cluster.nodes == 1 else self._join_ray)()
+            if self._placement is not None:
+                self._check_devices(self._placement)
+        except BaseException:
+            self.__exit__()
+            raise
+        if handler is not signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, handler)  # which Ray has taken
+        return self
+
+    def _start_ray(self) -> None:
+        """A Ray of the run's own, on this machine."""
+        os.environ.update(RAY_ENVIRONMENT | _ENVIRONMENT | _LOOPBACK | nsight.ray_environment(self._config.profile))
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
@@ -114,7 +145,94 @@ class Cluster:
             logging_level="error",
             log_to_driver=self._verbose,
         )
-        return self
+        (found,) = ray.nodes()
+        self._nodes = [Node(found["NodeID"], HOST, "lo", devices(found["Resources"].get("GPU", 0)))]
+        if self._nodes[0].devices:
+            self._placement = place(self._config, self._parts)
+
+    def _join_ray(self) -> None:
+        """The Ray cluster that RAY_ADDRESS names, or whose node this machine is, with all nodes that the run needs."""
+        found = os.environ.get("RAY_AUTH_MODE"), "RAY_AUTH_TOKEN" in os.environ
+        if found != ("token", True):
+            raise ConfigError(
+                f"cluster.nodes > 1 needs a Ray cluster that demands a token, for Ray runs whatever it is sent; found "
+                f"RAY_AUTH_MODE = {found[0]!r} and RAY_AUTH_TOKEN {'set' if found[1] else 'unset'}: start the run with "
+                f"tools/slurm/train.sbatch, or set RAY_AUTH_MODE=token and one secret RAY_AUTH_TOKEN on every node"
+            )
+        os.environ.update(RAY_ENVIRONMENT)
+        import ray
+
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        try:
+            ray.init(address=address, logging_level="error", log_to_driver=self._verbose)
+        except (ConnectionError, ray.exceptions.RayError) as error:
+            raise ConfigError(
+                f"cluster.nodes = {self._config.cluster.nodes} needs a Ray cluster that is already there and takes this token; "
+                f"found none at {address!r}: start the run with tools/slurm/train.sbatch, or set RAY_ADDRESS"
+            ) from error
+        self._nodes = [self._look_at(node) for node in self._await_nodes()]
+
+    def _await_nodes(self) -> list[dict[str, Any]]:
+        """The cluster's first nodes, as many as the run needs: its head, then by address. WatchdogError when not all come."""
+        import ray
+
+        wanted, patience = self._config.cluster.nodes, self._config.trainer.timeout_seconds
+        deadline = time.monotonic() + patience
+        while len(alive := [node for node in ray.nodes() if node["Alive"]]) < wanted:
+            if time.monotonic() > deadline:
+                raise WatchdogError(
+                    f"cluster.nodes = {wanted} nodes must join the Ray cluster; {len(alive)} came within "
+                    f"trainer.timeout_seconds = {patience:.0f}: look at what the others logged"
+                )
+            time.sleep(0.5)
+
+        def order(node: dict[str, Any]) -> tuple[bool, int, str]:
+            return HEAD not in node["Resources"], int(ipaddress.ip_address(node["NodeManagerAddress"])), node["NodeID"]
+
+        return sorted(alive, key=order)[:wanted]
+
+    def _look_at(self, node: dict[str, Any]) -> Node:
+        """What only a process on that node can see."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        address, there = node["NodeManagerAddress"], NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        seen = ray.remote(num_cpus=0, scheduling_strategy=there)(look).remote(address, node["Resources"].get("GPU", 0))
+        try:
+            return Node(node["NodeID"], address, *ray.get(seen, timeout=self._config.trainer.timeout_seconds))
+        except ray.exceptions.RayError as error:
+            raise _plain(error, f"node {address}") from error
+
+    def _check_devices(self, placement: Placement) -> None:
+        """ConfigError when a node lacks a GPU that something is placed on; on nodes without any the run is on the CPU."""
+        on_gpu = any(node.devices for node in self._nodes)
+        for seat in placement.seats if on_gpu else ():
+            node = self._nodes[seat.node]
+            if max(seat.gpus) >= len(node.devices):
+                raise ConfigError(
+                    f"cluster.gpus_per_node must not exceed the GPUs of a node; found {self._config.cluster.gpus_per_node}, "
+                    f"and {len(node.devices)} on {node.address}: set cluster.gpus_per_node = {max(1, len(node.devices))}"
+                )
+
+    def _starter(
+        self, seat: Seat | None, kind: type, *arguments: Any, profiled: dict[str, Any] | None = None
+    ) -> Callable[[], Any]:
+        """Starts an actor of this class in its seat, each time it is called; `profiled`: what Ray must know to profile it."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if seat is None:
+            return partial(ray.remote(num_cpus=0, runtime_env=profiled or {})(kind).remote, *arguments)
+        node = self._nodes[seat.node]
+        environment = _ENVIRONMENT | {"GLOO_SOCKET_IFNAME": node.interface, "NCCL_SOCKET_IFNAME": node.interface}
+        if node.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = seat.visible(node.devices)
+        actor = ray.remote(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.ray_id, soft=False),
+            runtime_env={"env_vars": environment} | (profiled or {}),
+        )(kind)
+        return partial(actor.remote, *arguments)
 
     def __exit__(self, *raised: object) -> None:
         import ray
@@ -130,14 +248,10 @@ class Cluster:
         """Starts the inference engines; they load while the caller goes on."""
         from engine.inference.vllm_engine import VllmEngine
 
-        inference = self._config.inference
+        seats: Sequence[Seat | None] = self._placement.engines if self._placement else [None] * self._config.inference.engines
         engines = [
-            RayEngine(
-                *(f"engine {index}", VllmEngine, self._config, index),
-                gpus=inference.tensor_parallel,
-                runtime_env=self._profiled("engine", index),
-            )
-            for index in range(inference.engines)
+            RayEngine(f"engine {i}", self._starter(seat, VllmEngine, self._config, i, profiled=self._profiled("engine", i)))
+            for i, seat in enumerate(seats)
         ]
         self._engines += engines
         return engines
@@ -148,7 +262,8 @@ class Cluster:
             return None
         from engine.inference.reward_engine import RewardEngine
 
-        self._engines.append(RayEngine("the reward engine", RewardEngine, self._config, gpus=1))
+        seat = self._placement.reward_engine if self._placement else None
+        self._engines.append(RayEngine("the reward engine", self._starter(seat, RewardEngine, self._config)))
         return self._engines[-1]
 
     def train(self, *, resume: bool) -> Iterator[Event]:
@@ -170,10 +285,12 @@ class Cluster:
         """Runs a method of every trainer rank with (rendezvous port, *arguments_of(rank)); yields their events."""
         import ray
 
-        world_size = self._config.trainer.world_size
+        seats: Sequence[Seat | None] = self._placement.ranks if self._placement else [None] * self._config.trainer.world_size
+        host = self._nodes[0].address  # where rank 0 is
+        text = self._config.model_dump_json()
         ranks = [
-            start_actor(kind, self._config.model_dump_json(), rank, HOST, runtime_env=self._profiled("rank", rank))
-            for rank in range(world_size)
+            self._starter(seat, kind, text, rank, host, profiled=self._profiled("rank", rank))()
+            for rank, seat in enumerate(seats)
         ]
         self._ranks += ranks
         try:
@@ -232,6 +349,32 @@ class Cluster:
                     other = _plain(error, names[stream])
                     first = other if _telling(other) else first
         return first
+
+
+def look(address: str, num_gpus: float) -> tuple[str, tuple[str, ...]]:
+    """Of the node that this runs on: the interface that carries its address, and its GPUs."""
+    return interface_of(address), devices(num_gpus)
+
+
+def devices(num_gpus: float) -> tuple[str, ...]:
+    """This machine's GPUs by CUDA's names: those that CUDA_VISIBLE_DEVICES names, or all that Ray found."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(named.split(",") if named else map(str, range(int(num_gpus)))) if num_gpus else ()
+
+
+def interface_of(address: str) -> str:
+    """The interface of this machine that has the IPv4 address, or into whose network it falls, as 127.0.0.2 into lo's."""
+    wanted = ipaddress.ip_address(address)
+    found = [
+        (name, ipaddress.ip_interface(f"{own.address}/{own.netmask}"))
+        for name, addresses in psutil.net_if_addrs().items()
+        for own in addresses
+        if own.family == socket.AF_INET and own.netmask
+    ]
+    carrying = [name for name, own in found if own.ip == wanted] + [name for name, own in found if wanted in own.network]
+    if not carrying:
+        raise ConfigError(f"a Ray node's address must be of its machine; found no interface with {address}: start it anew")
+    return carrying[0]
 
 
 def _telling(error: Exception) -> bool:

@@ -57,3 +57,9 @@ class WatchdogError(SemionError):
     """A named wait passed its deadline, or a process died without saying why."""
 
     exit_code = 8
+
+
+class PreemptedError(SemionError):
+    """The run was asked to end before its last step, and --resume auto continues it bit for bit. 75 is EX_TEMPFAIL."""
+
+    exit_code = 75

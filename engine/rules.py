@@ -37,6 +37,10 @@ def broken_rules(config: Options) -> list[str]:
             f"trainer.first_stage_layers and trainer.last_stage_layers need trainer.pipeline_parallel > 1; found {ends[0]} "
             f"and {ends[1]} with 1 stage: remove them"
         )
+    if c.sync.transport == "ipc" and c.cluster.nodes > 1:
+        broken.append(
+            f"sync.transport = 'ipc' shares the memory of one machine; found cluster.nodes = {c.cluster.nodes}: use 'auto'"
+        )
     broken += broken_data_rules(c)
     if c.rewards.function is None and any(source.reward == "function" for source in c.data.sources):
         broken.append(

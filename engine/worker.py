@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import RunConfig
-from engine.errors import CheckpointError, ConfigError, NumericsError
+from engine.errors import CheckpointError, ConfigError, NumericsError, PreemptedError, SemionError
 from engine.observe.sinks import MetricsWriter
 from engine.observe.window import Window
 
@@ -35,6 +35,11 @@ Event = dict[str, Any]
 def sign_of_life(config: RunConfig) -> Path:
     """The file that rank 0 touches when it has waited for something, between two of its events."""
     return config.run_directory / "alive"
+
+
+def stop_request(config: RunConfig) -> Path:
+    """The file by which the command asks rank 0 to save and end; rank 0 is on the command's machine."""
+    return config.run_directory / "stop"
 
 
 class TrainerRank:
@@ -78,15 +83,14 @@ class TrainerRank:
         source = _Source(config, topology, desk.source if desk else None)
 
         def checkpoint(step: int) -> None:
-            collapse = self._collapse(topology, desk)
-            saved = _commits(config, step, collapse)
+            collapse, stopped = self._collapse(topology, desk), self._stopped(topology, step)
+            saved = _commits(config, step, collapse or stopped)
             if saved:
                 checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config)
-            if collapse and step < config.run.steps:
+            if end := _early_end(config, step, collapse, stopped, saved):
                 if desk is not None:
                     desk.finish()
-                state = "saved in a checkpoint" if saved else "not at a sync boundary, so the newest checkpoint stands"
-                raise NumericsError(f"{collapse}; guard.action = 'stop' ended the run after {step} steps, {state}")
+                raise end
 
         def evaluate(step: int) -> None:
             if desk is not None:
@@ -132,6 +136,16 @@ class TrainerRank:
         from engine.megatron.handout import broadcast_bytes
 
         return broadcast_bytes(desk.collapse.encode() if desk else b"", topology.device).decode()
+
+    def _stopped(self, topology: Topology, step: int) -> str:
+        """What to do about a run that is asked to stop, on every rank; empty where it goes on. Collective where a run that
+        ended after `step` steps could be continued: nowhere else is it looked at."""
+        if not self._config.schedule.opens(step):
+            return ""
+        from engine.megatron.handout import broadcast_bytes
+
+        asked = topology.rank == 0 and stop_request(self._config).exists()
+        return broadcast_bytes(b"--resume auto goes on" if asked else b"", topology.device).decode()
 
     def fine_tune(self, port: int) -> Iterator[Event]:
         """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""
@@ -328,6 +342,14 @@ def _checkpoints(config: RunConfig, topology: Topology) -> Checkpoints:
 def _commits(config: RunConfig, step: int, collapse: str) -> bool:
     """Whether the state after `step` steps is saved: when due, and before a stop where a run can go on from it."""
     return config.checkpoint_due(step) or bool(collapse and config.schedule.opens(step))
+
+
+def _early_end(config: RunConfig, step: int, collapse: str, stopped: str, saved: bool) -> SemionError | None:
+    """Why the run ends after `step` steps although more are asked for; None where it goes on."""
+    if collapse and step < config.run.steps:
+        state = "saved in a checkpoint" if saved else "not at a sync boundary, so the newest checkpoint stands"
+        return NumericsError(f"{collapse}; guard.action = 'stop' ended the run after {step} steps, {state}")
+    return PreemptedError(f"asked to stop: saved after {step} steps, {stopped}") if stopped else None
 
 
 def _resume(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> int:

@@ -12,6 +12,7 @@ from engine.commands.common import runnable, shown, write_figures
 from engine.config import RunConfig
 from engine.errors import ConfigError, InferenceError
 from engine.options import Source
+from engine.placement import Part
 
 
 def evaluate_model(options: argparse.Namespace) -> None:
@@ -68,7 +69,8 @@ def _sample_sets(
     for name, found in prompts.items():
         print(f"{name}: {found}", flush=True)
     done, names = {}, {source.reward for source, _ in due.values()}
-    with Cluster(config, verbose=options.verbose) as cluster:
+    parts: tuple[Part, ...] = ("engines", "reward_engine") if "model" in names else ("engines",)
+    with Cluster(config, parts=parts, verbose=options.verbose) as cluster:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         reward_engine = cluster.start_reward_engine() if "model" in names else None
         with open_rewards(config, reward_engine, names) as reward:
@@ -121,7 +123,7 @@ def generate(options: argparse.Namespace) -> None:
     questions = load_questions(options.questions)
     prompts = prompts_of(config, questions)
     name = options.name or Path(config.model.path).resolve().name
-    with Cluster(config, verbose=options.verbose) as cluster:
+    with Cluster(config, parts=("engines",), verbose=options.verbose) as cluster:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         completions = sample_answers(config, prompts, pool)
     lengths = [len(completion.token_ids) for completion in completions]

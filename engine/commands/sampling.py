@@ -30,7 +30,7 @@ def rollout(options: argparse.Namespace) -> None:
     prompts, figures = load_mixture(config), []
     part = output.with_name(output.name + ".part")  # the name is the output's when all of it is there
     part.unlink(missing_ok=True)
-    with Cluster(config, verbose=options.verbose) as cluster, ExitStack() as stack:
+    with Cluster(config, parts=("engines", "reward_engine"), verbose=options.verbose) as cluster, ExitStack() as stack:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         reward = stack.enter_context(open_rewards(config, cluster.start_reward_engine()))
         ledger = JsonlLedger(part)

@@ -97,7 +97,7 @@ def reward_model(options: argparse.Namespace) -> Iterator[Reward]:
     source = {"train": options.file, "reward": "model"}
     config = RunConfig.model_validate(unused | {"data": source, "reward_model": table})
     Conversations(config.reward_model)
-    with Cluster(config) as cluster:
+    with Cluster(config, parts=("reward_engine",)) as cluster:
         engine = cluster.start_reward_engine()
         assert engine is not None
         with closing(ModelReward(engine, config.reward_model.timeout_seconds)) as reward:

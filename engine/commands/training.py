@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from engine.commands.common import evaluation_note, print_evaluations, runnable, write_figures
 from engine.config import RunConfig, dump_config
-from engine.errors import ConfigError
+from engine.errors import ConfigError, PreemptedError
 from engine.files import locked
 
 
@@ -22,7 +25,7 @@ def train(options: argparse.Namespace) -> None:
     if config.sft.checkpoint_out is not None:
         raise ConfigError(f"sft.checkpoint_out is for `semion sft`; found {config.sft.checkpoint_out!r}: remove it")
     directory = config.run_directory
-    with locked(directory):
+    with locked(directory), preemptible(config):
         resume = options.resume == "auto" and latest(directory / "checkpoints") is not None
         if not resume:
             check_fresh(config, may_start_over=options.resume == "auto")
@@ -50,6 +53,38 @@ def fine_tune(options: argparse.Namespace) -> None:
             summary = show(config, "sft", 0, cluster.fine_tune())
         print(f"checkpoint: {config.sft.checkpoint_out}")
         write_figures(summary, config.run_directory / "summary.json", options.json)
+
+
+@contextmanager
+def preemptible(config: RunConfig) -> Iterator[None]:
+    """While entered, SIGTERM or SIGUSR1 (what srun passes on) has the run save and end where a run can go on from: before the
+    next sync, or offline the next chunk of rollouts. A second one ends it at once. Both are a PreemptedError."""
+    from engine.worker import stop_request
+
+    request, asked = stop_request(config), 0
+    request.unlink(missing_ok=True)
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            raise KeyboardInterrupt  # the one exception that comes out of a wait in Ray
+        request.touch()
+        os.write(2, b"semion: asked to stop: the run will save and end where it can go on from; a second time: at once\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if asked < 2:
+            raise
+        raise PreemptedError(
+            "asked twice to stop: the newest checkpoint stands, and --resume auto goes on from it, or starts over without one"
+        ) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        request.unlink(missing_ok=True)
 
 
 def check_fresh(config: RunConfig, *, may_start_over: bool) -> None:

@@ -79,7 +79,7 @@ def open_topology(
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        device = torch.device("cuda", rank % torch.cuda.device_count())
+        device = torch.device("cuda", 0)  # whoever starts this process puts its own device first
         torch.cuda.set_device(device)
     else:
         device = cpu_device.CPU

@@ -136,3 +136,15 @@ def configure(seed_model: Callable[[str], Path], sums: Path) -> Callable[..., Ru
 def run_config(configure: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., RunConfig]:
     """`configure` in the test's own folder."""
     return partial(configure, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def semi_online(
+    configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunConfig, str]:
+    """A finished semi-online DPO run at tensor-parallel 2 with two engines, and what it printed."""
+    from tests.e2e.test_commands import SEMI_ONLINE, semion, written
+
+    folder = tmp_path_factory.mktemp("semi_online")
+    config = configure(folder, *SEMI_ONLINE)
+    return config, semion("train", written(config, folder), "--json", str(folder / "summary.json"))

@@ -32,6 +32,7 @@ SEMI_ONLINE = [
     "inference.engines=2",
     "checkpoint.every=2",
 ]
+FINAL = "checkpoints/step_00000004/policy/model.safetensors"
 
 
 def command(*arguments: str) -> list[str]:
@@ -57,14 +58,6 @@ def rows(config: RunConfig, name: str) -> list[dict[str, Any]]:
 
 def untimed(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not any(part in k for part in TIMES)} for row in metrics]
-
-
-@pytest.fixture(scope="module")
-def semi_online(configure: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, str]:
-    """A finished semi-online DPO run at tensor-parallel 2 with two engines, and what it printed."""
-    folder = tmp_path_factory.mktemp("semi_online")
-    config = configure(folder, *SEMI_ONLINE)
-    return config, semion("train", written(config, folder), "--json", str(folder / "summary.json"))
 
 
 def test_every_rollout_comes_from_the_version_of_its_interval(semi_online: tuple[RunConfig, str]) -> None:
@@ -154,8 +147,29 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
     ours, theirs = (json.loads((c.run_directory / "summary.json").read_text()) for c in (config, whole))
     assert ours["evaluations"] == theirs["evaluations"], "the accuracy before training survives the resume"
-    final = "checkpoints/step_00000004/policy/model.safetensors"
-    assert (config.run_directory / final).read_bytes() == (whole.run_directory / final).read_bytes()
+    assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_happened(
+    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
+) -> None:
+    """Asked before the first step, it ends at the first sync boundary; checkpoint.every would have it save at the end only."""
+    whole, _ = semi_online
+    config = run_config(*SEMI_ONLINE[:-1], directory="asked")
+    file, log = written(config, tmp_path), tmp_path / "log"
+    run = subprocess.Popen(command("train", file), stdout=log.open("wb"), stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 300
+    while "starting 2 trainer ranks" not in log.read_text():
+        assert time.monotonic() < deadline and run.poll() is None, log.read_text()[-2000:]
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=300) == 75, log.read_text()[-2000:]
+    assert "asked to stop: saved after 2 steps, --resume auto goes on" in log.read_text()
+    assert (config.run_directory / "checkpoints" / "LATEST").read_text() == "step_00000002"
+    semion("train", file, "--resume", "auto")
+    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
+    assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
+    assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
 
 
 def test_evaluations_between_syncs_judge_the_newest_weights_and_change_no_bit(
@@ -171,8 +185,7 @@ def test_evaluations_between_syncs_judge_the_newest_weights_and_change_no_bit(
     }.items()
     assert rows(config, "rollouts.jsonl") == rows(plain, "rollouts.jsonl")
     assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(plain, "metrics.jsonl"))
-    final = "checkpoints/step_00000004/policy/model.safetensors"
-    assert (config.run_directory / final).read_bytes() == (plain.run_directory / final).read_bytes()
+    assert (config.run_directory / FINAL).read_bytes() == (plain.run_directory / FINAL).read_bytes()
     means = {row["step"]: row["mean"] for row in evaluations if row["step"] in (2, 4)}
     best = max(sorted(means), key=lambda step: means[step])
     assert (config.run_directory / "checkpoints" / "BEST").read_text() == f"step_{best:08d}"
@@ -222,8 +235,7 @@ def test_offline_dpo_over_pipeline_stages_keeps_the_seed_weights_and_can_be_prol
     semion("train", file, "--resume", "auto")
     assert rows(other, "rollouts.jsonl") == rows(config, "rollouts.jsonl")
     assert untimed(rows(other, "metrics.jsonl")) == untimed(rows(config, "metrics.jsonl"))
-    final = "checkpoints/step_00000004/policy/model.safetensors"
-    assert (other.run_directory / final).read_bytes() == (config.run_directory / final).read_bytes()
+    assert (other.run_directory / FINAL).read_bytes() == (config.run_directory / FINAL).read_bytes()
     assert {row["version"] for row in rows(config, "rollouts.jsonl")} == {0}
     judged = [(row["step"], row["version"]) for row in rows(other, "evaluations.jsonl")]
     assert judged == [(step, step) for step in range(5)], "between its ends it evaluates newer weights than the seed's"

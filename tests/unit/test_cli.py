@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -18,12 +19,14 @@ from engine import cli
 from engine.checkpoint import Checkpoints
 from engine.commands import training
 from engine.commands.common import runnable
-from engine.config import dump_config, load_config
-from engine.errors import InferenceError
+from engine.commands.training import preemptible
+from engine.config import RunConfig, dump_config, load_config
+from engine.errors import InferenceError, PreemptedError
 from engine.files import locked
 from engine.observe.sinks import JsonlLedger, MetricsWriter
 from engine.rewards.routed import RoutedReward
 from engine.types import Completion
+from engine.worker import stop_request
 from tests.unit.test_pool import FakeEngine
 from tests.unit.test_rollouts import Parity
 from tools.make_reward_model import make_reward_model
@@ -177,7 +180,7 @@ def test_rollouts_that_failed_half_way_leave_no_output_and_can_be_made_again(
             super().close()
 
     monkeypatch.setattr("engine.observe.sinks.JsonlLedger", Ledger)
-    monkeypatch.setattr("engine.cluster.Cluster", lambda config, verbose: cluster)
+    monkeypatch.setattr("engine.cluster.Cluster", lambda config, **_: cluster)
     monkeypatch.setattr("engine.rewards.routed.open_rewards", lambda config, engine: RoutedReward({"math": Parity()}))
     cluster.__exit__.return_value = False
     output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
@@ -269,6 +272,39 @@ def test_an_interrupt_says_how_to_go_on(file, monkeypatch, complaint):
 
     monkeypatch.setattr(cli, "load_config", interrupted)
     assert "continues with --resume auto" in complaint(130, "check", file)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_first_signal_leaves_a_request_and_a_second_one_ends_the_run_to_be_continued(tmp_path, number):
+    config = RunConfig.model_validate(
+        {"run": {"directory": str(tmp_path), "steps": 4}, "model": {"path": "unused"}, "data": {"train": "unused"}}
+        | {"sampling": {"max_tokens": 8}}
+    )
+    before = signal.getsignal(number)
+    stop_request(config).touch()  # of a run that was killed before it looked
+    seen = []
+
+    def signalled_twice() -> None:
+        with preemptible(config):
+            for _ in range(2):
+                seen.append(stop_request(config).exists())
+                os.kill(os.getpid(), number)
+
+    with pytest.raises(PreemptedError, match="newest checkpoint stands") as caught:
+        signalled_twice()
+    assert seen == [False, True]
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(number) == before
+    assert not stop_request(config).exists()
+
+
+def test_an_interrupt_is_no_request_to_stop(tmp_path):
+    config = RunConfig.model_validate(
+        {"run": {"directory": str(tmp_path), "steps": 4}, "model": {"path": "unused"}, "data": {"train": "unused"}}
+        | {"sampling": {"max_tokens": 8}}
+    )
+    with pytest.raises(KeyboardInterrupt), preemptible(config):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "a.toml", "--resume", "never"]])

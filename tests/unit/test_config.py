@@ -122,6 +122,7 @@ HELD_OUT = ["data.held_out=a.jsonl"]
 BEST_BY = ("checkpoint.best_by", "evaluation.every")
 # overrides that break one rule; then the two options or the option it names, the value found, the fix
 COMBINATIONS = [
+    (["sync.transport=ipc", "cluster.nodes=2"], "sync.transport", "cluster.nodes", "found cluster.nodes = 2", "use 'auto'"),
     (["sync.sync_interval=4", "checkpoint.every=10"], "checkpoint.every", "sync.sync_interval", "10 and 4", "use 8"),
     (["sync.sync_interval=4", "checkpoint.every=3"], "checkpoint.every", "sync.sync_interval", "3 and 4", "use 4"),
     (["checkpoint.best_by=reward", "checkpoint.every=4", "evaluation.every=2"], *BEST_BY, "None, 4 and 2", "set all"),

@@ -1,0 +1,107 @@
+"""Where the processes of a run go: the node and the GPUs of every trainer rank, of every engine and of the reward engine, as
+a pure function of the configuration. It starts nothing and looks at no machine; cluster.py carries it out.
+
+Whoever comes first takes the first node with room: trainer ranks in order, a tensor-parallel group inside one node; engines,
+each inside one node, after them, or, where inference.placement is 'colocated', on the trainer's GPUs from the first again;
+then the reward engine, on a GPU of its own in either case, for it judges while the others work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.config import RunConfig
+from engine.errors import ConfigError
+
+Part = Literal["trainer", "engines", "reward_engine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """The place of one process; without GPUs its numbers only say how full a node is."""
+
+    node: int
+    gpus: tuple[int, ...]  # its own, counted within the node
+
+    def visible(self, devices: Sequence[str]) -> str:
+        """CUDA_VISIBLE_DEVICES on a node with these devices: its own first, then the others, whose memory it may open."""
+        others = [device for gpu, device in enumerate(devices) if gpu not in self.gpus]
+        return ",".join([*(devices[gpu] for gpu in self.gpus), *others])
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The seats of a run's processes; empty or None for what it does not start."""
+
+    ranks: tuple[Seat, ...]
+    engines: tuple[Seat, ...]
+    reward_engine: Seat | None
+
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """All of them."""
+        return (*self.ranks, *self.engines, *((self.reward_engine,) if self.reward_engine else ()))
+
+
+def training_parts(config: RunConfig) -> tuple[Part, ...]:
+    """What training starts: supervised training and a run from disk without held-out problems have no engines."""
+    samples = config.sft.checkpoint_out is None and config.uses_engines
+    return ("trainer", "engines", "reward_engine") if samples else ("trainer",)
+
+
+def place(config: RunConfig, parts: tuple[Part, ...]) -> Placement:
+    """The seats of these parts. ConfigError when they do not fit cluster.nodes * cluster.gpus_per_node."""
+    trainer, inference = config.trainer, config.inference
+    free = [list(range(config.cluster.gpus_per_node)) for _ in range(config.cluster.nodes)]
+    ranks: list[Seat] = []
+    for first in range(0, trainer.world_size if "trainer" in parts else 0, trainer.tensor_parallel):
+        group = _take(free, trainer.tensor_parallel)
+        if group is None:
+            ranks_of = f"{trainer.world_size} trainer ranks (trainer.tensor_parallel = {trainer.tensor_parallel})"
+            raise _full(config, f"{ranks_of}, of which {first} have a place")
+        ranks += [Seat(group.node, (gpu,)) for gpu in group.gpus]
+    colocated = inference.placement == "colocated" and bool(ranks)
+    room = [[s.gpus[0] for s in ranks if s.node == node] for node in range(config.cluster.nodes)] if colocated else free
+    engines: list[Seat] = []
+    for _ in range(inference.engines if "engines" in parts else 0):
+        seat = _take(room, inference.tensor_parallel)
+        if seat is None:
+            wanted = f"inference.engines = {inference.engines} of inference.tensor_parallel = {inference.tensor_parallel}"
+            wanted += f", of which {len(engines)} have a place"
+            raise _crowded(trainer.world_size, wanted) if colocated else _full(config, wanted, len(ranks))
+        engines.append(seat)
+    reward_engine = None
+    if "reward_engine" in parts and config.reward_model.path is not None:
+        reward_engine = _take(free, 1)
+        if reward_engine is None:
+            taken = len(ranks) + (0 if colocated else len(engines) * inference.tensor_parallel)
+            raise _full(config, "the reward engine (reward_model.path) with a GPU of its own", taken)
+    return Placement(tuple(ranks), tuple(engines), reward_engine)
+
+
+def _take(free: list[list[int]], count: int) -> Seat | None:
+    """The first `count` free GPUs of the first node that has as many."""
+    for node, gpus in enumerate(free):
+        if len(gpus) >= count:
+            seat = Seat(node, tuple(gpus[:count]))
+            del gpus[:count]
+            return seat
+    return None
+
+
+def _full(config: RunConfig, wanted: str, taken: int = 0) -> ConfigError:
+    nodes, gpus = config.cluster.nodes, config.cluster.gpus_per_node
+    beside = f" beside {taken} GPUs in use" if taken else ""
+    return ConfigError(
+        f"cluster.nodes * cluster.gpus_per_node must hold every process, tensor-parallel ranks inside one node; found {nodes} "
+        f"* {gpus} and{beside} {wanted}: raise cluster.nodes, or make the layout smaller"
+    )
+
+
+def _crowded(num_ranks: int, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"inference.placement = 'colocated' needs every engine inside one node of the trainer's GPUs; found {num_ranks} "
+        f"trainer ranks and {wanted}: lower inference.engines or inference.tensor_parallel"
+    )

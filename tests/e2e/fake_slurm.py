@@ -1,0 +1,81 @@
+"""Not a test: stands in for Slurm's sbatch, srun and scontrol on one machine, as far as tools/slurm uses them. Nodes are named
+by addresses of the loopback network. As in Slurm, USR1 to srun goes to its tasks alone, TERM kills them, and whatever a task
+has started ends with its step."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.contained import become_subreaper, leftovers
+
+NODES = ("127.0.0.2", "127.0.0.3")
+ROLES = ("sbatch", "srun", "scontrol")
+FOLDER = "FAKE_SLURM"  # environment variable: where the stand-in keeps its spool and its records
+
+
+def install(folder: Path) -> dict[str, str]:
+    """Makes the three commands in `folder`; the environment that finds them before any other."""
+    (folder / "bin").mkdir(parents=True)
+    for role in ROLES:
+        program = folder / "bin" / role
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m {__name__} {role} "$@"\n')
+        program.chmod(0o755)
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"PATH": path, FOLDER: str(folder), "SLURM_JOB_ID": str(os.getpid())}
+
+
+def sbatch(arguments: list[str]) -> None:
+    """Becomes the batch shell: on the first node, from a copy of the script as in Slurm's spool."""
+    nodes, script, *rest = arguments
+    copy = shutil.copy(script, Path(os.environ[FOLDER]) / "slurm_script")
+    os.environ.update(
+        SLURM_JOB_NUM_NODES=nodes.removeprefix("--nodes="),
+        SLURM_SUBMIT_DIR=os.getcwd(),
+        SLURM_CPUS_ON_NODE="1",
+        SLURMD_NODENAME=NODES[0],
+    )
+    os.execvp("bash", ["bash", str(copy), *rest])
+
+
+def srun(arguments: list[str]) -> int:
+    """Runs one task on each node of a step; the highest of their exit codes."""
+    assert os.environ["RAY_AUTH_TOKEN"] not in " ".join(arguments), "the token is on a command line"
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--overlap", action="store_true", required=True)
+    for option in ("--ntasks-per-node", "--cpus-per-task", "--mem", "--nodes", "--ntasks"):
+        parser.add_argument(option, type=int, required=True)
+    parser.add_argument("--nodelist")
+    parser.add_argument("--exclude")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    step = parser.parse_args(arguments)
+    job = NODES[: int(os.environ["SLURM_JOB_NUM_NODES"])]
+    chosen = [node for node in job if step.nodelist in (None, node) and node != step.exclude][: step.nodes]
+    assert len(chosen) == step.nodes == step.ntasks, arguments
+    become_subreaper()
+    tasks = [subprocess.Popen(step.command, env=os.environ | {"SLURMD_NODENAME": node}) for node in chosen]
+
+    def pass_on(number: int, _: object) -> None:
+        for task in tasks:
+            task.send_signal(signal.SIGKILL if number == signal.SIGTERM else number)
+
+    signal.signal(signal.SIGUSR1, pass_on)
+    signal.signal(signal.SIGTERM, pass_on)
+    codes = [task.wait() for task in tasks]
+    leftovers(0.0)
+    return max(code if code >= 0 else 128 - code for code in codes)
+
+
+def scontrol(arguments: list[str]) -> None:
+    """Writes down what was asked for."""
+    with (Path(os.environ[FOLDER]) / "scontrol").open("a") as record:
+        record.write(" ".join(arguments) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit({"sbatch": sbatch, "srun": srun, "scontrol": scontrol}[sys.argv[1]](sys.argv[2:]))

@@ -1,0 +1,54 @@
+"""tools/slurm/train.sbatch under a stand-in for Slurm, with everything else real: two Ray nodes, trainer ranks on one and
+engines on the other, a signal, a requeue, and the weights of a run on one node."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.config import RunConfig
+from tests.e2e import fake_slurm
+from tests.e2e.test_commands import FINAL, SEMI_ONLINE, Make, rows, untimed, written
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "tools/slurm/train.sbatch"
+pytestmark = pytest.mark.timeout(900)
+
+
+def until(condition: Callable[[], bool], job: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits for something the job does; fails with its log when it ends before, or takes five minutes."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline and job.poll() is None, log.read_text()[-4000:]
+        time.sleep(0.05)
+
+
+def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_one_node(
+    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
+) -> None:
+    whole, _ = semi_online
+    config = run_config(*SEMI_ONLINE, "cluster.gpus_per_node=2", directory="job")
+    environment, log = fake_slurm.install(tmp_path / "slurm"), tmp_path / "log"
+    command = ["sbatch", "--nodes=2", SCRIPT, written(config, tmp_path), "algorithm.beta=0.1"]
+    record = tmp_path / "slurm" / "scontrol"
+
+    def submit() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+
+    job = submit()
+    until(lambda: "starting 2 trainer ranks" in log.read_text(), job, log)
+    job.send_signal(signal.SIGUSR1)  # what --signal sends to the batch shell ahead of the time limit
+    assert job.wait(timeout=300) == 75, log.read_text()[-4000:]
+    assert "asked to stop: saved after 2 steps" in log.read_text()
+    assert record.read_text() == f"requeue {environment['SLURM_JOB_ID']}\n"
+    assert (config.run_directory / "checkpoints" / "LATEST").read_text() == "step_00000002"
+    assert submit().wait(timeout=300) == 0, log.read_text()[-4000:]
+    assert len(record.read_text().splitlines()) == 1, "a finished job is not requeued"
+    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
+    assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
+    assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()

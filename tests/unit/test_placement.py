@@ -1,0 +1,170 @@
+"""Where processes go: no GPU twice, tensor-parallel ranks inside one node, everything in order, and a sentence where it does
+not fit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from engine.cluster import Cluster, Node, devices, interface_of
+from engine.config import RunConfig
+from engine.errors import ConfigError
+from engine.placement import Part, Placement, Seat, place, training_parts
+
+ALL: tuple[Part, ...] = ("trainer", "engines", "reward_engine")
+
+
+def make(**tables) -> RunConfig:
+    tree = {
+        "run": {"directory": "unused", "steps": 4},
+        "model": {"path": "unused"},
+        "data": {"train": "unused"},
+        "sampling": {"max_tokens": 8},
+    }
+    return RunConfig.model_validate(tree | tables)
+
+
+@st.composite
+def layouts(draw) -> RunConfig:
+    size = st.integers(1, 4)
+    judged = {"data": {"train": "unused", "reward": "model"}, "reward_model": {"path": "unused"}} if draw(st.booleans()) else {}
+    return make(
+        trainer={"tensor_parallel": draw(size), "pipeline_parallel": draw(size), "data_parallel": draw(size)},
+        inference={
+            "engines": draw(st.integers(1, 8)),
+            "tensor_parallel": draw(size),
+            "placement": draw(st.sampled_from(["disaggregated", "colocated"])),
+        },
+        cluster={"nodes": draw(st.integers(1, 12)), "gpus_per_node": draw(st.integers(1, 8))},
+        **judged,
+    )
+
+
+def cells(seats: tuple[Seat, ...]) -> list[tuple[int, int]]:
+    return [(seat.node, gpu) for seat in seats for gpu in seat.gpus]
+
+
+def fitting(config: RunConfig) -> Placement:
+    try:
+        return place(config, ALL)
+    except ConfigError:
+        assume(False)
+        raise
+
+
+@given(layouts())
+def test_no_gpu_is_given_twice_and_everything_is_in_the_cluster(config):
+    found = fitting(config)
+    colocated = config.inference.placement == "colocated"
+    ranks, engines = cells(found.ranks), cells(found.engines)
+    own = cells((found.reward_engine,) if found.reward_engine else ())
+    for together in (ranks + own, engines + own, ranks if colocated else ranks + engines):
+        assert len(set(together)) == len(together)
+    assert set(engines) <= set(ranks) or not colocated
+    assert all(n < config.cluster.nodes and g < config.cluster.gpus_per_node for n, g in ranks + engines + own)
+    assert bool(found.reward_engine) is (config.reward_model.path is not None)
+
+
+@given(layouts())
+def test_ranks_and_engines_are_whole_and_tensor_parallel_ranks_share_a_node(config):
+    found, trainer = fitting(config), config.trainer
+    assert len(found.ranks) == trainer.world_size
+    assert len(found.engines) == config.inference.engines
+    assert all(len(seat.gpus) == 1 for seat in found.ranks)
+    assert all(len(seat.gpus) == config.inference.tensor_parallel for seat in found.engines)
+    for first in range(0, trainer.world_size, trainer.tensor_parallel):
+        assert len({seat.node for seat in found.ranks[first : first + trainer.tensor_parallel]}) == 1
+    assert cells(found.ranks) == sorted(cells(found.ranks)), "ranks fill nodes in order"
+    assert found.ranks[0] == Seat(0, (0,)), "rank 0 is on the head, where the command is"
+
+
+@given(layouts())
+def test_a_wide_node_for_each_group_and_engine_is_always_enough(config):
+    widest = max(config.trainer.tensor_parallel, config.inference.tensor_parallel)
+    units = config.trainer.world_size + config.inference.engines + 1
+    text = config.model_dump() | {"cluster": {"nodes": units, "gpus_per_node": max(widest, config.cluster.gpus_per_node)}}
+    text["inference"] |= {"placement": "disaggregated"}
+    assert place(RunConfig.model_validate(text), ALL).ranks
+
+
+def test_examples_of_eight_gpus_a_node():
+    config = make(
+        trainer={"tensor_parallel": 4, "data_parallel": 3}, inference={"engines": 2, "tensor_parallel": 4}, cluster={"nodes": 3}
+    )
+    found = place(config, ALL)
+    assert [seat.node for seat in found.ranks] == [0] * 8 + [1] * 4
+    assert found.engines == (Seat(1, (4, 5, 6, 7)), Seat(2, (0, 1, 2, 3)))
+    alone = place(config, ("engines",))
+    assert (alone.ranks, alone.engines[0]) == ((), Seat(0, (0, 1, 2, 3))), "without a trainer its GPUs are free"
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"trainer": {"data_parallel": 9}}, "found 1 * 8 and 9 trainer ranks (trainer.tensor_parallel = 1), of which 8"),
+        ({"trainer": {"tensor_parallel": 16}, "cluster": {"nodes": 4}}, "found 4 * 8 and 16 trainer ranks"),
+        (
+            {"trainer": {"data_parallel": 6}, "inference": {"engines": 2, "tensor_parallel": 2}},
+            "beside 6 GPUs in use inference.engines = 2 of inference.tensor_parallel = 2, of which 1 have a place",
+        ),
+        (
+            {"trainer": {"data_parallel": 2}, "inference": {"engines": 3, "placement": "colocated"}},
+            "every engine inside one node of the trainer's GPUs; found 2 trainer ranks and inference.engines = 3",
+        ),
+        (
+            {
+                "trainer": {"data_parallel": 8},
+                "inference": {"placement": "colocated"},
+                "data": {"train": "unused", "reward": "model"},
+                "reward_model": {"path": "unused"},
+            },
+            "beside 8 GPUs in use the reward engine (reward_model.path) with a GPU of its own",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_options_and_numbers(tables, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        place(make(**tables), ALL)
+
+
+def test_a_process_sees_its_own_gpus_first_and_then_the_others():
+    assert Seat(0, (2, 3)).visible(["4", "5", "6", "7"]) == "6,7,4,5"
+
+
+@pytest.mark.parametrize(("named", "found"), [(None, ("0", "1")), ("6,7", ("6", "7")), ("", ("0", "1"))])
+def test_gpus_have_the_names_that_cuda_was_told(monkeypatch, named, found):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert devices(2.0) == found
+    assert devices(0) == ()
+
+
+def test_a_node_with_fewer_gpus_than_are_placed_on_it_is_named():
+    config = make(cluster={"nodes": 2}, trainer={"data_parallel": 8})
+    cluster = Cluster(config)
+    cluster._nodes = [Node("a", "10.0.0.1", "eth0", tuple("01234567")), Node("b", "10.0.0.2", "eth0", ())]
+    with pytest.raises(ConfigError, match=r"found 8, and 0 on 10\.0\.0\.2"):
+        cluster._check_devices(place(config, ALL))
+
+
+def test_the_interface_is_the_one_that_carries_the_address():
+    assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
+    with pytest.raises(ConfigError, match=r"no interface with 198\.51\.100\.7"):
+        interface_of("198.51.100.7")
+
+
+def test_supervised_training_starts_no_engine():
+    assert training_parts(make(sft={"checkpoint_out": "unused"})) == ("trainer",)
+    assert training_parts(make()) == ALL
+
+
+def test_several_nodes_are_refused_without_a_token(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    cluster = Cluster(make(cluster={"nodes": 2}))
+    with pytest.raises(ConfigError, match="found RAY_AUTH_MODE = 'disabled' and RAY_AUTH_TOKEN unset"):
+        cluster.__enter__()
