@@ -37,6 +37,7 @@ def broken_rules(config: Options) -> list[str]:
             f"trainer.first_stage_layers and trainer.last_stage_layers need trainer.pipeline_parallel > 1; found {ends[0]} "
             f"and {ends[1]} with 1 stage: remove them"
         )
+    broken += broken_placement_rules(c)
     broken += broken_data_rules(c)
     if c.rewards.function is None and any(source.reward == "function" for source in c.data.sources):
         broken.append(
@@ -52,6 +53,23 @@ def broken_rules(config: Options) -> list[str]:
         broken.append(
             "sync.reference = 'follow' copies the policy at weight syncs, and sync.sync_interval = 'never' has none; found "
             "both: set sync.reference to 'never' or a number of steps"
+        )
+    return broken
+
+
+def broken_placement_rules(c: Options) -> list[str]:
+    """The same for where trainer and engines stand."""
+    broken = []
+    colocated = c.inference.placement == "colocated"
+    if colocated and c.cluster.nodes > 1:
+        broken.append(
+            f"inference.placement = 'colocated' needs cluster.nodes = 1, for its weight sync goes through the memory of one "
+            f"machine; found {c.cluster.nodes}: set placement to 'disaggregated', or nodes to 1"
+        )
+    if colocated and c.sync.transport == "nccl":
+        broken.append(
+            "sync.transport = 'nccl' cannot join a trainer and an engine on one GPU; found it with inference.placement = "
+            "'colocated': use 'auto'"
         )
     return broken
 
