@@ -174,7 +174,8 @@ class Publisher:
         try:
             if self._transport is None:
                 meeting = Rendezvous(self._host, self._port, self._plan.num_members, self._timeout, self._epoch)
-                self._transport = open_transport(self._terms.transport, self._store, self._place.rank, meeting)
+                lasting = self._source.parameters.values()
+                self._transport = open_transport(self._terms.transport, self._store, self._place.rank, meeting, lasting)
             self._sender.send(self._source.parameters, self._transport, deadline)
         except (TransportError, WeightSyncError, RuntimeError, OSError) as error:
             reasons.append(f"trainer rank {self._place.rank}: {error}")

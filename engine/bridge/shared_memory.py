@@ -1,9 +1,11 @@
 """A transport between members on one machine: a sender copies into a window that the receiver has mapped too, and gloo carries
 only the words "filled" and "emptied". A window is two slots of anonymous shared memory, or of a GPU's memory by CUDA IPC
-(unverified on a GPU): so it also joins a trainer and an engine on one GPU, which NCCL cannot.
+(unverified on a GPU): so it also joins a trainer and an engine on one GPU, which NCCL cannot, or on two of one machine.
 
 The copy goes through memory twice, once on each side; in return nothing passes through a socket. A window stays for as long
-as the channel: two slots of the largest message of its pair, rounded up to a power of two, beside the staging memory.
+as the channel: two slots of the largest message of its pair, rounded up to a power of two, beside the staging memory. What
+lies in memory that the sender lends for as long as the channel (a GPU's parameters) passes through no window: the receiver
+copies it from where it is.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import base64
 import json
 import os
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from engine.bridge.transport import Deadline, Gloo, Pending, Rendezvous, Transpo
 SLOTS = 2
 FILLED, EMPTIED = 0, 1  # lanes of words
 PAGE = 1 << 20  # the least size of a slot
+LENT = -1  # in the place of a slot: what was filled is part of a lent storage
 
 
 class Ipc:
@@ -29,17 +33,39 @@ class Ipc:
 
     depth = SLOTS
 
-    def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
+    def __init__(
+        self, store: dist.Store, member: int, meeting: Rendezvous, lasting: Iterable[torch.Tensor] = ()
+    ) -> None:
+        """`lasting`: tensors whose memory stays as it is while a message from it is under way; it is held until `close`."""
         self._store, self._member = store, member
         self._words = Gloo(dist.PrefixStore("words", store), member, meeting)
         self._outgoing: dict[int, _Window] = {}
         self._incoming: dict[int, _Window] = {}
         self._sent: dict[int, deque[Pending]] = {}  # gloo drops a word whose handle is dropped before the peer asked for it
         self._old: list[_Window] = []
+        storages = [tensor.untyped_storage() for tensor in lasting if can_lend(tensor)]
+        self._lent = {storage.data_ptr(): storage for storage in storages}
+        self._told: list[int] = []  # where those begin that have been named to the peers, by number
+        self._borrowed: dict[tuple[int, int], torch.Tensor] = {}  # by peer and number
 
     def send(self, buffer: torch.Tensor, peer: int) -> Pending:
-        """Copies the buffer into the next slot, which is free: a member has no more than SLOTS messages under way."""
+        """Says where the buffer lies, or copies it into the next slot, which is free: a member has no more than SLOTS messages
+        under way."""
         data = buffer.view(-1).view(torch.uint8)
+        lent = data.untyped_storage().data_ptr() in self._lent
+        word = self._lend(data) if lent else self._fill(data, peer)
+        filled = self._words.send(word, peer, FILLED)
+        return _Emptied(filled, self._words.receive(torch.empty(1, dtype=torch.int64), peer, EMPTIED), word)
+
+    def _lend(self, data: torch.Tensor) -> torch.Tensor:
+        start = data.untyped_storage().data_ptr()
+        if start not in self._told:
+            self._store.set(f"lent {self._member} {len(self._told)}", json.dumps(handle(self._lent[start])))
+            self._told.append(start)
+        _settle(data.device)
+        return torch.tensor([self._told.index(start), LENT, data.data_ptr() - start])
+
+    def _fill(self, data: torch.Tensor, peer: int) -> torch.Tensor:
         window = self._outgoing.get(peer)
         if window is None or window.slot_bytes < data.numel():
             number = 0
@@ -50,27 +76,36 @@ class Ipc:
             self._store.set(f"window {self._member} {peer} {number}", window.told())
         slot = window.next()
         window.memory[slot, : data.numel()].copy_(data)
-        _settle(data.device)
-        word = torch.tensor([window.number, slot])
-        filled = self._words.send(word, peer, FILLED)
-        return _Emptied(filled, self._words.receive(torch.empty(1, dtype=torch.int64), peer, EMPTIED), word)
+        _settle(window.memory.device)
+        return torch.tensor([window.number, slot, 0])
 
     def receive(self, buffer: torch.Tensor, peer: int) -> Pending:
-        """The copy out of the slot is made by `wait`."""
-        word = torch.empty(2, dtype=torch.int64)
+        """The copy out of the slot, or of what is lent, is made by `wait`."""
+        word = torch.empty(3, dtype=torch.int64)
         return _Filled(self, self._words.receive(word, peer, FILLED), word, buffer.view(-1).view(torch.uint8), peer)
 
     def empty(self, word: torch.Tensor, data: torch.Tensor, peer: int) -> None:
-        """Copies a filled slot of the peer's window and says so."""
-        number, slot = word.tolist()
+        """Copies what the peer has filled or lent, and says so."""
+        number, slot, start = word.tolist()
+        source = self._borrow(peer, number) if slot == LENT else self._window(peer, number)[slot]
+        data.copy_(source[start : start + data.numel()])
+        for tensor in (source, data):  # a copy between two GPUs runs on a stream of the source's
+            _settle(tensor.device)
+        words = self._sent.setdefault(peer, deque(maxlen=SLOTS + 1))
+        words.append(self._words.send(torch.zeros(1, dtype=torch.int64), peer, EMPTIED))
+
+    def _window(self, peer: int, number: int) -> torch.Tensor:
         window = self._incoming.get(peer)
         if window is None or window.number != number:
             told = self._store.get(f"window {peer} {self._member} {number}")
-            window = self._incoming[peer] = _Window.find(bytes(told), number, data.device)
-        data.copy_(window.memory[slot, : data.numel()])
-        _settle(data.device)
-        words = self._sent.setdefault(peer, deque(maxlen=SLOTS + 1))
-        words.append(self._words.send(torch.zeros(1, dtype=torch.int64), peer, EMPTIED))
+            window = self._incoming[peer] = _Window.find(bytes(told), number)
+        return window.memory
+
+    def _borrow(self, peer: int, number: int) -> torch.Tensor:
+        if (peer, number) not in self._borrowed:
+            told = json.loads(bytes(self._store.get(f"lent {peer} {number}")))
+            self._borrowed[peer, number] = opened(told)
+        return self._borrowed[peer, number]
 
     def close(self) -> None:
         """Gives up whatever is under way, and the windows."""
@@ -80,6 +115,8 @@ class Ipc:
         self._outgoing.clear()
         self._old.clear()
         self._incoming.clear()
+        self._borrowed.clear()
+        self._lent.clear()
 
 
 class _Window:
@@ -104,36 +141,18 @@ class _Window:
             return _Window(torch.empty(SLOTS, slot_bytes, dtype=torch.uint8, device=data.device), number)
         file = os.memfd_create("semion")  # anonymous: a killed process leaves nothing behind
         os.ftruncate(file, SLOTS * slot_bytes)
-        return _Window(_mapped(file, slot_bytes), number, file)
+        return _Window(_mapped(file, SLOTS * slot_bytes).view(SLOTS, slot_bytes), number, file)
 
     def told(self) -> str:
         """What the receiver needs to map it, as JSON."""
-        if self._file is not None:
-            path, inode = f"/proc/{os.getpid()}/fd/{self._file}", os.fstat(self._file).st_ino
-            return json.dumps({"path": path, "inode": inode, "slot_bytes": self.slot_bytes})
-        shared = self.memory.untyped_storage()._share_cuda_()
-        fields = [base64.b64encode(f).decode() if isinstance(f, bytes) else f for f in shared]
-        return json.dumps({"cuda": fields, "slot_bytes": self.slot_bytes})
+        shared = handle(self.memory.untyped_storage()) if self._file is None else file_handle(self._file)
+        return json.dumps(shared | {"slot_bytes": self.slot_bytes})
 
     @staticmethod
-    def find(told: bytes, number: int, device: torch.device) -> _Window:
+    def find(told: bytes, number: int) -> _Window:
         """The peer's window, mapped here."""
         known: dict[str, Any] = json.loads(told)
-        slot_bytes = int(known["slot_bytes"])
-        if "path" in known:
-            file = os.open(known["path"], os.O_RDWR)
-            try:
-                found = os.fstat(file)
-                if (found.st_ino, found.st_size) != (known["inode"], SLOTS * slot_bytes):
-                    raise OSError(f"{known['path']} is another file now")  # the peer has closed its window
-                return _Window(_mapped(file, slot_bytes), number)
-            finally:
-                os.close(file)
-        fields = [base64.b64decode(f) if isinstance(f, str) else f for f in known["cuda"]]
-        fields[0] = device.index  # the peer's number of the same GPU means nothing here
-        storage = torch.UntypedStorage._new_shared_cuda(*fields)
-        flat = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-        return _Window(flat.view(SLOTS, slot_bytes), number)
+        return _Window(opened(known).view(SLOTS, int(known["slot_bytes"])), number)
 
     def close(self) -> None:
         if self._file is not None:
@@ -166,9 +185,46 @@ class _Filled:
             raise TransportError(f"the peer's shared memory cannot be used: {first_line(error)}") from error
 
 
-def _mapped(file: int, slot_bytes: int) -> torch.Tensor:
-    path = f"/proc/self/fd/{file}"
-    return torch.from_file(path, shared=True, size=SLOTS * slot_bytes, dtype=torch.uint8).view(SLOTS, slot_bytes)
+def can_lend(tensor: torch.Tensor) -> bool:
+    """Whether another process can be told where the tensor lies; a CPU's ordinary memory has no name."""
+    return tensor.is_cuda
+
+
+def handle(storage: torch.UntypedStorage) -> dict[str, Any]:
+    """How another process finds a storage on a GPU: torch's IPC handle, and which GPU it is whatever its number there."""
+    device, *fields = storage._share_cuda_()
+    coded = [base64.b64encode(field).decode() if isinstance(field, bytes) else field for field in fields]
+    return {"gpu": str(torch.cuda.get_device_properties(device).uuid), "cuda": coded}
+
+
+def file_handle(file: int) -> dict[str, Any]:
+    """The same for an open file in memory."""
+    found = os.fstat(file)
+    return {"path": f"/proc/{os.getpid()}/fd/{file}", "inode": found.st_ino, "num_bytes": found.st_size}
+
+
+def opened(told: dict[str, Any]) -> torch.Tensor:
+    """What a handle names, mapped here as bytes; OSError where it is gone, or on a GPU that this process does not see."""
+    if "path" in told:
+        file = os.open(told["path"], os.O_RDWR)
+        try:
+            found = os.fstat(file)
+            if (found.st_ino, found.st_size) != (told["inode"], told["num_bytes"]):
+                raise OSError(f"{told['path']} is another file now")  # the peer has closed it
+            return _mapped(file, found.st_size)
+        finally:
+            os.close(file)
+    uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
+    if told["gpu"] not in uuids:
+        raise OSError(f"GPU {told['gpu']} is not visible here: every process of the machine must see all its GPUs")
+    device = uuids.index(told["gpu"])
+    fields = [base64.b64decode(field) if isinstance(field, str) else field for field in told["cuda"]]
+    storage = torch.UntypedStorage._new_shared_cuda(device, *fields)
+    return torch.empty(0, dtype=torch.uint8, device=f"cuda:{device}").set_(storage)
+
+
+def _mapped(file: int, num_bytes: int) -> torch.Tensor:
+    return torch.from_file(f"/proc/self/fd/{file}", shared=True, size=num_bytes, dtype=torch.uint8)
 
 
 def _settle(device: torch.device) -> None:

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -117,14 +117,17 @@ def own_address(meeting: Rendezvous) -> str:
         return str(probe.getsockname()[0])
 
 
-def open_transport(kind: Kind, store: dist.Store, member: int, meeting: Rendezvous) -> Transport:
-    """Joins the members of this epoch; collective over all of them. TransportError when they do not come in time."""
+def open_transport(
+    kind: Kind, store: dist.Store, member: int, meeting: Rendezvous, lasting: Iterable[torch.Tensor] = ()
+) -> Transport:
+    """Joins the members of this epoch; collective over all of them. `lasting`: tensors that this member sends from, which
+    stay where they are. TransportError when the others do not come in time."""
     epoch = dist.PrefixStore(f"epoch {meeting.epoch}", store)
     try:
         if kind == "ipc":
             from engine.bridge.shared_memory import Ipc
 
-            return Ipc(epoch, member, meeting)
+            return Ipc(epoch, member, meeting, lasting)
         return (Gloo if kind == "gloo" else Nccl)(epoch, member, meeting)
     except RuntimeError as error:
         raise TransportError(f"member {member} {UNMET}: {first_line(error)}") from error

@@ -374,7 +374,7 @@ def test_an_engine_that_sleeps_says_so_and_wakes_its_weights_before_and_its_cach
     engine.sleep()
     assert (engine._llm.turns, workers.calls) == (["sleep 2"], [("semion_release",)])
     for ask in (lambda: engine.submit([request("s")], 0), lambda: engine.log_probs([[1, 2]])):
-        with pytest.raises(InferenceError, match="engine 3 must serve .*; .*it sleeps until the next weight sync"):
+        with pytest.raises(InferenceError, match=r"engine 3 must serve .*; .*it sleeps until the next weight sync"):
             ask()
     workers.said = ["", "bucket 1 was not delivered"]
     with pytest.raises(WeightSyncError):

@@ -1,20 +1,28 @@
 """Real gloo connections on the loopback interface between two members in threads of this process: where they listen, that
-messages keep their order, that a member which closes or never comes ends the other's wait at once, and in which words.
+messages keep their order, that a member which closes or never comes ends the other's wait at once, and in which words. Then
+shared memory: what goes through a window and what is lent, and how a GPU's memory is named (a GPU itself: tests/gpu).
 """
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from engine.bridge import shared_memory
+from engine.bridge.shared_memory import handle, opened
 from engine.bridge.transport import (
     UNMET,
     Deadline,
+    Kind,
     Rendezvous,
     Transport,
     TransportError,
@@ -42,12 +50,13 @@ class Meeting:
     def rendezvous(self, seconds: float = LONG, epoch: int = 0) -> Rendezvous:
         return Rendezvous(HOST, self.port, self.num_members, seconds, epoch)
 
-    def open(self, epoch: int = 0) -> list[Transport]:
-        """All members' ends."""
+    def open(self, epoch: int = 0, kind: Kind = "gloo", lasting: tuple[torch.Tensor, ...] = ()) -> list[Transport]:
+        """All members' ends; `lasting` is member 0's."""
         found: dict[int, Transport] = {}
 
         def join(member: int) -> None:
-            found[member] = open_transport("gloo", self.stores[member], member, self.rendezvous(epoch=epoch))
+            lent = lasting if member == 0 else ()
+            found[member] = open_transport(kind, self.stores[member], member, self.rendezvous(epoch=epoch), lent)
 
         threads = [threading.Thread(target=join, args=(member,)) for member in range(self.num_members)]
         for thread in threads:
@@ -195,3 +204,96 @@ def test_a_message_is_a_group_of_one_and_a_refused_one_leaves_no_group_open() ->
     with pytest.raises(RuntimeError, match="connection closed"):
         grouped(Backend(), refuse)
     assert calls == ["start", "send", "end", "start", "end"]
+
+
+# -- shared memory
+
+
+@pytest.fixture
+def lasting(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tensor]:
+    """A tensor in a file of memory, which a member can lend as it would a GPU's parameter."""
+    file = os.memfd_create("lasting")
+    os.ftruncate(file, 4096)
+    tensor = torch.from_file(f"/proc/self/fd/{file}", shared=True, size=1024, dtype=torch.float32)
+    monkeypatch.setattr(shared_memory, "can_lend", lambda candidate: candidate is tensor)
+    monkeypatch.setattr(shared_memory, "handle", lambda storage: shared_memory.file_handle(file))
+    yield tensor
+    os.close(file)
+
+
+def pass_on(sender: Transport, receiver: Transport, content: torch.Tensor) -> torch.Tensor:
+    """Sends it; what arrived. The sender waits for as long as the receiver has not copied it."""
+    arrived = torch.zeros_like(content)
+    receiving, sending = receiver.receive(arrived, 0), sender.send(content, 1)
+    waiting = threading.Thread(target=sending.wait, args=(Deadline(LONG),))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive(), "its memory is free before it is copied"
+    receiving.wait(Deadline(LONG))
+    waiting.join(LONG)
+    assert not waiting.is_alive()
+    return arrived
+
+
+def test_what_is_lent_is_copied_from_where_it_lies_and_the_rest_goes_through_a_window(lasting: torch.Tensor) -> None:
+    """Several parts of one storage, named to the receiver once; another tensor between them; a new channel names it anew."""
+    meeting = Meeting(2)
+    for epoch in range(2):
+        ends: list[Any] = list(meeting.open(epoch, "ipc", (lasting,)))
+        for turn in range(2):
+            lasting.copy_(torch.arange(1024.0) + 10 * turn + epoch)
+            for part in (lasting[100:200], lasting[512:].view(2, 256), lasting):
+                assert torch.equal(pass_on(ends[0], ends[1], part), part)
+        assert (list(ends[0]._outgoing), len(ends[1]._borrowed)) == ([], 1)
+        other = torch.randn(300)
+        assert torch.equal(pass_on(ends[0], ends[1], other), other)
+        assert (list(ends[0]._outgoing), len(ends[1]._borrowed)) == ([1], 1)
+        assert torch.equal(pass_on(ends[0], ends[1], lasting[7:9]), lasting[7:9])
+        for end in ends:
+            end.close()
+
+
+def test_on_a_cpu_nothing_is_lent() -> None:
+    """Ordinary memory has no name: a parameter goes through a window."""
+    parameter = torch.randn(50)
+    one, other = Meeting(2).open(0, "ipc", (parameter,))
+    assert torch.equal(pass_on(one, other, parameter), parameter)
+    assert list(vars(one)["_outgoing"]) == [1]
+    one.close()
+    other.close()
+
+
+GPUS = ["GPU-a", "GPU-b", "GPU-c"]  # as the receiver numbers them
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """GPUs without memory; with what torch was asked to open a handle."""
+    asked: list[tuple[Any, ...]] = []
+
+    def refuse(*fields: Any) -> None:
+        asked.append(fields)
+        raise RuntimeError("no memory here")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(GPUS))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=GPUS[index]))
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared_cuda", refuse)
+    return asked
+
+
+def test_a_gpus_memory_is_found_by_the_gpus_uuid(gpus: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sender's number of it, 0, is another one here; torch's handles survive JSON."""
+    fields = (b"\xffhandle", 4096, 512, b"counter", 3, b"event", True)
+    sender: Any = SimpleNamespace(_share_cuda_=lambda: (0, *fields))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{'cab'[index]}"))
+        told = json.loads(json.dumps(handle(sender)))
+    with pytest.raises(RuntimeError, match="no memory here"):
+        opened(told)
+    assert gpus == [(2, *fields)]
+
+
+def test_a_gpu_that_is_not_visible_is_named(gpus: list[tuple[Any, ...]]) -> None:
+    with pytest.raises(OSError, match=r"^GPU GPU-d is not visible here: every process of the machine must see all"):
+        opened({"gpu": "GPU-d", "cuda": []})
+    assert gpus == []
