@@ -279,8 +279,11 @@ def test_a_record_comes_before_the_steps_checkpoint():
     schedule = SyncSchedule(1, "never", num_steps=2, offline_chunk=16)
     steps = train(
         *(schedule, world, world, world),
-        **{"start": 0, "taking_turns": False, "checkpoint": world.checkpoint},
-        **{"evaluation_due": lambda step: True, "evaluate": world.evaluate},
+        start=0,
+        taking_turns=False,
+        checkpoint=world.checkpoint,
+        evaluation_due=lambda step: True,
+        evaluate=world.evaluate,
     )
     next(steps)
     assert world.log[-1] == "train scored batch 0"
