@@ -33,7 +33,7 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
     "run": {"steps", "directory"},
     "sync": {"timeout_seconds", "bucket_mebibytes"},
     "trainer": {"timeout_seconds"},
-    "inference": {"timeout_seconds"},
+    "inference": {"placement", "timeout_seconds"},
     "rewards": {"workers"},
     "reward_model": {"timeout_seconds"},
     "checkpoint": {"keep", "best_by"},

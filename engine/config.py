@@ -47,6 +47,18 @@ class RunConfig(Options):
         return any(self.evaluation_due(step) and not self.schedule.sync_due(step) for step in steps)
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether engines stand on the trainer's devices and sleep while it trains."""
+        return self.uses_engines and self.inference.placement == "colocated"
+
+    @property
+    def keeps_seed(self) -> bool:
+        """Whether the generator is given the seed's weights again: offline, where newer ones have been judged in between, or
+        where it has slept before the next chunk of prompts."""
+        again = self.evaluates_between_syncs or (self.takes_turns and self.run.steps > self.schedule.offline_chunk)
+        return self.sync.sync_interval == "never" and again
+
+    @property
     def uses_engines(self) -> bool:
         """Whether anything is sampled: rollouts, unless they are replayed, and held-out answers."""
         return self.data.replay is None or any(source.held_out is not None for source in self.data.sources)

@@ -2,7 +2,8 @@
 publisher, and a few things to do on the way. Every trainer rank runs it in step with the others.
 
 Consumes: the batch of each step. Produces: one record a step, yielded as soon as the step is done. Waits for: the
-rollouts of the step (`source.next`) and, at a sync, for every engine to verify the new weights (`publisher.publish`).
+rollouts of the step (`source.next`), at a sync for every engine to verify the new weights (`publisher.publish`), and where
+engines and trainer share devices for the engines to rest (`publisher.rest`).
 """
 
 from __future__ import annotations
@@ -59,8 +60,14 @@ class Source(Protocol):
 class Publisher(Protocol):
     """The way from the policy to the pool."""
 
+    serves: int | None  # the version that the engines serve; None while they rest
+
     def publish(self, version: int) -> Record:
-        """Returns when every engine serves `version`; says what it cost."""
+        """Returns when every engine serves `version`, woken where it rested; says what it cost."""
+        ...
+
+    def rest(self) -> None:
+        """Lets the engines sleep, with nothing in flight, until the next `publish`; nothing where they do already."""
         ...
 
 
@@ -83,12 +90,15 @@ def train(
     publisher: Publisher,
     *,
     start: int,
+    taking_turns: bool,
     checkpoint: Callable[[int], None],
     evaluation_due: Callable[[int], bool],
     evaluate: Callable[[int], None],
     window: Window,
 ) -> Iterator[Record]:
     """Runs steps start .. schedule.num_steps - 1 and yields a record for each.
+
+    `taking_turns`: engines stand on the trainer's devices, so they finish what they were asked for and rest before it trains.
 
     All three are called with the number of steps done so far; `checkpoint(step)` decides for itself whether anything is
     due. A checkpoint comes before the sync of the same step. `evaluate(step)` judges the newest weights, which are in the
@@ -104,24 +114,23 @@ def train(
         if evaluation_due(step):
             paused = time.monotonic()
             with phase(Phase.EVALUATION):
-                if schedule.sync_due(step):
-                    evaluate(step)
-                else:
-                    _evaluate_between_syncs(step, schedule, policy, source, publisher, evaluate)
+                if not schedule.sync_due(step):
+                    _lend(step, schedule, source, publisher)
+                evaluate(step)
             started += time.monotonic() - paused  # an evaluation is no part of a step's time
         if schedule.reference_due(step):
             policy.refresh_reference()
         if steps := schedule.opens(step):
+            if publisher.serves != schedule.version(step):  # offline: newer weights were judged, or the engines rest
+                with policy.as_seed(), phase(Phase.PUBLISH):
+                    publisher.publish(0)
             source.open(steps)
             window.submitted(steps)
         with phase(Phase.WAIT):
+            if taking_turns:
+                record |= _pass_the_turn(steps, source, publisher)
             batch, rollouts = source.next(step)
-        trained = time.monotonic()
-        with phase(Phase.SCORE):
-            batch = policy.score(batch)
-        with phase(Phase.TRAIN):
-            record |= rollouts | policy.train_step(batch)
-        record["train_seconds"] = time.monotonic() - trained
+        record |= rollouts | _learn(policy, batch)
         record["step_seconds"] = time.monotonic() - started
         yield _finished(record)
         with phase(Phase.CHECKPOINT):
@@ -132,24 +141,31 @@ def train(
         evaluate(schedule.num_steps)
 
 
-def _evaluate_between_syncs(
-    step: int,
-    schedule: SyncSchedule,
-    policy: Policy,
-    source: Source,
-    publisher: Publisher,
-    evaluate: Callable[[int], None],
-) -> None:
-    """Lends the newest weights to the pool. No rollout changes by it: those of the interval are complete before, and the
-    next ones are asked for after the sync that ends the interval, or offline after the seed's weights are back."""
+def _learn(policy: Policy, batch: Batch) -> Record:
+    started = time.monotonic()
+    with phase(Phase.SCORE):
+        batch = policy.score(batch)
+    with phase(Phase.TRAIN):
+        record = policy.train_step(batch)
+    return record | {"train_seconds": time.monotonic() - started}
+
+
+def _lend(step: int, schedule: SyncSchedule, source: Source, publisher: Publisher) -> None:
+    """Lends the newest weights to the pool. No rollout changes by it: those of the interval are complete before, and the next
+    ones are asked for after the sync that ends the interval, or offline after the seed's weights are back."""
     with phase(Phase.WAIT):
         source.settle(schedule.in_flight(step))
     with phase(Phase.PUBLISH):
         publisher.publish(step)
-    evaluate(step)
-    if schedule.sync_interval == "never":
-        with policy.as_seed(), phase(Phase.PUBLISH):
-            publisher.publish(0)
+
+
+def _pass_the_turn(opened: range, source: Source, publisher: Publisher) -> Record:
+    """The engines complete the rollouts of the steps just opened and give their memory back."""
+    started = time.monotonic()
+    if opened:
+        source.settle(opened)
+    publisher.rest()
+    return {"rollout_seconds": time.monotonic() - started} if opened else {}
 
 
 def fine_tune(policy: Policy, source: Source, *, num_steps: int, window: Window) -> Iterator[Record]:

@@ -41,6 +41,7 @@ def broken_rules(config: Options) -> list[str]:
         broken.append(
             f"sync.transport = 'ipc' shares the memory of one machine; found cluster.nodes = {c.cluster.nodes}: use 'auto'"
         )
+    broken += broken_placement_rules(c)
     broken += broken_data_rules(c)
     if c.rewards.function is None and any(source.reward == "function" for source in c.data.sources):
         broken.append(
@@ -80,6 +81,23 @@ def broken_profile_rules(c: Options) -> list[str]:
         broken.append(
             f"profile.engines must be of the inference.engines, counted from 0; found {list(p.engines)} and "
             f"{c.inference.engines}: leave out what is beyond"
+        )
+    return broken
+
+
+def broken_placement_rules(c: Options) -> list[str]:
+    """The same for where trainer and engines stand."""
+    broken = []
+    colocated = c.inference.placement == "colocated"
+    if colocated and c.cluster.nodes > 1:
+        broken.append(
+            f"inference.placement = 'colocated' needs cluster.nodes = 1, for its weight sync goes through the memory of one "
+            f"machine; found {c.cluster.nodes}: set placement to 'disaggregated', or nodes to 1"
+        )
+    if colocated and c.sync.transport == "nccl":
+        broken.append(
+            "sync.transport = 'nccl' cannot join a trainer and an engine on one GPU; found it with inference.placement = "
+            "'colocated': use 'auto'"
         )
     return broken
 

@@ -79,7 +79,7 @@ class TrainerRank:
         desk = Desk(config, engines, reward_engine, start) if engines is not None else None
         publisher: loop.Publisher = _NoEngines()
         if config.uses_engines:
-            publisher = _Publisher(open_publisher(config, policy, topology, self._host, desk.pool if desk else None))
+            publisher = _Publisher(open_publisher(config, policy, topology, self._host, desk.pool if desk else None), topology)
         source = _Source(config, topology, desk.source if desk else None)
 
         def checkpoint(step: int) -> None:
@@ -109,6 +109,7 @@ class TrainerRank:
             source,
             publisher,
             start=start,
+            taking_turns=config.takes_turns,
             checkpoint=checkpoint,
             evaluation_due=config.evaluation_due,
             evaluate=evaluate,
@@ -264,20 +265,36 @@ class _SupervisedSource:
 class _Publisher:
     """The bridge's publisher, saying what a sync cost in the loop's words."""
 
-    def __init__(self, publisher: Publisher) -> None:
-        self._publisher = publisher
+    def __init__(self, publisher: Publisher, topology: Topology) -> None:
+        self._publisher, self._topology = publisher, topology
+        self.serves: int | None = 0  # engines load the seed model
 
     def publish(self, version: int) -> dict[str, float]:
+        if self.serves is None and self._topology.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps, the engines need to wake
         report = self._publisher.publish(version)
+        self.serves = version
         repeated = {"sync_attempts": float(report.attempts)} if report.attempts > 1 else {}
         return {"sync_seconds": report.seconds, "sync_mebibytes": report.num_bytes / 2**20} | repeated
+
+    def rest(self) -> None:
+        if self.serves is not None:
+            self._publisher.rest()
+            self.serves = None
 
 
 class _NoEngines:
     """A publisher for a run that samples nothing."""
 
+    serves: int | None = 0
+
     def publish(self, version: int) -> dict[str, float]:
         return {}
+
+    def rest(self) -> None:
+        """Nobody is there."""
 
 
 def _plan(config: RunConfig, policy: Policy) -> Any:
@@ -311,16 +328,21 @@ def open_publisher(config: RunConfig, policy: Policy, topology: Topology, host: 
         engine=engine_layout(config.inference),
         nodes=tuple(tuple(i for i, node in enumerate(numbers) if node == n) for n in range(max(numbers) + 1)),
         bucket_bytes=config.sync.bucket_mebibytes << 20,
-        transport=_transport(config.sync.transport, topology.device.type),
+        transport=_transport(config, topology.device.type),
     )
     return Publisher(policy, topology, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
 
 
-def _transport(asked: str, device: str) -> Any:
+def _transport(config: RunConfig, device: str) -> Any:
     """What carries a sync; ConfigError for a transport that cannot carry what is on this device."""
-    fits = ("nccl",) if device == "cuda" else ("gloo", "ipc")  # nothing places a trainer and an engine on one GPU yet
+    asked, placement = config.sync.transport, config.inference.placement
+    # NCCL cannot join two members on one GPU, and a window needs both to see the GPU that it lies on.
+    fits = ("gloo", "ipc") if device != "cuda" else ("ipc",) if placement == "colocated" else ("nccl",)
     if asked not in ("auto", *fits):
-        raise ConfigError(f"sync.transport must be one of auto, {', '.join(fits)} on {device}; found {asked!r}: use 'auto'")
+        raise ConfigError(
+            f"sync.transport must be one of auto, {', '.join(fits)} on {device} with inference.placement = {placement!r}; "
+            f"found {asked!r}: use 'auto'"
+        )
     return fits[0] if asked == "auto" else asked
 
 

@@ -95,6 +95,10 @@ class Engines(Protocol):
         """See Pool.commit."""
         ...
 
+    def rest(self) -> None:
+        """See Pool.rest."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
@@ -149,6 +153,13 @@ class Publisher:
             if self._place.rank == 0:
                 log.warning("weight sync of version %d failed (attempt %d of %d): %s", version, attempt, SYNC_ATTEMPTS, reason)
         raise WeightSyncError(f"version {version} did not reach every engine in {SYNC_ATTEMPTS} attempts; the last: {reason}")
+
+    def rest(self) -> None:
+        """Lets every engine sleep until the next `publish`. Collective over the trainer ranks: none goes on before the engines'
+        memory is free. The channel stays."""
+        if self._pool is not None:
+            self._pool.rest()
+        dist.barrier()
 
     def _attempt(self, version: int, *, last: bool) -> str:
         """One try at a whole sync; why it failed, in the same words on every rank, or nothing."""

@@ -50,7 +50,8 @@ class Ipc:
         more than SLOTS messages under way."""
         data = _bytes_of(buffer)
         region, offset = self._place(data) if lasting and _can_be_shared(data) else self._fill(data, peer)
-        _settle(data.device)
+        for device in {data.device, region.storage.device}:  # a digest on the host may go through a window on a GPU
+            _settle(device)
         word = torch.tensor([region.number, offset])
         given = self._words.send(word, peer, GIVEN)
         return _Given(given, self._words.receive(torch.empty(1, dtype=torch.int64), peer, TAKEN), word)
@@ -64,7 +65,7 @@ class Ipc:
         """Copies what the word tells of, and says so."""
         number, offset = word.tolist()
         if (peer, number) not in self._mapped:
-            self._mapped[peer, number] = _found(json.loads(self._store.get(f"memory {peer} {number}")))
+            self._mapped[peer, number] = opened(json.loads(self._store.get(f"memory {peer} {number}")))
         source = self._mapped[peer, number]
         data.copy_(source[offset : offset + data.numel()])
         for tensor in (source, data):  # a copy between two GPUs runs on a stream of the source's
@@ -123,9 +124,7 @@ class _Region:
     def told(self) -> str:
         """What a peer needs to map it, as JSON; a CPU's storage moves into shared memory."""
         if self.storage.device.type != "cpu":
-            device, *fields = self.storage._share_cuda_()
-            coded = [base64.b64encode(field).decode() if isinstance(field, bytes) else field for field in fields]
-            return json.dumps({"gpu": str(torch.cuda.get_device_properties(device).uuid), "cuda": coded})
+            return json.dumps(handle(self.storage))
         file = self._file if self._file is not None else self.storage._share_fd_cpu_()[0]
         path, inode = f"/proc/{os.getpid()}/fd/{file}", os.fstat(file).st_ino
         return json.dumps({"path": path, "inode": inode, "bytes": self.storage.nbytes()})
@@ -164,7 +163,14 @@ class _Window:
         return self._turn * self.slot_bytes
 
 
-def _found(told: dict[str, Any]) -> torch.Tensor:
+def handle(storage: torch.UntypedStorage) -> dict[str, Any]:
+    """How another process finds a storage on a GPU: torch's IPC handle, and which GPU it is whatever its number there."""
+    device, *fields = storage._share_cuda_()
+    coded = [base64.b64encode(field).decode() if isinstance(field, bytes) else field for field in fields]
+    return {"gpu": str(torch.cuda.get_device_properties(device).uuid), "cuda": coded}
+
+
+def opened(told: dict[str, Any]) -> torch.Tensor:
     """A peer's region, mapped here: [bytes] uint8. OSError where it is gone, or on a GPU that this process does not see."""
     if "path" in told:
         file = os.open(told["path"], os.O_RDWR)

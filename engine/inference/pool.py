@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,7 +63,7 @@ class Pool:
         self._timeout = timeout_seconds
         self._lost: list[int] = []
         self._profiling: list[tuple[int, Future]] = []  # what engines were last told about a profile
-        self._version: int | None = 0  # engines load the seed model; None while a sync is under way or has failed
+        self._version: int | None = 0  # engines load the seed model; None while they sleep, a sync is under way or has failed
 
     def describe(self) -> list[dict[str, str]]:
         """Waits until every engine is up; the machine and the versions of each."""
@@ -80,7 +81,9 @@ class Pool:
     def version(self) -> int:
         """The committed version; InferenceError when a sync has failed and none is."""
         if self._version is None:
-            raise InferenceError("no weight version is committed in the pool: a weight sync is under way or has failed")
+            raise InferenceError(
+                "no weight version is committed in the pool: a weight sync is under way or has failed, or the engines sleep"
+            )
         return self._version
 
     # -- sampling
@@ -182,6 +185,13 @@ class Pool:
     def commit(self, version: int) -> None:
         """Serves `version`, which every engine has verified."""
         self._version = version
+
+    def rest(self) -> None:
+        """Lets every engine sleep, all within inference.timeout_seconds: none serves a version until the next `commit`."""
+        self._version = None
+        for engine, future in enumerate([handle.call("sleep") for handle in self._engines]):
+            with suppress(EngineLostError):  # nothing is in flight, and the next sync replaces it
+                self._result(future, engine, "sleep")
 
     def wait(self, futures: Sequence[Future], what: str) -> None:
         """Waits for one call of each engine."""

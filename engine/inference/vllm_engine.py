@@ -31,6 +31,8 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 IN_DOUBT = -1  # the version of weights that are not, or not yet, proven to be one
+WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps and wakes
+FORGETTING = 2  # vLLM's level of sleep that keeps nothing: a sync sends every byte again, and proves it
 
 
 class VllmEngine:
@@ -49,6 +51,7 @@ class VllmEngine:
         self._core = self._llm.llm_engine
         self._llm.update_weight_version("0")
         self._version = 0
+        self._asleep: list[str] = []
         self._open: dict[str, SampleRequest] = {}
         self._done: dict[str, Any] = {}
         self._busy_seconds, self._num_sampled = 0.0, 0
@@ -65,6 +68,7 @@ class VllmEngine:
         receive.register()
         config, path = self._config, self._config.model.path
         on_cpu = not torch.cuda.is_available()
+        shared = not on_cpu and config.inference.placement == "colocated"
         torch.set_num_threads(config.inference.threads)
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         self._end_ids = list(read_end_ids(path)) or [self._tokenizer.eos_token_id]
@@ -87,6 +91,8 @@ class VllmEngine:
             skip_tokenizer_init=True,
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=receive.BACKEND),
+            # The share sizes nothing where the KV cache has a size, but it must be free at the start: a trainer may be there.
+            **({"enable_sleep_mode": True, "gpu_memory_utilization": 0.01} if shared else {}),
         )
 
     def describe(self) -> dict[str, str]:
@@ -106,7 +112,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         if self._version != version:
-            serves = "no version: its last weight sync failed" if self._version == IN_DOUBT else f"version {self._version}"
+            serves = f"no version: {self._doubt()}" if self._version == IN_DOUBT else f"version {self._version}"
             raise InferenceError(f"engine {self._index} must serve version {version} to answer; it serves {serves}")
         if not self._open:
             self._llm.reset_prefix_cache()
@@ -176,7 +182,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         if self._version == IN_DOUBT or self._open:
-            why = "its last weight sync failed" if self._version == IN_DOUBT else f"{len(self._open)} requests are in flight"
+            why = self._doubt() if self._version == IN_DOUBT else f"{len(self._open)} requests are in flight"
             raise InferenceError(f"engine {self._index} must serve a version and be idle to score; {why}")
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
@@ -206,17 +212,38 @@ class VllmEngine:
 
     def receive(self, version: int, call: dict[str, Any]) -> int:
         """Receives, places and verifies a whole version on every worker, drops the prefix cache, and serves it; returns
-        it. Meanwhile, and after a failure, the engine answers no request. WeightSyncError says what went wrong;
-        EngineLostError where vLLM was left between two versions that no further sync can mend."""
+        it. An engine that sleeps wakes: its weights before, its KV cache after. Meanwhile, and after a failure, the engine
+        answers no request. WeightSyncError says what went wrong; EngineLostError where vLLM was left between two versions
+        that no further sync can mend."""
         if self._open:
             raise InferenceError(f"engine {self._index} has {len(self._open)} requests in flight at a weight sync")
         self._version = IN_DOUBT
+        self._wake(WEIGHTS)
         with phase(Phase.PLACE):
             reasons = self._llm.collective_rpc("semion_receive", args=(call,))
         if found := [f"worker {rank}: {why}" for rank, why in enumerate(reasons) if why]:
             error = EngineLostError if self._config.inference.packed_weights else WeightSyncError
             raise error("; ".join(found))
+        self._wake(KV_CACHE)
         self._llm.update_weight_version(str(version))
         self._llm.reset_prefix_cache()
         self._version = version
         return version
+
+    def sleep(self) -> None:
+        """Gives back the memory of weights and KV cache; the engine serves no version before the next `receive`.
+        InferenceError with requests in flight."""
+        if self._open:
+            raise InferenceError(f"engine {self._index} has {len(self._open)} requests in flight and cannot sleep")
+        self._version = IN_DOUBT
+        self._llm.sleep(level=FORGETTING)
+        self._llm.collective_rpc("semion_release")
+        self._asleep = [WEIGHTS, KV_CACHE]
+
+    def _wake(self, part: str) -> None:
+        if part in self._asleep:
+            self._llm.wake_up(tags=[part])
+            self._asleep.remove(part)
+
+    def _doubt(self) -> str:
+        return "it sleeps until the next weight sync" if WEIGHTS in self._asleep else "its last weight sync failed"

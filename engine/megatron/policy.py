@@ -76,7 +76,7 @@ class Policy:
         if objective.needs_reference:
             self.refresh_reference()
         self._seed: dict[str, torch.Tensor] = {}
-        if config.sync.sync_interval == "never" and config.evaluates_between_syncs:
+        if config.keeps_seed:
             frozen = objective.needs_reference and config.sync.reference == "never"  # then one copy is both
             self._seed = self._reference if frozen else self._copy()
 
@@ -89,7 +89,7 @@ class Policy:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def as_seed(self) -> AbstractContextManager[None]:
-        """While entered, the parameters are the seed model's, which an offline run with evaluations between its ends keeps."""
+        """While entered, the parameters are the seed model's, which an offline run keeps that publishes them again."""
         assert self._seed, "the seed model's weights are kept only where they are to be published again"
         return self.serving(self._seed)
 

@@ -191,6 +191,27 @@ def test_evaluations_between_syncs_judge_the_newest_weights_and_change_no_bit(
     assert (config.run_directory / "checkpoints" / "BEST").read_text() == f"step_{best:08d}"
 
 
+def test_engines_that_take_turns_with_the_trainer_change_no_bit(
+    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
+) -> None:
+    """Colocated: asleep they lose weights and KV cache, also between two evaluations; the run is resumed on the way."""
+    apart, _ = semi_online
+    colocated = ["inference.placement=colocated", "sync.transport=ipc", "evaluation.every=3"]
+    config = run_config(*SEMI_ONLINE, *colocated, directory="colocated")
+    file = written(config, tmp_path)
+    semion("train", file, "run.steps=2")
+    semion("train", file, "--resume", "auto")
+    metrics, theirs = rows(config, "metrics.jsonl"), rows(apart, "metrics.jsonl")
+    assert untimed(metrics) == untimed(theirs)
+    assert ["rollout_seconds" in row for row in metrics] == [True, False, True, False]
+    assert not any("rollout_seconds" in row for row in theirs)
+    assert rows(config, "rollouts.jsonl") == rows(apart, "rollouts.jsonl")
+    judged = [(row["step"], row["version"]) for row in rows(config, "evaluations.jsonl")]
+    assert judged == [(0, 0), (2, 2), (3, 3), (4, 4)]
+    final = "checkpoints/step_00000004/policy/model.safetensors"
+    assert (config.run_directory / final).read_bytes() == (apart.run_directory / final).read_bytes()
+
+
 def test_resume_refuses_another_run_and_altered_bits(semi_online: tuple[RunConfig, str], tmp_path: Path) -> None:
     config, _ = semi_online
     file = written(config, tmp_path)

@@ -177,15 +177,28 @@ class FakeLlm:
         config = SimpleNamespace(parallel_config=parallel, model_config=None)
         self.inbox = Inbox(None, config, torch.device("cpu"), self.model)  # type: ignore[arg-type, call-arg]
         self.worker = SimpleNamespace(
-            start_weight_update=lambda: None, finish_weight_update=lambda: None, update_weights=self.inbox.update_weights
+            start_weight_update=lambda: None,
+            finish_weight_update=lambda: None,
+            update_weights=self.inbox.update_weights,
+            device=torch.device("cpu"),
+            model_runner=SimpleNamespace(model=self.model, kv_caches=[]),
         )
         self.llm_engine = self
+        self.turns: list[str] = []  # how it was told to sleep and to wake
         self._version = "0"
         self._waiting: list[str] = []
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[str]:
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[str]:
         """Calls the worker."""
         return [getattr(SyncWorker, method)(self.worker, *args)]
+
+    def sleep(self, level: int) -> None:
+        """Notes it; the worker gives the weights' pages back."""
+        self.turns.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        """Notes it."""
+        self.turns += [f"wake {tag}" for tag in tags]
 
     def update_weight_version(self, version: str) -> None:
         """Labels what follows."""

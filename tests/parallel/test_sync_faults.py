@@ -4,17 +4,22 @@ one engine alone, in this process: what it refuses, and what it makes of its wor
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
+from engine.bridge.receive import release_pages
 from engine.errors import EngineLostError, InferenceError, WeightSyncError
 from engine.inference.pool import Pool
 from engine.inference.sampling import SampleRequest
@@ -193,6 +198,31 @@ def test_a_killed_engine_is_replaced_and_brought_up_to_date(cluster: Cluster, en
     assert clients.answers.wrong == 0
 
 
+def test_engines_that_sleep_refuse_everybody_and_wake_with_every_bit_sent(cluster: Cluster) -> None:
+    """Their weights are lost in between: what they then serve is what the sync brought."""
+    with Clients(cluster.engines, cluster.version) as clients:
+        for _ in range(3):
+            while True:
+                with suppress(InferenceError):  # a client's request may be in flight
+                    cluster.pool.rest()
+                    break
+            with pytest.raises(InferenceError, match="the engines sleep"):
+                assert cluster.pool.version
+            clients.expect(cluster.version + 1)
+            assert cluster.publish()[0] == 1
+            cluster.check()
+    assert clients.answers.wrong == 0
+
+
+def test_an_engine_that_is_lost_asleep_is_replaced_by_the_next_sync(cluster: Cluster) -> None:
+    cluster.pool.rest()
+    restarts = cluster.engines[1].restarts
+    cluster.engines[1].process.kill()
+    assert cluster.publish()[0] == 2
+    cluster.check()
+    assert cluster.engines[1].restarts == restarts + 1
+
+
 def test_a_stopped_engine_is_noticed_at_the_timeout_and_replaced(cluster: Cluster) -> None:
     cluster.arm(1, Fault("stop", 1))
     attempts, seconds = cluster.publish()
@@ -267,9 +297,9 @@ class Workers:
 
     def __init__(self) -> None:
         self.said: list[str] = ["", ""]
-        self.calls: list[tuple[str, Any]] = []
+        self.calls: list[tuple[Any, ...]] = []
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[str]:
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[str]:
         self.calls.append((method, *args))
         return self.said
 
@@ -332,6 +362,45 @@ def test_an_engine_with_requests_in_flight_receives_nothing(alone: Any) -> None:
     completions, _ = engine.collect(["r", "s"])
     assert [completion.version for completion in completions] == [0, 0]
     assert engine.receive(1, CALL) == 1
+
+
+def test_an_engine_that_sleeps_says_so_and_wakes_its_weights_before_and_its_cache_after_a_sync(alone: Any) -> None:
+    """Nothing is woken twice, also where the first attempt failed."""
+    engine, workers = alone()
+    engine.submit([request("r")], 0)
+    with pytest.raises(InferenceError, match="engine 3 has 1 requests in flight and cannot sleep"):
+        engine.sleep()
+    engine.collect(["r"])
+    engine.sleep()
+    assert (engine._llm.turns, workers.calls) == (["sleep 2"], [("semion_release",)])
+    for ask in (lambda: engine.submit([request("s")], 0), lambda: engine.log_probs([[1, 2]])):
+        with pytest.raises(InferenceError, match=r"engine 3 must serve .*; .*it sleeps until the next weight sync"):
+            ask()
+    workers.said = ["", "bucket 1 was not delivered"]
+    with pytest.raises(WeightSyncError):
+        engine.receive(2, CALL)
+    assert engine._llm.turns == ["sleep 2", "wake weights"], "the cache's memory is not needed yet"
+    with pytest.raises(InferenceError, match="its last weight sync failed"):
+        engine.submit([request("s")], 2)
+    workers.said = ["", ""]
+    assert engine.receive(2, CALL) == engine.receive(3, CALL) - 1 == 2
+    assert engine._llm.turns == ["sleep 2", "wake weights", "wake kv_cache"]
+    engine.submit([request("s")], 3)
+
+
+def test_pages_are_given_back_and_only_whole_ones_of_the_tensor() -> None:
+    """What lies beside it keeps its bits; its own whole pages read as zeros and can be written again."""
+    page = mmap.PAGESIZE
+    area = torch.from_numpy(np.frombuffer(mmap.mmap(-1, 8 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON), np.uint8))
+    area.fill_(7)
+    inner = torch.frombuffer(area.numpy()[page // 2 : -page // 2], dtype=torch.uint8)
+    release_pages(inner[page:])
+    kept = torch.cat([area[:page], area[-page:]])
+    assert (kept == 7).all()
+    assert not area[page:-page].any()
+    release_pages(torch.full((100,), 7, dtype=torch.uint8))
+    inner.fill_(9)
+    assert (inner == 9).all()
 
 
 def test_what_several_workers_say_is_told_together(alone: Any) -> None:

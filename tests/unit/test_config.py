@@ -17,6 +17,7 @@ from engine.errors import ConfigError
 from engine.rules import (
     broken_algorithm_rules,
     broken_data_rules,
+    broken_placement_rules,
     broken_profile_rules,
     broken_rollout_rules,
     broken_rules,
@@ -136,6 +137,14 @@ COMBINATIONS = [
     (["trainer.virtual_pipeline=2"], "trainer.virtual_pipeline", "trainer.pipeline_parallel", "found 2", "set it to 1"),
     (["trainer.last_stage_layers=2"], "trainer.first_stage_layers", "trainer.pipeline_parallel", "None and 2", "remove"),
     (["sync.sync_interval=never", "sync.reference=follow"], "sync.reference", "sync.sync_interval", "both", "'never'"),
+    (
+        ["inference.placement=colocated", "cluster.nodes=2"],
+        *("inference.placement = 'colocated'", "cluster.nodes = 1", "found 2", "set placement to 'disaggregated'"),
+    ),
+    (
+        ["inference.placement=colocated", "sync.transport=nccl"],
+        *("sync.transport = 'nccl'", "inference.placement", "found it with", "use 'auto'"),
+    ),
     (["data.reward=function"], "data.reward = 'function'", "rewards.function", "found none", "path/to/file.py:name"),
     (["rewards.function=a.py:f"], "rewards.function", "'function'", "'a.py:f' and sources with 'math'", "remove it"),
     (
@@ -193,8 +202,8 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 
 def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
-    functions = (broken_rules, broken_data_rules, broken_algorithm_rules, broken_rollout_rules, broken_profile_rules)
-    rules = "".join(map(inspect.getsource, functions))
+    others = (broken_data_rules, broken_placement_rules, broken_algorithm_rules, broken_rollout_rules, broken_profile_rules)
+    rules = "".join(map(inspect.getsource, (broken_rules, *others)))
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
 
 
@@ -218,6 +227,7 @@ def test_every_rule_on_combinations_has_a_case():
         ["algorithm.loss=group_dpo", "algorithm.alpha=0.001", "algorithm.normalize_length=true", "algorithm.reduction=pairs"],
         ["algorithm.pairing=length_matched", "algorithm.entropy_weight=1e-4"],
         ["profile.tool=torch", "profile.first_step=17", "profile.ranks=[1]", "trainer.tensor_parallel=2", "profile.engines=[]"],
+        ["inference.placement=colocated", "sync.transport=ipc"],
         ["data.reward=model", "reward_model.path=rm"],
         ["data.reward=model", "reward_model.path=rm", 'data.mix=[{train = "b"}]', "algorithm.pairing=best_worst"],
     ],
@@ -321,6 +331,26 @@ def test_what_is_due_follows_the_options(path):
     assert not ends.evaluates_between_syncs
     assert not load_config(path, [*every, "evaluation.every=10"]).evaluates_between_syncs
     assert not load_config(path, ["evaluation.every=2"]).evaluation_due(2), "nothing is held out"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        ([], False),
+        (["checkpoint.every=7"], False),
+        (["evaluation.every=5", *HELD_OUT], True),
+        (["inference.placement=colocated", "checkpoint.every=7"], True),
+        (["inference.placement=colocated", "checkpoint.every=20"], False),
+        (["inference.placement=colocated", "checkpoint.every=7", "data.replay=a.jsonl"], False),
+    ],
+)
+def test_the_seed_is_kept_where_the_generator_needs_it_again(path, overrides, kept):
+    """Offline: once newer weights were judged, and once engines on the trainer's devices have slept before a next chunk."""
+    config = load_config(path, [*overrides, "sync.sync_interval=never"])
+    assert config.keeps_seed is kept
+    assert config.takes_turns is (config.uses_engines and config.inference.placement == "colocated")
+    online = [override for override in overrides if "replay" not in override]
+    assert not load_config(path, [*online, "checkpoint.every=20"]).keeps_seed
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ from engine.schedule import SyncSchedule
 class World:
     """Policy, source and publisher of a run in one, with the weights' versions; `log` tells what was called."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, taking_turns: bool = False) -> None:
+        self.taking_turns = taking_turns
         self.log: list[str] = []
         self.windows: list[str] = []  # what the profile's window was told
         self.steps_done = 0
-        self.served = 0  # version in the pool
+        self.serves: int | None = 0  # version in the pool
         self.held: int | None = None  # version that stands in for the policy's own weights
         self.settled: set[int] = set()  # opened steps whose rollouts are complete
         self.judged: dict[int, int] = {}  # step -> version that was evaluated
@@ -33,15 +34,22 @@ class World:
         assert version == (self.steps_done if self.held is None else self.held), "what is sent is what the policy holds"
         assert self.sampled.keys() <= self.settled, "an engine refuses a sync with requests in flight"
         self.log.append(f"publish {version}")
-        self.served = version
+        self.serves = version
         return {"sync_seconds": 0.5}
+
+    def rest(self) -> None:
+        assert self.sampled.keys() <= self.settled, "an engine refuses to sleep with requests in flight"
+        if self.serves is not None:
+            self.log.append("rest")
+        self.serves = None
 
     def refresh_reference(self) -> None:
         self.log.append("reference")
 
     def open(self, steps: range) -> None:
+        assert self.serves is not None, "engines that rest refuse requests"
         self.log.append(f"open {steps.start}-{steps.stop - 1}")
-        self.sampled |= dict.fromkeys(steps, self.served)
+        self.sampled |= dict.fromkeys(steps, self.serves)
 
     def settle(self, steps: range) -> None:
         assert set(steps) == self.sampled.keys(), "what is in flight is what has been opened and not trained on"
@@ -63,6 +71,7 @@ class World:
         return f"scored {batch}"
 
     def train_step(self, batch: Any) -> dict[str, float]:
+        assert not self.taking_turns or self.serves is None, "engines have the trainer's devices"
         self.log.append(f"train {batch}")
         self.steps_done += 1
         return {"loss": 1.0}
@@ -78,7 +87,8 @@ class World:
 
     def evaluate(self, step: int) -> None:
         self.log.append(f"evaluate {step}")
-        self.judged[step] = self.served
+        assert self.serves is not None, "engines that rest refuse requests"
+        self.judged[step] = self.serves
 
     def run(
         self, schedule: SyncSchedule, start: int = 0, due: Callable[[int], bool] | None = None
@@ -92,6 +102,7 @@ class World:
             world,
             world,
             start=start,
+            taking_turns=self.taking_turns,
             checkpoint=self.checkpoint,
             evaluation_due=due or (lambda step: schedule.sync_due(step) or step == schedule.num_steps),
             evaluate=self.evaluate,
@@ -204,26 +215,65 @@ def test_offline_the_seed_comes_back_after_an_evaluation():
     assert world.log == [
         *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
         "settle 0", "publish 2", "evaluate 2", "publish 0", "open 2-3", *step_of(2),
-        "settle 1", "publish 3", "evaluate 3", "publish 0", *step_of(3),
+        "settle 1", "publish 3", "evaluate 3", *step_of(3),
         "publish 4",
     ]  # fmt: skip
     assert world.judged == {0: 0, 2: 2, 3: 3}
+
+
+def test_engines_on_the_trainers_devices_rest_while_it_trains():
+    """They complete the whole interval first; the sync wakes them."""
+    world = World(taking_turns=True)
+    records = world.run(SyncSchedule(2, "follow", num_steps=3, offline_chunk=16))
+    assert world.log == [
+        *sync_of(0), "open 0-1", "settle 2", "rest", *step_of(0), *step_of(1),
+        *sync_of(2), "reference", "open 2-2", "settle 1", "rest", *step_of(2),
+        *sync_of(3),
+    ]  # fmt: skip
+    assert ["rollout_seconds" in record for record in records] == [True, False, True]
+
+
+def test_engines_that_rest_wake_for_an_evaluation_and_rest_again():
+    world = World(taking_turns=True)
+    world.run(SyncSchedule(3, "never", num_steps=4, offline_chunk=16), due=lambda step: step in (1, 4))
+    assert world.log == [
+        "publish 0", "open 0-2", "settle 3", "rest", *step_of(0),
+        "settle 2", "publish 1", "evaluate 1", "rest", *step_of(1), *step_of(2),
+        "publish 3", "open 3-3", "settle 1", "rest", *step_of(3),
+        *sync_of(4),
+    ]  # fmt: skip
+
+
+def test_offline_engines_that_rest_get_the_seed_again_for_every_chunk():
+    """Not for a step within it; after a resume they have just loaded it."""
+    world, resumed = World(taking_turns=True), World(taking_turns=True)
+    schedule = SyncSchedule("never", "never", num_steps=4, offline_chunk=2)
+    world.run(schedule, due=lambda step: step == 3)
+    assert world.log == [
+        "publish 0", "open 0-1", "settle 2", "rest", *step_of(0), *step_of(1),
+        "publish 0", "open 2-3", "settle 2", "rest", *step_of(2),
+        "settle 1", "publish 3", "evaluate 3", "rest", *step_of(3),
+        "publish 4",
+    ]  # fmt: skip
+    resumed.run(schedule, start=2, due=lambda step: False)
+    assert resumed.log == ["open 2-3", "settle 2", "rest", *step_of(2), *step_of(3), "publish 4"]
 
 
 regimes = st.one_of(st.just("never"), st.integers(1, 12))
 semantics = st.sampled_from(["paper", "fairseq2"])
 
 
-@given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(1, 9), semantics)
-def test_evaluations_judge_the_newest_weights_and_change_nothing_else(interval, num_steps, chunk, every, counted):
-    """Whatever s is: the steps' calls and the versions that sample are those of a run that evaluates nothing."""
+@given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(1, 9), semantics, st.booleans())
+def test_evaluations_judge_the_newest_weights_and_change_nothing_else(interval, num_steps, chunk, every, counted, turns):
+    """Whatever s is, and whether or not engines rest: the steps' calls and the versions that sample are those of a run that
+    evaluates nothing on devices of its own."""
     schedule = SyncSchedule(interval, "never", num_steps, chunk, counted)
-    plain, watched = World(), World()
+    plain, watched = World(), World(taking_turns=turns)
     plain.run(schedule, due=lambda step: False)
     records = watched.run(schedule, due=lambda step: step % every == 0)
     assert watched.judged == {step: step for step in range(0, num_steps + 1, every)}
     assert watched.staleness == plain.staleness == {step: schedule.staleness(step) for step in range(num_steps)}
-    unwatched = ("publish", "settle", "evaluate")
+    unwatched = ("publish", "settle", "evaluate", "rest")
     assert [entry for entry in watched.log if not entry.startswith(unwatched)] == [
         entry for entry in plain.log if not entry.startswith(unwatched)
     ]
@@ -238,7 +288,11 @@ def test_a_record_comes_before_the_steps_checkpoint():
     schedule = SyncSchedule(1, "never", num_steps=2, offline_chunk=16)
     steps = train(
         *(schedule, world, world, world),
-        **{"start": 0, "checkpoint": world.checkpoint, "evaluation_due": lambda step: True, "evaluate": world.evaluate},
+        start=0,
+        taking_turns=False,
+        checkpoint=world.checkpoint,
+        evaluation_due=lambda step: True,
+        evaluate=world.evaluate,
         window=world,
     )
     next(steps)
@@ -260,7 +314,7 @@ def test_staleness_is_the_schedules_and_never_above_its_bound(interval, num_step
     assert world.staleness == expected == {step: schedule.staleness(step) for step in range(start, num_steps)}
     assert max(world.staleness.values(), default=0) < (num_steps if interval == "never" else interval)
     assert world.sampled == {}, "nothing was sampled in vain"
-    assert world.served == num_steps
+    assert world.serves == num_steps
 
 
 def test_supervised_training_asks_for_batches_and_trains():

@@ -21,7 +21,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
 # What the policy, the source and the publisher add; the end-to-end test holds real rows against the table
 ADDED = {
     *("step", "loss", "grad_norm", "learning_rate", "num_tokens", "target_tokens", "staleness", "skipped_share"),
-    *("wait_seconds", "train_seconds", "step_seconds", "sync_seconds", "sync_mebibytes", "sync_attempts"),
+    *("rollout_seconds", "wait_seconds", "train_seconds", "step_seconds", "sync_seconds", "sync_mebibytes", "sync_attempts"),
     *("reward_mean_math", "reward_mean_model", "reward_mean_function", "spare_prompts_used", "unused_prompts"),
 }
 ALGORITHMS: list[dict[str, Any]] = [

@@ -84,6 +84,9 @@ class FakeEngine:
         self.version = version
         return version
 
+    def sleep(self) -> None:
+        self.version = -1
+
     def log_probs(self, sequences: list[list[int]]) -> list[list[float]]:
         return [[-float(token) for token in sequence] for sequence in sequences]
 
@@ -144,6 +147,7 @@ def test_an_error_of_a_submission_surfaces_when_gathering():
         ("submit", "submit", lambda pool: pool.generate(requests(3))),
         ("collect", "collect", lambda pool: pool.generate(requests(3))),
         ("log_probs", "log_probs", lambda pool: pool.log_probs([[1]])),
+        ("sleep", "sleep", lambda pool: pool.rest()),
     ],
 )
 def test_a_late_engine_is_named_with_the_limit(method, what, ask):
@@ -220,6 +224,30 @@ def test_an_engine_that_did_not_verify_is_in_doubt_and_replaced_only_when_lost(e
     assert {completion.version for completion in pool.generate(requests(6))[0]} == {4}
     pool.replace_lost()
     assert [engine.restarts for engine in engines] == [0, int(restarted), 0], "nobody is lost twice"
+
+
+def test_engines_that_rest_serve_nothing_until_a_version_is_committed():
+    """All are told before any is waited for. One that is gone by then is left to the next sync, which replaces it."""
+    engines = [FakeEngine(), FakeEngine(failing={"sleep": LOST}), FakeEngine()]
+    pool = pool_at(2, *engines)
+    pool.rest()
+    assert [engine.methods[-1] for engine in engines] == ["sleep"] * 3
+    with pytest.raises(InferenceError, match="or the engines sleep"):
+        pool.submit([requests(1)])
+    engines[1].failing = {"receive": LOST}
+    assert set(pool.unverified(4, pool.receive(4, {}), 3.0)) == {1}
+    pool.replace_lost()
+    assert [engine.restarts for engine in engines] == [0, 1, 0]
+    engines[1].failing.clear()
+    assert pool.unverified(4, pool.receive(4, {}), 3.0) == {}
+    pool.commit(4)
+    assert {completion.version for completion in pool.generate(requests(6))[0]} == {4}
+
+
+def test_an_engine_that_cannot_sleep_ends_the_run():
+    refusal = InferenceError("engine 0 has 2 requests in flight and cannot sleep")
+    with pytest.raises(InferenceError, match="in flight"):
+        Pool([FakeEngine(failing={"sleep": refusal})], 5.0).rest()
 
 
 def test_the_word_of_every_engine_is_heard():

@@ -9,12 +9,13 @@ import logging
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from engine.bridge import shared_memory
-from engine.bridge.shared_memory import Ipc
+from engine.bridge.shared_memory import Ipc, handle, opened
 from engine.bridge.transport import Deadline, Rendezvous, TransportError, join_store, listen, serve_store
 
 HOST, LONG = "127.0.0.1", 20.0
@@ -108,3 +109,39 @@ def test_memory_that_is_not_there_any_more_is_said_in_words(ends: tuple[Ipc, Ipc
         ends[0].send(parameter, 1, lasting=True)
         with pytest.raises(TransportError, match=f"shared memory cannot be used: .*{words}"):
             receiving.wait(Deadline(LONG))
+
+
+GPUS = ["GPU-a", "GPU-b", "GPU-c"]  # as the receiver numbers them
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """GPUs without memory; with what torch was asked to open a handle."""
+    asked: list[tuple[Any, ...]] = []
+
+    def refuse(*fields: Any) -> None:
+        asked.append(fields)
+        raise RuntimeError("no memory here")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(GPUS))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=GPUS[index]))
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared_cuda", refuse)
+    return asked
+
+
+def test_a_gpus_memory_is_found_by_the_gpus_uuid(gpus: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sender's number of it, 0, is another one here; torch's handles survive JSON."""
+    fields = (b"\xffhandle", 4096, 512, b"counter", 3, b"event", True)
+    sender: Any = SimpleNamespace(_share_cuda_=lambda: (0, *fields))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{'cab'[index]}"))
+        told = json.loads(json.dumps(handle(sender)))
+    with pytest.raises(RuntimeError, match="no memory here"):
+        opened(told)
+    assert gpus == [(2, *fields)]
+
+
+def test_a_gpu_that_is_not_visible_is_named(gpus: list[tuple[Any, ...]]) -> None:
+    with pytest.raises(OSError, match=r"^GPU GPU-d is not visible here: every process of the machine must see all"):
+        opened({"gpu": "GPU-d", "cuda": []})
+    assert gpus == []
