@@ -127,6 +127,9 @@ class Sampling(Section):
     max_tokens: Positive = 2048
 
 
+FP8_ROWS = {"none": 1, "delayed": 16, "current": 16, "blockwise": 128}  # rows of a matrix that FP8 products ask for
+
+
 class Trainer(Section):
     """Layout of the policy over trainer ranks: world size = tensor * pipeline * data."""
 
@@ -152,6 +155,16 @@ class Trainer(Section):
     def world_size(self) -> int:
         """Number of trainer ranks."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @property
+    def row_block(self) -> int:
+        """Packed tokens that cannot be cut: sequence-parallel ranks get equal parts, FP8 products whole blocks each."""
+        return FP8_ROWS[self.fp8] * (self.tensor_parallel if self.sequence_parallel else 1)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of every packed row is a multiple of; overlap's buffers have one length for all rows."""
+        return self.microbatch_tokens if self.overlap_tensor_parallel else self.row_block
 
 
 class Optimizer(Section):

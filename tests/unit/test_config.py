@@ -14,7 +14,13 @@ from pydantic import ValidationError
 
 from engine.config import RunConfig, dump_config, load_config
 from engine.errors import ConfigError
-from engine.rules import broken_algorithm_rules, broken_data_rules, broken_rollout_rules, broken_rules
+from engine.rules import (
+    broken_algorithm_rules,
+    broken_data_rules,
+    broken_library_rules,
+    broken_rollout_rules,
+    broken_rules,
+)
 
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
 MAX_OPTIONS = 101
@@ -115,6 +121,13 @@ def test_a_wrong_option_is_one_sentence_with_key_rule_and_value(path, override, 
 HELD_OUT = ["data.held_out=a.jsonl"]
 BEST_BY = ("checkpoint.best_by", "evaluation.every")
 # overrides that break one rule; then the two options or the option it names, the value found, the fix
+TRANSFORMER_ENGINE = ["trainer.layers=transformer_engine", "model.dtype=bfloat16"]
+SEQUENCE_PARALLEL = ["trainer.sequence_parallel=true", "trainer.tensor_parallel=2"]
+OVERLAP = [*TRANSFORMER_ENGINE, *SEQUENCE_PARALLEL, "trainer.overlap_tensor_parallel=true"]
+SMALL_MOMENTS = [
+    *("optimizer.implementation=te", "optimizer.moment_dtype=bfloat16"),
+    *("trainer.distributed_optimizer=true", "model.dtype=bfloat16"),
+]
 COMBINATIONS = [
     (["sync.sync_interval=4", "checkpoint.every=10"], "checkpoint.every", "sync.sync_interval", "10 and 4", "use 8"),
     (["sync.sync_interval=4", "checkpoint.every=3"], "checkpoint.every", "sync.sync_interval", "3 and 4", "use 4"),
@@ -142,7 +155,32 @@ COMBINATIONS = [
         ["data.replay=a.jsonl", "sync.sync_interval=never", "sft.checkpoint_out=out"],
         *("sft.checkpoint_out", "data.train alone", "0 further sources and data.replay = 'a.jsonl'", "remove them"),
     ),
+    (["trainer.layers=transformer_engine"], "trainer.layers", "model.dtype = 'bfloat16'", "'float32'", "model.dtype"),
+    (["trainer.fp8=current"], "trainer.fp8", "trainer.layers", "'current' with 'local'", "fp8 = 'none'"),
+    (["trainer.fp8_parameters=true"], "trainer.fp8_parameters", "bit for bit", "found true", "trainer.fp8 computes"),
+    (
+        [*TRANSFORMER_ENGINE, "trainer.overlap_tensor_parallel=true"],
+        *("trainer.overlap_tensor_parallel", "sequence_parallel", "'transformer_engine' and False", "set both"),
+    ),
+    ([*OVERLAP, "trainer.fp8=blockwise"], "trainer.overlap_tensor_parallel", "'blockwise'", "found both", "'current'"),
+    (
+        [*OVERLAP, "trainer.fp8=delayed", "trainer.microbatch_tokens=8208"],
+        *("trainer.microbatch_tokens", "trainer.overlap_tensor_parallel", "found 8208", "use 8224"),
+    ),
+    (
+        ["optimizer.moment_dtype=fp8", "optimizer.implementation=te", "model.dtype=bfloat16"],
+        *("optimizer.moment_dtype", "optimizer.implementation", "'te', False and 'bfloat16'", "moment_dtype = 'float32'"),
+    ),
+    (["optimizer.offload_share=0.5"], "optimizer.offload_share", "distributed_optimizer", "0.5 with false", "to true"),
+    (
+        [*SMALL_MOMENTS, "optimizer.offload_share=1.0"],
+        *("optimizer.offload_share", "optimizer.moment_dtype", "1.0 with 'bfloat16'", "to 'float32'"),
+    ),
     (["sampling.max_tokens=4000"], "data.max_prompt_tokens", "inference.max_model_tokens", "1024 + 4000", "5024"),
+    (
+        [*TRANSFORMER_ENGINE, "trainer.fp8=blockwise", "trainer.microbatch_tokens=3199", "sampling.max_tokens=2050"],
+        *("trainer.microbatch_tokens", "one sequence", "3072 < 3074", "raise it"),
+    ),
     (["trainer.microbatch_tokens=3071"], "trainer.microbatch_tokens", "one sequence", "3071 < 3072", "raise it"),
     (["algorithm.alpha=0.01"], "algorithm.alpha", "algorithm.loss", "0.01 with 'dpo'", "set alpha to 0"),
     (["algorithm.pairing=best_worst", "algorithm.loss=grpo"], "algorithm.pairing", "loss", "'best_worst' with", "'random'"),
@@ -183,7 +221,8 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 
 def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
-    rules = "".join(map(inspect.getsource, (broken_rules, broken_data_rules, broken_algorithm_rules, broken_rollout_rules)))
+    tables = (broken_rules, broken_data_rules, broken_library_rules, broken_algorithm_rules, broken_rollout_rules)
+    rules = "".join(map(inspect.getsource, tables))
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
 
 
@@ -206,6 +245,10 @@ def test_every_rule_on_combinations_has_a_case():
         ["algorithm.loss=group_dpo", "algorithm.alpha=0.01", "algorithm.nll_weight=1.0", "algorithm.entropy_weight=3e-4"],
         ["algorithm.loss=group_dpo", "algorithm.alpha=0.001", "algorithm.normalize_length=true", "algorithm.reduction=pairs"],
         ["algorithm.pairing=length_matched", "algorithm.entropy_weight=1e-4"],
+        [*TRANSFORMER_ENGINE, "trainer.fp8=blockwise", "trainer.fuse_gradient_accumulation=true"],
+        [*OVERLAP, "trainer.fp8=delayed"],
+        SMALL_MOMENTS,
+        ["optimizer.implementation=apex", "optimizer.offload_share=0.5", "trainer.distributed_optimizer=true"],
         ["data.reward=model", "reward_model.path=rm"],
         ["data.reward=model", "reward_model.path=rm", 'data.mix=[{train = "b"}]', "algorithm.pairing=best_worst"],
     ],
