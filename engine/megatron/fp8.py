@@ -27,7 +27,7 @@ class Fp8Memory:
         if not config.fp8 or config.fp8_recipe != "delayed":
             return
         from megatron.core.fp8_utils import get_fp8_recipe
-        from transformer_engine.pytorch import LayerNormLinear, Linear
+        from transformer_engine.pytorch import LayerNormLinear, Linear, fp8_autocast
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
         FP8GlobalStateManager.reset()  # it lists the memories of every model made in this process, and would move them all
@@ -36,7 +36,8 @@ class Fp8Memory:
             for name, module in model.named_modules():
                 if isinstance(module, (Linear, LayerNormLinear)):
                     module.fp8_meta |= {"num_gemms": 1, "recipe": recipe}
-                    module.init_fp8_meta_tensors(recipe)
+                    with fp8_autocast(enabled=False, fp8_recipe=recipe):  # where it looks the recipe up once more
+                        module.init_fp8_meta_tensors(recipe)
                     for direction in DIRECTIONS:
                         state = module.fp8_meta[direction]
                         self.tensors |= {f"{index}.{name}.{direction}.{kind}": getattr(state, kind) for kind in MEMORIES}
