@@ -118,10 +118,11 @@ def broken_library_rules(c: Options) -> list[str]:
             f"'bfloat16'; found {o.moment_dtype!r} with {o.implementation!r}, {t.distributed_optimizer} and {c.model.dtype!r}: "
             f"set all three, or moment_dtype = 'float32'"
         )
-    if o.offload_share and not t.distributed_optimizer:
+    if o.offload_share and not (t.distributed_optimizer and c.model.dtype == "bfloat16"):
         broken.append(
-            f"optimizer.offload_share needs trainer.distributed_optimizer; found {o.offload_share} with false: set it to true, "
-            f"or offload_share to 0"
+            f"optimizer.offload_share needs trainer.distributed_optimizer and model.dtype = 'bfloat16', megatron-core cuts no "
+            f"other weights; found {o.offload_share} with {t.distributed_optimizer} and {c.model.dtype!r}: set both, or "
+            f"offload_share = 0"
         )
     if o.offload_share and o.moment_dtype != "float32":
         broken.append(

@@ -34,16 +34,15 @@ def check_libraries(trainer: Trainer, optimizer: Optimizer) -> None:
     """ConfigError naming the first option whose library, or the GPU it runs on, is not on this machine."""
     te, apex = ("Transformer Engine", "transformer_engine", INSTALL_TE), ("apex", "amp_C", INSTALL_APEX)
     fusion = ("apex", "fused_weight_gradient_mlp_cuda", INSTALL_APEX)
-    nothing = ("", "", "")
     asked = [
         (trainer.layers == "transformer_engine", "trainer.layers = 'transformer_engine'", te, "use 'local'"),
         (trainer.fuse_gradient_accumulation, "trainer.fuse_gradient_accumulation", fusion, "set it to false"),
         (optimizer.implementation == "te", "optimizer.implementation = 'te'", te, "use 'torch'"),
         (optimizer.implementation == "apex", "optimizer.implementation = 'apex'", apex, "use 'torch'"),
-        (optimizer.offload_share > 0, "optimizer.offload_share", nothing, "set it to 0"),
+        (optimizer.offload_share > 0, "optimizer.offload_share", te, "set it to 0"),  # megatron-core asks for its version
     ]
     for wanted, option, (library, module, install), otherwise in asked:
-        if wanted and library and find_spec(module) is None:
+        if wanted and find_spec(module) is None:
             raise ConfigError(f"{option} needs {library}; found no module {module}: {install}, or {otherwise}")
         if wanted and not torch.cuda.is_available():
             raise ConfigError(f"{option} needs a GPU; torch found none: run on a machine with one, or {otherwise}")

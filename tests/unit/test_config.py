@@ -171,7 +171,10 @@ COMBINATIONS = [
         ["optimizer.moment_dtype=fp8", "optimizer.implementation=te", "model.dtype=bfloat16"],
         *("optimizer.moment_dtype", "optimizer.implementation", "'te', False and 'bfloat16'", "moment_dtype = 'float32'"),
     ),
-    (["optimizer.offload_share=0.5"], "optimizer.offload_share", "distributed_optimizer", "0.5 with false", "to true"),
+    (
+        ["optimizer.offload_share=0.5", "trainer.distributed_optimizer=true"],
+        *("optimizer.offload_share", "model.dtype = 'bfloat16'", "0.5 with True and 'float32'", "set both"),
+    ),
     (
         [*SMALL_MOMENTS, "optimizer.offload_share=1.0"],
         *("optimizer.offload_share", "optimizer.moment_dtype", "1.0 with 'bfloat16'", "to 'float32'"),
@@ -248,7 +251,7 @@ def test_every_rule_on_combinations_has_a_case():
         [*TRANSFORMER_ENGINE, "trainer.fp8=blockwise", "trainer.fuse_gradient_accumulation=true"],
         [*OVERLAP, "trainer.fp8=delayed"],
         SMALL_MOMENTS,
-        ["optimizer.implementation=apex", "optimizer.offload_share=0.5", "trainer.distributed_optimizer=true"],
+        [*SMALL_MOMENTS[2:], "optimizer.implementation=apex", "optimizer.offload_share=0.5"],
         ["data.reward=model", "reward_model.path=rm"],
         ["data.reward=model", "reward_model.path=rm", 'data.mix=[{train = "b"}]', "algorithm.pairing=best_worst"],
     ],
