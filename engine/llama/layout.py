@@ -151,9 +151,7 @@ def trainer_layout(trainer: Trainer) -> TrainerLayout:
 def local_name(parameter: str) -> str:
     """What a trainer's parameter of a layer, or of the whole model, is called in megatron-core's local spec."""
     for local, fused in TRANSFORMER_ENGINE_NAMES.items():
-        suffix = fused.removeprefix(_MEGATRON)
-        if parameter.endswith(suffix):
-            return parameter.removesuffix(suffix) + local.removeprefix(_MEGATRON)
+        parameter = parameter.replace(fused.removeprefix(_MEGATRON), local.removeprefix(_MEGATRON))
     return parameter
 
 

@@ -46,7 +46,7 @@ def topology_of():
 
     from engine.megatron import topology
 
-    opened = []
+    opened: list[topology.Topology] = []
 
     def make(trainer):
         if opened:

@@ -46,7 +46,7 @@ def trained(pool, folder, output, trainer, options, size=1):
     """Metrics, logits, gradients and weights of three NLL steps."""
     where = {"checkpoint": str(folder), "output": str(output)}
     metrics = pool.run("train", size, trainer=trainer, options=options, objective="nll", **where)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in output.glob("*.safetensors"):
         tensors |= load_file(file)
     return metrics[0], tensors
@@ -122,7 +122,7 @@ def test_the_fp8_loss_curve_is_that_of_bf16(recompute, recipe, pool, checkpoint)
     wanted = curve(pool, checkpoint("wide"), 20, TE, options)
     found = curve(pool, checkpoint("wide"), 20, TE | {"fp8": recipe, "recompute": recompute}, options)
     assert found == pytest.approx(wanted, rel=FP8_LOSS_ERROR)
-    assert wanted[-1] < wanted[0]
+    assert wanted[-2] < wanted[0]  # the same batch, nine steps on
 
 
 @pytest.mark.parametrize("options", [{}, {"distributed_optimizer": True}])
