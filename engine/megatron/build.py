@@ -29,6 +29,7 @@ from engine.options import Trainer
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 FP8_FORMATS = {"none": None, "delayed": "hybrid", "current": "hybrid", "blockwise": "e4m3"}  # hybrid: gradients in E5M2
 FP8_RECIPES = {"none": "delayed", "delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}  # megatron's names
+FP8_SIDE = 16  # an FP8 product takes matrices whose sides are multiples of it
 AMAX_HISTORY = 1024  # steps of delayed scaling's memory, and their largest: Transformer Engine's own default
 MEGATRON_LOW_FREQ, MEGATRON_HIGH_FREQ, MEGATRON_ORIGINAL_POSITIONS = 1.0, 4.0, 8192  # fixed in its RotaryEmbedding
 
@@ -95,6 +96,8 @@ def layer_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlock
 def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> TransformerConfig:
     """megatron's configuration of a Llama in this layout. ConfigError for a layout that cannot hold it."""
     layout.check_layout(shape, layout.trainer_layout(trainer))
+    if trainer.fp8 != "none":
+        _check_fp8(shape, trainer)
     virtual = trainer.virtual_pipeline if trainer.virtual_pipeline > 1 else None
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -196,6 +199,22 @@ def _check_scaling(shape: LlamaShape) -> None:
             f"model.path must have rotary low_freq_factor, high_freq_factor and original_max_position_embeddings of "
             f"{supported}, fixed in megatron-core; found {found}: use a Llama 3.1 or 3.2 checkpoint"
         )
+
+
+def _check_fp8(shape: LlamaShape, trainer: Trainer) -> None:
+    size, heads = trainer.tensor_parallel, shape.num_heads + 2 * shape.num_kv_heads
+    sides = {
+        "hidden size": shape.hidden,
+        "rows of queries, keys and values on a rank": heads * shape.head_dim // size,
+        "attention columns on a rank": shape.num_heads * shape.head_dim // size,
+        "feed-forward columns on a rank": shape.ffn_hidden // size,
+    }
+    for what, side in sides.items():
+        if side % FP8_SIDE:
+            raise ConfigError(
+                f"trainer.fp8 needs the model's {what} to be a multiple of {FP8_SIDE}; found {side} with "
+                f"trainer.tensor_parallel = {size}: lower that, or set trainer.fp8 = 'none'"
+            )
 
 
 def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -20,10 +20,9 @@ class Fused:
     def _initialize_state(self, key, moment, zero_buffer, remainders):
         assert zero_buffer
         dtype = torch.int16 if remainders else self.dtype
-        made = torch.zeros_like(key, dtype=dtype)
-        if dtype is torch.uint8:
-            made = SimpleNamespace(_data=made, _scale_inv=torch.zeros(1))
-        self.state[key][moment] = made
+        data = torch.zeros_like(key, dtype=dtype)
+        quantized = SimpleNamespace(_data=data, _scale_inv=torch.zeros(1))
+        self.state[key][moment] = quantized if dtype is torch.uint8 else data
 
 
 def torch_slot(num_steps, main=None):
