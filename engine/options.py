@@ -114,7 +114,7 @@ class Sync(Section):
     )
     bucket_mebibytes: Positive = Field(64, description="weights sent together in one message")
     transport: Literal["auto", "gloo", "nccl", "ipc"] = Field(
-        "auto", description="'ipc': shared memory of one machine; 'auto': NCCL where there are GPUs, else gloo"
+        "auto", description="'ipc': memory of one machine; 'auto': that on one machine's CPU and where colocated, else NCCL or gloo"
     )
     timeout_seconds: PositiveFloat = Field(120.0, description="longest attempt at a weight sync; there are three")
 
@@ -125,6 +125,9 @@ class Sampling(Section):
     temperature: NonNegativeFloat = 1.0
     top_p: Probability = 1.0
     max_tokens: Positive = 2048
+
+
+FP8_ROWS = {"none": 1, "delayed": 16, "current": 16, "blockwise": 128}  # rows of a matrix that FP8 products ask for
 
 
 class Trainer(Section):
@@ -144,7 +147,6 @@ class Trainer(Section):
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait of a trainer rank for another")
     layers: Literal["local", "transformer_engine"] = Field("local", description="megatron-core's own, or Transformer Engine's")
     fp8: Literal["none", "delayed", "current", "blockwise"] = Field("none", description="scaling of FP8 products")
-    fp8_parameters: bool = Field(False, description="keep and gather the layers' weights in FP8")
     overlap_tensor_parallel: bool = Field(False, description="Transformer Engine's overlap of products and communication")
     fuse_gradient_accumulation: bool = Field(False, description="apex: weight gradients added in fp32 inside the product")
 
@@ -152,6 +154,16 @@ class Trainer(Section):
     def world_size(self) -> int:
         """Number of trainer ranks."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @property
+    def row_block(self) -> int:
+        """Packed tokens that cannot be cut: sequence-parallel ranks get equal parts, FP8 products whole blocks each."""
+        return FP8_ROWS[self.fp8] * (self.tensor_parallel if self.sequence_parallel else 1)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of every packed row is a multiple of; overlap's buffers have one length for all rows."""
+        return self.microbatch_tokens if self.overlap_tensor_parallel else self.row_block
 
 
 class Optimizer(Section):

@@ -42,7 +42,7 @@ def broken_rules(config: Options) -> list[str]:
             f"sync.transport = 'ipc' shares the memory of one machine; found cluster.nodes = {c.cluster.nodes}: use 'auto'"
         )
     broken += broken_placement_rules(c)
-    broken += broken_data_rules(c)
+    broken += broken_data_rules(c) + broken_library_rules(c)
     if c.rewards.function is None and any(source.reward == "function" for source in c.data.sources):
         broken.append(
             "data.reward = 'function' needs rewards.function; found none: set it to path/to/file.py:name or package.module:name"
@@ -124,6 +124,55 @@ def broken_data_rules(c: Options) -> list[str]:
     return broken
 
 
+def broken_library_rules(c: Options) -> list[str]:
+    """The same for Transformer Engine's layers, FP8, overlap and the optimizers."""
+    t, o, broken = c.trainer, c.optimizer, []
+    if t.layers == "transformer_engine" and c.model.dtype != "bfloat16":
+        broken.append(
+            f"trainer.layers = 'transformer_engine' needs model.dtype = 'bfloat16', which its fused attention computes in; "
+            f"found {c.model.dtype!r}: set model.dtype = 'bfloat16'"
+        )
+    if t.fp8 != "none" and t.layers != "transformer_engine":
+        broken.append(
+            f"trainer.fp8 needs trainer.layers = 'transformer_engine'; found {t.fp8!r} with {t.layers!r}: set trainer.layers, "
+            f"or fp8 = 'none'"
+        )
+    if t.overlap_tensor_parallel and (t.layers != "transformer_engine" or not t.sequence_parallel):
+        broken.append(
+            f"trainer.overlap_tensor_parallel needs trainer.layers = 'transformer_engine' and trainer.sequence_parallel; found "
+            f"{t.layers!r} and {t.sequence_parallel}: set both, or overlap_tensor_parallel = false"
+        )
+    if t.overlap_tensor_parallel and t.fp8 == "blockwise":
+        broken.append(
+            "trainer.overlap_tensor_parallel has no buffers for trainer.fp8 = 'blockwise'; found both: set trainer.fp8 = "
+            "'current' or 'delayed'"
+        )
+    if t.overlap_tensor_parallel and t.microbatch_tokens % t.row_block:
+        broken.append(
+            f"trainer.microbatch_tokens must be a multiple of {t.row_block}, since trainer.overlap_tensor_parallel makes every "
+            f"row as long; found {t.microbatch_tokens}: use {-(-t.microbatch_tokens // t.row_block) * t.row_block}"
+        )
+    te = o.implementation == "te" and t.distributed_optimizer and c.model.dtype == "bfloat16"
+    if o.moment_dtype != "float32" and not te:
+        broken.append(
+            f"optimizer.moment_dtype needs optimizer.implementation = 'te', trainer.distributed_optimizer and model.dtype = "
+            f"'bfloat16'; found {o.moment_dtype!r} with {o.implementation!r}, {t.distributed_optimizer} and {c.model.dtype!r}: "
+            f"set all three, or moment_dtype = 'float32'"
+        )
+    if o.offload_share and not (t.distributed_optimizer and c.model.dtype == "bfloat16"):
+        broken.append(
+            f"optimizer.offload_share needs trainer.distributed_optimizer and model.dtype = 'bfloat16', megatron-core cuts no "
+            f"other weights; found {o.offload_share} with {t.distributed_optimizer} and {c.model.dtype!r}: set both, or "
+            f"offload_share = 0"
+        )
+    if o.offload_share and o.moment_dtype != "float32":
+        broken.append(
+            f"optimizer.offload_share needs optimizer.moment_dtype = 'float32', the host's AdamW knows no other; found "
+            f"{o.offload_share} with {o.moment_dtype!r}: set moment_dtype to 'float32'"
+        )
+    return broken
+
+
 def broken_algorithm_rules(c: Options) -> list[str]:
     """The same for what the losses cannot be combined with."""
     a, broken = c.algorithm, []
@@ -173,10 +222,11 @@ def broken_rollout_rules(c: Options) -> list[str]:
             f"data.max_prompt_tokens + sampling.max_tokens must fit inference.max_model_tokens; found "
             f"{c.data.max_prompt_tokens} + {c.sampling.max_tokens} > {c.inference.max_model_tokens}: raise it to {longest}"
         )
-    if longest > c.trainer.microbatch_tokens:
+    room = c.trainer.microbatch_tokens // c.trainer.row_block * c.trainer.row_block
+    if longest > room:
         broken.append(
-            f"trainer.microbatch_tokens must hold one sequence at full length; found {c.trainer.microbatch_tokens} < "
-            f"{longest}: raise it, or lower sampling.max_tokens"
+            f"trainer.microbatch_tokens must hold one sequence at full length; found {room} < {longest}: raise it, or lower "
+            f"sampling.max_tokens"
         )
     judged = sorted({source.reward for source in c.data.sources})
     if ("model" in judged) != (c.reward_model.path is not None):

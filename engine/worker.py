@@ -337,7 +337,8 @@ def _transport(config: RunConfig, device: str) -> Any:
     """What carries a sync; ConfigError for a transport that cannot carry what is on this device."""
     asked, placement = config.sync.transport, config.inference.placement
     # NCCL cannot join two members on one GPU, and a window needs both to see the GPU that it lies on.
-    fits = ("gloo", "ipc") if device != "cuda" else ("ipc",) if placement == "colocated" else ("nccl",)
+    on_cpu = ("ipc", "gloo") if config.cluster.nodes == 1 else ("gloo",)
+    fits = on_cpu if device != "cuda" else ("ipc",) if placement == "colocated" else ("nccl",)
     if asked not in ("auto", *fits):
         raise ConfigError(
             f"sync.transport must be one of auto, {', '.join(fits)} on {device} with inference.placement = {placement!r}; "

@@ -115,7 +115,9 @@ def optimizer_row(name: str, shape: LlamaShape, topology: Topology, repeats: int
     config, chunk = build_chunk(shape, {}, topology)
     options = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True)
     wrapped = DistributedDataParallel(config, options, chunk)
-    optimizer = PolicyOptimizer(Optimizer(implementation=name), [wrapped], dtype=torch.bfloat16, distributed=False)  # type: ignore[arg-type]
+    names = {parameter: name for name, parameter in chunk.named_parameters()}
+    chosen: Any = name
+    optimizer = PolicyOptimizer(Optimizer(implementation=chosen), [wrapped], names, dtype=torch.bfloat16, distributed=False)
     parameters: list[Any] = list(chunk.parameters())
     for parameter in parameters:
         parameter.main_grad.normal_()

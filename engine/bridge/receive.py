@@ -143,6 +143,11 @@ class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
         yield ReloadedShards(self.model, layout.tensors(terms.shape), terms.torch_dtype, self.device)
         finalize_layerwise_reload(self.model, self.model_config)
 
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """vLLM 0.25 wants the trainer's side here; later versions do not. It is bridge.publish."""
+        raise NotImplementedError("weights are sent by engine.bridge.publish")
+
     @property
     def _tp_rank(self) -> int:
         return int(self.parallel_config.rank % self.parallel_config.tensor_parallel_size)

@@ -49,10 +49,9 @@ class VllmEngine:
             why = " ".join(str(error).split())
             raise InferenceError(f"engine {index} could not start from {config.model.path}: {why}") from error
         self._core = self._llm.llm_engine
-        self._llm.update_weight_version("0")
         self._version = 0
         self._asleep: list[str] = []
-        self._open: dict[str, SampleRequest] = {}
+        self._open: dict[str, tuple[SampleRequest, int]] = {}  # and the version that is to answer it
         self._done: dict[str, Any] = {}
         self._busy_seconds, self._num_sampled = 0.0, 0
         self._recorder: Recorder | None = None
@@ -129,7 +128,7 @@ class VllmEngine:
             )
             assert request.request_id not in self._open, request.request_id
             self._core.add_request(request.request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
-            self._open[request.request_id] = request
+            self._open[request.request_id] = request, version
 
     def collect(self, request_ids: Sequence[str]) -> tuple[list[Completion], dict[str, float]]:
         """Decodes until `request_ids` are done; (their completions in that order, seconds decoding and tokens sampled
@@ -161,15 +160,14 @@ class VllmEngine:
         return completions, usage
 
     def _completion(self, request_id: str) -> Completion:
-        request, output = self._open.pop(request_id), self._done.pop(request_id)
+        (request, version), output = self._open.pop(request_id), self._done.pop(request_id)
         token_ids = tuple(output.token_ids)
-        versions = {span.version for span in output.weight_versions}
-        assert versions == {str(self._version)}, (request_id, versions, self._version)
+        assert version == self._version, (request_id, version, self._version)  # no sync begins while a request is open
         return Completion(
             prompt_id=request.prompt_id,
             sample_index=request.sample_index,
             seed=request.seed,
-            version=self._version,
+            version=version,
             token_ids=token_ids,
             log_probs=tuple(entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)),
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
@@ -225,7 +223,6 @@ class VllmEngine:
             error = EngineLostError if self._config.inference.packed_weights else WeightSyncError
             raise error("; ".join(found))
         self._wake(KV_CACHE)
-        self._llm.update_weight_version(str(version))
         self._llm.reset_prefix_cache()
         self._version = version
         return version

@@ -144,8 +144,15 @@ def trainer_layout(trainer: Trainer) -> TrainerLayout:
     """The layout a configuration asks for."""
     t = trainer
     return TrainerLayout(
-        t.tensor_parallel, t.pipeline_parallel, t.virtual_pipeline, t.first_stage_layers, t.last_stage_layers
+        t.tensor_parallel, t.pipeline_parallel, t.virtual_pipeline, t.first_stage_layers, t.last_stage_layers, t.layers
     )
+
+
+def local_name(parameter: str) -> str:
+    """What a trainer's parameter of a layer, or of the whole model, is called in megatron-core's local spec."""
+    for local, fused in TRANSFORMER_ENGINE_NAMES.items():
+        parameter = parameter.replace(fused.removeprefix(_MEGATRON), local.removeprefix(_MEGATRON))
+    return parameter
 
 
 def engine_layout(inference: Inference) -> EngineLayout:

@@ -1,5 +1,5 @@
 """Builds this rank's chunks of a Llama as megatron-core's GPTModel and fills them from a Hugging Face checkpoint. The
-layer spec is chosen in one function; everything else is sizes. It trains nothing.
+layer spec is chosen in one function, by trainer.layers; everything else is sizes. It trains nothing.
 
 Shape legend: S positions, B rows, T tokens of a packed row, N heads of this rank, D head dim.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -27,6 +27,10 @@ from engine.megatron.topology import Topology
 from engine.options import Trainer
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
+FP8_FORMATS = {"none": None, "delayed": "hybrid", "current": "hybrid", "blockwise": "e4m3"}  # hybrid: gradients in E5M2
+FP8_RECIPES = {"none": "delayed", "delayed": "delayed", "current": "tensorwise", "blockwise": "blockwise"}  # megatron's names
+FP8_SIDE = 16  # an FP8 product takes matrices whose sides are multiples of it
+AMAX_HISTORY = 1024  # steps of delayed scaling's memory, and their largest: Transformer Engine's own default
 MEGATRON_LOW_FREQ, MEGATRON_HIGH_FREQ, MEGATRON_ORIGINAL_POSITIONS = 1.0, 4.0, 8192  # fixed in its RotaryEmbedding
 
 
@@ -76,17 +80,24 @@ class HeadlessModel(GPTModel):
 
 
 def layer_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
-    """The modules of this rank's layers: megatron's local spec, with our RMSNorm and attention. The one place where a
-    Transformer Engine spec will be chosen."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=RMSNorm)
+    """The modules of this rank's layers, by `config.transformer_impl`: megatron's local spec with our RMSNorm and attention,
+    or its Transformer Engine spec, whose attention takes packed rows as it is."""
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+    else:
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)
 
 
 def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> TransformerConfig:
     """megatron's configuration of a Llama in this layout. ConfigError for a layout that cannot hold it."""
     layout.check_layout(shape, layout.trainer_layout(trainer))
+    if trainer.fp8 != "none":
+        _check_fp8(shape, trainer)
     virtual = trainer.virtual_pipeline if trainer.virtual_pipeline > 1 else None
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -116,7 +127,13 @@ def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> 
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=trainer.fuse_gradient_accumulation,
+        transformer_impl=trainer.layers,
+        fp8=FP8_FORMATS[trainer.fp8],
+        fp8_recipe=FP8_RECIPES[trainer.fp8],
+        fp8_amax_history_len=AMAX_HISTORY,
+        fp8_amax_compute_algo="max",
+        tp_comm_overlap=trainer.overlap_tensor_parallel,
         persist_layer_norm=False,
         batch_p2p_comm=virtual is None,
         overlap_p2p_comm=virtual is not None,  # two stages need it for virtual chunks
@@ -182,6 +199,22 @@ def _check_scaling(shape: LlamaShape) -> None:
             f"model.path must have rotary low_freq_factor, high_freq_factor and original_max_position_embeddings of "
             f"{supported}, fixed in megatron-core; found {found}: use a Llama 3.1 or 3.2 checkpoint"
         )
+
+
+def _check_fp8(shape: LlamaShape, trainer: Trainer) -> None:
+    size, heads = trainer.tensor_parallel, shape.num_heads + 2 * shape.num_kv_heads
+    sides = {
+        "hidden size": shape.hidden,
+        "rows of queries, keys and values on a rank": heads * shape.head_dim // size,
+        "attention columns on a rank": shape.num_heads * shape.head_dim // size,
+        "feed-forward columns on a rank": shape.ffn_hidden // size,
+    }
+    for what, side in sides.items():
+        if side % FP8_SIDE:
+            raise ConfigError(
+                f"trainer.fp8 needs the model's {what} to be a multiple of {FP8_SIDE}; found {side} with "
+                f"trainer.tensor_parallel = {size}: lower that, or set trainer.fp8 = 'none'"
+            )
 
 
 def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -5,18 +5,22 @@ plain tensors and back. It knows no loss and no schedule of microbatches.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from engine import options as tables
 from engine.errors import CheckpointError, NumericsError
+from engine.megatron.libraries import chosen_kernels
+from engine.megatron.moments import KINDS, find_slots
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.uint8}
 
 
 class PolicyOptimizer:
@@ -26,12 +30,15 @@ class PolicyOptimizer:
         self,
         options: tables.Optimizer,
         chunks: list[DistributedDataParallel],
+        names: Mapping[torch.nn.Parameter, str],
         *,
         dtype: torch.dtype,
         distributed: bool,
     ) -> None:
-        self._clip_norm = options.clip_norm
-        self._keeps_main = dtype is not torch.float32  # the optimizer's parameters are fp32 copies of the model's
+        """`names` are what the chunks' parameters are called in `state`."""
+        self._options = options
+        moments = MOMENT_DTYPES[options.moment_dtype]
+        offloads = options.offload_share > 0
         settings = OptimizerConfig(
             optimizer="adam",
             lr=options.learning_rate,
@@ -43,8 +50,17 @@ class PolicyOptimizer:
             use_distributed_optimizer=distributed,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
+            # Then the AdamW keeps the fp32 weights itself, and what is offloaded leaves no fp32 copy on the GPU.
+            use_precision_aware_optimizer=moments is not torch.float32 or (offloads and dtype is torch.bfloat16),
+            exp_avg_dtype=moments,
+            exp_avg_sq_dtype=moments,
+            optimizer_cpu_offload=offloads,
+            optimizer_offload_fraction=options.offload_share,
         )
-        self._optimizer: Any = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+        self._decoupled: bool = settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8  # gradients apart from .grad
+        with chosen_kernels(options.implementation):
+            self._optimizer: Any = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+        self._slots = [slot for part in self._optimizer.chained_optimizers for slot in find_slots(part, names)]
         self._schedule = OptimizerParamScheduler(
             self._optimizer,
             init_lr=0.0,
@@ -69,6 +85,10 @@ class PolicyOptimizer:
         Collective over all ranks. NumericsError, on every rank and with the weights untouched, when the norm is not
         finite. Step t of a warm-up of w steps uses (t + 1) / w of the learning rate.
         """
+        with chosen_kernels(self._options.implementation):
+            return self._apply(step)
+
+    def _apply(self, step: int) -> tuple[float, float]:
         self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(norm):
@@ -78,40 +98,36 @@ class PolicyOptimizer:
             )
         parameters = self._optimizer.get_parameters()
         if parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=self._clip_norm, total_norm=norm)
+            limit = self._options.clip_norm
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=limit, total_norm=norm, use_decoupled_grad=self._decoupled
+            )
         self._schedule.step(1)
         learning_rate = float(self._optimizer.param_groups[0]["lr"])
         self._optimizer.step_with_ready_grads()
         return norm, learning_rate
 
     def state(self) -> dict[str, torch.Tensor]:
-        """This rank's moments, step counts, warm-up position and, under bf16, fp32 weights; live tensors, no copies."""
+        """This rank's moments, step counts, warm-up position and fp32 weights apart from the model's, by the names of the
+        parameters; live tensors, no copies."""
         tensors = {"schedule.step": torch.tensor(self._schedule.num_steps)}
-        for index, parameter in enumerate(self._parameters()):
-            moments = self._optimizer.optimizer.state.get(parameter, {})
-            tensors |= {f"{index}.{key}": moments[key] for key in MOMENTS if key in moments}
-            if self._keeps_main:
-                tensors[f"{index}.main"] = parameter.data
+        for slot in self._slots:
+            tensors |= {f"{slot.name}.{kind}": value for kind, value in slot.tensors().items()}
         return tensors
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Continues from what `state` returned on the same rank of the same layout; CheckpointError when it differs."""
-        self._schedule.num_steps = int(tensors["schedule.step"])
+        left = dict(tensors)
+        self._schedule.num_steps = int(left.pop("schedule.step"))
         self._schedule.step(0)
-        for index, parameter in enumerate(self._parameters()):
-            moments = {key: tensors[f"{index}.{key}"] for key in MOMENTS if f"{index}.{key}" in tensors}
-            for key, value in moments.items():
-                if key != "step" and value.shape != parameter.shape:
-                    raise CheckpointError(
-                        f"optimizer tensor {index}.{key} must be {list(parameter.shape)} in this layout; found "
-                        f"{list(value.shape)}: resume with the layout that saved it"
-                    )
-            self._optimizer.optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                for key, value in moments.items()
-            }
-            if self._keeps_main:
-                parameter.data.copy_(tensors[f"{index}.main"])
-
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return list(self._optimizer.get_parameters())
+        for slot in self._slots:
+            kinds = [key for kind in KINDS if (key := f"{slot.name}.{kind}") in left]
+            slot.restore({key.removeprefix(f"{slot.name}."): left.pop(key) for key in kinds})
+        if left:
+            raise CheckpointError(
+                f"optimizer tensor {next(iter(left))} must belong to a parameter of this rank; found none: resume with the "
+                f"layout that saved it"
+            )
+        for part in self._optimizer.chained_optimizers:
+            if isinstance(part.optimizer, HybridDeviceOptimizer):
+                part.optimizer._sync_sub_optimizers_state_to_hdo()

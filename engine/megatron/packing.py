@@ -25,7 +25,7 @@ def make_batches(sequences: list[Sequence], *, step: int, num_prompts: int, trai
     `num_prompts` counts all prompts of the step, skipped ones included. ConfigError when a sequence exceeds
     trainer.microbatch_tokens.
     """
-    multiple = trainer.tensor_parallel if trainer.sequence_parallel else 1
+    multiple = trainer.row_multiple
     parts = split_over_ranks(sequences, trainer.data_parallel)
     rows = [pack(part, trainer.microbatch_tokens, multiple) for part in parts]
     group = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups

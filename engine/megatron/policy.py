@@ -7,8 +7,8 @@ Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,10 @@ from engine.errors import CheckpointError, NumericsError
 from engine.llama import layout
 from engine.llama.hf import HfCheckpoint, read_shape
 from engine.megatron import build
+from engine.megatron.fp8 import Fp8Memory
+from engine.megatron.libraries import check_libraries
 from engine.megatron.optimizer import PolicyOptimizer
+from engine.megatron.overlap import open_buffers
 from engine.megatron.timers import Timers
 from engine.megatron.topology import Topology
 from engine.observe.phases import Phase, phase
@@ -49,9 +52,10 @@ class Policy:
     ) -> None:
         """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy.
 
-        Collective over all ranks. Raises ConfigError for another model or an impossible layout, CheckpointError for
-        files that do not hold it.
+        Collective over all ranks. Raises ConfigError for another model, an impossible layout or a missing library,
+        CheckpointError for files that do not hold it.
         """
+        check_libraries(config.trainer, config.optimizer)
         self.topology = topology
         self.objective = objective
         self.shape = read_shape(checkpoint_path)
@@ -60,6 +64,7 @@ class Policy:
         self._config.finalize_model_grads_func = _finalize
         self._config.timers = Timers()
         self._headless = config.trainer.fused_lm_head
+        open_buffers(config.trainer, self.shape.hidden, self.dtype)
         models = build.build_chunks(self.shape, self._config, topology, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
         self.layout = layout.trainer_layout(config.trainer)
@@ -70,8 +75,12 @@ class Policy:
         options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
         self._chunks = [DistributedDataParallel(self._config, options, model) for model in models]
         self._output_weight = build.output_weight(models[-1]) if topology.is_last_stage else None
-        self._optimizer = PolicyOptimizer(config.optimizer, self._chunks, dtype=self.dtype, distributed=distributed)
+        self._fp8 = Fp8Memory(self._config, models)
         self.parameters = dict(pair for model in models for pair in build.named_parameters(model))
+        names = {parameter: layout.local_name(name) for name, parameter in self.parameters.items()}
+        self._optimizer = PolicyOptimizer(
+            config.optimizer, self._chunks, names, dtype=self.dtype, distributed=distributed
+        )
         self._reference: dict[str, torch.Tensor] = {}
         if objective.needs_reference:
             self.refresh_reference()
@@ -187,22 +196,31 @@ class Policy:
                 layout.rectangle(full[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
         return list(full.items())
 
+    def _tables(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """The tensors of the state that are there from the start, by what the names in it begin with."""
+        return {"policy": self.parameters, "reference": self._reference, "fp8": self._fp8.tensors}
+
     def state(self) -> dict[str, torch.Tensor]:
-        """CPU copies of all this rank needs to continue bit for bit: weights, reference, optimizer. Local shards."""
-        tensors = {f"policy.{name}": parameter.detach() for name, parameter in self.parameters.items()}
-        tensors |= {f"reference.{name}": value for name, value in self._reference.items()}
+        """CPU copies of all this rank needs to continue bit for bit: weights, reference, optimizer, FP8 scales. Local shards,
+        named as in megatron-core's local spec whatever trainer.layers is."""
+        tensors = {
+            f"{prefix}.{layout.local_name(name)}": value.detach()
+            for prefix, table in self._tables().items()
+            for name, value in table.items()
+        }
         tensors |= {f"optimizer.{name}": value for name, value in self._optimizer.state().items()}
         return {name: value.to("cpu", copy=True) for name, value in tensors.items()}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Continues from what `state` returned on this rank of the same layout; CheckpointError names what differs."""
-        for prefix, own in (("policy", self.parameters), ("reference", self._reference)):
+        for prefix, own in self._tables().items():
             for name, value in own.items():
-                saved = tensors.get(f"{prefix}.{name}")
+                key = f"{prefix}.{layout.local_name(name)}"
+                saved = tensors.get(key)
                 if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
                     raise CheckpointError(
-                        f"trainer state must hold {prefix}.{name} as {list(value.shape)} {value.dtype}; found "
+                        f"trainer state must hold {key} as {list(value.shape)} {value.dtype}; found "
                         f"{'nothing' if saved is None else f'{list(saved.shape)} {saved.dtype}'}: resume with the "
                         f"configuration that saved it"
                     )
@@ -241,15 +259,16 @@ class Policy:
 
         iterators = [iter(batch.microbatches) for _ in self._chunks]
         single = len(self._chunks) == 1
-        collected: list[torch.Tensor] = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators[0] if single else iterators,
-            model=self._chunks[0] if single else self._chunks,
-            num_microbatches=len(batch.microbatches),
-            seq_length=1,  # ignored: lengths vary
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with self._fp8.untouched() if forward_only else nullcontext():
+            collected: list[torch.Tensor] = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators[0] if single else iterators,
+                model=self._chunks[0] if single else self._chunks,
+                num_microbatches=len(batch.microbatches),
+                seq_length=1,  # ignored: lengths vary
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
         return collected
 
     def _token_log_probs(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from engine.errors import ConfigError
 from engine.megatron import cpu_device
+from engine.megatron.overlap import close_buffers
 from engine.options import Trainer
 
 
@@ -30,6 +31,7 @@ class Topology:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    trainer: Trainer
 
     @property
     def rank(self) -> int:
@@ -59,6 +61,7 @@ class Topology:
         """Destroys megatron's groups and leaves torch.distributed."""
         from megatron.core import parallel_state
 
+        close_buffers(self.trainer)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
@@ -114,6 +117,7 @@ def _make_groups(trainer: Trainer, device: torch.device, timeout: timedelta, see
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        trainer=trainer,
     )
     assert topology.rank == dist.get_rank(), (topology.rank, dist.get_rank())
     return topology

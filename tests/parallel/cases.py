@@ -5,6 +5,8 @@ comparisons are made in the tests, in one process, from the files that the cases
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from engine.ops import lm_head_log_probs, token_log_probs
 from engine.types import IGNORED, Batch, Microbatch
 from tests.parallel.material import EVERYTHING, batch_of, run_config
 from tests.parallel.memory_case import memory
+from tests.parallel.pretended_gpu import pretended_gpu
 
 Case = Callable[..., Any]
 TIMEOUT = timedelta(seconds=60)
@@ -36,6 +39,9 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "resume": resume,
         "seed": seed,
         "infinite": infinite,
+        "curve": curve,
+        "change_layers": change_layers,
+        "offload": offload,
         "log_probs": log_probs,
         "memory": memory,
     }
@@ -149,6 +155,67 @@ def steps_of_seed(config: RunConfig, topology: Topology, checkpoint: str) -> lis
     policy = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
     batch = batch_of(0, policy.shape.vocab_size, config.trainer, topology.dp_rank)
     return [policy.train_step(policy.score(batch))]
+
+
+def curve(config: RunConfig, topology: Topology, checkpoint: str, num_steps: int) -> list[dict[str, float]]:
+    """Metrics of `num_steps` DPO steps over two batches that alternate; scoring must leave the state as it was."""
+    policy = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in range(2)]
+    metrics = []
+    for step in range(num_steps):
+        before = policy.state()
+        scored = policy.score(batches[step % 2])
+        assert all(torch.equal(before[name], value) for name, value in policy.state().items()), "scoring moved the state"
+        metrics.append(policy.train_step(replace(scored, step=step)))
+    return metrics
+
+
+def change_layers(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+    """Two steps with the local spec, then its state through a policy with the configured one and back: whether both hold
+    the same bits, and the losses of the third step before, between and after."""
+
+    def with_layers(layers: str) -> Policy:
+        trainer = config.trainer.model_copy(update={"layers": layers})
+        return Policy(config.model_copy(update={"trainer": trainer}), topology, DpoObjective(config.algorithm), checkpoint)
+
+    def steps(policy: Policy, which: range) -> float:
+        batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in which]
+        return [policy.train_step(policy.score(batch))["loss"] for batch in batches][-1]
+
+    local = with_layers("local")
+    steps(local, range(2))
+    state = local.state()
+    between, back = with_layers(config.trainer.layers), with_layers("local")
+    between.load_state(state)
+    back.load_state(between.state())
+    again = back.state()
+    return {
+        "names": again.keys() == state.keys(),
+        "tensors": all(torch.equal(again[name], value) for name, value in state.items()),
+        "losses": [steps(policy, range(2, 3)) for policy in (local, between, back)],
+    }
+
+
+def offload(config: RunConfig, topology: Topology, checkpoint: str, output: str) -> dict[str, Any]:
+    """What `resume` returns with part of the optimizer's state on the host, and how far three steps of it are from three
+    without. On a CPU the model's memory plays the GPU's."""
+    with nullcontext() if torch.cuda.is_available() else pretended_gpu():
+        found: dict[str, Any] = dict(resume(config, topology, checkpoint, output))
+        states = []
+        for share in (config.optimizer.offload_share, 0.0):
+            optimizer = config.optimizer.model_copy(update={"offload_share": share})
+            policy = Policy(
+                config.model_copy(update={"optimizer": optimizer}), topology, DpoObjective(config.algorithm), checkpoint
+            )
+            for step in range(3):
+                policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)))
+            states.append(policy.state())
+            if share:
+                adam = policy._optimizer._optimizer.optimizer
+                hosted = sum(p.numel() for one in adam.cpu_optimizers for group in one.param_groups for p in group["params"])
+    names = [name for name in states[1] if name.startswith("policy.")]
+    worst = max(float((states[0][name].float() - states[1][name].float()).abs().max()) for name in names)
+    return found | {"worst": worst, "hosted": hosted / sum(states[1][name].numel() for name in names)}
 
 
 def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bool]:

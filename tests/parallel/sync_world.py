@@ -185,7 +185,6 @@ class FakeLlm:
         )
         self.llm_engine = self
         self.turns: list[str] = []  # how it was told to sleep and to wake
-        self._version = "0"
         self._waiting: list[str] = []
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[str]:
@@ -199,10 +198,6 @@ class FakeLlm:
     def wake_up(self, tags: list[str]) -> None:
         """Notes it."""
         self.turns += [f"wake {tag}" for tag in tags]
-
-    def update_weight_version(self, version: str) -> None:
-        """Labels what follows."""
-        self._version = version
 
     def reset_prefix_cache(self) -> None:
         """There is none."""
@@ -218,7 +213,6 @@ class FakeLlm:
             SimpleNamespace(
                 token_ids=[token],
                 logprobs=[{token: SimpleNamespace(logprob=0.0)}],
-                weight_versions=[SimpleNamespace(version=self._version)],
                 finish_reason="stop",
             )
             for _ in self._waiting

@@ -266,3 +266,18 @@ def test_export_is_the_checkpoint(train: Train, checkpoint: Checkpoint) -> None:
     assert {name: value.shape for name, value in found.items()} == {
         f"weight.{name}": source.tensor(name).shape for name in source.names()
     }
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_an_offloaded_optimizer_does_the_same_and_resumes(
+    share: float, pool: WorkerPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Weights after three steps within a rounding of bf16; a resumed run is the uninterrupted one."""
+    options = {"optimizer": {"offload_share": share}, "model": {"dtype": "bfloat16"}}
+    arguments: dict[str, Any] = {"trainer": {"distributed_optimizer": True}, "options": options}
+    (found,) = pool.run("offload", 1, checkpoint=str(checkpoint("plain")), output=str(tmp_path), **arguments)
+    assert found.pop("worst") <= 4e-3
+    hosted = found.pop("hosted")
+    assert share <= hosted <= 1
+    assert hosted < 1 or share == 1
+    assert all(found.values()), found

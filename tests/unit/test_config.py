@@ -17,6 +17,7 @@ from engine.errors import ConfigError
 from engine.rules import (
     broken_algorithm_rules,
     broken_data_rules,
+    broken_library_rules,
     broken_placement_rules,
     broken_profile_rules,
     broken_rollout_rules,
@@ -24,7 +25,7 @@ from engine.rules import (
 )
 
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 101
+MAX_OPTIONS = 100
 
 REQUIRED = """
 [run]
@@ -122,6 +123,13 @@ def test_a_wrong_option_is_one_sentence_with_key_rule_and_value(path, override, 
 HELD_OUT = ["data.held_out=a.jsonl"]
 BEST_BY = ("checkpoint.best_by", "evaluation.every")
 # overrides that break one rule; then the two options or the option it names, the value found, the fix
+TRANSFORMER_ENGINE = ["trainer.layers=transformer_engine", "model.dtype=bfloat16"]
+SEQUENCE_PARALLEL = ["trainer.sequence_parallel=true", "trainer.tensor_parallel=2"]
+OVERLAP = [*TRANSFORMER_ENGINE, *SEQUENCE_PARALLEL, "trainer.overlap_tensor_parallel=true"]
+SMALL_MOMENTS = [
+    *("optimizer.implementation=te", "optimizer.moment_dtype=bfloat16"),
+    *("trainer.distributed_optimizer=true", "model.dtype=bfloat16"),
+]
 COMBINATIONS = [
     (["sync.transport=ipc", "cluster.nodes=2"], "sync.transport", "cluster.nodes", "found cluster.nodes = 2", "use 'auto'"),
     (["sync.sync_interval=4", "checkpoint.every=10"], "checkpoint.every", "sync.sync_interval", "10 and 4", "use 8"),
@@ -158,7 +166,34 @@ COMBINATIONS = [
         ["data.replay=a.jsonl", "sync.sync_interval=never", "sft.checkpoint_out=out"],
         *("sft.checkpoint_out", "data.train alone", "0 further sources and data.replay = 'a.jsonl'", "remove them"),
     ),
+    (["trainer.layers=transformer_engine"], "trainer.layers", "model.dtype = 'bfloat16'", "'float32'", "model.dtype"),
+    (["trainer.fp8=current"], "trainer.fp8", "trainer.layers", "'current' with 'local'", "fp8 = 'none'"),
+    (
+        [*TRANSFORMER_ENGINE, "trainer.overlap_tensor_parallel=true"],
+        *("trainer.overlap_tensor_parallel", "sequence_parallel", "'transformer_engine' and False", "set both"),
+    ),
+    ([*OVERLAP, "trainer.fp8=blockwise"], "trainer.overlap_tensor_parallel", "'blockwise'", "found both", "'current'"),
+    (
+        [*OVERLAP, "trainer.fp8=delayed", "trainer.microbatch_tokens=8208"],
+        *("trainer.microbatch_tokens", "trainer.overlap_tensor_parallel", "found 8208", "use 8224"),
+    ),
+    (
+        ["optimizer.moment_dtype=fp8", "optimizer.implementation=te", "model.dtype=bfloat16"],
+        *("optimizer.moment_dtype", "optimizer.implementation", "'te', False and 'bfloat16'", "moment_dtype = 'float32'"),
+    ),
+    (
+        ["optimizer.offload_share=0.5", "trainer.distributed_optimizer=true"],
+        *("optimizer.offload_share", "model.dtype = 'bfloat16'", "0.5 with True and 'float32'", "set both"),
+    ),
+    (
+        [*SMALL_MOMENTS, "optimizer.offload_share=1.0"],
+        *("optimizer.offload_share", "optimizer.moment_dtype", "1.0 with 'bfloat16'", "to 'float32'"),
+    ),
     (["sampling.max_tokens=4000"], "data.max_prompt_tokens", "inference.max_model_tokens", "1024 + 4000", "5024"),
+    (
+        [*TRANSFORMER_ENGINE, "trainer.fp8=blockwise", "trainer.microbatch_tokens=3199", "sampling.max_tokens=2050"],
+        *("trainer.microbatch_tokens", "one sequence", "3072 < 3074", "raise it"),
+    ),
     (["trainer.microbatch_tokens=3071"], "trainer.microbatch_tokens", "one sequence", "3071 < 3072", "raise it"),
     (["algorithm.alpha=0.01"], "algorithm.alpha", "algorithm.loss", "0.01 with 'dpo'", "set alpha to 0"),
     (["algorithm.pairing=best_worst", "algorithm.loss=grpo"], "algorithm.pairing", "loss", "'best_worst' with", "'random'"),
@@ -202,8 +237,8 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 
 def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
-    others = (broken_data_rules, broken_placement_rules, broken_algorithm_rules, broken_rollout_rules, broken_profile_rules)
-    rules = "".join(map(inspect.getsource, (broken_rules, *others)))
+    tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, broken_algorithm_rules)
+    rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules)))
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
 
 
@@ -228,6 +263,10 @@ def test_every_rule_on_combinations_has_a_case():
         ["algorithm.pairing=length_matched", "algorithm.entropy_weight=1e-4"],
         ["profile.tool=torch", "profile.first_step=17", "profile.ranks=[1]", "trainer.tensor_parallel=2", "profile.engines=[]"],
         ["inference.placement=colocated", "sync.transport=ipc"],
+        [*TRANSFORMER_ENGINE, "trainer.fp8=blockwise", "trainer.fuse_gradient_accumulation=true"],
+        [*OVERLAP, "trainer.fp8=delayed"],
+        SMALL_MOMENTS,
+        [*SMALL_MOMENTS[2:], "optimizer.implementation=apex", "optimizer.offload_share=0.5"],
         ["data.reward=model", "reward_model.path=rm"],
         ["data.reward=model", "reward_model.path=rm", 'data.mix=[{train = "b"}]', "algorithm.pairing=best_worst"],
     ],

@@ -29,6 +29,8 @@ HEAVY = {
     "vllm": ("inference/", "bridge/receive.py"),
     "megatron": ("megatron/",),
     "transformer_engine": ("megatron/",),
+    "apex": ("megatron/",),
+    "amp_C": ("megatron/",),
     "math_verify": ("rewards/",),
     "transformers": ("data/", "inference/"),
     "datasets": ("data/",),

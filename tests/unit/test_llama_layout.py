@@ -17,6 +17,7 @@ from engine.errors import ConfigError
 from engine.llama import layout
 from engine.llama.hf import LlamaShape
 from engine.llama.layout import EngineLayout, Layout, TrainerLayout
+from engine.options import Trainer
 
 SMALL = LlamaShape(8, 1, 4, 2, 1, 4, 3, 1e4, None, 1e-5, False, 16)
 Tensors = dict[str, torch.Tensor]
@@ -293,3 +294,21 @@ def test_an_engine_whose_padded_vocabulary_cannot_be_cut_is_refused() -> None:
     shape = replace(SMALL, num_heads=3, num_kv_heads=3, ffn_hidden=3)
     with pytest.raises(ConfigError, match="64 vocabulary rows padded to a multiple of 64; found 3"):
         layout.check_engine_layout(shape, EngineLayout(3))
+
+
+@given(shapes())
+def test_both_specs_have_one_set_of_local_names(drawn: tuple[LlamaShape, int]) -> None:
+    """A trainer state uses them; names that are the local spec's already stay."""
+    shape, tp_size = drawn
+    local, fused = (
+        layout.shard_shapes(shape, TrainerLayout(tp_size, spec=spec), 0) for spec in ("local", "transformer_engine")
+    )
+    assert {layout.local_name(name): size for name, size in fused.items()} == local
+    assert {layout.local_name(name) for name in local} == set(local)
+    assert set(fused) != set(local)
+
+
+def test_the_spec_is_the_configured_one() -> None:
+    assert layout.trainer_layout(Trainer(layers="transformer_engine", tensor_parallel=2)) == TrainerLayout(
+        2, spec="transformer_engine"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,30 @@ def test_every_sequence_lands_once(
     assert batches[0].num_target_tokens == sum(len(s.completion_ids) for s in sequences)
     again = make_batches(sequences, step=3, num_prompts=9, trainer=trainer)
     assert [contents(batch) for batch in again] == [contents(batch) for batch in batches]
+
+
+SEQUENCE_PARALLEL = {"tensor_parallel": 2, "sequence_parallel": True}
+ROWS = [  # trainer options, what every row's length is a multiple of; rows of 512 tokens at most
+    ({"fp8": "delayed"}, 16),
+    ({"fp8": "current", **SEQUENCE_PARALLEL}, 32),
+    ({"fp8": "blockwise"}, 128),
+    ({"overlap_tensor_parallel": True, **SEQUENCE_PARALLEL}, 512),
+    ({"overlap_tensor_parallel": True, "fp8": "delayed", **SEQUENCE_PARALLEL}, 512),
+]
+
+
+@pytest.mark.parametrize(("options", "multiple"), ROWS)
+def test_fp8_and_overlap_pad_every_row_and_nothing_else(options: dict[str, Any], multiple: int) -> None:
+    """Rows of whole blocks, or all of one length, also the empty ones; what is trained on is the same."""
+    sequences = [Sequence((1,), tuple(range(count)), ()) for count in (300, 40, 260, 7, 511)]
+    (plain,) = make_batches(sequences, step=0, num_prompts=5, trainer=Trainer(microbatch_tokens=512))
+    trainer = Trainer.model_validate({"microbatch_tokens": 512, **options})
+    (padded,) = make_batches(sequences, step=0, num_prompts=5, trainer=trainer)
+    lengths = [row.token_ids.numel() for row in padded.microbatches]
+    assert all(0 < length <= 512 and length % multiple == 0 for length in lengths)
+    assert {length % multiple for length in [row.token_ids.numel() for row in plain.microbatches]} != {0}
+    assert sorted(contents(padded)) == sorted(contents(plain))
+    assert empty_microbatch(trainer.row_multiple).token_ids.numel() == multiple
 
 
 def test_ranks_are_balanced_and_ties_go_to_the_lower() -> None:

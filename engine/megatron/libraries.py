@@ -1,0 +1,97 @@
+"""Which library does what in the trainer: the configuration says it, and never what happens to be installed. megatron-core
+takes Transformer Engine's kernels, or else apex's, wherever it can import them; this room names the chosen ones instead, and
+refuses an option whose library or device is not here. It builds no model and no optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from engine.errors import ConfigError
+from engine.options import Optimizer, Trainer
+
+INSTALL_TE = "install requirements/gpu.txt"
+INSTALL_APEX = "build NVIDIA's apex from source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One library's AdamW, and its functions on lists of tensors: apply, norm, scale."""
+
+    adam: type[torch.optim.Optimizer]
+    apply: Callable[..., Any]
+    norm: Callable[..., Any]
+    scale: Callable[..., Any]
+
+
+def check_libraries(trainer: Trainer, optimizer: Optimizer) -> None:
+    """ConfigError naming the first option whose library, or the GPU it runs on, is not on this machine."""
+    te, apex = ("Transformer Engine", "transformer_engine", INSTALL_TE), ("apex", "amp_C", INSTALL_APEX)
+    fusion = ("apex", "fused_weight_gradient_mlp_cuda", INSTALL_APEX)
+    asked = [
+        (trainer.layers == "transformer_engine", "trainer.layers = 'transformer_engine'", te, "use 'local'"),
+        (trainer.fuse_gradient_accumulation, "trainer.fuse_gradient_accumulation", fusion, "set it to false"),
+        (optimizer.implementation == "te", "optimizer.implementation = 'te'", te, "use 'torch'"),
+        (optimizer.implementation == "apex", "optimizer.implementation = 'apex'", apex, "use 'torch'"),
+        (optimizer.offload_share > 0, "optimizer.offload_share", te, "set it to 0"),  # megatron-core asks for its version
+    ]
+    for wanted, option, (library, module, install), otherwise in asked:
+        if wanted and find_spec(module) is None:
+            raise ConfigError(f"{option} needs {library}; found no module {module}: {install}, or {otherwise}")
+        if wanted and not torch.cuda.is_available():
+            raise ConfigError(f"{option} needs a GPU; torch found none: run on a machine with one, or {otherwise}")
+
+
+@contextmanager
+def chosen_kernels(implementation: str) -> Iterator[None]:
+    """While entered, megatron-core's optimizers use the kernels of optimizer.implementation and no others.
+
+    megatron-core 0.16.1 binds them at import, by what is installed, as names of four modules, and offers no argument: this
+    is the one place that sets those names. Both what builds an optimizer and what runs one must be inside.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as mixed_precision
+
+    kernels = _kernels(implementation)
+    chosen: list[tuple[Any, str, Any]] = [
+        (optimizer, "Adam", kernels.adam),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", implementation == "torch"),
+        (distrib_optimizer, "Adam", kernels.adam),
+        (mixed_precision, "multi_tensor_applier", kernels.apply),
+        (mixed_precision, "multi_tensor_scale_impl", kernels.scale),
+        (clip_grads, "multi_tensor_applier", kernels.apply),
+        (clip_grads, "l2_norm_impl", kernels.norm),
+        (clip_grads, "multi_tensor_scale_impl", kernels.scale),
+    ]
+    before = [getattr(module, name) for module, name, _ in chosen]
+    try:
+        for module, name, value in chosen:
+            setattr(module, name, value)
+        yield
+    finally:
+        for (module, name, _), value in zip(chosen, before, strict=True):
+            setattr(module, name, value)
+
+
+def _kernels(implementation: str) -> Kernels:
+    if implementation == "te":
+        from transformer_engine.pytorch import optimizers as te
+
+        return Kernels(te.FusedAdam, te.multi_tensor_applier, te.multi_tensor_l2norm, te.multi_tensor_scale)
+    if implementation == "apex":
+        import amp_C
+        from apex.multi_tensor_apply import multi_tensor_applier
+        from apex.optimizers import FusedAdam
+
+        return Kernels(FusedAdam, multi_tensor_applier, amp_C.multi_tensor_l2norm, amp_C.multi_tensor_scale)
+    from megatron.core import utils
+
+    plain = (utils.local_multi_tensor_applier, utils.local_multi_tensor_l2_norm, utils.local_multi_tensor_scale)
+    return Kernels(torch.optim.AdamW, *plain)

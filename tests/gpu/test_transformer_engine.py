@@ -1,0 +1,212 @@
+"""The trainer's GPU options on a real GPU, in the processes and cases of tests/parallel: Transformer Engine's layers and
+megatron's own against transformers, FP8 recipes against bfloat16, AdamW of three libraries, states that change layers, resume.
+One rank; the test of overlap takes two GPUs. Never run so far: no machine with a GPU was at hand.
+
+    python -m pytest tests/gpu/test_transformer_engine.py          needs requirements/gpu.txt; apex for what names it
+"""
+
+import math
+from importlib.util import find_spec
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from engine.types import IGNORED
+from tests.parallel import material
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU; tests/parallel has the same cases on a CPU"),
+    pytest.mark.skipif(
+        find_spec("transformer_engine") is None, reason="Transformer Engine is not installed: requirements/gpu.txt"
+    ),
+]
+needs_apex = pytest.mark.skipif(find_spec("amp_C") is None, reason="apex is not installed")
+BF16 = {"model": {"dtype": "bfloat16"}}
+TE = {"layers": "transformer_engine", "microbatch_tokens": 128}
+RECIPES = ["delayed", "current", "blockwise"]
+FP8_LOGITS_ERROR = 0.15  # of their norm: three bits of mantissa in every product of two layers
+FP8_LOSS_ERROR = 0.05  # of the loss, at each of 20 steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deterministic():
+    """For the pool's processes: attention that repeats bit for bit, and megatron's one hardware queue."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        yield
+
+
+def trained(pool, folder, output, trainer, options, size=1):
+    """Metrics, logits, gradients and weights of three NLL steps."""
+    where = {"checkpoint": str(folder), "output": str(output)}
+    metrics = pool.run("train", size, trainer=trainer, options=options, objective="nll", **where)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in output.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return metrics[0], tensors
+
+
+def curve(pool, folder, num_steps, trainer, options):
+    """Losses of DPO steps; the case itself checks that scoring leaves the state alone."""
+    (metrics,) = pool.run("curve", 1, trainer=trainer, options=options, checkpoint=str(folder), num_steps=num_steps)
+    return [step["loss"] for step in metrics]
+
+
+def reference(folder, trainer, dtype):
+    """transformers' logits by row, and the gradients of the first step's NLL, in `dtype` on the GPU."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda()
+    batch = material.batch_of(0, model.config.vocab_size, material.run_config(trainer, BF16).trainer, 0)
+    logits, loss = {}, torch.zeros((), device="cuda")
+    for index, row in enumerate(batch.microbatches):
+        parts = []
+        for start, end in pairwise(row.cu_seqlens.tolist()):
+            parts.append(model(row.token_ids[None, start:end].cuda()).logits[0].float())
+            targets = row.targets[start:end].cuda()
+            loss = loss + F.cross_entropy(parts[-1], targets, ignore_index=IGNORED, reduction="sum")
+        logits[f"logits.{index}"] = torch.cat(parts)
+    (loss / batch.num_target_tokens).backward()
+    gradients = {f"gradient.0.{name}": p.grad for name, p in model.named_parameters()}
+    real = {f"logits.{i}": (row.targets != IGNORED) for i, row in enumerate(batch.microbatches)}
+    return {name: value.detach()[real[name].cuda()] for name, value in logits.items()} | gradients, real
+
+
+def error(found, wanted):
+    """Distance of two sets of tensors, as a share of the second's norm."""
+    apart = sum(float((found[name].cuda().float() - value.float()).square().sum()) for name, value in wanted.items())
+    return math.sqrt(apart / sum(float(value.float().square().sum()) for value in wanted.values()))
+
+
+def errors(found, exact, real):
+    """Of logits where something is predicted, and of the first step's gradients."""
+    kept = {name: value[real[name].to(value.device)] if name in real else value for name, value in found.items()}
+    parts = [{n: v for n, v in exact.items() if n.startswith(prefix)} for prefix in ("logits.", "gradient.")]
+    return [error(kept, part) for part in parts]
+
+
+@pytest.mark.parametrize("variant", ["plain", "odd", "tied"])
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
+def test_both_layer_specs_are_as_near_to_fp32_as_transformers(layers, variant, pool, checkpoint, tmp_path):
+    """bf16 logits and gradients: at most twice as far from transformers in fp32 as transformers in bf16, plus 0.2 %."""
+    trainer = {"layers": layers}
+    exact, real = reference(checkpoint(variant), trainer, torch.float32)
+    half, _ = reference(checkpoint(variant), trainer, torch.bfloat16)
+    _, found = trained(pool, checkpoint(variant), tmp_path, trainer, BF16)
+    theirs = errors(half, exact, {})
+    for ours, limit in zip(errors(found, exact, real), theirs, strict=True):
+        assert ours <= 2 * limit + 2e-3, (ours, limit)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_stays_near_fp32(recipe, pool, checkpoint, tmp_path):
+    """Logits within FP8_LOGITS_ERROR of transformers in fp32, and not those of bf16 either: FP8 was used."""
+    trainer = TE | {"fp8": recipe}
+    exact, real = reference(checkpoint("wide"), trainer, torch.float32)
+    half, _ = reference(checkpoint("wide"), trainer, torch.bfloat16)
+    metrics, found = trained(pool, checkpoint("wide"), tmp_path, trainer, BF16)
+    ours, theirs = errors(found, exact, real)[0], errors(half, exact, {})[0]
+    assert theirs < ours <= FP8_LOGITS_ERROR
+    assert all(math.isfinite(step["grad_norm"]) for step in metrics)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_fp8_loss_curve_is_that_of_bf16(recompute, recipe, pool, checkpoint):
+    """20 DPO steps on two batches: every loss within FP8_LOSS_ERROR of bf16's."""
+    options = BF16 | {"optimizer": {"learning_rate": 1e-4}}
+    wanted = curve(pool, checkpoint("wide"), 20, TE, options)
+    found = curve(pool, checkpoint("wide"), 20, TE | {"fp8": recipe, "recompute": recompute}, options)
+    assert found == pytest.approx(wanted, rel=FP8_LOSS_ERROR)
+    assert wanted[-2] < wanted[0]  # the same batch, nine steps on
+
+
+@pytest.mark.parametrize("options", [{}, {"distributed_optimizer": True}])
+def test_a_state_goes_from_local_to_te_layers_and_back(options, pool, checkpoint):
+    """The same names and bits; the next loss agrees within bf16."""
+    trainer = TE | options
+    (found,) = pool.run("change_layers", 1, trainer=trainer, options=BF16, checkpoint=str(checkpoint("wide")))
+    assert found["names"] and found["tensors"]
+    local, between, back = found["losses"]
+    assert back == local
+    assert between == pytest.approx(local, rel=2e-2)
+
+
+RESUMED = {
+    "te": (TE, {}),
+    "delayed": (TE | {"fp8": "delayed"}, {}),
+    "delayed_recompute": (TE | {"fp8": "delayed", "recompute": True}, {}),
+    "current": (TE | {"fp8": "current"}, {}),
+    "te_adam": (TE, {"implementation": "te"}),
+    "te_adam_distributed": (TE | {"distributed_optimizer": True}, {"implementation": "te"}),
+    "bfloat16_moments": (TE | {"distributed_optimizer": True}, {"implementation": "te", "moment_dtype": "bfloat16"}),
+    "fp8_moments": (TE | {"distributed_optimizer": True}, {"implementation": "te", "moment_dtype": "fp8"}),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_policy_continues_bit_for_bit(name, pool, checkpoint, tmp_path):
+    trainer, optimizer = RESUMED[name]
+    arguments = {"trainer": trainer, "options": BF16 | {"optimizer": optimizer}}
+    (found,) = pool.run("resume", 1, checkpoint=str(checkpoint("wide")), output=str(tmp_path), **arguments)
+    assert all(found.values()), found
+
+
+@pytest.mark.parametrize("implementation", ["torch", "te", pytest.param("apex", marks=needs_apex)])
+def test_an_offloaded_optimizer_does_the_same_and_resumes(implementation, pool, checkpoint, tmp_path):
+    """Half the state on the host: weights within a rounding of bf16 of those without."""
+    options = BF16 | {"optimizer": {"implementation": implementation, "offload_share": 0.5}}
+    arguments = {"trainer": {"distributed_optimizer": True}, "options": options}
+    (found,) = pool.run("offload", 1, checkpoint=str(checkpoint("wide")), output=str(tmp_path), **arguments)
+    assert found.pop("worst") <= 4e-3
+    assert 0.5 <= found.pop("hosted") < 1
+    assert all(found.values()), found
+
+
+@pytest.mark.parametrize("implementation", ["te", pytest.param("apex", marks=needs_apex)])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_adamw_of_three_libraries_agrees(distributed, implementation, pool, checkpoint):
+    """Five steps in fp32: losses within 1e-4 of torch's."""
+    trainer = {"distributed_optimizer": distributed}
+    wanted = curve(pool, checkpoint("plain"), 5, trainer, {})
+    found = curve(pool, checkpoint("plain"), 5, trainer, {"optimizer": {"implementation": implementation}})
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "fp8"])
+def test_small_moments_stay_near_full_ones(moments, pool, checkpoint):
+    """Five steps: losses within 2 %, and the moments were what was asked (or the resumed state above would lack them)."""
+    trainer = TE | {"distributed_optimizer": True}
+    adam = {"implementation": "te", "learning_rate": 1e-4}
+    wanted = curve(pool, checkpoint("wide"), 5, trainer, BF16 | {"optimizer": adam})
+    found = curve(pool, checkpoint("wide"), 5, trainer, BF16 | {"optimizer": adam | {"moment_dtype": moments}})
+    assert found == pytest.approx(wanted, rel=2e-2)
+
+
+@pytest.mark.skipif(find_spec("fused_weight_gradient_mlp_cuda") is None, reason="apex is not installed")
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
+@pytest.mark.parametrize("variant", ["plain", "tied"])
+def test_fused_gradient_accumulation_gives_the_same_gradients(variant, layers, pool, checkpoint, tmp_path):
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "plain").mkdir()
+    trainer = {"layers": layers, "fuse_gradient_accumulation": True}
+    _, fused = trained(pool, checkpoint(variant), tmp_path / "fused", trainer, BF16)
+    _, plain = trained(pool, checkpoint(variant), tmp_path / "plain", {"layers": layers}, BF16)
+    wanted = {name: value.cuda() for name, value in plain.items() if name.startswith("gradient.0.")}
+    assert error(fused, wanted) <= 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="tensor-parallel overlap takes two GPUs")
+@pytest.mark.parametrize("recipe", ["none", "current"])
+def test_overlap_equals_one_rank(recipe, pool, checkpoint, tmp_path):
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    parallel = {"tensor_parallel": 2, "sequence_parallel": True, "overlap_tensor_parallel": True}
+    _, two = trained(pool, checkpoint("wide"), tmp_path / "two", TE | {"fp8": recipe} | parallel, BF16, size=2)
+    _, one = trained(pool, checkpoint("wide"), tmp_path / "one", TE | {"fp8": recipe}, BF16)
+    wanted = {name: value.cuda() for name, value in one.items() if name.startswith("gradient.0.")}
+    assert error(two, wanted) <= (2e-2 if recipe == "none" else FP8_LOGITS_ERROR)

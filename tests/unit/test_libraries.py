@@ -1,0 +1,99 @@
+"""Which library does what in the trainer: refused where it is missing, megatron-core's own choice replaced and put back. What
+the libraries compute is asked in tests/gpu."""
+
+import importlib.machinery
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from megatron.core import optimizer as megatron
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as mixed_precision
+
+from engine.errors import ConfigError
+from engine.megatron.libraries import check_libraries, chosen_kernels
+from engine.options import Optimizer, Trainer
+
+WANTED = {
+    "trainer.layers": (Trainer(layers="transformer_engine"), Optimizer(), "transformer_engine"),
+    "trainer.fuse_gradient_accumulation": (Trainer(fuse_gradient_accumulation=True), Optimizer(), "fused_weight"),
+    "optimizer.implementation = 'te'": (Trainer(), Optimizer(implementation="te"), "transformer_engine"),
+    "optimizer.implementation = 'apex'": (Trainer(), Optimizer(implementation="apex"), "amp_C"),
+    "optimizer.offload_share": (Trainer(), Optimizer(offload_share=0.5), "transformer_engine"),
+}
+MODULES = ("transformer_engine", "amp_C", "fused_weight_gradient_mlp_cuda")
+
+
+def place(monkeypatch, name, **members):
+    """An importable module of that name; what it computes is asked on a GPU."""
+    module = ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    for member, value in members.items():
+        setattr(module, member, value)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+def choices():
+    return (
+        (megatron.Adam, megatron.USING_PYTORCH_OPTIMIZER, distrib_optimizer.Adam),
+        (mixed_precision.multi_tensor_applier, mixed_precision.multi_tensor_scale_impl),
+        (clip_grads.multi_tensor_applier, clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl),
+    )
+
+
+def test_plain_options_need_no_library():
+    check_libraries(Trainer(), Optimizer())
+
+
+@pytest.mark.parametrize("option", WANTED)
+def test_a_missing_library_is_named_with_the_option_and_how_to_get_it(option, monkeypatch):
+    trainer, optimizer, module = WANTED[option]
+    monkeypatch.setattr("engine.megatron.libraries.find_spec", lambda name: None)
+    fix = r"found no module .*(requirements/gpu.txt|APEX_CUDA_EXT=1), or (use|set it)"
+    with pytest.raises(ConfigError, match=fix) as caught:
+        check_libraries(trainer, optimizer)
+    assert str(caught.value).startswith(option)
+    assert f"module {module}" in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("option", WANTED)
+def test_a_library_without_a_gpu_is_refused(option, monkeypatch):
+    trainer, optimizer, _ = WANTED[option]
+    for name in MODULES:
+        place(monkeypatch, name)
+    with pytest.raises(ConfigError, match=r"needs a GPU; torch found none: .*, or (use|set it)") as caught:
+        check_libraries(trainer, optimizer)
+    assert str(caught.value).startswith(option)
+
+
+@pytest.mark.parametrize("implementation", ["te", "apex"])
+def test_the_chosen_kernels_are_megatrons_while_entered(implementation, monkeypatch):
+    names = ("FusedAdam", "multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale")
+    kernels = {name: object() for name in names}
+    if implementation == "te":
+        package = place(monkeypatch, "transformer_engine.pytorch")
+        place(monkeypatch, "transformer_engine", pytorch=package)
+        package.optimizers = place(monkeypatch, "transformer_engine.pytorch.optimizers", **kernels)
+    else:
+        place(monkeypatch, "apex")
+        for name in ("apex.multi_tensor_apply", "apex.optimizers", "amp_C"):
+            place(monkeypatch, name, **kernels)
+    adam, apply, norm, scale = (kernels[name] for name in names)
+    before = choices()
+    with chosen_kernels(implementation):
+        assert choices() == ((adam, False, adam), (apply, scale), (apply, norm, scale))
+        with chosen_kernels("torch"):
+            assert megatron.Adam is distrib_optimizer.Adam is torch.optim.AdamW
+            assert megatron.USING_PYTORCH_OPTIMIZER
+            assert clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm"
+    assert choices() == before
+
+
+def test_an_error_inside_puts_megatrons_choice_back():
+    before = choices()
+    with pytest.raises(RuntimeError), chosen_kernels("torch"):
+        raise RuntimeError
+    assert choices() == before
