@@ -114,7 +114,7 @@ class Sync(Section):
     )
     bucket_mebibytes: Positive = Field(64, description="weights sent together in one message")
     transport: Literal["auto", "gloo", "nccl", "ipc"] = Field(
-        "auto", description="'ipc': memory of one machine; 'auto': that on one machine's CPU and where colocated, else NCCL or gloo"
+        "auto", description="'ipc': one machine's memory; 'auto': that on its CPU and where colocated, else NCCL or gloo"
     )
     timeout_seconds: PositiveFloat = Field(120.0, description="longest attempt at a weight sync; there are three")
 
