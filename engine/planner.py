@@ -14,7 +14,6 @@ import torch
 
 from engine.bridge.exchange import STAGED
 from engine.bridge.plan import Bucket, ShardPlan, Spot, Transfer, plan
-from engine.bridge.shared_memory import SLOTS, slot_size
 from engine.config import RunConfig
 from engine.errors import ConfigError
 from engine.llama.hf import LlamaShape, read_shape
@@ -54,6 +53,8 @@ def plan_run(config: RunConfig, machine: Machine) -> dict[str, Any]:
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     _check(machine)
     nodes = _nodes(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
+    if config.inference.placement == "colocated" or config.sync.transport == "ipc":
+        nodes = tuple((engine,) for engine in range(config.inference.engines))  # each takes what it needs by itself
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
     made = plan(
@@ -92,8 +93,7 @@ def _on_one_node(config: RunConfig) -> bool:
 
 def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machine) -> dict[str, Any]:
     """The memory of each kind of device by component, and whether the fullest fits the machine's GPU. Bytes."""
-    colocated = config.inference.placement == "colocated"
-    held = estimate(shape, config, channel(made, windows=colocated or config.sync.transport == "ipc"))
+    held = estimate(shape, config, channel(made))
     gpu_bytes = round(machine.gpu_gibibytes * GIB)
     return {
         "gpu_bytes": gpu_bytes,
@@ -106,18 +106,13 @@ def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machin
     }
 
 
-def channel(made: ShardPlan, *, windows: bool) -> Channel:
-    """What the members keep between syncs: staging buckets and, where engines pass messages on through `windows`, two slots
-    for every engine rank that one passes them to, as large as the largest message."""
-    staged, largest = [0] * made.num_members, [dict[int, int]() for _ in range(made.num_members)]
+def channel(made: ShardPlan) -> Channel:
+    """What the members keep between syncs: staging buckets."""
+    staged = [0] * made.num_members
     for message in made.messages:
-        size, receivers = message.bucket.num_bytes, made.receivers(message)
-        for member in (message.source, *receivers) if message.bucket.packed else ():
-            staged[member] = max(staged[member], STAGED * size)
-        for peer in receivers[1:] if windows else ():
-            largest[receivers[0]][peer] = max(largest[receivers[0]].get(peer, 0), size)
-    held = [size + SLOTS * sum(map(slot_size, out.values())) for size, out in zip(staged, largest, strict=True)]
-    return Channel(max(held[: made.trainer_size]), max(held[made.trainer_size :]))
+        for member in (message.source, *made.receivers(message)) if message.bucket.packed else ():
+            staged[member] = max(staged[member], STAGED * message.bucket.num_bytes)
+    return Channel(max(staged[: made.trainer_size]), max(staged[made.trainer_size :]))
 
 
 def measure(shape: LlamaShape, made: ShardPlan, machine: Machine) -> dict[str, Any]:

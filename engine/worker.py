@@ -309,35 +309,51 @@ def open_publisher(config: RunConfig, policy: Policy, topology: Topology, host: 
     import torch.distributed as dist
 
     from engine.bridge.publish import Publisher
+    from engine.bridge.shared_memory import room_for
     from engine.bridge.terms import SyncTerms
     from engine.llama.layout import engine_layout, trainer_layout
 
-    machine = torch.zeros(config.inference.engines, dtype=torch.int64, device=topology.device)  # of every engine
+    seen = torch.zeros(1 + config.inference.engines, dtype=torch.int64, device=topology.device)  # by rank 0
     if pool is not None:
+        seen[0] = room_for(_shared_bytes(config, policy))
         for node, engines in enumerate(pool.nodes()):
-            machine[list(engines)] = node
-    dist.broadcast(machine, 0)
-    numbers = machine.tolist()
-    if config.sync.transport == "ipc" and any(numbers):
+            seen[[1 + engine for engine in engines]] = node
+    dist.broadcast(seen, 0)
+    has_room, *machine = seen.tolist()  # the machine of every engine
+    if config.sync.transport == "ipc" and any(machine):
         raise ConfigError("sync.transport = 'ipc' needs all engines on one machine; found several: use 'auto'")
+    transport = _transport(config, topology.device.type, bool(has_room), _shared_bytes(config, policy))
+    if transport == "ipc":  # each takes what it needs from where it lies: nothing is passed on
+        machine = list(range(config.inference.engines))
     terms = SyncTerms(
         shape=policy.shape,
         dtype=config.model.dtype,
         trainer=trainer_layout(config.trainer),
         dp_size=topology.dp_size,
         engine=engine_layout(config.inference),
-        nodes=tuple(tuple(i for i, node in enumerate(numbers) if node == n) for n in range(max(numbers) + 1)),
+        nodes=tuple(tuple(i for i, node in enumerate(machine) if node == n) for n in range(max(machine) + 1)),
         bucket_bytes=config.sync.bucket_mebibytes << 20,
-        transport=_transport(config, topology.device.type),
+        transport=transport,
     )
     return Publisher(policy, topology, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
 
 
-def _transport(config: RunConfig, device: str) -> Any:
+def _shared_bytes(config: RunConfig, policy: Policy) -> int:
+    """What a weight sync through the memory of this machine moves into it, of all trainer ranks: weights and staging."""
+    weights = sum(p.numel() * p.element_size() for p in policy.parameters.values()) * (2 if config.keeps_seed else 1)
+    return config.trainer.world_size * (weights + 2 * (config.sync.bucket_mebibytes << 20))
+
+
+def _transport(config: RunConfig, device: str, has_room: bool, num_bytes: int) -> Any:
     """What carries a sync; ConfigError for a transport that cannot carry what is on this device."""
     asked, placement = config.sync.transport, config.inference.placement
-    # NCCL cannot join two members on one GPU, and a window needs both to see the GPU that it lies on.
-    on_cpu = ("ipc", "gloo") if config.cluster.nodes == 1 else ("gloo",)
+    if asked == "ipc" and device == "cpu" and not has_room:
+        raise ConfigError(
+            f"sync.transport = 'ipc' needs {num_bytes >> 20} MiB of shared memory (/dev/shm); found less: give the container "
+            f"more (docker run --shm-size), or use 'gloo'"
+        )
+    # NCCL cannot join two members on one GPU, and memory is mapped on one machine only.
+    on_cpu = ("ipc", "gloo") if config.cluster.nodes == 1 and has_room else ("gloo",)
     fits = on_cpu if device != "cuda" else ("ipc",) if placement == "colocated" else ("nccl",)
     if asked not in ("auto", *fits):
         raise ConfigError(

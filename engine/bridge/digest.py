@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from engine.bridge.plan import Bucket
+from engine.bridge.plan import Bucket, Spot
 from engine.ops import block_digest, column_weights
 
 
@@ -27,10 +27,14 @@ class ShardDigest:
         self._places: list[int] = []
         self._parts: list[torch.Tensor] = []
 
-    def add(self, parameter: str, row: int, col: int, block: torch.Tensor) -> None:
-        """Adds a rectangle [rows, cols] that lies at (row, col) of the parameter."""
+    def digest(self, spot: Spot, block: torch.Tensor) -> torch.Tensor:
+        """[1] int64: what a rectangle [rows, cols] adds that lies there."""
+        return block_digest(block, row=spot.row, col=spot.col, seed=_seed(spot.parameter), columns=self._columns)
+
+    def add(self, parameter: str, part: torch.Tensor) -> None:
+        """Adds a rectangle's digest to its parameter's."""
         self._places.append(self._index[parameter])
-        self._parts.append(block_digest(block, row=row, col=col, seed=_seed(parameter), columns=self._columns))
+        self._parts.append(part)
 
     def sums(self) -> torch.Tensor:
         """What has been added so far."""

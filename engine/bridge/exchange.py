@@ -9,7 +9,7 @@ others are packed, placed and digested. At the end every sender tells every engi
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from engine.bridge.digest import ShardDigest, weights_for
-from engine.bridge.plan import Bucket, Message, Role, ShardPlan, Transfer
+from engine.bridge.plan import Bucket, Message, Role, ShardPlan, Spot, Transfer
 from engine.bridge.transport import Deadline, Pending, Transport, TransportError
 from engine.errors import WeightSyncError
 from engine.llama.layout import rectangle
@@ -65,13 +65,15 @@ class Sender:
                 raise WeightSyncError(f"trainer parameter {name} must be {self._dtype}; found {shard.dtype}: publish one type")
         under_way = _UnderWay(self._plan, transport.depth, deadline)
         sums: dict[tuple[tuple[int, ...], int], ShardDigest] = {}
+        known: dict[int, list[torch.Tensor]] = {}  # of buckets that have gone to another node
         for message in self._messages:
             key = tuple(sorted(message.route)), message.bucket.target
             if key not in sums:
                 sums[key] = ShardDigest(self._parameters[key[1]], self._columns)
-            for t in message.bucket.transfers:  # first: what follows finds it in the processor's cache
-                block = rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols)
-                sums[key].add(t.target.parameter, t.target.row, t.target.col, block)
+            if id(message.bucket) not in known:  # first: what follows finds it in the processor's cache
+                known[id(message.bucket)] = [sums[key].digest(t.target, block) for t, block in _blocks(message.bucket, shards)]
+            for t, part in zip(message.bucket.transfers, known[id(message.bucket)], strict=True):
+                sums[key].add(t.target.parameter, part)
             under_way.make_room(message.bucket)
             buffer = self._pack(message.bucket, shards)
             first = self._plan.receivers(message)[0]
@@ -87,12 +89,11 @@ class Sender:
             _finish(tail, deadline, named)
 
     def _pack(self, bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        views = [rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols) for t in bucket.transfers]
         if not bucket.packed:
-            return views[0]
+            return next(_blocks(bucket, shards))[1]
         buffer = self._staging.next(bucket, self._dtype)
-        for part, view in zip(_parts(buffer, bucket), views, strict=True):
-            part.copy_(view)
+        for part, (_, block) in zip(_parts(buffer, bucket), _blocks(bucket, shards), strict=True):
+            part.copy_(block)
         return buffer
 
 
@@ -133,7 +134,7 @@ class Receiver:
                 if message.bucket.packed:
                     forwards.finish()  # staging memory may still be on its way to another engine
                 buffer = self._buffer(message.bucket, shards)
-                posted.append((message, role, buffer, transport.receive(buffer, source)))
+                posted.append((message, role, buffer, transport.receive(buffer, source, lasting=not from_engine)))
                 waiting.popleft()
 
         for _ in self._work:
@@ -168,7 +169,7 @@ class Receiver:
             missing[name] -= t.rows * t.cols
             if missing[name] == 0:
                 extent = self._extents[name]
-                held.add(name, 0, 0, rectangle(shards[name], 0, 0, extent.rows, extent.cols))
+                held.add(name, held.digest(Spot(name, 0, 0), rectangle(shards[name], 0, 0, extent.rows, extent.cols)))
                 shards.complete(name)
 
     def _verify(self, held: ShardDigest, transport: Transport, deadline: Deadline) -> None:
@@ -270,6 +271,12 @@ def _finish(pending: Pending, deadline: Deadline, name: Callable[[], str]) -> No
         pending.wait(deadline)
     except TransportError as error:
         raise WeightSyncError(f"{name()} {UNDELIVERED}: {error}") from error
+
+
+def _blocks(bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> Iterator[tuple[Transfer, torch.Tensor]]:
+    """A bucket's rectangles where they lie in the sender's shards."""
+    for t in bucket.transfers:
+        yield t, rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols)
 
 
 def _parts(buffer: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 Kind = Literal["gloo", "nccl", "ipc"]
-LANES = 2
+LANES = 3  # of a pair over gloo, each with an order of its own
 FAILED, POLL_SECONDS = "failed", 0.25  # a word in the store, and how often it is looked for
 UNMET = "did not meet the others"  # in the words of every failure to open a transport
 
@@ -65,8 +65,8 @@ class Transport(Protocol):
         so that a transport may let the receiver map it and read it where it lies, until the message is waited for."""
         ...
 
-    def receive(self, buffer: torch.Tensor, peer: int) -> Pending:
-        """Starts filling a contiguous buffer of the size that the peer sends."""
+    def receive(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
+        """Starts filling a contiguous buffer of the size that the peer sends; `lasting` as the peer says."""
         ...
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ class Gloo:
         tag = self._sent[peer, lane] * LANES + lane
         return _start(lambda: self._group.send([buffer], peer, tag))
 
-    def receive(self, buffer: torch.Tensor, peer: int, lane: int = 0) -> Pending:
+    def receive(self, buffer: torch.Tensor, peer: int, lane: int = 0, *, lasting: bool = False) -> Pending:
         """See Transport."""
         self._received[peer, lane] += 1
         tag = self._received[peer, lane] * LANES + lane
@@ -197,7 +197,7 @@ class Nccl:
         """See Transport."""
         return _start(lambda: grouped(self._group, lambda: self._group.send([buffer], peer, 0)), self._failed)
 
-    def receive(self, buffer: torch.Tensor, peer: int) -> Pending:
+    def receive(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
         """See Transport."""
         return _start(lambda: grouped(self._group, lambda: self._group.recv([buffer], peer, 0)), self._failed)
 

@@ -110,9 +110,9 @@ class FaultyTransport:
         """Passes it on, but for the fault."""
         return self._carry(partial(self._real.send, **kind), buffer, peer)
 
-    def receive(self, buffer: torch.Tensor, peer: int) -> Any:
+    def receive(self, buffer: torch.Tensor, peer: int, **kind: Any) -> Any:
         """Passes it on, but for the fault."""
-        return self._carry(self._real.receive, buffer, peer)
+        return self._carry(partial(self._real.receive, **kind), buffer, peer)
 
     def _carry(self, act: Any, buffer: torch.Tensor, peer: int) -> Any:
         number, self._count = self._count, self._count + 1

@@ -144,7 +144,7 @@ class MemoryTransport:
             pair.changed.notify_all()
         return PendingMessage(self, peer, self._member, pair, message, message.send)
 
-    def receive(self, buffer: torch.Tensor, peer: int) -> PendingMessage:
+    def receive(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> PendingMessage:
         """See Transport."""
         with self._network.lock:
             pair = self._network.pairs[peer, self._member]

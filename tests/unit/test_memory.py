@@ -102,14 +102,12 @@ def test_an_engine_rank_has_its_part_of_the_weights_and_a_whole_kv_cache():
     assert one["engine: KV cache"] == two["engine: KV cache"] == 96 * GIB
 
 
-def test_the_channel_has_two_buckets_and_windows_for_what_is_passed_on():
-    """Buckets of at most 1000 bytes; a window is two slots of a mebibyte; an engine passes on to the node's other."""
+def test_the_channel_has_two_buckets():
+    """Of at most 1000 bytes."""
     made = plan(SMALL, 4, TrainerLayout(2, 2), 2, EngineLayout(2), ((0, 1), (2,)), 1000)
-    staged, windows = channel(made, windows=False), channel(made, windows=True)
+    staged = channel(made)
     largest = max(message.bucket.num_bytes for message in made.messages if message.bucket.packed)
-    assert 0 < staged.trainer_bytes <= 2 * largest <= 2000
-    assert windows.trainer_bytes == staged.trainer_bytes, "what a trainer keeps is read where it lies"
-    assert windows.engine_bytes - staged.engine_bytes == 2 * 2**20
+    assert staged.trainer_bytes == staged.engine_bytes == 2 * largest <= 2000
 
 
 def test_the_head_is_counted_in_the_operators_own_chunks():
