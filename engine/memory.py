@@ -163,7 +163,8 @@ class TrainerState:
 
     @property
     def host_bytes(self) -> int:
-        """What is offloaded, with the gradients that the host's update reads."""
+        """What is offloaded, with the gradients that the host's update reads, before torch rounds pinned blocks up to powers
+        of two."""
         return (self._shard - self.on_device) * (self._state_bytes + FP32)
 
     @property

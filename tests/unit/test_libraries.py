@@ -5,6 +5,7 @@ import importlib
 import importlib.machinery
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -123,8 +124,8 @@ class Quantized:
 
     def __init__(self):
         self._data, self._scale_inv = torch.zeros(2, dtype=torch.uint8), torch.ones(1)
-        self._transpose, self._quantizer = torch.zeros(2, dtype=torch.uint8), self
-        self.scale, self.usages = torch.ones(1), {}
+        self._transpose: torch.Tensor | None = torch.zeros(2, dtype=torch.uint8)
+        self._quantizer, self.scale, self.usages = self, torch.ones(1), {}
 
     def set_usage(self, **usages):
         self.usages |= usages
@@ -137,7 +138,7 @@ class FusedAdam:
     """Transformer Engine's in outline: a moment of zeros becomes bytes that are no number."""
 
     def __init__(self):
-        self.state = {"weight": {}}
+        self.state: dict[str, dict[str, Any]] = {"weight": {}}
 
     def _initialize_state(self, param, state_name, zero_buffer, store_param_remainders=False):
         self.state[param][state_name] = torch.zeros(2, dtype=torch.int16) if store_param_remainders else Quantized()
