@@ -163,7 +163,8 @@ class TrainerState:
 
     @property
     def host_bytes(self) -> int:
-        """What is offloaded, with the gradients that the host's update reads."""
+        """What is offloaded, with the gradients that the host's update reads, before torch rounds pinned blocks up to powers
+        of two."""
         return (self._shard - self.on_device) * (self._state_bytes + FP32)
 
     @property
@@ -225,8 +226,10 @@ class Step:
 
     @property
     def _feed_forward(self) -> int:
-        """Gate and up as one, what SiLU makes of the gate, up with megatron's offset of 0 added, and the product."""
-        return self._T * self._F * (4 * self._e + self._into_linear)
+        """Gate and up as one, and the product; plain SwiGLU, the local spec's, also keeps what SiLU makes of the gate, and up
+        with megatron's offset of 0 added."""
+        factors = 4 if self._trainer.layers == "local" else 2
+        return self._T * self._F * (factors * self._e + self._into_linear)
 
     @cached_property
     def kept(self) -> int:
@@ -252,18 +255,27 @@ class Step:
             moments.append((waiting, 0, *self._head))
         if self._is_first:
             moments.append((waiting - self.kept, 0, 0, self._shape.hidden * self._V * self._e))
-        if self._on_gpu and self._config.optimizer.implementation == "torch":  # whose AdamW has a root for every parameter
-            moments.append((0, 0, 0, FP32 * TrainerState(self._shape, self._config, self._stage).on_device))
+        moments.append((0, 0, 0, self._update))
         fullest = max(moments, key=sum)
         return dict(zip(TRANSIENT, (*fullest[:3], fullest[3] + self._buffers), strict=True))
 
     @property
+    def _update(self) -> int:
+        """What AdamW makes for all parameters before it moves the first: torch's a root, Transformer Engine's both moments in
+        float32 where it keeps them narrower."""
+        adam, on_device = self._config.optimizer, TrainerState(self._shape, self._config, self._stage).on_device
+        if adam.moment_dtype != "float32":
+            return 2 * FP32 * on_device
+        return FP32 * on_device if self._on_gpu and adam.implementation == "torch" else 0
+
+    @property
     def _layer_backward(self) -> int:
-        """The gradients of the residual stream and of both factors of the feed-forward's product; or those of gate and up
-        and of their weight, when three tensors of the forward are gone."""
-        factors = 2 * self._T * self._F * self._e
+        """The gradients of the residual stream, and of the feed-forward's product and both its factors, when the product is
+        gone; or those of gate and up and of their weight, when gate and up are gone too."""
+        product = self._T * self._F * self._into_linear
+        factors = 3 * self._T * self._F * self._e - product
         weight = 0 if self._trainer.fuse_gradient_accumulation else 2 * self._F * self._H * self._e
-        return self._T_own * self._H * self._e + max(factors, weight + self._whole_rows - self._T * self._F * self._e)
+        return self._T_own * self._H * self._e + max(factors, weight + self._whole_rows - product)
 
     @property
     def _whole_rows(self) -> int:

@@ -123,7 +123,7 @@ def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> 
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bias_activation_fusion=False,
+        bias_activation_fusion=trainer.layers == "transformer_engine",  # SwiGLU compiled into one kernel that keeps its input
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,

@@ -18,6 +18,7 @@ from engine.options import Optimizer, Trainer
 
 INSTALL_TE = "install requirements/gpu.txt"
 INSTALL_APEX = "build NVIDIA's apex from source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+HOPPER = (9, 0)  # the first whose FP8 products take every recipe
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ def check_libraries(trainer: Trainer, optimizer: Optimizer) -> None:
             raise ConfigError(f"{option} needs {library}; found no module {module}: {install}, or {otherwise}")
         if wanted and not torch.cuda.is_available():
             raise ConfigError(f"{option} needs a GPU; torch found none: run on a machine with one, or {otherwise}")
+    if trainer.fp8 != "none" and (capability := torch.cuda.get_device_capability()) < HOPPER:
+        raise ConfigError(
+            f"trainer.fp8 needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} or more; found "
+            f"{capability[0]}.{capability[1]}: run on one, or set it to 'none'"
+        )
 
 
 @contextmanager
@@ -84,7 +90,9 @@ def _kernels(implementation: str) -> Kernels:
     if implementation == "te":
         from transformer_engine.pytorch import optimizers as te
 
-        return Kernels(te.FusedAdam, te.multi_tensor_applier, te.multi_tensor_l2norm, te.multi_tensor_scale)
+        from engine.megatron.te_adam import TeAdam
+
+        return Kernels(TeAdam, te.multi_tensor_applier, te.multi_tensor_l2norm, te.multi_tensor_scale)
     if implementation == "apex":
         import amp_C
         from apex.multi_tensor_apply import multi_tensor_applier

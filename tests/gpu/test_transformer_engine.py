@@ -8,6 +8,7 @@ One rank; the test of overlap takes two GPUs. Never run so far: no machine with 
 import math
 from importlib.util import find_spec
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,22 @@ def test_small_moments_stay_near_full_ones(moments, pool, checkpoint):
     wanted = curve(pool, checkpoint("wide"), 5, trainer, BF16 | {"optimizer": adam})
     found = curve(pool, checkpoint("wide"), 5, trainer, BF16 | {"optimizer": adam | {"moment_dtype": moments}})
     assert found == pytest.approx(wanted, rel=2e-2)
+
+
+def test_fp8_moments_of_zero_gradients_are_zero():
+    """The first step's, then those of gradients of 1; one byte each."""
+    from engine.megatron.te_adam import TeAdam
+
+    weight: Any = torch.nn.Parameter(torch.ones(48, dtype=torch.bfloat16, device="cuda"))
+    narrow = {"exp_avg_dtype": torch.uint8, "exp_avg_sq_dtype": torch.uint8}
+    adam = TeAdam([weight], 0.1, master_weights=True, use_decoupled_grad=True, store_param_remainders=True, **narrow)
+    for gradient in (0.0, 1.0):
+        weight.decoupled_grad = torch.full((48,), gradient, device="cuda")
+        adam.step()
+        moment = adam.state[weight]["exp_avg"]
+        assert moment._transpose is None
+        assert moment.float().tolist() == pytest.approx([0.1 * gradient] * 48, rel=0.07)  # three bits of mantissa
+    assert bool(weight.isfinite().all())
 
 
 @pytest.mark.skipif(find_spec("fused_weight_gradient_mlp_cuda") is None, reason="apex is not installed")

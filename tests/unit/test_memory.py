@@ -5,10 +5,13 @@ that any layout must have. What torch really allocates is compared in tests/para
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,6 +67,51 @@ def test_fp8_adds_copies_of_the_layers_matrices_and_shrinks_what_products_save()
     plain, fp8 = of_8b().devices[0].components, of_8b("trainer.fp8=current").devices[0].components
     assert fp8["FP8 copies"] == 2 * MATRICES
     assert 0.8 * plain["activations"] < fp8["activations"] < plain["activations"]
+
+
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
+def test_the_feed_forward_keeps_what_is_counted(layers: str):
+    """What autograd saves of both forms of SwiGLU, and the product for the next linear layer. The fused form gives the same."""
+    from engine.megatron.build import megatron_config
+
+    width, config = 12, configured("8b-4x4", f"trainer.layers={layers}")
+    fused = megatron_config(LLAMA_8B, config.trainer, torch.bfloat16).bias_activation_fusion
+    assert fused == (layers == "transformer_engine")
+    both = torch.randn(config.trainer.microbatch_tokens, 2 * width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.compiler.set_stance("force_eager"):
+        product = swiglu(both, fused)
+    with torch.compiler.set_stance("force_eager"):
+        product.backward(torch.ones_like(product))
+    again = both.detach().clone().requires_grad_()
+    plain = F.silu(again[:, :width]) * again[:, width:]
+    plain.backward(torch.ones_like(plain))
+    torch.testing.assert_close(product, plain)
+    torch.testing.assert_close(both.grad, again.grad)
+    step = Step(replace(LLAMA_8B, ffn_hidden=width), config, 0)
+    assert sum(kept.values()) + product.nbytes == 2 * step._feed_forward  # counted in bfloat16, kept here in float32
+
+
+def swiglu(both: torch.Tensor, fused: bool) -> torch.Tensor:
+    """megatron-core's, from gate and up beside each other: its one function, or the lines of its MLP."""
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    if fused:
+        return bias_swiglu_impl(both, None)
+    gate, up = torch.chunk(both, 2, dim=-1)
+    return F.silu(gate) * (up + 0.0)
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "fp8"])
+def test_narrow_moments_are_widened_for_the_update(moments: str):
+    """8 bytes of each of a rank's quarter, where recomputation leaves little else."""
+    held = of_8b(f"optimizer.moment_dtype={moments}", "trainer.recompute=true", "trainer.fused_lm_head=true")
+    assert held.devices[0].components["workspace"] == 2 * PARAMETERS
 
 
 def test_torchs_own_adamw_has_a_root_for_every_parameter():
