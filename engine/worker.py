@@ -65,6 +65,8 @@ class TrainerRank:
         self, port: int, engines: list[EngineHandle] | None, reward_engine: ScoringEngine | None, resume: bool
     ) -> Iterator[Event]:
         """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
+        import torch.distributed as dist
+
         from engine import loop
         from engine.algorithms.losses import make_objective
         from engine.desk import Desk
@@ -81,6 +83,7 @@ class TrainerRank:
         if config.uses_engines:
             publisher = _Publisher(open_publisher(config, policy, topology, self._host, desk.pool if desk else None), topology)
         source = _Source(config, topology, desk.source if desk else None)
+        sampling = desk.pool if desk and config.uses_engines else None
 
         def checkpoint(step: int) -> None:
             collapse, stopped = self._collapse(topology, desk), self._stopped(topology, step)
@@ -90,6 +93,7 @@ class TrainerRank:
             if end := _early_end(config, step, collapse, stopped, saved):
                 if desk is not None:
                     desk.finish()
+                dist.barrier()  # the first rank to raise has all of them ended: rank 0's records are whole before
                 raise end
 
         def evaluate(step: int) -> None:
@@ -113,7 +117,7 @@ class TrainerRank:
             checkpoint=checkpoint,
             evaluation_due=config.evaluation_due,
             evaluate=evaluate,
-            window=Window(config.profile, config.run_directory, self._rank, desk.pool if desk else None, config.schedule),
+            window=Window(config.profile, config.run_directory, self._rank, sampling, config.schedule),
         ):
             for event in desk.finish_step(record) if desk else ():
                 yield event
