@@ -65,8 +65,6 @@ class TrainerRank:
         self, port: int, engines: list[EngineHandle] | None, reward_engine: ScoringEngine | None, resume: bool
     ) -> Iterator[Event]:
         """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
-        import torch.distributed as dist
-
         from engine import loop
         from engine.algorithms.losses import make_objective
         from engine.desk import Desk
@@ -79,11 +77,11 @@ class TrainerRank:
         checkpoints = _checkpoints(config, topology)
         start = _resume(config, checkpoints, policy) if resume else 0
         desk = Desk(config, engines, reward_engine, start) if engines is not None else None
+        pool = desk.pool if desk and config.uses_engines else None
         publisher: loop.Publisher = _NoEngines()
         if config.uses_engines:
-            publisher = _Publisher(open_publisher(config, policy, topology, self._host, desk.pool if desk else None), topology)
+            publisher = _Publisher(open_publisher(config, policy, topology, self._host, pool), topology)
         source = _Source(config, topology, desk.source if desk else None)
-        sampling = desk.pool if desk and config.uses_engines else None
 
         def checkpoint(step: int) -> None:
             collapse, stopped = self._collapse(topology, desk), self._stopped(topology, step)
@@ -93,7 +91,7 @@ class TrainerRank:
             if end := _early_end(config, step, collapse, stopped, saved):
                 if desk is not None:
                     desk.finish()
-                dist.barrier()  # the first rank to raise has all of them ended: rank 0's records are whole before
+                self._beat(topology)  # the first rank to raise has all of them ended: rank 0's records are whole before
                 raise end
 
         def evaluate(step: int) -> None:
@@ -117,12 +115,10 @@ class TrainerRank:
             checkpoint=checkpoint,
             evaluation_due=config.evaluation_due,
             evaluate=evaluate,
-            window=Window(config.profile, config.run_directory, self._rank, sampling, config.schedule),
+            window=Window(config.profile, config.run_directory, self._rank, pool, config.schedule),
         ):
-            for event in desk.finish_step(record) if desk else ():
-                yield event
-        for event in desk.finish() if desk else ():
-            yield event
+            yield from desk.finish_step(record) if desk else ()
+        yield from desk.finish() if desk else ()
         topology.close()
 
     def _beat(self, topology: Topology, over: bool = False) -> bool:

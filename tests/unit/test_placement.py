@@ -115,8 +115,8 @@ def test_examples_of_eight_gpus_a_node():
         ),
         (
             {"cluster": {"gpus_per_node": 1}},
-            "found 1 * 1 and beside 1 GPUs in use inference.engines = 1 of inference.tensor_parallel = 1, of which 0 have a place: "
-            "raise cluster.nodes, or make the layout smaller, or set inference.placement = 'colocated'",
+            "found 1 * 1 and beside 1 GPUs in use inference.engines = 1 of inference.tensor_parallel = 1, of which 0 have a "
+            "place: raise cluster.nodes, or make the layout smaller, or set inference.placement = 'colocated'",
         ),
         (
             {"trainer": {"data_parallel": 2}, "inference": {"engines": 3, "placement": "colocated"}},
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_named_with_its_options_and_numbers(tables, said):
 
 
 def test_a_machine_with_one_gpu_trains_by_turns_and_is_told_so():
-    with pytest.raises(ConfigError, match=r"found 1 \* 1 \(8 asked for, 1 on this machine\).*inference.placement = 'colocated'$"):
+    with pytest.raises(ConfigError, match=r"found 1 \* 1 \(8 asked for, 1 on this machine\).*placement = 'colocated'$"):
         place(make(), ALL, 1)
     found = place(make(inference={"placement": "colocated"}), ALL, 1)
     assert found.ranks == found.engines == (Seat(0, (0,)),)
@@ -204,14 +204,18 @@ def test_while_nodes_are_waited_for_sigterm_is_the_commands(monkeypatch):
         monkeypatch.setenv(name, RAY_ENVIRONMENT[name])  # so that what is set in here is taken back
     asked: list[object] = []
     monkeypatch.setattr(ray, "init", lambda **options: signal.signal(signal.SIGTERM, signal.SIG_IGN))
-    monkeypatch.setattr(ray, "nodes", lambda: asked.append(signal.getsignal(signal.SIGTERM)) or [])
+
+    def nodes() -> list[object]:
+        asked.append(signal.getsignal(signal.SIGTERM))
+        return []
 
     def ours(*_: object) -> None:
         """Stands for the command's handler."""
 
+    monkeypatch.setattr(ray, "nodes", nodes)
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        with pytest.raises(WatchdogError, match="cluster.nodes = 2 nodes must join the Ray cluster; 0 came within"):
+        with pytest.raises(WatchdogError, match="2 nodes must join the Ray cluster; 0 came within"):
             Cluster(make(cluster={"nodes": 2}, trainer={"timeout_seconds": 0.01})).__enter__()
     finally:
         signal.signal(signal.SIGTERM, before)
