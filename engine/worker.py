@@ -89,9 +89,7 @@ class TrainerRank:
             if saved:
                 checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config)
             if end := _early_end(config, step, collapse, stopped, saved):
-                if desk is not None:
-                    desk.finish()
-                self._beat(topology)  # the first rank to raise has all of them ended: rank 0's records are whole before
+                self._close(topology, desk)
                 raise end
 
         def evaluate(step: int) -> None:
@@ -117,8 +115,10 @@ class TrainerRank:
             evaluate=evaluate,
             window=Window(config.profile, config.run_directory, self._rank, pool, config.schedule),
         ):
-            yield from desk.finish_step(record) if desk else ()
-        yield from desk.finish() if desk else ()
+            for event in desk.finish_step(record) if desk else ():
+                yield event
+        for event in desk.finish() if desk else ():
+            yield event
         topology.close()
 
     def _beat(self, topology: Topology, over: bool = False) -> bool:
@@ -129,6 +129,12 @@ class TrainerRank:
         if topology.rank == 0:
             sign_of_life(self._config).touch()
         return broadcast_bytes(b"over" if over else b"more", topology.device) == b"over"
+
+    def _close(self, topology: Topology, desk: Desk | None) -> None:
+        """Closes rank 0's records before any rank raises: the first that does has all of them ended. Collective."""
+        if desk is not None:
+            desk.finish()
+        self._beat(topology)
 
     def _collapse(self, topology: Topology, desk: Desk | None) -> str:
         """What rank 0's guard wants the run stopped for, on every rank; empty where nothing. Collective."""
