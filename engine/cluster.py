@@ -119,7 +119,6 @@ class Cluster:
         self._engines: list[RayEngine] = []
 
     def __enter__(self) -> Cluster:
-        handler = signal.getsignal(signal.SIGTERM)
         try:
             (self._start_ray if self._config.cluster.nodes == 1 else self._join_ray)()
             if self._placement is not None:
@@ -127,9 +126,16 @@ class Cluster:
         except BaseException:
             self.__exit__()
             raise
-        if handler is not signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, handler)  # which Ray has taken
         return self
+
+    def _init_ray(self, **options: Any) -> None:
+        """ray.init, which takes SIGTERM for itself: whoever had it gets it back, before anything is waited for."""
+        import ray
+
+        handler = signal.getsignal(signal.SIGTERM)
+        ray.init(logging_level="error", log_to_driver=self._verbose, **options)
+        if handler is not signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, handler)
 
     def _start_ray(self) -> None:
         """A Ray of the run's own, on this machine."""
@@ -137,22 +143,15 @@ class Cluster:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            object_store_memory=256 << 20,
-            logging_level="error",
-            log_to_driver=self._verbose,
-        )
+        self._init_ray(address="local", num_cpus=1, include_dashboard=False, object_store_memory=256 << 20)
         (found,) = ray.nodes()
         self._nodes = [Node(found["NodeID"], HOST, "lo", devices(found["Resources"].get("GPU", 0)))]
         if self._nodes[0].devices:
-            self._placement = place(self._config, self._parts)
+            self._placement = place(self._config, self._parts, len(self._nodes[0].devices))
 
     def _join_ray(self) -> None:
         """The Ray cluster that RAY_ADDRESS names, or whose node this machine is, with all nodes that the run needs."""
-        found = os.environ.get("RAY_AUTH_MODE"), "RAY_AUTH_TOKEN" in os.environ
+        found = os.environ.get("RAY_AUTH_MODE"), bool(os.environ.get("RAY_AUTH_TOKEN"))
         if found != ("token", True):
             raise ConfigError(
                 f"cluster.nodes > 1 needs a Ray cluster that demands a token, for Ray runs whatever it is sent; found "
@@ -164,7 +163,7 @@ class Cluster:
 
         address = os.environ.get("RAY_ADDRESS", "auto")
         try:
-            ray.init(address=address, logging_level="error", log_to_driver=self._verbose)
+            self._init_ray(address=address)
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise ConfigError(
                 f"cluster.nodes = {self._config.cluster.nodes} needs a Ray cluster that is already there and takes this token; "
@@ -208,10 +207,10 @@ class Cluster:
         on_gpu = any(node.devices for node in self._nodes)
         for seat in placement.seats if on_gpu else ():
             node = self._nodes[seat.node]
-            if max(seat.gpus) >= len(node.devices):
+            if max(seat.gpus) >= (found := len(node.devices)):
                 raise ConfigError(
                     f"cluster.gpus_per_node must not exceed the GPUs of a node; found {self._config.cluster.gpus_per_node}, "
-                    f"and {len(node.devices)} on {node.address}: set cluster.gpus_per_node = {max(1, len(node.devices))}"
+                    f"and {found} on {node.address}: {f'set it to {found}' if found else 'start Ray on nodes with GPUs only'}"
                 )
 
     def _starter(
@@ -390,6 +389,8 @@ def _plain(error: Any, name: str) -> Exception:
             return error.cause
         why = " ".join(str(error.cause).split()) or "no message"
         return WatchdogError(f"{name} failed with {type(error.cause).__name__}: {why}; --verbose shows where")
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return WatchdogError(f"{name} did not start within trainer.timeout_seconds: raise it, or look at what --verbose shows")
     return WatchdogError(f"the process of {name} ended: {_last_line(error)}")
 
 

@@ -51,16 +51,18 @@ def training_parts(config: RunConfig) -> tuple[Part, ...]:
     return ("trainer", "engines", "reward_engine") if samples else ("trainer",)
 
 
-def place(config: RunConfig, parts: tuple[Part, ...]) -> Placement:
-    """The seats of these parts. ConfigError when they do not fit cluster.nodes * cluster.gpus_per_node."""
+def place(config: RunConfig, parts: tuple[Part, ...], num_gpus: int | None = None) -> Placement:
+    """The seats of these parts; `num_gpus`: those of a node, where fewer are known to be there than cluster.gpus_per_node.
+    ConfigError when they do not fit cluster.nodes times as many."""
     trainer, inference = config.trainer, config.inference
-    free = [list(range(config.cluster.gpus_per_node)) for _ in range(config.cluster.nodes)]
+    gpus = config.cluster.gpus_per_node if num_gpus is None else min(num_gpus, config.cluster.gpus_per_node)
+    free = [list(range(gpus)) for _ in range(config.cluster.nodes)]
     ranks: list[Seat] = []
     for first in range(0, trainer.world_size if "trainer" in parts else 0, trainer.tensor_parallel):
         group = _take(free, trainer.tensor_parallel)
         if group is None:
             ranks_of = f"{trainer.world_size} trainer ranks (trainer.tensor_parallel = {trainer.tensor_parallel})"
-            raise _full(config, f"{ranks_of}, of which {first} have a place")
+            raise _full(config, gpus, f"{ranks_of}, of which {first} have a place")
         ranks += [Seat(group.node, (gpu,)) for gpu in group.gpus]
     colocated = inference.placement == "colocated" and bool(ranks)
     room = [[s.gpus[0] for s in ranks if s.node == node] for node in range(config.cluster.nodes)] if colocated else free
@@ -70,14 +72,14 @@ def place(config: RunConfig, parts: tuple[Part, ...]) -> Placement:
         if seat is None:
             wanted = f"inference.engines = {inference.engines} of inference.tensor_parallel = {inference.tensor_parallel}"
             wanted += f", of which {len(engines)} have a place"
-            raise _crowded(trainer.world_size, wanted) if colocated else _full(config, wanted, len(ranks))
+            raise _crowded(trainer.world_size, wanted) if colocated else _full(config, gpus, wanted, len(ranks))
         engines.append(seat)
     reward_engine = None
     if "reward_engine" in parts and config.reward_model.path is not None:
         reward_engine = _take(free, 1)
         if reward_engine is None:
             taken = len(ranks) + (0 if colocated else len(engines) * inference.tensor_parallel)
-            raise _full(config, "the reward engine (reward_model.path) with a GPU of its own", taken)
+            raise _full(config, gpus, "the reward engine (reward_model.path) with a GPU of its own", taken)
     return Placement(tuple(ranks), tuple(engines), reward_engine)
 
 
@@ -91,12 +93,15 @@ def _take(free: list[list[int]], count: int) -> Seat | None:
     return None
 
 
-def _full(config: RunConfig, wanted: str, taken: int = 0) -> ConfigError:
-    nodes, gpus = config.cluster.nodes, config.cluster.gpus_per_node
+def _full(config: RunConfig, gpus: int, wanted: str, taken: int = 0) -> ConfigError:
+    nodes, asked = config.cluster.nodes, config.cluster.gpus_per_node
+    there = f" ({asked} asked for, {gpus} on this machine)" if gpus < asked else ""
     beside = f" beside {taken} GPUs in use" if taken else ""
+    turns = ", or set inference.placement = 'colocated'"
+    may_share = taken and nodes == 1 and config.inference.placement == "disaggregated"
     return ConfigError(
         f"cluster.nodes * cluster.gpus_per_node must hold every process, tensor-parallel ranks inside one node; found {nodes} "
-        f"* {gpus} and{beside} {wanted}: raise cluster.nodes, or make the layout smaller"
+        f"* {gpus}{there} and{beside} {wanted}: raise cluster.nodes, or make the layout smaller{turns if may_share else ''}"
     )
 
 

@@ -67,6 +67,11 @@ def broken_profile_rules(c: Options) -> list[str]:
     broken: list[str] = []
     if p.tool == "off":
         return broken
+    if p.tool == "nsys" and c.cluster.nodes > 1:
+        broken.append(
+            f"profile.tool = 'nsys' needs cluster.nodes = 1, for only this machine's reports are waited for; found "
+            f"{c.cluster.nodes}: set it to 'torch', or profile on one node"
+        )
     if p.first_step + p.num_steps > c.run.steps:
         broken.append(
             f"profile.first_step + profile.num_steps must not exceed run.steps; found {p.first_step} + {p.num_steps} > "

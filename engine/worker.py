@@ -77,9 +77,10 @@ class TrainerRank:
         checkpoints = _checkpoints(config, topology)
         start = _resume(config, checkpoints, policy) if resume else 0
         desk = Desk(config, engines, reward_engine, start) if engines is not None else None
+        pool = desk.pool if desk and config.uses_engines else None
         publisher: loop.Publisher = _NoEngines()
         if config.uses_engines:
-            publisher = _Publisher(open_publisher(config, policy, topology, self._host, desk.pool if desk else None), topology)
+            publisher = _Publisher(open_publisher(config, policy, topology, self._host, pool), topology)
         source = _Source(config, topology, desk.source if desk else None)
 
         def checkpoint(step: int) -> None:
@@ -88,8 +89,7 @@ class TrainerRank:
             if saved:
                 checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config)
             if end := _early_end(config, step, collapse, stopped, saved):
-                if desk is not None:
-                    desk.finish()
+                self._close(topology, desk)
                 raise end
 
         def evaluate(step: int) -> None:
@@ -113,7 +113,7 @@ class TrainerRank:
             checkpoint=checkpoint,
             evaluation_due=config.evaluation_due,
             evaluate=evaluate,
-            window=Window(config.profile, config.run_directory, self._rank, desk.pool if desk else None, config.schedule),
+            window=Window(config.profile, config.run_directory, self._rank, pool, config.schedule),
         ):
             for event in desk.finish_step(record) if desk else ():
                 yield event
@@ -129,6 +129,12 @@ class TrainerRank:
         if topology.rank == 0:
             sign_of_life(self._config).touch()
         return broadcast_bytes(b"over" if over else b"more", topology.device) == b"over"
+
+    def _close(self, topology: Topology, desk: Desk | None) -> None:
+        """Closes rank 0's records before any rank raises: the first that does has all of them ended. Collective."""
+        if desk is not None:
+            desk.finish()
+        self._beat(topology)
 
     def _collapse(self, topology: Topology, desk: Desk | None) -> str:
         """What rank 0's guard wants the run stopped for, on every rank; empty where nothing. Collective."""

@@ -141,7 +141,8 @@ class Pool:
         """Waits until the engines have done what `profile` told them."""
         told, self._profiling = self._profiling, []
         for engine, future in told:
-            self._result(future, engine, "profile")
+            with suppress(EngineLostError):  # its profile is lost with it; whether the run is, is for others to find
+                self._result(future, engine, "profile")
 
     # -- weight sync
 
@@ -187,7 +188,7 @@ class Pool:
         self._version = version
 
     def rest(self) -> None:
-        """Lets every engine sleep, all within inference.timeout_seconds: none serves a version until the next `commit`."""
+        """Lets every engine sleep, each within inference.timeout_seconds: none serves a version until the next `commit`."""
         self._version = None
         for engine, future in enumerate([handle.call("sleep") for handle in self._engines]):
             with suppress(EngineLostError):  # nothing is in flight, and the next sync replaces it

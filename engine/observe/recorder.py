@@ -36,7 +36,11 @@ class Recorder:
         self, tool: Literal["torch", "nsys"], directory: Path, name: str, capture: Callable[[bool], object] | None = None
     ) -> None:
         """`directory` is the run's, `name` the process's (`profiled_process`). `capture(on)` tells nsys when; this process
-        itself does where there is none, which takes a CUDA context."""
+        itself does where there is none, which takes a CUDA context. ConfigError for nsys without a GPU: nothing could."""
+        import torch
+
+        if tool == "nsys" and not torch.cuda.is_available():
+            raise ConfigError("profile.tool = 'nsys' needs a CUDA device; found none: use 'torch'")
         self._tool, self.file = tool, directory / FOLDER / f"{name}.json"
         self._capture, self._decodes_left = capture or capture_here, MAX_DECODES
         self._profiler: torch.profiler.profile | None = None
@@ -48,18 +52,16 @@ class Recorder:
         return self._window is not None
 
     def start(self) -> None:
-        """Opens the window. ConfigError for nsys without a GPU: there is nothing that could tell it when."""
+        """Opens the window."""
         import torch
 
         assert not self.recording
-        on_gpu = torch.cuda.is_available()
         if self._tool == "nsys":
-            if not on_gpu:
-                raise ConfigError("profile.tool = 'nsys' needs a CUDA device; found none: use 'torch'")
             self._capture(True)
         else:
             kinds = torch.profiler.ProfilerActivity
-            self._profiler = torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU])
+            activities = [kinds.CPU, kinds.CUDA] if torch.cuda.is_available() else [kinds.CPU]
+            self._profiler = torch.profiler.profile(activities=activities)
             self._profiler.start()
         self._window = phase(Phase.WINDOW)
         self._window.__enter__()

@@ -39,7 +39,8 @@ def test_a_ledger_replayed_without_engines_trains_the_same_weights(run_config: M
     of_further = [row["step"] for row in ledger if row["prompt_id"] in further]
     assert of_further == [step for step in range(4) for _ in range(2 * 6)], "exactly its prompts in every batch"
     replay = f"data.replay={live.run_directory / 'rollouts.jsonl'}"
-    again = run_config(*options, replay, directory="replayed")
+    profile = ["profile.tool=torch", "profile.first_step=1"]  # of the trainer: there is no engine to profile
+    again = run_config(*options, replay, *profile, directory="replayed")
     again = again.model_copy(update={"data": again.data.model_copy(update={"held_out": None})})
     printed = semion("train", written(again, tmp_path))
     assert "and 0 engines" in printed
@@ -47,6 +48,7 @@ def test_a_ledger_replayed_without_engines_trains_the_same_weights(run_config: M
     assert learned(again) == learned(live)
     final = "checkpoints/step_00000004/policy/model.safetensors"
     assert (again.run_directory / final).read_bytes() == (live.run_directory / final).read_bytes()
+    assert [file.name for file in (again.run_directory / "profile").iterdir()] == ["rank-0.json"]
     assert rows(again, "rollouts.jsonl") == [] == rows(again, "evaluations.jsonl")
 
 

@@ -222,6 +222,7 @@ COMBINATIONS = [
     ),
     (["profile.tool=torch", "profile.first_step=18"], "profile.first_step", "run.steps", "18 + 3 > 20", "raise run.steps"),
     (["profile.tool=nsys", "profile.ranks=[0, 1]"], "profile.ranks", "trainer.tensor_parallel", "[0, 1]", "leave out"),
+    (["profile.tool=nsys", "cluster.nodes=2"], "profile.tool = 'nsys'", "cluster.nodes = 1", "found 2", "set it to 'torch'"),
     (["profile.tool=torch", "profile.engines=[2]"], "profile.engines", "inference.engines", "[2] and 1", "leave out"),
 ]
 

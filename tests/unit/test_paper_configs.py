@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from engine.config import RunConfig, load_config
+from engine.errors import ConfigError
 from engine.llama.hf import read_shape
+from engine.placement import place, training_parts
 from engine.planner import Machine, plan_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +94,15 @@ def test_a_row_fits_the_model_and_its_gpus_and_its_sync_is_planned(name):
     figures = plan_run(config, Machine())
     assert (figures["direct_fraction"], figures["received_over_needed"]) == (1.0, 1.0)
     assert figures["memory"]["fits"], figures["memory"]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_row_asks_for_the_nodes_that_hold_it_and_no_more(name):
+    config = load_config(PAPER[name])
+    assert len(place(config, training_parts(config)).ranks) == 32
+    fewer = load_config(PAPER[name], [f"cluster.nodes={config.cluster.nodes - 1}"])
+    with pytest.raises(ConfigError, match=r"cluster\.nodes \* cluster\.gpus_per_node must hold"):
+        place(fewer, training_parts(fewer))
 
 
 @pytest.mark.parametrize("name", TABLE)

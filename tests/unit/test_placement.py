@@ -4,14 +4,16 @@ not fit."""
 from __future__ import annotations
 
 import re
+import signal
 
 import pytest
+import ray
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from engine.cluster import Cluster, Node, devices, interface_of
+from engine.cluster import RAY_ENVIRONMENT, Cluster, Node, _plain, devices, interface_of
 from engine.config import RunConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, WatchdogError
 from engine.placement import Part, Placement, Seat, place, training_parts
 
 ALL: tuple[Part, ...] = ("trainer", "engines", "reward_engine")
@@ -29,16 +31,17 @@ def make(**tables) -> RunConfig:
 
 @st.composite
 def layouts(draw) -> RunConfig:
-    size = st.integers(1, 4)
+    size, placement = st.integers(1, 4), draw(st.sampled_from(["disaggregated", "colocated"]))
+    most_nodes, most_gpus = (1, 64) if placement == "colocated" else (12, 8)
     judged = {"data": {"train": "unused", "reward": "model"}, "reward_model": {"path": "unused"}} if draw(st.booleans()) else {}
     return make(
         trainer={"tensor_parallel": draw(size), "pipeline_parallel": draw(size), "data_parallel": draw(size)},
         inference={
             "engines": draw(st.integers(1, 8)),
             "tensor_parallel": draw(size),
-            "placement": draw(st.sampled_from(["disaggregated", "colocated"])),
+            "placement": placement,
         },
-        cluster={"nodes": draw(st.integers(1, 12)), "gpus_per_node": draw(st.integers(1, 8))},
+        cluster={"nodes": draw(st.integers(1, most_nodes)), "gpus_per_node": draw(st.integers(1, most_gpus))},
         **judged,
     )
 
@@ -111,6 +114,11 @@ def test_examples_of_eight_gpus_a_node():
             "beside 6 GPUs in use inference.engines = 2 of inference.tensor_parallel = 2, of which 1 have a place",
         ),
         (
+            {"cluster": {"gpus_per_node": 1}},
+            "found 1 * 1 and beside 1 GPUs in use inference.engines = 1 of inference.tensor_parallel = 1, of which 0 have a "
+            "place: raise cluster.nodes, or make the layout smaller, or set inference.placement = 'colocated'",
+        ),
+        (
             {"trainer": {"data_parallel": 2}, "inference": {"engines": 3, "placement": "colocated"}},
             "every engine inside one node of the trainer's GPUs; found 2 trainer ranks and inference.engines = 3",
         ),
@@ -130,6 +138,15 @@ def test_what_does_not_fit_is_named_with_its_options_and_numbers(tables, said):
         place(make(**tables), ALL)
 
 
+def test_a_machine_with_one_gpu_trains_by_turns_and_is_told_so():
+    with pytest.raises(ConfigError, match=r"found 1 \* 1 \(8 asked for, 1 on this machine\).*placement = 'colocated'$"):
+        place(make(), ALL, 1)
+    found = place(make(inference={"placement": "colocated"}), ALL, 1)
+    assert found.ranks == found.engines == (Seat(0, (0,)),)
+    with pytest.raises(ConfigError, match=r"2 trainer ranks .* or make the layout smaller$"):
+        place(make(trainer={"data_parallel": 2}), ALL, 1)
+
+
 def test_a_process_sees_its_own_gpus_first_and_then_the_others():
     assert Seat(0, (2, 3)).visible(["4", "5", "6", "7"]) == "6,7,4,5"
 
@@ -147,7 +164,12 @@ def test_a_node_with_fewer_gpus_than_are_placed_on_it_is_named():
     config = make(cluster={"nodes": 2}, trainer={"data_parallel": 8})
     cluster = Cluster(config)
     cluster._nodes = [Node("a", "10.0.0.1", "eth0", tuple("01234567")), Node("b", "10.0.0.2", "eth0", ())]
-    with pytest.raises(ConfigError, match=r"found 8, and 0 on 10\.0\.0\.2"):
+    with pytest.raises(ConfigError, match=r"found 8, and 0 on 10\.0\.0\.2: start Ray on nodes with GPUs only"):
+        cluster._check_devices(place(config, ALL))
+    cluster._nodes[1] = Node("b", "10.0.0.2", "eth0", ("0",))
+    cluster._check_devices(place(config, ALL))
+    cluster._nodes[0] = Node("a", "10.0.0.1", "eth0", tuple("0123"))
+    with pytest.raises(ConfigError, match=r"found 8, and 4 on 10\.0\.0\.1: set it to 4"):
         cluster._check_devices(place(config, ALL))
 
 
@@ -168,3 +190,38 @@ def test_several_nodes_are_refused_without_a_token(monkeypatch):
     cluster = Cluster(make(cluster={"nodes": 2}))
     with pytest.raises(ConfigError, match="found RAY_AUTH_MODE = 'disabled' and RAY_AUTH_TOKEN unset"):
         cluster.__enter__()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    with pytest.raises(ConfigError, match="found RAY_AUTH_MODE = 'token' and RAY_AUTH_TOKEN unset"):
+        cluster.__enter__()
+
+
+def test_while_nodes_are_waited_for_sigterm_is_the_commands(monkeypatch):
+    """ray.init takes it, and would end a run that waits for its nodes with an exit code that nobody requeues."""
+    for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}.items():
+        monkeypatch.setenv(name, value)
+    for name in RAY_ENVIRONMENT:
+        monkeypatch.setenv(name, RAY_ENVIRONMENT[name])  # so that what is set in here is taken back
+    asked: list[object] = []
+    monkeypatch.setattr(ray, "init", lambda **options: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+
+    def nodes() -> list[object]:
+        asked.append(signal.getsignal(signal.SIGTERM))
+        return []
+
+    def ours(*_: object) -> None:
+        """Stands for the command's handler."""
+
+    monkeypatch.setattr(ray, "nodes", nodes)
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with pytest.raises(WatchdogError, match="2 nodes must join the Ray cluster; 0 came within"):
+            Cluster(make(cluster={"nodes": 2}, trainer={"timeout_seconds": 0.01})).__enter__()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert set(asked) == {ours}
+
+
+def test_a_process_that_is_late_is_not_said_to_have_ended():
+    late = _plain(ray.exceptions.GetTimeoutError("Get timed out"), "trainer rank 0")
+    assert str(late).startswith("trainer rank 0 did not start within trainer.timeout_seconds: raise it")

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import load_config
-from engine.errors import ConfigError, DataError
+from engine.errors import ConfigError, DataError, EngineLostError
 from engine.inference.pool import Pool
 from engine.megatron.timers import PHASES, Timers
 from engine.observe import nsight
@@ -228,12 +228,13 @@ def test_an_engines_window_closes_when_it_is_full(tmp_path, monkeypatch):
 
 
 def test_nsys_is_told_when_to_capture_and_refused_without_a_gpu(tmp_path, monkeypatch):
+    """Refused before the run's first step, not where the window opens."""
     told: list[bool] = []
-    recorder = Recorder("nsys", tmp_path, "rank-0", told.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="needs a CUDA device; found none: use 'torch'"):
-        recorder.start()
+        Window(Profile(tool="nsys"), tmp_path, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    recorder = Recorder("nsys", tmp_path, "rank-0", told.append)
     recorder.start()
     assert told == [True]
     recorder.stop()
@@ -344,6 +345,11 @@ def test_the_pool_tells_the_chosen_engines_and_asks_what_became_of_it():
     with pytest.raises(ConfigError, match="no device"):
         pool.finish_profile()
     pool.finish_profile()
+    engines[1].failing["profile"] = EngineLostError("gone while it was idle: the next sync replaces it")
+    pool.profile((0, 1), True)
+    pool.profile((0, 1), False)
+    pool.finish_profile()
+    assert engines[0].calls[1:] == [("profile", (True,)), ("profile", (False,))]
 
 
 # -- nsys
