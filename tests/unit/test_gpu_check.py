@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.parallel import pool
 from tools import gpu_check, gpu_sections
 from tools.gpu_check import Report, Section, run_sections
 
@@ -184,6 +185,16 @@ def test_a_stack_is_unpacked_and_imported_from(tmp_path):
     environment = gpu_check.section_environment(site)
     command = [sys.executable, "-c", "import packed_module as p, wheel_module as w, engine; print(p.value + w.value)"]
     assert subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "14\n"
+
+
+def test_the_trainer_tests_processes_import_from_the_stack_too(monkeypatch):
+    def popen(*_: object, env: dict[str, str], **__: object) -> None:
+        raise RuntimeError(env["PYTHONPATH"])
+
+    monkeypatch.setenv("PYTHONPATH", "/unpacked")
+    monkeypatch.setattr(pool.subprocess, "Popen", popen)
+    with pytest.raises(RuntimeError, match=f"^{gpu_check.ROOT}{os.pathsep}/unpacked$"):
+        pool.WorkerPool().run("any", 1)
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
