@@ -39,10 +39,18 @@ def torch_folder() -> Path:
 
 
 def cuda_folder() -> Path | None:
-    """The CUDA toolkit's folder, if there is one and torch is a CUDA build."""
+    """The CUDA toolkit's folder, if there is one and torch is a CUDA build. The nvcc in PATH may be a script elsewhere that
+    calls the real one, so a folder counts by its headers."""
     nvcc = shutil.which("nvcc")
     built_for_cuda = re.search(r"^cuda\b.*= '", (torch_folder() / "version.py").read_text("utf-8"), re.MULTILINE)
-    return Path(nvcc).resolve().parents[1] if nvcc and built_for_cuda else None
+    if nvcc is None or built_for_cuda is None:
+        return None
+    named = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
+    folders = [*named, Path(nvcc).resolve().parents[1], Path("/usr/local/cuda")]
+    for folder in folders:
+        if (folder / "include/cuda_runtime_api.h").exists():
+            return folder
+    raise SystemExit(f"CUDA's headers must be beside {nvcc}; found none in {', '.join(map(str, folders))}: set CUDA_HOME")
 
 
 def cpu_commands(objects: Path) -> list[tuple[Path, list[str]]]:

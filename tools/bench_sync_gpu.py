@@ -38,6 +38,7 @@ def measure(folder: Path, dtype: str, device: str, repeats: int) -> dict[str, An
     ours, theirs = SPAWN.Pipe()
     engine = SPAWN.Process(target=engine_process, args=(theirs, folder, dtype), daemon=True)
     engine.start()
+    theirs.close()  # or an engine that cannot start would be waited for
     handle = Handle(ours)
     try:
         handle.call("cpu").result(START_SECONDS)  # it must find the GPU's memory free

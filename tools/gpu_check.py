@@ -3,14 +3,23 @@ is late stops nothing else, and the report is whole after every section, whateve
 
     tools/gpu_check [--only NAME ...] [--budget-seconds 540] [--output FOLDER] [--offline-stack FOLDER]
 
-Leaves report.json, report.md, and each section's log and figures in the output folder ($OUT, or runs/gpu_check), and the
-report in docs/results/gpu-DATE.md too. --offline-stack is for a machine without a network that has Python 3.12 and torch 2.11
-for CUDA 13: archives (*.tar.xz of a site folder) and pure-Python wheels in that folder are unpacked outside the repository.
-Beside the archives of Transformer Engine with megatron-core and of vLLM the engine needs wheels of rich, markdown-it-py, mdurl
-and Pygments there; sections whose library is missing say so.
+Leaves report.json, report.md and details.zip (each section's log and figures) in the output folder ($OUT, or runs/gpu_check),
+and the report in docs/results/gpu-DATE.md too. What is not installed is named before the first section, by the requirement that
+would bring it; a section that lacks something is not run. `machine` fails where the doctor misses anything, Ray too.
+
+A machine without a network needs python3 3.12 with torch 2.11 for CUDA 13, transformers, psutil and pytest, and nvcc 13; then
+
+    tools/gpu_check --offline-stack FOLDER
+
+is the whole command. The archives (*.tar.xz of a site folder) and wheels in FOLDER are unpacked outside the repository.
+They bring megatron-core, Transformer Engine's three packages and vLLM, and of these what the machine has not, in the versions
+of requirements/: for megatron-core and the engine pydantic, pydantic_core, annotated-types, typing-inspection, rich,
+markdown-it-py, mdurl, Pygments; for Transformer Engine onnxscript, onnx_ir, onnx, ml-dtypes, protobuf, einops; for turns on
+one GPU tensorboard, absl-py; for vLLM what it requires. The quickstart also takes Ray and Math-Verify. PYTHONPATH, CUDNN_HOME
+and the like are set here; LD_LIBRARY_PATH need not be.
 
 Exit codes: 0 nothing failed, 1 a section failed, 2 no GPU, torch sees none, or a wrong option. This file needs the standard
-library alone.
+library alone, but for the list of sections in tools/gpu_sections.py.
 """
 
 from __future__ import annotations
@@ -20,6 +29,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,30 +40,27 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from tools.gpu_sections import SECTIONS, Section
+
 ROOT = Path(__file__).resolve().parents[1]
-TE_TESTS, COLOCATED_TESTS = "tests/gpu/test_transformer_engine.py", "tests/gpu/test_colocated_gpu.py"
-PYTEST = ("-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "--junitxml={junit}")
+NAMES = {"PIL": "pillow", "cpuinfo": "py-cpuinfo"}  # of distributions, where a module's name does not say it
 MIN_SECONDS = 5.0  # left of the budget, or a section is not begun
 TAIL_LINES = 6
-
-
-@dataclass(frozen=True)
-class Section:
-    """One thing to prove. `command` follows the interpreter; {json} and {junit} are where its figures go."""
-
-    name: str
-    proves: str
-    command: tuple[str, ...]
-    seconds: float  # its deadline, if the budget leaves as much
-    files: tuple[str, ...] = ()  # in the repository; without one of these things the section is not run
-    modules: tuple[str, ...] = ()
-    programs: tuple[str, ...] = ()
+ABSENT = """
+import importlib.util, sys
+def there(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent
+        return False
+print(*(name for name in sys.argv[1:] if not there(name)))
+"""
 
 
 @dataclass
@@ -69,68 +76,11 @@ class Outcome:
     figures: list[dict[str, Any]] = field(default_factory=list)
 
 
-# Cheap and valuable first: a budget that ends early loses the end of this list.
-SECTIONS = (
-    Section("extension", "our CUDA kernels build", ("setup.py", "build_ext", "--inplace"), 60, programs=("nvcc",)),
-    Section("machine", "driver, versions, the kernels load", ("-m", "engine.cli", "doctor", "--json", "{json}"), 40),
-    Section("kernel_tests", "our kernels are right on a GPU", (*PYTEST, "tests/gpu/test_kernels_gpu.py"), 90),
-    Section(
-        "transformer_engine",
-        "the trainer with Transformer Engine's layers computes what it does with megatron's",
-        (*PYTEST, TE_TESTS),
-        70,
-        files=(TE_TESTS,),
-        modules=("transformer_engine",),
-    ),
-    Section("ceilings", "what this GPU can do at all", ("-m", "tools.bench_ceilings", "--json", "{json}"), 30),
-    Section(
-        "kernels",
-        "our kernels against eager and megatron",
-        ("-m", "tools.bench_ops", "--device", "cuda", "--json", "{json}"),
-        60,
-    ),
-    Section(
-        "layers",
-        "tokens a second and MFU of 8B's layers, every precision; optimizers",
-        ("-m", "tools.bench_layers", "--json", "{json}"),
-        110,
-    ),
-    Section(
-        "fp8_curve",
-        "FP8 trains as bf16 does",
-        ("-m", "tools.fp8_curve", "--json", "{json}"),
-        110,
-        modules=("transformer_engine",),
-    ),
-    Section(
-        "sync",
-        "a weight sync over CUDA IPC against a copy of as many bytes",
-        ("-m", "tools.bench_sync_gpu", "--json", "{json}"),
-        200,
-        modules=("vllm",),
-    ),
-    Section(
-        "colocated",
-        "trainer and engine in turn on one GPU",
-        (*PYTEST, COLOCATED_TESTS),
-        150,
-        files=(COLOCATED_TESTS,),
-        modules=("vllm",),
-    ),
-    Section(
-        "quickstart",
-        "the whole engine with vLLM on one GPU",
-        ("tools/quickstart.py", "--single-device", "--json", "{json}"),
-        300,
-        modules=("vllm", "ray", "math_verify"),
-    ),
-)
-
-
 class Report:
-    """The outcomes so far, and the files that hold them."""
+    """The outcomes so far, and the files that hold them: JSON, Markdown, or an archive of the folder `details`."""
 
-    def __init__(self, sections: Sequence[Section], targets: Sequence[Path], about: dict[str, Any]) -> None:
+    def __init__(self, sections: Sequence[Section], targets: Sequence[Path], about: dict[str, Any], details: Path) -> None:
+        self.details = details
         self.about = about
         self.outcomes = {s.name: Outcome(s.name, s.proves, shown(s)) for s in sections}
         self._targets = targets
@@ -141,9 +91,14 @@ class Report:
         everything = {"about": self.about, "sections": [asdict(outcome) for outcome in self.outcomes.values()]}
         for target in self._targets:
             target.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(everything, indent=1) + "\n" if target.suffix == ".json" else self.markdown()
             staged = target.with_name(f".{target.name}.{os.getpid()}")
-            staged.write_text(text, encoding="utf-8")
+            if target.suffix == ".zip":
+                with zipfile.ZipFile(staged, "w", zipfile.ZIP_DEFLATED) as packed:
+                    for path in sorted(self.details.iterdir()):
+                        packed.write(path, path.name)
+            else:
+                text = json.dumps(everything, indent=1) + "\n" if target.suffix == ".json" else self.markdown()
+                staged.write_text(text, encoding="utf-8")
             staged.replace(target)
 
     def markdown(self) -> str:
@@ -197,19 +152,25 @@ def missing(section: Section, environment: dict[str, str]) -> str | None:
     for program in section.programs:
         if shutil.which(program, path=environment["PATH"]) is None:
             return f"{program} is not in PATH"
-    for module in section.modules:
-        code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{module}') is None)"
-        if subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=False).returncode:
-            return f"{module} is not installed"
-    return None
+    command = [sys.executable, "-c", ABSENT, *section.modules]
+    absent = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    return f"not installed: {', '.join(map(requirement, absent))}" if absent else None
 
 
-def run_section(section: Section, outcome: Outcome, output: Path, environment: dict[str, str], seconds: float) -> None:
+def requirement(module: str) -> str:
+    """The line of requirements/ that brings a module, or its own name."""
+    name = re.sub(r"[-_.]", "[-_.]", NAMES.get(module, module))
+    files = (ROOT / "requirements" / file for file in ("common.txt", "gpu.txt"))
+    found = (re.search(rf"(?mi)^{name}==\S+", file.read_text("utf-8")) for file in files if file.exists())
+    return next((line[0] for line in found if line), module)
+
+
+def run_section(section: Section, outcome: Outcome, details: Path, environment: dict[str, str], seconds: float) -> None:
     """Runs it for at most so many seconds, ends whatever it has started in its process group, and fills the outcome."""
-    figures, junit = output / f"{section.name}.json", output / f"{section.name}.xml"
+    figures, junit = details / f"{section.name}.json", details / f"{section.name}.xml"
     parts = [part.replace("{json}", str(figures)).replace("{junit}", str(junit)) for part in section.command]
     command = [sys.executable, *parts]
-    log = output / f"{section.name}.log"
+    log = details / f"{section.name}.log"
     for stale in (figures, junit):
         stale.unlink(missing_ok=True)
     started = time.monotonic()
@@ -239,6 +200,9 @@ def read_figures(outcome: Outcome, figures: Path, junit: Path) -> None:
             outcome.figures = rows_of(json.loads(figures.read_text("utf-8")))
         except json.JSONDecodeError as error:
             outcome.reason += f" (figures cut off: {error})"
+    unfit = [row for row in outcome.figures if row.get("verdict", "ok") != "ok"]  # the doctor's
+    if unfit:
+        outcome.reason = "; ".join(f"{row.get('what')}: {row.get('found')}: {row['verdict']}" for row in unfit)
     if junit.exists():
         cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
         kinds = {kind: [case for case in cases if case.find(kind) is not None] for kind in ("failure", "error", "skipped")}
@@ -251,21 +215,26 @@ def read_figures(outcome: Outcome, figures: Path, junit: Path) -> None:
             outcome.verdict, outcome.reason = "NOT RUN", "every test was skipped"
 
 
-def run_sections(
-    sections: Iterable[Section], report: Report, output: Path, environment: dict[str, str], budget_seconds: float
-) -> int:
+def run_sections(sections: Sequence[Section], report: Report, environment: dict[str, str], budget_seconds: float) -> int:
     """Runs them in order within the budget, writing the report after each; returns the exit code."""
     end = time.monotonic() + budget_seconds
+    lacking = {section.name: missing(section, environment) for section in sections}
+    for name, lack in lacking.items():
+        if lack is not None:
+            print(f"gpu_check: {name} will not run: {lack}", flush=True)
     for section in sections:
-        outcome = report.outcomes[section.name]
-        lacking, left = missing(section, environment), end - time.monotonic()
-        if lacking is not None:
-            outcome.reason = lacking
+        outcome, left = report.outcomes[section.name], end - time.monotonic()
+        lack = lacking[section.name]
+        if lack is not None:
+            outcome.reason = lack
         elif left < MIN_SECONDS:
             outcome.reason = f"the budget of {budget_seconds:.0f} s was spent"
         else:
             print(f"== {section.name}: {section.proves}", flush=True)
-            run_section(section, outcome, output, environment, min(section.seconds, left))
+            try:
+                run_section(section, outcome, report.details, environment, min(section.seconds, left))
+            finally:
+                report.write()  # its log too, where this program is asked to end
         print(f"{outcome.verdict} {section.name} [{outcome.seconds:.0f} s] {outcome.reason}", flush=True)
         report.about["seconds"] = round(budget_seconds - (end - time.monotonic()))
         report.write()
@@ -293,8 +262,8 @@ def section_environment(site: Path | None) -> dict[str, str]:
 
 
 def unpack(stack: Path, site: Path) -> list[str]:
-    """Archives and pure-Python wheels of a folder into one site folder; returns their names."""
-    archives, wheels = sorted(stack.glob("*.tar.xz")), sorted(stack.glob("*none-any.whl"))
+    """Archives and wheels of a folder into one site folder; returns their names."""
+    archives, wheels = sorted(stack.glob("*.tar.xz")), sorted(stack.glob("*.whl"))
     for archive in archives:
         with tarfile.open(archive) as packed:
             packed.extractall(site, filter="data")
@@ -330,7 +299,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--budget-seconds", type=float, default=540.0, help="for everything, unpacking included")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or ROOT / "runs" / "gpu_check"))
-    parser.add_argument("--offline-stack", type=Path, metavar="FOLDER", help="archives and wheels to unpack")
+    parser.add_argument("--offline-stack", type=Path, metavar="FOLDER", help="archives and wheels to unpack; see above")
     options = parser.parse_args()
     started, now = time.monotonic(), datetime.datetime.now(datetime.UTC)
     found = gpus()
@@ -348,16 +317,19 @@ def main() -> int:
     sections = [section for section in SECTIONS if section.name in options.only]
     published = ROOT / "docs" / "results" / f"gpu-{now:%Y-%m-%d}.md"
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as scratch:
-        site = None if options.offline_stack is None else Path(scratch)
+        site = None if options.offline_stack is None else Path(scratch) / "site"
+        details = Path(scratch) / "details"
+        details.mkdir()
         environment = section_environment(site)
         if not torch_sees_one(environment):
             print(f"gpu_check: torch must see the GPU; {sys.executable}'s sees none: name another in PYTHON", file=sys.stderr)
             return 2
-        report = Report(sections, (output / "report.json", output / "report.md", published), about)
+        targets = (output / "report.json", output / "report.md", output / "details.zip", published)
+        report = Report(sections, targets, about, details)
         if site is not None:
             about["offline stack"] = ", ".join(unpack(options.offline_stack, site))
         left = options.budget_seconds - (time.monotonic() - started)
-        code = run_sections(sections, report, output, environment, left)
+        code = run_sections(sections, report, environment, left)
     print(report.markdown())
     return code
 

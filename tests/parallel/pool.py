@@ -56,7 +56,7 @@ class _Worker:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
         ours, theirs = os.pipe()
         environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONWARNINGS": "ignore",

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import gpu_check
+from tests.parallel import pool
+from tools import gpu_check, gpu_sections
 from tools.gpu_check import Report, Section, run_sections
 
 ENVIRONMENT = dict(os.environ)
@@ -29,8 +30,8 @@ def section(name: str, code: str, *arguments: str, seconds: float = 20, **needs)
 def run(tmp_path: Path, sections, budget: float = 60) -> tuple[int, dict, str]:
     """Exit code, sections of report.json by name, report.md."""
     targets = [tmp_path / "report.json", tmp_path / "report.md"]
-    report = Report(sections, targets, {"date": "today", "GPUs": "made up"})
-    code = run_sections(sections, report, tmp_path, ENVIRONMENT, budget)
+    report = Report(sections, targets, {"date": "today", "GPUs": "made up"}, tmp_path)
+    code = run_sections(sections, report, ENVIRONMENT, budget)
     found = json.loads(targets[0].read_text("utf-8"))["sections"]
     return code, {row["name"]: row for row in found}, targets[1].read_text("utf-8")
 
@@ -41,7 +42,7 @@ def test_a_section_that_fails_or_is_late_stops_nothing(tmp_path):
         section("breaks", "raise SystemExit('it broke')"),
         section("hangs", child + "print('half way', flush=True); time.sleep(60)", seconds=1.5),
         section("passes", WRITE.format(figures=[{"a": 1.0}]), "{json}"),
-        section("lacks", "", modules=("no_such_module",)),
+        section("lacks", "", modules=("json", "no_such_module", "no_such.module", "antlr4_python3_runtime")),
         section("needs", "", files=("no/such/file",)),
         section("wants", "", programs=("no-such-program",)),
     ]
@@ -58,7 +59,7 @@ def test_a_section_that_fails_or_is_late_stops_nothing(tmp_path):
     assert found["breaks"]["reason"] == "exit code 1: it broke"
     assert found["hangs"]["reason"] == "late after 2 s: half way"
     assert found["hangs"]["seconds"] < 20
-    assert found["lacks"]["reason"] == "no_such_module is not installed"
+    assert found["lacks"]["reason"] == "not installed: no_such_module, no_such.module, antlr4-python3-runtime==4.13.2"
     assert found["needs"]["reason"] == "file missing: no/such/file"
     assert found["wants"]["reason"] == "no-such-program is not in PATH"
     assert found["passes"]["figures"] == [{"a": 1.0}]
@@ -98,7 +99,7 @@ def test_pytest_is_counted_from_its_own_report(tmp_path):
     sections = []
     for name, text in CASES.items():
         (tmp_path / name).write_text(text)
-        command = (*gpu_check.PYTEST, "-p", "no:hypothesispytest", str(tmp_path / name), "--rootdir", str(tmp_path))
+        command = (*gpu_sections.PYTEST, "-p", "no:hypothesispytest", str(tmp_path / name), "--rootdir", str(tmp_path))
         sections.append(Section(name[5:-3], "", command, 60))
     _, found, _ = run(tmp_path, sections, budget=150)
     assert found["good"]["verdict"] == "PASS", found["good"]["reason"]
@@ -114,14 +115,16 @@ def test_a_killed_runner_leaves_a_whole_report(tmp_path, ending):
         "import signal, sys\nfrom pathlib import Path\nfrom tools.gpu_check import *\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "folder = Path(sys.argv[1])\n"
+        "NAMES = ['report.json', 'report.md', 'details.zip']\n"
         "sleep = 'import time, os; print(os.getpid(), flush=True); time.sleep(15)'\n"
         "sections = [Section('one', '', ('-c', ''), 20), Section('two', '', ('-c', sleep), 20), Section('three', '', (), 1)]\n"
-        "report = Report(sections, [folder / 'report.json', folder / 'report.md'], {'date': 'today'})\n"
-        "run_sections(sections, report, folder, dict(os.environ), 60)\n"
+        "report = Report(sections, [folder / n for n in NAMES], {'date': 'today'}, folder / 'details')\n"
+        "run_sections(sections, report, dict(os.environ), 60)\n"
     )
     environment = {**ENVIRONMENT, "PYTHONPATH": str(gpu_check.ROOT)}
     runner = subprocess.Popen([sys.executable, str(driver), str(tmp_path)], env=environment)
-    log = tmp_path / "two.log"
+    (tmp_path / "details").mkdir()
+    log = tmp_path / "details" / "two.log"
     end = time.monotonic() + 30
     while not (log.exists() and log.read_text().strip()) and time.monotonic() < end:
         time.sleep(0.05)
@@ -134,6 +137,9 @@ def test_a_killed_runner_leaves_a_whole_report(tmp_path, ending):
         ("two", "NOT RUN", "not reached"),
         ("three", "NOT RUN", "not reached"),
     ]
+    with zipfile.ZipFile(tmp_path / "details.zip") as packed:
+        assert packed.testzip() is None
+        assert packed.namelist() == (["one.log", "two.log"] if ending == signal.SIGTERM else ["one.log"])
     if ending == signal.SIGTERM:
         assert not Path(f"/proc/{section_pid}").exists()
     else:
@@ -159,24 +165,43 @@ def test_a_table_survives_bars_newlines_and_missing_columns():
     assert lines == ["| a | b |", "|---|---|", "| x\\|y z |  |", "|  | 0.1235 |"]
 
 
+def test_what_the_doctor_misses_is_the_reason(tmp_path):
+    rows = {"torch": {"found": "2", "verdict": "ok"}, "ray": {"found": "none", "verdict": "install it"}}
+    code = WRITE.format(figures=rows) + "; sys.stdout.flush(); sys.exit(1)"
+    _, found, _ = run(tmp_path, [section("machine", code, "{json}")])
+    assert (found["machine"]["verdict"], found["machine"]["reason"]) == ("FAIL", "ray: none: install it")
+
+
 def test_a_stack_is_unpacked_and_imported_from(tmp_path):
     (tmp_path / "stack").mkdir()
     for module in ("packed_module", "wheel_module"):
         (tmp_path / f"{module}.py").write_text("value = 7\n")
     with tarfile.open(tmp_path / "stack" / "site.tar.xz", "w:xz") as archive:
         archive.add(tmp_path / "packed_module.py", "./packed_module.py")
-    with zipfile.ZipFile(tmp_path / "stack" / "wheel_module-1.0-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(tmp_path / "stack" / "wheel_module-1.0-cp312-abi3-linux_x86_64.whl", "w") as wheel:
         wheel.write(tmp_path / "wheel_module.py", "wheel_module.py")
     site = tmp_path / "site"
-    assert gpu_check.unpack(tmp_path / "stack", site) == ["site.tar.xz", "wheel_module-1.0-py3-none-any.whl"]
+    assert gpu_check.unpack(tmp_path / "stack", site) == ["site.tar.xz", "wheel_module-1.0-cp312-abi3-linux_x86_64.whl"]
     environment = gpu_check.section_environment(site)
     command = [sys.executable, "-c", "import packed_module as p, wheel_module as w, engine; print(p.value + w.value)"]
     assert subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "14\n"
 
 
+def test_the_trainer_tests_processes_import_from_the_stack_too(monkeypatch):
+    def popen(*_: object, env: dict[str, str], **__: object) -> None:
+        raise RuntimeError(env["PYTHONPATH"])
+
+    monkeypatch.setenv("PYTHONPATH", "/unpacked")
+    monkeypatch.setattr(pool.subprocess, "Popen", popen)
+    with pytest.raises(RuntimeError, match=f"^{gpu_check.ROOT}{os.pathsep}/unpacked$"):
+        pool.WorkerPool().run("any", 1)
+
+
 def test_without_a_gpu_it_says_so(tmp_path):
-    environment = {**ENVIRONMENT, "PATH": str(tmp_path)}
-    command = [sys.executable, "tools/gpu_check.py", "--output", str(tmp_path / "out")]
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    environment = {**ENVIRONMENT, "PATH": str(tmp_path), "PYTHON": sys.executable}
+    command = ["tools/gpu_check", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "gpu_check: an NVIDIA GPU must be here; nvidia-smi found none: run it on a GPU machine\n"
@@ -188,8 +213,9 @@ def test_a_gpu_that_torch_does_not_see_is_not_enough(tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
     tool.chmod(0o755)
-    environment = {**ENVIRONMENT, "PATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"}
-    command = [sys.executable, "tools/gpu_check.py", "--output", str(tmp_path / "out")]
+    path = f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"
+    environment = {**ENVIRONMENT, "PATH": path, "PYTHON": sys.executable}
+    command = ["tools/gpu_check", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "torch must see the GPU" in done.stderr
@@ -201,4 +227,6 @@ def test_the_real_sections_name_files_that_are_there_and_fit_their_budget():
     tools = [f"{module.replace('.', '/')}.py" for module in modules] + ["tools/quickstart.py", "setup.py"]
     assert len(modules) == 5 and all((gpu_check.ROOT / tool).exists() for tool in tools), tools
     assert len({s.name for s in gpu_check.SECTIONS}) == len(gpu_check.SECTIONS)
+    asked = {module for s in gpu_check.SECTIONS for module in s.modules}
+    assert [module for module in asked if "==" not in gpu_check.requirement(module)] == []
     assert sum(s.seconds for s in gpu_check.SECTIONS[:5]) < 540, "the cheap sections alone must fit"

@@ -3,6 +3,7 @@ and the doctor. Nothing is built here, and nothing was anywhere so far.
 """
 
 import ast
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -151,3 +152,25 @@ def test_every_copied_path_is_there_and_reaches_the_build():
     }
     assert copied == allowed
     assert all((ROOT / path).exists() for path in copied)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_cudas_headers_are_found_behind_a_script_named_nvcc(named, tmp_path, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda") if named else "")
+    spec = importlib.util.spec_from_file_location("setup_of_semion", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    for file in ("bin/nvcc", "cuda/include/cuda_runtime_api.h", "torch/version.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("cuda: Optional[str] = '13.0'\n")
+    monkeypatch.setattr(setup, "torch_folder", lambda: tmp_path / "torch")
+    monkeypatch.setattr(setup.shutil, "which", lambda _: str(tmp_path / "bin" / "nvcc"))
+    if named:
+        assert setup.cuda_folder() == tmp_path / "cuda"
+    elif Path("/usr/local/cuda/include/cuda_runtime_api.h").exists():
+        assert setup.cuda_folder() == Path("/usr/local/cuda")
+    else:
+        with pytest.raises(SystemExit, match="CUDA's headers must be beside"):
+            setup.cuda_folder()
