@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from engine.bridge.publish import Publisher
     from engine.checkpoint import Checkpoints
     from engine.desk import Desk
-    from engine.inference.pool import EngineHandle, Pool
+    from engine.inference.pool import EngineHandle
     from engine.megatron.policy import Policy
     from engine.megatron.topology import Topology
     from engine.rewards.model import ScoringEngine
@@ -67,6 +67,7 @@ class TrainerRank:
         """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
         from engine import loop
         from engine.algorithms.losses import make_objective
+        from engine.bridge.opening import open_publisher
         from engine.desk import Desk
         from engine.megatron.policy import Policy
         from engine.replay import replay_kind
@@ -307,66 +308,6 @@ def _plan(config: RunConfig, policy: Policy) -> Any:
     from engine.llama.layout import export_plan
 
     return export_plan(policy.shape, policy.layout, policy.dtype, config.sync.bucket_mebibytes << 20)
-
-
-def open_publisher(config: RunConfig, policy: Policy, topology: Topology, host: str, pool: Pool | None) -> Publisher:
-    """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
-    import torch
-    import torch.distributed as dist
-
-    from engine.bridge.publish import Publisher
-    from engine.bridge.shared_memory import room_for
-    from engine.bridge.terms import SyncTerms
-    from engine.llama.layout import engine_layout, trainer_layout
-
-    seen = torch.zeros(1 + config.inference.engines, dtype=torch.int64, device=topology.device)  # by rank 0
-    if pool is not None:
-        seen[0] = room_for(_shared_bytes(config, policy))
-        for node, engines in enumerate(pool.nodes()):
-            seen[[1 + engine for engine in engines]] = node
-    dist.broadcast(seen, 0)
-    has_room, *machine = seen.tolist()  # the machine of every engine
-    if config.sync.transport == "ipc" and any(machine):
-        raise ConfigError("sync.transport = 'ipc' needs all engines on one machine; found several: use 'auto'")
-    transport = _transport(config, topology.device.type, bool(has_room), _shared_bytes(config, policy))
-    if transport == "ipc":  # each takes what it needs from where it lies: nothing is passed on
-        machine = list(range(config.inference.engines))
-    terms = SyncTerms(
-        shape=policy.shape,
-        dtype=config.model.dtype,
-        trainer=trainer_layout(config.trainer),
-        dp_size=topology.dp_size,
-        engine=engine_layout(config.inference),
-        nodes=tuple(tuple(i for i, node in enumerate(machine) if node == n) for n in range(max(machine) + 1)),
-        bucket_bytes=config.sync.bucket_mebibytes << 20,
-        transport=transport,
-    )
-    return Publisher(policy, topology, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
-
-
-def _shared_bytes(config: RunConfig, policy: Policy) -> int:
-    """What a weight sync through the memory of this machine moves into it, of all trainer ranks: weights and staging."""
-    weights = sum(p.numel() * p.element_size() for p in policy.parameters.values()) * (2 if config.keeps_seed else 1)
-    return config.trainer.world_size * (weights + 2 * (config.sync.bucket_mebibytes << 20))
-
-
-def _transport(config: RunConfig, device: str, has_room: bool, num_bytes: int) -> Any:
-    """What carries a sync; ConfigError for a transport that cannot carry what is on this device."""
-    asked, placement = config.sync.transport, config.inference.placement
-    if asked == "ipc" and device == "cpu" and not has_room:
-        raise ConfigError(
-            f"sync.transport = 'ipc' needs {num_bytes >> 20} MiB of shared memory (/dev/shm); found less: give the container "
-            f"more (docker run --shm-size), or use 'gloo'"
-        )
-    # NCCL cannot join two members on one GPU, and memory is mapped on one machine only.
-    on_cpu = ("ipc", "gloo") if config.cluster.nodes == 1 and has_room else ("gloo",)
-    fits = on_cpu if device != "cuda" else ("ipc",) if placement == "colocated" else ("nccl",)
-    if asked not in ("auto", *fits):
-        raise ConfigError(
-            f"sync.transport must be one of auto, {', '.join(fits)} on {device} with inference.placement = {placement!r}; "
-            f"found {asked!r}: use 'auto'"
-        )
-    return fits[0] if asked == "auto" else asked
 
 
 def _weights(config: RunConfig, policy: Policy, topology: Topology) -> Iterator[Any]:

@@ -29,12 +29,12 @@ class Probe(TrainerRank):
         import torch.distributed as dist
 
         from engine.algorithms.losses import NllObjective
+        from engine.bridge.opening import open_publisher
         from engine.inference.pool import Pool
         from engine.megatron.handout import hand_out
         from engine.megatron.packing import pack
         from engine.megatron.policy import Policy
         from engine.types import Sequence
-        from engine.worker import open_publisher
 
         config, topology = self._config, self._join(port)
         policy = Policy(config, topology, NllObjective(), config.model.path)

@@ -1,0 +1,108 @@
+"""How a run's bridge is opened: what carries its weight syncs, whether there is room for that, and which engines share a
+machine. It sends nothing; publish.py does.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from engine.bridge.publish import Engines, Place, Publisher, Source
+from engine.bridge.shared_memory import room_for
+from engine.bridge.terms import SyncTerms
+from engine.bridge.transport import Kind
+from engine.config import RunConfig
+from engine.errors import ConfigError
+from engine.llama.hf import LlamaShape
+from engine.llama.layout import engine_layout, trainer_layout
+
+log = logging.getLogger(__name__)
+
+
+class Policy(Source, Protocol):
+    """The model that is published."""
+
+    @property
+    def shape(self) -> LlamaShape:
+        """Its sizes."""
+        ...
+
+
+class Standing(Place, Protocol):
+    """Where this rank stands, and how many replicas there are."""
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel replicas."""
+        ...
+
+
+class Pool(Engines, Protocol):
+    """The engines, and where they are."""
+
+    def nodes(self) -> tuple[tuple[int, ...], ...]:
+        """Engines by machine."""
+        ...
+
+
+def open_publisher(config: RunConfig, policy: Policy, place: Standing, host: str, pool: Pool | None) -> Publisher:
+    """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
+    seen = torch.zeros(1 + config.inference.engines, dtype=torch.int64, device=place.device)  # by rank 0
+    if pool is not None:
+        seen[0] = room_for(shared_bytes(config, policy))
+        for node, engines in enumerate(pool.nodes()):
+            seen[[1 + engine for engine in engines]] = node
+    dist.broadcast(seen, 0)
+    has_room, *machine = seen.tolist()  # the machine of every engine
+    transport = choose_transport(config, place.device.type, has_room=bool(has_room), num_bytes=shared_bytes(config, policy))
+    if transport == "ipc" and any(machine):
+        raise ConfigError("sync.transport = 'ipc' needs all engines on one machine; found several: use 'auto'")
+    if transport == "ipc":  # each takes what it needs from where it lies: nothing is passed on
+        machine = list(range(config.inference.engines))
+    terms = SyncTerms(
+        shape=policy.shape,
+        dtype=config.model.dtype,
+        trainer=trainer_layout(config.trainer),
+        dp_size=place.dp_size,
+        engine=engine_layout(config.inference),
+        nodes=tuple(tuple(i for i, node in enumerate(machine) if node == n) for n in range(max(machine) + 1)),
+        bucket_bytes=config.sync.bucket_mebibytes << 20,
+        transport=transport,
+    )
+    return Publisher(policy, place, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
+
+
+def shared_bytes(config: RunConfig, policy: Source) -> int:
+    """What weight syncs through the memory of a machine move into it, of all trainer ranks: weights and staging."""
+    weights = sum(p.numel() * p.element_size() for p in policy.parameters.values()) * (2 if config.keeps_seed else 1)
+    return config.trainer.world_size * (weights + 2 * (config.sync.bucket_mebibytes << 20))
+
+
+def choose_transport(config: RunConfig, device: str, *, has_room: bool, num_bytes: int) -> Kind:
+    """What carries a sync of weights on this device. `has_room`: shared memory takes the `num_bytes` that it would need.
+    ConfigError for a transport that cannot carry it."""
+    asked, placement, nodes = config.sync.transport, config.inference.placement, config.cluster.nodes
+    short = (
+        f"{num_bytes >> 20} MiB of shared memory (/dev/shm), which has less: give the container more (docker run --shm-size)"
+    )
+    if asked == "ipc" and device == "cpu" and not has_room:
+        raise ConfigError(f"sync.transport = 'ipc' needs {short}, or use 'gloo'")
+    fits: tuple[Kind, ...]
+    if device == "cuda":  # NCCL cannot join two members on one GPU; memory is mapped where all see all GPUs
+        fits = ("ipc",) if placement == "colocated" else ("nccl",)
+    else:
+        fits = ("ipc", "gloo") if nodes == 1 else ("gloo",)
+    if asked == "auto":
+        if fits[0] == "ipc" and device == "cpu" and not has_room:
+            log.warning("weight syncs go over gloo: through the machine's memory, faster, they need %s", short)
+            return "gloo"
+        return fits[0]
+    if asked not in fits:
+        raise ConfigError(
+            f"sync.transport must be one of auto, {', '.join(fits)} on {device} with inference.placement = {placement!r} and "
+            f"cluster.nodes = {nodes}; found {asked!r}: use 'auto'"
+        )
+    return asked
