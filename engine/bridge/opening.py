@@ -50,14 +50,16 @@ class Pool(Engines, Protocol):
 
 def open_publisher(config: RunConfig, policy: Policy, place: Standing, host: str, pool: Pool | None) -> Publisher:
     """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
+    needed = torch.tensor([shared_bytes(config, policy)], dtype=torch.int64, device=place.device)
+    dist.all_reduce(needed)  # stages differ in size
     seen = torch.zeros(1 + config.inference.engines, dtype=torch.int64, device=place.device)  # by rank 0
     if pool is not None:
-        seen[0] = room_for(shared_bytes(config, policy))
+        seen[0] = room_for(int(needed))
         for node, engines in enumerate(pool.nodes()):
             seen[[1 + engine for engine in engines]] = node
     dist.broadcast(seen, 0)
     has_room, *machine = seen.tolist()  # the machine of every engine
-    transport = choose_transport(config, place.device.type, has_room=bool(has_room), num_bytes=shared_bytes(config, policy))
+    transport = choose_transport(config, place.device.type, has_room=bool(has_room), num_bytes=int(needed))
     if transport == "ipc" and any(machine):
         raise ConfigError("sync.transport = 'ipc' needs all engines on one machine; found several: use 'auto'")
     if transport == "ipc":  # each takes what it needs from where it lies: nothing is passed on
@@ -76,9 +78,9 @@ def open_publisher(config: RunConfig, policy: Policy, place: Standing, host: str
 
 
 def shared_bytes(config: RunConfig, policy: Source) -> int:
-    """What weight syncs through the memory of a machine move into it, of all trainer ranks: weights and staging."""
+    """What weight syncs through the memory of a machine move into it, of this trainer rank: weights and staging."""
     weights = sum(p.numel() * p.element_size() for p in policy.parameters.values()) * (2 if config.keeps_seed else 1)
-    return config.trainer.world_size * (weights + 2 * (config.sync.bucket_mebibytes << 20))
+    return weights + 2 * (config.sync.bucket_mebibytes << 20)
 
 
 def choose_transport(config: RunConfig, device: str, *, has_room: bool, num_bytes: int) -> Kind:

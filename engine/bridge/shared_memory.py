@@ -44,7 +44,8 @@ class Ipc:
         if not lasting:
             return self._words.send(data.cpu(), peer, SMALL)
         region, offset = self._place(data)
-        return self._outboxes.setdefault(peer, _Outbox(self._words, peer)).put(region.number, offset, data.device)
+        outbox = self._outboxes.setdefault(peer, _Outbox(self._words, peer, data.device))
+        return _Given(self, outbox, outbox.put(region.number, offset))
 
     def receive(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
         """A lasting buffer is copied by `wait`."""
@@ -60,6 +61,13 @@ class Ipc:
         if (peer, number) not in self._mapped:
             self._mapped[peer, number] = opened(json.loads(self._store.get(f"memory {peer} {number}")))
         data.copy_(self._mapped[peer, number][offset : offset + data.numel()], non_blocking=True)
+
+    def tell_others(self, outbox: _Outbox) -> None:
+        """Tells every other peer of what waits to be told. Before a member waits for one: that one may wait for another
+        sender first, and so on round to whoever waits for these words."""
+        for other in self._outboxes.values():
+            if other is not outbox and other.waiting:
+                other.flush()
 
     def settle(self, data: torch.Tensor, peer: int) -> None:
         """Waits until every copy from this peer is made, between two GPUs too."""
@@ -93,7 +101,7 @@ class _Region:
 
 
 def room_for(num_bytes: int) -> bool:
-    """Whether this machine's shared memory has room for so much more; without it a copy into it would end the process."""
+    """Whether this machine's shared memory has room for so much more; without it every sync would fail."""
     return num_bytes < shutil.disk_usage(SHARED_FOLDER).free
 
 
@@ -144,6 +152,7 @@ class _Outbox:
 
     words: Gloo
     peer: int
+    device: torch.device  # of what is sent
     waiting: list[tuple[int, int]] = field(default_factory=list)
     batches: deque[_Batch] = field(default_factory=deque)
     together: int = 1
@@ -151,19 +160,19 @@ class _Outbox:
     num_flushed: int = 0
     num_taken: int = 0
 
-    def put(self, number: int, offset: int, device: torch.device) -> Pending:
-        """One more message: where it lies."""
+    def put(self, number: int, offset: int) -> int:
+        """One more message: where it lies. How many there are then."""
         if self.num_taken == self.num_put:
             self.together = 1
         self.waiting.append((number, offset))
         self.num_put += 1
         if len(self.waiting) >= self.together:
-            self.flush(device)
-        return _Given(self, self.num_put, device)
+            self.flush()
+        return self.num_put
 
-    def flush(self, device: torch.device) -> None:
+    def flush(self) -> None:
         """Tells the peer of what waits to be told; what lies there must be done on its GPU."""
-        _settle(device)
+        _settle(self.device)
         word, answer = torch.zeros(1 + 2 * BATCH, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
         word[0] = len(self.waiting)
         word[1 : 1 + 2 * len(self.waiting)] = torch.tensor(self.waiting).flatten()
@@ -173,11 +182,11 @@ class _Outbox:
         self.waiting.clear()
         self.together = min(BATCH, 2 * self.together)
 
-    def await_taken(self, count: int, device: torch.device, deadline: Deadline) -> None:
+    def await_taken(self, count: int, deadline: Deadline) -> None:
         """Waits until the peer has taken the first `count` messages."""
         while self.num_taken < count:
             if not self.batches:
-                self.flush(device)
+                self.flush()
             batch = self.batches[0]
             batch.here.wait(deadline)
             batch.taken.wait(deadline)
@@ -189,12 +198,14 @@ class _Outbox:
 class _Given:
     """A message that its receiver has yet to copy."""
 
+    channel: Ipc
     outbox: _Outbox
     count: int
-    device: torch.device
 
     def wait(self, deadline: Deadline) -> None:
-        self.outbox.await_taken(self.count, self.device, deadline)
+        if self.outbox.num_taken < self.count:
+            self.channel.tell_others(self.outbox)
+            self.outbox.await_taken(self.count, deadline)
 
 
 @dataclass(slots=True)

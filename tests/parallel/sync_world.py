@@ -339,7 +339,8 @@ def open_publisher(
     """Joins the trainer ranks and opens the bridge."""
     dist.init_process_group("gloo", store=dist.FileStore(store, TRAINERS), rank=rank, world_size=TRAINERS)
     world = World(rank, filled(TERMS.trainer, rank, 0))
-    terms = replace(TERMS, transport=transport)
+    nodes = tuple((engine,) for engine in range(ENGINES)) if transport == "ipc" else TERMS.nodes  # as a run has it
+    terms = replace(TERMS, transport=transport, nodes=nodes)
     return world, Publisher(world, world, terms, host=HOST, timeout_seconds=timeout_seconds, pool=pool)
 
 
