@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,11 @@ def until(condition: Callable[[], bool], job: subprocess.Popen[bytes], log: Path
     while not condition():
         assert time.monotonic() < deadline and job.poll() is None, log.read_text()[-4000:]
         time.sleep(0.05)
+
+
+def sent_alike(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the bytes of a sync: on one machine each engine takes its own, between machines one copy is passed on."""
+    return [{key: value for key, value in row.items() if key != "sync_mebibytes"} for row in untimed(metrics)]
 
 
 def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_one_node(
@@ -50,5 +56,5 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     assert submit().wait(timeout=300) == 0, log.read_text()[-4000:]
     assert len(record.read_text().splitlines()) == 1, "a finished job is not requeued"
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
-    assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
+    assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
