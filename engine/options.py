@@ -191,7 +191,7 @@ class Inference(Section):
     tensor_parallel: Positive = Field(1, description="ranks of one engine")
     max_model_tokens: Positive = Field(4096, description="prompt and completion together")
     max_concurrent: Positive = Field(256, description="requests decoded together in one engine")
-    kv_cache_mebibytes: Positive = Field(1024, description="KV cache of one engine")
+    kv_cache_mebibytes: Positive = Field(1024, description="KV cache of each rank of an engine")
     threads: Positive = Field(1, description="CPU threads of one engine; a GPU engine ignores it")
     packed_weights: bool = Field(False, description="let vLLM repack weights for speed; a sync then reloads full tensors")
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
