@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment .venv in the repository's root, or finds it fit and does nothing. It installs
-# what requirements/cpu.txt pins and this checkout (editable); it touches nothing outside the repository.
+# what requirements/cpu.txt pins, Transformer Engine's Python code for the tests, and this checkout (editable); it touches
+# nothing outside the repository.
 #
 #   tools/environment.sh            PYTHON=/path/to/python3.12 tools/environment.sh
 #
@@ -11,12 +12,13 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 cd "$root"
+te=$(grep '^transformer_engine==' requirements/gpu.txt)
 
 say() { printf 'environment: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
 
 # Digests of what the two installations depend on. The root counts: a virtual environment cannot be moved.
-packages_digest() { { echo "$root"; cat requirements/common.txt requirements/cpu.txt; } | sha256sum | cut -d' ' -f1; }
+packages_digest() { { echo "$root" "$te"; cat requirements/common.txt requirements/cpu.txt; } | sha256sum | cut -d' ' -f1; }
 engine_digest() {
   { cat setup.py; [ ! -d csrc ] || find csrc -type f -exec sha256sum {} + | LC_ALL=C sort; } | sha256sum | cut -d' ' -f1
 }
@@ -54,6 +56,8 @@ install_packages() {
   }
   say "installing the other packages"
   pip_install -r requirements/cpu.txt || fail "pip failed, as said above: mend that, then run this again"
+  # Its Python code alone, for the tests, and beside the environment: megatron-core would use it wherever it can import it.
+  pip_install --target "$venv/transformer_engine" "$te" || fail "pip failed, as said above: mend that, then run this again"
 }
 
 install_engine() {

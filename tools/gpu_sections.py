@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TE_TESTS, COLOCATED_TESTS = "tests/gpu/test_transformer_engine.py", "tests/gpu/test_colocated_gpu.py"
+TE_TESTS, COLOCATED_TESTS = "tests/parallel/test_transformer_engine.py", "tests/gpu/test_colocated_gpu.py"
 TRAINER = ("megatron.core", "pydantic", "transformers", "rich", "psutil")
 TRANSFORMER_ENGINE = ("transformer_engine", "onnxscript", "onnx_ir", "onnx", "ml_dtypes", "einops")
 VLLM = ("vllm", "aiohttp", "cloudpickle", "msgpack", "PIL", "prometheus_client", "cpuinfo", "sentencepiece", "tiktoken")

@@ -158,6 +158,7 @@ class Policy:
             return loss, torch.cat([torch.stack([loss.detach(), num_tokens]), sums])
 
         rows = self.run(batch, lose, forward_only=False)
+        self._fp8.advance()
         loss, num_tokens, *sums = self._total(rows).tolist()
         if not math.isfinite(loss):
             raise NumericsError(

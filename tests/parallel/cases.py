@@ -42,6 +42,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "curve": curve,
         "change_layers": change_layers,
         "offload": offload,
+        "fp8_moments": fp8_moments,
         "log_probs": log_probs,
         "memory": memory,
     }
@@ -113,7 +114,8 @@ def train(config: RunConfig, topology: Topology, checkpoint: str, objective: str
         if config.trainer.distributed_optimizer:
             collect_gradients(policy)
         parameters: dict[str, Any] = {**policy.parameters}
-        with policy.serving({name: parameter.main_grad for name, parameter in parameters.items()}):
+        # In the parameters' own type: another would cost them the hooks that reduce their gradients.
+        with policy.serving({name: parameter.main_grad.to(parameter.dtype) for name, parameter in parameters.items()}):
             kept |= full_tensors(policy, f"gradient.{step}.")
     kept |= full_tensors(policy, "weight.")
     if kept:
@@ -216,6 +218,22 @@ def offload(config: RunConfig, topology: Topology, checkpoint: str, output: str)
     names = [name for name in states[1] if name.startswith("policy.")]
     worst = max(float((states[0][name].float() - states[1][name].float()).abs().max()) for name in names)
     return found | {"worst": worst, "hosted": hosted / sum(states[1][name].numel() for name in names)}
+
+
+def fp8_moments(config: RunConfig, topology: Topology) -> dict[str, Any]:
+    """Two steps of Transformer Engine's AdamW with FP8 moments, on gradients of 0 and of 1."""
+    from engine.megatron.te_adam import TeAdam
+
+    weight: Any = torch.nn.Parameter(torch.ones(48, dtype=torch.bfloat16, device=topology.device))
+    narrow = {"exp_avg_dtype": torch.uint8, "exp_avg_sq_dtype": torch.uint8}
+    adam = TeAdam([weight], 0.1, master_weights=True, use_decoupled_grad=True, store_param_remainders=True, **narrow)
+    found: dict[str, Any] = {}
+    for name, gradient in (("zero", 0.0), ("one", 1.0)):
+        weight.decoupled_grad = torch.full((48,), gradient, device=topology.device)
+        adam.step()
+        moment = adam.state[weight]["exp_avg"]
+        found |= {name: moment.float().tolist(), "transposed": moment._transpose is not None}
+    return found | {"finite": bool(weight.isfinite().all())}
 
 
 def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bool]:

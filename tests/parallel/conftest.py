@@ -36,6 +36,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 320},
         **{"num_attention_heads": 8, "num_key_value_heads": 4},
     },
+    "deep": {  # the same, with a layer for each of two virtual stages of two
+        **{"hidden_size": 256, "intermediate_size": 512, "vocab_size": 320},
+        **{"num_attention_heads": 8, "num_key_value_heads": 4},
+    },
     "odd": {"vocab_size": 67, "head_dim": 16, "rope_parameters": LLAMA31},
 }
 
