@@ -4,8 +4,9 @@ reference is judged beside the distance of the two seeds, which is what chance a
 
     python -m tools.fp8_curve [--steps 200] [--json PATH]
 
-On a GPU: bf16 against the three FP8 recipes, Transformer Engine's layers. On a CPU, as its twin: fp32 against bf16, local
-layers. Never run on a GPU so far.
+On a GPU: bf16 against the three FP8 recipes, Transformer Engine's layers; on a CPU with --stand-in the same, a smaller model
+(`--tiny`), with the kernels of tests/te_cpu, which round as a GPU's do. On a CPU without it fp32 against bf16, local layers.
+Never run on a GPU so far.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
+
+if "--stand-in" in sys.argv:
+    from tests import te_cpu
+
+    te_cpu.install()  # before megatron-core is imported
 
 from engine.algorithms.losses import NllObjective
 from engine.config import RunConfig
@@ -39,7 +46,13 @@ SIZES = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = SIZES | {  # the narrowest that FP8 in blocks of 128 takes
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 TE = {"layers": "transformer_engine"}
 Variant = tuple[str, dict[str, Any]]  # model.dtype, trainer options
 ON_GPU: dict[str, Variant] = {  # the reference first
@@ -112,9 +125,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, four sequences a step")
+    parser.add_argument("--stand-in", action="store_true", help="Transformer Engine on a CPU, by tests/te_cpu")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write figures and curves to this file too")
     options = parser.parse_args()
-    variants = ON_GPU if torch.cuda.is_available() else ON_CPU
+    variants = ON_GPU if torch.cuda.is_available() or options.stand_in else ON_CPU
     reference = next(iter(variants))
     num_sequences = 4 if options.tiny else 32
     curves: dict[str, list[float]] = {}

@@ -28,6 +28,10 @@ class Probe(TrainerRank):
         import torch
         import torch.distributed as dist
 
+        if self._config.trainer.layers == "transformer_engine" and not torch.cuda.is_available():
+            from tests import te_cpu
+
+            te_cpu.install()
         from engine.algorithms.losses import NllObjective
         from engine.bridge.opening import open_publisher
         from engine.inference.pool import Pool

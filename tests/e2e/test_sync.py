@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from engine.config import RunConfig, dump_config
 
 pytestmark = pytest.mark.timeout(900)
 
+ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("sync_probe.py")
 SYNCS = 20
 
@@ -40,7 +42,8 @@ def probe(config: RunConfig, folder: Path, *arguments: str) -> list[dict[str, An
     """What the script saw at each sync."""
     file = folder / "probe.toml"
     file.write_text(dump_config(config))
-    run = subprocess.run([sys.executable, str(PROBE), str(file), *arguments], capture_output=True, text=True, timeout=400)
+    command, environment = [sys.executable, str(PROBE), str(file), *arguments], os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, run.stderr[-3000:]
     syncs: list[dict[str, Any]] = json.loads(results[0].removeprefix("RESULT "))
@@ -58,6 +61,17 @@ def test_engines_give_the_trainers_log_probs_after_every_sync(
     assert {sync["attempts"] for sync in syncs} == {1}
     assert all((sync["messages"] > 1) is (layout not in ONE_MESSAGE) for sync in syncs)
     assert syncs[-1]["loss"] < syncs[0]["loss"] - 0.1, "the weights must change between syncs for the test to mean anything"
+
+
+def test_transformer_engines_layers_serve_engines_as_megatrons_do(
+    run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Their names in the layout table, to a real engine: bfloat16 on both sides, so log-probs agree to its places."""
+    layers = ["trainer.layers=transformer_engine", "model.dtype=bfloat16", "trainer.tensor_parallel=2"]
+    syncs = probe(run_config(*layers), tmp_path, "3")
+    assert [sync["attempts"] for sync in syncs] == [1, 1, 1]
+    assert max(sync["gap"] for sync in syncs) < 0.25
+    assert syncs[-1]["loss"] < syncs[0]["loss"] - 0.1
 
 
 @pytest.mark.parametrize(
