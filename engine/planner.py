@@ -27,12 +27,13 @@ from engine.llama.layout import (
     trainer_layout,
 )
 from engine.memory import GIB, Channel, estimate
+from engine.placement import homes
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the estimate takes for given: trainer and engines on nodes of their own, or all on one, where every link is NVLink;
-    both links one way at a time each."""
+    """What the estimate takes for given: trainer and engines on nodes of their own, or all on one or taking turns on each,
+    where every link is NVLink; both links one way at a time each."""
 
     network_gigabytes_per_second: float = 45.0  # of one GPU, from node to node
     nvlink_gigabytes_per_second: float = 350.0  # of one GPU, inside a node
@@ -49,17 +50,17 @@ def plan_run(config: RunConfig, machine: Machine) -> dict[str, Any]:
     target = engine_layout(config.inference)
     check_layout(shape, source)
     check_engine_layout(shape, target)
-    if _on_one_node(config):
+    if _within_nodes(config):
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     _check(machine)
-    nodes = _nodes(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
+    nodes, turns = _nodes(config.inference.engines, target.tp_size, config.cluster.gpus_per_node), homes(config)
     if config.inference.placement == "colocated" or config.sync.transport == "ipc":
         nodes = tuple((engine,) for engine in range(config.inference.engines))  # each takes what it needs by itself
+    senders = tuple(turns.beside(engine) for (engine,) in nodes) if turns else ()
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
-    made = plan(
-        shape, dtype.itemsize, source, config.trainer.data_parallel, target, nodes, config.sync.bucket_mebibytes << 20
-    )
+    dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
+    made = plan(shape, dtype.itemsize, source, dp_size, target, nodes, bucket_bytes, senders)
     seconds = time.perf_counter() - started
     return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(shape, config, made, machine)}
 
@@ -85,10 +86,11 @@ def _nodes(num_engines: int, tp_size: int, gpus_per_node: int) -> tuple[tuple[in
     return tuple(tuple(range(i, min(i + each, num_engines))) for i in range(0, num_engines, each))
 
 
-def _on_one_node(config: RunConfig) -> bool:
+def _within_nodes(config: RunConfig) -> bool:
+    """Whether no weight leaves its node: all is on one, or each serves its engines by itself."""
     trainer, engines = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
     colocated = config.inference.placement == "colocated"
-    return (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
+    return homes(config) is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
 
 
 def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machine) -> dict[str, Any]:
