@@ -1,6 +1,6 @@
 """What a weight sync of a configuration will move, by which links and in what time, and whether its devices hold it all, before
 anything is launched: the plan is made as a run makes it, then measured; engine/memory.py counts the rest. It needs the model's
-config.json: no weights, no GPU, no process but this one.
+config.json, and the reward model's where it is to be counted: no weights, no GPU, no process but this one.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from engine.llama.layout import (
     tensors,
     trainer_layout,
 )
+from engine.llama.reward_head import OPTION
 from engine.memory import GIB, Channel, estimate
-from engine.placement import homes
+from engine.placement import homes, training_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,10 @@ def _within_nodes(config: RunConfig) -> bool:
 
 
 def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machine) -> dict[str, Any]:
-    """The memory of each kind of device by component, and whether the fullest fits the machine's GPU. Bytes."""
-    held = estimate(shape, config, channel(made))
+    """The memory of each kind of device by component, whether the fullest fits the machine's GPU, and the file for want of
+    which the reward engine is not counted. Bytes. ConfigError or CheckpointError for a reward model that is no Llama."""
+    judge, missing = _judge(config)
+    held = estimate(shape, config, channel(made), judge)
     gpu_bytes = round(machine.gpu_gibibytes * GIB)
     return {
         "gpu_bytes": gpu_bytes,
@@ -105,7 +109,17 @@ def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machin
         "devices": [{"name": d.name, "num_bytes": d.num_bytes, "components": d.components} for d in held.devices],
         "stages": list(held.stages),
         "host_bytes_per_node": held.host_bytes_per_node,
+        "not_counted": missing,
     }
+
+
+def _judge(config: RunConfig) -> tuple[LlamaShape | None, str | None]:
+    """(the sizes of the reward model that the run starts, the file that would tell them and is not there)."""
+    path = config.reward_model.path
+    if path is None or "reward_engine" not in training_parts(config):
+        return None, None
+    file = Path(path) / "config.json"
+    return (read_shape(path, OPTION), None) if file.exists() else (None, str(file))
 
 
 def channel(made: ShardPlan) -> Channel:
@@ -276,7 +290,7 @@ def memory_table(memory: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def verdict(memory: dict[str, Any]) -> str:
-    """Whether it fits, and by how much; what the stages and the host hold, where there is anything to say."""
+    """Whether it fits, and by how much; what the stages and the host hold and what is not counted, where there is any."""
     fits, spare, gpu = memory["fits"], abs(memory["spare_bytes"]), memory["gpu_bytes"]
     by_how_much = f"{_gibibytes(spare)} ({spare / gpu:.0%}) {'to spare' if fits else 'too much'}"
     text = f"{'fits' if fits else 'does not fit'} GPUs of {_gibibytes(gpu)}: {by_how_much} on {memory['fullest']}"
@@ -284,6 +298,8 @@ def verdict(memory: dict[str, Any]) -> str:
         text += f"\ntrainer ranks by stage: {', '.join(f'{size / GIB:.1f}' for size in memory['stages'])} GiB"
     if memory["host_bytes_per_node"]:
         text += f"\noptimizer state in the host's memory: {_gibibytes(memory['host_bytes_per_node'])} a node"
+    if memory["not_counted"]:
+        text += f"\nthe reward engine is not counted, for there is no {memory['not_counted']}"
     return text
 
 

@@ -124,6 +124,41 @@ def test_what_does_not_fit_is_said_and_told(planned):
     assert f"does not fit GPUs of 79.0 GiB: {-memory['spare_bytes'] / 2**30:.1f} GiB" in said
 
 
+JUDGED = ("data.reward=model", "reward_model.dtype=bfloat16")
+
+
+def test_the_reward_model_is_a_device_of_its_own(planned):
+    """Of the sizes in its config.json; too large, it is what does not fit."""
+    path = "reward_model.path=configs/models/llama-3.1-8b"
+    figures, said = planned("8b-4x4", *JUDGED, path)
+    plain, _ = planned("8b-4x4")
+    assert figures["digest"] == plain["digest"], "the weight sync knows nothing of it"
+    assert figures["memory"]["devices"][:-1] == plain["memory"]["devices"]
+    assert figures["memory"]["devices"][-1]["name"] == "reward engine" and "reward engine" in said
+    assert figures["memory"]["not_counted"] is plain["memory"]["not_counted"] is None and "not counted" not in said
+    larger = ("reward_model.path=configs/models/llama-3.1-70b", "reward_model.kv_cache_mebibytes=16384")
+    large, said = planned("8b-4x4", *JUDGED, *larger)
+    assert (large["memory"]["fullest"], large["memory"]["fits"]) == ("reward engine", False)
+    assert "too much on reward engine" in said
+
+
+def test_a_reward_model_that_is_not_there_is_said_to_be_missing(planned):
+    figures, said = planned("8b-4x4", *JUDGED, "reward_model.path=models/Athene-RM-8B")
+    assert [device["name"] for device in figures["memory"]["devices"]] == ["trainer rank, training", "engine rank"]
+    assert figures["memory"]["not_counted"] == "models/Athene-RM-8B/config.json"
+    assert "the reward engine is not counted, for there is no models/Athene-RM-8B/config.json" in said
+    unused, said = planned("8b-4x4", *JUDGED, "reward_model.path=models/Athene-RM-8B", "sft.checkpoint_out=x")
+    assert unused["memory"]["not_counted"] is None and "not counted" not in said
+
+
+def test_a_reward_model_of_another_family_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    overrides = [*JUDGED, f"reward_model.path={tmp_path}"]
+    assert cli.main(["plan", "configs/scale/llama-3.1-8b-4x4.toml", *overrides]) == 2
+    assert "reward_model.path must be a plain Llama" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
