@@ -59,11 +59,6 @@ class RunConfig(Options):
         return self.sync.sync_interval == "never" and again
 
     @property
-    def uses_engines(self) -> bool:
-        """Whether anything is sampled: rollouts, unless they are replayed, and held-out answers."""
-        return self.data.replay is None or any(source.held_out is not None for source in self.data.sources)
-
-    @property
     def run_directory(self) -> Path:
         """`run.directory` as a path."""
         return Path(self.run.directory)

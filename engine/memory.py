@@ -58,7 +58,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The devices of a run. Colocated, `devices` are the two turns of the fullest one."""
+    """The devices of a run. Colocated, the first two of `devices` are the turns of the fullest one."""
 
     devices: tuple[Device, ...]
     stages: tuple[int, ...]  # bytes of a rank of each pipeline stage while it trains
@@ -70,8 +70,9 @@ class Memory:
         return max(self.devices, key=lambda device: device.num_bytes)
 
 
-def estimate(shape: LlamaShape, config: RunConfig, channel: Channel) -> Memory:
-    """The memory of a run on GPUs. The layouts must fit the model (`check_layout`, `check_engine_layout`)."""
+def estimate(shape: LlamaShape, config: RunConfig, channel: Channel, judge: LlamaShape | None = None) -> Memory:
+    """The memory of a run on GPUs. The layouts must fit the model (`check_layout`, `check_engine_layout`). `judge`: the reward
+    model's sizes, where the run has one and they are known."""
     stages = [trainer_rank(shape, config, stage, channel) for stage in range(config.trainer.pipeline_parallel)]
     totals = [sum(components.values()) for components in stages]
     worst = max(range(len(stages)), key=totals.__getitem__)
@@ -83,6 +84,8 @@ def estimate(shape: LlamaShape, config: RunConfig, channel: Channel) -> Memory:
         devices += (Device("engine rank", engine),)
     elif samples:
         devices = tuple(Device(f"{named}, {turn}", shared(stages[worst], engine, turn)) for turn in ("training", "sampling"))
+    if samples and judge is not None:
+        devices += (Device("reward engine", reward_engine(judge, config)),)
     return Memory(devices, tuple(totals), host_bytes_per_node(shape, config))
 
 
@@ -322,4 +325,20 @@ def engine_rank(shape: LlamaShape, config: RunConfig, channel: Channel) -> Compo
         "engine: staging": channel.engine_bytes,
         "engine: CUDA graphs": GRAPH_BYTES,
         "engine: context": CONTEXT_BYTES + (NCCL_BYTES if i.tensor_parallel > 1 else 0),
+    }
+
+
+def reward_engine(shape: LlamaShape, config: RunConfig) -> Components:
+    """The reward model's engine while it judges. Both forms have the same tensors: the Llama's without its output layer, and a
+    head [1, H] that vLLM keeps in float32. It samples nothing, and no weight sync reaches it."""
+    r = config.reward_model
+    itemsize = getattr(torch, r.dtype).itemsize
+    held = {name: size for name, size in layout.shard_shapes(shape, layout.EngineLayout(1), 0).items() if name != layout.HEAD}
+    tokens = max(8192, r.max_tokens)  # of one forward: reward_engine's max_num_batched_tokens
+    return {
+        "engine: weights": sum(torch.Size(size).numel() for size in held.values()) * itemsize + shape.hidden * FP32,
+        "engine: KV cache": r.kv_cache_mebibytes * MIB,
+        "engine: forward": tokens * (4 * shape.hidden + 3 * shape.ffn_hidden) * itemsize,
+        "engine: CUDA graphs": GRAPH_BYTES,
+        "engine: context": CONTEXT_BYTES,
     }

@@ -296,3 +296,8 @@ class Options(Section):
     cluster: Cluster = Cluster()
     profile: Profile = Profile()
     sft: Supervised = Supervised()
+
+    @property
+    def uses_engines(self) -> bool:
+        """Whether anything is sampled: rollouts, unless they are replayed, and held-out answers."""
+        return self.data.replay is None or any(source.held_out is not None for source in self.data.sources)

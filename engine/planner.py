@@ -1,6 +1,6 @@
 """What a weight sync of a configuration will move, by which links and in what time, and whether its devices hold it all, before
 anything is launched: the plan is made as a run makes it, then measured; engine/memory.py counts the rest. It needs the model's
-config.json: no weights, no GPU, no process but this one.
+config.json, and the reward model's where it is to be counted: no weights, no GPU, no process but this one.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +27,15 @@ from engine.llama.layout import (
     tensors,
     trainer_layout,
 )
+from engine.llama.reward_head import OPTION
 from engine.memory import GIB, Channel, estimate
+from engine.placement import homes, training_parts
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the estimate takes for given: trainer and engines on nodes of their own, or all on one, where every link is NVLink;
-    both links one way at a time each."""
+    """What the estimate takes for given: trainer and engines on nodes of their own, or all on one or taking turns on each,
+    where every link is NVLink; both links one way at a time each."""
 
     network_gigabytes_per_second: float = 45.0  # of one GPU, from node to node
     nvlink_gigabytes_per_second: float = 350.0  # of one GPU, inside a node
@@ -49,17 +52,17 @@ def plan_run(config: RunConfig, machine: Machine) -> dict[str, Any]:
     target = engine_layout(config.inference)
     check_layout(shape, source)
     check_engine_layout(shape, target)
-    if _on_one_node(config):
+    if _within_nodes(config):
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     _check(machine)
-    nodes = _nodes(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
+    nodes, turns = _nodes(config.inference.engines, target.tp_size, config.cluster.gpus_per_node), homes(config)
     if config.inference.placement == "colocated" or config.sync.transport == "ipc":
         nodes = tuple((engine,) for engine in range(config.inference.engines))  # each takes what it needs by itself
+    senders = tuple(turns.beside(engine) for (engine,) in nodes) if turns else ()
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
-    made = plan(
-        shape, dtype.itemsize, source, config.trainer.data_parallel, target, nodes, config.sync.bucket_mebibytes << 20
-    )
+    dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
+    made = plan(shape, dtype.itemsize, source, dp_size, target, nodes, bucket_bytes, senders)
     seconds = time.perf_counter() - started
     return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(shape, config, made, machine)}
 
@@ -85,15 +88,18 @@ def _nodes(num_engines: int, tp_size: int, gpus_per_node: int) -> tuple[tuple[in
     return tuple(tuple(range(i, min(i + each, num_engines))) for i in range(0, num_engines, each))
 
 
-def _on_one_node(config: RunConfig) -> bool:
+def _within_nodes(config: RunConfig) -> bool:
+    """Whether no weight leaves its node: all is on one, or each serves its engines by itself."""
     trainer, engines = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
     colocated = config.inference.placement == "colocated"
-    return (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
+    return homes(config) is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
 
 
 def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machine) -> dict[str, Any]:
-    """The memory of each kind of device by component, and whether the fullest fits the machine's GPU. Bytes."""
-    held = estimate(shape, config, channel(made))
+    """The memory of each kind of device by component, whether the fullest fits the machine's GPU, and the file for want of
+    which the reward engine is not counted. Bytes. ConfigError or CheckpointError for a reward model that is no Llama."""
+    judge, missing = _judge(config)
+    held = estimate(shape, config, channel(made), judge)
     gpu_bytes = round(machine.gpu_gibibytes * GIB)
     return {
         "gpu_bytes": gpu_bytes,
@@ -103,7 +109,17 @@ def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machin
         "devices": [{"name": d.name, "num_bytes": d.num_bytes, "components": d.components} for d in held.devices],
         "stages": list(held.stages),
         "host_bytes_per_node": held.host_bytes_per_node,
+        "not_counted": missing,
     }
+
+
+def _judge(config: RunConfig) -> tuple[LlamaShape | None, str | None]:
+    """(the sizes of the reward model that the run starts, the file that would tell them and is not there)."""
+    path = config.reward_model.path
+    if path is None or "reward_engine" not in training_parts(config):
+        return None, None
+    file = Path(path) / "config.json"
+    return (read_shape(path, OPTION), None) if file.exists() else (None, str(file))
 
 
 def channel(made: ShardPlan) -> Channel:
@@ -274,7 +290,7 @@ def memory_table(memory: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def verdict(memory: dict[str, Any]) -> str:
-    """Whether it fits, and by how much; what the stages and the host hold, where there is anything to say."""
+    """Whether it fits, and by how much; what the stages and the host hold and what is not counted, where there is any."""
     fits, spare, gpu = memory["fits"], abs(memory["spare_bytes"]), memory["gpu_bytes"]
     by_how_much = f"{_gibibytes(spare)} ({spare / gpu:.0%}) {'to spare' if fits else 'too much'}"
     text = f"{'fits' if fits else 'does not fit'} GPUs of {_gibibytes(gpu)}: {by_how_much} on {memory['fullest']}"
@@ -282,6 +298,8 @@ def verdict(memory: dict[str, Any]) -> str:
         text += f"\ntrainer ranks by stage: {', '.join(f'{size / GIB:.1f}' for size in memory['stages'])} GiB"
     if memory["host_bytes_per_node"]:
         text += f"\noptimizer state in the host's memory: {_gibibytes(memory['host_bytes_per_node'])} a node"
+    if memory["not_counted"]:
+        text += f"\nthe reward engine is not counted, for there is no {memory['not_counted']}"
     return text
 
 

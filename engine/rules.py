@@ -4,7 +4,9 @@ values found and fix. A table's own bounds stand in engine/options.py.
 
 from __future__ import annotations
 
+from engine.errors import ConfigError
 from engine.options import Options, source_key
+from engine.placement import homes
 
 
 def broken_rules(config: Options) -> list[str]:
@@ -36,10 +38,6 @@ def broken_rules(config: Options) -> list[str]:
         broken.append(
             f"trainer.first_stage_layers and trainer.last_stage_layers need trainer.pipeline_parallel > 1; found {ends[0]} "
             f"and {ends[1]} with 1 stage: remove them"
-        )
-    if c.sync.transport == "ipc" and c.cluster.nodes > 1:
-        broken.append(
-            f"sync.transport = 'ipc' shares the memory of one machine; found cluster.nodes = {c.cluster.nodes}: use 'auto'"
         )
     broken += broken_placement_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c)
@@ -94,11 +92,15 @@ def broken_placement_rules(c: Options) -> list[str]:
     """The same for where trainer and engines stand."""
     broken = []
     colocated = c.inference.placement == "colocated"
-    if colocated and c.cluster.nodes > 1:
+    if c.sync.transport == "ipc" and c.cluster.nodes > 1 and not colocated:
         broken.append(
-            f"inference.placement = 'colocated' needs cluster.nodes = 1, for its weight sync goes through the memory of one "
-            f"machine; found {c.cluster.nodes}: set placement to 'disaggregated', or nodes to 1"
+            f"sync.transport = 'ipc' shares the memory of a machine, where disaggregated engines may not be; found "
+            f"cluster.nodes = {c.cluster.nodes}: use 'auto'"
         )
+    try:
+        homes(c)
+    except ConfigError as error:
+        broken.append(str(error))
     if colocated and c.sync.transport == "nccl":
         broken.append(
             "sync.transport = 'nccl' cannot join a trainer and an engine on one GPU; found it with inference.placement = "

@@ -1,5 +1,5 @@
-"""How a run's bridge is opened: what carries its weight syncs, whether there is room for that, and which engines share a
-machine. It sends nothing; publish.py does.
+"""How a run's bridge is opened: what carries its weight syncs, whether there is room for that, which engines share a machine,
+and which trainer ranks may send to them. It sends nothing; publish.py does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from engine.config import RunConfig
 from engine.errors import ConfigError
 from engine.llama.hf import LlamaShape
 from engine.llama.layout import engine_layout, trainer_layout
+from engine.placement import Homes, homes
 
+Groups = tuple[tuple[int, ...], ...]
 log = logging.getLogger(__name__)
 
 
@@ -50,31 +52,52 @@ class Pool(Engines, Protocol):
 
 def open_publisher(config: RunConfig, policy: Policy, place: Standing, host: str, pool: Pool | None) -> Publisher:
     """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
-    needed = torch.tensor([shared_bytes(config, policy)], dtype=torch.int64, device=place.device)
-    dist.all_reduce(needed)  # stages differ in size
-    seen = torch.zeros(1 + config.inference.engines, dtype=torch.int64, device=place.device)  # by rank 0
+    turns = homes(config)
+    has_room, num_bytes = _room(config, policy, place, turns)
+    seen = torch.zeros(config.inference.engines, dtype=torch.int64, device=place.device)  # by rank 0: the machine of each
     if pool is not None:
-        seen[0] = room_for(int(needed))
-        for node, engines in enumerate(pool.nodes()):
-            seen[[1 + engine for engine in engines]] = node
+        for machine, engines in enumerate(pool.nodes()):
+            seen[list(engines)] = machine
     dist.broadcast(seen, 0)
-    has_room, *machine = seen.tolist()  # the machine of every engine
-    transport = choose_transport(config, place.device.type, has_room=bool(has_room), num_bytes=int(needed))
-    if transport == "ipc" and any(machine):
-        raise ConfigError("sync.transport = 'ipc' needs all engines on one machine; found several: use 'auto'")
-    if transport == "ipc":  # each takes what it needs from where it lies: nothing is passed on
-        machine = list(range(config.inference.engines))
+    transport = choose_transport(config, place.device.type, has_room=has_room, num_bytes=num_bytes)
+    nodes, senders = channel(seen.tolist(), transport, turns)
     terms = SyncTerms(
         shape=policy.shape,
         dtype=config.model.dtype,
         trainer=trainer_layout(config.trainer),
         dp_size=place.dp_size,
         engine=engine_layout(config.inference),
-        nodes=tuple(tuple(i for i, node in enumerate(machine) if node == n) for n in range(max(machine) + 1)),
+        nodes=nodes,
         bucket_bytes=config.sync.bucket_mebibytes << 20,
         transport=transport,
+        senders=senders,
     )
     return Publisher(policy, place, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
+
+
+def channel(machines: list[int], transport: Kind, turns: Homes | None) -> tuple[Groups, Groups]:
+    """(engines by node, trainer ranks that may send to each), as a plan wants them. `machines`: of every engine, as found;
+    `turns`: the nodes of a run whose engines are served by their own node alone, which then count. ConfigError where
+    `ipc` would have to leave a machine."""
+    found = list(turns.engines) if turns else machines
+    if transport == "ipc" and not turns and len(set(found)) > 1:
+        raise ConfigError("sync.transport = 'ipc' needs all engines on one machine; found several: use 'auto'")
+    if transport == "ipc":  # each takes what it needs from where it lies: nothing is passed on
+        found = list(range(len(found)))
+    nodes = tuple(tuple(engine for engine, node in enumerate(found) if node == n) for n in sorted(set(found)))
+    return nodes, tuple(turns.beside(engines[0]) for engines in nodes) if turns else ()
+
+
+def _room(config: RunConfig, policy: Policy, place: Standing, turns: Homes | None) -> tuple[bool, int]:
+    """(whether the memory that processes share has room for weight syncs on every machine, the bytes it needs on the fullest);
+    collective."""
+    own = turns.ranks[place.rank] if turns else 0
+    needed = torch.zeros(config.cluster.nodes, dtype=torch.int64, device=place.device)
+    needed[own] = shared_bytes(config, policy)
+    dist.all_reduce(needed)  # stages differ in size
+    has_room = torch.tensor([room_for(int(needed[own]))], dtype=torch.int64, device=place.device)
+    dist.all_reduce(has_room, dist.ReduceOp.MIN)
+    return bool(has_room), int(needed.max())
 
 
 def shared_bytes(config: RunConfig, policy: Source) -> int:
@@ -96,7 +119,7 @@ def choose_transport(config: RunConfig, device: str, *, has_room: bool, num_byte
     if device == "cuda":  # NCCL cannot join two members on one GPU; memory is mapped where all see all GPUs
         fits = ("ipc",) if placement == "colocated" else ("nccl",)
     else:
-        fits = ("ipc", "gloo") if nodes == 1 else ("gloo",)
+        fits = ("ipc", "gloo") if nodes == 1 or placement == "colocated" else ("gloo",)
     if asked == "auto":
         if fits[0] == "ipc" and device == "cpu" and not has_room:
             log.warning("weight syncs go over gloo: through the machine's memory, faster, they need %s", short)

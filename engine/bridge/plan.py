@@ -3,7 +3,8 @@ one order for all: a pure function of layouts and sizes. It moves nothing and ta
 
 A stream is all that the engines' ranks of one tensor rank on one node need of one trainer cell. It is cut into buckets, the
 same objects for every node and data-parallel replica. One copy of a bucket enters a node, at an engine that passes it on to
-the node's others. Members of the channel are numbered: trainer ranks first, then engine by engine their tensor ranks.
+the node's others; any replica sends it, or one of those that may send to that node, where a node must serve itself. Members of
+the channel are numbered: trainer ranks first, then engine by engine their tensor ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from enum import Enum
@@ -154,20 +155,25 @@ def plan(
     target: EngineLayout,
     nodes: tuple[tuple[int, ...], ...],
     bucket_bytes: int,
+    senders: tuple[tuple[int, ...], ...] = (),
 ) -> ShardPlan:
-    """The plan of every weight sync between these layouts; both must pass layout's checks. `nodes` holds each engine once.
+    """The plan of every weight sync between these layouts; both must pass layout's checks. `nodes` holds each engine once,
+    `senders` for each of them the trainer ranks that may send to it, every cell among them; empty: all to all.
 
     Every element of every engine shard arrives exactly once, straight from a rank that holds it. A bucket has at most
-    `bucket_bytes`, or is a single row of a rectangle. Replicas of a cell send equal shares, to within one bucket.
+    `bucket_bytes`, or is a single row of a rectangle. Replicas of a cell that may send to the same nodes send equal shares, to
+    within one bucket.
     """
     assert sorted(engine for node in nodes for engine in node) == list(range(sum(map(len, nodes)))), nodes
     assert all(nodes) and bucket_bytes > 0 and dp_size > 0, (nodes, bucket_bytes, dp_size)
+    assert not senders or (all(senders) and len(senders) == len(nodes)), (senders, nodes)
     with _uncollected():
         buckets = {
             (cell, tp_rank): tuple(_fill(cell, tp_rank, routes, dtype_bytes, bucket_bytes))
             for (cell, tp_rank), routes in sorted(_streams(shape, source, target).items())
         }
-        messages = _order(buckets, source.tp_size, dp_size, nodes)
+        able = _able(dict.fromkeys(cell for cell, _ in buckets), source.tp_size, dp_size, senders or ((),) * len(nodes))
+        messages = _order(buckets, source.tp_size, dp_size, nodes, able)
     return ShardPlan(messages, source, dp_size, target, nodes, dtype_bytes)
 
 
@@ -318,49 +324,69 @@ def _fill(cell: Cell, tp_rank: int, routes: list[_Route], dtype_bytes: int, buck
         yield Bucket(cell, tp_rank, tuple(held), held_bytes, True)
 
 
+def _able(
+    cells: Iterable[Cell], tp_size: int, dp_size: int, senders: tuple[tuple[int, ...], ...]
+) -> dict[tuple[Cell, int], tuple[int, ...]]:
+    """The replicas of every cell that may send to every node, by its number; all where no senders are named."""
+    found = {}
+    for node, named in enumerate(senders):
+        may = frozenset(named)
+        for pp, tp in cells:
+            replicas = (dp for dp in range(dp_size) if not may or (pp * dp_size + dp) * tp_size + tp in may)
+            found[(pp, tp), node] = tuple(replicas)
+            assert found[(pp, tp), node], f"no sender to node {node} holds cell {(pp, tp)}: {named}"
+    return found
+
+
 def _order(
-    buckets: dict[tuple[Cell, int], tuple[Bucket, ...]], tp_size: int, dp_size: int, nodes: tuple[tuple[int, ...], ...]
+    buckets: dict[tuple[Cell, int], tuple[Bucket, ...]],
+    tp_size: int,
+    dp_size: int,
+    nodes: tuple[tuple[int, ...], ...],
+    able: dict[tuple[Cell, int], tuple[int, ...]],
 ) -> tuple[Message, ...]:
     """The k-th bucket of every stream before any (k + 1)-th. Within a round the streams come in waves, whose messages can all
-    travel at once. The replica with the least to send so far sends; the entry into a node goes round."""
+    travel at once. Of the replicas that may, the one with the least to send so far sends; the entry into a node goes round."""
     ranks = {cell: [(cell[0] * dp_size + dp) * tp_size + cell[1] for dp in range(dp_size)] for cell, _ in buckets}
     loads = {cell: [0] * dp_size for cell in ranks}  # bytes sent by each replica
     targets = sorted({tp_rank for _, tp_rank in buckets})
     turns = [[node[i:] + node[:i] for i in range(len(node))] for node in nodes]
     routes = {(node, tp_rank): cycle(turns[node]) for node in range(len(nodes)) for tp_rank in targets}
     waiting = [
-        (buckets[cell, tp_rank], loads[cell], ranks[cell], routes[node, tp_rank])
-        for (cell, tp_rank), node in _waves(list(buckets), dp_size, nodes)
+        (buckets[cell, tp_rank], loads[cell], ranks[cell], able[cell, node], routes[node, tp_rank])
+        for (cell, tp_rank), node in _waves(list(buckets), dp_size, nodes, able)
     ]
     messages: list[Message] = []
     k = 0
     while waiting := [stream for stream in waiting if len(stream[0]) > k]:
-        for stream, sent, senders, route in waiting:
+        for stream, sent, holders, replicas, route in waiting:
             bucket = stream[k]
-            replica = sent.index(min(sent))
+            replica = min(replicas, key=sent.__getitem__)
             sent[replica] += bucket.num_bytes
-            messages.append(Message(bucket, len(messages), senders[replica], next(route)))
+            messages.append(Message(bucket, len(messages), holders[replica], next(route)))
         k += 1
     return tuple(messages)
 
 
 def _waves(
-    keys: list[tuple[Cell, int]], dp_size: int, nodes: tuple[tuple[int, ...], ...]
+    keys: list[tuple[Cell, int]],
+    dp_size: int,
+    nodes: tuple[tuple[int, ...], ...],
+    able: dict[tuple[Cell, int], tuple[int, ...]],
 ) -> list[tuple[tuple[Cell, int], int]]:
-    """Every (stream's key, node), coloured greedily: in one colour (wave) a cell occurs once a replica at most, and a
-    receiver, the ranks of one tensor rank on one node, once an engine."""
+    """Every (stream's key, node), coloured greedily: in one colour (wave) a cell occurs once at most for each replica that may
+    send, and a receiver, the ranks of one tensor rank on one node, once an engine."""
     seats: dict[object, list[int]] = {}  # a cell's or receiver's waves as bits, one integer for each replica or engine
     waves = []
     for cell, tp_rank in keys:
         for node, engines in enumerate(nodes):
-            ends = (
-                seats.setdefault(cell, [0] * dp_size),
-                seats.setdefault((node, tp_rank, "receiver"), [0] * len(engines)),
-            )
-            taken = reduce(and_, ends[0]) | reduce(and_, ends[1])
+            sends = seats.setdefault(cell, [0] * dp_size)
+            receives = seats.setdefault((node, tp_rank, "receiver"), [0] * len(engines))
+            replicas = able[cell, node]
+            taken = reduce(and_, (sends[replica] for replica in replicas)) | reduce(and_, receives)
             bit = ~taken & (taken + 1)  # the lowest wave in which both have a seat
-            first = [next(i for i, bits in enumerate(end) if not bits & bit) for end in ends]
-            for end, seat in zip(ends, first, strict=True):
-                end[seat] |= bit
-            waves.append((bit, first[0], (cell, tp_rank), node))
+            replica = next(i for i in replicas if not sends[i] & bit)
+            sends[replica] |= bit
+            receives[next(i for i, bits in enumerate(receives) if not bits & bit)] |= bit
+            waves.append((bit, replica, (cell, tp_rank), node))
     return [(key, node) for _, _, key, node in sorted(waves)]

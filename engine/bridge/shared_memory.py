@@ -1,7 +1,8 @@
 """A transport between members on one machine: the receiver maps the sender's memory and copies out of it, one copy in all. gloo
 carries only words about it, many at a time: "they are here" and "taken"; and whatever is too small to be worth it. On a CPU
 lasting memory, parameters and staging, moves into shared memory (/dev/shm) when it is first sent from. On a GPU it is CUDA IPC
-(unverified on a GPU): so this also joins a trainer and an engine on one GPU, which NCCL cannot.
+(unverified on a GPU): so this also joins a trainer and an engine on one GPU, which NCCL cannot. Members on other machines may
+be there, as long as the plan has nobody send to another machine (its `senders`): what a name stands for it does on one alone.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ class SyncTerms:
     nodes: tuple[tuple[int, ...], ...]  # engines by machine
     bucket_bytes: int
     transport: Kind
+    senders: tuple[tuple[int, ...], ...] = ()  # trainer ranks that may send to each of `nodes`; empty: all to all
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -37,7 +38,8 @@ class SyncTerms:
     def plan(self) -> ShardPlan:
         """The plan of every sync under these terms; equal wherever it is computed."""
         size = self.torch_dtype.itemsize
-        return plan(self.shape, size, self.trainer, self.dp_size, self.engine, self.nodes, self.bucket_bytes)
+        layouts = (self.shape, size, self.trainer, self.dp_size, self.engine)
+        return plan(*layouts, self.nodes, self.bucket_bytes, self.senders)
 
     def to_json(self) -> str:
         """For another process."""

@@ -148,3 +148,14 @@ def semi_online(
     folder = tmp_path_factory.mktemp("semi_online")
     config = configure(folder, *SEMI_ONLINE)
     return config, semion("train", written(config, folder), "--json", str(folder / "summary.json"))
+
+
+@pytest.fixture(scope="session")
+def online(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A finished online GRPO run of two data-parallel ranks and two engines."""
+    from tests.e2e.test_commands import ONLINE, semion, written
+
+    folder = tmp_path_factory.mktemp("online")
+    config = configure(folder, *ONLINE)
+    semion("train", written(config, folder))
+    return config

@@ -32,6 +32,10 @@ SEMI_ONLINE = [
     "inference.engines=2",
     "checkpoint.every=2",
 ]
+ONLINE = [
+    *("trainer.data_parallel=2", "trainer.distributed_optimizer=true"),
+    *("algorithm.loss=grpo", "inference.engines=2", "run.steps=3"),
+]
 FINAL = "checkpoints/step_00000004/policy/model.safetensors"
 
 
@@ -265,12 +269,9 @@ def test_offline_dpo_over_pipeline_stages_keeps_the_seed_weights_and_can_be_prol
     assert ["sync_seconds" in row for row in metrics] == [True, False, False, False]
 
 
-def test_online_grpo_over_data_parallel_ranks_is_never_stale(run_config: Make, tmp_path: Path) -> None:
-    layout = ["trainer.data_parallel=2", "trainer.distributed_optimizer=true"]
-    config = run_config(*layout, "algorithm.loss=grpo", "run.steps=3", directory="online")
-    semion("train", written(config, tmp_path))
-    assert {(row["step"], row["version"]) for row in rows(config, "rollouts.jsonl")} == {(0, 0), (1, 1), (2, 2)}
-    metrics = rows(config, "metrics.jsonl")
+def test_online_grpo_over_data_parallel_ranks_is_never_stale(online: RunConfig) -> None:
+    assert {(row["step"], row["version"]) for row in rows(online, "rollouts.jsonl")} == {(0, 0), (1, 1), (2, 2)}
+    metrics = rows(online, "metrics.jsonl")
     assert all(row["staleness"] == 0 and row["log_prob_gap_mean"] < 1e-5 for row in metrics)
     assert all(abs(row["ratio_mean"] - 1) < 1e-4 for row in metrics), "strictly on policy the ratio is 1"
 

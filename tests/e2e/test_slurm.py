@@ -1,5 +1,6 @@
 """tools/slurm/train.sbatch under a stand-in for Slurm, with everything else real: two Ray nodes, trainer ranks on one and
-engines on the other, a signal, a requeue, and the weights of a run on one node."""
+engines on the other, a signal, a requeue, and the weights of a run on one node; the same of two nodes that each have a trainer
+rank and an engine, which take turns."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import pytest
 
 from engine.config import RunConfig
 from tests.e2e import fake_slurm
-from tests.e2e.test_commands import FINAL, SEMI_ONLINE, Make, rows, untimed, written
+from tests.e2e.test_commands import FINAL, ONLINE, SEMI_ONLINE, Make, rows, tensors, untimed, written
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tools/slurm/train.sbatch"
@@ -58,3 +59,21 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
+
+
+def test_nodes_that_serve_their_own_engines_in_turn_change_no_bit(
+    online: RunConfig, run_config: Make, tmp_path: Path
+) -> None:
+    """A whole replica and an engine on each of two nodes. Weights stay there: over `ipc` the plan has no other way."""
+    turns = ["inference.placement=colocated", "sync.transport=ipc", "cluster.nodes=2", "cluster.gpus_per_node=1"]
+    config = run_config(*ONLINE, *turns, directory="turns")
+    environment, log = fake_slurm.install(tmp_path / "slurm"), tmp_path / "log"
+    command = ["sbatch", "--nodes=2", SCRIPT, written(config, tmp_path)]
+    with log.open("wb") as said:
+        job = subprocess.run(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, timeout=400)
+    assert job.returncode == 0, log.read_text()[-4000:]
+    assert rows(config, "rollouts.jsonl") == rows(online, "rollouts.jsonl")
+    metrics = rows(config, "metrics.jsonl")
+    assert untimed(metrics) == untimed(rows(online, "metrics.jsonl"))
+    assert all("rollout_seconds" in row for row in metrics), "they took turns"
+    assert tensors(config) == tensors(online)

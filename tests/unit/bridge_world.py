@@ -56,13 +56,13 @@ class Case:
     bucket_bytes: int = 600
     unpacked_bytes: int = 256
     dtype: str = "float32"
+    senders: tuple[tuple[int, ...], ...] = ()
 
     @property
     def terms(self) -> SyncTerms:
         """As the bridge wants them."""
-        return SyncTerms(
-            self.shape, self.dtype, self.trainer, self.dp_size, self.engine, self.nodes, self.bucket_bytes, "gloo"
-        )
+        layouts = (self.shape, self.dtype, self.trainer, self.dp_size, self.engine)
+        return SyncTerms(*layouts, self.nodes, self.bucket_bytes, "gloo", self.senders)
 
 
 def random_model(shape: LlamaShape, dtype: torch.dtype, seed: int) -> Tensors:

@@ -38,6 +38,7 @@ class Case:
     target: EngineLayout
     nodes: Nodes
     bucket_bytes: int
+    senders: Nodes = ()
 
     @property
     def arguments(self) -> tuple:
@@ -92,6 +93,18 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+@st.composite
+def divided(draw: st.DrawFn) -> Case:
+    """The same, where every node is served by replicas of its own alone: at least one, of each shard of the policy."""
+    case = draw(cases())
+    dp_size = max(case.dp_size, len(case.nodes))
+    others = draw(st.lists(st.integers(0, len(case.nodes) - 1), min_size=dp_size, max_size=dp_size))
+    homes = [node if node < len(case.nodes) else others[node] for node in draw(st.permutations(range(dp_size)))]
+    ranks = range(case.source.tp_size * case.source.pp_size * dp_size)
+    on = [tuple(r for r in ranks if homes[r // case.source.tp_size % dp_size] == node) for node in range(len(case.nodes))]
+    return replace(case, dp_size=dp_size, senders=tuple(on))
+
+
 class Cluster:
     """All shards of a trainer and of its engines as index arrays."""
 
@@ -135,8 +148,8 @@ class Cluster:
                     assert torch.equal(self.written[member][name], (values != 0).long())
 
 
-@given(cases())
-@settings(max_examples=30, deadline=None)
+@given(cases() | divided())
+@settings(max_examples=40, deadline=None)
 def test_every_element_arrives_once_in_its_place(case: Case) -> None:
     layout.check_layout(case.shape, case.source)
     layout.check_engine_layout(case.shape, case.target)
@@ -175,7 +188,7 @@ def test_buckets_keep_their_limits(case: Case) -> None:
             )
 
 
-@given(cases())
+@given(cases() | divided())
 @settings(max_examples=30, deadline=None)
 def test_one_copy_enters_a_node_and_the_entry_goes_round(case: Case) -> None:
     made = plan(*case.arguments)
@@ -194,20 +207,52 @@ def test_one_copy_enters_a_node_and_the_entry_goes_round(case: Case) -> None:
         assert max(counts) - min(counts) <= 1
 
 
-@given(cases())
-@settings(max_examples=30, deadline=None)
+@given(cases() | divided())
+@settings(max_examples=40, deadline=None)
 def test_replicas_send_equal_shares(case: Case) -> None:
-    """To within the largest bucket, cell by cell."""
+    """To within the largest bucket, cell by cell, of those that serve the same node."""
     made = plan(*case.arguments)
-    sent: dict[tuple[int, int], list[int]] = {}
+    axes = case.source
+    for cell in {bucket.cell for bucket in made.buckets}:
+        ranks = [(cell[0] * case.dp_size + dp) * axes.tp_size + cell[1] for dp in range(case.dp_size)]
+        for together in case.senders or (ranks,):
+            sent = {rank: 0 for rank in ranks if rank in together}
+            for message in made.messages:
+                if message.source in sent:
+                    sent[message.source] += message.bucket.num_bytes
+            assert max(sent.values()) - min(sent.values()) <= max(bucket.num_bytes for bucket in made.buckets)
+
+
+@given(divided())
+@settings(max_examples=40, deadline=None)
+def test_a_node_with_senders_of_its_own_is_sent_to_by_no_other(case: Case) -> None:
+    """By the messages; that they are all that its engines need, once, is the first test's. Without that the plan is another,
+    unless there is but one node."""
+    made = plan(*case.arguments)
     for message in made.messages:
-        dp_rank = message.source // case.source.tp_size % case.dp_size
-        sent.setdefault(message.bucket.cell, [0] * case.dp_size)[dp_rank] += message.bucket.num_bytes
-    largest = max(bucket.num_bytes for bucket in made.buckets)
-    assert all(max(loads) - min(loads) <= largest for loads in sent.values())
+        (node,) = (number for number, engines in enumerate(case.nodes) if set(message.route) == set(engines))
+        assert message.source in case.senders[node]
+    free = plan(*replace(case, senders=()).arguments)
+    assert set(made.buckets) == set(free.buckets)
+    assert len(case.nodes) > 1 or (made, made.digest) == (free, free.digest)
 
 
 @given(cases())
+@settings(max_examples=20, deadline=None)
+def test_naming_all_ranks_as_senders_changes_nothing(case: Case) -> None:
+    made = plan(*case.arguments)
+    everybody = tuple(range(made.trainer_size))
+    again = plan(*replace(case, senders=(everybody,) * len(case.nodes)).arguments)
+    assert (again, again.digest) == (made, made.digest)
+
+
+def test_a_node_that_lacks_a_shard_is_no_plan() -> None:
+    """TP 2 over two nodes: the second node's replica without its second rank."""
+    with pytest.raises(AssertionError, match=r"no sender to node 1 holds cell \(0, 1\)"):
+        plan(LLAMA_8B, 2, TrainerLayout(2), 2, EngineLayout(1), ((0,), (1,)), 64 << 20, ((0, 1), (2,)))
+
+
+@given(cases() | divided())
 @settings(max_examples=30, deadline=None)
 def test_streams_advance_together(case: Case) -> None:
     """The k-th bucket of every stream comes before any (k + 1)-th."""
@@ -220,7 +265,7 @@ def test_streams_advance_together(case: Case) -> None:
     assert rounds == sorted(rounds)
 
 
-@given(cases())
+@given(cases() | divided())
 @settings(max_examples=20, deadline=None)
 def test_every_member_finds_its_part(case: Case) -> None:
     """Members are numbered without gaps; a message has one sender, one entry, and engines behind it."""

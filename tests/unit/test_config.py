@@ -131,7 +131,7 @@ SMALL_MOMENTS = [
     *("trainer.distributed_optimizer=true", "model.dtype=bfloat16"),
 ]
 COMBINATIONS = [
-    (["sync.transport=ipc", "cluster.nodes=2"], "sync.transport", "cluster.nodes", "found cluster.nodes = 2", "use 'auto'"),
+    (["sync.transport=ipc", "cluster.nodes=2"], "sync.transport", "disaggregated", "found cluster.nodes = 2", "use 'auto'"),
     (["sync.sync_interval=4", "checkpoint.every=10"], "checkpoint.every", "sync.sync_interval", "10 and 4", "use 8"),
     (["sync.sync_interval=4", "checkpoint.every=3"], "checkpoint.every", "sync.sync_interval", "3 and 4", "use 4"),
     (["checkpoint.best_by=reward", "checkpoint.every=4", "evaluation.every=2"], *BEST_BY, "None, 4 and 2", "set all"),
@@ -146,8 +146,13 @@ COMBINATIONS = [
     (["trainer.last_stage_layers=2"], "trainer.first_stage_layers", "trainer.pipeline_parallel", "None and 2", "remove"),
     (["sync.sync_interval=never", "sync.reference=follow"], "sync.reference", "sync.sync_interval", "both", "'never'"),
     (
-        ["inference.placement=colocated", "cluster.nodes=2"],
-        *("inference.placement = 'colocated'", "cluster.nodes = 1", "found 2", "set placement to 'disaggregated'"),
+        ["inference.placement=colocated", "cluster.nodes=2", "trainer.pipeline_parallel=3", "cluster.gpus_per_node=2"],
+        *("inference.placement = 'colocated'", "trainer.tensor_parallel * trainer.pipeline_parallel"),
+        *("found 2 of them beside engine 0 on node 0", "divides cluster.gpus_per_node = 2, or set placement"),
+    ),
+    (
+        ["inference.placement=colocated", "cluster.nodes=2", "trainer.data_parallel=17"],
+        *("cluster.nodes * cluster.gpus_per_node", "2 * 8", "17 trainer ranks", "raise cluster.nodes"),
     ),
     (
         ["inference.placement=colocated", "sync.transport=nccl"],
@@ -264,6 +269,8 @@ def test_every_rule_on_combinations_has_a_case():
         ["algorithm.pairing=length_matched", "algorithm.entropy_weight=1e-4"],
         ["profile.tool=torch", "profile.first_step=17", "profile.ranks=[1]", "trainer.tensor_parallel=2", "profile.engines=[]"],
         ["inference.placement=colocated", "sync.transport=ipc"],
+        ["inference.placement=colocated", "sync.transport=ipc", "cluster.nodes=2"],
+        ["inference.placement=colocated", "cluster.nodes=2", "trainer.pipeline_parallel=4", "trainer.data_parallel=4"],
         [*TRANSFORMER_ENGINE, "trainer.fp8=blockwise", "trainer.fuse_gradient_accumulation=true"],
         [*OVERLAP, "trainer.fp8=delayed"],
         SMALL_MOMENTS,

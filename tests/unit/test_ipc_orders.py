@@ -51,8 +51,9 @@ def members_of(count: int) -> dict[int, Counted]:
         Case(dp_size=2, nodes=((0,), (1,), (2,))),
         Case(small_shape(num_layers=8), STAGES, engine=EngineLayout(2), bucket_bytes=200, unpacked_bytes=100),
         Case(small_shape(num_layers=8), TrainerLayout(2, 2), dp_size=2, nodes=ALONE, bucket_bytes=200, unpacked_bytes=100),
+        Case(trainer=STAGES, dp_size=2, nodes=((0,), (1,), (2,)), senders=((0, 2), (0, 2), (1, 3))),
     ],
-    ids=["stages", "tensor ranks", "replicas, three engines", "stages to tensor ranks", "all of them"],
+    ids=["stages", "tensor ranks", "replicas, three engines", "stages to tensor ranks", "all of them", "two nodes"],
 )
 def test_nobody_waits_in_a_circle(case: Case) -> None:
     world = World(case)

@@ -15,10 +15,10 @@ ENGINE = ROOT / "engine"
 
 # From the ground up. A room (a folder or a module of engine/) imports its own layer and those above it in this list.
 LAYERS = (
-    ("types", "options", "rules", "config", "schedule", "errors", "seeds", "files"),
+    ("types", "options", "placement", "rules", "config", "schedule", "errors", "seeds", "files"),
     ("data", "rewards", "algorithms", "ops", "llama", "observe"),
     ("megatron", "inference", "bridge", "checkpoint", "evaluation"),
-    ("loop", "rollouts", "replay", "planner", "memory", "placement"),
+    ("loop", "rollouts", "replay", "planner", "memory"),
     ("cluster", "desk", "worker", "commands", "cli", "doctor"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -150,6 +150,36 @@ def test_an_engine_rank_has_its_part_of_the_weights_and_a_whole_kv_cache():
     assert one["engine: KV cache"] == two["engine: KV cache"] == 96 * GIB
 
 
+JUDGED = ("data.reward=model", "reward_model.path=rm", "reward_model.dtype=bfloat16")
+
+
+def test_the_reward_models_engine_by_hand():
+    """8B in bf16: no output layer, a head of 4096 float32; a forward of 8192 tokens, or of the longest conversation."""
+    apart, colocated = (
+        estimate(LLAMA_8B, configured(name, *JUDGED), Channel(GIB, GIB), LLAMA_8B) for name in ("8b-4x4", "8b-colocated")
+    )
+    assert [device.name for device in apart.devices] == ["trainer rank, training", "engine rank", "reward engine"]
+    assert [device.name for device in colocated.devices[1:]] == ["trainer rank, sampling", "reward engine"]
+    assert colocated.devices[2] == apart.devices[2], "it stands alone either way, and no weight sync stages anything there"
+    assert apart.devices[2].components == {
+        "engine: weights": 2 * (PARAMETERS - 128256 * 4096) + 4 * 4096,
+        "engine: KV cache": GIB,
+        "engine: forward": 8192 * (4 * 4096 + 3 * 14336) * 2,
+        "engine: CUDA graphs": GIB,
+        "engine: context": GIB,
+    }
+    longer = configured("8b-4x4", *JUDGED, "reward_model.max_tokens=16384", "reward_model.kv_cache_mebibytes=131072")
+    held = estimate(LLAMA_8B, longer, Channel(), LLAMA_8B)
+    assert held.devices[2].components["engine: forward"] == 2 * apart.devices[2].components["engine: forward"]
+    assert held.fullest == held.devices[2], "it can be what does not fit"
+
+
+def test_without_its_sizes_or_without_samples_there_is_no_reward_engine():
+    assert len(estimate(LLAMA_8B, configured("8b-4x4", *JUDGED), Channel()).devices) == 2
+    supervised = configured("8b-4x4", *JUDGED, "sft.checkpoint_out=x")
+    assert len(estimate(LLAMA_8B, supervised, Channel(), LLAMA_8B).devices) == 1
+
+
 def test_the_channel_has_two_buckets():
     """Of at most 1000 bytes."""
     made = plan(SMALL, 4, TrainerLayout(2, 2), 2, EngineLayout(2), ((0, 1), (2,)), 1000)

@@ -89,11 +89,13 @@ def test_a_row_says_how_its_prompts_are_made_and_how_many(name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_row_fits_the_model_and_its_gpus_and_its_sync_is_planned(name):
-    config = load_config(PAPER[name], [f"model.path={LLAMA_8B}"])
+    judged = [f"reward_model.path={LLAMA_8B}"] if "model" in rewards(load_config(PAPER[name])) else []  # Athene-RM's sizes
+    config = load_config(PAPER[name], [f"model.path={LLAMA_8B}", *judged])
     assert config.inference.max_model_tokens <= read_shape(LLAMA_8B).max_positions
     figures = plan_run(config, Machine())
     assert (figures["direct_fraction"], figures["received_over_needed"]) == (1.0, 1.0)
     assert figures["memory"]["fits"], figures["memory"]
+    assert [d["name"] == "reward engine" for d in figures["memory"]["devices"]] == [False, False, *(True for _ in judged)]
 
 
 @pytest.mark.parametrize("name", TABLE)

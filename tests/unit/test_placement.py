@@ -14,25 +14,28 @@ from hypothesis import strategies as st
 from engine.cluster import RAY_ENVIRONMENT, Cluster, Node, _plain, devices, interface_of
 from engine.config import RunConfig
 from engine.errors import ConfigError, WatchdogError
-from engine.placement import Part, Placement, Seat, place, training_parts
+from engine.options import Options
+from engine.placement import Part, Placement, Seat, homes, place, training_parts
 
 ALL: tuple[Part, ...] = ("trainer", "engines", "reward_engine")
 
 
+BASE: dict = {
+    "run": {"directory": "unused", "steps": 4},
+    "model": {"path": "unused"},
+    "data": {"train": "unused"},
+    "sampling": {"max_tokens": 8},
+}
+
+
 def make(**tables) -> RunConfig:
-    tree = {
-        "run": {"directory": "unused", "steps": 4},
-        "model": {"path": "unused"},
-        "data": {"train": "unused"},
-        "sampling": {"max_tokens": 8},
-    }
-    return RunConfig.model_validate(tree | tables)
+    return RunConfig.model_validate(BASE | tables)
 
 
 @st.composite
 def layouts(draw) -> RunConfig:
     size, placement = st.integers(1, 4), draw(st.sampled_from(["disaggregated", "colocated"]))
-    most_nodes, most_gpus = (1, 64) if placement == "colocated" else (12, 8)
+    most_nodes, most_gpus = (1, 64) if placement == "colocated" else (12, 8)  # colocated on several: `turning`
     judged = {"data": {"train": "unused", "reward": "model"}, "reward_model": {"path": "unused"}} if draw(st.booleans()) else {}
     return make(
         trainer={"tensor_parallel": draw(size), "pipeline_parallel": draw(size), "data_parallel": draw(size)},
@@ -82,6 +85,75 @@ def test_ranks_and_engines_are_whole_and_tensor_parallel_ranks_share_a_node(conf
         assert len({seat.node for seat in found.ranks[first : first + trainer.tensor_parallel]}) == 1
     assert cells(found.ranks) == sorted(cells(found.ranks)), "ranks fill nodes in order"
     assert found.ranks[0] == Seat(0, (0,)), "rank 0 is on the head, where the command is"
+
+
+@st.composite
+def turning(draw) -> Options:
+    """Colocated on several nodes, whether that works or not."""
+    few, many, size = st.integers(1, 3), st.integers(1, 6), st.sampled_from([1, 2, 4])
+    return Options.model_validate(
+        BASE
+        | {
+            "trainer": {"tensor_parallel": draw(size), "pipeline_parallel": draw(few), "data_parallel": draw(many)},
+            "inference": {"engines": draw(many), "tensor_parallel": draw(size), "placement": "colocated"},
+            "cluster": {"nodes": draw(st.integers(2, 4)), "gpus_per_node": draw(st.integers(1, 12))},
+        }
+    )
+
+
+@given(turning())
+def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_policy_beside_it(options):
+    """By the seats: who holds which shard is counted as megatron numbers its ranks, tensor, data, pipeline parallel."""
+    t = options.trainer
+    try:
+        found = place(options, ALL)
+    except ConfigError as error:
+        with pytest.raises(ConfigError, match=re.escape(str(error))):
+            homes(options)
+        return
+    seats = iter(found.ranks)
+    held: dict[int, set[tuple[int, int]]] = {}
+    for pp in range(t.pipeline_parallel):
+        for _ in range(t.data_parallel):
+            for tp in range(t.tensor_parallel):
+                held.setdefault(next(seats).node, set()).add((pp, tp))
+    whole = all(len(held[seat.node]) == t.tensor_parallel * t.pipeline_parallel for seat in found.engines)
+    if not whole:
+        said = f"cluster.nodes = {options.cluster.nodes} needs all {t.tensor_parallel * t.pipeline_parallel} shards"
+        with pytest.raises(ConfigError, match=said):
+            homes(options)
+        with pytest.raises(ValueError, match=said):
+            RunConfig.model_validate(options.model_dump())
+        return
+    turns = homes(RunConfig.model_validate(options.model_dump()))
+    assert turns is not None
+    for engine, seat in enumerate(found.engines):
+        beside = turns.beside(engine)
+        assert beside == tuple(rank for rank, other in enumerate(found.ranks) if other.node == seat.node)
+
+
+@given(turning())
+def test_a_replica_that_divides_a_node_is_seated_whole(options):
+    t, gpus = options.trainer, options.cluster.gpus_per_node
+    replica = t.tensor_parallel * t.pipeline_parallel
+    assume(gpus % replica == 0 and t.world_size <= options.cluster.nodes * gpus)
+    found = place(options, ("trainer",))
+    assert found.ranks[0] == Seat(0, (0,))
+    for dp in range(t.data_parallel):
+        stages = [(pp * t.data_parallel + dp) * t.tensor_parallel for pp in range(t.pipeline_parallel)]
+        seats = [found.ranks[first + tp] for first in stages for tp in range(t.tensor_parallel)]
+        assert len({seat.node for seat in seats}) == 1
+        assert [seat.gpus[0] for seat in seats] == list(range(dp * replica % gpus, dp * replica % gpus + replica))
+
+
+def test_other_runs_take_no_turns_on_several_nodes():
+    """On one node, apart, or without engines any rank may send."""
+    two = {"cluster": {"nodes": 2}}
+    turns = homes(make(**two, trainer={"data_parallel": 12}, inference={"engines": 12, "placement": "colocated"}))
+    assert turns is not None and (turns.beside(0), turns.beside(8)) == (tuple(range(8)), (8, 9, 10, 11))
+    assert homes(make(inference={"placement": "colocated"})) is None
+    assert homes(make(**two)) is None
+    assert homes(make(**two, inference={"placement": "colocated"}, sft={"checkpoint_out": "unused"})) is None
 
 
 @given(layouts())

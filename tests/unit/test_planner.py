@@ -14,7 +14,7 @@ import pytest
 from engine import cli
 from engine.bridge.plan import ShardPlan, plan
 from engine.config import load_config
-from engine.llama.hf import LlamaShape
+from engine.llama.hf import LlamaShape, read_shape
 from engine.llama.layout import EngineLayout, TrainerLayout
 from engine.planner import Machine, measure
 
@@ -48,8 +48,10 @@ def test_the_scale_configurations(name, planned):
     assert figures["num_bytes"] == weights
     assert figures["direct_fraction"] == figures["received_over_needed"] == 1.0
     # Every tensor rank of an engine has norms of its own: they alone are more than the weights once.
-    norms = figures["received_by_node"]["max"] - weights
-    assert 0 <= norms < 1e-4 * weights
+    shape = read_shape(f"configs/models/llama-3.1-{name.partition('-')[0]}")
+    norms = 2 * (2 * shape.num_layers + 1) * shape.hidden
+    engine_size = figures["engine_ranks"] // figures["engines"]
+    assert figures["received_by_node"]["max"] == weights + (engine_size - 1) * norms
     assert figures["trainer_to_node_bytes"] == figures["nodes"] * figures["received_by_node"]["max"]
     assert figures["received_by_engine_rank"]["mean"] * figures["engine_ranks"] == pytest.approx(
         figures["trainer_to_node_bytes"] + figures["within_node_bytes"]
@@ -98,10 +100,18 @@ def test_options_change_what_they_should(planned):
         assert cell in said
 
 
-def test_a_run_on_one_node_has_nvlink_everywhere(planned):
-    """4 x 4: the network's speed changes nothing."""
-    figures, slow = (planned("8b-4x4", "--network-gigabytes-per-second", speed)[0] for speed in ("45", "1"))
+@pytest.mark.parametrize("name", ["8b-4x4", "8b-colocated", "8b-colocated-4x8", "70b-colocated-4x8"])
+def test_where_no_weight_leaves_its_node_nvlink_is_everywhere(name, planned):
+    """The network's speed changes nothing."""
+    figures, slow = (planned(name, "--network-gigabytes-per-second", speed)[0] for speed in ("45", "1"))
     assert figures["seconds"] == slow["seconds"]
+
+
+def test_nodes_that_take_turns_are_as_fast_as_one(planned):
+    """Each of four nodes does what the one of 8b-colocated does."""
+    one, four = (planned(name)[0] for name in ("8b-colocated", "8b-colocated-4x8"))
+    assert four["num_messages"] == 4 * one["num_messages"]
+    assert four["seconds"] == pytest.approx(one["seconds"], rel=0.01)
 
 
 def test_what_does_not_fit_is_said_and_told(planned):
@@ -112,6 +122,41 @@ def test_what_does_not_fit_is_said_and_told(planned):
     assert not memory["fits"]
     assert memory["spare_bytes"] == 79 * 2**30 - total < 0
     assert f"does not fit GPUs of 79.0 GiB: {-memory['spare_bytes'] / 2**30:.1f} GiB" in said
+
+
+JUDGED = ("data.reward=model", "reward_model.dtype=bfloat16")
+
+
+def test_the_reward_model_is_a_device_of_its_own(planned):
+    """Of the sizes in its config.json; too large, it is what does not fit."""
+    path = "reward_model.path=configs/models/llama-3.1-8b"
+    figures, said = planned("8b-4x4", *JUDGED, path)
+    plain, _ = planned("8b-4x4")
+    assert figures["digest"] == plain["digest"], "the weight sync knows nothing of it"
+    assert figures["memory"]["devices"][:-1] == plain["memory"]["devices"]
+    assert figures["memory"]["devices"][-1]["name"] == "reward engine" and "reward engine" in said
+    assert figures["memory"]["not_counted"] is plain["memory"]["not_counted"] is None and "not counted" not in said
+    larger = ("reward_model.path=configs/models/llama-3.1-70b", "reward_model.kv_cache_mebibytes=16384")
+    large, said = planned("8b-4x4", *JUDGED, *larger)
+    assert (large["memory"]["fullest"], large["memory"]["fits"]) == ("reward engine", False)
+    assert "too much on reward engine" in said
+
+
+def test_a_reward_model_that_is_not_there_is_said_to_be_missing(planned):
+    figures, said = planned("8b-4x4", *JUDGED, "reward_model.path=models/Athene-RM-8B")
+    assert [device["name"] for device in figures["memory"]["devices"]] == ["trainer rank, training", "engine rank"]
+    assert figures["memory"]["not_counted"] == "models/Athene-RM-8B/config.json"
+    assert "the reward engine is not counted, for there is no models/Athene-RM-8B/config.json" in said
+    unused, said = planned("8b-4x4", *JUDGED, "reward_model.path=models/Athene-RM-8B", "sft.checkpoint_out=x")
+    assert unused["memory"]["not_counted"] is None and "not counted" not in said
+
+
+def test_a_reward_model_of_another_family_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    overrides = [*JUDGED, f"reward_model.path={tmp_path}"]
+    assert cli.main(["plan", "configs/scale/llama-3.1-8b-4x4.toml", *overrides]) == 2
+    assert "reward_model.path must be a plain Llama" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config import RunConfig
 from engine.llama.hf import read_shape
 from engine.llama.layout import EngineLayout
+from engine.memory import reward_engine
 from tests.unit.test_llama_layout import fill, model_of
 
 LLAMA: dict[str, Any] = {
@@ -65,3 +67,43 @@ def test_every_rank_of_vllm_holds_what_the_table_says(size, kv_heads, vocab_size
         assert loaded.keys() == wanted.keys()
         for name, values in wanted.items():
             assert torch.equal(loaded[name].data.long(), values), (rank, name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("tied", [False, True])
+def test_vllms_reward_model_holds_what_its_estimate_counts(tied, tmp_path, monkeypatch):
+    """In bfloat16, with a padded vocabulary: no output layer, and a head in float32. Rotary tables, buffers, do not count."""
+    from vllm.config import CacheConfig, PoolerConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    from engine.inference.athene import AtheneForSequenceClassification
+
+    tree = LLAMA | {"num_key_value_heads": 2, "vocab_size": 67, "tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    alone = SimpleNamespace(world_size=1, rank_in_group=0, is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr(parallel_state, "_TP", alone)
+    monkeypatch.setattr(parallel_state, "_PP", alone)
+    arguments = EngineArgs(
+        model=str(tmp_path),
+        runner="pooling",
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        pooler_config=PoolerConfig(use_activation=False),
+        hf_overrides={"architectures": ["LlamaForSequenceClassification"], "num_labels": 1},
+    )
+    config = VllmConfig(model_config=arguments.create_model_config(), cache_config=CacheConfig(block_size=32))
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
+        made = AtheneForSequenceClassification(vllm_config=config)
+    run = RunConfig.model_validate(
+        {
+            "run": {"directory": "r", "steps": 1},
+            "model": {"path": "m"},
+            "data": {"train": "d", "reward": "model"},
+            "reward_model": {"path": str(tmp_path), "dtype": "bfloat16"},
+        }
+    )
+    counted = reward_engine(read_shape(tmp_path), run)["engine: weights"]
+    assert counted == sum(parameter.nbytes for parameter in made.parameters())
