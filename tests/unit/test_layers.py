@@ -18,7 +18,7 @@ LAYERS = (
     ("types", "options", "rules", "config", "schedule", "errors", "seeds", "files"),
     ("data", "rewards", "algorithms", "ops", "llama", "observe"),
     ("megatron", "inference", "bridge", "checkpoint", "evaluation"),
-    ("loop", "rollouts", "replay", "planner", "memory", "placement"),
+    ("loop", "rollouts", "replay", "planner", "memory", "placement", "machine"),
     ("cluster", "desk", "worker", "commands", "cli", "doctor"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
