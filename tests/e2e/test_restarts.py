@@ -17,28 +17,40 @@ import pytest
 from engine.config import RunConfig
 from tests.e2e.test_commands import FINAL, SEMI_ONLINE, Make, command, rows, semion, untimed, written
 
-pytestmark = pytest.mark.timeout(900)
+PATIENCE_SECONDS = 600  # a start is a quarter of a minute, on a busy machine several minutes
+pytestmark = pytest.mark.timeout(1800)
 
 
 class Watched:
-    """`semion train` under way, and the processes it has started."""
+    """`semion train` under way, and the processes it has started; left, it is ended."""
 
     def __init__(self, file: str, log: Path) -> None:
-        self._log = log
+        self._log, self._asked = log, 0.0
+        self._family: list[psutil.Process] = []
         self.run = subprocess.Popen(command("train", file), stdout=log.open("wb"), stderr=subprocess.STDOUT)
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.run.poll() is None:
+            self.run.send_signal(signal.SIGINT)
+            self.run.wait(timeout=60)
 
     def until(self, condition: Callable[[], Any]) -> Any:
         """What the condition becomes; fails with what the run said when it ends before, or takes too long."""
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not (found := condition()):
             assert self.run.poll() is None and time.monotonic() < deadline, self.said()[-4000:]
             time.sleep(0.002)
         return found
 
     def at(self, task: str) -> psutil.Process | None:
-        """A process at this method, by the title that Ray gives it."""
-        family = psutil.Process(self.run.pid).children(recursive=True)
-        return next((process for process in family if title(process).startswith(f"ray::{task}")), None)
+        """A process at this method, by the title that Ray gives it. Who there is, is asked twice a second: it takes long."""
+        if time.monotonic() > self._asked + 0.5:
+            self._family = psutil.Process(self.run.pid).children(recursive=True)
+            self._asked = time.monotonic()
+        return next((process for process in self._family if title(process).startswith(f"ray::{task}")), None)
 
     def sampling(self) -> psutil.Process | None:
         """An engine stopped in the middle of sampling; one that was stopped after it is let go."""
@@ -51,7 +63,7 @@ class Watched:
         return None
 
     def ends(self) -> int:
-        return self.run.wait(timeout=300)
+        return self.run.wait(timeout=PATIENCE_SECONDS)
 
     def said(self) -> str:
         return self._log.read_text()
@@ -73,13 +85,13 @@ def test_a_run_that_loses_an_engine_and_then_a_rank_ends_as_if_nothing_had_happe
 ) -> None:
     whole, _ = semi_online
     config = run_config(*SEMI_ONLINE, "run.restarts=9", directory="restarted")
-    watched = Watched(written(config, tmp_path), tmp_path / "log")
-    watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
-    watched.until(watched.sampling).kill()
-    watched.until(lambda: restarts(config))
-    watched.until(lambda: watched.at("VllmEngine.collect"))  # the loop runs again
-    watched.until(lambda: watched.at("TrainerRank.train")).kill()
-    assert watched.ends() == 0, watched.said()[-4000:]
+    with Watched(written(config, tmp_path), tmp_path / "log") as watched:
+        watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
+        watched.until(watched.sampling).kill()
+        watched.until(lambda: restarts(config))
+        watched.until(lambda: watched.at("VllmEngine.collect"))  # the loop runs again
+        watched.until(lambda: watched.at("TrainerRank.train")).kill()
+        assert watched.ends() == 0, watched.said()[-4000:]
 
     lost = restarts(config)
     assert [row["restart"] for row in lost] == list(range(1, len(lost) + 1))
@@ -101,11 +113,11 @@ def test_a_run_that_loses_an_engine_and_then_a_rank_ends_as_if_nothing_had_happe
 
 def test_a_run_that_keeps_losing_its_engine_ends_with_its_name_and_code(run_config: Make, tmp_path: Path) -> None:
     config = run_config("run.steps=500", "sync.sync_interval=never", "run.restarts=1", directory="killed")  # no sync to die in
-    watched = Watched(written(config, tmp_path), tmp_path / "log")
-    watched.until(watched.sampling).kill()
-    watched.until(lambda: restarts(config))
-    watched.until(watched.sampling).kill()
-    assert watched.ends() == 5, watched.said()[-4000:]
+    with Watched(written(config, tmp_path), tmp_path / "log") as watched:
+        watched.until(watched.sampling).kill()
+        watched.until(lambda: restarts(config))
+        watched.until(watched.sampling).kill()
+        assert watched.ends() == 5, watched.said()[-4000:]
     said = watched.said()
     assert "the run starts over, for there is no checkpoint yet, restart 1 of 1" in said
     last = said[said.rindex("semion: ") :]
