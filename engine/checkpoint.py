@@ -30,7 +30,7 @@ from engine.rewards.math import VERIFIER_VERSION
 
 MANIFEST, LATEST, BEST, POLICY = "manifest.json", "LATEST", "BEST", "policy"
 MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
-    "run": {"steps", "directory"},
+    "run": {"steps", "directory", "restarts"},
     "sync": {"timeout_seconds", "bucket_mebibytes"},
     "trainer": {"timeout_seconds"},
     "inference": {"placement", "timeout_seconds"},

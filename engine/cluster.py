@@ -12,17 +12,26 @@ import ipaddress
 import os
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import psutil
-
 from engine.config import RunConfig
-from engine.errors import ConfigError, EngineLostError, SemionError, WatchdogError
+from engine.errors import (
+    MISTAKES,
+    ConfigError,
+    EngineLostError,
+    MissingNodeError,
+    PreemptedError,
+    ProcessLostError,
+    SemionError,
+    UnexpectedError,
+    WatchdogError,
+    telling,
+)
+from engine.machine import await_head, descendants, devices, end, look
 from engine.observe import nsight
 from engine.options import SYNC_ATTEMPTS
 from engine.placement import Part, Placement, Seat, place, training_parts
@@ -117,6 +126,7 @@ class Cluster:
         self._placement: Placement | None = place(config, self._parts) if config.cluster.nodes > 1 else None
         self._ranks: list[Any] = []
         self._engines: list[RayEngine] = []
+        self._others = descendants()  # what this process had started before
 
     def __enter__(self) -> Cluster:
         try:
@@ -129,13 +139,20 @@ class Cluster:
         return self
 
     def _init_ray(self, **options: Any) -> None:
-        """ray.init, which takes SIGTERM for itself: whoever had it gets it back, before anything is waited for."""
+        """ray.init, which takes SIGTERM for itself: whoever had it gets it back, before anything is waited for. PreemptedError
+        where it came meanwhile."""
         import ray
 
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(logging_level="error", log_to_driver=self._verbose, **options)
-        if handler is not signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, handler)
+        try:
+            ray.init(logging_level="error", log_to_driver=self._verbose, **options)
+        except SystemExit as asked:  # what Ray makes of the signal
+            if handler is signal.SIG_DFL:
+                raise
+            raise PreemptedError("asked to stop while Ray started: --resume auto goes on from the newest checkpoint") from asked
+        finally:
+            if handler is not signal.SIG_DFL:
+                signal.signal(signal.SIGTERM, handler)
 
     def _start_ray(self) -> None:
         """A Ray of the run's own, on this machine."""
@@ -143,7 +160,14 @@ class Cluster:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
-        self._init_ray(address="local", num_cpus=1, include_dashboard=False, object_store_memory=256 << 20)
+        try:
+            self._init_ray(address="local", num_cpus=1, include_dashboard=False, object_store_memory=256 << 20)
+        except SemionError:
+            raise
+        except Exception as error:  # Ray has no type for it
+            raise WatchdogError(
+                f"Ray did not start on this machine: {_last_line(error)} Its logs are in /tmp/ray/session_latest/logs"
+            ) from error
         (found,) = ray.nodes()
         self._nodes = [Node(found["NodeID"], HOST, "lo", devices(found["Resources"].get("GPU", 0)))]
         if self._nodes[0].devices:
@@ -162,6 +186,7 @@ class Cluster:
         import ray
 
         address = os.environ.get("RAY_ADDRESS", "auto")
+        await_head(address)
         try:
             self._init_ray(address=address)
         except (ConnectionError, ray.exceptions.RayError) as error:
@@ -172,16 +197,17 @@ class Cluster:
         self._nodes = [self._look_at(node) for node in self._await_nodes()]
 
     def _await_nodes(self) -> list[dict[str, Any]]:
-        """The cluster's first nodes, as many as the run needs: its head, then by address. WatchdogError when not all come."""
+        """The cluster's first nodes, as many as the run needs: its head, then by address. MissingNodeError if not."""
         import ray
 
         wanted, patience = self._config.cluster.nodes, self._config.trainer.timeout_seconds
         deadline = time.monotonic() + patience
         while len(alive := [node for node in ray.nodes() if node["Alive"]]) < wanted:
             if time.monotonic() > deadline:
-                raise WatchdogError(
+                left = " ".join(sorted({node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}))
+                raise MissingNodeError(
                     f"cluster.nodes = {wanted} nodes must join the Ray cluster; {len(alive)} came within "
-                    f"trainer.timeout_seconds = {patience:.0f}: look at what the others logged"
+                    f"trainer.timeout_seconds = {patience:.0f}, gone are: {left or 'none'}: look at what the others logged"
                 )
             time.sleep(0.5)
 
@@ -241,7 +267,9 @@ class Cluster:
         for engine in self._engines:
             engine.stop()
         nsight.await_reports(self._config.profile)
+        started = descendants() - self._others  # asked now: whoever loses its parent is no descendant any more
         ray.shutdown()
+        end(started)
 
     def start_engines(self) -> list[RayEngine]:
         """Starts the inference engines; they load while the caller goes on."""
@@ -331,12 +359,12 @@ class Cluster:
         file = sign_of_life(self._config)
         return file.exists() and time.time() - file.stat().st_mtime < patience
 
-    def _worst(self, first: Exception, streams: list[Any], names: dict[Any, str]) -> Exception:
+    def _worst(self, first: SemionError, streams: list[Any], names: dict[Any, str]) -> SemionError:
         """Of the errors that end a run within a moment, the one that says most: what broke first is often an echo."""
         import ray
 
         deadline = time.monotonic() + SETTLE_SECONDS
-        while not _telling(first) and streams and time.monotonic() < deadline:
+        while telling(first) < 3 and streams and time.monotonic() < deadline:
             ready, _ = ray.wait(streams, num_returns=1, timeout=SETTLE_SECONDS)
             for stream in ready:
                 try:
@@ -345,42 +373,11 @@ class Cluster:
                     streams.remove(stream)
                 except ray.exceptions.RayError as error:
                     streams.remove(stream)
-                    other = _plain(error, names[stream])
-                    first = other if _telling(other) else first
+                    first = max(first, _plain(error, names[stream]), key=telling)
         return first
 
 
-def look(address: str, num_gpus: float) -> tuple[str, tuple[str, ...]]:
-    """Of the node that this runs on: the interface that carries its address, and its GPUs."""
-    return interface_of(address), devices(num_gpus)
-
-
-def devices(num_gpus: float) -> tuple[str, ...]:
-    """This machine's GPUs by CUDA's names: those that CUDA_VISIBLE_DEVICES names, or all that Ray found."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return tuple(named.split(",") if named else map(str, range(int(num_gpus)))) if num_gpus else ()
-
-
-def interface_of(address: str) -> str:
-    """The interface of this machine that has the IPv4 address, or into whose network it falls, as 127.0.0.2 into lo's."""
-    wanted = ipaddress.ip_address(address)
-    found = [
-        (name, ipaddress.ip_interface(f"{own.address}/{own.netmask}"))
-        for name, addresses in psutil.net_if_addrs().items()
-        for own in addresses
-        if own.family == socket.AF_INET and own.netmask
-    ]
-    carrying = [name for name, own in found if own.ip == wanted] + [name for name, own in found if wanted in own.network]
-    if not carrying:
-        raise ConfigError(f"a Ray node's address must be of its machine; found no interface with {address}: start it anew")
-    return carrying[0]
-
-
-def _telling(error: Exception) -> bool:
-    return isinstance(error, SemionError) and not isinstance(error, WatchdogError)
-
-
-def _plain(error: Any, name: str) -> Exception:
+def _plain(error: Any, name: str) -> SemionError:
     """A Ray error as what happened in the process `name`: our typed error itself, or a WatchdogError that tells it."""
     import ray
 
@@ -388,10 +385,11 @@ def _plain(error: Any, name: str) -> Exception:
         if isinstance(error.cause, SemionError):
             return error.cause
         why = " ".join(str(error.cause).split()) or "no message"
-        return WatchdogError(f"{name} failed with {type(error.cause).__name__}: {why}; --verbose shows where")
+        kind = UnexpectedError if isinstance(error.cause, MISTAKES) else WatchdogError
+        return kind(f"{name} failed with {type(error.cause).__name__}: {why}; --verbose shows where")
     if isinstance(error, ray.exceptions.GetTimeoutError):
         return WatchdogError(f"{name} did not start within trainer.timeout_seconds: raise it, or look at what --verbose shows")
-    return WatchdogError(f"the process of {name} ended: {_last_line(error)}")
+    return ProcessLostError(f"the process of {name} ended: {_last_line(error)}")
 
 
 def _last_line(error: Exception) -> str:

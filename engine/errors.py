@@ -4,9 +4,11 @@ found and the fix; the command line prints it in one line without a traceback. I
 
 
 class SemionError(Exception):
-    """Base of every error that is somebody's to mend; `exit_code` is what the command line leaves with."""
+    """Base of every error that is somebody's to mend; `exit_code` is what the command line leaves with, `may_pass` whether the
+    same run, started again, may get further: something outside failed."""
 
     exit_code = 1
+    may_pass = False
 
 
 class ConfigError(SemionError):
@@ -31,6 +33,7 @@ class InferenceError(SemionError):
     """An inference engine failed or was late."""
 
     exit_code = 5
+    may_pass = True
 
 
 class EngineLostError(InferenceError):
@@ -45,6 +48,7 @@ class WeightSyncError(SemionError):
     """A weight sync did not reach every engine bit for bit; the message names engine and tensor."""
 
     exit_code = 6
+    may_pass = True
 
 
 class NumericsError(SemionError):
@@ -57,9 +61,38 @@ class WatchdogError(SemionError):
     """A named wait passed its deadline, or a process died without saying why."""
 
     exit_code = 8
+    may_pass = True
+
+
+class ProcessLostError(WatchdogError):
+    """A process of the run ended without saying why."""
+
+
+class MissingNodeError(WatchdogError):
+    """A node that the run needs has not come, or not come back, within its deadline."""
+
+    may_pass = False
+
+
+class UnexpectedError(WatchdogError):
+    """A process raised what is a mistake in the code, which would come again."""
+
+    may_pass = False
 
 
 class PreemptedError(SemionError):
     """The run was asked to end before its last step, and --resume auto continues it bit for bit. 75 is EX_TEMPFAIL."""
 
     exit_code = 75
+
+
+# What the interpreter raises at a mistake in the code; devices, networks and libraries raise other things.
+MISTAKES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, TypeError, ValueError)
+
+
+def telling(error: SemionError) -> int:
+    """How much an error says of what broke, 0 to 3: a typed one most, then a death, then a mistake in the code. What a network
+    or a device raised in a process, a plain WatchdogError, is often an echo of those."""
+    if not isinstance(error, WatchdogError):
+        return 3
+    return 2 if isinstance(error, ProcessLostError) else int(isinstance(error, UnexpectedError))

@@ -31,6 +31,7 @@ class Run(Section):
     directory: str = Field(description="where checkpoints, metrics, rollouts and the summary go")
     seed: NonNegative = 0
     steps: Positive = Field(description="optimizer steps in all")
+    restarts: NonNegative = Field(3, description="after a lost process, in a row without a new checkpoint; 0: none")
 
 
 class Model(Section):

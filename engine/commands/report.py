@@ -36,6 +36,7 @@ def report(options: argparse.Namespace) -> int:
             write_text(Path(options.plots) / f"{name}.svg", svg)
     write_figures({"runs": [run.document() for run in runs]}, options.json)
     for run in runs:
-        print(f"{run.name}: {run.proof.sentence()}")
+        again = f"; {number} restart{'s'[: number > 1]}" if (number := len(run.restarts)) else ""
+        print(f"{run.name}: {run.proof.sentence()}{again}")
     print(output)
     return int(any(run.proof.contradiction is not None for run in runs))

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from engine.commands.common import evaluation_note, print_evaluations, runnable, write_figures
@@ -17,21 +17,27 @@ from engine.files import locked
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains, from the start or from the newest checkpoint."""
+    """Trains, from the start or from the newest checkpoint, and again from there where a process is lost."""
     from engine.checkpoint import latest
     from engine.cluster import Cluster
+    from engine.commands.restarting import unbroken
 
     config = runnable(options)
     if config.sft.checkpoint_out is not None:
         raise ConfigError(f"sft.checkpoint_out is for `semion sft`; found {config.sft.checkpoint_out!r}: remove it")
     directory = config.run_directory
+
+    def attempt(resume: bool) -> Iterator[dict[str, Any]]:
+        with Cluster(config, verbose=options.verbose) as cluster:
+            yield from cluster.train(resume=resume)
+
     with locked(directory), preemptible(config):
         resume = options.resume == "auto" and latest(directory / "checkpoints") is not None
         if not resume:
             check_fresh(config, may_start_over=options.resume == "auto")
-        with Cluster(config, verbose=options.verbose) as cluster:
+        with closing(unbroken(config, attempt, resume=resume)) as events:
             engines = config.inference.engines if config.uses_engines else 0
-            summary = show(config, "train", engines, cluster.train(resume=resume))
+            summary = show(config, "train", engines, events)
         if summary["evaluations"]:
             print_evaluations(summary["evaluations"])
         write_figures(summary, directory / "summary.json", options.json)
@@ -125,6 +131,9 @@ def show(config: RunConfig, title: str, engines: int, events: Iterable[dict[str,
                 progress.update(event)
             elif kind == "evaluation":
                 progress.note(evaluation_note(event))
+            elif kind == "restart":
+                progress.note(event["text"])
+                progress.rewind(event["step"])
             elif kind == "note":
                 progress.note(event["text"])
             else:

@@ -42,7 +42,7 @@ CELLS_PER_ROW = 4
 class Progress:
     """Shows a run of `total_steps` while it is entered. Without a terminal: one line an update, one a note.
 
-    The time left counts the steps done since entering, so that a resumed run is not taken for a fast one.
+    The time left counts the steps done since entering or since a restart, so that a resumed run is not taken for a fast one.
     """
 
     def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
@@ -65,6 +65,13 @@ class Progress:
         else:
             figures = "  ".join(f"{label} {_shown(record, key, form)}" for label, key, form in METRICS if key in record)
             self.note(f"{self._title}  {self._position()}  {figures}")
+
+    def rewind(self, step: int) -> None:
+        """The run goes on after `step` steps with processes started anew: the bar goes back, the time left counts from now."""
+        self._record = {**self._record, "step": step - 1}
+        self._entered_seconds, self._first_step = time.monotonic(), None
+        if self._live is not None:
+            self._live.update(self._display(), refresh=True)
 
     def note(self, text: str) -> None:
         """Prints a line of its own, above the live display where there is one."""

@@ -1,5 +1,6 @@
 """A run, or several laid over each other, as a page to read: the regime proven from the records, curves, evaluations, what the
-guard found. One HTML file without scripts, and the same as data. It reads records; it starts and judges nothing.
+guard found, what was lost on the way. One HTML file without scripts, and the same as data. It reads records; it starts and
+judges nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from engine.observe.charts import Line, Point, chart
 from engine.observe.regime import Proof, prove
 from engine.observe.sinks import read_rows
+from engine.observe.summary import RESTARTS
 from engine.schedule import SyncSchedule
 
 # file name: title, unit, (label, metric) of each curve; what no run has on record is left out
@@ -54,6 +56,7 @@ VALIDATION: dict[str, tuple[str, str, str, str]] = {
     "validation_reward": ("Validation reward", "mean ± standard error", "reward", "mean"),
     "validation_length_normalized": ("Validation reward, length-normalised", "mean", "reward", "length_normalized_reward"),
 }
+RESTARTED = ("run", "went on after step", "steps done again", "what was lost")
 EVALUATED = ("run", "step", "set", "mean", "± s.e.", "tokens")
 STYLE = """
 body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em; color: #222; background: #fff }
@@ -71,11 +74,12 @@ class RunRecords:
     metrics: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     findings: list[dict[str, Any]]
+    restarts: list[dict[str, Any]]
 
     def document(self) -> dict[str, Any]:
         """The same as JSON holds it, the steps' records left out."""
         regime = asdict(self.proof) | {"holds": self.proof.holds, "sentence": self.proof.sentence()}
-        kept = {"evaluations": self.evaluations, "guard": self.findings}
+        kept = {"evaluations": self.evaluations, "guard": self.findings, "restarts": self.restarts}
         return {"run": self.name, "regime": regime, "steps": len(self.metrics)} | kept
 
 
@@ -84,8 +88,8 @@ def read_run(directory: Path, name: str, schedule: SyncSchedule, replayed: str |
     evaluations = [
         {key: value for key, value in row.items() if key != "records"} for row in read_rows(directory / "evaluations.jsonl")
     ]
-    metrics, findings = (list(read_rows(directory / file)) for file in ("metrics.jsonl", "guard.jsonl"))
-    return RunRecords(name, prove(directory, schedule, replayed), metrics, evaluations, findings)
+    metrics, findings, restarts = (list(read_rows(directory / file)) for file in ("metrics.jsonl", "guard.jsonl", RESTARTS))
+    return RunRecords(name, prove(directory, schedule, replayed), metrics, evaluations, findings, restarts)
 
 
 def plots(runs: Sequence[RunRecords]) -> dict[str, str]:
@@ -104,6 +108,7 @@ def page(runs: Sequence[RunRecords]) -> str:
     """The HTML document."""
     title = escape(", ".join(run.name for run in runs))
     findings = [(run.name, row["step"], row["text"]) for run in runs for row in run.findings]
+    restarts = [(run.name, row["step"], row["lost_steps"], row["text"]) for run in runs for row in run.restarts]
     evaluated = [
         (run.name, row["step"], row["set"], *_shown(row), f"{row['completion_tokens_mean']:.1f}")
         for run in runs
@@ -116,6 +121,7 @@ def page(runs: Sequence[RunRecords]) -> str:
             *(_verdict(run) for run in runs),
             "</ul>",
             *(["<h2>Guard</h2>", _table(("run", "step", "what it found"), findings)] if findings else []),
+            *(["<h2>Restarts</h2>", _table(RESTARTED, restarts)] if restarts else []),
             '<h2>Curves</h2><div class="charts">',
             *plots(runs).values(),
             "</div>",

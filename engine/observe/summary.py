@@ -11,12 +11,14 @@ TOTALS = (
     *("train_seconds", "wait_seconds", "sync_seconds", "step_seconds", "generation_seconds"),
     *("generation_tokens", "num_tokens", "reward_timeouts", "skipped_prompts"),
 )
+RESTARTS = "restarts.jsonl"  # what the command wrote down of losses, in the run's directory; no resume cuts it back
 
 
 def summarize(directory: Path) -> dict[str, Any]:
-    """{"steps", "totals", "evaluations"} of the run in `directory`; DataError when a record cannot be read."""
+    """{"steps", "totals", "evaluations", "restarts"} of the run in `directory`; DataError when a record cannot be read."""
     metrics = list(read_rows(directory / "metrics.jsonl"))
     evaluations = [{k: v for k, v in row.items() if k != "records"} for row in read_rows(directory / "evaluations.jsonl")]
     totals = {name: sum(row.get(name) or 0.0 for row in metrics) for name in TOTALS}
-    return {"steps": len(metrics), "totals": totals, "evaluations": evaluations}
+    restarts = list(read_rows(directory / RESTARTS))
+    return {"steps": len(metrics), "totals": totals, "evaluations": evaluations, "restarts": restarts}
 

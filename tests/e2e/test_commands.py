@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -320,21 +319,3 @@ def test_rollouts_to_a_file(run_config: Make, tmp_path: Path) -> None:
     assert all(len(row["log_probs"]) == len(row["token_ids"]) and max(row["log_probs"]) <= 0 for row in ledger)
     mean = sum(row["reward"] for row in ledger) / len(ledger)
     assert json.loads((tmp_path / "figures.json").read_text())["reward_mean"] == pytest.approx(mean)
-
-
-def test_a_dead_engine_ends_the_run_with_its_name(run_config: Make, tmp_path: Path) -> None:
-    config = run_config("run.steps=500", "sync.sync_interval=never", directory="killed")  # no sync for it to die in
-    log = (tmp_path / "log").open("w+")
-    run = subprocess.Popen(command("train", written(config, tmp_path)), stdout=log, stderr=log)
-    deadline = time.monotonic() + 300
-    metrics = config.run_directory / "metrics.jsonl"
-    while not metrics.exists() or not metrics.read_text():
-        assert time.monotonic() < deadline and run.poll() is None, Path(log.name).read_text()[-2000:]
-        time.sleep(0.05)
-    family = psutil.Process(run.pid).children(recursive=True)
-    engines = [process for process in family if "ray::VllmEngine" in " ".join(process.cmdline())]
-    assert engines, "no engine process found"
-    for process in engines:
-        process.kill()
-    assert run.wait(timeout=60) == 5
-    assert "engine 0" in Path(log.name).read_text()

@@ -25,7 +25,7 @@ from engine.rules import (
 )
 
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 100
+MAX_OPTIONS = 101
 
 REQUIRED = """
 [run]

@@ -18,7 +18,7 @@ LAYERS = (
     ("types", "options", "placement", "rules", "config", "schedule", "errors", "seeds", "files"),
     ("data", "rewards", "algorithms", "ops", "llama", "observe"),
     ("megatron", "inference", "bridge", "checkpoint", "evaluation"),
-    ("loop", "rollouts", "replay", "planner", "memory"),
+    ("loop", "rollouts", "replay", "planner", "memory", "machine"),
     ("cluster", "desk", "worker", "commands", "cli", "doctor"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

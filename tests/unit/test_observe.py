@@ -131,6 +131,17 @@ class TestProgressWithoutTerminal:
             progress.update({"step": 97})
         assert "98/100  left 0:00:20" in text.getvalue()
 
+    def test_a_restart_takes_the_bar_back_and_the_pace_is_that_of_what_follows(self, clock):
+        text = io.StringIO()
+        with Progress(10, "train", Console(file=text)) as progress:
+            clock[0] += 10.0
+            progress.update({"step": 6})
+            clock[0] += 500.0  # a process hangs
+            progress.rewind(4)
+            clock[0] += 3.0
+            progress.update({"step": 4})
+        assert "5/10  left 0:00:15" in text.getvalue()
+
     def test_a_note_is_one_line_and_not_markup(self):
         text = io.StringIO()
         with Progress(1, "train", Console(file=text, width=20)) as progress:
@@ -155,6 +166,16 @@ class TestProgressOnTerminal:
         assert "0.2500" in final
         assert "12,346 tok/s" in final
         assert all(label in final for label, _, _ in METRICS)
+
+    def test_a_restart_is_seen_before_the_first_step_that_follows(self, clock):
+        text = io.StringIO()
+        with Progress(8, "train", Console(file=text, width=120, force_terminal=True, color_system=None)) as progress:
+            progress.update({"step": 5, "loss": 0.5})
+            progress.rewind(0)
+            progress.rewind(4)
+        shown = text.getvalue()
+        assert shown.index("6/8") < shown.index("0/8  left -") < shown.index("4/8  left -")
+        assert "0.5000" in shown[shown.rindex("4/8") :], "the newest value of a metric stays"
 
 
 def test_print_table_shows_heading_and_rows():

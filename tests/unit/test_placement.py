@@ -3,6 +3,7 @@ not fit."""
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 
@@ -11,9 +12,10 @@ import ray
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from engine.cluster import RAY_ENVIRONMENT, Cluster, Node, _plain, devices, interface_of
+from engine.cluster import _ENVIRONMENT, _LOOPBACK, RAY_ENVIRONMENT, Cluster, Node, _plain
 from engine.config import RunConfig
-from engine.errors import ConfigError, WatchdogError
+from engine.errors import ConfigError, PreemptedError, ProcessLostError, UnexpectedError, WatchdogError, WeightSyncError
+from engine.machine import devices, interface_of
 from engine.options import Options
 from engine.placement import Part, Placement, Seat, homes, place, training_parts
 
@@ -287,11 +289,49 @@ def test_while_nodes_are_waited_for_sigterm_is_the_commands(monkeypatch):
     monkeypatch.setattr(ray, "nodes", nodes)
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        with pytest.raises(WatchdogError, match="2 nodes must join the Ray cluster; 0 came within"):
+        with pytest.raises(WatchdogError, match=r"2 nodes must join the Ray cluster; 0 came within .* gone are: none"):
             Cluster(make(cluster={"nodes": 2}, trainer={"timeout_seconds": 0.01})).__enter__()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert set(asked) == {ours}
+
+
+def test_what_a_process_raised_is_told_from_its_death_and_from_a_mistake_in_the_code():
+    def failed(cause: Exception) -> ray.exceptions.RayTaskError:
+        return ray.exceptions.RayTaskError("train", "traceback", cause)
+
+    mistake, echo = (_plain(failed(cause), "trainer rank 1") for cause in (KeyError("lr"), RuntimeError("Connection closed")))
+    assert isinstance(mistake, UnexpectedError) and not mistake.may_pass
+    assert type(echo) is WatchdogError and echo.may_pass
+    assert _plain(failed(WeightSyncError("typed")), "trainer rank 1").exit_code == 6
+    died = _plain(ray.exceptions.RayActorError(), "trainer rank 0")
+    assert isinstance(died, ProcessLostError) and str(died).startswith("the process of trainer rank 0 ended: ")
+
+
+def test_sigterm_while_ray_starts_leaves_a_run_to_be_continued(monkeypatch, tmp_path):
+    """Ray makes a SystemExit of it; and what Ray has no type for is one of ours."""
+    for name in (*RAY_ENVIRONMENT, *_ENVIRONMENT, *_LOOPBACK, "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, os.environ.get(name, "x"))  # so that what is set in here is taken back
+    raised: list[BaseException] = [SystemExit(15), Exception("The current node timed out during startup.")]
+
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise raised.pop(0)
+
+    def ours(*_: object) -> None:
+        """Stands for the command's handler."""
+
+    monkeypatch.setattr(ray, "init", init)
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with pytest.raises(PreemptedError, match="asked to stop while Ray started"):
+            Cluster(make()).__enter__()
+        assert signal.getsignal(signal.SIGTERM) is ours
+        with pytest.raises(WatchdogError, match=r"Ray did not start on this machine: The current node timed out .* logs"):
+            Cluster(make()).__enter__()
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_process_that_is_late_is_not_said_to_have_ended():

@@ -275,6 +275,7 @@ def run(tmp_path):
     folder = write_run(tmp_path / "first <run> & co")
     write(folder / "evaluations.jsonl", EVALUATIONS)
     write(folder / "guard.jsonl", [{"step": 7, "what": "length", "text": "length collapsed: <b>1</b>"}])
+    write(folder / "restarts.jsonl", [{"step": 4, "lost_steps": 2, "restart": 1, "text": "the process of <engine> 0 ended"}])
     return folder
 
 
@@ -334,7 +335,10 @@ def test_the_command_writes_page_plots_and_figures(run, tmp_path, capsys):
     assert first["regime"]["staleness"] == [0, 3]
     assert "records" not in first["evaluations"][0]
     assert first["guard"][0]["what"] == "length"
-    assert "proven from 36 rollouts" in capsys.readouterr().out
+    assert first["restarts"][0]["lost_steps"] == 2
+    said = capsys.readouterr().out
+    assert "proven from 36 rollouts" in said and "of 12 steps; 1 restart\n" in said
+    assert "<td>4</td><td>2</td><td>the process of &lt;engine&gt; 0 ended</td>" in (run / "report.html").read_text("utf-8")
 
 
 def test_a_contradicted_regime_is_reported_with_an_exit_code_of_its_own(run, tmp_path, capsys):
