@@ -1,6 +1,7 @@
 """Not a test: stands in for Slurm's sbatch, srun and scontrol on one machine, as far as tools/slurm uses them. Nodes are named
-by addresses of the loopback network. As in Slurm, USR1 to srun goes to its tasks alone, TERM kills them, and whatever a task
-has started ends with its step."""
+by addresses of the loopback network. What it does was compared with Slurm 22.05 (real_slurm.py): USR1 to srun goes to its tasks
+alone, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task only if srun
+is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others terminated."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tools.contained import become_subreaper, leftovers
@@ -39,6 +41,7 @@ def sbatch(arguments: list[str]) -> None:
         SLURM_SUBMIT_DIR=os.getcwd(),
         SLURM_CPUS_ON_NODE="1",
         SLURMD_NODENAME=NODES[0],
+        SLURM_EXPORT_ENV="NONE",
     )
     os.execvp("bash", ["bash", str(copy), *rest])
 
@@ -48,17 +51,20 @@ def srun(arguments: list[str]) -> int:
     assert os.environ["RAY_AUTH_TOKEN"] not in " ".join(arguments), "the token is on a command line"
     parser = argparse.ArgumentParser()
     parser.add_argument("--overlap", action="store_true", required=True)
-    for option in ("--ntasks-per-node", "--cpus-per-task", "--mem", "--nodes", "--ntasks"):
+    for option in ("--ntasks-per-node", "--mem", "--nodes", "--ntasks"):
         parser.add_argument(option, type=int, required=True)
+    parser.add_argument("--cpu-bind", choices=["none"], required=True)  # else a task of one processor is held to one
+    parser.add_argument("--export", default=os.environ["SLURM_EXPORT_ENV"])
+    parser.add_argument("--kill-on-bad-exit", type=int, default=0)
     parser.add_argument("--nodelist")
-    parser.add_argument("--exclude")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     step = parser.parse_args(arguments)
     job = NODES[: int(os.environ["SLURM_JOB_NUM_NODES"])]
-    chosen = [node for node in job if step.nodelist in (None, node) and node != step.exclude][: step.nodes]
+    chosen = [node for node in job if step.nodelist in (None, node)][: step.nodes]
     assert len(chosen) == step.nodes == step.ntasks, arguments
     become_subreaper()
-    tasks = [subprocess.Popen(step.command, env=os.environ | {"SLURMD_NODENAME": node}) for node in chosen]
+    environment = {key: value for key, value in os.environ.items() if step.export == "ALL" or key.startswith("SLURM")}
+    tasks = [subprocess.Popen(step.command, env=environment | {"SLURMD_NODENAME": node}) for node in chosen]
 
     def pass_on(number: int, _: object) -> None:
         for task in tasks:
@@ -66,6 +72,11 @@ def srun(arguments: list[str]) -> int:
 
     signal.signal(signal.SIGUSR1, pass_on)
     signal.signal(signal.SIGTERM, pass_on)
+    while any(task.poll() is None for task in tasks):
+        if step.kill_on_bad_exit and any(task.poll() for task in tasks):
+            for task in tasks:
+                task.terminate()
+        time.sleep(0.05)
     codes = [task.wait() for task in tasks]
     leftovers(0.0)
     return max(code if code >= 0 else 128 - code for code in codes)

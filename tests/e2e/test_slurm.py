@@ -1,10 +1,12 @@
 """tools/slurm/train.sbatch under a stand-in for Slurm, with everything else real: two Ray nodes, trainer ranks on one and
-engines on the other, a signal, a requeue, and the weights of a run on one node."""
+engines on the other, a signal, a requeue, and the weights of a run on one node. What the script does with the command's exit
+codes, and with a Ray that does not start, is tested with programs that only exit. real_slurm.py is run under a real Slurm."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,3 +60,56 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
+
+
+def submitted(tmp_path: Path, nodes: int, environment: dict[str, str], **programs: str) -> tuple[int, str, list[str]]:
+    """A job in which `programs` stand before the real ones; its exit code, its log, what it asked of scontrol."""
+    install = fake_slurm.install(tmp_path / "slurm")
+    for name, text in programs.items():
+        program = tmp_path / "slurm" / "bin" / name
+        program.write_text(f"#!/bin/bash\n{text}\n")
+        program.chmod(0o755)
+    command = ["sbatch", f"--nodes={nodes}", SCRIPT, "a configuration.toml"]
+    done = subprocess.run(command, cwd=ROOT, env=install | environment, capture_output=True, text=True, timeout=120)
+    record = tmp_path / "slurm" / "scontrol"
+    return done.returncode, done.stdout + done.stderr, record.read_text().splitlines() if record.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "is_requeued"),
+    [(0, None, False), (2, None, False), (7, None, False), (75, "9", True), (5, None, True), (6, "2", True), (8, "3", False)],
+)
+def test_a_stopped_run_is_requeued_always_a_lost_one_a_few_times_and_no_other(
+    tmp_path: Path, code: int, restarts: str | None, is_requeued: bool
+) -> None:
+    environment = {} if restarts is None else {"SLURM_RESTART_COUNT": restarts}
+    found, log, asked = submitted(tmp_path, 1, environment, semion=f'printf "%s|" "$@"; exit {code}')
+    assert found == code, log
+    assert "train|a configuration.toml|cluster.nodes=1|--resume|auto|" in log
+    assert len(asked) == is_requeued, log
+    assert ("SEMION_RETRIES is 3" in log) is (code in (5, 6, 8))
+
+
+def test_a_command_that_is_asked_before_it_can_listen_is_requeued(tmp_path: Path) -> None:
+    found, log, asked = submitted(tmp_path, 1, {}, semion="kill -USR1 $$; sleep 60")
+    assert found == 75 and len(asked) == 1, log
+
+
+def test_a_node_on_which_ray_does_not_start_ends_the_job_by_name_and_requeues_it(tmp_path: Path) -> None:
+    slow = f'[ "$2" = address ] || [ "$SLURMD_NODENAME" = {fake_slurm.NODES[1]} ] || sleep 300'
+    python = f'{slow}\nexec {sys.executable} "$@"'
+    found, log, asked = submitted(tmp_path, 2, {"SEMION_START_SECONDS": "2"}, python=python, semion="exit 9")
+    assert found == 8 and len(asked) == 1, log
+    assert "node.py: Ray must start on 127.0.0.3 (127.0.0.3) within SEMION_START_SECONDS = 2; its head at" in log
+    assert "train.sbatch: Ray did not start, as said above" in log
+
+
+def test_a_command_that_outlives_ray_is_ended(tmp_path: Path) -> None:
+    """Here it hears of USR1 alone, and of nothing else."""
+    ready = "import socket, sys, time; s = socket.create_server(('127.0.0.2', int(sys.argv[1]))); time.sleep(3)"
+    port = "$((${RAY_ADDRESS##*:} + 10000))"
+    python = f'[ "$2" = address ] && exec {sys.executable} "$@"\n[ "$SLURMD_NODENAME" = 127.0.0.2 ] || sleep 300\n'
+    python += f'{sys.executable} -c "{ready}" {port}; exit 8'
+    found, log, asked = submitted(tmp_path, 2, {}, python=python, semion="trap : USR1 TERM; while :; do sleep 1; done")
+    assert found == 8 and len(asked) == 1, log
+    assert "Ray ended on a node, as said above; the command has 30 s" in log
