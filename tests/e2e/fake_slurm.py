@@ -1,7 +1,7 @@
-"""Not a test: stands in for Slurm's sbatch, srun and scontrol on one machine, as far as tools/slurm uses them. Nodes are named
-by addresses of the loopback network. What it does was compared with Slurm 22.05 (real_slurm.py): USR1 to srun goes to its tasks
-alone, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task only if srun
-is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others terminated."""
+"""Not a test: stands in for Slurm's sbatch, srun, squeue and scontrol on one machine, as far as tools/slurm uses them. Nodes are
+named by addresses of the loopback network. What it does was compared with Slurm 22.05 (real_slurm.py): USR1 to srun goes to its
+tasks alone, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task only if
+srun is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others terminated."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from pathlib import Path
 from tools.contained import become_subreaper, leftovers
 
 NODES = ("127.0.0.2", "127.0.0.3")
-ROLES = ("sbatch", "srun", "scontrol")
+ROLES = ("sbatch", "srun", "squeue", "scontrol")
 FOLDER = "FAKE_SLURM"  # environment variable: where the stand-in keeps its spool and its records
+STATE = "FAKE_SLURM_STATE"  # environment variable: what squeue says of the job, RUNNING where unset
 
 
 def install(folder: Path) -> dict[str, str]:
-    """Makes the three commands in `folder`; the environment that finds them before any other."""
+    """Makes the commands in `folder`; the environment that finds them before any other."""
     (folder / "bin").mkdir(parents=True)
     for role in ROLES:
         program = folder / "bin" / role
@@ -82,6 +83,12 @@ def srun(arguments: list[str]) -> int:
     return max(code if code >= 0 else 128 - code for code in codes)
 
 
+def squeue(arguments: list[str]) -> None:
+    """The job's state, which scancel and the time limit make COMPLETING before the batch shell hears of them."""
+    assert arguments == ["--noheader", f"--jobs={os.environ['SLURM_JOB_ID']}", "--format=%T"], arguments
+    print(os.environ.get(STATE, "RUNNING"))
+
+
 def scontrol(arguments: list[str]) -> None:
     """Writes down what was asked for."""
     with (Path(os.environ[FOLDER]) / "scontrol").open("a") as record:
@@ -89,4 +96,4 @@ def scontrol(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit({"sbatch": sbatch, "srun": srun, "scontrol": scontrol}[sys.argv[1]](sys.argv[2:]))
+    sys.exit({"sbatch": sbatch, "srun": srun, "squeue": squeue, "scontrol": scontrol}[sys.argv[1]](sys.argv[2:]))

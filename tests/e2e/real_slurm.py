@@ -46,7 +46,7 @@ class Job:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"{self.show()}\n{self.text()[-6000:]}"
-            time.sleep(0.2)
+            time.sleep(0.05)
         return time.monotonic() - self.start
 
     def says(self, text: str, seconds: float = 420) -> float:
@@ -54,6 +54,11 @@ class Job:
 
     def reaches(self, *states: str, seconds: float = 420) -> float:
         return self.until(lambda: self.show()["JobState"] in states, seconds)
+
+    def hasten(self) -> None:
+        """Starts a requeued job now: Slurm lets two minutes go by."""
+        self.reaches("PENDING")
+        slurm("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
 
 def left_behind() -> list[str]:
@@ -127,11 +132,50 @@ def test_two_nodes_are_preempted_by_a_higher_partition_and_continue(
     urgent = Job(tmp_path / "urgent", "--nodes=2", "--time=5", "--partition=high", "--exclusive", "--wrap=sleep 5")
     print("saved after", job.says("asked to stop: saved after 2 steps"))
     print("preempting job ran after", urgent.reaches("COMPLETED"))
-    print("requeued as", job.show())
+    job.hasten()
     job.reaches("COMPLETED", "FAILED", seconds=600)
     seen(job)
     assert job.show()["Restarts"] == "1" and job.show()["ExitCode"] == "0:0"
     equal(config, whole)
+
+
+def test_two_nodes_of_which_one_does_not_start_ray_at_once_and_loses_it_later_continue(
+    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
+) -> None:
+    whole, _ = semi_online
+    config = run_config(*SEMI_ONLINE, "cluster.gpus_per_node=2", directory="job")
+    options = ["--hold", "--nodes=2", "--time=30"]
+    job = Job(tmp_path / "log", *options, SCRIPT, written(config, tmp_path), "algorithm.beta=0.1")
+    obstacle = f"/tmp/ray-{os.getuid()}-{job.number}"  # a file where Ray wants a folder
+    slurm("srun", "--nodelist=n2", "touch", obstacle)
+    slurm("scontrol", "release", job.number)
+    print("first attempt failed after", job.says("Ray did not start on n2 (10.77.0.2), attempt 1"))
+    slurm("srun", "--overlap", f"--jobid={job.number}", "--nodes=1", "--ntasks=1", "--nodelist=n2", "rm", obstacle)
+    print("starting after", job.says("starting 2 trainer ranks"))
+    print("training after", job.says("train  1/4"))
+    (raylet,) = [p for p in psutil.process_iter() if p.name() == "raylet" and "--node_ip_address=10.77.0.2" in p.cmdline()]
+    raylet.kill()
+    at = time.monotonic()
+    job.says("restart 1; SEMION_RETRIES is 3")
+    print(f"requeued {time.monotonic() - at:.1f} s after the loss")
+    job.hasten()
+    job.reaches("COMPLETED", "FAILED", seconds=600)
+    seen(job)
+    assert job.show()["Restarts"] == "1" and job.show()["ExitCode"] == "0:0"
+    equal(config, whole)
+
+
+def test_a_node_on_which_ray_never_starts_is_named(run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(*SEMI_ONLINE, "cluster.gpus_per_node=2")
+    monkeypatch.setenv("SEMION_START_SECONDS", "60")
+    monkeypatch.setenv("SEMION_RETRIES", "0")
+    job = Job(tmp_path / "log", "--hold", "--nodes=2", SCRIPT, written(config, tmp_path))
+    slurm("srun", "--nodelist=n2", "touch", f"/tmp/ray-{os.getuid()}-{job.number}")
+    slurm("scontrol", "release", job.number)
+    job.reaches("FAILED", "COMPLETED", seconds=200)
+    seen(job)
+    assert job.show()["ExitCode"] == "8:0"
+    assert "node.py: Ray must start on n2 (10.77.0.2) within SEMION_START_SECONDS = 60; none did in" in job.text()
 
 
 def test_one_node_is_warned_of_the_time_limit_and_continues(
@@ -149,8 +193,8 @@ def test_one_node_is_warned_of_the_time_limit_and_continues(
     slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=2")
     print("saved after", job.says("asked to stop: saved after 2 steps"))
     job.reaches("PENDING")
-    print("requeued as", job.show())
     slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
+    job.hasten()
     job.reaches("COMPLETED", "FAILED", "TIMEOUT", seconds=600)
     seen(job)
     assert job.show()["Restarts"] == "1" and job.show()["ExitCode"] == "0:0"

@@ -95,6 +95,19 @@ def test_a_command_that_is_asked_before_it_can_listen_is_requeued(tmp_path: Path
     assert found == 75 and len(asked) == 1, log
 
 
+@pytest.mark.parametrize(("state", "is_requeued"), [("RUNNING", True), ("COMPLETING", False)])
+def test_a_job_that_slurm_terminates_waits_for_the_save_and_is_requeued_unless_slurm_ends_it(
+    tmp_path: Path, state: str, is_requeued: bool
+) -> None:
+    """A preemption that gives time terminates as scancel does, batch shell and all; only the job's state tells them apart."""
+    shell = "$(ps --format ppid= --pid $PPID)"  # srun's parent
+    semion = f"trap 'sleep 2; echo saved; exit 75' TERM; kill -TERM {shell} $$; while :; do sleep 1; done"
+    found, log, asked = submitted(tmp_path, 1, {fake_slurm.STATE: state}, semion=semion)
+    assert found == 75 and "saved" in log, log
+    assert len(asked) == is_requeued, log
+    assert ("not requeued here: the job is COMPLETING" in log) is not is_requeued
+
+
 def test_a_node_on_which_ray_does_not_start_ends_the_job_by_name_and_requeues_it(tmp_path: Path) -> None:
     slow = f'[ "$2" = address ] || [ "$SLURMD_NODENAME" = {fake_slurm.NODES[1]} ] || sleep 300'
     python = f'{slow}\nexec {sys.executable} "$@"'
