@@ -1,7 +1,7 @@
-"""Not a test: stands in for Slurm's sbatch, srun, squeue and scontrol on one machine, as far as tools/slurm uses them. Nodes are
-named by addresses of the loopback network. What it does was compared with Slurm 22.05 (real_slurm.py): USR1 to srun goes to its
-tasks alone, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task only if
-srun is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others terminated."""
+"""Not a test: stands in for Slurm's sbatch, srun, squeue and scontrol on one machine, as far as tools/slurm uses them. Nodes
+are named by addresses of the loopback network. It does what Slurm 22.05 did (real_slurm.py): USR1 to srun goes to its tasks
+alone, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task only if srun
+is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others terminated."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Job:
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def until(self, condition: Callable[[], bool], seconds: float = 420) -> float:
+    def until(self, condition: Callable[[], bool], seconds: float = 900) -> float:
         """Waits for something, in seconds since the submission; fails with the log."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -49,10 +49,10 @@ class Job:
             time.sleep(0.05)
         return time.monotonic() - self.start
 
-    def says(self, text: str, seconds: float = 420) -> float:
+    def says(self, text: str, seconds: float = 900) -> float:
         return self.until(lambda: text in self.text(), seconds)
 
-    def reaches(self, *states: str, seconds: float = 420) -> float:
+    def reaches(self, *states: str, seconds: float = 900) -> float:
         return self.until(lambda: self.show()["JobState"] in states, seconds)
 
     def hasten(self) -> None:
@@ -187,10 +187,10 @@ def test_one_node_is_warned_of_the_time_limit_and_continues(
     place = tmp_path / "a place"
     place.symlink_to(ROOT)
     monkeypatch.setenv("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
-    options = ["--nodes=1", "--time=30", "--export=NONE", "--signal=B:USR1@60"]
+    options = ["--nodes=1", "--time=30", "--export=NONE", "--signal=B:USR1@540"]
     job = Job(tmp_path / "log", *options, SCRIPT, written(config, tmp_path), cwd=place)
     print("starting after", job.says("starting 2 trainer ranks"))
-    slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=2")
+    slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
     print("saved after", job.says("asked to stop: saved after 2 steps"))
     job.reaches("PENDING")
     slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
