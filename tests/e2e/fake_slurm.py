@@ -1,7 +1,7 @@
 """Not a test: stands in for Slurm's sbatch, srun, squeue and scontrol on one machine, as far as tools/slurm uses them. Nodes
-are named by addresses of the loopback network. It does what Slurm 22.05 did (real_slurm.py): USR1 to srun goes to its tasks
-alone, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task only if srun
-is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others terminated."""
+are named by addresses of the loopback network. It does what Slurm 22.05 did (real_slurm.py): USR1 to srun goes to the process
+groups of its tasks, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task
+only if srun is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others ended."""
 
 from __future__ import annotations
 
@@ -65,11 +65,12 @@ def srun(arguments: list[str]) -> int:
     assert len(chosen) == step.nodes == step.ntasks, arguments
     become_subreaper()
     environment = {key: value for key, value in os.environ.items() if step.export == "ALL" or key.startswith("SLURM")}
-    tasks = [subprocess.Popen(step.command, env=environment | {"SLURMD_NODENAME": node}) for node in chosen]
+    tasks = [subprocess.Popen(step.command, env=environment | {"SLURMD_NODENAME": node}, process_group=0) for node in chosen]
 
     def pass_on(number: int, _: object) -> None:
         for task in tasks:
-            task.send_signal(signal.SIGKILL if number == signal.SIGTERM else number)
+            if task.poll() is None:
+                os.killpg(task.pid, signal.SIGKILL if number == signal.SIGTERM else number)
 
     signal.signal(signal.SIGUSR1, pass_on)
     signal.signal(signal.SIGTERM, pass_on)
