@@ -1,11 +1,12 @@
 """Not a test: stands in for Slurm's sbatch, srun, squeue and scontrol on one machine, as far as tools/slurm uses them. Nodes
-are named by addresses of the loopback network. It does what Slurm 22.05 did (real_slurm.py): USR1 to srun goes to the process
-groups of its tasks, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task
-only if srun is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others ended."""
+are named by addresses of the loopback network. It does what Slurm 22.05 did (real_slurm.py): USR1 to srun goes to all processes
+of its step, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task only if
+srun is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others ended."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from tools.contained import become_subreaper, leftovers
 
@@ -65,12 +68,12 @@ def srun(arguments: list[str]) -> int:
     assert len(chosen) == step.nodes == step.ntasks, arguments
     become_subreaper()
     environment = {key: value for key, value in os.environ.items() if step.export == "ALL" or key.startswith("SLURM")}
-    tasks = [subprocess.Popen(step.command, env=environment | {"SLURMD_NODENAME": node}, process_group=0) for node in chosen]
+    tasks = [subprocess.Popen(step.command, env=environment | {"SLURMD_NODENAME": node}) for node in chosen]
 
     def pass_on(number: int, _: object) -> None:
-        for task in tasks:
-            if task.poll() is None:
-                os.killpg(task.pid, signal.SIGKILL if number == signal.SIGTERM else number)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if number == signal.SIGTERM else number)
 
     signal.signal(signal.SIGUSR1, pass_on)
     signal.signal(signal.SIGTERM, pass_on)

@@ -176,10 +176,9 @@ def test_a_node_on_which_ray_never_starts_is_named(run_config: Make, tmp_path: P
 
 
 def test_one_node_is_warned_of_the_time_limit_and_continues(
-    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a folder with spaces, with nothing exported and without the environment on PATH."""
-    whole, _ = semi_online
     config = run_config(*SEMI_ONLINE, directory="a job")
     place = tmp_path / "a place"
     place.symlink_to(ROOT)
@@ -191,6 +190,7 @@ def test_one_node_is_warned_of_the_time_limit_and_continues(
     print("saved after", job.says("asked to stop: saved after 2 steps"))
     job.reaches("PENDING")
     slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
+    whole, _ = request.getfixturevalue("semi_online")  # while the job waits
     job.reaches("COMPLETED", "FAILED", "TIMEOUT", seconds=600)
     seen(job)
     equal(config, whole)

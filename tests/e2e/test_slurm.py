@@ -91,13 +91,24 @@ def test_a_stopped_run_is_requeued_always_a_lost_one_a_few_times_and_no_other(
     assert ("SEMION_RETRIES is 3" in log) is (code in (5, 6, 8))
 
 
-def test_the_signal_reaches_the_command_and_not_what_it_has_started(tmp_path: Path) -> None:
-    """As the Ray of a run on one node, which it would end."""
-    shell = "$(ps --format ppid= --pid $(ps --format ppid= --pid $PPID))"  # above node.py and srun
-    semion = f"sleep 4 & own=$!; trap 'wait $own; echo its own: $?; exit 75' USR1; kill -USR1 {shell}; wait $own; exit 9"
-    found, log, asked = submitted(tmp_path, 1, {}, semion=semion)
-    assert found == 75 and len(asked) == 1, log
-    assert "its own: 0" in log
+def test_what_ray_starts_outlives_the_signal_that_slurm_sends_to_all_of_a_step(run_config: Make, tmp_path: Path) -> None:
+    """One node: the command and its Ray are one step."""
+    program = """
+import os, signal, sys, psutil
+from engine.cluster import Cluster
+from engine.config import load_config
+heard = []
+signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+with Cluster(load_config(sys.argv[1], [])) as cluster:
+    started = psutil.Process().children(recursive=True)
+    assert {"gcs_server", "raylet"} <= {process.name() for process in started}
+    for process in [*started, psutil.Process()]:
+        process.send_signal(signal.SIGUSR1)
+    psutil.wait_procs(started, timeout=2)
+    assert heard and all(process.is_running() and process.status() != "zombie" for process in started), started
+"""
+    command = [sys.executable, "-c", program, written(run_config(), tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=PATIENCE_SECONDS)
 
 
 def test_a_command_that_is_asked_before_it_can_listen_is_requeued(tmp_path: Path) -> None:
@@ -110,7 +121,7 @@ def test_a_job_that_slurm_terminates_waits_for_the_save_and_is_requeued_unless_s
     tmp_path: Path, state: str, is_requeued: bool
 ) -> None:
     """A preemption that gives time terminates as scancel does, batch shell and all; only the job's state tells them apart."""
-    shell = "$(ps --format ppid= --pid $(ps --format ppid= --pid $PPID))"  # above node.py and srun
+    shell = "$(ps --format ppid= --pid $PPID)"  # srun's parent
     semion = f"trap 'sleep 2; echo saved; exit 75' TERM; kill -TERM {shell} $$; while :; do sleep 1; done"
     found, log, asked = submitted(tmp_path, 1, {fake_slurm.STATE: state}, semion=semion)
     assert found == 75 and "saved" in log, log
@@ -130,7 +141,7 @@ def test_a_node_on_which_ray_does_not_start_ends_the_job_by_name_and_requeues_it
 def test_a_command_that_outlives_ray_is_ended(tmp_path: Path) -> None:
     """Here it hears of USR1 alone, and of nothing else."""
     ready = "import socket, sys, time; s = socket.create_server(('127.0.0.2', int(sys.argv[1]))); time.sleep(3)"
-    port = "$((${RAY_ADDRESS##*:} + 10000))"
+    port = "$((${RAY_ADDRESS##*:} + 5000))"
     python = f'[ "$2" != start ] && exec {sys.executable} "$@"\n[ "$SLURMD_NODENAME" = 127.0.0.2 ] || sleep 300\n'
     python += f'{sys.executable} -c "{ready}" {port}; exit 8'
     found, log, asked = submitted(tmp_path, 2, {}, python=python, semion="trap : USR1 TERM; while :; do sleep 1; done")

@@ -44,7 +44,7 @@ def port() -> int:
             one.bind(("127.0.0.7", 0))
             found = one.getsockname()[1]
             try:
-                other.bind(("127.0.0.7", found + 10000))
+                other.bind(("127.0.0.7", found + 5000))
             except (OSError, OverflowError):
                 continue
             return int(found)
@@ -63,14 +63,14 @@ def test_a_start_that_fails_is_tried_again_and_opens_the_port_once_ray_is_there(
     thread = threading.Thread(target=lambda: said.append(node.start(60.0)))
     thread.start()
     while not (tmp_path / "tries").exists() and thread.is_alive():
-        assert not node.answers("127.0.0.7", port + 10000), "open before Ray is"
-    while thread.is_alive() and not node.answers("127.0.0.7", port + 10000):
+        assert not node.answers("127.0.0.7", port + node.READY_PORT_OFFSET), "open before Ray is"
+    while thread.is_alive() and not node.answers("127.0.0.7", port + node.READY_PORT_OFFSET):
         time.sleep(0.05)
     assert (tmp_path / "tries").read_text() == "xx" and thread.is_alive()
     thread.join(timeout=60)
     assert said == ["Ray ended on 127.0.0.7 (127.0.0.7) with code 7"]
     assert "Ray did not start on 127.0.0.7 (127.0.0.7), attempt 1: it ended with code 1" in capfd.readouterr().err
-    assert not node.answers("127.0.0.7", port + 10000), "still open though Ray is gone"
+    assert not node.answers("127.0.0.7", port + node.READY_PORT_OFFSET), "still open though Ray is gone"
 
 
 def test_a_node_that_never_starts_is_named_with_the_deadline(

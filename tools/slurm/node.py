@@ -1,18 +1,15 @@
-"""One node's part of a Slurm job, run there by train.sbatch: `address` prints the node's private address; `start` keeps a Ray
-node on it, the cluster's head where RAY_ADDRESS is that address, until its step ends; `run COMMAND ...` runs the command. It
-trains nothing. Ray's own patience with its start is 30 seconds, too little for a busy machine, so a start that fails is tried
-again. And a signal that Slurm passes to a task reaches all of its process group, where it would end the Ray of a run on one
-node: so the command is in a group of its own, and told of the signal alone.
+"""One node's part of a Ray cluster inside a Slurm job, run there by train.sbatch: `address` prints the node's private address,
+`start` keeps a Ray node on it, the cluster's head where RAY_ADDRESS is that address, until its step ends. Ray's own patience
+with its start is 30 seconds, too little for a busy machine, so a start that fails is tried again. It trains nothing.
 
 Environment: SEMION_INTERFACE names the private interface, else the address is the one that the node's name stands for;
-RAY_ADDRESS is where the head answers, and 10000 ports further it opens a port when it does; RAY_AUTH_TOKEN is the job's
+RAY_ADDRESS is where the head answers, and 5000 ports further it opens a port when it does; RAY_AUTH_TOKEN is the job's
 secret; SEMION_START_SECONDS is how long all attempts may take.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +20,7 @@ import psutil
 from engine.cluster import RAY_ENVIRONMENT
 
 STARTED = "Ray runtime started."  # what `ray start` prints when the node is there
-READY_PORT_OFFSET = 10000
+READY_PORT_OFFSET = 5000
 FLUSH_SECONDS = 2.0  # srun was seen to lose the last line of a task whose end ends the step
 LOST = 8  # exit code of a node without Ray, as of the command's watchdog
 
@@ -104,34 +101,12 @@ def say(text: str) -> None:
     print(f"node.py: {text}", file=sys.stderr, flush=True)
 
 
-def run(arguments: list[str]) -> int:
-    """Runs a command in a process group of its own, passes it USR1 and TERM; its exit code as a shell gives it."""
-    child: subprocess.Popen[bytes] | None = None
-    early: list[int] = []
-
-    def pass_on(number: int, _: object) -> None:
-        if child is None:
-            early.append(number)
-        else:
-            child.send_signal(number)
-
-    signal.signal(signal.SIGUSR1, pass_on)
-    signal.signal(signal.SIGTERM, pass_on)
-    child = subprocess.Popen(arguments, process_group=0)
-    for number in early:
-        child.send_signal(number)
-    code = child.wait()
-    return code if code >= 0 else 128 - code
-
-
-def main(role: str, arguments: list[str]) -> None:
+def main(role: str) -> None:
     if role == "address":
         print(own_address())
         return
     if not os.environ.get("RAY_AUTH_TOKEN"):
         sys.exit("node.py: RAY_AUTH_TOKEN must hold the job's secret, and is unset: start the job with train.sbatch")
-    if role == "run":
-        sys.exit(run(arguments))
     os.environ.update(RAY_ENVIRONMENT)
     say(start(float(os.environ["SEMION_START_SECONDS"])))
     time.sleep(FLUSH_SECONDS)
@@ -139,4 +114,4 @@ def main(role: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1])
