@@ -120,7 +120,7 @@ def test_a_command_that_is_asked_before_it_can_listen_is_requeued(tmp_path: Path
 def test_a_job_that_slurm_terminates_waits_for_the_save_and_is_requeued_unless_slurm_ends_it(
     tmp_path: Path, state: str, is_requeued: bool
 ) -> None:
-    """A preemption that gives time terminates as scancel does, batch shell and all; only the job's state tells them apart."""
+    """scancel lets a command save, too: only the job's state tells that it is not to come back."""
     shell = "$(ps --format ppid= --pid $PPID)"  # srun's parent
     semion = f"trap 'sleep 2; echo saved; exit 75' TERM; kill -TERM {shell} $$; while :; do sleep 1; done"
     found, log, asked = submitted(tmp_path, 1, {fake_slurm.STATE: state}, semion=semion)
