@@ -144,6 +144,8 @@ class Cluster:
         import ray
 
         handler = signal.getsignal(signal.SIGTERM)
+        # All that Ray starts inherits this: Slurm sends a warning to every process of a step, which would end Ray.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         try:
             ray.init(logging_level="error", log_to_driver=self._verbose, **options)
         except SystemExit as asked:  # what Ray makes of the signal
@@ -151,6 +153,7 @@ class Cluster:
                 raise
             raise PreemptedError("asked to stop while Ray started: --resume auto goes on from the newest checkpoint") from asked
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
             if handler is not signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, handler)
 
@@ -315,10 +318,7 @@ class Cluster:
         seats: Sequence[Seat | None] = self._placement.ranks if self._placement else [None] * self._config.trainer.world_size
         host = self._nodes[0].address  # where rank 0 is
         text = self._config.model_dump_json()
-        ranks = [
-            self._starter(seat, kind, text, rank, host, profiled=self._profiled("rank", rank))()
-            for rank, seat in enumerate(seats)
-        ]
+        ranks = [self._starter(seat, kind, text, i, host, profiled=self._profiled("rank", i))() for i, seat in enumerate(seats)]
         self._ranks += ranks
         try:
             port = ray.get(ranks[0].serve.remote(), timeout=self._config.trainer.timeout_seconds)

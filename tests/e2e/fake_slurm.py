@@ -1,26 +1,32 @@
-"""Not a test: stands in for Slurm's sbatch, srun and scontrol on one machine, as far as tools/slurm uses them. Nodes are named
-by addresses of the loopback network. As in Slurm, USR1 to srun goes to its tasks alone, TERM kills them, and whatever a task
-has started ends with its step."""
+"""Not a test: stands in for Slurm's sbatch, srun, squeue and scontrol on one machine, as far as tools/slurm uses them. Nodes
+are named by addresses of the loopback network. It does what Slurm 22.05 did (real_slurm.py): USR1 to srun goes to all processes
+of its step, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task only if
+srun is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others ended."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from tools.contained import become_subreaper, leftovers
 
 NODES = ("127.0.0.2", "127.0.0.3")
-ROLES = ("sbatch", "srun", "scontrol")
+ROLES = ("sbatch", "srun", "squeue", "scontrol")
 FOLDER = "FAKE_SLURM"  # environment variable: where the stand-in keeps its spool and its records
+STATE = "FAKE_SLURM_STATE"  # environment variable: what squeue says of the job, RUNNING where unset
 
 
 def install(folder: Path) -> dict[str, str]:
-    """Makes the three commands in `folder`; the environment that finds them before any other."""
+    """Makes the commands in `folder`; the environment that finds them before any other."""
     (folder / "bin").mkdir(parents=True)
     for role in ROLES:
         program = folder / "bin" / role
@@ -39,6 +45,7 @@ def sbatch(arguments: list[str]) -> None:
         SLURM_SUBMIT_DIR=os.getcwd(),
         SLURM_CPUS_ON_NODE="1",
         SLURMD_NODENAME=NODES[0],
+        SLURM_EXPORT_ENV="NONE",
     )
     os.execvp("bash", ["bash", str(copy), *rest])
 
@@ -48,27 +55,42 @@ def srun(arguments: list[str]) -> int:
     assert os.environ["RAY_AUTH_TOKEN"] not in " ".join(arguments), "the token is on a command line"
     parser = argparse.ArgumentParser()
     parser.add_argument("--overlap", action="store_true", required=True)
-    for option in ("--ntasks-per-node", "--cpus-per-task", "--mem", "--nodes", "--ntasks"):
+    for option in ("--ntasks-per-node", "--mem", "--nodes", "--ntasks"):
         parser.add_argument(option, type=int, required=True)
+    parser.add_argument("--cpu-bind", choices=["none"], required=True)  # else a task of one processor is held to one
+    parser.add_argument("--export", default=os.environ["SLURM_EXPORT_ENV"])
+    parser.add_argument("--kill-on-bad-exit", type=int, default=0)
     parser.add_argument("--nodelist")
-    parser.add_argument("--exclude")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     step = parser.parse_args(arguments)
     job = NODES[: int(os.environ["SLURM_JOB_NUM_NODES"])]
-    chosen = [node for node in job if step.nodelist in (None, node) and node != step.exclude][: step.nodes]
+    chosen = [node for node in job if step.nodelist in (None, node)][: step.nodes]
     assert len(chosen) == step.nodes == step.ntasks, arguments
     become_subreaper()
-    tasks = [subprocess.Popen(step.command, env=os.environ | {"SLURMD_NODENAME": node}) for node in chosen]
+    environment = {key: value for key, value in os.environ.items() if step.export == "ALL" or key.startswith("SLURM")}
+    tasks = [subprocess.Popen(step.command, env=environment | {"SLURMD_NODENAME": node}) for node in chosen]
 
     def pass_on(number: int, _: object) -> None:
-        for task in tasks:
-            task.send_signal(signal.SIGKILL if number == signal.SIGTERM else number)
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if number == signal.SIGTERM else number)
 
     signal.signal(signal.SIGUSR1, pass_on)
     signal.signal(signal.SIGTERM, pass_on)
+    while any(task.poll() is None for task in tasks):
+        if step.kill_on_bad_exit and any(task.poll() for task in tasks):
+            for task in tasks:
+                task.terminate()
+        time.sleep(0.05)
     codes = [task.wait() for task in tasks]
     leftovers(0.0)
     return max(code if code >= 0 else 128 - code for code in codes)
+
+
+def squeue(arguments: list[str]) -> None:
+    """The job's state, which scancel and the time limit make COMPLETING before the batch shell hears of them."""
+    assert arguments == ["--noheader", f"--jobs={os.environ['SLURM_JOB_ID']}", "--format=%T"], arguments
+    print(os.environ.get(STATE, "RUNNING"))
 
 
 def scontrol(arguments: list[str]) -> None:
@@ -78,4 +100,4 @@ def scontrol(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit({"sbatch": sbatch, "srun": srun, "scontrol": scontrol}[sys.argv[1]](sys.argv[2:]))
+    sys.exit({"sbatch": sbatch, "srun": srun, "squeue": squeue, "scontrol": scontrol}[sys.argv[1]](sys.argv[2:]))

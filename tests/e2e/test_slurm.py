@@ -1,11 +1,13 @@
 """tools/slurm/train.sbatch under a stand-in for Slurm, with everything else real: two Ray nodes, trainer ranks on one and
 engines on the other, a signal, a requeue, and the weights of a run on one node; the same of two nodes that each have a trainer
-rank and an engine, which take turns."""
+rank and an engine, which take turns. What the script does with the command's exit codes, and with a Ray that does not start, is
+tested with programs that only exit. real_slurm.py is run under a real Slurm."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +21,13 @@ from tests.e2e.test_commands import FINAL, ONLINE, SEMI_ONLINE, Make, rows, tens
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tools/slurm/train.sbatch"
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
+PATIENCE_SECONDS = 600  # of a machine that may be busy
 
 
 def until(condition: Callable[[], bool], job: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits for something the job does; fails with its log when it ends before, or takes five minutes."""
-    deadline = time.monotonic() + 300
+    """Waits for something the job does; fails with its log when it ends before, or takes too long."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline and job.poll() is None, log.read_text()[-4000:]
         time.sleep(0.05)
@@ -50,11 +53,11 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     job = submit()
     until(lambda: "starting 2 trainer ranks" in log.read_text(), job, log)
     job.send_signal(signal.SIGUSR1)  # what --signal sends to the batch shell ahead of the time limit
-    assert job.wait(timeout=300) == 75, log.read_text()[-4000:]
+    assert job.wait(timeout=PATIENCE_SECONDS) == 75, log.read_text()[-4000:]
     assert "asked to stop: saved after 2 steps" in log.read_text()
     assert record.read_text() == f"requeue {environment['SLURM_JOB_ID']}\n"
     assert (config.run_directory / "checkpoints" / "LATEST").read_text() == "step_00000002"
-    assert submit().wait(timeout=300) == 0, log.read_text()[-4000:]
+    assert submit().wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     assert len(record.read_text().splitlines()) == 1, "a finished job is not requeued"
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
@@ -77,3 +80,89 @@ def test_nodes_that_serve_their_own_engines_in_turn_change_no_bit(
     assert untimed(metrics) == untimed(rows(online, "metrics.jsonl"))
     assert all("rollout_seconds" in row for row in metrics), "they took turns"
     assert tensors(config) == tensors(online)
+
+
+def submitted(tmp_path: Path, nodes: int, environment: dict[str, str], **programs: str) -> tuple[int, str, list[str]]:
+    """A job in which `programs` stand before the real ones; its exit code, its log, what it asked of scontrol."""
+    install = fake_slurm.install(tmp_path / "slurm")
+    for name, text in programs.items():
+        program = tmp_path / "slurm" / "bin" / name
+        program.write_text(f"#!/bin/bash\n{text}\n")
+        program.chmod(0o755)
+    command = ["sbatch", f"--nodes={nodes}", SCRIPT, "a configuration.toml"]
+    done = subprocess.run(command, cwd=ROOT, env=install | environment, capture_output=True, text=True, timeout=120)
+    record = tmp_path / "slurm" / "scontrol"
+    return done.returncode, done.stdout + done.stderr, record.read_text().splitlines() if record.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "is_requeued"),
+    [(0, None, False), (2, None, False), (7, None, False), (75, "9", True), (5, None, True), (6, "2", True), (8, "3", False)],
+)
+def test_a_stopped_run_is_requeued_always_a_lost_one_a_few_times_and_no_other(
+    tmp_path: Path, code: int, restarts: str | None, is_requeued: bool
+) -> None:
+    environment = {} if restarts is None else {"SLURM_RESTART_COUNT": restarts}
+    found, log, asked = submitted(tmp_path, 1, environment, semion=f'printf "%s|" "$@"; exit {code}')
+    assert found == code, log
+    assert "train|a configuration.toml|cluster.nodes=1|--resume|auto|" in log
+    assert len(asked) == is_requeued, log
+    assert ("SEMION_RETRIES is 3" in log) is (code in (5, 6, 8))
+
+
+def test_what_ray_starts_outlives_the_signal_that_slurm_sends_to_all_of_a_step(run_config: Make, tmp_path: Path) -> None:
+    """One node: the command and its Ray are one step."""
+    program = """
+import os, signal, sys, psutil
+from engine.cluster import Cluster
+from engine.config import load_config
+heard = []
+signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+with Cluster(load_config(sys.argv[1], [])) as cluster:
+    started = psutil.Process().children(recursive=True)
+    assert {"gcs_server", "raylet"} <= {process.name() for process in started}
+    for process in [*started, psutil.Process()]:
+        process.send_signal(signal.SIGUSR1)
+    psutil.wait_procs(started, timeout=2)
+    assert heard and all(process.is_running() and process.status() != "zombie" for process in started), started
+"""
+    command = [sys.executable, "-c", program, written(run_config(), tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=PATIENCE_SECONDS)
+
+
+def test_a_command_that_is_asked_before_it_can_listen_is_requeued(tmp_path: Path) -> None:
+    found, log, asked = submitted(tmp_path, 1, {}, semion="kill -USR1 $$; sleep 60")
+    assert found == 75 and len(asked) == 1, log
+
+
+@pytest.mark.parametrize(("state", "is_requeued"), [("RUNNING", True), ("COMPLETING", False)])
+def test_a_job_that_slurm_terminates_waits_for_the_save_and_is_requeued_unless_slurm_ends_it(
+    tmp_path: Path, state: str, is_requeued: bool
+) -> None:
+    """scancel lets a command save, too: only the job's state tells that it is not to come back."""
+    shell = "$(ps --format ppid= --pid $PPID)"  # srun's parent
+    semion = f"trap 'sleep 2; echo saved; exit 75' TERM; kill -TERM {shell} $$; while :; do sleep 1; done"
+    found, log, asked = submitted(tmp_path, 1, {fake_slurm.STATE: state}, semion=semion)
+    assert found == 75 and "saved" in log, log
+    assert len(asked) == is_requeued, log
+    assert ("not requeued here: the job is COMPLETING" in log) is not is_requeued
+
+
+def test_a_node_on_which_ray_does_not_start_ends_the_job_by_name_and_requeues_it(tmp_path: Path) -> None:
+    slow = f'[ "$2" != start ] || [ "$SLURMD_NODENAME" = {fake_slurm.NODES[1]} ] || sleep 300'
+    python = f'{slow}\nexec {sys.executable} "$@"'
+    found, log, asked = submitted(tmp_path, 2, {"SEMION_START_SECONDS": "2"}, python=python, semion="exit 9")
+    assert found == 8 and len(asked) == 1, log
+    assert "node.py: Ray must start on 127.0.0.3 (127.0.0.3) within SEMION_START_SECONDS = 2; its head at" in log
+    assert "train.sbatch: Ray did not start, as said above" in log
+
+
+def test_a_command_that_outlives_ray_is_ended(tmp_path: Path) -> None:
+    """Here it hears of USR1 alone, and of nothing else."""
+    ready = "import socket, sys, time; s = socket.create_server(('127.0.0.2', int(sys.argv[1]))); time.sleep(3)"
+    port = "$((${RAY_ADDRESS##*:} + 5000))"
+    python = f'[ "$2" != start ] && exec {sys.executable} "$@"\n[ "$SLURMD_NODENAME" = 127.0.0.2 ] || sleep 300\n'
+    python += f'{sys.executable} -c "{ready}" {port}; exit 8'
+    found, log, asked = submitted(tmp_path, 2, {}, python=python, semion="trap : USR1 TERM; while :; do sleep 1; done")
+    assert found == 8 and len(asked) == 1, log
+    assert "Ray ended on a node, as said above; the command has 30 s" in log
