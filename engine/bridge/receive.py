@@ -23,7 +23,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -220,7 +221,6 @@ class SyncWorker:
         """Begins or ends what Nsight Systems captures of this worker."""
         capture_here(on)
 
-
     def semion_release(self: Any) -> None:
         """Gives the pages of weights and KV cache back to the machine on a CPU, where vLLM's sleep does nothing. Their
         addresses stay, as after its sleep on a GPU, and read as zeros until they are written."""
@@ -230,26 +230,24 @@ class SyncWorker:
 
 
 class PlainLoader(DefaultModelLoader):
-    """vLLM's own loader, with linear weights left as ordinary tensors on a CPU."""
+    """vLLM's own loader, with the weights of linear layers and of the output left as ordinary tensors on a CPU."""
 
     def __init__(self, load_config: Any) -> None:
         load_config.load_format = "auto"
         super().__init__(load_config)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-        """Switches packing off in every linear layer (vLLM's per-layer switch), then loads as usual."""
+        """Takes from every layer the step that would pack its weight after loading, then loads as usual."""
         for module in model.modules():
-            if isinstance(module, LinearBase):
-                module._cpu_skip_gemm_dispatch = True
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+                method.process_weights_after_loading = leave_plain
         super().load_weights(model, model_config)
 
-    def load_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """The output layer has no such switch: its packed call is replaced by the plain one, which reads `.weight`."""
-        model = super().load_model(*args, **kwargs)
-        for module in model.modules():
-            if hasattr(module, "cpu_linear"):
-                module.cpu_linear = torch.nn.functional.linear
-        return model
+
+def leave_plain(layer: Any) -> None:
+    """In place of vLLM's packing: the layer multiplies by its `.weight`, whatever is written there."""
+    layer.cpu_linear = torch.nn.functional.linear
 
 
 def release_pages(tensor: torch.Tensor) -> None:

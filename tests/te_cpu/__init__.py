@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-SITE = Path(__file__).resolve().parents[2] / ".venv" / "transformer_engine"
+SITE = Path(sys.prefix) / "transformer_engine"
 
 # Exports to ONNX, and Triton's kernels for experts and padded scales: they would import packages that nothing else here needs.
 UNUSED = [

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -259,7 +260,7 @@ def test_doctor_reports_what_it_found_in_json_too(tmp_path, capsys):
     code = cli.main(["doctor", "--json", str(tmp_path / "doctor.json")])
     findings = json.loads((tmp_path / "doctor.json").read_text())
     assert {"python", "C++ compiler", "torch", "ray", "free memory", "free disk", "loopback", "device"} <= findings.keys()
-    assert findings["torch"] == {"found": torch.__version__, "verdict": "ok"}
+    assert findings["torch"] == {"found": version("torch"), "verdict": "ok"}
     assert findings["loopback"]["verdict"] == "ok"
     assert code == int(any(finding["verdict"] != "ok" for finding in findings.values()))
     printed = capsys.readouterr().out

@@ -77,7 +77,7 @@ def test_a_driver_that_fails_is_no_cpu_machine(nvidia_smi):
     assert "driver" not in found
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="NCCL and the CUDA kernels need a CUDA build of torch; unverified")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the driver, NCCL and the CUDA kernels need a GPU; unverified")
 @pytest.mark.gpu
 def test_a_real_gpu_is_found():
     found = findings()

