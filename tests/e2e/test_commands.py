@@ -139,11 +139,13 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     file = written(config, tmp_path)
     run = subprocess.Popen(command("train", file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not (config.run_directory / "checkpoints" / "LATEST").exists():
-        assert time.monotonic() < deadline and run.poll() is None, "no checkpoint before the run ended"
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    try:
+        while not (config.run_directory / "checkpoints" / "LATEST").exists():
+            assert time.monotonic() < deadline and run.poll() is None, "no checkpoint before the run ended"
+            time.sleep(0.01)
+    finally:
+        run.kill()  # SIGKILL; a run that is given up must not go on beside the next tests
+        run.wait()
     assert "add --resume auto" in semion("train", file, expect=2)
     semion("train", file, "--resume", "auto")
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
@@ -162,11 +164,14 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_happene
     file, log = written(config, tmp_path), tmp_path / "log"
     run = subprocess.Popen(command("train", file), stdout=log.open("wb"), stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300
-    while "starting 2 trainer ranks" not in log.read_text():
-        assert time.monotonic() < deadline and run.poll() is None, log.read_text()[-2000:]
-        time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=300) == 75, log.read_text()[-2000:]
+    try:
+        while "starting 2 trainer ranks" not in log.read_text():
+            assert time.monotonic() < deadline and run.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=300) == 75, log.read_text()[-2000:]
+    finally:
+        run.kill()
     assert "asked to stop: saved after 2 steps, --resume auto goes on" in log.read_text()
     assert (config.run_directory / "checkpoints" / "LATEST").read_text() == "step_00000002"
     semion("train", file, "--resume", "auto")
