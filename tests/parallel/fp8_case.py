@@ -43,6 +43,7 @@ def fp8_parameters(config: RunConfig, topology: Topology, checkpoint: str) -> di
     found["reference_moves"] = not _equal(first, _reference_log_probs(policy, batches[0]))
     found["losses"].append(policy.train_step(policy.score(batches[2]))["loss"])
     found["looked_up"] = all(torch.equal(policy.parameters[name], _by_hand(tensor)) for name, tensor in kept.items())
+    found["copies_as_counted"] = all(_copies(kept[name]) == 2 and _copies(policy._reference[name]) == 1 for name in kept)
     found["in_fp8"] = sum(tensor.numel() for tensor in kept.values())
     found["of"] = sum(tensor.numel() for tensor in policy._own.values())
     found["same_on_all_ranks"] = _same(torch.cat([policy.parameters[name].flatten() for name in policy.parameters]), topology)
@@ -116,6 +117,12 @@ def _gathers() -> Iterator[dict[str, int]]:
         yield counted
     finally:
         module.dist_all_gather_func = gather
+
+
+def _copies(tensor: Any) -> int:
+    """Of a matrix's bytes, for products that read it in one direction or the other."""
+    both = [getattr(tensor, name, None) for name in ("_rowwise_data", "_columnwise_data", "_data", "_transpose")]
+    return sum(one is not None for one in both)
 
 
 def _by_hand(tensor: Any) -> torch.Tensor:

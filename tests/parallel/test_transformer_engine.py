@@ -41,7 +41,7 @@ FP8_PARAMETERS = TE | FP8
 PARAMETER_RECIPES = ["current", "blockwise"]
 SEEN = [
     *("begins_with_the_checkpoint", "reference_is_the_policy", "reference_stays", "reference_moves"),
-    *("looked_up", "same_on_all_ranks"),
+    *("looked_up", "same_on_all_ranks", "copies_as_counted"),
 ]
 PADDING_BYTES = 2 * 64 * 16  # megatron-core begins every parameter at a multiple of 64 elements
 
