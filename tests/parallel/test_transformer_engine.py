@@ -258,13 +258,14 @@ RESUMED = {
         {"implementation": "te", "moment_dtype": "fp8"},
     ),
     "parameters_of_two": (FP8_PARAMETERS | {"fp8": "current", "data_parallel": 2}, {}),
+    "parameters_of_two_stages": (FP8_PARAMETERS | {"fp8": "blockwise", "pipeline_parallel": 2}, {}),
 }
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_policy_continues_bit_for_bit(name, pool, checkpoint, tmp_path):
     trainer, optimizer = RESUMED[name]
-    size = 2 if "data_parallel" in trainer else 1
+    size = 2 if {"data_parallel", "pipeline_parallel"} & trainer.keys() else 1
     if ON_GPU and torch.cuda.device_count() < size:
         pytest.skip("takes two GPUs; a CPU does for two")
     arguments = {"trainer": trainer, "options": BF16 | {"optimizer": optimizer}}
