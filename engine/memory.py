@@ -132,13 +132,15 @@ class TrainerState:
 
     @property
     def weights(self) -> int:
-        """The model's parameters."""
-        return self.num_parameters * self._dtype.itemsize
+        """The model's parameters; where they are kept in FP8, the layers' matrices are a byte each."""
+        kept_in_fp8 = self._in_fp8 if self._config.trainer.fp8_parameters else 0
+        return (self.num_parameters - kept_in_fp8) * self._dtype.itemsize + kept_in_fp8
 
     @property
     def fp8_copies(self) -> int:
-        """Transformer Engine's of the layers' matrices, for both directions that products read them in, kept over a step."""
-        return 2 * self._in_fp8
+        """Transformer Engine's of the layers' matrices, for both directions that products read them in, kept over a step; one
+        of them is the parameters themselves where they are kept in FP8."""
+        return (1 if self._config.trainer.fp8_parameters else 2) * self._in_fp8
 
     @property
     def copies(self) -> int:
@@ -172,10 +174,11 @@ class TrainerState:
 
     @property
     def _state_bytes(self) -> int:
-        """Of a parameter: two moments, and where the model is narrower its float32 original; of that, with narrow moments,
-        the lower half alone."""
+        """Of a parameter: two moments, and where the model is narrower its float32 original; of that, with narrow moments and
+        no parameters in FP8, the lower half alone."""
         moment = MOMENT_BYTES[self._config.optimizer.moment_dtype]
-        original = FP32 if moment == FP32 else FP32 - self._dtype.itemsize
+        whole = moment == FP32 or self._config.trainer.fp8_parameters
+        original = FP32 if whole else FP32 - self._dtype.itemsize
         return 2 * moment + (original if self._dtype is not torch.float32 else 0)
 
 

@@ -148,6 +148,7 @@ class Trainer(Section):
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait of a trainer rank for another")
     layers: Literal["local", "transformer_engine"] = Field("local", description="megatron-core's own, or Transformer Engine's")
     fp8: Literal["none", "delayed", "current", "blockwise"] = Field("none", description="scaling of FP8 products")
+    fp8_parameters: bool = Field(False, description="the layers' matrices kept and gathered in FP8 alone")
     overlap_tensor_parallel: bool = Field(False, description="Transformer Engine's overlap of products and communication")
     fuse_gradient_accumulation: bool = Field(False, description="apex: weight gradients added in fp32 inside the product")
 

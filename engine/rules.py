@@ -144,6 +144,12 @@ def broken_library_rules(c: Options) -> list[str]:
             f"trainer.fp8 needs trainer.layers = 'transformer_engine'; found {t.fp8!r} with {t.layers!r}: set trainer.layers, "
             f"or fp8 = 'none'"
         )
+    if t.fp8_parameters and (t.fp8 not in ("current", "blockwise") or not t.distributed_optimizer or o.offload_share):
+        broken.append(
+            f"trainer.fp8_parameters needs trainer.fp8 = 'current' or 'blockwise', trainer.distributed_optimizer and "
+            f"optimizer.offload_share = 0; found {t.fp8!r}, {t.distributed_optimizer} and {o.offload_share}: set all three, or "
+            f"fp8_parameters = false"
+        )
     if t.overlap_tensor_parallel and (t.layers != "transformer_engine" or not t.sequence_parallel):
         broken.append(
             f"trainer.overlap_tensor_parallel needs trainer.layers = 'transformer_engine' and trainer.sequence_parallel; found "

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -275,8 +276,10 @@ def _finish(pending: Pending, deadline: Deadline, name: Callable[[], str]) -> No
 
 def _blocks(bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> Iterator[tuple[Transfer, torch.Tensor]]:
     """A bucket's rectangles where they lie in the sender's shards."""
-    for t in bucket.transfers:
-        yield t, rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols)
+    for name, group in groupby(bucket.transfers, key=lambda t: t.source.parameter):
+        shard = shards[name]  # once: it may be made for this look
+        for t in group:
+            yield t, rectangle(shard, t.source.row, t.source.col, t.rows, t.cols)
 
 
 def _parts(buffer: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -167,9 +168,11 @@ def plan(
     assert sorted(engine for node in nodes for engine in node) == list(range(sum(map(len, nodes)))), nodes
     assert all(nodes) and bucket_bytes > 0 and dp_size > 0, (nodes, bucket_bytes, dp_size)
     assert not senders or (all(senders) and len(senders) == len(nodes)), (senders, nodes)
+    # What is made for a look has no memory of its own to be sent from.
+    unpacked_bytes = math.inf if source.fp8_parameters else UNPACKED_BYTES
     with _uncollected():
         buckets = {
-            (cell, tp_rank): tuple(_fill(cell, tp_rank, routes, dtype_bytes, bucket_bytes))
+            (cell, tp_rank): tuple(_fill(cell, tp_rank, routes, dtype_bytes, bucket_bytes, unpacked_bytes))
             for (cell, tp_rank), routes in sorted(_streams(shape, source, target).items())
         }
         able = _able(dict.fromkeys(cell for cell, _ in buckets), source.tp_size, dp_size, senders or ((),) * len(nodes))
@@ -292,14 +295,16 @@ def _width(shard: Shard) -> int:
     return shard.shape[1] if len(shard.shape) == 2 else 1
 
 
-def _fill(cell: Cell, tp_rank: int, routes: list[_Route], dtype_bytes: int, bucket_bytes: int) -> Iterator[Bucket]:
+def _fill(
+    cell: Cell, tp_rank: int, routes: list[_Route], dtype_bytes: int, bucket_bytes: int, unpacked_bytes: float
+) -> Iterator[Bucket]:
     """A stream as buckets: large contiguous transfers alone and cut evenly, the others together, as full as may be."""
     held: list[Transfer] = []
     held_bytes = 0
     for route in routes:
         rows, row_bytes = route.transfer.rows, route.transfer.cols * dtype_bytes
         num_bytes = rows * row_bytes
-        if route.contiguous and num_bytes >= UNPACKED_BYTES:
+        if route.contiguous and num_bytes >= unpacked_bytes:
             most = max(1, bucket_bytes // row_bytes)
             parts = -(-rows // most)
             for part in range(parts):

@@ -82,6 +82,7 @@ class TrainerLayout:
     first_stage_layers: int | None = None  # None: as many as the other stages
     last_stage_layers: int | None = None
     spec: Literal["local", "transformer_engine"] = "local"
+    fp8_parameters: bool = False  # the bfloat16 matrices of a shard are made for whoever looks, and lie nowhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +143,9 @@ class ExportBucket:
 
 def trainer_layout(trainer: Trainer) -> TrainerLayout:
     """The layout a configuration asks for."""
-    t = trainer
-    return TrainerLayout(
-        t.tensor_parallel, t.pipeline_parallel, t.virtual_pipeline, t.first_stage_layers, t.last_stage_layers, t.layers
-    )
+    axes = trainer.tensor_parallel, trainer.pipeline_parallel, trainer.virtual_pipeline
+    stages = trainer.first_stage_layers, trainer.last_stage_layers
+    return TrainerLayout(*axes, *stages, trainer.layers, trainer.fp8_parameters)
 
 
 def local_name(parameter: str) -> str:

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from engine.errors import ConfigError
 from engine.llama import layout
 from engine.llama.hf import HfCheckpoint, LlamaShape
+from engine.megatron.fp8_parameters import in_fp8
 from engine.megatron.topology import Topology
 from engine.options import Trainer
 
@@ -133,6 +134,7 @@ def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> 
         fp8_recipe=FP8_RECIPES[trainer.fp8],
         fp8_amax_history_len=AMAX_HISTORY,
         fp8_amax_compute_algo="max",
+        fp8_param=trainer.fp8_parameters,
         tp_comm_overlap=trainer.overlap_tensor_parallel,
         persist_layer_norm=False,
         batch_p2p_comm=virtual is None,
@@ -228,7 +230,8 @@ def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]
 def load_weights(
     chunk: GPTModel, index: int, shape: LlamaShape, spread: layout.TrainerLayout, checkpoint: HfCheckpoint, topology: Topology
 ) -> None:
-    """Fills this rank's chunk of that index with its pieces, padding rows with zeros. CheckpointError names a tensor that is
+    """Fills this rank's chunk of that index with its pieces, padding rows with zeros. What is kept in FP8 is put together in
+    the host's memory, where the optimizer then finds what its fp32 weights begin with. CheckpointError names a tensor that is
     missing or of another shape."""
     cell = (topology.tp_rank, topology.pp_rank, index)
     parameters = dict(named_parameters(chunk))
@@ -236,6 +239,9 @@ def load_weights(
     expected = layout.shard_shapes(shape, spread, *cell)
     assert found == expected, set(found.items()) ^ set(expected.items())
     pieces = sorted(layout.pieces(shape, spread, *cell), key=lambda piece: piece.name)
+    kept: dict[str, Any] = {name: parameter for name, parameter in parameters.items() if in_fp8(parameter)}
+    initial = {name: parameter.get_high_precision_init_val() for name, parameter in kept.items()}
+    places = parameters | initial
     for name, parameter in parameters.items():
         if sum(p.rows * p.cols for p in pieces if p.parameter == name) < parameter.numel():
             parameter.zero_()
@@ -243,5 +249,7 @@ def load_weights(
     for name, group in groupby(pieces, key=lambda piece: piece.name):  # each tensor is read once, one is held at a time
         tensor = checkpoint.tensor(name, full[name])
         for p in group:
-            place = layout.rectangle(parameters[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
+            place = layout.rectangle(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
             place.copy_(layout.rectangle(tensor, p.row, p.col, p.rows, p.cols))
+    for name, parameter in kept.items():
+        parameter.quantize_(initial[name].to(parameter.device))

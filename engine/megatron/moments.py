@@ -14,6 +14,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from engine.errors import CheckpointError
+from engine.megatron.fp8_parameters import in_fp8
 
 # What an AdamW may keep of a parameter; `master_param` is Transformer Engine's, fp32 weights or their lower 16 bits.
 MOMENTS = ("exp_avg", "exp_avg_sq", "master_param")
@@ -112,7 +113,7 @@ def find_slots(optimizer: Any, names: Mapping[torch.nn.Parameter, str]) -> list[
         if isinstance(owner, HybridDeviceOptimizer):
             key = owner.param_to_inner_param[held]
             owner = next(sub for sub in owner.sub_optimizers if any(key is one for one in _parameters(sub)))
-        apart = key.untyped_storage().data_ptr() != model.untyped_storage().data_ptr()
+        apart = in_fp8(model) or key.untyped_storage().data_ptr() != model.untyped_storage().data_ptr()
         found.append(Slot(name, owner, key, key if apart else None))
     return found
 

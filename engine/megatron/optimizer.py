@@ -34,8 +34,10 @@ class PolicyOptimizer:
         *,
         dtype: torch.dtype,
         distributed: bool,
+        fp8_recipe: str | None = None,
     ) -> None:
-        """`names` are what the chunks' parameters are called in `state`."""
+        """`names` are what the chunks' parameters are called in `state`; `fp8_recipe`, megatron's name, is that of parameters
+        kept in FP8."""
         self._options = options
         moments = MOMENT_DTYPES[options.moment_dtype]
         offloads = options.offload_share > 0
@@ -50,6 +52,7 @@ class PolicyOptimizer:
             use_distributed_optimizer=distributed,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
+            fp8_recipe=fp8_recipe,
             # Then the AdamW keeps the fp32 weights itself, and what is offloaded leaves no fp32 copy on the GPU.
             use_precision_aware_optimizer=moments is not torch.float32 or (offloads and dtype is torch.bfloat16),
             exp_avg_dtype=moments,

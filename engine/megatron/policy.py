@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from engine.llama import layout
 from engine.llama.hf import HfCheckpoint, read_shape
 from engine.megatron import build
 from engine.megatron.fp8 import Fp8Memory
+from engine.megatron.fp8_parameters import Weights, behind, copied, in_fp8, load, scale
 from engine.megatron.libraries import check_libraries
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
@@ -72,14 +74,20 @@ class Policy:
             build.load_weights(model, index, self.shape, self.layout, checkpoint, topology)
         self._held = [self._pieces_of(tp_rank) for tp_rank in range(topology.tp_size)]
         distributed = config.trainer.distributed_optimizer
-        options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+        options = DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed,
+            grad_reduce_in_fp32=True,
+            fp8_param_gather=config.trainer.fp8_parameters,
+        )
         self._chunks = [DistributedDataParallel(self._config, options, model) for model in models]
         self._output_weight = build.output_weight(models[-1]) if topology.is_last_stage else None
         self._fp8 = Fp8Memory(self._config, models)
-        self.parameters = dict(pair for model in models for pair in build.named_parameters(model))
-        names = {parameter: layout.local_name(name) for name, parameter in self.parameters.items()}
+        self._own = dict(pair for model in models for pair in build.named_parameters(model))
+        self.parameters = Weights(self._own)
+        names = {parameter: layout.local_name(name) for name, parameter in self._own.items()}
+        recipe = self._config.fp8_recipe if self._config.fp8_param else None
         self._optimizer = PolicyOptimizer(
-            config.optimizer, self._chunks, names, dtype=self.dtype, distributed=distributed
+            config.optimizer, self._chunks, names, dtype=self.dtype, distributed=distributed, fp8_recipe=recipe
         )
         self._reference: dict[str, torch.Tensor] = {}
         if objective.needs_reference:
@@ -95,7 +103,7 @@ class Policy:
         self._reference = self._copy()
 
     def _copy(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        return {name: copied(parameter) for name, parameter in self._own.items()}
 
     def as_seed(self) -> AbstractContextManager[None]:
         """While entered, the parameters are the seed model's, which an offline run keeps that publishes them again."""
@@ -183,8 +191,10 @@ class Policy:
         flat = torch.empty(
             max(sum(p.rows * p.cols for p in held) for held in pieces), dtype=self.dtype, device=here.device
         )
-        for p, part in _parts(pieces[here.tp_rank], flat):
-            part.copy_(layout.rectangle(self.parameters[p.parameter].data, p.shard_row, p.shard_col, p.rows, p.cols))
+        for name, group in groupby(_parts(pieces[here.tp_rank], flat), key=lambda pair: pair[0].parameter):
+            shard = self.parameters[name]
+            for p, part in group:
+                part.copy_(layout.rectangle(shard, p.shard_row, p.shard_col, p.rows, p.cols))
         gathered = [flat]
         if here.tp_size > 1:
             gathered = [torch.empty_like(flat) for _ in range(here.tp_size)] if here.tp_rank == 0 else []
@@ -199,16 +209,19 @@ class Policy:
 
     def _tables(self) -> dict[str, Mapping[str, torch.Tensor]]:
         """The tensors of the state that are there from the start, by what the names in it begin with."""
-        return {"policy": self.parameters, "reference": self._reference, "fp8": self._fp8.tensors}
+        return {"policy": self._own, "reference": self._reference, "fp8": self._fp8.tensors}
 
     def state(self) -> dict[str, torch.Tensor]:
         """CPU copies of all this rank needs to continue bit for bit: weights, reference, optimizer, FP8 scales. Local shards,
-        named as in megatron-core's local spec whatever trainer.layers is."""
-        tensors = {
-            f"{prefix}.{layout.local_name(name)}": value.detach()
-            for prefix, table in self._tables().items()
-            for name, value in table.items()
-        }
+        named as in megatron-core's local spec whatever trainer.layers is; in the model's dtype, with their scales beside them
+        where they are kept in FP8."""
+        tensors = {}
+        for prefix, table in self._tables().items():
+            for name, value in table.items():
+                local = layout.local_name(name)
+                tensors[f"{prefix}.{local}"] = Weights(table)[name].detach()
+                if in_fp8(value):
+                    tensors[f"{prefix}_scale.{local}"] = scale(value)
         tensors |= {f"optimizer.{name}": value for name, value in self._optimizer.state().items()}
         return {name: value.to("cpu", copy=True) for name, value in tensors.items()}
 
@@ -225,20 +238,20 @@ class Policy:
                         f"{'nothing' if saved is None else f'{list(saved.shape)} {saved.dtype}'}: resume with the "
                         f"configuration that saved it"
                     )
-                value.data.copy_(saved)
+                load(value, saved, tensors.get(f"{prefix}_scale.{layout.local_name(name)}"))
         prefix = "optimizer."
         self._optimizer.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
     @contextmanager
     def serving(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
         """Runs the model on other weights of the same shapes, by pointer; the policy's own come back at the end."""
-        own = {name: parameter.data for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
+        own = {name: behind(parameter) for name, parameter in self._own.items()}
+        for name, parameter in self._own.items():
             parameter.data = weights[name]
         try:
             yield
         finally:
-            for name, parameter in self.parameters.items():
+            for name, parameter in self._own.items():
                 parameter.data = own[name]
 
     def run(self, batch: Batch, loss_of: LossOf, *, forward_only: bool) -> list[torch.Tensor]:

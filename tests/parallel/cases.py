@@ -24,6 +24,7 @@ from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
 from engine.ops import lm_head_log_probs, token_log_probs
 from engine.types import IGNORED, Batch, Microbatch
+from tests.parallel.fp8_case import change_weights, fp8_parameters
 from tests.parallel.material import EVERYTHING, batch_of, run_config
 from tests.parallel.memory_case import memory
 from tests.parallel.pretended_gpu import pretended_gpu
@@ -43,6 +44,8 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "change_layers": change_layers,
         "offload": offload,
         "fp8_moments": fp8_moments,
+        "fp8_parameters": fp8_parameters,
+        "change_weights": change_weights,
         "log_probs": log_probs,
         "memory": memory,
     }

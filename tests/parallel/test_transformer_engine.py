@@ -37,6 +37,16 @@ LAYOUT_ERROR = 0.05  # of the gradients' norm; sums of tensor-parallel ranks are
 FP8_LOSS_ERROR = 0.03  # of the first loss, at each of 20 steps that learn two batches by heart; 0.016 seen
 
 
+FP8 = {"distributed_optimizer": True, "fp8_parameters": True}
+FP8_PARAMETERS = TE | FP8
+PARAMETER_RECIPES = ["current", "blockwise"]
+SEEN = [
+    *("begins_with_the_checkpoint", "reference_is_the_policy", "reference_stays", "reference_moves"),
+    *("looked_up", "same_on_all_ranks", "copies_as_counted"),
+]
+PADDING_BYTES = 2 * 64 * 16  # megatron-core begins every parameter at a multiple of 64 elements
+
+
 @pytest.fixture(scope="module", autouse=True)
 def deterministic():
     """For the pool's processes: attention that repeats bit for bit, and megatron's one hardware queue."""
@@ -181,6 +191,53 @@ def test_the_fp8_loss_curve_is_that_of_bf16(recipe, bf16_curve, pool, checkpoint
     assert found == again
 
 
+@pytest.mark.parametrize("recipe", PARAMETER_RECIPES)
+def test_fp8_parameters_train_as_bf16_ones_that_are_cast(recipe, pool, checkpoint):
+    """Five DPO steps with the same losses to the bit, on a GPU within its FP8's noise: the fp32 weights are rounded to bf16
+    on their way into FP8, so products take the same bytes."""
+    trainer, options = FP8_PARAMETERS | {"fp8": recipe}, BF16 | {"optimizer": {"learning_rate": 1e-4}}
+    wanted = curve(pool, checkpoint("wide"), 5, trainer | {"fp8_parameters": False}, options)
+    found = curve(pool, checkpoint("wide"), 5, trainer, options)
+    assert found == pytest.approx(wanted, rel=0, abs=FP8_LOSS_ERROR * wanted[0] if ON_GPU else 0)
+
+
+@pytest.mark.parametrize("recipe", PARAMETER_RECIPES)
+@pytest.mark.parametrize("layout", [{}, {"data_parallel": 2}, {"tensor_parallel": 2}])
+def test_fp8_parameters_are_what_everyone_sees(layout, recipe, pool, checkpoint):
+    """They begin with the checkpoint's bf16 values, the reference is a copy that later steps leave alone, a step gathers a
+    byte of each, and exports and engines get them dequantized. Two ranks: the losses of the same two without the option, and
+    within FP8's noise those of one."""
+    if ON_GPU and layout and torch.cuda.device_count() < 2:
+        pytest.skip("takes two GPUs; a CPU does for two")
+    size, trainer = 2 if layout else 1, {**LONG, **FP8, "fp8": recipe, **layout}
+    where = {"checkpoint": str(checkpoint("deep"))}
+    ranks = pool.run("fp8_parameters", size, trainer=trainer, options=BF16, **where)
+    for rank in ranks:
+        assert rank["kept"] == 16 and all(rank[name] for name in SEEN), rank
+        gathered, others = rank["gathered"], rank["of"] - rank["in_fp8"]
+        assert gathered["torch.uint8"] == rank["in_fp8"]
+        assert 2 * others <= gathered["torch.bfloat16"] <= 2 * others + PADDING_BYTES
+    assert all(rank.get("synced", True) for rank in ranks) and ("synced" in ranks[0]) == (not layout)
+    if layout:
+        arguments = {"options": BF16, "num_steps": 2, **where}
+        plain, *_ = pool.run("curve", 2, trainer=trainer | {"fp8_parameters": False}, **arguments)
+        alone, *_ = pool.run("curve", 1, trainer=LONG | FP8 | {"fp8": recipe}, **arguments)
+        noise = FP8_LOSS_ERROR * alone[0]["loss"]
+        found = ranks[0]["losses"][:2]
+        assert found == pytest.approx([step["loss"] for step in plain], rel=0, abs=noise if ON_GPU else 0)
+        assert found == pytest.approx([step["loss"] for step in alone], rel=0, abs=noise)
+
+
+@pytest.mark.parametrize("recipe", PARAMETER_RECIPES)
+def test_a_state_goes_from_bf16_to_fp8_parameters_and_back(recipe, pool, checkpoint):
+    """The same names and fp32 weights; the next loss agrees to the bit on a CPU, since products see the same bytes."""
+    trainer = FP8_PARAMETERS | {"fp8": recipe}
+    (found,) = pool.run("change_weights", 1, trainer=trainer, options=BF16, checkpoint=str(checkpoint("wide")))
+    assert found["names"] and found["optimizer"]
+    plain, between, back = found["losses"]
+    assert [between, back] == pytest.approx([plain, plain], rel=2e-2 if ON_GPU else 0)
+
+
 @pytest.mark.parametrize("options", [{}, {"distributed_optimizer": True}])
 def test_a_state_goes_from_local_to_te_layers_and_back(options, pool, checkpoint):
     """The same names and bits; the next loss agrees within bf16."""
@@ -201,15 +258,26 @@ RESUMED = {
     "te_adam_distributed": (TE | {"distributed_optimizer": True}, {"implementation": "te"}),
     "bfloat16_moments": (TE | {"distributed_optimizer": True}, {"implementation": "te", "moment_dtype": "bfloat16"}),
     "fp8_moments": (TE | {"distributed_optimizer": True}, {"implementation": "te", "moment_dtype": "fp8"}),
+    "current_parameters": (FP8_PARAMETERS | {"fp8": "current"}, {}),
+    "blockwise_parameters": (FP8_PARAMETERS | {"fp8": "blockwise"}, {}),
+    "parameters_and_moments": (
+        FP8_PARAMETERS | {"fp8": "blockwise", "recompute": True},
+        {"implementation": "te", "moment_dtype": "fp8"},
+    ),
+    "parameters_of_two": (FP8_PARAMETERS | {"fp8": "current", "data_parallel": 2}, {}),
+    "parameters_of_two_stages": (FP8_PARAMETERS | {"fp8": "blockwise", "pipeline_parallel": 2}, {}),
 }
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_policy_continues_bit_for_bit(name, pool, checkpoint, tmp_path):
     trainer, optimizer = RESUMED[name]
+    size = 2 if {"data_parallel", "pipeline_parallel"} & trainer.keys() else 1
+    if ON_GPU and torch.cuda.device_count() < size:
+        pytest.skip("takes two GPUs; a CPU does for two")
     arguments = {"trainer": trainer, "options": BF16 | {"optimizer": optimizer}}
-    (found,) = pool.run("resume", 1, checkpoint=str(checkpoint("wide")), output=str(tmp_path), **arguments)
-    assert all(found.values()), found
+    for found in pool.run("resume", size, checkpoint=str(checkpoint("wide")), output=str(tmp_path), **arguments):
+        assert all(found.values()), found
 
 
 @pytest.mark.parametrize("implementation", ["torch", "te", pytest.param("apex", marks=needs_apex)])

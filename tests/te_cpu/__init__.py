@@ -54,4 +54,5 @@ def install() -> None:
     from engine.megatron import policy
 
     engine: Any = policy
+    device.gather_one_by_one()
     engine.check_libraries = lambda trainer, optimizer: None  # it would miss the GPU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,15 @@ def count_as_the_cpu() -> None:
     names._set_cuda_rng_state = lambda state, device=-1, graph_safe=True: torch.set_rng_state(state)
     autograd: Any = torch.autograd
     autograd.backward = _backward
+
+
+def gather_one_by_one() -> None:
+    """A group of buckets is gathered one after another: gloo would make one message of bytes and of bfloat16, and neither
+    comes out of it as it went in. NCCL gives each its own type."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    buffers: Any = param_and_grad_buffer
+    buffers._coalescing_manager = lambda *groups, **options: nullcontext()
 
 
 _ask_modes = torch.autograd.backward

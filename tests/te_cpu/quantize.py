@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 BLOCK = 128
 FP8_SIDE = 16  # cuBLAS takes no others
@@ -59,10 +60,11 @@ def from_bytes(data: torch.Tensor, dtype: DType) -> torch.Tensor:
     return data.view(TORCH_TYPES[dtype]).float()
 
 
-def scales(amax: torch.Tensor, dtype: DType, power_of_two: bool, epsilon: float) -> torch.Tensor:
-    """What tensors or blocks with these largest magnitudes are multiplied by; 1 for zeros and infinities."""
+def scales(amax: torch.Tensor, bound: float, power_of_two: bool, epsilon: float) -> torch.Tensor:
+    """What tensors or blocks with these largest magnitudes are multiplied by to reach at most `bound`; 1 for zeros and
+    infinities."""
     amax = amax.clamp(min=epsilon)
-    found = (largest(dtype) / amax).clamp(max=FLOAT_MAX)
+    found = (bound / amax).clamp(max=FLOAT_MAX)
     if power_of_two:
         found = torch.ldexp(torch.ones_like(found), found.frexp().exponent - 1)
     return torch.where((amax == 0) | amax.isinf(), 1.0, found)
@@ -104,7 +106,7 @@ def _fill_tensor(source: torch.Tensor, quantizer: Any, made: Any) -> None:
         if quantizer.with_amax_reduction:
             dist.all_reduce(quantizer.amax, op=dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
         options = (quantizer.force_pow_2_scales, quantizer.amax_epsilon)
-        quantizer.scale.copy_(scales(quantizer.amax, quantizer.dtype, *options))
+        quantizer.scale.copy_(scales(quantizer.amax, largest(quantizer.dtype), *options))
     else:
         quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))  # the largest of all rows of the step
     data = to_bytes(source * quantizer.scale, quantizer.dtype)
@@ -139,7 +141,7 @@ def _blocks(
     padded = matrix.new_zeros(tall * height, wide * BLOCK)
     padded[:num_rows, :num_cols] = matrix
     tiles = padded.view(tall, height, wide, BLOCK)
-    factor = scales(tiles.abs().amax((1, 3)), dtype, power_of_two, epsilon)
+    factor = scales(tiles.abs().amax((1, 3)), largest(dtype), power_of_two, epsilon)
     data = to_bytes((tiles * factor[:, None, :, None]).view(padded.shape), dtype)
     return data[:num_rows, :num_cols].contiguous(), factor.reciprocal()
 
@@ -201,6 +203,37 @@ def compute_amax(tensor: torch.Tensor, amax: torch.Tensor) -> None:
     amax.copy_(tensor.detach().abs().max())
 
 
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk: int, noop: torch.Tensor, lists: list[list[torch.Tensor]], bound: float, power_of_two: bool, epsilon: float
+) -> None:
+    """Scales and their reciprocals, of largest magnitudes."""
+    for amax, factor, inverse in zip(*lists, strict=True):
+        factor.copy_(scales(amax, bound, power_of_two, epsilon))
+        inverse.copy_(factor.reciprocal())
+
+
+def fp8_block_scaling_compute_partial_amax(
+    part: torch.Tensor, amax: torch.Tensor, height: int, width: int, start: int, side: int
+) -> None:
+    """The largest magnitude in each square block of a matrix that is known from `start` on, as far as `part` goes; 0 where
+    nothing of a block is."""
+    whole = torch.zeros(height * width)
+    whole[start : start + part.numel()] = part.detach().float().abs().flatten()
+    rows, cols = -(-height // side), -(-width // side)
+    padded = F.pad(whole.view(height, width), (0, cols * side - width, 0, rows * side - height))
+    amax.zero_()
+    amax[:rows, :cols] = padded.view(rows, side, cols, side).amax((1, 3))
+
+
+def fp8_block_scaling_partial_cast(
+    part: torch.Tensor, out: torch.Tensor, factors: torch.Tensor, height: int, width: int, start: int, side: int, dtype: DType
+) -> None:
+    """That part in FP8, each element by its block's scale."""
+    at = torch.arange(start, start + part.numel())
+    factor = factors[at // width // side, at % width // side]
+    out.copy_(to_bytes(part.detach().float().flatten() * factor, dtype).view(out.shape))
+
+
 def fused_amax_and_scale_update_after_reduction(
     reduced: torch.Tensor, histories: list[torch.Tensor], factors: list[torch.Tensor], algorithm: str, dtype: DType, margin: int
 ) -> None:
@@ -216,5 +249,6 @@ def fused_amax_and_scale_update_after_reduction(
 
 FUNCTIONS = (
     *(quantize, dequantize, fp8_transpose, bgrad_quantize, compute_amax),
+    *(fp8_block_scaling_compute_partial_amax, fp8_block_scaling_partial_cast, multi_tensor_compute_scale_and_scale_inv),
     fused_amax_and_scale_update_after_reduction,
 )

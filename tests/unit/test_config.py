@@ -25,7 +25,7 @@ from engine.rules import (
 )
 
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 101
+MAX_OPTIONS = 102
 
 REQUIRED = """
 [run]
@@ -130,6 +130,10 @@ SMALL_MOMENTS = [
     *("optimizer.implementation=te", "optimizer.moment_dtype=bfloat16"),
     *("trainer.distributed_optimizer=true", "model.dtype=bfloat16"),
 ]
+FP8_PARAMETERS = [
+    *(*TRANSFORMER_ENGINE, "trainer.fp8=blockwise"),
+    *("trainer.distributed_optimizer=true", "trainer.fp8_parameters=true"),
+]
 COMBINATIONS = [
     (["sync.transport=ipc", "cluster.nodes=2"], "sync.transport", "disaggregated", "found cluster.nodes = 2", "use 'auto'"),
     (["sync.sync_interval=4", "checkpoint.every=10"], "checkpoint.every", "sync.sync_interval", "10 and 4", "use 8"),
@@ -176,6 +180,18 @@ COMBINATIONS = [
     (
         [*TRANSFORMER_ENGINE, "trainer.overlap_tensor_parallel=true"],
         *("trainer.overlap_tensor_parallel", "sequence_parallel", "'transformer_engine' and False", "set both"),
+    ),
+    (
+        [*TRANSFORMER_ENGINE, "trainer.fp8=delayed", "trainer.distributed_optimizer=true", "trainer.fp8_parameters=true"],
+        *("trainer.fp8_parameters", "'current' or 'blockwise'", "found 'delayed', True and 0.0", "fp8_parameters = false"),
+    ),
+    (
+        [*TRANSFORMER_ENGINE, "trainer.fp8=current", "trainer.fp8_parameters=true"],
+        *("trainer.fp8_parameters", "trainer.distributed_optimizer", "found 'current', False and 0.0", "set all three"),
+    ),
+    (
+        [*FP8_PARAMETERS, "optimizer.offload_share=0.5"],
+        *("trainer.fp8_parameters", "optimizer.offload_share = 0", "found 'blockwise', True and 0.5", "set all three"),
     ),
     ([*OVERLAP, "trainer.fp8=blockwise"], "trainer.overlap_tensor_parallel", "'blockwise'", "found both", "'current'"),
     (
@@ -274,6 +290,8 @@ def test_every_rule_on_combinations_has_a_case():
         [*TRANSFORMER_ENGINE, "trainer.fp8=blockwise", "trainer.fuse_gradient_accumulation=true"],
         [*OVERLAP, "trainer.fp8=delayed"],
         SMALL_MOMENTS,
+        FP8_PARAMETERS,
+        [*FP8_PARAMETERS, *SMALL_MOMENTS],
         [*SMALL_MOMENTS[2:], "optimizer.implementation=apex", "optimizer.offload_share=0.5"],
         ["data.reward=model", "reward_model.path=rm"],
         ["data.reward=model", "reward_model.path=rm", 'data.mix=[{train = "b"}]', "algorithm.pairing=best_worst"],

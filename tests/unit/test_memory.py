@@ -69,6 +69,16 @@ def test_fp8_adds_copies_of_the_layers_matrices_and_shrinks_what_products_save()
     assert 0.8 * plain["activations"] < fp8["activations"] < plain["activations"]
 
 
+@pytest.mark.parametrize(("moments", "each"), [("float32", 12), ("bfloat16", 8)])
+def test_fp8_parameters_are_a_byte_in_each_direction_and_keep_whole_fp32_weights(moments: str, each: int):
+    """The layers' matrices here and in the reference; the optimizer's quarter has all four bytes of its weights."""
+    options = ("trainer.fp8=blockwise", "trainer.fp8_parameters=true", f"optimizer.moment_dtype={moments}")
+    trainer = of_8b(*options).devices[0].components
+    assert trainer["weights"] == trainer["reference"] == 2 * PARAMETERS - MATRICES
+    assert trainer["FP8 copies"] == MATRICES
+    assert trainer["optimizer"] == each * PARAMETERS / 4
+
+
 @pytest.mark.parametrize("layers", ["local", "transformer_engine"])
 def test_the_feed_forward_keeps_what_is_counted(layers: str):
     """What autograd saves of both forms of SwiGLU, and the product for the next linear layer. The fused form gives the same."""
