@@ -27,7 +27,7 @@ def test_rounding_is_to_nearest_even_and_saturates(dtype: DType, bound: float, m
 
 @given(st.floats(1e-30, 1e30), st.booleans())
 def test_a_scale_brings_the_largest_to_the_end_of_the_range(amax: float, power_of_two: bool) -> None:
-    found = float(quantize.scales(torch.tensor(amax), E4M3, power_of_two, 0.0))
+    found = float(quantize.scales(torch.tensor(amax), quantize.largest(E4M3), power_of_two, 0.0))
     assert found * amax <= 448 * (1 + 1e-6)
     assert found * amax > 448 * (0.5 if power_of_two else 1) * (1 - 1e-6)
     if power_of_two:
@@ -35,7 +35,7 @@ def test_a_scale_brings_the_largest_to_the_end_of_the_range(amax: float, power_o
 
 
 def test_zeros_and_infinities_are_left_unscaled() -> None:
-    assert quantize.scales(torch.tensor([0.0, math.inf]), E4M3, False, 0.0).tolist() == [1.0, 1.0]
+    assert quantize.scales(torch.tensor([0.0, math.inf]), quantize.largest(E4M3), False, 0.0).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -52,6 +52,27 @@ def test_every_block_has_the_scale_of_its_own_largest(shape: tuple[int, int], sq
         largest[row, col] = matrix[rows == row][:, cols == col].abs().max()
     bound = torch.maximum(matrix.abs() * 2**-4, largest[rows][:, cols] * 2**-15)  # half a place; the smallest steps
     assert ((found - matrix).abs() <= bound * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("cuts", [(), (1000,), (130, 7000, 7001)])
+def test_parts_of_a_matrix_are_cast_as_the_whole_is(cuts: tuple[int, ...]) -> None:
+    """What ranks of the distributed optimizer hold of it: their maxima together, then their bytes side by side."""
+    torch.manual_seed(0)
+    matrix, wanted_shape = torch.randn(40, 200), (1, 2)
+    wanted, inverse = quantize._blocks(matrix, E4M3, True, 0.0, True)
+    parts = [p for p in matrix.flatten().tensor_split(cuts) if p.numel()]
+    starts = [0, *cuts]
+    maxima = [torch.full(wanted_shape, -1.0) for _ in parts]
+    for part, amax, start in zip(parts, maxima, starts, strict=True):
+        quantize.fp8_block_scaling_compute_partial_amax(part, amax, 40, 200, start, 128)
+    amax, factors, found_inverse = torch.stack(maxima).amax(0), torch.empty(wanted_shape), torch.empty(wanted_shape)
+    lists = [[amax], [factors], [found_inverse]]
+    quantize.multi_tensor_compute_scale_and_scale_inv(0, torch.zeros(1), lists, quantize.largest(E4M3), True, 0.0)
+    assert torch.equal(found_inverse, inverse)
+    found = [torch.empty(part.shape, dtype=torch.uint8) for part in parts]
+    for part, out, start in zip(parts, found, starts, strict=True):
+        quantize.fp8_block_scaling_partial_cast(part, out, factors, 40, 200, start, 128, E4M3)
+    assert torch.equal(torch.cat(found), wanted.flatten())
 
 
 def test_products_are_those_of_matrices_that_count_columns_first() -> None:
