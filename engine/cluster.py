@@ -1,9 +1,8 @@
 """Starts the processes of a run with Ray where placement.py puts them, and watches them: trainer ranks and inference engines,
 each in its own process. The only room that imports ray. It computes nothing and knows no algorithm.
 
-Ray's own control channel pickles what crosses it. On one node it listens on the loopback interface only, and a token made
-anew for each run must come with every call. With cluster.nodes > 1 the run joins a Ray cluster that is already there, and
-only one that demands a token.
+Ray's own control channel pickles what crosses it. On one node it listens on the loopback interface only, and a token made anew
+for each run must come with every call. With cluster.nodes > 1 the run joins a Ray cluster that is there and demands a token.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from engine.errors import (
     MISTAKES,
     ConfigError,
     EngineLostError,
+    EngineStartError,
     MissingNodeError,
     PreemptedError,
     ProcessLostError,
@@ -88,7 +88,8 @@ class RayFuture:
         except ray.exceptions.RayTaskError as error:
             raise _plain(error, self._name) from error
         except ray.exceptions.RayActorError as error:
-            raise EngineLostError(f"the process of {self._name} ended: {_last_line(error)}") from error
+            kind = EngineStartError if error.actor_init_failed else EngineLostError
+            raise kind(f"the process of {self._name} ended: {_last_line(error)}") from error
 
 
 class RayEngine:
@@ -265,12 +266,13 @@ class Cluster:
     def __exit__(self, *raised: object) -> None:
         import ray
 
+        started = descendants()  # asked before too: whoever loses its parent is no descendant any more
         for actor in self._ranks:
             ray.kill(actor)
         for engine in self._engines:
             engine.stop()
         nsight.await_reports(self._config.profile)
-        started = descendants() - self._others  # asked now: whoever loses its parent is no descendant any more
+        started = (started | descendants()) - self._others
         ray.shutdown()
         end(started)
 

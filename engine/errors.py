@@ -40,6 +40,12 @@ class EngineLostError(InferenceError):
     """An engine's process is gone, or what it holds cannot be mended: only starting it anew helps."""
 
 
+class EngineStartError(EngineLostError):
+    """An engine could not be made: what it was asked for is wrong here, and would be again."""
+
+    may_pass = False
+
+
 class RequestError(InferenceError):
     """One request to an endpoint failed for good; others may succeed."""
 
@@ -75,8 +81,9 @@ class MissingNodeError(WatchdogError):
 
 
 class UnexpectedError(WatchdogError):
-    """A process raised what is a mistake in the code, which would come again."""
+    """A process raised what is a mistake in the code, which would come again. 70 is EX_SOFTWARE."""
 
+    exit_code = 70
     may_pass = False
 
 

@@ -143,6 +143,12 @@ class TrainerState:
         return (1 if self._config.trainer.fp8_parameters else 2) * self._in_fp8
 
     @property
+    def cast(self) -> int:
+        """This rank's share of the layers' matrices in bfloat16, all of which are there until the last is cast after a step."""
+        t = self._config.trainer
+        return self._dtype.itemsize * -(-self._in_fp8 // t.data_parallel) if t.fp8_parameters else 0
+
+    @property
     def copies(self) -> int:
         """The reference, and the seed model's where evaluations of an offline run lend the engines newer weights."""
         c = self._config
@@ -268,11 +274,12 @@ class Step:
     @property
     def _update(self) -> int:
         """What AdamW makes for all parameters before it moves the first: torch's a root, Transformer Engine's both moments in
-        float32 where it keeps them narrower."""
-        adam, on_device = self._config.optimizer, TrainerState(self._shape, self._config, self._stage).on_device
+        float32 where it keeps them narrower. Or the weights on their way into FP8."""
+        adam, state = self._config.optimizer, TrainerState(self._shape, self._config, self._stage)
+        on_device, cast = state.on_device, state.cast
         if adam.moment_dtype != "float32":
             return 2 * FP32 * on_device
-        return FP32 * on_device if self._on_gpu and adam.implementation == "torch" else 0
+        return max(cast, FP32 * on_device if self._on_gpu and adam.implementation == "torch" else 0)
 
     @property
     def _layer_backward(self) -> int:

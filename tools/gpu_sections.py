@@ -47,7 +47,7 @@ SECTIONS = (
         "transformer_engine",
         "the trainer with Transformer Engine's layers computes what it does with megatron's",
         (*PYTEST, TE_TESTS),
-        100,
+        160,
         files=(TE_TESTS,),
         modules=("pytest", *TRAINER, *TRANSFORMER_ENGINE),
     ),

@@ -12,7 +12,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -61,7 +60,8 @@ class Sender:
     def send(self, shards: Mapping[str, torch.Tensor], transport: Transport, deadline: Deadline) -> None:
         """Sends this rank's part of one version from its shards. WeightSyncError names what was not delivered, or a shard
         that is not of the agreed type."""
-        for name, shard in shards.items():
+        kept: Mapping[str, torch.Tensor] = getattr(shards, "kept", shards)  # of what is made for a look, to ask its type
+        for name, shard in kept.items():
             if shard.dtype != self._dtype:
                 raise WeightSyncError(f"trainer parameter {name} must be {self._dtype}; found {shard.dtype}: publish one type")
         under_way = _UnderWay(self._plan, transport.depth, deadline)
@@ -69,14 +69,15 @@ class Sender:
         known: dict[int, list[torch.Tensor]] = {}  # of buckets that have gone to another node
         for message in self._messages:
             key = tuple(sorted(message.route)), message.bucket.target
+            held = _looked_up(message.bucket, shards)
             if key not in sums:
                 sums[key] = ShardDigest(self._parameters[key[1]], self._columns)
             if id(message.bucket) not in known:  # first: what follows finds it in the processor's cache
-                known[id(message.bucket)] = [sums[key].digest(t.target, block) for t, block in _blocks(message.bucket, shards)]
+                known[id(message.bucket)] = [sums[key].digest(t.target, block) for t, block in _blocks(message.bucket, held)]
             for t, part in zip(message.bucket.transfers, known[id(message.bucket)], strict=True):
                 sums[key].add(t.target.parameter, part)
             under_way.make_room(message.bucket)
-            buffer = self._pack(message.bucket, shards)
+            buffer = self._pack(message.bucket, held)
             first = self._plan.receivers(message)[0]
             under_way.add(message, transport.send(buffer, first, lasting=True))
         under_way.finish()
@@ -274,12 +275,15 @@ def _finish(pending: Pending, deadline: Deadline, name: Callable[[], str]) -> No
         raise WeightSyncError(f"{name()} {UNDELIVERED}: {error}") from error
 
 
+def _looked_up(bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters that a bucket is of, each looked up once: it may be made for the look."""
+    return {name: shards[name] for name in dict.fromkeys(t.source.parameter for t in bucket.transfers)}
+
+
 def _blocks(bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> Iterator[tuple[Transfer, torch.Tensor]]:
     """A bucket's rectangles where they lie in the sender's shards."""
-    for name, group in groupby(bucket.transfers, key=lambda t: t.source.parameter):
-        shard = shards[name]  # once: it may be made for this look
-        for t in group:
-            yield t, rectangle(shard, t.source.row, t.source.col, t.rows, t.cols)
+    for t in bucket.transfers:
+        yield t, rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols)
 
 
 def _parts(buffer: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:

@@ -101,8 +101,10 @@ def _room(config: RunConfig, policy: Policy, place: Standing, turns: Homes | Non
 
 
 def shared_bytes(config: RunConfig, policy: Source) -> int:
-    """What weight syncs through the memory of a machine move into it, of this trainer rank: weights and staging."""
-    weights = sum(p.numel() * p.element_size() for p in policy.parameters.values()) * (2 if config.keeps_seed else 1)
+    """What weight syncs through the memory of a machine move into it, of this trainer rank: weights and staging. Weights in FP8
+    are made for a look, and everything then goes by way of staging."""
+    held = () if config.trainer.fp8_parameters else policy.parameters.values()
+    weights = sum(p.numel() * p.element_size() for p in held) * (2 if config.keeps_seed else 1)
     return weights + 2 * (config.sync.bucket_mebibytes << 20)
 
 

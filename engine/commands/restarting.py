@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 
 from engine.config import RunConfig
-from engine.errors import PreemptedError, SemionError
+from engine.errors import MissingNodeError, PreemptedError, SemionError
 from engine.observe.summary import RESTARTS
 from engine.worker import Event, stop_request
 
@@ -34,18 +34,21 @@ def unbroken(config: RunConfig, attempt: Callable[[bool], Iterator[Event]], *, r
     """
     number, before = 0, saved_steps(config) if resume else 0
     while True:
+        has_moved = False  # else the records are still those that the attempt before left
         try:
-            yield from attempt(resume)
+            for event in attempt(resume):
+                has_moved = has_moved or event["kind"] == "step"
+                yield event
             return
         except SemionError as error:
             after, so_far = saved_steps(config), number
+            if (error.may_pass or isinstance(error, MissingNodeError)) and stop_request(config).exists():
+                raise PreemptedError(f"asked to stop, and lost: {error}; --resume auto {_where(after)}") from error
             again = restarts_in_a_row(error, before, after, so_far, config.run.restarts)
             if again is None:
                 raise _tried(error, so_far) from error
-            if stop_request(config).exists():
-                raise PreemptedError(f"asked to stop, and lost: {error}; --resume auto {_where(after)}") from error
             number, before, resume = again, after, after > 0
-            write_down(config, after, number, error)
+            write_down(config, after, number, error, has_moved=has_moved)
             text = f"lost: {error}; the run {_where(after)}, restart {number} of {config.run.restarts}"
             yield {"kind": "restart", "step": after, "text": text}
 
@@ -58,14 +61,16 @@ def saved_steps(config: RunConfig) -> int:
     return int(read_manifest(newest)["step"]) if newest is not None else 0
 
 
-def write_down(config: RunConfig, step: int, number: int, error: SemionError) -> None:
-    """Adds a row to the record: the step gone on from, how many on record are to be done again, what was lost and when."""
+def write_down(config: RunConfig, step: int, number: int, error: SemionError, *, has_moved: bool) -> None:
+    """Adds a row to the record: the step gone on from, how many that the lost attempt did are to be done again, what was lost
+    and when. `has_moved`: it did any."""
     from engine.observe.sinks import JsonlLedger, read_rows
 
     done = max((row["step"] + 1 for row in read_rows(config.run_directory / "metrics.jsonl")), default=0)
+    lost_steps = max(0, done - step) if has_moved else 0
     what = {"restart": number, "error": type(error).__name__, "text": str(error)}
     ledger = JsonlLedger(config.run_directory / RESTARTS)
-    ledger.append([{"step": step, "lost_steps": max(0, done - step), **what, "unix_seconds": time.time()}])
+    ledger.append([{"step": step, "lost_steps": lost_steps, **what, "unix_seconds": time.time()}])
     ledger.close()
 
 

@@ -14,6 +14,7 @@ from engine.commands.common import evaluation_note, print_evaluations, runnable,
 from engine.config import RunConfig, dump_config
 from engine.errors import ConfigError, PreemptedError
 from engine.files import locked
+from engine.observe.summary import RESTARTS
 
 
 def train(options: argparse.Namespace) -> None:
@@ -101,6 +102,7 @@ def check_fresh(config: RunConfig, *, may_start_over: bool) -> None:
     """
     directory = config.run_directory
     if not (directory / "metrics.jsonl").exists():
+        (directory / RESTARTS).unlink(missing_ok=True)  # of one that never took a step
         return
     before = directory / "config.toml"
     same = before.exists() and before.read_text(encoding="utf-8") == dump_config(config)

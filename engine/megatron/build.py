@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from engine.errors import ConfigError
 from engine.llama import layout
 from engine.llama.hf import HfCheckpoint, LlamaShape
-from engine.megatron.fp8_parameters import in_fp8
+from engine.megatron.fp8_parameters import fill, in_fp8
 from engine.megatron.topology import Topology
 from engine.options import Trainer
 
@@ -252,4 +252,4 @@ def load_weights(
             place = layout.rectangle(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
             place.copy_(layout.rectangle(tensor, p.row, p.col, p.rows, p.cols))
     for name, parameter in kept.items():
-        parameter.quantize_(initial[name].to(parameter.device))
+        fill(parameter, initial[name])

@@ -6,7 +6,7 @@ Shape legend: a matrix [M, K] of bytes has one scale [1], or one for each BLOCK 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,20 +20,20 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def __init__(self, kept: Mapping[str, torch.Tensor]) -> None:
         """`kept` as they are."""
-        self._kept = kept
+        self.kept = kept
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: Any = self._kept[name]
+        tensor: Any = self.kept[name]
         if not in_fp8(tensor):
             return tensor  # type: ignore[no-any-return]
         made: torch.Tensor = tensor.detach().dequantize()
         return made
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._kept)
+        return iter(self.kept)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.kept)
 
 
 def in_fp8(tensor: torch.Tensor) -> bool:
@@ -45,6 +45,22 @@ def scale(tensor: Any) -> torch.Tensor:
     """What an FP8 tensor's bytes are multiplied by, float32."""
     found: torch.Tensor = tensor._rowwise_scale_inv if _in_blocks(tensor) else tensor._scale_inv
     return found
+
+
+def forget_initial(parameters: Iterable[Any]) -> None:
+    """Lets the host's copies go that FP8 parameters were filled from. megatron-core drops those that its optimizer took a part
+    of; with data parallelism a rank's optimizer takes none of some parameters."""
+    for parameter in parameters:
+        if hasattr(parameter, "clear_high_precision_init_val"):
+            parameter.clear_high_precision_init_val()
+
+
+def fill(tensor: Any, values: torch.Tensor) -> None:
+    """Quantizes `values` into an FP8 tensor. Its table of scales is wider than its blocks; what lies beside them, which nobody
+    multiplies by, is made 1, as megatron-core's cast after a step has it, or two equal states could differ."""
+    tensor.quantize_(values.to(tensor.device))
+    if _in_blocks(tensor):
+        scale(tensor)[:, -(-tensor.shape[1] // BLOCK) :] = 1.0
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,7 +96,7 @@ def load(tensor: Any, saved: torch.Tensor, saved_scale: torch.Tensor | None) -> 
         tensor.data.copy_(saved)
         return
     if saved_scale is None:
-        tensor.quantize_(saved.to(tensor.device))
+        fill(tensor, saved)
     else:
         own = scale(tensor)
         own.copy_(saved_scale)

@@ -32,7 +32,7 @@ from engine.llama import layout
 from engine.llama.hf import HfCheckpoint, read_shape
 from engine.megatron import build
 from engine.megatron.fp8 import Fp8Memory
-from engine.megatron.fp8_parameters import Weights, behind, copied, in_fp8, load, scale
+from engine.megatron.fp8_parameters import Weights, behind, copied, forget_initial, in_fp8, load, scale
 from engine.megatron.libraries import check_libraries
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
@@ -74,11 +74,7 @@ class Policy:
             build.load_weights(model, index, self.shape, self.layout, checkpoint, topology)
         self._held = [self._pieces_of(tp_rank) for tp_rank in range(topology.tp_size)]
         distributed = config.trainer.distributed_optimizer
-        options = DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed,
-            grad_reduce_in_fp32=True,
-            fp8_param_gather=config.trainer.fp8_parameters,
-        )
+        options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
         self._chunks = [DistributedDataParallel(self._config, options, model) for model in models]
         self._output_weight = build.output_weight(models[-1]) if topology.is_last_stage else None
         self._fp8 = Fp8Memory(self._config, models)
@@ -89,6 +85,7 @@ class Policy:
         self._optimizer = PolicyOptimizer(
             config.optimizer, self._chunks, names, dtype=self.dtype, distributed=distributed, fp8_recipe=recipe
         )
+        forget_initial(self._own.values())
         self._reference: dict[str, torch.Tensor] = {}
         if objective.needs_reference:
             self.refresh_reference()
@@ -215,15 +212,19 @@ class Policy:
         """CPU copies of all this rank needs to continue bit for bit: weights, reference, optimizer, FP8 scales. Local shards,
         named as in megatron-core's local spec whatever trainer.layers is; in the model's dtype, with their scales beside them
         where they are kept in FP8."""
-        tensors = {}
+        return {name: value.detach().to("cpu", copy=True) for name, value in self._state()}
+
+    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """One tensor at a time: what is kept in FP8 is made for the look."""
         for prefix, table in self._tables().items():
+            weights = Weights(table)
             for name, value in table.items():
                 local = layout.local_name(name)
-                tensors[f"{prefix}.{local}"] = Weights(table)[name].detach()
+                yield f"{prefix}.{local}", weights[name]
                 if in_fp8(value):
-                    tensors[f"{prefix}_scale.{local}"] = scale(value)
-        tensors |= {f"optimizer.{name}": value for name, value in self._optimizer.state().items()}
-        return {name: value.to("cpu", copy=True) for name, value in tensors.items()}
+                    yield f"{prefix}_scale.{local}", scale(value)
+        for name, value in self._optimizer.state().items():
+            yield f"optimizer.{name}", value
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:

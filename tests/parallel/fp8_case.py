@@ -36,7 +36,9 @@ def fp8_parameters(config: RunConfig, topology: Topology, checkpoint: str) -> di
     found["losses"] = []
     for step in range(2):
         with _gathers() as gathered:
-            found["losses"].append(policy.train_step(policy.score(batches[step]))["loss"])
+            metrics = policy.train_step(policy.score(batches[step]))
+        found["losses"].append(metrics["loss"])
+        found["norms"] = [*found.get("norms", ()), metrics["grad_norm"]]
         found["gathered"] = gathered
     found["reference_stays"] = _equal(first, _reference_log_probs(policy, batches[0]))
     policy.refresh_reference()

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_SECONDS = 150.0
 
@@ -31,7 +33,7 @@ class WorkerPool:
     def run(self, case: str, world_size: int, **arguments: Any) -> list[Any]:
         """Results of all ranks, in rank order. CaseFailed when any rank did not give one in time."""
         while len(self._workers) < world_size:
-            self._workers.append(_Worker())
+            self._workers.append(_Worker(len(self._workers)))
         ranks = self._workers[:world_size]
         with tempfile.TemporaryDirectory() as folder:
             for rank, worker in enumerate(ranks):
@@ -51,8 +53,17 @@ class WorkerPool:
         self._workers = []
 
 
+def own_device_first(rank: int) -> dict[str, str]:
+    """As the engine starts its ranks: each sees its own GPU first and the others after it. Nothing where there are none."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = named.split(",") if named else [str(device) for device in range(torch.cuda.device_count())]
+    if rank >= len(devices):
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join([devices[rank], *devices[:rank], *devices[rank + 1 :]])}
+
+
 class _Worker:
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
         ours, theirs = os.pipe()
         environment = os.environ | {
@@ -60,6 +71,7 @@ class _Worker:
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONWARNINGS": "ignore",
+            **own_device_first(rank),
         }
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py")), str(theirs)],

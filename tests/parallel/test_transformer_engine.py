@@ -34,7 +34,7 @@ CURVE = BF16 | {"optimizer": {"learning_rate": 1e-4}}
 RECIPES = ["delayed", "current", "blockwise"]
 FP8_LOGITS_ERROR = 0.25  # of their norm: three bits of mantissa in every product of two layers; 0.17 to 0.18 seen
 LAYOUT_ERROR = 0.05  # of the gradients' norm; sums of tensor-parallel ranks are rounded to bf16: 0.026 seen
-FP8_LOSS_ERROR = 0.03  # of the first loss, at each of 20 steps that learn two batches by heart; 0.016 seen
+FP8_LOSS_ERROR = 0.03  # of the first loss, at each of 20 steps that learn two batches by heart; 0.017 seen
 
 
 FP8 = {"distributed_optimizer": True, "fp8_parameters": True}
@@ -226,6 +226,8 @@ def test_fp8_parameters_are_what_everyone_sees(layout, recipe, pool, checkpoint)
         found = ranks[0]["losses"][:2]
         assert found == pytest.approx([step["loss"] for step in plain], rel=0, abs=noise if ON_GPU else 0)
         assert found == pytest.approx([step["loss"] for step in alone], rel=0, abs=noise)
+        norms = [step["grad_norm"] for step in plain]
+        assert ranks[0]["norms"] == pytest.approx(norms, rel=FP8_LOGITS_ERROR if ON_GPU else 1e-6)
 
 
 @pytest.mark.parametrize("recipe", PARAMETER_RECIPES)
@@ -266,13 +268,14 @@ RESUMED = {
     ),
     "parameters_of_two": (FP8_PARAMETERS | {"fp8": "current", "data_parallel": 2}, {}),
     "parameters_of_two_stages": (FP8_PARAMETERS | {"fp8": "blockwise", "pipeline_parallel": 2}, {}),
+    "delayed_of_two": (TE | {"fp8": "delayed", "tensor_parallel": 2, "sequence_parallel": True, "recompute": True}, {}),
 }
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_policy_continues_bit_for_bit(name, pool, checkpoint, tmp_path):
     trainer, optimizer = RESUMED[name]
-    size = 2 if {"data_parallel", "pipeline_parallel"} & trainer.keys() else 1
+    size = 2 if {"data_parallel", "pipeline_parallel", "tensor_parallel"} & trainer.keys() else 1
     if ON_GPU and torch.cuda.device_count() < size:
         pytest.skip("takes two GPUs; a CPU does for two")
     arguments = {"trainer": trainer, "options": BF16 | {"optimizer": optimizer}}
@@ -334,8 +337,10 @@ def test_fused_gradient_accumulation_gives_the_same_gradients(variant, layers, p
 
 def test_an_importable_transformer_engine_changes_no_bit(pool, checkpoint, tmp_path, monkeypatch):
     """megatron's own layers and torch's AdamW, asked for where Transformer Engine can be imported and where it cannot."""
-    monkeypatch.delenv("SEMION_TE_STAND_IN", raising=False)
-    bare = WorkerPool()  # on a GPU it has the library too
+    if ON_GPU:
+        pytest.skip("there the library is installed, and two processes have it alike")
+    monkeypatch.delenv("SEMION_TE_STAND_IN")
+    bare = WorkerPool()
     found = []
     for workers, kind in ((pool, "with"), (bare, "without")):
         (tmp_path / kind).mkdir()

@@ -1,5 +1,6 @@
 """FP8 as Transformer Engine's CUDA casts make it, in plain torch: a tensor's own scale (from past maxima, or its own largest),
 or one a block of 128 or 128 x 128. Rounding is to nearest even and saturates; scales follow common/recipe in its sources.
+What a GPU's fused kernels may quantize from float32, such as a norm's output, is rounded to the tensor's own type before.
 """
 
 from __future__ import annotations
@@ -147,9 +148,10 @@ def _blocks(
 
 
 def _place_scales(place: torch.Tensor, inverse: torch.Tensor, *, by_tile: bool) -> None:
-    """Into the padded table: a row a tile of columns for blocks of one row, else as they lie."""
+    """Into the padded table: a row a tile of columns for blocks of one row, else as they lie. A GPU leaves the padding as it
+    was allocated: here whoever reads it finds NaN."""
     inverse = inverse.t() if by_tile else inverse
-    place.zero_()
+    place.fill_(math.nan)
     place[: inverse.size(0), : inverse.size(1)] = inverse
 
 

@@ -10,6 +10,7 @@ secret; SEMION_START_SECONDS is how long all attempts may take.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -107,6 +108,8 @@ def main(role: str) -> None:
         return
     if not os.environ.get("RAY_AUTH_TOKEN"):
         sys.exit("node.py: RAY_AUTH_TOKEN must hold the job's secret, and is unset: start the job with train.sbatch")
+    # All that Ray starts inherits this: a signal that Slurm sends to every process of a step would end it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     os.environ.update(RAY_ENVIRONMENT)
     say(start(float(os.environ["SEMION_START_SECONDS"])))
     time.sleep(FLUSH_SECONDS)
