@@ -12,9 +12,18 @@ import ray
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from engine.cluster import _ENVIRONMENT, _LOOPBACK, RAY_ENVIRONMENT, Cluster, Node, _plain
+from engine.cluster import _ENVIRONMENT, _LOOPBACK, RAY_ENVIRONMENT, Cluster, Node, RayFuture, _plain
 from engine.config import RunConfig
-from engine.errors import ConfigError, PreemptedError, ProcessLostError, UnexpectedError, WatchdogError, WeightSyncError
+from engine.errors import (
+    ConfigError,
+    EngineLostError,
+    EngineStartError,
+    PreemptedError,
+    ProcessLostError,
+    UnexpectedError,
+    WatchdogError,
+    WeightSyncError,
+)
 from engine.machine import devices, interface_of
 from engine.options import Options
 from engine.placement import Part, Placement, Seat, homes, place, training_parts
@@ -306,6 +315,21 @@ def test_what_a_process_raised_is_told_from_its_death_and_from_a_mistake_in_the_
     assert _plain(failed(WeightSyncError("typed")), "trainer rank 1").exit_code == 6
     died = _plain(ray.exceptions.RayActorError(), "trainer rank 0")
     assert isinstance(died, ProcessLostError) and str(died).startswith("the process of trainer rank 0 ended: ")
+
+
+def test_an_engine_that_cannot_be_made_is_told_from_one_that_is_lost(monkeypatch):
+    def found(error: Exception) -> Exception:
+        def get(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ray, "get", get)
+        with pytest.raises(EngineLostError) as caught:
+            RayFuture(None, "engine 0").result(1.0)
+        return caught.value
+
+    died, never_was = (found(ray.exceptions.RayActorError(actor_init_failed=made)) for made in (False, True))
+    assert type(died) is EngineLostError and died.may_pass
+    assert isinstance(never_was, EngineStartError) and not never_was.may_pass and never_was.exit_code == 5
 
 
 def test_sigterm_while_ray_starts_leaves_a_run_to_be_continued(monkeypatch, tmp_path):

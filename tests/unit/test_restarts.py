@@ -13,7 +13,7 @@ import pytest
 
 from engine.checkpoint import _content_digest
 from engine.commands.restarting import restarts_in_a_row, unbroken
-from engine.commands.training import preemptible, show
+from engine.commands.training import check_fresh, preemptible, show
 from engine.config import RunConfig
 from engine.errors import (
     CheckpointError,
@@ -137,6 +137,37 @@ def test_whoever_asked_to_stop_is_heard_when_a_process_is_lost(config):
     with pytest.raises(PreemptedError, match="lost: gone; --resume auto goes on from the checkpoint of 2 steps") as caught:
         asked_meanwhile()
     assert caught.value.exit_code == 75 and attempts.resumed == [False]
+
+
+@pytest.mark.parametrize("error", [EngineLostError("gone"), MissingNodeError("a node is gone")])
+def test_a_request_is_heard_also_where_nothing_would_be_tried_again(error, config):
+    """It ends with 75, which is always put back into a queue, and not with the loss's own code."""
+    plain = config.model_copy(update={"run": config.run.model_copy(update={"restarts": 0})})
+
+    def asked_meanwhile() -> None:
+        with preemptible(plain):
+            for event in unbroken(plain, Attempts(plain, (range(3), 2, error)), resume=False):
+                if event["kind"] == "step" and event["step"] == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(PreemptedError, match="asked to stop, and lost: "):
+        asked_meanwhile()
+
+
+def test_steps_are_counted_once_where_an_attempt_did_none(config):
+    """Its records are those that the attempt before left."""
+    lost = [(range(3), 2, EngineLostError("a")), (range(0), None, WatchdogError("no Ray")), (range(2, 3), None, None)]
+    list(unbroken(config, Attempts(config, *lost), resume=False))
+    rows = [json.loads(line) for line in (config.run_directory / "restarts.jsonl").read_text().splitlines()]
+    assert [row["lost_steps"] for row in rows] == [1, 0]
+
+
+def test_the_restarts_of_a_run_that_never_took_a_step_are_not_the_next_ones(config):
+    restarts = config.run_directory / "restarts.jsonl"
+    restarts.parent.mkdir(parents=True, exist_ok=True)
+    restarts.write_text('{"step": 0}\n')
+    check_fresh(config, may_start_over=False)
+    assert not restarts.exists()
 
 
 def test_a_request_that_comes_with_the_restart_reaches_the_next_attempt(config):
