@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from engine.bridge import opening
 from engine.bridge.exchange import STAGED
 from engine.bridge.plan import Bucket, ShardPlan, Spot, Transfer, plan
 from engine.config import RunConfig
@@ -55,10 +56,9 @@ def plan_run(config: RunConfig, machine: Machine) -> dict[str, Any]:
     if _within_nodes(config):
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     _check(machine)
-    nodes, turns = _nodes(config.inference.engines, target.tp_size, config.cluster.gpus_per_node), homes(config)
-    if config.inference.placement == "colocated" or config.sync.transport == "ipc":
-        nodes = tuple((engine,) for engine in range(config.inference.engines))  # each takes what it needs by itself
-    senders = tuple(turns.beside(engine) for (engine,) in nodes) if turns else ()
+    machines = _machines(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
+    shared = config.inference.placement == "colocated" or config.sync.transport == "ipc"
+    nodes, senders = opening.channel(machines, "ipc" if shared else "nccl", homes(config))
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
     dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
@@ -77,15 +77,14 @@ def _check(machine: Machine) -> None:
             raise ConfigError(f"{option} must be a number greater than 0; found {value}: give the machine's")
 
 
-def _nodes(num_engines: int, tp_size: int, gpus_per_node: int) -> tuple[tuple[int, ...], ...]:
-    """Engines side by side, as many to a node as it has GPUs for."""
+def _machines(num_engines: int, tp_size: int, gpus_per_node: int) -> list[int]:
+    """The machine of every engine: side by side, as many to a node as it has GPUs for."""
     if tp_size > gpus_per_node:
         raise ConfigError(
             f"inference.tensor_parallel must fit into a node; found {tp_size} with cluster.gpus_per_node = {gpus_per_node}: "
             f"lower it"
         )
-    each = gpus_per_node // tp_size
-    return tuple(tuple(range(i, min(i + each, num_engines))) for i in range(0, num_engines, each))
+    return [engine // (gpus_per_node // tp_size) for engine in range(num_engines)]
 
 
 def _within_nodes(config: RunConfig) -> bool:

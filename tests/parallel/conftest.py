@@ -29,17 +29,15 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+WIDE: dict[str, Any] = {  # every product in whole blocks of 128, as FP8 recipes ask
+    **{"hidden_size": 256, "intermediate_size": 512, "vocab_size": 320},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True, "rope_parameters": LLAMA31},
-    "wide": {  # every product in whole blocks of 128, as FP8 recipes ask
-        **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 320},
-        **{"num_attention_heads": 8, "num_key_value_heads": 4},
-    },
-    "deep": {  # the same, with a layer for each of two virtual stages of two
-        **{"hidden_size": 256, "intermediate_size": 512, "vocab_size": 320},
-        **{"num_attention_heads": 8, "num_key_value_heads": 4},
-    },
+    "wide": WIDE | {"num_hidden_layers": 2},
+    "deep": WIDE,  # a layer for each of two virtual stages of two
     "odd": {"vocab_size": 67, "head_dim": 16, "rope_parameters": LLAMA31},
 }
 

@@ -27,16 +27,15 @@ pytestmark = pytest.mark.skipif(
     ON_GPU and find_spec("transformer_engine") is None, reason="Transformer Engine is not installed: requirements/gpu.txt"
 )
 needs_apex = pytest.mark.skipif(find_spec("amp_C") is None, reason="apex is not installed")
+needs_two = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="takes two GPUs; a CPU does for two")
 BF16 = {"model": {"dtype": "bfloat16"}}
 TE = {"layers": "transformer_engine", "microbatch_tokens": 128}
-needs_two = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="takes two GPUs; a CPU does for two")
 CURVE = BF16 | {"optimizer": {"learning_rate": 1e-4}}
 RECIPES = ["delayed", "current", "blockwise"]
 FP8_LOGITS_ERROR = 0.25  # of their norm: three bits of mantissa in every product of two layers; 0.17 to 0.18 seen
 LAYOUT_ERROR = 0.05  # of the gradients' norm; sums of tensor-parallel ranks are rounded to bf16: 0.026 seen
 FP8_LOSS_ERROR = 0.03  # of the first loss, at each of 20 steps that learn two batches by heart; 0.017 seen
-
-
+LONG = TE | {"microbatch_tokens": 256}  # whole blocks of FP8 on each of two ranks
 FP8 = {"distributed_optimizer": True, "fp8_parameters": True}
 FP8_PARAMETERS = TE | FP8
 PARAMETER_RECIPES = ["current", "blockwise"]
@@ -80,7 +79,6 @@ def one_rank(pool, checkpoint, tmp_path_factory):
     return gradients
 
 
-LONG = TE | {"microbatch_tokens": 256}  # whole blocks of FP8 on each of two ranks
 LAYOUTS = {
     "tp2": {"tensor_parallel": 2},
     "tp2_sequence_parallel": {"tensor_parallel": 2, "sequence_parallel": True},
