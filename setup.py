@@ -123,11 +123,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["engine", "engine.*"]),
-    package_data={"engine.rewards": ["cases.jsonl"]},
+    package_data={"engine.rewards.math": ["cases.jsonl"]},
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildKernels},
     entry_points={
         "console_scripts": ["semion = engine.cli:main"],
-        "vllm.general_plugins": ["semion = engine.bridge.receive:register"],
+        "vllm.general_plugins": ["semion = engine.inference.receiver:register"],
     },
 )

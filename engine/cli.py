@@ -19,8 +19,8 @@ from engine.commands import evaluating, preparing, sampling, scoring, training
 from engine.commands import profile as profiles
 from engine.commands import report as reports
 from engine.commands.common import write_figures
-from engine.config import dump_config, load_config
-from engine.errors import CheckpointError, SemionError
+from engine.config.load import dump_config, load_config
+from engine.core.errors import CheckpointError, SemionError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,8 +121,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
+    from engine.capacity.transfer import Machine, memory_table, plan_run, table, verdict
     from engine.observe.progress import print_table
-    from engine.planner import Machine, memory_table, plan_run, table, verdict
 
     machine = Machine(
         options.network_gigabytes_per_second, options.nvlink_gigabytes_per_second, options.gpu_gibibytes
@@ -135,7 +135,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from engine.checkpoint import BEST, MANIFEST, best, export, latest
+    from engine.run.checkpoint import BEST, MANIFEST, best, export, latest
 
     folder = Path(options.checkpoint)
     checkpoint: Path | None = folder
@@ -154,7 +154,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from engine.doctor import examine
+    from engine.commands.doctor import examine
     from engine.observe.progress import print_table
 
     findings = examine()

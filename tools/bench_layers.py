@@ -24,12 +24,12 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from engine.errors import SemionError
-from engine.llama.hf import LlamaShape
+from engine.config.options import Optimizer, Trainer
+from engine.core.errors import SemionError
 from engine.megatron import build
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.topology import Topology, open_topology
-from engine.options import Optimizer, Trainer
+from engine.models.hf import LlamaShape
 from tools.bench_ceilings import median_seconds
 
 VARIANTS: dict[str, dict[str, Any]] = {  # trainer options, the plainest first

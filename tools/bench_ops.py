@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+from engine.config.options import Trainer
 from engine.megatron.topology import open_topology
 from engine.ops import (
     block_digest,
@@ -38,7 +39,6 @@ from engine.ops import (
     policy_gradient_loss,
     token_log_probs,
 )
-from engine.options import Trainer
 
 Work = Callable[[], object]
 SHAPES = ((512, 128256), (8192, 512))  # Llama 3's vocabulary; one that fits a cache

@@ -64,7 +64,7 @@ def write_model(folder: Path, millions: int, dtype: str = "float32", device: str
 
 def run_config(folder: Path, trainers: int, dtype: str = "float32") -> Any:
     """What engine and trainers need of a configuration."""
-    from engine.config import RunConfig
+    from engine.config.load import RunConfig
 
     tree = {
         "run": {"directory": "unused", "steps": 1},
@@ -192,11 +192,11 @@ def open_rank(
     import torch
     import torch.distributed as dist
 
-    from engine.bridge.publish import Publisher
+    from engine.bridge.sender import Publisher
     from engine.bridge.terms import SyncTerms
-    from engine.llama import layout
-    from engine.llama.hf import read_shape
-    from engine.llama.layout import EngineLayout
+    from engine.models import sharding as layout
+    from engine.models.hf import read_shape
+    from engine.models.sharding import EngineLayout
 
     torch.set_num_threads(1)
     config = run_config(folder, trainers, dtype)
@@ -262,9 +262,9 @@ def measure(transport: Any, trainers: int, repeats: int, folder: Path) -> dict[s
     import torch
     import torch.distributed as dist
 
-    from engine.bridge.transport import listen
+    from engine.bridge.transports.rendezvous import listen
     from engine.inference.pool import Pool
-    from engine.llama import layout
+    from engine.models import sharding as layout
 
     ours, theirs = SPAWN.Pipe()
     engine = SPAWN.Process(target=engine_process, args=(theirs, folder), daemon=True)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from engine.inference.pool import Pool
-from engine.llama import layout
+from engine.models import sharding as layout
 from tools.bench_sync import SPAWN, WIDTHS, Handle, compare, engine_process, open_rank, write_model
 
 START_SECONDS = 180.0  # vLLM compiles and captures graphs

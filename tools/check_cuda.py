@@ -1,5 +1,5 @@
 """Compiles every CUDA kernel of csrc for each GPU generation without a GPU, prints registers, shared memory and spills,
-and fails on a spill or a warning. It links nothing and keeps nothing; tests/unit/test_cuda_kernels.py runs it.
+and fails on a spill or a warning. It links nothing and keeps nothing; tests/unit/ops/test_cuda_kernels.py runs it.
 
     python tools/check_cuda.py [NAME ...]        only files whose path holds a NAME
 

@@ -30,13 +30,13 @@ if "--stand-in" in sys.argv:
 
     te_cpu.install()  # before megatron-core is imported
 
-from engine.algorithms.losses import NllObjective
-from engine.config import RunConfig
+from engine.algorithms.nll import NllObjective
+from engine.config.load import RunConfig
+from engine.config.options import Trainer
+from engine.core.types import Batch, Sequence
 from engine.megatron.packing import make_batches
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
-from engine.options import Trainer
-from engine.types import Batch, Sequence
 
 VOCABULARY, LENGTH = 512, 128
 SIZES = {

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from engine.cli import main as semion
-from engine.config import RunConfig, load_config
-from engine.errors import DataError, SemionError
-from engine.observe.nsight import check_installed, report_file
+from engine.config.load import RunConfig, load_config
+from engine.core.errors import DataError, SemionError
+from engine.observe.profiling.nsight import check_installed, report_file
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.errors import NumericsError
-from engine.options import Pairing
-from engine.seeds import counted_seed
-from engine.types import Rollout, RolloutGroup
+from engine.config.options import Pairing
+from engine.core.errors import NumericsError
+from engine.core.seeds import counted_seed
+from engine.core.types import Rollout, RolloutGroup
 
 Pair = tuple[Rollout, Rollout]
 

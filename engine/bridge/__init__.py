@@ -1,2 +1,2 @@
-"""Weight sync: trainer shards become engine weights. `plan` says what goes where, `transport` how bytes travel, `exchange` what
-each member does, `digest` proves it; `publish` is the trainer's side and the transaction, `receive` vLLM's."""
+"""Weight sync: trainer shards become engine weights. `plan` says what goes where, `transports` how bytes travel, `exchange`
+what each member does, `checksum` proves it; `sender` is the trainer's side and the transaction, `inference.receiver` vLLM's."""

@@ -16,11 +16,11 @@ from typing import Protocol
 
 import torch
 
-from engine.bridge.digest import ShardDigest, weights_for
+from engine.bridge.checksum import ShardDigest, weights_for
 from engine.bridge.plan import Bucket, Message, Role, ShardPlan, Spot, Transfer
-from engine.bridge.transport import Deadline, Pending, Transport, TransportError
-from engine.errors import WeightSyncError
-from engine.llama.layout import rectangle
+from engine.bridge.transports.base import Deadline, Pending, Transport, TransportError
+from engine.core.errors import WeightSyncError
+from engine.models.sharding import rectangle
 
 UNDELIVERED = "was not delivered"  # in the words of every failure that may be an echo of another
 STAGED = 2  # buckets of a member in staging memory at once

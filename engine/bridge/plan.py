@@ -22,10 +22,11 @@ from itertools import cycle
 from operator import and_
 from typing import TYPE_CHECKING
 
-from engine.llama.layout import EngineLayout, Piece, Place, Shard, TrainerLayout, stage_layers, template
+from engine.models.base import Place
+from engine.models.sharding import EngineLayout, Piece, Shard, TrainerLayout, stage_layers, template
 
 if TYPE_CHECKING:
-    from engine.llama.hf import LlamaShape
+    from engine.models.hf import LlamaShape
 
 UNPACKED_BYTES = 1 << 20  # what is contiguous in both shards and at least this large travels alone, without being copied
 Cell = tuple[int, int]  # (pipeline rank, tensor rank) of the trainer

@@ -9,9 +9,9 @@ import torch
 from pydantic import TypeAdapter
 
 from engine.bridge.plan import ShardPlan, plan
-from engine.bridge.transport import Kind
-from engine.llama.hf import LlamaShape
-from engine.llama.layout import EngineLayout, TrainerLayout
+from engine.bridge.transports.base import Kind
+from engine.models.hf import LlamaShape
+from engine.models.sharding import EngineLayout, TrainerLayout
 
 
 @dataclass(frozen=True, slots=True)

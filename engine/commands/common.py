@@ -1,70 +1,9 @@
-"""What several commands share: the configuration checked before any process starts, and figures for people and machines."""
+"""What several commands share: tables and figures for people and machines."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
-
-from engine.config import RunConfig, load_config
-from engine.errors import ConfigError, DataError
-
-
-def runnable(options: argparse.Namespace) -> RunConfig:
-    """The configuration, with what can be seen wrong before any process starts."""
-    config = load_config(options.config, options.overrides)
-    from engine.llama.hf import read_shape
-    from engine.llama.layout import check_engine_layout, check_layout, engine_layout, trainer_layout
-
-    shape = read_shape(config.model.path)
-    check_layout(shape, trainer_layout(config.trainer))
-    check_engine_layout(shape, engine_layout(config.inference))
-    if config.sft.checkpoint_out is None and config.inference.max_model_tokens > shape.max_positions:
-        raise ConfigError(
-            f"inference.max_model_tokens must not exceed the model's {shape.max_positions} positions; found "
-            f"{config.inference.max_model_tokens}: lower it"
-        )
-    _check_files(config)
-    if config.profile.tool == "nsys":
-        from engine.observe.nsight import check_installed
-
-        check_installed()
-    if config.sft.checkpoint_out is None and config.uses_engines:
-        _check_rewards(config)
-    return config
-
-
-def _check_files(config: RunConfig) -> None:
-    """DataError for a file that the run reads and is not there. A preference file is replayed without data.train."""
-    from engine.replay import replay_kind
-
-    files = config.data.files
-    if "data.replay" in files:
-        _check_file("data.replay", files.pop("data.replay"))
-    if replay_kind(config) == "preferences":
-        del files["data.train"]
-    for key, path in files.items():
-        _check_file(key, path)
-
-
-def _check_file(key: str, path: str) -> None:
-    from engine.data.records import HUB, check_source
-
-    if not path.startswith(HUB) and not Path(path).exists():
-        raise DataError(f"{key} must be a file or a dataset's folder; found none at {path}: check the path")
-    check_source(path)
-
-
-def _check_rewards(config: RunConfig) -> None:
-    """ConfigError when a reward that judges the run's samples could not."""
-    if config.reward_model.path is not None:
-        from engine.data.conversations import Conversations
-
-        Conversations(config.reward_model)
-    if any(source.reward == "function" for source in config.data.sources):
-        from engine.rewards.function import FunctionReward
-
-        FunctionReward(config.rewards).close()
 
 
 def print_evaluations(evaluations: list[dict[str, Any]]) -> None:

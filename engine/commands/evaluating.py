@@ -8,11 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.commands.common import runnable, shown, write_figures
-from engine.config import RunConfig
-from engine.errors import ConfigError, InferenceError
-from engine.options import Source
-from engine.placement import Part
+from engine.commands.common import shown, write_figures
+from engine.config.load import RunConfig
+from engine.config.options import Source
+from engine.config.placement import Part
+from engine.core.errors import ConfigError, InferenceError
+from engine.run.spec import runnable
 
 
 def evaluate_model(options: argparse.Namespace) -> None:
@@ -58,12 +59,12 @@ def _sample_sets(
     options: argparse.Namespace, config: RunConfig, due: dict[str, tuple[Source, dict[str, Any]]], folder: Path | None
 ) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
     """(figures, records) of each set, all on one start of the engines; each is written when it is done."""
-    from engine.cluster import Cluster
     from engine.data.mixture import load_prompts
     from engine.evaluation.accuracy import evaluate
     from engine.evaluation.suites import save
     from engine.inference.pool import Pool
-    from engine.rewards.routed import open_rewards
+    from engine.rewards.registry import open_rewards
+    from engine.run.processes import Cluster
 
     prompts = {name: load_prompts(config, source, str(source.held_out)) for name, (source, _) in due.items()}
     for name, found in prompts.items():
@@ -108,11 +109,11 @@ def generate(options: argparse.Namespace) -> None:
     """Answers every question of a benchmark once, in its own format."""
     _take_model(options)
     config = runnable(options)
-    from engine.cluster import Cluster
-    from engine.data.questions import load_questions
-    from engine.evaluation.answers import SUFFIX, write_answers
-    from engine.evaluation.open_ended import prompts_of, sample_answers
+    from engine.benchmarks.answers import SUFFIX, write_answers
+    from engine.benchmarks.open_ended import prompts_of, sample_answers
+    from engine.benchmarks.questions import load_questions
     from engine.inference.pool import Pool
+    from engine.run.processes import Cluster
 
     output = Path(options.output)
     if output.exists() or output.suffix != SUFFIX[options.format]:
@@ -141,11 +142,11 @@ def generate(options: argparse.Namespace) -> None:
 
 def judge(options: argparse.Namespace) -> None:
     """Win rates of one file of answers against another's. InferenceError, after the figures, when some were not judged."""
-    from engine.data.questions import load_questions
-    from engine.evaluation import win_rate
-    from engine.evaluation.answers import load_answers
-    from engine.evaluation.endpoint import open_endpoint
-    from engine.evaluation.judge import games_of, judge
+    from engine.benchmarks import win_rate
+    from engine.benchmarks.answers import load_answers
+    from engine.benchmarks.endpoint import open_endpoint
+    from engine.benchmarks.judge import games_of, judge
+    from engine.benchmarks.questions import load_questions
 
     if options.concurrency < 1:
         raise ConfigError(f"--concurrency must be above 0; found {options.concurrency}: raise it")

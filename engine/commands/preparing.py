@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from engine.commands.common import write_figures
-from engine.errors import ConfigError
+from engine.core.errors import ConfigError
 
 
 def add_arguments(parser: Any) -> None:

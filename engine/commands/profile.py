@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engine.commands.common import write_figures
-from engine.errors import DataError
+from engine.core.errors import DataError
 
 
 def profile(options: argparse.Namespace) -> None:
     """Prints the table of every file, or of the files in a run's folder `profile`."""
-    from engine.observe.profile import columns, read_profile
+    from engine.observe.profiling.table import columns, read_profile
     from engine.observe.progress import print_table
 
     files = [file for path in options.paths for file in profiles_of(Path(path))]
@@ -26,7 +26,7 @@ def profiles_of(path: Path) -> list[Path]:
     """A file itself; of a run's directory its profiles. DataError where it has none."""
     if not path.is_dir():
         return [path]
-    from engine.observe.recorder import FOLDER
+    from engine.observe.profiling.recorder import FOLDER
 
     files = sorted(file for file in (path / FOLDER).glob("*") if file.suffix in (".json", ".sqlite"))
     if not files:

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from engine.commands.common import write_figures
-from engine.config import load_config
-from engine.errors import DataError
+from engine.config.load import load_config
+from engine.core.errors import DataError
 
 
 def report(options: argparse.Namespace) -> int:

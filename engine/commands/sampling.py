@@ -6,21 +6,22 @@ import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
-from engine.commands.common import runnable, write_figures
-from engine.errors import ConfigError
-from engine.files import sync
+from engine.commands.common import write_figures
+from engine.core.errors import ConfigError
+from engine.core.files import sync
+from engine.run.spec import runnable
 
 
 def rollout(options: argparse.Namespace) -> None:
     """Samples and scores the rollouts of run.steps steps into a ledger, which is there when it is whole."""
     options.overrides += ["sync.sync_interval=never", "sync.reference=never"]  # the weights of model.path, for every step
     config = runnable(options)
-    from engine.cluster import Cluster
     from engine.data.mixture import load_mixture
     from engine.inference.pool import Pool
     from engine.observe.sinks import JsonlLedger, finite
-    from engine.rewards.routed import open_rewards
-    from engine.rollouts import RolloutSource
+    from engine.rewards.registry import open_rewards
+    from engine.rollouts.source import RolloutSource
+    from engine.run.processes import Cluster
 
     if config.data.replay is not None:
         raise ConfigError(f"data.replay is for `semion train`; found {config.data.replay!r}: remove it to sample rollouts")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.commands.common import write_figures
-from engine.config import RunConfig, validated
-from engine.errors import ConfigError, DataError
-from engine.options import RewardModel, Rewards
+from engine.config.load import RunConfig, validated
+from engine.config.options import RewardModel, Rewards
+from engine.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from engine.rewards.base import Reward
@@ -46,9 +46,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Scores the file, prints a table, and writes what was asked for."""
+    from engine.core.types import Prompt
     from engine.observe.progress import print_table
-    from engine.rewards.routed import open_reward
-    from engine.types import Prompt
+    from engine.rewards.registry import open_reward
 
     check_flags(options)
     flags = {name: getattr(options, name) for name in FLAGS}
@@ -86,9 +86,9 @@ def reward_model(options: argparse.Namespace) -> Iterator[Reward]:
     """The reward model of the flags on an engine of its own. ConfigError when the flags name none, or one that cannot judge."""
     if options.reward_model is None:
         raise ConfigError("--reward model needs --reward-model; found none: name the reward model's folder")
-    from engine.cluster import Cluster
     from engine.data.conversations import Conversations
     from engine.rewards.model import ModelReward
+    from engine.run.processes import Cluster
 
     given = {"path": options.reward_model, "max_tokens": options.max_tokens}
     table = {name: value for name, value in given.items() if value is not None}
@@ -146,7 +146,7 @@ def measure(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What the verdicts of Math-Verify depend on."""
-    from engine.rewards.math import VERIFIER_VERSION
+    from engine.rewards.math.reward import VERIFIER_VERSION
 
     return {"verifier": VERIFIER_VERSION} | {name: version(name) for name in ("math-verify", "sympy")}
 

@@ -10,18 +10,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
-from engine.commands.common import evaluation_note, print_evaluations, runnable, write_figures
-from engine.config import RunConfig, dump_config
-from engine.errors import ConfigError, PreemptedError
-from engine.files import locked
+from engine.commands.common import evaluation_note, print_evaluations, write_figures
+from engine.config.load import RunConfig, dump_config
+from engine.core.errors import ConfigError, PreemptedError
+from engine.core.files import locked
 from engine.observe.summary import RESTARTS
+from engine.run.spec import runnable
 
 
 def train(options: argparse.Namespace) -> None:
     """Trains, from the start or from the newest checkpoint, and again from there where a process is lost."""
-    from engine.checkpoint import latest
-    from engine.cluster import Cluster
-    from engine.commands.restarting import unbroken
+    from engine.run.checkpoint import latest
+    from engine.run.processes import Cluster
+    from engine.run.restarts import unbroken
 
     config = runnable(options)
     if config.sft.checkpoint_out is not None:
@@ -46,8 +47,8 @@ def train(options: argparse.Namespace) -> None:
 
 def fine_tune(options: argparse.Namespace) -> None:
     """Fine-tunes on worked solutions and writes a Hugging Face checkpoint."""
-    from engine.cluster import Cluster
-    from engine.llama.hf import check_destination
+    from engine.models.hf import check_destination
+    from engine.run.processes import Cluster
 
     config = runnable(options)
     if config.sft.checkpoint_out is None:
@@ -66,7 +67,7 @@ def fine_tune(options: argparse.Namespace) -> None:
 def preemptible(config: RunConfig) -> Iterator[None]:
     """While entered, SIGTERM or SIGUSR1 (what srun passes on) has the run save and end where a run can go on from: before the
     next sync, or offline the next chunk of rollouts. A second one ends it at once. Both are a PreemptedError."""
-    from engine.worker import stop_request
+    from engine.run.signals import stop_request
 
     request, asked = stop_request(config), 0
     request.unlink(missing_ok=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from engine.config.options import RewardModel
+from engine.core.errors import ConfigError
 from engine.data.templates import TEMPLATE_DATE, load_tokenizer
-from engine.errors import ConfigError
-from engine.llama.reward_head import OPTION, RewardHead, read_reward_head
-from engine.options import RewardModel
+from engine.models.reward_head import OPTION, RewardHead, read_reward_head
 
 
 class Conversations:

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import RunConfig
+from engine.config.load import RunConfig
+from engine.config.options import Source, source_key
+from engine.core.errors import ConfigError, DataError
+from engine.core.seeds import counted_seed
+from engine.core.types import Prompt
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.data.rows import load_rows
 from engine.data.templates import load_tokenizer
-from engine.errors import ConfigError, DataError
-from engine.llama.hf import read_shape
-from engine.options import Source, source_key
-from engine.seeds import counted_seed
-from engine.types import Prompt
+from engine.models.hf import read_shape
 
 
 @dataclass(frozen=True, slots=True)

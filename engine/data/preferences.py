@@ -9,11 +9,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from engine.core.errors import DataError
 from engine.data.records import brief, records
 from engine.data.rows import text_of
 from engine.data.supervised import completion_tokens
 from engine.data.templates import encode_prompt
-from engine.errors import DataError
 
 FIELDS = ("problem", "prompt", "chosen", "rejected", "id")
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.core.errors import ConfigError, DataError
+from engine.core.files import staged_folder
+from engine.core.seeds import counted_seed
 from engine.data.filters import TEXT_FIELDS, Recipe, normalized, text_in
 from engine.data.records import brief, file_digest, records, source_digest
-from engine.errors import ConfigError, DataError
-from engine.files import staged_folder
-from engine.seeds import counted_seed
 
 FIELDS_OF_EXCLUDED = (*TEXT_FIELDS, "conversation")
 PARTS = ("train", "validation", "test")

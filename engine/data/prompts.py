@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from engine.core.errors import DataError
+from engine.core.seeds import counted_seed
+from engine.core.types import Prompt
 from engine.data.rows import Row, problem_id
 from engine.data.templates import encode_prompt
-from engine.errors import DataError
-from engine.seeds import counted_seed
-from engine.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from engine.errors import ConfigError, DataError
+from engine.core.errors import ConfigError, DataError
 
 Record = tuple[str, Any]  # where it stands, for messages; what it holds
 HUB = "hf://"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config.options import RewardName
+from engine.core.boxed import boxes
+from engine.core.errors import DataError
 from engine.data.records import brief, records
-from engine.errors import DataError
-from engine.options import RewardName
-from engine.rewards.answers import boxes
 
 FIELDS = ("problem", "prompt", "conversation", "question", "answer", "solution", "source", "id")
 

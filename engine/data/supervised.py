@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from engine.errors import ConfigError, DataError
-from engine.types import Prompt, Sequence
+from engine.core.errors import ConfigError, DataError
+from engine.core.types import Prompt, Sequence
 
 
 def supervised_sequence(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Sequence:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.config import RunConfig
+from engine.config.load import RunConfig
+from engine.core.types import Completion, Prompt, Score
 from engine.inference.pool import Pool
 from engine.inference.sampling import sample_requests
 from engine.rewards.base import Reward
-from engine.types import Completion, Prompt, Score
 
 # All requests of an evaluation decode in one batch; they are waited for, carried and judged this many at a time, so that
 # inference.timeout_seconds need not cover 500 problems with 50 seeds, and the engines sample while answers are judged.

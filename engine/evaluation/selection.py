@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from engine.options import BestBy
+from engine.config.options import BestBy
 
 
 def scores(rows: Iterable[Mapping[str, Any]], best_by: BestBy | None) -> dict[int, float]:

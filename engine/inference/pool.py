@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.errors import EngineLostError, InferenceError, SemionError, WeightSyncError
+from engine.core.errors import EngineLostError, InferenceError, SemionError, WeightSyncError
+from engine.core.types import Completion
 from engine.inference.sampling import SampleRequest
-from engine.types import Completion
 
 
 class Future(Protocol):

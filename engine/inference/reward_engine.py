@@ -11,10 +11,10 @@ import math
 import os
 from collections.abc import Sequence
 
-from engine.config import RunConfig
-from engine.errors import InferenceError
+from engine.config.load import RunConfig
+from engine.core.errors import InferenceError
+from engine.core.types import Score
 from engine.inference.vllm_engine import ENVIRONMENT
-from engine.types import Score
 
 
 class RewardEngine:

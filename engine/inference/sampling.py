@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from engine.seeds import counted_seed
-from engine.types import Prompt
+from engine.core.seeds import counted_seed
+from engine.core.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig
-from engine.errors import EngineLostError, InferenceError, WeightSyncError
+from engine.config.load import RunConfig
+from engine.core.errors import EngineLostError, InferenceError, WeightSyncError
+from engine.core.types import Completion
 from engine.inference.sampling import SampleRequest
-from engine.llama.hf import read_end_ids
-from engine.observe.phases import Phase, phase
-from engine.observe.recorder import Recorder, profiled_process
-from engine.types import Completion
+from engine.models.hf import read_end_ids
+from engine.observe.profiling.phases import Phase, phase
+from engine.observe.profiling.recorder import Recorder, profiled_process
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process
@@ -62,7 +62,7 @@ class VllmEngine:
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
-        from engine.bridge import receive
+        from engine.inference import receiver as receive
 
         receive.register()
         config, path = self._config, self._config.model.path

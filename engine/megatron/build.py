@@ -20,12 +20,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from engine.errors import ConfigError
-from engine.llama import layout
-from engine.llama.hf import HfCheckpoint, LlamaShape
-from engine.megatron.fp8_parameters import fill, in_fp8
+from engine.config.options import Trainer
+from engine.core.errors import ConfigError
+from engine.megatron.fp8.parameters import fill, in_fp8
 from engine.megatron.topology import Topology
-from engine.options import Trainer
+from engine.models import checks
+from engine.models import sharding as layout
+from engine.models.hf import HfCheckpoint, LlamaShape
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 FP8_FORMATS = {"none": None, "delayed": "hybrid", "current": "hybrid", "blockwise": "e4m3"}  # hybrid: gradients in E5M2
@@ -96,7 +97,7 @@ def layer_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlock
 
 def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> TransformerConfig:
     """megatron's configuration of a Llama in this layout. ConfigError for a layout that cannot hold it."""
-    layout.check_layout(shape, layout.trainer_layout(trainer))
+    checks.check_layout(shape, layout.trainer_layout(trainer))
     if trainer.fp8 != "none":
         _check_fp8(shape, trainer)
     virtual = trainer.virtual_pipeline if trainer.virtual_pipeline > 1 else None

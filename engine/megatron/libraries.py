@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from engine.errors import ConfigError
-from engine.options import Optimizer, Trainer
+from engine.config.options import Optimizer, Trainer
+from engine.core.errors import ConfigError
 
 INSTALL_TE = "install requirements/gpu.txt"
 INSTALL_APEX = "build NVIDIA's apex from source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"

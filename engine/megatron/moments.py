@@ -13,8 +13,8 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from engine.errors import CheckpointError
-from engine.megatron.fp8_parameters import in_fp8
+from engine.core.errors import CheckpointError
+from engine.megatron.fp8.parameters import in_fp8
 
 # What an AdamW may keep of a parameter; `master_param` is Transformer Engine's, fp32 weights or their lower 16 bits.
 MOMENTS = ("exp_avg", "exp_avg_sq", "master_param")

@@ -15,8 +15,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from engine import options as tables
-from engine.errors import CheckpointError, NumericsError
+from engine.config import options as tables
+from engine.core.errors import CheckpointError, NumericsError
 from engine.megatron.libraries import chosen_kernels
 from engine.megatron.moments import KINDS, find_slots
 

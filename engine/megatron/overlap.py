@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.options import Trainer
+from engine.config.options import Trainer
 
 
 def open_buffers(trainer: Trainer, hidden: int, dtype: torch.dtype) -> None:

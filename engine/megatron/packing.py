@@ -12,9 +12,9 @@ from itertools import chain
 import torch
 
 from engine.algorithms.pairs import all_pairs
-from engine.errors import ConfigError
-from engine.options import Trainer
-from engine.types import IGNORED, Batch, Microbatch, Sequence
+from engine.config.options import Trainer
+from engine.core.errors import ConfigError
+from engine.core.types import IGNORED, Batch, Microbatch, Sequence
 
 PADDING_TOKEN = 0
 

@@ -25,22 +25,22 @@ from megatron.core.distributed import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from engine.algorithms.losses import Objective
-from engine.config import RunConfig
-from engine.errors import CheckpointError, NumericsError
-from engine.llama import layout
-from engine.llama.hf import HfCheckpoint, read_shape
+from engine.algorithms.base import Objective
+from engine.config.load import RunConfig
+from engine.core.errors import CheckpointError, NumericsError
+from engine.core.types import Batch, Microbatch
 from engine.megatron import build
-from engine.megatron.fp8 import Fp8Memory
-from engine.megatron.fp8_parameters import Weights, behind, copied, forget_initial, in_fp8, load, scale
+from engine.megatron.fp8.delayed_scaling import Fp8Memory
+from engine.megatron.fp8.parameters import Weights, behind, copied, forget_initial, in_fp8, load, scale
 from engine.megatron.libraries import check_libraries
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
 from engine.megatron.timers import Timers
 from engine.megatron.topology import Topology
-from engine.observe.phases import Phase, phase
+from engine.models import sharding as layout
+from engine.models.hf import HfCheckpoint, read_shape
+from engine.observe.profiling.phases import Phase, phase
 from engine.ops import lm_head_log_probs, token_log_probs
-from engine.types import Batch, Microbatch
 
 # What a microbatch gives back on the last stage: (scalar to differentiate, tensor to collect)
 LossOf = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, torch.Tensor]]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from engine.observe.phases import Phase, phase
+from engine.observe.profiling.phases import Phase, phase
 
 _EXCHANGES = (
     *("forward-recv", "backward-recv", "forward-send", "backward-send"),

@@ -10,10 +10,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from engine.errors import ConfigError
+from engine.config.options import Trainer
+from engine.core.errors import ConfigError
 from engine.megatron import cpu_device
 from engine.megatron.overlap import close_buffers
-from engine.options import Trainer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.options import Guard as Options
+from engine.config.options import Guard as Options
 
 WINDOW = 5  # steps of which means are compared: the run's first and its last ones
 RECOVERY = 1.5  # a collapse is over, and may be told again, once the mean is this many times the bound

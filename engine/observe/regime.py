@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config.schedule import SyncSchedule
 from engine.observe.sinks import read_rows
-from engine.schedule import SyncSchedule
 
 
 @dataclass(frozen=True, slots=True)

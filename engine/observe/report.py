@@ -12,11 +12,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from engine.config.schedule import SyncSchedule
 from engine.observe.charts import Line, Point, chart
 from engine.observe.regime import Proof, prove
 from engine.observe.sinks import read_rows
 from engine.observe.summary import RESTARTS
-from engine.schedule import SyncSchedule
 
 # file name: title, unit, (label, metric) of each curve; what no run has on record is left out
 CURVES: dict[str, tuple[str, str, tuple[tuple[str, str], ...]]] = {

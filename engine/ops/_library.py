@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.errors import SemionError
+from engine.core.errors import SemionError
 
 
 def load() -> None:

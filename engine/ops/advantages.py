@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from engine.errors import NumericsError
+from engine.core.errors import NumericsError
 
 Normalize = Literal["mean", "mean_std", "leave_one_out"]
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_reduce
 
+from engine.core.types import IGNORED
 from engine.ops.digest import signed, splitmix64
-from engine.types import IGNORED
 
 Group = dist.ProcessGroup | None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from engine.types import Prompt, Score
+from engine.core.types import Prompt, Score
 
 
 class Reward(Protocol):

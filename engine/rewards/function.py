@@ -17,10 +17,10 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from engine.errors import ConfigError
-from engine.options import Rewards
-from engine.rewards.workers import Request, WorkerReward
-from engine.types import Prompt
+from engine.config.options import Rewards
+from engine.core.errors import ConfigError
+from engine.core.types import Prompt
+from engine.rewards.pool.workers import Request, WorkerReward
 
 
 class FunctionReward(WorkerReward):

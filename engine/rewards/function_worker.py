@@ -1,5 +1,5 @@
-"""The process that calls a user's function, started by engine/rewards/workers.py. It loads the function from a file or a
-module and checks name and signature; deadline, memory and what becomes of an exception are engine/rewards/worker.py's.
+"""The process that calls a user's function, started by engine/rewards/pool/workers.py. It loads the function from a file or a
+module and checks name and signature; deadline, memory and what becomes of an exception are engine/rewards/pool/worker.py's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 from types import ModuleType
 
-from engine.rewards.worker import Judge, run
+from engine.rewards.pool.worker import Judge, run
 
 ARGUMENTS = ("problem", "answer", "completion")
 

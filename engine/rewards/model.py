@@ -8,8 +8,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from engine.errors import EngineLostError, InferenceError
-from engine.types import Prompt, Score
+from engine.core.errors import EngineLostError, InferenceError
+from engine.core.types import Prompt, Score
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.config import RunConfig, load_config
+from engine.config.load import RunConfig, load_config
 
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},

@@ -8,9 +8,10 @@ import os
 import sys
 from collections.abc import Iterator
 
-from engine.cluster import Cluster
-from engine.config import load_config
-from engine.worker import Event, TrainerRank
+from engine.config.load import load_config
+from engine.run.processes import Cluster
+from engine.run.rank import TrainerRank
+from engine.run.signals import Event
 
 
 class Probe(TrainerRank):

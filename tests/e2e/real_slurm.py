@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.config import RunConfig
+from engine.config.load import RunConfig
 from tests.e2e.test_commands import FINAL, SEMI_ONLINE, Make, rows, written
 from tests.e2e.test_slurm import ROOT, SCRIPT, sent_alike
 

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from engine.config import load_config
+from engine.config.load import load_config
 from engine.inference.reward_engine import RewardEngine
 
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from engine.checkpoint import latest
-from engine.config import RunConfig, dump_config
-from tests.unit.test_metric_names import documented
+from engine.config.load import RunConfig, dump_config
+from engine.run.checkpoint import latest
+from tests.unit.rollouts.test_metric_names import documented
 
 pytestmark = pytest.mark.timeout(900)  # a run is half a minute of work, on a machine that may be busy
 

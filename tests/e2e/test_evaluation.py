@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from engine import cli
-from engine.config import RunConfig
+from engine.config.load import RunConfig
 from engine.evaluation.accuracy import mean_pass_at
 from tests.e2e.test_commands import semion, written
-from tests.unit.chat_server import ChatServer, completion
+from tests.unit.benchmarks.chat_server import ChatServer, completion
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -90,7 +90,7 @@ def test_the_figures_and_their_standard_error_come_back_from_the_records(evaluat
 
 def test_a_finished_suite_is_not_run_again(evaluated: Results, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, figures, command = evaluated
-    monkeypatch.setattr("engine.cluster.Cluster.__enter__", lambda self: pytest.fail("an engine would have started"))
+    monkeypatch.setattr("engine.run.processes.Cluster.__enter__", lambda self: pytest.fail("an engine would have started"))
     assert cli.main([*command, "--json", str(tmp_path / "again.json")]) == 0
     assert json.loads((tmp_path / "again.json").read_text())["suites"] == figures
     with pytest.raises(pytest.fail.Exception, match="would have started"):

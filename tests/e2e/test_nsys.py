@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import RunConfig, dump_config
-from tests.unit import fake_nsys
+from engine.config.load import RunConfig, dump_config
+from tests.unit.observe import fake_nsys
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import RunConfig
+from engine.config.load import RunConfig
 from engine.data.rows import problem_id
 from tests.e2e.test_commands import TIMES, rows, semion, written
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from engine.config import RunConfig
+from engine.config.load import RunConfig
 from tests.e2e.test_commands import FINAL, SEMI_ONLINE, Make, command, rows, semion, untimed, written
 
 PATIENCE_SECONDS = 600  # a start is a quarter of a minute, on a busy machine several minutes
@@ -54,10 +54,10 @@ class Watched:
 
     def sampling(self) -> psutil.Process | None:
         """An engine stopped in the middle of sampling; one that was stopped after it is let go."""
-        engine = self.at("VllmEngine.collect")
+        engine = self.at("engine 0: collect")
         if engine is not None:
             engine.send_signal(signal.SIGSTOP)
-            if title(engine).startswith("ray::VllmEngine.collect"):
+            if title(engine).startswith("ray::engine 0: collect"):
                 return engine
             engine.send_signal(signal.SIGCONT)
         return None
@@ -89,8 +89,8 @@ def test_a_run_that_loses_an_engine_and_then_a_rank_ends_as_if_nothing_had_happe
         watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
         watched.until(watched.sampling).kill()
         watched.until(lambda: restarts(config))
-        watched.until(lambda: watched.at("VllmEngine.collect"))  # the loop runs again
-        watched.until(lambda: watched.at("TrainerRank.train")).kill()
+        watched.until(lambda: watched.at("engine 0: collect"))  # the loop runs again
+        watched.until(lambda: watched.at("trainer rank 0: train")).kill()
         assert watched.ends() == 0, watched.said()[-4000:]
 
     lost = restarts(config)

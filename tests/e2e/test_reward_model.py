@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
-from engine.config import RunConfig
+from engine.config.load import RunConfig
 from tests.e2e.test_commands import command, rows, semion, written
 from tools.make_reward_model import make_reward_model
 

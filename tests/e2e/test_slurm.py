@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import RunConfig
+from engine.config.load import RunConfig
 from tests.e2e import fake_slurm
 from tests.e2e.test_commands import FINAL, ONLINE, SEMI_ONLINE, Make, rows, tensors, untimed, written
 
@@ -116,7 +116,7 @@ def test_what_ray_starts_outlives_the_signal_that_slurm_sends_to_all_of_a_step(r
     program = """
 import os, signal, sys, psutil
 from engine.cluster import Cluster
-from engine.config import load_config
+from engine.config.load import load_config
 heard = []
 signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
 with Cluster(load_config(sys.argv[1], [])) as cluster:

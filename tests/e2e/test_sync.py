@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import RunConfig, dump_config
+from engine.config.load import RunConfig, dump_config
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.bridge.opening import open_publisher
-from engine.config import RunConfig, load_config
-from engine.errors import InferenceError, SemionError
+from engine.bridge.setup import open_publisher
+from engine.config.load import RunConfig, load_config
+from engine.core.errors import InferenceError, SemionError
 from engine.inference.pool import Pool
 from engine.inference.sampling import SampleRequest
-from engine.llama import layout
-from engine.llama.hf import read_shape
+from engine.models import sharding as layout
+from engine.models.hf import read_shape
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,21 +8,14 @@ no machine with a GPU was at hand.
 import pytest
 import torch
 
-from engine.errors import NumericsError
-from engine.ops import (
-    grouped_advantages,
-    lm_head_log_probs,
-    plain,
-    policy_gradient_loss,
-    sequence_log_probs,
-    token_log_probs,
-)
-from engine.types import IGNORED
+from engine.core.errors import NumericsError
+from engine.core.types import IGNORED
+from engine.ops import grouped_advantages, lm_head_log_probs, plain, policy_gradient_loss, sequence_log_probs, token_log_probs
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="torch sees no GPU; tests/unit/test_cuda_kernels.py runs the same kernels"
+        not torch.cuda.is_available(), reason="torch sees no GPU; tests/unit/ops/test_cuda_kernels.py runs the same kernels"
     ),
 ]
 # Llama 3's vocabulary (rows that one block reads, and few rows that several blocks share), a small one, an odd one.

@@ -16,14 +16,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from engine.algorithms.losses import DpoObjective, GrpoObjective, NllObjective, Objective, make_objective
-from engine.config import RunConfig
-from engine.errors import NumericsError
-from engine.llama.layout import export_plan
+from engine.algorithms.base import Objective
+from engine.algorithms.dpo import DpoObjective
+from engine.algorithms.grpo import GrpoObjective
+from engine.algorithms.nll import NllObjective
+from engine.algorithms.registry import make_objective
+from engine.config.load import RunConfig
+from engine.core.errors import NumericsError
+from engine.core.types import IGNORED, Batch, Microbatch
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
+from engine.models.sharding import export_plan
 from engine.ops import lm_head_log_probs, token_log_probs
-from engine.types import IGNORED, Batch, Microbatch
 from tests.parallel.fp8_case import change_weights, fp8_parameters
 from tests.parallel.material import EVERYTHING, batch_of, run_config
 from tests.parallel.memory_case import memory

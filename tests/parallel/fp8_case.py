@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.algorithms.losses import DpoObjective
-from engine.config import RunConfig
-from engine.llama.layout import EngineLayout, export_plan, local_name
+from engine.algorithms.dpo import DpoObjective
+from engine.config.load import RunConfig
+from engine.core.types import Batch
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology
-from engine.types import Batch
+from engine.models.sharding import EngineLayout, export_plan, local_name
 from tests.parallel.material import batch_of
-from tests.unit.bridge_world import Case, World
+from tests.unit.bridge.world import Case, World
 
 BLOCK = 128
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from engine.config import RunConfig
+from engine.config.load import RunConfig
+from engine.config.options import Trainer
+from engine.core.types import Batch, Sequence
 from engine.megatron.packing import make_batches
-from engine.options import Trainer
-from engine.types import Batch, Sequence
 
 UNCLIPPED = 1e9  # a clip_norm far above every gradient
 EVERYTHING = {"loss": "group_dpo", "alpha": 0.3, "entropy_weight": 0.05}  # with NLL and KL, every term there is

@@ -13,12 +13,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.algorithms.losses import make_objective
-from engine.config import RunConfig
+from engine.algorithms.registry import make_objective
+from engine.config.load import RunConfig
+from engine.core.types import Batch, Sequence
 from engine.megatron.packing import make_batches
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology
-from engine.types import Batch, Sequence
 
 NUM_ROWS = 3  # microbatches of a rank: one more than wait for their backward on two stages
 

@@ -23,15 +23,15 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from engine.bridge import transport
-from engine.bridge.publish import Publisher
-from engine.bridge.receive import Inbox, SyncWorker
+from engine.bridge.sender import Publisher
 from engine.bridge.terms import SyncTerms
-from engine.errors import EngineLostError
+from engine.bridge.transports import base as transport
+from engine.core.errors import EngineLostError
+from engine.inference.receiver import Inbox, SyncWorker
 from engine.inference.vllm_engine import VllmEngine
-from engine.llama import layout
-from engine.llama.hf import LlamaShape
-from engine.llama.layout import EngineLayout, TrainerLayout
+from engine.models import sharding as layout
+from engine.models.hf import LlamaShape
+from engine.models.sharding import EngineLayout, TrainerLayout
 
 os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])  # the server of forks imports this file once
 FORK = get_context("forkserver")

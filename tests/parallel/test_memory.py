@@ -1,6 +1,6 @@
-"""The estimate of engine/memory.py against what a real Policy allocates on the CPU, to 5 %: by component, and the most that a
-training step makes beside them. Sizes are such that every kind of tensor is more than a rounding error, and no two axes are
-equal, so that no wrong formula is right by chance.
+"""The estimate of engine/capacity/memory.py against what a real Policy allocates on the CPU, to 5 %: by component, and the
+most that a training step makes beside them. Sizes are such that every kind of tensor is more than a rounding error, and no
+two axes are equal, so that no wrong formula is right by chance.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from engine.llama.hf import LlamaShape, read_shape
-from engine.memory import Step, TrainerState
+from engine.capacity.memory import Step, TrainerState
+from engine.models.hf import LlamaShape, read_shape
 from tests.parallel.material import run_config
 from tests.parallel.pool import WorkerPool
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from engine.llama.hf import HfCheckpoint
-from engine.megatron.handout import _decode, _encode
-from engine.types import IGNORED, Sequence
+from engine.core.types import IGNORED, Sequence
+from engine.megatron.broadcast import _decode, _encode
+from engine.models.hf import HfCheckpoint
 from tests.parallel import material
 from tests.parallel.pool import WorkerPool
 

@@ -19,10 +19,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.bridge.receive import release_pages
-from engine.errors import EngineLostError, InferenceError, WeightSyncError
+from engine.core.errors import EngineLostError, InferenceError, WeightSyncError
 from engine.inference.pool import Pool
 from engine.inference.sampling import SampleRequest
+from engine.inference.sleep import release_pages
 from engine.inference.vllm_engine import ENVIRONMENT
 from tests.parallel import sync_world
 from tests.parallel.sync_world import ENGINES, FORK, TERMS, Fault, Handle, filled, fingerprint, trainer_process

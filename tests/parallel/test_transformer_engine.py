@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from engine.types import IGNORED
+from engine.core.types import IGNORED
 from tests.parallel import material
 from tests.parallel.pool import WorkerPool
 

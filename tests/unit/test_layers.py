@@ -1,10 +1,12 @@
 """The shape of the house: imports point one way, heavy libraries stay in their rooms, and every file keeps the rules
-(one opening paragraph, sizes, no broad except, no guarded import, no global, nothing evaluated or unpickled).
+(one opening paragraph, no broad except, no guarded import, no global, nothing evaluated or unpickled). Long files and functions
+are places to look, not faults: pytest warns of them.
 """
 
 import ast
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,18 +17,21 @@ ENGINE = ROOT / "engine"
 
 # From the ground up. A room (a folder or a module of engine/) imports its own layer and those above it in this list.
 LAYERS = (
-    ("types", "options", "placement", "rules", "config", "schedule", "errors", "seeds", "files"),
-    ("data", "rewards", "algorithms", "ops", "llama", "observe"),
-    ("megatron", "inference", "bridge", "checkpoint", "evaluation"),
-    ("loop", "rollouts", "replay", "planner", "memory", "machine"),
-    ("cluster", "desk", "worker", "commands", "cli", "doctor"),
+    ("core",),
+    ("config",),
+    ("ops", "models", "observe"),
+    ("algorithms", "bridge", "data"),
+    ("inference", "megatron", "rewards"),
+    ("rollouts", "evaluation", "benchmarks", "capacity"),
+    ("run",),
+    ("commands", "cli"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 # Library -> the only places under engine/ that may import it, at the top of a file or inside a function.
 HEAVY = {
-    "ray": ("cluster.py",),
-    "vllm": ("inference/", "bridge/receive.py"),
+    "ray": ("run/processes.py",),
+    "vllm": ("inference/",),
     "megatron": ("megatron/",),
     "transformer_engine": ("megatron/",),
     "apex": ("megatron/",),
@@ -35,7 +40,7 @@ HEAVY = {
     "transformers": ("data/", "inference/"),
     "datasets": ("data/",),
     "tensorboard": ("observe/",),
-    "alpaca_eval": ("evaluation/win_rate.py",),
+    "alpaca_eval": ("benchmarks/win_rate.py",),
 }
 
 # Functions that may take any error and answer with its words: vLLM loses the other workers' answers when one of them raises.
@@ -77,21 +82,15 @@ def rooms_imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield line, rest.split(".")[0]
 
 
-def faults(tree: ast.Module, num_lines: int) -> list[str]:
+def faults(tree: ast.Module) -> list[str]:
     """Where a file leaves the rules of the house, one phrase each."""
     found = []
-    if num_lines > MAX_FILE_LINES:
-        found.append(f"file of {num_lines} lines (over {MAX_FILE_LINES})")
     if tree.body and ast.get_docstring(tree) is None:
         found.append("no opening paragraph")
     answering = {handler for function in ast.walk(tree) if answers(function) for handler in ast.walk(function)}
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = (node.end_lineno or line) - line + 1
-            if length > MAX_FUNCTION_LINES:
-                found.append(f"line {line}: {node.name} has {length} lines (over {MAX_FUNCTION_LINES})")
-        elif isinstance(node, ast.Global):
+        if isinstance(node, ast.Global):
             found.append(f"line {line}: global {', '.join(node.names)}")
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in FORBIDDEN_CALLS:
             found.append(f"line {line}: {ast.unparse(node.func)}(...)")
@@ -103,6 +102,17 @@ def faults(tree: ast.Module, num_lines: int) -> list[str]:
             raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
             if caught(node) & BROAD and not raises and node not in answering:
                 found.append(f"line {line}: broad except that does not raise")
+    return found
+
+
+def places_to_look(tree: ast.Module, num_lines: int) -> list[str]:
+    """Where a file is long, one phrase each."""
+    found = [f"{num_lines} lines (over {MAX_FILE_LINES})"] if num_lines > MAX_FILE_LINES else []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                found.append(f"line {node.lineno}: {node.name} has {length} lines (over {MAX_FUNCTION_LINES})")
     return found
 
 
@@ -146,15 +156,15 @@ def test_heavy_libraries_stay_in_their_rooms(path):
 @pytest.mark.parametrize("path", SOURCES)
 def test_rules_of_the_house(path):
     num_lines = len((ENGINE / path).read_text("utf-8").splitlines())
-    assert faults(SOURCES[path], num_lines) == []
+    for place in places_to_look(SOURCES[path], num_lines):
+        warnings.warn(f"engine/{path}: {place}", stacklevel=1)
+    assert faults(SOURCES[path]) == []
 
 
 @pytest.mark.parametrize(
     ("source", "fault"),
     [
         ("x = 1", "no opening paragraph"),
-        ("'''Room.'''\ndef f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
-        ("'''Room.'''\n" + "x = 1\n" * 400, "file of 401 lines"),
         ("'''Room.'''\ndef f():\n    global x", "global x"),
         ("'''Room.'''\neval('1')", "eval(...)"),
         ("'''Room.'''\nimport torch\ntorch.load('x')", "torch.load(...)"),
@@ -164,15 +174,20 @@ def test_rules_of_the_house(path):
     ],
 )
 def test_each_rule_finds_what_it_forbids(source, fault):
-    (found,) = faults(ast.parse(source), len(source.splitlines()))
+    (found,) = faults(ast.parse(source))
     assert fault in found
+
+
+def test_long_files_and_functions_are_noticed():
+    assert places_to_look(ast.parse("def f():\n" + "    x = 1\n" * 60), 61) == ["line 1: f has 61 lines (over 60)"]
+    assert places_to_look(ast.parse(""), 401) == ["401 lines (over 400)"]
 
 
 def test_the_rules_leave_good_code_alone():
     good = "'''Room.'''\ntry:\n    f()\nexcept Exception as error:\n    raise ValueError from error"
-    assert faults(ast.parse(good), 5) == []
+    assert faults(ast.parse(good)) == []
     answering = "'''Room.'''\ndef semion_receive():\n    try:\n        f()\n    except Exception:\n        return 'why'"
-    assert faults(ast.parse(answering), 6) == []
+    assert faults(ast.parse(answering)) == []
 
 
 def modules_after(*names: str) -> set[str]:
@@ -185,7 +200,7 @@ def modules_after(*names: str) -> set[str]:
 
 def test_the_command_line_configuration_and_observation_need_no_torch():
     """So that `semion check`, a refused option and --help answer within a second or so."""
-    names = ("engine.cli", "engine.config", "engine.schedule", "engine.observe.sinks", "engine.observe.progress")
+    names = ("engine.cli", "engine.config.load", "engine.config.schedule", "engine.observe.sinks", "engine.observe.progress")
     assert not modules_after(*names) & {"torch", *HEAVY} - {"tensorboard"}
 
 

@@ -1,0 +1,1 @@
+"""Open-ended benchmarks: questions, answers, and a judge behind a chat endpoint."""

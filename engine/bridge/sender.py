@@ -1,0 +1,241 @@
+"""The trainer's side of a weight sync, as a transaction: all engines serve version v, or all serve the next one. Every
+trainer rank calls `publish` at the same step and sends its own shards; rank 0 alone talks to the pool.
+
+An attempt that fails anywhere fails everywhere: whoever notices closes its transport, ranks tell each other before the next
+collective, and engines that gave no answer are replaced. Then all meet again and the whole version is sent anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from engine.bridge.exchange import UNDELIVERED, Sender
+from engine.bridge.terms import SyncTerms
+from engine.bridge.transports.base import UNMET, Deadline, Rendezvous, Transport, TransportError, first_line
+from engine.bridge.transports.registry import open_transport
+from engine.bridge.transports.rendezvous import join_store, listen, serve_store
+from engine.config.options import SYNC_ATTEMPTS
+from engine.core.errors import WeightSyncError
+from engine.models.sharding import ExportBucket
+
+ENGINE_PATIENCE, RANK_PATIENCE = 1.0, 2.0  # seconds beyond the timeout for engines, then ranks, to say what they ran into
+REASON_BYTES = 1024  # of a rank's failure, as the others are told it
+log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """What has weights: megatron's Policy."""
+
+    @property
+    def parameters(self) -> Mapping[str, torch.Tensor]:
+        """This rank's shards by megatron's names."""
+        ...
+
+    def gather(self, bucket: ExportBucket) -> list[tuple[str, torch.Tensor]] | None:
+        """Full tensors on the bucket's stage leader, None elsewhere; collective over the stage's tensor-parallel ranks."""
+        ...
+
+
+class Place(Protocol):
+    """Where this rank stands among the trainer ranks: megatron's Topology."""
+
+    @property
+    def rank(self) -> int:
+        """Among all trainer ranks."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of trainer ranks."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    def stage_leaders(self) -> tuple[int, ...]:
+        """Rank of every stage's leader."""
+        ...
+
+
+class Engines(Protocol):
+    """The pool, as far as a sync needs it."""
+
+    def receive(self, version: int, call: dict[str, Any]) -> list[Any]:
+        """See Pool.receive."""
+        ...
+
+    def unverified(self, version: int, futures: Any, seconds: float) -> dict[int, str]:
+        """See Pool.unverified."""
+        ...
+
+    def replace_lost(self) -> None:
+        """See Pool.replace_lost."""
+        ...
+
+    def commit(self, version: int) -> None:
+        """See Pool.commit."""
+        ...
+
+    def rest(self) -> None:
+        """See Pool.rest."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """One finished sync."""
+
+    version: int
+    seconds: float
+    num_bytes: int  # that left the trainer: one copy for every machine with engines
+    num_messages: int
+    attempts: int
+
+
+class Publisher:
+    """Sends versions of the policy to the pool."""
+
+    def __init__(
+        self, source: Source, place: Place, terms: SyncTerms, *, host: str, timeout_seconds: float, pool: Engines | None
+    ) -> None:
+        """Opens the rendezvous; collective over the trainer ranks. `pool` is rank 0's, None elsewhere; `host` is the
+        address rank 0 listens on, and no other. Engines join at the first sync."""
+        self._source, self._place, self._pool, self._terms = source, place, pool, terms
+        self._timeout = timeout_seconds
+        self._plan = terms.plan()
+        self._digest, self._terms_json = self._plan.digest, terms.to_json()
+        self._sender = Sender(self._plan, place.rank, terms.torch_dtype, place.device)
+        self._transport: Transport | None = None
+        self._epoch = -1
+        self._ranks = dist.new_group(backend="gloo")
+        port = torch.zeros(1, dtype=torch.int64, device=place.device)
+        server = None
+        if place.rank == 0:
+            server, port[0] = listen(host)
+        dist.broadcast(port, 0)
+        self._host, self._port = host, int(port)
+        if server is not None:
+            self._store = serve_store(server, host, self._plan.num_members, timeout_seconds)
+        else:
+            self._store = join_store(host, self._port, self._plan.num_members, timeout_seconds)
+
+    def publish(self, version: int) -> SyncReport:
+        """Sends the policy's weights as `version`; returns when every engine has verified and serves them. Collective
+        over the trainer ranks. WeightSyncError on all of them, when SYNC_ATTEMPTS have failed; the pool then serves none."""
+        started = time.monotonic()
+        reason = ""
+        for attempt in range(1, SYNC_ATTEMPTS + 1):
+            reason = self._attempt(version, last=attempt == SYNC_ATTEMPTS)
+            if not reason:
+                if self._pool is not None:
+                    self._pool.commit(version)
+                seconds = time.monotonic() - started
+                return SyncReport(version, seconds, self._plan.num_bytes, len(self._plan.messages), attempt)
+            if self._place.rank == 0:
+                log.warning("weight sync of version %d failed (attempt %d of %d): %s", version, attempt, SYNC_ATTEMPTS, reason)
+        raise WeightSyncError(f"version {version} did not reach every engine in {SYNC_ATTEMPTS} attempts; the last: {reason}")
+
+    def rest(self) -> None:
+        """Lets every engine sleep until the next `publish`. Collective over the trainer ranks: none goes on before the engines'
+        memory is free. The channel stays."""
+        if self._pool is not None:
+            self._pool.rest()
+        dist.barrier()
+
+    def _attempt(self, version: int, *, last: bool) -> str:
+        """One try at a whole sync; why it failed, in the same words on every rank, or nothing."""
+        dist.barrier()  # so that all clocks start together
+        deadline, settled = Deadline(self._timeout), Deadline(self._timeout + RANK_PATIENCE)
+        reasons: list[str] = []
+        futures = None
+        if self._transport is None:
+            self._epoch += 1
+        if self._pool is not None:
+            futures = self._pool.receive(version, self._call())
+        try:
+            if self._transport is None:
+                meeting = Rendezvous(self._host, self._port, self._plan.num_members, self._timeout, self._epoch)
+                self._transport = open_transport(self._terms.transport, self._store, self._place.rank, meeting)
+            self._sender.send(self._source.parameters, self._transport, deadline)
+        except (TransportError, WeightSyncError, RuntimeError, OSError) as error:
+            reasons.append(f"trainer rank {self._place.rank}: {error}")
+            self._close()
+        if self._pool is not None:
+            doubtful = self._pool.unverified(version, futures, deadline.remaining() + ENGINE_PATIENCE)
+            reasons += [f"engine {engine}: {why}" for engine, why in doubtful.items()]
+        failure = self._agreed(_most_telling(reasons), settled)
+        if failure:
+            self._close()
+        if failure and not last:
+            if self._pool is not None:
+                self._pool.replace_lost()
+            dist.barrier()  # an engine may need minutes to start: the others wait here, not at the next rendezvous
+        return failure
+
+    def _call(self) -> dict[str, Any]:
+        """What engines are told of a sync: bridge.receive.SyncCall, but for the engine's number."""
+        return {
+            "seconds": self._timeout,
+            "terms": self._terms_json,
+            "plan_digest": self._digest,
+            "host": self._host,
+            "port": self._port,
+            "epoch": self._epoch,
+        }
+
+    def _close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        self._transport = None
+
+    def _agreed(self, failure: str, settled: Deadline) -> str:
+        """The most telling of the ranks' failures, told to all: nobody goes on to a collective that others left."""
+        mine = torch.zeros(REASON_BYTES, dtype=torch.uint8)
+        text = failure.encode()[:REASON_BYTES]
+        mine[: len(text)] = torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)[: len(text)]
+        reasons = [torch.empty_like(mine) for _ in range(self._place.world_size)]
+        try:
+            work = dist.all_gather(reasons, mine, group=self._ranks, async_op=True)
+            work.wait(timedelta(seconds=settled.remaining()))
+        except RuntimeError as error:
+            why = f"{failure}; {first_line(error)}" if failure else first_line(error)
+            raise WeightSyncError(f"a trainer rank is gone, or late after a weight sync: {why}") from error
+        return _most_telling([bytes(reason.tolist()).rstrip(b"\0").decode(errors="ignore") for reason in reasons])
+
+
+def _most_telling(reasons: list[str]) -> str:
+    """The first that is more than a message or a member that did not come: those are echoes of a failure elsewhere."""
+    found = [reason for reason in reasons if reason]
+    telling = (reason for reason in found if UNDELIVERED not in reason and UNMET not in reason)
+    return next(telling, found[0] if found else "")
+
+
+def stream_to_first_rank(
+    source: Source, place: Place, plan: tuple[ExportBucket, ...], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every full tensor in plan order on rank 0, nothing elsewhere; collective, and to be drained on every rank."""
+    leaders = place.stage_leaders()
+    for bucket in plan:
+        tensors = source.gather(bucket)
+        leader = leaders[bucket.stage]
+        for index, meta in enumerate(bucket.tensors):
+            if place.rank == leader == 0:
+                assert tensors is not None
+                yield meta.name, tensors[index][1]
+            elif place.rank == leader:
+                assert tensors is not None
+                dist.send(tensors[index][1].contiguous(), 0)
+            elif place.rank == 0:
+                received = torch.empty(meta.shape, dtype=dtype, device=place.device)
+                dist.recv(received, leader)
+                yield meta.name, received

@@ -1,0 +1,1 @@
+"""What a run will take, before anything is started: memory by device, and what a weight sync moves."""

@@ -1,0 +1,354 @@
+"""How many bytes each device of a run will hold at its fullest moment, by component, before anything is launched: a pure
+function of the model's sizes and the configuration. It counts what the code keeps, tensor by tensor, as measured on the CPU
+(tests/parallel/test_memory.py); what a GPU's libraries take beside torch's tensors are the stated constants below.
+
+Shape legend: T tokens of a full microbatch, H hidden, F feed-forward, Q and K rows of queries and of keys, D head dim, V
+vocabulary rows; of this tensor-parallel rank all but T, H and D. Under sequence parallelism T counts this rank's only, where
+said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from engine.algorithms.registry import make_objective
+from engine.config.load import RunConfig
+from engine.models import sharding as layout
+from engine.models.hf import LlamaShape
+
+MIB, GIB = 1 << 20, 1 << 30
+FP32 = 4
+MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
+HEAD_ROWS, HEAD_BLOCK = 256, 4096  # engine.ops.lm_head: rows of logits, and vocabulary rows widened, at a time
+# Of a process on a GPU, beside torch's tensors. Stated, not measured: 1 GiB for the CUDA context, cuBLAS, cuDNN and the code
+# of all kernels, 2 GiB for NCCL's buffers and for what torch's allocator cannot use of its blocks; of vLLM, which keeps it
+# while it sleeps, 1 GiB of CUDA graphs.
+CONTEXT_BYTES, NCCL_BYTES, GRAPH_BYTES = GIB, 2 * GIB, GIB
+SAMPLER_COPIES = 5  # vLLM's float32 rows of the whole vocabulary: logits, log-probs, their sort, probabilities, noise
+OVERLAP_BUFFERS = 8  # Transformer Engine's, [T, H] each: of four linear layers, forward and backward
+
+Turn = Literal["training", "sampling"]
+Components = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """What a weight sync keeps on the fullest trainer rank and engine rank: staging buckets, windows of `ipc`."""
+
+    trainer_bytes: int = 0
+    engine_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A kind of device at its fullest moment: bytes by component."""
+
+    name: str
+    components: Components
+
+    @property
+    def num_bytes(self) -> int:
+        """All of them."""
+        return sum(self.components.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The devices of a run. Colocated, the first two of `devices` are the turns of the fullest one."""
+
+    devices: tuple[Device, ...]
+    stages: tuple[int, ...]  # bytes of a rank of each pipeline stage while it trains
+    host_bytes_per_node: int  # optimizer state kept in the host's memory
+
+    @property
+    def fullest(self) -> Device:
+        """What decides whether the run fits."""
+        return max(self.devices, key=lambda device: device.num_bytes)
+
+
+def estimate(shape: LlamaShape, config: RunConfig, channel: Channel, judge: LlamaShape | None = None) -> Memory:
+    """The memory of a run on GPUs. The layouts must fit the model (`check_layout`, `check_engine_layout`). `judge`: the reward
+    model's sizes, where the run has one and they are known."""
+    stages = [trainer_rank(shape, config, stage, channel) for stage in range(config.trainer.pipeline_parallel)]
+    totals = [sum(components.values()) for components in stages]
+    worst = max(range(len(stages)), key=totals.__getitem__)
+    named = f"stage {worst} of {len(stages)}" if len(stages) > 1 else "trainer rank"
+    engine = engine_rank(shape, config, channel)
+    devices: tuple[Device, ...] = (Device(f"{named}, training", stages[worst]),)
+    samples = config.sft.checkpoint_out is None and config.uses_engines
+    if samples and config.inference.placement == "disaggregated":
+        devices += (Device("engine rank", engine),)
+    elif samples:
+        devices = tuple(Device(f"{named}, {turn}", shared(stages[worst], engine, turn)) for turn in ("training", "sampling"))
+    if samples and judge is not None:
+        devices += (Device("reward engine", reward_engine(judge, config)),)
+    return Memory(devices, tuple(totals), host_bytes_per_node(shape, config))
+
+
+ASLEEP = ("engine: staging", "engine: CUDA graphs", "engine: context")  # what an engine keeps while the trainer has its turn
+TRANSIENT = ("activations", "recomputed layer", "logits", "workspace")  # what a trainer keeps only in its own turn
+
+
+def shared(trainer: Components, engine: Components, turn: Turn) -> Components:
+    """Trainer and engine on one device. In the training turn the engine sleeps: its weights and KV cache are gone. In the
+    sampling turn the trainer holds all but what a step makes and frees."""
+    if turn == "training":
+        return trainer | {name: size for name, size in engine.items() if name in ASLEEP}
+    return {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
+
+
+def trainer_rank(shape: LlamaShape, config: RunConfig, stage: int, channel: Channel) -> Components:
+    """A trainer rank of a stage at the fullest moment of a step."""
+    held = TrainerState(shape, config, stage)
+    step = Step(shape, config, stage).fullest
+    return {
+        "weights": held.weights,
+        "FP8 copies": held.fp8_copies,
+        "reference": held.copies,
+        "gradients": held.gradients,
+        "optimizer": held.optimizer,
+        **step,
+        "staging": channel.trainer_bytes,
+        "context": CONTEXT_BYTES + NCCL_BYTES,
+    }
+
+
+class TrainerState:
+    """What a rank keeps from step to step. Tensor ranks of a stage hold equal shapes."""
+
+    def __init__(self, shape: LlamaShape, config: RunConfig, stage: int) -> None:
+        self._config, t = config, config.trainer
+        self._dtype: torch.dtype = getattr(torch, config.model.dtype)
+        shards = layout.shard_shapes(shape, layout.trainer_layout(t), 0, stage)
+        sizes = {name: torch.Size(size).numel() for name, size in shards.items()}
+        self.num_parameters = sum(sizes.values())
+        matrices = sum(size for name, size in sizes.items() if len(shards[name]) == 2 and ".layers." in name)
+        self._in_fp8 = matrices if t.fp8 != "none" else 0
+        self._shard = -(-self.num_parameters // (t.data_parallel if t.distributed_optimizer else 1))
+
+    @property
+    def weights(self) -> int:
+        """The model's parameters; where they are kept in FP8, the layers' matrices are a byte each."""
+        kept_in_fp8 = self._in_fp8 if self._config.trainer.fp8_parameters else 0
+        return (self.num_parameters - kept_in_fp8) * self._dtype.itemsize + kept_in_fp8
+
+    @property
+    def fp8_copies(self) -> int:
+        """Transformer Engine's of the layers' matrices, for both directions that products read them in, kept over a step; one
+        of them is the parameters themselves where they are kept in FP8."""
+        return (1 if self._config.trainer.fp8_parameters else 2) * self._in_fp8
+
+    @property
+    def cast(self) -> int:
+        """This rank's share of the layers' matrices in bfloat16, all of which are there until the last is cast after a step."""
+        t = self._config.trainer
+        return self._dtype.itemsize * -(-self._in_fp8 // t.data_parallel) if t.fp8_parameters else 0
+
+    @property
+    def copies(self) -> int:
+        """The reference, and the seed model's where evaluations of an offline run lend the engines newer weights."""
+        c = self._config
+        reference = c.sft.checkpoint_out is None and make_objective(c.algorithm).needs_reference
+        seed = c.sync.sync_interval == "never" and c.evaluates_between_syncs
+        same = reference and c.sync.reference == "never"
+        return self.weights * (int(reference) + int(seed and not same))
+
+    @property
+    def gradients(self) -> int:
+        """megatron's buffer, in float32 and whole on every data-parallel rank."""
+        return FP32 * self.num_parameters
+
+    @property
+    def optimizer(self) -> int:
+        """What is not offloaded of the share of this data-parallel rank."""
+        return self.on_device * self._state_bytes
+
+    @property
+    def on_device(self) -> int:
+        """Parameters whose state this rank keeps on its device."""
+        return round(self._shard * (1 - self._config.optimizer.offload_share))
+
+    @property
+    def host_bytes(self) -> int:
+        """What is offloaded, with the gradients that the host's update reads, before torch rounds pinned blocks up to powers
+        of two."""
+        return (self._shard - self.on_device) * (self._state_bytes + FP32)
+
+    @property
+    def _state_bytes(self) -> int:
+        """Of a parameter: two moments, and where the model is narrower its float32 original; of that, with narrow moments and
+        no parameters in FP8, the lower half alone."""
+        moment = MOMENT_BYTES[self._config.optimizer.moment_dtype]
+        whole = moment == FP32 or self._config.trainer.fp8_parameters
+        original = FP32 if whole else FP32 - self._dtype.itemsize
+        return 2 * moment + (original if self._dtype is not torch.float32 else 0)
+
+
+def host_bytes_per_node(shape: LlamaShape, config: RunConfig) -> int:
+    """Optimizer state in the memory of a node full of the stage that holds most."""
+    t = config.trainer
+    most = max(TrainerState(shape, config, stage).host_bytes for stage in range(t.pipeline_parallel))
+    return most * min(t.world_size, config.cluster.gpus_per_node)
+
+
+class Step:
+    """What a step makes and frees again: one microbatch's tensors, and how many microbatches wait for their backward."""
+
+    def __init__(self, shape: LlamaShape, config: RunConfig, stage: int, *, on_gpu: bool = True) -> None:
+        self._config, self._trainer = config, (t := config.trainer)
+        self._on_gpu, self._stage, self._shape = on_gpu, stage, shape
+        dtype: torch.dtype = getattr(torch, config.model.dtype)
+        tp = t.tensor_parallel
+        self._e = dtype.itemsize
+        self._into_linear = 1 if t.fp8 != "none" else self._e  # bytes of an element that a layer's product saves
+        self._T, self._H, self._D = t.microbatch_tokens, shape.hidden, shape.head_dim
+        self._T_own = -(-self._T // tp) if t.sequence_parallel else self._T  # tokens of what lies between the products
+        self._F = shape.ffn_hidden // tp
+        self._heads = shape.num_heads // tp
+        self._Q, self._K = self._heads * shape.head_dim, max(1, shape.num_kv_heads // tp) * shape.head_dim
+        spread = layout.trainer_layout(t)
+        self._V = layout.padded_vocab(shape, spread) // tp
+        self._layers = len(layout.stage_layers(shape, spread)[stage][0])
+        self._is_first, self._is_last = stage == 0, stage == t.pipeline_parallel - 1
+        self._narrow_on_cpu = not on_gpu and dtype is not torch.float32
+
+    @cached_property
+    def layer(self) -> int:
+        """What one layer keeps of a microbatch for its backward."""
+        return self._norms(2) + self._attention + self._feed_forward
+
+    def _norms(self, count: int, into: int | None = None) -> int:
+        """RMSNorms and the inputs of the products that follow. torch's on a CPU keeps two float32 tensors, a GPU's its
+        input; each one float32 a token."""
+        kept = self._H * self._e if self._on_gpu else 2 * self._H * FP32
+        return count * self._T_own * (kept + FP32 + self._H * (into or self._into_linear))
+
+    @property
+    def _attention(self) -> int:
+        """Fused queries, keys and values; both after rotation, with its cosines and sines; the output, which our own
+        attention has once by sequence and once whole."""
+        e, local = self._e, self._trainer.layers == "local"
+        rotated = 2 * self._Q + 3 * self._K + 4 * self._D
+        output = self._Q * e * (2 if local else 1) + (self._Q * self._into_linear if self._into_linear != e else 0)
+        return self._T * (rotated * e + output + self._heads * FP32)
+
+    @property
+    def _feed_forward(self) -> int:
+        """Gate and up as one, and the product; plain SwiGLU, the local spec's, also keeps what SiLU makes of the gate, and up
+        with megatron's offset of 0 added."""
+        factors = 4 if self._trainer.layers == "local" else 2
+        return self._T * self._F * (factors * self._e + self._into_linear)
+
+    @cached_property
+    def kept(self) -> int:
+        """Of one model chunk and microbatch until its backward: all, or with recomputation each layer's input."""
+        each = self._T_own * self._H * self._e if self._trainer.recompute else self.layer
+        return self._layers * each
+
+    @property
+    def in_flight(self) -> int:
+        """Model chunks whose forward waits for its backward: the schedule's warm-up and one more, given enough
+        microbatches."""
+        t = self._trainer
+        behind = t.pipeline_parallel - self._stage - 1
+        return behind + 1 if t.virtual_pipeline == 1 else 2 * behind + (t.virtual_pipeline - 1) * t.pipeline_parallel + 1
+
+    @property
+    def fullest(self) -> Components:
+        """The fullest moment: a layer's backward, log-probs at the last stage, the embedding's gradient, or the update."""
+        waiting = self.in_flight * self.kept
+        again = self.layer if self._trainer.recompute else 0
+        moments = [(waiting, again, 0, self._layer_backward)]
+        if self._is_last:
+            moments.append((waiting, 0, *self._head))
+        if self._is_first:
+            moments.append((waiting - self.kept, 0, 0, self._shape.hidden * self._V * self._e))
+        moments.append((0, 0, 0, self._update))
+        fullest = max(moments, key=sum)
+        return dict(zip(TRANSIENT, (*fullest[:3], fullest[3] + self._buffers), strict=True))
+
+    @property
+    def _update(self) -> int:
+        """What AdamW makes for all parameters before it moves the first: torch's a root, Transformer Engine's both moments in
+        float32 where it keeps them narrower. Or the weights on their way into FP8."""
+        adam, state = self._config.optimizer, TrainerState(self._shape, self._config, self._stage)
+        on_device, cast = state.on_device, state.cast
+        if adam.moment_dtype != "float32":
+            return 2 * FP32 * on_device
+        return max(cast, FP32 * on_device if self._on_gpu and adam.implementation == "torch" else 0)
+
+    @property
+    def _layer_backward(self) -> int:
+        """The gradients of the residual stream, and of the feed-forward's product and both its factors, when the product is
+        gone; or those of gate and up and of their weight, when gate and up are gone too."""
+        product = self._T * self._F * self._into_linear
+        factors = 3 * self._T * self._F * self._e - product
+        weight = 0 if self._trainer.fuse_gradient_accumulation else 2 * self._F * self._H * self._e
+        return self._T_own * self._H * self._e + max(factors, weight + self._whole_rows - product)
+
+    @property
+    def _whole_rows(self) -> int:
+        """[T, H] that sequence parallelism gathers for a product, and whose gradient it scatters."""
+        return 2 * self._T * self._H * self._e if self._trainer.sequence_parallel else 0
+
+    @property
+    def _buffers(self) -> int:
+        """Kept through a step: megatron's room to gather a sequence in, Transformer Engine's for overlap, and what
+        neighbouring stages send."""
+        t, rows = self._trainer, self._T * self._H * self._e
+        gathered = rows if t.sequence_parallel and t.layers == "local" else 0
+        received = 2 * self._T_own * self._H * self._e if t.pipeline_parallel > 1 else 0
+        return gathered + received + (OVERLAP_BUFFERS * rows if t.overlap_tensor_parallel else 0)
+
+    @property
+    def _head(self) -> tuple[int, int]:
+        """(logits, the rest) at the last norm, the output layer and its log-probs."""
+        norm, rows, weight = self._norms(1, self._e), self._T * self._H * self._e, self._V * self._H * self._e
+        gathered = rows if self._trainer.sequence_parallel else 0
+        if self._trainer.fused_lm_head:
+            widened = 2 * min(HEAD_BLOCK, self._V) * self._H * FP32 if self._narrow_on_cpu else HEAD_BLOCK * self._H * self._e
+            chunk = min(HEAD_ROWS, self._T) * self._V * (FP32 if self._narrow_on_cpu else self._e)
+            gradients = self._V * self._H * FP32 + (0 if self._e == FP32 else weight)
+            return chunk, norm + gathered + rows + gradients + (0 if self._e == FP32 else widened)
+        logits = self._T * self._V * self._e  # the gradient overwrites them
+        return logits, norm + gathered + rows + (0 if self._trainer.fuse_gradient_accumulation else weight)
+
+
+def engine_rank(shape: LlamaShape, config: RunConfig, channel: Channel) -> Components:
+    """A rank of an engine while it samples."""
+    i = config.inference
+    itemsize = getattr(torch, config.model.dtype).itemsize
+    spread = layout.EngineLayout(i.tensor_parallel)  # also where a sync reloads full tensors: vLLM then repacks its shards
+    weights = sum(torch.Size(size).numel() for size in layout.shard_shapes(shape, spread, 0).values()) * itemsize
+    tokens = max(8192, i.max_model_tokens)  # of one forward: vllm_engine's max_num_batched_tokens
+    forward = tokens * (4 * shape.hidden + 3 * shape.ffn_hidden // i.tensor_parallel) * itemsize
+    rows = i.max_concurrent * layout.padded_vocab(shape, spread) * FP32
+    return {
+        "engine: weights": weights,
+        "engine: KV cache": i.kv_cache_mebibytes * MIB,  # vLLM's kv_cache_memory_bytes is of each rank
+        "engine: forward": forward,
+        "engine: sampler": SAMPLER_COPIES * rows,
+        "engine: staging": channel.engine_bytes,
+        "engine: CUDA graphs": GRAPH_BYTES,
+        "engine: context": CONTEXT_BYTES + (NCCL_BYTES if i.tensor_parallel > 1 else 0),
+    }
+
+
+def reward_engine(shape: LlamaShape, config: RunConfig) -> Components:
+    """The reward model's engine while it judges. Both forms have the same tensors: the Llama's without its output layer, and a
+    head [1, H] that vLLM keeps in float32. It samples nothing, and no weight sync reaches it."""
+    r = config.reward_model
+    itemsize = getattr(torch, r.dtype).itemsize
+    held = {name: size for name, size in layout.shard_shapes(shape, layout.EngineLayout(1), 0).items() if name != layout.HEAD}
+    tokens = max(8192, r.max_tokens)  # of one forward: reward_engine's max_num_batched_tokens
+    return {
+        "engine: weights": sum(torch.Size(size).numel() for size in held.values()) * itemsize + shape.hidden * FP32,
+        "engine: KV cache": r.kv_cache_mebibytes * MIB,
+        "engine: forward": tokens * (4 * shape.hidden + 3 * shape.ffn_hidden) * itemsize,
+        "engine: CUDA graphs": GRAPH_BYTES,
+        "engine: context": CONTEXT_BYTES,
+    }

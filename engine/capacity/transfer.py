@@ -1,0 +1,303 @@
+"""What a weight sync of a configuration will move, by which links and in what time, and whether its devices hold it all, before
+anything is launched: the plan is made as a run makes it, then measured; memory.py counts the rest. It needs the model's
+config.json, and the reward model's where it is to be counted: no weights, no GPU, no process but this one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.bridge import setup as opening
+from engine.bridge.exchange import STAGED
+from engine.bridge.plan import Bucket, ShardPlan, Spot, Transfer, plan
+from engine.capacity.memory import GIB, Channel, estimate
+from engine.config.load import RunConfig
+from engine.config.placement import homes, training_parts
+from engine.core.errors import ConfigError
+from engine.models.checks import check_engine_layout, check_layout
+from engine.models.hf import LlamaShape, read_shape
+from engine.models.reward_head import OPTION
+from engine.models.sharding import Piece, engine_layout, pieces, tensors, trainer_layout
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the estimate takes for given: trainer and engines on nodes of their own, or all on one or taking turns on each,
+    where every link is NVLink; both links one way at a time each."""
+
+    network_gigabytes_per_second: float = 45.0  # of one GPU, from node to node
+    nvlink_gigabytes_per_second: float = 350.0  # of one GPU, inside a node
+    gpu_gibibytes: float = 139.0  # what torch calls the memory of an H200
+
+
+def plan_run(config: RunConfig, machine: Machine) -> dict[str, Any]:
+    """Makes the plan of every weight sync of the run and measures it: the figures of `measure`, `plan_seconds` and, under
+    `memory`, those of `weigh`.
+
+    ConfigError when the layouts do not fit the model or the machine.
+    """
+    shape, source = read_shape(config.model.path), trainer_layout(config.trainer)
+    target = engine_layout(config.inference)
+    check_layout(shape, source)
+    check_engine_layout(shape, target)
+    if _within_nodes(config):
+        machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
+    _check(machine)
+    machines = _machines(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
+    shared = config.inference.placement == "colocated" or config.sync.transport == "ipc"
+    nodes, senders = opening.channel(machines, "ipc" if shared else "nccl", homes(config))
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    started = time.perf_counter()
+    dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
+    made = plan(shape, dtype.itemsize, source, dp_size, target, nodes, bucket_bytes, senders)
+    seconds = time.perf_counter() - started
+    return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(shape, config, made, machine)}
+
+
+def _check(machine: Machine) -> None:
+    for option, value in (
+        ("--network-gigabytes-per-second", machine.network_gigabytes_per_second),
+        ("--nvlink-gigabytes-per-second", machine.nvlink_gigabytes_per_second),
+        ("--gpu-gibibytes", machine.gpu_gibibytes),
+    ):
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{option} must be a number greater than 0; found {value}: give the machine's")
+
+
+def _machines(num_engines: int, tp_size: int, gpus_per_node: int) -> list[int]:
+    """The machine of every engine: side by side, as many to a node as it has GPUs for."""
+    if tp_size > gpus_per_node:
+        raise ConfigError(
+            f"inference.tensor_parallel must fit into a node; found {tp_size} with cluster.gpus_per_node = {gpus_per_node}: "
+            f"lower it"
+        )
+    return [engine // (gpus_per_node // tp_size) for engine in range(num_engines)]
+
+
+def _within_nodes(config: RunConfig) -> bool:
+    """Whether no weight leaves its node: all is on one, or each serves its engines by itself."""
+    trainer, engines = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
+    colocated = config.inference.placement == "colocated"
+    return homes(config) is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
+
+
+def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machine) -> dict[str, Any]:
+    """The memory of each kind of device by component, whether the fullest fits the machine's GPU, and the file for want of
+    which the reward engine is not counted. Bytes. ConfigError or CheckpointError for a reward model that is no Llama."""
+    judge, missing = _judge(config)
+    held = estimate(shape, config, channel(made), judge)
+    gpu_bytes = round(machine.gpu_gibibytes * GIB)
+    return {
+        "gpu_bytes": gpu_bytes,
+        "fullest": held.fullest.name,
+        "fits": held.fullest.num_bytes <= gpu_bytes,
+        "spare_bytes": gpu_bytes - held.fullest.num_bytes,
+        "devices": [{"name": d.name, "num_bytes": d.num_bytes, "components": d.components} for d in held.devices],
+        "stages": list(held.stages),
+        "host_bytes_per_node": held.host_bytes_per_node,
+        "not_counted": missing,
+    }
+
+
+def _judge(config: RunConfig) -> tuple[LlamaShape | None, str | None]:
+    """(the sizes of the reward model that the run starts, the file that would tell them and is not there)."""
+    path = config.reward_model.path
+    if path is None or "reward_engine" not in training_parts(config):
+        return None, None
+    file = Path(path) / "config.json"
+    return (read_shape(path, OPTION), None) if file.exists() else (None, str(file))
+
+
+def channel(made: ShardPlan) -> Channel:
+    """What the members keep between syncs: staging buckets."""
+    staged = [0] * made.num_members
+    for message in made.messages:
+        for member in (message.source, *made.receivers(message)) if message.bucket.packed else ():
+            staged[member] = max(staged[member], STAGED * message.bucket.num_bytes)
+    return Channel(max(staged[: made.trainer_size]), max(staged[made.trainer_size :]))
+
+
+def measure(shape: LlamaShape, made: ShardPlan, machine: Machine) -> dict[str, Any]:
+    """A plan's figures, counted from its messages and compared with the layouts' own pieces. Bytes unless named otherwise.
+
+    `seconds` replays the messages: every link carries its own in the plan's order, one at a time, at full bandwidth; a
+    node's fan-out of a message starts when it has arrived. `seconds_at_least` is the busiest link alone.
+    """
+    sent, received, node_bytes = [0] * made.trainer_size, [0] * made.num_members, [0] * len(made.nodes)
+    forwarded, staging = [0] * made.num_members, [0] * made.num_members
+    node_of = {engine: number for number, node in enumerate(made.nodes) for engine in node}
+    direct_of = _direct_bytes(shape, made)
+    direct = 0
+    for message in made.messages:
+        bucket, receivers = message.bucket, made.receivers(message)
+        sent[message.source] += bucket.num_bytes
+        node_bytes[node_of[message.route[0]]] += bucket.num_bytes
+        forwarded[receivers[0]] += bucket.num_bytes * (len(receivers) - 1)
+        for member in receivers:
+            received[member] += bucket.num_bytes
+        if bucket.packed:
+            for member in (message.source, *receivers):
+                staging[member] = max(staging[member], bucket.num_bytes)
+        holds = _cell(made, message.source) == bucket.cell
+        direct += direct_of[id(bucket)] * len(receivers) if holds else 0
+    arrived = received[made.trainer_size :]
+    entering, leaving = sum(node_bytes), sum(forwarded)
+    replayed, at_least = _seconds(made, machine, sent, forwarded)
+    return {
+        "num_bytes": sum(torch.Size(size).numel() for size in tensors(shape).values()) * made.dtype_bytes,
+        "direct_fraction": direct / sum(arrived),
+        "received_over_needed": sum(arrived) / _needed_bytes(shape, made),
+        "seconds": replayed,
+        "seconds_at_least": at_least,
+        "trainer_ranks": made.trainer_size,
+        "engines": len(node_of),
+        "engine_ranks": len(arrived),
+        "nodes": len(made.nodes),
+        "sent_by_trainer_rank": _spread(sent),
+        "received_by_engine_rank": _spread(arrived),
+        "received_by_node": _spread(node_bytes),
+        "trainer_to_node_bytes": entering,
+        "within_node_bytes": leaving,
+        "staging_of_trainer_rank": max(staging[: made.trainer_size]),
+        "staging_of_engine_rank": max(staging[made.trainer_size :]),
+        "num_transfers": sum(len(bucket.transfers) for bucket in made.buckets),
+        "num_buckets": len(made.buckets),
+        "num_messages": len(made.messages),
+        "unpacked_fraction": sum(m.bucket.num_bytes for m in made.messages if not m.bucket.packed) / entering,
+        "digest": made.digest,
+    }
+
+
+def _spread(values: list[int]) -> dict[str, float]:
+    return {"max": max(values), "mean": sum(values) / len(values)}
+
+
+def _cell(made: ShardPlan, rank: int) -> tuple[int, int]:
+    """(pipeline rank, tensor rank) of a trainer rank."""
+    return rank // (made.dp_size * made.source.tp_size), rank % made.source.tp_size
+
+
+def _needed_bytes(shape: LlamaShape, made: ShardPlan) -> int:
+    """Bytes of Hugging Face elements that all engine shards hold together."""
+    engine = sum(p.rows * p.cols for rank in range(made.target.tp_size) for p in pieces(shape, made.target, rank))
+    return engine * made.dtype_bytes * sum(map(len, made.nodes))
+
+
+def _direct_bytes(shape: LlamaShape, made: ShardPlan) -> dict[int, int]:
+    """Bytes of each bucket (by id) that lie in its cell's shards and belong where they go in the engine's: both sides'
+    pieces must name the same rectangle of the same Hugging Face tensor."""
+    axes = made.source
+    held = {
+        (pp, tp): _by_parameter(pieces(shape, axes, tp, pp)) for pp in range(axes.pp_size) for tp in range(axes.tp_size)
+    }
+    needed = [_by_parameter(pieces(shape, made.target, rank)) for rank in range(made.target.tp_size)]
+
+    def direct(bucket: Bucket, t: Transfer) -> bool:
+        origin = _origin(held[bucket.cell], t.source, t)
+        return origin is not None and origin[0] == t.name and origin == _origin(needed[bucket.target], t.target, t)
+
+    return {
+        id(bucket): sum(t.rows * t.cols for t in bucket.transfers if direct(bucket, t)) * made.dtype_bytes
+        for bucket in made.buckets
+    }
+
+
+def _by_parameter(held: Iterable[Piece]) -> dict[str, list[Piece]]:
+    found: dict[str, list[Piece]] = {}
+    for piece in held:
+        found.setdefault(piece.parameter, []).append(piece)
+    return found
+
+
+def _origin(held: dict[str, list[Piece]], spot: Spot, t: Transfer) -> tuple[str, int, int] | None:
+    """(tensor, row, col) of what a shard holds at a spot, if one of its pieces has all of the transfer's rectangle."""
+    for p in held.get(spot.parameter, ()):
+        row, col = spot.row - p.shard_row, spot.col - p.shard_col
+        if 0 <= row <= p.rows - t.rows and 0 <= col <= p.cols - t.cols:
+            return p.name, p.row + row, p.col + col
+    return None
+
+
+def _seconds(made: ShardPlan, machine: Machine, sent: list[int], forwarded: list[int]) -> tuple[float, float]:
+    """(a replay of the messages, the busiest link's bytes over its bandwidth)."""
+    network, nvlink = machine.network_gigabytes_per_second * 1e9, machine.nvlink_gigabytes_per_second * 1e9
+    free, leaving, entering = ([0.0] * made.num_members for _ in range(3))  # when a member's links are: network, out, in
+    entered = [0] * made.num_members
+    for message in made.messages:
+        num_bytes, (entry, *others) = message.bucket.num_bytes, made.receivers(message)
+        entered[entry] += num_bytes
+        arrival = max(free[message.source], free[entry]) + num_bytes / network
+        free[message.source] = free[entry] = arrival
+        for other in others:
+            leaving[entry] = entering[other] = max(arrival, leaving[entry], entering[other]) + num_bytes / nvlink
+    at_least = max(max(*sent, *entered) / network, max(forwarded) / nvlink)
+    return max(*free, *entering), at_least
+
+
+def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures for people: heading, then a row each."""
+
+    def spread(key: str) -> tuple[str, str]:
+        return _gigabytes(figures[key]["max"]), _gigabytes(figures[key]["mean"])
+
+    f = figures
+    return [
+        ("what", "max or total", "mean"),
+        ("weights, once", _gigabytes(f["num_bytes"]), ""),
+        (f"sent by each of {f['trainer_ranks']} trainer ranks", *spread("sent_by_trainer_rank")),
+        (f"received by each of {f['engine_ranks']} engine ranks", *spread("received_by_engine_rank")),
+        (f"received by each of {f['nodes']} nodes", *spread("received_by_node")),
+        ("link: trainer to node", _gigabytes(f["trainer_to_node_bytes"]), ""),
+        ("link: within a node", _gigabytes(f["within_node_bytes"]), ""),
+        ("one staging buffer of a trainer rank", _gigabytes(f["staging_of_trainer_rank"]), ""),
+        ("one staging buffer of an engine rank", _gigabytes(f["staging_of_engine_rank"]), ""),
+        ("transfers, buckets, messages", f"{f['num_transfers']:,}, {f['num_buckets']:,}, {f['num_messages']:,}", ""),
+        ("bytes that go from shard to shard", f"{f['direct_fraction']:.2%}", ""),
+        ("bytes that need no staging", f"{f['unpacked_fraction']:.2%}", ""),
+        ("received over needed", f"{f['received_over_needed']:.4f}", ""),
+        ("plan", f"{f['plan_seconds']:.3f} s", ""),
+        ("transfer at these bandwidths", f"{f['seconds']:.3f} s", ""),
+        ("the busiest link alone", f"{f['seconds_at_least']:.3f} s", ""),
+    ]
+
+
+def memory_table(memory: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The devices side by side for people: heading, then a row for each component that any of them has."""
+    devices = memory["devices"]
+    names = dict.fromkeys(name for device in devices for name in device["components"])
+    rows = [(name, [device["components"].get(name, 0) for device in devices]) for name in names]
+    shares = (f"{device['num_bytes'] / memory['gpu_bytes']:.0%}" for device in devices)
+    return [
+        ("a GPU's memory", *(device["name"] for device in devices)),
+        *((name, *(_gibibytes(size) if size else "" for size in sizes)) for name, sizes in rows if any(sizes)),
+        ("in all", *(_gibibytes(device["num_bytes"]) for device in devices)),
+        ("of the GPU", *shares),
+    ]
+
+
+def verdict(memory: dict[str, Any]) -> str:
+    """Whether it fits, and by how much; what the stages and the host hold and what is not counted, where there is any."""
+    fits, spare, gpu = memory["fits"], abs(memory["spare_bytes"]), memory["gpu_bytes"]
+    by_how_much = f"{_gibibytes(spare)} ({spare / gpu:.0%}) {'to spare' if fits else 'too much'}"
+    text = f"{'fits' if fits else 'does not fit'} GPUs of {_gibibytes(gpu)}: {by_how_much} on {memory['fullest']}"
+    if len(memory["stages"]) > 1:
+        text += f"\ntrainer ranks by stage: {', '.join(f'{size / GIB:.1f}' for size in memory['stages'])} GiB"
+    if memory["host_bytes_per_node"]:
+        text += f"\noptimizer state in the host's memory: {_gibibytes(memory['host_bytes_per_node'])} a node"
+    if memory["not_counted"]:
+        text += f"\nthe reward engine is not counted, for there is no {memory['not_counted']}"
+    return text
+
+
+def _gibibytes(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:,.1f} GiB"
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.3f} GB"

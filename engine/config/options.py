@@ -1,0 +1,305 @@
+"""Every option of the engine and its default, one class for each table of a configuration file. Rules across tables are
+in engine/config/rules.py, reading and writing files in engine/config/load.py; no default hides in another room.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+RewardName = Literal["math", "model", "function"]
+BestBy = Literal["reward", "length_normalized_reward"]
+Pairing = Literal["random", "best_worst", "length_matched"]
+
+
+class Section(BaseModel):
+    """A table of the file: unknown keys are errors, values are not coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Run(Section):
+    """What the run is called, how long it is, and its one source of randomness."""
+
+    directory: str = Field(description="where checkpoints, metrics, rollouts and the summary go")
+    seed: NonNegative = 0
+    steps: Positive = Field(description="optimizer steps in all")
+    restarts: NonNegative = Field(3, description="after a lost process, in a row without a new checkpoint; 0: none")
+
+
+class Model(Section):
+    """The seed model."""
+
+    path: str = Field(description="folder of a Hugging Face Llama checkpoint")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Source(Section):
+    """Prompts to train on, problems held out, and what judges their answers."""
+
+    train: str = Field(description="JSONL or parquet file, dataset folder, or hf://owner/name[:config][:split]")
+    held_out: str | None = Field(None, description="problems never trained on, for evaluation")
+    template: str = Field("figure4", description="'figure4' or 'figure5' (the paper's), or a text with {problem} in it")
+    reward: RewardName = Field("math", description="Math-Verify, the reward model, or the user's own function")
+    prompts_per_step: Positive = 64
+    spare_prompts: NonNegative = Field(0, description="sampled each step to fill the places of those without signal")
+
+
+class Data(Source):
+    """The first source of prompts, and further ones that every batch holds in exact proportion."""
+
+    mix: tuple[Source, ...] = Field((), strict=False, description="[[data.mix]]: further sources, with their prompts a step")
+    max_prompt_tokens: Positive = 1024
+    replay: str | None = Field(None, description="rollout ledger or preference file to train on instead of sampling")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All sources, the section's own first."""
+        return (self, *self.mix)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Every file or dataset that a run reads, by the option that names it."""
+        named = [
+            (f"{source_key(place)}.{name}", getattr(source, name))
+            for place, source in enumerate(self.sources)
+            for name in ("train", "held_out")
+        ]
+        return {key: path for key, path in (*named, ("data.replay", self.replay)) if path is not None}
+
+
+def source_key(place: int) -> str:
+    """What a source's options are called: data.*, or of a further one data.mix[0].* and on."""
+    return f"data.mix[{place - 1}]" if place else "data"
+
+
+class Algorithm(Section):
+    """The loss and how groups become training sequences."""
+
+    loss: Literal["dpo", "group_dpo", "grpo"] = "dpo"
+    pairing: Pairing = Field("random", description="DPO's pair of a verifiable prompt: random, extreme, or near in length")
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    beta: PositiveFloat = Field(0.1, description="DPO's inverse temperature")
+    clip_ratio: PositiveFloat = Field(0.2, description="GRPO's epsilon")
+    kl_weight: NonNegativeFloat = Field(0.001, description="GRPO's KL to the reference (k3)")
+    alpha: NonNegativeFloat = Field(0.0, description="GRPO's weight beside GroupDPO, over the same group")
+    normalize_advantages: Literal["mean", "mean_std", "leave_one_out"] = "mean"
+    normalize_length: bool = Field(False, description="divide GRPO's sum over a response by its number of tokens")
+    nll_weight: NonNegativeFloat = Field(0.0, description="DPO's NLL on the chosen response")
+    entropy_weight: NonNegativeFloat = Field(0.0, description="of minus the mean next-token entropy over a response")
+    reduction: Literal["prompts", "pairs", "tokens"] = "prompts"
+
+    @property
+    def uses_advantages(self) -> bool:
+        """Whether GRPO is the loss or part of it."""
+        return self.loss == "grpo" or self.alpha > 0
+
+
+SYNC_ATTEMPTS = 3  # of one weight sync: a fault that outlives two repetitions is no accident
+
+
+class Sync(Section):
+    """The regime: how often the generator and the reference take the policy's weights."""
+
+    sync_interval: Positive | Literal["never"] = Field(1, description="s: 1 online, k semi-online, 'never' offline")
+    reference: Positive | Literal["never", "follow"] = "never"
+    semantics: Literal["paper", "fairseq2"] = Field(
+        "paper", description="'fairseq2': the paper's public code, which counts steps from 1: syncs at 0, s - 1, 2s - 1, ..."
+    )
+    bucket_mebibytes: Positive = Field(64, description="weights sent together in one message")
+    transport: Literal["auto", "gloo", "nccl", "ipc"] = Field(
+        "auto", description="'ipc': one machine's memory; 'auto': that on its CPU and where colocated, else NCCL or gloo"
+    )
+    timeout_seconds: PositiveFloat = Field(120.0, description="longest attempt at a weight sync; there are three")
+
+
+class Sampling(Section):
+    """How an engine samples rollouts."""
+
+    temperature: NonNegativeFloat = 1.0
+    top_p: Probability = 1.0
+    max_tokens: Positive = 2048
+
+
+FP8_ROWS = {"none": 1, "delayed": 16, "current": 16, "blockwise": 128}  # rows of a matrix that FP8 products ask for
+
+
+class Trainer(Section):
+    """Layout of the policy over trainer ranks: world size = tensor * pipeline * data."""
+
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    virtual_pipeline: Positive = Field(1, description="model chunks per pipeline stage")
+    first_stage_layers: Positive | None = Field(None, description="layers of the first stage; unset: as the others")
+    last_stage_layers: Positive | None = Field(None, description="layers of the last stage; unset: as the others")
+    data_parallel: Positive = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    recompute: bool = Field(False, description="recompute activations in the backward, layer by layer")
+    fused_lm_head: bool = Field(False, description="log-probs from hidden states, a few rows of logits at a time")
+    microbatch_tokens: Positive = Field(8192, description="packed tokens in one microbatch at most; larger groups are spread")
+    timeout_seconds: PositiveFloat = Field(600.0, description="longest wait of a trainer rank for another")
+    layers: Literal["local", "transformer_engine"] = Field("local", description="megatron-core's own, or Transformer Engine's")
+    fp8: Literal["none", "delayed", "current", "blockwise"] = Field("none", description="scaling of FP8 products")
+    fp8_parameters: bool = Field(False, description="the layers' matrices kept and gathered in FP8 alone")
+    overlap_tensor_parallel: bool = Field(False, description="Transformer Engine's overlap of products and communication")
+    fuse_gradient_accumulation: bool = Field(False, description="apex: weight gradients added in fp32 inside the product")
+
+    @property
+    def world_size(self) -> int:
+        """Number of trainer ranks."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @property
+    def row_block(self) -> int:
+        """Packed tokens that cannot be cut: sequence-parallel ranks get equal parts, FP8 products whole blocks each."""
+        return FP8_ROWS[self.fp8] * (self.tensor_parallel if self.sequence_parallel else 1)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of every packed row is a multiple of; overlap's buffers have one length for all rows."""
+        return self.microbatch_tokens if self.overlap_tensor_parallel else self.row_block
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up to a constant learning rate."""
+
+    learning_rate: PositiveFloat = 1e-6
+    warmup_steps: NonNegative = 0
+    beta1: Probability = 0.9
+    beta2: Probability = 0.95
+    eps: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.1
+    clip_norm: PositiveFloat = 1.0
+    implementation: Literal["torch", "te", "apex"] = Field("torch", description="whose AdamW; te: Transformer Engine's")
+    moment_dtype: Literal["float32", "bfloat16", "fp8"] = Field("float32", description="of both moments, kept by te's AdamW")
+    offload_share: Share = Field(0.0, description="of the optimizer's state, kept and updated in the host's memory")
+
+
+class Inference(Section):
+    """The pool of vLLM engines."""
+
+    engines: Positive = 1
+    placement: Literal["disaggregated", "colocated"] = Field(
+        "disaggregated", description="engines on devices of their own, or on the trainer's, taking turns with it"
+    )
+    tensor_parallel: Positive = Field(1, description="ranks of one engine")
+    max_model_tokens: Positive = Field(4096, description="prompt and completion together")
+    max_concurrent: Positive = Field(256, description="requests decoded together in one engine")
+    kv_cache_mebibytes: Positive = Field(1024, description="KV cache of each rank of an engine")
+    threads: Positive = Field(1, description="CPU threads of one engine; a GPU engine ignores it")
+    packed_weights: bool = Field(False, description="let vLLM repack weights for speed; a sync then reloads full tensors")
+    timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
+
+
+class Rewards(Section):
+    """The verifier, or the user's own function, in worker processes."""
+
+    unevaluated: Literal["accept", "refuse"] = Field(
+        "accept", description="an expression left to compute, such as 17*23, where a number was asked; the paper accepts"
+    )
+    function: str | None = Field(None, description="for a reward 'function': path/to/file.py:name or package.module:name")
+    workers: Positive = 1
+    deadline_seconds: PositiveFloat = Field(2.0, description="an answer not judged by then is a counted timeout")
+    memory_mebibytes: Positive = Field(3072, description="address space of one worker")
+
+
+class RewardModel(Section):
+    """The model that judges the sources whose reward is 'model', on a vLLM engine of its own."""
+
+    path: str | None = Field(None, description="folder of a Llama with a `score` head, or with Athene's `v_head` and CLS token")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_tokens: Positive = Field(4096, description="prompt and completion in its chat template; longer ones are not judged")
+    kv_cache_mebibytes: Positive = Field(1024, description="KV cache of its engine")
+    timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rewards, an evaluation's or start-up")
+
+    @property
+    def patience_seconds(self) -> float:
+        """Longest wait for its rewards: its engine may be lost once and is then asked again. 0 without a reward model."""
+        return 2 * self.timeout_seconds if self.path is not None else 0.0
+
+
+class Checkpoint(Section):
+    """When the run's state is committed to disk."""
+
+    every: Positive | Literal["end"] = Field("end", description="steps between checkpoints; a multiple of sync_interval")
+    keep: Positive = Field(2, description="newest checkpoints kept")
+    best_by: BestBy | None = Field(None, description="what scores graded sets when the best checkpoint is kept beside those")
+
+
+class Evaluation(Section):
+    """Held-out accuracy: the mean over seeds and its standard error."""
+
+    samples: Positive = Field(4, description="completions per problem, one seed each")
+    temperature: NonNegativeFloat = 0.6
+    top_p: Probability = 0.9
+    every: Positive | Literal["ends"] = Field(
+        "ends", description="steps between evaluations, of the newest weights whatever s is; 'ends': before and after only"
+    )
+    max_problems: Positive | None = None
+
+
+class Guard(Section):
+    """What is done when entropy or length collapses, or rewards explode or are no numbers."""
+
+    action: Literal["off", "warn", "stop"] = "warn"
+    entropy_share: PositiveFloat = Field(0.1, description="collapse: 5 steps' mean below this share of the first 5 steps'")
+    length_share: PositiveFloat = Field(0.3, description="the same of completion_tokens_mean")
+
+
+class Cluster(Section):
+    """The machines of the run. More than one: `semion` runs inside a Ray cluster that is already there (tools/slurm)."""
+
+    nodes: Positive = 1
+    gpus_per_node: Positive = Field(8, description="where there are GPUs; trainer ranks and engines fill nodes in order")
+
+
+class Profile(Section):
+    """A profile of a window of steps, by phase; `tools/nsys` sets it."""
+
+    tool: Literal["off", "torch", "nsys"] = "off"
+    first_step: NonNegative = 5
+    num_steps: Positive = 3
+    ranks: tuple[NonNegative, ...] = Field((0,), strict=False, description="trainer ranks that are profiled")
+    engines: tuple[NonNegative, ...] = Field((0,), strict=False, description="engines that are profiled")
+
+
+class Supervised(Section):
+    """`semion sft`: NLL on worked solutions."""
+
+    sequences_per_step: Positive = 64
+    checkpoint_out: str | None = Field(None, description="folder for the Hugging Face checkpoint; makes the run supervised")
+
+
+class Options(Section):
+    """The whole tree."""
+
+    run: Run
+    model: Model
+    data: Data
+    algorithm: Algorithm = Algorithm()
+    sync: Sync = Sync()
+    sampling: Sampling = Sampling()
+    trainer: Trainer = Trainer()
+    optimizer: Optimizer = Optimizer()
+    inference: Inference = Inference()
+    rewards: Rewards = Rewards()
+    reward_model: RewardModel = RewardModel()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    guard: Guard = Guard()
+    cluster: Cluster = Cluster()
+    profile: Profile = Profile()
+    sft: Supervised = Supervised()
+
+    @property
+    def uses_engines(self) -> bool:
+        """Whether anything is sampled: rollouts, unless they are replayed, and held-out answers."""
+        return self.data.replay is None or any(source.held_out is not None for source in self.data.sources)

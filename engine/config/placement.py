@@ -1,0 +1,161 @@
+"""Where the processes of a run go: the node and the GPUs of every trainer rank, of every engine and of the reward engine, as
+a pure function of the configuration. It starts nothing and looks at no machine; cluster.py carries it out.
+
+Whoever comes first takes the first node with room: trainer ranks in order, a tensor-parallel group inside one node; engines,
+each inside one node, after them, or, where inference.placement is 'colocated', on the trainer's GPUs from the first again;
+then the reward engine, on a GPU of its own in either case, for it judges while the others work. Colocated on several nodes
+the trainer is seated replica by replica, all stages of one before the next, so that a node can serve its engines by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.config.options import Options
+from engine.core.errors import ConfigError
+
+Part = Literal["trainer", "engines", "reward_engine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """The place of one process; without GPUs its numbers only say how full a node is."""
+
+    node: int
+    gpus: tuple[int, ...]  # its own, counted within the node
+
+    def visible(self, devices: Sequence[str]) -> str:
+        """CUDA_VISIBLE_DEVICES on a node with these devices: its own first, then the others, whose memory it may open."""
+        others = [device for gpu, device in enumerate(devices) if gpu not in self.gpus]
+        return ",".join([*(devices[gpu] for gpu in self.gpus), *others])
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The seats of a run's processes; empty or None for what it does not start."""
+
+    ranks: tuple[Seat, ...]
+    engines: tuple[Seat, ...]
+    reward_engine: Seat | None
+
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """All of them."""
+        return (*self.ranks, *self.engines, *((self.reward_engine,) if self.reward_engine else ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """The nodes of trainer ranks and engines that take turns on several."""
+
+    ranks: tuple[int, ...]
+    engines: tuple[int, ...]
+
+    def beside(self, engine: int) -> tuple[int, ...]:
+        """The trainer ranks on an engine's node."""
+        return tuple(rank for rank, node in enumerate(self.ranks) if node == self.engines[engine])
+
+
+def training_parts(config: Options) -> tuple[Part, ...]:
+    """What training starts: supervised training and a run from disk without held-out problems have no engines."""
+    samples = config.sft.checkpoint_out is None and config.uses_engines
+    return ("trainer", "engines", "reward_engine") if samples else ("trainer",)
+
+
+def place(config: Options, parts: tuple[Part, ...], num_gpus: int | None = None) -> Placement:
+    """The seats of these parts; `num_gpus`: those of a node, where fewer are known to be there than cluster.gpus_per_node.
+    ConfigError when they do not fit cluster.nodes times as many."""
+    trainer, inference = config.trainer, config.inference
+    gpus = config.cluster.gpus_per_node if num_gpus is None else min(num_gpus, config.cluster.gpus_per_node)
+    free = [list(range(gpus)) for _ in range(config.cluster.nodes)]
+    seated: dict[int, list[Seat]] = {}  # by the first rank of a tensor-parallel group
+    for first in _group_order(config) if "trainer" in parts else ():
+        group = _take(free, trainer.tensor_parallel)
+        if group is None:
+            ranks_of = f"{trainer.world_size} trainer ranks (trainer.tensor_parallel = {trainer.tensor_parallel})"
+            raise _full(config, gpus, f"{ranks_of}, of which {len(seated) * trainer.tensor_parallel} have a place")
+        seated[first] = [Seat(group.node, (gpu,)) for gpu in group.gpus]
+    ranks = [seat for first in sorted(seated) for seat in seated[first]]
+    colocated = inference.placement == "colocated" and bool(ranks)
+    room = [sorted(s.gpus[0] for s in ranks if s.node == n) for n in range(config.cluster.nodes)] if colocated else free
+    engines: list[Seat] = []
+    for _ in range(inference.engines if "engines" in parts else 0):
+        seat = _take(room, inference.tensor_parallel)
+        if seat is None:
+            wanted = f"inference.engines = {inference.engines} of inference.tensor_parallel = {inference.tensor_parallel}"
+            wanted += f", of which {len(engines)} have a place"
+            raise _crowded(trainer.world_size, wanted) if colocated else _full(config, gpus, wanted, len(ranks))
+        engines.append(seat)
+    reward_engine = None
+    if "reward_engine" in parts and config.reward_model.path is not None:
+        reward_engine = _take(free, 1)
+        if reward_engine is None:
+            taken = len(ranks) + (0 if colocated else len(engines) * inference.tensor_parallel)
+            raise _full(config, gpus, "the reward engine (reward_model.path) with a GPU of its own", taken)
+    return Placement(tuple(ranks), tuple(engines), reward_engine)
+
+
+def homes(config: Options) -> Homes | None:
+    """Where the engines of a training run on several nodes are served by their own node's ranks alone, since they take turns
+    with them on its GPUs: the nodes of both; None for every other run.
+
+    ConfigError when a node with engines lacks a part of the policy, or when the run does not fit its nodes.
+    """
+    parts = training_parts(config)
+    if config.inference.placement != "colocated" or config.cluster.nodes == 1 or "engines" not in parts:
+        return None
+    placement = place(config, parts)
+    found = Homes(*(tuple(seat.node for seat in seats) for seats in (placement.ranks, placement.engines)))
+    t, gpus = config.trainer, config.cluster.gpus_per_node
+    whole = t.tensor_parallel * t.pipeline_parallel
+    for engine, node in enumerate(found.engines):
+        stage = t.tensor_parallel * t.data_parallel  # ranks of one
+        held = len({(rank // stage, rank % t.tensor_parallel) for rank in found.beside(engine)})
+        if held < whole:
+            raise ConfigError(
+                f"inference.placement = 'colocated' with cluster.nodes = {config.cluster.nodes} needs all {whole} shards of "
+                f"the policy (trainer.tensor_parallel * trainer.pipeline_parallel) on every node with engines, for weights do "
+                f"not leave their node; found {held} of them beside engine {engine} on node {node}, counted from 0: choose a "
+                f"product that divides cluster.gpus_per_node = {gpus}, or set placement to 'disaggregated'"
+            )
+    return found
+
+
+def _group_order(config: Options) -> list[int]:
+    """The first rank of every tensor-parallel group, in the order in which they are seated."""
+    t = config.trainer
+    by_replica = config.inference.placement == "colocated" and config.cluster.nodes > 1
+    firsts = range(0, t.world_size, t.tensor_parallel)
+    return sorted(firsts, key=lambda first: first // t.tensor_parallel % t.data_parallel) if by_replica else list(firsts)
+
+
+def _take(free: list[list[int]], count: int) -> Seat | None:
+    """The first `count` free GPUs of the first node that has as many."""
+    for node, gpus in enumerate(free):
+        if len(gpus) >= count:
+            seat = Seat(node, tuple(gpus[:count]))
+            del gpus[:count]
+            return seat
+    return None
+
+
+def _full(config: Options, gpus: int, wanted: str, taken: int = 0) -> ConfigError:
+    nodes, asked = config.cluster.nodes, config.cluster.gpus_per_node
+    there = f" ({asked} asked for, {gpus} on this machine)" if gpus < asked else ""
+    beside = f" beside {taken} GPUs in use" if taken else ""
+    turns = ", or set inference.placement = 'colocated'"
+    whole = config.trainer.tensor_parallel * config.trainer.pipeline_parallel
+    may_share = taken and config.inference.placement == "disaggregated" and (nodes == 1 or asked % whole == 0)
+    return ConfigError(
+        f"cluster.nodes * cluster.gpus_per_node must hold every process, tensor-parallel ranks inside one node; found {nodes} "
+        f"* {gpus}{there} and{beside} {wanted}: raise cluster.nodes, or make the layout smaller{turns if may_share else ''}"
+    )
+
+
+def _crowded(num_ranks: int, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"inference.placement = 'colocated' needs every engine inside one node of the trainer's GPUs; found {num_ranks} "
+        f"trainer ranks and {wanted}: lower inference.engines or inference.tensor_parallel"
+    )

@@ -1,0 +1,250 @@
+"""What options may not be combined, across the tables of a configuration: each broken rule is a sentence with keys, rule,
+values found and fix. A table's own bounds stand in engine/config/options.py.
+"""
+
+from __future__ import annotations
+
+from engine.config.options import Options, source_key
+from engine.config.placement import homes
+from engine.core.errors import ConfigError
+
+
+def broken_rules(config: Options) -> list[str]:
+    """Sentences for combinations that cannot work: keys, rule, values found, fix."""
+    c, broken = config, []
+    s, every = c.sync.sync_interval, c.checkpoint.every
+    if s != "never" and every != "end" and every % s:
+        broken.append(
+            f"checkpoint.every must be a multiple of sync.sync_interval, so that a checkpoint holds the generator's "
+            f"weights too; found {every} and {s}: use {s * max(1, every // s)}"
+        )
+    judged = any(source.held_out for source in c.data.sources)
+    spans = every != "end" and c.evaluation.every != "ends" and every % c.evaluation.every == 0
+    if c.checkpoint.best_by is not None and not (judged and spans):
+        broken.append(
+            f"checkpoint.best_by needs data.held_out, and checkpoint.every a multiple of evaluation.every, so that every "
+            f"checkpoint is judged; found data.held_out = {c.data.held_out!r}, {every} and {c.evaluation.every}: set all "
+            f"three, or remove best_by"
+        )
+    if c.trainer.sequence_parallel and c.trainer.tensor_parallel == 1:
+        broken.append("trainer.sequence_parallel needs trainer.tensor_parallel > 1; found 1: set it to false")
+    if c.trainer.virtual_pipeline > 1 and c.trainer.pipeline_parallel == 1:
+        broken.append(
+            f"trainer.virtual_pipeline needs trainer.pipeline_parallel > 1; found {c.trainer.virtual_pipeline} "
+            f"with 1 stage: set it to 1"
+        )
+    ends = (c.trainer.first_stage_layers, c.trainer.last_stage_layers)
+    if ends != (None, None) and c.trainer.pipeline_parallel == 1:
+        broken.append(
+            f"trainer.first_stage_layers and trainer.last_stage_layers need trainer.pipeline_parallel > 1; found {ends[0]} "
+            f"and {ends[1]} with 1 stage: remove them"
+        )
+    broken += broken_placement_rules(c)
+    broken += broken_data_rules(c) + broken_library_rules(c)
+    if c.rewards.function is None and any(source.reward == "function" for source in c.data.sources):
+        broken.append(
+            "data.reward = 'function' needs rewards.function; found none: set it to path/to/file.py:name or package.module:name"
+        )
+    judged_by = sorted({source.reward for source in c.data.sources})
+    if c.rewards.function is not None and "function" not in judged_by:
+        broken.append(
+            f"rewards.function judges sources with reward = 'function'; found {c.rewards.function!r} and sources with "
+            f"{', '.join(map(repr, judged_by))}: set data.reward = 'function', or remove it"
+        )
+    if s == "never" and c.sync.reference == "follow":
+        broken.append(
+            "sync.reference = 'follow' copies the policy at weight syncs, and sync.sync_interval = 'never' has none; found "
+            "both: set sync.reference to 'never' or a number of steps"
+        )
+    return broken + broken_profile_rules(c)
+
+
+def broken_profile_rules(c: Options) -> list[str]:
+    """The same for what cannot be profiled."""
+    p = c.profile
+    broken: list[str] = []
+    if p.tool == "off":
+        return broken
+    if p.tool == "nsys" and c.cluster.nodes > 1:
+        broken.append(
+            f"profile.tool = 'nsys' needs cluster.nodes = 1, for only this machine's reports are waited for; found "
+            f"{c.cluster.nodes}: set it to 'torch', or profile on one node"
+        )
+    if p.first_step + p.num_steps > c.run.steps:
+        broken.append(
+            f"profile.first_step + profile.num_steps must not exceed run.steps; found {p.first_step} + {p.num_steps} > "
+            f"{c.run.steps}: lower them, or raise run.steps"
+        )
+    if any(rank >= c.trainer.world_size for rank in p.ranks):
+        broken.append(
+            f"profile.ranks must be of the {c.trainer.world_size} trainer ranks, counted from 0 (trainer.tensor_parallel x "
+            f"pipeline_parallel x data_parallel); found {list(p.ranks)}: leave out what is beyond"
+        )
+    if any(engine >= c.inference.engines for engine in p.engines):
+        broken.append(
+            f"profile.engines must be of the inference.engines, counted from 0; found {list(p.engines)} and "
+            f"{c.inference.engines}: leave out what is beyond"
+        )
+    return broken
+
+
+def broken_placement_rules(c: Options) -> list[str]:
+    """The same for where trainer and engines stand."""
+    broken = []
+    colocated = c.inference.placement == "colocated"
+    if c.sync.transport == "ipc" and c.cluster.nodes > 1 and not colocated:
+        broken.append(
+            f"sync.transport = 'ipc' shares the memory of a machine, where disaggregated engines may not be; found "
+            f"cluster.nodes = {c.cluster.nodes}: use 'auto'"
+        )
+    try:
+        homes(c)
+    except ConfigError as error:
+        broken.append(str(error))
+    if colocated and c.sync.transport == "nccl":
+        broken.append(
+            "sync.transport = 'nccl' cannot join a trainer and an engine on one GPU; found it with inference.placement = "
+            "'colocated': use 'auto'"
+        )
+    return broken
+
+
+def broken_data_rules(c: Options) -> list[str]:
+    """The same for where prompts come from."""
+    d, broken = c.data, []
+    for place, source in enumerate(d.sources):
+        if source.template not in ("figure4", "figure5") and "{problem}" not in source.template:
+            broken.append(
+                f"{source_key(place)}.template must be 'figure4', 'figure5' or hold {{problem}}; found {source.template!r}: "
+                f"add {{problem}}"
+            )
+    if d.replay is not None and c.sync.sync_interval != "never":
+        broken.append(
+            f"data.replay needs sync.sync_interval = 'never', for what is on disk knows no newer weights; found "
+            f"{c.sync.sync_interval} with {d.replay!r}: set it to 'never'"
+        )
+    if c.sft.checkpoint_out is not None and (d.mix or d.replay is not None):
+        broken.append(
+            f"sft.checkpoint_out trains on data.train alone; found {len(d.mix)} further sources and data.replay = "
+            f"{d.replay!r}: remove them"
+        )
+    return broken
+
+
+def broken_library_rules(c: Options) -> list[str]:
+    """The same for Transformer Engine's layers, FP8, overlap and the optimizers."""
+    t, o, broken = c.trainer, c.optimizer, []
+    if t.layers == "transformer_engine" and c.model.dtype != "bfloat16":
+        broken.append(
+            f"trainer.layers = 'transformer_engine' needs model.dtype = 'bfloat16', which its fused attention computes in; "
+            f"found {c.model.dtype!r}: set model.dtype = 'bfloat16'"
+        )
+    if t.fp8 != "none" and t.layers != "transformer_engine":
+        broken.append(
+            f"trainer.fp8 needs trainer.layers = 'transformer_engine'; found {t.fp8!r} with {t.layers!r}: set trainer.layers, "
+            f"or fp8 = 'none'"
+        )
+    if t.fp8_parameters and (t.fp8 not in ("current", "blockwise") or not t.distributed_optimizer or o.offload_share):
+        broken.append(
+            f"trainer.fp8_parameters needs trainer.fp8 = 'current' or 'blockwise', trainer.distributed_optimizer and "
+            f"optimizer.offload_share = 0; found {t.fp8!r}, {t.distributed_optimizer} and {o.offload_share}: set all three, or "
+            f"fp8_parameters = false"
+        )
+    if t.overlap_tensor_parallel and (t.layers != "transformer_engine" or not t.sequence_parallel):
+        broken.append(
+            f"trainer.overlap_tensor_parallel needs trainer.layers = 'transformer_engine' and trainer.sequence_parallel; found "
+            f"{t.layers!r} and {t.sequence_parallel}: set both, or overlap_tensor_parallel = false"
+        )
+    if t.overlap_tensor_parallel and t.fp8 == "blockwise":
+        broken.append(
+            "trainer.overlap_tensor_parallel has no buffers for trainer.fp8 = 'blockwise'; found both: set trainer.fp8 = "
+            "'current' or 'delayed'"
+        )
+    if t.overlap_tensor_parallel and t.microbatch_tokens % t.row_block:
+        broken.append(
+            f"trainer.microbatch_tokens must be a multiple of {t.row_block}, since trainer.overlap_tensor_parallel makes every "
+            f"row as long; found {t.microbatch_tokens}: use {-(-t.microbatch_tokens // t.row_block) * t.row_block}"
+        )
+    te = o.implementation == "te" and t.distributed_optimizer and c.model.dtype == "bfloat16"
+    if o.moment_dtype != "float32" and not te:
+        broken.append(
+            f"optimizer.moment_dtype needs optimizer.implementation = 'te', trainer.distributed_optimizer and model.dtype = "
+            f"'bfloat16'; found {o.moment_dtype!r} with {o.implementation!r}, {t.distributed_optimizer} and {c.model.dtype!r}: "
+            f"set all three, or moment_dtype = 'float32'"
+        )
+    if o.offload_share and not (t.distributed_optimizer and c.model.dtype == "bfloat16"):
+        broken.append(
+            f"optimizer.offload_share needs trainer.distributed_optimizer and model.dtype = 'bfloat16', megatron-core cuts no "
+            f"other weights; found {o.offload_share} with {t.distributed_optimizer} and {c.model.dtype!r}: set both, or "
+            f"offload_share = 0"
+        )
+    if o.offload_share and o.moment_dtype != "float32":
+        broken.append(
+            f"optimizer.offload_share needs optimizer.moment_dtype = 'float32', the host's AdamW knows no other; found "
+            f"{o.offload_share} with {o.moment_dtype!r}: set moment_dtype to 'float32'"
+        )
+    return broken
+
+
+def broken_algorithm_rules(c: Options) -> list[str]:
+    """The same for what the losses cannot be combined with."""
+    a, broken = c.algorithm, []
+    if a.loss == "grpo" and a.reduction == "pairs":
+        broken.append("algorithm.reduction = 'pairs' needs algorithm.loss with pairs; found 'grpo': use 'prompts' or 'tokens'")
+    if a.loss == "grpo" and a.nll_weight:
+        broken.append(f"algorithm.nll_weight is DPO's; found {a.nll_weight} with 'grpo': set it to 0")
+    if a.loss == "grpo" and not a.kl_weight and c.sync.reference != "never":
+        broken.append(
+            f"sync.reference needs a loss that looks at the reference; found {c.sync.reference!r} with algorithm.kl_weight "
+            f"= 0: set sync.reference = 'never'"
+        )
+    if a.loss != "group_dpo" and a.alpha:
+        broken.append(
+            f"algorithm.alpha adds GRPO to algorithm.loss = 'group_dpo'; found {a.alpha} with {a.loss!r}: set alpha to 0, or "
+            f"the loss to 'group_dpo'"
+        )
+    if a.loss != "dpo" and a.pairing != "random":
+        broken.append(
+            f"algorithm.pairing chooses the one pair of algorithm.loss = 'dpo'; found {a.pairing!r} with {a.loss!r}: leave "
+            f"it at 'random'"
+        )
+    if a.pairing != "random" and all(source.reward != "math" for source in c.data.sources):
+        broken.append(
+            f"algorithm.pairing is for sources with reward = 'math', the others pair the highest reward with the lowest; found "
+            f"{a.pairing!r} and no such source: leave it at 'random'"
+        )
+    if not a.uses_advantages and (a.normalize_length or a.normalize_advantages != "mean"):
+        broken.append(
+            f"algorithm.normalize_advantages and algorithm.normalize_length are GRPO's; found {a.normalize_advantages!r} and "
+            f"{a.normalize_length} with {a.loss!r}: leave them at 'mean' and false"
+        )
+    if a.entropy_weight and c.trainer.fused_lm_head:
+        broken.append(
+            f"algorithm.entropy_weight needs the logits, which trainer.fused_lm_head never makes; found {a.entropy_weight} "
+            f"and true: set trainer.fused_lm_head to false"
+        )
+    return broken
+
+
+def broken_rollout_rules(c: Options) -> list[str]:
+    """The same for what only a run with rollouts needs; supervised training has no samples and no pairs."""
+    broken = []
+    longest = c.data.max_prompt_tokens + c.sampling.max_tokens
+    if longest > c.inference.max_model_tokens:
+        broken.append(
+            f"data.max_prompt_tokens + sampling.max_tokens must fit inference.max_model_tokens; found "
+            f"{c.data.max_prompt_tokens} + {c.sampling.max_tokens} > {c.inference.max_model_tokens}: raise it to {longest}"
+        )
+    room = c.trainer.microbatch_tokens // c.trainer.row_block * c.trainer.row_block
+    if longest > room:
+        broken.append(
+            f"trainer.microbatch_tokens must hold one sequence at full length; found {room} < {longest}: raise it, or lower "
+            f"sampling.max_tokens"
+        )
+    judged = sorted({source.reward for source in c.data.sources})
+    if ("model" in judged) != (c.reward_model.path is not None):
+        broken.append(
+            f"reward_model.path and a source with reward = 'model' need each other; found {c.reward_model.path!r} and sources "
+            f"with {', '.join(map(repr, judged))}: name the reward model's folder, or set data.reward = 'model', or remove both"
+        )
+    return broken

@@ -1,0 +1,147 @@
+"""Parts of a run that are chosen by name: one kind of part is one folder, one part of it is one file. A user's own part is
+named by where it stands, `path/to/file.py:Name` or `package.module:Name`, and is used like one of ours.
+
+Nothing is imported before it is asked for by name, so a registry costs nothing to those who only list names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import os
+import pkgutil
+import sys
+from collections.abc import Collection
+from functools import cache
+from importlib import import_module
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+from engine.core.errors import ConfigError
+
+Part = TypeVar("Part")
+
+
+class Registry(Generic[Part]):
+    """The parts of one kind: the files of `package` but those in `support`, each with one class that extends the base."""
+
+    def __init__(self, option: str, package: str, base: str, support: Collection[str] = ()) -> None:
+        """`option`: what names a part in a configuration, for messages. `base`: "module:Class" that every part extends.
+        `support`: modules of the package that are no parts."""
+        self.option, self._package, self._base = option, package, base
+        self._support = {*support, base.partition(":")[0].rpartition(".")[2]}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Our own parts, in alphabetical order; found without importing them."""
+        spec = importlib.util.find_spec(self._package)
+        assert spec is not None and spec.submodule_search_locations, self._package
+        found = (module.name for module in pkgutil.iter_modules(list(spec.submodule_search_locations)))
+        return tuple(sorted(name for name in found if name not in self._support and not name.startswith("_")))
+
+    def load(self, name: str) -> type[Part]:
+        """The class of a part. ConfigError when there is none of that name, or it does not extend the base."""
+        base: type[Part] = load_object(self._base, self.option)
+        if ":" in name:
+            found = load_object(name, self.option)
+            if not (isinstance(found, type) and issubclass(found, base)):
+                raise ConfigError(
+                    f"{self.option} must name a class that extends {self._base.replace(':', '.')}; found {name!r}, which is "
+                    f"{found!r}: extend it"
+                )
+            return found
+        if name not in self.names:
+            raise ConfigError(
+                f"{self.option} must be one of {', '.join(self.names)}, or your own as path/to/file.py:Name or "
+                f"package.module:Name; found {name!r}: choose one"
+            )
+        module = import_module(f"{self._package}.{name}")
+        own = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, base) and value.__module__.startswith(module.__name__)
+        ]
+        parts = [value for value in own if not any(other is not value and issubclass(other, value) for other in own)]
+        assert len(parts) == 1, f"{module.__name__} must hold one {base.__name__}; found {parts}"
+        return parts[0]
+
+
+def identity(name: str, option: str) -> str | None:
+    """What a checkpoint records of a user's own part: the SHA-256 of its file, None for one of ours. What that file imports
+    is not looked at. ConfigError when there is no file of code."""
+    if ":" not in name:
+        return None
+    file = source_file(name)
+    if file is None or not file.is_file():
+        raise ConfigError(f"{option} must name a file of code that exists; found none behind {name!r}: check the path")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def source_file(reference: str) -> Path | None:
+    """The file of code behind `path/to/file.py:Name` or `package.module:Name`; None for a module without one, such as a
+    built-in. Nothing of the user's is imported: a module is looked for as Python would, the working directory first."""
+    place = reference.rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place)
+    package, *rest = place.split(".")
+    if not package:
+        return None
+    spec = PathFinder.find_spec(package, [os.getcwd(), *sys.path]) or importlib.util.find_spec(package)
+    for part in rest:  # by its last name alone: the parents of a full one would have to be imported
+        folders = spec.submodule_search_locations if spec is not None else None
+        spec = PathFinder.find_spec(part, list(folders)) if folders else None
+    found = Path(spec.origin) if spec is not None and spec.origin is not None else None
+    return found if found is not None and found.is_file() else None
+
+
+def load_object(reference: str, option: str) -> Any:
+    """What `path/to/file.py:Name` or `package.module:Name` names, imported. ConfigError names `option`, rule, value and fix."""
+    place, _, attribute = reference.rpartition(":")
+    if not place or not attribute:
+        raise ConfigError(f"{option} must read path/to/file.py:Name or package.module:Name; found {reference!r}: add the colon")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ConfigError(f"{option} must name a file that exists; found none at {place}: check the path")
+    try:
+        module = module_of_file(Path(place)) if place.endswith(".py") else import_module(place)
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(
+            f"{option} must name a module that can be imported; found {place} with {error!r}: mend it"
+        ) from error
+    found = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            there = ", ".join(name for name, value in vars(module).items() if _is_own(value, module)) or "nothing"
+            raise ConfigError(
+                f"{option} must name something of {place}; found no {attribute} there, but {there}: check the name"
+            )
+        found = getattr(found, part)
+    return found
+
+
+def module_of_file(path: Path) -> ModuleType:
+    """A user's file as a module, loaded once a process; what lies beside it can be imported, as when Python runs it."""
+    return _module_of_file(path.resolve())
+
+
+@cache
+def _module_of_file(path: Path) -> ModuleType:
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    name = f"semion_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # no library's name
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # as an import does, before the code runs: dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _is_own(value: object, module: ModuleType) -> bool:
+    return (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module.__name__

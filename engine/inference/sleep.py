@@ -1,0 +1,25 @@
+"""What an engine's worker does with its memory and its life: pages given back to the machine, and an end with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import signal
+
+import torch
+
+
+def release_pages(tensor: torch.Tensor) -> None:
+    """Gives back the whole pages of a CPU tensor's storage; what shares a page with others is kept."""
+    storage, page, dont_need = tensor.untyped_storage(), mmap.PAGESIZE, mmap.MADV_DONTNEED
+    start = -(-storage.data_ptr() // page) * page
+    size = (storage.data_ptr() + storage.nbytes()) // page * page - start
+    if size > 0:
+        failed = ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), dont_need)
+        assert not failed, (start, size)
+
+
+def die_with_parent() -> None:
+    """A worker of an engine that is killed, even a stopped one, must not keep its memory from the engine that follows."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

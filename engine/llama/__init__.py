@@ -1,1 +1,0 @@
-"""What a Llama is, without any trainer or server: its sizes, its tensors and their files. It builds no module."""

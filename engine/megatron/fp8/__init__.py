@@ -1,0 +1,1 @@
+"""FP8 in the trainer: delayed scaling, and parameters kept in FP8."""

@@ -1,0 +1,257 @@
+"""Hugging Face Llama folders in and out: config.json into a `LlamaShape`, safetensors read one tensor at a time, and a
+folder written so that it appears whole or not at all. It knows no parallel layout and loads no Python from a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from engine.core.errors import CheckpointError, ConfigError
+from engine.core.files import staged_folder
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Llama 3.1's stretching of the rotary frequencies."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaShape:
+    """Every size that decides the tensors and the arithmetic of a Llama."""
+
+    num_layers: int
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden: int
+    vocab_size: int
+    rope_theta: float
+    rope_scaling: Llama3Scaling | None
+    norm_eps: float
+    tied: bool  # the output layer is the embedding
+    max_positions: int
+
+
+def read_shape(path: str | Path, option: str = "model.path") -> LlamaShape:
+    """The sizes in `path`/config.json. ConfigError when it is no plain Llama, CheckpointError when it is unreadable; both
+    blame `option`."""
+    file = Path(path) / "config.json"
+    config = _read_json(file, option)
+    _require_llama(config, file, option)
+    try:
+        heads = int(config["num_attention_heads"])
+        return LlamaShape(
+            num_layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            ffn_hidden=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            rope_theta=float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0),
+            rope_scaling=_read_scaling(_rope(config), file, option),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            max_positions=int(config.get("max_position_embeddings", 2048)),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{file} has no {error.args[0]}, which a Llama needs: fetch it again") from error
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary table of transformers 5 (`rope_parameters`) or 4 (`rope_scaling`)."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _require_llama(config: dict[str, Any], file: Path, option: str) -> None:
+    rules = (
+        ("model_type", config.get("model_type"), "llama"),
+        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", bool(config.get("attention_bias")), False),
+        ("mlp_bias", bool(config.get("mlp_bias")), False),
+        ("quantization_config", config.get("quantization_config"), None),
+        ("pretraining_tp", config.get("pretraining_tp") or 1, 1),
+    )
+    for key, found, expected in rules:
+        if found != expected:
+            raise ConfigError(
+                f"{option} must be a plain Llama: {file} must have {key} = {expected!r}; found {found!r}: "
+                f"use an unquantized Llama checkpoint, the only family supported"
+            )
+
+
+def _read_scaling(rope: dict[str, Any], file: Path, option: str) -> Llama3Scaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ConfigError(
+            f"{option} must be a plain Llama: {file} must have rope type 'default' or 'llama3'; found {kind!r}: "
+            f"use a Llama 2, 3, 3.1 or 3.2 checkpoint"
+        )
+    return Llama3Scaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_positions=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def _read_json(file: Path, option: str = "model.path") -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; check {option}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}; fetch it again") from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{file} must hold a JSON object; found a {type(tree).__name__}: fetch it again")
+    return tree
+
+
+def read_end_ids(path: str | Path) -> tuple[int, ...]:
+    """The token ids that end a completion, from generation_config.json or else config.json; empty where neither says."""
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path) / name
+        found = _read_json(file).get("eos_token_id") if file.exists() else None
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(found)
+    return ()
+
+
+class HfCheckpoint:
+    """The tensors of a folder with model.safetensors or an index of shards, read from disk when asked for."""
+
+    def __init__(self, path: str | Path, option: str = "model.path") -> None:
+        self.path = Path(path)
+        self._files: dict[str, str] = {}
+        if (self.path / SINGLE_FILE).exists():
+            with self._open(SINGLE_FILE) as opened:
+                self._files = dict.fromkeys(opened.keys(), SINGLE_FILE)
+        elif (self.path / INDEX_FILE).exists():
+            self._files = dict(_read_json(self.path / INDEX_FILE).get("weight_map", {}))
+        else:
+            raise CheckpointError(
+                f"{self.path} must hold {SINGLE_FILE} or {INDEX_FILE}; found neither: check {option}, or convert the "
+                f"checkpoint to safetensors"
+            )
+
+    def names(self) -> frozenset[str]:
+        """Names of all tensors in the files."""
+        return frozenset(self._files)
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """The tensor in its stored dtype. CheckpointError when it is missing, unreadable or not of `shape`."""
+        if name not in self._files:
+            raise CheckpointError(f"{self.path} has no tensor {name}: the checkpoint is incomplete, fetch it again")
+        file = self._files[name]
+        try:
+            with self._open(file) as opened:
+                value: torch.Tensor = opened.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path / file}: {name} cannot be read: {error}; fetch it again") from error
+        if shape is not None and tuple(value.shape) != shape:
+            raise CheckpointError(
+                f"{self.path / file}: tensor {name} must be {list(shape)} by config.json; found {list(value.shape)}: "
+                f"the two files belong to different models"
+            )
+        return value
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self.path / file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path / file} cannot be read: {error}; fetch it again") from error
+
+
+def check_destination(directory: str | Path) -> Path:
+    """The folder a checkpoint may be written to: new, empty, or a former checkpoint; CheckpointError otherwise."""
+    directory = Path(directory)
+    taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    if taken and not (directory / "config.json").exists():
+        raise CheckpointError(f"{directory} must be new or a checkpoint; found other files: choose another folder")
+    return directory
+
+
+def write_hf_checkpoint(
+    directory: str | Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    template: str | Path,
+    max_shard_bytes: int = 5 << 30,
+) -> None:
+    """Writes a folder that `transformers` and vLLM load, staged beside `directory` and renamed when complete.
+
+    `template` is the folder whose config.json (dtype updated), generation config and tokenizer files come along.
+    A former checkpoint at `directory` is replaced; a folder that is none raises CheckpointError and is left alone.
+    """
+    directory = check_destination(directory)
+    with staged_folder(directory) as staging:
+        dtype = _write_shards(staging, tensors, max_shard_bytes)
+        config = _read_json(Path(template) / "config.json")
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        _write_json(staging / "config.json", config)
+        for name in COMPANIONS:
+            if (Path(template) / name).exists():
+                shutil.copyfile(Path(template) / name, staging / name)
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> torch.dtype:
+    """Streams tensors into shard files in their order, holding one shard at a time; returns their dtype."""
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    total = 0
+    dtype: torch.dtype | None = None
+
+    def flush() -> None:
+        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, value in tensors:
+        if pending and sum(held.nbytes for held in pending.values()) + value.nbytes > max_shard_bytes:
+            flush()
+        pending[name] = value.detach().cpu().contiguous()
+        total += value.nbytes
+        dtype = value.dtype
+    assert dtype is not None, "a checkpoint without tensors"
+    flush()
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / SINGLE_FILE)
+        return dtype
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, file in enumerate(files):
+        (folder / f"{i}.part").rename(folder / file)
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return dtype
+
+
+def _write_json(file: Path, tree: dict[str, Any]) -> None:
+    file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

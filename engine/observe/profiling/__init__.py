@@ -1,0 +1,1 @@
+"""Where the time of a step goes: phases, their recording, and the table of a profile."""

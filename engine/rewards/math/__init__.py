@@ -1,0 +1,1 @@
+"""The reward of verifiable problems: Math-Verify with its holes closed, behind killable processes."""

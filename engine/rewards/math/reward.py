@@ -1,0 +1,36 @@
+"""The reward of verifiable problems: 1 where the completion's answer equals the gold one, else 0. It says what a worker is
+asked; the verdict is engine/rewards/math/worker.py's, and cases.jsonl beside it is the table of what it must be.
+"""
+
+from __future__ import annotations
+
+from engine.config.options import Rewards
+from engine.core.types import Prompt
+from engine.rewards.math.answers import after_reasoning, asks_for_value
+from engine.rewards.pool.workers import Request, WorkerReward
+
+# What a verdict means. 1: Math-Verify as it comes, behind killable processes. 2: with the checks of answers.py and exact.py.
+# Every case of cases.jsonl says since which version it holds.
+VERIFIER_VERSION = "2"
+
+MAX_CHARACTERS = 4000  # of an answer, its end
+
+
+class MathReward(WorkerReward):
+    """Math-Verify with its known holes closed, behind killable processes. Gold answers are parsed as LaTeX, wrapped in a
+    box where they carry no delimiters; of a completion, what follows the last reasoning block, and of that the last
+    `MAX_CHARACTERS` characters.
+
+    Beside the pool's statuses: `unparsable` when the gold answer cannot be read; its value is 0. A lack of memory that
+    Math-Verify itself notices reads as an answer it cannot parse: value 0, `ok`.
+    """
+
+    MODULE = "engine.rewards.math.worker"
+
+    def __init__(self, config: Rewards) -> None:
+        super().__init__(config)
+        self._refuses = config.unevaluated == "refuse"
+
+    def _request(self, prompt: Prompt, text: str) -> Request:
+        wants_value = self._refuses and asks_for_value(prompt.problem)
+        return prompt.answer[-MAX_CHARACTERS:], after_reasoning(text)[-MAX_CHARACTERS:], wants_value

@@ -1,0 +1,1 @@
+"""Judging processes that can be killed at a deadline, whatever judges in them."""

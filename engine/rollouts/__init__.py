@@ -1,0 +1,1 @@
+"""From prompts to the sequences of a step: sources, the batch, the ledger and its replay, what is measured of rollouts."""

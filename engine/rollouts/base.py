@@ -1,0 +1,37 @@
+"""What a step of training is given, and what a source of steps must be able to do. It samples nothing itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.core.types import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepData:
+    """Everything one optimizer step trains on, before it is dealt to ranks."""
+
+    sequences: list[Sequence]
+    num_prompts: int
+    metrics: dict[str, float]
+
+
+class StepSource(Protocol):
+    """Where steps come from: rollouts sampled now, or what is on disk (replay.py)."""
+
+    def open(self, steps: range) -> None:
+        """Lets `steps` be made ready."""
+        ...
+
+    def settle(self, step: int) -> None:
+        """Waits until nothing that `step` needs is under way; `next` still hands it out."""
+        ...
+
+    def next(self, step: int) -> StepData:
+        """What `step` trains on; waits for it."""
+        ...
+
+    def close(self) -> None:
+        """Gives back threads and files."""
+        ...

@@ -1,0 +1,148 @@
+"""Steps from disk instead of from engines: the rollouts that a ledger holds, or the pairs of a preference file. Nothing is
+sampled and nothing is judged here; a replayed ledger gives, bit for bit, the steps of the offline run that wrote it.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+from engine.config.load import RunConfig
+from engine.core.errors import ConfigError, DataError
+from engine.core.types import Sequence
+from engine.data.mixture import Mixture, load_mixture
+from engine.data.preferences import PreferenceSet, load_preferences
+from engine.data.prompts import PromptOrder
+from engine.data.records import brief, records
+from engine.data.templates import load_tokenizer
+from engine.models.hf import read_shape
+from engine.rollouts.base import StepData
+from engine.rollouts.batch import step_data
+from engine.rollouts.ledger import RolloutLedger
+from engine.rollouts.metrics import rollout_metrics
+
+_ROLLOUT, _PAIR = {"step", "prompt_id", "token_ids"}, {"chosen", "rejected"}  # what the first row of each has
+
+
+class LedgerSource:
+    """Step k of the run is step k of the ledger, joined with the run's prompts by their ids."""
+
+    def __init__(self, config: RunConfig, ledger: RolloutLedger, prompts: Mixture, vocab_size: int) -> None:
+        """DataError when the ledger lacks a step of the run."""
+        self._config, self._ledger, self._shares, self._vocab_size = config, ledger, prompts.shares, vocab_size
+        self._by_id = {prompt.id: prompt for part in prompts.sets for prompt in part.prompts}
+        lacking = next((step for step in range(config.run.steps) if step not in ledger), None)
+        if lacking is not None:
+            raise DataError(
+                f"{ledger.path}: must hold every step below run.steps = {config.run.steps}; found no step {lacking}, and "
+                f"{len(ledger.steps)} from {ledger.steps.start}: lower run.steps, or sample more with `semion rollout`"
+            )
+
+    def __str__(self) -> str:
+        return f"rollouts of {len(self._ledger.steps)} steps for {len(self._by_id)} prompts"
+
+    def open(self, steps: range) -> None:
+        """Nothing to open: a step is read when it is asked for."""
+
+    def settle(self, step: int) -> None:
+        """Nothing is under way."""
+
+    def next(self, step: int) -> StepData:
+        """Reads `step`. DataError names what does not fit the run's prompts or options."""
+        started = time.monotonic()
+        num_prompts, samples = sum(sampled for sampled, _ in self._shares), self._config.algorithm.samples_per_prompt
+        groups = self._ledger.groups(step, self._by_id, num_prompts, samples)
+        version = groups[0].rollouts[0].completion.version
+        highest = max(token for group in groups for r in group.rollouts for token in r.completion.token_ids)
+        if highest >= self._vocab_size:
+            raise DataError(
+                f"{self._ledger.path}, step {step}: `token_ids` must be of the model's {self._vocab_size} tokens; found "
+                f"{highest}: replay rollouts of a model with the same tokenizer"
+            )
+        metrics = {"wait_seconds": time.monotonic() - started} | rollout_metrics(groups, None)
+        return step_data(groups, self._shares, metrics | {"staleness": float(step - version)}, self._config)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class PreferenceSource:
+    """data.prompts_per_step pairs a step, in the seeded order of prompts."""
+
+    def __init__(self, config: RunConfig, pairs: PreferenceSet) -> None:
+        self._pairs, self._num_pairs = pairs, config.data.prompts_per_step
+        self._order = PromptOrder(len(pairs.pairs), config.run.seed)
+
+    def __str__(self) -> str:
+        return str(self._pairs)
+
+    def open(self, steps: range) -> None:
+        """Nothing to open."""
+
+    def settle(self, step: int) -> None:
+        """Nothing is under way."""
+
+    def next(self, step: int) -> StepData:
+        """The pairs of `step`, each a group of its own; they have no rollout log-probs, and no metric needs them."""
+        pairs = [self._pairs.pairs[index] for index in self._order.at(step, self._num_pairs)]
+        sequences = [
+            Sequence(pair.prompt_ids, response, rollout_log_probs=(), group=group, chosen=chosen)
+            for group, pair in enumerate(pairs)
+            for response, chosen in ((pair.chosen_ids, True), (pair.rejected_ids, False))
+        ]
+        lengths = [len(sequence.completion_ids) for sequence in sequences]
+        metrics = {"completion_tokens_mean": sum(lengths) / len(lengths), "completion_tokens_max": float(max(lengths))}
+        return StepData(sequences, len(pairs), metrics)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def replay_kind(config: RunConfig) -> Literal["rollouts", "preferences"] | None:
+    """What data.replay names, by its first row; None where nothing is replayed.
+
+    DataError when it is neither, ConfigError when the run cannot train on it.
+    """
+    path = config.data.replay
+    if path is None:
+        return None
+    where, first = next(iter(records(path, _ROLLOUT | _PAIR)), (path, None))
+    names = first.keys() if isinstance(first, dict) else set()
+    if names >= _ROLLOUT and Path(path).suffix == ".jsonl":
+        if Path(path).resolve() == (config.run_directory / "rollouts.jsonl").resolve():
+            raise ConfigError(f"data.replay must not be the run's own ledger; found {path}: name another run.directory")
+        return "rollouts"
+    if names >= _PAIR:
+        _check_preferences(config)
+        return "preferences"
+    raise DataError(
+        f"{where}: data.replay must hold rollouts as `semion rollout` writes them, or rows with `chosen` and `rejected`; found "
+        f"{brief(first)}: name another file"
+    )
+
+
+def open_replay(config: RunConfig) -> LedgerSource | PreferenceSource:
+    """The source of a run with data.replay. A ledger needs the data it was sampled from; a preference file does not."""
+    path = config.data.replay
+    assert path is not None
+    if replay_kind(config) == "rollouts":
+        return LedgerSource(config, RolloutLedger(path), load_mixture(config), read_shape(config.model.path).vocab_size)
+    data, tokenizer = config.data, load_tokenizer(config.model.path)
+    limits = data.max_prompt_tokens, config.sampling.max_tokens
+    return PreferenceSource(config, load_preferences(path, tokenizer, data.template, *limits))
+
+
+def _check_preferences(config: RunConfig) -> None:
+    """ConfigError for options that a file of pairs has no use for."""
+    a, d = config.algorithm, config.data
+    if a.uses_advantages:
+        raise ConfigError(
+            f"data.replay: pairs have no rewards and no rollout log-probs, so algorithm.loss must be 'dpo' or 'group_dpo' with "
+            f"alpha = 0; found {a.loss!r} with alpha = {a.alpha}: change them"
+        )
+    if d.mix or d.spare_prompts:
+        raise ConfigError(
+            f"data.replay: pairs are one source and are never skipped; found {len(d.mix)} further sources in data.mix and "
+            f"data.spare_prompts = {d.spare_prompts}: remove them"
+        )

@@ -1,0 +1,101 @@
+"""From prompts to training sequences: asks the pool for an interval's rollouts at once, has them scored, makes pairs or
+advantages, and keeps the ledger of every rollout. It trains nothing and touches no process group.
+
+Waiting: `open` never waits. One helper thread gathers and scores the opened steps in order while the trainer trains;
+`next` waits for that thread, and the thread for the engines, whose own deadline it passes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Many
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from engine.config.load import RunConfig
+from engine.core.types import Completion, Prompt, Rollout, RolloutGroup
+from engine.data.mixture import Mixture
+from engine.inference.pool import Pool, Usage
+from engine.inference.sampling import sample_requests
+from engine.observe.profiling.phases import Phase, phase
+from engine.observe.sinks import JsonlLedger
+from engine.rewards.base import Reward
+from engine.rollouts.base import StepData
+from engine.rollouts.batch import step_data
+from engine.rollouts.ledger import ledger_rows
+from engine.rollouts.metrics import rollout_metrics
+
+
+class RolloutSource:
+    """The rollouts of a run, step by step."""
+
+    def __init__(
+        self, config: RunConfig, prompts: Mixture, pool: Pool, reward: Reward, ledger: JsonlLedger | None
+    ) -> None:
+        self._config, self._prompts, self._pool, self._reward, self._ledger = config, prompts, pool, reward, ledger
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._sampling: dict[int, Future[tuple[list[Completion], Usage]]] = {}
+        self._coming: dict[int, Future[tuple[list[RolloutGroup], Usage]]] = {}
+
+    def open(self, steps: range) -> None:
+        """Submits every prompt of `steps`; they all may be sampled from now on."""
+        prompts = {step: self._prompts.at(step) for step in steps}
+        sampling, samples = self._config.sampling, self._config.algorithm.samples_per_prompt
+        batches = [
+            sample_requests(
+                prompts[step],
+                samples,
+                run_seed=self._config.run.seed,
+                purpose="rollout",
+                step=step,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+            )
+            for step in steps
+        ]
+        for step, ticket in zip(steps, self._pool.submit(batches), strict=True):
+            self._sampling[step] = self._thread.submit(self._pool.gather, ticket)
+            self._coming[step] = self._thread.submit(self._groups, step, prompts[step], self._sampling[step])
+
+    def settle(self, step: int) -> None:
+        """Waits as `next` does, which still hands the step out."""
+        self._coming[step].result()
+
+    def next(self, step: int) -> StepData:
+        """Waits until the groups of `step` are complete and scored. Raises what an engine or the reward raised."""
+        started = time.monotonic()
+        self._sampling.pop(step).result()
+        with phase(Phase.REWARDS):
+            groups, usage = self._coming.pop(step).result()
+        metrics = {"wait_seconds": time.monotonic() - started} | rollout_metrics(groups, usage)
+        version = self._config.schedule.version(step)
+        found = {rollout.completion.version for group in groups for rollout in group.rollouts}
+        assert found == {version}, f"step {step} must train on rollouts of version {version}, found {found}"
+        metrics["staleness"] = float(self._config.schedule.staleness(step))
+        data = step_data(groups, self._prompts.shares, metrics, self._config)
+        if self._ledger is not None:
+            self._ledger.append(row for group in groups for row in ledger_rows(group))
+        return data
+
+    def close(self) -> None:
+        """Stops the helper thread; what was under way is dropped."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _groups(
+        self, step: int, prompts: list[Prompt], sampling: Future[tuple[list[Completion], Usage]]
+    ) -> tuple[list[RolloutGroup], Usage]:
+        completions, usage = sampling.result()
+        return score_groups(step, prompts, completions, self._reward), usage
+
+
+def score_groups(step: int, prompts: Many[Prompt], completions: Many[Completion], reward: Reward) -> list[RolloutGroup]:
+    """Groups of consecutive completions (equally many a prompt, in prompt order) with their rewards."""
+    size = len(completions) // len(prompts)
+    items = [(prompts[place // size], completion.text) for place, completion in enumerate(completions)]
+    rollouts = [
+        Rollout(completion, score) for completion, score in zip(completions, reward.score(items), strict=True)
+    ]
+    return [
+        RolloutGroup(prompt, step, tuple(rollouts[place * size : (place + 1) * size]))
+        for place, prompt in enumerate(prompts)
+    ]

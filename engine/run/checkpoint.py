@@ -1,0 +1,265 @@
+"""The state of a run on disk: staged, digested, synced, renamed, and only then named by LATEST. Killed at any moment, the
+folder still holds the last whole checkpoint. It reads no pickle: safetensors and JSON only.
+
+    checkpoints/LATEST                      "step_00000040"
+    checkpoints/BEST                        "step_00000020", with checkpoint.best_by; kept beside the newest
+    checkpoints/step_00000040/manifest.json step, layout, configuration, size and SHA-256 of every file and of itself
+    checkpoints/step_00000040/policy/       the policy as a Hugging Face checkpoint
+    checkpoints/step_00000040/rank_0000.safetensors   what this trainer rank needs to go on exactly
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.config.load import RunConfig
+from engine.core.errors import CheckpointError
+from engine.core.files import staged_folder, sync
+from engine.data.records import source_digest
+from engine.models.hf import write_hf_checkpoint
+from engine.rewards.math.reward import VERIFIER_VERSION
+
+MANIFEST, LATEST, BEST, POLICY = "manifest.json", "LATEST", "BEST", "policy"
+MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
+    "run": {"steps", "directory", "restarts"},
+    "sync": {"timeout_seconds", "bucket_mebibytes"},
+    "trainer": {"timeout_seconds"},
+    "inference": {"placement", "timeout_seconds"},
+    "rewards": {"workers"},
+    "reward_model": {"timeout_seconds"},
+    "checkpoint": {"keep", "best_by"},
+    "evaluation": None,
+    "guard": None,
+    "cluster": None,  # where processes are changes no bit
+    "sft": None,
+}
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one trainer rank sees them."""
+
+    def __init__(self, folder: Path, *, rank: int, world_size: int, barrier: Callable[[], None]) -> None:
+        """`barrier` waits for all trainer ranks."""
+        self._folder, self._rank, self._world_size, self._barrier = folder, rank, world_size, barrier
+
+    def commit(
+        self, step: int, state: dict[str, torch.Tensor], weights: Iterator[tuple[str, torch.Tensor]], config: RunConfig
+    ) -> Path:
+        """Writes the checkpoint of `step`; collective. `weights` yields the full policy on rank 0 (drained everywhere)."""
+        final = self._folder / f"step_{step:08d}"
+        staging = self._folder / f".staging-{final.name}"
+        if self._rank == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for stale in self._folder.glob(".staging-*"):
+                shutil.rmtree(stale)
+            staging.mkdir()
+        self._barrier()
+        file = staging / rank_file(self._rank)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+        sync(file)
+        if self._rank == 0:
+            write_hf_checkpoint(staging / POLICY, weights, template=config.model.path)
+        else:
+            for _ in weights:
+                pass
+        self._barrier()
+        if self._rank == 0:
+            self._finish(step, staging, final, config)
+        self._barrier()
+        return final
+
+    def _finish(self, step: int, staging: Path, final: Path, config: RunConfig) -> None:
+        files = {
+            str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(staging.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {
+            "step": step,
+            "ranks": self._world_size,
+            "config": json.loads(config.model_dump_json()),
+            "data": _data_digests(config),
+            "files": files,
+        }
+        manifest["sha256"] = _content_digest(manifest)
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        sync(staging / MANIFEST)
+        sync(staging)
+        if final.exists():
+            former = final.with_name(f".staging-former-{final.name}")
+            final.rename(former)
+            shutil.rmtree(former)
+        staging.rename(final)
+        sync(self._folder)
+        self._point(LATEST, final.name)
+        self._prune(final, config.checkpoint.keep)
+
+    def select(self, scores: Mapping[int, float], config: RunConfig) -> None:
+        """Names by BEST the checkpoint of the highest score, the earliest of equals, among those up to the newest;
+        removes BEST where none has a score. `scores` by step. For rank 0, at any time but during `commit`."""
+        newest = latest(self._folder)
+        if newest is None:
+            return
+        folders = {step: self._folder / f"step_{step:08d}" for step in scores}
+        there = [step for step in sorted(scores) if (folders[step] / MANIFEST).exists() and folders[step] <= newest]
+        if there:
+            self._point(BEST, folders[max(there, key=lambda step: scores[step])].name)
+        else:
+            (self._folder / BEST).unlink(missing_ok=True)
+        self._prune(newest, config.checkpoint.keep)
+
+    def _point(self, pointer: str, name: str) -> None:
+        part = self._folder / f".{pointer}"
+        part.write_text(name, encoding="utf-8")
+        sync(part)
+        os.replace(part, self._folder / pointer)
+        sync(self._folder)
+
+    def _prune(self, newest: Path, keep: int) -> None:
+        """Removes all but the best and the `keep` newest. Later steps than the newest are of a run that was killed before
+        it named them; they do not count as kept."""
+        kept = sorted(path for path in self._folder.glob("step_*") if path.is_dir() and path.name <= newest.name)
+        chosen = best(self._folder)
+        for old in kept[:-keep]:
+            if old != chosen:
+                shutil.rmtree(old)
+
+    def load(self, config: RunConfig) -> tuple[int, dict[str, torch.Tensor]]:
+        """(step, this rank's state) of the newest checkpoint, after checking this rank's file against its digest.
+
+        Raises CheckpointError when there is none, it is torn or altered, or it belongs to another run.
+        """
+        newest = latest(self._folder)
+        if newest is None:
+            raise CheckpointError(f"{self._folder} must hold a checkpoint to resume from; found none: start without --resume")
+        manifest = read_manifest(newest)
+        _check_same_run(newest, manifest["config"], config)
+        _check_same_data(newest, manifest["data"], config)
+        name = rank_file(self._rank)
+        verify_file(newest, name, manifest)
+        return int(manifest["step"]), load_file(newest / name)
+
+
+def latest(folder: Path) -> Path | None:
+    """The checkpoint that LATEST names, or None when the run has none yet."""
+    return _named_by(folder / LATEST)
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint that BEST names, or None when none has been selected."""
+    return _named_by(folder / BEST)
+
+
+def _named_by(pointer: Path) -> Path | None:
+    if not pointer.exists():
+        return None
+    named = pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if not (named / MANIFEST).exists():
+        raise CheckpointError(f"{pointer} names {named.name}, which holds no {MANIFEST}: write the name of another folder")
+    return named
+
+
+def rank_file(rank: int) -> str:
+    """The file of one trainer rank's state."""
+    return f"rank_{rank:04d}.safetensors"
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder; CheckpointError names the file that is missing or not a manifest."""
+    file = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; use another checkpoint") from error
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _content_digest(manifest):
+        raise CheckpointError(f"{file} differs from its own digest, so its bits have changed: use another checkpoint")
+    return manifest
+
+
+def verify_file(checkpoint: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Compares a file with the manifest's size and SHA-256; CheckpointError names it."""
+    file = checkpoint / name
+    known = manifest["files"].get(name)
+    if known is None:
+        raise CheckpointError(f"{file} is not part of the checkpoint: resume with the trainer layout that wrote it")
+    if not file.exists() or file.stat().st_size != known["bytes"]:
+        found = file.stat().st_size if file.exists() else "none"
+        raise CheckpointError(f"{file} must have {known['bytes']} bytes; found {found}: use another checkpoint")
+    if _sha256(file) != known["sha256"]:
+        raise CheckpointError(f"{file} differs from its digest, so its bits have changed: use another checkpoint")
+
+
+def export(checkpoint: Path, destination: Path) -> Path:
+    """Copies the verified policy of a checkpoint folder to `destination` as a Hugging Face checkpoint.
+
+    Raises CheckpointError when a file differs from its digest or the destination holds something else.
+    """
+    manifest = read_manifest(checkpoint)
+    names = [name for name in manifest["files"] if name.startswith(f"{POLICY}/")]
+    for name in names:
+        verify_file(checkpoint, name, manifest)
+    if destination.exists() and any(destination.iterdir()):
+        raise CheckpointError(f"{destination} must be new or empty; found files in it: choose another folder")
+    with staged_folder(destination) as staging:
+        for name in names:
+            shutil.copyfile(checkpoint / name, staging / Path(name).name)
+    return destination
+
+
+def _check_same_run(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> None:
+    """CheckpointError names the first option that makes this another run than the one saved."""
+    now = json.loads(config.model_dump_json())
+    for section, options in now.items():
+        free = MAY_CHANGE.get(section, set())
+        if free is None:
+            continue
+        for name, value in options.items():
+            before = saved.get(section, {}).get(name)
+            if name not in free and before != value:
+                raise CheckpointError(
+                    f"{section}.{name} must be what {checkpoint} was written with; found {value!r} instead of "
+                    f"{before!r}: set it back, or start a new run in another directory"
+                )
+
+
+def _content_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same_data(checkpoint: Path, saved: dict[str, str | None], config: RunConfig) -> None:
+    """CheckpointError when a data file is not the one that the run began with."""
+    for key, digest in _data_digests(config).items():
+        if digest != saved.get(key):
+            raise CheckpointError(
+                f"{key} must be what {checkpoint} was written with; found other contents: put back what it was, or start a "
+                f"new run"
+            )
+
+
+def _data_digests(config: RunConfig) -> dict[str, str | None]:
+    """SHA-256 of every data file by its option, and of what judges; None where there is none. Of a reward model the names and
+    sizes of its files: reading them would take minutes at every checkpoint."""
+    digests = {key: source_digest(path) for key, path in config.data.files.items()}
+    rewards = {source.reward for source in config.data.sources}
+    if "math" in rewards:
+        digests["the version of the verifier"] = VERIFIER_VERSION
+    if "function" in rewards and config.rewards.function is not None:
+        digests["rewards.function"] = source_digest(config.rewards.function.rpartition(":")[0])
+    if "model" in rewards and config.reward_model.path is not None:
+        files = sorted((file.name, file.stat().st_size) for file in Path(config.reward_model.path).iterdir())
+        digests["reward_model.path"] = hashlib.sha256(repr(files).encode()).hexdigest()
+    return digests
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

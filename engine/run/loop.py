@@ -1,0 +1,207 @@
+"""The training loop, one for every regime and every algorithm. It sees protocols only: a policy, a source of batches, a
+publisher, and a few things to do on the way. Every trainer rank runs it in step with the others.
+
+Consumes: the batch of each step. Produces: one record a step, yielded as soon as the step is done. Waits for: the
+rollouts of the step (`source.next`), at a sync for every engine to verify the new weights (`publisher.publish`), and where
+engines and trainer share devices for the engines to rest (`publisher.rest`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from engine.config.schedule import SyncSchedule
+from engine.core.types import Batch
+from engine.observe.profiling.phases import Phase, phase
+
+Record = dict[str, float]
+
+
+class Policy(Protocol):
+    """The model being trained."""
+
+    def score(self, batch: Batch) -> Batch:
+        """Fills in what the loss needs of the reference."""
+        ...
+
+    def train_step(self, batch: Batch) -> Record:
+        """One optimizer step; metrics equal on every rank."""
+        ...
+
+    def refresh_reference(self) -> None:
+        """Copies the policy into the reference."""
+        ...
+
+    def as_seed(self) -> AbstractContextManager[None]:
+        """While entered, the weights are the seed model's; only offline, where the generator keeps them."""
+        ...
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def open(self, steps: range) -> None:
+        """Lets the rollouts of `steps` be sampled from the weights that the pool now serves."""
+        ...
+
+    def settle(self, steps: range) -> None:
+        """Waits until the rollouts of these opened steps are complete; `next` still hands them out."""
+        ...
+
+    def next(self, step: int) -> tuple[Batch, Record]:
+        """This rank's batch and, on rank 0, what is known of its rollouts."""
+        ...
+
+
+class Publisher(Protocol):
+    """The way from the policy to the pool."""
+
+    serves: int | None  # the version that the engines serve; None while they rest
+
+    def publish(self, version: int) -> Record:
+        """Returns when every engine serves `version`, woken where it rested; says what it cost."""
+        ...
+
+    def rest(self) -> None:
+        """Lets the engines sleep, with nothing in flight, until the next `publish`; nothing where they do already."""
+        ...
+
+
+class Window(Protocol):
+    """Who profiles some steps."""
+
+    def step(self, step: int) -> None:
+        """`step` begins; the number of steps in all is the end."""
+        ...
+
+    def submitted(self, steps: range) -> None:
+        """The rollouts of `steps` have been asked for."""
+        ...
+
+
+def train(
+    schedule: SyncSchedule,
+    policy: Policy,
+    source: Source,
+    publisher: Publisher,
+    *,
+    start: int,
+    taking_turns: bool,
+    checkpoint: Callable[[int], None],
+    evaluation_due: Callable[[int], bool],
+    evaluate: Callable[[int], None],
+    window: Window,
+) -> Iterator[Record]:
+    """Runs steps start .. schedule.num_steps - 1 and yields a record for each.
+
+    `taking_turns`: engines stand on the trainer's devices, so they finish what they were asked for and rest before it trains.
+
+    All three are called with the number of steps done so far; `checkpoint(step)` decides for itself whether anything is
+    due. A checkpoint comes before the sync of the same step. `evaluate(step)` judges the newest weights, which are in the
+    pool after a sync and are lent to it at any other step.
+    """
+    for step in range(start, schedule.num_steps):
+        window.step(step)
+        started = time.monotonic()
+        record: Record = {"step": step}
+        if schedule.sync_due(step):
+            with phase(Phase.PUBLISH):
+                record |= publisher.publish(step)
+        if evaluation_due(step):
+            paused = time.monotonic()
+            with phase(Phase.EVALUATION):
+                if not schedule.sync_due(step):
+                    _lend(step, schedule, source, publisher)
+                evaluate(step)
+            started += time.monotonic() - paused  # an evaluation is no part of a step's time
+        if schedule.reference_due(step):
+            policy.refresh_reference()
+        if steps := schedule.opens(step):
+            if publisher.serves != schedule.version(step):  # offline: newer weights were judged, or the engines rest
+                with policy.as_seed(), phase(Phase.PUBLISH):
+                    publisher.publish(0)
+            source.open(steps)
+            window.submitted(steps)
+        with phase(Phase.WAIT):
+            if taking_turns:
+                record |= _pass_the_turn(steps, source, publisher)
+            batch, rollouts = source.next(step)
+        record |= rollouts | _learn(policy, batch)
+        record["step_seconds"] = time.monotonic() - started
+        yield _finished(record)
+        with phase(Phase.CHECKPOINT):
+            checkpoint(step + 1)
+    window.step(schedule.num_steps)
+    publisher.publish(schedule.num_steps)
+    if evaluation_due(schedule.num_steps):
+        evaluate(schedule.num_steps)
+
+
+def _learn(policy: Policy, batch: Batch) -> Record:
+    started = time.monotonic()
+    with phase(Phase.SCORE):
+        batch = policy.score(batch)
+    with phase(Phase.TRAIN):
+        record = policy.train_step(batch)
+    return record | {"train_seconds": time.monotonic() - started}
+
+
+def _lend(step: int, schedule: SyncSchedule, source: Source, publisher: Publisher) -> None:
+    """Lends the newest weights to the pool. No rollout changes by it: those of the interval are complete before, and the next
+    ones are asked for after the sync that ends the interval, or offline after the seed's weights are back."""
+    with phase(Phase.WAIT):
+        source.settle(schedule.in_flight(step))
+    with phase(Phase.PUBLISH):
+        publisher.publish(step)
+
+
+def _pass_the_turn(opened: range, source: Source, publisher: Publisher) -> Record:
+    """The engines complete the rollouts of the steps just opened and give their memory back."""
+    started = time.monotonic()
+    if opened:
+        source.settle(opened)
+    publisher.rest()
+    return {"rollout_seconds": time.monotonic() - started} if opened else {}
+
+
+def fine_tune(policy: Policy, source: Source, *, num_steps: int, window: Window) -> Iterator[Record]:
+    """The supervised loop: no rollouts, no sync, no reference."""
+    for step in range(num_steps):
+        window.step(step)
+        started = time.monotonic()
+        with phase(Phase.WAIT):
+            batch, known = source.next(step)
+        with phase(Phase.TRAIN):
+            record: Record = {"step": step} | known | policy.train_step(batch)
+        record["train_seconds"] = record["step_seconds"] = time.monotonic() - started
+        yield _finished(record)
+    window.step(num_steps)
+
+
+def _finished(record: Record) -> Record:
+    """Sums become the means that people read; the sums' own names go."""
+    record["training_tokens_per_second"] = record.get("num_tokens", 0.0) / max(record["train_seconds"], 1e-9)
+    if "generation_seconds" in record:
+        seconds, tokens = record["generation_seconds"], record["generation_tokens"]
+        record["generation_tokens_per_second"] = tokens / seconds if tokens else math.nan
+    pairs, targets = record.get("pairs", math.nan), record.get("target_tokens", math.nan)
+    means = {
+        "margin_mean": ("margin", pairs),
+        "preferred_share": ("preferred", pairs),
+        "chosen_log_prob_mean": ("chosen_log_prob", pairs),
+        "rejected_log_prob_mean": ("rejected_log_prob", pairs),
+        "kl_mean": ("kl", targets),
+        "clipped_share": ("clipped", targets),
+        "ratio_mean": ("ratio", targets),
+        "log_prob_gap_mean": ("rollout_gap", targets),
+        "nll_mean": ("nll", targets),
+        "entropy_mean": ("entropy", targets),
+    }
+    for mean, (total, count) in means.items():
+        if total in record:
+            record[mean] = record.pop(total) / count if count else math.nan
+    return record

@@ -1,0 +1,92 @@
+"""What one machine of a run has: the interface that carries an address, its GPUs, processes that must be gone, a node that
+must answer. It places nothing and starts nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+import psutil
+
+from engine.core.errors import ConfigError, MissingNodeError
+
+HEAD_SECONDS = 30.0  # for the first node of a Ray cluster to answer
+GRACE_SECONDS = 5.0  # Ray's own daemons take a few seconds to notice that their driver has left
+
+
+def look(address: str, num_gpus: float) -> tuple[str, tuple[str, ...]]:
+    """Of the node that this runs on: the interface that carries its address, and its GPUs."""
+    return interface_of(address), devices(num_gpus)
+
+
+def devices(num_gpus: float) -> tuple[str, ...]:
+    """This machine's GPUs by CUDA's names: those that CUDA_VISIBLE_DEVICES names, or all that Ray found."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(named.split(",") if named else map(str, range(int(num_gpus)))) if num_gpus else ()
+
+
+def interface_of(address: str) -> str:
+    """The interface of this machine that has the IPv4 address, or into whose network it falls, as 127.0.0.2 into lo's."""
+    wanted = ipaddress.ip_address(address)
+    found = [
+        (name, ipaddress.ip_interface(f"{own.address}/{own.netmask}"))
+        for name, addresses in psutil.net_if_addrs().items()
+        for own in addresses
+        if own.family == socket.AF_INET and own.netmask
+    ]
+    carrying = [name for name, own in found if own.ip == wanted] + [name for name, own in found if wanted in own.network]
+    if not carrying:
+        raise ConfigError(f"a Ray node's address must be of its machine; found no interface with {address}: start it anew")
+    return carrying[0]
+
+
+def descendants() -> set[psutil.Process]:
+    """Everything that this process has started, directly or not, and that still runs."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def end(processes: Iterable[psutil.Process], grace_seconds: float = GRACE_SECONDS) -> None:
+    """Waits until these processes are gone, and kills those that stay: a stopped one ends by nothing else, and whoever starts
+    next needs its GPU."""
+    deadline = time.monotonic() + grace_seconds
+    left = [process for process in processes if runs(process)]
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        left = [process for process in left if runs(process)]
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    deadline = time.monotonic() + grace_seconds
+    while any(map(runs, left)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process is there and no corpse whose parent has not looked."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def await_head(address: str, patience_seconds: float = HEAD_SECONDS) -> None:
+    """Returns when something listens at `host:port`, and at once where that is not what the address is. MissingNodeError when
+    the patience ends: Ray itself would look for its first node for minutes, and say nothing."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + patience_seconds
+    while host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=patience_seconds).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise MissingNodeError(
+                    f"the Ray cluster's first node must answer at RAY_ADDRESS = {address}; found {error} for "
+                    f"{patience_seconds:.0f} s: start the run with tools/slurm/train.sbatch, or set RAY_ADDRESS"
+                ) from error
+            time.sleep(0.2)

@@ -1,0 +1,44 @@
+"""The training loop's way to the inference engines: the bridge where there are engines, and nothing where there are none."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.bridge.sender import Publisher
+from engine.megatron.topology import Topology
+
+
+class PoolPublisher:
+    """The bridge's publisher, saying what a sync cost in the loop's words."""
+
+    def __init__(self, publisher: Publisher, topology: Topology) -> None:
+        self._publisher, self._topology = publisher, topology
+        self.serves: int | None = 0  # engines load the seed model
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Sends the policy's weights as `version` to every engine; returns when all have verified them."""
+        if self.serves is None and self._topology.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps, the engines need to wake
+        report = self._publisher.publish(version)
+        self.serves = version
+        repeated = {"sync_attempts": float(report.attempts)} if report.attempts > 1 else {}
+        return {"sync_seconds": report.seconds, "sync_mebibytes": report.num_bytes / 2**20} | repeated
+
+    def rest(self) -> None:
+        """Lets the engines sleep until the next `publish`; nothing where they do already."""
+        if self.serves is not None:
+            self._publisher.rest()
+            self.serves = None
+
+
+class NoEngines:
+    """A publisher for a run that samples nothing."""
+
+    serves: int | None = 0
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Nobody is there."""
+        return {}
+
+    def rest(self) -> None:
+        """Nobody is there."""

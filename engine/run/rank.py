@@ -1,0 +1,218 @@
+"""What one trainer rank does from start to end: joins the others, builds its parts and runs the loop; what
+rank 0 has beside it (rollouts, rewards, records, evaluation) is in controller.py. It starts no process; processes.py does,
+and imports this file in the rank's own process only.
+
+A run's events come out as an iterator of small dictionaries: {"kind": "step" | "evaluation" | "note" | "done", ...}.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.algorithms.nll import NllObjective
+from engine.algorithms.registry import make_objective
+from engine.bridge.sender import stream_to_first_rank
+from engine.bridge.setup import open_publisher
+from engine.bridge.transports.rendezvous import join_store, listen, serve_store
+from engine.config.load import RunConfig
+from engine.core.errors import CheckpointError, NumericsError, PreemptedError, SemionError
+from engine.inference.pool import EngineHandle
+from engine.megatron.broadcast import broadcast_bytes
+from engine.megatron.policy import Policy
+from engine.megatron.topology import Topology, open_topology
+from engine.models.hf import write_hf_checkpoint
+from engine.models.sharding import export_plan
+from engine.observe.profiling.window import Window
+from engine.observe.sinks import MetricsWriter
+from engine.rewards.model import ScoringEngine
+from engine.rollouts.replay import replay_kind
+from engine.run import loop
+from engine.run.checkpoint import Checkpoints
+from engine.run.controller import Desk
+from engine.run.publishers import NoEngines, PoolPublisher
+from engine.run.signals import Event, sign_of_life, stop_request
+from engine.run.sources import BroadcastSource, SupervisedSource
+
+
+class TrainerRank:
+    """One trainer rank, in a process of its own."""
+
+    def __init__(self, config_json: str, rank: int, host: str) -> None:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        torch.set_num_threads(1)
+        self._config = RunConfig.model_validate_json(config_json)
+        self._rank, self._host = rank, host
+        self._server: socket.socket | None = None
+
+    def serve(self) -> int:
+        """Opens the rendezvous of the trainer ranks on this rank's host; its port."""
+        self._server, port = listen(self._host)
+        return port
+
+    def train(
+        self, port: int, engines: list[EngineHandle] | None, reward_engine: ScoringEngine | None, resume: bool
+    ) -> Iterator[Event]:
+        """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
+        config, topology = self._config, self._join(port)
+        objective = make_objective(config.algorithm, sampled=replay_kind(config) != "preferences")
+        policy = Policy(config, topology, objective, config.model.path)
+        folder = config.run_directory / "checkpoints"
+        checkpoints = Checkpoints(folder, rank=topology.rank, world_size=topology.world_size, barrier=dist.barrier)
+        start = resume_policy(config, checkpoints, policy) if resume else 0
+        desk = Desk(config, engines, reward_engine, start) if engines is not None else None
+        pool = desk.pool if desk and config.uses_engines else None
+        publisher: loop.Publisher = NoEngines()
+        if config.uses_engines:
+            publisher = PoolPublisher(open_publisher(config, policy, topology, self._host, pool), topology)
+        source = BroadcastSource(config, topology, desk.source if desk else None)
+
+        def checkpoint(step: int) -> None:
+            collapse, stopped = self._collapse(topology, desk), self._stopped(topology, step)
+            saved = commits(config, step, collapse or stopped)
+            if saved:
+                checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config)
+            if end := _early_end(config, step, collapse, stopped, saved):
+                self._close(topology, desk)
+                raise end
+
+        def evaluate(step: int) -> None:
+            if desk is not None:
+                desk.evaluate(step, lambda: self._beat(topology))
+                checkpoints.select(desk.scores(), config)
+                self._beat(topology, over=True)
+            else:
+                while not self._beat(topology):
+                    pass
+
+        if desk is not None:
+            checkpoints.select(desk.scores(), config)
+        for record in loop.train(
+            config.schedule,
+            policy,
+            source,
+            publisher,
+            start=start,
+            taking_turns=config.takes_turns,
+            checkpoint=checkpoint,
+            evaluation_due=config.evaluation_due,
+            evaluate=evaluate,
+            window=Window(config.profile, config.run_directory, self._rank, pool, config.schedule),
+        ):
+            for event in desk.finish_step(record) if desk else ():
+                yield event
+        for event in desk.finish() if desk else ():
+            yield event
+        topology.close()
+
+    def fine_tune(self, port: int) -> Iterator[Event]:
+        """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""
+        config, topology = self._config, self._join(port)
+        source = SupervisedSource(config, topology)
+        policy = Policy(config, topology, NllObjective(), config.model.path)
+        writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
+        window = Window(config.profile, config.run_directory, self._rank)
+        for record in loop.fine_tune(policy, source, num_steps=config.run.steps, window=window):
+            if writer is not None:
+                writer.write(record)
+                yield {"kind": "step"} | record
+        weights = _weights(config, policy, topology)
+        if writer is None:
+            for _ in weights:
+                pass
+        else:
+            assert config.sft.checkpoint_out is not None
+            write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path)
+            writer.close()
+            yield {"kind": "done", "checkpoint": config.sft.checkpoint_out}
+        topology.close()
+
+    def _beat(self, topology: Topology, over: bool = False) -> bool:
+        """Heartbeat: rank 0 broadcasts that it has finished a part of what it alone does, so that the other ranks' collectives
+        and the watching command do not time out; True when rank 0 has finished all of it. Collective."""
+        if topology.rank == 0:
+            sign_of_life(self._config).touch()
+        return broadcast_bytes(b"over" if over else b"more", topology.device) == b"over"
+
+    def _close(self, topology: Topology, desk: Desk | None) -> None:
+        """Closes rank 0's records before any rank raises: the first that does has all of them ended. Collective."""
+        if desk is not None:
+            desk.finish()
+        self._beat(topology)
+
+    def _collapse(self, topology: Topology, desk: Desk | None) -> str:
+        """Broadcasts the guard's reason to stop the run; empty to go on. Collective."""
+        if self._config.guard.action != "stop":
+            return ""
+        return broadcast_bytes(desk.collapse.encode() if desk else b"", topology.device).decode()
+
+    def _stopped(self, topology: Topology, step: int) -> str:
+        """Broadcasts whether the command has asked the run to stop, as the words of the error; empty to go on. Collective where
+        a run that ended after `step` steps could be continued: nowhere else is it looked at."""
+        if not self._config.schedule.opens(step):
+            return ""
+        asked = topology.rank == 0 and stop_request(self._config).exists()
+        return broadcast_bytes(b"--resume auto goes on" if asked else b"", topology.device).decode()
+
+    def _join(self, port: int) -> Topology:
+        trainer, reward_patience = self._config.trainer, self._config.reward_model.patience_seconds
+        if self._server is not None:
+            store = serve_store(self._server, self._host, trainer.world_size, trainer.timeout_seconds)
+        else:
+            store = join_store(self._host, port, trainer.world_size, trainer.timeout_seconds)
+        return open_topology(
+            trainer,
+            rank=self._rank,
+            world_size=trainer.world_size,
+            store=store,
+            # Ranks wait for each other, and while rank 0 waits for an engine they wait for that too.
+            timeout=timedelta(seconds=trainer.timeout_seconds + self._config.inference.timeout_seconds + reward_patience),
+            seed=self._config.run.seed,
+        )
+
+
+def _weights(config: RunConfig, policy: Policy, topology: Topology) -> Iterator[tuple[str, torch.Tensor]]:
+    """The full policy by Hugging Face names, on rank 0; collective, and empty elsewhere."""
+    plan = export_plan(policy.shape, policy.layout, policy.dtype, config.sync.bucket_mebibytes << 20)
+    return stream_to_first_rank(policy, topology, plan, policy.dtype)
+
+
+def commits(config: RunConfig, step: int, collapse: str) -> bool:
+    """Whether the state after `step` steps is saved: when due, and before a stop where a run can go on from it."""
+    return config.checkpoint_due(step) or bool(collapse and config.schedule.opens(step))
+
+
+def _early_end(config: RunConfig, step: int, collapse: str, stopped: str, saved: bool) -> SemionError | None:
+    """Why the run ends after `step` steps although more are asked for; None where it goes on."""
+    if collapse and step < config.run.steps:
+        state = "saved in a checkpoint" if saved else "not at a sync boundary, so the newest checkpoint stands"
+        return NumericsError(f"{collapse}; guard.action = 'stop' ended the run after {step} steps, {state}")
+    return PreemptedError(f"asked to stop: saved after {step} steps, {stopped}") if stopped else None
+
+
+def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> int:
+    """Loads the newest checkpoint into the policy; the step to go on with."""
+    step, state = checkpoints.load(config)
+    check_prolonged(config, step)
+    policy.load_state(state)
+    return step
+
+
+def check_prolonged(config: RunConfig, step: int) -> None:
+    """CheckpointError when a run of `config` cannot go on from a checkpoint of `step` steps."""
+    if step > config.run.steps:
+        raise CheckpointError(
+            f"run.steps must not be less than the {step} steps already done; found {config.run.steps}: raise it"
+        )
+    schedule = config.schedule
+    if step < config.run.steps and not schedule.opens(step):
+        less = f" less {schedule.shift}" if schedule.shift else ""
+        raise CheckpointError(
+            f"run.steps cannot be raised from {step}: that checkpoint is not at a sync boundary, so the run cannot be extended "
+            f"from it; found {config.run.steps}: a run can be prolonged from a multiple of {schedule.width} steps{less}"
+        )

@@ -1,0 +1,86 @@
+"""A run that loses a process goes on by itself: which losses count, how often, from where, and what is written down of each.
+It starts nothing; an attempt at the run is given to it, and a lost one is followed by another from the newest checkpoint.
+
+A loss is an error that says of itself that it may pass (errors.py): something outside failed. All processes are started anew,
+not the lost one alone: to resume is exact, and is the same for an engine, a rank and a weight sync.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+
+from engine.config.load import RunConfig
+from engine.core.errors import MissingNodeError, PreemptedError, SemionError
+from engine.observe.summary import RESTARTS
+from engine.run.signals import Event, stop_request
+
+
+def restarts_in_a_row(error: SemionError, before: int, after: int, so_far: int, limit: int) -> int | None:
+    """How many restarts in a row without a new checkpoint one after `error` would make; None where the run ends with it.
+
+    `before`, `after`: steps in the newest checkpoint when the lost attempt began, and now; 0 without one. `so_far`: restarts in
+    a row up to that attempt. `limit`: run.restarts.
+    """
+    number = 1 if after > before else so_far + 1
+    return number if error.may_pass and number <= limit else None
+
+
+def unbroken(config: RunConfig, attempt: Callable[[bool], Iterator[Event]], *, resume: bool) -> Generator[Event]:
+    """The events of a run over as many attempts as run.restarts allows, and {"kind": "restart", "step", "text"} between two.
+
+    `attempt(resume)` starts the run's processes, yields their events, and has ended them all when it returns or raises. Raises
+    the error that ended the last attempt, or PreemptedError where a loss came to a run that had been asked to stop.
+    """
+    number, before = 0, saved_steps(config) if resume else 0
+    while True:
+        has_moved = False  # else the records are still those that the attempt before left
+        try:
+            for event in attempt(resume):
+                has_moved = has_moved or event["kind"] == "step"
+                yield event
+            return
+        except SemionError as error:
+            after, so_far = saved_steps(config), number
+            if (error.may_pass or isinstance(error, MissingNodeError)) and stop_request(config).exists():
+                raise PreemptedError(f"asked to stop, and lost: {error}; --resume auto {_where(after)}") from error
+            again = restarts_in_a_row(error, before, after, so_far, config.run.restarts)
+            if again is None:
+                raise _tried(error, so_far) from error
+            number, before, resume = again, after, after > 0
+            write_down(config, after, number, error, has_moved=has_moved)
+            text = f"lost: {error}; the run {_where(after)}, restart {number} of {config.run.restarts}"
+            yield {"kind": "restart", "step": after, "text": text}
+
+
+def saved_steps(config: RunConfig) -> int:
+    """Steps in the newest checkpoint; 0 without one."""
+    from engine.run.checkpoint import latest, read_manifest
+
+    newest = latest(config.run_directory / "checkpoints")
+    return int(read_manifest(newest)["step"]) if newest is not None else 0
+
+
+def write_down(config: RunConfig, step: int, number: int, error: SemionError, *, has_moved: bool) -> None:
+    """Adds a row to the record: the step gone on from, how many that the lost attempt did are to be done again, what was lost
+    and when. `has_moved`: it did any."""
+    from engine.observe.sinks import JsonlLedger, read_rows
+
+    done = max((row["step"] + 1 for row in read_rows(config.run_directory / "metrics.jsonl")), default=0)
+    lost_steps = max(0, done - step) if has_moved else 0
+    what = {"restart": number, "error": type(error).__name__, "text": str(error)}
+    ledger = JsonlLedger(config.run_directory / RESTARTS)
+    ledger.append([{"step": step, "lost_steps": lost_steps, **what, "unix_seconds": time.time()}])
+    ledger.close()
+
+
+def _where(step: int) -> str:
+    return f"goes on from the checkpoint of {step} steps" if step else "starts over, for there is no checkpoint yet"
+
+
+def _tried(error: SemionError, so_far: int) -> SemionError:
+    """The error that ends the run; where it might have passed, it says how often that was tried in vain."""
+    if not so_far or not error.may_pass:
+        return error
+    times = "once" if so_far == 1 else f"{so_far} times in a row"
+    return type(error)(f"{error}; started again {times} without reaching a new checkpoint, as run.restarts allows")

@@ -1,0 +1,83 @@
+"""The training loop's source of batches, as every trainer rank has it. Rank 0 asks the run's `StepSource` for a step and
+broadcasts its sequences; supervised training needs no broadcast, since every rank reads the file.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from engine.config.load import RunConfig
+from engine.core.errors import ConfigError
+from engine.core.types import Batch
+from engine.data.mixture import load_prompts
+from engine.data.prompts import PromptOrder
+from engine.data.supervised import supervised_sequence
+from engine.data.templates import load_tokenizer
+from engine.megatron.broadcast import hand_out
+from engine.megatron.packing import make_batches
+from engine.megatron.topology import Topology
+from engine.models.hf import read_shape
+from engine.rollouts.base import StepSource
+from engine.run.signals import sign_of_life
+
+
+class BroadcastSource:
+    """Rank 0 has the rollouts; each rank receives the step's sequences and packs its own part."""
+
+    def __init__(self, config: RunConfig, topology: Topology, rollouts: StepSource | None) -> None:
+        """`rollouts` on rank 0, None on every other rank."""
+        self._config, self._topology, self._rollouts = config, topology, rollouts
+
+    def open(self, steps: range) -> None:
+        """Submits the rollouts of these steps for sampling."""
+        if self._rollouts is not None:
+            self._rollouts.open(steps)
+
+    def settle(self, steps: range) -> None:
+        """Waits until these steps are complete; all ranks wait for one step at a time, as in `next`, so that no collective
+        waits longer than one step's rollouts take."""
+        for step in steps:
+            if self._rollouts is not None:
+                self._rollouts.settle(step)
+                sign_of_life(self._config).touch()
+            dist.barrier()
+
+    def next(self, step: int) -> tuple[Batch, dict[str, float]]:
+        """This rank's microbatches of the step, and on rank 0 what was measured of its rollouts."""
+        data = self._rollouts.next(step) if self._rollouts is not None else None
+        sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
+        batch = hand_out(sequences, num_prompts, step, self._config.trainer, self._topology)
+        return batch, metrics | {"target_tokens": float(batch.num_target_tokens)}
+
+
+class SupervisedSource:
+    """Worked solutions in the seeded order; every rank reads the file and packs its own part."""
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        """ConfigError when a solution is longer than a microbatch or the model's positions."""
+        self._config, self._topology = config, topology
+        tokenizer = load_tokenizer(config.model.path)
+        prompts = load_prompts(config, config.data, config.data.train).prompts
+        self._sequences = [supervised_sequence(prompt, tokenizer) for prompt in prompts]
+        limit = min(config.trainer.microbatch_tokens, read_shape(config.model.path).max_positions)
+        for prompt, sequence in zip(prompts, self._sequences, strict=True):
+            if sequence.num_tokens > limit:
+                raise ConfigError(
+                    f"trainer.microbatch_tokens and the model's positions must hold every prompt with its solution; found "
+                    f"{sequence.num_tokens} tokens in {prompt.id} and a limit of {limit}: raise trainer.microbatch_tokens, or "
+                    f"shorten or remove the row"
+                )
+        self._order = PromptOrder(len(prompts), config.run.seed)
+
+    def open(self, steps: range) -> None:
+        """Nothing to open."""
+
+    def settle(self, steps: range) -> None:
+        """Nothing to wait for."""
+
+    def next(self, step: int) -> tuple[Batch, dict[str, float]]:
+        """This rank's microbatches of the step."""
+        sequences = [self._sequences[i] for i in self._order.at(step, self._config.sft.sequences_per_step)]
+        batches = make_batches(sequences, step=step, num_prompts=len(sequences), trainer=self._config.trainer)
+        batch = batches[self._topology.dp_rank]
+        return batch, {"target_tokens": float(batch.num_target_tokens)}

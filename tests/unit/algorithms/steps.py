@@ -1,0 +1,112 @@
+"""A made-up step for the tests of the losses: sequences with a policy and a reference log-prob and an entropy a completion
+token, as lists of float64; packed, dealt and run through an objective. What a loss should be is not known here.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import torch
+
+from engine.algorithms.base import Objective
+from engine.config.options import Trainer
+from engine.core.types import Microbatch, Sequence
+from engine.megatron.packing import make_batches
+
+Tokens = list[list[float]]  # a value a completion token, by sequence
+LAYOUTS = [
+    {"data_parallel": 1, "microbatch_tokens": 400},  # one row
+    {"data_parallel": 1, "microbatch_tokens": 24},  # several rows; a group of more than two may not fit
+    {"data_parallel": 3, "microbatch_tokens": 24},  # several ranks, some with empty rows
+    {"data_parallel": 2, "microbatch_tokens": 10},  # hardly two sequences together: pairs and groups are spread
+]
+
+
+class Step:
+    """Sequences of at most 10 tokens, each known by its first token."""
+
+    def __init__(self, seed: int, num_pairs: int = 4) -> None:
+        self._draw = random.Random(seed)
+        self.sequences: list[Sequence] = []
+        self.policy: Tokens = []
+        self.reference: Tokens = []
+        self.entropy: Tokens = []
+        for pair in range(num_pairs):
+            for chosen in (True, False):
+                self.add(pair, chosen, self._draw.choice([0.0, self._draw.uniform(-1, 1)]))
+
+    def add(self, group: int, chosen: bool, advantage: float) -> None:
+        """One more sequence."""
+        uniform, length = self._draw.uniform, self._draw.randint(1, 6)
+        rollout = tuple(uniform(-4, -0.1) for _ in range(length))
+        prompt = (len(self.sequences) + 1, *range(9, 9 + self._draw.randint(0, 3)))
+        self.sequences.append(Sequence(prompt, tuple(range(length)), rollout, advantage, group, chosen))
+        self.policy.append([p + uniform(-0.5, 0.5) for p in rollout])
+        self.reference.append([p + uniform(-0.5, 0.5) for p in rollout])
+        self.entropy.append([uniform(0, 3) for _ in rollout])
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens in all."""
+        return sum(len(s.completion_ids) for s in self.sequences)
+
+    def run(
+        self, objective: Objective, *, num_prompts: int = 7, data_parallel: int = 1, microbatch_tokens: int = 400
+    ) -> tuple[float, dict[str, float], Tokens, Tokens]:
+        """(sum of the losses, sums of the metrics, gradients by log-prob, gradients by entropy) over ranks and rows."""
+        trainer = Trainer(data_parallel=data_parallel, microbatch_tokens=microbatch_tokens)
+        loss, sums = 0.0, [0.0] * len(objective.metric_names)
+        gradients, slopes = ([[float("nan")]] * len(self.sequences) for _ in range(2))
+        for batch in make_batches(self.sequences, step=0, num_prompts=num_prompts, trainer=trainer):
+            rows = [self.lay_out(microbatch, self.policy)[0] for microbatch in batch.microbatches]
+            scored = [replace(m, reference_log_probs=self.lay_out(m, self.reference)[0]) for m in batch.microbatches]
+            if any((m.spread_groups >= 0).any() for m in scored):
+                scored = objective.weigh(scored, rows)
+            for row, microbatch in zip(rows, scored, strict=True):
+                entropy, spans = self.lay_out(microbatch, self.entropy, elsewhere=2.0)
+                row.requires_grad_()
+                entropy.requires_grad_()
+                part, metrics = objective(row, microbatch, batch, entropy if objective.needs_entropy else None)
+                part.backward()
+                assert not metrics.requires_grad
+                loss += part.item()
+                sums = [a + b for a, b in zip(sums, metrics.tolist(), strict=True)]
+                by_entropy = torch.zeros_like(row) if entropy.grad is None else entropy.grad
+                for index, span in spans.items():
+                    gradients[index] = [0.0] * len(self.policy[index]) if row.grad is None else row.grad[span].tolist()
+                    slopes[index] = by_entropy[span].tolist()
+                    by_entropy[span] = 0
+                assert not by_entropy.any(), "the entropy counts where a completion token is predicted, and nowhere else"
+        return loss, dict(zip(objective.metric_names, sums, strict=True)), gradients, slopes
+
+    def lay_out(
+        self, microbatch: Microbatch, values: Tokens, elsewhere: float = 0.0
+    ) -> tuple[torch.Tensor, dict[int, slice]]:
+        """Values in their places of the row, and the slice of each sequence's completion tokens."""
+        row, spans = torch.full((microbatch.token_ids.numel(),), elsewhere), {}
+        for start in microbatch.cu_seqlens[:-1].tolist():
+            index = int(microbatch.token_ids[start]) - 1
+            if index >= 0:
+                first = start + len(self.sequences[index].prompt_ids) - 1
+                spans[index] = slice(first, first + len(values[index]))
+                row[spans[index]] = torch.tensor(values[index])
+        return row, spans
+
+    def pairs(self) -> list[tuple[int, int, float]]:
+        """(chosen, rejected, 1 / pairs of the group) of all groups, by the definition."""
+        found = []
+        for group in {s.group for s in self.sequences} - {-1}:
+            members = [i for i, s in enumerate(self.sequences) if s.group == group]
+            chosen = [i for i in members if self.sequences[i].chosen]
+            rejected = [i for i in members if not self.sequences[i].chosen]
+            found += [(c, r, 1 / (len(chosen) * len(rejected))) for c in chosen for r in rejected]
+        return found
+
+    def gap(self) -> float:
+        """Sum of |policy - rollout log-prob|."""
+        return sum(
+            abs(p - q)
+            for sequence, policy in zip(self.sequences, self.policy, strict=True)
+            for p, q in zip(policy, sequence.rollout_log_probs, strict=True)
+        )

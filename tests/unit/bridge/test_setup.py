@@ -1,0 +1,126 @@
+"""What carries a weight sync: by device, placement, machines, and the room in shared memory."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine.bridge import setup as opening
+from engine.bridge.setup import channel, choose_transport
+from engine.config.load import RunConfig
+from engine.config.placement import Homes
+from engine.core.errors import ConfigError
+from engine.models.sharding import shard_shapes, trainer_layout
+from tests.unit.bridge.world import small_shape
+
+
+def config(**tables: dict[str, object]) -> RunConfig:
+    base = {"run": {"directory": "r", "steps": 1}, "model": {"path": "m"}, "data": {"train": "d"}}
+    return RunConfig.model_validate(base | tables)
+
+
+@pytest.mark.parametrize(
+    ("device", "placement", "nodes", "room", "asked", "chosen"),
+    [
+        ("cpu", "disaggregated", 1, True, "auto", "ipc"),
+        ("cpu", "disaggregated", 1, False, "auto", "gloo"),
+        ("cpu", "disaggregated", 1, True, "gloo", "gloo"),
+        ("cpu", "disaggregated", 2, True, "auto", "gloo"),
+        ("cpu", "colocated", 1, True, "auto", "ipc"),
+        ("cpu", "colocated", 2, True, "auto", "ipc"),
+        ("cpu", "colocated", 2, False, "auto", "gloo"),
+        ("cpu", "colocated", 2, True, "gloo", "gloo"),
+        ("cuda", "disaggregated", 1, False, "auto", "nccl"),
+        ("cuda", "disaggregated", 2, True, "nccl", "nccl"),
+        ("cuda", "colocated", 1, False, "auto", "ipc"),
+        ("cuda", "colocated", 2, False, "ipc", "ipc"),
+    ],
+)
+def test_each_place_has_its_transport(
+    device: str, placement: str, nodes: int, room: bool, asked: str, chosen: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = config(inference={"placement": placement}, cluster={"nodes": nodes}, sync={"transport": asked})
+    with caplog.at_level(logging.WARNING):
+        assert choose_transport(made, device, has_room=room, num_bytes=3 << 20) == chosen
+    short = device == "cpu" and not room
+    assert ("over gloo: through the machine's memory, faster, they need 3 MiB" in caplog.text) is short
+
+
+@pytest.mark.parametrize(
+    ("device", "placement", "asked", "room", "words"),
+    [
+        ("cpu", "disaggregated", "ipc", False, "needs 5 MiB of shared memory .* or use 'gloo'"),
+        ("cpu", "disaggregated", "nccl", True, "one of auto, ipc, gloo on cpu .* found 'nccl': use 'auto'"),
+        ("cuda", "disaggregated", "ipc", True, "one of auto, nccl on cuda .* found 'ipc'"),
+        ("cuda", "colocated", "gloo", True, "one of auto, ipc on cuda with inference.placement = 'colocated'"),
+    ],
+)
+def test_what_cannot_carry_it_is_refused(device: str, placement: str, asked: str, room: bool, words: str) -> None:
+    made = config(inference={"placement": placement}, sync={"transport": asked})
+    with pytest.raises(ConfigError, match=f"sync.transport .*{words}"):
+        choose_transport(made, device, has_room=room, num_bytes=5 << 20)
+
+
+TURNS = Homes(ranks=(0, 2, 0, 2), engines=(0, 0, 2))  # node 1 has neither
+OWN = ((0, 2), (0, 2), (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("machines", "transport", "turns", "nodes", "senders"),
+    [
+        ([0, 1, 0], "nccl", None, ((0, 2), (1,)), ()),
+        ([0, 0, 0], "ipc", None, ((0,), (1,), (2,)), ()),
+        ([0, 0, 1], "ipc", TURNS, ((0,), (1,), (2,)), OWN),
+        ([0, 0, 0], "ipc", TURNS, ((0,), (1,), (2,)), OWN),  # two nodes of Ray on one machine
+        ([0, 0, 1], "gloo", TURNS, ((0, 1), (2,)), OWN[1:]),
+    ],
+)
+def test_who_passes_on_to_whom_and_who_may_send(machines, transport, turns, nodes, senders) -> None:
+    assert channel(machines, transport, turns) == (nodes, senders)
+
+
+def test_shared_memory_does_not_leave_a_machine() -> None:
+    with pytest.raises(ConfigError, match=r"sync\.transport = 'ipc' needs all engines on one machine; found several: use"):
+        channel([0, 1], "ipc", None)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("free_mebibytes", "transport", "nodes"), [(3, "ipc", ((0,), (1,), (2,))), (1, "gloo", ((0, 2), (1,)))]
+)
+def test_a_bridge_over_two_nodes_is_told_who_serves_whom(
+    free_mebibytes: int, transport: str, nodes: tuple, monkeypatch: pytest.MonkeyPatch, one_rank: None
+) -> None:
+    """Rank 0 of three, the first two on node 0. Its own node's memory must have room for what its ranks share: two buckets of a
+    mebibyte, and the weights; the others' ranks are not in this process."""
+    made = config(
+        inference={"placement": "colocated", "engines": 3},
+        trainer={"data_parallel": 3},
+        cluster={"nodes": 2, "gpus_per_node": 2},
+        sync={"bucket_mebibytes": 1},
+    )
+    seats = Homes(ranks=(0, 0, 1), engines=(0, 1, 0))
+    monkeypatch.setattr(opening, "homes", lambda _: seats)
+    monkeypatch.setattr(opening, "room_for", lambda num_bytes: num_bytes < free_mebibytes << 20)
+    monkeypatch.setattr(opening, "Publisher", lambda policy, place, terms, **_: terms)
+    shapes = shard_shapes(small_shape(), trainer_layout(made.trainer), 0, 0)
+    policy: Any = SimpleNamespace(shape=small_shape(), parameters={name: torch.zeros(size) for name, size in shapes.items()})
+    place: Any = SimpleNamespace(rank=0, dp_size=3, device=torch.device("cpu"))
+    pool: Any = SimpleNamespace(nodes=lambda: ((0, 1, 2),))
+    terms: Any = opening.open_publisher(made, policy, place, "127.0.0.1", pool)
+    assert (terms.transport, terms.nodes) == (transport, nodes)
+    assert terms.senders == tuple((2,) if engines == (1,) else (0, 1) for engines in nodes)
+    assert {message.source for message in terms.plan().messages if message.route == (1,)} == {2}
+    assert type(terms).from_json(terms.to_json()) == terms

@@ -1,0 +1,239 @@
+"""The estimate of memory where no CPU run can show it: FP8, moments and offloading by hand, turns on one GPU, and properties
+that any layout must have. What torch really allocates is compared in tests/parallel/test_memory.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.bridge.plan import plan
+from engine.capacity.memory import ASLEEP, GIB, HEAD_BLOCK, HEAD_ROWS, TRANSIENT, Channel, Memory, Step, TrainerState, estimate
+from engine.capacity.transfer import channel
+from engine.config.load import RunConfig, load_config
+from engine.models.hf import LlamaShape, read_shape
+from engine.models.sharding import EngineLayout, TrainerLayout
+from engine.ops import lm_head
+
+ROOT = Path(__file__).parents[3]
+LLAMA_8B = read_shape(ROOT / "configs" / "models" / "llama-3.1-8b")
+PARAMETERS = 8_030_261_248
+VOCABULARY, MATRICES = 2 * 128256 * 4096, PARAMETERS - 2 * 128256 * 4096 - 65 * 4096
+SMALL = LlamaShape(4, 8, 4, 2, 2, 12, 100, 1e4, None, 1e-5, False, 16)
+
+
+def configured(name: str = "8b-4x4", *overrides: str) -> RunConfig:
+    return load_config(ROOT / "configs" / "scale" / f"llama-3.1-{name}.toml", list(overrides))
+
+
+def of_8b(*overrides: str) -> Memory:
+    return estimate(LLAMA_8B, configured("8b-4x4", *overrides), Channel())
+
+
+def test_an_8b_trainer_rank_by_hand():
+    """bf16 on four data-parallel ranks: 2 bytes, a reference, fp32 gradients, and a quarter of 12 bytes."""
+    trainer = of_8b().devices[0].components
+    assert (trainer["weights"], trainer["reference"], trainer["gradients"]) == (2 * PARAMETERS, 2 * PARAMETERS, 4 * PARAMETERS)
+    assert trainer["optimizer"] == 3 * PARAMETERS
+    assert trainer["FP8 copies"] == 0
+    assert trainer["logits"] == 2 * 6144 * 128256
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_device", "on_host"),
+    [
+        (["optimizer.moment_dtype=bfloat16"], 2 + 4, 0),
+        (["optimizer.moment_dtype=fp8"], 2 + 2, 0),
+        (["optimizer.offload_share=1.0"], 0, 16),
+        (["optimizer.offload_share=0.5"], 6, 8),
+    ],
+)
+def test_bytes_of_the_optimizer_by_its_options(overrides, on_device, on_host):
+    """Of every parameter of a rank's quarter; a node has four trainer ranks."""
+    held = of_8b(*overrides)
+    assert held.devices[0].components["optimizer"] == pytest.approx(on_device * PARAMETERS / 4)
+    assert held.host_bytes_per_node == pytest.approx(on_host * PARAMETERS)
+
+
+def test_fp8_adds_copies_of_the_layers_matrices_and_shrinks_what_products_save():
+    plain, fp8 = of_8b().devices[0].components, of_8b("trainer.fp8=current").devices[0].components
+    assert fp8["FP8 copies"] == 2 * MATRICES
+    assert 0.8 * plain["activations"] < fp8["activations"] < plain["activations"]
+
+
+@pytest.mark.parametrize(("moments", "each"), [("float32", 12), ("bfloat16", 8)])
+def test_fp8_parameters_are_a_byte_in_each_direction_and_keep_whole_fp32_weights(moments: str, each: int):
+    """The layers' matrices here and in the reference; the optimizer's quarter has all four bytes of its weights."""
+    options = ("trainer.fp8=blockwise", "trainer.fp8_parameters=true", f"optimizer.moment_dtype={moments}")
+    trainer = of_8b(*options).devices[0].components
+    assert trainer["weights"] == trainer["reference"] == 2 * PARAMETERS - MATRICES
+    assert trainer["FP8 copies"] == MATRICES
+    assert trainer["optimizer"] == each * PARAMETERS / 4
+
+
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
+def test_the_feed_forward_keeps_what_is_counted(layers: str):
+    """What autograd saves of both forms of SwiGLU, and the product for the next linear layer. The fused form gives the same."""
+    from engine.megatron.build import megatron_config
+
+    width, config = 12, configured("8b-4x4", f"trainer.layers={layers}")
+    fused = megatron_config(LLAMA_8B, config.trainer, torch.bfloat16).bias_activation_fusion
+    assert fused == (layers == "transformer_engine")
+    both = torch.randn(config.trainer.microbatch_tokens, 2 * width, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.compiler.set_stance("force_eager"):
+        product = swiglu(both, fused)
+    with torch.compiler.set_stance("force_eager"):
+        product.backward(torch.ones_like(product))
+    again = both.detach().clone().requires_grad_()
+    plain = F.silu(again[:, :width]) * again[:, width:]
+    plain.backward(torch.ones_like(plain))
+    torch.testing.assert_close(product, plain)
+    torch.testing.assert_close(both.grad, again.grad)
+    step = Step(replace(LLAMA_8B, ffn_hidden=width), config, 0)
+    assert sum(kept.values()) + product.nbytes == 2 * step._feed_forward  # counted in bfloat16, kept here in float32
+
+
+def swiglu(both: torch.Tensor, fused: bool) -> torch.Tensor:
+    """megatron-core's, from gate and up beside each other: its one function, or the lines of its MLP."""
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    if fused:
+        return bias_swiglu_impl(both, None)
+    gate, up = torch.chunk(both, 2, dim=-1)
+    return F.silu(gate) * (up + 0.0)
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "fp8"])
+def test_narrow_moments_are_widened_for_the_update(moments: str):
+    """8 bytes of each of a rank's quarter, where recomputation leaves little else."""
+    held = of_8b(f"optimizer.moment_dtype={moments}", "trainer.recompute=true", "trainer.fused_lm_head=true")
+    assert held.devices[0].components["workspace"] == 2 * PARAMETERS
+
+
+def test_torchs_own_adamw_has_a_root_for_every_parameter():
+    """Where recomputation leaves little else: 4 bytes of each of a rank's quarter."""
+    held = of_8b("optimizer.implementation=torch", "trainer.recompute=true", "trainer.fused_lm_head=true")
+    assert held.devices[0].components["workspace"] == PARAMETERS
+
+
+def test_an_offline_run_that_evaluates_keeps_the_seed_too():
+    """A reference that moves is a further copy; one that never does is the seed itself."""
+    offline = ("sync.sync_interval=never", "data.held_out=x.jsonl", "evaluation.every=10")
+    assert of_8b(*offline, "sync.reference=100").devices[0].components["reference"] == 4 * PARAMETERS
+    assert of_8b(*offline, "sync.reference=never").devices[0].components["reference"] == 2 * PARAMETERS
+
+
+def test_colocated_devices_take_turns():
+    """Training: the engine keeps its context and graphs. Sampling: the trainer keeps all but the step's own tensors."""
+    training, sampling = estimate(LLAMA_8B, configured("8b-colocated"), Channel(GIB, GIB)).devices
+    apart = estimate(LLAMA_8B, configured("8b-colocated", "inference.placement=disaggregated"), Channel(GIB, GIB))
+    trainer, engine = (device.components for device in apart.devices)
+    assert training.components == trainer | {name: engine[name] for name in ASLEEP}
+    assert sampling.components == {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
+    assert "engine: KV cache" not in training.components and "activations" not in sampling.components
+
+
+@pytest.mark.parametrize("overrides", [["sft.checkpoint_out=x"], ["data.replay=x.jsonl", "sync.sync_interval=never"]])
+def test_a_run_that_samples_nothing_has_no_engine(overrides):
+    assert [device.name for device in of_8b(*overrides, "sync.reference=never").devices] == ["trainer rank, training"]
+
+
+def test_an_engine_rank_has_its_part_of_the_weights_and_a_whole_kv_cache():
+    """vLLM's kv_cache_memory_bytes is of each rank."""
+    one, two = (of_8b(f"inference.tensor_parallel={ranks}").devices[1].components for ranks in (1, 2))
+    assert one["engine: weights"] == 2 * PARAMETERS
+    assert two["engine: weights"] == pytest.approx(PARAMETERS, rel=1e-3)
+    assert one["engine: KV cache"] == two["engine: KV cache"] == 96 * GIB
+
+
+JUDGED = ("data.reward=model", "reward_model.path=rm", "reward_model.dtype=bfloat16")
+
+
+def test_the_reward_models_engine_by_hand():
+    """8B in bf16: no output layer, a head of 4096 float32; a forward of 8192 tokens, or of the longest conversation."""
+    apart, colocated = (
+        estimate(LLAMA_8B, configured(name, *JUDGED), Channel(GIB, GIB), LLAMA_8B) for name in ("8b-4x4", "8b-colocated")
+    )
+    assert [device.name for device in apart.devices] == ["trainer rank, training", "engine rank", "reward engine"]
+    assert [device.name for device in colocated.devices[1:]] == ["trainer rank, sampling", "reward engine"]
+    assert colocated.devices[2] == apart.devices[2], "it stands alone either way, and no weight sync stages anything there"
+    assert apart.devices[2].components == {
+        "engine: weights": 2 * (PARAMETERS - 128256 * 4096) + 4 * 4096,
+        "engine: KV cache": GIB,
+        "engine: forward": 8192 * (4 * 4096 + 3 * 14336) * 2,
+        "engine: CUDA graphs": GIB,
+        "engine: context": GIB,
+    }
+    longer = configured("8b-4x4", *JUDGED, "reward_model.max_tokens=16384", "reward_model.kv_cache_mebibytes=131072")
+    held = estimate(LLAMA_8B, longer, Channel(), LLAMA_8B)
+    assert held.devices[2].components["engine: forward"] == 2 * apart.devices[2].components["engine: forward"]
+    assert held.fullest == held.devices[2], "it can be what does not fit"
+
+
+def test_without_its_sizes_or_without_samples_there_is_no_reward_engine():
+    assert len(estimate(LLAMA_8B, configured("8b-4x4", *JUDGED), Channel()).devices) == 2
+    supervised = configured("8b-4x4", *JUDGED, "sft.checkpoint_out=x")
+    assert len(estimate(LLAMA_8B, supervised, Channel(), LLAMA_8B).devices) == 1
+
+
+def test_the_channel_has_two_buckets():
+    """Of at most 1000 bytes."""
+    made = plan(SMALL, 4, TrainerLayout(2, 2), 2, EngineLayout(2), ((0, 1), (2,)), 1000)
+    staged = channel(made)
+    largest = max(message.bucket.num_bytes for message in made.messages if message.bucket.packed)
+    assert staged.trainer_bytes == staged.engine_bytes == 2 * largest <= 2000
+
+
+def test_the_head_is_counted_in_the_operators_own_chunks():
+    assert inspect.signature(lm_head.lm_head_log_probs).parameters["chunk_rows"].default == HEAD_ROWS
+    assert lm_head.BLOCK == HEAD_BLOCK
+
+
+LAYOUTS = st.fixed_dictionaries(
+    {
+        "tensor_parallel": st.sampled_from([1, 2, 4, 8]),
+        "pipeline_parallel": st.sampled_from([1, 2, 4]),
+        "data_parallel": st.sampled_from([1, 4]),
+        "recompute": st.booleans(),
+        "fused_lm_head": st.booleans(),
+        "microbatch_tokens": st.sampled_from([4096, 8192]),
+        "layers": st.sampled_from(["local", "transformer_engine"]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LAYOUTS)
+def test_any_layout_holds_the_model_once_and_less_of_it_takes_less(options: dict[str, Any]):
+    """Stages add up to the model on every tensor rank; recomputing, fewer tokens and more stages never take more."""
+
+    def configured_with(**changes: Any) -> RunConfig:
+        base = configured("8b-4x4", "inference.max_model_tokens=3072")
+        return base.model_copy(update={"trainer": base.trainer.model_copy(update=options | changes)})
+
+    config = configured_with()
+    stages = range(options["pipeline_parallel"])
+    held = sum(TrainerState(LLAMA_8B, config, stage).num_parameters for stage in stages) * options["tensor_parallel"]
+    assert PARAMETERS <= held <= 1.001 * PARAMETERS
+    whole, again = (
+        sum(Step(LLAMA_8B, configured_with(recompute=recompute), 0).fullest.values()) for recompute in (False, True)
+    )
+    assert 0 < again < whole
+    fewer = Step(LLAMA_8B, configured_with(microbatch_tokens=options["microbatch_tokens"] // 2), 0)
+    assert sum(fewer.fullest.values()) <= sum(Step(LLAMA_8B, config, 0).fullest.values())
+    in_flight = [Step(LLAMA_8B, config, stage).in_flight for stage in stages]
+    assert in_flight == sorted(in_flight, reverse=True) and in_flight[-1] == 1

@@ -1,0 +1,381 @@
+"""The command in process: a configuration that is printed can be read again, and each mistake ends with its exit code
+and one line on stderr that names what to mend. No process is started here; tests/e2e runs whole commands.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from engine import cli
+from engine.commands import training
+from engine.commands.training import preemptible
+from engine.config.load import RunConfig, dump_config, load_config
+from engine.core.errors import InferenceError, PreemptedError
+from engine.core.files import locked
+from engine.core.types import Completion
+from engine.observe.sinks import JsonlLedger, MetricsWriter
+from engine.rewards.registry import RoutedReward
+from engine.run.checkpoint import Checkpoints
+from engine.run.signals import stop_request
+from engine.run.spec import runnable
+from tests.unit.inference.test_pool import FakeEngine
+from tests.unit.rollouts.test_rollouts import Parity
+from tools.make_reward_model import make_reward_model
+
+CONFIG = """
+[run]
+directory = "{folder}/run"
+steps = 4
+[model]
+path = "{folder}/seed"
+[data]
+train = "{folder}/train.jsonl"
+held_out = "{folder}/held_out.jsonl"
+[trainer]
+microbatch_tokens = 8192
+"""
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 67,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A configuration whose files all exist."""
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "config.json").write_text(json.dumps(LLAMA))
+    for name in ("train.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text('{"problem": "1+1", "answer": "2"}\n')
+    (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path))
+    return tmp_path / "run.toml"
+
+
+@pytest.fixture
+def complaint(capsys):
+    """Runs a command that must fail with an exit code; the one line it says."""
+
+    def run(code: int, *arguments: object) -> str:
+        assert cli.main([str(argument) for argument in arguments]) == code
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("semion: ")
+        assert said.err.count("\n") == 1, said.err
+        assert "Traceback" not in said.err
+        return said.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trainer.tensor_parallel=3", "trainer.tensor_parallel"),
+        ("trainer.pipeline_parallel=4", "layers"),
+        ("inference.max_model_tokens=5000", "4096 positions"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_any_process_starts(file, complaint, override, named):
+    assert named in complaint(2, "train", file, override)
+
+
+def test_a_function_that_cannot_be_called_is_refused_before_any_process_starts(file, complaint):
+    overrides = ("data.reward=function", f"rewards.function={file}.py:name")
+    assert "rewards.function must name a file that exists" in complaint(2, "train", file, *overrides)
+
+
+def test_check_prints_the_resolved_tree_which_loads_again(file, tmp_path, capsys):
+    assert cli.main(["check", str(file), "algorithm.beta=0.25", "sync.sync_interval=never"]) == 0
+    printed = capsys.readouterr().out
+    again = tmp_path / "again.toml"
+    again.write_text(printed)
+    config = load_config(again)
+    assert config == load_config(file, ["algorithm.beta=0.25", "sync.sync_interval=never"])
+    assert (config.algorithm.beta, config.sync.sync_interval) == (0.25, "never")
+    assert printed == dump_config(config)
+    assert "warmup_steps = 0" in printed, "defaults are resolved"
+
+
+GENERATE = ["generate", "--questions", "q.json", "--format", "alpaca_eval", "--output", "out.json"]
+COMMANDS = [["train"], ["sft"], ["rollout", "--output", "out.jsonl"], ["eval"], GENERATE]
+
+
+@pytest.mark.parametrize("command", [["check"], *COMMANDS])
+def test_an_unknown_key_or_a_missing_file_is_a_configuration_error(command, file, complaint):
+    said = complaint(2, *command, file, "algorithm.betta=1")
+    assert "algorithm.betta is not an option; found 1" in said
+    assert "No such file" in complaint(2, *command, file.with_name("nowhere.toml"))
+    assert "must read section.key=value" in complaint(2, *command, file, "beta=1")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_run_needs_is_looked_at_before_any_process_starts(command, file, tmp_path, complaint, monkeypatch):
+    monkeypatch.setattr("engine.run.processes.Cluster.__enter__", lambda self: pytest.fail("a process would have started"))
+    said = complaint(3, *command, file, "data.train=gone.jsonl")
+    assert "data.train must be a file or a dataset's folder; found none at gone.jsonl" in said
+    assert "data.held_out must be a file" in complaint(3, *command, file, "data.held_out=gone.jsonl")
+    assert "data.mix[0].train must be a file" in complaint(3, *command, file, 'data.mix=[{train = "gone.jsonl"}]')
+    assert "gone/config.json cannot be read" in complaint(4, *command, file, "model.path=gone")
+    (tmp_path / "seed" / "config.json").write_text(json.dumps(LLAMA | {"model_type": "qwen2"}))
+    said = complaint(2, *command, file)
+    assert "must have model_type = 'llama'; found 'qwen2'" in said
+
+
+def test_what_a_run_does_not_read_or_start_is_not_asked_for(file, tmp_path, complaint, monkeypatch):
+    monkeypatch.setattr("engine.rewards.function.FunctionReward", lambda options: pytest.fail("it judges nothing in this run"))
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    (tmp_path / "ledger.jsonl").write_text('{"step": 0, "prompt_id": "p", "token_ids": [1]}\n')
+    text = file.read_text()
+
+    def accepted(*overrides: str) -> None:
+        runnable(argparse.Namespace(config=str(file), overrides=["sync.sync_interval=never", *overrides]))
+
+    pairs, ledger = (f"data.replay={tmp_path / name}.jsonl" for name in ("pairs", "ledger"))
+    accepted(pairs, "data.train=gone.jsonl")
+    assert "data.held_out must be" in complaint(3, "train", file, "sync.sync_interval=never", pairs, "data.held_out=gone.jsonl")
+    assert "data.train must be" in complaint(3, "train", file, "sync.sync_interval=never", ledger, "data.train=gone.jsonl")
+    assert "data.replay must be" in complaint(3, "train", file, "sync.sync_interval=never", "data.replay=gone.jsonl")
+    judged = ("data.reward=function", "rewards.function=gone.py:f")
+    accepted(*judged, f"sft.checkpoint_out={tmp_path / 'out'}")
+    file.write_text(text[: text.index("held_out")] + text[text.index("[trainer]") :])
+    accepted(ledger, *judged)
+    accepted(ledger, "data.reward=model", "reward_model.path=gone")
+
+
+class TwoSteps(FakeEngine):
+    """An engine that fails at its third step."""
+
+    def collect(self, request_ids: list[str]) -> tuple[list[Completion], dict[str, float]]:
+        if self.methods.count("collect") > 2:
+            self.failing["collect"] = InferenceError("the engine failed")
+        return super().collect(request_ids)
+
+
+def test_rollouts_that_failed_half_way_leave_no_output_and_can_be_made_again(
+    file, tmp_path, model_folder, complaint, capsys, monkeypatch
+):
+    """Engines and reward are fakes; tests/e2e makes rollouts with real ones."""
+    engines: list[FakeEngine] = []
+    cluster = MagicMock()
+    cluster.__enter__.return_value.start_engines.return_value = engines
+    closed: list[bool] = []
+
+    class Ledger(JsonlLedger):
+        def close(self) -> None:
+            closed.append(True)
+            super().close()
+
+    monkeypatch.setattr("engine.observe.sinks.JsonlLedger", Ledger)
+    monkeypatch.setattr("engine.run.processes.Cluster", lambda config, **_: cluster)
+    monkeypatch.setattr("engine.rewards.registry.open_rewards", lambda config, engine: RoutedReward({"math": Parity()}))
+    cluster.__exit__.return_value = False
+    output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    part.write_text('{"step": 0, "of": "an earlier attempt"}\n')
+    command = ["rollout", file, f"model.path={model_folder}", "data.prompts_per_step=1", "--output", output]
+    engines[:] = [TwoSteps()]
+    assert cli.main([str(argument) for argument in command]) == 5
+    assert "the engine failed" in capsys.readouterr().err
+    assert (output.exists(), closed) == (False, [True])
+    assert {json.loads(line)["step"] for line in part.read_text().splitlines()} == {0, 1}
+    engines[:] = [FakeEngine()]
+    assert cli.main([str(argument) for argument in command]) == 0
+    steps = [json.loads(line)["step"] for line in output.read_text().splitlines()]
+    assert steps == [step for step in range(4) for _ in range(8)]
+    assert not part.exists()
+
+
+def test_no_command_uses_the_hubs_network_unless_told_to(file):
+    code = "from engine import cli; cli.main(['check', {!r}]); import huggingface_hub.constants as c; print(c.HF_HUB_OFFLINE)"
+    for told, offline in ((None, "True"), ("0", "False")):
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {} if told is None else {"HF_HUB_OFFLINE": told}
+        command = [sys.executable, "-c", code.format(str(file))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split()[-1] == offline
+
+
+def test_a_run_is_not_overwritten_without_resume(file, tmp_path, complaint):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    said = complaint(2, "train", file)
+    assert f"found a run in {tmp_path}/run: add --resume auto" in said
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_resuming_from_a_pointer_to_nothing_is_a_checkpoint_error(file, tmp_path, complaint):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "LATEST").write_text("step_00000004")
+    assert "LATEST names step_00000004, which holds no manifest.json" in complaint(4, "train", file, "--resume", "auto")
+
+
+def test_commands_name_the_option_they_need(file, tmp_path, complaint):
+    said = complaint(2, "sft", file)
+    assert "sft.checkpoint_out is required" in said
+    (tmp_path / "out.jsonl").touch()
+    assert "--output must be a new file" in complaint(2, "rollout", file, "--output", tmp_path / "out.jsonl")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    said = complaint(2, "rollout", file, f"data.replay={pairs}", "--output", tmp_path / "new.jsonl")
+    assert "data.replay is for `semion train`" in said
+    text = file.read_text()
+    file.write_text(text[: text.index("held_out")] + text[text.index("[trainer]") :])
+    assert "data.held_out is required by `semion eval`" in complaint(2, "eval", file)
+
+
+def test_export_of_a_run_of_a_checkpoint_and_of_nothing(file, tmp_path, complaint, capsys):
+    assert "must be a run or a checkpoint; found neither" in complaint(4, "export", tmp_path, tmp_path / "out")
+    assert "must be a run or a checkpoint" in complaint(4, "export", tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", rank=0, world_size=1, barrier=lambda: None)
+    weights = [("model.norm.weight", torch.ones(3))]
+    folder = checkpoints.commit(4, {"step": torch.tensor(4)}, iter(weights), load_config(file))
+    for source, name in ((tmp_path / "run", "of_run"), (folder, "of_checkpoint")):
+        assert cli.main(["export", str(source), str(tmp_path / name)]) == 0
+        assert "the policy of step_00000004, verified" in capsys.readouterr().out
+        assert (tmp_path / name / "model.safetensors").exists()
+    assert "must be new or empty" in complaint(4, "export", folder, tmp_path / "of_run")
+    assert "must hold BEST for --best; found none" in complaint(4, "export", tmp_path / "run", tmp_path / "b", "--best")
+    checkpoints.commit(8, {"step": torch.tensor(8)}, iter(weights), load_config(file))
+    checkpoints.select({4: 0.5, 8: 0.25}, load_config(file))
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "best"), "--best"]) == 0
+    assert "the policy of step_00000004, verified" in capsys.readouterr().out
+
+
+def test_doctor_reports_what_it_found_in_json_too(tmp_path, capsys):
+    code = cli.main(["doctor", "--json", str(tmp_path / "doctor.json")])
+    findings = json.loads((tmp_path / "doctor.json").read_text())
+    assert {"python", "C++ compiler", "torch", "ray", "free memory", "free disk", "loopback", "device"} <= findings.keys()
+    assert findings["torch"] == {"found": version("torch"), "verdict": "ok"}
+    assert findings["loopback"]["verdict"] == "ok"
+    assert code == int(any(finding["verdict"] != "ok" for finding in findings.values()))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in findings)
+
+
+def test_an_interrupt_says_how_to_go_on(file, monkeypatch, complaint):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_config", interrupted)
+    assert "continues with --resume auto" in complaint(130, "check", file)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_first_signal_leaves_a_request_and_a_second_one_ends_the_run_to_be_continued(tmp_path, number):
+    config = RunConfig.model_validate(
+        {"run": {"directory": str(tmp_path), "steps": 4}, "model": {"path": "unused"}, "data": {"train": "unused"}}
+        | {"sampling": {"max_tokens": 8}}
+    )
+    before = signal.getsignal(number)
+    stop_request(config).touch()  # of a run that was killed before it looked
+    seen = []
+
+    def signalled_twice() -> None:
+        with preemptible(config):
+            for _ in range(2):
+                seen.append(stop_request(config).exists())
+                os.kill(os.getpid(), number)
+
+    with pytest.raises(PreemptedError, match="newest checkpoint stands") as caught:
+        signalled_twice()
+    assert seen == [False, True]
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(number) == before
+    assert not stop_request(config).exists()
+
+
+def test_an_interrupt_is_no_request_to_stop(tmp_path):
+    config = RunConfig.model_validate(
+        {"run": {"directory": str(tmp_path), "steps": 4}, "model": {"path": "unused"}, "data": {"train": "unused"}}
+        | {"sampling": {"max_tokens": 8}}
+    )
+    with pytest.raises(KeyboardInterrupt), preemptible(config):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "a.toml", "--resume", "never"]])
+def test_a_command_line_that_makes_no_sense_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    assert "usage: semion" in capsys.readouterr().err
+
+
+def test_a_run_is_shown_while_it_comes_and_summed_up_from_its_records(file, tmp_path, capsys):
+    """The summary counts what the records hold, also of before a resume; events are only shown."""
+    config = load_config(file, [f"run.directory={tmp_path / 'run'}"])
+    accuracy: dict[str, Any] = {"step": 0, "set": "sums", "measure": "accuracy", "mean": 0.5, "standard_error": 0.1}
+    accuracy |= {"num_problems": 10, "num_seeds": 2}
+    graded = accuracy | {"set": "chats", "measure": "reward", "mean": -1.25, "standard_error": None}
+    with MetricsWriter(config.run_directory) as writer:
+        writer.write({"step": 0, "train_seconds": 1.0, "step_seconds": 2.0, "sync_seconds": 0.5})
+        writer.write({"step": 1, "train_seconds": 1.5, "step_seconds": 2.0, "reward_mean": math.nan})
+    ledger = JsonlLedger(config.run_directory / "evaluations.jsonl")
+    ledger.append([accuracy | {"records": [1, 2]}])
+    ledger.close()
+    events: list[dict[str, Any]] = [
+        {"kind": "note", "text": "12 prompts"},
+        {"kind": "evaluation"} | accuracy,
+        {"kind": "evaluation"} | graded,
+        {"kind": "step", "step": 1, "train_seconds": 1.5, "step_seconds": 2.0},
+        {"kind": "done", "engine_versions": {"vllm": "1"}},
+    ]
+    summary = training.show(config, "train", 1, iter(events))
+    assert (summary["steps"], summary["evaluations"], summary["versions"]) == (2, [accuracy], {"vllm": "1"})
+    totals = summary["totals"]
+    assert (totals["train_seconds"], totals["step_seconds"], totals["sync_seconds"]) == (2.5, 4.0, 0.5)
+    printed = capsys.readouterr().out
+    assert "12 prompts" in printed
+    assert "step 0: held-out accuracy 50.0% ± 10.0% (sums: 10 problems, 2 seeds)" in printed
+    assert "step 0: held-out reward -1.250 ± - (chats: 10 problems, 2 seeds)" in printed
+
+
+def test_a_reward_model_that_cannot_judge_is_refused_before_any_process_starts(
+    file, complaint, capsys, tmp_path, tiny_tokenizer
+):
+    tiny_tokenizer.save_pretrained(tmp_path / "seed")
+    make_reward_model(tmp_path / "athene", tmp_path / "seed", "athene", 0)
+    capsys.readouterr()  # a progress bar
+    (tmp_path / "athene" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    options = ("data.reward=model", "reward_model.max_tokens=512", f"reward_model.path={tmp_path / 'athene'}")
+    assert "no cls_token_id in config.json" in complaint(2, "train", file, *options)
+    assert "check reward_model.path" in complaint(4, "eval", file, *options[:2], f"reward_model.path={tmp_path / 'absent'}")
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(file, complaint, tmp_path):
+    with locked(tmp_path / "run"):
+        assert "one run at a time" in complaint(2, "train", file, f"run.directory={tmp_path / 'run'}")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over_only_as_itself(file, complaint, tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text("")
+    where = f"run.directory={directory}"
+    config = load_config(file, [where])
+    (directory / "config.toml").write_text(dump_config(config))
+    assert "--resume auto" in complaint(2, "train", file, where)
+    assert "options it had" in complaint(2, "train", file, where, "run.seed=9", "--resume", "auto")
+    training.check_fresh(config, may_start_over=True)  # raises nothing
+
+
+def test_supervised_training_is_refused_before_it_could_be_lost(file, complaint, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    assert "choose another folder" in complaint(4, "sft", file, f"sft.checkpoint_out={tmp_path / 'full'}")
+    assert "semion sft" in complaint(2, "train", file, f"sft.checkpoint_out={tmp_path / 'new'}")

@@ -1,0 +1,85 @@
+"""What the doctor says of a machine: the real one, and machines with GPUs as a made-up nvidia-smi describes them."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.commands import doctor
+from engine.commands.doctor import examine
+
+
+def findings() -> dict[str, doctor.Finding]:
+    found = examine()
+    by_name = {finding.what: finding for finding in found}
+    assert len(by_name) == len(found), "two findings of one name"
+    return by_name
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch):
+    """Puts an executable of that name first in PATH that answers our query, and no other."""
+
+    def make(output: str, code: int = 0) -> None:
+        tool = tmp_path / "nvidia-smi"
+        query = f"--query-gpu={','.join(doctor.QUERY)} --format=csv,noheader,nounits"
+        tool.write_text(f'#!/bin/sh\n[ "$*" = "{query}" ] || exit 9\ncat <<END\n{output}\nEND\nexit {code}\n')
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    return make
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/unit/commands/test_doctor.py asks a machine without a GPU")
+def test_a_cpu_machine_hears_nothing_of_gpus(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name, **_: None if name == "nvidia-smi" else f"/usr/bin/{name}")
+    found = findings()
+    assert found["device"] == doctor.Finding("device", f"CPU, {os.cpu_count()} cores", "ok")
+    assert not found.keys() & {"driver", "GPU 0", "NCCL", "CUDA kernels", "nsys", "nvidia-smi"}
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the words are those of a CPU build of torch")
+def test_gpus_that_torch_cannot_use_are_named_with_the_fix(nvidia_smi):
+    nvidia_smi("NVIDIA H200, 143771, 9.0, 580.95.05\nNVIDIA A100-SXM4-40GB, 40960, 8.0, 580.95.05")
+    found = findings()
+    assert found["driver"] == doctor.Finding("driver", "580.95.05", "ok")
+    assert found["GPU 0"] == doctor.Finding("GPU 0", "NVIDIA H200, 143771 MiB, compute capability 9.0", "ok")
+    assert found["GPU 1"].verdict == "ok"
+    assert "a CPU build, sees none of 2 GPUs" in found["device"].found
+    assert found["device"].verdict == found["NCCL"].verdict == "install requirements/gpu.txt"
+    assert found["CUDA kernels"].verdict.startswith("build them")
+    assert "_semion_cuda.so" in found["CUDA kernels"].found
+    for name in (*doctor.OPTIONAL, "nvcc", "nsys"):
+        assert found[name].verdict == "ok", "information only"
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "verdict"),
+    [
+        ("NVIDIA H100, 81559, 9.0, 570.12", "driver", "install driver 580 or newer"),
+        ("Tesla V100, 16384, 7.0, 580.1", "GPU 0", "built for: 8.0, 9.0, 10.0"),
+        ("NVIDIA L40S, 46068, 8.9, 580.1", "GPU 0", "ok"),
+        ("NVIDIA GB300, 284208, 10.3, 580.1", "GPU 0", "built for"),
+        ("NVIDIA GH200, [N/A], 9.0, [N/A]", "driver", "install driver"),
+    ],
+)
+def test_a_driver_or_gpu_that_does_not_fit_is_named(nvidia_smi, line, what, verdict):
+    nvidia_smi(line)
+    assert verdict in findings()[what].verdict
+
+
+def test_a_driver_that_fails_is_no_cpu_machine(nvidia_smi):
+    nvidia_smi("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", code=9)
+    found = findings()
+    assert found["nvidia-smi"].found.startswith("NVIDIA-SMI has failed")
+    assert found["nvidia-smi"].verdict == "mend the NVIDIA driver"
+    assert "driver" not in found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the driver, NCCL and the CUDA kernels need a GPU; unverified")
+@pytest.mark.gpu
+def test_a_real_gpu_is_found():
+    found = findings()
+    assert {"driver", "GPU 0", "NCCL", "CUDA kernels"} <= found.keys()
+    assert found["CUDA kernels"].verdict == "ok"

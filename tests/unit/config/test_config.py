@@ -1,0 +1,423 @@
+"""Configuration: a user's mistake is one sentence with key, rule, value and fix; what is loaded can be dumped and
+loaded again; and the list of options is a reviewed file, so that none appears unnoticed.
+
+`python tests/unit/config/test_config.py` writes that file anew.
+"""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from engine.config.load import RunConfig, dump_config, load_config
+from engine.config.rules import (
+    broken_algorithm_rules,
+    broken_data_rules,
+    broken_library_rules,
+    broken_placement_rules,
+    broken_profile_rules,
+    broken_rollout_rules,
+    broken_rules,
+)
+from engine.core.errors import ConfigError
+
+OPTIONS_FILE = Path(__file__).with_name("options.txt")
+MAX_OPTIONS = 102
+
+REQUIRED = """
+[run]
+directory = "runs/a"
+steps = 20
+[model]
+path = "seed"
+[data]
+train = "train.jsonl"
+[trainer]
+microbatch_tokens = 8192
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(REQUIRED, encoding="utf-8")
+    return path
+
+
+def complaint(path, *overrides):
+    """The one sentence that loading ends with."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(overrides))
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert caught.value.exit_code == 2
+    return sentence
+
+
+def options() -> list[str]:
+    """Every option with its default, one line each, in the order of the tree."""
+    lines = []
+    for name, section in RunConfig.model_fields.items():
+        assert section.annotation is not None
+        for key, field in section.annotation.model_fields.items():
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            lines.append(f"{name}.{key}: {default}")
+    return lines
+
+
+def test_further_sources_are_tables_that_survive_a_dump(path):
+    more = REQUIRED + '[[data.mix]]\ntrain = "chat.jsonl"\nreward = "math"\ntemplate = "{problem}"\nprompts_per_step = 8\n'
+    path.write_text(more, encoding="utf-8")
+    config = load_config(path)
+    assert [source.train for source in config.data.sources] == ["train.jsonl", "chat.jsonl"]
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+    path.write_text(more.replace("prompts_per_step = 8", "prompts_per_step = 0"), encoding="utf-8")
+    assert "data.mix" in complaint(path)
+
+
+def test_the_options_are_the_reviewed_ones():
+    reviewed = OPTIONS_FILE.read_text("utf-8").splitlines()
+    assert options() == reviewed, "if meant so, run `python tests/unit/config/test_config.py` and have the difference reviewed"
+    assert len(reviewed) <= MAX_OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("sync.sync_intervall=1", ("sync.sync_intervall is not an option", "found 1", "sync_interval, ")),
+        ("synch.sync_interval=1", ("synch is not an option", "found {'sync_interval': 1}", "sync, ")),
+        ("sync.sync_interval=0", ("sync.sync_interval: ", "greater than 0", "'never'", "found 0", "1 online")),
+        ("sync.sync_interval=1.5", ("sync.sync_interval: ", "integer", "'never'", "found 1.5")),
+        ("run.steps=true", ("run.steps: ", "integer", "found True", "optimizer steps")),
+        ("run.seed=-1", ("run.seed: ", "greater than or equal to 0", "found -1")),
+        ("trainer.sequence_parallel=1", ("trainer.sequence_parallel: ", "boolean", "found 1")),
+        ("algorithm.loss=ppo", ("algorithm.loss: ", "'dpo', 'group_dpo' or 'grpo'", "found 'ppo'")),
+        ("algorithm.samples_per_prompt=1", ("algorithm.samples_per_prompt: ", "equal to 2", "found 1")),
+        ("optimizer.learning_rate=inf", ("optimizer.learning_rate: ", "finite", "found inf")),
+        ("optimizer.learning_rate=fast", ("optimizer.learning_rate: ", "number", "found 'fast'")),
+        ("evaluation.top_p=1.5", ("evaluation.top_p: ", "less than or equal to 1", "found 1.5")),
+        ("evaluation.max_problems=0", ("evaluation.max_problems: ", "greater than 0", "found 0")),
+        ("model.path=3", ("model.path: ", "string", "found 3", "folder")),
+        ("run.steps", ("'run.steps'", "section.key=value")),
+        ("data.mix=3", ("data.mix: ", "tuple", "found 3", "further sources")),
+        ("data.mix=[3]", ("data.mix[0]: ", "found 3", "further sources")),
+        ('data.mix=[{train = "b", tempalte = "x"}]', ("data.mix[0].tempalte is not an option", "'x'", "prompts_per_step, ")),
+        ('data.mix=[{train = "b"}, {reward = "math"}]', ("data.mix[1].train is required and missing: set it in the file",)),
+        ('data.mix=[{train = "b", reward = "maths"}]', ("data.mix[0].reward: ", "'function'", "'maths'", "Math-Verify, ")),
+        ('data.mix=[{train = "b"}, {train = 3}]', ("data.mix[1].train: ", "string", "found 3", "JSONL or parquet")),
+        ('data.mix=[{train = "b", prompts_per_step = 0}]', ("data.mix[0].prompts_per_step: ", "found 0", "section [data]")),
+        ("model=3", ("'model=3'", "section.key=value")),
+        ("run.steps.more=3", ("'run.steps.more=3'", "section.key=value")),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_with_key_rule_and_value(path, override, parts):
+    sentence = complaint(path, override)
+    for part in parts:
+        assert part in sentence
+
+
+HELD_OUT = ["data.held_out=a.jsonl"]
+BEST_BY = ("checkpoint.best_by", "evaluation.every")
+# overrides that break one rule; then the two options or the option it names, the value found, the fix
+TRANSFORMER_ENGINE = ["trainer.layers=transformer_engine", "model.dtype=bfloat16"]
+SEQUENCE_PARALLEL = ["trainer.sequence_parallel=true", "trainer.tensor_parallel=2"]
+OVERLAP = [*TRANSFORMER_ENGINE, *SEQUENCE_PARALLEL, "trainer.overlap_tensor_parallel=true"]
+SMALL_MOMENTS = [
+    *("optimizer.implementation=te", "optimizer.moment_dtype=bfloat16"),
+    *("trainer.distributed_optimizer=true", "model.dtype=bfloat16"),
+]
+FP8_PARAMETERS = [
+    *(*TRANSFORMER_ENGINE, "trainer.fp8=blockwise"),
+    *("trainer.distributed_optimizer=true", "trainer.fp8_parameters=true"),
+]
+COMBINATIONS = [
+    (["sync.transport=ipc", "cluster.nodes=2"], "sync.transport", "disaggregated", "found cluster.nodes = 2", "use 'auto'"),
+    (["sync.sync_interval=4", "checkpoint.every=10"], "checkpoint.every", "sync.sync_interval", "10 and 4", "use 8"),
+    (["sync.sync_interval=4", "checkpoint.every=3"], "checkpoint.every", "sync.sync_interval", "3 and 4", "use 4"),
+    (["checkpoint.best_by=reward", "checkpoint.every=4", "evaluation.every=2"], *BEST_BY, "None, 4 and 2", "set all"),
+    (["checkpoint.best_by=reward", *HELD_OUT, "evaluation.every=2"], *BEST_BY, "end and 2", "remove best_by"),
+    (["checkpoint.best_by=reward", *HELD_OUT, "checkpoint.every=4"], *BEST_BY, "4 and ends", "remove best_by"),
+    (
+        ["checkpoint.best_by=reward", *HELD_OUT, "checkpoint.every=4", "evaluation.every=3"],
+        *(*BEST_BY, "'a.jsonl', 4 and 3", "remove best_by"),
+    ),
+    (["trainer.sequence_parallel=true"], "trainer.sequence_parallel", "trainer.tensor_parallel", "found 1", "false"),
+    (["trainer.virtual_pipeline=2"], "trainer.virtual_pipeline", "trainer.pipeline_parallel", "found 2", "set it to 1"),
+    (["trainer.last_stage_layers=2"], "trainer.first_stage_layers", "trainer.pipeline_parallel", "None and 2", "remove"),
+    (["sync.sync_interval=never", "sync.reference=follow"], "sync.reference", "sync.sync_interval", "both", "'never'"),
+    (
+        ["inference.placement=colocated", "cluster.nodes=2", "trainer.pipeline_parallel=3", "cluster.gpus_per_node=2"],
+        *("inference.placement = 'colocated'", "trainer.tensor_parallel * trainer.pipeline_parallel"),
+        *("found 2 of them beside engine 0 on node 0", "divides cluster.gpus_per_node = 2, or set placement"),
+    ),
+    (
+        ["inference.placement=colocated", "cluster.nodes=2", "trainer.data_parallel=17"],
+        *("cluster.nodes * cluster.gpus_per_node", "2 * 8", "17 trainer ranks", "raise cluster.nodes"),
+    ),
+    (
+        ["inference.placement=colocated", "sync.transport=nccl"],
+        *("sync.transport = 'nccl'", "inference.placement", "found it with", "use 'auto'"),
+    ),
+    (["data.reward=function"], "data.reward = 'function'", "rewards.function", "found none", "path/to/file.py:name"),
+    (["rewards.function=a.py:f"], "rewards.function", "'function'", "'a.py:f' and sources with 'math'", "remove it"),
+    (
+        ["algorithm.pairing=length_matched", "data.reward=model", "reward_model.path=rm"],
+        *("algorithm.pairing", "reward = 'math'", "'length_matched' and no such source", "'random'"),
+    ),
+    (["data.template=Solve it"], "data.template", "'figure4'", "found 'Solve it'", "add {problem}"),
+    (['data.mix=[{train = "b", template = "x"}]'], "data.mix[0].template", "{problem}", "found 'x'", "add {problem}"),
+    (["data.replay=a.jsonl"], "data.replay", "sync.sync_interval = 'never'", "1 with 'a.jsonl'", "'never'"),
+    (
+        ["data.replay=a.jsonl", "sync.sync_interval=never", "sft.checkpoint_out=out"],
+        *("sft.checkpoint_out", "data.train alone", "0 further sources and data.replay = 'a.jsonl'", "remove them"),
+    ),
+    (["trainer.layers=transformer_engine"], "trainer.layers", "model.dtype = 'bfloat16'", "'float32'", "model.dtype"),
+    (["trainer.fp8=current"], "trainer.fp8", "trainer.layers", "'current' with 'local'", "fp8 = 'none'"),
+    (
+        [*TRANSFORMER_ENGINE, "trainer.overlap_tensor_parallel=true"],
+        *("trainer.overlap_tensor_parallel", "sequence_parallel", "'transformer_engine' and False", "set both"),
+    ),
+    (
+        [*TRANSFORMER_ENGINE, "trainer.fp8=delayed", "trainer.distributed_optimizer=true", "trainer.fp8_parameters=true"],
+        *("trainer.fp8_parameters", "'current' or 'blockwise'", "found 'delayed', True and 0.0", "fp8_parameters = false"),
+    ),
+    (
+        [*TRANSFORMER_ENGINE, "trainer.fp8=current", "trainer.fp8_parameters=true"],
+        *("trainer.fp8_parameters", "trainer.distributed_optimizer", "found 'current', False and 0.0", "set all three"),
+    ),
+    (
+        [*FP8_PARAMETERS, "optimizer.offload_share=0.5"],
+        *("trainer.fp8_parameters", "optimizer.offload_share = 0", "found 'blockwise', True and 0.5", "set all three"),
+    ),
+    ([*OVERLAP, "trainer.fp8=blockwise"], "trainer.overlap_tensor_parallel", "'blockwise'", "found both", "'current'"),
+    (
+        [*OVERLAP, "trainer.fp8=delayed", "trainer.microbatch_tokens=8208"],
+        *("trainer.microbatch_tokens", "trainer.overlap_tensor_parallel", "found 8208", "use 8224"),
+    ),
+    (
+        ["optimizer.moment_dtype=fp8", "optimizer.implementation=te", "model.dtype=bfloat16"],
+        *("optimizer.moment_dtype", "optimizer.implementation", "'te', False and 'bfloat16'", "moment_dtype = 'float32'"),
+    ),
+    (
+        ["optimizer.offload_share=0.5", "trainer.distributed_optimizer=true"],
+        *("optimizer.offload_share", "model.dtype = 'bfloat16'", "0.5 with True and 'float32'", "set both"),
+    ),
+    (
+        [*SMALL_MOMENTS, "optimizer.offload_share=1.0"],
+        *("optimizer.offload_share", "optimizer.moment_dtype", "1.0 with 'bfloat16'", "to 'float32'"),
+    ),
+    (["sampling.max_tokens=4000"], "data.max_prompt_tokens", "inference.max_model_tokens", "1024 + 4000", "5024"),
+    (
+        [*TRANSFORMER_ENGINE, "trainer.fp8=blockwise", "trainer.microbatch_tokens=3199", "sampling.max_tokens=2050"],
+        *("trainer.microbatch_tokens", "one sequence", "3072 < 3074", "raise it"),
+    ),
+    (["trainer.microbatch_tokens=3071"], "trainer.microbatch_tokens", "one sequence", "3071 < 3072", "raise it"),
+    (["algorithm.alpha=0.01"], "algorithm.alpha", "algorithm.loss", "0.01 with 'dpo'", "set alpha to 0"),
+    (["algorithm.pairing=best_worst", "algorithm.loss=grpo"], "algorithm.pairing", "loss", "'best_worst' with", "'random'"),
+    (["algorithm.normalize_length=true"], "algorithm.normalize_advantages", "normalize_length", "True with 'dpo'", "false"),
+    (
+        ["algorithm.normalize_advantages=mean_std", "algorithm.loss=group_dpo"],
+        *("algorithm.normalize_advantages", "normalize_length", "'mean_std' and False with 'group_dpo'", "'mean'"),
+    ),
+    (
+        ["algorithm.entropy_weight=1e-4", "trainer.fused_lm_head=true"],
+        *("algorithm.entropy_weight", "trainer.fused_lm_head", "found 0.0001 and true", "false"),
+    ),
+    (
+        ["algorithm.loss=grpo", "algorithm.reduction=pairs"],
+        *("algorithm.reduction = 'pairs'", "algorithm.loss", "found 'grpo'", "use 'prompts'"),
+    ),
+    (
+        ["algorithm.loss=grpo", "algorithm.nll_weight=1.0"],
+        *("algorithm.nll_weight", "'grpo'", "found 1.0", "set it to 0"),
+    ),
+    (["data.reward=model"], "reward_model.path", "reward = 'model'", "None and sources with 'model'", "name the reward"),
+    (["reward_model.path=rm"], "reward_model.path", "reward = 'model'", "'rm' and sources with 'math'", "remove both"),
+    (
+        ["algorithm.loss=grpo", "algorithm.kl_weight=0.0", "sync.reference=follow"],
+        *("sync.reference", "algorithm.kl_weight = 0", "found 'follow'", "set sync.reference = 'never'"),
+    ),
+    (["profile.tool=torch", "profile.first_step=18"], "profile.first_step", "run.steps", "18 + 3 > 20", "raise run.steps"),
+    (["profile.tool=nsys", "profile.ranks=[0, 1]"], "profile.ranks", "trainer.tensor_parallel", "[0, 1]", "leave out"),
+    (["profile.tool=nsys", "cluster.nodes=2"], "profile.tool = 'nsys'", "cluster.nodes = 1", "found 2", "set it to 'torch'"),
+    (["profile.tool=torch", "profile.engines=[2]"], "profile.engines", "inference.engines", "[2] and 1", "leave out"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "beside", "found", "fix"), COMBINATIONS)
+def test_an_impossible_combination_names_both_options_the_values_and_the_fix(path, overrides, key, beside, found, fix):
+    sentence = complaint(path, *overrides)
+    assert sentence.startswith(key)
+    assert beside in sentence
+    assert found in sentence
+    assert fix in sentence[sentence.rindex(": ") :]
+
+
+def test_every_rule_on_combinations_has_a_case():
+    named = {case[1].split(" ")[0] for case in COMBINATIONS}
+    tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, broken_algorithm_rules)
+    rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules)))
+    assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sync.sync_interval=4", "checkpoint.every=8", "evaluation.every=6"],
+        ["sync.sync_interval=never", "evaluation.every=6"],
+        ["checkpoint.best_by=reward", *HELD_OUT, "checkpoint.every=6", "evaluation.every=3"],
+        ["sync.sync_interval=never", "checkpoint.every=7"],
+        ["trainer.sequence_parallel=true", "trainer.tensor_parallel=2"],
+        ["trainer.virtual_pipeline=2", "trainer.pipeline_parallel=2"],
+        ["trainer.first_stage_layers=3", "trainer.pipeline_parallel=2"],
+        ["data.template=Solve {problem}"],
+        ["data.template=figure5", "data.spare_prompts=8"],
+        ["data.replay=a.jsonl", "sync.sync_interval=never"],
+        ["data.reward=function", "rewards.function=judge.py:score", "rewards.unevaluated=refuse"],
+        ["trainer.microbatch_tokens=3072", "algorithm.loss=grpo", "algorithm.reduction=tokens"],
+        ["algorithm.loss=grpo", "algorithm.normalize_advantages=mean_std", "algorithm.normalize_length=true"],
+        ["algorithm.loss=group_dpo", "algorithm.alpha=0.01", "algorithm.nll_weight=1.0", "algorithm.entropy_weight=3e-4"],
+        ["algorithm.loss=group_dpo", "algorithm.alpha=0.001", "algorithm.normalize_length=true", "algorithm.reduction=pairs"],
+        ["algorithm.pairing=length_matched", "algorithm.entropy_weight=1e-4"],
+        ["profile.tool=torch", "profile.first_step=17", "profile.ranks=[1]", "trainer.tensor_parallel=2", "profile.engines=[]"],
+        ["inference.placement=colocated", "sync.transport=ipc"],
+        ["inference.placement=colocated", "sync.transport=ipc", "cluster.nodes=2"],
+        ["inference.placement=colocated", "cluster.nodes=2", "trainer.pipeline_parallel=4", "trainer.data_parallel=4"],
+        [*TRANSFORMER_ENGINE, "trainer.fp8=blockwise", "trainer.fuse_gradient_accumulation=true"],
+        [*OVERLAP, "trainer.fp8=delayed"],
+        SMALL_MOMENTS,
+        FP8_PARAMETERS,
+        [*FP8_PARAMETERS, *SMALL_MOMENTS],
+        [*SMALL_MOMENTS[2:], "optimizer.implementation=apex", "optimizer.offload_share=0.5"],
+        ["data.reward=model", "reward_model.path=rm"],
+        ["data.reward=model", "reward_model.path=rm", 'data.mix=[{train = "b"}]', "algorithm.pairing=best_worst"],
+    ],
+)
+def test_what_is_possible_is_accepted(path, overrides):
+    load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ("section [run] is required",)),
+        ("[run]\ndirectory = 'a'\n", ("run.steps is required", "set it")),
+        ("run = 3\n", ("run: ", "found 3")),
+        ("[run\n", ("run.toml is not TOML", "line 1")),
+        ("x = '\udce9'", ("run.toml is not TOML",)),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(path, text, parts):
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    sentence = complaint(path)
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    for path in (tmp_path / "absent.toml", tmp_path):
+        assert str(path) in complaint(path)
+
+
+def test_overrides_win_in_order_and_keep_their_types(path):
+    overrides = ["run.steps=5", "run.steps = 7", "run.directory=my runs/b", "optimizer.learning_rate=1e-5"]
+    config = load_config(path, [*overrides, "sync.sync_interval=never", "trainer.recompute=true"])
+    assert (config.run.steps, config.run.directory) == (7, "my runs/b")
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.sync.sync_interval == "never"
+    assert config.trainer.recompute is True
+
+
+def test_an_override_may_not_turn_a_value_into_a_section(path):
+    path.write_text("run = 3\n", encoding="utf-8")
+    assert "run is not a section" in complaint(path, "run.steps=3")
+
+
+def test_nothing_changes_after_loading(path):
+    config = load_config(path)
+    with pytest.raises(ValidationError):
+        config.run.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["sync.sync_interval=never", "sync.reference=2", "checkpoint.every=3"],
+        ["sync.sync_interval=4", "sync.reference=8", "evaluation.max_problems=5", "data.held_out=test.jsonl"],
+    ],
+)
+def test_what_is_dumped_loads_to_an_equal_configuration(path, tmp_path, overrides):
+    config = load_config(path, overrides)
+    dumped = tmp_path / "resolved.toml"
+    dumped.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(dumped) == config
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(1e-300, 1e300))
+def test_any_text_and_any_number_survive_the_dump(tmp_path_factory, text, number):
+    path = tmp_path_factory.mktemp("dump") / "run.toml"
+    path.write_text(REQUIRED, encoding="utf-8")
+    loaded = load_config(path).model_dump()
+    loaded["data"]["template"] = text + "{problem}"
+    loaded["optimizer"]["learning_rate"] = number
+    config = RunConfig.model_validate(loaded)
+    path.write_bytes(dump_config(config).encode("utf-8"))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "interval", "chunk"),
+    [([], 1, 16), (["sync.sync_interval=never", "checkpoint.every=6"], "never", 6)],
+)
+def test_the_schedule_follows_the_options(path, overrides, interval, chunk):
+    schedule = load_config(path, overrides).schedule
+    assert (schedule.sync_interval, schedule.offline_chunk, schedule.num_steps) == (interval, chunk, 20)
+
+
+def test_what_is_due_follows_the_options(path):
+    """In fairseq2's count everything that comes every so many steps comes one early, with the syncs; ends stay ends."""
+    every = ["sync.sync_interval=5", "checkpoint.every=10", *HELD_OUT, "evaluation.every=2"]
+    steps = range(21)
+    paper, theirs = (load_config(path, [*every, f"sync.semantics={name}"]) for name in ("paper", "fairseq2"))
+    assert [step for step in steps if paper.checkpoint_due(step)] == [10, 20]
+    assert [step for step in steps if theirs.checkpoint_due(step)] == [9, 19, 20]
+    assert [step for step in steps if paper.evaluation_due(step)] == list(range(0, 21, 2))
+    assert [step for step in steps if theirs.evaluation_due(step)] == [0, *range(1, 20, 2), 20]
+    assert all(theirs.schedule.sync_due(step) for step in (9, 19))
+    assert paper.evaluates_between_syncs
+    ends = load_config(path, [*HELD_OUT, "checkpoint.every=end"])
+    assert [step for step in steps if ends.evaluation_due(step)] == [0, 20]
+    assert [step for step in steps if ends.checkpoint_due(step)] == [20]
+    assert not ends.evaluates_between_syncs
+    assert not load_config(path, [*every, "evaluation.every=10"]).evaluates_between_syncs
+    assert not load_config(path, ["evaluation.every=2"]).evaluation_due(2), "nothing is held out"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        ([], False),
+        (["checkpoint.every=7"], False),
+        (["evaluation.every=5", *HELD_OUT], True),
+        (["inference.placement=colocated", "checkpoint.every=7"], True),
+        (["inference.placement=colocated", "checkpoint.every=20"], False),
+        (["inference.placement=colocated", "checkpoint.every=7", "data.replay=a.jsonl"], False),
+    ],
+)
+def test_the_seed_is_kept_where_the_generator_needs_it_again(path, overrides, kept):
+    """Offline: once newer weights were judged, and once engines on the trainer's devices have slept before a next chunk."""
+    config = load_config(path, [*overrides, "sync.sync_interval=never"])
+    assert config.keeps_seed is kept
+    assert config.takes_turns is (config.uses_engines and config.inference.placement == "colocated")
+    online = [override for override in overrides if "replay" not in override]
+    assert not load_config(path, [*online, "checkpoint.every=20"]).keeps_seed
+
+
+if __name__ == "__main__":
+    OPTIONS_FILE.write_text("\n".join(options()) + "\n", encoding="utf-8")
+    print(f"wrote {len(options())} options to {OPTIONS_FILE}")

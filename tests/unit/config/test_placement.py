@@ -1,0 +1,363 @@
+"""Where processes go: no GPU twice, tensor-parallel ranks inside one node, everything in order, and a sentence where it does
+not fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+
+import pytest
+import ray
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from engine.config.load import RunConfig
+from engine.config.options import Options
+from engine.config.placement import Part, Placement, Seat, homes, place, training_parts
+from engine.core.errors import (
+    ConfigError,
+    EngineLostError,
+    EngineStartError,
+    PreemptedError,
+    ProcessLostError,
+    UnexpectedError,
+    WatchdogError,
+    WeightSyncError,
+)
+from engine.run.machine import devices, interface_of
+from engine.run.processes import _ENVIRONMENT, _LOOPBACK, RAY_ENVIRONMENT, Cluster, Node, RayFuture, _plain
+
+ALL: tuple[Part, ...] = ("trainer", "engines", "reward_engine")
+
+
+BASE: dict = {
+    "run": {"directory": "unused", "steps": 4},
+    "model": {"path": "unused"},
+    "data": {"train": "unused"},
+    "sampling": {"max_tokens": 8},
+}
+
+
+def make(**tables) -> RunConfig:
+    return RunConfig.model_validate(BASE | tables)
+
+
+@st.composite
+def layouts(draw) -> RunConfig:
+    size, placement = st.integers(1, 4), draw(st.sampled_from(["disaggregated", "colocated"]))
+    most_nodes, most_gpus = (1, 64) if placement == "colocated" else (12, 8)  # colocated on several: `turning`
+    judged = {"data": {"train": "unused", "reward": "model"}, "reward_model": {"path": "unused"}} if draw(st.booleans()) else {}
+    return make(
+        trainer={"tensor_parallel": draw(size), "pipeline_parallel": draw(size), "data_parallel": draw(size)},
+        inference={
+            "engines": draw(st.integers(1, 8)),
+            "tensor_parallel": draw(size),
+            "placement": placement,
+        },
+        cluster={"nodes": draw(st.integers(1, most_nodes)), "gpus_per_node": draw(st.integers(1, most_gpus))},
+        **judged,
+    )
+
+
+def cells(seats: tuple[Seat, ...]) -> list[tuple[int, int]]:
+    return [(seat.node, gpu) for seat in seats for gpu in seat.gpus]
+
+
+def fitting(config: RunConfig) -> Placement:
+    try:
+        return place(config, ALL)
+    except ConfigError:
+        assume(False)
+        raise
+
+
+@given(layouts())
+def test_no_gpu_is_given_twice_and_everything_is_in_the_cluster(config):
+    found = fitting(config)
+    colocated = config.inference.placement == "colocated"
+    ranks, engines = cells(found.ranks), cells(found.engines)
+    own = cells((found.reward_engine,) if found.reward_engine else ())
+    for together in (ranks + own, engines + own, ranks if colocated else ranks + engines):
+        assert len(set(together)) == len(together)
+    assert set(engines) <= set(ranks) or not colocated
+    assert all(n < config.cluster.nodes and g < config.cluster.gpus_per_node for n, g in ranks + engines + own)
+    assert bool(found.reward_engine) is (config.reward_model.path is not None)
+
+
+@given(layouts())
+def test_ranks_and_engines_are_whole_and_tensor_parallel_ranks_share_a_node(config):
+    found, trainer = fitting(config), config.trainer
+    assert len(found.ranks) == trainer.world_size
+    assert len(found.engines) == config.inference.engines
+    assert all(len(seat.gpus) == 1 for seat in found.ranks)
+    assert all(len(seat.gpus) == config.inference.tensor_parallel for seat in found.engines)
+    for first in range(0, trainer.world_size, trainer.tensor_parallel):
+        assert len({seat.node for seat in found.ranks[first : first + trainer.tensor_parallel]}) == 1
+    assert cells(found.ranks) == sorted(cells(found.ranks)), "ranks fill nodes in order"
+    assert found.ranks[0] == Seat(0, (0,)), "rank 0 is on the head, where the command is"
+
+
+@st.composite
+def turning(draw) -> Options:
+    """Colocated on several nodes, whether that works or not."""
+    few, many, size = st.integers(1, 3), st.integers(1, 6), st.sampled_from([1, 2, 4])
+    return Options.model_validate(
+        BASE
+        | {
+            "trainer": {"tensor_parallel": draw(size), "pipeline_parallel": draw(few), "data_parallel": draw(many)},
+            "inference": {"engines": draw(many), "tensor_parallel": draw(size), "placement": "colocated"},
+            "cluster": {"nodes": draw(st.integers(2, 4)), "gpus_per_node": draw(st.integers(1, 12))},
+        }
+    )
+
+
+@given(turning())
+def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_policy_beside_it(options):
+    """By the seats: who holds which shard is counted as megatron numbers its ranks, tensor, data, pipeline parallel."""
+    t = options.trainer
+    try:
+        found = place(options, ALL)
+    except ConfigError as error:
+        with pytest.raises(ConfigError, match=re.escape(str(error))):
+            homes(options)
+        return
+    seats = iter(found.ranks)
+    held: dict[int, set[tuple[int, int]]] = {}
+    for pp in range(t.pipeline_parallel):
+        for _ in range(t.data_parallel):
+            for tp in range(t.tensor_parallel):
+                held.setdefault(next(seats).node, set()).add((pp, tp))
+    whole = all(len(held[seat.node]) == t.tensor_parallel * t.pipeline_parallel for seat in found.engines)
+    if not whole:
+        said = f"cluster.nodes = {options.cluster.nodes} needs all {t.tensor_parallel * t.pipeline_parallel} shards"
+        with pytest.raises(ConfigError, match=said):
+            homes(options)
+        with pytest.raises(ValueError, match=said):
+            RunConfig.model_validate(options.model_dump())
+        return
+    turns = homes(RunConfig.model_validate(options.model_dump()))
+    assert turns is not None
+    for engine, seat in enumerate(found.engines):
+        beside = turns.beside(engine)
+        assert beside == tuple(rank for rank, other in enumerate(found.ranks) if other.node == seat.node)
+
+
+@given(turning())
+def test_a_replica_that_divides_a_node_is_seated_whole(options):
+    t, gpus = options.trainer, options.cluster.gpus_per_node
+    replica = t.tensor_parallel * t.pipeline_parallel
+    assume(gpus % replica == 0 and t.world_size <= options.cluster.nodes * gpus)
+    found = place(options, ("trainer",))
+    assert found.ranks[0] == Seat(0, (0,))
+    for dp in range(t.data_parallel):
+        stages = [(pp * t.data_parallel + dp) * t.tensor_parallel for pp in range(t.pipeline_parallel)]
+        seats = [found.ranks[first + tp] for first in stages for tp in range(t.tensor_parallel)]
+        assert len({seat.node for seat in seats}) == 1
+        assert [seat.gpus[0] for seat in seats] == list(range(dp * replica % gpus, dp * replica % gpus + replica))
+
+
+def test_other_runs_take_no_turns_on_several_nodes():
+    """On one node, apart, or without engines any rank may send."""
+    two = {"cluster": {"nodes": 2}}
+    turns = homes(make(**two, trainer={"data_parallel": 12}, inference={"engines": 12, "placement": "colocated"}))
+    assert turns is not None and (turns.beside(0), turns.beside(8)) == (tuple(range(8)), (8, 9, 10, 11))
+    assert homes(make(inference={"placement": "colocated"})) is None
+    assert homes(make(**two)) is None
+    assert homes(make(**two, inference={"placement": "colocated"}, sft={"checkpoint_out": "unused"})) is None
+
+
+@given(layouts())
+def test_a_wide_node_for_each_group_and_engine_is_always_enough(config):
+    widest = max(config.trainer.tensor_parallel, config.inference.tensor_parallel)
+    units = config.trainer.world_size + config.inference.engines + 1
+    text = config.model_dump() | {"cluster": {"nodes": units, "gpus_per_node": max(widest, config.cluster.gpus_per_node)}}
+    text["inference"] |= {"placement": "disaggregated"}
+    assert place(RunConfig.model_validate(text), ALL).ranks
+
+
+def test_examples_of_eight_gpus_a_node():
+    config = make(
+        trainer={"tensor_parallel": 4, "data_parallel": 3}, inference={"engines": 2, "tensor_parallel": 4}, cluster={"nodes": 3}
+    )
+    found = place(config, ALL)
+    assert [seat.node for seat in found.ranks] == [0] * 8 + [1] * 4
+    assert found.engines == (Seat(1, (4, 5, 6, 7)), Seat(2, (0, 1, 2, 3)))
+    alone = place(config, ("engines",))
+    assert (alone.ranks, alone.engines[0]) == ((), Seat(0, (0, 1, 2, 3))), "without a trainer its GPUs are free"
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"trainer": {"data_parallel": 9}}, "found 1 * 8 and 9 trainer ranks (trainer.tensor_parallel = 1), of which 8"),
+        ({"trainer": {"tensor_parallel": 16}, "cluster": {"nodes": 4}}, "found 4 * 8 and 16 trainer ranks"),
+        (
+            {"trainer": {"data_parallel": 6}, "inference": {"engines": 2, "tensor_parallel": 2}},
+            "beside 6 GPUs in use inference.engines = 2 of inference.tensor_parallel = 2, of which 1 have a place",
+        ),
+        (
+            {"cluster": {"gpus_per_node": 1}},
+            "found 1 * 1 and beside 1 GPUs in use inference.engines = 1 of inference.tensor_parallel = 1, of which 0 have a "
+            "place: raise cluster.nodes, or make the layout smaller, or set inference.placement = 'colocated'",
+        ),
+        (
+            {"trainer": {"data_parallel": 2}, "inference": {"engines": 3, "placement": "colocated"}},
+            "every engine inside one node of the trainer's GPUs; found 2 trainer ranks and inference.engines = 3",
+        ),
+        (
+            {
+                "trainer": {"data_parallel": 8},
+                "inference": {"placement": "colocated"},
+                "data": {"train": "unused", "reward": "model"},
+                "reward_model": {"path": "unused"},
+            },
+            "beside 8 GPUs in use the reward engine (reward_model.path) with a GPU of its own",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_options_and_numbers(tables, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        place(make(**tables), ALL)
+
+
+def test_a_machine_with_one_gpu_trains_by_turns_and_is_told_so():
+    with pytest.raises(ConfigError, match=r"found 1 \* 1 \(8 asked for, 1 on this machine\).*placement = 'colocated'$"):
+        place(make(), ALL, 1)
+    found = place(make(inference={"placement": "colocated"}), ALL, 1)
+    assert found.ranks == found.engines == (Seat(0, (0,)),)
+    with pytest.raises(ConfigError, match=r"2 trainer ranks .* or make the layout smaller$"):
+        place(make(trainer={"data_parallel": 2}), ALL, 1)
+
+
+def test_a_process_sees_its_own_gpus_first_and_then_the_others():
+    assert Seat(0, (2, 3)).visible(["4", "5", "6", "7"]) == "6,7,4,5"
+
+
+@pytest.mark.parametrize(("named", "found"), [(None, ("0", "1")), ("6,7", ("6", "7")), ("", ("0", "1"))])
+def test_gpus_have_the_names_that_cuda_was_told(monkeypatch, named, found):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert devices(2.0) == found
+    assert devices(0) == ()
+
+
+def test_a_node_with_fewer_gpus_than_are_placed_on_it_is_named():
+    config = make(cluster={"nodes": 2}, trainer={"data_parallel": 8})
+    cluster = Cluster(config)
+    cluster._nodes = [Node("a", "10.0.0.1", "eth0", tuple("01234567")), Node("b", "10.0.0.2", "eth0", ())]
+    with pytest.raises(ConfigError, match=r"found 8, and 0 on 10\.0\.0\.2: start Ray on nodes with GPUs only"):
+        cluster._check_devices(place(config, ALL))
+    cluster._nodes[1] = Node("b", "10.0.0.2", "eth0", ("0",))
+    cluster._check_devices(place(config, ALL))
+    cluster._nodes[0] = Node("a", "10.0.0.1", "eth0", tuple("0123"))
+    with pytest.raises(ConfigError, match=r"found 8, and 4 on 10\.0\.0\.1: set it to 4"):
+        cluster._check_devices(place(config, ALL))
+
+
+def test_the_interface_is_the_one_that_carries_the_address():
+    assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
+    with pytest.raises(ConfigError, match=r"no interface with 198\.51\.100\.7"):
+        interface_of("198.51.100.7")
+
+
+def test_supervised_training_starts_no_engine():
+    assert training_parts(make(sft={"checkpoint_out": "unused"})) == ("trainer",)
+    assert training_parts(make()) == ALL
+
+
+def test_several_nodes_are_refused_without_a_token(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    cluster = Cluster(make(cluster={"nodes": 2}))
+    with pytest.raises(ConfigError, match="found RAY_AUTH_MODE = 'disabled' and RAY_AUTH_TOKEN unset"):
+        cluster.__enter__()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    with pytest.raises(ConfigError, match="found RAY_AUTH_MODE = 'token' and RAY_AUTH_TOKEN unset"):
+        cluster.__enter__()
+
+
+def test_while_nodes_are_waited_for_sigterm_is_the_commands(monkeypatch):
+    """ray.init takes it, and would end a run that waits for its nodes with an exit code that nobody requeues."""
+    for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}.items():
+        monkeypatch.setenv(name, value)
+    for name in RAY_ENVIRONMENT:
+        monkeypatch.setenv(name, RAY_ENVIRONMENT[name])  # so that what is set in here is taken back
+    asked: list[object] = []
+    monkeypatch.setattr(ray, "init", lambda **options: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+
+    def nodes() -> list[object]:
+        asked.append(signal.getsignal(signal.SIGTERM))
+        return []
+
+    def ours(*_: object) -> None:
+        """Stands for the command's handler."""
+
+    monkeypatch.setattr(ray, "nodes", nodes)
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with pytest.raises(WatchdogError, match=r"2 nodes must join the Ray cluster; 0 came within .* gone are: none"):
+            Cluster(make(cluster={"nodes": 2}, trainer={"timeout_seconds": 0.01})).__enter__()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert set(asked) == {ours}
+
+
+def test_what_a_process_raised_is_told_from_its_death_and_from_a_mistake_in_the_code():
+    def failed(cause: Exception) -> ray.exceptions.RayTaskError:
+        return ray.exceptions.RayTaskError("train", "traceback", cause)
+
+    mistake, echo = (_plain(failed(cause), "trainer rank 1") for cause in (KeyError("lr"), RuntimeError("Connection closed")))
+    assert isinstance(mistake, UnexpectedError) and not mistake.may_pass
+    assert type(echo) is WatchdogError and echo.may_pass
+    assert _plain(failed(WeightSyncError("typed")), "trainer rank 1").exit_code == 6
+    died = _plain(ray.exceptions.RayActorError(), "trainer rank 0")
+    assert isinstance(died, ProcessLostError) and str(died).startswith("the process of trainer rank 0 ended: ")
+
+
+def test_an_engine_that_cannot_be_made_is_told_from_one_that_is_lost(monkeypatch):
+    def found(error: Exception) -> Exception:
+        def get(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ray, "get", get)
+        with pytest.raises(EngineLostError) as caught:
+            RayFuture(None, "engine 0").result(1.0)
+        return caught.value
+
+    died, never_was = (found(ray.exceptions.RayActorError(actor_init_failed=made)) for made in (False, True))
+    assert type(died) is EngineLostError and died.may_pass
+    assert isinstance(never_was, EngineStartError) and not never_was.may_pass and never_was.exit_code == 5
+
+
+def test_sigterm_while_ray_starts_leaves_a_run_to_be_continued(monkeypatch, tmp_path):
+    """Ray makes a SystemExit of it; and what Ray has no type for is one of ours."""
+    for name in (*RAY_ENVIRONMENT, *_ENVIRONMENT, *_LOOPBACK, "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, os.environ.get(name, "x"))  # so that what is set in here is taken back
+    raised: list[BaseException] = [SystemExit(15), Exception("The current node timed out during startup.")]
+
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise raised.pop(0)
+
+    def ours(*_: object) -> None:
+        """Stands for the command's handler."""
+
+    monkeypatch.setattr(ray, "init", init)
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with pytest.raises(PreemptedError, match="asked to stop while Ray started"):
+            Cluster(make()).__enter__()
+        assert signal.getsignal(signal.SIGTERM) is ours
+        with pytest.raises(WatchdogError, match=r"Ray did not start on this machine: The current node timed out .* logs"):
+            Cluster(make()).__enter__()
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_process_that_is_late_is_not_said_to_have_ended():
+    late = _plain(ray.exceptions.GetTimeoutError("Get timed out"), "trainer rank 0")
+    assert str(late).startswith("trainer rank 0 did not start within trainer.timeout_seconds: raise it")

@@ -1,0 +1,306 @@
+"""The pool with engines that are lists of calls: how requests are dealt and completions put back in order, what an error
+or a late engine becomes, that a weight version is served only when it is committed, and who is replaced after a failure.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.core.errors import EngineLostError, InferenceError, WatchdogError, WeightSyncError
+from engine.core.types import Completion
+from engine.inference.pool import Pool, Usage
+from engine.inference.sampling import SampleRequest
+
+
+@dataclass
+class Answer:
+    """A call that has ended: with a value, or with the error to raise when somebody asks."""
+
+    value: Any = None
+    error: Exception | None = None
+    limits: list[float] = field(default_factory=list)  # what those who waited were ready to wait
+
+    def result(self, timeout_seconds: float) -> Any:
+        self.limits.append(timeout_seconds)
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class FakeEngine:
+    """Answers every call at once, as VllmEngine would in the order of the calls; `failing` maps a method to its error.
+
+    A completion is one token, the request's seed; its text is the seed in decimal.
+    """
+
+    def __init__(
+        self, version: int = 0, failing: dict[str, Exception] | None = None, seconds: float = 1.0, host: str = "here"
+    ) -> None:
+        self.version, self.failing, self.seconds, self.host = version, failing or {}, seconds, host
+        self.restarts = 0
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.answers: list[Answer] = []
+        self.held: dict[str, SampleRequest] = {}
+
+    @property
+    def methods(self) -> list[str]:
+        return [method for method, _ in self.calls]
+
+    def call(self, method: str, *arguments: Any) -> Answer:
+        self.calls.append((method, arguments))
+        self.answers.append(Answer(getattr(self, method)(*arguments), self.failing.get(method)))
+        return self.answers[-1]
+
+    def restart(self) -> None:
+        self.restarts += 1
+        self.version = 0
+
+    def describe(self) -> dict[str, str]:
+        return {"host": self.host, "vllm": "fake"}
+
+    def submit(self, requests: list[SampleRequest], version: int) -> None:
+        self.held |= {request.request_id: request for request in requests}
+
+    def collect(self, request_ids: list[str]) -> tuple[list[Completion], dict[str, float]]:
+        found = [self.completion(self.held.pop(request_id)) for request_id in request_ids]
+        return found, {"seconds": self.seconds, "tokens": float(len(found))}
+
+    def completion(self, request: SampleRequest) -> Completion:
+        return Completion(
+            prompt_id=request.prompt_id,
+            sample_index=request.sample_index,
+            seed=request.seed,
+            version=self.version,
+            token_ids=(request.seed,),
+            log_probs=(-0.5,),
+            text=str(request.seed),
+            finish_reason="stop",
+        )
+
+    def receive(self, version: int, call: dict[str, Any]) -> int:
+        self.version = version
+        return version
+
+    def sleep(self) -> None:
+        self.version = -1
+
+    def log_probs(self, sequences: list[list[int]]) -> list[list[float]]:
+        return [[-float(token) for token in sequence] for sequence in sequences]
+
+
+def requests(count: int, step: int = 0) -> list[SampleRequest]:
+    return [SampleRequest(f"{step}:{i}", f"p{i}", i, 1000 * step + i, (1,), 1.0, 1.0, 8) for i in range(count)]
+
+
+def pool_at(version: int, *engines: FakeEngine) -> Pool:
+    """A pool whose engines have all received this version."""
+    pool = Pool(engines, 5.0)
+    assert pool.unverified(version, pool.receive(version, {}), 5.0) == {}
+    pool.commit(version)
+    return pool
+
+
+@given(st.integers(1, 5), st.lists(st.integers(1, 12), min_size=1, max_size=4))
+def test_requests_are_dealt_by_position_and_completions_come_back_in_order(num_engines, sizes):
+    """Engine i of n gets positions i, i + n, ... of every step; each step's completions are in its requests' order."""
+    engines = [FakeEngine(seconds=float(i)) for i in range(num_engines)]
+    pool = Pool(engines, 5.0)
+    steps = [requests(size, step) for step, size in enumerate(sizes)]
+    tickets = pool.submit(steps)
+    for index, engine in enumerate(engines):
+        assert engine.methods == ["submit"] + ["collect"] * len(steps), "all is submitted before anything is collected"
+        assert engine.calls[0][1][0] == [request for step in steps for request in step[index::num_engines]]
+        assert [arguments[0] for _, arguments in engine.calls[1:]] == [
+            [request.request_id for request in step[index::num_engines]] for step in steps
+        ]
+    for step, ticket in zip(steps, tickets, strict=True):
+        completions, usage = pool.gather(ticket)
+        assert [completion.seed for completion in completions] == [request.seed for request in step]
+        assert usage == Usage(num_tokens=len(step), busy_seconds=num_engines - 1), "tokens add up, time is the longest"
+
+
+def test_steps_may_be_gathered_in_any_order():
+    pool = Pool([FakeEngine(), FakeEngine()], 5.0)
+    steps = [requests(3, 0), requests(4, 1)]
+    first, second = pool.submit(steps)
+    assert [c.seed for c in pool.gather(second)[0]] == [r.seed for r in steps[1]]
+    assert [c.seed for c in pool.gather(first)[0]] == [r.seed for r in steps[0]]
+
+
+def test_an_error_of_a_submission_surfaces_when_gathering():
+    """Not the one that follows from it, "never given request ..."."""
+    consequence = InferenceError("engine 1 was never given request 0:1")
+    failing = FakeEngine(failing={"submit": InferenceError("prompt too long"), "collect": consequence})
+    pool = Pool([FakeEngine(), failing], 5.0)
+    (ticket,) = pool.submit([requests(4)])
+    with pytest.raises(InferenceError, match="prompt too long"):
+        pool.gather(ticket)
+
+
+@pytest.mark.parametrize(
+    ("method", "what", "ask"),
+    [
+        ("describe", "start", lambda pool: pool.describe()),
+        ("submit", "submit", lambda pool: pool.generate(requests(3))),
+        ("collect", "collect", lambda pool: pool.generate(requests(3))),
+        ("log_probs", "log_probs", lambda pool: pool.log_probs([[1]])),
+        ("sleep", "sleep", lambda pool: pool.rest()),
+    ],
+)
+def test_a_late_engine_is_named_with_the_limit(method, what, ask):
+    late = FakeEngine(failing={method: TimeoutError()})
+    with pytest.raises(InferenceError, match=f"engine 2 did not answer '{what}' within inference.timeout_seconds = 7.5"):
+        ask(Pool([FakeEngine(), FakeEngine(), late], 7.5))
+    assert {tuple(answer.limits) for answer in late.answers} <= {(7.5,), ()}, "the limit named is the one waited for"
+
+
+def test_every_engine_answers_for_itself():
+    pool = Pool([FakeEngine(host="a"), FakeEngine(host="b")], 5.0)
+    assert pool.describe() == [{"host": "a", "vllm": "fake"}, {"host": "b", "vllm": "fake"}]
+    assert pool.log_probs([[1, 2], [3]]) == [[[-1.0, -2.0], [-3.0]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("hosts", "nodes"),
+    [("a", ((0,),)), ("aaa", ((0, 1, 2),)), ("abc", ((0,), (1,), (2,))), ("baba", ((0, 2), (1, 3)))],
+)
+def test_engines_of_one_machine_are_a_node(hosts, nodes):
+    assert Pool([FakeEngine(host=host) for host in hosts], 5.0).nodes() == nodes
+
+
+def test_a_version_is_served_when_it_is_committed_and_not_before():
+    engines = [FakeEngine(), FakeEngine()]
+    pool = Pool(engines, 5.0)
+    assert pool.version == 0, "engines start with the seed model"
+    futures = pool.receive(4, {"epoch": 1})
+    assert [engine.calls for engine in engines] == [[("receive", (4, {"epoch": 1, "engine": i}))] for i in range(2)]
+    assert pool.unverified(4, futures, 3.0) == {}
+    with pytest.raises(InferenceError, match="no weight version is committed"):
+        assert pool.version
+    with pytest.raises(InferenceError, match="no weight version is committed"):
+        pool.submit([requests(1)])
+    assert all("submit" not in engine.methods for engine in engines), "an engine in doubt is never asked"
+    pool.commit(4)
+    assert pool.version == 4
+    assert {completion.version for completion in pool.generate(requests(4))[0]} == {4}
+    assert all(arguments[1] == 4 for engine in engines for method, arguments in engine.calls if method == "submit")
+
+
+def test_the_time_for_all_engines_is_one():
+    engines = [FakeEngine() for _ in range(3)]
+    pool = Pool(engines, 5.0)
+    pool.unverified(4, pool.receive(4, {}), 3.0)
+    (limits,) = zip(*(engine.answers[0].limits for engine in engines), strict=True)
+    assert 3.0 >= limits[0] >= limits[1] >= limits[2] > 2.0, "what one engine has used is not waited for again"
+
+
+LATE, LOST, FAILED = TimeoutError(), EngineLostError("the process of engine 1 ended"), WeightSyncError("lm_head.weight differs")
+REASONS = [
+    (LATE, "no answer within 3 s", True),
+    (LOST, "the process of engine 1 ended", True),
+    (FAILED, "lm_head.weight differs", False),
+    (InferenceError("engine 1 has 2 requests in flight"), "engine 1 has 2 requests in flight", False),
+    (WatchdogError("engine 1 failed with RuntimeError: cancelled"), "engine 1 failed with RuntimeError: cancelled", True),
+]
+
+
+@pytest.mark.parametrize(("error", "reason", "restarted"), REASONS)
+def test_an_engine_that_did_not_verify_is_in_doubt_and_replaced_only_when_lost(error, reason, restarted):
+    """The others hold the new weights, yet nothing is asked of anybody until a later sync is committed."""
+    engines = [FakeEngine(), FakeEngine(failing={"receive": error}), FakeEngine()]
+    pool = Pool(engines, 5.0)
+    assert pool.unverified(4, pool.receive(4, {}), 3.0) == {1: reason}
+    pool.replace_lost()
+    assert [engine.restarts for engine in engines] == [0, int(restarted), 0]
+    assert ("describe" in engines[1].methods) is restarted, "it is waited for until it is up"
+    with pytest.raises(InferenceError, match="no weight version is committed"):
+        pool.submit([requests(1)])
+    engines[1].failing.clear()
+    assert pool.unverified(4, pool.receive(4, {}), 3.0) == {}
+    pool.commit(4)
+    assert {completion.version for completion in pool.generate(requests(6))[0]} == {4}
+    pool.replace_lost()
+    assert [engine.restarts for engine in engines] == [0, int(restarted), 0], "nobody is lost twice"
+
+
+def test_engines_that_rest_serve_nothing_until_a_version_is_committed():
+    """All are told before any is waited for. One that is gone by then is left to the next sync, which replaces it."""
+    engines = [FakeEngine(), FakeEngine(failing={"sleep": LOST}), FakeEngine()]
+    pool = pool_at(2, *engines)
+    pool.rest()
+    assert [engine.methods[-1] for engine in engines] == ["sleep"] * 3
+    with pytest.raises(InferenceError, match="or the engines sleep"):
+        pool.submit([requests(1)])
+    engines[1].failing = {"receive": LOST}
+    assert set(pool.unverified(4, pool.receive(4, {}), 3.0)) == {1}
+    pool.replace_lost()
+    assert [engine.restarts for engine in engines] == [0, 1, 0]
+    engines[1].failing.clear()
+    assert pool.unverified(4, pool.receive(4, {}), 3.0) == {}
+    pool.commit(4)
+    assert {completion.version for completion in pool.generate(requests(6))[0]} == {4}
+
+
+def test_an_engine_that_cannot_sleep_ends_the_run():
+    refusal = InferenceError("engine 0 has 2 requests in flight and cannot sleep")
+    with pytest.raises(InferenceError, match="in flight"):
+        Pool([FakeEngine(failing={"sleep": refusal})], 5.0).rest()
+
+
+def test_the_word_of_every_engine_is_heard():
+    engines = [FakeEngine(failing={"receive": error}) for error, _, _ in REASONS]
+    pool = Pool([*engines, FakeEngine()], 5.0)
+    expected = dict(enumerate(reason for _, reason, _ in REASONS))
+    assert pool.unverified(4, pool.receive(4, {}), 3.0) == expected
+    pool.replace_lost()
+    assert [engine.restarts for engine in engines] == [int(restarted) for _, _, restarted in REASONS]
+
+
+def test_all_lost_engines_start_side_by_side():
+    order: list[str] = []
+
+    class Watched(FakeEngine):
+        def restart(self) -> None:
+            order.append("restart")
+
+        def describe(self) -> dict[str, str]:
+            order.append("describe")
+            return super().describe()
+
+    pool = Pool([Watched(failing={"receive": LATE}) for _ in range(2)], 5.0)
+    pool.unverified(4, pool.receive(4, {}), 3.0)
+    pool.replace_lost()
+    assert order == ["restart", "restart", "describe", "describe"]
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (TimeoutError(), r"engine 1 did not answer 'start again' within inference\.timeout_seconds = 5\.0"),
+        (InferenceError("engine 1 could not start from seed: no memory"), "could not start from seed: no memory"),
+    ],
+)
+def test_an_engine_that_does_not_start_again_ends_the_run(error, sentence):
+    engines = [FakeEngine(), FakeEngine(failing={"receive": LOST, "describe": error})]
+    pool = Pool(engines, 5.0)
+    pool.unverified(4, pool.receive(4, {}), 3.0)
+    with pytest.raises(InferenceError, match=sentence):
+        pool.replace_lost()
+
+
+@pytest.mark.parametrize("error", [AssertionError("a broken invariant"), ZeroDivisionError()])
+def test_what_is_nobodys_to_mend_is_no_reason(error):
+    pool = Pool([FakeEngine(failing={"receive": error})], 5.0)
+    with pytest.raises(type(error)):
+        pool.unverified(4, pool.receive(4, {}), 3.0)
+
+
+def test_an_engine_that_verified_another_version_is_a_broken_invariant():
+    pool = Pool([FakeEngine()], 5.0)
+    with pytest.raises(AssertionError):
+        pool.unverified(5, pool.receive(4, {}), 3.0)
+    with pytest.raises(InferenceError):
+        assert pool.version

@@ -1,0 +1,366 @@
+"""The report: charts whose points lie where their values say, a regime proven from records and refuted by any altered row,
+and a page that fetches nothing and can be read whatever the names in it.
+"""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import cli
+from engine.config.load import dump_config, load_config
+from engine.config.schedule import SyncSchedule
+from engine.core.errors import DataError
+from engine.observe import charts
+from engine.observe.charts import Line, Point, chart
+from engine.observe.regime import prove
+from engine.observe.report import page, plots, read_run
+
+SVG = "{http://www.w3.org/2000/svg}"
+REQUIRED = """
+[run]
+directory = "unused"
+steps = 12
+[model]
+path = "seed"
+[data]
+train = "train.jsonl"
+[sync]
+sync_interval = 4
+[trainer]
+microbatch_tokens = 8192
+"""
+SCHEDULE = SyncSchedule(4, "never", 12, 16)
+
+
+# -- charts
+
+
+def test_a_run_that_replays_has_no_regime_and_contradicts_none(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": 1.0}) + "\n")
+    (tmp_path / "rollouts.jsonl").touch()
+    proof = prove(tmp_path, SCHEDULE, "pairs.jsonl")
+    assert (proof.contradiction, proof.holds) == (None, False)
+    assert proof.sentence() == "replayed pairs.jsonl: nothing was sampled, so there is no regime to prove"
+    assert prove(tmp_path, SCHEDULE).contradiction is not None
+
+
+def drawn(svg: str) -> ElementTree.Element:
+    return ElementTree.fromstring(svg)
+
+
+def curves(svg: str) -> list[list[tuple[float, float]]]:
+    """The points of every curve in pixels."""
+    paths = [element.get("d", "") for element in drawn(svg).iter(f"{SVG}path") if element.get("stroke-width") == "1.5"]
+    return [[(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)] for path in paths]
+
+
+values = st.floats(-1e6, 1e6).map(lambda value: round(value, 3))
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), values), min_size=2, max_size=40, unique_by=lambda point: point[0]))
+def test_points_lie_where_their_values_say(points):
+    """Whatever the values: inside the frame, and the map from values to pixels is linear, upwards in y."""
+    points = sorted(points)
+    (curve,) = curves(chart("title", "unit", [Line("a", tuple(Point(x, y) for x, y in points))]))
+    assert len(curve) == len(points)
+    assert all(charts.LEFT <= x <= charts.WIDTH - charts.RIGHT for x, _ in curve)
+    assert all(charts.TOP <= y <= charts.PLOT_HEIGHT - charts.BOTTOM for _, y in curve)
+    for axis, sign in ((0, 1), (1, -1)):
+        low, high = (choose(range(len(points)), key=lambda i: points[i][axis]) for choose in (min, max))
+        span = points[high][axis] - points[low][axis]
+        if span > 1e-6:
+            scale = (curve[high][axis] - curve[low][axis]) / span
+            assert scale * sign > 0
+            for value, pixel in zip(points, curve, strict=True):
+                assert pixel[axis] == pytest.approx(curve[low][axis] + scale * (value[axis] - points[low][axis]), abs=0.2)
+
+
+@given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e6))
+def test_ticks_are_a_few_round_numbers_in_order_inside_the_axis(low, span):
+    ticks = charts._ticks(low, low + span)
+    assert 2 <= len(ticks) <= 9
+    assert all(low - span * 1e-6 <= tick <= low + span * (1 + 1e-6) for tick in ticks)
+    gaps = [after - before for before, after in pairwise(ticks)]
+    assert all(gap == pytest.approx(gaps[0], rel=1e-6) for gap in gaps)
+    assert float(f"{gaps[0]:.6e}".split("e")[0]) in (1.0, 2.0, 5.0)
+
+
+def test_error_bars_and_dots_of_few_points():
+    svg = chart("v", "", [Line("a", (Point(0, 1.0, 0.5), Point(4, 2.0)))])
+    bars = [element for element in drawn(svg).iter(f"{SVG}path") if "h6" in element.get("d", "")]
+    assert len(bars) == 1, "a point without an error has no bar"
+    assert len(list(drawn(svg).iter(f"{SVG}circle"))) == 2
+
+
+def test_many_points_are_averaged_in_blocks():
+    many = tuple(Point(float(x), float(x % 2)) for x in range(4 * charts.MOST_POINTS))
+    (curve,) = curves(chart("v", "", [Line("a", many)]))
+    assert len(curve) == charts.MOST_POINTS
+    assert len({y for _, y in curve}) == 1, "every block of four has the mean 1/2"
+    assert "<circle" not in chart("v", "", [Line("a", many)])
+
+
+def test_every_line_is_told_apart_and_named_and_nothing_breaks_the_document():
+    names = ["plain", "a < b & c", '"quoted"', "x" * 60]
+    svg = chart("<title> & more", "tokens", [Line(n, (Point(0, 1), Point(1, i))) for i, n in enumerate(names)])
+    said = [element.text for element in drawn(svg).iter(f"{SVG}text")]
+    assert {"<title> & more (tokens)", *names} <= set(said)
+    bottom = max(float(element.get("y", 0)) for element in drawn(svg).iter(f"{SVG}text"))
+    assert bottom < float(drawn(svg).get("height", 0)), "the legend fits"
+    strokes = {
+        (e.get("stroke"), e.get("stroke-dasharray"))
+        for colour in range(3)
+        for dash in range(3)
+        for e in drawn(chart("t", "", [Line("a", (Point(0, 1),), colour, dash)])).iter(f"{SVG}path")
+        if e.get("stroke-width") == "1.5"
+    }
+    assert len(strokes) == 9
+
+
+@pytest.mark.parametrize("lines", [[], [Line("none", ())], [Line("one", (Point(3.0, 7.0),))]])
+def test_a_chart_of_nothing_or_of_one_point_is_still_one(lines):
+    assert drawn(chart("empty", "", lines)).tag == f"{SVG}svg"
+
+
+# -- the regime
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def records(schedule: SyncSchedule, steps: int, group: int = 3) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rollouts, metrics) as a run of this schedule writes them."""
+    rollouts = [{"step": t, "version": schedule.version(t)} for t in range(steps) for _ in range(group)]
+    metrics: list[dict[str, Any]] = []
+    for t in range(steps):
+        synced = {"sync_seconds": 0.5} if schedule.sync_due(t) else {}
+        lengths = {"completion_tokens_mean": 10.0 + t, "incorrect_tokens_mean": None if t % 2 else 3.0}
+        metrics.append({"step": t, "staleness": float(schedule.staleness(t)), "reward_mean": t / 10} | lengths | synced)
+    return rollouts, metrics
+
+
+def write_run(folder: Path, schedule: SyncSchedule = SCHEDULE, steps: int = 12) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.toml").write_text(REQUIRED, encoding="utf-8")
+    (folder / "config.toml").write_text(dump_config(load_config(folder / "run.toml")), encoding="utf-8")
+    rollouts, metrics = records(schedule, steps)
+    write(folder / "rollouts.jsonl", rollouts)
+    write(folder / "metrics.jsonl", metrics)
+    return folder
+
+
+schedules = st.builds(
+    SyncSchedule,
+    st.one_of(st.just("never"), st.integers(1, 6)),
+    st.just("never"),
+    st.integers(1, 15),
+    st.integers(1, 5),
+    st.sampled_from(["paper", "fairseq2"]),
+)
+
+
+@given(schedules, st.data())
+def test_the_records_of_a_run_prove_its_regime_and_any_altered_version_refutes_it(tmp_path_factory, schedule, data):
+    folder = tmp_path_factory.mktemp("run")
+    steps = data.draw(st.integers(1, schedule.num_steps))
+    rollouts, metrics = records(schedule, steps)
+    write(folder / "rollouts.jsonl", rollouts)
+    write(folder / "metrics.jsonl", metrics)
+    proof = prove(folder, schedule)
+    assert proof.holds
+    ages = [schedule.staleness(t) for t in range(steps)]
+    assert proof.staleness == (min(ages), max(ages))
+    assert (proof.num_rollouts, proof.num_steps) == (3 * steps, steps)
+    place = data.draw(st.integers(0, len(rollouts) - 1))
+    rollouts[place]["version"] += data.draw(st.sampled_from([-1, 1, 7]))
+    write(folder / "rollouts.jsonl", rollouts)
+    contradiction = prove(folder, schedule).contradiction
+    assert contradiction is not None and contradiction.startswith(f"rollouts.jsonl line {place + 1} must have version")
+    assert "is contradicted: rollouts.jsonl line" in prove(folder, schedule).sentence()
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "change", "said"),
+    [
+        ("metrics.jsonl", 6, {"staleness": 0.0}, "line 6 must have staleness 1 at step 5; found 0.0"),
+        ("metrics.jsonl", 6, {"staleness": None}, "line 6 must have staleness 1 at step 5; found None"),
+        ("metrics.jsonl", 6, {"sync_seconds": 0.1}, "line 6 must tell of no weight sync at step 5; found a"),
+        ("metrics.jsonl", 6, {"step": 6}, "line 6 must be of step 5; found step 6"),
+        ("rollouts.jsonl", 36, {"step": 12}, "line 36 must be of steps 0..11; found step 12"),
+        ("rollouts.jsonl", 2, {"version": None}, "line 2 must have version 0 at step 0; found None"),
+        ("rollouts.jsonl", 2, {"step": 1}, "one step after another; found out of its place step 0"),
+    ],
+)
+def test_the_first_row_that_contradicts_is_named(tmp_path, file, line, change, said):
+    run = write_run(tmp_path / "run")
+    rows = [json.loads(text) for text in (run / file).read_text("utf-8").splitlines()]
+    rows[line - 1] |= change
+    write(run / file, rows)
+    contradiction = prove(run, SCHEDULE).contradiction
+    assert contradiction is not None and contradiction.startswith(file)
+    assert said in contradiction
+
+
+def test_a_missing_sync_and_missing_rollouts_contradict_and_a_step_under_way_does_not(tmp_path):
+    run = write_run(tmp_path / "run")
+    rollouts, metrics = records(SCHEDULE, 12)
+    write(run / "metrics.jsonl", metrics[:11])
+    assert prove(run, SCHEDULE).contradiction is None, "the rollouts of a step are written before it is trained on"
+    write(run / "metrics.jsonl", metrics)
+    write(run / "rollouts.jsonl", rollouts[:33])
+    assert "them end before step 11" in str(prove(run, SCHEDULE).contradiction)
+    del metrics[8]["sync_seconds"]
+    write(run / "metrics.jsonl", metrics)
+    assert "line 9 must tell of a weight sync at step 8; found no" in str(prove(run, SCHEDULE).contradiction)
+
+
+def test_the_sentence_says_the_regime(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert prove(run, SCHEDULE).sentence() == "s = 4 (semi-online): staleness 0..3, proven from 36 rollouts of 12 steps"
+    shifted = SyncSchedule(4, "never", 12, 16, "fairseq2")
+    sentence = prove(write_run(tmp_path / "shifted", shifted), shifted).sentence()
+    assert sentence.startswith("s = 4 (semi-online, counted as in fairseq2): staleness 0..3, proven")
+    regimes: list[tuple[int | Literal["never"], str]] = [(1, "online"), ("never", "offline")]
+    for s, name in regimes:
+        schedule = SyncSchedule(s, "never", 12, 16)
+        assert f"s = {s} ({name}): staleness" in prove(write_run(tmp_path / name, schedule), schedule).sentence()
+    (run / "rollouts.jsonl").unlink()
+    write(run / "metrics.jsonl", [{"step": 0, "nll_mean": 2.0}])
+    assert prove(run, SCHEDULE).sentence() == "s = 4 (semi-online): no rollouts on record", "as of a supervised run"
+    assert not prove(run, SCHEDULE).holds
+    (run / "rollouts.jsonl").write_text('{"step": 0, "version": 0}\nbroken\n')
+    with pytest.raises(DataError, match=r"rollouts\.jsonl line 2 must"):
+        prove(run, SCHEDULE)
+
+
+# -- the page and the command
+
+
+EVALUATIONS = [
+    {"step": step, "set": name, "measure": measure, "mean": mean, "standard_error": 0.01, "length_normalized_reward": normal}
+    | {"completion_tokens_mean": 12.0, "records": ["long"]}
+    for step, mean in ((0, 0.25), (12, 0.75))
+    for name, measure, normal in (("sums", "accuracy", None), ("chats", "reward", -mean))
+]
+
+
+class Reader(HTMLParser):
+    """Collects a page's words and whatever it would fetch or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [tag] * (tag in ("script", "link", "img", "iframe"))
+        self.fetched += [name for name, value in attrs if name in ("src", "href", "onload", "onclick") or "url(" in str(value)]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = write_run(tmp_path / "first <run> & co")
+    write(folder / "evaluations.jsonl", EVALUATIONS)
+    write(folder / "guard.jsonl", [{"step": 7, "what": "length", "text": "length collapsed: <b>1</b>"}])
+    write(folder / "restarts.jsonl", [{"step": 4, "lost_steps": 2, "restart": 1, "text": "the process of <engine> 0 ended"}])
+    return folder
+
+
+def test_the_page_holds_everything_and_fetches_nothing(run):
+    reader = Reader()
+    reader.feed(page([read_run(run, run.name, SCHEDULE)]))
+    assert reader.fetched == []
+    words = " ".join(reader.words)
+    for expected in (run.name, "staleness 0..3, proven from 36 rollouts", "length collapsed: <b>1</b>", "75.0%", "0.750"):
+        assert expected in words
+    assert "Next-token entropy" not in words, "what is not on record has no chart"
+
+
+def test_curves_are_those_of_the_records(run):
+    made = plots([read_run(run, "a", SCHEDULE)])
+    assert made.keys() == {
+        *("reward", "lengths", "staleness", "sync"),
+        *("validation_accuracy", "validation_reward", "validation_length_normalized"),
+    }
+    assert [len(curve) for curve in curves(made["lengths"])] == [12, 6], "steps without a value are left out"
+    assert [len(curve) for curve in curves(made["sync"])] == [3]
+    heights = [y for _, y in curves(made["reward"])[0]]
+    assert heights == sorted(heights, reverse=True), "a reward that grows goes up"
+    assert "h6" in made["validation_accuracy"], "error bars"
+    assert "h6" not in made["validation_length_normalized"]
+    write(run / "evaluations.jsonl", [row | {"standard_error": None} for row in EVALUATIONS])
+    unsure = read_run(run, "a", SCHEDULE)
+    assert "h6" not in plots([unsure])["validation_accuracy"], "of one problem: the value, and nothing said of its error"
+    assert "<td>75.0%</td><td>-</td>" in page([unsure])
+
+
+def test_several_runs_share_charts_a_colour_each(run):
+    both = [read_run(run, name, SCHEDULE) for name in ("one", "two")]
+    svg = plots(both)["lengths"]
+    assert len(curves(svg)) == 4
+    said = {element.text for element in drawn(svg).iter(f"{SVG}text")}
+    assert {"one all", "one incorrect", "two all", "two incorrect"} <= said
+    strokes = [
+        (element.get("stroke"), element.get("stroke-dasharray"))
+        for element in drawn(svg).iter(f"{SVG}path")
+        if element.get("stroke-width") == "1.5"
+    ]
+    assert len(set(strokes)) == 4
+    assert len({colour for colour, _ in strokes}) == 2
+
+
+def test_the_command_writes_page_plots_and_figures(run, tmp_path, capsys):
+    figures, folder = tmp_path / "figures.json", tmp_path / "plots"
+    assert cli.main(["report", str(run), str(run), "--json", str(figures), "--plots", str(folder)]) == 0
+    assert (run / "report.html").exists()
+    assert {path.name for path in folder.iterdir()} >= {"reward.svg", "validation_accuracy.svg"}
+    assert all(drawn(path.read_text("utf-8")) is not None for path in folder.iterdir())
+    document = json.loads(figures.read_text("utf-8"))
+    assert len(document["runs"]) == 2
+    first = document["runs"][0]
+    assert first["regime"]["holds"] is True
+    assert first["regime"]["staleness"] == [0, 3]
+    assert "records" not in first["evaluations"][0]
+    assert first["guard"][0]["what"] == "length"
+    assert first["restarts"][0]["lost_steps"] == 2
+    said = capsys.readouterr().out
+    assert "proven from 36 rollouts" in said and "of 12 steps; 1 restart\n" in said
+    assert "<td>4</td><td>2</td><td>the process of &lt;engine&gt; 0 ended</td>" in (run / "report.html").read_text("utf-8")
+
+
+def test_a_contradicted_regime_is_reported_with_an_exit_code_of_its_own(run, tmp_path, capsys):
+    rows = [json.loads(text) for text in (run / "rollouts.jsonl").read_text("utf-8").splitlines()]
+    rows[20]["version"] = 5
+    write(run / "rollouts.jsonl", rows)
+    output = tmp_path / "out" / "page.html"
+    assert cli.main(["report", str(run), "--output", str(output), "--json", str(tmp_path / "f.json")]) == 1
+    assert "line 21 must have version 4 at step 6; found 5" in capsys.readouterr().out
+    assert 'class="wrong"' in output.read_text("utf-8")
+    assert json.loads((tmp_path / "f.json").read_text("utf-8"))["runs"][0]["regime"]["holds"] is False
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 3
+    assert "RUN must be the directory of a run" in capsys.readouterr().err
+
+
+def test_the_records_of_a_run_that_goes_on_are_only_read(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "half a li')
+    before = (run / "metrics.jsonl").read_bytes()
+    assert len(read_run(run, "a", SCHEDULE).metrics) == 12
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert math.isclose(read_run(run, "a", SCHEDULE).metrics[11]["reward_mean"], 1.1)

@@ -1,0 +1,278 @@
+"""Offline training from disk: a ledger gives the steps of the live run that wrote it, bit for bit; a preference file gives
+pairs without rollout log-probs; and each sentence about a file that does not fit. The engines of the live run are fakes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.algorithms.dpo import DpoObjective
+from engine.algorithms.registry import make_objective
+from engine.config.load import RunConfig
+from engine.config.options import Algorithm
+from engine.core.errors import ConfigError, DataError
+from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score, Status
+from engine.data.mixture import Mixture
+from engine.data.preferences import load_preferences
+from engine.data.prompts import PromptOrder
+from engine.data.templates import encode_prompt
+from engine.inference.pool import Pool
+from engine.observe.sinks import JsonlLedger
+from engine.rollouts.base import StepData
+from engine.rollouts.ledger import RolloutLedger, ledger_rows
+from engine.rollouts.replay import LedgerSource, PreferenceSource, open_replay, replay_kind
+from engine.rollouts.source import RolloutSource
+from tests.unit.algorithms.steps import Step
+from tests.unit.data.test_mixture import prompt_set, write
+from tests.unit.inference.test_pool import FakeEngine
+from tests.unit.rollouts.test_rollouts import Parity, group, run_config
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+STATUSES = st.sampled_from(get_args(Status))
+OF_SAMPLING = ("wait_seconds", "generation_tokens", "generation_seconds")  # what a replay cannot know, or takes otherwise
+STEPS = 4
+VOCAB_SIZE = 2**63  # a fake engine's only token is its seed
+
+
+def offline(path: Path, **changes: dict[str, Any]) -> tuple[RunConfig, Mixture]:
+    """Two sources, the first with spare prompts; the run replays `path`, or writes it."""
+    data = {"prompts_per_step": 3, "spare_prompts": 2, "replay": str(path), "mix": ({"train": "b", "prompts_per_step": 2},)}
+    base: dict[str, Any] = {"run": {"steps": STEPS}, "data": data, "sync": {"sync_interval": "never"}}
+    config = run_config(**base | changes)
+    return config, Mixture(config.data.sources, (prompt_set("a", 8), prompt_set("b", 5)), config.run.seed)
+
+
+class Failing(Parity):
+    """Parity, but some answers cannot be judged, each status in its turn."""
+
+    def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score]:
+        why: dict[int, Status] = {0: "too_long", 1: "invalid", 2: "timeout"}
+        scores = super().score(items)
+        return [Score(0.0, why[int(t) % 8]) if int(t) % 8 in why else s for (_, t), s in zip(items, scores, strict=True)]
+
+
+def live(path: Path, reward: Parity | None = None, **changes: dict[str, Any]) -> list[StepData]:
+    config, prompts = offline(path, **changes)
+    ledger = JsonlLedger(path)
+    source = RolloutSource(config, prompts, Pool([FakeEngine(), FakeEngine()], 5.0), reward or Parity(), ledger)
+    source.open(range(STEPS))
+    steps = [source.next(step) for step in range(STEPS)]
+    source.close()
+    ledger.close()
+    return steps
+
+
+def known(data: StepData) -> StepData:
+    """What a replay must repeat of a step."""
+    return StepData(data.sequences, data.num_prompts, {k: v for k, v in data.metrics.items() if k not in OF_SAMPLING})
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [{}, {"pairing": "best_worst"}, {"loss": "grpo"}, {"loss": "group_dpo", "alpha": 0.1, "kl_weight": 0.0}],
+)
+def test_a_replayed_ledger_is_the_live_run_bit_for_bit(tmp_path, algorithm):
+    path = tmp_path / "rollouts.jsonl"
+    wanted = live(path, Failing(), algorithm=algorithm)
+    config, prompts = offline(path, algorithm=algorithm)
+    source = LedgerSource(config, RolloutLedger(path), prompts, VOCAB_SIZE)
+    for step in (2, 0, 3, 1):  # a resumed run starts anywhere
+        replayed = source.next(step)
+        assert known(replayed) == known(wanted[step])
+        assert replayed.metrics["wait_seconds"] >= 0 and "generation_tokens" not in replayed.metrics
+    assert sum(len(data.sequences) for data in wanted) > 0
+    assert all(wanted[0].metrics[name] > 0 for name in ("reward_too_long", "reward_failures", "reward_timeouts"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-1e300, 0), min_size=1, max_size=6), st.floats(-1e300, 1e300), TEXTS, STATUSES)
+def test_any_rollout_survives_the_ledger(tmp_path_factory, log_probs, reward, text, status):
+    tokens = tuple(range(len(log_probs)))
+    completion = Completion("p0", 0, 2**62 + 1, 0, tokens, tuple(log_probs), text, "stop")
+    made = RolloutGroup(group([1]).prompt, 0, (Rollout(completion, Score(reward, status)),))
+    path = tmp_path_factory.mktemp("any") / "ledger.jsonl"
+    ledger = JsonlLedger(path)
+    ledger.append(ledger_rows(made))
+    ledger.close()
+    assert [row.rollout() for row in RolloutLedger(path).rows(0)] == list(made.rollouts)
+
+
+def test_a_ledger_is_read_a_step_at_a_time(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    live(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    spoiled = [line if line.startswith(b'{"step": 2,') else line[: len(b'{"step": 0, ')] + b"x\n" for line in lines]
+    path.write_bytes(b"".join(spoiled) + b'{"step": 9')  # torn by a kill
+    ledger = RolloutLedger(path)
+    assert (list(ledger.steps), 9 in ledger) == ([0, 1, 2, 3], False)
+    assert len(ledger.rows(2)) == 7 * 6
+    with pytest.raises(DataError, match=r"line 1: must be one JSON object"):
+        ledger.rows(0)
+
+
+def test_rollouts_of_another_template_or_tokenizer_are_refused_and_older_ledgers_are_not(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    wanted = live(path)
+    config, prompts = offline(path)
+    first, second = prompts.sets
+    other = tuple(replace(prompt, token_ids=(*prompt.token_ids, 7)) for prompt in second.prompts)
+    changed = replace(prompts, sets=(first, replace(second, prompts=other)))
+    with pytest.raises(DataError, match=r"step 0: `prompt_tokens` of prompt 'b\d' must be .*: set the template") as caught:
+        LedgerSource(config, RolloutLedger(path), changed, VOCAB_SIZE).next(0)
+    assert str(path) in str(caught.value)
+    edited(path, lambda rows: [{k: v for k, v in row.items() if k != "prompt_tokens"} for row in rows])
+    assert known(LedgerSource(config, RolloutLedger(path), changed, VOCAB_SIZE).next(0)) != known(wanted[0])
+    assert known(LedgerSource(config, RolloutLedger(path), prompts, VOCAB_SIZE).next(0)) == known(wanted[0])
+
+
+def edited(path: Path, change: Any) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+
+
+def one(rows: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
+    return [rows[0] | fields, *rows[1:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: [row for row in rows if row["step"] != 1], "must hold every step below run.steps = 4; found no step 1"),
+        (lambda rows: [row for row in rows if row["step"] < 3], "found no step 3, and 3 from 0: lower run.steps"),
+        (lambda rows: rows[::-1], "steps must be in order; found 2 after 3"),
+        (lambda rows: rows[1:], "step 0: must hold algorithm.samples_per_prompt = 6 .* of each of 7 prompts; found 41 rows"),
+        (lambda rows: rows[6:], "step 0: must hold algorithm.samples_per_prompt = 6 .* of each of 7 prompts; found 36 rows"),
+        (lambda rows: one(rows, sample_index=3), "step 0: must hold algorithm.samples_per_prompt = 6"),
+        (lambda rows: [row | {"prompt_id": "gone"} for row in rows[:6]] + rows[6:], "name a prompt of data.train .*'gone'"),
+        (lambda rows: [row | {"version": 1} for row in rows], r"step 0: `version` must be one, .* found \[1\]"),
+        (lambda rows: one(rows, log_probs=[]), "line 1: `log_probs` must be one a token; found 0 for 1"),
+        (lambda rows: one(rows, token_ids=[2**63]), f"`token_ids` must be of the model's {2**63} tokens; found {2**63}"),
+        (lambda rows: one(rows, reward="high"), "line 1: `reward` must be as a ledger has it .*; found 'high'"),
+        (lambda rows: one(rows, status="fine"), "line 1: `status` must be"),
+        (lambda rows: [row | {"step": -1} for row in rows], "line 1: `step` must be"),
+    ],
+)
+def test_a_ledger_that_does_not_fit_the_run_is_refused_by_name(tmp_path, change, words):
+    path = tmp_path / "rollouts.jsonl"
+    live(path)
+    edited(path, change)
+    config, prompts = offline(path)
+    with pytest.raises(DataError, match=words) as caught:
+        LedgerSource(config, RolloutLedger(path), prompts, VOCAB_SIZE).next(0)
+    assert str(path) in str(caught.value)
+
+
+# -- preference files
+
+PAIRS: list[dict[str, Any]] = [
+    {"problem": "1+1?", "chosen": "2", "rejected": "3"},
+    {"prompt": "Sing.", "chosen": "La la", "rejected": "No"},
+    {"prompt": "Sing.", "chosen": "La la la", "rejected": "No", "id": 5},
+]
+
+
+def preferring(folder: Path, *rows: dict[str, Any], **changes: Any) -> RunConfig:
+    path = write(folder, "pairs.jsonl", *rows)
+    data = {"train": path, "replay": path, "template": "figure5", "prompts_per_step": 2, "max_prompt_tokens": 90}
+    tree: dict[str, Any] = {
+        "model": {"path": str(folder)},
+        "data": data | changes.pop("data", {}),
+        "sync": {"sync_interval": "never"},
+        "sampling": {"max_tokens": 12},
+    }
+    return run_config(**tree | changes)
+
+
+def test_a_preference_file_gives_pairs_in_the_seeded_order(model_folder, tiny_tokenizer):
+    config = preferring(model_folder, *PAIRS)
+    assert (replay_kind(config), config.uses_engines) == ("preferences", False)
+    source = open_replay(config)
+    assert isinstance(source, PreferenceSource)
+    assert str(source) == "3 pairs; left out: 0 too long, 0 of equal responses"
+    for step in (1, 0, 5):
+        data = source.next(step)
+        rows = [PAIRS[i] for i in PromptOrder(3, config.run.seed).at(step, 2)]
+        prompts = [encode_prompt(tiny_tokenizer, str(row.get("problem") or row["prompt"]), "{problem}") for row in rows]
+        assert [s.prompt_ids for s in data.sequences] == [ids for ids in prompts for _ in range(2)]
+        texts = [tiny_tokenizer.decode(s.completion_ids) for s in data.sequences]
+        assert texts == [f"{row[kind]}<|eot_id|>" for row in rows for kind in ("chosen", "rejected")]
+        assert [(s.group, s.chosen) for s in data.sequences] == [(0, True), (0, False), (1, True), (1, False)]
+        assert all(s.rollout_log_probs == () and s.advantage == 0 for s in data.sequences)
+        assert data.num_prompts == 2
+        assert data.metrics.keys() == {"completion_tokens_mean", "completion_tokens_max"}
+
+
+def test_pairs_that_do_not_fit_are_left_out_and_counted(model_folder, tiny_tokenizer):
+    rows = [*PAIRS, {"prompt": "x" * 90, "chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a" * 12, "rejected": "b"}]
+    path = write(model_folder, "pairs.jsonl", *rows, {"prompt": "x", "chosen": "a", "rejected": "a"})
+    made = load_preferences(path, tiny_tokenizer, "{problem}", 90, 12)
+    assert (len(made.pairs), made.num_long, made.num_equal) == (3, 2, 1)
+    with pytest.raises(DataError, match=r"at least one pair must fit .* found 3 too long, 0 of equal"):
+        load_preferences(write(model_folder, "pairs.jsonl", *PAIRS), tiny_tokenizer, "{problem}", 9, 12)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "line 2: `rejected` must be a text that is not empty"),
+        ({"chosen": "a", "rejected": "b"}, "line 2: `problem` must be"),
+        ({"prompt": "p", "chosen": ["a"], "rejected": "b"}, "line 2: `chosen` must be a text; found"),
+        ([1], "line 2: a row must be a JSON object"),
+    ],
+)
+def test_a_bad_pair_is_named(model_folder, tiny_tokenizer, bad, words):
+    with pytest.raises(DataError, match=words):
+        load_preferences(write(model_folder, "pairs.jsonl", PAIRS[0], bad), tiny_tokenizer, "{problem}", 90, 12)
+
+
+def test_what_is_replayed_is_seen_by_its_first_row(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    assert replay_kind(run_config()) is None
+    live(path)
+    config, _ = offline(path)
+    assert replay_kind(config) == "rollouts"
+    with pytest.raises(ConfigError, match="must not be the run's own ledger"):
+        replay_kind(config.model_copy(update={"run": config.run.model_copy(update={"directory": str(tmp_path)})}))
+    for text in ('{"problem": "p", "answer": "1"}\n', "", "[]\n"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"data\.replay must hold rollouts .*, or rows with `chosen` and `rejected`; found"):
+            replay_kind(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"algorithm": {"loss": "grpo"}}, "algorithm.loss must be 'dpo' or 'group_dpo' with alpha = 0; found 'grpo'"),
+        ({"algorithm": {"loss": "group_dpo", "alpha": 0.1}}, "found 'group_dpo' with alpha = 0.1"),
+        ({"data": {"spare_prompts": 2}}, "found 0 further sources in data.mix and data.spare_prompts = 2"),
+        ({"data": {"mix": ({"train": "b"},)}}, "found 1 further sources in data.mix"),
+    ],
+)
+def test_pairs_have_no_use_for_rewards_or_other_sources(model_folder, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        replay_kind(preferring(model_folder, *PAIRS, **changes))
+
+
+def test_without_rollouts_the_loss_is_the_same_and_their_gap_is_no_metric():
+    step = Step(4)
+    whole, sums, gradients, _ = step.run(DpoObjective(Algorithm()))
+    bare, fewer, same, _ = step.run(DpoObjective(Algorithm(), sampled=False))
+    assert (bare, same) == (whole, gradients)
+    assert fewer == {name: value for name, value in sums.items() if name != "rollout_gap"}
+    assert "rollout_gap" not in make_objective(Algorithm(loss="group_dpo", entropy_weight=1e-4), sampled=False).metric_names
+
+
+def test_engines_are_wanted_for_sampling_and_for_evaluation(tmp_path):
+    replay = {"replay": "a.jsonl"}
+    never = {"sync_interval": "never"}
+    assert run_config().uses_engines
+    assert not run_config(data=replay, sync=never).uses_engines
+    assert run_config(data=replay | {"held_out": "b"}, sync=never).uses_engines
+    assert run_config(data=replay | {"mix": ({"train": "b", "held_out": "c"},)}, sync=never).uses_engines

@@ -1,0 +1,368 @@
+"""From prompts to training sequences with a real pool of fake engines and a reward that looks at a number: versions,
+seeds, pairs, advantages, skipped prompts, metrics worked out by hand, the ledger, and who waits for whom.
+"""
+
+import json
+import math
+import threading
+from collections.abc import Sequence as Many
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config.load import RunConfig
+from engine.core.errors import InferenceError
+from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
+from engine.data.mixture import Mixture
+from engine.data.prompts import PromptOrder, PromptSet
+from engine.inference.pool import Pool, Usage
+from engine.observe.sinks import JsonlLedger
+from engine.rollouts.batch import compared_tokens, training_sequences
+from engine.rollouts.ledger import ledger_rows
+from engine.rollouts.metrics import percentile, rollout_metrics
+from engine.rollouts.source import RolloutSource, score_groups
+from tests.unit.inference.test_pool import FakeEngine
+
+
+def run_config(**changes: dict[str, Any]) -> RunConfig:
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"directory": "unused", "steps": 12, "seed": 3},
+        "model": {"path": "unused"},
+        "data": {"train": "unused", "prompts_per_step": 4},
+        "algorithm": {"samples_per_prompt": 6},
+        "sync": {"sync_interval": 2},
+    }
+    for section, options in changes.items():
+        tree[section] = tree.get(section, {}) | options
+    return RunConfig.model_validate(tree)
+
+
+PROMPTS = PromptSet(tuple(Prompt(f"p{i}", (i + 1, 50), f"problem {i}", "1", "", "") for i in range(9)), 0, 0)
+
+
+class Parity:
+    """Rewards even seeds; the text of a fake completion is its seed. Waits for `allowed` first."""
+
+    def __init__(self) -> None:
+        self.allowed = threading.Event()
+        self.allowed.set()
+
+    def score(self, items: Many[tuple[Prompt, str]]) -> list[Score]:
+        assert self.allowed.wait(10)
+        return [Score(float(int(text) % 2 == 0), "ok") for _, text in items]
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.fixture
+def open_source():
+    """Makes sources that are closed at the end."""
+    sources: list[RolloutSource] = []
+
+    def make(config: RunConfig, *engines: FakeEngine, reward: Parity | None = None, ledger: JsonlLedger | None = None):
+        pool = Pool(engines or (FakeEngine(),), 5.0)
+        prompts = Mixture(config.data.sources, (PROMPTS,), config.run.seed)
+        sources.append(RolloutSource(config, prompts, pool, reward or Parity(), ledger))
+        return sources[-1]
+
+    yield make
+    for source in sources:
+        source.close()
+
+
+def test_a_step_holds_the_prompts_of_the_order_and_pairs_of_right_and_wrong(open_source, tmp_path):
+    config, ledger = run_config(), JsonlLedger(tmp_path / "rollouts.jsonl")
+    source = open_source(config, FakeEngine(), FakeEngine(), ledger=ledger)
+    source.open(range(0, 2))
+    for step in (0, 1):
+        data = source.next(step)
+        prompts = [PROMPTS.prompts[i] for i in PromptOrder(9, 3).at(step, 4)]
+        assert data.num_prompts == 4
+        rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()][step * 24 :]
+        assert [(row["step"], row["version"]) for row in rows] == [(step, 0)] * 24
+        assert [(row["prompt_id"], row["sample_index"]) for row in rows] == [(p.id, n) for p in prompts for n in range(6)]
+        assert [row["reward"] for row in rows] == [float(row["seed"] % 2 == 0) for row in rows]
+        mixed = [p for i, p in enumerate(prompts) if len({row["reward"] for row in rows[6 * i : 6 * i + 6]}) == 2]
+        assert data.metrics["skipped_prompts"] == 4 - len(mixed)
+        assert data.metrics["staleness"] == step
+        assert [s.prompt_ids for s in data.sequences] == [p.token_ids for p in mixed for _ in range(2)]
+        assert [(s.group, s.chosen) for s in data.sequences] == [(i, c) for i in range(len(mixed)) for c in (True, False)]
+        assert all((s.completion_ids[0] % 2 == 0) is s.chosen for s in data.sequences)
+        assert all(s.rollout_log_probs == (-0.5,) and s.advantage == 0 for s in data.sequences)
+
+
+def test_seeds_are_distinct_and_depend_on_the_step_but_not_on_the_engines(open_source):
+    def seeds(*engines: FakeEngine) -> list[list[int]]:
+        source = open_source(run_config(algorithm={"loss": "grpo", "samples_per_prompt": 6}), *engines)
+        source.open(range(0, 2))
+        return [[s.completion_ids[0] for s in source.next(step).sequences] for step in (0, 1)]
+
+    alone = seeds(FakeEngine())
+    assert len(alone[0]) == 24
+    assert len(set(alone[0]) | set(alone[1])) == 48
+    assert seeds(FakeEngine(), FakeEngine(), FakeEngine()) == alone
+
+
+def test_rollouts_of_another_version_than_the_schedules_are_refused(open_source):
+    source = open_source(run_config(), FakeEngine(version=2))
+    source.open(range(0, 2))
+    with pytest.raises(AssertionError, match=r"step 1 must train on rollouts of version 0, found \{2\}"):
+        source.next(1)
+    source = open_source(run_config(), FakeEngine(version=2))
+    source.open(range(2, 4))
+    assert source.next(3).metrics["staleness"] == 1
+
+
+def test_opening_waits_for_nobody_and_next_waits_for_the_reward(open_source):
+    reward = Parity()
+    reward.allowed.clear()
+    source = open_source(run_config(), reward=reward)
+    source.open(range(0, 2))  # would hang for good if it waited
+    threading.Timer(0.2, reward.allowed.set).start()
+    assert source.next(0).metrics["wait_seconds"] > 0.1
+    assert source.next(1).metrics["wait_seconds"] < 0.1
+
+
+def test_what_an_engine_raises_is_raised_by_next(open_source):
+    source = open_source(run_config(), FakeEngine(), FakeEngine(failing={"collect": TimeoutError()}))
+    source.open(range(0, 2))
+    with pytest.raises(InferenceError, match="engine 1 did not answer 'collect'"):
+        source.next(0)
+
+
+def group(
+    rewards: Many[float], prompt: int = 0, statuses: Many[str] | None = None, reward: str = "math"
+) -> RolloutGroup:
+    """One rollout a reward; rollout i has i + 1 tokens with log-prob -(i + 1) / 2 each, and is cut off when i is 1."""
+    rollouts = [
+        Rollout(
+            Completion(
+                prompt_id=f"p{prompt}",
+                sample_index=i,
+                seed=100 * prompt + i,
+                version=0,
+                token_ids=tuple(range(i + 1)),
+                log_probs=(-(i + 1) / 2,) * (i + 1),
+                text=f"answer {i}",
+                finish_reason="length" if i == 1 else "stop",
+            ),
+            Score(value, statuses[i] if statuses else "ok"),  # type: ignore[arg-type]
+        )
+        for i, value in enumerate(rewards)
+    ]
+    return RolloutGroup(replace(PROMPTS.prompts[prompt], reward=reward), 5, tuple(rollouts))
+
+
+def test_metrics_of_a_step_worked_out_by_hand():
+    """Lengths 1, 2, 3, 1, 2; rewards 1, -, -, 1, 0, where "-" could not be judged.
+
+    Minus log-probs 1*0.5 + 2*1 + 3*1.5 + 1*0.5 + 2*1 = 9.5.
+    """
+    groups = [group([1, 0, 0], 0, ["ok", "timeout", "died"]), group([1, 0], 1)]
+    metrics = rollout_metrics(groups, Usage(num_tokens=9, busy_seconds=2.5))
+    assert metrics == pytest.approx(
+        {
+            "reward_mean": 2 / 3,
+            "accuracy": 2 / 3,
+            "rollout_entropy": 9.5 / 9,
+            "completion_tokens_mean": 1.8,
+            "completion_tokens_p50": 2.0,
+            "completion_tokens_p90": 3.0,
+            "completion_tokens_p99": 3.0,
+            "completion_tokens_max": 3.0,
+            "correct_tokens_mean": 1.0,
+            "incorrect_tokens_mean": 2.0,
+            "truncated": 0.4,
+            "reward_timeouts": 1.0,
+            "reward_failures": 1.0,
+            "reward_too_long": 0.0,
+            "generation_tokens": 9.0,
+            "generation_seconds": 2.5,
+        }
+    )
+    assert math.isnan(rollout_metrics([group([1, 1])], Usage(3, 1.0))["incorrect_tokens_mean"])
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 100))
+def test_a_percentile_is_the_smallest_length_that_reaches_its_share(lengths, percent):
+    found = percentile(lengths, percent)
+    assert found in lengths
+    shares = {length: sum(other <= length for other in lengths) / len(lengths) for length in lengths}
+    assert found == min(length for length, share in shares.items() if share >= percent / 100 - 1e-12)
+
+
+def test_lengths_of_what_a_loss_compares():
+    """Sequences of no group are in no comparison, as GRPO's beside pairs."""
+    sequences, _ = training_sequences(MIXED, run_config())
+    alone = replace(sequences[0], group=-1, completion_ids=(1,) * 40)
+    by_hand = {c: [len(s.completion_ids) for s in sequences if s.chosen is c] for c in (True, False)}
+    found = compared_tokens([*sequences, alone])
+    assert found == {
+        "chosen_tokens_mean": sum(by_hand[True]) / 2,
+        "rejected_tokens_mean": sum(by_hand[False]) / 2,
+    }
+    assert math.isnan(compared_tokens([alone])["chosen_tokens_mean"])
+
+
+def test_a_step_says_which_share_it_skipped_and_compared_lengths_where_there_are_any(open_source):
+    for loss in ("dpo", "grpo"):
+        source = open_source(run_config(algorithm={"loss": loss, "samples_per_prompt": 6}))
+        source.open(range(0, 2))
+        source.settle(0)
+        source.settle(1)  # in any number and order; both steps are still handed out
+        metrics = [source.next(step).metrics for step in (0, 1)]
+        assert all(m["skipped_share"] == m["skipped_prompts"] / 4 for m in metrics)
+        assert all(("chosen_tokens_mean" in m) is (loss == "dpo") for m in metrics)
+
+
+def test_rewards_are_not_accuracies():
+    """A reward model's scores have a mean; nothing of theirs is right or wrong, in a step of their own or beside problems."""
+    chat = group([2.5, -1.5, 0.0], 0, ["ok", "ok", "too_long"], "model")
+    alone = rollout_metrics([chat], Usage(6, 1.0))
+    assert (alone["reward_mean"], alone["reward_too_long"], alone["reward_failures"]) == (0.5, 1.0, 0.0)
+    assert not {"accuracy", "correct_tokens_mean", "incorrect_tokens_mean", "reward_mean_model"} & alone.keys()
+    both = rollout_metrics([chat, group([1, 0, 0], 1)], Usage(12, 1.0))
+    assert (both["reward_mean"], both["reward_mean_model"], both["reward_mean_math"]) == (0.4, 0.5, pytest.approx(1 / 3))
+    assert (both["accuracy"], both["correct_tokens_mean"], both["incorrect_tokens_mean"]) == (pytest.approx(1 / 3), 1.0, 2.5)
+    invalid = rollout_metrics([group([1, 0], 0, ["ok", "invalid"], "model")], Usage(3, 1.0))
+    assert (invalid["reward_mean"], invalid["reward_failures"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("reward", ["model", "function"])
+def test_prompts_that_no_verifier_judges_pair_their_extremes_beside_those_that_one_does(reward):
+    """Whatever the pairing of the others, and whatever the signs; all positive is not all correct. Lengths 1, 2, 3, 4."""
+    groups = [group([3, 1, 2, 4], 0, reward=reward), group([1, 1], 1), group([-3, -1], 2, reward=reward), group([0, 1], 3)]
+    groups.append(group([2, 2], 4, reward=reward))
+    for pairing in ("random", "length_matched"):
+        sequences, counts = training_sequences(groups, run_config(algorithm={"pairing": pairing}))
+        found = [(s.prompt_ids[0], s.group, s.chosen, len(s.completion_ids)) for s in sequences]
+        assert found[:2] == [(1, 0, True, 4), (1, 0, False, 2)]
+        assert found[2:4] == [(3, 1, True, 2), (3, 1, False, 1)]
+        assert found[4:] == [(4, 2, True, 2), (4, 2, False, 1)]
+        assert {name: count for name, count in counts.items() if count} == {"skipped_prompts": 2, "all_correct_prompts": 1}
+
+
+def test_group_dpo_compares_above_and_below_the_mean_where_nothing_is_right_or_wrong():
+    """Mean 3 of what could be judged; a reward equal to it stands with those below. GRPO beside it agrees in sign."""
+    chat = group([6, 3, 9, 2, 1], 0, ["ok", "ok", "too_long", "ok", "ok"], "model")
+    sequences, _ = training_sequences([chat], run_config(algorithm={"loss": "group_dpo"}))
+    assert [(len(s.completion_ids), s.group, s.chosen) for s in sequences] == [
+        *((1, 0, True), (2, 0, False), (4, 0, False), (5, 0, False)),
+    ]
+    assert [s.advantage for s in sequences] == [3.0, 0.0, -1.0, -2.0]
+
+
+MIXED = [group([1, 1], 0), group([1, 0, 0, 0], 1), group([0, 0], 2), group([0, 1], 3)]
+
+
+def test_what_could_not_be_judged_is_no_evidence():
+    """A timeout is neither rejected nor part of the group's mean."""
+    late = group([1, 0, 0], 0, ["ok", "timeout", "ok"])
+    sequences, counts = training_sequences([late], run_config())
+    assert set(counts.values()) == {0}
+    assert [len(s.completion_ids) for s in sequences] == [1, 3]
+    grpo, _ = training_sequences([late], run_config(algorithm={"loss": "grpo"}))
+    assert [(len(s.completion_ids), s.advantage) for s in grpo] == [(1, 0.5), (3, -0.5)]
+    nothing = group([0, 0], 0, ["timeout", "died"])
+    for algorithm in ({}, {"pairing": "best_worst"}, {"loss": "grpo"}, {"loss": "group_dpo"}):
+        sequences, counts = training_sequences([nothing], run_config(algorithm=algorithm))
+        assert sequences == []
+        assert {name: count for name, count in counts.items() if count} == {"skipped_prompts": 1, "unjudged_prompts": 1}
+
+
+def test_dpo_skips_prompts_without_a_pair_and_numbers_the_others():
+    sequences, counts = training_sequences(MIXED, run_config())
+    assert counts == {
+        "skipped_prompts": 2,
+        "all_correct_prompts": 1,
+        "all_wrong_prompts": 1,
+        "unjudged_prompts": 0,
+        "tied_prompts": 1,
+    }
+    found = [(s.prompt_ids[0], s.group, s.chosen) for s in sequences]
+    assert found == [(2, 0, True), (2, 0, False), (4, 1, True), (4, 1, False)]
+    assert [len(s.completion_ids) for s in sequences if s.chosen] == [1, 2]
+    assert all(s.rollout_log_probs == (-len(s.completion_ids) / 2,) * len(s.completion_ids) for s in sequences)
+
+
+@pytest.mark.parametrize(("kl_weight", "kept"), [(0.001, [1, 2, 3, 4]), (0.0, [2, 4])])
+def test_grpo_keeps_prompts_without_signal_only_for_its_kl(kl_weight, kept):
+    sequences, counts = training_sequences(MIXED, run_config(algorithm={"loss": "grpo", "kl_weight": kl_weight}))
+    assert counts["skipped_prompts"] == 2
+    assert list(dict.fromkeys(s.prompt_ids[0] for s in sequences)) == kept
+    advantages = {i: [s.advantage for s in sequences if s.prompt_ids[0] == i] for i in kept}
+    assert advantages[2] == [0.75, -0.25, -0.25, -0.25]
+    assert advantages[4] == [-0.5, 0.5]
+    assert all(advantages[i] == [0.0, 0.0] for i in kept if i in (1, 3))
+    assert all(s.group == -1 and not s.chosen for s in sequences)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "skipped"),
+    [({}, [2, 4], 2), ({"alpha": 0.1, "kl_weight": 0.0}, [2, 4], 2), ({"alpha": 0.1}, [1, 2, 3, 4], 2)],
+)
+def test_group_dpo_compares_all_rollouts_of_a_prompt(options, kept, skipped):
+    """A prompt without pairs stays only for the KL of GRPO beside it, and is in no group."""
+    sequences, counts = training_sequences(MIXED, run_config(algorithm={"loss": "group_dpo"} | options))
+    assert counts["skipped_prompts"] == skipped
+    assert list(dict.fromkeys(s.prompt_ids[0] for s in sequences)) == kept
+    found = {i: [(s.group, s.chosen) for s in sequences if s.prompt_ids[0] == i] for i in kept}
+    assert found[2] == [(0, True), (0, False), (0, False), (0, False)]
+    assert found[4] == [(1, False), (1, True)]
+    assert all(found[i] == [(-1, False)] * 2 for i in kept if i in (1, 3))
+    assert [s.advantage for s in sequences if s.prompt_ids[0] == 2] == [0.75, -0.25, -0.25, -0.25]
+
+
+def test_advantages_without_a_pair_are_a_signal_to_grpo_alone():
+    """All rewards positive: nothing to compare, something to credit; and the normalisation is the one asked for."""
+    options = {"alpha": 0.1, "kl_weight": 0.0, "normalize_advantages": "mean_std"}
+    sequences, counts = training_sequences([group([1, 3])], run_config(algorithm={"loss": "group_dpo"} | options))
+    assert [(s.advantage, s.group) for s in sequences] == [(-1.0, -1), (1.0, -1)]
+    assert counts["skipped_prompts"] == 0
+    assert training_sequences([group([1, 3])], run_config(algorithm={"loss": "group_dpo"}))[1]["skipped_prompts"] == 1
+
+
+def test_the_pairing_is_the_one_asked_for():
+    """Best and worst of rewards that are all positive; the nearer of two wrong ones. Lengths 1, 2, 3."""
+    best, _ = training_sequences([group([2, 3, 1])], run_config(algorithm={"pairing": "best_worst"}))
+    assert [(len(s.completion_ids), s.chosen) for s in best] == [(2, True), (3, False)]
+    near, _ = training_sequences([group([1, 0, 0])], run_config(algorithm={"pairing": "length_matched"}))
+    assert [(len(s.completion_ids), s.chosen) for s in near] == [(1, True), (2, False)]
+
+
+def test_completions_are_scored_against_their_own_prompt():
+    asked: list[tuple[str, str]] = []
+
+    class Recording(Parity):
+        def score(self, items):
+            asked.extend((prompt.id, text) for prompt, text in items)
+            return super().score(items)
+
+    completions = [Completion(f"p{i // 3}", i % 3, i, 0, (i,), (-1.0,), str(i), "stop") for i in range(6)]
+    groups = score_groups(7, PROMPTS.prompts[:2], completions, Recording())
+    assert asked == [(f"p{i // 3}", str(i)) for i in range(6)]
+    assert [(g.prompt.id, g.step, [r.score.value for r in g.rollouts]) for g in groups] == [
+        ("p0", 7, [1.0, 0.0, 1.0]),
+        ("p1", 7, [0.0, 1.0, 0.0]),
+    ]
+
+
+def test_a_row_of_the_ledger_tells_everything_of_a_rollout():
+    assert ledger_rows(group([1, 0], 2, ["ok", "unparsable"]))[1] == {
+        "step": 5,
+        "version": 0,
+        "prompt_id": "p2",
+        "prompt_tokens": "14148a1d94b68801",  # SHA-256 of "3,50"
+        "sample_index": 1,
+        "seed": 201,
+        "reward": 0,
+        "status": "unparsable",
+        "finish_reason": "length",
+        "text": "answer 1",
+        "token_ids": [0, 1],
+        "log_probs": [-1.0, -1.0],
+    }

@@ -1,0 +1,419 @@
+"""Checkpoints on disk: what is committed comes back, any altered, torn or missing file is refused by name, another run
+is refused by option, and a process killed at any moment leaves a whole checkpoint and never an older one.
+
+Run as a script with a folder, this file is the process that gets killed (see the last test).
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config.load import RunConfig
+from engine.core.errors import CheckpointError
+from engine.models.hf import HfCheckpoint
+from engine.run.checkpoint import BEST, LATEST, MANIFEST, Checkpoints, best, export, latest, rank_file, read_manifest
+from engine.run.rank import commits, resume_policy
+
+ROOT = Path(__file__).resolve().parents[3]
+KILLS = 15
+
+
+def run_config(root: Path, **changes: dict[str, Any]) -> RunConfig:
+    """A configuration whose model is the template folder root/seed, made here."""
+    (root / "seed").mkdir(exist_ok=True)
+    (root / "seed" / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float32"}')
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"directory": str(root / "run"), "steps": 100},
+        "model": {"path": str(root / "seed")},
+        "data": {"train": "train.jsonl"},
+        "sync": {"sync_interval": 5},
+    }
+    for section, options in changes.items():
+        tree[section] = tree.get(section, {}) | options
+    return RunConfig.model_validate(tree)
+
+
+def open_checkpoints(root: Path) -> Checkpoints:
+    return Checkpoints(root / "run" / "checkpoints", rank=0, world_size=1, barrier=lambda: None)
+
+
+def state_of(step: int) -> dict[str, torch.Tensor]:
+    return {"0.exp_avg": torch.full((3, 4), float(step)), "0.step": torch.tensor(step), "empty": torch.zeros(0)}
+
+
+def weights_of(step: int) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "embed", torch.full((4, 2), float(step)).bfloat16()
+    yield "norm", torch.arange(3.0).bfloat16()
+
+
+def commit(root: Path, step: int, **changes: dict[str, Any]) -> Path:
+    return open_checkpoints(root).commit(step, state_of(step), weights_of(step), run_config(root, **changes))
+
+
+def test_what_judges_belongs_to_the_run(tmp_path):
+    """The user's function and the reward model may not change between a kill and a resume; how long to wait may."""
+    function, model = tmp_path / "judge.py", tmp_path / "judge_model"
+    function.write_text("def f(problem, answer, completion): return 1.0")
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"one")
+    mix = {"mix": ({"train": "chat.jsonl", "reward": "model"},), "reward": "function", "train": "train.jsonl"}
+    judges: dict[str, Any] = {"data": mix, "rewards": {"function": f"{function}:f"}}
+    judges |= {"reward_model": {"path": str(model), "timeout_seconds": 5.0}}
+    commit(tmp_path, 5, **judges)
+    patient = judges | {"reward_model": judges["reward_model"] | {"timeout_seconds": 9.0}}
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path, **patient))[0] == 5
+    (model / "model.safetensors").write_bytes(b"three")
+    with pytest.raises(CheckpointError, match=r"^reward_model\.path must be what .* was written with"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, **judges))
+    (model / "model.safetensors").write_bytes(b"two")
+    function.write_text("def f(problem, answer, completion): return 0.5")
+    with pytest.raises(CheckpointError, match=r"^rewards\.function must be what "):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, **judges))
+
+
+def assert_whole(root: Path, step: int) -> None:
+    """The newest checkpoint loads, is that of `step` in every tensor, and exports."""
+    found, state = open_checkpoints(root).load(run_config(root))
+    assert found == step
+    assert state.keys() == state_of(step).keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in state_of(step).items())
+    newest = latest(root / "run" / "checkpoints")
+    assert newest is not None
+    shutil.rmtree(root / "exported", ignore_errors=True)
+    exported = HfCheckpoint(export(newest, root / "exported"))
+    assert all(torch.equal(exported.tensor(name), tensor) for name, tensor in weights_of(step))
+    assert json.loads((root / "exported" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_what_is_committed_comes_back(tmp_path):
+    for step in (5, 10):
+        folder = commit(tmp_path, step)
+        assert folder.name == f"step_{step:08d}"
+        assert_whole(tmp_path, step)
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")], "nothing staged is left"
+
+
+def test_several_ranks_each_find_their_own_state(tmp_path):
+    """Two ranks in turn, as their barriers order them: rank 1 writes before rank 0 names the checkpoint."""
+    config, folder = run_config(tmp_path), tmp_path / "run" / "checkpoints"
+    passed: list[int] = []
+
+    def barrier() -> None:
+        passed.append(len(passed))
+        if len(passed) == 1:  # rank 0 has made the staging folder
+            drained, other = weights_of(5), Checkpoints(folder, rank=1, world_size=2, barrier=lambda: None)
+            other.commit(5, {"moment": torch.ones(2)}, drained, config)
+            assert list(drained) == [], "a rank without the weights still takes part in streaming them"
+
+    Checkpoints(folder, rank=0, world_size=2, barrier=barrier).commit(5, state_of(5), weights_of(5), config)
+    assert len(passed) == 3
+    assert_whole(tmp_path, 5)
+    _, state = Checkpoints(folder, rank=1, world_size=2, barrier=lambda: None).load(config)
+    assert torch.equal(state["moment"], torch.ones(2))
+    with pytest.raises(CheckpointError, match=r"rank_0002\.safetensors is not part of the checkpoint"):
+        Checkpoints(folder, rank=2, world_size=3, barrier=lambda: None).load(config)
+
+
+def test_the_same_step_can_be_saved_twice(tmp_path):
+    commit(tmp_path, 5)
+    open_checkpoints(tmp_path).commit(5, state_of(6), weights_of(6), run_config(tmp_path))
+    assert torch.equal(open_checkpoints(tmp_path).load(run_config(tmp_path))[1]["0.step"], torch.tensor(6))
+    commit(tmp_path, 10)
+    assert_whole(tmp_path, 10)
+
+
+def steps_kept(root: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in (root / "run" / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [20]), (2, [15, 20]), (9, [5, 10, 15, 20])])
+def test_only_the_newest_are_kept(tmp_path, keep, kept):
+    for step in (5, 10, 15, 20):
+        commit(tmp_path, step, checkpoint={"keep": keep})
+    assert steps_kept(tmp_path) == kept
+
+
+def test_an_unnamed_later_checkpoint_never_displaces_the_newest(tmp_path):
+    """A run killed between the rename and LATEST leaves a later folder; going on from before, it is not counted."""
+    commit(tmp_path, 20)
+    commit(tmp_path, 5, checkpoint={"keep": 1})
+    assert steps_kept(tmp_path) == [5, 20]
+    assert_whole(tmp_path, 5)
+
+
+def judged_run(root: Path, scores: dict[int, float], keep: int, start: int = 0) -> list[int]:
+    """Commits and then judges every step from `start` on, as the loop does; the best step after each."""
+    checkpoints, chosen = open_checkpoints(root), []
+    known = {step: score for step, score in scores.items() if step < start}
+    config = run_config(root, checkpoint={"keep": keep})
+    checkpoints.select(known, config)  # as a run begins, or goes on
+    for step in sorted(scores.keys() - known.keys()):
+        commit(root, step, checkpoint={"keep": keep})
+        known[step] = scores[step]
+        checkpoints.select(known, config)
+        folder = best(root / "run" / "checkpoints")
+        assert folder is not None
+        chosen.append(int(folder.name.removeprefix("step_")))
+    return chosen
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [10, 30]), (2, [10, 25, 30])])
+def test_the_best_is_kept_beside_the_newest_and_the_former_best_is_not(tmp_path, keep, kept):
+    scores = {5: 0.25, 10: 0.5, 15: -1.0, 20: 0.5, 25: 0.375, 30: 0.0}
+    assert judged_run(tmp_path, scores, keep) == [5, 10, 10, 10, 10, 10], "of equals the earliest"
+    assert steps_kept(tmp_path) == kept
+    assert judged_run(tmp_path, scores | {35: 0.75}, keep, start=35) == [35]
+    assert steps_kept(tmp_path) == ([35] if keep == 1 else [30, 35])
+    assert export(tmp_path / "run" / "checkpoints" / "step_00000035", tmp_path / "best").is_dir()
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=8), st.integers(1, 3), st.integers(0, 8))
+@settings(max_examples=12, deadline=None)
+def test_retention_never_takes_the_best_nor_what_has_yet_to_be_judged(values, keep, resumed_at):
+    """For any scores, any number kept, and a resume before the newest checkpoint has been judged."""
+    scores = {5 * (place + 1): float(value) for place, value in enumerate(values)}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        resumed_at = min(resumed_at, len(values))
+        judged_run(root, {step: score for step, score in scores.items() if step <= 5 * resumed_at}, keep)
+        judged_run(root, scores, keep, start=5 * max(1, resumed_at))
+        newest = sorted(scores)[-keep:]
+        expected = max(sorted(scores), key=lambda step: scores[step])
+        assert steps_kept(root) == sorted({*newest, expected})
+        named = best(root / "run" / "checkpoints")
+        assert named is not None and named.name == f"step_{expected:08d}"
+
+
+def test_the_best_of_a_run_that_went_back_is_among_what_it_still_has(tmp_path):
+    """LATEST set to an earlier folder by hand: what came after it is of another future."""
+    folder = tmp_path / "run" / "checkpoints"
+    judged_run(tmp_path, {5: 0.5, 10: 0.25, 15: 0.75}, keep=9)
+    (folder / LATEST).write_text("step_00000010")
+    config = run_config(tmp_path)
+    open_checkpoints(tmp_path).select({5: 0.5}, config)
+    assert (folder / BEST).read_text() == "step_00000005"
+    open_checkpoints(tmp_path).select({}, config)
+    assert best(folder) is None
+    (folder / BEST).write_text("step_00000099")
+    with pytest.raises(CheckpointError, match=r"BEST names step_00000099, which holds no manifest\.json"):
+        best(folder)
+
+
+def test_nothing_is_selected_before_the_first_checkpoint(tmp_path):
+    """The seed model is judged at step 0 and has no checkpoint."""
+    open_checkpoints(tmp_path).select({0: 0.5}, run_config(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def flip(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [rank_file(0), "policy/model.safetensors", "policy/config.json"])
+def test_a_flipped_bit_is_refused_naming_the_file(tmp_path, name):
+    """At the ends and in forty places between; the file is right again afterwards."""
+    file = commit(tmp_path, 5) / name
+    num_bits, draw = 8 * file.stat().st_size, random.Random(0)
+    for bit in [0, num_bits - 1, *(draw.randrange(num_bits) for _ in range(40))]:
+        flip(file, bit)
+        with pytest.raises(CheckpointError, match=f"{name} differs from its digest"):
+            assert_whole(tmp_path, 5)
+        flip(file, bit)
+    assert_whole(tmp_path, 5)
+
+
+def test_a_flipped_bit_of_the_manifest_is_refused_or_changes_nothing(tmp_path):
+    """A step, a name, a size, a digest or an option, in 300 random places; only 1e-6 may become 1E-6."""
+    folder = commit(tmp_path, 5)
+    file, right = folder / MANIFEST, read_manifest(folder)
+    refused = 0
+    for bit in random.Random(0).sample(range(8 * file.stat().st_size), 300):
+        flip(file, bit)
+        try:
+            assert read_manifest(folder) == right, bit
+        except CheckpointError:
+            refused += 1
+        flip(file, bit)
+    assert refused > 290
+    assert_whole(tmp_path, 5)
+
+
+@pytest.mark.parametrize("name", [rank_file(0), "policy/model.safetensors"])
+@pytest.mark.parametrize("num_bytes", [0, 1, -1, None])
+def test_a_truncated_or_missing_file_is_refused_naming_it(tmp_path, name, num_bytes):
+    file = commit(tmp_path, 5) / name
+    whole = file.read_bytes()
+    if num_bytes is None:
+        file.unlink()
+    else:
+        file.write_bytes(whole[:num_bytes])
+    found = "none" if num_bytes is None else len(whole[:num_bytes])
+    with pytest.raises(CheckpointError, match=f"{name} must have {len(whole)} bytes; found {found}"):
+        assert_whole(tmp_path, 5)
+
+
+def test_a_lost_manifest_or_pointer_is_told(tmp_path):
+    folder = commit(tmp_path, 5)
+    pointer = folder.parent / LATEST
+    for text in (b"step_00000009", b"", b"step_\xff0000005", b"step_0000000\x00"):
+        pointer.write_bytes(text)
+        with pytest.raises(CheckpointError, match=r"LATEST names .*, which holds no manifest\.json"):
+            open_checkpoints(tmp_path).load(run_config(tmp_path))
+    pointer.write_text(folder.name + "\n")  # as an editor leaves it
+    assert_whole(tmp_path, 5)
+    (folder / MANIFEST).write_text("[]")
+    with pytest.raises(CheckpointError, match=r"manifest\.json differs from its own digest"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path))
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"step_00000005, which holds no manifest\.json"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path))
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+        export(folder, tmp_path / "out")
+    pointer.unlink()
+    with pytest.raises(CheckpointError, match="must hold a checkpoint to resume from; found none"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path))
+    assert latest(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value", "words"),
+    [
+        ("algorithm", "beta", 0.5, r"algorithm\.beta must be what .*step_00000005.* found 0\.5 instead of 0\.1"),
+        ("run", "seed", 1, r"run\.seed must be what"),
+        ("sync", "sync_interval", "never", r"sync\.sync_interval .* found 'never' instead of 5"),
+        ("trainer", "tensor_parallel", 2, r"trainer\.tensor_parallel must be what"),
+        ("data", "held_out", "other.jsonl", r"data\.held_out .* instead of None"),
+    ],
+)
+def test_another_run_is_refused_naming_the_option(tmp_path, section, option, value, words):
+    commit(tmp_path, 5)
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, **{section: {option: value}}))
+
+
+@pytest.mark.parametrize(
+    ("section", "options"),
+    [
+        ("run", {"steps": 200, "directory": "elsewhere"}),
+        ("sync", {"timeout_seconds": 9.0, "bucket_mebibytes": 3}),
+        ("rewards", {"workers": 3}),
+        ("evaluation", {"samples": 2, "every": 5}),
+        ("guard", {"action": "stop", "length_share": 0.5}),
+        ("checkpoint", {"keep": 7}),
+    ],
+)
+def test_what_does_not_change_a_run_may_differ(tmp_path, section, options):
+    commit(tmp_path, 5)
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path, **{section: options}))[0] == 5
+
+
+class Loaded:
+    """A policy that takes what it is given."""
+
+    state: dict[str, torch.Tensor] | None = None
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.state = state
+
+
+def test_resuming_goes_on_at_the_step_of_the_checkpoint_or_says_why_not(tmp_path):
+    commit(tmp_path, 12, run={"steps": 12})
+    policy: Any = Loaded()
+    assert resume_policy(run_config(tmp_path, run={"steps": 12}), open_checkpoints(tmp_path), policy) == 12
+    assert policy.state is not None
+    with pytest.raises(CheckpointError, match=r"run\.steps cannot be raised from 12: .* found 13: .* multiple of 5 steps"):
+        resume_policy(run_config(tmp_path, run={"steps": 13}), open_checkpoints(tmp_path), policy)
+    with pytest.raises(CheckpointError, match=r"run\.steps must not be less than the 12 steps already done; found 11"):
+        resume_policy(run_config(tmp_path, run={"steps": 11}), open_checkpoints(tmp_path), policy)
+    commit(tmp_path, 15)
+    assert resume_policy(run_config(tmp_path), open_checkpoints(tmp_path), policy) == 15
+
+
+@pytest.mark.parametrize("semantics", ["paper", "fairseq2"])
+@pytest.mark.parametrize("interval", [1, 5, "never"])
+def test_a_run_that_the_guard_stops_saves_only_what_it_could_go_on_from(tmp_path, interval, semantics):
+    config = run_config(tmp_path, sync={"sync_interval": interval, "semantics": semantics}, run={"steps": 33})
+    saved = [step for step in range(1, 34) if commits(config, step, "entropy collapsed")]
+    boundaries = {1: range(1, 33), 5: range(5, 33, 5), "never": range(16, 33, 16)}[interval]
+    early = int(interval == 5 and semantics == "fairseq2")
+    assert saved == [*(step - early for step in boundaries), 33]
+    assert [step for step in range(1, 34) if commits(config, step, "")] == [33]
+
+
+def test_a_prolonged_run_of_fairseq2s_count_is_told_where_it_may_go_on(tmp_path):
+    sync = {"sync_interval": 5, "semantics": "fairseq2"}
+    commit(tmp_path, 12, run={"steps": 12}, sync=sync)
+    policy: Any = Loaded()
+    with pytest.raises(CheckpointError, match=r"found 13: .* multiple of 5 steps less 1$"):
+        resume_policy(run_config(tmp_path, run={"steps": 13}, sync=sync), open_checkpoints(tmp_path), policy)
+    commit(tmp_path, 14, sync=sync)
+    assert resume_policy(run_config(tmp_path, sync=sync), open_checkpoints(tmp_path), policy) == 14
+
+
+def test_an_export_replaces_nothing_but_an_empty_folder(tmp_path):
+    folder, out = commit(tmp_path, 5), tmp_path / "out"
+    out.mkdir()
+    export(folder, out)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    with pytest.raises(CheckpointError, match="out must be new or empty; found files in it"):
+        export(folder, out)
+    assert not list(tmp_path.glob(".*")), "nothing staged is left"
+
+
+def test_a_run_killed_at_any_moment_keeps_its_newest_checkpoint(tmp_path):
+    """A child commits in a loop and is killed by SIGKILL at 15 random moments, each time going on from the newest."""
+    command, env = [sys.executable, __file__, str(tmp_path)], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps, staged = json.loads(done.stdout)
+    assert len(steps) == KILLS
+    assert steps == sorted(steps), "it never goes back"
+    assert steps[-1] > 0, "and it gets somewhere"
+    assert staged > 0, "some were killed with a checkpoint half written, or the test means nothing"
+    commit(tmp_path, steps[-1] + 1)
+    assert_whole(tmp_path, steps[-1] + 1)
+
+
+def kill_again_and_again(root: Path) -> tuple[list[int], int]:
+    """(newest step after each kill, kills that left a staged folder); raises when a checkpoint is not whole."""
+    torch.set_num_threads(1)
+    draw, staged, newest = random.Random(0), 0, 0
+    steps: list[int] = []
+    commit(root, newest)
+    started = time.monotonic()
+    commit(root, newest)
+    seconds = time.monotonic() - started
+    while len(steps) < KILLS:
+        child = os.fork()
+        if child == 0:
+            for step in range(newest + 1, newest + 1000):
+                commit(root, step)
+            os._exit(0)
+        time.sleep(draw.uniform(0.5, 10) * seconds)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        newest, _ = open_checkpoints(root).load(run_config(root))
+        assert_whole(root, newest)
+        steps.append(newest)
+        staged += any((root / "run" / "checkpoints").glob(".staging-*"))
+    return steps, staged
+
+
+if __name__ == "__main__":
+    print(json.dumps(kill_again_and_again(Path(sys.argv[1]))))

@@ -1,0 +1,358 @@
+"""The loop with fakes that write down who was called: the exact order for every regime, what a resumed run does, which
+weights every step trains on, and the means that records end with.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config.schedule import SyncSchedule
+from engine.run.loop import _finished, fine_tune, train
+
+
+class World:
+    """Policy, source and publisher of a run in one, with the weights' versions; `log` tells what was called."""
+
+    def __init__(self, *, taking_turns: bool = False) -> None:
+        self.taking_turns = taking_turns
+        self.log: list[str] = []
+        self.windows: list[str] = []  # what the profile's window was told
+        self.steps_done = 0
+        self.serves: int | None = 0  # version in the pool
+        self.held: int | None = None  # version that stands in for the policy's own weights
+        self.settled: set[int] = set()  # opened steps whose rollouts are complete
+        self.judged: dict[int, int] = {}  # step -> version that was evaluated
+        self.sampled: dict[int, int] = {}  # step -> version that samples its rollouts
+        self.staleness: dict[int, int] = {}
+
+    def publish(self, version: int) -> dict[str, float]:
+        assert version == (self.steps_done if self.held is None else self.held), "what is sent is what the policy holds"
+        assert self.sampled.keys() <= self.settled, "an engine refuses a sync with requests in flight"
+        self.log.append(f"publish {version}")
+        self.serves = version
+        return {"sync_seconds": 0.5}
+
+    def rest(self) -> None:
+        assert self.sampled.keys() <= self.settled, "an engine refuses to sleep with requests in flight"
+        if self.serves is not None:
+            self.log.append("rest")
+        self.serves = None
+
+    def refresh_reference(self) -> None:
+        self.log.append("reference")
+
+    def open(self, steps: range) -> None:
+        assert self.serves is not None, "engines that rest refuse requests"
+        self.log.append(f"open {steps.start}-{steps.stop - 1}")
+        self.sampled |= dict.fromkeys(steps, self.serves)
+
+    def settle(self, steps: range) -> None:
+        assert set(steps) == self.sampled.keys(), "what is in flight is what has been opened and not trained on"
+        self.log.append(f"settle {len(steps)}")
+        self.settled |= set(steps)
+
+    @contextmanager
+    def as_seed(self) -> Iterator[None]:
+        self.held = 0
+        yield
+        self.held = None
+
+    def next(self, step: int) -> tuple[Any, dict[str, float]]:
+        self.log.append(f"next {step}")
+        self.staleness[step] = self.steps_done - self.sampled.pop(step)
+        return f"batch {step}", {"reward_mean": 0.25}
+
+    def score(self, batch: Any) -> Any:
+        return f"scored {batch}"
+
+    def train_step(self, batch: Any) -> dict[str, float]:
+        assert not self.taking_turns or self.serves is None, "engines have the trainer's devices"
+        self.log.append(f"train {batch}")
+        self.steps_done += 1
+        return {"loss": 1.0}
+
+    def step(self, step: int) -> None:
+        self.windows.append(f"step {step}")
+
+    def submitted(self, steps: range) -> None:
+        self.windows.append(f"submitted {steps.start}-{steps.stop - 1}")
+
+    def checkpoint(self, step: int) -> None:
+        self.log.append(f"checkpoint {step}")
+
+    def evaluate(self, step: int) -> None:
+        self.log.append(f"evaluate {step}")
+        assert self.serves is not None, "engines that rest refuse requests"
+        self.judged[step] = self.serves
+
+    def run(
+        self, schedule: SyncSchedule, start: int = 0, due: Callable[[int], bool] | None = None
+    ) -> list[dict[str, float]]:
+        """Evaluates where `due` says; at every sync and at the end without it."""
+        self.steps_done = start
+        world: Any = self
+        steps = train(
+            schedule,
+            world,
+            world,
+            world,
+            start=start,
+            taking_turns=self.taking_turns,
+            checkpoint=self.checkpoint,
+            evaluation_due=due or (lambda step: schedule.sync_due(step) or step == schedule.num_steps),
+            evaluate=self.evaluate,
+            window=world,
+        )
+        return list(steps)
+
+
+def step_of(step: int) -> list[str]:
+    """The middle of every step."""
+    return [f"next {step}", f"train scored batch {step}", f"checkpoint {step + 1}"]
+
+
+def sync_of(step: int) -> list[str]:
+    return [f"publish {step}", f"evaluate {step}"]
+
+
+def test_online_syncs_before_every_step():
+    world = World()
+    records = world.run(SyncSchedule(1, "never", num_steps=2, offline_chunk=16))
+    assert world.log == [
+        *sync_of(0), "open 0-0", *step_of(0),
+        *sync_of(1), "open 1-1", *step_of(1),
+        *sync_of(2),
+    ]  # fmt: skip
+    assert world.windows == ["step 0", "submitted 0-0", "step 1", "submitted 1-1", "step 2"]
+    assert [record["step"] for record in records] == [0, 1]
+    assert all(record["loss"] == 1 and record["reward_mean"] == 0.25 and record["sync_seconds"] == 0.5 for record in records)
+
+
+def test_semi_online_opens_an_interval_after_its_sync_and_the_last_one_is_cut():
+    """A checkpoint comes before the sync of the same step, the evaluation right after it."""
+    world = World()
+    records = world.run(SyncSchedule(2, "never", num_steps=3, offline_chunk=16))
+    assert world.log == [
+        *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
+        *sync_of(2), "open 2-2", *step_of(2),
+        *sync_of(3),
+    ]  # fmt: skip
+    assert ["sync_seconds" in record for record in records] == [True, False, True]
+
+
+def test_offline_syncs_once_and_opens_a_chunk_at_a_time():
+    world = World()
+    world.run(SyncSchedule("never", "never", num_steps=3, offline_chunk=2))
+    assert world.log == [
+        *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
+        "open 2-2", *step_of(2),
+        *sync_of(3),
+    ]  # fmt: skip
+
+
+def test_a_following_reference_is_copied_after_each_sync_but_the_first():
+    world = World()
+    world.run(SyncSchedule(2, "follow", num_steps=4, offline_chunk=16))
+    assert world.log == [
+        *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
+        *sync_of(2), "reference", "open 2-3", *step_of(2), *step_of(3),
+        *sync_of(4),
+    ]  # fmt: skip
+
+
+def test_a_reference_of_its_own_interval_is_copied_between_syncs():
+    world = World()
+    world.run(SyncSchedule(4, 3, num_steps=5, offline_chunk=16))
+    assert world.log == [
+        *sync_of(0), "open 0-3", *step_of(0), *step_of(1), *step_of(2),
+        "reference", *step_of(3),
+        *sync_of(4), "open 4-4", *step_of(4),
+        *sync_of(5),
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_syncs_first_and_then_goes_on():
+    world = World()
+    records = world.run(SyncSchedule(2, "follow", num_steps=3, offline_chunk=16), start=2)
+    assert world.log == [*sync_of(2), "reference", "open 2-2", *step_of(2), *sync_of(3)]
+    assert [record["step"] for record in records] == [2]
+
+
+def test_an_offline_run_resumes_with_the_seed_weights():
+    world = World()
+    world.run(SyncSchedule("never", "never", num_steps=3, offline_chunk=2), start=2)
+    assert world.log == ["open 2-2", *step_of(2), *sync_of(3)]
+
+
+def test_resuming_a_finished_run_evaluates_its_weights_and_not_the_seeds():
+    world = World()
+    assert world.run(SyncSchedule(2, "never", num_steps=4, offline_chunk=16), start=4) == []
+    assert world.log == sync_of(4)
+
+
+def test_an_evaluation_between_syncs_waits_for_the_interval_and_takes_the_newest_weights():
+    """The pool keeps them: nothing more is asked of it before the sync that ends the interval."""
+    world = World()
+    world.run(SyncSchedule(3, "never", num_steps=5, offline_chunk=16), due=lambda step: step in (2, 3, 4))
+    assert world.log == [
+        "publish 0", "open 0-2", *step_of(0), *step_of(1),
+        "settle 1", "publish 2", "evaluate 2", *step_of(2),
+        "publish 3", "evaluate 3", "open 3-4", *step_of(3),
+        "settle 1", "publish 4", "evaluate 4", *step_of(4),
+        "publish 5",
+    ]  # fmt: skip
+    assert world.judged == {2: 2, 3: 3, 4: 4}
+
+
+def test_offline_the_seed_comes_back_after_an_evaluation():
+    world = World()
+    world.run(SyncSchedule("never", "never", num_steps=4, offline_chunk=2), due=lambda step: step in (0, 2, 3))
+    assert world.log == [
+        *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
+        "settle 0", "publish 2", "evaluate 2", "publish 0", "open 2-3", *step_of(2),
+        "settle 1", "publish 3", "evaluate 3", *step_of(3),
+        "publish 4",
+    ]  # fmt: skip
+    assert world.judged == {0: 0, 2: 2, 3: 3}
+
+
+def test_engines_on_the_trainers_devices_rest_while_it_trains():
+    """They complete the whole interval first; the sync wakes them."""
+    world = World(taking_turns=True)
+    records = world.run(SyncSchedule(2, "follow", num_steps=3, offline_chunk=16))
+    assert world.log == [
+        *sync_of(0), "open 0-1", "settle 2", "rest", *step_of(0), *step_of(1),
+        *sync_of(2), "reference", "open 2-2", "settle 1", "rest", *step_of(2),
+        *sync_of(3),
+    ]  # fmt: skip
+    assert ["rollout_seconds" in record for record in records] == [True, False, True]
+
+
+def test_engines_that_rest_wake_for_an_evaluation_and_rest_again():
+    world = World(taking_turns=True)
+    world.run(SyncSchedule(3, "never", num_steps=4, offline_chunk=16), due=lambda step: step in (1, 4))
+    assert world.log == [
+        "publish 0", "open 0-2", "settle 3", "rest", *step_of(0),
+        "settle 2", "publish 1", "evaluate 1", "rest", *step_of(1), *step_of(2),
+        "publish 3", "open 3-3", "settle 1", "rest", *step_of(3),
+        *sync_of(4),
+    ]  # fmt: skip
+
+
+def test_offline_engines_that_rest_get_the_seed_again_for_every_chunk():
+    """Not for a step within it; after a resume they have just loaded it."""
+    world, resumed = World(taking_turns=True), World(taking_turns=True)
+    schedule = SyncSchedule("never", "never", num_steps=4, offline_chunk=2)
+    world.run(schedule, due=lambda step: step == 3)
+    assert world.log == [
+        "publish 0", "open 0-1", "settle 2", "rest", *step_of(0), *step_of(1),
+        "publish 0", "open 2-3", "settle 2", "rest", *step_of(2),
+        "settle 1", "publish 3", "evaluate 3", "rest", *step_of(3),
+        "publish 4",
+    ]  # fmt: skip
+    resumed.run(schedule, start=2, due=lambda step: False)
+    assert resumed.log == ["open 2-3", "settle 2", "rest", *step_of(2), *step_of(3), "publish 4"]
+
+
+regimes = st.one_of(st.just("never"), st.integers(1, 12))
+semantics = st.sampled_from(["paper", "fairseq2"])
+
+
+@given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(1, 9), semantics, st.booleans())
+def test_evaluations_judge_the_newest_weights_and_change_nothing_else(interval, num_steps, chunk, every, counted, turns):
+    """Whatever s is, and whether or not engines rest: the steps' calls and the versions that sample are those of a run that
+    evaluates nothing on devices of its own."""
+    schedule = SyncSchedule(interval, "never", num_steps, chunk, counted)
+    plain, watched = World(), World(taking_turns=turns)
+    plain.run(schedule, due=lambda step: False)
+    records = watched.run(schedule, due=lambda step: step % every == 0)
+    assert watched.judged == {step: step for step in range(0, num_steps + 1, every)}
+    assert watched.staleness == plain.staleness == {step: schedule.staleness(step) for step in range(num_steps)}
+    unwatched = ("publish", "settle", "evaluate", "rest")
+    assert [entry for entry in watched.log if not entry.startswith(unwatched)] == [
+        entry for entry in plain.log if not entry.startswith(unwatched)
+    ]
+    assert [record["step"] for record in records if "sync_seconds" in record] == [
+        step for step in range(num_steps) if schedule.sync_due(step)
+    ], "weights that are lent for an evaluation are no sync"
+
+
+def test_a_record_comes_before_the_steps_checkpoint():
+    """So that what is checkpointed has been written down: nothing of the step is done by the reader's next question."""
+    world: Any = World()
+    schedule = SyncSchedule(1, "never", num_steps=2, offline_chunk=16)
+    steps = train(
+        *(schedule, world, world, world),
+        start=0,
+        taking_turns=False,
+        checkpoint=world.checkpoint,
+        evaluation_due=lambda step: True,
+        evaluate=world.evaluate,
+        window=world,
+    )
+    next(steps)
+    assert world.log[-1] == "train scored batch 0"
+    next(steps)
+    assert "checkpoint 1" in world.log
+
+
+@given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(0, 5))
+def test_staleness_is_the_schedules_and_never_above_its_bound(interval, num_steps, chunk, resumed_at):
+    """Measured from the versions that sampled, for any regime and length, and from any checkpoint."""
+    world, schedule = World(), SyncSchedule(interval, "never", num_steps, chunk)
+    width = chunk if interval == "never" else interval
+    start = min(resumed_at * width, num_steps)
+    if start % width:
+        start = 0
+    world.run(schedule, start)
+    expected = {step: step if interval == "never" else step % interval for step in range(start, num_steps)}
+    assert world.staleness == expected == {step: schedule.staleness(step) for step in range(start, num_steps)}
+    assert max(world.staleness.values(), default=0) < (num_steps if interval == "never" else interval)
+    assert world.sampled == {}, "nothing was sampled in vain"
+    assert world.serves == num_steps
+
+
+def test_supervised_training_asks_for_batches_and_trains():
+    world: Any = World()
+    world.sampled = {0: 0, 1: 0}
+    records = list(fine_tune(world, world, num_steps=2, window=world))
+    assert world.windows == ["step 0", "step 1", "step 2"]
+    assert world.log == ["next 0", "train batch 0", "next 1", "train batch 1"]
+    assert [(record["step"], record["loss"]) for record in records] == [(0, 1.0), (1, 1.0)]
+    assert all(record["train_seconds"] == record["step_seconds"] >= 0 for record in records)
+
+
+def test_sums_become_means_over_pairs_and_over_tokens():
+    sums = {"margin": 6.0, "preferred": 3.0, "chosen_log_prob": -8.0, "rejected_log_prob": -12.0}
+    by_token = {"rollout_gap": 1.0, "kl": 2.0, "clipped": 5.0, "ratio": 10.0, "nll": 20.0, "entropy": 15.0}
+    other = {"step": 3, "pairs": 4.0, "target_tokens": 10.0, "num_tokens": 30.0, "train_seconds": 1.5, "loss": 0.5}
+    generation = {"generation_seconds": 2.0, "generation_tokens": 50.0}
+    assert _finished(sums | by_token | other | generation) == other | generation | {
+        "margin_mean": 1.5,
+        "preferred_share": 0.75,
+        "chosen_log_prob_mean": -2.0,
+        "rejected_log_prob_mean": -3.0,
+        "log_prob_gap_mean": 0.1,
+        "kl_mean": 0.2,
+        "clipped_share": 0.5,
+        "ratio_mean": 1.0,
+        "nll_mean": 2.0,
+        "entropy_mean": 1.5,
+        "training_tokens_per_second": 20.0,
+        "generation_tokens_per_second": 25.0,
+    }
+
+
+@pytest.mark.parametrize("counts", [{"pairs": 0.0, "target_tokens": 0.0}, {}])
+def test_a_mean_over_nothing_is_not_a_number(counts):
+    record = _finished({"step": 0, "train_seconds": 0.0, "margin": 0.0, "kl": 0.0} | counts)
+    assert math.isnan(record["margin_mean"])
+    assert math.isnan(record["kl_mean"])
+    assert record["training_tokens_per_second"] == 0
+    assert "generation_tokens_per_second" not in record
+    assert "nll_mean" not in record

@@ -1,0 +1,211 @@
+"""A run that goes on after a loss: which errors count and how often, as arithmetic and over attempts that fail on purpose; what
+is told, written down and summed up; and that whoever asks to stop meanwhile is heard."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from engine.commands.training import check_fresh, preemptible, show
+from engine.config.load import RunConfig
+from engine.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineLostError,
+    InferenceError,
+    MissingNodeError,
+    NumericsError,
+    PreemptedError,
+    ProcessLostError,
+    SemionError,
+    UnexpectedError,
+    WatchdogError,
+    WeightSyncError,
+    telling,
+)
+from engine.run.checkpoint import _content_digest
+from engine.run.machine import await_head, descendants, end, runs
+from engine.run.restarts import restarts_in_a_row, unbroken
+from engine.run.signals import Event, stop_request
+
+PASSING = (InferenceError, EngineLostError, WeightSyncError, WatchdogError, ProcessLostError)
+LASTING = (ConfigError, DataError, CheckpointError, NumericsError, PreemptedError, MissingNodeError, UnexpectedError)
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    tree = {"run": {"directory": str(tmp_path / "run"), "steps": 8, "restarts": 2}, "model": {"path": "unused"}}
+    made = RunConfig.model_validate(tree | {"data": {"train": "unused"}, "sampling": {"max_tokens": 8}})
+    made.run_directory.mkdir()
+    return made
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_a_loss_counts_until_the_limit_and_anew_after_a_checkpoint(kind):
+    lost = kind("lost")
+    assert [restarts_in_a_row(lost, 4, 4, so_far, 3) for so_far in range(4)] == [1, 2, 3, None]
+    assert restarts_in_a_row(lost, 4, 6, 3, 3) == 1
+    assert restarts_in_a_row(lost, 0, 0, 0, 1) == 1, "a run without a checkpoint starts over"
+    assert restarts_in_a_row(lost, 0, 6, 0, 0) is None, "0 switches it off"
+
+
+@pytest.mark.parametrize("kind", LASTING)
+def test_what_would_come_again_ends_the_run(kind):
+    assert restarts_in_a_row(kind("wrong"), 0, 2, 0, 3) is None
+
+
+def test_a_death_says_more_than_an_echo_and_less_than_a_typed_error():
+    kinds: list[type[SemionError]] = [WatchdogError, UnexpectedError, ProcessLostError, WeightSyncError]
+    ordered = [kind("") for kind in kinds]
+    assert sorted(reversed(ordered), key=telling) == ordered
+
+
+class Attempts:
+    """Attempts at a run: each is (steps it does, steps of its last checkpoint or None, the error it ends with or None)."""
+
+    def __init__(self, config: RunConfig, *plan: tuple[range, int | None, BaseException | None]) -> None:
+        self._config, self._plan = config, list(plan)
+        self.resumed: list[bool] = []
+
+    def __call__(self, resume: bool) -> Iterator[Event]:
+        self.resumed.append(resume)
+        steps, checkpoint, error = self._plan.pop(0)
+        kept = [json.dumps({"step": step}) + "\n" for step in range(steps.stop)]
+        (self._config.run_directory / "metrics.jsonl").write_text("".join(kept))
+        yield from ({"kind": "step", "step": step} for step in steps)
+        if checkpoint is not None:
+            folder = self._config.run_directory / "checkpoints" / f"step_{checkpoint:08d}"
+            folder.mkdir(parents=True)
+            manifest: dict[str, object] = {"step": checkpoint}
+            (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": _content_digest(manifest)}))
+            (folder.parent / "LATEST").write_text(folder.name)
+        if error is not None:
+            raise error
+        yield {"kind": "done", "engine_versions": {}}
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_and_says_and_records_what_was_lost(config, capsys):
+    engine, rank = EngineLostError("the process of engine 1 ended"), ProcessLostError("the process of trainer rank 0 ended")
+    attempts = Attempts(config, (range(1), None, rank), (range(5), 4, engine), (range(4, 8), 8, None))
+    summary = show(config, "train", 2, unbroken(config, attempts, resume=False))
+    assert attempts.resumed == [False, False, True]
+    wanted = [(0, 1, 1, "ProcessLostError", str(rank)), (4, 1, 1, "EngineLostError", str(engine))]
+    rows = [json.loads(line) for line in (config.run_directory / "restarts.jsonl").read_text().splitlines()]
+    assert [tuple(row[key] for key in ("step", "lost_steps", "restart", "error", "text")) for row in rows] == wanted
+    assert summary["restarts"] == rows and summary["steps"] == 8
+    printed = capsys.readouterr().out
+    first, second = (line for line in printed.splitlines() if line.startswith("lost: "))
+    assert first == f"lost: {rank}; the run starts over, for there is no checkpoint yet, restart 1 of 2"
+    assert second == f"lost: {engine}; the run goes on from the checkpoint of 4 steps, restart 1 of 2"
+
+
+def test_a_budget_that_is_used_up_ends_with_the_last_errors_own_code_and_says_how_often_it_was_tried(config):
+    again = (range(2, 3), None, WeightSyncError("b"))
+    lost = [(range(2), 2, EngineLostError("a")), again, (range(0), None, WatchdogError("c"))]
+    with pytest.raises(WatchdogError, match="c; started again 2 times in a row without reaching a new checkpoint") as caught:
+        list(unbroken(config, Attempts(config, *lost), resume=False))
+    assert caught.value.exit_code == 8
+    with pytest.raises(NumericsError, match=r"^collapsed$"):
+        list(unbroken(config, Attempts(config, lost[2], (range(0), None, NumericsError("collapsed"))), resume=True))
+
+
+def test_a_bug_and_an_interrupt_are_no_losses(config):
+    for error in (UnexpectedError("trainer rank 0 failed with KeyError"), KeyboardInterrupt(), RuntimeError("of ours")):
+        attempts = Attempts(config, (range(1), None, error))
+        with pytest.raises(type(error)):
+            list(unbroken(config, attempts, resume=False))
+        assert attempts.resumed == [False]
+    assert not (config.run_directory / "restarts.jsonl").exists()
+
+
+def test_whoever_asked_to_stop_is_heard_when_a_process_is_lost(config):
+    """Between two attempts it ends the run at once, to be continued; during one, rank 0 finds the request."""
+    attempts = Attempts(config, (range(3), 2, EngineLostError("gone")))
+
+    def asked_meanwhile() -> None:
+        with preemptible(config):
+            for event in unbroken(config, attempts, resume=False):
+                if event["kind"] == "step" and event["step"] == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(PreemptedError, match="lost: gone; --resume auto goes on from the checkpoint of 2 steps") as caught:
+        asked_meanwhile()
+    assert caught.value.exit_code == 75 and attempts.resumed == [False]
+
+
+@pytest.mark.parametrize("error", [EngineLostError("gone"), MissingNodeError("a node is gone")])
+def test_a_request_is_heard_also_where_nothing_would_be_tried_again(error, config):
+    """It ends with 75, which is always put back into a queue, and not with the loss's own code."""
+    plain = config.model_copy(update={"run": config.run.model_copy(update={"restarts": 0})})
+
+    def asked_meanwhile() -> None:
+        with preemptible(plain):
+            for event in unbroken(plain, Attempts(plain, (range(3), 2, error)), resume=False):
+                if event["kind"] == "step" and event["step"] == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(PreemptedError, match="asked to stop, and lost: "):
+        asked_meanwhile()
+
+
+def test_steps_are_counted_once_where_an_attempt_did_none(config):
+    """Its records are those that the attempt before left."""
+    lost = [(range(3), 2, EngineLostError("a")), (range(0), None, WatchdogError("no Ray")), (range(2, 3), None, None)]
+    list(unbroken(config, Attempts(config, *lost), resume=False))
+    rows = [json.loads(line) for line in (config.run_directory / "restarts.jsonl").read_text().splitlines()]
+    assert [row["lost_steps"] for row in rows] == [1, 0]
+
+
+def test_the_restarts_of_a_run_that_never_took_a_step_are_not_the_next_ones(config):
+    restarts = config.run_directory / "restarts.jsonl"
+    restarts.parent.mkdir(parents=True, exist_ok=True)
+    restarts.write_text('{"step": 0}\n')
+    check_fresh(config, may_start_over=False)
+    assert not restarts.exists()
+
+
+def test_a_request_that_comes_with_the_restart_reaches_the_next_attempt(config):
+    found: list[bool] = []
+
+    def attempt(resume: bool) -> Iterator[Event]:
+        found.append(stop_request(config).exists())
+        yield {"kind": "note", "text": ""}
+        raise EngineLostError("gone") if len(found) == 1 else PreemptedError("asked to stop: saved")
+
+    def asked_meanwhile() -> None:
+        with preemptible(config):
+            for event in unbroken(config, attempt, resume=False):
+                if event["kind"] == "restart":
+                    os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(PreemptedError, match=r"^asked to stop: saved$"):
+        asked_meanwhile()
+    assert found == [False, True]
+
+
+def test_a_stopped_process_is_ended_and_nothing_else_is(tmp_path):
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    bystander = subprocess.Popen(sleep)
+    before = descendants()
+    stopped, quick = subprocess.Popen(sleep), subprocess.Popen([sys.executable, "-c", ""])
+    stopped.send_signal(signal.SIGSTOP)
+    started = descendants() - before
+    assert psutil.Process(stopped.pid) in started
+    end(started, grace_seconds=0.2)
+    assert not runs(psutil.Process(stopped.pid))
+    assert bystander.poll() is None
+    for process in (bystander, stopped, quick):
+        process.kill()
+        process.wait()
+
+
+def test_a_head_that_does_not_answer_is_named_within_its_deadline():
+    await_head("auto", 0.0)  # Ray finds it by itself, or says that there is none
+    with pytest.raises(MissingNodeError, match=r"RAY_ADDRESS = 127\.0\.0\.1:1; found .*refused for 0 s"):
+        await_head("127.0.0.1:1", 0.3)
