@@ -1,6 +1,6 @@
 """Runs TRL's own DPO and GRPO losses on made-up log-probs and writes inputs, losses and gradients, in float64, to
-tests/unit/algorithms/golden_trl.json, which test_golden_trl.py beside it holds our losses against. TRL is no dependency of ours:
-run this where `trl` and what it imports (accelerate, datasets, pandas) are installed. No model is run: the trainers' loss
+tests/unit/algorithms/golden_trl.json, which test_golden_trl.py beside it holds our losses against. TRL is no dependency of
+ours: run this where `trl` and what it imports (accelerate, datasets, pandas) are installed. No model is run: the trainers' loss
 functions are given the log-probs that a model would return.
 
     python tools/golden_trl.py [FILE]

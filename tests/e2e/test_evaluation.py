@@ -21,7 +21,7 @@ from tests.unit.benchmarks.chat_server import ChatServer, completion
 
 pytestmark = pytest.mark.timeout(600)
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
 NUM_ROWS, NUM_SEEDS = 5, 8
 SIZES = [
     *("inference.max_model_tokens=512", "data.max_prompt_tokens=480", "trainer.microbatch_tokens=512"),

@@ -16,7 +16,7 @@ from engine.core.errors import ConfigError, DataError
 from engine.inference.pool import Pool
 from tests.unit.inference.test_pool import FakeEngine
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
 ALPACA = [
     {"dataset": "helpful_base", "instruction": "Name {problem} three.", "output": "a reference", "generator": "davinci"},
     {"dataset": "koala", "instruction": "And now?", "output": "", "generator": "davinci"},

@@ -20,7 +20,7 @@ from engine.data.rows import Row, last_boxed, load_rows
 from engine.data.supervised import supervised_sequence
 from engine.data.templates import FIGURE4, encode_prompt, load_tokenizer
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 def jsonl(tmp_path: Path, *lines: str | bytes | dict[str, Any]) -> Path:

@@ -21,7 +21,7 @@ from engine.data.filters import is_multiple_choice, is_proof, normalized
 from engine.data.prepare import Sizes, prepare
 from engine.data.rows import load_rows
 
-SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ CASES: list[dict[str, Any]] = [
     json.loads(line)
     for line in Path(str(engine.rewards.math.__file__)).with_name("cases.jsonl").read_text("utf-8").splitlines()
 ]
-MATH500 = Path(__file__).parents[3] / "shared" / "data" / "math500.jsonl"
+MATH500 = Path(__file__).parents[4] / "shared" / "data" / "math500.jsonl"
 KINDS = {"must_be_1": {1}, "must_be_0": {0}, "choice": {1}, "known": {0, 1}}
 RIGHT = Score(1.0, "ok")
 
