@@ -1,0 +1,87 @@
+"""Counts the structure of the package: rooms, levels, imports between rooms, circles, loose files, imports inside functions.
+A room is a folder of engine/ or a file directly in it; an arrow is at least one import from one room to another, also inside
+functions.
+
+    python tools/structure.py [CHECKOUT]
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def imported(tree: ast.AST, modules: set[str]) -> Iterator[str]:
+    """The modules of the package that a file imports, wherever in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "engine":
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in modules else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+
+
+def circles(edges: dict[str, set[str]]) -> list[str]:
+    """Those that import themselves by way of others."""
+    return sorted(name for name in edges if name in reached(name, edges))
+
+
+def reached(start: str, edges: dict[str, set[str]]) -> set[str]:
+    """Whatever `start` imports, and what that imports."""
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        fresh = edges.get(waiting.pop(), set()) - seen
+        seen |= fresh
+        waiting += fresh
+    return seen
+
+
+def level(room: str, edges: dict[str, set[str]], known: dict[str, int]) -> int:
+    """One above the highest room that it imports."""
+    if room not in known:
+        known[room] = 0
+        known[room] = 1 + max((level(other, edges, known) for other in edges[room]), default=0)
+    return known[room]
+
+
+def figures(root: Path) -> dict[str, object]:
+    """The counts of one checkout."""
+    engine = root / "engine"
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(engine.rglob("*.py"))}
+    names = {path: ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in trees}
+    modules = set(names.values())
+    files = {names[path]: set(imported(tree, modules)) - {names[path]} for path, tree in trees.items()}
+    room_of = {module: module.split(".")[1] if "." in module else "" for module in modules}
+    rooms: dict[str, set[str]] = {room: set() for room in room_of.values() if room}
+    for module, targets in files.items():
+        if room_of[module]:
+            rooms[room_of[module]] |= {room_of[target] for target in targets} - {room_of[module], ""}
+    known: dict[str, int] = {}
+    inside = sum(
+        isinstance(node, (ast.Import, ast.ImportFrom))
+        for tree in trees.values()
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in ast.walk(function)
+    )
+    loose = sorted(path.name for path in engine.glob("*.py") if path.stem not in ("__init__", "__main__", "cli"))
+    return {
+        "rooms": len(rooms),
+        "levels": max(level(room, rooms, known) for room in rooms),
+        "arrows between rooms": sum(map(len, rooms.values())),
+        "loose files beside cli.py": len(loose),
+        "rooms in a circle": circles(rooms),
+        "files in a circle": circles(files),
+        "imports inside functions": inside,
+        "files": len(trees),
+        "lines": sum(len(path.read_text("utf-8").splitlines()) for path in trees),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(figures(Path(sys.argv[1] if len(sys.argv) > 1 else ".")), indent=1))
