@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.schedule import SyncSchedule
+from engine.core.jsonl import read_rows
 from engine.observe.charts import Line, Point, chart
 from engine.observe.regime import Proof, prove
-from engine.observe.sinks import read_rows
 from engine.observe.summary import RESTARTS
 
 # file name: title, unit, (label, metric) of each curve; what no run has on record is left out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine.observe.sinks import read_rows
+from engine.core.jsonl import read_rows
 
 TOTALS = (
     *("train_seconds", "wait_seconds", "sync_seconds", "step_seconds", "generation_seconds"),

@@ -9,9 +9,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from engine.core.errors import DataError
+from engine.core.jsonl import JsonlLedger
 from engine.observe import progress as progress_module
 from engine.observe.progress import METRICS, Progress, print_table
-from engine.observe.sinks import JsonlLedger, MetricsWriter, write_json
+from engine.observe.sinks import MetricsWriter, write_json
 
 
 def lines_of(path):

@@ -349,11 +349,11 @@ def test_resuming_goes_on_at_the_step_of_the_checkpoint_or_says_why_not(tmp_path
 @pytest.mark.parametrize("interval", [1, 5, "never"])
 def test_a_run_that_the_guard_stops_saves_only_what_it_could_go_on_from(tmp_path, interval, semantics):
     config = run_config(tmp_path, sync={"sync_interval": interval, "semantics": semantics}, run={"steps": 33})
-    saved = [step for step in range(1, 34) if commits(config, step, "entropy collapsed")]
+    saved = [step for step in range(1, 34) if commits(config, step, ends=True)]
     boundaries = {1: range(1, 33), 5: range(5, 33, 5), "never": range(16, 33, 16)}[interval]
     early = int(interval == 5 and semantics == "fairseq2")
     assert saved == [*(step - early for step in boundaries), 33]
-    assert [step for step in range(1, 34) if commits(config, step, "")] == [33]
+    assert [step for step in range(1, 34) if commits(config, step, ends=False)] == [33]
 
 
 def test_a_prolonged_run_of_fairseq2s_count_is_told_where_it_may_go_on(tmp_path):
