@@ -163,7 +163,7 @@ def _known(ledger: Path) -> dict[str, str | None]:
 
 def _verdict(line: Line) -> tuple[str, str | None]:
     """Key and verdict of a line."""
-    row = parsed(line.where, line.data)
+    row = parsed(line.where, line.data, fix="name another --output")
     key, verdict = (row.get("key"), row.get("verdict", "")) if isinstance(row, dict) else (None, None)
     if not isinstance(key, str) or verdict not in (*VERDICTS, None):
         raise DataError(f"{line.where}: must be a verdict; found {brief(line.data)}: name another --output")

@@ -4,11 +4,12 @@ caller's to say; problems for training are read by rows.py.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from engine.core.errors import DataError
-from engine.core.jsonl import parsed, read_objects
+from engine.core.jsonl import read_objects
 
 Record = dict[str, Any]
 
@@ -40,7 +41,10 @@ def text_field(where: str, record: Record, *names: str) -> str:
 
 
 def _list_items(path: Path) -> list[tuple[str, Any]]:
-    items = parsed(str(path), path.read_bytes())
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: must be JSON in UTF-8; found {error}: mend it") from error
     if not isinstance(items, list):
         raise DataError(f"{path}: must be a list of JSON objects; found {type(items).__name__}: mend it")
     return [(f"{path}, item {number}", item) for number, item in enumerate(items, start=1)]

@@ -99,9 +99,10 @@ def last_row(path: str | Path) -> dict[str, Any] | None:
 
 def row_of(line: Line, error: type[SemionError] = DataError) -> dict[str, Any]:
     """The row that a line of a ledger holds; `error` where it is no JSON object with an integer `step`."""
-    row = parsed(line.where, line.data, error)
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise error(f"{line.where}: must hold an integer `step`; found {brief(line.data)}: delete that line")
+    row: dict[str, Any] = parsed(line.where, line.data, error)
+    step = row.get("step") if isinstance(row, dict) else None
+    if not isinstance(step, int) or step < 0:
+        raise error(f"{line.where}: `step` must be an integer, 0 or more; found {brief(line.data)}: delete that line")
     return row
 
 
@@ -111,15 +112,15 @@ def step_of(line: Line, error: type[SemionError] = DataError) -> int:
     return int(found[1]) if found else int(row_of(line, error)["step"])
 
 
-def parsed(where: str, data: bytes, error: type[SemionError] = DataError) -> Any:
-    """What a line of JSON says; `error` where it is none."""
+def parsed(where: str, data: bytes, error: type[SemionError] = DataError, fix: str = "mend or delete that line") -> Any:
+    """What a line of JSON says; `error` where it is none, with what mends it."""
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as fault:
         found = data[fault.start : fault.start + 1]
-        raise error(f"{where}: must be UTF-8; found byte {found!r} at {fault.start}: save the file as UTF-8") from fault
+        raise error(f"{where}: must be UTF-8; found byte {found!r} at {fault.start}: save it as UTF-8, or {fix}") from fault
     except (ValueError, RecursionError) as fault:
-        raise error(f"{where}: must be one JSON object; found {brief(data)} ({fault}): mend or delete that line") from fault
+        raise error(f"{where}: must be one JSON object; found {brief(data)} ({fault}): {fix}") from fault
 
 
 def line_of(row: Row) -> str:

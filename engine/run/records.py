@@ -91,7 +91,7 @@ class Records:
 
     def kept(self, checkpoints: Collection[int]) -> dict[str, Any]:
         """What the next checkpoint keeps of the records, as JSON holds it: every ledger's length, once it is on disk; the
-        guard's state; and what was judged at step 0 and at the steps of `checkpoints`, with which later evaluations are compared.
+        guard's state; and what was judged at step 0 and at the steps of `checkpoints`, which later evaluations are held against.
         """
         return {
             "bytes": {name: ledger.sync() for name, ledger in self._ledgers.items()},

@@ -239,7 +239,7 @@ def test_the_sentence_says_the_regime(tmp_path):
     assert prove(run, SCHEDULE).sentence() == "s = 4 (semi-online): no rollouts on record", "as of a supervised run"
     assert not prove(run, SCHEDULE).holds
     (run / "rollouts.jsonl").write_text('{"step": 0, "version": 0}\nbroken\n')
-    with pytest.raises(DataError, match=r"rollouts\.jsonl line 2 must"):
+    with pytest.raises(DataError, match=r"rollouts\.jsonl, line 2: must"):
         prove(run, SCHEDULE)
 
 
