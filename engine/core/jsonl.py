@@ -19,7 +19,7 @@ from engine.core.errors import DataError, SemionError, brief
 from engine.core.files import atomic_write
 
 Row = Mapping[str, Any]
-BLOCK_BYTES = 1 << 16  # read at a time from the end of a file; doubled for a line that is longer
+BLOCK_BYTES = 1 << 13  # read at a time from the end of a file; doubled for a line that is longer
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')  # how a row begins as we write it; others are parsed whole
 
 

@@ -56,15 +56,15 @@ class Records:
                 f"metrics, are read instead"
             )
         judges_again = step == 0 or config.evaluation_due(step)  # else what was judged at the checkpoint stands
-        for name, ledger in records._ledgers.items():
-            begin = records._begin(ledger, step, kept["bytes"][name] if kept is not None else None)
-            end = begin if name not in JUDGED or judges_again else _end(ledger, begin, step)
-            if name == "metrics":
-                records.metrics.cut(end, step)
-            else:
-                ledger.cut(end)
-            if name == "evaluations":
-                records._recall(begin, kept)
+        begins = {
+            name: records._begin(ledger, step, kept["bytes"][name] if kept is not None else None)
+            for name, ledger in records._ledgers.items()
+        }
+        ends = begins | ({} if judges_again else {name: _end(records._ledgers[name], begins[name], step) for name in JUDGED})
+        records.metrics.cut(ends.pop("metrics"), step)
+        for name, end in ends.items():  # only once a place was found in every one
+            records._ledgers[name].cut(end)
+        records._recall(begins["evaluations"], kept)
         if kept is None or not records.guard.restore(kept["guard"]):  # other options: it looks at the run anew
             for row in read_rows(directory / "metrics.jsonl"):
                 records.guard.observe(row)
@@ -91,7 +91,7 @@ class Records:
 
     def kept(self, checkpoints: Collection[int]) -> dict[str, Any]:
         """What the next checkpoint keeps of the records, as JSON holds it: every ledger's length, once it is on disk; the
-        guard's state; and what was judged at step 0 and at the steps of `checkpoints`, which later evaluations are held against.
+        guard's state; and what was judged at step 0 and at the steps of `checkpoints`, which later ones are held against.
         """
         return {
             "bytes": {name: ledger.sync() for name, ledger in self._ledgers.items()},
