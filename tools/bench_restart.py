@@ -1,5 +1,5 @@
-"""What a restart costs a run of some age: the cut of a rollout ledger at the byte that the checkpoint names, against parsing and
-writing it anew, as the engine did before (written out here as the peer). Prints a table, and JSON on request.
+"""What a restart costs a run of some age: the cut of a rollout ledger at the byte that the checkpoint names, against parsing
+and writing it anew, as the engine did before (written out here as the peer). Prints a table, and JSON on request.
 
     python tools/bench_restart.py --mebibytes 10 100 1024 --json FILE
 """
@@ -44,18 +44,21 @@ def main() -> None:
 
 def measured(path: Path, mebibytes: int) -> dict[str, Any]:
     """One size: the same cut three ways, the file filled up again between them."""
-    row = {"text": "x" * 3000, "token_ids": list(range(30_000, 30_000 + TOKENS)), "log_probs": [-1 / (3 + i) for i in range(TOKENS)]}
+    log_probs = [-1 / (3 + i) for i in range(TOKENS)]
+    row = {"text": "x" * 3000, "token_ids": list(range(30_000, 30_000 + TOKENS)), "log_probs": log_probs}
     size = len(line_of({"step": 0} | row))
     steps = max(LOST_STEPS + 1, (mebibytes << 20) // (size * ROWS_A_STEP))
     with path.open("w", encoding="utf-8") as file:
         for step in range(steps):
             file.write(line_of({"step": step} | row) * ROWS_A_STEP)
+        file.flush()
+        os.fsync(file.fileno())  # a run's ledger is on disk but for its last rows
     saved = steps - LOST_STEPS
     found: dict[str, Any] = {"mebibytes": path.stat().st_size / 2**20, "steps": steps}
     offset = JsonlLedger(path).find(saved)
-    with path.open("rb") as file:
-        file.seek(offset)
-        lost = file.read()
+    with path.open("rb") as ledger_file:
+        ledger_file.seek(offset)
+        lost = ledger_file.read()
 
     def cut() -> None:
         ledger = JsonlLedger(path)
@@ -73,10 +76,10 @@ def measured(path: Path, mebibytes: int) -> dict[str, Any]:
         way()
         found[f"{name}_seconds"] = time.perf_counter() - started
         assert path.stat().st_size == offset, name
-        with path.open("ab") as file:
-            file.write(lost)
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("ab") as again:
+            again.write(lost)
+            again.flush()
+            os.fsync(again.fileno())
     return found | {"ratio": found["rewrite_seconds"] / found["cut_seconds"]}
 
 

@@ -136,6 +136,18 @@ def test_the_same_step_can_be_saved_twice(tmp_path):
     assert_whole(tmp_path, 10)
 
 
+def test_what_the_run_says_of_its_records_comes_back_with_the_newest(tmp_path):
+    assert (open_checkpoints(tmp_path).records(), open_checkpoints(tmp_path).steps()) == (None, set())
+    checkpoints, config = open_checkpoints(tmp_path), run_config(tmp_path, checkpoint={"keep": 2})
+    for step in (5, 10, 15):
+        records = {"bytes": {"metrics": step}, "judged": [{10: 0.1, 9: None}]}
+        checkpoints.commit(step, state_of(step), weights_of(step), config, records)
+    assert checkpoints.records() == {"bytes": {"metrics": 15}, "judged": [{"10": 0.1, "9": None}]}
+    assert checkpoints.steps() == {10, 15}
+    (tmp_path / "run" / "checkpoints" / "step_00000020").mkdir()
+    assert checkpoints.steps() == {10, 15}, "one that was never named does not stand"
+
+
 def steps_kept(root: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in (root / "run" / "checkpoints").glob("step_*"))
 

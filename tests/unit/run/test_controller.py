@@ -104,6 +104,23 @@ def test_every_set_has_its_row_and_the_scores_are_the_means_over_them(open_contr
     assert open_controller(start=2).scores().keys() == {0}, "what came after the checkpoint is forgotten"
 
 
+def test_what_a_checkpoint_kept_is_what_the_resumed_run_goes_on_from(open_controller: Open):
+    """And where the records are not what it says, the first events tell."""
+    first = open_controller()
+    first.evaluate(0, lambda: None)
+    events = [event for step in range(4) for event in first.finish_step(record(step))]
+    assert [event["kind"] for event in events].count("step") == 4
+    kept = json.loads(json.dumps(first.kept(set())))
+    first.finish_step(record(4))
+    resumed = open_controller(start=4, version=4, kept=kept)
+    assert [row["step"] for row in rows(resumed, "metrics.jsonl")] == [0, 1, 2, 3]
+    assert resumed.scores() == {0: 1.0}
+    assert not [event for event in resumed.finish_step(record(4)) if "changed" in event.get("text", "")]
+    (resumed._config.run_directory / "samples.jsonl").write_text("")
+    told = [event for event in open_controller(start=4, version=4, kept=kept).finish_step(record(4)) if event["kind"] == "note"]
+    assert "samples.jsonl was changed" in told[0]["text"]
+
+
 @pytest.mark.parametrize("action", ["off", "warn", "stop"])
 def test_a_collapse_is_shown_written_down_and_asked_to_stop_for(open_controller: Open, action: str):
     controller = open_controller(action=action)
