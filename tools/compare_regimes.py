@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.core.jsonl import read_rows
 from engine.observe.charts import Line, Point, chart
-from engine.observe.sinks import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "regimes"
@@ -92,7 +92,7 @@ def run(config: str, name: str, settings: list[str]) -> dict[str, Any]:
         subprocess.run(command, cwd=ROOT, check=True)
         marker.write_text(json.dumps(settings))
     summary = json.loads((directory / "summary.json").read_text())
-    metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    metrics = list(read_rows(directory / "metrics.jsonl"))
     before, after = summary["evaluations"][0], summary["evaluations"][-1]
     tail = metrics[-LAST:]
     return {

@@ -74,9 +74,11 @@ def same_greedy_text() -> tuple[int, int]:
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
+    from engine.core.jsonl import read_rows
+
     model = LlamaForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
-    rows = [json.loads(line) for line in (FOLDER / "train" / "samples.jsonl").read_text().splitlines()]
+    rows = list(read_rows(FOLDER / "train" / "samples.jsonl"))
     last = max(row["step"] for row in rows)
     samples = [row for row in rows if row["step"] == last]
     equal = 0

@@ -18,7 +18,8 @@ from typing import Any, Literal
 from engine.benchmarks.published import load_json_records, text_field
 from engine.benchmarks.questions import Question, instruction_id
 from engine.core.errors import ConfigError, DataError
-from engine.observe.sinks import write_json, write_jsonl
+from engine.core.jsonl import write_jsonl
+from engine.observe.sinks import write_json
 
 Format = Literal["alpaca_eval", "arena_hard"]
 SUFFIX: dict[Format, str] = {"alpaca_eval": ".json", "arena_hard": ".jsonl"}

@@ -7,20 +7,19 @@ The prompt is ours: five verdicts as in Arena-Hard v0.1, but not its words, so s
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from engine.benchmarks.answers import Answer
 from engine.benchmarks.endpoint import Endpoint
-from engine.core.errors import DataError, InferenceError, RequestError
-from engine.observe.sinks import drop_torn_line
+from engine.core.errors import DataError, InferenceError, RequestError, brief
+from engine.core.jsonl import JsonlLedger, Line, parsed, read_lines
 
 VERDICTS = ("A>>B", "A>B", "A=B", "B>A", "B>>A")
 SYSTEM = (
@@ -99,12 +98,11 @@ def judge(
     due = list({game.key: game for game in games if game.key not in known}.values())
     failed: list[str] = []
     if due:
-        with ledger.open("a", encoding="utf-8") as file:
+        with closing(JsonlLedger(ledger)) as file:
             for game, reply in _replies(due, endpoint, concurrency, failed):
                 verdict = verdict_of(reply)
                 row = {"key": game.key, "question_id": game.question_id, "model_first": game.model_first, **names}
-                file.write(json.dumps(row | {"verdict": verdict, "reply": reply}, ensure_ascii=False) + "\n")
-                file.flush()
+                file.append([row | {"verdict": verdict, "reply": reply}])
                 known[game.key] = verdict
     return [Judged(g.question_id, g.model_first, known[g.key]) for g in games if g.key in known], failed
 
@@ -154,27 +152,19 @@ def _hopeless(in_a_row: int, error: RequestError) -> str:
 
 def _known(ledger: Path) -> dict[str, str | None]:
     """Verdicts by key. A torn last line is dropped, once the others show that it is a ledger; DataError where they do not."""
-    ledger.parent.mkdir(parents=True, exist_ok=True)
-    ledger.touch()
-    data = ledger.read_bytes()
-    known = dict(_verdict(ledger, number, line) for number, line in enumerate(data.split(b"\n")[:-1], start=1) if line)
-    if data and not known:
-        raise DataError(f"{ledger} must hold a verdict on a whole line; found {_start(data)}: name another --output")
-    drop_torn_line(ledger)
+    known = dict(map(_verdict, read_lines(ledger))) if ledger.exists() else {}
+    if not known and ledger.exists() and ledger.stat().st_size:
+        with ledger.open("rb") as file:
+            found = brief(file.read(60))
+        raise DataError(f"{ledger}: must hold a verdict on a whole line; found {found}: name another --output")
+    JsonlLedger(ledger).close()
     return known
 
 
-def _verdict(ledger: Path, number: int, line: bytes) -> tuple[str, str | None]:
+def _verdict(line: Line) -> tuple[str, str | None]:
     """Key and verdict of a line."""
-    try:
-        row: dict[str, Any] = json.loads(line)
-        key, verdict = row["key"], row["verdict"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        key = verdict = None
+    row = parsed(line.where, line.data, fix="name another --output")
+    key, verdict = (row.get("key"), row.get("verdict", "")) if isinstance(row, dict) else (None, None)
     if not isinstance(key, str) or verdict not in (*VERDICTS, None):
-        raise DataError(f"{ledger} line {number} must be a verdict; found {_start(line)}: name another --output")
+        raise DataError(f"{line.where}: must be a verdict; found {brief(line.data)}: name another --output")
     return key, verdict
-
-
-def _start(data: bytes) -> str:
-    return repr(data[:60].decode("utf-8", "replace"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.core.errors import DataError
+from engine.core.jsonl import read_objects
 
 Record = dict[str, Any]
 
@@ -19,17 +20,9 @@ def load_json_records(path: str | Path) -> list[tuple[str, Record]]:
     if path.suffix not in (".json", ".jsonl"):
         raise DataError(f"{path}: must end in .json (a list) or .jsonl (an object a line); found {path.suffix!r}: convert it")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: must be a readable file in UTF-8; found: {error}: check it") from error
-    if path.suffix == ".json":
-        items = _parsed(str(path), text)
-        if not isinstance(items, list):
-            raise DataError(f"{path}: must be a list of JSON objects; found {type(items).__name__}: mend it")
-        found = [(f"{path}, item {number}", item) for number, item in enumerate(items, start=1)]
-    else:
-        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        found = [(where, _parsed(where, line)) for where, line in lines]
+        found = list(read_objects(path)) if path.suffix == ".jsonl" else _list_items(path)
+    except OSError as error:
+        raise DataError(f"{path}: must be a readable file; found: {error}: check it") from error
     for where, item in found:
         if not isinstance(item, dict):
             raise DataError(f"{where}: must be a JSON object; found {str(item)[:60]!r}: mend it")
@@ -47,8 +40,11 @@ def text_field(where: str, record: Record, *names: str) -> str:
     return value
 
 
-def _parsed(where: str, text: str) -> Any:
+def _list_items(path: Path) -> list[tuple[str, Any]]:
     try:
-        return json.loads(text)
+        items = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: must be JSON; found {error}: mend it") from error
+        raise DataError(f"{path}: must be JSON in UTF-8; found {error}: mend it") from error
+    if not isinstance(items, list):
+        raise DataError(f"{path}: must be a list of JSON objects; found {type(items).__name__}: mend it")
+    return [(f"{path}, item {number}", item) for number, item in enumerate(items, start=1)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.commands.common import write_figures
 from engine.core.errors import ConfigError
-from engine.core.files import sync
+from engine.core.files import atomic_write
 from engine.run.spec import runnable
 
 
@@ -16,9 +16,10 @@ def rollout(options: argparse.Namespace) -> None:
     """Samples and scores the rollouts of run.steps steps into a ledger, which is there when it is whole."""
     options.overrides += ["sync.sync_interval=never", "sync.reference=never"]  # the weights of model.path, for every step
     config = runnable(options)
+    from engine.core.jsonl import JsonlLedger
     from engine.data.mixture import load_mixture
     from engine.inference.pool import Pool
-    from engine.observe.sinks import JsonlLedger, finite
+    from engine.observe.sinks import finite
     from engine.rewards.registry import open_rewards
     from engine.rollouts.source import RolloutSource
     from engine.run.processes import Cluster
@@ -29,9 +30,9 @@ def rollout(options: argparse.Namespace) -> None:
     if output.exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
     prompts, figures = load_mixture(config), []
-    part = output.with_name(output.name + ".part")  # the name is the output's when all of it is there
-    part.unlink(missing_ok=True)
-    with Cluster(config, parts=("engines", "reward_engine"), verbose=options.verbose) as cluster, ExitStack() as stack:
+    with ExitStack() as stack:
+        part = stack.enter_context(atomic_write(output, durable=True))
+        cluster = stack.enter_context(Cluster(config, parts=("engines", "reward_engine"), verbose=options.verbose))
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         reward = stack.enter_context(open_rewards(config, cluster.start_reward_engine()))
         ledger = JsonlLedger(part)
@@ -44,8 +45,6 @@ def rollout(options: argparse.Namespace) -> None:
             data = source.next(step)
             figures.append({"step": step} | finite(data.metrics))
             print(f"step {step}: reward {data.metrics['reward_mean']:.3f}, {data.num_prompts} prompts", flush=True)
-    sync(part)
-    part.rename(output)
     rewards = [figure["reward_mean"] for figure in figures if figure["reward_mean"] is not None]
     mean = sum(rewards) / len(rewards) if rewards else None
     print(f"{options.output}: mean reward {mean} over {len(figures)} steps")

@@ -14,6 +14,7 @@ from engine.commands.common import evaluation_note, print_evaluations, write_fig
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import ConfigError, PreemptedError
 from engine.core.files import locked
+from engine.observe.journal import LOGS, WARNINGS
 from engine.observe.summary import RESTARTS
 from engine.run.spec import runnable
 
@@ -103,7 +104,8 @@ def check_fresh(config: RunConfig, *, may_start_over: bool) -> None:
     """
     directory = config.run_directory
     if not (directory / "metrics.jsonl").exists():
-        (directory / RESTARTS).unlink(missing_ok=True)  # of one that never took a step
+        for name in (RESTARTS, WARNINGS):
+            (directory / name).unlink(missing_ok=True)  # of one that never took a step
         return
     before = directory / "config.toml"
     same = before.exists() and before.read_text(encoding="utf-8") == dump_config(config)
@@ -119,6 +121,7 @@ def check_fresh(config: RunConfig, *, may_start_over: bool) -> None:
 
 def show(config: RunConfig, title: str, engines: int, events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Shows a run's events while they come; the summary of the run from its records."""
+    from engine.observe.journal import sentence
     from engine.observe.progress import Progress
     from engine.observe.summary import summarize
 
@@ -126,7 +129,8 @@ def show(config: RunConfig, title: str, engines: int, events: Iterable[dict[str,
     with Progress(config.run.steps, title) as progress:
         progress.note(
             f"starting {trainer.world_size} trainer ranks (tensor {trainer.tensor_parallel}, pipeline "
-            f"{trainer.pipeline_parallel}, data {trainer.data_parallel}) and {engines} engines; --verbose shows their logs"
+            f"{trainer.pipeline_parallel}, data {trainer.data_parallel}) and {engines} engines; their logs are in "
+            f"{config.run_directory / LOGS}, --verbose shows them"
         )
         for event in events:
             kind = event.pop("kind")
@@ -139,6 +143,8 @@ def show(config: RunConfig, title: str, engines: int, events: Iterable[dict[str,
                 progress.rewind(event["step"])
             elif kind == "note":
                 progress.note(event["text"])
+            elif kind == "warning":
+                progress.note(sentence(event))
             else:
                 versions = event.get("engine_versions", {})
     return summarize(config.run_directory) | {"seconds": time.monotonic() - started, "versions": versions}

@@ -103,3 +103,9 @@ def telling(error: SemionError) -> int:
     if not isinstance(error, WatchdogError):
         return 3
     return 2 if isinstance(error, ProcessLostError) else int(isinstance(error, UnexpectedError))
+
+
+def brief(value: object) -> str:
+    """A value as an error sentence can hold it."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -22,6 +22,23 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
+def atomic_write(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
+    """A new file PATH.part to write, which takes the place of `path` when the block ends without an error, so that a reader
+    finds the old one or the new and never a half; `durable`: also after a power cut. After an error it stays as it is, and the
+    next attempt replaces it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    yield part
+    if durable:
+        sync(part)
+    os.replace(part, path)
+    if durable:
+        sync(path.parent)
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps `folder` (made where missing) to this process while the block runs; ConfigError when another has it."""
     folder.mkdir(parents=True, exist_ok=True)

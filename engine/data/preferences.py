@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from engine.core.errors import DataError
-from engine.data.records import brief, records
+from engine.core.errors import DataError, brief
+from engine.data.records import records
 from engine.data.rows import text_of
 from engine.data.supervised import completion_tokens
 from engine.data.templates import encode_prompt

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core.errors import ConfigError, DataError
+from engine.core.errors import ConfigError, DataError, brief
 from engine.core.files import staged_folder
+from engine.core.jsonl import line_of
 from engine.core.seeds import counted_seed
 from engine.data.filters import TEXT_FIELDS, Recipe, normalized, text_in
-from engine.data.records import brief, file_digest, records, source_digest
+from engine.data.records import file_digest, records, source_digest
 
 FIELDS_OF_EXCLUDED = (*TEXT_FIELDS, "conversation")
 PARTS = ("train", "validation", "test")
@@ -92,7 +93,7 @@ def _filter(
             by_source.setdefault(label, Counter(read=0, kept=0)).update(("read", reason))
             if not isinstance(row, str):
                 ranks.append(counted_seed(seed, "split", digest.hex()))
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(line_of(row))
     return dict(counts), {label: dict(by_source[label]) for label in sorted(by_source)}, np.array(ranks, dtype=np.int64)
 
 

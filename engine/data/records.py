@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from engine.core.errors import ConfigError, DataError
+from engine.core.jsonl import read_objects
 
 Record = tuple[str, Any]  # where it stands, for messages; what it holds
 HUB = "hf://"
@@ -34,7 +34,7 @@ def records(source: str | Path, fields: Collection[str]) -> Iterator[Record]:
     path = Path(source)
     if path.is_dir():
         return _dataset_records(str(path), _saved_dataset(path), fields)
-    return _jsonl_records(path) if path.suffix == ".jsonl" else _parquet_records(path, fields)
+    return read_objects(path) if path.suffix == ".jsonl" else _parquet_records(path, fields)
 
 
 def check_source(source: str | Path) -> None:
@@ -77,33 +77,6 @@ def file_digest(path: Path) -> str:
 def _file_digest(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def brief(value: Any) -> str:
-    """A value as an error sentence can hold it."""
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def parsed_line(where: str, line: bytes) -> Any:
-    """What a line of JSON says; DataError where it is none."""
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: must be UTF-8; found byte {line[error.start : error.start + 1]!r} at {error.start}: "
-            f"save the file as UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: must be one JSON object; found {brief(line)} ({error}): mend it") from error
-
-
-def _jsonl_records(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield where, parsed_line(where, line)
 
 
 def _parquet_records(path: Path, fields: Collection[str]) -> Iterator[Record]:

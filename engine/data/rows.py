@@ -13,8 +13,8 @@ from typing import Any
 
 from engine.config.options import RewardName
 from engine.core.boxed import boxes
-from engine.core.errors import DataError
-from engine.data.records import brief, records
+from engine.core.errors import DataError, brief
+from engine.data.records import records
 
 FIELDS = ("problem", "prompt", "conversation", "question", "answer", "solution", "source", "id")
 

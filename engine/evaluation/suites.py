@@ -17,9 +17,10 @@ from typing import Any
 from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.core.errors import ConfigError, DataError
+from engine.core.jsonl import read_objects, write_jsonl
 from engine.data.records import file_digest, source_digest
 from engine.data.templates import NAMED
-from engine.observe.sinks import write_json, write_jsonl
+from engine.observe.sinks import write_json
 from engine.rewards.function import source_file
 from engine.rewards.math.reward import VERIFIER_VERSION
 
@@ -84,8 +85,7 @@ def load_finished(folder: Path, name: str, settings: dict[str, Any]) -> dict[str
 
 def load_records(folder: Path, name: str) -> list[dict[str, Any]]:
     """The records of a finished evaluation."""
-    lines = (folder / f"{name}.records.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    return [record for _, record in read_objects(folder / f"{name}.records.jsonl")]
 
 
 def save(folder: Path, name: str, figures: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Watches the records of a run for what ruins it quietly: entropy or length that collapses, rewards that explode or are no
-numbers. A state machine fed one record a step; the same records give the same findings, so a resumed run feeds it those it
-has. It stops nothing itself.
+numbers. A state machine fed one record a step; the same records give the same findings, and a checkpoint keeps its state. It
+stops nothing itself.
 """
 
 from __future__ import annotations
@@ -64,6 +64,26 @@ class Guard:
         if self._watches("reward", "reward_mean", record) and (text := self._ruined_reward()):
             found.append(Finding(int(record["step"]), "reward", text))
         return found
+
+    def state(self) -> dict[str, Any]:
+        """All that later findings depend on beside later records, as JSON holds it."""
+        return {
+            "shares": {what: share for what, (_, _, share) in self._shares.items()},
+            "series": {what: {"first": list(s.first), "last": list(s.last)} for what, s in self._series.items()},
+            "told": sorted(self._told),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> bool:
+        """Goes on from `state`; False, and nothing changes, where it was made under other shares: what has been told then
+        depends on them, and the guard must be fed all records anew."""
+        if state["shares"] != self.state()["shares"]:
+            return False
+        for what, known in state["series"].items():
+            self._series[what].first[:] = known["first"]
+            self._series[what].last.clear()
+            self._series[what].last.extend(known["last"])
+        self._told = set(state["told"])
+        return True
 
     def _watches(self, what: str, metric: str, record: Mapping[str, Any]) -> bool:
         """Whether there is something to judge; a run that has no such metric (replayed pairs have no reward) has nothing."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.schedule import SyncSchedule
-from engine.observe.sinks import read_rows
+from engine.core.jsonl import read_rows
 
 
 @dataclass(frozen=True, slots=True)

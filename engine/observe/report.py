@@ -1,6 +1,6 @@
 """A run, or several laid over each other, as a page to read: the regime proven from the records, curves, evaluations, what the
-guard found, what was lost on the way. One HTML file without scripts, and the same as data. It reads records; it starts and
-judges nothing.
+guard found, what was lost and warned of on the way. One HTML file without scripts, and the same as data. It reads records; it
+starts and judges nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.schedule import SyncSchedule
+from engine.core.jsonl import read_rows
 from engine.observe.charts import Line, Point, chart
+from engine.observe.journal import WARNINGS, read_warnings
 from engine.observe.regime import Proof, prove
-from engine.observe.sinks import read_rows
 from engine.observe.summary import RESTARTS
 
 # file name: title, unit, (label, metric) of each curve; what no run has on record is left out
@@ -57,6 +58,7 @@ VALIDATION: dict[str, tuple[str, str, str, str]] = {
     "validation_length_normalized": ("Validation reward, length-normalised", "mean", "reward", "length_normalized_reward"),
 }
 RESTARTED = ("run", "went on after step", "steps done again", "what was lost")
+WARNED = ("run", "process", "times, at least", "what it warned of")
 EVALUATED = ("run", "step", "set", "mean", "± s.e.", "tokens")
 STYLE = """
 body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em; color: #222; background: #fff }
@@ -75,11 +77,12 @@ class RunRecords:
     evaluations: list[dict[str, Any]]
     findings: list[dict[str, Any]]
     restarts: list[dict[str, Any]]
+    warnings: list[dict[str, Any]]
 
     def document(self) -> dict[str, Any]:
         """The same as JSON holds it, the steps' records left out."""
         regime = asdict(self.proof) | {"holds": self.proof.holds, "sentence": self.proof.sentence()}
-        kept = {"evaluations": self.evaluations, "guard": self.findings, "restarts": self.restarts}
+        kept = {"evaluations": self.evaluations, "guard": self.findings, "restarts": self.restarts, "warnings": self.warnings}
         return {"run": self.name, "regime": regime, "steps": len(self.metrics)} | kept
 
 
@@ -89,7 +92,8 @@ def read_run(directory: Path, name: str, schedule: SyncSchedule, replayed: str |
         {key: value for key, value in row.items() if key != "records"} for row in read_rows(directory / "evaluations.jsonl")
     ]
     metrics, findings, restarts = (list(read_rows(directory / file)) for file in ("metrics.jsonl", "guard.jsonl", RESTARTS))
-    return RunRecords(name, prove(directory, schedule, replayed), metrics, evaluations, findings, restarts)
+    warnings = read_warnings(directory / WARNINGS)
+    return RunRecords(name, prove(directory, schedule, replayed), metrics, evaluations, findings, restarts, warnings)
 
 
 def plots(runs: Sequence[RunRecords]) -> dict[str, str]:
@@ -109,6 +113,7 @@ def page(runs: Sequence[RunRecords]) -> str:
     title = escape(", ".join(run.name for run in runs))
     findings = [(run.name, row["step"], row["text"]) for run in runs for row in run.findings]
     restarts = [(run.name, row["step"], row["lost_steps"], row["text"]) for run in runs for row in run.restarts]
+    warnings = [(run.name, row["process"], row["count"], row["text"]) for run in runs for row in run.warnings]
     evaluated = [
         (run.name, row["step"], row["set"], *_shown(row), f"{row['completion_tokens_mean']:.1f}")
         for run in runs
@@ -122,6 +127,7 @@ def page(runs: Sequence[RunRecords]) -> str:
             "</ul>",
             *(["<h2>Guard</h2>", _table(("run", "step", "what it found"), findings)] if findings else []),
             *(["<h2>Restarts</h2>", _table(RESTARTED, restarts)] if restarts else []),
+            *(["<h2>Warnings</h2>", _table(WARNED, warnings)] if warnings else []),
             '<h2>Curves</h2><div class="charts">',
             *plots(runs).values(),
             "</div>",

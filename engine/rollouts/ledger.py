@@ -5,18 +5,16 @@ larger than memory, so only where each step lies is kept. It decides nothing abo
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.core.errors import DataError
+from engine.core.jsonl import Line, parsed, read_lines, step_of
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score, Status
-from engine.data.records import parsed_line
-
-_STEP = re.compile(rb'\{"step": (\d+)[,}]')  # how a row begins as we write it; others are parsed whole
 
 
 class LedgerRow(BaseModel):
@@ -63,21 +61,15 @@ class RolloutLedger:
     def __init__(self, path: str | Path) -> None:
         """Reads the file once to find its steps; DataError where a line has none, or a step is not in one piece."""
         self.path = Path(path)
-        self._spans: dict[int, tuple[int, int, int]] = {}  # offset, bytes, number of the first line
+        self._spans: dict[int, tuple[int, int, int]] = {}  # first byte, byte after the last, number of the first line
         last = -1
-        with self.path.open("rb") as file:
-            offset = 0
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                step = self._step_of(line, number)
-                if step < last:
-                    raise DataError(
-                        f"{self.path}, line {number}: steps must be in order; found {step} after {last}: sort the lines"
-                    )
-                start, size, first = self._spans.get(step, (offset, 0, number))
-                self._spans[step] = start, size + len(line), first
-                last, offset = step, offset + len(line)
+        for number, line in enumerate(read_lines(self.path), start=1):
+            step = step_of(line)
+            if step < last:
+                raise DataError(f"{line.where}: steps must be in order; found {step} after {last}: sort the lines")
+            start, _, first = self._spans.get(step, (line.offset, 0, number))
+            self._spans[step] = start, line.end, first
+            last = step
 
     @property
     def steps(self) -> range:
@@ -89,11 +81,9 @@ class RolloutLedger:
 
     def rows(self, step: int) -> list[LedgerRow]:
         """The rows of a step in their order; DataError names a line that is no rollout."""
-        offset, size, first = self._spans[step]
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            lines = file.read(size).splitlines()
-        return [self._row(line, number) for number, line in enumerate(lines, start=first)]
+        start, end, first = self._spans[step]
+        lines = takewhile(lambda line: line.end <= end, read_lines(self.path, start))
+        return [_row(line, f"{self.path}, line {number}") for number, line in enumerate(lines, start=first)]
 
     def groups(self, step: int, prompts: Mapping[str, Prompt], num_prompts: int, samples: int) -> list[RolloutGroup]:
         """The step's groups with the prompts they were sampled for. DataError when it does not hold `samples` rollouts of
@@ -140,29 +130,24 @@ class RolloutLedger:
                     f"were when it was written"
                 )
 
-    def _step_of(self, line: bytes, number: int) -> int:
-        found = _STEP.match(line)
-        if found:
-            return int(found[1])
-        return self._row(line, number).step
 
-    def _row(self, line: bytes, number: int) -> LedgerRow:
-        where = f"{self.path}, line {number}"
-        try:
-            row = LedgerRow.model_validate(parsed_line(where, line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "row"
-            raise DataError(
-                f"{where}: `{field}` must be as a ledger has it ({first['msg'][0].lower() + first['msg'][1:]}); found "
-                f"{str(first['input'])[:60]!r}: replay a file that `semion rollout` or a run wrote"
-            ) from error
-        if len(row.token_ids) != len(row.log_probs):
-            raise DataError(
-                f"{where}: `log_probs` must be one a token; found {len(row.log_probs)} for {len(row.token_ids)} tokens: replay "
-                f"a ledger as it was written"
-            )
-        return row
+def _row(line: Line, where: str) -> LedgerRow:
+    """The rollout that a line holds; DataError where it is none."""
+    try:
+        row = LedgerRow.model_validate(parsed(where, line.data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "row"
+        raise DataError(
+            f"{where}: `{field}` must be as a ledger has it ({first['msg'][0].lower() + first['msg'][1:]}); found "
+            f"{str(first['input'])[:60]!r}: replay a file that `semion rollout` or a run wrote"
+        ) from error
+    if len(row.token_ids) != len(row.log_probs):
+        raise DataError(
+            f"{where}: `log_probs` must be one a token; found {len(row.log_probs)} for {len(row.token_ids)} tokens: replay "
+            f"a ledger as it was written"
+        )
+    return row
 
 
 def ledger_rows(group: RolloutGroup) -> list[dict[str, object]]:

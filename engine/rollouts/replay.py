@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from engine.config.load import RunConfig
-from engine.core.errors import ConfigError, DataError
+from engine.core.errors import ConfigError, DataError, brief
 from engine.core.types import Sequence
 from engine.data.mixture import Mixture, load_mixture
 from engine.data.preferences import PreferenceSet, load_preferences
 from engine.data.prompts import PromptOrder
-from engine.data.records import brief, records
+from engine.data.records import records
 from engine.data.templates import load_tokenizer
 from engine.models.hf import read_shape
 from engine.rollouts.base import StepData

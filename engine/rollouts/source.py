@@ -12,12 +12,12 @@ from collections.abc import Sequence as Many
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from engine.config.load import RunConfig
+from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup
 from engine.data.mixture import Mixture
 from engine.inference.pool import Pool, Usage
 from engine.inference.sampling import sample_requests
 from engine.observe.profiling.phases import Phase, phase
-from engine.observe.sinks import JsonlLedger
 from engine.rewards.base import Reward
 from engine.rollouts.base import StepData
 from engine.rollouts.batch import step_data

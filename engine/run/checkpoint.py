@@ -3,7 +3,8 @@ folder still holds the last whole checkpoint. It reads no pickle: safetensors an
 
     checkpoints/LATEST                      "step_00000040"
     checkpoints/BEST                        "step_00000020", with checkpoint.best_by; kept beside the newest
-    checkpoints/step_00000040/manifest.json step, layout, configuration, size and SHA-256 of every file and of itself
+    checkpoints/step_00000040/manifest.json step, layout, configuration, how long the run's records were, size and SHA-256 of
+                                            every file and of itself
     checkpoints/step_00000040/policy/       the policy as a Hugging Face checkpoint
     checkpoints/step_00000040/rank_0000.safetensors   what this trainer rank needs to go on exactly
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError
-from engine.core.files import staged_folder, sync
+from engine.core.files import atomic_write, staged_folder, sync
 from engine.data.records import source_digest
 from engine.models.hf import write_hf_checkpoint
 from engine.rewards.math.reward import VERIFIER_VERSION
@@ -52,9 +52,15 @@ class Checkpoints:
         self._folder, self._rank, self._world_size, self._barrier = folder, rank, world_size, barrier
 
     def commit(
-        self, step: int, state: dict[str, torch.Tensor], weights: Iterator[tuple[str, torch.Tensor]], config: RunConfig
+        self,
+        step: int,
+        state: dict[str, torch.Tensor],
+        weights: Iterator[tuple[str, torch.Tensor]],
+        config: RunConfig,
+        records: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Writes the checkpoint of `step`; collective. `weights` yields the full policy on rank 0 (drained everywhere)."""
+        """Writes the checkpoint of `step`; collective. `weights` yields the full policy on rank 0 (drained everywhere);
+        `records`, rank 0's, is what a resumed run needs of the run's records (`Records.kept`)."""
         final = self._folder / f"step_{step:08d}"
         staging = self._folder / f".staging-{final.name}"
         if self._rank == 0:
@@ -73,11 +79,13 @@ class Checkpoints:
                 pass
         self._barrier()
         if self._rank == 0:
-            self._finish(step, staging, final, config)
+            self._finish(step, staging, final, config, records)
         self._barrier()
         return final
 
-    def _finish(self, step: int, staging: Path, final: Path, config: RunConfig) -> None:
+    def _finish(
+        self, step: int, staging: Path, final: Path, config: RunConfig, records: Mapping[str, Any] | None
+    ) -> None:
         files = {
             str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(staging.rglob("*"))
@@ -89,6 +97,7 @@ class Checkpoints:
             "config": json.loads(config.model_dump_json()),
             "data": _data_digests(config),
             "files": files,
+            "records": json.loads(json.dumps(records)),
         }
         manifest["sha256"] = _content_digest(manifest)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -118,11 +127,8 @@ class Checkpoints:
         self._prune(newest, config.checkpoint.keep)
 
     def _point(self, pointer: str, name: str) -> None:
-        part = self._folder / f".{pointer}"
-        part.write_text(name, encoding="utf-8")
-        sync(part)
-        os.replace(part, self._folder / pointer)
-        sync(self._folder)
+        with atomic_write(self._folder / pointer, durable=True) as part:
+            part.write_text(name, encoding="utf-8")
 
     def _prune(self, newest: Path, keep: int) -> None:
         """Removes all but the best and the `keep` newest. Later steps than the newest are of a run that was killed before
@@ -147,6 +153,20 @@ class Checkpoints:
         name = rank_file(self._rank)
         verify_file(newest, name, manifest)
         return int(manifest["step"]), load_file(newest / name)
+
+
+    def steps(self) -> set[int]:
+        """The steps of all checkpoints that stand, up to the newest."""
+        newest = latest(self._folder)
+        if newest is None:
+            return set()
+        return {int(path.name.removeprefix("step_")) for path in self._folder.glob("step_*") if path.name <= newest.name}
+
+    def records(self) -> dict[str, Any] | None:
+        """What the newest checkpoint keeps of the run's records; None without one, or where an older version wrote it."""
+        newest = latest(self._folder)
+        found: dict[str, Any] | None = read_manifest(newest).get("records") if newest is not None else None
+        return found
 
 
 def latest(folder: Path) -> Path | None:

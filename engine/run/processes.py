@@ -10,12 +10,16 @@ from __future__ import annotations
 import ipaddress
 import os
 import secrets
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, Literal
 
 from engine.config.load import RunConfig
@@ -34,6 +38,7 @@ from engine.core.errors import (
     WatchdogError,
     telling,
 )
+from engine.observe.journal import LOGS, WARNINGS, Journal, Warnings, sentence, traced
 from engine.observe.profiling import nsight
 from engine.run.machine import await_head, descendants, devices, end, look
 from engine.run.signals import Event, sign_of_life
@@ -45,6 +50,7 @@ REWARD_ENGINE = "engine.inference.reward_engine:RewardEngine"
 
 HOST = "127.0.0.1"
 HEAD = "node:__internal_head__"  # the resource by which Ray marks a cluster's first node
+WARNINGS_SECONDS = 2.0  # how long a warning may wait to be shown
 SETTLE_SECONDS = 2.0  # after a first error, how long to wait for one that says more
 RAY_ENVIRONMENT = {  # of every process of Ray
     "RAY_AUTH_MODE": "token",
@@ -80,8 +86,8 @@ class Node:
 class RayFuture:
     """A method of an engine under way in its process."""
 
-    def __init__(self, reference: Any, name: str) -> None:
-        self._reference, self._name = reference, name
+    def __init__(self, reference: Any, name: str, log: Path | None = None) -> None:
+        self._reference, self._name, self._log = reference, name, log
 
     def result(self, timeout_seconds: float) -> Any:
         """The value, or the error that the engine raised; TimeoutError when late, EngineLostError when it died."""
@@ -92,30 +98,35 @@ class RayFuture:
         except ray.exceptions.GetTimeoutError as error:
             raise TimeoutError(self._name) from error
         except ray.exceptions.RayTaskError as error:
-            raise _plain(error, self._name) from error
+            raise _plain(error, self._name, self._log) from error
         except ray.exceptions.RayActorError as error:
             kind = EngineStartError if error.actor_init_failed else EngineLostError
-            raise kind(f"the process of {self._name} ended: {_last_line(error)}") from error
+            raise kind(f"the process of {self._name} ended: {_last_line(error)}{_see(self._log)}") from error
 
 
 class Hosted:
     """What a process of ours runs: an object of a class that is imported there and nowhere else, so that the command needs
-    neither torch nor vLLM. `kind` is "module:Class"; a test's own class may come as it is."""
+    neither torch nor vLLM. `kind` is "module:Class"; a test's own class may come as it is. What the process logs, and every
+    error that leaves it, goes to `journal`."""
 
-    def __init__(self, kind: str | type, *arguments: Any) -> None:
-        if isinstance(kind, str):
-            module, _, name = kind.partition(":")
-            kind = getattr(import_module(module), name)
-        assert isinstance(kind, type)
-        self._object = kind(*arguments)
+    def __init__(self, journal: Journal, kind: str | type, *arguments: Any) -> None:
+        journal.open()
+        with traced(str(kind)):
+            if isinstance(kind, str):
+                module, _, name = kind.partition(":")
+                kind = getattr(import_module(module), name)
+            assert isinstance(kind, type)
+            self._object = kind(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The value of one of its methods."""
-        return getattr(self._object, method)(*arguments)
+        with traced(method):
+            return getattr(self._object, method)(*arguments)
 
     def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
         """What one of its methods yields."""
-        yield from getattr(self._object, method)(*arguments)
+        with traced(method):
+            yield from getattr(self._object, method)(*arguments)
 
 
 def hosting(kind: str | type) -> type:
@@ -124,10 +135,10 @@ def hosting(kind: str | type) -> type:
 
 
 class RayEngine:
-    """An engine, of the policy or of the reward model, in a Ray actor; errors call it `name`."""
+    """An engine, of the policy or of the reward model, in a Ray actor; errors call it as its journal does, and name its log."""
 
-    def __init__(self, name: str, start: Callable[[], Any]) -> None:
-        self._name, self._start = name, start
+    def __init__(self, journal: Journal, start: Callable[[], Any]) -> None:
+        self._name, self._log, self._start = journal.process, journal.log, start
         self._actor = start()
 
     def restart(self) -> None:
@@ -143,7 +154,8 @@ class RayEngine:
 
     def call(self, method: str, *arguments: Any) -> RayFuture:
         """Starts a method; calls of one caller run in order."""
-        return RayFuture(self._actor.call.options(name=f"{self._name}: {method}").remote(method, *arguments), self._name)
+        called = self._actor.call.options(name=f"{self._name}: {method}").remote(method, *arguments)
+        return RayFuture(called, self._name, self._log)
 
 
 class Cluster:
@@ -159,8 +171,14 @@ class Cluster:
         self._ranks: list[Any] = []
         self._engines: list[RayEngine] = []
         self._others = descendants()  # what this process had started before
+        # A run's logs stay with its records. What a command only starts engines for may name a run's directory, but is no run.
+        self._run_logs = (config.run_directory / LOGS).resolve() if parts is None else None
+        self._logs: Path | None = None
+        self._warnings: Warnings | None = None
 
     def __enter__(self) -> Cluster:
+        self._logs = self._run_logs or Path(mkdtemp(prefix="semion-logs-"))
+        self._warnings = Warnings(self._logs, self._run_logs.parent / WARNINGS if self._run_logs is not None else None)
         try:
             (self._start_ray if self._config.cluster.nodes == 1 else self._join_ray)()
             if self._placement is not None:
@@ -275,7 +293,12 @@ class Cluster:
                 )
 
     def _starter(
-        self, seat: Seat | None, kind: str | type, *arguments: Any, profiled: dict[str, Any] | None = None
+        self,
+        seat: Seat | None,
+        journal: Journal,
+        kind: str | type,
+        *arguments: Any,
+        profiled: dict[str, Any] | None = None,
     ) -> Callable[[], Any]:
         """Starts a process with an object of this class in its seat, each time it is called. `profiled`: what Ray must know to
         profile it."""
@@ -283,7 +306,8 @@ class Cluster:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         if seat is None:
-            return partial(ray.remote(num_cpus=0, runtime_env=profiled or {})(hosting(kind)).remote, kind, *arguments)
+            actor = ray.remote(num_cpus=0, runtime_env=profiled or {})(hosting(kind))
+            return partial(actor.remote, journal, kind, *arguments)
         node = self._nodes[seat.node]
         environment = _ENVIRONMENT | {"GLOO_SOCKET_IFNAME": node.interface, "NCCL_SOCKET_IFNAME": node.interface}
         if node.devices:
@@ -293,7 +317,11 @@ class Cluster:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.ray_id, soft=False),
             runtime_env={"env_vars": environment} | (profiled or {}),
         )(hosting(kind))
-        return partial(actor.remote, kind, *arguments)
+        return partial(actor.remote, journal, kind, *arguments)
+
+    def _journal(self, process: str) -> Journal:
+        assert self._logs is not None
+        return Journal(self._logs, process, self._verbose)
 
     def __exit__(self, *raised: object) -> None:
         import ray
@@ -307,14 +335,19 @@ class Cluster:
         started = (started | descendants()) - self._others
         ray.shutdown()
         end(started)
+        for warning in self._warnings.close() if self._warnings is not None else ():
+            sys.stderr.write(f"semion: {sentence(warning)}\n")
+        if self._logs is not None and self._run_logs is None and not any(raised):
+            shutil.rmtree(self._logs)  # else the error names a file in it
 
     def start_engines(self) -> list[RayEngine]:
         """Starts the inference engines; they load while the caller goes on."""
         seats: Sequence[Seat | None] = self._placement.engines if self._placement else [None] * self._config.inference.engines
-        engines = [
-            RayEngine(f"engine {i}", self._starter(seat, ENGINE, self._config, i, profiled=self._profiled("engine", i)))
-            for i, seat in enumerate(seats)
-        ]
+        engines = []
+        for i, seat in enumerate(seats):
+            journal = self._journal(f"engine {i}")
+            start = self._starter(seat, journal, ENGINE, self._config, i, profiled=self._profiled("engine", i))
+            engines.append(RayEngine(journal, start))
         self._engines += engines
         return engines
 
@@ -323,7 +356,8 @@ class Cluster:
         if self._config.reward_model.path is None:
             return None
         seat = self._placement.reward_engine if self._placement else None
-        self._engines.append(RayEngine("the reward engine", self._starter(seat, REWARD_ENGINE, self._config)))
+        journal = self._journal("the reward engine")
+        self._engines.append(RayEngine(journal, self._starter(seat, journal, REWARD_ENGINE, self._config)))
         return self._engines[-1]
 
     def train(self, *, resume: bool) -> Iterator[Event]:
@@ -342,31 +376,40 @@ class Cluster:
     def run_ranks(
         self, method: str, arguments_of: Callable[[int], tuple[Any, ...]], kind: str | type = RANK
     ) -> Iterator[Event]:
-        """Runs a method of every trainer rank with (rendezvous port, *arguments_of(rank)); yields their events."""
+        """Runs a method of every trainer rank with (rendezvous port, *arguments_of(rank)); yields their events, and what any
+        process warned of, as {"kind": "warning", "where", "text", "count"}."""
         import ray
+
+        assert self._warnings is not None
 
         seats: Sequence[Seat | None] = self._placement.ranks if self._placement else [None] * self._config.trainer.world_size
         host = self._nodes[0].address  # where rank 0 is
         text = self._config.model_dump_json()
-        ranks = [self._starter(seat, kind, text, i, host, profiled=self._profiled("rank", i))() for i, seat in enumerate(seats)]
+        journals = [self._journal(f"trainer rank {rank}") for rank in range(len(seats))]
+        ranks = [
+            self._starter(seat, journal, kind, text, rank, host, profiled=self._profiled("rank", rank))()
+            for rank, (seat, journal) in enumerate(zip(seats, journals, strict=True))
+        ]
         self._ranks += ranks
         try:
             port = ray.get(ranks[0].call.remote("serve"), timeout=self._config.trainer.timeout_seconds)
         except ray.exceptions.RayError as error:
-            raise _plain(error, "trainer rank 0") from error
+            raise _plain(error, journals[0].process, journals[0].log) from error
         streams = [
             actor.stream.options(num_returns="streaming", name=f"trainer rank {rank}: {method}").remote(
                 method, port, *arguments_of(rank)
             )
             for rank, actor in enumerate(ranks)
         ]
-        names = {stream: f"trainer rank {rank}" for rank, stream in enumerate(streams)}
+        names = dict(zip(streams, journals, strict=True))
         patience = self._patience_seconds()
+        heard = time.monotonic()
         while streams:
-            ready, _ = ray.wait(streams, num_returns=1, timeout=patience)
-            if not ready and self._alive(patience):
-                continue
-            if not ready:
+            ready, _ = ray.wait(streams, num_returns=1, timeout=min(patience, WARNINGS_SECONDS))
+            yield from self._warnings.fresh()
+            if ready:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > patience and not self._alive(patience):
                 raise WatchdogError(f"no trainer rank gave a sign of life for {patience:.0f} s: look for a stopped process")
             for stream in ready:
                 try:
@@ -375,7 +418,9 @@ class Cluster:
                     streams.remove(stream)
                 except ray.exceptions.RayError as error:
                     streams.remove(stream)
-                    raise self._worst(_plain(error, names[stream]), streams, names) from error
+                    worst = self._worst(_plain(error, names[stream].process, names[stream].log), streams, names)
+                    yield from self._warnings.fresh()
+                    raise worst from error
 
     def _profiled(self, kind: Literal["rank", "engine"], index: int) -> dict[str, Any]:
         return nsight.runtime_env(self._config.profile, self._config.run_directory, kind, index)
@@ -391,7 +436,7 @@ class Cluster:
         file = sign_of_life(self._config)
         return file.exists() and time.time() - file.stat().st_mtime < patience
 
-    def _worst(self, first: SemionError, streams: list[Any], names: dict[Any, str]) -> SemionError:
+    def _worst(self, first: SemionError, streams: list[Any], names: dict[Any, Journal]) -> SemionError:
         """Of the errors that end a run within a moment, the one that says most: what broke first is often an echo."""
         import ray
 
@@ -405,12 +450,13 @@ class Cluster:
                     streams.remove(stream)
                 except ray.exceptions.RayError as error:
                     streams.remove(stream)
-                    first = max(first, _plain(error, names[stream]), key=telling)
+                    first = max(first, _plain(error, names[stream].process, names[stream].log), key=telling)
         return first
 
 
-def _plain(error: Any, name: str) -> SemionError:
-    """A Ray error as what happened in the process `name`: our typed error itself, or a WatchdogError that tells it."""
+def _plain(error: Any, name: str, log: Path | None = None) -> SemionError:
+    """A Ray error as what happened in the process `name`: our typed error itself, or a WatchdogError that tells it and says
+    where to look: in its `log`, or where it has none with --verbose."""
     import ray
 
     if isinstance(error, ray.exceptions.RayTaskError):
@@ -418,10 +464,15 @@ def _plain(error: Any, name: str) -> SemionError:
             return error.cause
         why = " ".join(str(error.cause).split()) or "no message"
         kind = UnexpectedError if isinstance(error.cause, MISTAKES) else WatchdogError
-        return kind(f"{name} failed with {type(error.cause).__name__}: {why}; --verbose shows where")
+        return kind(f"{name} failed with {type(error.cause).__name__}: {why}; {log or '--verbose'} shows where")
     if isinstance(error, ray.exceptions.GetTimeoutError):
-        return WatchdogError(f"{name} did not start within trainer.timeout_seconds: raise it, or look at what --verbose shows")
-    return ProcessLostError(f"the process of {name} ended: {_last_line(error)}")
+        shows = log or "what --verbose shows"
+        return WatchdogError(f"{name} did not start within trainer.timeout_seconds: raise it, or look at {shows}")
+    return ProcessLostError(f"the process of {name} ended: {_last_line(error)}{_see(log)}")
+
+
+def _see(log: Path | None) -> str:
+    return f"; its log is {log}" if log is not None else ""
 
 
 def _last_line(error: Exception) -> str:

@@ -34,7 +34,7 @@ from engine.rewards.model import ScoringEngine
 from engine.rollouts.replay import replay_kind
 from engine.run import loop
 from engine.run.checkpoint import Checkpoints
-from engine.run.controller import Desk
+from engine.run.controller import Controller
 from engine.run.publishers import NoEngines, PoolPublisher
 from engine.run.signals import Event, sign_of_life, stop_request
 from engine.run.sources import BroadcastSource, SupervisedSource
@@ -65,33 +65,38 @@ class TrainerRank:
         folder = config.run_directory / "checkpoints"
         checkpoints = Checkpoints(folder, rank=topology.rank, world_size=topology.world_size, barrier=dist.barrier)
         start = resume_policy(config, checkpoints, policy) if resume else 0
-        desk = Desk(config, engines, reward_engine, start) if engines is not None else None
-        pool = desk.pool if desk and config.uses_engines else None
+        controller: Controller | None = None
+        if engines is not None:
+            kept = checkpoints.records() if resume else None
+            controller = Controller(config, engines, reward_engine, start, kept)
+        pool = controller.pool if controller and config.uses_engines else None
         publisher: loop.Publisher = NoEngines()
         if config.uses_engines:
             publisher = PoolPublisher(open_publisher(config, policy, topology, self._host, pool), topology)
-        source = BroadcastSource(config, topology, desk.source if desk else None)
+        source = BroadcastSource(config, topology, controller.source if controller else None)
 
         def checkpoint(step: int) -> None:
-            collapse, stopped = self._collapse(topology, desk), self._stopped(topology, step)
-            saved = commits(config, step, collapse or stopped)
+            collapse = self._collapse(topology, controller)
+            stopped = self._stopped(topology, step)
+            saved = commits(config, step, ends=collapse is not None or stopped)
             if saved:
-                checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config)
-            if end := _early_end(config, step, collapse, stopped, saved):
-                self._close(topology, desk)
+                records = controller.kept(checkpoints.steps()) if controller else None
+                checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config, records)
+            if end := _early_end(config, step, collapse, stopped=stopped, saved=saved):
+                self._close(topology, controller)
                 raise end
 
         def evaluate(step: int) -> None:
-            if desk is not None:
-                desk.evaluate(step, lambda: self._beat(topology))
-                checkpoints.select(desk.scores(), config)
+            if controller is not None:
+                controller.evaluate(step, lambda: self._beat(topology))
+                checkpoints.select(controller.scores(), config)
                 self._beat(topology, over=True)
             else:
                 while not self._beat(topology):
                     pass
 
-        if desk is not None:
-            checkpoints.select(desk.scores(), config)
+        if controller is not None:
+            checkpoints.select(controller.scores(), config)
         for record in loop.train(
             config.schedule,
             policy,
@@ -104,9 +109,9 @@ class TrainerRank:
             evaluate=evaluate,
             window=Window(config.profile, config.run_directory, self._rank, pool, config.schedule),
         ):
-            for event in desk.finish_step(record) if desk else ():
+            for event in controller.finish_step(record) if controller else ():
                 yield event
-        for event in desk.finish() if desk else ():
+        for event in controller.finish() if controller else ():
             yield event
         topology.close()
 
@@ -139,25 +144,26 @@ class TrainerRank:
             sign_of_life(self._config).touch()
         return broadcast_bytes(b"over" if over else b"more", topology.device) == b"over"
 
-    def _close(self, topology: Topology, desk: Desk | None) -> None:
+    def _close(self, topology: Topology, controller: Controller | None) -> None:
         """Closes rank 0's records before any rank raises: the first that does has all of them ended. Collective."""
-        if desk is not None:
-            desk.finish()
+        if controller is not None:
+            controller.finish()
         self._beat(topology)
 
-    def _collapse(self, topology: Topology, desk: Desk | None) -> str:
-        """Broadcasts the guard's reason to stop the run; empty to go on. Collective."""
+    def _collapse(self, topology: Topology, controller: Controller | None) -> str | None:
+        """Broadcasts the guard's reason to stop the run; None to go on. Collective."""
         if self._config.guard.action != "stop":
-            return ""
-        return broadcast_bytes(desk.collapse.encode() if desk else b"", topology.device).decode()
+            return None
+        reason = controller.collapse if controller else None
+        return broadcast_bytes((reason or "").encode(), topology.device).decode() or None
 
-    def _stopped(self, topology: Topology, step: int) -> str:
-        """Broadcasts whether the command has asked the run to stop, as the words of the error; empty to go on. Collective where
-        a run that ended after `step` steps could be continued: nowhere else is it looked at."""
+    def _stopped(self, topology: Topology, step: int) -> bool:
+        """Broadcasts whether the command has asked the run to stop. Collective where a run that ended after `step` steps could
+        be continued: nowhere else is it looked at."""
         if not self._config.schedule.opens(step):
-            return ""
+            return False
         asked = topology.rank == 0 and stop_request(self._config).exists()
-        return broadcast_bytes(b"--resume auto goes on" if asked else b"", topology.device).decode()
+        return broadcast_bytes(b"stop" if asked else b"", topology.device) == b"stop"
 
     def _join(self, port: int) -> Topology:
         trainer, reward_patience = self._config.trainer, self._config.reward_model.patience_seconds
@@ -182,17 +188,17 @@ def _weights(config: RunConfig, policy: Policy, topology: Topology) -> Iterator[
     return stream_to_first_rank(policy, topology, plan, policy.dtype)
 
 
-def commits(config: RunConfig, step: int, collapse: str) -> bool:
-    """Whether the state after `step` steps is saved: when due, and before a stop where a run can go on from it."""
-    return config.checkpoint_due(step) or bool(collapse and config.schedule.opens(step))
+def commits(config: RunConfig, step: int, *, ends: bool) -> bool:
+    """Whether the state after `step` steps is saved: when due, and where the run `ends` and can go on from it."""
+    return config.checkpoint_due(step) or (ends and bool(config.schedule.opens(step)))
 
 
-def _early_end(config: RunConfig, step: int, collapse: str, stopped: str, saved: bool) -> SemionError | None:
+def _early_end(config: RunConfig, step: int, collapse: str | None, *, stopped: bool, saved: bool) -> SemionError | None:
     """Why the run ends after `step` steps although more are asked for; None where it goes on."""
-    if collapse and step < config.run.steps:
+    if collapse is not None and step < config.run.steps:
         state = "saved in a checkpoint" if saved else "not at a sync boundary, so the newest checkpoint stands"
         return NumericsError(f"{collapse}; guard.action = 'stop' ended the run after {step} steps, {state}")
-    return PreemptedError(f"asked to stop: saved after {step} steps, {stopped}") if stopped else None
+    return PreemptedError(f"asked to stop: saved after {step} steps, --resume auto goes on") if stopped else None
 
 
 def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 
 from engine.config.load import RunConfig
 from engine.core.errors import MissingNodeError, PreemptedError, SemionError
+from engine.core.jsonl import JsonlLedger, last_row
 from engine.observe.summary import RESTARTS
 from engine.run.signals import Event, stop_request
 
@@ -64,9 +65,8 @@ def saved_steps(config: RunConfig) -> int:
 def write_down(config: RunConfig, step: int, number: int, error: SemionError, *, has_moved: bool) -> None:
     """Adds a row to the record: the step gone on from, how many that the lost attempt did are to be done again, what was lost
     and when. `has_moved`: it did any."""
-    from engine.observe.sinks import JsonlLedger, read_rows
-
-    done = max((row["step"] + 1 for row in read_rows(config.run_directory / "metrics.jsonl")), default=0)
+    last = last_row(config.run_directory / "metrics.jsonl")
+    done = last["step"] + 1 if last is not None else 0
     lost_steps = max(0, done - step) if has_moved else 0
     what = {"restart": number, "error": type(error).__name__, "text": str(error)}
     ledger = JsonlLedger(config.run_directory / RESTARTS)

@@ -4,13 +4,13 @@ under which the process was started, when to capture. It decides neither when no
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from engine.core.errors import ConfigError
+from engine.core.files import atomic_write
 from engine.observe.profiling.phases import Phase, phase
 
 if TYPE_CHECKING:
@@ -79,10 +79,8 @@ class Recorder:
             self._capture(False)
             return
         self._profiler.stop()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_name(self.file.name + ".part")
-        self._profiler.export_chrome_trace(str(part))
-        os.replace(part, self.file)
+        with atomic_write(self.file) as part:
+            self._profiler.export_chrome_trace(str(part))
         self._profiler = None
 
     def decoded(self) -> None:

@@ -158,7 +158,7 @@ def test_a_file_that_is_no_ledger_is_named_and_left_as_it_is(serve, tmp_path, te
     """Also where its only line has no newline at its end, as of most JSON."""
     file, data = tmp_path / "precious.json", text.encode("utf-8", "surrogateescape")
     file.write_bytes(data)
-    with pytest.raises(DataError, match=r"precious\.json .*must .*; found .*name another --output"):
+    with pytest.raises(DataError, match=r"precious\.json.* must .*; found .*name another --output"):
         judging.judge([], Endpoint("http://h", "j"), file, 1, {})
     assert file.read_bytes() == data
 

@@ -22,8 +22,9 @@ from engine.commands.training import preemptible
 from engine.config.load import RunConfig, dump_config, load_config
 from engine.core.errors import InferenceError, PreemptedError
 from engine.core.files import locked
+from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion
-from engine.observe.sinks import JsonlLedger, MetricsWriter
+from engine.observe.sinks import MetricsWriter
 from engine.rewards.registry import RoutedReward
 from engine.run.checkpoint import Checkpoints
 from engine.run.signals import stop_request
@@ -180,7 +181,7 @@ def test_rollouts_that_failed_half_way_leave_no_output_and_can_be_made_again(
             closed.append(True)
             super().close()
 
-    monkeypatch.setattr("engine.observe.sinks.JsonlLedger", Ledger)
+    monkeypatch.setattr("engine.core.jsonl.JsonlLedger", Ledger)
     monkeypatch.setattr("engine.run.processes.Cluster", lambda config, **_: cluster)
     monkeypatch.setattr("engine.rewards.registry.open_rewards", lambda config, engine: RoutedReward({"math": Parity()}))
     cluster.__exit__.return_value = False

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import ray
@@ -315,6 +316,9 @@ def test_what_a_process_raised_is_told_from_its_death_and_from_a_mistake_in_the_
     assert _plain(failed(WeightSyncError("typed")), "trainer rank 1").exit_code == 6
     died = _plain(ray.exceptions.RayActorError(), "trainer rank 0")
     assert isinstance(died, ProcessLostError) and str(died).startswith("the process of trainer rank 0 ended: ")
+    log = Path("logs/trainer_rank_0.log")
+    named = [str(_plain(error, "trainer rank 0", log)) for error in (failed(KeyError("lr")), ray.exceptions.RayActorError())]
+    assert named[0].endswith(f"; {log} shows where") and named[1].endswith(f"; its log is {log}")
 
 
 def test_an_engine_that_cannot_be_made_is_told_from_one_that_is_lost(monkeypatch):

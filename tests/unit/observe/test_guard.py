@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import options
+from engine.core.jsonl import read_rows
 from engine.observe.guard import WINDOW, Finding, Guard
-from engine.observe.sinks import MetricsWriter, read_rows
+from engine.observe.sinks import MetricsWriter
 
 Row = dict[str, Any]
 

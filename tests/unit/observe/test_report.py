@@ -239,7 +239,7 @@ def test_the_sentence_says_the_regime(tmp_path):
     assert prove(run, SCHEDULE).sentence() == "s = 4 (semi-online): no rollouts on record", "as of a supervised run"
     assert not prove(run, SCHEDULE).holds
     (run / "rollouts.jsonl").write_text('{"step": 0, "version": 0}\nbroken\n')
-    with pytest.raises(DataError, match=r"rollouts\.jsonl line 2 must"):
+    with pytest.raises(DataError, match=r"rollouts\.jsonl, line 2: must"):
         prove(run, SCHEDULE)
 
 
@@ -276,6 +276,8 @@ def run(tmp_path):
     write(folder / "evaluations.jsonl", EVALUATIONS)
     write(folder / "guard.jsonl", [{"step": 7, "what": "length", "text": "length collapsed: <b>1</b>"}])
     write(folder / "restarts.jsonl", [{"step": 4, "lost_steps": 2, "restart": 1, "text": "the process of <engine> 0 ended"}])
+    warned = {"unix_seconds": 1.0, "process": "trainer rank 0", "text": "<gloo>"}
+    (folder / "warnings.jsonl").write_text("".join(json.dumps(warned | {"count": count}) + "\n" for count in (1, 10)))
     return folder
 
 
@@ -336,9 +338,12 @@ def test_the_command_writes_page_plots_and_figures(run, tmp_path, capsys):
     assert "records" not in first["evaluations"][0]
     assert first["guard"][0]["what"] == "length"
     assert first["restarts"][0]["lost_steps"] == 2
+    assert [(row["text"], row["count"]) for row in first["warnings"]] == [("<gloo>", 10)]
     said = capsys.readouterr().out
     assert "proven from 36 rollouts" in said and "of 12 steps; 1 restart\n" in said
-    assert "<td>4</td><td>2</td><td>the process of &lt;engine&gt; 0 ended</td>" in (run / "report.html").read_text("utf-8")
+    html = (run / "report.html").read_text("utf-8")
+    assert "<td>4</td><td>2</td><td>the process of &lt;engine&gt; 0 ended</td>" in html
+    assert "<td>trainer rank 0</td><td>10</td><td>&lt;gloo&gt;</td>" in html
 
 
 def test_a_contradicted_regime_is_reported_with_an_exit_code_of_its_own(run, tmp_path, capsys):

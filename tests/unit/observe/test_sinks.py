@@ -8,10 +8,9 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from engine.core.errors import DataError
 from engine.observe import progress as progress_module
 from engine.observe.progress import METRICS, Progress, print_table
-from engine.observe.sinks import JsonlLedger, MetricsWriter, write_json
+from engine.observe.sinks import MetricsWriter, write_json
 
 
 def lines_of(path):
@@ -24,46 +23,6 @@ def clock(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     return now
-
-
-class TestJsonlLedger:
-    def test_rows_survive_without_closing(self, tmp_path):
-        ledger = JsonlLedger(tmp_path / "deep" / "rollouts.jsonl")
-        ledger.append([{"step": 0, "text": "½\n"}, {"step": 0, "text": "b"}])
-        assert lines_of(ledger.path) == [{"step": 0, "text": "½\n"}, {"step": 0, "text": "b"}]
-
-    def test_truncate_keeps_earlier_steps_and_appending_goes_on(self, tmp_path):
-        ledger = JsonlLedger(tmp_path / "rollouts.jsonl")
-        ledger.append({"step": step, "index": index} for step in range(4) for index in range(2))
-        ledger.truncate(2)
-        ledger.append([{"step": 2, "index": 9}])
-        assert [(row["step"], row["index"]) for row in ledger.rows()] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 9)]
-        assert [path.name for path in tmp_path.iterdir()] == ["rollouts.jsonl"]
-
-    # nothing but the torn line; a torn line shorter and longer than the block that is searched at a time
-    @pytest.mark.parametrize("whole", ["", '{"step": 0}\n'])
-    @pytest.mark.parametrize("torn", ['{"step": 1, "te', '{"step": 1, "text": "' + "x" * 200_000])
-    def test_torn_last_line_is_dropped_on_opening(self, tmp_path, whole, torn):
-        path = tmp_path / "metrics.jsonl"
-        path.write_text(whole + torn, encoding="utf-8")
-        ledger = JsonlLedger(path)
-        ledger.append([{"step": 7}])
-        assert path.read_text(encoding="utf-8") == whole + '{"step": 7}\n'
-
-    @pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}', '{"step": "1"}'])
-    def test_a_spoilt_line_is_named(self, tmp_path, line):
-        path = tmp_path / "metrics.jsonl"
-        path.write_text(f'{{"step": 0}}\n{line}\n', encoding="utf-8")
-        with pytest.raises(DataError, match=r"metrics\.jsonl line 2 must"):
-            JsonlLedger(path).truncate(1)
-        assert path.read_text(encoding="utf-8").splitlines()[1] == line
-
-    def test_not_a_number_is_refused_and_nothing_of_the_call_is_written(self, tmp_path):
-        ledger = JsonlLedger(tmp_path / "rollouts.jsonl")
-        with pytest.raises(ValueError, match="JSON"):
-            ledger.append([{"step": 0}, {"step": 0, "log_probs": [math.nan]}])
-        ledger.close()
-        assert ledger.path.read_text(encoding="utf-8") == ""
 
 
 class TestMetricsWriter:
@@ -82,7 +41,7 @@ class TestMetricsWriter:
             for step in range(5):
                 writer.write({"step": step, "loss": float(step)})
         with MetricsWriter(tmp_path) as resumed:
-            resumed.truncate(3)
+            resumed.cut(resumed.ledger.find(3), 3)
             resumed.write({"step": 3, "loss": 30.0})
         assert [row["loss"] for row in lines_of(tmp_path / "metrics.jsonl")] == [0.0, 1.0, 2.0, 30.0]
         restarts = [event.step for event in events(tmp_path) if event.HasField("session_log")]

@@ -18,13 +18,13 @@ from engine.algorithms.registry import make_objective
 from engine.config.load import RunConfig
 from engine.config.options import Algorithm
 from engine.core.errors import ConfigError, DataError
+from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score, Status
 from engine.data.mixture import Mixture
 from engine.data.preferences import load_preferences
 from engine.data.prompts import PromptOrder
 from engine.data.templates import encode_prompt
 from engine.inference.pool import Pool
-from engine.observe.sinks import JsonlLedger
 from engine.rollouts.base import StepData
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
 from engine.rollouts.replay import LedgerSource, PreferenceSource, open_replay, replay_kind

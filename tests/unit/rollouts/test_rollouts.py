@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from engine.config.load import RunConfig
 from engine.core.errors import InferenceError
+from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
 from engine.data.mixture import Mixture
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.inference.pool import Pool, Usage
-from engine.observe.sinks import JsonlLedger
 from engine.rollouts.batch import compared_tokens, training_sequences
 from engine.rollouts.ledger import ledger_rows
 from engine.rollouts.metrics import percentile, rollout_metrics

@@ -136,6 +136,18 @@ def test_the_same_step_can_be_saved_twice(tmp_path):
     assert_whole(tmp_path, 10)
 
 
+def test_what_the_run_says_of_its_records_comes_back_with_the_newest(tmp_path):
+    assert (open_checkpoints(tmp_path).records(), open_checkpoints(tmp_path).steps()) == (None, set())
+    checkpoints, config = open_checkpoints(tmp_path), run_config(tmp_path, checkpoint={"keep": 2})
+    for step in (5, 10, 15):
+        records = {"bytes": {"metrics": step}, "judged": [{10: 0.1, 9: None}]}
+        checkpoints.commit(step, state_of(step), weights_of(step), config, records)
+    assert checkpoints.records() == {"bytes": {"metrics": 15}, "judged": [{"10": 0.1, "9": None}]}
+    assert checkpoints.steps() == {10, 15}
+    (tmp_path / "run" / "checkpoints" / "step_00000020").mkdir()
+    assert checkpoints.steps() == {10, 15}, "one that was never named does not stand"
+
+
 def steps_kept(root: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in (root / "run" / "checkpoints").glob("step_*"))
 
@@ -349,11 +361,11 @@ def test_resuming_goes_on_at_the_step_of_the_checkpoint_or_says_why_not(tmp_path
 @pytest.mark.parametrize("interval", [1, 5, "never"])
 def test_a_run_that_the_guard_stops_saves_only_what_it_could_go_on_from(tmp_path, interval, semantics):
     config = run_config(tmp_path, sync={"sync_interval": interval, "semantics": semantics}, run={"steps": 33})
-    saved = [step for step in range(1, 34) if commits(config, step, "entropy collapsed")]
+    saved = [step for step in range(1, 34) if commits(config, step, ends=True)]
     boundaries = {1: range(1, 33), 5: range(5, 33, 5), "never": range(16, 33, 16)}[interval]
     early = int(interval == 5 and semantics == "fairseq2")
     assert saved == [*(step - early for step in boundaries), 33]
-    assert [step for step in range(1, 34) if commits(config, step, "")] == [33]
+    assert [step for step in range(1, 34) if commits(config, step, ends=False)] == [33]
 
 
 def test_a_prolonged_run_of_fairseq2s_count_is_told_where_it_may_go_on(tmp_path):

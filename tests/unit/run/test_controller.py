@@ -1,4 +1,4 @@
-"""The desk of rank 0 with fake engines and a reward that looks at a number: a row for each held-out set, what a resumed run
+"""Rank 0's controller with fake engines and a reward that looks at a number: a row for each held-out set, what a resumed run
 still knows of earlier evaluations, the score of a step, and what the guard makes it say and ask for.
 """
 
@@ -13,8 +13,8 @@ from engine.config.load import RunConfig
 from engine.core.types import Prompt, Score
 from engine.data.mixture import HeldOut, Mixture
 from engine.data.prompts import PromptSet
-from engine.run import controller as desk_module
-from engine.run.controller import Desk
+from engine.run import controller as controller_module
+from engine.run.controller import Controller
 from tests.unit.inference.test_pool import FakeEngine
 
 SUMS = tuple(Prompt(f"s{i}", (i,), f"sum {i}", f"{i}", "", "") for i in range(3))
@@ -40,20 +40,20 @@ class Sixth:
         """Nothing to close."""
 
 
-Open = Callable[..., Desk]
+Open = Callable[..., Controller]
 
 
 @pytest.fixture
-def open_desk(tmp_path, monkeypatch):
-    """Opens the desk of a run that goes on at `start`, with an engine of that version; all are closed at the end."""
+def open_controller(tmp_path, monkeypatch):
+    """Opens the controller of a run that goes on at `start`, with an engine of that version; all are closed at the end."""
     mixture = lambda config: Mixture(config.data.sources, (PromptSet(SUMS, 0, 0),), 0)  # noqa: E731
     sums = lambda config: (HeldOut(0, config.data, PromptSet(SUMS, 0, 0), "sums"),)  # noqa: E731
-    monkeypatch.setattr(desk_module, "load_mixture", mixture)
-    monkeypatch.setattr(desk_module, "load_held_out", sums)
-    monkeypatch.setattr(desk_module, "open_rewards", lambda config, reward_engine: Sixth())
-    opened: list[Desk] = []
+    monkeypatch.setattr(controller_module, "load_mixture", mixture)
+    monkeypatch.setattr(controller_module, "load_held_out", sums)
+    monkeypatch.setattr(controller_module, "open_rewards", lambda config, reward_engine: Sixth())
+    opened: list[Controller] = []
 
-    def make(start: int = 0, version: int = 0, **guard: Any) -> Desk:
+    def make(start: int = 0, version: int = 0, kept: Any = None, **guard: Any) -> Controller:
         config = RunConfig.model_validate(
             {
                 "run": {"directory": str(tmp_path), "steps": 40},
@@ -64,63 +64,80 @@ def open_desk(tmp_path, monkeypatch):
                 "guard": guard,
             }
         )
-        desk = Desk(config, [Longest(version)], None, start)
-        desk.pool.commit(version)
-        opened.append(desk)
-        return desk
+        controller = Controller(config, [Longest(version)], None, start, kept)
+        controller.pool.commit(version)
+        opened.append(controller)
+        return controller
 
     yield make
-    for desk in opened:
-        desk.finish()
+    for controller in opened:
+        controller.finish()
 
 
-def rows(desk: Desk, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (desk._config.run_directory / name).read_text("utf-8").splitlines()]
+def rows(controller: Controller, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (controller._config.run_directory / name).read_text("utf-8").splitlines()]
 
 
 def record(step: int, entropy: float = 1.0) -> dict[str, float]:
     return {"step": step, "rollout_entropy": entropy, "completion_tokens_mean": 9.0, "reward_mean": 0.5}
 
 
-def test_every_set_has_its_row_and_the_scores_are_the_means_over_them(open_desk: Open):
+def test_every_set_has_its_row_and_the_scores_are_the_means_over_them(open_controller: Open):
     """Chats are worth 6: in the seed's length 6, in four times as many tokens 6 / 4. Sums stay right, at any length."""
-    desk = open_desk()
-    desk._sets.append(("chats", CHATS))
-    desk.evaluate(0, lambda: None)
-    assert [(row["step"], row["set"], row["measure"], row["mean"]) for row in rows(desk, "evaluations.jsonl")] == [
+    controller = open_controller()
+    controller._sets.append(("chats", CHATS))
+    controller.evaluate(0, lambda: None)
+    assert [(row["step"], row["set"], row["measure"], row["mean"]) for row in rows(controller, "evaluations.jsonl")] == [
         (0, "sums", "accuracy", 1.0),
         (0, "chats", "reward", 6.0),
     ]
-    assert all(len(row["records"]) == 6 for row in rows(desk, "evaluations.jsonl"))
-    assert [row["set"] for row in rows(desk, "samples.jsonl")] == ["sums"] * 3 + ["chats"] * 3
-    later = open_desk(start=3, version=3)
+    assert all(len(row["records"]) == 6 for row in rows(controller, "evaluations.jsonl"))
+    assert [row["set"] for row in rows(controller, "samples.jsonl")] == ["sums"] * 3 + ["chats"] * 3
+    later = open_controller(start=3, version=3)
     later._sets.append(("chats", CHATS))
     later.evaluate(3, lambda: None)
     assert later.scores() == {0: (1 + 6) / 2, 3: (1 + 6 / 4) / 2}, "a resumed run still knows the seed's length"
     told = [event for event in later.finish_step(record(3)) if event["kind"] == "evaluation"]
     assert [(event["set"], event["mean"]) for event in told] == [("sums", 1.0), ("chats", 6.0)]
     assert "records" not in told[0]
-    assert open_desk(start=3).scores().keys() == {0, 3}, "what was judged at the checkpoint stands where it is not due again"
-    assert open_desk(start=2).scores().keys() == {0}, "what came after the checkpoint is forgotten"
+    assert open_controller(start=3).scores().keys() == {0, 3}, "what was judged there stands where it is not due again"
+    assert open_controller(start=2).scores().keys() == {0}, "what came after the checkpoint is forgotten"
+
+
+def test_what_a_checkpoint_kept_is_what_the_resumed_run_goes_on_from(open_controller: Open):
+    """And where the records are not what it says, the first events tell."""
+    first = open_controller()
+    first.evaluate(0, lambda: None)
+    events = [event for step in range(4) for event in first.finish_step(record(step))]
+    assert [event["kind"] for event in events].count("step") == 4
+    kept = json.loads(json.dumps(first.kept(set())))
+    first.finish_step(record(4))
+    resumed = open_controller(start=4, version=4, kept=kept)
+    assert [row["step"] for row in rows(resumed, "metrics.jsonl")] == [0, 1, 2, 3]
+    assert resumed.scores() == {0: 1.0}
+    assert not [event for event in resumed.finish_step(record(4)) if "changed" in event.get("text", "")]
+    (resumed._config.run_directory / "samples.jsonl").write_text("")
+    told = [event for event in open_controller(start=4, version=4, kept=kept).finish_step(record(4)) if event["kind"] == "note"]
+    assert "samples.jsonl was changed" in told[0]["text"]
 
 
 @pytest.mark.parametrize("action", ["off", "warn", "stop"])
-def test_a_collapse_is_shown_written_down_and_asked_to_stop_for(open_desk: Open, action: str):
-    desk = open_desk(action=action)
-    events = [event for step in range(14) for event in desk.finish_step(record(step, 1.0 if step < 6 else 0.01))]
+def test_a_collapse_is_shown_written_down_and_asked_to_stop_for(open_controller: Open, action: str):
+    controller = open_controller(action=action)
+    events = [event for step in range(14) for event in controller.finish_step(record(step, 1.0 if step < 6 else 0.01))]
     notes = [event["text"] for event in events if event["kind"] == "note" and "guard" in event["text"]]
     if action == "off":
-        assert (notes, rows(desk, "guard.jsonl"), desk.collapse) == ([], [], "")
+        assert (notes, rows(controller, "guard.jsonl"), controller.collapse) == ([], [], None)
         return
     assert len(notes) == 1
     assert notes[0].startswith("guard, step 10: entropy collapsed")
-    assert [(row["step"], row["what"]) for row in rows(desk, "guard.jsonl")] == [(10, "entropy")]
-    assert desk.collapse.startswith("step 10: entropy collapsed" if action == "stop" else "")
-    assert bool(desk.collapse) is (action == "stop")
-    resumed = open_desk(start=13, action=action)
+    assert [(row["step"], row["what"]) for row in rows(controller, "guard.jsonl")] == [(10, "entropy")]
+    assert (controller.collapse or "").startswith("step 10: entropy collapsed" if action == "stop" else "")
+    assert (controller.collapse is not None) is (action == "stop")
+    resumed = open_controller(start=13, action=action)
     resumed.finish_step(record(13, 0.01))
-    assert resumed.collapse == "", "a run resumed after a collapse goes on past it"
-    again = open_desk(start=8, action=action)
+    assert resumed.collapse is None, "a run resumed after a collapse goes on past it"
+    again = open_controller(start=8, action=action)
     assert rows(again, "guard.jsonl") == []
     for step in range(8, 12):
         again.finish_step(record(step, 0.01))

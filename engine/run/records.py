@@ -1,0 +1,125 @@
+"""The records of a run, which rank 0 appends to in run.directory: opened at the step that the run goes on from, cut back to it,
+and described for the next checkpoint. It measures and judges nothing.
+
+A checkpoint of step k keeps how long each ledger was when it held the rows of all steps before k. A resumed run cuts each
+there: what that costs depends on the rows since the checkpoint and not on the age of the run. Where a ledger is not what the
+checkpoint says (somebody edited it, or an older version wrote the checkpoint), the place is found by reading back from its end,
+with a note; a line on the way that is no row is a CheckpointError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.config.load import RunConfig, dump_config
+from engine.core.errors import CheckpointError
+from engine.core.jsonl import JsonlLedger, read_lines, read_rows, step_of
+from engine.observe.guard import Finding, Guard
+from engine.observe.sinks import MetricsWriter, write_text
+
+JUDGED = ("evaluations", "samples")  # what an evaluation adds to, after the checkpoint of its step
+
+
+class Records:
+    """The ledgers, the guard that watches the metrics, and what was judged so far."""
+
+    def __init__(self, directory: Path, guard: Guard) -> None:
+        self._directory = directory
+        self.guard = guard
+        self.metrics = MetricsWriter(directory)
+        self.evaluations = JsonlLedger(directory / "evaluations.jsonl")
+        self.samples = JsonlLedger(directory / "samples.jsonl")
+        self.rollouts = JsonlLedger(directory / "rollouts.jsonl")
+        self._findings = JsonlLedger(directory / "guard.jsonl")
+        self._ledgers = {
+            "metrics": self.metrics.ledger,
+            "evaluations": self.evaluations,
+            "samples": self.samples,
+            "rollouts": self.rollouts,
+            "guard": self._findings,
+        }
+        self.judged: list[dict[str, Any]] = []  # rows of evaluations.jsonl without their `records`; see `kept`
+        self.notes: list[str] = []  # what somebody should know of how they were opened
+
+    @classmethod
+    def open(cls, config: RunConfig, step: int, kept: Mapping[str, Any] | None) -> Records:
+        """The records of a run that goes on after `step` steps, cut back to them. `kept`: what `Records.kept` gave to the
+        checkpoint; None without one, or with one of an older version. CheckpointError names a ledger that cannot be cut."""
+        directory = config.run_directory
+        write_text(directory / "config.toml", dump_config(config))
+        records = cls(directory, Guard(config.guard))
+        if kept is None and step:
+            records.notes.append(
+                f"the checkpoint of step {step} does not say how long the records were: their ends, and all evaluations and "
+                f"metrics, are read instead"
+            )
+        judges_again = step == 0 or config.evaluation_due(step)  # else what was judged at the checkpoint stands
+        begins = {
+            name: records._begin(ledger, step, kept["bytes"][name] if kept is not None else None)
+            for name, ledger in records._ledgers.items()
+        }
+        ends = begins | ({} if judges_again else {name: _end(records._ledgers[name], begins[name], step) for name in JUDGED})
+        records.metrics.cut(ends.pop("metrics"), step)
+        for name, end in ends.items():  # only once a place was found in every one
+            records._ledgers[name].cut(end)
+        records._recall(begins["evaluations"], kept)
+        if kept is None or not records.guard.restore(kept["guard"]):  # other options: it looks at the run anew
+            for row in read_rows(directory / "metrics.jsonl"):
+                records.guard.observe(row)
+        return records
+
+    def _begin(self, ledger: JsonlLedger, step: int, known: int | None) -> int:
+        """Where the rows of `step` and later begin; `known`: where the checkpoint says."""
+        if known is not None and ledger.splits(known, step, CheckpointError):
+            return known
+        if step == 0:
+            return 0
+        found = ledger.find(step, CheckpointError)
+        if known is not None:
+            self.notes.append(
+                f"{ledger.path} was changed: by the checkpoint, step {step} begins at byte {known}; found it at {found}"
+            )
+        return found
+
+    def _recall(self, begin: int, kept: Mapping[str, Any] | None) -> None:
+        """Finds what was judged: in the checkpoint, and in the ledger what came after it."""
+        known = kept["judged"] if kept is not None else ()
+        rows = read_rows(self.evaluations.path, begin if kept is not None else 0)
+        self.judged = [{name: value for name, value in row.items() if name != "records"} for row in (*known, *rows)]
+
+    def kept(self, checkpoints: Collection[int]) -> dict[str, Any]:
+        """What the next checkpoint keeps of the records, as JSON holds it: every ledger's length, once it is on disk; the
+        guard's state; and what was judged at step 0 and at the steps of `checkpoints`, which later ones are held against.
+        """
+        return {
+            "bytes": {name: ledger.sync() for name, ledger in self._ledgers.items()},
+            "guard": self.guard.state(),
+            "judged": [row for row in self.judged if row["step"] == 0 or row["step"] in checkpoints],
+        }
+
+    def judge(self, summary: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+        """Writes an evaluation down: its figures, and what each problem came to."""
+        self.judged.append(summary)
+        self.evaluations.append([summary | {"records": records}])
+
+    def find(self, finding: Finding) -> None:
+        """Writes down what the guard found."""
+        self._findings.append([{"step": finding.step, "what": finding.what, "text": finding.text}])
+
+    def close(self) -> None:
+        """Closes all files."""
+        self.metrics.close()
+        for ledger in self._ledgers.values():
+            ledger.close()
+
+
+def _end(ledger: JsonlLedger, begin: int, step: int) -> int:
+    """Where the rows of `step` end, which begin at `begin` where there are any."""
+    end = begin
+    for line in read_lines(ledger.path, begin):
+        if step_of(line, CheckpointError) > step:
+            break
+        end = line.end
+    return end
