@@ -110,8 +110,10 @@ class Sync(Section):
 
     sync_interval: Positive | Literal["never"] = Field(1, description="s: 1 online, k semi-online, 'never' offline")
     reference: Positive | Literal["never", "follow"] = "never"
-    semantics: Literal["paper", "fairseq2"] = Field(
-        "paper", description="'fairseq2': the paper's public code, which counts steps from 1: syncs at 0, s - 1, 2s - 1, ..."
+    semantics: str = Field(
+        "paper",
+        description="which steps sync: 'paper', 'fairseq2' (the paper's public code, which counts steps from 1: syncs at 0, "
+        "s - 1, 2s - 1, ...), or your own Schedule as path/to/file.py:Name",
     )
     bucket_mebibytes: Positive = Field(64, description="weights sent together in one message")
     transport: Literal["auto", "gloo", "nccl", "ipc"] = Field(

@@ -154,7 +154,7 @@ class TrainerRank:
     def _stopped(self, topology: Topology, step: int) -> str:
         """Broadcasts whether the command has asked the run to stop, as the words of the error; empty to go on. Collective where
         a run that ended after `step` steps could be continued: nowhere else is it looked at."""
-        if not self._config.schedule.opens(step):
+        if not self._config.schedule.resumable(step):
             return ""
         asked = topology.rank == 0 and stop_request(self._config).exists()
         return broadcast_bytes(b"--resume auto goes on" if asked else b"", topology.device).decode()
@@ -184,7 +184,7 @@ def _weights(config: RunConfig, policy: Policy, topology: Topology) -> Iterator[
 
 def commits(config: RunConfig, step: int, collapse: str) -> bool:
     """Whether the state after `step` steps is saved: when due, and before a stop where a run can go on from it."""
-    return config.checkpoint_due(step) or bool(collapse and config.schedule.opens(step))
+    return config.checkpoint_due(step) or bool(collapse and config.schedule.resumable(step))
 
 
 def _early_end(config: RunConfig, step: int, collapse: str, stopped: str, saved: bool) -> SemionError | None:
@@ -210,9 +210,9 @@ def check_prolonged(config: RunConfig, step: int) -> None:
             f"run.steps must not be less than the {step} steps already done; found {config.run.steps}: raise it"
         )
     schedule = config.schedule
-    if step < config.run.steps and not schedule.opens(step):
-        less = f" less {schedule.shift}" if schedule.shift else ""
+    if step < config.run.steps and not schedule.resumable(step):
         raise CheckpointError(
             f"run.steps cannot be raised from {step}: that checkpoint is not at a sync boundary, so the run cannot be extended "
-            f"from it; found {config.run.steps}: a run can be prolonged from a multiple of {schedule.width} steps{less}"
+            f"from it; found {config.run.steps}: the last that it can be extended from is one of "
+            f"{schedule.last_resumable(step)} steps"
         )
