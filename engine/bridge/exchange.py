@@ -19,10 +19,9 @@ import torch
 from engine.bridge.checksum import ShardDigest, weights_for
 from engine.bridge.plan import Bucket, Message, Role, ShardPlan, Spot, Transfer
 from engine.bridge.transports.base import Deadline, Pending, Transport, TransportError
-from engine.core.errors import WeightSyncError
+from engine.core.errors import UndeliveredError, WeightSyncError
 from engine.models.sharding import rectangle
 
-UNDELIVERED = "was not delivered"  # in the words of every failure that may be an echo of another
 STAGED = 2  # buckets of a member in staging memory at once
 
 
@@ -79,7 +78,7 @@ class Sender:
             under_way.make_room(message.bucket)
             buffer = self._pack(message.bucket, held)
             first = self._plan.receivers(message)[0]
-            under_way.add(message, transport.send(buffer, first, lasting=True))
+            under_way.add(message, transport.send(buffer, first, registered=True))
         under_way.finish()
         tails = []
         for (engines, target), digest in sums.items():
@@ -136,7 +135,7 @@ class Receiver:
                 if message.bucket.packed:
                     forwards.finish()  # staging memory may still be on its way to another engine
                 buffer = self._buffer(message.bucket, shards)
-                posted.append((message, role, buffer, transport.receive(buffer, source, lasting=not from_engine)))
+                posted.append((message, role, buffer, transport.receive(buffer, source, registered=not from_engine)))
                 waiting.popleft()
 
         for _ in self._work:
@@ -272,7 +271,7 @@ def _finish(pending: Pending, deadline: Deadline, name: Callable[[], str]) -> No
     try:
         pending.wait(deadline)
     except TransportError as error:
-        raise WeightSyncError(f"{name()} {UNDELIVERED}: {error}") from error
+        raise UndeliveredError(f"{name()} was not delivered: {error}") from error
 
 
 def _looked_up(bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,6 @@ import torch
 from pydantic import TypeAdapter
 
 from engine.bridge.plan import ShardPlan, plan
-from engine.bridge.transports.base import Kind
 from engine.models.hf import LlamaShape
 from engine.models.sharding import EngineLayout, TrainerLayout
 
@@ -25,7 +24,7 @@ class SyncTerms:
     engine: EngineLayout
     nodes: tuple[tuple[int, ...], ...]  # engines by machine
     bucket_bytes: int
-    transport: Kind
+    transport: str  # by name
     senders: tuple[tuple[int, ...], ...] = ()  # trainer ranks that may send to each of `nodes`; empty: all to all
 
     @property

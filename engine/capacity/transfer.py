@@ -16,9 +16,12 @@ import torch
 from engine.bridge import setup as opening
 from engine.bridge.exchange import STAGED
 from engine.bridge.plan import Bucket, ShardPlan, Spot, Transfer, plan
+from engine.bridge.transports.base import Transport
+from engine.bridge.transports.registry import choose, kind_of
 from engine.capacity.memory import GIB, Channel, estimate
 from engine.config.load import RunConfig
 from engine.config.placement import homes, training_parts
+from engine.config.transport import AUTO, refusal, setting
 from engine.core.errors import ConfigError
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.hf import LlamaShape, read_shape
@@ -50,14 +53,23 @@ def plan_run(config: RunConfig, machine: Machine) -> dict[str, Any]:
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     _check(machine)
     machines = _machines(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
-    shared = config.inference.placement == "colocated" or config.sync.transport == "ipc"
-    nodes, senders = opening.channel(machines, "ipc" if shared else "nccl", homes(config))
+    nodes, senders = opening.channel(machines, _transport(config, machines), homes(config))
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
     dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
     made = plan(shape, dtype.itemsize, source, dp_size, target, nodes, bucket_bytes, senders)
     seconds = time.perf_counter() - started
     return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(shape, config, made, machine)}
+
+
+def _transport(config: RunConfig, machines: list[int]) -> type[Transport]:
+    """What the configuration names; for 'auto' what GPUs take. ConfigError for what fits nowhere."""
+    on_one = len(set(machines)) == 1
+    if refused := refusal(config, engines_on_one_machine=on_one):
+        raise ConfigError(refused)
+    asked = config.sync.transport
+    gpus = setting(config, "cuda", engines_on_one_machine=on_one)
+    return kind_of(choose(asked, gpus).name if asked == AUTO else asked)
 
 
 def _check(machine: Machine) -> None:

@@ -116,8 +116,10 @@ class Sync(Section):
         "s - 1, 2s - 1, ...), or your own Schedule as path/to/file.py:Name",
     )
     bucket_mebibytes: Positive = Field(64, description="weights sent together in one message")
-    transport: Literal["auto", "gloo", "nccl", "ipc"] = Field(
-        "auto", description="'ipc': one machine's memory; 'auto': that on its CPU and where colocated, else NCCL or gloo"
+    transport: str = Field(
+        "auto",
+        description="'gloo', 'nccl', 'ipc' (one machine's memory), or your own Transport as path/to/file.py:Name; 'auto': ipc "
+        "on one machine's CPU and where colocated, else NCCL or gloo",
     )
     timeout_seconds: PositiveFloat = Field(120.0, description="longest attempt at a weight sync; there are three")
 

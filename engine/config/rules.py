@@ -7,6 +7,7 @@ from __future__ import annotations
 from engine.config.options import Options, source_key
 from engine.config.placement import homes
 from engine.config.schedules.registry import schedule_of
+from engine.config.transport import refusal
 from engine.core.errors import ConfigError
 
 
@@ -92,21 +93,16 @@ def broken_profile_rules(c: Options) -> list[str]:
 def broken_placement_rules(c: Options) -> list[str]:
     """The same for where trainer and engines stand."""
     broken = []
-    colocated = c.inference.placement == "colocated"
-    if c.sync.transport == "ipc" and c.cluster.nodes > 1 and not colocated:
-        broken.append(
-            f"sync.transport = 'ipc' shares the memory of a machine, where disaggregated engines may not be; found "
-            f"cluster.nodes = {c.cluster.nodes}: use 'auto'"
-        )
+    try:
+        refused = refusal(c)
+    except ConfigError as error:
+        refused = str(error)
+    if refused is not None:
+        broken.append(refused)
     try:
         homes(c)
     except ConfigError as error:
         broken.append(str(error))
-    if colocated and c.sync.transport == "nccl":
-        broken.append(
-            "sync.transport = 'nccl' cannot join a trainer and an engine on one GPU; found it with inference.placement = "
-            "'colocated': use 'auto'"
-        )
     return broken
 
 
