@@ -26,7 +26,7 @@ from engine.models.base import Place
 from engine.models.sharding import EngineLayout, Piece, Shard, TrainerLayout, stage_layers, template
 
 if TYPE_CHECKING:
-    from engine.models.hf import LlamaShape
+    from engine.models.base import ModelShape
 
 UNPACKED_BYTES = 1 << 20  # what is contiguous in both shards and at least this large travels alone, without being copied
 Cell = tuple[int, int]  # (pipeline rank, tensor rank) of the trainer
@@ -150,7 +150,7 @@ class ShardPlan:
 
 
 def plan(
-    shape: LlamaShape,
+    shape: ModelShape,
     dtype_bytes: int,
     source: TrainerLayout,
     dp_size: int,
@@ -218,7 +218,7 @@ class _Route:
 
 
 def _streams(
-    shape: LlamaShape, source: TrainerLayout, target: EngineLayout
+    shape: ModelShape, source: TrainerLayout, target: EngineLayout
 ) -> dict[tuple[Cell, int], list[_Route]]:
     """What goes from each cell to each tensor rank of the engines, layer by layer."""
     places: tuple[tuple[Place, int], ...] = (("first", 0), ("layer", 0), ("last", source.pp_size - 1))
@@ -251,7 +251,7 @@ def _streams(
 
 
 def _routes(
-    shape: LlamaShape, held: list[tuple[Cell, Shard]], target: EngineLayout, place: Place
+    shape: ModelShape, held: list[tuple[Cell, Shard]], target: EngineLayout, place: Place
 ) -> Iterator[_Route]:
     """Every overlap of what the engines' ranks need at a place with what trainer cells hold."""
     holders: dict[str, dict[tuple[int, ...], list[tuple[Cell, Shard, Piece]]]] = {}

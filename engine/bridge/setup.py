@@ -17,7 +17,7 @@ from engine.bridge.transports.registry import choose, kind_of
 from engine.config.load import RunConfig
 from engine.config.placement import Homes, homes
 from engine.config.transport import Setting, setting
-from engine.models.hf import LlamaShape
+from engine.models.base import ModelShape
 from engine.models.sharding import engine_layout, trainer_layout
 
 Groups = tuple[tuple[int, ...], ...]
@@ -28,7 +28,7 @@ class Policy(Source, Protocol):
     """The model that is published."""
 
     @property
-    def shape(self) -> LlamaShape:
+    def shape(self) -> ModelShape:
         """Its sizes."""
         ...
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 
 from engine.bridge.plan import ShardPlan, plan
-from engine.models.hf import LlamaShape
+from engine.models.base import ModelShape
 from engine.models.sharding import EngineLayout, TrainerLayout
 
 
@@ -17,7 +17,7 @@ from engine.models.sharding import EngineLayout, TrainerLayout
 class SyncTerms:
     """Everything that a plan depends on, and what carries it out."""
 
-    shape: LlamaShape
+    shape: ModelShape
     dtype: str  # of the weights, a torch dtype's name
     trainer: TrainerLayout
     dp_size: int

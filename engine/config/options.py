@@ -37,7 +37,10 @@ class Run(Section):
 class Model(Section):
     """The seed model."""
 
-    path: str = Field(description="folder of a Hugging Face Llama checkpoint")
+    path: str = Field(description="folder of a Hugging Face checkpoint")
+    family: str = Field(
+        "auto", description="'llama', 'qwen3', or your own Family as path/to/file.py:Name; 'auto': by model_type in config.json"
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 

@@ -83,6 +83,12 @@ def identity(name: str, option: str) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def portable(name: str) -> str:
+    """A part's name as processes with another working directory understand it too: a user's file by its whole path."""
+    place, colon, attribute = name.rpartition(":")
+    return f"{Path(place).resolve()}:{attribute}" if colon and place.endswith(".py") else name
+
+
 def source_file(reference: str) -> Path | None:
     """The file of code behind `path/to/file.py:Name` or `package.module:Name`; None for a module without one, such as a
     built-in. Nothing of the user's is imported: a module is looked for as Python would, the working directory first."""

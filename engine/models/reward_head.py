@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from engine.core.errors import ConfigError
-from engine.models.hf import HfCheckpoint, LlamaShape, read_shape
+from engine.models.base import ModelShape
+from engine.models.hf import HfCheckpoint, read_shape
 
 OPTION = "reward_model.path"
 HEADS: dict[str, Literal["classification", "athene"]] = {"score.weight": "classification", "v_head.weight": "athene"}
@@ -24,7 +25,7 @@ class RewardHead:
     """The reward model in a folder."""
 
     form: Literal["classification", "athene"]
-    shape: LlamaShape
+    shape: ModelShape
 
 
 def read_reward_head(path: str | Path) -> RewardHead:

@@ -258,6 +258,7 @@ def _data_digests(config: RunConfig) -> dict[str, str | None]:
     if "model" in rewards and config.reward_model.path is not None:
         files = sorted((file.name, file.stat().st_size) for file in Path(config.reward_model.path).iterdir())
         digests["reward_model.path"] = hashlib.sha256(repr(files).encode()).hexdigest()
+    digests["model.family"] = identity(config.model.family, "model.family")
     digests["sync.semantics"] = identity(config.sync.semantics, "sync.semantics")
     return digests
 

@@ -59,7 +59,8 @@ class Rendezvous:
 
 
 class Transport(ABC):
-    """Point-to-point messages between numbered members. One of your own is a class that extends this; `sync.transport` names it.
+    """Point-to-point messages between numbered members. One of your own is a class that extends this, and
+    `sync.transport` names it.
 
     A transport may run all messages of a member one after another. So trainers name theirs in the plan's order, and an engine
     names none that another engine passes on before it has named all earlier ones that it passes on itself.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch.distributed as dist
 
 from engine.bridge.transports.base import Rendezvous, Transport, TransportError, first_line
 from engine.config.transport import AUTO, TRANSPORTS, Setting
 from engine.core.errors import ConfigError
+from engine.core.registry import portable
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def choose(asked: str, setting: Setting) -> Choice:
         if why is not None:
             instead = f"use 'auto', which takes {fit} here" if fit else "no transport of the engine fits here"
             raise ConfigError(f"sync.transport = {asked!r} {why}: {instead}")
-        return Choice(_everywhere(asked))
+        return Choice(portable(asked))
     if fit is None:
         reasons = "; ".join(f"{name} {why}" for name, why in refused.items())
         raise ConfigError(f"sync.transport = 'auto' needs a transport that fits; found none ({reasons}): name one of your own")
@@ -56,8 +56,3 @@ def open_transport(name: str, store: dist.Store, member: int, meeting: Rendezvou
     except RuntimeError as error:
         raise TransportError(f"member {member} did not meet the others: {first_line(error)}") from error
 
-
-def _everywhere(name: str) -> str:
-    """A name that other processes understand too, whatever their working directory."""
-    place, colon, attribute = name.rpartition(":")
-    return f"{Path(place).resolve()}:{attribute}" if colon and place.endswith(".py") else name

@@ -21,7 +21,7 @@ from engine.bridge.plan import Bucket, Message
 from engine.bridge.sender import REASON_BYTES, Failure, most_telling, stream_to_first_rank
 from engine.bridge.terms import SyncTerms
 from engine.core.errors import EngineLostError, UndeliveredError, WeightSyncError
-from engine.models.hf import Llama3Scaling
+from engine.models.base import Llama3Scaling
 from engine.models.sharding import EngineLayout, ExportBucket, TensorMeta, TrainerLayout
 from tests.unit.bridge.memory_transport import InOrder, Network
 from tests.unit.bridge.world import Case, World, small_shape

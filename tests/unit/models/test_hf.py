@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from engine.core.errors import CheckpointError, ConfigError
-from engine.models.hf import HfCheckpoint, Llama3Scaling, read_shape, write_hf_checkpoint
+from engine.models.base import Llama3Scaling
+from engine.models.hf import HfCheckpoint, read_shape, write_hf_checkpoint
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
