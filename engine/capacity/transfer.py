@@ -26,7 +26,7 @@ from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.hf import read_shape
-from engine.models.reward_head import OPTION
+from engine.models.reward_head import FAMILY, OPTION
 from engine.models.sharding import Piece, engine_layout, pieces, tensors, trainer_layout
 
 
@@ -124,7 +124,7 @@ def _judge(config: RunConfig) -> tuple[ModelShape | None, str | None]:
     if path is None or "reward_engine" not in training_parts(config):
         return None, None
     file = Path(path) / "config.json"
-    return (read_shape(path, OPTION), None) if file.exists() else (None, str(file))
+    return (read_shape(path, OPTION, FAMILY), None) if file.exists() else (None, str(file))
 
 
 def channel(made: ShardPlan) -> Channel:

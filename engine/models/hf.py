@@ -89,9 +89,10 @@ def _family(config: dict[str, Any], asked: str, file: Path, option: str) -> tupl
     known = {family_named(name).model_type: name for name in FAMILIES.names}
     name = asked if asked != AUTO else known.get(str(found))
     if name is None or family_named(name).model_type != found:
-        wanted = ", ".join(map(repr, known)) if asked == AUTO else repr(family_named(asked).model_type)
+        title = "of a model family that is known" if asked == AUTO else family_named(asked).title
+        wanted = list(known) if asked == AUTO else [family_named(asked).model_type]
         raise ConfigError(
-            f"{option} must be of a model family that is known: {file} must have model_type = {wanted}; found {found!r}: use "
+            f"{option} must be {title}: {file} must have model_type = {' or '.join(map(repr, wanted))}; found {found!r}: use "
             f"another checkpoint, or describe the family and name it by model.family"
         )
     return name, family_named(name)

@@ -25,7 +25,7 @@ from engine.config.rules import (
 from engine.core.errors import ConfigError
 
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 102
+MAX_OPTIONS = 103
 
 REQUIRED = """
 [run]

@@ -50,7 +50,6 @@ def test_both_spellings_of_the_rotary_table_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"model_type": "qwen2"}, "'qwen2'"),
         ({"attention_bias": True}, "attention_bias = False; found True"),
         ({"mlp_bias": True}, "mlp_bias = False; found True"),
         ({"hidden_act": "gelu"}, "'gelu'"),
