@@ -59,7 +59,8 @@ class Sender:
     def send(self, shards: Mapping[str, torch.Tensor], transport: Transport, deadline: Deadline) -> None:
         """Sends this rank's part of one version from its shards. WeightSyncError names what was not delivered, or a shard
         that is not of the agreed type."""
-        kept: Mapping[str, torch.Tensor] = getattr(shards, "kept", shards)  # of what is made for a look, to ask its type
+        # Types are read from the stored tensors: indexing megatron's Weights would dequantize them.
+        kept: Mapping[str, torch.Tensor] = getattr(shards, "kept", shards)
         for name, shard in kept.items():
             if shard.dtype != self._dtype:
                 raise WeightSyncError(f"trainer parameter {name} must be {self._dtype}; found {shard.dtype}: publish one type")
@@ -275,7 +276,7 @@ def _finish(pending: Pending, deadline: Deadline, name: Callable[[], str]) -> No
 
 
 def _looked_up(bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters that a bucket is of, each looked up once: it may be made for the look."""
+    """The parameters that a bucket is of, each fetched once: one in FP8 is dequantized at every access."""
     return {name: shards[name] for name in dict.fromkeys(t.source.parameter for t in bucket.transfers)}
 
 

@@ -169,7 +169,7 @@ def plan(
     assert sorted(engine for node in nodes for engine in node) == list(range(sum(map(len, nodes)))), nodes
     assert all(nodes) and bucket_bytes > 0 and dp_size > 0, (nodes, bucket_bytes, dp_size)
     assert not senders or (all(senders) and len(senders) == len(nodes)), (senders, nodes)
-    # What is made for a look has no memory of its own to be sent from.
+    # FP8 weights are dequantized into a temporary, so they cannot be sent in place: everything is packed.
     unpacked_bytes = math.inf if source.fp8_parameters else UNPACKED_BYTES
     with _uncollected():
         buckets = {
@@ -232,8 +232,8 @@ def _streams(
     turns = [0] * target.tp_size
 
     def add(route: _Route, pp_rank: int | None) -> None:
-        """Gives a route to one of its holders. Vectors take turns; as few streams as possible are made for them, since a
-        target's holders are mostly those that send it the rest."""
+        """Picks which replica sends this slice. Replicated vectors (norms) rotate among ranks that already send to this target,
+        so no extra stream is opened."""
         count, turn = len(route.holders), turns[route.target]
         turns[route.target] += count > 1
         pp, tp = route.holders[(route.target * count + turn % count) // target.tp_size]

@@ -220,7 +220,17 @@ class Step:
     @cached_property
     def layer(self) -> int:
         """What one layer keeps of a microbatch for its backward."""
-        return self._norms(2) + self._attention + self._feed_forward
+        return self._norms(2) + self._head_norms + self._attention + self._feed_forward
+
+    @property
+    def _head_norms(self) -> int:
+        """RMSNorms of queries and keys, head by head, in families that have them: what `_norms` keeps of each. Derived from
+        megatron-core's code and not measured."""
+        if not family_of(self._shape).has_head_norms():
+            return 0
+        width = self._Q + self._K
+        kept = width * self._e if self._on_gpu else 2 * width * FP32
+        return self._T * (kept + width // self._D * FP32)
 
     def _norms(self, count: int, into: int | None = None) -> int:
         """RMSNorms and the inputs of the products that follow. torch's on a CPU keeps two float32 tensors, a GPU's its

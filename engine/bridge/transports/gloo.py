@@ -36,19 +36,19 @@ class Gloo(Transport):
         self._received: Counter[tuple[int, int]] = Counter()
 
     def send(self, buffer: torch.Tensor, peer: int, lane: int = 0, *, registered: bool = False) -> Pending:
-        """See Transport. Messages of another lane (below LANES) have an order of their own."""
+        """Starts sending over TCP. Messages of another lane (below LANES) have an order of their own."""
         self._sent[peer, lane] += 1
         tag = self._sent[peer, lane] * LANES + lane
         return started(lambda: self._group.send([buffer], peer, tag))
 
     def receive(self, buffer: torch.Tensor, peer: int, lane: int = 0, *, registered: bool = False) -> Pending:
-        """See Transport."""
+        """Starts receiving over TCP, in the order of the lane."""
         self._received[peer, lane] += 1
         tag = self._received[peer, lane] * LANES + lane
         return started(lambda: self._group.recv([buffer], peer, tag))
 
     def close(self) -> None:
-        """See Transport. gloo's `abort` leaves connections open; a wait that times out closes all that still are."""
+        """Closes every connection. gloo's `abort` leaves connections open; a wait that times out closes all that still are."""
         for peer in range(self._group.size()):
             if peer != self._group.rank():
                 with suppress(RuntimeError):  # this peer's connection is closed already

@@ -56,15 +56,15 @@ class Nccl(Transport):
         self._group.eager_connect_single_device(self._device)
 
     def send(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> Pending:
-        """See Transport."""
+        """Starts sending on NCCL's own stream."""
         return started(lambda: grouped(self._group, lambda: self._group.send([buffer], peer, 0)), self._pending)
 
     def receive(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> Pending:
-        """See Transport."""
+        """Starts receiving on NCCL's own stream."""
         return started(lambda: grouped(self._group, lambda: self._group.recv([buffer], peer, 0)), self._pending)
 
     def close(self) -> None:
-        """See Transport."""
+        """Tells the others by the store, and aborts the communicator."""
         with suppress(RuntimeError):  # the store may be gone: then the others know
             self._store.set(FAILED, "1")
         self._group.abort()
