@@ -29,7 +29,7 @@ from engine.core.errors import SemionError
 from engine.megatron import build
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.topology import Topology, open_topology
-from engine.models.hf import LlamaShape
+from engine.models.base import ModelShape
 from tools.bench_ceilings import median_seconds
 
 VARIANTS: dict[str, dict[str, Any]] = {  # trainer options, the plainest first
@@ -45,10 +45,10 @@ LIBRARIES = {"te": "transformer_engine", "apex": "amp_C"}  # modules, by the las
 REFUSALS = (SemionError, RuntimeError, ImportError, AssertionError, ValueError, TypeError, AttributeError)
 
 
-def llama_8b(layers: int, *, tiny: bool) -> LlamaShape:
+def llama_8b(layers: int, *, tiny: bool) -> ModelShape:
     """Llama 3.1 8B with so many layers and a vocabulary of 1,024; or the same proportions 64 times narrower."""
     hidden, heads, kv_heads, ffn = (64, 4, 2, 224) if tiny else (4096, 32, 8, 14336)
-    return LlamaShape(
+    return ModelShape(
         num_layers=layers,
         hidden=hidden,
         num_heads=heads,
@@ -64,7 +64,7 @@ def llama_8b(layers: int, *, tiny: bool) -> LlamaShape:
     )
 
 
-def flops(shape: LlamaShape, num_tokens: int, length: int) -> float:
+def flops(shape: ModelShape, num_tokens: int, length: int) -> float:
     """Operations of forward and backward over sequences of one length: 6 a parameter and token, and causal attention's."""
     attention = shape.num_heads * shape.head_dim
     kv = shape.num_kv_heads * shape.head_dim
@@ -73,14 +73,14 @@ def flops(shape: LlamaShape, num_tokens: int, length: int) -> float:
     return 6.0 * parameters * num_tokens + 6.0 * shape.num_layers * attention * length * num_tokens
 
 
-def build_chunk(shape: LlamaShape, options: dict[str, Any], topology: Topology) -> tuple[Any, Any]:
+def build_chunk(shape: ModelShape, options: dict[str, Any], topology: Topology) -> tuple[Any, Any]:
     """(megatron's configuration, the model in random bf16 weights)."""
     config = build.megatron_config(shape, Trainer(**options), torch.bfloat16)
     (chunk,) = build.build_chunks(shape, config, topology)
     return config, chunk.to(topology.device)
 
 
-def layer_row(name: str, shape: LlamaShape, topology: Topology, tokens: int, length: int, repeats: int) -> dict[str, Any]:
+def layer_row(name: str, shape: ModelShape, topology: Topology, tokens: int, length: int, repeats: int) -> dict[str, Any]:
     """Tokens a second of one variant."""
     device = topology.device
     _, chunk = build_chunk(shape, VARIANTS[name], topology)
@@ -110,7 +110,7 @@ def layer_row(name: str, shape: LlamaShape, topology: Topology, tokens: int, len
     }
 
 
-def optimizer_row(name: str, shape: LlamaShape, topology: Topology, repeats: int) -> dict[str, Any]:
+def optimizer_row(name: str, shape: ModelShape, topology: Topology, repeats: int) -> dict[str, Any]:
     """Seconds of one step, the gradient's norm and clipping included, over a bf16 model with fp32 copies and moments."""
     config, chunk = build_chunk(shape, {}, topology)
     options = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True)

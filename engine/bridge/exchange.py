@@ -19,10 +19,9 @@ import torch
 from engine.bridge.checksum import ShardDigest, weights_for
 from engine.bridge.plan import Bucket, Message, Role, ShardPlan, Spot, Transfer
 from engine.bridge.transports.base import Deadline, Pending, Transport, TransportError
-from engine.core.errors import WeightSyncError
+from engine.core.errors import UndeliveredError, WeightSyncError
 from engine.models.sharding import rectangle
 
-UNDELIVERED = "was not delivered"  # in the words of every failure that may be an echo of another
 STAGED = 2  # buckets of a member in staging memory at once
 
 
@@ -60,7 +59,8 @@ class Sender:
     def send(self, shards: Mapping[str, torch.Tensor], transport: Transport, deadline: Deadline) -> None:
         """Sends this rank's part of one version from its shards. WeightSyncError names what was not delivered, or a shard
         that is not of the agreed type."""
-        kept: Mapping[str, torch.Tensor] = getattr(shards, "kept", shards)  # of what is made for a look, to ask its type
+        # Types are read from the stored tensors: indexing megatron's Weights would dequantize them.
+        kept: Mapping[str, torch.Tensor] = getattr(shards, "kept", shards)
         for name, shard in kept.items():
             if shard.dtype != self._dtype:
                 raise WeightSyncError(f"trainer parameter {name} must be {self._dtype}; found {shard.dtype}: publish one type")
@@ -79,7 +79,7 @@ class Sender:
             under_way.make_room(message.bucket)
             buffer = self._pack(message.bucket, held)
             first = self._plan.receivers(message)[0]
-            under_way.add(message, transport.send(buffer, first, lasting=True))
+            under_way.add(message, transport.send(buffer, first, registered=True))
         under_way.finish()
         tails = []
         for (engines, target), digest in sums.items():
@@ -136,7 +136,7 @@ class Receiver:
                 if message.bucket.packed:
                     forwards.finish()  # staging memory may still be on its way to another engine
                 buffer = self._buffer(message.bucket, shards)
-                posted.append((message, role, buffer, transport.receive(buffer, source, lasting=not from_engine)))
+                posted.append((message, role, buffer, transport.receive(buffer, source, registered=not from_engine)))
                 waiting.popleft()
 
         for _ in self._work:
@@ -272,11 +272,11 @@ def _finish(pending: Pending, deadline: Deadline, name: Callable[[], str]) -> No
     try:
         pending.wait(deadline)
     except TransportError as error:
-        raise WeightSyncError(f"{name()} {UNDELIVERED}: {error}") from error
+        raise UndeliveredError(f"{name()} was not delivered: {error}") from error
 
 
 def _looked_up(bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The parameters that a bucket is of, each looked up once: it may be made for the look."""
+    """The parameters that a bucket is of, each fetched once: one in FP8 is dequantized at every access."""
     return {name: shards[name] for name in dict.fromkeys(t.source.parameter for t in bucket.transfers)}
 
 

@@ -26,7 +26,7 @@ from engine.models.base import Place
 from engine.models.sharding import EngineLayout, Piece, Shard, TrainerLayout, stage_layers, template
 
 if TYPE_CHECKING:
-    from engine.models.hf import LlamaShape
+    from engine.models.base import ModelShape
 
 UNPACKED_BYTES = 1 << 20  # what is contiguous in both shards and at least this large travels alone, without being copied
 Cell = tuple[int, int]  # (pipeline rank, tensor rank) of the trainer
@@ -150,7 +150,7 @@ class ShardPlan:
 
 
 def plan(
-    shape: LlamaShape,
+    shape: ModelShape,
     dtype_bytes: int,
     source: TrainerLayout,
     dp_size: int,
@@ -169,7 +169,7 @@ def plan(
     assert sorted(engine for node in nodes for engine in node) == list(range(sum(map(len, nodes)))), nodes
     assert all(nodes) and bucket_bytes > 0 and dp_size > 0, (nodes, bucket_bytes, dp_size)
     assert not senders or (all(senders) and len(senders) == len(nodes)), (senders, nodes)
-    # What is made for a look has no memory of its own to be sent from.
+    # FP8 weights are dequantized into a temporary, so they cannot be sent in place: everything is packed.
     unpacked_bytes = math.inf if source.fp8_parameters else UNPACKED_BYTES
     with _uncollected():
         buckets = {
@@ -218,7 +218,7 @@ class _Route:
 
 
 def _streams(
-    shape: LlamaShape, source: TrainerLayout, target: EngineLayout
+    shape: ModelShape, source: TrainerLayout, target: EngineLayout
 ) -> dict[tuple[Cell, int], list[_Route]]:
     """What goes from each cell to each tensor rank of the engines, layer by layer."""
     places: tuple[tuple[Place, int], ...] = (("first", 0), ("layer", 0), ("last", source.pp_size - 1))
@@ -232,8 +232,8 @@ def _streams(
     turns = [0] * target.tp_size
 
     def add(route: _Route, pp_rank: int | None) -> None:
-        """Gives a route to one of its holders. Vectors take turns; as few streams as possible are made for them, since a
-        target's holders are mostly those that send it the rest."""
+        """Picks which replica sends this slice. Replicated vectors (norms) rotate among ranks that already send to this target,
+        so no extra stream is opened."""
         count, turn = len(route.holders), turns[route.target]
         turns[route.target] += count > 1
         pp, tp = route.holders[(route.target * count + turn % count) // target.tp_size]
@@ -251,7 +251,7 @@ def _streams(
 
 
 def _routes(
-    shape: LlamaShape, held: list[tuple[Cell, Shard]], target: EngineLayout, place: Place
+    shape: ModelShape, held: list[tuple[Cell, Shard]], target: EngineLayout, place: Place
 ) -> Iterator[_Route]:
     """Every overlap of what the engines' ranks need at a place with what trainer cells hold."""
     holders: dict[str, dict[tuple[int, ...], list[tuple[Cell, Shard, Piece]]]] = {}

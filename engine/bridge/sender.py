@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from engine.bridge.exchange import UNDELIVERED, Sender
+from engine.bridge.exchange import Sender
 from engine.bridge.terms import SyncTerms
-from engine.bridge.transports.base import UNMET, Deadline, Rendezvous, Transport, TransportError, first_line
+from engine.bridge.transports.base import Deadline, Rendezvous, Transport, TransportError, first_line
 from engine.bridge.transports.registry import open_transport
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 from engine.config.options import SYNC_ATTEMPTS
-from engine.core.errors import WeightSyncError
+from engine.core.errors import SemionError, UndeliveredError, WeightSyncError
 from engine.models.sharding import ExportBucket
 
 ENGINE_PATIENCE, RANK_PATIENCE = 1.0, 2.0  # seconds beyond the timeout for engines, then ranks, to say what they ran into
@@ -74,7 +74,7 @@ class Engines(Protocol):
         """See Pool.receive."""
         ...
 
-    def unverified(self, version: int, futures: Any, seconds: float) -> dict[int, str]:
+    def unverified(self, version: int, futures: Any, seconds: float) -> Mapping[int, SemionError]:
         """See Pool.unverified."""
         ...
 
@@ -92,6 +92,24 @@ class Engines(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed somewhere; no text: it did not."""
+
+    text: str = ""
+    echo: bool = False  # it follows from a failure elsewhere
+
+    def to_bytes(self) -> bytes:
+        """For the other ranks, at most REASON_BYTES."""
+        return (bytes([1 + self.echo]) + self.text.encode())[:REASON_BYTES] if self.text else b""
+
+    @staticmethod
+    def from_bytes(told: bytes) -> Failure:
+        """What `to_bytes` made, with or without zeros behind it."""
+        told = told.rstrip(b"\0")
+        return Failure(told[1:].decode(errors="ignore"), told[0] == 2) if told else Failure()
+
+
+@dataclass(frozen=True, slots=True)
 class SyncReport:
     """One finished sync."""
 
@@ -106,11 +124,21 @@ class Publisher:
     """Sends versions of the policy to the pool."""
 
     def __init__(
-        self, source: Source, place: Place, terms: SyncTerms, *, host: str, timeout_seconds: float, pool: Engines | None
+        self,
+        source: Source,
+        place: Place,
+        terms: SyncTerms,
+        *,
+        host: str,
+        timeout_seconds: float,
+        pool: Engines | None,
+        transport_note: str = "",
     ) -> None:
         """Opens the rendezvous; collective over the trainer ranks. `pool` is rank 0's, None elsewhere; `host` is the
-        address rank 0 listens on, and no other. Engines join at the first sync."""
+        address rank 0 listens on, and no other. `transport_note`: why weight syncs are not as fast as they could be. Engines
+        join at the first sync."""
         self._source, self._place, self._pool, self._terms = source, place, pool, terms
+        self.transport_note = transport_note
         self._timeout = timeout_seconds
         self._plan = terms.plan()
         self._digest, self._terms_json = self._plan.digest, terms.to_json()
@@ -156,7 +184,7 @@ class Publisher:
         """One try at a whole sync; why it failed, in the same words on every rank, or nothing."""
         dist.barrier()  # so that all clocks start together
         deadline, settled = Deadline(self._timeout), Deadline(self._timeout + RANK_PATIENCE)
-        reasons: list[str] = []
+        failures: list[Failure] = []
         futures = None
         if self._transport is None:
             self._epoch += 1
@@ -168,12 +196,13 @@ class Publisher:
                 self._transport = open_transport(self._terms.transport, self._store, self._place.rank, meeting)
             self._sender.send(self._source.parameters, self._transport, deadline)
         except (TransportError, WeightSyncError, RuntimeError, OSError) as error:
-            reasons.append(f"trainer rank {self._place.rank}: {error}")
+            echo = isinstance(error, (TransportError, UndeliveredError))
+            failures.append(Failure(f"trainer rank {self._place.rank}: {error}", echo))
             self._close()
         if self._pool is not None:
             doubtful = self._pool.unverified(version, futures, deadline.remaining() + ENGINE_PATIENCE)
-            reasons += [f"engine {engine}: {why}" for engine, why in doubtful.items()]
-        failure = self._agreed(_most_telling(reasons), settled)
+            failures += [Failure(f"engine {engine}: {error}", error.echo) for engine, error in doubtful.items()]
+        failure = self._agreed(most_telling(failures), settled).text
         if failure:
             self._close()
         if failure and not last:
@@ -198,26 +227,25 @@ class Publisher:
             self._transport.close()
         self._transport = None
 
-    def _agreed(self, failure: str, settled: Deadline) -> str:
+    def _agreed(self, failure: Failure, settled: Deadline) -> Failure:
         """The most telling of the ranks' failures, told to all: nobody goes on to a collective that others left."""
         mine = torch.zeros(REASON_BYTES, dtype=torch.uint8)
-        text = failure.encode()[:REASON_BYTES]
-        mine[: len(text)] = torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)[: len(text)]
-        reasons = [torch.empty_like(mine) for _ in range(self._place.world_size)]
+        told = failure.to_bytes()
+        mine[: len(told)] = torch.frombuffer(bytearray(told or b"\0"), dtype=torch.uint8)[: len(told)]
+        everybodys = [torch.empty_like(mine) for _ in range(self._place.world_size)]
         try:
-            work = dist.all_gather(reasons, mine, group=self._ranks, async_op=True)
+            work = dist.all_gather(everybodys, mine, group=self._ranks, async_op=True)
             work.wait(timedelta(seconds=settled.remaining()))
         except RuntimeError as error:
-            why = f"{failure}; {first_line(error)}" if failure else first_line(error)
+            why = f"{failure.text}; {first_line(error)}" if failure.text else first_line(error)
             raise WeightSyncError(f"a trainer rank is gone, or late after a weight sync: {why}") from error
-        return _most_telling([bytes(reason.tolist()).rstrip(b"\0").decode(errors="ignore") for reason in reasons])
+        return most_telling([Failure.from_bytes(bytes(told.tolist())) for told in everybodys])
 
 
-def _most_telling(reasons: list[str]) -> str:
-    """The first that is more than a message or a member that did not come: those are echoes of a failure elsewhere."""
-    found = [reason for reason in reasons if reason]
-    telling = (reason for reason in found if UNDELIVERED not in reason and UNMET not in reason)
-    return next(telling, found[0] if found else "")
+def most_telling(failures: list[Failure]) -> Failure:
+    """The first that is not an echo of another, or else the first."""
+    found = [failure for failure in failures if failure.text]
+    return next((failure for failure in found if not failure.echo), found[0] if found else Failure())
 
 
 def stream_to_first_rank(

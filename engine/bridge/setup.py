@@ -1,5 +1,5 @@
 """How a run's bridge is opened: what carries its weight syncs, whether there is room for that, which engines share a machine,
-and which trainer ranks may send to them. It sends nothing; publish.py does.
+and which trainer ranks may send to them. It sends nothing; sender.py does.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from engine.bridge.sender import Engines, Place, Publisher, Source
 from engine.bridge.terms import SyncTerms
-from engine.bridge.transports.base import Kind
-from engine.bridge.transports.ipc import room_for
+from engine.bridge.transports.base import Transport, room_for
+from engine.bridge.transports.registry import choose, kind_of
 from engine.config.load import RunConfig
 from engine.config.placement import Homes, homes
-from engine.core.errors import ConfigError
-from engine.models.hf import LlamaShape
+from engine.config.transport import Setting, setting
+from engine.models.base import ModelShape
 from engine.models.sharding import engine_layout, trainer_layout
 
 Groups = tuple[tuple[int, ...], ...]
@@ -28,7 +28,7 @@ class Policy(Source, Protocol):
     """The model that is published."""
 
     @property
-    def shape(self) -> LlamaShape:
+    def shape(self) -> ModelShape:
         """Its sizes."""
         ...
 
@@ -53,14 +53,16 @@ class Pool(Engines, Protocol):
 def open_publisher(config: RunConfig, policy: Policy, place: Standing, host: str, pool: Pool | None) -> Publisher:
     """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
     turns = homes(config)
-    has_room, num_bytes = _room(config, policy, place, turns)
     seen = torch.zeros(config.inference.engines, dtype=torch.int64, device=place.device)  # by rank 0: the machine of each
     if pool is not None:
         for machine, engines in enumerate(pool.nodes()):
             seen[list(engines)] = machine
     dist.broadcast(seen, 0)
-    transport = choose_transport(config, place.device.type, has_room=has_room, num_bytes=num_bytes)
-    nodes, senders = channel(seen.tolist(), transport, turns)
+    machines = seen.tolist()
+    choice = choose(config.sync.transport, _setting(config, policy, place, turns, machines))
+    if choice.reason and place.rank == 0:
+        log.warning(choice.reason)
+    nodes, senders = channel(machines, kind_of(choice.name), turns)
     terms = SyncTerms(
         shape=policy.shape,
         dtype=config.model.dtype,
@@ -69,35 +71,39 @@ def open_publisher(config: RunConfig, policy: Policy, place: Standing, host: str
         engine=engine_layout(config.inference),
         nodes=nodes,
         bucket_bytes=config.sync.bucket_mebibytes << 20,
-        transport=transport,
+        transport=choice.name,
         senders=senders,
     )
-    return Publisher(policy, place, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
+    seconds = config.sync.timeout_seconds
+    return Publisher(policy, place, terms, host=host, timeout_seconds=seconds, pool=pool, transport_note=choice.reason)
 
 
-def channel(machines: list[int], transport: Kind, turns: Homes | None) -> tuple[Groups, Groups]:
-    """(engines by node, trainer ranks that may send to each), as a plan wants them. `machines`: of every engine, as found;
-    `turns`: the nodes of a run whose engines are served by their own node alone, which then count. ConfigError where
-    `ipc` would have to leave a machine."""
-    found = list(turns.engines) if turns else machines
-    if transport == "ipc" and not turns and len(set(found)) > 1:
-        raise ConfigError("sync.transport = 'ipc' needs all engines on one machine; found several: use 'auto'")
-    if transport == "ipc":  # each takes what it needs from where it lies: nothing is passed on
+def channel(machines: list[int], transport: type[Transport], colocated: Homes | None) -> tuple[Groups, Groups]:
+    """(engines by node, trainer ranks that may send to each), as a plan wants them. `machines`: of every engine, as found.
+    `colocated`: if set, each node syncs only its own engines; overrides the machines found."""
+    found = list(colocated.engines) if colocated else machines
+    if transport.reads_in_place:  # each takes what it needs from where it lies: nothing is passed on
         found = list(range(len(found)))
     nodes = tuple(tuple(engine for engine, node in enumerate(found) if node == n) for n in sorted(set(found)))
-    return nodes, tuple(turns.beside(engines[0]) for engines in nodes) if turns else ()
+    return nodes, tuple(colocated.beside(engines[0]) for engines in nodes) if colocated else ()
 
 
-def _room(config: RunConfig, policy: Policy, place: Standing, turns: Homes | None) -> tuple[bool, int]:
-    """(whether the memory that processes share has room for weight syncs on every machine, the bytes it needs on the fullest);
-    collective."""
+def _setting(config: RunConfig, policy: Policy, place: Standing, turns: Homes | None, machines: list[int]) -> Setting:
+    """What the transports are asked about: among the rest whether the memory that processes share has room for weight syncs on
+    every machine, and the bytes it needs on the fullest; collective."""
     own = turns.ranks[place.rank] if turns else 0
     needed = torch.zeros(config.cluster.nodes, dtype=torch.int64, device=place.device)
     needed[own] = shared_bytes(config, policy)
     dist.all_reduce(needed)  # stages differ in size
     has_room = torch.tensor([room_for(int(needed[own]))], dtype=torch.int64, device=place.device)
     dist.all_reduce(has_room, dist.ReduceOp.MIN)
-    return bool(has_room), int(needed.max())
+    return setting(
+        config,
+        "cpu" if place.device.type == "cpu" else "cuda",
+        has_room=bool(has_room),
+        needed_bytes=int(needed.max()),
+        engines_on_one_machine=len(set(machines)) == 1,
+    )
 
 
 def shared_bytes(config: RunConfig, policy: Source) -> int:
@@ -106,30 +112,3 @@ def shared_bytes(config: RunConfig, policy: Source) -> int:
     held = () if config.trainer.fp8_parameters else policy.parameters.values()
     weights = sum(p.numel() * p.element_size() for p in held) * (2 if config.keeps_seed else 1)
     return weights + 2 * (config.sync.bucket_mebibytes << 20)
-
-
-def choose_transport(config: RunConfig, device: str, *, has_room: bool, num_bytes: int) -> Kind:
-    """What carries a sync of weights on this device. `has_room`: shared memory takes the `num_bytes` that it would need.
-    ConfigError for a transport that cannot carry it."""
-    asked, placement, nodes = config.sync.transport, config.inference.placement, config.cluster.nodes
-    short = (
-        f"{num_bytes >> 20} MiB of shared memory (/dev/shm), which has less: give the container more (docker run --shm-size)"
-    )
-    if asked == "ipc" and device == "cpu" and not has_room:
-        raise ConfigError(f"sync.transport = 'ipc' needs {short}, or use 'gloo'")
-    fits: tuple[Kind, ...]
-    if device == "cuda":  # NCCL cannot join two members on one GPU; memory is mapped where all see all GPUs
-        fits = ("ipc",) if placement == "colocated" else ("nccl",)
-    else:
-        fits = ("ipc", "gloo") if nodes == 1 or placement == "colocated" else ("gloo",)
-    if asked == "auto":
-        if fits[0] == "ipc" and device == "cpu" and not has_room:
-            log.warning("weight syncs go over gloo: through the machine's memory, faster, they need %s", short)
-            return "gloo"
-        return fits[0]
-    if asked not in fits:
-        raise ConfigError(
-            f"sync.transport must be one of auto, {', '.join(fits)} on {device} with inference.placement = {placement!r} and "
-            f"cluster.nodes = {nodes}; found {asked!r}: use 'auto'"
-        )
-    return asked

@@ -9,8 +9,7 @@ import torch
 from pydantic import TypeAdapter
 
 from engine.bridge.plan import ShardPlan, plan
-from engine.bridge.transports.base import Kind
-from engine.models.hf import LlamaShape
+from engine.models.base import ModelShape
 from engine.models.sharding import EngineLayout, TrainerLayout
 
 
@@ -18,14 +17,14 @@ from engine.models.sharding import EngineLayout, TrainerLayout
 class SyncTerms:
     """Everything that a plan depends on, and what carries it out."""
 
-    shape: LlamaShape
+    shape: ModelShape
     dtype: str  # of the weights, a torch dtype's name
     trainer: TrainerLayout
     dp_size: int
     engine: EngineLayout
     nodes: tuple[tuple[int, ...], ...]  # engines by machine
     bucket_bytes: int
-    transport: Kind
+    transport: str  # by name
     senders: tuple[tuple[int, ...], ...] = ()  # trainer ranks that may send to each of `nodes`; empty: all to all
 
     @property

@@ -18,7 +18,8 @@ import torch
 from engine.algorithms.registry import make_objective
 from engine.config.load import RunConfig
 from engine.models import sharding as layout
-from engine.models.hf import LlamaShape
+from engine.models.base import ModelShape
+from engine.models.registry import family_of
 
 MIB, GIB = 1 << 20, 1 << 30
 FP32 = 4
@@ -70,7 +71,7 @@ class Memory:
         return max(self.devices, key=lambda device: device.num_bytes)
 
 
-def estimate(shape: LlamaShape, config: RunConfig, channel: Channel, judge: LlamaShape | None = None) -> Memory:
+def estimate(shape: ModelShape, config: RunConfig, channel: Channel, judge: ModelShape | None = None) -> Memory:
     """The memory of a run on GPUs. The layouts must fit the model (`check_layout`, `check_engine_layout`). `judge`: the reward
     model's sizes, where the run has one and they are known."""
     stages = [trainer_rank(shape, config, stage, channel) for stage in range(config.trainer.pipeline_parallel)]
@@ -101,7 +102,7 @@ def shared(trainer: Components, engine: Components, turn: Turn) -> Components:
     return {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
 
 
-def trainer_rank(shape: LlamaShape, config: RunConfig, stage: int, channel: Channel) -> Components:
+def trainer_rank(shape: ModelShape, config: RunConfig, stage: int, channel: Channel) -> Components:
     """A trainer rank of a stage at the fullest moment of a step."""
     held = TrainerState(shape, config, stage)
     step = Step(shape, config, stage).fullest
@@ -120,7 +121,7 @@ def trainer_rank(shape: LlamaShape, config: RunConfig, stage: int, channel: Chan
 class TrainerState:
     """What a rank keeps from step to step. Tensor ranks of a stage hold equal shapes."""
 
-    def __init__(self, shape: LlamaShape, config: RunConfig, stage: int) -> None:
+    def __init__(self, shape: ModelShape, config: RunConfig, stage: int) -> None:
         self._config, t = config, config.trainer
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
         shards = layout.shard_shapes(shape, layout.trainer_layout(t), 0, stage)
@@ -188,7 +189,7 @@ class TrainerState:
         return 2 * moment + (original if self._dtype is not torch.float32 else 0)
 
 
-def host_bytes_per_node(shape: LlamaShape, config: RunConfig) -> int:
+def host_bytes_per_node(shape: ModelShape, config: RunConfig) -> int:
     """Optimizer state in the memory of a node full of the stage that holds most."""
     t = config.trainer
     most = max(TrainerState(shape, config, stage).host_bytes for stage in range(t.pipeline_parallel))
@@ -198,7 +199,7 @@ def host_bytes_per_node(shape: LlamaShape, config: RunConfig) -> int:
 class Step:
     """What a step makes and frees again: one microbatch's tensors, and how many microbatches wait for their backward."""
 
-    def __init__(self, shape: LlamaShape, config: RunConfig, stage: int, *, on_gpu: bool = True) -> None:
+    def __init__(self, shape: ModelShape, config: RunConfig, stage: int, *, on_gpu: bool = True) -> None:
         self._config, self._trainer = config, (t := config.trainer)
         self._on_gpu, self._stage, self._shape = on_gpu, stage, shape
         dtype: torch.dtype = getattr(torch, config.model.dtype)
@@ -219,7 +220,17 @@ class Step:
     @cached_property
     def layer(self) -> int:
         """What one layer keeps of a microbatch for its backward."""
-        return self._norms(2) + self._attention + self._feed_forward
+        return self._norms(2) + self._head_norms + self._attention + self._feed_forward
+
+    @property
+    def _head_norms(self) -> int:
+        """RMSNorms of queries and keys, head by head, in families that have them: what `_norms` keeps of each. Derived from
+        megatron-core's code and not measured."""
+        if not family_of(self._shape).has_head_norms():
+            return 0
+        width = self._Q + self._K
+        kept = width * self._e if self._on_gpu else 2 * width * FP32
+        return self._T * (kept + width // self._D * FP32)
 
     def _norms(self, count: int, into: int | None = None) -> int:
         """RMSNorms and the inputs of the products that follow. torch's on a CPU keeps two float32 tensors, a GPU's its
@@ -318,7 +329,7 @@ class Step:
         return logits, norm + gathered + rows + (0 if self._trainer.fuse_gradient_accumulation else weight)
 
 
-def engine_rank(shape: LlamaShape, config: RunConfig, channel: Channel) -> Components:
+def engine_rank(shape: ModelShape, config: RunConfig, channel: Channel) -> Components:
     """A rank of an engine while it samples."""
     i = config.inference
     itemsize = getattr(torch, config.model.dtype).itemsize
@@ -338,12 +349,13 @@ def engine_rank(shape: LlamaShape, config: RunConfig, channel: Channel) -> Compo
     }
 
 
-def reward_engine(shape: LlamaShape, config: RunConfig) -> Components:
+def reward_engine(shape: ModelShape, config: RunConfig) -> Components:
     """The reward model's engine while it judges. Both forms have the same tensors: the Llama's without its output layer, and a
     head [1, H] that vLLM keeps in float32. It samples nothing, and no weight sync reaches it."""
     r = config.reward_model
     itemsize = getattr(torch, r.dtype).itemsize
-    held = {name: size for name, size in layout.shard_shapes(shape, layout.EngineLayout(1), 0).items() if name != layout.HEAD}
+    head = family_of(shape).head()
+    held = {name: size for name, size in layout.shard_shapes(shape, layout.EngineLayout(1), 0).items() if name != head}
     tokens = max(8192, r.max_tokens)  # of one forward: reward_engine's max_num_batched_tokens
     return {
         "engine: weights": sum(torch.Size(size).numel() for size in held.values()) * itemsize + shape.hidden * FP32,

@@ -16,13 +16,17 @@ import torch
 from engine.bridge import setup as opening
 from engine.bridge.exchange import STAGED
 from engine.bridge.plan import Bucket, ShardPlan, Spot, Transfer, plan
+from engine.bridge.transports.base import Transport
+from engine.bridge.transports.registry import choose, kind_of
 from engine.capacity.memory import GIB, Channel, estimate
 from engine.config.load import RunConfig
 from engine.config.placement import homes, training_parts
+from engine.config.transport import AUTO, refusal, setting
 from engine.core.errors import ConfigError
+from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
-from engine.models.hf import LlamaShape, read_shape
-from engine.models.reward_head import OPTION
+from engine.models.hf import read_shape
+from engine.models.reward_head import FAMILY, OPTION
 from engine.models.sharding import Piece, engine_layout, pieces, tensors, trainer_layout
 
 
@@ -42,7 +46,7 @@ def plan_run(config: RunConfig, machine: Machine) -> dict[str, Any]:
 
     ConfigError when the layouts do not fit the model or the machine.
     """
-    shape, source = read_shape(config.model.path), trainer_layout(config.trainer)
+    shape, source = read_shape(config.model.path, family=config.model.family), trainer_layout(config.trainer)
     target = engine_layout(config.inference)
     check_layout(shape, source)
     check_engine_layout(shape, target)
@@ -50,14 +54,23 @@ def plan_run(config: RunConfig, machine: Machine) -> dict[str, Any]:
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     _check(machine)
     machines = _machines(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
-    shared = config.inference.placement == "colocated" or config.sync.transport == "ipc"
-    nodes, senders = opening.channel(machines, "ipc" if shared else "nccl", homes(config))
+    nodes, senders = opening.channel(machines, _transport(config, machines), homes(config))
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
     dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
     made = plan(shape, dtype.itemsize, source, dp_size, target, nodes, bucket_bytes, senders)
     seconds = time.perf_counter() - started
     return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(shape, config, made, machine)}
+
+
+def _transport(config: RunConfig, machines: list[int]) -> type[Transport]:
+    """What the configuration names; for 'auto' what GPUs take. ConfigError for what fits nowhere."""
+    on_one = len(set(machines)) == 1
+    if refused := refusal(config, engines_on_one_machine=on_one):
+        raise ConfigError(refused)
+    asked = config.sync.transport
+    gpus = setting(config, "cuda", engines_on_one_machine=on_one)
+    return kind_of(choose(asked, gpus).name if asked == AUTO else asked)
 
 
 def _check(machine: Machine) -> None:
@@ -87,7 +100,7 @@ def _within_nodes(config: RunConfig) -> bool:
     return homes(config) is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
 
 
-def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machine) -> dict[str, Any]:
+def weigh(shape: ModelShape, config: RunConfig, made: ShardPlan, machine: Machine) -> dict[str, Any]:
     """The memory of each kind of device by component, whether the fullest fits the machine's GPU, and the file for want of
     which the reward engine is not counted. Bytes. ConfigError or CheckpointError for a reward model that is no Llama."""
     judge, missing = _judge(config)
@@ -105,13 +118,13 @@ def weigh(shape: LlamaShape, config: RunConfig, made: ShardPlan, machine: Machin
     }
 
 
-def _judge(config: RunConfig) -> tuple[LlamaShape | None, str | None]:
+def _judge(config: RunConfig) -> tuple[ModelShape | None, str | None]:
     """(the sizes of the reward model that the run starts, the file that would tell them and is not there)."""
     path = config.reward_model.path
     if path is None or "reward_engine" not in training_parts(config):
         return None, None
     file = Path(path) / "config.json"
-    return (read_shape(path, OPTION), None) if file.exists() else (None, str(file))
+    return (read_shape(path, OPTION, FAMILY), None) if file.exists() else (None, str(file))
 
 
 def channel(made: ShardPlan) -> Channel:
@@ -123,7 +136,7 @@ def channel(made: ShardPlan) -> Channel:
     return Channel(max(staged[: made.trainer_size]), max(staged[made.trainer_size :]))
 
 
-def measure(shape: LlamaShape, made: ShardPlan, machine: Machine) -> dict[str, Any]:
+def measure(shape: ModelShape, made: ShardPlan, machine: Machine) -> dict[str, Any]:
     """A plan's figures, counted from its messages and compared with the layouts' own pieces. Bytes unless named otherwise.
 
     `seconds` replays the messages: every link carries its own in the plan's order, one at a time, at full bandwidth; a
@@ -183,13 +196,13 @@ def _cell(made: ShardPlan, rank: int) -> tuple[int, int]:
     return rank // (made.dp_size * made.source.tp_size), rank % made.source.tp_size
 
 
-def _needed_bytes(shape: LlamaShape, made: ShardPlan) -> int:
+def _needed_bytes(shape: ModelShape, made: ShardPlan) -> int:
     """Bytes of Hugging Face elements that all engine shards hold together."""
     engine = sum(p.rows * p.cols for rank in range(made.target.tp_size) for p in pieces(shape, made.target, rank))
     return engine * made.dtype_bytes * sum(map(len, made.nodes))
 
 
-def _direct_bytes(shape: LlamaShape, made: ShardPlan) -> dict[int, int]:
+def _direct_bytes(shape: ModelShape, made: ShardPlan) -> dict[int, int]:
     """Bytes of each bucket (by id) that lie in its cell's shards and belong where they go in the engine's: both sides'
     pieces must name the same rectangle of the same Hugging Face tensor."""
     axes = made.source

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from engine.config.options import Options, Section, Source
 from engine.config.rules import broken_algorithm_rules, broken_rollout_rules, broken_rules
-from engine.config.schedule import SyncSchedule
+from engine.config.schedules.base import Schedule
+from engine.config.schedules.registry import schedule_of
 from engine.core.errors import ConfigError
 
 Table = TypeVar("Table", bound=Section)
@@ -23,22 +24,21 @@ class RunConfig(Options):
     """Everything a run is; equal configurations and equal data give equal runs."""
 
     @property
-    def schedule(self) -> SyncSchedule:
-        """The regime as arithmetic. Offline generates as many steps at once as a checkpoint spans, 16 by default."""
-        chunk = 16 if self.checkpoint.every == "end" else self.checkpoint.every
-        return SyncSchedule(self.sync.sync_interval, self.sync.reference, self.run.steps, chunk, self.sync.semantics)
+    def schedule(self) -> Schedule:
+        """The regime as arithmetic."""
+        return schedule_of(self)
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether the state after `step` optimizer steps is committed to disk."""
         every = self.checkpoint.every
-        return step == self.run.steps or (every != "end" and step > 0 and self.schedule.divides(every, step))
+        return step == self.run.steps or (every != "end" and self.schedule.checkpoint_due(every, step))
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the weights after `step` optimizer steps are judged on held-out problems."""
         every = self.evaluation.every
         at_an_end = step in (0, self.run.steps)
         judged = any(source.held_out is not None for source in self.data.sources)
-        return judged and (at_an_end or (every != "ends" and self.schedule.divides(every, step)))
+        return judged and (at_an_end or (every != "ends" and self.schedule.falls_due(every, step)))
 
     @property
     def evaluates_between_syncs(self) -> bool:
@@ -55,8 +55,7 @@ class RunConfig(Options):
     def keeps_seed(self) -> bool:
         """Whether the generator is given the seed's weights again: offline, where newer ones have been judged in between, or
         where it has slept before the next chunk of prompts."""
-        again = self.evaluates_between_syncs or (self.takes_turns and self.run.steps > self.schedule.offline_chunk)
-        return self.sync.sync_interval == "never" and again
+        return self.schedule.reopens and (self.evaluates_between_syncs or self.takes_turns)
 
     @property
     def run_directory(self) -> Path:

@@ -37,7 +37,10 @@ class Run(Section):
 class Model(Section):
     """The seed model."""
 
-    path: str = Field(description="folder of a Hugging Face Llama checkpoint")
+    path: str = Field(description="folder of a Hugging Face checkpoint")
+    family: str = Field(
+        "auto", description="'llama', 'qwen3', or your own Family as path/to/file.py:Name; 'auto': by model_type in config.json"
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -110,12 +113,16 @@ class Sync(Section):
 
     sync_interval: Positive | Literal["never"] = Field(1, description="s: 1 online, k semi-online, 'never' offline")
     reference: Positive | Literal["never", "follow"] = "never"
-    semantics: Literal["paper", "fairseq2"] = Field(
-        "paper", description="'fairseq2': the paper's public code, which counts steps from 1: syncs at 0, s - 1, 2s - 1, ..."
+    semantics: str = Field(
+        "paper",
+        description="which steps sync: 'paper', 'fairseq2' (the paper's public code, which counts steps from 1: syncs at 0, "
+        "s - 1, 2s - 1, ...), or your own Schedule as path/to/file.py:Name",
     )
     bucket_mebibytes: Positive = Field(64, description="weights sent together in one message")
-    transport: Literal["auto", "gloo", "nccl", "ipc"] = Field(
-        "auto", description="'ipc': one machine's memory; 'auto': that on its CPU and where colocated, else NCCL or gloo"
+    transport: str = Field(
+        "auto",
+        description="'gloo', 'nccl', 'ipc' (one machine's memory), or your own Transport as path/to/file.py:Name; 'auto': ipc "
+        "on one machine's CPU and where colocated, else NCCL or gloo",
     )
     timeout_seconds: PositiveFloat = Field(120.0, description="longest attempt at a weight sync; there are three")
 

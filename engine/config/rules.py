@@ -6,18 +6,20 @@ from __future__ import annotations
 
 from engine.config.options import Options, source_key
 from engine.config.placement import homes
+from engine.config.schedules.registry import schedule_of
+from engine.config.transport import refusal
 from engine.core.errors import ConfigError
 
 
 def broken_rules(config: Options) -> list[str]:
     """Sentences for combinations that cannot work: keys, rule, values found, fix."""
-    c, broken = config, []
-    s, every = c.sync.sync_interval, c.checkpoint.every
-    if s != "never" and every != "end" and every % s:
-        broken.append(
-            f"checkpoint.every must be a multiple of sync.sync_interval, so that a checkpoint holds the generator's "
-            f"weights too; found {every} and {s}: use {s * max(1, every // s)}"
-        )
+    c = config
+    every = c.checkpoint.every
+    try:
+        schedule = schedule_of(c)
+    except ConfigError as error:
+        return [str(error)]
+    broken = schedule.broken_rules(every)
     judged = any(source.held_out for source in c.data.sources)
     spans = every != "end" and c.evaluation.every != "ends" and every % c.evaluation.every == 0
     if c.checkpoint.best_by is not None and not (judged and spans):
@@ -51,7 +53,7 @@ def broken_rules(config: Options) -> list[str]:
             f"rewards.function judges sources with reward = 'function'; found {c.rewards.function!r} and sources with "
             f"{', '.join(map(repr, judged_by))}: set data.reward = 'function', or remove it"
         )
-    if s == "never" and c.sync.reference == "follow":
+    if schedule.never_syncs and c.sync.reference == "follow":
         broken.append(
             "sync.reference = 'follow' copies the policy at weight syncs, and sync.sync_interval = 'never' has none; found "
             "both: set sync.reference to 'never' or a number of steps"
@@ -91,21 +93,16 @@ def broken_profile_rules(c: Options) -> list[str]:
 def broken_placement_rules(c: Options) -> list[str]:
     """The same for where trainer and engines stand."""
     broken = []
-    colocated = c.inference.placement == "colocated"
-    if c.sync.transport == "ipc" and c.cluster.nodes > 1 and not colocated:
-        broken.append(
-            f"sync.transport = 'ipc' shares the memory of a machine, where disaggregated engines may not be; found "
-            f"cluster.nodes = {c.cluster.nodes}: use 'auto'"
-        )
+    try:
+        refused = refusal(c)
+    except ConfigError as error:
+        refused = str(error)
+    if refused is not None:
+        broken.append(refused)
     try:
         homes(c)
     except ConfigError as error:
         broken.append(str(error))
-    if colocated and c.sync.transport == "nccl":
-        broken.append(
-            "sync.transport = 'nccl' cannot join a trainer and an engine on one GPU; found it with inference.placement = "
-            "'colocated': use 'auto'"
-        )
     return broken
 
 
@@ -118,7 +115,7 @@ def broken_data_rules(c: Options) -> list[str]:
                 f"{source_key(place)}.template must be 'figure4', 'figure5' or hold {{problem}}; found {source.template!r}: "
                 f"add {{problem}}"
             )
-    if d.replay is not None and c.sync.sync_interval != "never":
+    if d.replay is not None and not schedule_of(c).never_syncs:
         broken.append(
             f"data.replay needs sync.sync_interval = 'never', for what is on disk knows no newer weights; found "
             f"{c.sync.sync_interval} with {d.replay!r}: set it to 'never'"

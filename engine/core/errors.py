@@ -9,6 +9,7 @@ class SemionError(Exception):
 
     exit_code = 1
     may_pass = False
+    echo = False  # of a failed weight sync: most likely the consequence of a failure elsewhere
 
 
 class ConfigError(SemionError):
@@ -55,6 +56,12 @@ class WeightSyncError(SemionError):
 
     exit_code = 6
     may_pass = True
+
+
+class UndeliveredError(WeightSyncError):
+    """A message of a weight sync was not delivered, or a member of it did not come: what everybody sees when one fails."""
+
+    echo = True
 
 
 class NumericsError(SemionError):

@@ -28,10 +28,13 @@ Part = TypeVar("Part")
 class Registry(Generic[Part]):
     """The parts of one kind: the files of `package` but those in `support`, each with one class that extends the base."""
 
-    def __init__(self, option: str, package: str, base: str, support: Collection[str] = ()) -> None:
+    def __init__(
+        self, option: str, package: str, base: str, support: Collection[str] = (), also: Collection[str] = ()
+    ) -> None:
         """`option`: what names a part in a configuration, for messages. `base`: "module:Class" that every part extends.
-        `support`: modules of the package that are no parts."""
+        `support`: modules of the package that are no parts. `also`: what the option may say besides, for messages."""
         self.option, self._package, self._base = option, package, base
+        self._also = tuple(also)
         self._support = {*support, base.partition(":")[0].rpartition(".")[2]}
 
     @property
@@ -55,7 +58,7 @@ class Registry(Generic[Part]):
             return found
         if name not in self.names:
             raise ConfigError(
-                f"{self.option} must be one of {', '.join(self.names)}, or your own as path/to/file.py:Name or "
+                f"{self.option} must be one of {', '.join((*self._also, *self.names))}, or your own as path/to/file.py:Name or "
                 f"package.module:Name; found {name!r}: choose one"
             )
         module = import_module(f"{self._package}.{name}")
@@ -78,6 +81,12 @@ def identity(name: str, option: str) -> str | None:
     if file is None or not file.is_file():
         raise ConfigError(f"{option} must name a file of code that exists; found none behind {name!r}: check the path")
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def portable(name: str) -> str:
+    """A part's name as processes with another working directory understand it too: a user's file by its whole path."""
+    place, colon, attribute = name.rpartition(":")
+    return f"{Path(place).resolve()}:{attribute}" if colon and place.endswith(".py") else name
 
 
 def source_file(reference: str) -> Path | None:

@@ -116,7 +116,8 @@ def _naming(option: str, path: str) -> Iterator[None]:
 def load_prompts(config: RunConfig, source: Source, path: str, before: Many[Prompt] = ()) -> PromptSet:
     """The prompts of a file with the run's tokenizer and the source's template and reward. ConfigError when tokenizer and
     model do not fit; DataError names the file."""
-    tokenizer, vocab_size = load_tokenizer(config.model.path), read_shape(config.model.path).vocab_size
+    tokenizer = load_tokenizer(config.model.path)
+    vocab_size = read_shape(config.model.path, family=config.model.family).vocab_size
     if len(tokenizer) > vocab_size:
         raise ConfigError(
             f"model.path must hold a tokenizer that fits the model; found {len(tokenizer)} tokens for a vocabulary of "

@@ -151,23 +151,23 @@ class Pool:
         self._version = None
         return [handle.call("receive", version, call | {"engine": i}) for i, handle in enumerate(self._engines)]
 
-    def unverified(self, version: int, futures: Sequence[Future], seconds: float) -> dict[int, str]:
+    def unverified(self, version: int, futures: Sequence[Future], seconds: float) -> dict[int, SemionError]:
         """Waits at most `seconds` for all engines' word on `version`; why those are in doubt that did not verify it.
 
         They are quarantined: an engine answers no request before it has verified a version in full. Those that are gone
         or gave no answer are lost until `replace_lost`.
         """
         deadline = time.monotonic() + seconds
-        reasons: dict[int, str] = {}
+        reasons: dict[int, SemionError] = {}
         for engine, future in enumerate(futures):
             try:
                 verified = future.result(max(0.0, deadline - time.monotonic()))
                 assert verified == version, (engine, verified, version)
             except TimeoutError:
-                reasons[engine] = f"no answer within {seconds:.0f} s"
+                reasons[engine] = InferenceError(f"no answer within {seconds:.0f} s")
                 self._lost.append(engine)
             except SemionError as error:
-                reasons[engine] = str(error)
+                reasons[engine] = error
                 # What is neither a failed sync nor a refusal is a process, or a vLLM in it, beyond repair.
                 if isinstance(error, EngineLostError) or not isinstance(error, (WeightSyncError, InferenceError)):
                     self._lost.append(engine)

@@ -23,7 +23,7 @@ from engine.bridge.terms import SyncTerms
 from engine.bridge.transports.base import Deadline, Rendezvous, Transport, TransportError
 from engine.bridge.transports.registry import open_transport
 from engine.bridge.transports.rendezvous import join_store
-from engine.core.errors import WeightSyncError
+from engine.core.errors import SemionError, UndeliveredError, WeightSyncError
 from engine.inference.plain_loader import PLAIN_FORMAT, PlainLoader
 from engine.inference.sleep import die_with_parent, release_pages
 from engine.models import sharding as layout
@@ -96,7 +96,7 @@ class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
                 self._receiver.receive(shards, self._transport, deadline)
             done = True
         except TransportError as error:
-            raise WeightSyncError(str(error)) from error
+            raise UndeliveredError(str(error)) from error
         finally:
             if not done:
                 self.shutdown()
@@ -199,16 +199,17 @@ def _check_parameters(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]]
 class SyncWorker:
     """What our engine adds to a vLLM worker (its worker_extension_cls)."""
 
-    def semion_receive(self: Any, call: dict[str, Any]) -> str:
-        """Receives one version; nothing, or why it failed. It never raises: vLLM would leave the other workers' answers in
-        its queue and take them for those of the next call."""
+    def semion_receive(self: Any, call: dict[str, Any]) -> tuple[str, bool]:
+        """Receives one version. (nothing, or why it failed; whether that is an echo of a failure elsewhere). It never raises:
+        vLLM would leave the other workers' answers in its queue and take them for those of the next call."""
         try:
             self.start_weight_update()
             self.update_weights(call)
             self.finish_weight_update()
         except Exception as error:
-            return " ".join(str(error).split()) or type(error).__name__
-        return ""
+            why = " ".join(str(error).split()) or type(error).__name__
+            return why, isinstance(error, SemionError) and error.echo
+        return "", False
 
     def semion_capture(self: Any, on: bool) -> None:
         """Begins or ends what Nsight Systems captures of this worker."""

@@ -218,10 +218,12 @@ class VllmEngine:
         self._version = IN_DOUBT
         self._wake(WEIGHTS)
         with phase(Phase.PLACE):
-            reasons = self._llm.collective_rpc("semion_receive", args=(call,))
-        if found := [f"worker {rank}: {why}" for rank, why in enumerate(reasons) if why]:
-            error = EngineLostError if self._config.inference.packed_weights else WeightSyncError
-            raise error("; ".join(found))
+            answers = self._llm.collective_rpc("semion_receive", args=(call,))
+        if found := [(f"worker {rank}: {why}", echo) for rank, (why, echo) in enumerate(answers) if why]:
+            kind = EngineLostError if self._config.inference.packed_weights else WeightSyncError
+            error = kind("; ".join(why for why, _ in found))
+            error.echo = all(echo for _, echo in found)
+            raise error
         self._wake(KV_CACHE)
         self._llm.reset_prefix_cache()
         self._version = version

@@ -1,4 +1,4 @@
-"""Builds this rank's chunks of a Llama as megatron-core's GPTModel and fills them from a Hugging Face checkpoint. The
+"""Builds this rank's chunks of a model as megatron-core's GPTModel and fills them from a Hugging Face checkpoint. The
 layer spec is chosen in one function, by trainer.layers; everything else is sizes. It trains nothing.
 
 Shape legend: S positions, B rows, T tokens of a packed row, N heads of this rank, D head dim.
@@ -26,7 +26,9 @@ from engine.megatron.fp8.parameters import fill, in_fp8
 from engine.megatron.topology import Topology
 from engine.models import checks
 from engine.models import sharding as layout
-from engine.models.hf import HfCheckpoint, LlamaShape
+from engine.models.base import ModelShape
+from engine.models.hf import HfCheckpoint
+from engine.models.registry import family_of
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 FP8_FORMATS = {"none": None, "delayed": "hybrid", "current": "hybrid", "blockwise": "e4m3"}  # hybrid: gradients in E5M2
@@ -87,16 +89,20 @@ def layer_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlock
     if config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+        norm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)
 
 
-def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> TransformerConfig:
-    """megatron's configuration of a Llama in this layout. ConfigError for a layout that cannot hold it."""
+def megatron_config(shape: ModelShape, trainer: Trainer, dtype: torch.dtype) -> TransformerConfig:
+    """megatron's configuration of a model in this layout. ConfigError for a layout that cannot hold it."""
     checks.check_layout(shape, layout.trainer_layout(trainer))
     if trainer.fp8 != "none":
         _check_fp8(shape, trainer)
@@ -147,11 +153,12 @@ def megatron_config(shape: LlamaShape, trainer: Trainer, dtype: torch.dtype) -> 
         recompute_granularity="full" if trainer.recompute else None,
         recompute_method="uniform" if trainer.recompute else None,
         recompute_num_layers=1 if trainer.recompute else None,
+        **family_of(shape).megatron_options(shape),
     )
 
 
 def build_chunks(
-    shape: LlamaShape, config: TransformerConfig, topology: Topology, *, headless: bool = False
+    shape: ModelShape, config: TransformerConfig, topology: Topology, *, headless: bool = False
 ) -> list[GPTModel]:
     """This rank's GPTModel chunks, one per virtual stage, ending in vocab-parallel logits, or in hidden states where
     `headless`; weights still random.
@@ -191,7 +198,7 @@ def output_weight(chunk: GPTModel) -> torch.nn.Parameter:
     return weight
 
 
-def _check_scaling(shape: LlamaShape) -> None:
+def _check_scaling(shape: ModelShape) -> None:
     scaling = shape.rope_scaling
     if scaling is None:
         return
@@ -204,7 +211,7 @@ def _check_scaling(shape: LlamaShape) -> None:
         )
 
 
-def _check_fp8(shape: LlamaShape, trainer: Trainer) -> None:
+def _check_fp8(shape: ModelShape, trainer: Trainer) -> None:
     size, heads = trainer.tensor_parallel, shape.num_heads + 2 * shape.num_kv_heads
     sides = {
         "hidden size": shape.hidden,
@@ -229,7 +236,7 @@ def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]
 
 @torch.no_grad()
 def load_weights(
-    chunk: GPTModel, index: int, shape: LlamaShape, spread: layout.TrainerLayout, checkpoint: HfCheckpoint, topology: Topology
+    chunk: GPTModel, index: int, shape: ModelShape, spread: layout.TrainerLayout, checkpoint: HfCheckpoint, topology: Topology
 ) -> None:
     """Fills this rank's chunk of that index with its pieces, padding rows with zeros. What is kept in FP8 is put together in
     the host's memory, where the optimizer then finds what its fp32 weights begin with. CheckpointError names a tensor that is

@@ -36,8 +36,8 @@ class PolicyOptimizer:
         distributed: bool,
         fp8_recipe: str | None = None,
     ) -> None:
-        """`names` are what the chunks' parameters are called in `state`; `fp8_recipe`, megatron's name, is that of parameters
-        kept in FP8."""
+        """`names` are what the chunks' parameters are called in `state`; `fp8_recipe`: megatron's name of the recipe if
+        parameters are stored in FP8, else None."""
         self._options = options
         moments = MOMENT_DTYPES[options.moment_dtype]
         offloads = options.offload_share > 0

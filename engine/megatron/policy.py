@@ -39,6 +39,7 @@ from engine.megatron.timers import Timers
 from engine.megatron.topology import Topology
 from engine.models import sharding as layout
 from engine.models.hf import HfCheckpoint, read_shape
+from engine.models.registry import family_of
 from engine.observe.profiling.phases import Phase, phase
 from engine.ops import lm_head_log_probs, token_log_probs
 
@@ -47,7 +48,7 @@ LossOf = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Policy:
-    """A Llama spread over the topology's ranks, its AdamW, and the reference as a second set of weights."""
+    """A model spread over the topology's ranks, its AdamW, and the reference as a second set of weights."""
 
     def __init__(
         self, config: RunConfig, topology: Topology, objective: Objective, checkpoint_path: str | Path
@@ -60,7 +61,8 @@ class Policy:
         check_libraries(config.trainer, config.optimizer)
         self.topology = topology
         self.objective = objective
-        self.shape = read_shape(checkpoint_path)
+        self.shape = read_shape(checkpoint_path, family=config.model.family)
+        self._family = family_of(self.shape)
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
         self._config = build.megatron_config(self.shape, config.trainer, self.dtype)
         self._config.finalize_model_grads_func = _finalize
@@ -80,7 +82,7 @@ class Policy:
         self._fp8 = Fp8Memory(self._config, models)
         self._own = dict(pair for model in models for pair in build.named_parameters(model))
         self.parameters = Weights(self._own)
-        names = {parameter: layout.local_name(name) for name, parameter in self._own.items()}
+        names = {parameter: self._family.local_name(name) for name, parameter in self._own.items()}
         recipe = self._config.fp8_recipe if self._config.fp8_param else None
         self._optimizer = PolicyOptimizer(
             config.optimizer, self._chunks, names, dtype=self.dtype, distributed=distributed, fp8_recipe=recipe
@@ -219,7 +221,7 @@ class Policy:
         for prefix, table in self._tables().items():
             weights = Weights(table)
             for name, value in table.items():
-                local = layout.local_name(name)
+                local = self._family.local_name(name)
                 yield f"{prefix}.{local}", weights[name]
                 if in_fp8(value):
                     yield f"{prefix}_scale.{local}", scale(value)
@@ -231,7 +233,7 @@ class Policy:
         """Continues from what `state` returned on this rank of the same layout; CheckpointError names what differs."""
         for prefix, own in self._tables().items():
             for name, value in own.items():
-                key = f"{prefix}.{layout.local_name(name)}"
+                key = f"{prefix}.{self._family.local_name(name)}"
                 saved = tensors.get(key)
                 if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
                     raise CheckpointError(
@@ -239,7 +241,7 @@ class Policy:
                         f"{'nothing' if saved is None else f'{list(saved.shape)} {saved.dtype}'}: resume with the "
                         f"configuration that saved it"
                     )
-                load(value, saved, tensors.get(f"{prefix}_scale.{layout.local_name(name)}"))
+                load(value, saved, tensors.get(f"{prefix}_scale.{self._family.local_name(name)}"))
         prefix = "optimizer."
         self._optimizer.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 

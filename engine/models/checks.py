@@ -8,10 +8,10 @@ from engine.core.errors import ConfigError
 from engine.models.sharding import VLLM_VOCABULARY_MULTIPLE, EngineLayout, TrainerLayout, padded_vocab, stage_sizes
 
 if TYPE_CHECKING:
-    from engine.models.hf import LlamaShape
+    from engine.models.base import ModelShape
 
 
-def check_layout(shape: LlamaShape, layout: TrainerLayout) -> None:
+def check_layout(shape: ModelShape, layout: TrainerLayout) -> None:
     """ConfigError when tensor ranks or pipeline stages cannot share this model."""
     _check_heads(shape, layout.tp_size, "trainer.tensor_parallel")
     fused = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
@@ -42,7 +42,7 @@ def check_layout(shape: LlamaShape, layout: TrainerLayout) -> None:
         )
 
 
-def check_engine_layout(shape: LlamaShape, layout: EngineLayout) -> None:
+def check_engine_layout(shape: ModelShape, layout: EngineLayout) -> None:
     """ConfigError when the ranks of a vLLM engine cannot share this model."""
     if not layout.whole:
         _check_heads(shape, layout.tp_size, "inference.tensor_parallel")
@@ -50,7 +50,7 @@ def check_engine_layout(shape: LlamaShape, layout: EngineLayout) -> None:
         _check_divides(layout.tp_size, padded_vocab(shape, layout), "inference.tensor_parallel", what)
 
 
-def _check_heads(shape: LlamaShape, size: int, option: str) -> None:
+def _check_heads(shape: ModelShape, size: int, option: str) -> None:
     groups = shape.num_kv_heads
     if groups % size and size % groups:
         raise ConfigError(

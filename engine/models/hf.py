@@ -1,4 +1,4 @@
-"""Hugging Face Llama folders in and out: config.json into a `LlamaShape`, safetensors read one tensor at a time, and a
+"""Hugging Face folders in and out: config.json into a `ModelShape` by its family, safetensors read one tensor at a time, and a
 folder written so that it appears whole or not at all. It knows no parallel layout and loads no Python from a folder.
 """
 
@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,9 @@ from safetensors.torch import save_file
 
 from engine.core.errors import CheckpointError, ConfigError
 from engine.core.files import staged_folder
+from engine.core.registry import portable
+from engine.models.base import INERT_FIELDS, PLAIN_FIELDS, ROPE_FIELDS, Family, Llama3Scaling, ModelShape
+from engine.models.registry import AUTO, FAMILIES, family_named
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -31,58 +33,69 @@ COMPANIONS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Llama3Scaling:
-    """Llama 3.1's stretching of the rotary frequencies."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaShape:
-    """Every size that decides the tensors and the arithmetic of a Llama."""
-
-    num_layers: int
-    hidden: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_hidden: int
-    vocab_size: int
-    rope_theta: float
-    rope_scaling: Llama3Scaling | None
-    norm_eps: float
-    tied: bool  # the output layer is the embedding
-    max_positions: int
-
-
-def read_shape(path: str | Path, option: str = "model.path") -> LlamaShape:
-    """The sizes in `path`/config.json. ConfigError when it is no plain Llama, CheckpointError when it is unreadable; both
-    blame `option`."""
+def read_shape(path: str | Path, option: str = "model.path", family: str = AUTO) -> ModelShape:
+    """The sizes in `path`/config.json; `family` as model.family names it. ConfigError when the file is not of that family, or
+    says what it does not know; CheckpointError when it is unreadable or incomplete; both blame `option`."""
     file = Path(path) / "config.json"
     config = _read_json(file, option)
-    _require_llama(config, file, option)
+    name, kind = _family(config, family, file, option)
+    _check_fields(config, kind, file, option)
+    given = {key: value for key, value in config.items() if value is not None}
+    said = {**kind.defaults, **given}
     try:
-        heads = int(config["num_attention_heads"])
-        return LlamaShape(
-            num_layers=int(config["num_hidden_layers"]),
-            hidden=int(config["hidden_size"]),
+        heads = int(said["num_attention_heads"])
+        return ModelShape(
+            num_layers=int(said["num_hidden_layers"]),
+            hidden=int(said["hidden_size"]),
             num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            ffn_hidden=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-            rope_theta=float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10000.0),
-            rope_scaling=_read_scaling(_rope(config), file, option),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            max_positions=int(config.get("max_position_embeddings", 2048)),
+            num_kv_heads=int(said.get("num_key_value_heads", heads)),
+            head_dim=int(said.get("head_dim") or said["hidden_size"] // heads),
+            ffn_hidden=int(said["intermediate_size"]),
+            vocab_size=int(said["vocab_size"]),
+            rope_theta=float(_rope(config).get("rope_theta") or said["rope_theta"]),
+            rope_scaling=_read_scaling(_rope(config), kind, file, option),
+            norm_eps=float(said["rms_norm_eps"]),
+            tied=bool(said["tie_word_embeddings"]),
+            max_positions=int(said["max_position_embeddings"]),
+            family=portable(name),
         )
     except KeyError as error:
-        raise CheckpointError(f"{file} has no {error.args[0]}, which a Llama needs: fetch it again") from error
+        raise CheckpointError(f"{file} has no {error.args[0]}, which {kind.title} needs: fetch it again") from error
+
+
+SIZES = frozenset(  # fields of config.json that `read_shape` reads
+    [
+        "head_dim",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "tie_word_embeddings",
+        "vocab_size",
+    ]
+)
+
+
+def _family(config: dict[str, Any], asked: str, file: Path, option: str) -> tuple[str, type[Family]]:
+    """(name, class) of the family that is asked for, or that the file's model_type names."""
+    found = config.get("model_type")
+    known = {family_named(name).model_type: name for name in FAMILIES.names}
+    name = asked if asked != AUTO else known.get(str(found))
+    if name is None or family_named(name).model_type != found:
+        title = "of a model family that is known" if asked == AUTO else family_named(asked).title
+        wanted = list(known) if asked == AUTO else [family_named(asked).model_type]
+        raise ConfigError(
+            f"{option} must be {title}: {file} must have model_type = {' or '.join(map(repr, wanted))}; found {found!r}: use "
+            f"another checkpoint, or describe the family and name it by model.family"
+        )
+    return name, family_named(name)
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -90,32 +103,41 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def _require_llama(config: dict[str, Any], file: Path, option: str) -> None:
-    rules = (
-        ("model_type", config.get("model_type"), "llama"),
-        ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", bool(config.get("attention_bias")), False),
-        ("mlp_bias", bool(config.get("mlp_bias")), False),
-        ("quantization_config", config.get("quantization_config"), None),
-        ("pretraining_tp", config.get("pretraining_tp") or 1, 1),
-    )
-    for key, found, expected in rules:
-        if found != expected:
+def _check_fields(config: dict[str, Any], family: type[Family], file: Path, option: str) -> None:
+    """ConfigError for a field whose value the family does not allow, or that nobody knows; null is as good as missing."""
+    plain = {**PLAIN_FIELDS, **family.plain_fields}
+    for key, found in config.items():
+        if found is None or key in SIZES or key in INERT_FIELDS or key in family.inert_fields:
+            continue
+        if key not in plain:
             raise ConfigError(
-                f"{option} must be a plain Llama: {file} must have {key} = {expected!r}; found {found!r}: "
-                f"use an unquantized Llama checkpoint, the only family supported"
+                f"{option} must be {family.title}: {file} has {key} = {found!r}, which model.family = {family.__name__!r} does "
+                f"not know, and which would not be followed: remove it where it changes nothing, or describe a family that has "
+                f"it and name it by model.family"
+            )
+        if found not in plain[key]:
+            raise ConfigError(
+                f"{option} must be {family.title}: {file} must have {key} = {' or '.join(map(repr, plain[key])) or 'null'}; "
+                f"found {found!r}: use a checkpoint without it"
             )
 
 
-def _read_scaling(rope: dict[str, Any], file: Path, option: str) -> Llama3Scaling | None:
+def _read_scaling(rope: dict[str, Any], family: type[Family], file: Path, option: str) -> Llama3Scaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in family.rope_types:
+        raise ConfigError(
+            f"{option} must be {family.title}: {file} must have rope type {' or '.join(map(repr, family.rope_types))}; found "
+            f"{kind!r}: use another checkpoint"
+        )
+    known = {"rope_type", "type", "rope_theta", *ROPE_FIELDS[kind]}
+    for key, found in rope.items():
+        if found is not None and key not in known and found not in PLAIN_FIELDS.get(key, ()):
+            raise ConfigError(
+                f"{option} must be {family.title}: {file} has {key} = {found!r} in its rotary table of type {kind!r}, which "
+                f"would not be followed: use another checkpoint"
+            )
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise ConfigError(
-            f"{option} must be a plain Llama: {file} must have rope type 'default' or 'llama3'; found {kind!r}: "
-            f"use a Llama 2, 3, 3.1 or 3.2 checkpoint"
-        )
     return Llama3Scaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),

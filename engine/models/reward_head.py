@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from engine.core.errors import ConfigError
-from engine.models.hf import HfCheckpoint, LlamaShape, read_shape
+from engine.models.base import ModelShape
+from engine.models.hf import HfCheckpoint, read_shape
 
 OPTION = "reward_model.path"
+FAMILY = "llama"  # the one that the reward engine can serve with a head
 HEADS: dict[str, Literal["classification", "athene"]] = {"score.weight": "classification", "v_head.weight": "athene"}
 
 
@@ -24,13 +26,13 @@ class RewardHead:
     """The reward model in a folder."""
 
     form: Literal["classification", "athene"]
-    shape: LlamaShape
+    shape: ModelShape
 
 
 def read_reward_head(path: str | Path) -> RewardHead:
     """The form of the reward model in `path`. ConfigError when it is no Llama with one known head that gives one number,
     CheckpointError when a file is missing or unreadable."""
-    shape, checkpoint = read_shape(path, OPTION), HfCheckpoint(path, OPTION)
+    shape, checkpoint = read_shape(path, OPTION, FAMILY), HfCheckpoint(path, OPTION)
     found = [name for name in HEADS if name in checkpoint.names()]
     if len(found) != 1:
         raise ConfigError(

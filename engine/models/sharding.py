@@ -19,14 +19,13 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
-from engine.models.base import Place, Row
-from engine.models.llama import _MEGATRON, EMBEDDING, HEAD, TABLE, TRANSFORMER_ENGINE_NAMES
+from engine.models.base import Family, ModelShape, Place, Row
+from engine.models.registry import family_of
 
 if TYPE_CHECKING:
     import torch
 
     from engine.config.options import Inference, Trainer
-    from engine.models.hf import LlamaShape
 
 
 VLLM_VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to it before it cuts
@@ -108,26 +107,19 @@ def trainer_layout(trainer: Trainer) -> TrainerLayout:
     return TrainerLayout(*axes, *stages, trainer.layers, trainer.fp8_parameters)
 
 
-def local_name(parameter: str) -> str:
-    """What a trainer's parameter of a layer, or of the whole model, is called in megatron-core's local spec."""
-    for local, fused in TRANSFORMER_ENGINE_NAMES.items():
-        parameter = parameter.replace(fused.removeprefix(_MEGATRON), local.removeprefix(_MEGATRON))
-    return parameter
-
-
 def engine_layout(inference: Inference) -> EngineLayout:
     """The layout of the engines that a configuration asks for."""
     return EngineLayout(inference.tensor_parallel, whole=inference.packed_weights)
 
 
-def padded_vocab(shape: LlamaShape, layout: Layout) -> int:
+def padded_vocab(shape: ModelShape, layout: Layout) -> int:
     """Rows of the vocabulary's parameters over all ranks, with padding."""
     on_engine = 1 if _is_whole(layout) else VLLM_VOCABULARY_MULTIPLE
     multiple = layout.tp_size if isinstance(layout, TrainerLayout) else on_engine
     return -(-shape.vocab_size // multiple) * multiple
 
 
-def stage_sizes(shape: LlamaShape, layout: TrainerLayout) -> tuple[int, ...]:
+def stage_sizes(shape: ModelShape, layout: TrainerLayout) -> tuple[int, ...]:
     """Layers of each pipeline stage: what the first and the last leave is shared evenly by those in between."""
     ends = {0: layout.first_stage_layers, layout.pp_size - 1: layout.last_stage_layers}
     given = {stage: count for stage, count in ends.items() if count is not None}
@@ -136,7 +128,7 @@ def stage_sizes(shape: LlamaShape, layout: TrainerLayout) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def stage_layers(shape: LlamaShape, layout: TrainerLayout) -> tuple[tuple[range, ...], ...]:
+def stage_layers(shape: ModelShape, layout: TrainerLayout) -> tuple[tuple[range, ...], ...]:
     """Layer numbers by pipeline rank, then by model chunk: chunk c of rank p is virtual stage c * pp_size + p."""
     sizes = [count // layout.vpp_size for count in stage_sizes(shape, layout)]
     start, chunks = 0, []
@@ -149,16 +141,17 @@ def stage_layers(shape: LlamaShape, layout: TrainerLayout) -> tuple[tuple[range,
 
 
 @lru_cache(maxsize=1024)
-def template(shape: LlamaShape, layout: Layout, place: Place, tp_rank: int) -> tuple[Shard, ...]:
+def template(shape: ModelShape, layout: Layout, place: Place, tp_rank: int) -> tuple[Shard, ...]:
     """A tensor rank's shards at the first stage's start, of any one layer (`{}` in names), or at the last stage's end."""
-    rows = [row for row in TABLE if row.place == place]
+    family = family_of(shape)
+    rows = [row for row in family.table if row.place == place]
     shards = []
-    for parameter, sources in groupby(rows, lambda row: _parameter(row, layout)):
+    for parameter, sources in groupby(rows, lambda row: _parameter(family, row, layout)):
         fused = list(sources)
-        if fused[0].name == HEAD and shape.tied:
+        if fused[0].name == family.head() and shape.tied:
             if not isinstance(layout, TrainerLayout) or layout.pp_size == 1:
                 continue  # the output layer is the embedding itself
-            fused = [row for row in TABLE if row.name == EMBEDDING]  # the last stage's copy of it
+            fused = [row for row in family.table if row.name == family.embedding()]  # the last stage's copy of it
         pieces = tuple(_stack(parameter, _rectangles(shape, layout, fused, tp_rank)))
         row, num_rows = fused[0], sum(piece.rows for piece in pieces)
         if row.cut == "vocabulary" and not _is_whole(layout):
@@ -168,23 +161,25 @@ def template(shape: LlamaShape, layout: Layout, place: Place, tp_rank: int) -> t
     return tuple(shards)
 
 
-def _parameter(row: Row, layout: Layout) -> str:
+def _parameter(family: type[Family], row: Row, layout: Layout) -> str:
     if isinstance(layout, EngineLayout):
         return row.name if layout.whole else row.engine
-    return TRANSFORMER_ENGINE_NAMES.get(row.trainer, row.trainer) if layout.spec == "transformer_engine" else row.trainer
+    fused = layout.spec == "transformer_engine"
+    return family.transformer_engine_names.get(row.trainer, row.trainer) if fused else row.trainer
 
 
 def _is_whole(layout: Layout) -> bool:
     return isinstance(layout, EngineLayout) and layout.whole
 
 
-def _sizes(shape: LlamaShape, row: Row) -> tuple[int, int]:
+def _sizes(shape: ModelShape, row: Row) -> tuple[int, int]:
     sizes = {
         "vocabulary": shape.vocab_size,
         "hidden": shape.hidden,
         "heads": shape.num_heads * shape.head_dim,
         "kv_heads": shape.num_kv_heads * shape.head_dim,
         "ffn": shape.ffn_hidden,
+        "head_dim": shape.head_dim,
         "one": 1,
     }
     return sizes[row.rows], sizes[row.cols]
@@ -193,7 +188,7 @@ def _sizes(shape: LlamaShape, row: Row) -> tuple[int, int]:
 _Rectangle = tuple[str, int, int, int, int]  # name, row, col, rows, cols
 
 
-def _rectangles(shape: LlamaShape, layout: Layout, fused: list[Row], tp_rank: int) -> Iterator[_Rectangle]:
+def _rectangles(shape: ModelShape, layout: Layout, fused: list[Row], tp_rank: int) -> Iterator[_Rectangle]:
     """What a rank's shard holds of the tensors fused in it, from its first row to its last."""
     if fused[0].cut == "heads" and isinstance(layout, TrainerLayout):
         yield from _cut_groups(shape, fused, layout.tp_size, tp_rank)
@@ -215,7 +210,7 @@ def _rectangles(shape: LlamaShape, layout: Layout, fused: list[Row], tp_rank: in
             yield row.name, tp_rank * parts // size * (num_rows // parts), 0, num_rows // parts, num_cols
 
 
-def _cut_groups(shape: LlamaShape, fused: list[Row], size: int, tp_rank: int) -> Iterator[_Rectangle]:
+def _cut_groups(shape: ModelShape, fused: list[Row], size: int, tp_rank: int) -> Iterator[_Rectangle]:
     """megatron's QKV: query groups one after another, a rank holds an even share of all the rows."""
     each = [_sizes(shape, row)[0] // shape.num_kv_heads for row in fused]
     share = shape.num_kv_heads * sum(each) // size
@@ -224,7 +219,7 @@ def _cut_groups(shape: LlamaShape, fused: list[Row], size: int, tp_rank: int) ->
         for row, rows in zip(fused, each, strict=True):
             low, high = max(first, start), min(end, start + rows)
             if low < high:
-                yield row.name, group * rows + low - start, 0, high - low, shape.hidden
+                yield row.name, group * rows + low - start, 0, high - low, _sizes(shape, row)[1]
             start += rows
 
 
@@ -236,9 +231,7 @@ def _stack(parameter: str, rectangles: Iterator[_Rectangle]) -> Iterator[Piece]:
         start += rows
 
 
-def pieces(
-    shape: LlamaShape, layout: Layout, tp_rank: int, pp_rank: int = 0, chunk: int | None = None
-) -> tuple[Piece, ...]:
+def pieces(shape: ModelShape, layout: Layout, tp_rank: int, pp_rank: int = 0, chunk: int | None = None) -> tuple[Piece, ...]:
     """Everything that a rank holds (of one model chunk only, if given), in the order of the layers."""
     held: list[Piece] = []
     for shard, layer in _held(shape, layout, tp_rank, pp_rank, chunk):
@@ -247,7 +240,7 @@ def pieces(
 
 
 def shard_shapes(
-    shape: LlamaShape, layout: Layout, tp_rank: int, pp_rank: int = 0, chunk: int | None = None
+    shape: ModelShape, layout: Layout, tp_rank: int, pp_rank: int = 0, chunk: int | None = None
 ) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of a rank (of one model chunk only, if given)."""
     return {
@@ -257,7 +250,7 @@ def shard_shapes(
 
 
 def _held(
-    shape: LlamaShape, layout: Layout, tp_rank: int, pp_rank: int, chunk: int | None
+    shape: ModelShape, layout: Layout, tp_rank: int, pp_rank: int, chunk: int | None
 ) -> Iterator[tuple[Shard, int | None]]:
     trainer = layout if isinstance(layout, TrainerLayout) else TrainerLayout()
     chunks = range(trainer.vpp_size) if chunk is None else range(chunk, chunk + 1)
@@ -275,24 +268,23 @@ def rectangle(tensor: torch.Tensor, row: int, col: int, rows: int, cols: int) ->
     return tensor.view(tensor.shape[0], -1)[row : row + rows, col : col + cols]
 
 
-def tensors(shape: LlamaShape) -> dict[str, tuple[int, ...]]:
+def tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face tensor with its full shape: embedding, layers, end; no lm_head where it is tied."""
     return shard_shapes(shape, WHOLE, 0)
 
 
-def export_plan(
-    shape: LlamaShape, layout: TrainerLayout, dtype: torch.dtype, max_bytes: int
-) -> tuple[ExportBucket, ...]:
+def export_plan(shape: ModelShape, layout: TrainerLayout, dtype: torch.dtype, max_bytes: int) -> tuple[ExportBucket, ...]:
     """All Hugging Face tensors in buckets of one stage and at most `max_bytes` each; a larger tensor stands alone.
 
     Pure: every rank computes the same plan. A tied embedding is the first stage's.
     """
     stages = {layer: p for p, chunks in enumerate(stage_layers(shape, layout)) for chunk in chunks for layer in chunk}
+    embedding = family_of(shape).embedding()
     buckets: list[ExportBucket] = []
     held: list[TensorMeta] = []
     held_stage, held_bytes = 0, 0
     for shard, layer in _held(shape, WHOLE, 0, 0, None):
-        last_stage = layout.pp_size - 1 if shard.parameter != EMBEDDING else 0
+        last_stage = layout.pp_size - 1 if shard.parameter != embedding else 0
         stage = stages[layer] if layer is not None else last_stage
         name = shard.parameter if layer is None else shard.parameter.replace("{}", str(layer))
         num_bytes = math.prod(shard.shape) * dtype.itemsize

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config.schedule import SyncSchedule
+from engine.config.schedules.base import Schedule
 from engine.core.jsonl import read_rows
 
 
@@ -17,8 +17,7 @@ from engine.core.jsonl import read_rows
 class Proof:
     """What the records of a run say of its regime."""
 
-    sync_interval: int | str
-    semantics: str
+    regime: str  # in the words of the schedule
     num_steps: int  # on record, of those the run was to have
     num_rollouts: int
     staleness: tuple[int, int] | None  # least and largest of all rollouts; None without any
@@ -32,25 +31,22 @@ class Proof:
 
     def sentence(self) -> str:
         """The verdict in a line."""
-        s = self.sync_interval
-        name = {1: "online", "never": "offline"}.get(s, "semi-online")
-        regime = f"s = {s} ({name}{', counted as in fairseq2' if self.semantics == 'fairseq2' else ''})"
         if self.replayed is not None:
             return f"replayed {self.replayed}: nothing was sampled, so there is no regime to prove"
         if self.contradiction is not None:
-            return f"{regime} is contradicted: {self.contradiction}"
+            return f"{self.regime} is contradicted: {self.contradiction}"
         if self.staleness is None:
-            return f"{regime}: no rollouts on record"
+            return f"{self.regime}: no rollouts on record"
         low, high = self.staleness
-        return f"{regime}: staleness {low}..{high}, proven from {self.num_rollouts} rollouts of {self.num_steps} steps"
+        return f"{self.regime}: staleness {low}..{high}, proven from {self.num_rollouts} rollouts of {self.num_steps} steps"
 
 
-def prove(directory: Path, schedule: SyncSchedule, replayed: str | None = None) -> Proof:
+def prove(directory: Path, schedule: Schedule, replayed: str | None = None) -> Proof:
     """Checks rollouts.jsonl and metrics.jsonl of a run, which may still be going on; DataError for a line that is no row.
     A run without rollouts.jsonl, such as a supervised one, has nothing to prove, nor one that replayed a file."""
     metrics = list(read_rows(directory / "metrics.jsonl"))  # first: a run goes on while its rollouts are read
     if replayed is not None or not (directory / "rollouts.jsonl").exists():
-        return Proof(schedule.sync_interval, schedule.semantics, len(metrics), 0, None, None, replayed)
+        return Proof(schedule.regime, len(metrics), 0, None, None, replayed)
     contradictions = [fault for number, row in enumerate(metrics) for fault in _of_step(row, number, schedule)][:1]
     num_rollouts, steps, ages = 0, list[int](), set[int]()
     for number, row in enumerate(read_rows(directory / "rollouts.jsonl"), start=1):
@@ -69,10 +65,10 @@ def prove(directory: Path, schedule: SyncSchedule, replayed: str | None = None) 
         )
     staleness = (min(ages), max(ages)) if ages else None
     first = contradictions[0] if contradictions else None
-    return Proof(schedule.sync_interval, schedule.semantics, len(metrics), num_rollouts, staleness, first)
+    return Proof(schedule.regime, len(metrics), num_rollouts, staleness, first)
 
 
-def _of_rollout(row: dict[str, Any], where: str, schedule: SyncSchedule) -> str:
+def _of_rollout(row: dict[str, Any], where: str, schedule: Schedule) -> str:
     step, version = row["step"], row.get("version")
     if not 0 <= step < schedule.num_steps:
         return f"{where} must be of steps 0..{schedule.num_steps - 1}; found step {step}"
@@ -81,7 +77,7 @@ def _of_rollout(row: dict[str, Any], where: str, schedule: SyncSchedule) -> str:
     return ""
 
 
-def _of_step(row: dict[str, Any], step: int, schedule: SyncSchedule) -> Iterator[str]:
+def _of_step(row: dict[str, Any], step: int, schedule: Schedule) -> Iterator[str]:
     where = f"metrics.jsonl line {step + 1}"
     if row["step"] != step:
         yield f"{where} must be of step {step}; found step {row['step']}"

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from engine.config.schedule import SyncSchedule
+from engine.config.schedules.base import Schedule
 from engine.core.jsonl import read_rows
 from engine.observe.charts import Line, Point, chart
 from engine.observe.journal import WARNINGS, read_warnings
@@ -86,7 +86,7 @@ class RunRecords:
         return {"run": self.name, "regime": regime, "steps": len(self.metrics)} | kept
 
 
-def read_run(directory: Path, name: str, schedule: SyncSchedule, replayed: str | None = None) -> RunRecords:
+def read_run(directory: Path, name: str, schedule: Schedule, replayed: str | None = None) -> RunRecords:
     """The records of a run, which may still be going on; DataError for a line that is no row."""
     evaluations = [
         {key: value for key, value in row.items() if key != "records"} for row in read_rows(directory / "evaluations.jsonl")

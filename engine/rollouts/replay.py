@@ -127,7 +127,8 @@ def open_replay(config: RunConfig) -> LedgerSource | PreferenceSource:
     path = config.data.replay
     assert path is not None
     if replay_kind(config) == "rollouts":
-        return LedgerSource(config, RolloutLedger(path), load_mixture(config), read_shape(config.model.path).vocab_size)
+        vocab_size = read_shape(config.model.path, family=config.model.family).vocab_size
+        return LedgerSource(config, RolloutLedger(path), load_mixture(config), vocab_size)
     data, tokenizer = config.data, load_tokenizer(config.model.path)
     limits = data.max_prompt_tokens, config.sampling.max_tokens
     return PreferenceSource(config, load_preferences(path, tokenizer, data.template, *limits))

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError
 from engine.core.files import atomic_write, staged_folder, sync
+from engine.core.registry import identity
 from engine.data.records import source_digest
 from engine.models.hf import write_hf_checkpoint
 from engine.rewards.math.reward import VERIFIER_VERSION
@@ -277,6 +278,8 @@ def _data_digests(config: RunConfig) -> dict[str, str | None]:
     if "model" in rewards and config.reward_model.path is not None:
         files = sorted((file.name, file.stat().st_size) for file in Path(config.reward_model.path).iterdir())
         digests["reward_model.path"] = hashlib.sha256(repr(files).encode()).hexdigest()
+    digests["model.family"] = identity(config.model.family, "model.family")
+    digests["sync.semantics"] = identity(config.sync.semantics, "sync.semantics")
     return digests
 
 

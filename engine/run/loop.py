@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from engine.config.schedule import SyncSchedule
+from engine.config.schedules.base import Schedule
 from engine.core.types import Batch
 from engine.observe.profiling.phases import Phase, phase
 
@@ -84,7 +84,7 @@ class Window(Protocol):
 
 
 def train(
-    schedule: SyncSchedule,
+    schedule: Schedule,
     policy: Policy,
     source: Source,
     publisher: Publisher,
@@ -150,7 +150,7 @@ def _learn(policy: Policy, batch: Batch) -> Record:
     return record | {"train_seconds": time.monotonic() - started}
 
 
-def _lend(step: int, schedule: SyncSchedule, source: Source, publisher: Publisher) -> None:
+def _lend(step: int, schedule: Schedule, source: Source, publisher: Publisher) -> None:
     """Lends the newest weights to the pool. No rollout changes by it: those of the interval are complete before, and the next
     ones are asked for after the sync that ends the interval, or offline after the seed's weights are back."""
     with phase(Phase.WAIT):

@@ -160,7 +160,7 @@ class TrainerRank:
     def _stopped(self, topology: Topology, step: int) -> bool:
         """Broadcasts whether the command has asked the run to stop. Collective where a run that ended after `step` steps could
         be continued: nowhere else is it looked at."""
-        if not self._config.schedule.opens(step):
+        if not self._config.schedule.resumable(step):
             return False
         asked = topology.rank == 0 and stop_request(self._config).exists()
         return broadcast_bytes(b"stop" if asked else b"", topology.device) == b"stop"
@@ -190,7 +190,7 @@ def _weights(config: RunConfig, policy: Policy, topology: Topology) -> Iterator[
 
 def commits(config: RunConfig, step: int, *, ends: bool) -> bool:
     """Whether the state after `step` steps is saved: when due, and where the run `ends` and can go on from it."""
-    return config.checkpoint_due(step) or (ends and bool(config.schedule.opens(step)))
+    return config.checkpoint_due(step) or (ends and config.schedule.resumable(step))
 
 
 def _early_end(config: RunConfig, step: int, collapse: str | None, *, stopped: bool, saved: bool) -> SemionError | None:
@@ -216,9 +216,9 @@ def check_prolonged(config: RunConfig, step: int) -> None:
             f"run.steps must not be less than the {step} steps already done; found {config.run.steps}: raise it"
         )
     schedule = config.schedule
-    if step < config.run.steps and not schedule.opens(step):
-        less = f" less {schedule.shift}" if schedule.shift else ""
+    if step < config.run.steps and not schedule.resumable(step):
         raise CheckpointError(
             f"run.steps cannot be raised from {step}: that checkpoint is not at a sync boundary, so the run cannot be extended "
-            f"from it; found {config.run.steps}: a run can be prolonged from a multiple of {schedule.width} steps{less}"
+            f"from it; found {config.run.steps}: the last that it can be extended from is one of "
+            f"{schedule.last_resumable(step)} steps"
         )

@@ -59,7 +59,7 @@ class SupervisedSource:
         tokenizer = load_tokenizer(config.model.path)
         prompts = load_prompts(config, config.data, config.data.train).prompts
         self._sequences = [supervised_sequence(prompt, tokenizer) for prompt in prompts]
-        limit = min(config.trainer.microbatch_tokens, read_shape(config.model.path).max_positions)
+        limit = min(config.trainer.microbatch_tokens, read_shape(config.model.path, family=config.model.family).max_positions)
         for prompt, sequence in zip(prompts, self._sequences, strict=True):
             if sequence.num_tokens > limit:
                 raise ConfigError(

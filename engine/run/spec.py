@@ -16,7 +16,7 @@ def runnable(options: argparse.Namespace) -> RunConfig:
     from engine.models.hf import read_shape
     from engine.models.sharding import engine_layout, trainer_layout
 
-    shape = read_shape(config.model.path)
+    shape = read_shape(config.model.path, family=config.model.family)
     check_layout(shape, trainer_layout(config.trainer))
     check_engine_layout(shape, engine_layout(config.inference))
     if config.sft.checkpoint_out is None and config.inference.max_model_tokens > shape.max_positions:

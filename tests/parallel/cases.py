@@ -41,6 +41,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
     """Opens this rank's topology, runs a case of this file and leaves torch.distributed again."""
     cases: dict[str, Case] = {
         "train": train,
+        "export": export,
         "resume": resume,
         "seed": seed,
         "infinite": infinite,
@@ -129,6 +130,15 @@ def train(config: RunConfig, topology: Topology, checkpoint: str, objective: str
         whole = {name: value.contiguous() for name, value in kept.items()}
         save_file(whole, Path(output) / f"{topology.rank}.safetensors")
     return metrics
+
+
+def export(config: RunConfig, topology: Topology, checkpoint: str, output: str) -> int:
+    """Leaders write every tensor as it was read; how many they hold."""
+    tensors = full_tensors(Policy(config, topology, NllObjective(), checkpoint), "")
+    if tensors:
+        whole = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(whole, Path(output) / f"{topology.rank}.safetensors")
+    return len(tensors)
 
 
 def resume(config: RunConfig, topology: Topology, checkpoint: str, output: str) -> dict[str, bool]:

@@ -16,7 +16,8 @@ from engine.config.load import RunConfig
 from engine.core.types import Batch
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology
-from engine.models.sharding import EngineLayout, export_plan, local_name
+from engine.models.registry import family_of
+from engine.models.sharding import EngineLayout, export_plan
 from tests.parallel.material import batch_of
 from tests.unit.bridge.world import Case, World
 
@@ -82,7 +83,7 @@ def _begins_with(checkpoint: Policy, policy: Policy, kept: dict[str, Any]) -> bo
     state, parts = policy._optimizer.state(), 0
     for key in (key for key in state if key.endswith(".main")):
         local, _, part = key.removesuffix(".main").partition("[")
-        name = next((name for name in kept if local_name(name) == local), None)
+        name = next((name for name in kept if family_of(policy.shape).local_name(name) == local), None)
         if name is None:
             continue
         start, end = map(int, part.rstrip("]").split(":")) if part else (0, kept[name].numel())

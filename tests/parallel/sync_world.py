@@ -30,13 +30,13 @@ from engine.core.errors import EngineLostError
 from engine.inference.receiver import Inbox, SyncWorker
 from engine.inference.vllm_engine import VllmEngine
 from engine.models import sharding as layout
-from engine.models.hf import LlamaShape
+from engine.models.base import ModelShape
 from engine.models.sharding import EngineLayout, TrainerLayout
 
 os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])  # the server of forks imports this file once
 FORK = get_context("forkserver")
 FORK.set_forkserver_preload([__name__])
-SHAPE = LlamaShape(
+SHAPE = ModelShape(
     num_layers=2,
     hidden=64,
     num_heads=4,

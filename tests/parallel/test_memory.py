@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from engine.capacity.memory import Step, TrainerState
-from engine.models.hf import LlamaShape, read_shape
+from engine.models.base import ModelShape
+from engine.models.hf import read_shape
 from tests.parallel.material import run_config
 from tests.parallel.pool import WorkerPool
 
@@ -76,7 +77,7 @@ def test_the_estimate_is_what_a_policy_allocates(trainer, dtype, algorithm, mode
             assert estimated[name] == pytest.approx(size, rel=TOLERANCE), (rank, name, real, estimated)
 
 
-def estimate_of(shape: LlamaShape, config: Any, stage: int) -> dict[str, int]:
+def estimate_of(shape: ModelShape, config: Any, stage: int) -> dict[str, int]:
     state = TrainerState(shape, config, stage)
     parts = {
         "weights": state.weights,

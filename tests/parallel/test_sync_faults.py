@@ -338,15 +338,20 @@ def test_an_engine_answers_for_its_own_version_only(alone: Any, asked: int) -> N
 
 def test_an_engine_in_doubt_answers_nobody_until_it_has_verified_a_version(alone: Any) -> None:
     engine, workers = alone()
-    workers.said = ["", "bucket 1 was not delivered"]
-    with pytest.raises(WeightSyncError, match=r"^worker 1: bucket 1 was not delivered$"):
+    workers.said = [("", False), ("bucket 1 was not delivered", True)]
+    with pytest.raises(WeightSyncError, match=r"^worker 1: bucket 1 was not delivered$") as caught:
         engine.receive(1, CALL)
+    assert caught.value.echo, "nothing but what follows from a failure elsewhere"
+    workers.said = [("lm_head.weight differs", False), ("bucket 1 was not delivered", True)]
+    with pytest.raises(WeightSyncError, match="differs; worker 1: ") as caught:
+        engine.receive(1, CALL)
+    assert not caught.value.echo
     for asked in (0, 1):
         with pytest.raises(InferenceError, match=f"must serve version {asked} to answer; it serves no version: its last"):
             engine.submit([request("r")], asked)
-    workers.said = ["", ""]
+    workers.said = [("", False)] * 2
     assert engine.receive(2, CALL) == 2
-    assert workers.calls == [("semion_receive", CALL)] * 2
+    assert workers.calls == [("semion_receive", CALL)] * 3
     engine.submit([request("r")], 2)
     ((completion,), _) = engine.collect(["r"])
     assert completion.version == 2
@@ -382,7 +387,7 @@ def test_an_engine_that_sleeps_says_so_and_wakes_its_weights_before_and_its_cach
     assert engine._llm.turns == ["sleep 2", "wake weights"], "the cache's memory is not needed yet"
     with pytest.raises(InferenceError, match="its last weight sync failed"):
         engine.submit([request("s")], 2)
-    workers.said = ["", ""]
+    workers.said = [("", False)] * 2
     assert engine.receive(2, CALL) == engine.receive(3, CALL) - 1 == 2
     assert engine._llm.turns == ["sleep 2", "wake weights", "wake kv_cache"]
     engine.submit([request("s")], 3)

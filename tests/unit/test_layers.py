@@ -200,7 +200,8 @@ def modules_after(*names: str) -> set[str]:
 
 def test_the_command_line_configuration_and_observation_need_no_torch():
     """So that `semion check`, a refused option and --help answer within a second or so."""
-    names = ("engine.cli", "engine.config.load", "engine.config.schedule", "engine.observe.sinks", "engine.observe.progress")
+    config = ("engine.config.load", "engine.config.schedules.registry")
+    names = ("engine.cli", *config, "engine.observe.sinks", "engine.observe.progress")
     assert not modules_after(*names) & {"torch", *HEAVY} - {"tensorboard"}
 
 

@@ -9,16 +9,18 @@ deadline tells.
 from __future__ import annotations
 
 import datetime
+import shutil
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
+import torch.distributed as dist
 
-Kind = Literal["gloo", "nccl", "ipc"]
-UNMET = "did not meet the others"  # in the words of every failure to open a transport
+from engine.config.transport import Setting
 
 
 class TransportError(Exception):
@@ -45,29 +47,6 @@ class Pending(Protocol):
         ...
 
 
-class Transport(Protocol):
-    """Point-to-point messages between numbered members.
-
-    A transport may run all messages of a member one after another. So trainers name theirs in the plan's order, and an engine
-    names none that another engine passes on before it has named all earlier ones that it passes on itself.
-    """
-
-    depth: int  # messages that a member may have under way
-
-    def send(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
-        """Starts sending a contiguous buffer. `lasting`: its memory, a parameter's or staging memory, is used again and again,
-        so that a transport may let the receiver map it and read it where it lies, until the message is waited for."""
-        ...
-
-    def receive(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
-        """Starts filling a contiguous buffer of the size that the peer sends; `lasting` as the peer says."""
-        ...
-
-    def close(self) -> None:
-        """Gives up whatever is under way, here and at the peers."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
     """Where the members meet. A new epoch is a new transport over the same store: the old one may be broken."""
@@ -77,6 +56,54 @@ class Rendezvous:
     num_members: int
     timeout_seconds: float
     epoch: int = 0
+
+
+class Transport(ABC):
+    """Point-to-point messages between numbered members. One of your own is a class that extends this, and
+    `sync.transport` names it.
+
+    A transport may run all messages of a member one after another. So trainers name theirs in the plan's order, and an engine
+    names none that another engine passes on before it has named all earlier ones that it passes on itself.
+    """
+
+    preference: ClassVar[int]  # the lowest that fits is what sync.transport = 'auto' takes; for those of the engine
+    reads_in_place: ClassVar[bool] = False  # receivers map the sender's memory, and pass nothing on to other engines
+    depth: int  # messages that a member may have under way
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, setting: Setting) -> str | None:
+        """None where it can carry weight syncs, else why not: what follows "sync.transport = 'name'" in a sentence."""
+
+    @classmethod
+    def open(cls, store: dist.Store, member: int, meeting: Rendezvous) -> Self:
+        """Joins the members of `meeting`; collective over all of them. `store` is this epoch's alone. RuntimeError when they do
+        not come in time."""
+        return cls(store, member, meeting)
+
+    @abstractmethod
+    def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None: ...
+
+    @abstractmethod
+    def send(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> Pending:
+        """Starts sending a contiguous buffer. `registered`: its memory, a parameter's or staging memory, is used again and
+        again, so that a transport may let the receiver map it and read it where it lies, until the message is waited for."""
+
+    @abstractmethod
+    def receive(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> Pending:
+        """Starts filling a contiguous buffer of the size that the peer sends; `registered` as the peer says."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives up whatever is under way, here and at the peers."""
+
+
+SHARED_FOLDER = "/dev/shm"  # where torch puts memory that processes of a machine share
+
+
+def room_for(num_bytes: int) -> bool:
+    """Whether this machine's shared memory has room for so much more."""
+    return num_bytes < shutil.disk_usage(SHARED_FOLDER).free
 
 
 def own_address(meeting: Rendezvous) -> str:

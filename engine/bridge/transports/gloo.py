@@ -10,15 +10,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.bridge.transports.base import Pending, Rendezvous, own_address, started
+from engine.bridge.transports.base import Pending, Rendezvous, Transport, own_address, started
+from engine.config.transport import Setting
 
 LANES = 3  # of a pair over gloo, each with an order of its own
 
 
-class Gloo:
+class Gloo(Transport):
     """CPU buffers over TCP, on one interface."""
 
+    preference = 2
     depth = 8
+
+    @classmethod
+    def fits(cls, setting: Setting) -> str | None:
+        """Wherever the weights are in the host's memory."""
+        return "moves the host's memory, and the weights are on a GPU" if setting.device != "cpu" else None
 
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
         options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -28,20 +35,20 @@ class Gloo:
         self._sent: Counter[tuple[int, int]] = Counter()
         self._received: Counter[tuple[int, int]] = Counter()
 
-    def send(self, buffer: torch.Tensor, peer: int, lane: int = 0, *, lasting: bool = False) -> Pending:
-        """See Transport. Messages of another lane (below LANES) have an order of their own."""
+    def send(self, buffer: torch.Tensor, peer: int, lane: int = 0, *, registered: bool = False) -> Pending:
+        """Starts sending over TCP. Messages of another lane (below LANES) have an order of their own."""
         self._sent[peer, lane] += 1
         tag = self._sent[peer, lane] * LANES + lane
         return started(lambda: self._group.send([buffer], peer, tag))
 
-    def receive(self, buffer: torch.Tensor, peer: int, lane: int = 0, *, lasting: bool = False) -> Pending:
-        """See Transport."""
+    def receive(self, buffer: torch.Tensor, peer: int, lane: int = 0, *, registered: bool = False) -> Pending:
+        """Starts receiving over TCP, in the order of the lane."""
         self._received[peer, lane] += 1
         tag = self._received[peer, lane] * LANES + lane
         return started(lambda: self._group.recv([buffer], peer, tag))
 
     def close(self) -> None:
-        """See Transport. gloo's `abort` leaves connections open; a wait that times out closes all that still are."""
+        """Closes every connection. gloo's `abort` leaves connections open; a wait that times out closes all that still are."""
         for peer in range(self._group.size()):
             if peer != self._group.rank():
                 with suppress(RuntimeError):  # this peer's connection is closed already

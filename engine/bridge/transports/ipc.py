@@ -1,8 +1,9 @@
 """A transport between members on one machine: the receiver maps the sender's memory and copies out of it, one copy in all. gloo
-carries only words about it, many at a time: "they are here" and "taken"; and whatever is too small to be worth it. On a CPU
-lasting memory, parameters and staging, moves into shared memory (/dev/shm) when it is first sent from. On a GPU it is CUDA IPC
-(unverified on a GPU): so this also joins a trainer and an engine on one GPU, which NCCL cannot. Members on other machines may
-be there, as long as the plan has nobody send to another machine (its `senders`): what a name stands for it does on one alone.
+carries only control messages about it, many at a time: "they are here" and "taken"; and whatever is too small to be worth it.
+On a CPU registered memory, parameters and staging, moves into shared memory (/dev/shm) when it is first sent from. On a GPU it
+is CUDA IPC (unverified on a GPU): so this also joins a trainer and an engine on one GPU, which NCCL cannot. Memory handles are
+valid only on the machine that made them: members on other machines may be there, as long as the plan has nobody send to
+another machine (its `senders`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,18 +18,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.bridge.transports.base import Deadline, Pending, Rendezvous, TransportError, first_line
+from engine.bridge.transports.base import SHARED_FOLDER, Deadline, Pending, Rendezvous, Transport, TransportError, first_line
 from engine.bridge.transports.gloo import LANES, Gloo
+from engine.config.transport import Setting
 
-SHARED_FOLDER = "/dev/shm"  # where torch puts shared memory
 HERE, TAKEN, SMALL = range(LANES)  # lanes of words, and of what is too small for them
 BATCH = 32  # words that travel together at most
 
 
-class Ipc:
-    """See the head of this file; the interface is transport.Transport's."""
+class Ipc(Transport):
+    """Receivers map a sender's registered buffers and copy out of them; see the head of this file."""
 
+    preference = 0
+    reads_in_place = True
     depth = 2 * BATCH
+
+    @classmethod
+    def fits(cls, setting: Setting) -> str | None:
+        """On one machine, or where each has its engines to itself; on GPUs only where engines share the trainer's."""
+        if setting.nodes > 1 and not setting.colocated:
+            found = f"found cluster.nodes = {setting.nodes}"
+            return f"shares the memory of a machine, where disaggregated engines may not be; {found}"
+        if not setting.engines_on_one_machine and not setting.colocated:
+            return "needs all engines on one machine; found several"
+        if setting.device == "cuda" and not setting.colocated:
+            return "joins GPUs only where inference.placement = 'colocated'; found 'disaggregated'"
+        if setting.device == "cpu" and not setting.has_room:
+            return (
+                f"needs {setting.needed_bytes >> 20} MiB of shared memory ({SHARED_FOLDER}), which has less (docker run "
+                f"--shm-size gives a container more)"
+            )
+        return None
 
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
         self._store, self._member = store, member
@@ -39,20 +58,20 @@ class Ipc:
         self._outboxes: dict[int, _Outbox] = {}
         self._inboxes: dict[int, _Inbox] = {}
 
-    def send(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
-        """Tells the peer where a lasting buffer lies, at the latest when the message is waited for. Anything else goes by
+    def send(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> Pending:
+        """Tells the peer where a registered buffer lies, at the latest when the message is waited for. Anything else goes by
         gloo, from the host."""
         data = _bytes_of(buffer)
-        if not lasting:
+        if not registered:
             return self._words.send(data.cpu(), peer, SMALL)
         region, offset = self._place(data)
         outbox = self._outboxes.setdefault(peer, _Outbox(self._words, peer, data.device))
         return _Given(self, outbox, outbox.put(region.number, offset))
 
-    def receive(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
-        """A lasting buffer is copied by `wait`."""
+    def receive(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> Pending:
+        """A registered buffer is copied by `wait`."""
         data = _bytes_of(buffer)
-        if not lasting:
+        if not registered:
             return _Landing(self._words, data, peer)
         inbox = self._inboxes.setdefault(peer, _Inbox(self._words, peer))
         inbox.expect()
@@ -100,11 +119,6 @@ class _Region:
 
     storage: torch.UntypedStorage
     number: int
-
-
-def room_for(num_bytes: int) -> bool:
-    """Whether this machine's shared memory has room for so much more; without it every sync would fail."""
-    return num_bytes < shutil.disk_usage(SHARED_FOLDER).free
 
 
 def handle(storage: torch.UntypedStorage) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.bridge.transports.base import Deadline, Pending, Rendezvous, TransportError, first_line, started
+from engine.bridge.transports.base import Deadline, Pending, Rendezvous, Transport, TransportError, first_line, started
+from engine.config.transport import Setting
 
 FAILED, POLL_SECONDS = "failed", 0.25  # a word in the store, and how often it is looked for
 
 
-class Nccl:
+class Nccl(Transport):
     """GPU buffers over NCCL; each message is a group of one. While one bucket travels on NCCL's own stream the next is packed,
     or the last one placed and digested, on the caller's.
 
@@ -28,7 +29,15 @@ class Nccl:
     on a GPU.
     """
 
+    preference = 1
     depth = 2
+
+    @classmethod
+    def fits(cls, setting: Setting) -> str | None:
+        """Where every member has a GPU of its own."""
+        if setting.colocated:
+            return "cannot join a trainer and an engine on one GPU; found inference.placement = 'colocated'"
+        return None if setting.device == "cuda" else f"moves the memory of GPUs, and the weights are on a {setting.device}"
 
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
         _gather(store, member, meeting)  # building a communicator has no deadline: so nobody begins before all are here
@@ -46,16 +55,16 @@ class Nccl:
                 os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = handling
         self._group.eager_connect_single_device(self._device)
 
-    def send(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
-        """See Transport."""
+    def send(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> Pending:
+        """Starts sending on NCCL's own stream."""
         return started(lambda: grouped(self._group, lambda: self._group.send([buffer], peer, 0)), self._pending)
 
-    def receive(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> Pending:
-        """See Transport."""
+    def receive(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> Pending:
+        """Starts receiving on NCCL's own stream."""
         return started(lambda: grouped(self._group, lambda: self._group.recv([buffer], peer, 0)), self._pending)
 
     def close(self) -> None:
-        """See Transport."""
+        """Tells the others by the store, and aborts the communicator."""
         with suppress(RuntimeError):  # the store may be gone: then the others know
             self._store.set(FAILED, "1")
         self._group.abort()

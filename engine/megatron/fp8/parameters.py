@@ -15,8 +15,8 @@ BLOCK = 128
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """A set of weights in the model's dtype, by name. Those in FP8 are made for whoever looks, exactly what a product takes
-    them for: nobody can write into them, or keep them without their memory."""
+    """A read-only view of a set of weights in the model's dtype, by name. One in FP8 is dequantized to a new tensor at each
+    access, with exactly the values that a product uses."""
 
     def __init__(self, kept: Mapping[str, torch.Tensor]) -> None:
         """`kept` as they are."""
@@ -78,7 +78,8 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def behind(parameter: Any) -> torch.Tensor:
-    """What a parameter holds, to be put back as its `data` later: the `data` of one in FP8 may be itself."""
+    """The tensor to restore as `parameter.data` after a swap: of an FP8 parameter Transformer Engine may return the parameter
+    itself as its `data`."""
     if not in_fp8(parameter):
         return parameter.data  # type: ignore[no-any-return]
     held: Any = parameter.detach()
@@ -89,9 +90,9 @@ def behind(parameter: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def load(tensor: Any, saved: torch.Tensor, saved_scale: torch.Tensor | None) -> None:
-    """Fills a weight with a saved one. In FP8 the saved scales give the very bytes that `saved` was made of: it is within a
-    rounding of bfloat16 of them, an eighth of half their distance. Without scales, from a state with bfloat16 weights, it is
-    quantized as at the start."""
+    """Fills a weight with a saved one. In FP8, dividing by the saved scale recovers the exact bytes: rounding to bfloat16 moves
+    a value by at most 1/8 of half an FP8 step. Without scales, from a state with bfloat16 weights, it is quantized as at the
+    start."""
     if not in_fp8(tensor):
         tensor.data.copy_(saved)
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.config.options import Profile
-from engine.config.schedule import SyncSchedule
+from engine.config.schedules.base import Schedule
 from engine.observe.profiling.recorder import Recorder, profiled_process
 
 
@@ -27,7 +27,7 @@ class Window:
     """The profiled steps as one trainer rank meets them, each `step` before all else of it."""
 
     def __init__(
-        self, options: Profile, directory: Path, rank: int, engines: Engines | None = None, schedule: SyncSchedule | None = None
+        self, options: Profile, directory: Path, rank: int, engines: Engines | None = None, schedule: Schedule | None = None
     ) -> None:
         """`engines` is rank 0's, and needs the schedule; None elsewhere and where the run samples nothing."""
         self._steps = range(options.first_step, options.first_step + options.num_steps)

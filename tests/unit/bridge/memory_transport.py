@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.bridge.transports.base import Deadline, TransportError
+from engine.bridge.transports.base import Deadline, Transport, TransportError
+from engine.config.transport import Setting
 
 Alter = Callable[[int, int, torch.Tensor], torch.Tensor]  # (sending member, number of its message, content) -> what arrives
 
@@ -118,7 +119,7 @@ class InOrder(Network):
         return message.delivered
 
 
-class MemoryTransport:
+class MemoryTransport(Transport):
     """One member's Transport. It counts what is under way: sends, different buffers being sent, and receives."""
 
     def __init__(self, network: Network, member: int) -> None:
@@ -130,7 +131,12 @@ class MemoryTransport:
         self.most_sends = self.most_sending = self.most_receiving = 0
         self.storages: set[int] = set()  # of all weights that were ever posted
 
-    def send(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> PendingMessage:
+    @classmethod
+    def fits(cls, setting: Setting) -> str | None:
+        """Anywhere: nobody asks."""
+        return None
+
+    def send(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> PendingMessage:
         """See Transport."""
         with self._network.lock:
             pair = self._network.pairs[self._member, peer]
@@ -144,7 +150,7 @@ class MemoryTransport:
             pair.changed.notify_all()
         return PendingMessage(self, peer, self._member, pair, message, message.send)
 
-    def receive(self, buffer: torch.Tensor, peer: int, *, lasting: bool = False) -> PendingMessage:
+    def receive(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> PendingMessage:
         """See Transport."""
         with self._network.lock:
             pair = self._network.pairs[peer, self._member]

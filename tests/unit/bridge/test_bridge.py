@@ -5,6 +5,7 @@ members share. The plan itself is tested in test_bridge_plan.py, real connection
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,12 +16,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engine.bridge.exchange import STAGED, UNDELIVERED
+from engine.bridge.exchange import STAGED
 from engine.bridge.plan import Bucket, Message
-from engine.bridge.sender import _most_telling, stream_to_first_rank
+from engine.bridge.sender import REASON_BYTES, Failure, most_telling, stream_to_first_rank
 from engine.bridge.terms import SyncTerms
-from engine.bridge.transports.base import UNMET
-from engine.models.hf import Llama3Scaling
+from engine.core.errors import EngineLostError, UndeliveredError, WeightSyncError
+from engine.models.base import Llama3Scaling
 from engine.models.sharding import EngineLayout, ExportBucket, TensorMeta, TrainerLayout
 from tests.unit.bridge.memory_transport import InOrder, Network
 from tests.unit.bridge.world import Case, World, small_shape
@@ -272,7 +273,7 @@ def test_a_trainers_parameter_of_another_type_is_named() -> None:
 
 BUCKET = r"bucket \d+ of \d+ \(\S+( and \d+ more tensors)?\) from trainer rank \d+ to tensor rank \d+ of engine [\d, ]+"
 DIGEST = r"the digest (of trainer rank \d+|for tensor rank \d+ of engine \d+)"
-SENTENCE = re.compile(rf"({BUCKET}|{DIGEST}) {UNDELIVERED}: (timed out|the connection is closed)")
+SENTENCE = re.compile(rf"({BUCKET}|{DIGEST}) was not delivered: (timed out|the connection is closed)")
 
 
 @pytest.mark.parametrize("case", CHANGED)
@@ -306,12 +307,26 @@ def test_the_sentence_names_bucket_tensor_and_ranks() -> None:
 
 
 def test_a_causes_words_win_over_its_echoes() -> None:
-    echo, other_echo = f"trainer rank 0: bucket 1 {UNDELIVERED}: timed out", f"engine 1: member 3 {UNMET}: gone"
-    cause = "engine 0: engine parameter lm_head.weight must hold the trainer's bits"
-    assert _most_telling([]) == _most_telling(["", ""]) == ""
-    assert _most_telling(["", echo, other_echo, "", cause]) == cause
-    assert _most_telling([other_echo, echo]) == other_echo
-    assert _most_telling([cause, "engine 2: another cause", echo]) == cause
+    echo = Failure("trainer rank 0: bucket 1 was not delivered: timed out", echo=True)
+    other_echo = Failure("engine 1: member 3 did not meet the others: gone", echo=True)
+    none, cause = Failure(), Failure("engine 0: a parameter must hold the trainer's bits, a message was not delivered")
+    assert most_telling([]) == most_telling([none, none]) == none
+    assert most_telling([none, echo, other_echo, none, cause]) == cause
+    assert most_telling([other_echo, echo]) == other_echo
+    assert most_telling([cause, Failure("engine 2: another cause"), echo]) == cause
+    for failure in (none, echo, cause):
+        assert Failure.from_bytes(failure.to_bytes()) == Failure.from_bytes(failure.to_bytes() + bytes(9)) == failure
+    long = Failure("ä" * REASON_BYTES, echo=True)
+    assert Failure.from_bytes(long.to_bytes()) == Failure("ä" * ((REASON_BYTES - 1) // 2), echo=True)
+
+
+def test_an_echo_stays_one_on_its_way_out_of_another_process() -> None:
+    error = EngineLostError("worker 0: bucket 1 was not delivered")
+    error.echo = True
+    assert copy.copy(error).echo  # by __reduce_ex__, as pickle does
+    assert not EngineLostError("worker 0: gone").echo
+    assert UndeliveredError("bucket 1 was not delivered").echo
+    assert not WeightSyncError("lm_head.weight differs").echo
 
 
 # -- terms
@@ -333,7 +348,7 @@ def test_terms_survive_the_way_through_json(scaling: Llama3Scaling | None) -> No
     [
         lambda text: "",
         lambda text: text[:-1],
-        lambda text: text.replace('"gloo"', '"mpi"'),
+        lambda text: text.replace('"gloo"', "3"),
         lambda text: text.replace('"num_layers":2', '"num_layers":"two"'),
         lambda text: text.replace('"dp_size":1,', ""),
     ],

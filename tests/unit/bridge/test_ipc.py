@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.bridge.transports import ipc as shared_memory
-from engine.bridge.transports.base import Deadline, Rendezvous, TransportError
-from engine.bridge.transports.ipc import Ipc, handle, opened, room_for
+from engine.bridge.transports import base
+from engine.bridge.transports.base import Deadline, Rendezvous, TransportError, room_for
+from engine.bridge.transports.ipc import Ipc, handle, opened
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 
 HOST, LONG = "127.0.0.1", 20.0
@@ -42,11 +42,11 @@ def ends() -> Iterator[tuple[Ipc, Ipc]]:
         end.close()
 
 
-def carry(ends: tuple[Ipc, Ipc], buffer: torch.Tensor, *, lasting: bool, before: float | None = None) -> torch.Tensor:
+def carry(ends: tuple[Ipc, Ipc], buffer: torch.Tensor, *, registered: bool, before: float | None = None) -> torch.Tensor:
     """What the other end receives; `before`: written over the buffer between the two sides."""
     into = torch.empty_like(buffer)
-    receiving = ends[1].receive(into, 0, lasting=lasting)
-    sending = ends[0].send(buffer, 1, lasting=lasting)
+    receiving = ends[1].receive(into, 0, registered=registered)
+    sending = ends[0].send(buffer, 1, registered=registered)
     if before is not None:
         buffer.fill_(before)
     receiving.wait(Deadline(LONG))
@@ -55,18 +55,18 @@ def carry(ends: tuple[Ipc, Ipc], buffer: torch.Tensor, *, lasting: bool, before:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-@pytest.mark.parametrize("lasting", [True, False])
-def test_messages_arrive_bit_for_bit(ends: tuple[Ipc, Ipc], dtype: torch.dtype, lasting: bool) -> None:
+@pytest.mark.parametrize("registered", [True, False])
+def test_messages_arrive_bit_for_bit(ends: tuple[Ipc, Ipc], dtype: torch.dtype, registered: bool) -> None:
     kept = torch.arange(1000).to(dtype)
     for part in (kept, kept[10:20], kept[999:], kept.view(10, 100)[3:7]):
-        assert torch.equal(carry(ends, part, lasting=lasting), part)
+        assert torch.equal(carry(ends, part, registered=registered), part)
 
 
 def test_what_lasts_is_read_where_it_lies(ends: tuple[Ipc, Ipc]) -> None:
     parameter, digest = torch.ones(100), torch.ones(100)
-    assert carry(ends, parameter, lasting=True, before=2.0).eq(2.0).all(), "it was copied on the way"
+    assert carry(ends, parameter, registered=True, before=2.0).eq(2.0).all(), "it was copied on the way"
     assert parameter.untyped_storage().is_shared()
-    assert carry(ends, digest, lasting=False).eq(1.0).all()
+    assert carry(ends, digest, registered=False).eq(1.0).all()
     assert not digest.untyped_storage().is_shared()
 
 
@@ -76,7 +76,7 @@ def test_a_storage_is_announced_once_whatever_is_sent_of_it(ends: tuple[Ipc, Ipc
     weights = [buffer[:1000], buffer[1000:1500], buffer[1500:]]
     for _ in range(2):
         for weight in weights:
-            assert torch.equal(carry(ends, weight, lasting=True), weight)
+            assert torch.equal(carry(ends, weight, registered=True), weight)
         weights[1].mul_(-1)
     assert (len(ends[0]._regions), len(ends[1]._mapped)) == (1, 1)
 
@@ -94,7 +94,7 @@ def test_many_messages_need_few_words(ends: tuple[Ipc, Ipc], ahead: int) -> None
         for row in parameters:
             if len(under_way) == ahead:
                 under_way.popleft().wait(Deadline(LONG))
-            under_way.append(ends[0].send(row, 1, lasting=True))
+            under_way.append(ends[0].send(row, 1, registered=True))
         while under_way:
             under_way.popleft().wait(Deadline(LONG))
         flushes = ends[0]._outboxes[1].num_flushed
@@ -108,7 +108,7 @@ def test_many_messages_need_few_words(ends: tuple[Ipc, Ipc], ahead: int) -> None
         for row in arrived:
             if len(posted) == ahead:
                 posted.popleft().wait(Deadline(LONG))
-            posted.append(ends[1].receive(row, 0, lasting=True))
+            posted.append(ends[1].receive(row, 0, registered=True))
         while posted:
             posted.popleft().wait(Deadline(LONG))
         total = torch.zeros(20, dtype=torch.int64)
@@ -121,21 +121,21 @@ def test_many_messages_need_few_words(ends: tuple[Ipc, Ipc], ahead: int) -> None
 
 
 def test_room_is_what_shared_memory_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda folder: SimpleNamespace(free=400))
+    monkeypatch.setattr(base.shutil, "disk_usage", lambda folder: SimpleNamespace(free=400))
     assert room_for(399)
     assert not room_for(400)
 
 
 def test_a_late_peer_ends_both_kinds_of_wait(ends: tuple[Ipc, Ipc]) -> None:
     with pytest.raises(TransportError, match="Timed out"):
-        ends[1].receive(torch.empty(3), 0, lasting=True).wait(Deadline(0.1))
+        ends[1].receive(torch.empty(3), 0, registered=True).wait(Deadline(0.1))
     with pytest.raises(TransportError):
-        ends[0].send(torch.ones(3), 1, lasting=True).wait(Deadline(5.0))  # the other has taken its connection down
+        ends[0].send(torch.ones(3), 1, registered=True).wait(Deadline(5.0))  # the other has taken its connection down
 
 
 def test_a_closed_peer_ends_both_kinds_of_wait(ends: tuple[Ipc, Ipc]) -> None:
-    carry(ends, torch.ones(3), lasting=True)
-    waiting = [ends[1].receive(torch.empty(3), 0, lasting=True), ends[1].receive(torch.empty(3), 0)]
+    carry(ends, torch.ones(3), registered=True)
+    waiting = [ends[1].receive(torch.empty(3), 0, registered=True), ends[1].receive(torch.empty(3), 0)]
     ends[0].close()
     for pending in waiting:
         with pytest.raises(TransportError):
@@ -147,12 +147,12 @@ def test_a_closed_peer_ends_both_kinds_of_wait(ends: tuple[Ipc, Ipc]) -> None:
 )
 def test_memory_that_is_not_there_any_more_is_said_in_words(ends: tuple[Ipc, Ipc], change: dict[str, Any], words: str) -> None:
     parameter = torch.ones(100)
-    carry(ends, parameter, lasting=True)
+    carry(ends, parameter, registered=True)
     ends[1]._mapped.clear()
     told = json.loads(ends[0]._store.get("memory 0 0"))
     ends[0]._store.set("memory 0 0", json.dumps(told | change))
-    receiving = ends[1].receive(torch.empty(100), 0, lasting=True)
-    ends[0].send(parameter, 1, lasting=True)
+    receiving = ends[1].receive(torch.empty(100), 0, registered=True)
+    ends[0].send(parameter, 1, registered=True)
     with pytest.raises(TransportError, match=f"shared memory cannot be used: .*{words}"):
         receiving.wait(Deadline(LONG))
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from engine.bridge.plan import UNPACKED_BYTES, Role, ShardPlan, plan
 from engine.models import checks
 from engine.models import sharding as layout
-from engine.models.hf import LlamaShape
+from engine.models.base import ModelShape
 from engine.models.sharding import EngineLayout, TrainerLayout
 from tests.unit.models.test_sharding import Tensors, fill, model_of
 
@@ -32,7 +32,7 @@ Nodes = tuple[tuple[int, ...], ...]
 class Case:
     """What a plan is made of; `plan(*case.arguments)`."""
 
-    shape: LlamaShape
+    shape: ModelShape
     dtype_bytes: int
     source: TrainerLayout
     dp_size: int
@@ -67,7 +67,7 @@ def cases(draw: st.DrawFn) -> Case:
     vocab_size = draw(st.integers(1, 200))
     if engine_size not in (1, 2, 4, 8):
         vocab_size = 64 * engine_size - draw(st.integers(0, 63))  # or vLLM could not cut the padded rows
-    shape = LlamaShape(
+    shape = ModelShape(
         num_layers=(first or 0) + (last or 0) + between * virtual * draw(st.integers(1, 2)),
         hidden=draw(st.integers(1, 3)),
         num_heads=heads,
@@ -310,20 +310,18 @@ def test_equal_inputs_give_equal_plans_and_others_another_digest(case: Case, dat
     assert plan(*replace(case, **changed).arguments).digest != made.digest
 
 
-LLAMA_8B = LlamaShape(32, 4096, 32, 8, 128, 14336, 128256, 5e5, None, 1e-5, False, 131072)
+LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, 5e5, None, 1e-5, False, 131072)
 EXAMPLE = (LLAMA_8B, 2, TrainerLayout(2, 2), 2, EngineLayout(1), ((0, 1, 2, 3),), 64 << 20)
 
 
 def test_another_process_makes_the_same_plan() -> None:
     """With another hash seed, without torch."""
     code = (
-        "import sys; from types import SimpleNamespace\n"
+        "import sys; from engine.models.base import ModelShape\n"
         "from engine.bridge.plan import plan; from engine.models.sharding import EngineLayout, TrainerLayout\n"
-        "assert 'torch' not in sys.modules\n"
-        "class Shape(SimpleNamespace):\n    __hash__ = object.__hash__\n"
-        "shape = Shape(num_layers=32, hidden=4096, num_heads=32, num_kv_heads=8, head_dim=128, ffn_hidden=14336, "
-        "vocab_size=128256, tied=False)\n"
+        "shape = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, 5e5, None, 1e-5, False, 131072)\n"
         "print(plan(shape, 2, TrainerLayout(2, 2), 2, EngineLayout(1), ((0, 1, 2, 3),), 64 << 20).digest)\n"
+        "assert 'torch' not in sys.modules\n"
     )
     digests = set()
     for seed in ("1", "2"):

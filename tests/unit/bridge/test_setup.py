@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 
 from engine.bridge import setup as opening
-from engine.bridge.setup import channel, choose_transport
+from engine.bridge.setup import channel
+from engine.bridge.transports.registry import Choice, choose, kind_of
 from engine.config.load import RunConfig
 from engine.config.placement import Homes
+from engine.config.transport import Setting, setting
 from engine.core.errors import ConfigError
 from engine.models.sharding import shard_shapes, trainer_layout
 from tests.unit.bridge.world import small_shape
@@ -41,29 +43,36 @@ def config(**tables: dict[str, object]) -> RunConfig:
         ("cuda", "colocated", 2, False, "ipc", "ipc"),
     ],
 )
-def test_each_place_has_its_transport(
-    device: str, placement: str, nodes: int, room: bool, asked: str, chosen: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_each_place_has_its_transport(device: Any, placement: str, nodes: int, room: bool, asked: str, chosen: str) -> None:
     made = config(inference={"placement": placement}, cluster={"nodes": nodes}, sync={"transport": asked})
-    with caplog.at_level(logging.WARNING):
-        assert choose_transport(made, device, has_room=room, num_bytes=3 << 20) == chosen
+    choice = choose(asked, setting(made, device, has_room=room, needed_bytes=3 << 20))
+    assert choice.name == chosen
     short = device == "cpu" and not room
-    assert ("over gloo: through the machine's memory, faster, they need 3 MiB" in caplog.text) is short
+    told = "weight syncs go over gloo: ipc would be faster, but it needs 3 MiB of shared memory (/dev/shm), which has less"
+    assert choice.reason.startswith(told) if short else not choice.reason
 
 
 @pytest.mark.parametrize(
     ("device", "placement", "asked", "room", "words"),
     [
-        ("cpu", "disaggregated", "ipc", False, "needs 5 MiB of shared memory .* or use 'gloo'"),
-        ("cpu", "disaggregated", "nccl", True, "one of auto, ipc, gloo on cpu .* found 'nccl': use 'auto'"),
-        ("cuda", "disaggregated", "ipc", True, "one of auto, nccl on cuda .* found 'ipc'"),
-        ("cuda", "colocated", "gloo", True, "one of auto, ipc on cuda with inference.placement = 'colocated'"),
+        ("cpu", "disaggregated", "ipc", False, "'ipc' needs 5 MiB of shared memory .* use 'auto', which takes gloo here"),
+        ("cpu", "disaggregated", "nccl", True, "'nccl' moves the memory of GPUs.* on a cpu: use 'auto', which takes ipc"),
+        ("cuda", "disaggregated", "ipc", True, "'ipc' joins GPUs only where inference.placement = 'colocated'.* takes nccl"),
+        ("cuda", "colocated", "gloo", True, "'gloo' moves the host's memory.* on a GPU: use 'auto', which takes ipc here"),
     ],
 )
-def test_what_cannot_carry_it_is_refused(device: str, placement: str, asked: str, room: bool, words: str) -> None:
+def test_what_cannot_carry_it_is_refused(device: Any, placement: str, asked: str, room: bool, words: str) -> None:
     made = config(inference={"placement": placement}, sync={"transport": asked})
-    with pytest.raises(ConfigError, match=f"sync.transport .*{words}"):
-        choose_transport(made, device, has_room=room, num_bytes=5 << 20)
+    with pytest.raises(ConfigError, match=f"sync.transport = {words}"):
+        choose(asked, setting(made, device, has_room=room, needed_bytes=5 << 20))
+
+
+def test_engines_on_several_machines_are_not_read_in_place() -> None:
+    """Where the configuration cannot know it: two machines of Ray that count as one node."""
+    several = Setting("cpu", colocated=False, nodes=1, engines_on_one_machine=False)
+    assert choose("auto", several) == Choice("gloo")
+    with pytest.raises(ConfigError, match=r"sync\.transport = 'ipc' needs all engines on one machine; found several: use"):
+        choose("ipc", several)
 
 
 TURNS = Homes(ranks=(0, 2, 0, 2), engines=(0, 0, 2))  # node 1 has neither
@@ -81,12 +90,7 @@ OWN = ((0, 2), (0, 2), (1, 3))
     ],
 )
 def test_who_passes_on_to_whom_and_who_may_send(machines, transport, turns, nodes, senders) -> None:
-    assert channel(machines, transport, turns) == (nodes, senders)
-
-
-def test_shared_memory_does_not_leave_a_machine() -> None:
-    with pytest.raises(ConfigError, match=r"sync\.transport = 'ipc' needs all engines on one machine; found several: use"):
-        channel([0, 1], "ipc", None)
+    assert channel(machines, kind_of(transport), turns) == (nodes, senders)
 
 
 @pytest.fixture
@@ -101,7 +105,7 @@ def one_rank():
     ("free_mebibytes", "transport", "nodes"), [(3, "ipc", ((0,), (1,), (2,))), (1, "gloo", ((0, 2), (1,)))]
 )
 def test_a_bridge_over_two_nodes_is_told_who_serves_whom(
-    free_mebibytes: int, transport: str, nodes: tuple, monkeypatch: pytest.MonkeyPatch, one_rank: None
+    free_mebibytes: int, transport: str, nodes: tuple, monkeypatch: pytest.MonkeyPatch, one_rank: None, caplog: Any
 ) -> None:
     """Rank 0 of three, the first two on node 0. Its own node's memory must have room for what its ranks share: two buckets of a
     mebibyte, and the weights; the others' ranks are not in this process."""
@@ -114,13 +118,16 @@ def test_a_bridge_over_two_nodes_is_told_who_serves_whom(
     seats = Homes(ranks=(0, 0, 1), engines=(0, 1, 0))
     monkeypatch.setattr(opening, "homes", lambda _: seats)
     monkeypatch.setattr(opening, "room_for", lambda num_bytes: num_bytes < free_mebibytes << 20)
-    monkeypatch.setattr(opening, "Publisher", lambda policy, place, terms, **_: terms)
+    monkeypatch.setattr(opening, "Publisher", lambda policy, place, terms, **known: (terms, known["transport_note"]))
     shapes = shard_shapes(small_shape(), trainer_layout(made.trainer), 0, 0)
     policy: Any = SimpleNamespace(shape=small_shape(), parameters={name: torch.zeros(size) for name, size in shapes.items()})
     place: Any = SimpleNamespace(rank=0, dp_size=3, device=torch.device("cpu"))
     pool: Any = SimpleNamespace(nodes=lambda: ((0, 1, 2),))
-    terms: Any = opening.open_publisher(made, policy, place, "127.0.0.1", pool)
+    with caplog.at_level(logging.WARNING):
+        opened: Any = opening.open_publisher(made, policy, place, "127.0.0.1", pool)
+    terms, note = opened
     assert (terms.transport, terms.nodes) == (transport, nodes)
+    assert ("ipc would be faster" in note) is ("ipc would be faster" in caplog.text) is (transport == "gloo")
     assert terms.senders == tuple((2,) if engines == (1,) else (0, 1) for engines in nodes)
     assert {message.source for message in terms.plan().messages if message.route == (1,)} == {2}
     assert type(terms).from_json(terms.to_json()) == terms

@@ -18,7 +18,7 @@ from engine.bridge.transports.base import Deadline
 from engine.core.errors import WeightSyncError
 from engine.models import checks
 from engine.models import sharding as layout
-from engine.models.hf import LlamaShape
+from engine.models.base import ModelShape
 from engine.models.sharding import EngineLayout, Layout, TrainerLayout
 from tests.unit.bridge.memory_transport import Network
 
@@ -27,9 +27,9 @@ CPU = torch.device("cpu")
 PADDING = 77  # the bytes of engine shards before the first sync, and of the trainers' padding
 
 
-def small_shape(*, kv_heads: int = 2, tied: bool = False, num_layers: int = 2) -> LlamaShape:
+def small_shape(*, kv_heads: int = 2, tied: bool = False, num_layers: int = 2) -> ModelShape:
     """Four or more heads, an odd vocabulary."""
-    return LlamaShape(
+    return ModelShape(
         num_layers=num_layers,
         hidden=8,
         num_heads=4,
@@ -49,7 +49,7 @@ def small_shape(*, kv_heads: int = 2, tied: bool = False, num_layers: int = 2) -
 class Case:
     """One sync's terms, and the size from which contiguous transfers travel unpacked."""
 
-    shape: LlamaShape = field(default_factory=small_shape)
+    shape: ModelShape = field(default_factory=small_shape)
     trainer: TrainerLayout = field(default_factory=TrainerLayout)
     dp_size: int = 1
     engine: EngineLayout = field(default_factory=EngineLayout)
@@ -66,7 +66,7 @@ class Case:
         return SyncTerms(*layouts, self.nodes, self.bucket_bytes, "gloo", self.senders)
 
 
-def random_model(shape: LlamaShape, dtype: torch.dtype, seed: int) -> Tensors:
+def random_model(shape: ModelShape, dtype: torch.dtype, seed: int) -> Tensors:
     """Every Hugging Face tensor with random bits."""
     draw = torch.Generator().manual_seed(seed)
     sizes = {name: torch.Size(size) for name, size in layout.tensors(shape).items()}
@@ -74,7 +74,7 @@ def random_model(shape: LlamaShape, dtype: torch.dtype, seed: int) -> Tensors:
     return {name: room[name].view(dtype).view(size) for name, size in sizes.items()}
 
 
-def cut(shape: LlamaShape, which: Layout, model: Tensors, *cell: int) -> Tensors:
+def cut(shape: ModelShape, which: Layout, model: Tensors, *cell: int) -> Tensors:
     """The shards of a cell, (tensor rank, pipeline rank) or an engine's tensor rank."""
     dtype = next(iter(model.values())).dtype
     shards = blank(shape, which, dtype, *cell)
@@ -84,7 +84,7 @@ def cut(shape: LlamaShape, which: Layout, model: Tensors, *cell: int) -> Tensors
     return shards
 
 
-def blank(shape: LlamaShape, which: Layout, dtype: torch.dtype, *cell: int) -> Tensors:
+def blank(shape: ModelShape, which: Layout, dtype: torch.dtype, *cell: int) -> Tensors:
     """The shards of a cell before anything was written."""
     sizes = {name: torch.Size(size) for name, size in layout.shard_shapes(shape, which, *cell).items()}
     return {

@@ -19,7 +19,8 @@ from engine.bridge.plan import plan
 from engine.capacity.memory import ASLEEP, GIB, HEAD_BLOCK, HEAD_ROWS, TRANSIENT, Channel, Memory, Step, TrainerState, estimate
 from engine.capacity.transfer import channel
 from engine.config.load import RunConfig, load_config
-from engine.models.hf import LlamaShape, read_shape
+from engine.models.base import ModelShape
+from engine.models.hf import read_shape
 from engine.models.sharding import EngineLayout, TrainerLayout
 from engine.ops import lm_head
 
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 LLAMA_8B = read_shape(ROOT / "configs" / "models" / "llama-3.1-8b")
 PARAMETERS = 8_030_261_248
 VOCABULARY, MATRICES = 2 * 128256 * 4096, PARAMETERS - 2 * 128256 * 4096 - 65 * 4096
-SMALL = LlamaShape(4, 8, 4, 2, 2, 12, 100, 1e4, None, 1e-5, False, 16)
+SMALL = ModelShape(4, 8, 4, 2, 2, 12, 100, 1e4, None, 1e-5, False, 16)
 
 
 def configured(name: str = "8b-4x4", *overrides: str) -> RunConfig:

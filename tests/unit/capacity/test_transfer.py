@@ -15,14 +15,15 @@ from engine import cli
 from engine.bridge.plan import ShardPlan, plan
 from engine.capacity.transfer import Machine, measure
 from engine.config.load import load_config
-from engine.models.hf import LlamaShape, read_shape
+from engine.models.base import ModelShape
+from engine.models.hf import read_shape
 from engine.models.sharding import EngineLayout, TrainerLayout
 
 ROOT = Path(__file__).parents[3]
 PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496, "405b": 405_853_388_800}
 SCALE = sorted(path.stem.removeprefix("llama-3.1-") for path in (ROOT / "configs" / "scale").glob("*.toml"))
 MARGIN = 0.05  # of a GPU's memory, for what the estimate does not know
-SMALL = LlamaShape(4, 8, 4, 2, 2, 12, 100, 1e4, None, 1e-5, False, 16)
+SMALL = ModelShape(4, 8, 4, 2, 2, 12, 100, 1e4, None, 1e-5, False, 16)
 SMALL_PLAN = plan(SMALL, 4, TrainerLayout(2, 2), 2, EngineLayout(2), ((0, 1), (2,)), 1000)
 
 

@@ -134,7 +134,7 @@ def test_what_a_run_needs_is_looked_at_before_any_process_starts(command, file, 
     assert "gone/config.json cannot be read" in complaint(4, *command, file, "model.path=gone")
     (tmp_path / "seed" / "config.json").write_text(json.dumps(LLAMA | {"model_type": "qwen2"}))
     said = complaint(2, *command, file)
-    assert "must have model_type = 'llama'; found 'qwen2'" in said
+    assert "must have model_type = 'llama' or 'qwen3'; found 'qwen2'" in said
 
 
 def test_what_a_run_does_not_read_or_start_is_not_asked_for(file, tmp_path, complaint, monkeypatch):

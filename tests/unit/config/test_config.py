@@ -25,7 +25,7 @@ from engine.config.rules import (
 from engine.core.errors import ConfigError
 
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 102
+MAX_OPTIONS = 103
 
 REQUIRED = """
 [run]
@@ -160,7 +160,7 @@ COMBINATIONS = [
     ),
     (
         ["inference.placement=colocated", "sync.transport=nccl"],
-        *("sync.transport = 'nccl'", "inference.placement", "found it with", "use 'auto'"),
+        *("sync.transport = 'nccl'", "inference.placement", "found inference.placement = 'colocated'", "use 'auto'"),
     ),
     (["data.reward=function"], "data.reward = 'function'", "rewards.function", "found none", "path/to/file.py:name"),
     (["rewards.function=a.py:f"], "rewards.function", "'function'", "'a.py:f' and sources with 'math'", "remove it"),

@@ -2,23 +2,27 @@
 two syncs, rollouts of steps [k s, (k + 1) s) come from version k s, so staleness at step t is t - k s, at most s - 1.
 """
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config.schedule import SyncSchedule
+from engine.config.schedules.fairseq2 import Fairseq2
+from engine.config.schedules.paper import Paper
 
 intervals = st.integers(1, 40)
 step_counts = st.integers(1, 200)
 chunks = st.integers(1, 40)
 references = st.one_of(st.sampled_from(["never", "follow"]), st.integers(1, 40))
-semantics = st.sampled_from(["paper", "fairseq2"])
-schedules = st.builds(SyncSchedule, st.one_of(st.just("never"), intervals), references, step_counts, chunks, semantics)
+kinds = st.sampled_from([Paper, Fairseq2])
+fields = st.one_of(st.just("never"), intervals), references, step_counts, chunks
+schedules = st.one_of(st.builds(Paper, *fields), st.builds(Fairseq2, *fields))
 
 
 @given(intervals, references, step_counts, chunks)
 def test_staleness_is_the_distance_to_the_last_sync(s, reference, num_steps, chunk):
-    schedule = SyncSchedule(s, reference, num_steps, chunk)
+    schedule = Paper(s, reference, num_steps, chunk)
     for t in range(num_steps):
         k = t // s
         assert schedule.version(t) == k * s
@@ -28,7 +32,7 @@ def test_staleness_is_the_distance_to_the_last_sync(s, reference, num_steps, chu
 
 @given(references, step_counts, chunks)
 def test_offline_syncs_once_and_keeps_the_seed_weights(reference, num_steps, chunk):
-    schedule = SyncSchedule("never", reference, num_steps, chunk)
+    schedule = Paper("never", reference, num_steps, chunk)
     assert [t for t in range(num_steps) if schedule.sync_due(t)] == [0]
     assert [schedule.version(t) for t in range(num_steps)] == [0] * num_steps
     assert [schedule.staleness(t) for t in range(num_steps)] == list(range(num_steps))
@@ -37,7 +41,7 @@ def test_offline_syncs_once_and_keeps_the_seed_weights(reference, num_steps, chu
 @given(intervals, references, step_counts, chunks)
 def test_fairseq2_counts_steps_from_one(s, reference, num_steps, chunk):
     """Its code syncs before step n, counted from 1, when n % s == 0; and before the first step, which has no weights else."""
-    schedule = SyncSchedule(s, reference, num_steps, chunk, "fairseq2")
+    schedule = Fairseq2(s, reference, num_steps, chunk)
     synced = 0
     for t in range(num_steps):
         n = t + 1
@@ -52,7 +56,7 @@ def test_fairseq2_counts_steps_from_one(s, reference, num_steps, chunk):
 
 @given(st.sampled_from([1, "never"]), references, step_counts, chunks)
 def test_online_and_offline_both_counts_are_one(s, reference, num_steps, chunk):
-    ours, theirs = (SyncSchedule(s, reference, num_steps, chunk, counted) for counted in ("paper", "fairseq2"))
+    ours, theirs = (kind(s, reference, num_steps, chunk) for kind in (Paper, Fairseq2))
     for t in range(num_steps):
         assert ours.version(t) == theirs.version(t)
         assert ours.opens(t) == theirs.opens(t)
@@ -64,7 +68,7 @@ def test_the_bound_on_staleness_is_reached_and_never_passed(schedule):
     largest = max(schedule.staleness(t) for t in range(schedule.num_steps))
     if schedule.sync_interval != "never":
         assert largest < schedule.sync_interval
-    if schedule.semantics == "paper":
+    if type(schedule) is Paper:
         bound = schedule.num_steps if schedule.sync_interval == "never" else min(schedule.sync_interval, schedule.num_steps)
         assert largest == bound - 1
 
@@ -72,9 +76,8 @@ def test_the_bound_on_staleness_is_reached_and_never_passed(schedule):
 @given(schedules, st.integers(1, 5))
 def test_what_is_due_every_multiple_of_s_falls_on_syncs(schedule, times):
     """So that checkpoints stand where no rollouts are under way, and evaluations may stand with them."""
-    assert all(
-        schedule.opens(t) for t in range(1, schedule.num_steps) if schedule.divides(times * schedule.width, t)
-    )
+    width = schedule.offline_chunk if schedule.never_syncs else schedule.sync_interval
+    assert all(schedule.opens(t) for t in range(1, schedule.num_steps) if schedule.falls_due(times * width, t))
 
 
 @given(schedules)
@@ -111,33 +114,34 @@ def test_no_step_is_opened_before_its_own_weights_are_served(schedule):
         assert {schedule.version(opened) for opened in schedule.opens(t)} <= {schedule.version(t)}
 
 
-@given(intervals, step_counts, semantics)
-def test_a_following_reference_moves_with_every_sync_but_the_first(s, num_steps, counted):
-    schedule = SyncSchedule(s, "follow", num_steps, 1, counted)
+@given(intervals, step_counts, kinds)
+def test_a_following_reference_moves_with_every_sync_but_the_first(s, num_steps, kind):
+    schedule = kind(s, "follow", num_steps, 1)
     moved = [t for t in range(num_steps) if schedule.reference_due(t)]
     assert moved == [t for t in range(1, num_steps) if schedule.sync_due(t)]
 
 
 @given(schedules, st.integers(1, 40))
 def test_a_reference_of_its_own_interval_ignores_the_syncs(schedule, every):
-    own = SyncSchedule(schedule.sync_interval, every, schedule.num_steps, schedule.offline_chunk, schedule.semantics)
-    due = [t for t in range(1, own.num_steps) if (t + own.shift) % every == 0]
+    own = replace(schedule, reference=every)
+    shift = int(type(schedule) is Fairseq2 and schedule.sync_interval not in (1, "never"))
+    due = [t for t in range(1, own.num_steps) if (t + shift) % every == 0]
     assert [t for t in range(own.num_steps) if own.reference_due(t)] == due
 
 
 @pytest.mark.parametrize(("s", "reference"), [(1, "never"), (10, "never"), ("never", "never"), ("never", "follow")])
 def test_a_reference_that_never_moves(s, reference):
     """Offline never syncs after step 0, so there is nothing to follow."""
-    schedule = SyncSchedule(s, reference, 50, 8)
+    schedule = Paper(s, reference, 50, 8)
     assert not any(schedule.reference_due(t) for t in range(50))
 
 
 def test_the_three_regimes_of_a_run_of_six_steps():
     """The worked example: what is read in the documentation, number by number."""
-    shifted = SyncSchedule(3, "follow", 9, 4, "fairseq2")
+    shifted = Fairseq2(3, "follow", 9, 4)
     assert [shifted.staleness(t) for t in range(9)] == [0, 1, 0, 1, 2, 0, 1, 2, 0]
     assert [list(shifted.opens(t)) for t in range(9)] == [[0, 1], [], [2, 3, 4], [], [], [5, 6, 7], [], [], [8]]
-    online, semi, offline = (SyncSchedule(s, "follow", 6, 4) for s in (1, 3, "never"))
+    online, semi, offline = (Paper(s, "follow", 6, 4) for s in (1, 3, "never"))
     assert [online.staleness(t) for t in range(6)] == [0, 0, 0, 0, 0, 0]
     assert [semi.staleness(t) for t in range(6)] == [0, 1, 2, 0, 1, 2]
     assert [offline.staleness(t) for t in range(6)] == [0, 1, 2, 3, 4, 5]

@@ -207,12 +207,16 @@ REASONS = [
 ]
 
 
+def said(doubtful):
+    return {engine: str(error) for engine, error in doubtful.items()}
+
+
 @pytest.mark.parametrize(("error", "reason", "restarted"), REASONS)
 def test_an_engine_that_did_not_verify_is_in_doubt_and_replaced_only_when_lost(error, reason, restarted):
     """The others hold the new weights, yet nothing is asked of anybody until a later sync is committed."""
     engines = [FakeEngine(), FakeEngine(failing={"receive": error}), FakeEngine()]
     pool = Pool(engines, 5.0)
-    assert pool.unverified(4, pool.receive(4, {}), 3.0) == {1: reason}
+    assert said(pool.unverified(4, pool.receive(4, {}), 3.0)) == {1: reason}
     pool.replace_lost()
     assert [engine.restarts for engine in engines] == [0, int(restarted), 0]
     assert ("describe" in engines[1].methods) is restarted, "it is waited for until it is up"
@@ -254,7 +258,7 @@ def test_the_word_of_every_engine_is_heard():
     engines = [FakeEngine(failing={"receive": error}) for error, _, _ in REASONS]
     pool = Pool([*engines, FakeEngine()], 5.0)
     expected = dict(enumerate(reason for _, reason, _ in REASONS))
-    assert pool.unverified(4, pool.receive(4, {}), 3.0) == expected
+    assert said(pool.unverified(4, pool.receive(4, {}), 3.0)) == expected
     pool.replace_lost()
     assert [engine.restarts for engine in engines] == [int(restarted) for _, _, restarted in REASONS]
 

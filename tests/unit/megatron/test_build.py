@@ -9,9 +9,9 @@ import torch
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError
 from engine.megatron.build import AMAX_HISTORY, megatron_config
-from engine.models.hf import LlamaShape
+from engine.models.base import ModelShape
 
-SHAPE = LlamaShape(
+SHAPE = ModelShape(
     num_layers=2,
     hidden=64,
     num_heads=8,

@@ -17,19 +17,20 @@ from engine.config.options import Trainer
 from engine.core.errors import ConfigError
 from engine.models import checks
 from engine.models import sharding as layout
-from engine.models.hf import LlamaShape
+from engine.models.base import ModelShape
+from engine.models.llama import Llama
 from engine.models.sharding import EngineLayout, Layout, TrainerLayout
 
-SMALL = LlamaShape(8, 1, 4, 2, 1, 4, 3, 1e4, None, 1e-5, False, 16)
+SMALL = ModelShape(8, 1, 4, 2, 1, 4, 3, 1e4, None, 1e-5, False, 16)
 Tensors = dict[str, torch.Tensor]
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> tuple[LlamaShape, int]:
+def shapes(draw: st.DrawFn) -> tuple[ModelShape, int]:
     """A small Llama and a tensor-parallel size 1 to 8 that divides its heads; key-value heads more or fewer than ranks."""
     size = draw(st.integers(1, 8))
     kv_heads = size * draw(st.integers(1, 2)) if draw(st.booleans()) else draw(st.sampled_from(divisors(size)))
-    shape = LlamaShape(
+    shape = ModelShape(
         num_layers=draw(st.integers(1, 3)),
         hidden=draw(st.integers(1, 5)),
         num_heads=max(size, kv_heads) * draw(st.integers(1, 3)),
@@ -50,7 +51,7 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def model_of(shape: LlamaShape) -> Tensors:
+def model_of(shape: ModelShape) -> Tensors:
     """Every element of every tensor is a different number, from 1 on."""
     made, start = {}, 1
     for name, sizes in layout.tensors(shape).items():
@@ -60,7 +61,7 @@ def model_of(shape: LlamaShape) -> Tensors:
     return made
 
 
-def fill(shape: LlamaShape, spread: Layout, model: Tensors, *cell: int) -> Tensors:
+def fill(shape: ModelShape, spread: Layout, model: Tensors, *cell: int) -> Tensors:
     """A cell's shards from its pieces, 0 where none reaches; no element is written twice."""
     shapes = layout.shard_shapes(shape, spread, *cell)
     shards = {name: torch.zeros(sizes, dtype=torch.int64) for name, sizes in shapes.items()}
@@ -72,7 +73,7 @@ def fill(shape: LlamaShape, spread: Layout, model: Tensors, *cell: int) -> Tenso
     return shards
 
 
-def megatron_layer(shape: LlamaShape, model: Tensors, rank: int, size: int) -> list[torch.Tensor]:
+def megatron_layer(shape: ModelShape, model: Tensors, rank: int, size: int) -> list[torch.Tensor]:
     """Rank's shards of layer 0 as megatron fuses and cuts them, by reshaping whole tensors."""
     q, k, v, o, gate, up, down, *_ = (t for name, t in model.items() if ".layers.0." in name)
     groups = [t.view(shape.num_kv_heads, -1, shape.hidden) for t in (q, k, v)]
@@ -81,7 +82,7 @@ def megatron_layer(shape: LlamaShape, model: Tensors, rank: int, size: int) -> l
     return [qkv, o.chunk(size, 1)[rank], fc1, down.chunk(size, 1)[rank]]
 
 
-def vllm_layer(shape: LlamaShape, model: Tensors, rank: int, size: int) -> list[torch.Tensor]:
+def vllm_layer(shape: ModelShape, model: Tensors, rank: int, size: int) -> list[torch.Tensor]:
     """The same as vLLM's weight loaders narrow them: a head's replicas are num_replicas neighbouring ranks."""
     q, k, v, o, gate, up, down, *_ = (t for name, t in model.items() if ".layers.0." in name)
     num_replicas = max(1, size // shape.num_kv_heads)
@@ -92,7 +93,7 @@ def vllm_layer(shape: LlamaShape, model: Tensors, rank: int, size: int) -> list[
 
 @given(shapes())
 @settings(max_examples=60, deadline=None)
-def test_layers_are_fused_and_cut_as_megatron_and_vllm_do(case: tuple[LlamaShape, int]) -> None:
+def test_layers_are_fused_and_cut_as_megatron_and_vllm_do(case: tuple[ModelShape, int]) -> None:
     shape, size = case
     model = model_of(shape)
     for rank in range(size):
@@ -109,7 +110,7 @@ def test_layers_are_fused_and_cut_as_megatron_and_vllm_do(case: tuple[LlamaShape
 
 @given(shapes(), st.sampled_from(["trainer", "engine"]))
 @settings(max_examples=40, deadline=None)
-def test_vocabulary_is_padded_then_cut(case: tuple[LlamaShape, int], side: str) -> None:
+def test_vocabulary_is_padded_then_cut(case: tuple[ModelShape, int], side: str) -> None:
     """To a multiple of the tensor ranks for megatron, of 64 for vLLM; padding stays as it was."""
     shape, size = case
     spread: Layout = TrainerLayout(size) if side == "trainer" else EngineLayout(size)
@@ -125,7 +126,7 @@ def test_vocabulary_is_padded_then_cut(case: tuple[LlamaShape, int], side: str) 
 
 @given(shapes(), st.integers(1, 3), st.integers(1, 2), st.sampled_from(["local", "transformer_engine"]))
 @settings(max_examples=40, deadline=None)
-def test_export_undoes_import(case: tuple[LlamaShape, int], pp_size: int, vpp_size: int, spec: Any) -> None:
+def test_export_undoes_import(case: tuple[ModelShape, int], pp_size: int, vpp_size: int, spec: Any) -> None:
     """All cells' shards give back every element; all but norms and the tied embedding from one cell only."""
     shape, size = case
     vpp_size = 1 if pp_size == 1 else vpp_size
@@ -152,7 +153,7 @@ def test_export_undoes_import(case: tuple[LlamaShape, int], pp_size: int, vpp_si
 
 @given(shapes())
 @settings(max_examples=20, deadline=None)
-def test_the_whole_layout_is_the_model(case: tuple[LlamaShape, int]) -> None:
+def test_the_whole_layout_is_the_model(case: tuple[ModelShape, int]) -> None:
     shape, size = case
     model = model_of(shape)
     shards = fill(shape, EngineLayout(size, whole=True), model, size - 1)
@@ -163,7 +164,7 @@ def test_the_whole_layout_is_the_model(case: tuple[LlamaShape, int]) -> None:
 
 @given(shapes())
 @settings(max_examples=40, deadline=None)
-def test_no_two_pieces_of_a_shard_could_be_one(case: tuple[LlamaShape, int]) -> None:
+def test_no_two_pieces_of_a_shard_could_be_one(case: tuple[ModelShape, int]) -> None:
     shape, size = case
     for spread in (TrainerLayout(size), EngineLayout(size)):
         for rank in range(size):
@@ -298,14 +299,14 @@ def test_an_engine_whose_padded_vocabulary_cannot_be_cut_is_refused() -> None:
 
 
 @given(shapes())
-def test_both_specs_have_one_set_of_local_names(drawn: tuple[LlamaShape, int]) -> None:
+def test_both_specs_have_one_set_of_local_names(drawn: tuple[ModelShape, int]) -> None:
     """A trainer state uses them; names that are the local spec's already stay."""
     shape, tp_size = drawn
     local, fused = (
         layout.shard_shapes(shape, TrainerLayout(tp_size, spec=spec), 0) for spec in ("local", "transformer_engine")
     )
-    assert {layout.local_name(name): size for name, size in fused.items()} == local
-    assert {layout.local_name(name) for name in local} == set(local)
+    assert {Llama.local_name(name): size for name, size in fused.items()} == local
+    assert {Llama.local_name(name) for name in local} == set(local)
     assert set(fused) != set(local)
 
 

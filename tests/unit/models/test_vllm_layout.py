@@ -1,10 +1,12 @@
-"""The engine's half of the table against vLLM itself: its own Llama, told that it is one rank of several, loads a numbered
-model by its own loaders; every parameter must have the name, shape and content that the table says. No rank talks.
+"""The engine's half of every family's table against vLLM itself: its own model, told that it is one rank of several, loads a
+numbered model by its own loaders; every parameter must have the name, shape and content that the table says. No rank talks.
 """
 
 from __future__ import annotations
 
 import json
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,12 +32,17 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def load_rank(folder: str, model: dict[str, torch.Tensor], rank: int, size: int, patch: pytest.MonkeyPatch) -> Any:
-    """vLLM's Llama on one tensor rank, its parameters as its loaders leave them over zeros."""
+OUTSIDE = f"{Path(__file__).parent / 'qwen2_from_outside.py'}:Qwen2"
+CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def load_rank(
+    folder: str, kind: str, model: dict[str, torch.Tensor], rank: int, size: int, patch: pytest.MonkeyPatch
+) -> Any:
+    """vLLM's model of that type on one tensor rank, its parameters as its loaders leave them over zeros."""
     from vllm.config import CacheConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.models.llama import LlamaForCausalLM
 
     ends = {"is_first_rank": True, "is_last_rank": True}
     patch.setattr(parallel_state, "_TP", SimpleNamespace(world_size=size, rank_in_group=rank, **ends))
@@ -43,7 +50,7 @@ def load_rank(folder: str, model: dict[str, torch.Tensor], rank: int, size: int,
     arguments = EngineArgs(model=folder, dtype="float32", skip_tokenizer_init=True, enforce_eager=True)
     config = VllmConfig(model_config=arguments.create_model_config(), cache_config=CacheConfig(block_size=32))
     with set_current_vllm_config(config):
-        made = LlamaForCausalLM(vllm_config=config)
+        made = getattr(import_module(f"vllm.model_executor.models.{kind}"), CLASSES[kind])(vllm_config=config)
         for parameter in made.parameters():
             parameter.data.zero_()
         made.load_weights((name, value.float()) for name, value in model.items())
@@ -62,7 +69,27 @@ def test_every_rank_of_vllm_holds_what_the_table_says(size, kv_heads, vocab_size
     shape = read_shape(tmp_path)
     model = model_of(shape)
     for rank in range(size):
-        loaded = dict(load_rank(str(tmp_path), model, rank, size, monkeypatch).named_parameters())
+        loaded = dict(load_rank(str(tmp_path), "llama", model, rank, size, monkeypatch).named_parameters())
+        wanted = fill(shape, EngineLayout(size), model, rank)
+        assert loaded.keys() == wanted.keys()
+        for name, values in wanted.items():
+            assert torch.equal(loaded[name].data.long(), values), (rank, name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("kind", "family"), [("qwen3", "auto"), ("qwen2", OUTSIDE)])
+@pytest.mark.parametrize(
+    ("size", "kv_heads", "vocab_size", "tied"), [(1, 2, 67, False), (2, 2, 130, True), (4, 2, 67, False), (8, 8, 64, False)]
+)
+def test_every_rank_of_another_family_does(kind, family, size, kv_heads, vocab_size, tied, tmp_path, monkeypatch):
+    """Norms of queries and keys, whole on every rank; biases, cut and repeated as the matrices are."""
+    sizes = {"hidden_size": 32, "num_key_value_heads": kv_heads, "vocab_size": vocab_size, "tie_word_embeddings": tied}
+    tree = LLAMA | {"model_type": kind, "architectures": [CLASSES[kind]]} | sizes
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    shape = read_shape(tmp_path, family=family)
+    model = model_of(shape)
+    for rank in range(size):
+        loaded = dict(load_rank(str(tmp_path), kind, model, rank, size, monkeypatch).named_parameters())
         wanted = fill(shape, EngineLayout(size), model, rank)
         assert loaded.keys() == wanted.keys()
         for name, values in wanted.items():

@@ -108,7 +108,8 @@ def test_people_see_a_warning_in_the_progress_and_in_the_summary(tmp_path, capsy
     event = {"kind": "warning", "where": "trainer rank 0", "text": "over gloo", "count": 10}
     assert sentence(event) == "warning, trainer rank 0: over gloo (10 times so far)"
     assert sentence(event | {"count": 1}) == "warning, trainer rank 0: over gloo"
-    summary = show(config, "train", 1, iter([event, {"kind": "done", "engine_versions": {}}]))
+    events: list[dict[str, Any]] = [event, {"kind": "done", "engine_versions": {}}]
+    summary = show(config, "train", 1, iter(events))
     assert summary["warnings"] == [row]
     assert "warning, trainer rank 0: over gloo (10 times so far)\n" in capsys.readouterr().out
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from engine.config.load import load_config
 from engine.config.options import Profile
-from engine.config.schedule import SyncSchedule
+from engine.config.schedules.base import Schedule
+from engine.config.schedules.paper import Paper
 from engine.core.errors import ConfigError, DataError, EngineLostError
 from engine.inference.pool import Pool
 from engine.megatron.timers import PHASES, Timers
@@ -274,7 +275,7 @@ class Told:
         self.log.append(f"engines {list(engines)} {'on' if on else 'off'}")
 
 
-def played(options: Profile, schedule: SyncSchedule, monkeypatch: pytest.MonkeyPatch, start: int = 0) -> list[str]:
+def played(options: Profile, schedule: Schedule, monkeypatch: pytest.MonkeyPatch, start: int = 0) -> list[str]:
     """What the window does in a run, beside the steps and their submissions."""
     told = Told()
     monkeypatch.setattr("engine.observe.profiling.window.Recorder", lambda *arguments: told)
@@ -291,7 +292,7 @@ def played(options: Profile, schedule: SyncSchedule, monkeypatch: pytest.MonkeyP
 
 def test_online_the_window_is_the_steps(monkeypatch):
     options = Profile(tool="torch", first_step=1, num_steps=2, engines=(0, 2))
-    assert played(options, SyncSchedule(1, "never", 4, 16), monkeypatch) == [
+    assert played(options, Paper(1, "never", 4, 16), monkeypatch) == [
         *("submit 0-0", "step 0"),
         *("start", "engines [0, 2] on", "submit 1-1", "step 1"),
         *("submit 2-2", "engines [0, 2] off", "step 2"),
@@ -301,7 +302,7 @@ def test_online_the_window_is_the_steps(monkeypatch):
 
 def test_semi_online_the_engines_window_is_the_intervals_that_hold_the_steps(monkeypatch):
     options = Profile(tool="torch", first_step=1, num_steps=2)
-    assert played(options, SyncSchedule(2, "never", 5, 16), monkeypatch) == [
+    assert played(options, Paper(2, "never", 5, 16), monkeypatch) == [
         *("engines [0] on", "submit 0-1", "step 0", "start", "step 1"),
         *("submit 2-3", "engines [0] off", "step 2", "stop", "step 3"),
         *("submit 4-4", "step 4"),
@@ -310,7 +311,7 @@ def test_semi_online_the_engines_window_is_the_intervals_that_hold_the_steps(mon
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6), st.integers(0, 4))
 def test_whatever_the_regime_each_window_opens_and_closes_once(interval, first, length, tail):
-    schedule = SyncSchedule(interval, "never", first + length + tail, 16)
+    schedule = Paper(interval, "never", first + length + tail, 16)
     options = Profile(tool="torch", first_step=first, num_steps=length)
     with pytest.MonkeyPatch.context() as monkeypatch:
         log = played(options, schedule, monkeypatch)
@@ -326,7 +327,7 @@ def test_whatever_the_regime_each_window_opens_and_closes_once(interval, first, 
 
 
 def test_off_and_other_ranks_record_nothing(monkeypatch):
-    schedule = SyncSchedule(1, "never", 9, 16)
+    schedule = Paper(1, "never", 9, 16)
     plain = [entry for step in range(9) for entry in (f"submit {step}-{step}", f"step {step}")]
     assert played(Profile(), schedule, monkeypatch) == plain
     assert played(Profile(tool="nsys", ranks=(1,), engines=()), schedule, monkeypatch) == plain

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from engine import cli
 from engine.config.load import dump_config, load_config
-from engine.config.schedule import SyncSchedule
+from engine.config.schedules.base import Schedule
+from engine.config.schedules.fairseq2 import Fairseq2
+from engine.config.schedules.paper import Paper
 from engine.core.errors import DataError
 from engine.observe import charts
 from engine.observe.charts import Line, Point, chart
@@ -38,7 +40,7 @@ sync_interval = 4
 [trainer]
 microbatch_tokens = 8192
 """
-SCHEDULE = SyncSchedule(4, "never", 12, 16)
+SCHEDULE = Paper(4, "never", 12, 16)
 
 
 # -- charts
@@ -138,7 +140,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def records(schedule: SyncSchedule, steps: int, group: int = 3) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def records(schedule: Schedule, steps: int, group: int = 3) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rollouts, metrics) as a run of this schedule writes them."""
     rollouts = [{"step": t, "version": schedule.version(t)} for t in range(steps) for _ in range(group)]
     metrics: list[dict[str, Any]] = []
@@ -149,7 +151,7 @@ def records(schedule: SyncSchedule, steps: int, group: int = 3) -> tuple[list[di
     return rollouts, metrics
 
 
-def write_run(folder: Path, schedule: SyncSchedule = SCHEDULE, steps: int = 12) -> Path:
+def write_run(folder: Path, schedule: Schedule = SCHEDULE, steps: int = 12) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.toml").write_text(REQUIRED, encoding="utf-8")
     (folder / "config.toml").write_text(dump_config(load_config(folder / "run.toml")), encoding="utf-8")
@@ -159,14 +161,9 @@ def write_run(folder: Path, schedule: SyncSchedule = SCHEDULE, steps: int = 12) 
     return folder
 
 
-schedules = st.builds(
-    SyncSchedule,
-    st.one_of(st.just("never"), st.integers(1, 6)),
-    st.just("never"),
-    st.integers(1, 15),
-    st.integers(1, 5),
-    st.sampled_from(["paper", "fairseq2"]),
-)
+intervals = st.one_of(st.just("never"), st.integers(1, 6))
+schedule_fields = intervals, st.just("never"), st.integers(1, 15), st.integers(1, 5)
+schedules = st.one_of(st.builds(Paper, *schedule_fields), st.builds(Fairseq2, *schedule_fields))
 
 
 @given(schedules, st.data())
@@ -227,12 +224,12 @@ def test_a_missing_sync_and_missing_rollouts_contradict_and_a_step_under_way_doe
 def test_the_sentence_says_the_regime(tmp_path):
     run = write_run(tmp_path / "run")
     assert prove(run, SCHEDULE).sentence() == "s = 4 (semi-online): staleness 0..3, proven from 36 rollouts of 12 steps"
-    shifted = SyncSchedule(4, "never", 12, 16, "fairseq2")
+    shifted = Fairseq2(4, "never", 12, 16)
     sentence = prove(write_run(tmp_path / "shifted", shifted), shifted).sentence()
     assert sentence.startswith("s = 4 (semi-online, counted as in fairseq2): staleness 0..3, proven")
     regimes: list[tuple[int | Literal["never"], str]] = [(1, "online"), ("never", "offline")]
     for s, name in regimes:
-        schedule = SyncSchedule(s, "never", 12, 16)
+        schedule = Paper(s, "never", 12, 16)
         assert f"s = {s} ({name}): staleness" in prove(write_run(tmp_path / name, schedule), schedule).sentence()
     (run / "rollouts.jsonl").unlink()
     write(run / "metrics.jsonl", [{"step": 0, "nll_mean": 2.0}])

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config.schedule import SyncSchedule
+from engine.config.schedules.base import Schedule
+from engine.config.schedules.fairseq2 import Fairseq2
+from engine.config.schedules.paper import Paper
 from engine.run.loop import _finished, fine_tune, train
 
 
@@ -91,7 +93,7 @@ class World:
         self.judged[step] = self.serves
 
     def run(
-        self, schedule: SyncSchedule, start: int = 0, due: Callable[[int], bool] | None = None
+        self, schedule: Schedule, start: int = 0, due: Callable[[int], bool] | None = None
     ) -> list[dict[str, float]]:
         """Evaluates where `due` says; at every sync and at the end without it."""
         self.steps_done = start
@@ -122,7 +124,7 @@ def sync_of(step: int) -> list[str]:
 
 def test_online_syncs_before_every_step():
     world = World()
-    records = world.run(SyncSchedule(1, "never", num_steps=2, offline_chunk=16))
+    records = world.run(Paper(1, "never", num_steps=2, offline_chunk=16))
     assert world.log == [
         *sync_of(0), "open 0-0", *step_of(0),
         *sync_of(1), "open 1-1", *step_of(1),
@@ -136,7 +138,7 @@ def test_online_syncs_before_every_step():
 def test_semi_online_opens_an_interval_after_its_sync_and_the_last_one_is_cut():
     """A checkpoint comes before the sync of the same step, the evaluation right after it."""
     world = World()
-    records = world.run(SyncSchedule(2, "never", num_steps=3, offline_chunk=16))
+    records = world.run(Paper(2, "never", num_steps=3, offline_chunk=16))
     assert world.log == [
         *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
         *sync_of(2), "open 2-2", *step_of(2),
@@ -147,7 +149,7 @@ def test_semi_online_opens_an_interval_after_its_sync_and_the_last_one_is_cut():
 
 def test_offline_syncs_once_and_opens_a_chunk_at_a_time():
     world = World()
-    world.run(SyncSchedule("never", "never", num_steps=3, offline_chunk=2))
+    world.run(Paper("never", "never", num_steps=3, offline_chunk=2))
     assert world.log == [
         *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
         "open 2-2", *step_of(2),
@@ -157,7 +159,7 @@ def test_offline_syncs_once_and_opens_a_chunk_at_a_time():
 
 def test_a_following_reference_is_copied_after_each_sync_but_the_first():
     world = World()
-    world.run(SyncSchedule(2, "follow", num_steps=4, offline_chunk=16))
+    world.run(Paper(2, "follow", num_steps=4, offline_chunk=16))
     assert world.log == [
         *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
         *sync_of(2), "reference", "open 2-3", *step_of(2), *step_of(3),
@@ -167,7 +169,7 @@ def test_a_following_reference_is_copied_after_each_sync_but_the_first():
 
 def test_a_reference_of_its_own_interval_is_copied_between_syncs():
     world = World()
-    world.run(SyncSchedule(4, 3, num_steps=5, offline_chunk=16))
+    world.run(Paper(4, 3, num_steps=5, offline_chunk=16))
     assert world.log == [
         *sync_of(0), "open 0-3", *step_of(0), *step_of(1), *step_of(2),
         "reference", *step_of(3),
@@ -178,27 +180,27 @@ def test_a_reference_of_its_own_interval_is_copied_between_syncs():
 
 def test_a_resumed_run_syncs_first_and_then_goes_on():
     world = World()
-    records = world.run(SyncSchedule(2, "follow", num_steps=3, offline_chunk=16), start=2)
+    records = world.run(Paper(2, "follow", num_steps=3, offline_chunk=16), start=2)
     assert world.log == [*sync_of(2), "reference", "open 2-2", *step_of(2), *sync_of(3)]
     assert [record["step"] for record in records] == [2]
 
 
 def test_an_offline_run_resumes_with_the_seed_weights():
     world = World()
-    world.run(SyncSchedule("never", "never", num_steps=3, offline_chunk=2), start=2)
+    world.run(Paper("never", "never", num_steps=3, offline_chunk=2), start=2)
     assert world.log == ["open 2-2", *step_of(2), *sync_of(3)]
 
 
 def test_resuming_a_finished_run_evaluates_its_weights_and_not_the_seeds():
     world = World()
-    assert world.run(SyncSchedule(2, "never", num_steps=4, offline_chunk=16), start=4) == []
+    assert world.run(Paper(2, "never", num_steps=4, offline_chunk=16), start=4) == []
     assert world.log == sync_of(4)
 
 
 def test_an_evaluation_between_syncs_waits_for_the_interval_and_takes_the_newest_weights():
     """The pool keeps them: nothing more is asked of it before the sync that ends the interval."""
     world = World()
-    world.run(SyncSchedule(3, "never", num_steps=5, offline_chunk=16), due=lambda step: step in (2, 3, 4))
+    world.run(Paper(3, "never", num_steps=5, offline_chunk=16), due=lambda step: step in (2, 3, 4))
     assert world.log == [
         "publish 0", "open 0-2", *step_of(0), *step_of(1),
         "settle 1", "publish 2", "evaluate 2", *step_of(2),
@@ -211,7 +213,7 @@ def test_an_evaluation_between_syncs_waits_for_the_interval_and_takes_the_newest
 
 def test_offline_the_seed_comes_back_after_an_evaluation():
     world = World()
-    world.run(SyncSchedule("never", "never", num_steps=4, offline_chunk=2), due=lambda step: step in (0, 2, 3))
+    world.run(Paper("never", "never", num_steps=4, offline_chunk=2), due=lambda step: step in (0, 2, 3))
     assert world.log == [
         *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
         "settle 0", "publish 2", "evaluate 2", "publish 0", "open 2-3", *step_of(2),
@@ -224,7 +226,7 @@ def test_offline_the_seed_comes_back_after_an_evaluation():
 def test_engines_on_the_trainers_devices_rest_while_it_trains():
     """They complete the whole interval first; the sync wakes them."""
     world = World(taking_turns=True)
-    records = world.run(SyncSchedule(2, "follow", num_steps=3, offline_chunk=16))
+    records = world.run(Paper(2, "follow", num_steps=3, offline_chunk=16))
     assert world.log == [
         *sync_of(0), "open 0-1", "settle 2", "rest", *step_of(0), *step_of(1),
         *sync_of(2), "reference", "open 2-2", "settle 1", "rest", *step_of(2),
@@ -235,7 +237,7 @@ def test_engines_on_the_trainers_devices_rest_while_it_trains():
 
 def test_engines_that_rest_wake_for_an_evaluation_and_rest_again():
     world = World(taking_turns=True)
-    world.run(SyncSchedule(3, "never", num_steps=4, offline_chunk=16), due=lambda step: step in (1, 4))
+    world.run(Paper(3, "never", num_steps=4, offline_chunk=16), due=lambda step: step in (1, 4))
     assert world.log == [
         "publish 0", "open 0-2", "settle 3", "rest", *step_of(0),
         "settle 2", "publish 1", "evaluate 1", "rest", *step_of(1), *step_of(2),
@@ -247,7 +249,7 @@ def test_engines_that_rest_wake_for_an_evaluation_and_rest_again():
 def test_offline_engines_that_rest_get_the_seed_again_for_every_chunk():
     """Not for a step within it; after a resume they have just loaded it."""
     world, resumed = World(taking_turns=True), World(taking_turns=True)
-    schedule = SyncSchedule("never", "never", num_steps=4, offline_chunk=2)
+    schedule = Paper("never", "never", num_steps=4, offline_chunk=2)
     world.run(schedule, due=lambda step: step == 3)
     assert world.log == [
         "publish 0", "open 0-1", "settle 2", "rest", *step_of(0), *step_of(1),
@@ -260,14 +262,14 @@ def test_offline_engines_that_rest_get_the_seed_again_for_every_chunk():
 
 
 regimes = st.one_of(st.just("never"), st.integers(1, 12))
-semantics = st.sampled_from(["paper", "fairseq2"])
+kinds = st.sampled_from([Paper, Fairseq2])
 
 
-@given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(1, 9), semantics, st.booleans())
-def test_evaluations_judge_the_newest_weights_and_change_nothing_else(interval, num_steps, chunk, every, counted, turns):
+@given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(1, 9), kinds, st.booleans())
+def test_evaluations_judge_the_newest_weights_and_change_nothing_else(interval, num_steps, chunk, every, kind, turns):
     """Whatever s is, and whether or not engines rest: the steps' calls and the versions that sample are those of a run that
     evaluates nothing on devices of its own."""
-    schedule = SyncSchedule(interval, "never", num_steps, chunk, counted)
+    schedule = kind(interval, "never", num_steps, chunk)
     plain, watched = World(), World(taking_turns=turns)
     plain.run(schedule, due=lambda step: False)
     records = watched.run(schedule, due=lambda step: step % every == 0)
@@ -285,7 +287,7 @@ def test_evaluations_judge_the_newest_weights_and_change_nothing_else(interval, 
 def test_a_record_comes_before_the_steps_checkpoint():
     """So that what is checkpointed has been written down: nothing of the step is done by the reader's next question."""
     world: Any = World()
-    schedule = SyncSchedule(1, "never", num_steps=2, offline_chunk=16)
+    schedule = Paper(1, "never", num_steps=2, offline_chunk=16)
     steps = train(
         *(schedule, world, world, world),
         start=0,
@@ -304,7 +306,7 @@ def test_a_record_comes_before_the_steps_checkpoint():
 @given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(0, 5))
 def test_staleness_is_the_schedules_and_never_above_its_bound(interval, num_steps, chunk, resumed_at):
     """Measured from the versions that sampled, for any regime and length, and from any checkpoint."""
-    world, schedule = World(), SyncSchedule(interval, "never", num_steps, chunk)
+    world, schedule = World(), Paper(interval, "never", num_steps, chunk)
     width = chunk if interval == "never" else interval
     start = min(resumed_at * width, num_steps)
     if start % width:

@@ -1,0 +1,138 @@
+"""What a regime is: on which steps the generator takes the policy's weights, and everything that follows from it (PAPER: "The
+idea in one number"). Pure arithmetic on step numbers, which count from 0; it moves nothing and waits for nothing.
+
+A regime of your own is a class that extends `Schedule` and says `sync_due`; the rest follows. `sync.semantics` names it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """The regime of a run: one weight version for each step, that of the last sync at or before it.
+
+    `sync_interval` is s: 1 is online, k semi-online, "never" offline (one sync, at step 0).
+    `offline_chunk`: steps generated together when s is "never", where no sync bounds the interval.
+    """
+
+    sync_interval: int | Literal["never"]
+    reference: int | Literal["never", "follow"]
+    num_steps: int
+    offline_chunk: int
+
+    @abstractmethod
+    def sync_due(self, step: int) -> bool:
+        """Whether the generator takes the policy's weights before generating for `step`. True at step 0."""
+
+    @property
+    def regime(self) -> str:
+        """The regime in a few words, for reports."""
+        return f"{type(self).__name__} with s = {self.sync_interval}"
+
+    def counted(self, step: int) -> int:
+        """The number of `step` by which intervals count; syncs, checkpoints, evaluations and a reference of its own interval
+        are counted alike."""
+        return step
+
+    def falls_due(self, every: int, step: int) -> bool:
+        """Whether what is due every so many steps is due before `step`."""
+        return self.counted(step) % every == 0
+
+    @property
+    def never_syncs(self) -> bool:
+        """Whether the run is offline: all rollouts are the seed model's."""
+        return self.sync_interval == "never"
+
+    def version(self, step: int) -> int:
+        """The weight version that samples the rollouts of `step`: that of the last sync, k * s, or 0 offline."""
+        return self._syncs[bisect_right(self._syncs, step) - 1]
+
+    def staleness(self, step: int) -> int:
+        """Optimizer steps between the weights that sampled a rollout and those that train on it: t - k * s."""
+        return step - self.version(step)
+
+    def reference_due(self, step: int) -> bool:
+        """Whether the reference is copied from the policy before `step`. At step 0 both are the seed model."""
+        if self.reference == "never" or step == 0:
+            return False
+        return self.sync_due(step) if self.reference == "follow" else self.falls_due(self.reference, step)
+
+    def opens(self, step: int) -> range:
+        """The steps whose prompts are submitted for generation just before `step`; empty where none are.
+
+        The whole interval at a sync; offline, a chunk of the endless interval at a time.
+        """
+        place = bisect_left(self._openings, step)
+        if self._openings[place : place + 1] != (step,):
+            return range(0)
+        return range(step, self._next_opening(step + 1))
+
+    def in_flight(self, step: int) -> range:
+        """The steps submitted earlier that have not been trained on before `step`: their rollouts may be under way."""
+        return range(0) if step == 0 else range(step, self._next_opening(step))
+
+    def resumable(self, step: int) -> bool:
+        """Whether a run that ended after `step` steps can be continued bit for bit: no rollouts are under way there."""
+        return bool(self.opens(step))
+
+    def last_resumable(self, step: int) -> int:
+        """The last number of steps, at most `step`, after which the run can be continued."""
+        return self._openings[bisect_right(self._openings, step) - 1]
+
+    def checkpoint_due(self, every: int, step: int) -> bool:
+        """Whether a checkpoint of every so many steps is due after `step` steps: where the run can be continued, as soon as
+        an interval is over."""
+        if step == 0 or not self.resumable(step):
+            return False
+        before = self._openings[bisect_left(self._openings, step) - 1]
+        return self.counted(step) // every > self.counted(before) // every
+
+    @property
+    def reopens(self) -> bool:
+        """Whether prompts are submitted without a sync, to the seed's weights, after step 0: offline, chunk by chunk."""
+        return any(not self.sync_due(step) for step in self._openings)
+
+    def broken_rules(self, checkpoint_every: int | Literal["end"]) -> list[str]:
+        """What cannot be asked of this regime beside these options: key, rule, value found and fix, a sentence each."""
+        return []
+
+    def contradictions(self) -> list[str]:
+        """Where a regime is not one that the loop can follow, a phrase each; for those from outside."""
+        found = [] if self._syncs[:1] == (0,) else ["no weight sync before step 0"]
+        if self.never_syncs and len(self._syncs) > 1:
+            found.append(f"never_syncs, and a weight sync before step {self._syncs[1]}")
+        num_opened = 0
+        for step in range(self.num_steps if not found else 0):
+            here = self.opens(step)
+            if (here and here.start != num_opened) or (not here and step >= num_opened):
+                return [f"prompts of {here} submitted before step {step}, where those of step {num_opened} come next"]
+            num_opened = max(num_opened, here.stop)
+            if here and not self.sync_due(step) and self.version(step) != 0:
+                return [f"prompts submitted before step {step} without a weight sync, to weights that are not the seed's"]
+            served = self._syncs[bisect_right(self._syncs, step) - 1]
+            if any(self.version(later) != served for later in here):
+                return [f"prompts of {here} submitted together before step {step}, which serves version {served}, for another"]
+        return found
+
+    @cached_property
+    def _syncs(self) -> tuple[int, ...]:
+        """The steps of the run with a sync."""
+        return tuple(step for step in range(max(1, self.num_steps)) if self.sync_due(step))
+
+    @cached_property
+    def _openings(self) -> tuple[int, ...]:
+        """The steps before which prompts are submitted."""
+        if not self.never_syncs:
+            return self._syncs
+        return tuple(step for step in range(max(1, self.num_steps)) if step == 0 or self.falls_due(self.offline_chunk, step))
+
+    def _next_opening(self, step: int) -> int:
+        """The first step from `step` on before which prompts are submitted, or the end of the run."""
+        place = bisect_left(self._openings, step)
+        return self._openings[place] if place < len(self._openings) else self.num_steps
