@@ -19,7 +19,7 @@ def rollout(options: argparse.Namespace) -> None:
     from engine.data.mixture import load_mixture
     from engine.inference.pool import Pool
     from engine.observe.sinks import JsonlLedger, finite
-    from engine.rewards.registry import open_rewards
+    from engine.rewards.registry import judging_of, open_rewards
     from engine.rollouts.source import RolloutSource
     from engine.run.processes import Cluster
 
@@ -28,7 +28,7 @@ def rollout(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
-    prompts, figures = load_mixture(config), []
+    prompts, figures = load_mixture(config, judging_of), []
     part = output.with_name(output.name + ".part")  # the name is the output's when all of it is there
     part.unlink(missing_ok=True)
     with Cluster(config, parts=("engines", "reward_engine"), verbose=options.verbose) as cluster, ExitStack() as stack:

@@ -16,7 +16,7 @@ from engine.observe.guard import Guard
 from engine.observe.sinks import JsonlLedger, MetricsWriter, read_rows
 from engine.rewards.math.reward import VERIFIER_VERSION
 from engine.rewards.model import ScoringEngine
-from engine.rewards.registry import RoutedReward, open_rewards
+from engine.rewards.registry import RoutedReward, judging_of, open_rewards
 from engine.rollouts.base import StepSource
 from engine.rollouts.replay import open_replay
 from engine.rollouts.source import RolloutSource
@@ -47,7 +47,7 @@ class Desk:
         self._guard, self.collapse = Guard(config.guard), ""  # `collapse`: what the run is to be stopped for
         for row in read_rows(directory / "metrics.jsonl"):
             self._guard.observe(row)
-        held_out = load_held_out(config)
+        held_out = load_held_out(config, judging_of)
         self._sets = [(part.name, part.prompts.prompts) for part in held_out]  # by name; a set's problems are of one kind
         self._events: list[Event] = [{"kind": "note", "text": f"{part.key}: {part.prompts}"} for part in held_out]
         self._reward = open_rewards(config, reward_engine) if config.uses_engines else RoutedReward({})
@@ -62,7 +62,7 @@ class Desk:
             replay = open_replay(self._config)
             self._events.append({"kind": "note", "text": f"data.replay: {replay}"})
             return replay
-        prompts = load_mixture(self._config)
+        prompts = load_mixture(self._config, judging_of)
         self._events.append({"kind": "note", "text": str(prompts)})
         return RolloutSource(self._config, prompts, self.pool, self._reward, self._ledger)
 
