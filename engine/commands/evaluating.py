@@ -74,7 +74,7 @@ def _sample_sets(
         print(f"{name}: {found}", flush=True)
     done = {}
     sources = [source for source, _ in due.values()]
-    parts: tuple[Part, ...] = ("engines", "reward_engine") if uses_engine(config, sources) else ("engines",)
+    parts: tuple[Part, ...] = ("engines", "reward_engine") if uses_engine(sources) else ("engines",)
     with Cluster(config, parts=parts, verbose=options.verbose) as cluster:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         reward_engine = cluster.start_reward_engine() if "reward_engine" in parts else None

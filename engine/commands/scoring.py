@@ -106,7 +106,7 @@ def opened(config: RunConfig) -> Iterator[RoutedReward]:
     from engine.rewards.registry import check_rewards, open_rewards, uses_engine
 
     check_rewards(config, judges=True)
-    if not uses_engine(config, config.data.sources):
+    if not uses_engine(config.data.sources):
         with open_rewards(config, None) as reward:
             yield reward
         return

@@ -23,7 +23,7 @@ def broken_reward_rules(c: Options) -> list[str]:
     """Sentences for rewards that cannot be, or do not go together: key, rule, value found, fix."""
     broken: list[str] = []
     for place, source in enumerate(c.data.sources):
-        broken += _broken_source(source_key(place), source)
+        broken += broken_source_rules(source_key(place), source)
     judged_by = sorted({name for source in c.data.sources for name in source.rewards})
     shown = ", ".join(map(repr, judged_by))
     if c.rewards.function is None and "function" in judged_by:
@@ -38,7 +38,8 @@ def broken_reward_rules(c: Options) -> list[str]:
     return broken
 
 
-def _broken_source(key: str, source: Source) -> list[str]:
+def broken_source_rules(key: str, source: Source) -> list[str]:
+    """The same for one source; `key`: what its options are called."""
     broken = []
     for name in source.rewards:
         if ":" not in name and name not in REWARDS.names:

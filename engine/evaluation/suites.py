@@ -42,7 +42,7 @@ def settings_of(config: RunConfig, source: Source) -> dict[str, Any]:
     """All that the outcome on source.held_out depends on, for a reader and for comparison with an earlier evaluation."""
     assert source.held_out is not None
     template, evaluation = NAMED.get(source.template, source.template), config.evaluation
-    reward_model = config.reward_model.model_dump(mode="json") if uses_engine(config, [source]) else {}
+    reward_model = config.reward_model.model_dump(mode="json") if uses_engine([source]) else {}
     return {
         "file": source.held_out,
         "file_sha256": source_digest(source.held_out),

@@ -29,7 +29,7 @@ from engine.core import registry
 from engine.core.errors import ConfigError
 from engine.core.types import Judging, Score
 from engine.rewards.base import Answer
-from engine.rewards.pool.workers import Outcome, Request, WorkerReward, facts_of
+from engine.rewards.pool.workers import Outcome, Request, WorkerReward, check_environment, facts_of
 
 BUILT_IN = "function"  # the name of a reward that rewards.function holds
 MODULE = "engine.rewards.function_worker"
@@ -167,6 +167,7 @@ def check_function(named: str, option: str, rewards: Rewards) -> None:
     """ConfigError when there is no function behind a name, or it asks for what it is not given there, or no file of code would
     say on resume that it is the same one."""
     registry.identity(named, option)
+    check_environment(rewards.environment)
     _require_function(facts(named, option, rewards), named, option)
 
 

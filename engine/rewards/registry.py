@@ -57,9 +57,10 @@ def identities(config: RunConfig, sources: Iterable[Source] | None = None) -> di
     return found
 
 
-def uses_engine(config: RunConfig, sources: Iterable[Source]) -> bool:
-    """Whether one of the sources is judged on the reward model's engine."""
-    return any(reward_class(config, name).uses_engine for source in sources for name in source.rewards)
+def uses_engine(sources: Iterable[Source]) -> bool:
+    """Whether one of the sources is judged on the reward model's engine, which a user's own never is."""
+    names = {name for source in sources for name in source.rewards if ":" not in name}
+    return any(REWARDS.load(name).uses_engine for name in names)
 
 
 def check_rewards(config: RunConfig, *, judges: bool) -> None:
@@ -185,8 +186,9 @@ class RoutedReward(Reward):
             ]
             asked = [replace(answers[place], parts=results[place].parts) for place in where]
             for place, score in zip(where, self._judged(rule, reward, asked), strict=True):
-                parts = results[place].parts if score.status == "ok" else ()
-                results[place] = replace(score, parts=parts + score.parts, right=results[place].right)
+                if score.status == "ok":
+                    score = replace(score, parts=results[place].parts + score.parts, right=results[place].right)
+                results[place] = score
 
     def _judged(self, name: str, reward: Reward, answers: list[Answer]) -> list[Score]:
         scores = reward.score(answers) if answers else []

@@ -44,7 +44,8 @@ def is_concurrent(judge: Judge) -> bool:
 class Child:
     """The parent's side of a child: its pipes, and the numbers of the answers that it judges with the time of each deadline.
 
-    It is sent [number, request] and answers [number, what the judge gives, status, error or ""]."""
+    It is sent [number, request] and answers [number, what the judge gives, status, error or ""]; one element more says that
+    it ends itself with this answer."""
 
     def __init__(self, judge: Judge, terms: Terms, others: Collection[Child]) -> None:
         """`others`: children that live already, whose pipes are not for this one."""
@@ -154,7 +155,7 @@ def _leave(error: BaseException | None, judging: list[int]) -> None:
     where it is clear which answer it is about."""
     try:
         if error is not None and not isinstance(error, MemoryError) and len(judging) == 1:
-            write_frame(ANSWERS, [judging[0], 0.0, "invalid", told(error)])
+            write_frame(ANSWERS, [judging[0], 0.0, "invalid", told(error), "the last answer"])
     finally:
         os._exit(1)
 

@@ -92,11 +92,12 @@ class Slots:
         if message is None:
             self._lose(child, "died")
             return
-        number, given, status, error = message
+        number, given, status, error, *last = message
         del child.late_at[number]
         child.num_answers += 1
         self._reply(number, given, status, error)
-        if status == "invalid" and not self._awaits:  # it ends itself
+        if last:
+            self._suspects.extend(child.late_at)
             self._replace(child)
 
     def _lose(self, child: Child, status: str) -> None:

@@ -36,15 +36,20 @@ Outcome = tuple[Any, Any, str]  # what the judge gave, the status, and the error
 DIED: Outcome = (0.0, "died", "")
 
 
-def _environment(wanted: Sequence[str]) -> dict[str, str]:
-    """Our variables without what a judge of a model's output has no business with: keys, tokens, passwords. `wanted`: names of
-    those it may see all the same. ConfigError when one of them is not set."""
+def check_environment(wanted: Sequence[str]) -> None:
+    """ConfigError when a variable that rewards.environment names is not set."""
     missing = [name for name in wanted if name not in os.environ]
     if missing:
         raise ConfigError(
             f"rewards.environment must name variables that are set where the run starts; found no {', '.join(missing)}: set "
             f"it, or leave it out"
         )
+
+
+def _environment(wanted: Sequence[str]) -> dict[str, str]:
+    """Our variables without what a judge of a model's output has no business with: keys, tokens, passwords. `wanted`: names of
+    those it may see all the same."""
+    check_environment(wanted)
     root = str(Path(str(engine.__file__)).parents[1])
     return (
         {name: value for name, value in os.environ.items() if name in INHERITED or name.startswith(INHERITED_PREFIXES)}

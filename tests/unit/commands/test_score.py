@@ -85,7 +85,8 @@ def test_a_users_function(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "arguments", "text", "parts"),
     [
-        (2, ("--reward", "function"), None, ("rewards.function", "missing")),
+        (2, ("--reward", "function"), None, ("rewards.function", "found none")),
+        (2, ("--reward", "maths"), None, ("data.reward must be one of", "'maths'", "path/to/file.py:name")),
         (2, ("--reward", "function", "--function", "nowhere.py:f"), None, ("rewards.function", "nowhere.py")),
         (2, ("--reward", "model"), None, ("--reward-model", "found none")),
         (2, ("--reward", "math", "--workers", "0"), None, ("rewards.workers", "found 0")),
@@ -94,7 +95,7 @@ def test_a_users_function(file: Path, tmp_path: Path) -> None:
         (2, ("--reward", "math", "--function", "f.py:f"), None, ("--function is of --reward function", "--reward math")),
         (2, ("--reward", "function", "--max-tokens", "9"), None, ("--max-tokens is of --reward model",)),
         (2, ("--reward", "function", "--unevaluated", "accept"), None, ("--unevaluated is of --reward math",)),
-        (2, ("--reward", "model", "--workers", "2"), None, ("--workers is of --reward math or function",)),
+        (2, ("--reward", "model", "--workers", "2"), None, ("--workers is of --reward function or math",)),
         (3, ("--reward", "math"), "", ("at least one row",)),
         (3, ("--reward", "math"), "3", ("line 1", "JSON object")),
         (3, ("--reward", "math"), '{"answer": "5"}', ("line 1", "`completion`")),

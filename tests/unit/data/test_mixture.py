@@ -18,9 +18,9 @@ from engine.core.types import Prompt
 from engine.data.mixture import Mixture, load_held_out, load_mixture
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.data.rows import load_rows
-from engine.rewards.registry import judging_of
 from engine.data.templates import encode_prompt
 from engine.inference.pool import Pool
+from engine.rewards.registry import judging_of
 from engine.rollouts.batch import batch_groups, training_sequences
 from engine.rollouts.source import RolloutSource
 from tests.unit.inference.test_pool import FakeEngine

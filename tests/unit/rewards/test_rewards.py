@@ -98,7 +98,7 @@ def test_equal_answers_are_judged_once_and_all_get_the_score(reward: MathReward)
     (worker,) = reward._workers
     given: list[str] = []
     give = worker.give
-    worker.give = lambda index, request, seconds: (given.append(request[1]), give(index, request, seconds))  # type: ignore
+    worker.give = lambda number, request, seconds: (given.append(request[1]), give(number, request, seconds))  # type: ignore
     assert reward.score([Answer(prompt("5"), text) for text in ("5", "6", "5", "5")]) == [RIGHT, WRONG, RIGHT, RIGHT]
     assert given == ["5", "6"]
 
@@ -207,6 +207,7 @@ def alive(pid: int) -> bool:
 FUNCTIONS = """
 import math, os, subprocess, time
 from dataclasses import dataclass
+from engine.rewards.base import Reward
 
 @dataclass
 class Judged:
@@ -238,8 +239,17 @@ def wild(problem, answer, completion):
 def sees(problem, answer, completion):
     return float(completion in os.environ)
 
-def crooked(problem, completion):
+def crooked(problem, completion, gold):
     return 1.0
+
+def blind(problem):
+    return 1.0
+
+def both(completion, group):
+    return [1.0]
+
+class Judge(Reward):
+    pass
 
 constant = 3
 """
@@ -299,12 +309,15 @@ def test_a_users_function_sees_what_python_needs_and_no_secret(functions: Path, 
         (None, ("rewards.function is required", "missing")),
         ("right", ("rewards.function must read", "'right'", "colon")),
         ("nowhere.py:right", ("a file that exists", "nowhere.py")),
-        ("{file}:wrong", ("a function of", "wrong", "check the name")),
-        ("{file}:constant", ("a function of", "constant as 3")),
-        ("{file}:crooked", ("problem, answer, completion by name", "crooked", "signature")),
+        ("{file}:wrong", ("name something of", "wrong", "check the name")),
+        ("{file}:constant", ("a function, or a class", "constant as 3")),
+        ("{file}:crooked", ("takes, by name, some of problem, answer", "crooked with problem, completion, gold", "signature")),
+        ("{file}:blind", ("takes, by name", "blind with problem")),
+        ("{file}:both", ("`group` instead of `completion`", "completion, group")),
+        ("{file}:Judge", ("must name a function", "the class", "data.reward")),
         ("{folder}/torn.py:right", ("can be imported", "SyntaxError")),
         ("no.such.module:right", ("can be imported", "ModuleNotFoundError")),
-        ("math:dist", ("problem, answer, completion by name", "dist")),
+        ("math:dist", ("takes, by name", "dist with p, q")),
     ],
 )
 def test_a_function_that_cannot_be_called_is_a_sentence(functions: Path, name: str | None, parts: tuple[str, ...]) -> None:
@@ -335,7 +348,7 @@ def test_each_prompt_goes_to_the_reward_it_names(functions: Path, tmp_path: Path
 def test_a_worker_imports_neither_torch_nor_our_records(name: str) -> None:
     code = f"import sys, engine.rewards.{name}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
-    assert not {"torch", "numpy", "pydantic", "transformers", "engine.core.types"} & set(run.stdout.split())
+    assert not {"torch", "numpy", "pydantic", "transformers"} & set(run.stdout.split())
 
 
 @pytest.mark.parametrize("message", [["\ud800é\x00", 1.5], "x" * 50_000, [None]])

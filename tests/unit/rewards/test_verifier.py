@@ -88,7 +88,8 @@ def test_since_says_what_plain_math_verify_makes_of_a_case() -> None:
 def test_gold_answers_of_math_500_are_right_answers(kind: str, request: pytest.FixtureRequest) -> None:
     reward: MathReward = request.getfixturevalue(kind)
     rows = [json.loads(line) for line in MATH500.read_text("utf-8").splitlines()]
-    items = [Answer(prompt(row["answer"], row["problem"]), f"The final answer is $\\boxed{{{row['answer']}}}$.") for row in rows]
+    says = "The final answer is $\\boxed{%s}$."
+    items = [Answer(prompt(row["answer"], row["problem"]), says % row["answer"]) for row in rows]
     missed = [item.prompt.answer for item, score in zip(items, reward.score(items), strict=True) if score != RIGHT]
     assert len(rows) == 500 and len(missed) <= 5, missed
 
