@@ -82,6 +82,22 @@ def test_a_users_function(file: Path, tmp_path: Path) -> None:
     assert scores == [len(row["completion"]) / 2 for row in ROWS]
 
 
+def test_a_users_own_by_its_place_sees_rows_and_groups_and_its_error_is_shown(tmp_path: Path) -> None:
+    """Rows of one problem are a group; parts and errors stand beside the scores."""
+    (tmp_path / "own.py").write_text(
+        "def share(group, row, num_tokens):\n"
+        "    return [{'share': 1 / len(group), 'tokens': float(n)} for n in num_tokens] if row['k'] else 1 / 0\n"
+    )
+    rows = [("p", "a", 1), ("q", "b", 0), ("p", "c", 1)]
+    file, output = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
+    keys = ("problem", "completion", "k")
+    file.write_text("".join(json.dumps(dict(zip(keys, row, strict=True), num_tokens=3)) + "\n" for row in rows))
+    assert run(file, "--reward", f"{tmp_path}/own.py:share", "--concurrency", 2, "--output", output) == 0
+    first, second, third = (json.loads(line) for line in output.read_text().splitlines())
+    assert first["score"] == third["score"] == 3.5 and first["parts"] == {"share": 0.5, "tokens": 3.0}
+    assert second["status"] == "invalid" and "ZeroDivisionError" in second["problem"]
+
+
 @pytest.mark.parametrize(
     ("code", "arguments", "text", "parts"),
     [

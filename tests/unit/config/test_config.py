@@ -167,7 +167,7 @@ COMBINATIONS = [
     (["rewards.function=a.py:f"], "rewards.function", "'function'", "'a.py:f' and sources with 'math'", "remove it"),
     (['data.reward=["math", "maths"]'], "data.reward must be one of", "'function', 'math', 'model'", "found 'maths'", "choose"),
     (['data.reward=["a.py:f", "b.py:f"]'], "data.reward", "called differently", "a.py:f, b.py:f", "rename"),
-    (['data.reward=["math", "a.py:f"]', "data.reward_weights=[1.0]"], "data.reward_weights", "1 for 2", "add or remove"),
+    (['data.reward=["math", "a.py:f"]', "data.reward_weights=[1.0]"], "data.reward_weights", "1 for 2", "1 for 2", "add or"),
     (['data.reward=["math", "a.py:f"]', "data.reward_combine=max"], "data.reward_combine", "'min'", "'max'", "choose one"),
     (
         ['data.reward=["math", "a.py:f"]', "data.reward_weights=[1, 2]", "data.reward_combine=min"],
@@ -263,10 +263,10 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 
 
 def test_every_rule_on_combinations_has_a_case():
-    named = {str(case[1]).split(" ")[0] for case in COMBINATIONS}
+    named = {case[1].split(" ")[0] for case in COMBINATIONS}
     tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, broken_algorithm_rules)
-    tables += (broken_source_rules, broken_reward_rules)
-    rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules)))
+    rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules, broken_reward_rules)))
+    rules += inspect.getsource(broken_source_rules)
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
 
 

@@ -155,7 +155,7 @@ def group(
         )
         for i, value in enumerate(rewards)
     ]
-    return RolloutGroup(replace(PROMPTS.prompts[prompt], reward=reward), 5, tuple(rollouts))
+    return RolloutGroup(replace(PROMPTS.prompts[prompt], reward=reward, verifiable=reward == "math"), 5, tuple(rollouts))
 
 
 def test_metrics_of_a_step_worked_out_by_hand():
