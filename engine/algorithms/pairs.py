@@ -33,8 +33,8 @@ def correct_and_wrong(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]
                 f"the reward of sample {rollout.completion.sample_index} of prompt {group.prompt.id} must be finite; found "
                 f"{rollout.score.value}: mend the reward function"
             )
-    correct = [rollout for rollout in group.judged if rollout.score.value > 0]
-    return correct, [rollout for rollout in group.judged if rollout.score.value <= 0]
+    correct = [rollout for rollout in group.judged if rollout.score.correct]
+    return correct, [rollout for rollout in group.judged if not rollout.score.correct]
 
 
 def better_and_worse(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]]:

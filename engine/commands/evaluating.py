@@ -63,18 +63,22 @@ def _sample_sets(
     from engine.evaluation.accuracy import evaluate
     from engine.evaluation.suites import save
     from engine.inference.pool import Pool
-    from engine.rewards.registry import open_rewards
+    from engine.rewards.registry import judging_of, open_rewards, uses_engine
     from engine.run.processes import Cluster
 
-    prompts = {name: load_prompts(config, source, str(source.held_out)) for name, (source, _) in due.items()}
+    prompts = {
+        name: load_prompts(config, source, str(source.held_out), judging_of(config, source))
+        for name, (source, _) in due.items()
+    }
     for name, found in prompts.items():
         print(f"{name}: {found}", flush=True)
-    done, names = {}, {source.reward for source, _ in due.values()}
-    parts: tuple[Part, ...] = ("engines", "reward_engine") if "model" in names else ("engines",)
+    done = {}
+    sources = [source for source, _ in due.values()]
+    parts: tuple[Part, ...] = ("engines", "reward_engine") if uses_engine(sources) else ("engines",)
     with Cluster(config, parts=parts, verbose=options.verbose) as cluster:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
-        reward_engine = cluster.start_reward_engine() if "model" in names else None
-        with open_rewards(config, reward_engine, names) as reward:
+        reward_engine = cluster.start_reward_engine() if "reward_engine" in parts else None
+        with open_rewards(config, reward_engine, sources) as reward:
             for name, (_, settings) in due.items():
                 result = evaluate(config, prompts[name].prompts, pool, reward)
                 left_out = {"num_too_long": prompts[name].num_dropped, "num_duplicates": prompts[name].num_duplicates}

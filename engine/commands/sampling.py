@@ -20,7 +20,7 @@ def rollout(options: argparse.Namespace) -> None:
     from engine.data.mixture import load_mixture
     from engine.inference.pool import Pool
     from engine.observe.sinks import finite
-    from engine.rewards.registry import open_rewards
+    from engine.rewards.registry import judging_of, open_rewards
     from engine.rollouts.source import RolloutSource
     from engine.run.processes import Cluster
 
@@ -29,7 +29,7 @@ def rollout(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
-    prompts, figures = load_mixture(config), []
+    prompts, figures = load_mixture(config, judging_of), []
     with ExitStack() as stack:
         part = stack.enter_context(atomic_write(output, durable=True))
         cluster = stack.enter_context(Cluster(config, parts=("engines", "reward_engine"), verbose=options.verbose))

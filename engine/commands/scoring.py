@@ -1,5 +1,5 @@
-"""`semion score`: judges the rows of a file with any reward, for people who want to check a verifier on their own data. It
-needs no configuration file, and no engine but the reward model's; options of the reward are flags.
+"""`semion score`: judges the rows of a file with any reward, for people who want to check a verifier or a function of their own
+on their own data. It needs no configuration file, and no engine but the reward model's; options of the reward are flags.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,27 +17,32 @@ from typing import TYPE_CHECKING, Any
 from engine.commands.common import write_figures
 from engine.config.load import RunConfig, validated
 from engine.config.options import RewardModel, Rewards
+from engine.config.rewards import REWARDS
 from engine.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from engine.rewards.base import Reward
+    from engine.core.types import Score
+    from engine.rewards.base import Answer
+    from engine.rewards.registry import RoutedReward
 
-FIELDS = ("problem", "answer", "completion", "expected")
+FIELDS = ("problem", "answer", "completion", "expected", "num_tokens", "finish_reason")
 MAX_SHOWN = 20  # disagreeing rows in the table; the files have all
-WORKERS = ("workers", "deadline_seconds", "memory_mebibytes")
-FLAGS = ("unevaluated", "function", *WORKERS)  # options of [rewards]
-TAKES = {"math": ("unevaluated", *WORKERS), "function": ("function", *WORKERS), "model": ("reward_model", "max_tokens")}
+OF_REWARDS = ("unevaluated", "function", "environment", "workers", "concurrency", "deadline_seconds", "memory_mebibytes")
+OF_MODEL = ("reward_model", "max_tokens")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("file", help="JSONL or parquet; a row has answer and completion, and may have problem and expected")
-    parser.add_argument("--reward", required=True, choices=["math", "function", "model"], help="what judges")
+    named = f"{', '.join(REWARDS.names)}, or your own as path/to/file.py:name or package.module:name"
+    parser.add_argument("--reward", required=True, metavar="NAME", help=f"what judges: {named}")
     parser.add_argument("--unevaluated", choices=["accept", "refuse"], help="expressions left to compute (accept)")
-    parser.add_argument("--function", metavar="PLACE:NAME", help="path/to/file.py:name or package.module:name")
+    parser.add_argument("--function", metavar="PLACE:NAME", help="of --reward function; --reward PLACE:NAME says the same")
+    parser.add_argument("--environment", metavar="VARIABLE", action="append", help="that functions may see; may be repeated")
     parser.add_argument("--reward-model", metavar="FOLDER", help="the reward model, as reward_model.path")
     parser.add_argument("--max-tokens", type=int, help="of a conversation for the reward model (4096)")
     parser.add_argument("--workers", type=int, help="processes that judge (1)")
+    parser.add_argument("--concurrency", type=int, help="answers at once in each of them (1)")
     parser.add_argument("--deadline-seconds", type=float, help="longest judging of one answer (2)")
     parser.add_argument("--memory-mebibytes", type=int, help="address space of one worker (3072)")
     parser.add_argument("--output", metavar="FILE", help="JSONL file to make: each row with its score and status")
@@ -46,21 +51,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Scores the file, prints a table, and writes what was asked for."""
-    from engine.core.types import Prompt
     from engine.observe.progress import print_table
-    from engine.rewards.registry import open_reward
+    from engine.rewards.registry import judging_of
 
     check_flags(options)
-    flags = {name: getattr(options, name) for name in FLAGS}
-    rewards = validated(Rewards, "rewards", {name: value for name, value in flags.items() if value is not None})
+    config = config_of(options)
     if options.output and Path(options.output).exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
-    records, rows = load(options.file)
-    items = [
-        (Prompt(str(row["row"]), (), row["problem"], row["answer"], "", "", options.reward), row["completion"]) for row in rows
-    ]
-    with closing(open_reward(options.reward, rewards)) if options.reward != "model" else reward_model(options) as reward:
-        results = [{"score": given.value, "status": given.status} for given in reward.score(items)]
+    records, rows = load(options.file, every_column=judging_of(config, config.data).wants_row)
+    with opened(config) as reward:
+        results = [result_of(given) for given in reward.score(answers_of(config, records, rows))]
     if options.output:
         with Path(options.output).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record | result) + "\n" for record, result in zip(records, results, strict=True))
@@ -73,44 +73,56 @@ def score(options: argparse.Namespace) -> None:
 
 
 def check_flags(options: argparse.Namespace) -> None:
-    """ConfigError for a flag of another reward, which would change nothing."""
-    for name in (*FLAGS, *TAKES["model"]):
-        if name not in TAKES[options.reward] and getattr(options, name) is not None:
-            takers = " or ".join(reward for reward, names in TAKES.items() if name in names)
+    """ConfigError for a flag of another reward, which would change nothing, and without the reward model's folder."""
+    takes = {name: REWARDS.load(name).OPTIONS for name in REWARDS.names}
+    own = tuple(name for name in takes["function"] if name != "function")
+    for name in (*OF_REWARDS, *OF_MODEL):
+        if name not in takes.get(options.reward, own) and getattr(options, name) is not None:
+            takers = " or ".join(reward for reward, names in takes.items() if name in names)
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} is of --reward {takers}; found it beside --reward {options.reward}: leave it out")
+    if "reward_model" in takes.get(options.reward, own) and options.reward_model is None:
+        raise ConfigError(
+            f"--reward {options.reward} needs --reward-model; found none: name the reward model's folder"
+        )
+
+
+def config_of(options: argparse.Namespace) -> RunConfig:
+    """The flags as the configuration of a run that only judges. ConfigError names the option that cannot be."""
+    flags = {name: getattr(options, name) for name in OF_REWARDS}
+    rewards = {name: value for name, value in flags.items() if value is not None}
+    model = {"path": options.reward_model, "max_tokens": options.max_tokens}
+    reward_model = {name: value for name, value in model.items() if value is not None}
+    validated(Rewards, "rewards", rewards)
+    validated(RewardModel, "reward_model", reward_model)
+    unused = {"run": {"directory": "unused", "steps": 1}, "model": {"path": options.reward_model or "unused"}}
+    data = {"train": options.file, "reward": options.reward}
+    return validated(RunConfig, "", unused | {"data": data, "rewards": rewards, "reward_model": reward_model})
 
 
 @contextmanager
-def reward_model(options: argparse.Namespace) -> Iterator[Reward]:
-    """The reward model of the flags on an engine of its own. ConfigError when the flags name none, or one that cannot judge."""
-    if options.reward_model is None:
-        raise ConfigError("--reward model needs --reward-model; found none: name the reward model's folder")
-    from engine.data.conversations import Conversations
-    from engine.rewards.model import ModelReward
+def opened(config: RunConfig) -> Iterator[RoutedReward]:
+    """The reward of the flags, with an engine where it judges on one. ConfigError when it cannot judge."""
+    from engine.rewards.registry import check_rewards, open_rewards, uses_engine
+
+    check_rewards(config, judges=True)
+    if not uses_engine(config.data.sources):
+        with open_rewards(config, None) as reward:
+            yield reward
+        return
     from engine.run.processes import Cluster
 
-    given = {"path": options.reward_model, "max_tokens": options.max_tokens}
-    table = {name: value for name, value in given.items() if value is not None}
-    validated(RewardModel, "reward_model", table)
-    unused = {"run": {"directory": "unused", "steps": 1}, "model": {"path": options.reward_model}}
-    source = {"train": options.file, "reward": "model"}
-    config = RunConfig.model_validate(unused | {"data": source, "reward_model": table})
-    Conversations(config.reward_model)
-    with Cluster(config, parts=("reward_engine",)) as cluster:
-        engine = cluster.start_reward_engine()
-        assert engine is not None
-        with closing(ModelReward(engine, config.reward_model.timeout_seconds)) as reward:
-            yield reward
+    with Cluster(config, parts=("reward_engine",)) as cluster, open_rewards(config, cluster.start_reward_engine()) as reward:
+        yield reward
 
 
-def load(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def load(path: str, every_column: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(The rows of the file as they are, what is scored of them: `row` counts from 1.) DataError names file and row."""
     from engine.data.records import records
-    from engine.data.rows import text_of
+    from engine.data.rows import columns_of, text_of
 
     found, rows = [], []
-    for number, (where, record) in enumerate(records(path, FIELDS), start=1):
+    for number, (where, record) in enumerate(records(path, None if every_column else FIELDS), start=1):
         if not isinstance(record, dict):
             raise DataError(f"{where}: a row must be a JSON object with named fields; found {record!r:.80}: mend it")
         if not isinstance(record.get("completion"), str):
@@ -120,10 +132,37 @@ def load(path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             raise DataError(f"{where}: `expected` must be a finite number; found {expected!r:.80}: mend it, or remove it")
         texts = {name: text_of(where, record, name, numbers=name == "answer") for name in FIELDS[:3]}
         found.append(record)
-        rows.append({"row": number, "expected": expected} | texts)
+        columns = columns_of(where, record) if every_column else ""
+        rows.append({"row": number, "expected": expected, "columns": columns, **texts})
     if not rows:
         raise DataError(f"{path}: a data file must hold at least one row; found none: check how it was written")
     return found, rows
+
+
+def answers_of(config: RunConfig, records: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[Answer]:
+    """What is judged. Rows of one problem and answer are one group; `num_tokens` and `finish_reason` are the row's, where it
+    has them, as the records of an evaluation do."""
+    from engine.core.types import Prompt
+    from engine.rewards.base import Answer
+
+    first: dict[tuple[str, str], int] = {}
+    answers = []
+    for record, row in zip(records, rows, strict=True):
+        group = first.setdefault((row["problem"], row["answer"]), row["row"])
+        texts = row["problem"], row["answer"], "", ""
+        prompt = Prompt(str(group), (), *texts, config.data.judge, row=row["columns"])
+        answers.append(Answer(prompt, row["completion"], record.get("num_tokens"), record.get("finish_reason"), group))
+    return answers
+
+
+def result_of(given: Score) -> dict[str, Any]:
+    """What a row is given: score and status, and only where there are any the parts and the error."""
+    result: dict[str, Any] = {"score": given.value, "status": given.status}
+    if given.parts:
+        result["parts"] = dict(given.parts)
+    if given.problem:
+        result["problem"] = given.problem
+    return result
 
 
 def measure(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -91,11 +91,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def validated(section: type[Table], name: str, values: dict[str, Any]) -> Table:
-    """One table of a configuration by itself, from `values` that no file holds; raises ConfigError as `load_config`."""
+    """One table of a configuration by itself, from `values` that no file holds (the whole tree with no
+    name); raises ConfigError as `load_config`."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, name)) from error
+        raise ConfigError(_sentence(error, *([name] if name else []))) from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -179,6 +180,8 @@ def _holds_tables(value: Any) -> bool:
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml(key)} = {_toml(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):

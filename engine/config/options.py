@@ -14,7 +14,6 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-RewardName = Literal["math", "model", "function"]
 BestBy = Literal["reward", "length_normalized_reward"]
 Pairing = Literal["random", "best_worst", "length_matched"]
 
@@ -50,9 +49,25 @@ class Source(Section):
     train: str = Field(description="JSONL or parquet file, dataset folder, or hf://owner/name[:config][:split]")
     held_out: str | None = Field(None, description="problems never trained on, for evaluation")
     template: str = Field("figure4", description="'figure4' or 'figure5' (the paper's), or a text with {problem} in it")
-    reward: RewardName = Field("math", description="Math-Verify, the reward model, or the user's own function")
+    reward: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+        "math", description="'math', 'model', 'function', your own as path/to/file.py:name, or a list of them"
+    )
+    reward_weights: tuple[float, ...] | None = Field(None, strict=False, description="one a reward; unset: 1 each")
+    reward_combine: str = Field("sum", description="of several rewards: sum, product, min, or path/to/file.py:name")
     prompts_per_step: Positive = 64
     spare_prompts: NonNegative = Field(0, description="sampled each step to fill the places of those without signal")
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The names of what judges, one or several."""
+        return (self.reward,) if isinstance(self.reward, str) else self.reward
+
+    @property
+    def judge(self) -> str:
+        """What the source's prompts call it: the reward's name, or of several (or weighted) ones how they are combined."""
+        weights = self.reward_weights or (1.0,) * len(self.rewards)
+        named = [name if weight == 1 else f"{weight:g}*{name}" for name, weight in zip(self.rewards, weights, strict=True)]
+        return named[0] if len(named) == 1 else f"{self.reward_combine}({', '.join(named)})"
 
 
 class Data(Source):
@@ -207,13 +222,16 @@ class Inference(Section):
 
 
 class Rewards(Section):
-    """The verifier, or the user's own function, in worker processes."""
+    """The verifier, and the user's own functions, in worker processes."""
 
     unevaluated: Literal["accept", "refuse"] = Field(
         "accept", description="an expression left to compute, such as 17*23, where a number was asked; the paper accepts"
     )
     function: str | None = Field(None, description="for a reward 'function': path/to/file.py:name or package.module:name")
+    weights: dict[str, float] | None = Field(None, description="of the named parts that a function returns; 1 each")
+    environment: tuple[str, ...] = Field((), strict=False, description="variables that functions may see, such as an API key")
     workers: Positive = 1
+    concurrency: Positive = Field(1, description="answers at once in each worker: awaited, or in as many processes")
     deadline_seconds: PositiveFloat = Field(2.0, description="an answer not judged by then is a counted timeout")
     memory_mebibytes: Positive = Field(3072, description="address space of one worker")
 

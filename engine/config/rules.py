@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from engine.config.options import Options, source_key
 from engine.config.placement import homes
+from engine.config.rewards import broken_reward_rules
 from engine.config.schedules.registry import schedule_of
 from engine.config.transport import refusal
 from engine.core.errors import ConfigError
@@ -43,16 +44,7 @@ def broken_rules(config: Options) -> list[str]:
         )
     broken += broken_placement_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c)
-    if c.rewards.function is None and any(source.reward == "function" for source in c.data.sources):
-        broken.append(
-            "data.reward = 'function' needs rewards.function; found none: set it to path/to/file.py:name or package.module:name"
-        )
-    judged_by = sorted({source.reward for source in c.data.sources})
-    if c.rewards.function is not None and "function" not in judged_by:
-        broken.append(
-            f"rewards.function judges sources with reward = 'function'; found {c.rewards.function!r} and sources with "
-            f"{', '.join(map(repr, judged_by))}: set data.reward = 'function', or remove it"
-        )
+    broken += broken_reward_rules(c)
     if schedule.never_syncs and c.sync.reference == "follow":
         broken.append(
             "sync.reference = 'follow' copies the policy at weight syncs, and sync.sync_interval = 'never' has none; found "
@@ -205,11 +197,6 @@ def broken_algorithm_rules(c: Options) -> list[str]:
             f"algorithm.pairing chooses the one pair of algorithm.loss = 'dpo'; found {a.pairing!r} with {a.loss!r}: leave "
             f"it at 'random'"
         )
-    if a.pairing != "random" and all(source.reward != "math" for source in c.data.sources):
-        broken.append(
-            f"algorithm.pairing is for sources with reward = 'math', the others pair the highest reward with the lowest; found "
-            f"{a.pairing!r} and no such source: leave it at 'random'"
-        )
     if not a.uses_advantages and (a.normalize_length or a.normalize_advantages != "mean"):
         broken.append(
             f"algorithm.normalize_advantages and algorithm.normalize_length are GRPO's; found {a.normalize_advantages!r} and "
@@ -238,7 +225,7 @@ def broken_rollout_rules(c: Options) -> list[str]:
             f"trainer.microbatch_tokens must hold one sequence at full length; found {room} < {longest}: raise it, or lower "
             f"sampling.max_tokens"
         )
-    judged = sorted({source.reward for source in c.data.sources})
+    judged = sorted({name for source in c.data.sources for name in source.rewards})
     if ("model" in judged) != (c.reward_model.path is not None):
         broken.append(
             f"reward_model.path and a source with reward = 'model' need each other; found {c.reward_model.path!r} and sources "

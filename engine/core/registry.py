@@ -61,7 +61,7 @@ class Registry(Generic[Part]):
                 f"{self.option} must be one of {', '.join((*self._also, *self.names))}, or your own as path/to/file.py:Name or "
                 f"package.module:Name; found {name!r}: choose one"
             )
-        module = import_module(f"{self._package}.{name}")
+        module = import_module(self._module_of(name))
         own = [
             value
             for value in vars(module).values()
@@ -71,16 +71,30 @@ class Registry(Generic[Part]):
         assert len(parts) == 1, f"{module.__name__} must hold one {base.__name__}; found {parts}"
         return parts[0]
 
+    def _module_of(self, name: str) -> str:
+        """The module of a part of ours: its file, or in a folder the file that is called as the kind of part is."""
+        module, kind = f"{self._package}.{name}", self._base.rpartition(":")[2].lower()
+        inside = f"{module}.{kind}"
+        spec = importlib.util.find_spec(module)
+        is_folder = spec is not None and spec.submodule_search_locations is not None
+        return inside if is_folder and importlib.util.find_spec(inside) is not None else module
+
 
 def identity(name: str, option: str) -> str | None:
     """What a checkpoint records of a user's own part: the SHA-256 of its file, None for one of ours. What that file imports
     is not looked at. ConfigError when there is no file of code."""
     if ":" not in name:
         return None
-    file = source_file(name)
-    if file is None or not file.is_file():
+    digest = source_digest(name)
+    if digest is None:
         raise ConfigError(f"{option} must name a file of code that exists; found none behind {name!r}: check the path")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return digest
+
+
+def source_digest(reference: str) -> str | None:
+    """SHA-256 of the file of code behind a reference; None where there is none."""
+    file = source_file(reference)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else None
 
 
 def portable(name: str) -> str:

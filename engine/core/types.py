@@ -9,10 +9,11 @@ Shape legend: T tokens of a packed row, B sequences of it, P pairs of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:  # what only names rewards or prompts starts without it
+    import torch
 
 Status = Literal["ok", "timeout", "died", "unparsable", "too_long", "invalid"]  # how a reward came about
 
@@ -29,12 +30,18 @@ class Prompt:
     answer: str  # gold answer
     solution: str  # worked solution; empty where the file has none
     source: str  # where the row says it comes from
-    reward: str = "math"  # which reward judges its completions
+    reward: str = "math"  # which reward judges its completions, as Source.judge says it
+    verifiable: bool = True  # whether that says right or wrong; other rewards are degrees, whose sign means nothing
+    row: str = ""  # all columns of its row, as JSON, where its reward asks for them
 
-    @property
-    def verifiable(self) -> bool:
-        """Whether its reward says right (above 0) or wrong; the other rewards are degrees, whose sign means nothing."""
-        return self.reward == "math"
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """What who loads prompts must know of the rewards that will judge them."""
+
+    verifiable: bool  # whether they say right or wrong
+    needs_answer: bool  # whether a row without an answer is an error
+    wants_row: bool  # whether they look at all columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,14 @@ class Score:
 
     value: float
     status: Status
+    parts: tuple[tuple[str, float], ...] = ()  # named ones that the value was made of
+    right: bool | None = None  # where several rewards make the value: what the first, verifiable one says
+    problem: str = field(default="", compare=False)  # of `invalid`: the error, as people read it
+
+    @property
+    def correct(self) -> bool:
+        """Of a verifiable prompt: whether the answer is right."""
+        return self.value > 0 if self.right is None else self.right
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Each has its own order, template and reward; the orders are arithmetic (prompts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +14,13 @@ from engine.config.load import RunConfig
 from engine.config.options import Source, source_key
 from engine.core.errors import ConfigError, DataError
 from engine.core.seeds import counted_seed
-from engine.core.types import Prompt
+from engine.core.types import Judging, Prompt
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.data.rows import load_rows
 from engine.data.templates import load_tokenizer
 from engine.models.hf import read_shape
+
+JudgingOf = Callable[[RunConfig, Source], Judging]  # what must be known of a source's rewards (rewards.registry.judging_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Mixture:
         return counted_seed(self.seed, "source", place) if place else self.seed
 
 
-def load_mixture(config: RunConfig) -> Mixture:
+def load_mixture(config: RunConfig, judging_of: JudgingOf) -> Mixture:
     """Reads and tokenizes all prompts to train on. A problem that an earlier source has is left out and counted.
 
     DataError for rows that cannot be used, or when one prompt id stands for two problems, also of different sources; it
@@ -80,7 +82,7 @@ def load_mixture(config: RunConfig) -> Mixture:
     for place, source in enumerate(config.data.sources):
         before = [prompt for earlier in sets for prompt in earlier.prompts]
         with _naming(f"{source_key(place)}.train", source.train):
-            sets.append(load_prompts(config, source, source.train, before))
+            sets.append(load_prompts(config, source, source.train, judging_of(config, source), before))
     return Mixture(config.data.sources, tuple(sets), config.run.seed)
 
 
@@ -92,14 +94,15 @@ def held_out_sources(config: RunConfig) -> dict[str, int]:
     return {source_key(place) if stem in common else stem: place for place, stem in stems.items()}
 
 
-def load_held_out(config: RunConfig) -> tuple[HeldOut, ...]:
+def load_held_out(config: RunConfig, judging_of: JudgingOf) -> tuple[HeldOut, ...]:
     """The evaluation set of every source that has one, in the order of the sources."""
     found = []
     for name, place in held_out_sources(config).items():
         source = config.data.sources[place]
         assert source.held_out is not None
         with _naming(f"{source_key(place)}.held_out", source.held_out):
-            found.append(HeldOut(place, source, load_prompts(config, source, source.held_out), name))
+            prompts = load_prompts(config, source, source.held_out, judging_of(config, source))
+            found.append(HeldOut(place, source, prompts, name))
     return tuple(found)
 
 
@@ -113,7 +116,9 @@ def _naming(option: str, path: str) -> Iterator[None]:
         raise DataError(f"{option} ({path}){rest if rest != str(error) else f': {error}'}") from error
 
 
-def load_prompts(config: RunConfig, source: Source, path: str, before: Many[Prompt] = ()) -> PromptSet:
+def load_prompts(
+    config: RunConfig, source: Source, path: str, judging: Judging, before: Many[Prompt] = ()
+) -> PromptSet:
     """The prompts of a file with the run's tokenizer and the source's template and reward. ConfigError when tokenizer and
     model do not fit; DataError names the file."""
     tokenizer = load_tokenizer(config.model.path)
@@ -123,8 +128,11 @@ def load_prompts(config: RunConfig, source: Source, path: str, before: Many[Prom
             f"model.path must hold a tokenizer that fits the model; found {len(tokenizer)} tokens for a vocabulary of "
             f"{vocab_size} in {config.model.path}: use the tokenizer that the model was trained with"
         )
-    rows, longest = load_rows(path, source.reward), config.data.max_prompt_tokens
+    rows = load_rows(path, needs_answer=judging.needs_answer, keep_columns=judging.wants_row)
+    longest, verifiable = config.data.max_prompt_tokens, judging.verifiable
     try:
-        return PromptSet.from_rows(rows, tokenizer, source.template, longest, reward=source.reward, before=before)
+        return PromptSet.from_rows(
+            rows, tokenizer, source.template, longest, reward=source.judge, verifiable=verifiable, before=before
+        )
     except DataError as error:
         raise DataError(f"{path}: {error}") from error

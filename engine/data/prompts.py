@@ -39,9 +39,11 @@ class PromptSet:
         max_prompt_tokens: int,
         *,
         reward: str = "math",
+        verifiable: bool = True,
         before: Iterable[Prompt] = (),
     ) -> PromptSet:
-        """Tokenizes each row once; `reward` is to judge them all. A prompt's id is the row's own or the first 16 hex digits of
+        """Tokenizes each row once; `reward` is to judge them all, right or wrong where it is
+        `verifiable`. A prompt's id is the row's own or the first 16 hex digits of
         its problem's SHA-256. `before`: the prompts of earlier sources, whose problems are not taken again.
 
         Raises DataError when one id stands for two problems or when no prompt is left, ConfigError when the tokenizer
@@ -67,7 +69,8 @@ class PromptSet:
             if len(token_ids) > max_prompt_tokens:
                 num_dropped += 1
                 continue
-            prompts.append(Prompt(prompt_id, token_ids, row.problem, row.answer, row.solution, row.source, reward))
+            texts = row.problem, row.answer, row.solution, row.source
+            prompts.append(Prompt(prompt_id, token_ids, *texts, reward, verifiable, row.columns))
         if not prompts:
             raise DataError(
                 f"at least one prompt must fit data.max_prompt_tokens; found {num_dropped} longer than "

@@ -24,10 +24,10 @@ MESSAGE_FIELDS = ("role", "content", "toxic", "redacted", "language")  # of a co
 BATCH_ROWS = 1024  # of parquet held in memory at once: a row may be a long conversation
 
 
-def records(source: str | Path, fields: Collection[str]) -> Iterator[Record]:
+def records(source: str | Path, fields: Collection[str] | None) -> Iterator[Record]:
     """The records of a .jsonl file (UTF-8, one object a line, blank lines skipped), a .parquet file, a dataset folder, or
     hf://owner/name[:config][:split] (the split is 'train' unless named). A record of JSONL is the whole object, any other has
-    those of `fields` that its source has. DataError names file, line or row (from 1), rule, value and fix."""
+    those of `fields` that its source has, or all with None. DataError names file, line or row (from 1), rule, value and fix."""
     check_source(source)
     if str(source).startswith(HUB):
         return _dataset_records(str(source), _hub_dataset(str(source)), fields)
@@ -79,7 +79,7 @@ def _file_digest(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parquet_records(path: Path, fields: Collection[str]) -> Iterator[Record]:
+def _parquet_records(path: Path, fields: Collection[str] | None) -> Iterator[Record]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
@@ -92,14 +92,14 @@ def _parquet_records(path: Path, fields: Collection[str]) -> Iterator[Record]:
         raise DataError(f"{path}: must be a readable parquet file; found: {error}: write it again") from error
 
 
-def _wanted(leaf: str, fields: Collection[str]) -> bool:
+def _wanted(leaf: str, fields: Collection[str] | None) -> bool:
     """Whether to read a parquet column: of a conversation only what the messages need, for the rest is most of it."""
     name, *inner = leaf.split(".")
-    return name in fields and (name != "conversation" or inner[-1] in MESSAGE_FIELDS)
+    return fields is None or (name in fields and (name != "conversation" or inner[-1] in MESSAGE_FIELDS))
 
 
-def _dataset_records(source: str, dataset: Any, fields: Collection[str]) -> Iterator[Record]:
-    columns = [name for name in dataset.column_names if name in fields]
+def _dataset_records(source: str, dataset: Any, fields: Collection[str] | None) -> Iterator[Record]:
+    columns = [name for name in dataset.column_names if fields is None or name in fields]
     for number, record in enumerate(dataset.select_columns(columns) if columns else (), start=1):
         yield f"{source}, row {number}", record
 

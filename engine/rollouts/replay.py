@@ -17,6 +17,7 @@ from engine.data.prompts import PromptOrder
 from engine.data.records import records
 from engine.data.templates import load_tokenizer
 from engine.models.hf import read_shape
+from engine.rewards.registry import judging_of
 from engine.rollouts.base import StepData
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import RolloutLedger
@@ -128,7 +129,7 @@ def open_replay(config: RunConfig) -> LedgerSource | PreferenceSource:
     assert path is not None
     if replay_kind(config) == "rollouts":
         vocab_size = read_shape(config.model.path, family=config.model.family).vocab_size
-        return LedgerSource(config, RolloutLedger(path), load_mixture(config), vocab_size)
+        return LedgerSource(config, RolloutLedger(path), load_mixture(config, judging_of), vocab_size)
     data, tokenizer = config.data, load_tokenizer(config.model.path)
     limits = data.max_prompt_tokens, config.sampling.max_tokens
     return PreferenceSource(config, load_preferences(path, tokenizer, data.template, *limits))

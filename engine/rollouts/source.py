@@ -18,7 +18,7 @@ from engine.data.mixture import Mixture
 from engine.inference.pool import Pool, Usage
 from engine.inference.sampling import sample_requests
 from engine.observe.profiling.phases import Phase, phase
-from engine.rewards.base import Reward
+from engine.rewards.base import Reward, answer_of
 from engine.rollouts.base import StepData
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import ledger_rows
@@ -91,10 +91,9 @@ class RolloutSource:
 def score_groups(step: int, prompts: Many[Prompt], completions: Many[Completion], reward: Reward) -> list[RolloutGroup]:
     """Groups of consecutive completions (equally many a prompt, in prompt order) with their rewards."""
     size = len(completions) // len(prompts)
-    items = [(prompts[place // size], completion.text) for place, completion in enumerate(completions)]
-    rollouts = [
-        Rollout(completion, score) for completion, score in zip(completions, reward.score(items), strict=True)
-    ]
+    answers = [answer_of(prompts[place // size], completion, place // size) for place, completion in enumerate(completions)]
+    scores = reward.score(answers)
+    rollouts = [Rollout(completion, score) for completion, score in zip(completions, scores, strict=True)]
     return [
         RolloutGroup(prompt, step, tuple(rollouts[place * size : (place + 1) * size]))
         for place, prompt in enumerate(prompts)

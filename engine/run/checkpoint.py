@@ -27,7 +27,7 @@ from engine.core.files import atomic_write, staged_folder, sync
 from engine.core.registry import identity
 from engine.data.records import source_digest
 from engine.models.hf import write_hf_checkpoint
-from engine.rewards.math.reward import VERIFIER_VERSION
+from engine.rewards.registry import identities
 
 MANIFEST, LATEST, BEST, POLICY = "manifest.json", "LATEST", "BEST", "policy"
 MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
@@ -35,7 +35,7 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
     "sync": {"timeout_seconds", "bucket_mebibytes"},
     "trainer": {"timeout_seconds"},
     "inference": {"placement", "timeout_seconds"},
-    "rewards": {"workers"},
+    "rewards": {"workers", "concurrency"},
     "reward_model": {"timeout_seconds"},
     "checkpoint": {"keep", "best_by"},
     "evaluation": None,
@@ -267,20 +267,12 @@ def _check_same_data(checkpoint: Path, saved: dict[str, str | None], config: Run
 
 
 def _data_digests(config: RunConfig) -> dict[str, str | None]:
-    """SHA-256 of every data file by its option, and of what judges; None where there is none. Of a reward model the names and
-    sizes of its files: reading them would take minutes at every checkpoint."""
+    """SHA-256 of every data file by its option, None where there is none, and who judges (rewards.registry.identities), which
+    nobody does in supervised training."""
     digests = {key: source_digest(path) for key, path in config.data.files.items()}
-    rewards = {source.reward for source in config.data.sources}
-    if "math" in rewards:
-        digests["the version of the verifier"] = VERIFIER_VERSION
-    if "function" in rewards and config.rewards.function is not None:
-        digests["rewards.function"] = source_digest(config.rewards.function.rpartition(":")[0])
-    if "model" in rewards and config.reward_model.path is not None:
-        files = sorted((file.name, file.stat().st_size) for file in Path(config.reward_model.path).iterdir())
-        digests["reward_model.path"] = hashlib.sha256(repr(files).encode()).hexdigest()
     digests["model.family"] = identity(config.model.family, "model.family")
     digests["sync.semantics"] = identity(config.sync.semantics, "sync.semantics")
-    return digests
+    return digests if config.sft.checkpoint_out is not None else digests | identities(config)
 
 
 def _sha256(path: Path) -> str:

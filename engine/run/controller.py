@@ -14,7 +14,7 @@ from engine.evaluation.selection import scores
 from engine.inference.pool import EngineHandle, Pool
 from engine.rewards.math.reward import VERIFIER_VERSION
 from engine.rewards.model import ScoringEngine
-from engine.rewards.registry import RoutedReward, open_rewards
+from engine.rewards.registry import RoutedReward, judging_of, open_rewards
 from engine.rollouts.base import StepSource
 from engine.rollouts.replay import open_replay
 from engine.rollouts.source import RolloutSource
@@ -42,7 +42,7 @@ class Controller:
         self._events: list[Event] = []
         for note in self._records.notes:
             self._note(note)
-        held_out = load_held_out(config)
+        held_out = load_held_out(config, judging_of)
         self._sets = [(part.name, part.prompts.prompts) for part in held_out]  # by name; a set's problems are of one kind
         for part in held_out:
             self._note(f"{part.key}: {part.prompts}")
@@ -57,7 +57,7 @@ class Controller:
             replay = open_replay(self._config)
             self._note(f"data.replay: {replay}")
             return replay
-        prompts = load_mixture(self._config)
+        prompts = load_mixture(self._config, judging_of)
         self._note(str(prompts))
         return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts)
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError
-from engine.core.types import Batch
+from engine.core.types import Batch, Judging
 from engine.data.mixture import load_prompts
 from engine.data.prompts import PromptOrder
 from engine.data.supervised import supervised_sequence
@@ -57,7 +57,8 @@ class SupervisedSource:
         """ConfigError when a solution is longer than a microbatch or the model's positions."""
         self._config, self._topology = config, topology
         tokenizer = load_tokenizer(config.model.path)
-        prompts = load_prompts(config, config.data, config.data.train).prompts
+        unjudged = Judging(verifiable=False, needs_answer=False, wants_row=False)
+        prompts = load_prompts(config, config.data, config.data.train, unjudged).prompts
         self._sequences = [supervised_sequence(prompt, tokenizer) for prompt in prompts]
         limit = min(config.trainer.microbatch_tokens, read_shape(config.model.path, family=config.model.family).max_positions)
         for prompt, sequence in zip(prompts, self._sequences, strict=True):

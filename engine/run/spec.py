@@ -15,6 +15,7 @@ def runnable(options: argparse.Namespace) -> RunConfig:
     from engine.models.checks import check_engine_layout, check_layout
     from engine.models.hf import read_shape
     from engine.models.sharding import engine_layout, trainer_layout
+    from engine.rollouts.replay import replay_kind
 
     shape = read_shape(config.model.path, family=config.model.family)
     check_layout(shape, trainer_layout(config.trainer))
@@ -29,8 +30,10 @@ def runnable(options: argparse.Namespace) -> RunConfig:
         from engine.observe.profiling.nsight import check_installed
 
         check_installed()
-    if config.sft.checkpoint_out is None and config.uses_engines:
-        _check_rewards(config)
+    if config.sft.checkpoint_out is None and (config.uses_engines or replay_kind(config) == "rollouts"):
+        from engine.rewards.registry import check_rewards
+
+        check_rewards(config, judges=config.uses_engines)
     return config
 
 
@@ -53,15 +56,3 @@ def _check_file(key: str, path: str) -> None:
     if not path.startswith(HUB) and not Path(path).exists():
         raise DataError(f"{key} must be a file or a dataset's folder; found none at {path}: check the path")
     check_source(path)
-
-
-def _check_rewards(config: RunConfig) -> None:
-    """ConfigError when a reward that judges the run's samples could not."""
-    if config.reward_model.path is not None:
-        from engine.data.conversations import Conversations
-
-        Conversations(config.reward_model)
-    if any(source.reward == "function" for source in config.data.sources):
-        from engine.rewards.function import FunctionReward
-
-        FunctionReward(config.rewards).close()

@@ -324,3 +324,38 @@ def test_rollouts_to_a_file(run_config: Make, tmp_path: Path) -> None:
     assert all(len(row["log_probs"]) == len(row["token_ids"]) and max(row["log_probs"]) <= 0 for row in ledger)
     mean = sum(row["reward"] for row in ledger) / len(ledger)
     assert json.loads((tmp_path / "figures.json").read_text())["reward_mean"] == pytest.approx(mean)
+
+
+OWN = """
+from engine.rewards.base import reward
+
+@reward(verifiable=True)
+def follows(completion, row, finish_reason):
+    short = len(completion.split()) <= row["instructions"][0]["n"]
+    return {"short": float(short), "whole": 0.5 * (finish_reason == "stop")}
+
+async def spread(group):
+    return [float(len(set(group)))] * len(group)
+"""
+
+
+def test_rewards_of_the_users_own_judge_beside_math(run_config: Make, tmp_path: Path) -> None:
+    """One that looks at a column of its rows and one of groups, on samples of a real engine."""
+    (tmp_path / "own.py").write_text(OWN)
+    rows = [{"problem": f"{i}+{i}+0", "instructions": [{"type": "max_words", "n": 3 + i % 2}]} for i in range(8)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = json.dumps([f"{tmp_path}/own.py:{name}" for name in ("follows", "spread")])
+    mix = f'data.mix=[{{train = "{tmp_path}/own.jsonl", template = "{{problem}}", prompts_per_step = 2, reward = {names}}}]'
+    config, out = run_config("run.steps=2", mix, directory="own"), tmp_path / "own_rollouts.jsonl"
+    semion("rollout", written(config, tmp_path), "--output", str(out), "--json", str(tmp_path / "figures.json"))
+    ledger = [json.loads(line) for line in out.read_text().splitlines()]
+    own = [row for row in ledger if "reward_parts" in row]
+    assert (len(ledger), len(own), {row["status"] for row in ledger}) == (2 * 48, 2 * 12, {"ok"})
+    for row in own:
+        parts = row["reward_parts"]
+        assert parts["follows"] == parts["follows/short"] + parts["follows/whole"]
+        assert row["reward"] == parts["follows"] + parts["spread"] and row["correct"] == (parts["follows"] > 0)
+        texts = {other["text"] for other in own if (other["step"], other["prompt_id"]) == (row["step"], row["prompt_id"])}
+        assert parts["spread"] == len(texts)
+    steps = json.loads((tmp_path / "figures.json").read_text())["steps"]
+    assert all({"reward_mean_math", "reward_follows_mean", "reward_spread_mean", "accuracy"} <= step.keys() for step in steps)

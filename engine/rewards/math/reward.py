@@ -4,8 +4,11 @@ asked; the verdict is engine/rewards/math/worker.py's, and cases.jsonl beside it
 
 from __future__ import annotations
 
+from typing import Any, Self
+
+from engine.config.load import RunConfig
 from engine.config.options import Rewards
-from engine.core.types import Prompt
+from engine.rewards.base import Answer
 from engine.rewards.math.answers import after_reasoning, asks_for_value
 from engine.rewards.pool.workers import Request, WorkerReward
 
@@ -25,12 +28,26 @@ class MathReward(WorkerReward):
     Math-Verify itself notices reads as an answer it cannot parse: value 0, `ok`.
     """
 
+    verifiable = True
+    needs_answer = True
+    OPTIONS = (*WorkerReward.OPTIONS, "unevaluated")
     MODULE = "engine.rewards.math.worker"
 
     def __init__(self, config: Rewards) -> None:
         super().__init__(config)
         self._refuses = config.unevaluated == "refuse"
 
-    def _request(self, prompt: Prompt, text: str) -> Request:
+    @classmethod
+    def identity(cls, config: RunConfig, name: str) -> dict[str, str | None]:
+        """What its verdicts mean."""
+        return {"the version of the verifier": VERIFIER_VERSION}
+
+    @classmethod
+    def open(cls, config: RunConfig, name: str, engine: Any) -> Self:
+        """Starts its workers; they are waited for when something is to be judged."""
+        return cls(config.rewards)
+
+    def _request(self, answer: Answer) -> Request:
+        prompt = answer.prompt
         wants_value = self._refuses and asks_for_value(prompt.problem)
-        return prompt.answer[-MAX_CHARACTERS:], after_reasoning(text)[-MAX_CHARACTERS:], wants_value
+        return prompt.answer[-MAX_CHARACTERS:], after_reasoning(answer.completion)[-MAX_CHARACTERS:], wants_value

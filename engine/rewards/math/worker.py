@@ -15,7 +15,7 @@ from sympy import Float
 
 from engine.rewards.math.answers import boxed_answer, is_value, other_base, plain, says_more
 from engine.rewards.math.exact import CHAIN_TOLERANCE, differ, objects
-from engine.rewards.pool.worker import Judge, run
+from engine.rewards.pool.worker import Loaded, run
 
 WARM_UP = (r"\frac{1}{2}", r"x^2 + \sqrt{3} \le 5", r"(1, \pi)", r"\{1, 2\}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}")
 LATEX = re.compile(r"(?<!\\)\$.+\$|\\\(.+\\\)|\\\[.+\\\]|\\boxed\s*\{", re.DOTALL)
@@ -82,12 +82,12 @@ def _refused(expected: Parsed, found: Parsed, content: str | None) -> bool:
     return other_base(gold, answer) or objects(expected[0], found[0], degrees=r"\circ" in answer)
 
 
-def load(_: list[str]) -> Judge:
+def load(_: list[str]) -> Loaded:
     """The judge, warmed up: its child starts with what most answers need."""
     logging.disable(logging.CRITICAL)
     for expression in WARM_UP:
         judge(expression, rf"\boxed{{{expression}}} or ${expression}$ or 2/3", True)
-    return judge
+    return Loaded(judge)
 
 
 if __name__ == "__main__":

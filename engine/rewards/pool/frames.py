@@ -10,13 +10,13 @@ import os
 import struct
 from typing import Any
 
-_LENGTH = struct.Struct("<I")
+LENGTH = struct.Struct("<I")  # of what follows it
 
 
 def frame(message: Any) -> bytes:
     """One message as it is written. Lone surrogates, which JSON text can hold, survive."""
     body = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return _LENGTH.pack(len(body)) + body
+    return LENGTH.pack(len(body)) + body
 
 
 def write_frame(descriptor: int, message: Any) -> None:
@@ -28,9 +28,14 @@ def write_frame(descriptor: int, message: Any) -> None:
 
 def read_frame(descriptor: int) -> Any | None:
     """Reads one message; None when the other side is gone, also in the middle of a message."""
-    header = _read_exactly(descriptor, _LENGTH.size)
-    body = header and _read_exactly(descriptor, _LENGTH.unpack(header)[0])
-    return json.loads(body.decode("utf-8", "surrogatepass")) if body else None
+    header = _read_exactly(descriptor, LENGTH.size)
+    body = header and _read_exactly(descriptor, LENGTH.unpack(header)[0])
+    return decoded(body) if body else None
+
+
+def decoded(body: bytes) -> Any:
+    """The message that follows a length."""
+    return json.loads(body.decode("utf-8", "surrogatepass"))
 
 
 def _read_exactly(descriptor: int, num_bytes: int) -> bytes | None:

@@ -233,7 +233,7 @@ def test_ties_are_drawn_and_reach_every_rollout_alike(pairing):
 def test_without_a_verifier_better_is_above_the_groups_mean_and_equal_rewards_have_no_two_sides(rewards):
     """Each rollout is on one side; whatever the rounding of the mean, no worse one has a higher reward than a better one."""
     chat = group(rewards)
-    chat = replace(chat, prompt=replace(chat.prompt, reward="model"))
+    chat = replace(chat, prompt=replace(chat.prompt, reward="model", verifiable=False))
     better, worse = ([rollout.completion.sample_index for rollout in side] for side in better_and_worse(chat))
     assert sorted(better + worse) == list(range(len(rewards)))
     assert all(rewards[b] > rewards[w] for b in better for w in worse)
@@ -245,7 +245,7 @@ def test_without_a_verifier_better_is_above_the_groups_mean_and_equal_rewards_ha
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=8).filter(lambda rewards: len(set(rewards)) == 2))
 def test_of_rewards_0_and_1_the_sides_are_correct_and_wrong_with_a_verifier_or_without(rewards):
     verified = group(rewards)
-    chat = replace(verified, prompt=replace(verified.prompt, reward="model"))
+    chat = replace(verified, prompt=replace(verified.prompt, reward="model", verifiable=False))
     assert better_and_worse(verified) == better_and_worse(chat) == correct_and_wrong(verified)
 
 

@@ -138,7 +138,7 @@ def test_what_a_run_needs_is_looked_at_before_any_process_starts(command, file, 
 
 
 def test_what_a_run_does_not_read_or_start_is_not_asked_for(file, tmp_path, complaint, monkeypatch):
-    monkeypatch.setattr("engine.rewards.function.FunctionReward", lambda options: pytest.fail("it judges nothing in this run"))
+    monkeypatch.setattr("engine.rewards.registry.reward_class", lambda *_: pytest.fail("it judges nothing in this run"))
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
     (tmp_path / "ledger.jsonl").write_text('{"step": 0, "prompt_id": "p", "token_ids": [1]}\n')
     text = file.read_text()

@@ -82,10 +82,27 @@ def test_a_users_function(file: Path, tmp_path: Path) -> None:
     assert scores == [len(row["completion"]) / 2 for row in ROWS]
 
 
+def test_a_users_own_by_its_place_sees_rows_and_groups_and_its_error_is_shown(tmp_path: Path) -> None:
+    """Rows of one problem are a group; parts and errors stand beside the scores."""
+    (tmp_path / "own.py").write_text(
+        "def share(group, row, num_tokens):\n"
+        "    return [{'share': 1 / len(group), 'tokens': float(n)} for n in num_tokens] if row['k'] else 1 / 0\n"
+    )
+    rows = [("p", "a", 1), ("q", "b", 0), ("p", "c", 1)]
+    file, output = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
+    keys = ("problem", "completion", "k")
+    file.write_text("".join(json.dumps(dict(zip(keys, row, strict=True), num_tokens=3)) + "\n" for row in rows))
+    assert run(file, "--reward", f"{tmp_path}/own.py:share", "--concurrency", 2, "--output", output) == 0
+    first, second, third = (json.loads(line) for line in output.read_text().splitlines())
+    assert first["score"] == third["score"] == 3.5 and first["parts"] == {"share": 0.5, "tokens": 3.0}
+    assert second["status"] == "invalid" and "ZeroDivisionError" in second["problem"]
+
+
 @pytest.mark.parametrize(
     ("code", "arguments", "text", "parts"),
     [
-        (2, ("--reward", "function"), None, ("rewards.function", "missing")),
+        (2, ("--reward", "function"), None, ("rewards.function", "found none")),
+        (2, ("--reward", "maths"), None, ("data.reward must be one of", "'maths'", "path/to/file.py:name")),
         (2, ("--reward", "function", "--function", "nowhere.py:f"), None, ("rewards.function", "nowhere.py")),
         (2, ("--reward", "model"), None, ("--reward-model", "found none")),
         (2, ("--reward", "math", "--workers", "0"), None, ("rewards.workers", "found 0")),
@@ -94,7 +111,7 @@ def test_a_users_function(file: Path, tmp_path: Path) -> None:
         (2, ("--reward", "math", "--function", "f.py:f"), None, ("--function is of --reward function", "--reward math")),
         (2, ("--reward", "function", "--max-tokens", "9"), None, ("--max-tokens is of --reward model",)),
         (2, ("--reward", "function", "--unevaluated", "accept"), None, ("--unevaluated is of --reward math",)),
-        (2, ("--reward", "model", "--workers", "2"), None, ("--workers is of --reward math or function",)),
+        (2, ("--reward", "model", "--workers", "2"), None, ("--workers is of --reward function or math",)),
         (3, ("--reward", "math"), "", ("at least one row",)),
         (3, ("--reward", "math"), "3", ("line 1", "JSON object")),
         (3, ("--reward", "math"), '{"answer": "5"}', ("line 1", "`completion`")),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engine.config.load import RunConfig, dump_config, load_config
+from engine.config.rewards import broken_reward_rules, broken_source_rules
 from engine.config.rules import (
     broken_algorithm_rules,
     broken_data_rules,
@@ -25,7 +26,7 @@ from engine.config.rules import (
 from engine.core.errors import ConfigError
 
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 103
+MAX_OPTIONS = 108
 
 REQUIRED = """
 [run]
@@ -107,7 +108,7 @@ def test_the_options_are_the_reviewed_ones():
         ("data.mix=[3]", ("data.mix[0]: ", "found 3", "further sources")),
         ('data.mix=[{train = "b", tempalte = "x"}]', ("data.mix[0].tempalte is not an option", "'x'", "prompts_per_step, ")),
         ('data.mix=[{train = "b"}, {reward = "math"}]', ("data.mix[1].train is required and missing: set it in the file",)),
-        ('data.mix=[{train = "b", reward = "maths"}]', ("data.mix[0].reward: ", "'function'", "'maths'", "Math-Verify, ")),
+        ('data.mix=[{train = "b", reward = "maths"}]', ("data.mix[0].reward must be one of", "'maths'", "your own as")),
         ('data.mix=[{train = "b"}, {train = 3}]', ("data.mix[1].train: ", "string", "found 3", "JSONL or parquet")),
         ('data.mix=[{train = "b", prompts_per_step = 0}]', ("data.mix[0].prompts_per_step: ", "found 0", "section [data]")),
         ("model=3", ("'model=3'", "section.key=value")),
@@ -164,9 +165,13 @@ COMBINATIONS = [
     ),
     (["data.reward=function"], "data.reward = 'function'", "rewards.function", "found none", "path/to/file.py:name"),
     (["rewards.function=a.py:f"], "rewards.function", "'function'", "'a.py:f' and sources with 'math'", "remove it"),
+    (['data.reward=["math", "maths"]'], "data.reward must be one of", "'function', 'math', 'model'", "found 'maths'", "choose"),
+    (['data.reward=["a.py:f", "b.py:f"]'], "data.reward", "called differently", "a.py:f, b.py:f", "rename"),
+    (['data.reward=["math", "a.py:f"]', "data.reward_weights=[1.0]"], "data.reward_weights", "1 for 2", "1 for 2", "add or"),
+    (['data.reward=["math", "a.py:f"]', "data.reward_combine=max"], "data.reward_combine", "'min'", "'max'", "choose one"),
     (
-        ["algorithm.pairing=length_matched", "data.reward=model", "reward_model.path=rm"],
-        *("algorithm.pairing", "reward = 'math'", "'length_matched' and no such source", "'random'"),
+        ['data.reward=["math", "a.py:f"]', "data.reward_weights=[1, 2]", "data.reward_combine=min"],
+        *("data.reward_weights", "of a sum", "'min'", "remove one"),
     ),
     (["data.template=Solve it"], "data.template", "'figure4'", "found 'Solve it'", "add {problem}"),
     (['data.mix=[{train = "b", template = "x"}]'], "data.mix[0].template", "{problem}", "found 'x'", "add {problem}"),
@@ -260,7 +265,8 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
     tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, broken_algorithm_rules)
-    rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules)))
+    rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules, broken_reward_rules)))
+    rules += inspect.getsource(broken_source_rules)
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
 
 
@@ -293,6 +299,8 @@ def test_every_rule_on_combinations_has_a_case():
         FP8_PARAMETERS,
         [*FP8_PARAMETERS, *SMALL_MOMENTS],
         [*SMALL_MOMENTS[2:], "optimizer.implementation=apex", "optimizer.offload_share=0.5"],
+        ['data.reward=["math", "a.py:f", "b.c:g"]', "data.reward_weights=[1, 0.5, 2.0]", 'rewards.weights={"a b"=0.5}'],
+        ["data.reward=a.py:f", 'rewards.environment=["KEY"]', "rewards.concurrency=8"],
         ["data.reward=model", "reward_model.path=rm"],
         ["data.reward=model", "reward_model.path=rm", 'data.mix=[{train = "b"}]', "algorithm.pairing=best_worst"],
     ],

@@ -39,7 +39,7 @@ TABLE = {
 
 
 def rewards(config: RunConfig) -> list[str]:
-    return [source.reward for source in config.data.sources]
+    return [name for source in config.data.sources for name in source.rewards]
 
 
 def test_every_row_has_its_file_and_every_file_its_twin():

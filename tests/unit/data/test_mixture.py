@@ -20,6 +20,7 @@ from engine.data.prompts import PromptOrder, PromptSet
 from engine.data.rows import load_rows
 from engine.data.templates import encode_prompt
 from engine.inference.pool import Pool
+from engine.rewards.registry import judging_of
 from engine.rollouts.batch import batch_groups, training_sequences
 from engine.rollouts.source import RolloutSource
 from tests.unit.inference.test_pool import FakeEngine
@@ -147,7 +148,7 @@ def test_sources_keep_their_templates_rewards_and_evaluation_sets(model_folder, 
     chat = {"train": write(model_folder, "chat.jsonl", *CHAT), "reward": "model", "template": "figure5", "prompts_per_step": 1}
     chat |= {"held_out": write(model_folder, "held.jsonl", {"prompt": "Well?"})}
     config = config_of(model_folder, train=write(model_folder, "math.jsonl", *MATHS), prompts_per_step=3, mix=(chat,))
-    made = load_mixture(config)
+    made = load_mixture(config, judging_of)
     maths, others = (part.prompts for part in made.sets)
     assert [(p.problem, p.reward, p.answer) for p in maths] == [("1+1?", "math", "2"), ("1+2?", "math", "3")]
     assert [(p.problem, p.reward, p.answer) for p in others] == [("Hi", "model", ""), ("Sing.", "model", "")]
@@ -155,7 +156,7 @@ def test_sources_keep_their_templates_rewards_and_evaluation_sets(model_folder, 
     assert maths[1].token_ids == encode_prompt(tiny_tokenizer, "1+2?", "figure4")
     assert others[0].token_ids == encode_prompt(tiny_tokenizer, "Hi", "{problem}")
     assert str(made).startswith("data.train: 2 prompts; ") and "data.mix[0].train: 2 prompts; " in str(made)
-    (held_out,) = load_held_out(config)
+    (held_out,) = load_held_out(config, judging_of)
     assert (held_out.place, held_out.key, held_out.source.reward) == (1, "data.mix[0].held_out", "model")
     assert [(p.problem, p.reward) for p in held_out.prompts.prompts] == [("Well?", "model")]
 
@@ -163,11 +164,11 @@ def test_sources_keep_their_templates_rewards_and_evaluation_sets(model_folder, 
 def test_one_id_may_not_stand_for_two_problems_of_different_sources(model_folder):
     clash = {"train": write(model_folder, "b.jsonl", {"problem": "4+4?", "answer": "8", "id": "own"})}
     with pytest.raises(DataError, match=r"`id` must name one problem; found 'own' for '1\+2\?' and '4\+4\?'"):
-        load_mixture(config_of(model_folder, train=write(model_folder, "a.jsonl", *MATHS), mix=(clash,)))
+        load_mixture(config_of(model_folder, train=write(model_folder, "a.jsonl", *MATHS), mix=(clash,)), judging_of)
     again = {"train": write(model_folder, "b.jsonl", *MATHS)}
     config = config_of(model_folder, train=write(model_folder, "a.jsonl", *MATHS), mix=(again,))
     with pytest.raises(DataError, match="found 0 longer than 400, 2 that came before and no other"):
-        load_mixture(config)
+        load_mixture(config, judging_of)
 
 
 def test_what_is_wrong_with_a_file_begins_with_its_option_and_name(model_folder):
@@ -177,7 +178,7 @@ def test_what_is_wrong_with_a_file_begins_with_its_option_and_name(model_folder)
 
     def said(load: Any, **data: Any) -> str:
         with pytest.raises(DataError) as caught:
-            load(config_of(model_folder, **data))
+            load(config_of(model_folder, **data), judging_of)
         return str(caught.value)
 
     wrong = said(load_mixture, train=good, mix=({"train": bad},))
@@ -191,16 +192,14 @@ def test_what_is_wrong_with_a_file_begins_with_its_option_and_name(model_folder)
     assert wrong.startswith(f"data.mix[0].held_out ({beside}): {bad}, line 1: a row needs")
 
 
-def test_only_math_verify_needs_an_answer(tmp_path):
+def test_a_row_needs_an_answer_where_its_reward_does(tmp_path):
     path = write(tmp_path, "chat.jsonl", *CHAT)
-    assert [row.problem for row in load_rows(path, "model")] == ["Hi", "1+1?", "Sing."]
-    assert [row.problem for row in load_rows(path, "function")] == ["Hi", "1+1?", "Sing."]
+    assert [row.problem for row in load_rows(path, needs_answer=False)] == ["Hi", "1+1?", "Sing."]
     solutions = (r"so \boxed{5}", "so 5", r"\boxed{ }")
     solved = write(tmp_path, "solved.jsonl", *({"problem": "p", "solution": text} for text in solutions))
-    assert [row.answer for row in load_rows(solved, "function")] == [row.answer for row in load_rows(solved, "model")]
-    assert [row.answer for row in load_rows(solved, "function")] == ["5", "", ""], "the last box, where there is one"
+    assert [row.answer for row in load_rows(solved, needs_answer=False)] == ["5", "", ""], "the last box, where there is one"
     with pytest.raises(DataError, match="line 1: a row needs `answer` or `solution`"):
         load_rows(path)
     for turns in ([], "hello", [{"role": "assistant", "content": "a"}], [{"role": "user", "content": None}], [3]):
         with pytest.raises(DataError, match="line 1: `problem` must be a text that is not empty"):
-            load_rows(write(tmp_path, "bad.jsonl", {"conversation": turns}), "model")
+            load_rows(write(tmp_path, "bad.jsonl", {"conversation": turns}), needs_answer=False)

@@ -279,7 +279,7 @@ def test_the_command_has_the_papers_sizes_and_prints_what_became_of_the_rows(tmp
     assert cli.main(["prepare", "wildchat", *talk, str(tmp_path / "chat"), *more]) == 0
     assert [len(read(tmp_path / "chat" / f"{part}.jsonl")) for part in ("train", "validation", "test")] == [130, 470, 0]
     assert json.loads((tmp_path / "figures.json").read_text())["counts"] == {"read": 600, "kept": 600}
-    assert [row.answer for row in load_rows(tmp_path / "chat" / "train.jsonl", "model")] == [""] * 130
+    assert [row.answer for row in load_rows(tmp_path / "chat" / "train.jsonl", needs_answer=False)] == [""] * 130
 
 
 def test_mistakes_of_the_command_line_are_told(tmp_path, capsys):

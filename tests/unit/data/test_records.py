@@ -104,7 +104,7 @@ def test_of_a_conversation_parquet_reads_only_what_messages_need(tmp_path):
     assert where == f"{path}, row 1"
     part = {"role": "user", "content": "Hi", "toxic": False}
     assert record == {"conversation": [part, part | {"role": "assistant"}]}
-    assert [row.problem for row in load_rows(path, "model")] == ["Hi"]
+    assert [row.problem for row in load_rows(path, needs_answer=False)] == ["Hi"]
 
 
 def test_a_digest_is_of_the_contents(tmp_path):

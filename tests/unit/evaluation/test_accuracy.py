@@ -17,6 +17,7 @@ from engine.core.types import Prompt, Score
 from engine.evaluation.accuracy import evaluate, greedy_samples, length_normalized, mean_pass_at, pass_at_k, standard_error
 from engine.evaluation.selection import scores
 from engine.inference.pool import Pool
+from engine.rewards.base import Reward
 from tests.unit.inference.test_pool import FakeEngine, pool_at
 
 PROMPTS = [Prompt(f"p{i}", (i,), f"problem {i}", f"{i}", "", "") for i in range(5)]
@@ -34,15 +35,15 @@ def run_config(samples: int, max_problems: int | None = None, seed: int = 0) -> 
     )
 
 
-class Judge:
+class Judge(Reward):
     """Marks by (problem, sample), in the order that evaluation asks; remembers what it was asked."""
 
     def __init__(self, marks: list[list[Score]]) -> None:
         self.marks = [mark for row in marks for mark in row]
         self.asked: list[str] = []
 
-    def score(self, items):
-        self.asked = [prompt.id for prompt, _ in items]
+    def score(self, answers):
+        self.asked = [answer.prompt.id for answer in answers]
         return self.marks
 
     def close(self) -> None:
@@ -156,7 +157,7 @@ def test_figures_worked_out_by_hand():
     assert {(r.temperature, r.top_p, r.max_tokens) for r in asked} == {(0.6, 0.9, 7)}
 
 
-GRADED = [replace(prompt, reward="model") for prompt in PROMPTS]
+GRADED = [replace(prompt, reward="model", verifiable=False) for prompt in PROMPTS]
 
 
 def test_a_graded_set_worked_out_by_hand():
@@ -218,9 +219,9 @@ def test_a_large_evaluation_is_gathered_and_judged_in_parts_of_whole_problems(mo
     """What is asked of the engines in one call stays one call."""
 
     class Echo(Judge):
-        def score(self, items):
-            parts.append([prompt.id for prompt, _ in items])
-            return [RIGHT if int(text) % 2 else WRONG for _, text in items]
+        def score(self, answers):
+            parts.append([answer.prompt.id for answer in answers])
+            return [RIGHT if int(answer.completion) % 2 else WRONG for answer in answers]
 
     def evaluated(size):
         monkeypatch.setattr("engine.evaluation.accuracy.REQUESTS_PER_TICKET", size)

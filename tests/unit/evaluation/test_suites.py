@@ -85,8 +85,8 @@ def test_a_changed_file_is_another_evaluation(world, change):
 def test_another_verifier_is_another_evaluation(world, monkeypatch):
     _, settings = world
     before = settings()
-    assert before["verifier"] == VERIFIER_VERSION
-    monkeypatch.setattr(suites, "VERIFIER_VERSION", "of tomorrow")
+    assert before["judged_by"] == {"the version of the verifier": VERIFIER_VERSION}
+    monkeypatch.setattr("engine.rewards.math.reward.VERIFIER_VERSION", "of tomorrow")
     assert settings() != before
 
 
@@ -104,13 +104,13 @@ def test_a_function_written_anew_is_another_evaluation_and_is_not_run_to_see_tha
     for text in ("raise SystemExit('imported')\n", "raise SystemExit('imported')\n# another\n"):
         file.write_text(text)
         found = settings(override, reward="function")
-        assert found["function_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+        assert found["judged_by"]["rewards.function"] == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_a_module_without_a_file_has_no_digest(world):
     _, settings = world
     for named in ("sys:intern", "sys.deep:intern", "nowhere.at.all:score"):
-        assert settings(f"rewards.function={named}", reward="function")["function_sha256"] is None
+        assert settings(f"rewards.function={named}", reward="function")["judged_by"] == {"rewards.function": None}
 
 
 def test_the_summary_says_all_it_takes_to_repeat(world):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from engine.commands.training import show
 from engine.config.load import RunConfig

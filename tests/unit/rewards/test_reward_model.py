@@ -25,9 +25,10 @@ from engine.core.types import Prompt, Score
 from engine.data.conversations import Conversations
 from engine.inference.reward_engine import RewardEngine
 from engine.models.reward_head import read_reward_head
+from engine.rewards.base import Answer, Reward
 from engine.rewards.model import ModelReward
 from engine.rewards.registry import RoutedReward, open_rewards
-from tests.unit.inference.test_pool import Answer
+from tests.unit.inference.test_pool import Answer as Future
 from tests.unit.rollouts.test_rollouts import run_config
 from tools.make_reward_model import CLS, make_reward_model
 
@@ -260,12 +261,12 @@ class FakeScorer:
         self.restarts = 0
         self.asked: list[Sequence[tuple[str, str]]] = []
 
-    def call(self, method: str, *arguments: Any) -> Answer:
+    def call(self, method: str, *arguments: Any) -> Future:
         if method == "describe":
-            return Answer({"form": "fake"}, self.start)
+            return Future({"form": "fake"}, self.start)
         self.asked.append(arguments[0])
         error = self.errors.pop(0) if self.errors else None
-        return Answer([Score(float(len(answer)), "ok") for _, answer in arguments[0]], error)
+        return Future([Score(float(len(answer)), "ok") for _, answer in arguments[0]], error)
 
     def restart(self) -> None:
         self.restarts += 1
@@ -278,7 +279,7 @@ def prompt(problem: str, reward: str = "model") -> Prompt:
 def test_equal_conversations_are_asked_once_and_all_get_the_score():
     engine = FakeScorer()
     reward = ModelReward(engine, 5.0)
-    items = [(prompt("a"), "x"), (prompt("b"), "x"), (prompt("a"), "yy"), (prompt("a"), "x")]
+    items = [Answer(prompt("a"), "x"), Answer(prompt("b"), "x"), Answer(prompt("a"), "yy"), Answer(prompt("a"), "x")]
     assert [score.value for score in reward.score(items)] == [1.0, 1.0, 2.0, 1.0]
     assert engine.asked == [[("a", "x"), ("b", "x"), ("a", "yy")]]
     assert reward.score([]) == []
@@ -291,7 +292,7 @@ LOST = EngineLostError("the process of the reward engine ended: killed")
 
 def test_a_lost_engine_is_started_anew_once_and_asked_again(caplog):
     engine = FakeScorer(LOST)
-    assert ModelReward(engine, 5.0).score([(prompt("a"), "xyz")]) == [Score(3.0, "ok")]
+    assert ModelReward(engine, 5.0).score([Answer(prompt("a"), "xyz")]) == [Score(3.0, "ok")]
     assert (engine.restarts, engine.asked) == (1, [[("a", "xyz")]] * 2)
     assert "the process of the reward engine ended: killed: starting it anew" in caplog.text
 
@@ -308,7 +309,7 @@ def test_a_lost_engine_is_started_anew_once_and_asked_again(caplog):
 def test_what_a_second_start_does_not_mend_ends_the_run(errors, restarts, kind, sentence):
     engine = FakeScorer(*errors)
     with pytest.raises(kind, match=sentence):
-        ModelReward(engine, 5.0).score([(prompt("a"), "x")])
+        ModelReward(engine, 5.0).score([Answer(prompt("a"), "x")])
     assert engine.restarts == restarts
 
 
@@ -326,16 +327,16 @@ def test_an_engine_that_does_not_start_is_an_error_before_anything_is_asked(star
 # -- several rewards
 
 
-class Named:
+class Named(Reward):
     """A reward that answers (its number, place among what it was asked)."""
 
     def __init__(self, number: int) -> None:
         self.number, self.closed = number, 0
-        self.asked: list[tuple[Prompt, str]] = []
+        self.asked: list[Answer] = []
 
-    def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score]:
-        self.asked = list(items)
-        return [Score(100.0 * self.number + place, "ok") for place in range(len(items))]
+    def score(self, answers: Sequence[Answer]) -> list[Score]:
+        self.asked = list(answers)
+        return [Score(100.0 * self.number + place, "ok") for place in range(len(answers))]
 
     def close(self) -> None:
         self.closed += 1
@@ -344,7 +345,7 @@ class Named:
 @given(st.lists(st.sampled_from(["math", "model", "function"]), max_size=12))
 def test_every_prompt_of_a_mixed_batch_goes_to_the_reward_it_names_and_order_is_kept(names):
     rewards = {"math": Named(1), "model": Named(2), "function": Named(3)}
-    items = [(prompt(f"p{i}", name), f"t{i}") for i, name in enumerate(names)]
+    items = [Answer(prompt(f"p{i}", name), f"t{i}") for i, name in enumerate(names)]
     with RoutedReward(rewards) as routed:
         scores = routed.score(items)
     places = [names[:i].count(name) for i, name in enumerate(names)]
@@ -352,7 +353,7 @@ def test_every_prompt_of_a_mixed_batch_goes_to_the_reward_it_names_and_order_is_
         100.0 * rewards[name].number + place for name, place in zip(names, places, strict=True)
     ]
     for name, reward in rewards.items():
-        assert reward.asked == [item for item in items if item[0].reward == name]
+        assert reward.asked == [item for item in items if item.prompt.reward == name]
         assert reward.closed == 1
 
 
@@ -360,7 +361,7 @@ def test_only_the_rewards_that_sources_name_are_opened():
     config = run_config(data={"reward": "model"}, reward_model={"path": "unused"})
     with open_rewards(config, FakeScorer()) as routed:
         assert list(routed._rewards) == ["model"]
-        assert routed.score([(prompt("a"), "xy")]) == [Score(2.0, "ok")]
+        assert routed.score([Answer(prompt("a"), "xy")]) == [Score(2.0, "ok")]
 
 
 def test_patience_counts_both_starts_of_the_engine_where_there_is_one():

@@ -21,6 +21,7 @@ import engine.rewards.math
 from engine.config.options import Rewards
 from engine.core.boxed import boxes
 from engine.core.types import Prompt, Score
+from engine.rewards.base import Answer
 from engine.rewards.math.answers import after_reasoning, asks_for_value, boxed_answer, is_value, other_base, plain, says_more
 from engine.rewards.math.reward import MAX_CHARACTERS, VERIFIER_VERSION, MathReward
 from engine.rewards.math.worker import judge
@@ -61,13 +62,13 @@ def test_the_table_is_whole() -> None:
 
 
 def test_every_case_has_its_score(accepting: MathReward) -> None:
-    scores = accepting.score([(prompt(case["answer"], case.get("problem", "")), case["completion"]) for case in CASES])
+    scores = accepting.score([Answer(prompt(case["answer"], case.get("problem", "")), case["completion"]) for case in CASES])
     expected = [Score(float(case["expected"]), case.get("status", "ok")) for case in CASES]
     assert [case["id"] for case, *pair in zip(CASES, scores, expected, strict=True) if pair[0] != pair[1]] == []
 
 
 def test_every_case_has_its_score_when_expressions_are_refused(refusing: MathReward) -> None:
-    scores = refusing.score([(prompt(case["answer"], case.get("problem", "")), case["completion"]) for case in CASES])
+    scores = refusing.score([Answer(prompt(case["answer"], case.get("problem", "")), case["completion"]) for case in CASES])
     values = [case.get("expected_when_refusing", case["expected"]) for case in CASES]
     assert [case["id"] for case, score, value in zip(CASES, scores, values, strict=True) if score.value != value] == []
 
@@ -87,14 +88,15 @@ def test_since_says_what_plain_math_verify_makes_of_a_case() -> None:
 def test_gold_answers_of_math_500_are_right_answers(kind: str, request: pytest.FixtureRequest) -> None:
     reward: MathReward = request.getfixturevalue(kind)
     rows = [json.loads(line) for line in MATH500.read_text("utf-8").splitlines()]
-    items = [(prompt(row["answer"], row["problem"]), f"The final answer is $\\boxed{{{row['answer']}}}$.") for row in rows]
-    missed = [item[0].answer for item, score in zip(items, reward.score(items), strict=True) if score != RIGHT]
+    says = "The final answer is $\\boxed{%s}$."
+    items = [Answer(prompt(row["answer"], row["problem"]), says % row["answer"]) for row in rows]
+    missed = [item.prompt.answer for item, score in zip(items, reward.score(items), strict=True) if score != RIGHT]
     assert len(rows) == 500 and len(missed) <= 5, missed
 
 
 def test_hostile_answers_neither_pass_nor_hang_nor_lose_a_worker() -> None:
     """At a fraction of the real deadline, so that hundreds can be killed; test_rewards.py has the real one."""
-    items = [(prompt(gold), text) for gold, text in hostile_answers(300, seed=0)]
+    items = [Answer(prompt(gold), text) for gold, text in hostile_answers(300, seed=0)]
     with MathReward(Rewards(deadline_seconds=0.01, memory_mebibytes=1024)) as reward:
         before = list(reward._workers)
         scores = reward.score(items)

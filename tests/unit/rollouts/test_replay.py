@@ -19,12 +19,13 @@ from engine.config.load import RunConfig
 from engine.config.options import Algorithm
 from engine.core.errors import ConfigError, DataError
 from engine.core.jsonl import JsonlLedger
-from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score, Status
+from engine.core.types import Completion, Rollout, RolloutGroup, Score, Status
 from engine.data.mixture import Mixture
 from engine.data.preferences import load_preferences
 from engine.data.prompts import PromptOrder
 from engine.data.templates import encode_prompt
 from engine.inference.pool import Pool
+from engine.rewards.base import Answer
 from engine.rollouts.base import StepData
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
 from engine.rollouts.replay import LedgerSource, PreferenceSource, open_replay, replay_kind
@@ -52,10 +53,11 @@ def offline(path: Path, **changes: dict[str, Any]) -> tuple[RunConfig, Mixture]:
 class Failing(Parity):
     """Parity, but some answers cannot be judged, each status in its turn."""
 
-    def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score]:
+    def score(self, answers: Sequence[Answer]) -> list[Score]:
         why: dict[int, Status] = {0: "too_long", 1: "invalid", 2: "timeout"}
-        scores = super().score(items)
-        return [Score(0.0, why[int(t) % 8]) if int(t) % 8 in why else s for (_, t), s in zip(items, scores, strict=True)]
+        scores = super().score(answers)
+        kinds = [int(answer.completion) % 8 for answer in answers]
+        return [Score(0.0, why[kind]) if kind in why else score for kind, score in zip(kinds, scores, strict=True)]
 
 
 def live(path: Path, reward: Parity | None = None, **changes: dict[str, Any]) -> list[StepData]:

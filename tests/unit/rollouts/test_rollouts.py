@@ -20,6 +20,7 @@ from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
 from engine.data.mixture import Mixture
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.inference.pool import Pool, Usage
+from engine.rewards.base import Answer, Reward
 from engine.rollouts.batch import compared_tokens, training_sequences
 from engine.rollouts.ledger import ledger_rows
 from engine.rollouts.metrics import percentile, rollout_metrics
@@ -43,16 +44,16 @@ def run_config(**changes: dict[str, Any]) -> RunConfig:
 PROMPTS = PromptSet(tuple(Prompt(f"p{i}", (i + 1, 50), f"problem {i}", "1", "", "") for i in range(9)), 0, 0)
 
 
-class Parity:
+class Parity(Reward):
     """Rewards even seeds; the text of a fake completion is its seed. Waits for `allowed` first."""
 
     def __init__(self) -> None:
         self.allowed = threading.Event()
         self.allowed.set()
 
-    def score(self, items: Many[tuple[Prompt, str]]) -> list[Score]:
+    def score(self, answers: Many[Answer]) -> list[Score]:
         assert self.allowed.wait(10)
-        return [Score(float(int(text) % 2 == 0), "ok") for _, text in items]
+        return [Score(float(int(answer.completion) % 2 == 0), "ok") for answer in answers]
 
     def close(self) -> None:
         """Nothing to close."""
@@ -154,7 +155,7 @@ def group(
         )
         for i, value in enumerate(rewards)
     ]
-    return RolloutGroup(replace(PROMPTS.prompts[prompt], reward=reward), 5, tuple(rollouts))
+    return RolloutGroup(replace(PROMPTS.prompts[prompt], reward=reward, verifiable=reward == "math"), 5, tuple(rollouts))
 
 
 def test_metrics_of_a_step_worked_out_by_hand():
@@ -338,9 +339,9 @@ def test_completions_are_scored_against_their_own_prompt():
     asked: list[tuple[str, str]] = []
 
     class Recording(Parity):
-        def score(self, items):
-            asked.extend((prompt.id, text) for prompt, text in items)
-            return super().score(items)
+        def score(self, answers):
+            asked.extend((answer.prompt.id, answer.completion) for answer in answers)
+            return super().score(answers)
 
     completions = [Completion(f"p{i // 3}", i % 3, i, 0, (i,), (-1.0,), str(i), "stop") for i in range(6)]
     groups = score_groups(7, PROMPTS.prompts[:2], completions, Recording())

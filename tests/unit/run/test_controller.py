@@ -13,12 +13,13 @@ from engine.config.load import RunConfig
 from engine.core.types import Prompt, Score
 from engine.data.mixture import HeldOut, Mixture
 from engine.data.prompts import PromptSet
+from engine.rewards.base import Answer, Reward
 from engine.run import controller as controller_module
 from engine.run.controller import Controller
 from tests.unit.inference.test_pool import FakeEngine
 
 SUMS = tuple(Prompt(f"s{i}", (i,), f"sum {i}", f"{i}", "", "") for i in range(3))
-CHATS = tuple(replace(prompt, id=f"c{prompt.id}", reward="model") for prompt in SUMS)
+CHATS = tuple(replace(prompt, id=f"c{prompt.id}", reward="model", verifiable=False) for prompt in SUMS)
 
 
 class Longest(FakeEngine):
@@ -30,11 +31,11 @@ class Longest(FakeEngine):
         return replace(made, token_ids=made.token_ids * num_tokens, log_probs=made.log_probs * num_tokens)
 
 
-class Sixth:
+class Sixth(Reward):
     """A sum is always right; a chat is worth 6."""
 
-    def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Score]:
-        return [Score(6.0 if prompt.reward == "model" else 1.0, "ok") for prompt, _ in items]
+    def score(self, answers: Sequence[Answer]) -> list[Score]:
+        return [Score(6.0 if answer.prompt.reward == "model" else 1.0, "ok") for answer in answers]
 
     def close(self) -> None:
         """Nothing to close."""
@@ -46,8 +47,8 @@ Open = Callable[..., Controller]
 @pytest.fixture
 def open_controller(tmp_path, monkeypatch):
     """Opens the controller of a run that goes on at `start`, with an engine of that version; all are closed at the end."""
-    mixture = lambda config: Mixture(config.data.sources, (PromptSet(SUMS, 0, 0),), 0)  # noqa: E731
-    sums = lambda config: (HeldOut(0, config.data, PromptSet(SUMS, 0, 0), "sums"),)  # noqa: E731
+    mixture = lambda config, judging_of: Mixture(config.data.sources, (PromptSet(SUMS, 0, 0),), 0)  # noqa: E731
+    sums = lambda config, judging_of: (HeldOut(0, config.data, PromptSet(SUMS, 0, 0), "sums"),)  # noqa: E731
     monkeypatch.setattr(controller_module, "load_mixture", mixture)
     monkeypatch.setattr(controller_module, "load_held_out", sums)
     monkeypatch.setattr(controller_module, "open_rewards", lambda config, reward_engine: Sixth())
