@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from engine.algorithms.registry import make_algorithm
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, DataError
 from engine.core.types import Sequence
@@ -135,11 +136,12 @@ def open_replay(config: RunConfig) -> LedgerSource | PreferenceSource:
 
 def _check_preferences(config: RunConfig) -> None:
     """ConfigError for options that a file of pairs has no use for."""
-    a, d = config.algorithm, config.data
-    if a.uses_advantages:
+    d = config.data
+    if make_algorithm(config.algorithm).needs_rollouts:
+        options = config.algorithm.model_dump(include={"loss", "alpha"})
         raise ConfigError(
             f"data.replay: pairs have no rewards and no rollout log-probs, so algorithm.loss must be 'dpo' or 'group_dpo' with "
-            f"alpha = 0; found {a.loss!r} with alpha = {a.alpha}: change them"
+            f"alpha = 0; found {' with alpha = '.join(map(repr, options.values()))}: change it"
         )
     if d.mix or d.spare_prompts:
         raise ConfigError(

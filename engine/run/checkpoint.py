@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.algorithms.registry import identities
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError
 from engine.core.files import staged_folder, sync
@@ -257,7 +258,7 @@ def _data_digests(config: RunConfig) -> dict[str, str | None]:
     if "model" in rewards and config.reward_model.path is not None:
         files = sorted((file.name, file.stat().st_size) for file in Path(config.reward_model.path).iterdir())
         digests["reward_model.path"] = hashlib.sha256(repr(files).encode()).hexdigest()
-    return digests
+    return digests | identities(config.algorithm)
 
 
 def _sha256(path: Path) -> str:
