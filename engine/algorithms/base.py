@@ -29,6 +29,7 @@ Result = tuple[torch.Tensor, Parts]  # (scalar loss, parts)
 ROLLOUT_GAP = Metric(
     "log_prob_gap_mean",
     "absolute difference of policy and rollout log-probs, over the tokens trained on: mismatch when fresh, drift when stale",
+    title="log-prob gap",
     unit="nats a token",
     reduce="mean",
     per="target_tokens",
@@ -78,9 +79,11 @@ class Algorithm(Loss):
 
     @classmethod
     def broken_rules(cls, config: Options) -> list[str]:
-        """Sentences for options that this loss cannot be combined with: keys, rule, values found, fix."""
+        """Sentences for options that this loss cannot be combined with: keys, rule, values found, fix. ConfigError where a part
+        that an option names is not there."""
         a, broken = config.algorithm, list[str]()
-        if config.sync.reference != "never" and not cls(a).needs_reference:
+        made = cls(a)
+        if config.sync.reference != "never" and not made.needs_reference:
             broken.append(
                 f"sync.reference needs a loss that looks at the reference; found {config.sync.reference!r} with algorithm.loss "
                 f"= {a.loss!r}{cls.without_reference}: set sync.reference = 'never'"

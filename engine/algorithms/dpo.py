@@ -32,12 +32,16 @@ from engine.ops import sequence_log_probs
 PAIRS = Metric("pairs", "pairs that the loss compared", unit="pairs", reduce="sum")
 
 
-def _of_pairs(name: str, help: str, unit: str, **peers: str) -> Metric:
-    return Metric(name, help, unit=unit, reduce="mean", per="pairs", peers=peers)
+def _of_pairs(name: str, help: str, unit: str, title: str = "", **peers: str) -> Metric:
+    return Metric(name, help, title=title, unit=unit, reduce="mean", per="pairs", peers=peers)
 
 
 MARGIN = _of_pairs(
-    "margin_mean", "beta times the difference of log-ratios to the reference, over the pairs", "", TRL="rewards/margins"
+    "margin_mean",
+    "beta times the difference of log-ratios to the reference, over the pairs",
+    "",
+    title="margin",
+    TRL="rewards/margins",
 )
 PREFERRED = _of_pairs("preferred_share", "pairs with a positive margin", "share", TRL="rewards/accuracies")
 CHOSEN = _of_pairs(

@@ -33,6 +33,7 @@ from engine.megatron import build
 from engine.megatron.fp8.delayed_scaling import Fp8Memory
 from engine.megatron.fp8.parameters import Weights, behind, copied, forget_initial, in_fp8, load, scale
 from engine.megatron.libraries import check_libraries
+from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
 from engine.megatron.timers import Timers
@@ -174,7 +175,12 @@ class Policy:
             )
         with phase(Phase.OPTIMIZER):
             grad_norm, learning_rate = self._optimizer.apply(batch.step)
-        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": num_tokens}
+        metrics = {
+            LOSS.name: loss,
+            GRAD_NORM.name: grad_norm,
+            LEARNING_RATE.name: learning_rate,
+            NUM_TOKENS.name: num_tokens,
+        }
         known = dict(zip(names, totals, strict=True)) | {"target_tokens": float(batch.num_target_tokens)}
         return metrics | {metric.name: metric.value(known[metric.name], known) for metric in self.loss.metrics}
 

@@ -14,9 +14,13 @@ from engine.rollouts.base import StepData
 from engine.rollouts.metrics import mean
 
 SKIPPED_SHARE = Metric(
-    "skipped_share", "prompts of the batch without a pair or an advantage", unit="share", peers={"TRL": "frac_reward_zero_std"}
+    "skipped_share",
+    "prompts of the batch without a pair or an advantage",
+    title="prompts without signal",
+    unit="share",
+    peers={"TRL": "frac_reward_zero_std"},
 )
-SKIPPED = Metric("skipped_prompts", "the same as a count", unit="prompts")
+SKIPPED = Metric("skipped_prompts", "the same as a count", title="skipped prompts", unit="prompts")
 ALL_CORRECT = Metric("all_correct_prompts", "verifiable prompts whose judged rollouts are all right", unit="prompts")
 ALL_WRONG = Metric("all_wrong_prompts", "verifiable prompts whose judged rollouts are all wrong", unit="prompts")
 UNJUDGED = Metric("unjudged_prompts", "prompts of which no rollout could be judged", unit="prompts")

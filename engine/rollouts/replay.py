@@ -21,7 +21,7 @@ from engine.models.hf import read_shape
 from engine.rollouts.base import StepData
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import RolloutLedger
-from engine.rollouts.metrics import rollout_metrics
+from engine.rollouts.metrics import LENGTH, LENGTH_MAX, STALENESS, WAITED, rollout_metrics
 
 _ROLLOUT, _PAIR = {"step", "prompt_id", "token_ids"}, {"chosen", "rejected"}  # what the first row of each has
 
@@ -61,8 +61,8 @@ class LedgerSource:
                 f"{self._ledger.path}, step {step}: `token_ids` must be of the model's {self._vocab_size} tokens; found "
                 f"{highest}: replay rollouts of a model with the same tokenizer"
             )
-        metrics = {"wait_seconds": time.monotonic() - started} | rollout_metrics(groups, None)
-        return step_data(groups, self._shares, metrics | {"staleness": float(step - version)}, self._config)
+        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, None)
+        return step_data(groups, self._shares, metrics | {STALENESS.name: float(step - version)}, self._config)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -93,7 +93,7 @@ class PreferenceSource:
             for response, chosen in ((pair.chosen_ids, True), (pair.rejected_ids, False))
         ]
         lengths = [len(sequence.completion_ids) for sequence in sequences]
-        metrics = {"completion_tokens_mean": sum(lengths) / len(lengths), "completion_tokens_max": float(max(lengths))}
+        metrics = {LENGTH.name: sum(lengths) / len(lengths), LENGTH_MAX.name: float(max(lengths))}
         return StepData(sequences, len(pairs), metrics)
 
     def close(self) -> None:

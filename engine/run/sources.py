@@ -18,6 +18,7 @@ from engine.megatron.packing import make_batch
 from engine.megatron.topology import Topology
 from engine.models.hf import read_shape
 from engine.rollouts.base import StepSource
+from engine.run.metrics import TARGET_TOKENS
 from engine.run.signals import sign_of_life
 
 
@@ -47,7 +48,7 @@ class BroadcastSource:
         data = self._rollouts.next(step) if self._rollouts is not None else None
         sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
         batch = broadcast_batch(sequences, num_prompts, step, self._config.trainer, self._topology)
-        return batch, metrics | {"target_tokens": float(batch.num_target_tokens)}
+        return batch, metrics | {TARGET_TOKENS.name: float(batch.num_target_tokens)}
 
 
 class SupervisedSource:
@@ -85,4 +86,4 @@ class SupervisedSource:
             trainer=self._config.trainer,
             dp_rank=self._topology.dp_rank,
         )
-        return batch, {"target_tokens": float(batch.num_target_tokens)}
+        return batch, {TARGET_TOKENS.name: float(batch.num_target_tokens)}
