@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from engine.config.options import AlgorithmOptions, Options
+from engine.config.load import RunConfig
+from engine.config.options import AlgorithmOptions
 from engine.core.metrics import Metric, by_name
 from engine.core.types import IGNORED, Batch, Microbatch, Rollout, RolloutGroup, Sequence
 from engine.ops import sequence_log_probs
@@ -78,7 +79,7 @@ class Algorithm(Loss):
         raise NotImplementedError
 
     @classmethod
-    def broken_rules(cls, config: Options) -> list[str]:
+    def broken_rules(cls, config: RunConfig) -> list[str]:
         """Sentences for options that this loss cannot be combined with: keys, rule, values found, fix. ConfigError where a part
         that an option names is not there."""
         a, broken = config.algorithm, list[str]()

@@ -7,6 +7,7 @@ Shape legend: T tokens of the microbatch, B sequences of it, P pairs of it.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ from engine.algorithms.base import (
     training_sequence,
 )
 from engine.algorithms.pairs import all_pairs, pairing_function, preference_pair
-from engine.config.options import AlgorithmOptions, NonNegativeFloat, Options, Pairing, PositiveFloat
+from engine.config.load import RunConfig
+from engine.config.options import AlgorithmOptions, NonNegativeFloat, Pairing, PositiveFloat
 from engine.core.metrics import Metric
 from engine.core.types import Batch, Microbatch, RolloutGroup, Sequence
 from engine.ops import sequence_log_probs
@@ -78,7 +80,7 @@ class Dpo(Algorithm):
     l is the sum of token log-probs over the response, EOS included, not divided by length. Paper, equation 3.
     """
 
-    Options = DpoOptions
+    Options: ClassVar[type[PreferenceOptions]] = DpoOptions
     needs_reference = True
     needs_rollouts = False
 
@@ -95,7 +97,7 @@ class Dpo(Algorithm):
         return [training_sequence(group, rollout, group=index, chosen=rollout is pair[0]) for rollout in pair], True
 
     @classmethod
-    def broken_rules(cls, config: Options) -> list[str]:
+    def broken_rules(cls, config: RunConfig) -> list[str]:
         """See Algorithm."""
         a, broken = config.algorithm, super().broken_rules(config)
         if isinstance(a, DpoOptions):

@@ -198,7 +198,7 @@ class GroupLoss(Algorithm):
             )
         if not bool(torch.isfinite(loss)):
             raise NumericsError(
-                f"{self._name} must return a finite loss; found {float(loss)} for group {group.index} with rewards "
+                f"{self._name} must return a finite loss; found {loss.item()} for group {group.index} with rewards "
                 f"{group.rewards.tolist()}: mend the loss"
             )
         if parts.keys() != self._own.keys():

@@ -11,7 +11,8 @@ from engine.algorithms.base import Result, training_sequence
 from engine.algorithms.dpo import Dpo, PreferenceOptions
 from engine.algorithms.grpo import Grpo, PolicyGradientOptions
 from engine.algorithms.pairs import better_and_worse
-from engine.config.options import NonNegativeFloat, Options
+from engine.config.load import RunConfig
+from engine.config.options import NonNegativeFloat
 from engine.core.metrics import by_name
 from engine.core.types import Batch, Microbatch, RolloutGroup, Sequence
 
@@ -53,7 +54,7 @@ class GroupDpo(Dpo):
         return made, has_signal
 
     @classmethod
-    def broken_rules(cls, config: Options) -> list[str]:
+    def broken_rules(cls, config: RunConfig) -> list[str]:
         """See Algorithm."""
         a, broken = config.algorithm, super().broken_rules(config)
         assert isinstance(a, GroupDpoOptions), a

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from engine.algorithms.advantages import advantage_function
 from engine.algorithms.base import ROLLOUT_GAP, Algorithm, Result, denominator, response_lengths, training_sequence
-from engine.config.options import AlgorithmOptions, NonNegativeFloat, Normalization, Options, PositiveFloat
+from engine.config.load import RunConfig
+from engine.config.options import AlgorithmOptions, NonNegativeFloat, Normalization, PositiveFloat
 from engine.core.metrics import Metric
 from engine.core.types import IGNORED, Batch, Microbatch, RolloutGroup, Sequence
 from engine.ops import policy_gradient_loss, sequence_log_probs
@@ -86,7 +87,7 @@ class Grpo(Algorithm):
         return [training_sequence(group, rollout, advantage=advantage) for rollout, advantage in pairs], has_signal
 
     @classmethod
-    def broken_rules(cls, config: Options) -> list[str]:
+    def broken_rules(cls, config: RunConfig) -> list[str]:
         """See Algorithm."""
         broken = super().broken_rules(config)
         if config.algorithm.reduction == "pairs":

@@ -15,7 +15,10 @@ def runnable(options: argparse.Namespace) -> RunConfig:
     from engine.models.checks import check_engine_layout, check_layout
     from engine.models.hf import read_shape
     from engine.models.sharding import engine_layout, trainer_layout
+    from engine.run.metrics import catalogue
 
+    if config.sft.checkpoint_out is None:
+        catalogue(config.algorithm)  # a user's loss must not take the name of a metric of ours
     shape = read_shape(config.model.path)
     check_layout(shape, trainer_layout(config.trainer))
     check_engine_layout(shape, engine_layout(config.inference))

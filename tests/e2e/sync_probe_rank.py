@@ -25,7 +25,7 @@ from engine.bridge.setup import open_publisher
 from engine.core.types import Sequence
 from engine.inference.pool import Pool
 from engine.megatron.broadcast import broadcast_batch
-from engine.megatron.packing import pack
+from engine.megatron.packing import make_batch
 from engine.megatron.policy import Policy
 from engine.run.rank import TrainerRank
 from engine.run.signals import Event
@@ -50,7 +50,8 @@ class Probe(TrainerRank):
             if pool is not None and version == kill:
                 end(int(pool.describe()[0]["pid"]), what)
             report = publisher.publish(version)
-            (whole,) = pack(sequences, config.trainer.microbatch_tokens, topology.tp_size)
+            one_rank = config.trainer.model_copy(update={"data_parallel": 1})
+            (whole,) = make_batch(sequences, step=version, num_prompts=5, trainer=one_rank, dp_rank=0).microbatches
             mine = policy.log_probs(replace(batch, microbatches=(whole,)))
             flat = mine[0] if mine else torch.empty(whole.token_ids.numel())
             dist.broadcast(flat, topology.world_size - 1)

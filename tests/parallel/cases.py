@@ -17,7 +17,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from engine.algorithms.base import Loss
-from engine.algorithms.dpo import Dpo
 from engine.algorithms.nll import NllLoss
 from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
@@ -164,7 +163,7 @@ def steps_of_seed(config: RunConfig, topology: Topology, checkpoint: str) -> lis
 
 def curve(config: RunConfig, topology: Topology, checkpoint: str, num_steps: int) -> list[dict[str, float]]:
     """Metrics of `num_steps` DPO steps over two batches that alternate; scoring must leave the state as it was."""
-    policy = Policy(config, topology, Dpo(config.algorithm), checkpoint)
+    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in range(2)]
     metrics = []
     for step in range(num_steps):
@@ -181,7 +180,7 @@ def change_layers(config: RunConfig, topology: Topology, checkpoint: str) -> dic
 
     def with_layers(layers: str) -> Policy:
         trainer = config.trainer.model_copy(update={"layers": layers})
-        return Policy(config.model_copy(update={"trainer": trainer}), topology, Dpo(config.algorithm), checkpoint)
+        return Policy(config.model_copy(update={"trainer": trainer}), topology, make_loss(config.algorithm), checkpoint)
 
     def steps(policy: Policy, which: range) -> float:
         batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in which]
@@ -210,7 +209,7 @@ def offload(config: RunConfig, topology: Topology, checkpoint: str, output: str)
         for share in (config.optimizer.offload_share, 0.0):
             optimizer = config.optimizer.model_copy(update={"offload_share": share})
             policy = Policy(
-                config.model_copy(update={"optimizer": optimizer}), topology, Dpo(config.algorithm), checkpoint
+                config.model_copy(update={"optimizer": optimizer}), topology, make_loss(config.algorithm), checkpoint
             )
             for step in range(3):
                 policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)))
@@ -249,14 +248,14 @@ def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bo
     def equal(policy: Policy, wanted: dict[str, torch.Tensor]) -> bool:
         return all(torch.equal(parameter, wanted[name]) for name, parameter in policy.parameters.items())
 
-    policy = Policy(config, topology, Dpo(config.algorithm), checkpoint)
+    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     before = weights(policy)
     for step in range(2):
         policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)))
         if config.schedule.reference_due(step + 1):
             policy.refresh_reference()
     trained = weights(policy)
-    resumed = Policy(config, topology, Dpo(config.algorithm), checkpoint)
+    resumed = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     resumed.load_state(policy.state())
     found = {}
     for name, one in (("first", policy), ("resumed", resumed)):

@@ -191,8 +191,8 @@ def test_an_advantage_of_the_users_own_is_used_and_checked(tmp_path, loss):
 
     assert [s.advantage for s in sequences("halves")] == [0.5, 0.0, 1.5]
     for name, found in (("short", r"\[0\.0, 3\.0\]"), ("infinite", "inf"), ("nothing", "None")):
-        wanted = rf"algorithm\.normalize_advantages = '.*mine\.py:{name}' must return one finite number .* 3 rewards; found .*{found}"
-        with pytest.raises(NumericsError, match=wanted):
+        rule = rf"algorithm\.normalize_advantages = '.*mine\.py:{name}' must return one finite number for each of 3 rewards"
+        with pytest.raises(NumericsError, match=rf"{rule}; found .*{found}"):
             sequences(name)
 
 

@@ -273,7 +273,7 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 
 def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
-    losses = (rule.broken_rules for rule in (Algorithm, *map(LOSSES.load, LOSSES.names)))
+    losses = [Algorithm.broken_rules, *(LOSSES.load(name).broken_rules for name in LOSSES.names)]
     tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, *losses)
     rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules)))
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"

@@ -4,6 +4,7 @@ names nothing that no step writes, and docs/metrics.md is what the declarations 
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from tests.unit.rollouts.test_rollouts import MIXED, run_config
 from tools.document import DOCUMENT, document
 
 OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
-ALGORITHMS = [
+ALGORITHMS: list[dict[str, Any]] = [
     {"loss": "dpo", "nll_weight": 1.0, "entropy_weight": 1e-4},
     {"loss": "group_dpo", "alpha": 0.01},
     {"loss": "grpo"},
@@ -47,7 +48,7 @@ def documented() -> set[str]:
 
 def written() -> set[str]:
     """The names of a step's record, over all losses, as far as no engine is needed for them."""
-    names = set()
+    names = set[str]()
     for options in ALGORITHMS:
         config = run_config(algorithm={"samples_per_prompt": 6} | options)
         names |= step_data(MIXED, [(len(MIXED), len(MIXED) - 1)], rollout_metrics(MIXED, Usage(9, 1.0)), config).metrics.keys()
