@@ -1,21 +1,16 @@
 """A loss over the rollouts of one prompt in plain torch: what a user writes to bring an own algorithm in one file.
 
-    from pydantic import Field
-    from engine.algorithms.group import Group, GroupLoss, GroupOptions
+    from engine.algorithms.group import Group, GroupLoss
 
     class Regression(GroupLoss):
-        class Options(GroupOptions):
-            beta: float = Field(1.0, gt=0)
-
         def group_loss(self, group: Group):
-            beta, rewards = self.options.beta, group.rewards
-            value = beta * (torch.logsumexp(rewards / beta, 0) - math.log(len(rewards)))
-            gain = beta * (group.sums(group.log_probs) - group.sums(group.rollout_log_probs))
-            return (gain - (rewards - value)).square().mean()
+            gain = group.sums(group.log_probs) - group.sums(group.rollout_log_probs)
+            return (gain - group.advantages).square().mean()
 
-and `algorithm.loss = "regression.py:Regression"`. The loss is exact at any layout: a group is judged by one data-parallel rank,
-its log-probs are those of the whole vocabulary, and where a group does not fit a microbatch its loss is differentiated by every
-token log-prob first (base.py). The kernels of the built-in losses are not used.
+and `algorithm.loss = "regression.py:Regression"`; docs/architecture.md has one with options and metrics. The loss is exact at
+any layout: a group is judged by one data-parallel rank, its log-probs are those of the whole vocabulary, and where a group does
+not fit a microbatch its loss is differentiated by every token log-prob first (base.py). The kernels of the built-in losses are
+not used.
 
 Shape legend: T tokens of the microbatch, B sequences of it, N judged rollouts of a prompt, L tokens of a response.
 """

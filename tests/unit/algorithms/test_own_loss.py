@@ -85,6 +85,22 @@ def test_a_step_without_groups_has_loss_0_and_no_largest_residual():
     assert set(metrics.values()) == {0.0}
 
 
+def test_the_documents_example_is_the_same_loss(tmp_path):
+    """Run as it stands there."""
+    text = (Path(__file__).resolve().parents[3] / "docs" / "architecture.md").read_text("utf-8")
+    file = tmp_path / "example.py"
+    file.write_text(text.split("## Algorithms")[1].split("```python\n")[1].split("```")[0])
+    step = step_of([3, 2])
+    example = make_loss(algorithm_options({"loss": f"{file}:Regression", "beta": 0.7}))
+    known = make_loss(algorithm_options({"loss": f"{OWN_LOSS}:Regression", "temperature": 0.7}))
+    for layout in LAYOUTS:
+        loss, metrics, gradients, _ = step.run(example, **layout)
+        wanted, sums, slopes, _ = step.run(known, **layout)
+        assert loss == pytest.approx(wanted, rel=CLOSE)
+        assert metrics["residual_mean"] == pytest.approx(sums["residual_mean"], rel=CLOSE)
+        assert [g[0] for g in gradients] == pytest.approx([g[0] for g in slopes], rel=CLOSE, abs=CLOSE)
+
+
 def own(tmp_path, body, name="mine.py"):
     """A file of the user's with this class or function; its path."""
     file = tmp_path / name
