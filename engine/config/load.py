@@ -64,6 +64,10 @@ class RunConfig(Options):
         """`run.directory` as a path."""
         return Path(self.run.directory)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to another process as JSON: what a user's own file defines can be imported there only by reading it again."""
+        return RunConfig.model_validate_json, (self.model_dump_json(),)
+
     @model_validator(mode="after")
     def _checked(self) -> RunConfig:
         always = broken_rules(self) + broken_algorithm_rules(self)

@@ -5,6 +5,9 @@ loaded again; and the list of options is a reviewed file, so that none appears u
 """
 
 import inspect
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -375,6 +378,16 @@ def test_a_part_of_the_users_own_is_refused_by_its_name(path, overrides, parts):
     sentence = complaint(path, *overrides)
     for part in parts:
         assert part in sentence
+
+
+def test_a_configuration_reaches_a_process_that_has_not_read_the_users_file(path):
+    """As Ray sends it; by the user's class alone it could not be read there."""
+    config = load_config(path, [f"algorithm.loss={OWN_LOSS}:Regression", "algorithm.temperature=0.5"])
+    sent = path.with_suffix(".pickle")
+    sent.write_bytes(pickle.dumps(config))
+    code = f"import pickle; print(pickle.loads(open({str(sent)!r}, 'rb').read()).algorithm.temperature)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "0.5", done.stderr
 
 
 def test_overrides_win_in_order_and_keep_their_types(path):
