@@ -30,11 +30,11 @@ if "--stand-in" in sys.argv:
 
     te_cpu.install()  # before megatron-core is imported
 
-from engine.algorithms.nll import NllObjective
+from engine.algorithms.nll import NllLoss
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
 from engine.core.types import Batch, Sequence
-from engine.megatron.packing import make_batches
+from engine.megatron.packing import make_batch
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
 
@@ -82,7 +82,7 @@ def draw_batch(step: int, num_sequences: int, trainer: Trainer) -> Batch:
         while len(tokens) < LENGTH:
             tokens.append(draw.randrange(VOCABULARY) if draw.random() < 0.2 else (tokens[-1] * 5 + 17) % VOCABULARY)
         made.append(Sequence(tuple(tokens[:1]), tuple(tokens[1:]), (), 0.0, -1, False))
-    return make_batches(made, step=step, num_prompts=num_sequences, trainer=trainer)[0]
+    return make_batch(made, step=step, num_prompts=num_sequences, trainer=trainer, dp_rank=0)
 
 
 def curve(variant: Variant, folder: Path, steps: int, num_sequences: int, topology: Topology) -> list[float]:
@@ -98,7 +98,7 @@ def curve(variant: Variant, folder: Path, steps: int, num_sequences: int, topolo
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 20, "eps": 1e-8},
         }
     )
-    policy = Policy(config, topology, NllObjective(), folder)
+    policy = Policy(config, topology, NllLoss(), folder)
     return [policy.train_step(draw_batch(step, num_sequences, config.trainer))["loss"] for step in range(steps)]
 
 

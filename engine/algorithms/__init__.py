@@ -1,1 +1,2 @@
-"""From groups of rollouts to losses: advantages, pairs and objectives. Arithmetic only; no device, no process group."""
+"""From groups of rollouts to losses: advantages, pairs, and one file an algorithm. Arithmetic only; no device, no groups of
+processes."""

@@ -1,14 +1,37 @@
 """Group-relative advantages: each reward minus its group's mean, and nothing more (paper, equation 1 and section 2.1:
-no division by the standard deviation) unless the configuration asks for another normalisation."""
+no division by the standard deviation) unless the configuration asks for another normalisation, ours or the user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 
 from engine import ops
+from engine.core.errors import NumericsError
+from engine.core.registry import load_object
 from engine.ops.advantages import Normalize
+
+OPTION = "algorithm.normalize_advantages"
+Advantages = Callable[[Sequence[float]], list[float]]  # rewards of one group to advantages of the same length
+
+
+def advantage_function(name: str) -> Advantages:
+    """Ours of that name, or a user's own by where it stands: a function of the rewards of a group's judged rollouts.
+
+    What a user's own returns must be one finite number a reward; anything else is a NumericsError that names it.
+    """
+    if ":" not in name:
+        return partial(grouped_advantages, normalize=cast(Normalize, name))
+    function = load_object(name, OPTION)
+
+    def own(rewards: Sequence[float]) -> list[float]:
+        return _checked(name, function(list(rewards)), len(rewards)) if rewards else []
+
+    return own
 
 
 def grouped_advantages(rewards: Sequence[float], normalize: Normalize = "mean") -> list[float]:
@@ -22,3 +45,14 @@ def grouped_advantages(rewards: Sequence[float], normalize: Normalize = "mean") 
     advantages, _ = ops.grouped_advantages(values, bounds, normalize=normalize)
     found: list[float] = advantages.tolist()
     return found
+
+
+def _checked(name: str, found: Any, count: int) -> list[float]:
+    rule = f"{OPTION} = {name!r} must return one finite number for each of {count} rewards"
+    try:
+        advantages = [float(advantage) for advantage in found]
+    except (TypeError, ValueError) as error:
+        raise NumericsError(f"{rule}; found {found!r}: mend the function") from error
+    if len(advantages) != count or not all(map(math.isfinite, advantages)):
+        raise NumericsError(f"{rule}; found {advantages}: mend the function")
+    return advantages

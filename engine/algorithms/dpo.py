@@ -1,69 +1,132 @@
-"""DPO and GroupDPO: the preference losses of the paper (equations 3 and 4) over the pairs of a microbatch.
+"""DPO: the preference loss of the paper (equation 3) over one pair a prompt. GroupDPO (group_dpo.py) has the same loss over
+all pairs of a group.
 
-Shape legend: T tokens of the microbatch, B sequences of it, P pairs of it, K metrics.
+Shape legend: T tokens of the microbatch, B sequences of it, P pairs of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Sequence as Many
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
-from engine.algorithms.base import Objective, Result, denominator, rollout_gap
-from engine.algorithms.pairs import all_pairs
-from engine.config.options import Algorithm
-from engine.core.types import Batch, Microbatch
+from engine.algorithms.base import (
+    ROLLOUT_GAP,
+    Algorithm,
+    Parts,
+    Result,
+    denominator,
+    rollout_gap,
+    split_groups_loss,
+    store_split_groups,
+    training_sequence,
+)
+from engine.algorithms.pairs import all_pairs, pairing_function, preference_pair
+from engine.config.load import RunConfig
+from engine.config.options import AlgorithmOptions, NonNegativeFloat, Pairing, PositiveFloat
+from engine.core.metrics import Metric
+from engine.core.types import Batch, Microbatch, RolloutGroup, Sequence
 from engine.ops import sequence_log_probs
 
+PAIRS = Metric("pairs", "pairs that the loss compared", unit="pairs", reduce="sum")
 
-class DpoObjective(Objective):
+
+def _of_pairs(name: str, help: str, unit: str, title: str = "", **peers: str) -> Metric:
+    return Metric(name, help, title=title, unit=unit, reduce="mean", per="pairs", peers=peers)
+
+
+MARGIN = _of_pairs(
+    "margin_mean",
+    "beta times the difference of log-ratios to the reference, over the pairs",
+    "",
+    title="margin",
+    TRL="rewards/margins",
+)
+PREFERRED = _of_pairs("preferred_share", "pairs with a positive margin", "share", TRL="rewards/accuracies")
+CHOSEN = _of_pairs(
+    "chosen_log_prob_mean",
+    "the policy's of the chosen response, before the step, over the pairs",
+    "nats a response",
+    TRL="logps/chosen",
+)
+REJECTED = _of_pairs(
+    "rejected_log_prob_mean", "the same of the rejected response", "nats a response", TRL="logps/rejected"
+)
+
+
+class PreferenceOptions(AlgorithmOptions):
+    """What losses over pairs have."""
+
+    beta: PositiveFloat = Field(0.1, description="DPO's inverse temperature (TRL: beta)")
+    nll_weight: NonNegativeFloat = Field(0.0, description="of the NLL of the chosen response (TRL: rpo_alpha)")
+
+
+class DpoOptions(PreferenceOptions):
+    """DPO's own."""
+
+    pairing: Pairing = Field(
+        "random",
+        description="the pair of a verifiable prompt: random, best_worst, length_matched, or your own as path/to/file.py:name",
+    )
+
+
+class Dpo(Algorithm):
     """-log sigmoid(beta * [(l_pi - l_ref)(chosen) - (l_pi - l_ref)(rejected)]), plus nll_weight * NLL(chosen): the mean
-    of that over all pairs of a prompt, of which DPO has one and GroupDPO every correct with every incorrect response.
+    of that over all pairs of a prompt, of which DPO has one.
 
-    l is the sum of token log-probs over the response, EOS included, not divided by length. Paper, equations 3 and 4.
+    l is the sum of token log-probs over the response, EOS included, not divided by length. Paper, equation 3.
     """
 
-    metric_names: tuple[str, ...] = ("pairs", "margin", "preferred", "chosen_log_prob", "rejected_log_prob", "rollout_gap")
+    Options: ClassVar[type[PreferenceOptions]] = DpoOptions
     needs_reference = True
+    needs_rollouts = False
 
-    def __init__(self, algorithm: Algorithm, *, sampled: bool = True) -> None:
-        """`sampled`: whether there are rollout log-probs to compare with; responses that others wrote have none."""
-        self.beta, self.nll_weight, self.reduction = algorithm.beta, algorithm.nll_weight, algorithm.reduction
-        self._sampled = sampled
-        if not sampled:
-            self.metric_names = self.metric_names[:-1]
+    def __init__(self, options: PreferenceOptions, *, sampled: bool = True) -> None:
+        super().__init__(options, sampled=sampled)
+        self.beta, self.nll_weight = options.beta, options.nll_weight
+        self.metrics = (PAIRS, MARGIN, PREFERRED, CHOSEN, REJECTED, *((ROLLOUT_GAP,) if sampled else ()))
 
-    def weigh(self, microbatches: list[Microbatch], log_probs: Sequence[torch.Tensor]) -> list[Microbatch]:
-        """See Objective. The slope of a sequence is the derivative of its group's loss by its log-prob: exact while the
-        weights stand still, which they do until the optimizer steps."""
-        sums = [self._sums(row.detach(), m) for row, m in zip(log_probs, microbatches, strict=True)]
-        policy, reference = (torch.cat(parts) for parts in zip(*sums, strict=True))
-        policy.requires_grad_()
-        groups, chosen = (torch.cat([getattr(m, name) for m in microbatches]) for name in ("spread_groups", "chosen"))
-        pairs, weights = all_pairs(groups.tolist(), chosen.tolist())
+    def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:
+        """The group's one pair; a prompt without a pair is dropped."""
+        pair = preference_pair(group, self.options.pairing, run_seed)
+        if pair is None:
+            return [], False
+        return [training_sequence(group, rollout, group=index, chosen=rollout is pair[0]) for rollout in pair], True
+
+    @classmethod
+    def broken_rules(cls, config: RunConfig) -> list[str]:
+        """See Algorithm."""
+        a, broken = config.algorithm, super().broken_rules(config)
+        if isinstance(a, DpoOptions):
+            pairing_function(a.pairing)  # a user's own must be there
+        return broken
+
+    def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:
+        """See Loss."""
+        leaves = [row.detach().requires_grad_() for row in log_probs]
+        split_groups = torch.cat([torch.where(m.split, m.groups, -1) for m in microbatches])
+        pairs, weights = all_pairs(split_groups.tolist(), torch.cat([m.chosen for m in microbatches]).tolist())
         with torch.enable_grad():
+            sums = [self._sums(leaf, m) for leaf, m in zip(leaves, microbatches, strict=True)]
+            policy, reference = (torch.cat(parts) for parts in zip(*sums, strict=True))
             loss, metrics = self._compare(policy, reference, pairs.to(policy.device), weights.to(policy.device))
-        slopes = torch.autograd.grad(loss, policy)[0].split([m.chosen.numel() for m in microbatches])
-        totals = torch.cat([loss.detach().unsqueeze(0), metrics])
-        return [
-            replace(m, slopes=slope, spread_sums=totals if index == 0 else torch.zeros_like(totals))
-            for index, (m, slope) in enumerate(zip(microbatches, slopes, strict=True))
-        ]
+        return store_split_groups(microbatches, leaves, loss, metrics)
 
     def __call__(
         self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch, entropy: torch.Tensor | None = None
     ) -> Result:
-        """See Objective."""
+        """See Loss."""
         policy, reference = self._sums(log_probs, microbatch)
-        loss, sums = self._compare(policy, reference, microbatch.pairs, microbatch.pair_weights)
-        if microbatch.slopes is not None and microbatch.spread_sums is not None:
-            loss = loss + microbatch.spread_sums[0] + (microbatch.slopes * (policy - policy.detach())).sum()
-            sums = sums + microbatch.spread_sums[1:]
-        if self._sampled:
-            sums = torch.cat([sums, rollout_gap(log_probs, microbatch).unsqueeze(0)])
-        return loss / denominator(batch, self.reduction), sums
+        loss, metrics = self._compare(policy, reference, microbatch.pairs, microbatch.pair_weights)
+        if microbatch.split_gradients is not None:
+            loss = loss + split_groups_loss(log_probs, microbatch)
+            metrics = {name: value + microbatch.split_metrics.get(name, 0.0) for name, value in metrics.items()}
+        if self.sampled:
+            metrics[ROLLOUT_GAP.name] = rollout_gap(log_probs, microbatch)
+        return loss / denominator(batch, self.options.reduction), metrics
 
     def _sums(self, log_probs: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The policy's and the reference's log-prob of each response, [B] each."""
@@ -72,18 +135,18 @@ class DpoObjective(Objective):
         return sequence_log_probs(log_probs, bounds), sequence_log_probs(microbatch.reference_log_probs, bounds)
 
     def _compare(self, policy: torch.Tensor, reference: torch.Tensor, pairs: torch.Tensor, weights: torch.Tensor) -> Result:
-        """(weighted sum over pairs of the loss, its metrics but the last)."""
+        """(weighted sum over pairs of the loss, its metrics but the gap to the rollouts)."""
         chosen, rejected = pairs.unbind(-1)
         log_ratio = policy - reference
         margin = self.beta * (log_ratio[chosen] - log_ratio[rejected])
         loss = -(weights * F.logsigmoid(margin)).sum()
         if self.nll_weight:
             loss = loss - self.nll_weight * (weights * policy[chosen]).sum()
-        sums = [
-            margin.new_tensor(float(chosen.numel())),
-            margin.sum(),
-            (margin > 0).float().sum(),
-            policy[chosen].sum(),
-            policy[rejected].sum(),
-        ]
-        return loss, torch.stack(sums).detach()
+        metrics: Parts = {
+            PAIRS.name: margin.new_tensor(float(chosen.numel())),
+            MARGIN.name: margin.sum().detach(),
+            PREFERRED.name: (margin > 0).float().sum(),
+            CHOSEN.name: policy[chosen].sum().detach(),
+            REJECTED.name: policy[rejected].sum().detach(),
+        }
+        return loss, metrics

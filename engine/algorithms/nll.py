@@ -1,17 +1,23 @@
-"""Negative log-likelihood: the loss of supervised fine-tuning."""
+"""Negative log-likelihood: the loss of supervised fine-tuning. `semion sft` uses it; algorithm.loss does not name it."""
 
 from __future__ import annotations
 
 import torch
 
-from engine.algorithms.base import Objective, Result, denominator
+from engine.algorithms.base import Loss, Result, denominator
+from engine.core.metrics import Metric
 from engine.core.types import IGNORED, Batch, Microbatch
 
+TOKENS = Metric("tokens", "supervised training: tokens that the loss looks at", unit="tokens", reduce="sum")
+NLL = Metric(
+    "nll_mean", "supervised training: of the tokens trained on", unit="nats a token", reduce="mean", per="target_tokens"
+)
 
-class NllObjective(Objective):
+
+class NllLoss(Loss):
     """Negative log-likelihood of the completion, the mean over target tokens: the loss of `semion sft`."""
 
-    metric_names = ("tokens", "nll")
+    metrics = (TOKENS, NLL)
 
     def coefficients(self, microbatch: Microbatch) -> torch.Tensor:
         """Every token counts the same; those without a target have a log-prob of 0."""
@@ -20,7 +26,7 @@ class NllObjective(Objective):
     def __call__(
         self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch, entropy: torch.Tensor | None = None
     ) -> Result:
-        """See Objective."""
+        """See Loss."""
         nll = -log_probs.sum()
         tokens = (microbatch.targets != IGNORED).sum().float()
-        return nll / denominator(batch, "tokens"), torch.stack([tokens, nll]).detach()
+        return nll / denominator(batch, "tokens"), {TOKENS.name: tokens, NLL.name: nll.detach()}

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from engine.config.options import Pairing
 from engine.core.errors import NumericsError
+from engine.core.registry import load_object
 from engine.core.seeds import counted_seed
 from engine.core.types import Rollout, RolloutGroup
 
+OPTION = "algorithm.pairing"
 Pair = tuple[Rollout, Rollout]
+Pairing = Callable[[RolloutGroup, random.Random], Any]  # a user's own; what it returns is checked
 
 
 def correct_and_wrong(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]]:
@@ -48,17 +51,22 @@ def better_and_worse(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]]
     return above, [rollout for rollout in group.judged if rollout.score.value <= mean]
 
 
-def preference_pair(group: RolloutGroup, pairing: Pairing, run_seed: int) -> Pair | None:
+def preference_pair(group: RolloutGroup, pairing: str, run_seed: int) -> Pair | None:
     """(chosen, rejected), or None where the group has no such pair. A prompt that is not verifiable has `best_worst`,
-    whatever `pairing` says.
+    whichever of ours `pairing` names.
 
     `random`: one drawn from the correct rollouts, one from the wrong (paper, verifiable task). `best_worst`: the highest
     reward and the lowest, which is also the largest margin of rewards (paper, non-verifiable task); None where all are
-    equal. `length_matched`: of all correct and wrong, the two whose numbers of tokens are closest.
+    equal. `length_matched`: of all correct and wrong, the two whose numbers of tokens are closest. A user's own is a function
+    of the group and a seeded random.Random, and returns two of `group.judged` or None; it is asked for every prompt. What
+    else it returns is a NumericsError that names it.
     """
     first = group.rollouts[0].completion.sample_index
     draw = random.Random(counted_seed(run_seed, "pair", group.step, group.prompt.id, first))
     correct, wrong = correct_and_wrong(group)
+    own = pairing_function(pairing)
+    if own is not None:
+        return _checked(pairing, own(group, draw), group) if group.judged else None
     if pairing == "best_worst" or not group.prompt.verifiable:
         best, worst = extremes(group)
         return None if best == worst else (draw.choice(best), draw.choice(worst))
@@ -70,6 +78,27 @@ def preference_pair(group: RolloutGroup, pairing: Pairing, run_seed: int) -> Pai
     least = min(distances.values())
     i, j = draw.choice([places for places, distance in distances.items() if distance == least])
     return correct[i], wrong[j]
+
+
+def pairing_function(name: str) -> Pairing | None:
+    """The user's own behind `name`; None for one of ours."""
+    if ":" not in name:
+        return None
+    function: Pairing = load_object(name, OPTION)
+    return function
+
+
+def _checked(name: str, pair: Any, group: RolloutGroup) -> Pair | None:
+    if pair is None:
+        return None
+    both = tuple(pair) if isinstance(pair, (tuple, list)) else (pair,)
+    places = [i for one in both for i, rollout in enumerate(group.judged) if rollout is one]
+    if len(both) != 2 or len(set(places)) != 2:
+        raise NumericsError(
+            f"{OPTION} = {name!r} must return (chosen, rejected), two different rollouts of group.judged, or None; found "
+            f"{len(both)} values for prompt {group.prompt.id}, {len(set(places))} of them of its group: mend the function"
+        )
+    return group.judged[places[0]], group.judged[places[1]]
 
 
 def extremes(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]]:

@@ -1,21 +1,29 @@
-"""The losses by name, and the one that a configuration asks for."""
+"""The algorithm that a configuration asks for, the loss that the policy minimises for it, and what a checkpoint records of a
+user's own parts."""
 
 from __future__ import annotations
 
-from engine.algorithms.base import Objective, SumObjective
-from engine.algorithms.dpo import DpoObjective
-from engine.algorithms.entropy import EntropyObjective
-from engine.algorithms.grpo import GrpoObjective
-from engine.config.options import Algorithm
+from engine.algorithms.base import Algorithm, Loss, SumLoss
+from engine.algorithms.entropy import EntropyBonus
+from engine.config.options import LOSSES, AlgorithmOptions
+from engine.core.registry import identity
 
 
-def make_objective(algorithm: Algorithm, *, sampled: bool = True) -> Objective:
-    """What the configuration asks for: DPO, GroupDPO with alpha * GRPO, or GRPO; and entropy_weight * entropy. `sampled`:
-    see DpoObjective."""
-    main = GrpoObjective(algorithm) if algorithm.loss == "grpo" else DpoObjective(algorithm, sampled=sampled)
-    parts: list[tuple[float, Objective]] = [(1.0, main)]
-    if algorithm.alpha:
-        parts.append((algorithm.alpha, GrpoObjective(algorithm)))
-    if algorithm.entropy_weight:
-        parts.append((algorithm.entropy_weight, EntropyObjective(algorithm)))
-    return main if len(parts) == 1 else SumObjective(parts)
+def make_algorithm(options: AlgorithmOptions, *, sampled: bool = True) -> Algorithm:
+    """The algorithm of algorithm.loss. `sampled`: see Algorithm."""
+    made: Algorithm = LOSSES.load(options.loss)(options, sampled=sampled)
+    return made
+
+
+def make_loss(options: AlgorithmOptions, *, sampled: bool = True) -> Loss:
+    """What the policy minimises: the algorithm's loss, and entropy_weight * minus the entropy."""
+    main = make_algorithm(options, sampled=sampled)
+    if not options.entropy_weight:
+        return main
+    return SumLoss([(1.0, main), (options.entropy_weight, EntropyBonus(options.reduction))])
+
+
+def identities(options: AlgorithmOptions) -> dict[str, str | None]:
+    """SHA-256 of the file of each part that is the user's own, by option; nothing for ours."""
+    names = {f"algorithm.{key}": getattr(options, key, "") for key in ("loss", "normalize_advantages", "pairing")}
+    return {option: identity(name, option) for option, name in names.items() if ":" in name}

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from engine.algorithms.registry import make_objective
+from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
@@ -153,7 +153,7 @@ class TrainerState:
     def copies(self) -> int:
         """The reference, and the seed model's where evaluations of an offline run lend the engines newer weights."""
         c = self._config
-        reference = c.sft.checkpoint_out is None and make_objective(c.algorithm).needs_reference
+        reference = c.sft.checkpoint_out is None and make_loss(c.algorithm).needs_reference
         seed = c.sync.sync_interval == "never" and c.evaluates_between_syncs
         same = reference and c.sync.reference == "never"
         return self.weights * (int(reference) + int(seed and not same))

@@ -14,6 +14,7 @@ def report(options: argparse.Namespace) -> int:
     """Writes the page, and the plots and figures that were asked for; 1 when the records contradict a regime."""
     from engine.observe.report import page, plots, read_run
     from engine.observe.sinks import write_text
+    from engine.run.metrics import catalogue
 
     directories = [Path(run) for run in options.runs]
     for directory in directories:
@@ -29,10 +30,12 @@ def report(options: argparse.Namespace) -> int:
         read_run(directory, name, config.schedule, config.data.replay)
         for directory, name, config in zip(directories, names, configs, strict=True)
     ]
+    metrics = {name: metric for config in configs for name, metric in catalogue(config.algorithm).items()}
+    further = [name for name in metrics if name not in catalogue()]
     output = Path(options.output) if options.output else directories[0] / "report.html"
-    write_text(output, page(runs))
+    write_text(output, page(runs, metrics, further))
     if options.plots:
-        for name, svg in plots(runs).items():
+        for name, svg in plots(runs, metrics, further).items():
             write_text(Path(options.plots) / f"{name}.svg", svg)
     write_figures({"runs": [run.document() for run in runs]}, options.json)
     for run in runs:

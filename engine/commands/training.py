@@ -124,9 +124,10 @@ def show(config: RunConfig, title: str, engines: int, events: Iterable[dict[str,
     from engine.observe.journal import sentence
     from engine.observe.progress import Progress
     from engine.observe.summary import summarize
+    from engine.run.metrics import catalogue
 
     trainer, started, versions = config.trainer, time.monotonic(), {}
-    with Progress(config.run.steps, title) as progress:
+    with Progress(config.run.steps, title, catalogue(config.algorithm)) as progress:
         progress.note(
             f"starting {trainer.world_size} trainer ranks (tensor {trainer.tensor_parallel}, pipeline "
             f"{trainer.pipeline_parallel}, data {trainer.data_parallel}) and {engines} engines; their logs are in "

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError, model_validator
 
-from engine.config.options import Options, Section, Source
+from engine.config.options import Options, Section, Source, options_class
 from engine.config.rules import broken_algorithm_rules, broken_rollout_rules, broken_rules
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.registry import schedule_of
@@ -62,6 +63,10 @@ class RunConfig(Options):
         """`run.directory` as a path."""
         return Path(self.run.directory)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to another process as JSON: what a user's own file defines can be imported there only by reading it again."""
+        return RunConfig.model_validate_json, (self.model_dump_json(),)
+
     @model_validator(mode="after")
     def _checked(self) -> RunConfig:
         always = broken_rules(self) + broken_algorithm_rules(self)
@@ -87,7 +92,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from error
+        raise ConfigError(_sentence(error, tree=tree)) from error
 
 
 def validated(section: type[Table], name: str, values: dict[str, Any]) -> Table:
@@ -114,13 +119,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     section[parts[1]] = value
 
 
-def _sentence(error: ValidationError, *table: str) -> str:
-    """The first complaint of pydantic, about the whole tree or one table, as a sentence with key, rule, value and fix."""
+def _sentence(error: ValidationError, *table: str, tree: Mapping[str, Any] | None = None) -> str:
+    """The first complaint of pydantic, about the whole `tree` or one table, as a sentence with key, rule, value and fix."""
     first = error.errors()[0]
     location = _location(*table, *first["loc"])
     key = ".".join(location) or "configuration"
     if first["type"] == "extra_forbidden":
-        names = sorted(_table(location).model_fields)
+        names = sorted(_table(location, tree).model_fields)
         return f"{key} is not an option; found {first['input']!r}: the options there are {', '.join(names)}"
     if first["type"] == "missing" and len(location) == 1:
         return f"section [{key}] is required and missing: add it to the file"
@@ -132,7 +137,7 @@ def _sentence(error: ValidationError, *table: str) -> str:
     rules = "; or ".join(
         dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors() if _location(*table, *e["loc"]) == location)
     )
-    return f"{key}: {rules}; found {first['input']!r}: change the value ({_description(location)})"
+    return f"{key}: {rules}; found {first['input']!r}: change the value ({_description(location, tree)})"
 
 
 def _location(*parts: str | int) -> list[str]:
@@ -142,17 +147,19 @@ def _location(*parts: str | int) -> list[str]:
     return [str(part) for part in parts[:2]]
 
 
-def _table(location: list[str]) -> type[BaseModel]:
-    """The table that the option at `location` stands in."""
+def _table(location: list[str], tree: Mapping[str, Any] | None) -> type[BaseModel]:
+    """The table that the option at `location` stands in; that of the algorithm is its loss's own."""
     if len(location) == 3:
         return Source
+    if len(location) == 2 and location[0] == "algorithm" and tree is not None:
+        return options_class(tree.get("algorithm", {}))
     section = RunConfig.model_fields[location[0]].annotation if len(location) == 2 else RunConfig
     assert isinstance(section, type) and issubclass(section, BaseModel), location
     return section
 
 
-def _description(location: list[str]) -> str:
-    option = _table(location).model_fields.get(location[-1].partition("[")[0])
+def _description(location: list[str], tree: Mapping[str, Any] | None) -> str:
+    option = _table(location, tree).model_fields.get(location[-1].partition("[")[0])
     return (option.description if option and len(location) > 1 else None) or f"see section [{location[0]}]"
 
 

@@ -4,9 +4,13 @@ in engine/config/rules.py, reading and writing files in engine/config/load.py; n
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationInfo
+
+from engine.core.registry import Registry
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -15,7 +19,6 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BestBy = Literal["reward", "length_normalized_reward"]
-Pairing = Literal["random", "best_worst", "length_matched"]
 
 
 class Section(BaseModel):
@@ -98,27 +101,77 @@ def source_key(place: int) -> str:
     return f"data.mix[{place - 1}]" if place else "data"
 
 
-class Algorithm(Section):
-    """The loss and how groups become training sequences."""
+# The losses by name, one file each; named by text, since what computes them stands above the configuration.
+LOSSES: Registry[Any] = Registry(
+    "algorithm.loss",
+    "engine.algorithms",
+    "engine.algorithms.base:Algorithm",
+    support={"advantages", "entropy", "group", "nll", "pairs", "registry"},
+)
+DEFAULT_LOSS = "dpo"
 
-    loss: Literal["dpo", "group_dpo", "grpo"] = "dpo"
-    pairing: Pairing = Field("random", description="DPO's pair of a verifiable prompt: random, extreme, or near in length")
+
+def one_of(option: str, *names: str) -> AfterValidator:
+    """Accepts one of our parts by name, or a user's own by where it stands."""
+
+    def check(name: str) -> str:
+        if name not in names and ":" not in name:
+            raise ValueError(
+                f"{option} must be one of {', '.join(names)}, or your own as path/to/file.py:Name or package.module:Name; "
+                f"found {name!r}: choose one"
+            )
+        return name
+
+    return AfterValidator(check)
+
+
+Pairing = Annotated[str, one_of("algorithm.pairing", "random", "best_worst", "length_matched")]
+Normalization = Annotated[str, one_of("algorithm.normalize_advantages", "mean", "mean_std", "leave_one_out")]
+
+
+class AlgorithmOptions(Section):
+    """What every loss has. Each loss adds options of its own, in its file of engine/algorithms."""
+
+    loss: str = Field(DEFAULT_LOSS, description="dpo, group_dpo, grpo, or your own as path/to/file.py:Name")
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
-    beta: PositiveFloat = Field(0.1, description="DPO's inverse temperature")
-    clip_ratio: PositiveFloat = Field(0.2, description="GRPO's epsilon")
-    kl_weight: NonNegativeFloat = Field(0.001, description="GRPO's KL to the reference (k3)")
-    alpha: NonNegativeFloat = Field(0.0, description="GRPO's weight beside GroupDPO, over the same group")
-    normalize_advantages: Literal["mean", "mean_std", "leave_one_out"] = "mean"
-    normalize_length: bool = Field(False, description="divide GRPO's sum over a response by its number of tokens")
-    nll_weight: NonNegativeFloat = Field(0.0, description="DPO's NLL on the chosen response")
-    entropy_weight: NonNegativeFloat = Field(0.0, description="of minus the mean next-token entropy over a response")
-    reduction: Literal["prompts", "pairs", "tokens"] = "prompts"
+    entropy_weight: NonNegativeFloat = Field(
+        0.0, description="of minus the mean next-token entropy over a response (verl: entropy_coeff)"
+    )
+    reduction: Literal["prompts", "pairs", "tokens"] = Field(
+        "prompts", description="what the step's loss is divided by: its prompts, those that are compared, or target tokens"
+    )
 
-    @property
-    def uses_advantages(self) -> bool:
-        """Whether GRPO is the loss or part of it."""
-        return self.loss == "grpo" or self.alpha > 0
 
+def algorithm_options(values: Mapping[str, Any]) -> AlgorithmOptions:
+    """The [algorithm] table as the class of its loss reads it. ValidationError, or ConfigError where there is no such loss."""
+    return options_class(values).model_validate(dict(values))
+
+
+def options_class(values: Mapping[str, Any]) -> type[AlgorithmOptions]:
+    """The options of the loss that an [algorithm] table names."""
+    name = values.get("loss", DEFAULT_LOSS)
+    found: type[AlgorithmOptions] = LOSSES.load(name).Options if isinstance(name, str) else AlgorithmOptions
+    return found
+
+
+def _of_its_loss(values: Any, info: ValidationInfo) -> Any:
+    """Reads the [algorithm] table with the class of its loss; ValueError for an option that only another loss has."""
+    if not isinstance(values, dict):
+        return values
+    options = options_class(values)
+    if not isinstance(values.get("loss", DEFAULT_LOSS), str):
+        return options.model_validate({"loss": values["loss"]})
+    for key in values.keys() - options.model_fields.keys():
+        losses = [name for name in LOSSES.names if key in LOSSES.load(name).Options.model_fields]
+        if losses:
+            raise ValueError(
+                f"algorithm.{key} is an option of algorithm.loss = {' and '.join(map(repr, losses))}; found {values[key]!r} "
+                f"with {values.get('loss', DEFAULT_LOSS)!r}: remove it, or choose another loss"
+            )
+    return options.model_validate_json(json.dumps(values)) if info.mode == "json" else options.model_validate(values)
+
+
+Algorithm = Annotated[SerializeAsAny[AlgorithmOptions], BeforeValidator(_of_its_loss)]
 
 SYNC_ATTEMPTS = 3  # of one weight sync: a fault that outlives two repetitions is no accident
 
@@ -309,7 +362,7 @@ class Options(Section):
     run: Run
     model: Model
     data: Data
-    algorithm: Algorithm = Algorithm()
+    algorithm: Algorithm = Field(default={}, validate_default=True)
     sync: Sync = Sync()
     sampling: Sampling = Sampling()
     trainer: Trainer = Trainer()

@@ -4,7 +4,7 @@ values found and fix. A table's own bounds stand in engine/config/options.py.
 
 from __future__ import annotations
 
-from engine.config.options import Options, source_key
+from engine.config.options import LOSSES, Options, source_key
 from engine.config.placement import homes
 from engine.config.rewards import broken_reward_rules
 from engine.config.schedules.registry import schedule_of
@@ -176,37 +176,8 @@ def broken_library_rules(c: Options) -> list[str]:
 
 
 def broken_algorithm_rules(c: Options) -> list[str]:
-    """The same for what the losses cannot be combined with."""
-    a, broken = c.algorithm, []
-    if a.loss == "grpo" and a.reduction == "pairs":
-        broken.append("algorithm.reduction = 'pairs' needs algorithm.loss with pairs; found 'grpo': use 'prompts' or 'tokens'")
-    if a.loss == "grpo" and a.nll_weight:
-        broken.append(f"algorithm.nll_weight is DPO's; found {a.nll_weight} with 'grpo': set it to 0")
-    if a.loss == "grpo" and not a.kl_weight and c.sync.reference != "never":
-        broken.append(
-            f"sync.reference needs a loss that looks at the reference; found {c.sync.reference!r} with algorithm.kl_weight "
-            f"= 0: set sync.reference = 'never'"
-        )
-    if a.loss != "group_dpo" and a.alpha:
-        broken.append(
-            f"algorithm.alpha adds GRPO to algorithm.loss = 'group_dpo'; found {a.alpha} with {a.loss!r}: set alpha to 0, or "
-            f"the loss to 'group_dpo'"
-        )
-    if a.loss != "dpo" and a.pairing != "random":
-        broken.append(
-            f"algorithm.pairing chooses the one pair of algorithm.loss = 'dpo'; found {a.pairing!r} with {a.loss!r}: leave "
-            f"it at 'random'"
-        )
-    if not a.uses_advantages and (a.normalize_length or a.normalize_advantages != "mean"):
-        broken.append(
-            f"algorithm.normalize_advantages and algorithm.normalize_length are GRPO's; found {a.normalize_advantages!r} and "
-            f"{a.normalize_length} with {a.loss!r}: leave them at 'mean' and false"
-        )
-    if a.entropy_weight and c.trainer.fused_lm_head:
-        broken.append(
-            f"algorithm.entropy_weight needs the logits, which trainer.fused_lm_head never makes; found {a.entropy_weight} "
-            f"and true: set trainer.fused_lm_head to false"
-        )
+    """The same for what the loss cannot be combined with, as its own file says."""
+    broken: list[str] = LOSSES.load(c.algorithm.loss).broken_rules(c)
     return broken
 
 

@@ -25,6 +25,7 @@ class Metric:
     unit: str = ""  # "tokens", "s", "MiB", "nats", "share" (0 to 1); empty: a plain number or count
     reduce: Reduction = "last"
     per: str = ""  # of a mean: the count it is divided by, itself a key of the step's record
+    title: str = ""  # a few words for a screen or a chart
     peers: Mapping[str, str] = field(default_factory=dict)  # what others call the same: {"TRL": "rewards/margins"}
 
     def value(self, total: float, record: Mapping[str, float]) -> float:

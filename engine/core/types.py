@@ -9,6 +9,7 @@ Shape legend: T tokens of a packed row, B sequences of it, P pairs of it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -106,6 +107,8 @@ class Sequence:
     advantage: float = 0.0
     group: int = -1  # whom it is compared with: every chosen with every rejected of the same number; -1: nobody
     chosen: bool = False  # in its group
+    reward: float = 0.0
+    values: Mapping[str, float] = field(default_factory=dict, hash=False)  # what its algorithm attached; the same names in all
 
     @property
     def num_tokens(self) -> int:
@@ -122,15 +125,20 @@ class Microbatch:
     position_ids: torch.Tensor  # [T] int64, restarting at every sequence
     cu_seqlens: torch.Tensor  # [B + 1] int32, row boundaries of the sequences
     advantages: torch.Tensor  # [B] float32
+    rewards: torch.Tensor  # [B] float32
+    values: dict[str, torch.Tensor]  # [B] float32 each, by the name that the algorithm gave; none in an empty row
     rollout_log_probs: torch.Tensor  # [T] float32, 0 where the target is IGNORED
     pairs: torch.Tensor  # [P, 2] int64, (chosen, rejected) as indices into the B sequences, of groups that are all here
     pair_weights: torch.Tensor  # [P] float32, 1 / number of pairs of its group
-    spread_groups: torch.Tensor  # [B] int64, the group of a sequence whose group is spread over several rows, else -1
+    groups: torch.Tensor  # [B] int64, the sequence's group, -1 for none
+    places: torch.Tensor  # [B] int64, the sequence's place in the step, which orders those of a group; -1 for padding
+    split: torch.Tensor  # [B] bool, whether the sequence's group is split over several rows
     chosen: torch.Tensor  # [B] bool
     # The rest is filled by Policy.score on the last stage
     reference_log_probs: torch.Tensor | None = None  # [T] float32
-    slopes: torch.Tensor | None = None  # [B] float32, derivative of the spread groups' loss by a sequence's log-prob
-    spread_sums: torch.Tensor | None = None  # the spread groups' loss and metrics, on one row; zeros on the others
+    split_gradients: torch.Tensor | None = None  # [T] float32, derivative of the split groups' loss by each token log-prob
+    split_loss: torch.Tensor | None = None  # the split groups' loss, on one row
+    split_metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # their metrics, on the same row
 
 
 @dataclass(frozen=True, slots=True)

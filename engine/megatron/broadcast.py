@@ -1,9 +1,10 @@
-"""Rank 0 has the step's sequences; this hands them to every trainer rank, which then packs its own part. One broadcast
-of safetensors bytes a step, nothing pickled; no rank learns where the sequences come from.
+"""Rank 0 has the step's sequences; this broadcasts them to every trainer rank, which then decodes and packs its own part
+alone. One broadcast of safetensors bytes a step, nothing pickled; no rank learns where the sequences come from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from itertools import accumulate
 
 import torch
@@ -12,20 +13,32 @@ from safetensors.torch import load, save
 
 from engine.config.options import Trainer
 from engine.core.types import Batch, Sequence
-from engine.megatron.packing import make_batches
+from engine.megatron.packing import Outline, lay_out_batch, make_batch
 from engine.megatron.topology import Topology
 
+VALUE = "value."  # begins the name of a tensor of Sequence.values
 
-def hand_out(sequences: list[Sequence] | None, num_prompts: int, step: int, trainer: Trainer, topology: Topology) -> Batch:
+
+def broadcast_batch(
+    sequences: list[Sequence] | None, num_prompts: int, step: int, trainer: Trainer, topology: Topology
+) -> Batch:
     """This rank's batch of `step`. `sequences` and `num_prompts` are rank 0's; elsewhere they are not looked at.
 
     Collective over all trainer ranks.
     """
-    if trainer.world_size > 1:
-        payload = _encode(sequences, num_prompts) if sequences is not None else b""
-        sequences, num_prompts = _decode(broadcast_bytes(payload, topology.device))
-    assert sequences is not None
-    return make_batches(sequences, step=step, num_prompts=num_prompts, trainer=trainer)[topology.dp_rank]
+    if trainer.world_size == 1:
+        assert sequences is not None
+        return make_batch(sequences, step=step, num_prompts=num_prompts, trainer=trainer, dp_rank=topology.dp_rank)
+    payload = encode(sequences, num_prompts) if sequences is not None else b""
+    coded = Coded(broadcast_bytes(payload, topology.device))
+    return lay_out_batch(
+        coded.outlines,
+        coded.sequence,
+        step=step,
+        num_prompts=coded.num_prompts,
+        trainer=trainer,
+        dp_rank=topology.dp_rank,
+    )
 
 
 def broadcast_bytes(payload: bytes, device: torch.device) -> bytes:
@@ -39,37 +52,62 @@ def broadcast_bytes(payload: bytes, device: torch.device) -> bytes:
     return data.cpu().numpy().tobytes()
 
 
-def _encode(sequences: list[Sequence], num_prompts: int) -> bytes:
+def encode(sequences: Many[Sequence], num_prompts: int) -> bytes:
+    """The sequences of a step as safetensors bytes, exactly."""
     lengths = [(len(s.prompt_ids), len(s.completion_ids), len(s.rollout_log_probs)) for s in sequences]
+    names = sequences[0].values.keys() if sequences else ()
+    assert all(s.values.keys() == names for s in sequences), "sequences of one step have the same values"
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
     return save(
         {
             "num_prompts": torch.tensor([num_prompts]),
             "lengths": torch.tensor(lengths, dtype=torch.int64).view(-1, 3),
             "token_ids": torch.tensor([t for s in sequences for t in (*s.prompt_ids, *s.completion_ids)], dtype=torch.int64),
-            "log_probs": torch.tensor([p for s in sequences for p in s.rollout_log_probs], dtype=torch.float64),
-            "advantages": torch.tensor([s.advantage for s in sequences], dtype=torch.float64),
+            "log_probs": column([p for s in sequences for p in s.rollout_log_probs]),
+            "advantages": column([s.advantage for s in sequences]),
+            "rewards": column([s.reward for s in sequences]),
             "groups": torch.tensor([(s.group, int(s.chosen)) for s in sequences], dtype=torch.int64).view(-1, 2),
+            **{VALUE + name: column([s.values[name] for s in sequences]) for name in names},
         }
     )
 
 
-def _decode(payload: bytes) -> tuple[list[Sequence], int]:
-    tensors = load(payload)
-    token_ids, log_probs = tensors["token_ids"].tolist(), tensors["log_probs"].tolist()
-    lengths = tensors["lengths"].tolist()
-    token_starts = [0, *accumulate(prompt + completion for prompt, completion, _ in lengths)]
-    prob_starts = [0, *accumulate(probs for *_, probs in lengths)]
-    sequences = [
-        Sequence(
-            prompt_ids=tuple(token_ids[token : token + prompt]),
-            completion_ids=tuple(token_ids[token + prompt : token + prompt + completion]),
-            rollout_log_probs=tuple(log_probs[prob : prob + probs]),
-            advantage=advantage,
+class Coded:
+    """The sequences of a step as `encode` wrote them; each is decoded when it is asked for."""
+
+    def __init__(self, payload: bytes) -> None:
+        self._tensors = load(payload)
+        self._lengths: list[list[int]] = self._tensors["lengths"].tolist()
+        self._groups: list[list[int]] = self._tensors["groups"].tolist()
+        self._token_starts = [0, *accumulate(prompt + completion for prompt, completion, _ in self._lengths)]
+        self._prob_starts = [0, *accumulate(probs for *_, probs in self._lengths)]
+        self.num_prompts = int(self._tensors["num_prompts"])
+
+    @property
+    def outlines(self) -> list[Outline]:
+        """What decides where each is laid."""
+        rows = zip(self._lengths, self._groups, strict=True)
+        return [Outline(i, prompt, completion, group) for i, ((prompt, completion, _), (group, _)) in enumerate(rows)]
+
+    def sequence(self, place: int) -> Sequence:
+        """The sequence at a place of the step."""
+        tensors = self._tensors
+        prompt, completion, probs = self._lengths[place]
+        token, prob = self._token_starts[place], self._prob_starts[place]
+        token_ids = tensors["token_ids"][token : token + prompt + completion].tolist()
+        group, chosen = self._groups[place]
+        return Sequence(
+            prompt_ids=tuple(token_ids[:prompt]),
+            completion_ids=tuple(token_ids[prompt:]),
+            rollout_log_probs=tuple(tensors["log_probs"][prob : prob + probs].tolist()),
+            advantage=float(tensors["advantages"][place]),
             group=group,
             chosen=bool(chosen),
+            reward=float(tensors["rewards"][place]),
+            values={
+                name.removeprefix(VALUE): float(column[place]) for name, column in tensors.items() if name.startswith(VALUE)
+            },
         )
-        for (prompt, completion, probs), token, prob, advantage, (group, chosen) in zip(
-            lengths, token_starts, prob_starts, tensors["advantages"].tolist(), tensors["groups"].tolist(), strict=False
-        )
-    ]
-    return sequences, int(tensors["num_prompts"])

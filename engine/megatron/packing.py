@@ -1,12 +1,15 @@
 """Lays training sequences into packed rows and deals them to data-parallel ranks, always the same way for the same
-sequences. It computes no loss and asks no process group.
+sequences. Which sequence stands where follows from lengths and groups alone, so a rank fills only its own rows. It computes no
+loss and asks no process group.
 
 Shape legend: T tokens of a packed row, B sequences of it (a padding segment counts as one).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -19,37 +22,71 @@ from engine.core.types import IGNORED, Batch, Microbatch, Sequence
 PADDING_TOKEN = 0
 
 
-def make_batches(sequences: list[Sequence], *, step: int, num_prompts: int, trainer: Trainer) -> list[Batch]:
-    """One step's batch for every data-parallel rank, in rank order: equal counts, equally many microbatches.
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What of a sequence decides where it is laid."""
+
+    place: int  # in the step
+    num_prompt: int
+    num_completion: int
+    group: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and completion together."""
+        return self.num_prompt + self.num_completion
+
+
+def outlines_of(sequences: Many[Sequence]) -> list[Outline]:
+    """The outlines of sequences in hand."""
+    return [Outline(i, len(s.prompt_ids), len(s.completion_ids), s.group) for i, s in enumerate(sequences)]
+
+
+def make_batch(sequences: Many[Sequence], *, step: int, num_prompts: int, trainer: Trainer, dp_rank: int) -> Batch:
+    """One step's batch for a data-parallel rank; see `lay_out_batch`."""
+    return lay_out_batch(
+        outlines_of(sequences), sequences.__getitem__, step=step, num_prompts=num_prompts, trainer=trainer, dp_rank=dp_rank
+    )
+
+
+def lay_out_batch(
+    outlines: Many[Outline],
+    sequence: Callable[[int], Sequence],
+    *,
+    step: int,
+    num_prompts: int,
+    trainer: Trainer,
+    dp_rank: int,
+) -> Batch:
+    """The batch of one data-parallel rank: all ranks have equal counts and equally many microbatches. `sequence` gives the
+    sequence at a place of the step, and is asked for this rank's only.
 
     `num_prompts` counts all prompts of the step, skipped ones included. ConfigError when a sequence exceeds
     trainer.microbatch_tokens.
     """
     multiple = trainer.row_multiple
-    parts = split_over_ranks(sequences, trainer.data_parallel)
-    rows = [pack(part, trainer.microbatch_tokens, multiple) for part in parts]
-    group = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
-    count = -(-max(1, *map(len, rows)) // group) * group
-    for row in rows:
-        row += [empty_microbatch(multiple) for _ in range(count - len(row))]
-    return [
-        Batch(
-            step=step,
-            microbatches=tuple(row),
-            num_prompts=num_prompts,
-            num_groups=len({sequence.group for sequence in sequences} - {-1}),
-            num_target_tokens=sum(len(sequence.completion_ids) for sequence in sequences),
-        )
-        for row in rows
-    ]
+    parts = split_over_ranks(outlines, trainer.data_parallel)
+    rows = [rows_of(part, trainer.microbatch_tokens, multiple) for part in parts]
+    together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
+    count = -(-max(1, *map(len, rows)) // together) * together
+    split = split_groups(parts[dp_rank], trainer.microbatch_tokens, multiple)
+    own = [_fill(row, [sequence(outline.place) for outline in row], multiple, split) for row in rows[dp_rank]]
+    own += [empty_microbatch(multiple) for _ in range(count - len(own))]
+    return Batch(
+        step=step,
+        microbatches=tuple(own),
+        num_prompts=num_prompts,
+        num_groups=len({outline.group for outline in outlines} - {-1}),
+        num_target_tokens=sum(outline.num_completion for outline in outlines),
+    )
 
 
-def split_over_ranks(sequences: list[Sequence], num_ranks: int) -> list[list[Sequence]]:
+def split_over_ranks(outlines: Many[Outline], num_ranks: int) -> list[list[Outline]]:
     """Deals sequences to ranks, all of a group to one rank, the largest unit to the least loaded rank first.
 
     Every rank's sequences keep the given order; ties go to the lower rank.
     """
-    units = _units(sequences)
+    units = _units(outlines)
     largest_first = sorted(range(len(units)), key=lambda i: (-_num_tokens(units[i]), i))
     chosen: list[list[int]] = [[] for _ in range(num_ranks)]
     load = [0] * num_ranks
@@ -57,21 +94,17 @@ def split_over_ranks(sequences: list[Sequence], num_ranks: int) -> list[list[Seq
         rank = load.index(min(load))
         chosen[rank].append(i)
         load[rank] += _num_tokens(units[i])
-    return [[sequence for i in sorted(indices) for sequence in units[i]] for indices in chosen]
+    return [[outline for i in sorted(indices) for outline in units[i]] for indices in chosen]
 
 
-def pack(sequences: list[Sequence], microbatch_tokens: int, multiple: int) -> list[Microbatch]:
+def rows_of(outlines: Many[Outline], microbatch_tokens: int, multiple: int) -> list[list[Outline]]:
     """Rows of at most `microbatch_tokens`, first fit in the given order, a group's sequences in one row where they fit.
-    The sequences of a group that is larger than a row are laid out one by one and marked in `spread_groups`.
-
-    Every row's length is a multiple of `multiple`; what is missing is a padding segment whose targets are IGNORED.
-    """
+    The sequences of a group that is larger than a row are laid out one by one. ConfigError for a sequence that is."""
     room = microbatch_tokens - microbatch_tokens % multiple
-    rows: list[list[Sequence]] = []
+    rows: list[list[Outline]] = []
     used: list[int] = []
-    units = _units(sequences)
-    spread = {unit[0].group for unit in units if _num_tokens(unit) > room} - {-1}
-    parts = [[[one] for one in unit] if unit[0].group in spread else [unit] for unit in units]
+    split = split_groups(outlines, microbatch_tokens, multiple)
+    parts = [[[one] for one in unit] if unit[0].group in split else [unit] for unit in _units(outlines)]
     for unit in chain.from_iterable(parts):
         size = _num_tokens(unit)
         if size > room:
@@ -85,37 +118,41 @@ def pack(sequences: list[Sequence], microbatch_tokens: int, multiple: int) -> li
             used.append(0)
         rows[row] += unit
         used[row] += size
-    return [_fill(row, multiple, spread) for row in rows]
+    return rows
+
+
+def split_groups(outlines: Many[Outline], microbatch_tokens: int, multiple: int) -> set[int]:
+    """The groups that are larger than a row, and so are split over several."""
+    room = microbatch_tokens - microbatch_tokens % multiple
+    return {unit[0].group for unit in _units(outlines) if _num_tokens(unit) > room} - {-1}
 
 
 def empty_microbatch(multiple: int) -> Microbatch:
     """A row of nothing but padding, for a rank with nothing left to do; it adds 0 to every loss."""
-    return _fill([], multiple, set())
+    return _fill([], [], multiple, set())
 
 
-def _num_tokens(unit: Iterable[Sequence]) -> int:
-    return sum(sequence.num_tokens for sequence in unit)
+def _num_tokens(unit: Iterable[Outline]) -> int:
+    return sum(outline.num_tokens for outline in unit)
 
 
-def _units(sequences: list[Sequence]) -> list[list[Sequence]]:
+def _units(outlines: Many[Outline]) -> list[list[Outline]]:
     """What belongs together: single sequences, and groups at the place of their first sequence."""
-    units: list[list[Sequence]] = []
-    groups: dict[int, list[Sequence]] = {}
-    for sequence in sequences:
-        assert sequence.prompt_ids and sequence.completion_ids, "a sequence needs a prompt and a completion"
-        if sequence.group in groups:
-            groups[sequence.group].append(sequence)
+    units: list[list[Outline]] = []
+    groups: dict[int, list[Outline]] = {}
+    for outline in outlines:
+        assert outline.num_prompt and outline.num_completion, "a sequence needs a prompt and a completion"
+        if outline.group in groups:
+            groups[outline.group].append(outline)
             continue
-        units.append([sequence])
-        if sequence.group >= 0:
-            groups[sequence.group] = units[-1]
-    for index, unit in groups.items():
-        assert {s.chosen for s in unit} == {False, True}, f"group {index} needs a chosen and a rejected sequence"
+        units.append([outline])
+        if outline.group >= 0:
+            groups[outline.group] = units[-1]
     return units
 
 
-def _fill(sequences: list[Sequence], multiple: int, spread: set[int]) -> Microbatch:
-    length = _num_tokens(sequences)
+def _fill(outlines: Many[Outline], sequences: Many[Sequence], multiple: int, split: set[int]) -> Microbatch:
+    length = _num_tokens(outlines)
     padding = -length % multiple if sequences else multiple
     token_ids = torch.full((length + padding,), PADDING_TOKEN, dtype=torch.int64)
     targets = torch.full((length + padding,), IGNORED, dtype=torch.int64)
@@ -135,19 +172,29 @@ def _fill(sequences: list[Sequence], multiple: int, spread: set[int]) -> Microba
         position_ids[length:] = torch.arange(padding)
         bounds.append(length + padding)
     none = [0] * bool(padding)  # what the padding segment has of everything
-    groups = [sequence.group for sequence in sequences] + [-1 for _ in none]
+    nowhere = [-1] * bool(padding)
+    groups = [sequence.group for sequence in sequences] + nowhere
     chosen = torch.tensor([sequence.chosen for sequence in sequences] + none, dtype=torch.bool)
-    spread_groups = torch.tensor([group if group in spread else -1 for group in groups], dtype=torch.int64)
-    pairs, pair_weights = all_pairs([-1 if group in spread else group for group in groups], chosen.tolist())
+    names = sequences[0].values.keys() if sequences else ()
+    assert all(sequence.values.keys() == names for sequence in sequences), "sequences of one step have the same values"
+    pairs, pair_weights = all_pairs([-1 if group in split else group for group in groups], chosen.tolist())
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values + none, dtype=torch.float32)
+
     return Microbatch(
         token_ids=token_ids,
         targets=targets,
         position_ids=position_ids,
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        advantages=torch.tensor([sequence.advantage for sequence in sequences] + none, dtype=torch.float32),
+        advantages=column([sequence.advantage for sequence in sequences]),
+        rewards=column([sequence.reward for sequence in sequences]),
+        values={name: column([sequence.values[name] for sequence in sequences]) for name in names},
         rollout_log_probs=rollout_log_probs,
         pairs=pairs,
         pair_weights=pair_weights,
-        spread_groups=spread_groups,
+        groups=torch.tensor(groups, dtype=torch.int64),
+        places=torch.tensor([outline.place for outline in outlines] + nowhere, dtype=torch.int64),
+        split=torch.tensor([group in split for group in groups], dtype=torch.bool),
         chosen=chosen,
     )

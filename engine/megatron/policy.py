@@ -1,7 +1,7 @@
 """The policy on this trainer rank: scores batches with the reference, takes optimizer steps through megatron's
 schedules, and hands out its weights and its state. It draws no data, samples nothing and writes no file.
 
-Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank, H hidden, K metrics of the objective.
+Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank, H hidden, K metrics of the loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron.core.distributed import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from engine.algorithms.base import Objective
+from engine.algorithms.base import Loss
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError, NumericsError
 from engine.core.types import Batch, Microbatch
@@ -33,6 +33,7 @@ from engine.megatron import build
 from engine.megatron.fp8.delayed_scaling import Fp8Memory
 from engine.megatron.fp8.parameters import Weights, behind, copied, forget_initial, in_fp8, load, scale
 from engine.megatron.libraries import check_libraries
+from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
 from engine.megatron.timers import Timers
@@ -51,7 +52,7 @@ class Policy:
     """A model spread over the topology's ranks, its AdamW, and the reference as a second set of weights."""
 
     def __init__(
-        self, config: RunConfig, topology: Topology, objective: Objective, checkpoint_path: str | Path
+        self, config: RunConfig, topology: Topology, loss: Loss, checkpoint_path: str | Path
     ) -> None:
         """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy.
 
@@ -60,7 +61,7 @@ class Policy:
         """
         check_libraries(config.trainer, config.optimizer)
         self.topology = topology
-        self.objective = objective
+        self.loss = loss
         self.shape = read_shape(checkpoint_path, family=config.model.family)
         self._family = family_of(self.shape)
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
@@ -89,16 +90,16 @@ class Policy:
         )
         forget_initial(self._own.values())
         self._reference: dict[str, torch.Tensor] = {}
-        if objective.needs_reference:
+        if loss.needs_reference:
             self.refresh_reference()
         self._seed: dict[str, torch.Tensor] = {}
         if config.keeps_seed:
-            frozen = objective.needs_reference and config.sync.reference == "never"  # then one copy is both
+            frozen = loss.needs_reference and config.sync.reference == "never"  # then one copy is both
             self._seed = self._reference if frozen else self._copy()
 
     def refresh_reference(self) -> None:
         """Makes the reference a copy of the policy as it is now."""
-        assert self.objective.needs_reference, "a reference nobody needs"
+        assert self.loss.needs_reference, "a reference nobody needs"
         self._reference = self._copy()
 
     def _copy(self) -> dict[str, torch.Tensor]:
@@ -110,26 +111,26 @@ class Policy:
         return self.serving(self._seed)
 
     def score(self, batch: Batch) -> Batch:
-        """The batch with `reference_log_probs` [T] filled on the last stage; unchanged where no reference is needed.
-        Where groups are spread over several rows, the policy scores them too: that gives `slopes` and `spread_sums`.
+        """The batch with `reference_log_probs` [T] filled on the last stage where the loss needs them. Where groups are split
+        over several rows, the policy scores them too, and the rows carry the gradients precomputed of those groups.
 
         Collective over the pipeline's ranks.
         """
-        if not self.objective.needs_reference:
-            return batch
-        with self.serving(self._reference), phase(Phase.REFERENCE):
-            rows = self.log_probs(batch)
-        spread = any(bool((microbatch.spread_groups >= 0).any()) for microbatch in batch.microbatches)
+        rows = batch.microbatches
+        reference: list[torch.Tensor] = []
         own: list[torch.Tensor] = []
-        if spread:
+        if self.loss.needs_reference:
+            with self.serving(self._reference), phase(Phase.REFERENCE):
+                reference = self.log_probs(batch)
+        if any(bool(microbatch.split.any()) for microbatch in rows):
             with phase(Phase.SPREAD):
                 own = self.log_probs(batch)
-        if not self.topology.is_last_stage:
-            return batch
-        scored = [replace(m, reference_log_probs=row) for m, row in zip(batch.microbatches, rows, strict=True)]
-        if spread:
-            scored = self.objective.weigh(scored, own)
-        return replace(batch, microbatches=tuple(scored))
+        if reference:  # on the last stage
+            rows = tuple(replace(m, reference_log_probs=row) for m, row in zip(rows, reference, strict=True))
+        if own:
+            on_device = [_to_device(row, self.topology.device) for row in rows]
+            rows = tuple(self.loss.precompute_split_groups(on_device, own))
+        return replace(batch, microbatches=rows)
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> list[torch.Tensor]:
@@ -146,7 +147,7 @@ class Policy:
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on a scored batch. Returns loss, gradient norm before clipping, learning rate, packed
-        tokens and the objective's sums by name, over all microbatches and data-parallel ranks, equal on every rank.
+        tokens and the loss's metrics by name, over all microbatches and data-parallel ranks, equal on every rank.
 
         Collective over all ranks. NumericsError on every rank, with the weights untouched, when the loss or the
         gradient norm is not finite.
@@ -155,18 +156,20 @@ class Policy:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
+        names = [metric.name for metric in self.loss.metrics]
+
         def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-            coefficients = self.objective.coefficients(microbatch)
+            coefficients = self.loss.coefficients(microbatch)
             log_probs, entropy = self._token_log_probs(
-                output, microbatch, coefficients, with_entropy=self.objective.needs_entropy
+                output, microbatch, coefficients, with_entropy=self.loss.needs_entropy
             )
-            loss, sums = self.objective(log_probs, microbatch, batch, entropy)
+            loss, parts = self.loss(log_probs, microbatch, batch, entropy)
             num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
-            return loss, torch.cat([torch.stack([loss.detach(), num_tokens]), sums])
+            return loss, torch.stack([loss.detach(), num_tokens, *(parts[name] for name in names)])
 
         rows = self.run(batch, lose, forward_only=False)
         self._fp8.advance()
-        loss, num_tokens, *sums = self._total(rows).tolist()
+        loss, num_tokens, *totals = self._total(rows).tolist()
         if not math.isfinite(loss):
             raise NumericsError(
                 f"step {batch.step}: the loss must be finite; found {loss}: lower optimizer.learning_rate or raise "
@@ -174,8 +177,14 @@ class Policy:
             )
         with phase(Phase.OPTIMIZER):
             grad_norm, learning_rate = self._optimizer.apply(batch.step)
-        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": num_tokens}
-        return metrics | dict(zip(self.objective.metric_names, sums, strict=True))
+        metrics = {
+            LOSS.name: loss,
+            GRAD_NORM.name: grad_norm,
+            LEARNING_RATE.name: learning_rate,
+            NUM_TOKENS.name: num_tokens,
+        }
+        known = dict(zip(names, totals, strict=True)) | {"target_tokens": float(batch.num_target_tokens)}
+        return metrics | {metric.name: metric.value(known[metric.name], known) for metric in self.loss.metrics}
 
     @torch.no_grad()
     def gather(self, bucket: layout.ExportBucket) -> list[tuple[str, torch.Tensor]] | None:
@@ -311,13 +320,20 @@ class Policy:
             return log_probs, None
 
     def _total(self, rows: list[torch.Tensor]) -> torch.Tensor:
-        """Sum over microbatches, then over data-parallel ranks; the last stage's sum reaches all stages. [2 + K]"""
-        size = 2 + len(self.objective.metric_names)
-        total = torch.zeros(size, dtype=torch.float64, device=self.topology.device)
+        """Over microbatches, then over data-parallel ranks, the sum, or of a metric that says so the maximum; the last stage's
+        reaches all stages. [2 + K]"""
+        largest = [False, False, *(metric.reduce == "max" for metric in self.loss.metrics)]
+        parts = torch.stack(rows) if rows else torch.zeros(0, len(largest), device=self.topology.device)
+        total = torch.zeros(len(largest), dtype=torch.float64, device=self.topology.device)
         for row in rows:
             total += row
         dist.all_reduce(total, group=self.topology.dp_group)
         dist.all_reduce(total, group=self.topology.pp_group)  # zeros but for the last stage
+        if any(largest):
+            most = torch.cat([parts, torch.full_like(total, -math.inf).to(parts).unsqueeze(0)]).amax(0).double()
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.topology.dp_group)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.topology.pp_group)
+            total = torch.where(torch.tensor(largest, device=total.device), most, total)
         return total
 
     def _pieces_of(self, tp_rank: int) -> dict[str, list[layout.Piece]]:
@@ -354,6 +370,9 @@ def _packed(microbatch: Microbatch) -> PackedSeqParams:
 
 
 def _to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    tensors = {field.name: getattr(microbatch, field.name) for field in fields(microbatch)}
-    moved: dict[str, Any] = {name: value if value is None else value.to(device) for name, value in tensors.items()}
-    return Microbatch(**moved)
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: moved(inner) for name, inner in value.items()}
+        return value if value is None else value.to(device)
+
+    return Microbatch(**{field.name: moved(getattr(microbatch, field.name)) for field in fields(microbatch)})

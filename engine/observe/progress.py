@@ -15,27 +15,30 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-# label on screen, key of the record, format; a label and its value make one cell of the display
-METRICS: tuple[tuple[str, str, str], ...] = (
-    ("reward", "reward_mean", "{:.3f}"),
-    ("accuracy", "accuracy", "{:.1%}"),
-    ("skipped prompts", "skipped_prompts", "{:.0f}"),
-    ("reward timeouts", "reward_timeouts", "{:.0f}"),
-    ("loss", "loss", "{:.4f}"),
-    ("margin", "margin_mean", "{:.3f}"),
-    ("grad norm", "grad_norm", "{:.3g}"),
-    ("learning rate", "learning_rate", "{:.2g}"),
-    ("entropy", "rollout_entropy", "{:.3f}"),
-    ("length", "completion_tokens_mean", "{:.1f} tok"),
-    ("staleness", "staleness", "{:.0f}"),
-    ("log-prob gap", "log_prob_gap_mean", "{:.1e}"),
-    ("generation", "generation_tokens_per_second", "{:,.0f} tok/s"),
-    ("training", "training_tokens_per_second", "{:,.0f} tok/s"),
-    ("sync", "sync_seconds", "{:.2f} s"),
-    ("synced", "sync_mebibytes", "{:.1f} MiB"),
-    ("step", "step_seconds", "{:.2f} s"),
-    ("waited", "wait_seconds", "{:.2f} s"),
-)
+from engine.core.metrics import Metric
+
+# what is shown and its number's format; a metric's title and value make one cell of the display
+SHOWN: dict[str, str] = {
+    "reward_mean": "{:.3f}",
+    "accuracy": "{:.1%}",
+    "skipped_prompts": "{:.0f}",
+    "reward_timeouts": "{:.0f}",
+    "loss": "{:.4f}",
+    "margin_mean": "{:.3f}",
+    "grad_norm": "{:.3g}",
+    "learning_rate": "{:.2g}",
+    "rollout_entropy": "{:.3f}",
+    "completion_tokens_mean": "{:.1f}",
+    "staleness": "{:.0f}",
+    "log_prob_gap_mean": "{:.1e}",
+    "generation_tokens_per_second": "{:,.0f}",
+    "training_tokens_per_second": "{:,.0f}",
+    "sync_seconds": "{:.2f}",
+    "sync_mebibytes": "{:.1f}",
+    "step_seconds": "{:.2f}",
+    "wait_seconds": "{:.2f}",
+}
+UNITS = ("s", "MiB", "tokens", "tokens/s")  # that are shown beside a number
 CELLS_PER_ROW = 4
 
 
@@ -45,8 +48,12 @@ class Progress:
     The time left counts the steps done since entering or since a restart, so that a resumed run is not taken for a fast one.
     """
 
-    def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
+    def __init__(
+        self, total_steps: int, title: str, metrics: Mapping[str, Metric], console: Console | None = None
+    ) -> None:
+        """`metrics`: the declarations by name, of which those in SHOWN are shown."""
         assert total_steps > 0, total_steps
+        self._cells = [(metrics[name], form) for name, form in SHOWN.items()]
         self._total_steps = total_steps
         self._title = title
         self._console = console or Console()
@@ -63,7 +70,8 @@ class Progress:
         if self._live is not None:
             self._live.update(self._display(), refresh=True)
         else:
-            figures = "  ".join(f"{label} {_shown(record, key, form)}" for label, key, form in METRICS if key in record)
+            shown = ((metric, form) for metric, form in self._cells if metric.name in record)
+            figures = "  ".join(f"{metric.title} {_shown(record, metric, form)}" for metric, form in shown)
             self.note(f"{self._title}  {self._position()}  {figures}")
 
     def rewind(self, step: int) -> None:
@@ -91,7 +99,7 @@ class Progress:
         head = Table.grid(padding=(0, 2))
         head.add_row(Text(self._title), ProgressBar(self._total_steps, done, width=40), self._position())
         body = Table.grid(padding=(0, 2))
-        cells = [(label, _shown(self._record, key, form)) for label, key, form in METRICS]
+        cells = [(metric.title, _shown(self._record, metric, form)) for metric, form in self._cells]
         for _ in range(CELLS_PER_ROW):
             body.add_column(style="dim")
             body.add_column(justify="right")
@@ -112,8 +120,10 @@ class Progress:
             self._live = None
 
 
-def _shown(record: Mapping[str, float], key: str, form: str) -> str:
-    return form.format(record[key]) if math.isfinite(record.get(key, math.nan)) else "-"
+def _shown(record: Mapping[str, float], metric: Metric, form: str) -> str:
+    value = record.get(metric.name, math.nan)
+    unit = f" {metric.unit}" if metric.unit in UNITS else ""
+    return form.format(value) + unit if math.isfinite(value) else "-"
 
 
 def print_table(title: str, rows: Iterable[Sequence[str]], console: Console | None = None) -> None:

@@ -14,42 +14,40 @@ from typing import Any
 
 from engine.config.schedules.base import Schedule
 from engine.core.jsonl import read_rows
+from engine.core.metrics import Metric
 from engine.observe.charts import Line, Point, chart
 from engine.observe.journal import WARNINGS, read_warnings
 from engine.observe.regime import Proof, prove
 from engine.observe.summary import RESTARTS
 
-# file name: title, unit, (label, metric) of each curve; what no run has on record is left out
-CURVES: dict[str, tuple[str, str, tuple[tuple[str, str], ...]]] = {
-    "reward": ("Reward of the rollouts", "mean", (("", "reward_mean"),)),
-    "accuracy": ("Right rollouts", "share", (("", "accuracy"),)),
-    "entropy": ("Next-token entropy of the rollouts", "nats a token", (("", "rollout_entropy"),)),
+# file name: title of several curves, (label, metric) of each; what no run has on record is left out. One curve has its metric's
+# title, and all have the unit of their first metric
+CURVES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "reward": ("", (("", "reward_mean"),)),
+    "accuracy": ("", (("", "accuracy"),)),
+    "entropy": ("", (("", "rollout_entropy"),)),
     "lengths": (
-        "Length of rollouts",
-        "tokens",
+        "length of rollouts",
         (("all", "completion_tokens_mean"), ("correct", "correct_tokens_mean"), ("incorrect", "incorrect_tokens_mean")),
     ),
     "length_percentiles": (
-        "Length of rollouts, percentiles",
-        "tokens",
+        "length of rollouts, percentiles",
         (("50 %", "completion_tokens_p50"), ("90 %", "completion_tokens_p90"), ("99 %", "completion_tokens_p99")),
     ),
     "pair_lengths": (
-        "Length of what is compared",
-        "tokens",
+        "length of what is compared",
         (("chosen", "chosen_tokens_mean"), ("rejected", "rejected_tokens_mean")),
     ),
     "log_probs": (
-        "Log-probs of what is compared",
-        "nats a response",
+        "log-probs of what is compared",
         (("chosen", "chosen_log_prob_mean"), ("rejected", "rejected_log_prob_mean")),
     ),
-    "loss": ("Loss", "", (("", "loss"),)),
-    "grad_norm": ("Gradient norm before clipping", "", (("", "grad_norm"),)),
-    "skipped": ("Prompts without signal", "share", (("", "skipped_share"),)),
-    "staleness": ("Staleness", "steps", (("", "staleness"),)),
-    "sync": ("Weight sync", "seconds", (("", "sync_seconds"),)),
-    "seconds": ("A step", "seconds", (("whole", "step_seconds"), ("waiting for rollouts", "wait_seconds"))),
+    "loss": ("", (("", "loss"),)),
+    "grad_norm": ("", (("", "grad_norm"),)),
+    "skipped": ("", (("", "skipped_share"),)),
+    "staleness": ("", (("", "staleness"),)),
+    "sync": ("", (("", "sync_seconds"),)),
+    "seconds": ("a step", (("whole", "step_seconds"), ("waiting for rollouts", "wait_seconds"))),
 }
 # file name: title, unit, what the sets are measured by, figure of the evaluation
 VALIDATION: dict[str, tuple[str, str, str, str]] = {
@@ -96,24 +94,29 @@ def read_run(directory: Path, name: str, schedule: Schedule, replayed: str | Non
     return RunRecords(name, prove(directory, schedule, replayed), metrics, evaluations, findings, restarts, warnings)
 
 
-def plots(runs: Sequence[RunRecords]) -> dict[str, str]:
-    """SVG documents by file name, all runs in each. With several runs a colour is a run, else it is a curve."""
+def plots(runs: Sequence[RunRecords], metrics: Mapping[str, Metric], further: Iterable[str] = ()) -> dict[str, str]:
+    """SVG documents by file name, all runs in each. With several runs a colour is a run, else it is a curve. `metrics`: the
+    declarations of what is on record; `further`: names that have a curve beside those of CURVES, as a user's own loss has."""
     made = {}
-    for file, (title, unit, series) in CURVES.items():
+    for file, (title, series) in (CURVES | {name: ("", (("", name),)) for name in further}).items():
         curves = [[(label, _points(run.metrics, metric)) for label, metric in series] for run in runs]
-        made[file] = (title, unit, _lines(runs, curves))
+        first = metrics[series[0][1]]
+        name = title or first.title or first.name
+        made[file] = (name[:1].upper() + name[1:], first.unit, _lines(runs, curves))
     for file, (title, unit, measure, figure) in VALIDATION.items():
         curves = [_of_sets([row for row in run.evaluations if row["measure"] == measure], figure) for run in runs]
         made[file] = (title, unit, _lines(runs, curves))
     return {file: chart(title, unit, lines) for file, (title, unit, lines) in made.items() if lines}
 
 
-def page(runs: Sequence[RunRecords]) -> str:
-    """The HTML document."""
+def page(runs: Sequence[RunRecords], metrics: Mapping[str, Metric], further: Iterable[str] = ()) -> str:
+    """The HTML document; `metrics` and `further` as for `plots`."""
     title = escape(", ".join(run.name for run in runs))
     findings = [(run.name, row["step"], row["text"]) for run in runs for row in run.findings]
     restarts = [(run.name, row["step"], row["lost_steps"], row["text"]) for run in runs for row in run.restarts]
     warnings = [(run.name, row["process"], row["count"], row["text"]) for run in runs for row in run.warnings]
+    recorded = {name for run in runs for row in run.metrics for name in row}
+    explained = [(m.name, m.unit, m.help) for m in metrics.values() if m.name in recorded]
     evaluated = [
         (run.name, row["step"], row["set"], *_shown(row), f"{row['completion_tokens_mean']:.1f}")
         for run in runs
@@ -129,8 +132,9 @@ def page(runs: Sequence[RunRecords]) -> str:
             *(["<h2>Restarts</h2>", _table(RESTARTED, restarts)] if restarts else []),
             *(["<h2>Warnings</h2>", _table(WARNED, warnings)] if warnings else []),
             '<h2>Curves</h2><div class="charts">',
-            *plots(runs).values(),
+            *plots(runs, metrics, further).values(),
             "</div>",
+            *(["<h2>Metrics</h2>", _table(("name", "unit", "meaning"), explained)] if explained else []),
             *(["<h2>Evaluations</h2>", _table(EVALUATED, evaluated)] if evaluated else []),
             "</body></html>\n",
         ]

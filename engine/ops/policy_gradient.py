@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+# What the operator's sums are, in the order of csrc/policy/row.h (num_policy_sums); the first is the loss
+SUMS = ("loss", "kl", "clipped", "ratio", "gap")
+
 
 def policy_gradient_loss(
     log_probs: torch.Tensor,
@@ -26,8 +29,8 @@ def policy_gradient_loss(
 
     loss = sum of -min(r A, clip(r, 1 - clip_ratio, 1 + clip_ratio) A) + kl_weight * (exp(d) - d - 1), with
     r = exp(log_probs - old_log_probs), A the advantage of the token's sequence, d = reference_log_probs - log_probs
-    (paper, equation 1; k3 estimator). Without reference log-probs there is no KL. sums: KL, number of tokens that
-    the clip holds, sum of ratios, sum of |log_probs - old_log_probs|.
+    (paper, equation 1; k3 estimator). Without reference log-probs there is no KL. sums (SUMS without the
+    loss): KL, number of tokens that the clip holds, sum of ratios, sum of |log_probs - old_log_probs|.
 
     log_probs, old and reference log-probs [T] float32, advantages [B] float32, cu_seqlens [B + 1] int32, targets [T]
     int64. Deterministic. Raises ValueError naming argument, rule and value for a wrong shape or type.

@@ -67,8 +67,8 @@ def check_rewards(config: RunConfig, *, judges: bool) -> None:
     """ConfigError for rewards that cannot be loaded, or do not fit the algorithm; with `judges` also for one that could not
     judge the run's samples. Nothing of the run is started."""
     verifiable = [judging_of(config, source).verifiable for source in config.data.sources]
-    pairing = config.algorithm.pairing
-    if pairing != "random" and not any(verifiable):
+    pairing = getattr(config.algorithm, "pairing", "random")  # an option of the losses that have it
+    if pairing != "random" and ":" not in pairing and not any(verifiable):
         raise ConfigError(
             f"algorithm.pairing is for sources whose (first) reward says right or wrong, such as 'math'; the others pair the "
             f"highest reward with the lowest; found {pairing!r} and no such source: leave it at 'random'"

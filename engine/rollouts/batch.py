@@ -4,12 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 
-from engine.algorithms.advantages import grouped_advantages
-from engine.algorithms.pairs import better_and_worse, correct_and_wrong, extremes, preference_pair
+from engine.algorithms.dpo import PAIRS
+from engine.algorithms.pairs import correct_and_wrong, extremes
+from engine.algorithms.registry import make_algorithm
 from engine.config.load import RunConfig
-from engine.core.types import Rollout, RolloutGroup, Sequence
+from engine.core.metrics import Metric
+from engine.core.types import RolloutGroup, Sequence
 from engine.rollouts.base import StepData
 from engine.rollouts.metrics import mean
+
+SKIPPED_SHARE = Metric(
+    "skipped_share",
+    "prompts of the batch without a pair or an advantage",
+    title="prompts without signal",
+    unit="share",
+    peers={"TRL": "frac_reward_zero_std"},
+)
+SKIPPED = Metric("skipped_prompts", "the same as a count", title="skipped prompts", unit="prompts")
+ALL_CORRECT = Metric("all_correct_prompts", "verifiable prompts whose judged rollouts are all right", unit="prompts")
+ALL_WRONG = Metric("all_wrong_prompts", "verifiable prompts whose judged rollouts are all wrong", unit="prompts")
+UNJUDGED = Metric("unjudged_prompts", "prompts of which no rollout could be judged", unit="prompts")
+TIED = Metric("tied_prompts", "prompts where a seeded draw chose among equal rewards", unit="prompts")
+SPARE_USED = Metric("spare_prompts_used", "with data.spare_prompts: spare ones that filled a place", unit="prompts")
+UNUSED = Metric("unused_prompts", "with data.spare_prompts: with signal, but no place left", unit="prompts")
+CHOSEN_TOKENS = Metric("chosen_tokens_mean", "length of the chosen responses that a loss over pairs compares", unit="tokens")
+REJECTED_TOKENS = Metric("rejected_tokens_mean", "length of the rejected ones", unit="tokens")
+METRICS = (
+    SKIPPED_SHARE,
+    SKIPPED,
+    SPARE_USED,
+    UNUSED,
+    ALL_CORRECT,
+    ALL_WRONG,
+    UNJUDGED,
+    TIED,
+    CHOSEN_TOKENS,
+    REJECTED_TOKENS,
+)
 
 
 def step_data(
@@ -18,10 +49,10 @@ def step_data(
     """What a step trains on of all groups sampled for it; `shares` are those of its Mixture. Where there are spare prompts,
     their use is added to `metrics`."""
     batch, used, unused = batch_groups(groups, shares, config)
-    spare = {"spare_prompts_used": float(used), "unused_prompts": float(unused)} if len(groups) > len(batch) else {}
+    spare = {SPARE_USED.name: float(used), UNUSED.name: float(unused)} if len(groups) > len(batch) else {}
     sequences, counts = training_sequences(batch, config)
-    share = {"skipped_share": counts["skipped_prompts"] / len(batch)}
-    compared = compared_tokens(sequences) if config.algorithm.loss != "grpo" else {}
+    share = {SKIPPED_SHARE.name: counts[SKIPPED.name] / len(batch)}
+    compared = compared_tokens(sequences) if PAIRS in make_algorithm(config.algorithm).metrics else {}
     return StepData(sequences, len(batch), metrics | counts | share | compared | spare)
 
 
@@ -33,12 +64,13 @@ def batch_groups(
     Of each source (`shares`: how many were sampled, how many the batch counts) the first ones with signal, in order; where
     those are too few, the first without signal stand in the batch beside them, skipped as they would be without spare ones.
     """
+    algorithm, seed = make_algorithm(config.algorithm), config.run.seed
     batch: list[RolloutGroup] = []
     used = unused = start = 0
     for sampled, places in shares:
         own = range(start, start + sampled)
         start += sampled
-        with_signal = [i for i in own if sampled == places or _sequences_of(groups[i], config, 0)[1]]
+        with_signal = [i for i in own if sampled == places or algorithm.sequences(groups[i], 0, seed)[1]]
         without = [i for i in own if i not in with_signal]
         kept = sorted(with_signal[:places] + without[: max(0, places - len(with_signal))])
         batch += [groups[i] for i in kept]
@@ -55,21 +87,22 @@ def training_sequences(groups: Many[RolloutGroup], config: RunConfig) -> tuple[l
     unjudged_prompts (none of the rollouts could be judged); tied_prompts: of those with two different rewards, how many
     have several rollouts of the highest or of the lowest, so that a seeded draw chose among them.
     """
+    algorithm = make_algorithm(config.algorithm)
     sequences: list[Sequence] = []
-    names = ("skipped_prompts", "all_correct_prompts", "all_wrong_prompts", "unjudged_prompts", "tied_prompts")
-    counts = dict.fromkeys(names, 0.0)
+    names = (SKIPPED, ALL_CORRECT, ALL_WRONG, UNJUDGED, TIED)
+    counts = {metric.name: 0.0 for metric in names}
     num_groups = 0
     for group in groups:
-        made, has_signal = _sequences_of(group, config, num_groups)
+        made, has_signal = algorithm.sequences(group, num_groups, config.run.seed)
         sequences += made
         num_groups += any(sequence.group >= 0 for sequence in made)
         correct, wrong = correct_and_wrong(group)
         best, worst = extremes(group)
-        counts["skipped_prompts"] += not has_signal
-        counts["all_correct_prompts"] += group.prompt.verifiable and bool(correct) and not wrong
-        counts["all_wrong_prompts"] += group.prompt.verifiable and bool(wrong) and not correct
-        counts["unjudged_prompts"] += not group.judged
-        counts["tied_prompts"] += best != worst and len(best) + len(worst) > 2
+        counts[SKIPPED.name] += not has_signal
+        counts[ALL_CORRECT.name] += group.prompt.verifiable and bool(correct) and not wrong
+        counts[ALL_WRONG.name] += group.prompt.verifiable and bool(wrong) and not correct
+        counts[UNJUDGED.name] += not group.judged
+        counts[TIED.name] += best != worst and len(best) + len(worst) > 2
     return sequences, counts
 
 
@@ -77,37 +110,7 @@ def compared_tokens(sequences: Many[Sequence]) -> dict[str, float]:
     """Mean lengths of the chosen and the rejected responses that a loss compares; NaN where there are none."""
     compared = [sequence for sequence in sequences if sequence.group >= 0]
     return {
-        f"{name}_tokens_mean": mean([len(s.completion_ids) for s in compared if s.chosen is chosen])
-        for name, chosen in (("chosen", True), ("rejected", False))
+        metric.name: mean([len(s.completion_ids) for s in compared if s.chosen is chosen])
+        for metric, chosen in ((CHOSEN_TOKENS, True), (REJECTED_TOKENS, False))
     }
 
-
-def _sequences_of(group: RolloutGroup, config: RunConfig, index: int) -> tuple[list[Sequence], bool]:
-    """(what the loss trains on of this prompt, whether there is a pair or an advantage).
-
-    DPO and GroupDPO drop a prompt without a pair. GRPO keeps it at advantage 0, since its KL term still sees it, and drops
-    it where there is none. Rollouts that could not be judged are left out of all (`reward_timeouts` and `reward_failures`
-    count them).
-    """
-    algorithm = config.algorithm
-    if algorithm.loss == "dpo":
-        pair = preference_pair(group, algorithm.pairing, config.run.seed)
-        return [_sequence(group, r, 0.0, index, r is pair[0]) for r in pair] if pair else [], pair is not None
-    advantages = grouped_advantages([r.score.value for r in group.judged], algorithm.normalize_advantages)
-    better, worse = better_and_worse(group)
-    has_pairs = algorithm.loss == "group_dpo" and bool(better) and bool(worse)
-    has_signal = has_pairs or (algorithm.uses_advantages and any(advantages))
-    if not has_signal and not (algorithm.uses_advantages and algorithm.kl_weight):
-        return [], False
-    made = [
-        _sequence(group, r, advantage, index if has_pairs else -1, has_pairs and r in better)
-        for r, advantage in zip(group.judged, advantages, strict=True)
-    ]
-    return made, has_signal
-
-
-def _sequence(group: RolloutGroup, rollout: Rollout, advantage: float, index: int, chosen: bool) -> Sequence:
-    completion = rollout.completion
-    return Sequence(
-        group.prompt.token_ids, completion.token_ids, completion.log_probs, advantage=advantage, group=index, chosen=chosen
-    )

@@ -6,8 +6,97 @@ import math
 import re
 from collections.abc import Sequence as Many
 
+from engine.core.metrics import Metric
 from engine.core.types import Rollout, RolloutGroup
 from engine.inference.pool import Usage
+
+REWARD = Metric(
+    "reward_mean",
+    "over the step's judged rollouts",
+    title="reward",
+    peers={"TRL": "reward", "verl": "critic/rewards/mean"},
+)
+ENTROPY = Metric(
+    "rollout_entropy",
+    "next-token entropy: minus the mean log-prob over all tokens sampled for the step",
+    title="entropy",
+    unit="nats a token",
+)
+LENGTH = Metric(
+    "completion_tokens_mean",
+    "length of the rollouts, EOS included",
+    title="length",
+    unit="tokens",
+    peers={"TRL": "completions/mean_length", "verl": "response_length/mean"},
+)
+LENGTH_P50 = Metric("completion_tokens_p50", "half of the rollouts are no longer (nearest rank)", unit="tokens")
+LENGTH_P90 = Metric("completion_tokens_p90", "90 % of the rollouts are no longer", unit="tokens")
+LENGTH_P99 = Metric("completion_tokens_p99", "99 % of the rollouts are no longer", unit="tokens")
+LENGTH_MAX = Metric(
+    "completion_tokens_max",
+    "the longest rollout",
+    unit="tokens",
+    peers={"TRL": "completions/max_length", "verl": "response_length/max"},
+)
+TRUNCATED = Metric(
+    "truncated",
+    "rollouts cut off at sampling.max_tokens",
+    unit="share",
+    peers={"TRL": "completions/clipped_ratio", "verl": "response_length/clip_ratio"},
+)
+TIMEOUTS = Metric("reward_timeouts", "rollouts not judged in time", title="reward timeouts", unit="rollouts")
+FAILURES = Metric("reward_failures", "rollouts not judged for another reason", unit="rollouts")
+TOO_LONG = Metric("reward_too_long", "rollouts too long for the reward model", unit="rollouts")
+GENERATED = Metric(
+    "generation_tokens", "sampled while this step was collected, whichever step's", unit="tokens"
+)
+GENERATING = Metric("generation_seconds", "for which engines were busy meanwhile", unit="s")
+ACCURACY = Metric(
+    "accuracy", "judged rollouts of verifiable prompts with a reward above 0", title="accuracy", unit="share"
+)
+CORRECT_LENGTH = Metric("correct_tokens_mean", "length of the judged rollouts with a reward above 0", unit="tokens")
+INCORRECT_LENGTH = Metric("incorrect_tokens_mean", "length of the others", unit="tokens")
+WAITED = Metric("wait_seconds", "for the step's rollouts", title="waited", unit="s")
+STALENESS = Metric(
+    "staleness",
+    "between the weights that sampled the rollouts and those that train on them",
+    title="staleness",
+    unit="steps",
+)
+
+
+def reward_of(name: str) -> Metric:
+    """The mean of one reward, where a run has several."""
+    return Metric(f"reward_mean_{name}", "of one reward by its name, where a run has several")
+
+
+def part_of(name: str) -> Metric:
+    """The mean of one named part of a reward."""
+    return Metric(f"reward_{name}_mean", "of one named part of a reward, over the judged rollouts that have it")
+
+
+METRICS = (
+    REWARD,
+    reward_of("NAME"),
+    part_of("PART"),
+    ACCURACY,
+    ENTROPY,
+    LENGTH,
+    LENGTH_P50,
+    LENGTH_P90,
+    LENGTH_P99,
+    LENGTH_MAX,
+    CORRECT_LENGTH,
+    INCORRECT_LENGTH,
+    TRUNCATED,
+    TIMEOUTS,
+    TOO_LONG,
+    FAILURES,
+    STALENESS,
+    WAITED,
+    GENERATED,
+    GENERATING,
+)
 
 
 def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None) -> dict[str, float]:
@@ -23,22 +112,22 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None) -> dict[str
     judged = [rollout for group in groups for rollout in group.judged]
     statuses = [rollout.score.status for rollout in rollouts]
     metrics = {
-        "reward_mean": mean([rollout.score.value for rollout in judged]),
+        REWARD.name: mean([rollout.score.value for rollout in judged]),
         **_metrics_by_reward(groups),
         **_metrics_of_parts(judged),
-        "rollout_entropy": -math.fsum(p for r in rollouts for p in r.completion.log_probs) / sum(lengths),
-        "completion_tokens_mean": sum(lengths) / len(lengths),
-        "completion_tokens_p50": percentile(lengths, 50),
-        "completion_tokens_p90": percentile(lengths, 90),
-        "completion_tokens_p99": percentile(lengths, 99),
-        "completion_tokens_max": float(max(lengths)),
-        "truncated": sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
-        "reward_timeouts": float(statuses.count("timeout")),
-        "reward_failures": float(sum(statuses.count(why) for why in ("died", "unparsable", "invalid"))),
-        "reward_too_long": float(statuses.count("too_long")),
+        ENTROPY.name: -math.fsum(p for r in rollouts for p in r.completion.log_probs) / sum(lengths),
+        LENGTH.name: sum(lengths) / len(lengths),
+        LENGTH_P50.name: percentile(lengths, 50),
+        LENGTH_P90.name: percentile(lengths, 90),
+        LENGTH_P99.name: percentile(lengths, 99),
+        LENGTH_MAX.name: float(max(lengths)),
+        TRUNCATED.name: sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
+        TIMEOUTS.name: float(statuses.count("timeout")),
+        FAILURES.name: float(sum(statuses.count(why) for why in ("died", "unparsable", "invalid"))),
+        TOO_LONG.name: float(statuses.count("too_long")),
     }
     if usage is not None:  # what was sampled while this step was waited for, whichever step's
-        metrics |= {"generation_tokens": float(usage.num_tokens), "generation_seconds": usage.busy_seconds}
+        metrics |= {GENERATED.name: float(usage.num_tokens), GENERATING.name: usage.busy_seconds}
     return metrics
 
 
@@ -47,15 +136,15 @@ def _metrics_by_reward(groups: Many[RolloutGroup]) -> dict[str, float]:
     verified = [rollout for group in groups if group.prompt.verifiable for rollout in group.judged]
     names = sorted({group.prompt.reward for group in groups})
     metrics = {
-        f"reward_mean_{shown}": mean([r.score.value for group in groups if group.prompt.reward == name for r in group.judged])
+        reward_of(shown).name: mean([r.score.value for group in groups if group.prompt.reward == name for r in group.judged])
         for name, shown in zip(names, _shown(names), strict=True)
         if len(names) > 1
     }
     if any(group.prompt.verifiable for group in groups):
         correct = [len(rollout.completion.token_ids) for rollout in verified if rollout.score.correct]
         incorrect = [len(rollout.completion.token_ids) for rollout in verified if not rollout.score.correct]
-        metrics["accuracy"] = len(correct) / len(verified) if verified else math.nan
-        metrics |= {"correct_tokens_mean": mean(correct), "incorrect_tokens_mean": mean(incorrect)}
+        metrics[ACCURACY.name] = len(correct) / len(verified) if verified else math.nan
+        metrics |= {CORRECT_LENGTH.name: mean(correct), INCORRECT_LENGTH.name: mean(incorrect)}
     return metrics
 
 
@@ -64,7 +153,7 @@ def _metrics_of_parts(rollouts: Many[Rollout]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for rollout in rollouts:
         for name, value in rollout.score.parts:
-            values.setdefault(f"reward_{_word(name)}_mean", []).append(value)
+            values.setdefault(part_of(_word(name)).name, []).append(value)
     return {name: mean(values[name]) for name in sorted(values)}
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from engine.algorithms.registry import make_algorithm
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, DataError, brief
 from engine.core.types import Sequence
@@ -21,7 +22,7 @@ from engine.rewards.registry import judging_of
 from engine.rollouts.base import StepData
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import RolloutLedger
-from engine.rollouts.metrics import rollout_metrics
+from engine.rollouts.metrics import LENGTH, LENGTH_MAX, STALENESS, WAITED, rollout_metrics
 
 _ROLLOUT, _PAIR = {"step", "prompt_id", "token_ids"}, {"chosen", "rejected"}  # what the first row of each has
 
@@ -61,8 +62,8 @@ class LedgerSource:
                 f"{self._ledger.path}, step {step}: `token_ids` must be of the model's {self._vocab_size} tokens; found "
                 f"{highest}: replay rollouts of a model with the same tokenizer"
             )
-        metrics = {"wait_seconds": time.monotonic() - started} | rollout_metrics(groups, None)
-        return step_data(groups, self._shares, metrics | {"staleness": float(step - version)}, self._config)
+        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, None)
+        return step_data(groups, self._shares, metrics | {STALENESS.name: float(step - version)}, self._config)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -93,7 +94,7 @@ class PreferenceSource:
             for response, chosen in ((pair.chosen_ids, True), (pair.rejected_ids, False))
         ]
         lengths = [len(sequence.completion_ids) for sequence in sequences]
-        metrics = {"completion_tokens_mean": sum(lengths) / len(lengths), "completion_tokens_max": float(max(lengths))}
+        metrics = {LENGTH.name: sum(lengths) / len(lengths), LENGTH_MAX.name: float(max(lengths))}
         return StepData(sequences, len(pairs), metrics)
 
     def close(self) -> None:
@@ -137,11 +138,12 @@ def open_replay(config: RunConfig) -> LedgerSource | PreferenceSource:
 
 def _check_preferences(config: RunConfig) -> None:
     """ConfigError for options that a file of pairs has no use for."""
-    a, d = config.algorithm, config.data
-    if a.uses_advantages:
+    d = config.data
+    if make_algorithm(config.algorithm).needs_rollouts:
+        options = config.algorithm.model_dump(include={"loss", "alpha"})
         raise ConfigError(
             f"data.replay: pairs have no rewards and no rollout log-probs, so algorithm.loss must be 'dpo' or 'group_dpo' with "
-            f"alpha = 0; found {a.loss!r} with alpha = {a.alpha}: change them"
+            f"alpha = 0; found {' with alpha = '.join(map(repr, options.values()))}: change it"
         )
     if d.mix or d.spare_prompts:
         raise ConfigError(

@@ -22,7 +22,7 @@ from engine.rewards.base import Reward, answer_of
 from engine.rollouts.base import StepData
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import ledger_rows
-from engine.rollouts.metrics import rollout_metrics
+from engine.rollouts.metrics import STALENESS, WAITED, rollout_metrics
 
 
 class RolloutSource:
@@ -67,11 +67,11 @@ class RolloutSource:
         self._sampling.pop(step).result()
         with phase(Phase.REWARDS):
             groups, usage = self._coming.pop(step).result()
-        metrics = {"wait_seconds": time.monotonic() - started} | rollout_metrics(groups, usage)
+        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, usage)
         version = self._config.schedule.version(step)
         found = {rollout.completion.version for group in groups for rollout in group.rollouts}
         assert found == {version}, f"step {step} must train on rollouts of version {version}, found {found}"
-        metrics["staleness"] = float(self._config.schedule.staleness(step))
+        metrics[STALENESS.name] = float(self._config.schedule.staleness(step))
         data = step_data(groups, self._prompts.shares, metrics, self._config)
         if self._ledger is not None:
             self._ledger.append(row for group in groups for row in ledger_rows(group))

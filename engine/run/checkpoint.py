@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.algorithms.registry import identities as algorithm_identities
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError
 from engine.core.files import atomic_write, staged_folder, sync
 from engine.core.registry import identity
 from engine.data.records import source_digest
 from engine.models.hf import write_hf_checkpoint
-from engine.rewards.registry import identities
+from engine.rewards.registry import identities as reward_identities
 
 MANIFEST, LATEST, BEST, POLICY = "manifest.json", "LATEST", "BEST", "policy"
 MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
@@ -270,9 +271,10 @@ def _data_digests(config: RunConfig) -> dict[str, str | None]:
     """SHA-256 of every data file by its option, None where there is none, and who judges (rewards.registry.identities), which
     nobody does in supervised training."""
     digests = {key: source_digest(path) for key, path in config.data.files.items()}
+    digests |= algorithm_identities(config.algorithm)
     digests["model.family"] = identity(config.model.family, "model.family")
     digests["sync.semantics"] = identity(config.sync.semantics, "sync.semantics")
-    return digests if config.sft.checkpoint_out is not None else digests | identities(config)
+    return digests if config.sft.checkpoint_out is not None else digests | reward_identities(config)
 
 
 def _sha256(path: Path) -> str:

@@ -16,7 +16,17 @@ from typing import Protocol
 
 from engine.config.schedules.base import Schedule
 from engine.core.types import Batch
+from engine.megatron.metrics import NUM_TOKENS
 from engine.observe.profiling.phases import Phase, phase
+from engine.rollouts.metrics import GENERATED, GENERATING
+from engine.run.metrics import (
+    GENERATION_TOKENS_PER_SECOND,
+    ROLLOUT_SECONDS,
+    STEP,
+    STEP_SECONDS,
+    TRAIN_SECONDS,
+    TRAINING_TOKENS_PER_SECOND,
+)
 
 Record = dict[str, float]
 
@@ -107,7 +117,7 @@ def train(
     for step in range(start, schedule.num_steps):
         window.step(step)
         started = time.monotonic()
-        record: Record = {"step": step}
+        record: Record = {STEP.name: step}
         if schedule.sync_due(step):
             with phase(Phase.PUBLISH):
                 record |= publisher.publish(step)
@@ -131,7 +141,7 @@ def train(
                 record |= _pass_the_turn(steps, source, publisher)
             batch, rollouts = source.next(step)
         record |= rollouts | _learn(policy, batch)
-        record["step_seconds"] = time.monotonic() - started
+        record[STEP_SECONDS.name] = time.monotonic() - started
         yield _finished(record)
         with phase(Phase.CHECKPOINT):
             checkpoint(step + 1)
@@ -147,7 +157,7 @@ def _learn(policy: Policy, batch: Batch) -> Record:
         batch = policy.score(batch)
     with phase(Phase.TRAIN):
         record = policy.train_step(batch)
-    return record | {"train_seconds": time.monotonic() - started}
+    return record | {TRAIN_SECONDS.name: time.monotonic() - started}
 
 
 def _lend(step: int, schedule: Schedule, source: Source, publisher: Publisher) -> None:
@@ -165,7 +175,7 @@ def _pass_the_turn(opened: range, source: Source, publisher: Publisher) -> Recor
     if opened:
         source.settle(opened)
     publisher.rest()
-    return {"rollout_seconds": time.monotonic() - started} if opened else {}
+    return {ROLLOUT_SECONDS.name: time.monotonic() - started} if opened else {}
 
 
 def fine_tune(policy: Policy, source: Source, *, num_steps: int, window: Window) -> Iterator[Record]:
@@ -176,32 +186,16 @@ def fine_tune(policy: Policy, source: Source, *, num_steps: int, window: Window)
         with phase(Phase.WAIT):
             batch, known = source.next(step)
         with phase(Phase.TRAIN):
-            record: Record = {"step": step} | known | policy.train_step(batch)
-        record["train_seconds"] = record["step_seconds"] = time.monotonic() - started
+            record: Record = {STEP.name: step} | known | policy.train_step(batch)
+        record["train_seconds"] = record[STEP_SECONDS.name] = time.monotonic() - started
         yield _finished(record)
     window.step(num_steps)
 
 
 def _finished(record: Record) -> Record:
-    """Sums become the means that people read; the sums' own names go."""
-    record["training_tokens_per_second"] = record.get("num_tokens", 0.0) / max(record["train_seconds"], 1e-9)
-    if "generation_seconds" in record:
-        seconds, tokens = record["generation_seconds"], record["generation_tokens"]
-        record["generation_tokens_per_second"] = tokens / seconds if tokens else math.nan
-    pairs, targets = record.get("pairs", math.nan), record.get("target_tokens", math.nan)
-    means = {
-        "margin_mean": ("margin", pairs),
-        "preferred_share": ("preferred", pairs),
-        "chosen_log_prob_mean": ("chosen_log_prob", pairs),
-        "rejected_log_prob_mean": ("rejected_log_prob", pairs),
-        "kl_mean": ("kl", targets),
-        "clipped_share": ("clipped", targets),
-        "ratio_mean": ("ratio", targets),
-        "log_prob_gap_mean": ("rollout_gap", targets),
-        "nll_mean": ("nll", targets),
-        "entropy_mean": ("entropy", targets),
-    }
-    for mean, (total, count) in means.items():
-        if total in record:
-            record[mean] = record.pop(total) / count if count else math.nan
+    """The record with its rates."""
+    record[TRAINING_TOKENS_PER_SECOND.name] = record.get(NUM_TOKENS.name, 0.0) / max(record[TRAIN_SECONDS.name], 1e-9)
+    if GENERATING.name in record:
+        seconds, tokens = record[GENERATING.name], record[GENERATED.name]
+        record[GENERATION_TOKENS_PER_SECOND.name] = tokens / seconds if tokens else math.nan
     return record

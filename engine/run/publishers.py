@@ -6,6 +6,7 @@ import torch
 
 from engine.bridge.sender import Publisher
 from engine.megatron.topology import Topology
+from engine.run.metrics import SYNC_ATTEMPTS, SYNC_MEBIBYTES, SYNC_SECONDS
 
 
 class PoolPublisher:
@@ -21,8 +22,8 @@ class PoolPublisher:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps, the engines need to wake
         report = self._publisher.publish(version)
         self.serves = version
-        repeated = {"sync_attempts": float(report.attempts)} if report.attempts > 1 else {}
-        return {"sync_seconds": report.seconds, "sync_mebibytes": report.num_bytes / 2**20} | repeated
+        repeated = {SYNC_ATTEMPTS.name: float(report.attempts)} if report.attempts > 1 else {}
+        return {SYNC_SECONDS.name: report.seconds, SYNC_MEBIBYTES.name: report.num_bytes / 2**20} | repeated
 
     def rest(self) -> None:
         """Lets the engines sleep until the next `publish`; nothing where they do already."""

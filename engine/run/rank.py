@@ -15,8 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from engine.algorithms.nll import NllObjective
-from engine.algorithms.registry import make_objective
+from engine.algorithms.nll import NllLoss
+from engine.algorithms.registry import make_loss
 from engine.bridge.sender import stream_to_first_rank
 from engine.bridge.setup import open_publisher
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
@@ -60,8 +60,8 @@ class TrainerRank:
     ) -> Iterator[Event]:
         """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
         config, topology = self._config, self._join(port)
-        objective = make_objective(config.algorithm, sampled=replay_kind(config) != "preferences")
-        policy = Policy(config, topology, objective, config.model.path)
+        loss = make_loss(config.algorithm, sampled=replay_kind(config) != "preferences")
+        policy = Policy(config, topology, loss, config.model.path)
         folder = config.run_directory / "checkpoints"
         checkpoints = Checkpoints(folder, rank=topology.rank, world_size=topology.world_size, barrier=dist.barrier)
         start = resume_policy(config, checkpoints, policy) if resume else 0
@@ -119,7 +119,7 @@ class TrainerRank:
         """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""
         config, topology = self._config, self._join(port)
         source = SupervisedSource(config, topology)
-        policy = Policy(config, topology, NllObjective(), config.model.path)
+        policy = Policy(config, topology, NllLoss(), config.model.path)
         writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
         window = Window(config.profile, config.run_directory, self._rank)
         for record in loop.fine_tune(policy, source, num_steps=config.run.steps, window=window):

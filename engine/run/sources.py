@@ -13,11 +13,12 @@ from engine.data.mixture import load_prompts
 from engine.data.prompts import PromptOrder
 from engine.data.supervised import supervised_sequence
 from engine.data.templates import load_tokenizer
-from engine.megatron.broadcast import hand_out
-from engine.megatron.packing import make_batches
+from engine.megatron.broadcast import broadcast_batch
+from engine.megatron.packing import make_batch
 from engine.megatron.topology import Topology
 from engine.models.hf import read_shape
 from engine.rollouts.base import StepSource
+from engine.run.metrics import TARGET_TOKENS
 from engine.run.signals import sign_of_life
 
 
@@ -46,8 +47,8 @@ class BroadcastSource:
         """This rank's microbatches of the step, and on rank 0 what was measured of its rollouts."""
         data = self._rollouts.next(step) if self._rollouts is not None else None
         sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
-        batch = hand_out(sequences, num_prompts, step, self._config.trainer, self._topology)
-        return batch, metrics | {"target_tokens": float(batch.num_target_tokens)}
+        batch = broadcast_batch(sequences, num_prompts, step, self._config.trainer, self._topology)
+        return batch, metrics | {TARGET_TOKENS.name: float(batch.num_target_tokens)}
 
 
 class SupervisedSource:
@@ -79,6 +80,11 @@ class SupervisedSource:
     def next(self, step: int) -> tuple[Batch, dict[str, float]]:
         """This rank's microbatches of the step."""
         sequences = [self._sequences[i] for i in self._order.at(step, self._config.sft.sequences_per_step)]
-        batches = make_batches(sequences, step=step, num_prompts=len(sequences), trainer=self._config.trainer)
-        batch = batches[self._topology.dp_rank]
-        return batch, {"target_tokens": float(batch.num_target_tokens)}
+        batch = make_batch(
+            sequences,
+            step=step,
+            num_prompts=len(sequences),
+            trainer=self._config.trainer,
+            dp_rank=self._topology.dp_rank,
+        )
+        return batch, {TARGET_TOKENS.name: float(batch.num_target_tokens)}

@@ -16,7 +16,10 @@ def runnable(options: argparse.Namespace) -> RunConfig:
     from engine.models.hf import read_shape
     from engine.models.sharding import engine_layout, trainer_layout
     from engine.rollouts.replay import replay_kind
+    from engine.run.metrics import catalogue
 
+    if config.sft.checkpoint_out is None:
+        catalogue(config.algorithm)  # a user's loss must not take the name of a metric of ours
     shape = read_shape(config.model.path, family=config.model.family)
     check_layout(shape, trainer_layout(config.trainer))
     check_engine_layout(shape, engine_layout(config.inference))

@@ -20,12 +20,12 @@ if os.environ.get("SEMION_TE_ON_CPU"):
 import torch
 import torch.distributed as dist
 
-from engine.algorithms.nll import NllObjective
+from engine.algorithms.nll import NllLoss
 from engine.bridge.setup import open_publisher
 from engine.core.types import Sequence
 from engine.inference.pool import Pool
-from engine.megatron.broadcast import hand_out
-from engine.megatron.packing import pack
+from engine.megatron.broadcast import broadcast_batch
+from engine.megatron.packing import make_batch
 from engine.megatron.policy import Policy
 from engine.run.rank import TrainerRank
 from engine.run.signals import Event
@@ -38,19 +38,20 @@ class Probe(TrainerRank):
 
     def probe(self, port: int, engines: list[Any] | None, num_syncs: int, kill: int, what: str) -> Iterator[Event]:
         config, topology = self._config, self._join(port)
-        policy = Policy(config, topology, NllObjective(), config.model.path)
+        policy = Policy(config, topology, NllLoss(), config.model.path)
         pool = Pool(engines, config.inference.timeout_seconds) if engines is not None else None
         publisher = open_publisher(config, policy, topology, self._host, pool)
         draw = random.Random(3)
         rows = [[draw.randrange(DIGITS) for _ in range(draw.randrange(5, LONGEST))] for _ in range(SEQUENCES)]
         sequences = [Sequence(tuple(row[:1]), tuple(row[1:]), ()) for row in rows]
         for version in range(1, num_syncs + 1):
-            batch = hand_out(sequences if topology.rank == 0 else None, len(rows), version, config.trainer, topology)
+            batch = broadcast_batch(sequences if topology.rank == 0 else None, len(rows), version, config.trainer, topology)
             metrics = policy.train_step(batch)
             if pool is not None and version == kill:
                 end(int(pool.describe()[0]["pid"]), what)
             report = publisher.publish(version)
-            (whole,) = pack(sequences, config.trainer.microbatch_tokens, topology.tp_size)
+            one_rank = config.trainer.model_copy(update={"data_parallel": 1})
+            (whole,) = make_batch(sequences, step=version, num_prompts=5, trainer=one_rank, dp_rank=0).microbatches
             mine = policy.log_probs(replace(batch, microbatches=(whole,)))
             flat = mine[0] if mine else torch.empty(whole.token_ids.numel())
             dist.broadcast(flat, topology.world_size - 1)

@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from engine.algorithms.base import Objective
-from engine.algorithms.dpo import DpoObjective
-from engine.algorithms.grpo import GrpoObjective
-from engine.algorithms.nll import NllObjective
-from engine.algorithms.registry import make_objective
+from engine.algorithms.base import Loss
+from engine.algorithms.nll import NllLoss
+from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
+from engine.config.options import algorithm_options
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED, Batch, Microbatch
 from engine.megatron.policy import Policy
@@ -29,7 +28,7 @@ from engine.megatron.topology import Topology, open_topology
 from engine.models.sharding import export_plan
 from engine.ops import lm_head_log_probs, token_log_probs
 from tests.parallel.fp8_case import change_weights, fp8_parameters
-from tests.parallel.material import EVERYTHING, batch_of, run_config
+from tests.parallel.material import ALGORITHMS, batch_of, run_config
 from tests.parallel.memory_case import memory
 from tests.parallel.pretended_gpu import pretended_gpu
 
@@ -64,13 +63,9 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         topology.close()
 
 
-def objective_of(name: str, config: RunConfig) -> Objective:
-    """The objective under test by its short name."""
-    if name == "nll":
-        return NllObjective()
-    if name == "everything":
-        return make_objective(config.algorithm.model_copy(update=EVERYTHING))
-    return DpoObjective(config.algorithm) if name == "dpo" else GrpoObjective(config.algorithm)
+def loss_of(name: str) -> Loss:
+    """The loss under test by its short name."""
+    return NllLoss() if name == "nll" else make_loss(algorithm_options(ALGORITHMS[name]))
 
 
 def full_tensors(policy: Policy, prefix: str) -> dict[str, torch.Tensor]:
@@ -107,13 +102,13 @@ def collect_gradients(policy: Policy) -> None:
         dist.all_gather_into_tensor(bucket.grad_data, own, group=topology.dp_group)
 
 
-def train(config: RunConfig, topology: Topology, checkpoint: str, objective: str, output: str) -> list[dict[str, float]]:
+def train(config: RunConfig, topology: Topology, checkpoint: str, loss: str, output: str) -> list[dict[str, float]]:
     """Three steps; leaders write logits before them, gradients of each (as clipped) and weights after. Returns the
     metrics."""
-    policy = Policy(config, topology, objective_of(objective, config), checkpoint)
+    policy = Policy(config, topology, loss_of(loss), checkpoint)
     kept: dict[str, torch.Tensor] = {}
     metrics = []
-    group_pairs = 2 if objective == "everything" else 1
+    group_pairs = 2 if loss.startswith(("everything", "own")) else 1
     for step in range(3):
         batch = batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank, group_pairs)
         if step == 0 and not config.trainer.fused_lm_head:
@@ -134,7 +129,7 @@ def train(config: RunConfig, topology: Topology, checkpoint: str, objective: str
 
 def export(config: RunConfig, topology: Topology, checkpoint: str, output: str) -> int:
     """Leaders write every tensor as it was read; how many they hold."""
-    tensors = full_tensors(Policy(config, topology, NllObjective(), checkpoint), "")
+    tensors = full_tensors(Policy(config, topology, NllLoss(), checkpoint), "")
     if tensors:
         whole = {name: value.contiguous() for name, value in tensors.items()}
         save_file(whole, Path(output) / f"{topology.rank}.safetensors")
@@ -149,15 +144,15 @@ def resume(config: RunConfig, topology: Topology, checkpoint: str, output: str) 
         return [policy.train_step(policy.score(batch)) for batch in batches]
 
     file = Path(output) / f"state.{topology.rank}.safetensors"
-    first = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    first = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     save_file(first.state(), file)
-    untrained = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    untrained = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     untrained.load_state(load_file(file))
     steps(first, range(1))
     first.refresh_reference()
     save_file(first.state(), file)
     whole = steps(first, range(1, 3))
-    second = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    second = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     second.load_state(load_file(file))
     again = steps(second, range(1, 3))
     ours, theirs = first.state(), second.state()
@@ -171,14 +166,14 @@ def resume(config: RunConfig, topology: Topology, checkpoint: str, output: str) 
 
 def steps_of_seed(config: RunConfig, topology: Topology, checkpoint: str) -> list[dict[str, float]]:
     """The first step of a policy that was never saved."""
-    policy = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     batch = batch_of(0, policy.shape.vocab_size, config.trainer, topology.dp_rank)
     return [policy.train_step(policy.score(batch))]
 
 
 def curve(config: RunConfig, topology: Topology, checkpoint: str, num_steps: int) -> list[dict[str, float]]:
     """Metrics of `num_steps` DPO steps over two batches that alternate; scoring must leave the state as it was."""
-    policy = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in range(2)]
     metrics = []
     for step in range(num_steps):
@@ -195,7 +190,7 @@ def change_layers(config: RunConfig, topology: Topology, checkpoint: str) -> dic
 
     def with_layers(layers: str) -> Policy:
         trainer = config.trainer.model_copy(update={"layers": layers})
-        return Policy(config.model_copy(update={"trainer": trainer}), topology, DpoObjective(config.algorithm), checkpoint)
+        return Policy(config.model_copy(update={"trainer": trainer}), topology, make_loss(config.algorithm), checkpoint)
 
     def steps(policy: Policy, which: range) -> float:
         batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in which]
@@ -224,7 +219,7 @@ def offload(config: RunConfig, topology: Topology, checkpoint: str, output: str)
         for share in (config.optimizer.offload_share, 0.0):
             optimizer = config.optimizer.model_copy(update={"offload_share": share})
             policy = Policy(
-                config.model_copy(update={"optimizer": optimizer}), topology, DpoObjective(config.algorithm), checkpoint
+                config.model_copy(update={"optimizer": optimizer}), topology, make_loss(config.algorithm), checkpoint
             )
             for step in range(3):
                 policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)))
@@ -263,14 +258,14 @@ def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bo
     def equal(policy: Policy, wanted: dict[str, torch.Tensor]) -> bool:
         return all(torch.equal(parameter, wanted[name]) for name, parameter in policy.parameters.items())
 
-    policy = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     before = weights(policy)
     for step in range(2):
         policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)))
         if config.schedule.reference_due(step + 1):
             policy.refresh_reference()
     trained = weights(policy)
-    resumed = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    resumed = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     resumed.load_state(policy.state())
     found = {}
     for name, one in (("first", policy), ("resumed", resumed)):
@@ -282,7 +277,7 @@ def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bo
 
 def infinite(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
     """One GRPO step where a single advantage of a single rank is infinite."""
-    policy = Policy(config, topology, GrpoObjective(config.algorithm), checkpoint)
+    policy = Policy(config, topology, loss_of("grpo"), checkpoint)
     batch = batch_of(7, policy.shape.vocab_size, config.trainer, topology.dp_rank)
     if topology.dp_rank == topology.dp_size - 1:
         batch.microbatches[0].advantages[0] = float("inf")

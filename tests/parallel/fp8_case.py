@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.algorithms.dpo import DpoObjective
+from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
 from engine.core.types import Batch
 from engine.megatron.policy import Policy
@@ -26,11 +26,11 @@ BLOCK = 128
 
 def fp8_parameters(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
     """Three steps with the reference renewed before the last; what holds of the weights before, between and after."""
-    policy = Policy(config, topology, DpoObjective(config.algorithm), checkpoint)
+    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
     kept: dict[str, Any] = {name: tensor for name, tensor in policy._own.items() if hasattr(tensor, "_fp8_dtype")}
     batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in range(3)]
     plain = config.trainer.model_copy(update={"fp8_parameters": False})
-    seed = Policy(config.model_copy(update={"trainer": plain}), topology, DpoObjective(config.algorithm), checkpoint)
+    seed = Policy(config.model_copy(update={"trainer": plain}), topology, make_loss(config.algorithm), checkpoint)
     found: dict[str, Any] = {"kept": len(kept), "begins_with_the_checkpoint": _begins_with(seed, policy, kept)}
     first = _reference_log_probs(policy, batches[0])
     found["reference_is_the_policy"] = _equal(first, policy.log_probs(batches[0]))
@@ -61,7 +61,7 @@ def change_weights(config: RunConfig, topology: Topology, checkpoint: str) -> di
 
     def policy(in_fp8: bool) -> Policy:
         trainer = config.trainer.model_copy(update={"fp8_parameters": in_fp8})
-        return Policy(config.model_copy(update={"trainer": trainer}), topology, DpoObjective(config.algorithm), checkpoint)
+        return Policy(config.model_copy(update={"trainer": trainer}), topology, make_loss(config.algorithm), checkpoint)
 
     plain, between, back = policy(False), policy(True), policy(False)
     *before, last = (batch_of(step, plain.shape.vocab_size, config.trainer, topology.dp_rank) for step in range(3))

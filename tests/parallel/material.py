@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
 from engine.core.types import Batch, Sequence
-from engine.megatron.packing import make_batches
+from engine.megatron.packing import make_batch
 
+OWN_LOSS = Path(__file__).resolve().parents[1] / "own_loss.py"
 UNCLIPPED = 1e9  # a clip_norm far above every gradient
-EVERYTHING = {"loss": "group_dpo", "alpha": 0.3, "entropy_weight": 0.05}  # with NLL and KL, every term there is
+ALGORITHMS: dict[str, dict[str, Any]] = {  # by short name; NLL and KL are large enough to see
+    "dpo": {"nll_weight": 0.1},
+    "grpo": {"loss": "grpo", "kl_weight": 0.1},
+    "everything": {
+        **{"loss": "group_dpo", "alpha": 0.3, "entropy_weight": 0.05},  # every term there is
+        **{"nll_weight": 0.1, "kl_weight": 0.1},
+    },
+    "own": {"loss": f"{OWN_LOSS}:Regression", "temperature": 0.7},
+    "own_with_entropy": {"loss": f"{OWN_LOSS}:ReferenceRegression", "temperature": 0.7, "entropy_weight": 0.05},
+}
 
 
 def run_config(trainer: dict[str, Any], options: dict[str, Any]) -> RunConfig:
-    """A run of 3 steps whose learning rate, NLL and KL are large enough to see; clipping only where a test asks."""
+    """A run of 3 steps whose learning rate and NLL are large enough to see; clipping only where a test asks."""
     tree: dict[str, Any] = {
         "run": {"directory": "unused", "steps": 3},
         "model": {"path": "unused"},
         "data": {"train": "unused", "max_prompt_tokens": 8},
         "sampling": {"max_tokens": 24},
-        "algorithm": {"nll_weight": 0.1, "kl_weight": 0.1},
+        "algorithm": ALGORITHMS["dpo"],
         "optimizer": {"learning_rate": 3e-3, "eps": 1e-4, "clip_norm": UNCLIPPED, "warmup_steps": 2},
         "trainer": {"microbatch_tokens": 64, **trainer},
     }
     for section, values in options.items():
-        tree[section] = tree.get(section, {}) | values
+        begun = {} if "loss" in values else tree.get(section, {})  # another loss has other options
+        tree[section] = begun | values
     return RunConfig.model_validate(tree)
 
 
@@ -44,11 +56,13 @@ def sequences(step: int, vocab_size: int, group_pairs: int = 1) -> list[Sequence
         for chosen in (True, False):
             completion = tokens(draw.randint(1, 24))
             log_probs = tuple(-4.0 - draw.random() for _ in completion)
-            made.append(Sequence(prompt, completion, log_probs, draw.uniform(-1, 1), pair // group_pairs, chosen))
+            credit = draw.uniform(-1, 1)
+            marks: dict[str, Any] = {"reward": float(chosen), "values": {"length": float(len(completion))}}
+            made.append(Sequence(prompt, completion, log_probs, credit, pair // group_pairs, chosen, **marks))
     return made
 
 
 def batch_of(step: int, vocab_size: int, trainer: Trainer, dp_rank: int, group_pairs: int = 1) -> Batch:
     """This data-parallel rank's part of a step."""
     made = sequences(step, vocab_size, group_pairs)
-    return make_batches(made, step=step, num_prompts=5, trainer=trainer)[dp_rank]
+    return make_batch(made, step=step, num_prompts=5, trainer=trainer, dp_rank=dp_rank)

@@ -13,10 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.algorithms.registry import make_objective
+from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
 from engine.core.types import Batch, Sequence
-from engine.megatron.packing import make_batches
+from engine.megatron.packing import make_batch
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology
 
@@ -26,7 +26,7 @@ NUM_ROWS = 3  # microbatches of a rank: one more than wait for their backward on
 def memory(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, int]:
     """The most bytes at once in a second step, of which what the policy holds from step to step, by component."""
     with Watch() as watch:
-        policy = Policy(config, topology, make_objective(config.algorithm), checkpoint)
+        policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
         batch = policy.score(full_rows(config, topology.dp_rank))
         policy.train_step(batch)
         watch.most = watch.live()
@@ -74,7 +74,7 @@ def full_rows(config: RunConfig, dp_rank: int) -> Batch:
     sequences = [
         Sequence(prompt, completion, (-1.0,) * len(completion), 1.0, index // 2, index % 2 == 0) for index in range(count)
     ]
-    return make_batches(sequences, step=0, num_prompts=4, trainer=config.trainer)[dp_rank]
+    return make_batch(sequences, step=0, num_prompts=4, trainer=config.trainer, dp_rank=dp_rank)
 
 
 def _held(policy: Policy) -> dict[str, int]:

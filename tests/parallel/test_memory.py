@@ -63,7 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_estimate_is_what_a_policy_allocates(trainer, dtype, algorithm, model: Path, pool: WorkerPool):
     options = {
         "model": {"path": str(model), "dtype": dtype},
-        "algorithm": {"nll_weight": 0.0, **algorithm},
+        "algorithm": algorithm or {"nll_weight": 0.0},
         "data": {"max_prompt_tokens": T // 8},
         "sampling": {"max_tokens": T // 2 - T // 8},
     }

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from engine.core.types import IGNORED, Sequence
-from engine.megatron.broadcast import _decode, _encode
+from engine.megatron.broadcast import Coded, encode
+from engine.megatron.packing import outlines_of
 from engine.models.hf import HfCheckpoint
 from tests.parallel import material
 from tests.parallel.pool import WorkerPool
 
-LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: checkpoint, objective, trainer options
+LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: checkpoint, loss, trainer options
     "tp2": ("plain", "dpo", {"tensor_parallel": 2}),
     "tp2_sequence_parallel_recompute": (
         "plain",
@@ -66,12 +67,16 @@ HEADLESS: dict[str, tuple[str, str, dict[str, Any]]] = {  # log-probs from hidde
     ),
     "fused_head_tp2_pp2_tied": ("tied", "dpo", {"fused_lm_head": True, "tensor_parallel": 2, "pipeline_parallel": 2}),
 }
-EVERYTHING: dict[str, tuple[str, str, dict[str, Any]]] = {  # groups of two pairs, spread over rows of 64 on one rank
+EVERYTHING: dict[str, tuple[str, str, dict[str, Any]]] = {  # groups of two pairs, split over rows of 64 on one rank
     "everything_in_whole_rows": ("odd", "everything", {"microbatch_tokens": 256}),
     "everything_tp2": ("odd", "everything", {"tensor_parallel": 2, "sequence_parallel": True}),
     "everything_pp2_dp2": ("odd", "everything", {"pipeline_parallel": 2, "data_parallel": 2}),
+    "own_loss_in_whole_rows": ("odd", "own", {"microbatch_tokens": 256}),
+    "own_loss_dp2": ("odd", "own", {"data_parallel": 2}),
+    "own_loss_tp2": ("odd", "own", {"tensor_parallel": 2, "sequence_parallel": True}),
+    "own_loss_with_entropy_pp2_dp2": ("odd", "own_with_entropy", {"pipeline_parallel": 2, "data_parallel": 2}),
 }
-CLIP_NORM = 0.5  # below the gradient norm of every step of every objective
+CLIP_NORM = 0.5  # below the gradient norm of every step of every loss
 CLIPPED = ("tp2", "tp2_sequence_parallel_recompute", "pp2_tied", "dp2_distributed_optimizer")
 Checkpoint = Callable[[str], Path]
 
@@ -93,17 +98,17 @@ Train = Callable[..., Trained]
 
 @pytest.fixture(scope="module")
 def train(pool: WorkerPool, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Runs the case `train` once per checkpoint, objective, layout and clip_norm."""
+    """Runs the case `train` once per checkpoint, loss, layout and clip_norm."""
     made: dict[str, Trained] = {}
 
-    def run(variant: str, objective: str, trainer: dict[str, Any], clip_norm: float = material.UNCLIPPED) -> Trained:
-        key = json.dumps([variant, objective, trainer, clip_norm])
+    def run(variant: str, loss: str, trainer: dict[str, Any], clip_norm: float = material.UNCLIPPED) -> Trained:
+        key = json.dumps([variant, loss, trainer, clip_norm])
         if key not in made:
             size = math.prod(trainer.get(f"{axis}_parallel", 1) for axis in ("tensor", "pipeline", "data"))
             output = tmp_path_factory.mktemp("train")
             where = {"checkpoint": str(checkpoint(variant)), "output": str(output)}
             options = {"optimizer": {"clip_norm": clip_norm}}
-            metrics = pool.run("train", size, trainer=trainer, options=options, objective=objective, **where)
+            metrics = pool.run("train", size, trainer=trainer, options=options, loss=loss, **where)
             tensors: dict[str, torch.Tensor] = {}
             for file in output.glob("*.safetensors"):
                 tensors |= load_file(file)
@@ -126,8 +131,8 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 )
 def test_layout_equals_one_rank(name: str, clip_norm: float, train: Train) -> None:
     """Three optimizer steps: metrics equal on all ranks; losses and gradients within 1e-5 of one rank, weights 2e-5."""
-    variant, objective, trainer = (LAYOUTS | HEADLESS | EVERYTHING)[name]
-    found, expected = train(variant, objective, trainer, clip_norm), train(variant, objective, {}, clip_norm)
+    variant, loss, trainer = (LAYOUTS | HEADLESS | EVERYTHING)[name]
+    found, expected = train(variant, loss, trainer, clip_norm), train(variant, loss, {}, clip_norm)
     assert all(metrics == found.metrics[0] for metrics in found.metrics)
     for step, wanted in zip(found.metrics[0], expected.metrics[0], strict=True):
         assert step["grad_norm"] > CLIP_NORM
@@ -140,8 +145,8 @@ def test_layout_equals_one_rank(name: str, clip_norm: float, train: Train) -> No
 @pytest.mark.parametrize("name", ["one_rank", *(n for n in LAYOUTS if "dp2" not in n)])
 def test_logits_equal_transformers(name: str, train: Train, checkpoint: Checkpoint) -> None:
     """Packed rows through every layout against LlamaForCausalLM on each sequence alone, within 1e-4 in fp32."""
-    variant, objective, trainer = LAYOUTS.get(name, ("odd", "nll", {}))
-    found = train(variant, objective, trainer)
+    variant, loss, trainer = LAYOUTS.get(name, ("odd", "nll", {}))
+    found = train(variant, loss, trainer)
     model = AutoModelForCausalLM.from_pretrained(checkpoint(variant)).eval()
     batch = material.batch_of(0, model.config.vocab_size, material.run_config(trainer, {}).trainer, 0)
     for index, row in enumerate(batch.microbatches):
@@ -192,8 +197,9 @@ def test_one_rank_equals_transformers(variant: str, clip_norm: float, train: Tra
         ({"data_parallel": 2, "distributed_optimizer": True}, {"model": {"dtype": "bfloat16"}}),
         ({"tensor_parallel": 2}, {"model": {"dtype": "bfloat16"}}),
         ({"pipeline_parallel": 2, "virtual_pipeline": 2}, {}),
+        ({"data_parallel": 2}, {"algorithm": material.ALGORITHMS["own_with_entropy"]}),
     ],
-    ids=["tp2", "dp2_distributed", "dp2_distributed_bf16", "tp2_bf16", "pp2_virtual2"],
+    ids=["tp2", "dp2_distributed", "dp2_distributed_bf16", "tp2_bf16", "pp2_virtual2", "dp2_own_loss"],
 )
 def test_resumed_policy_continues_bit_for_bit(
     trainer: dict[str, Any], options: dict[str, Any], pool: WorkerPool, checkpoint: Checkpoint, tmp_path: Path
@@ -231,7 +237,7 @@ def test_infinite_advantage_stops_every_rank(trainer: dict[str, Any], pool: Work
 
 @pytest.mark.parametrize(
     ("name", "distance", "counted", "count"),
-    [("tp2", "margin", "pairs", 4.0), ("pp2_virtual2", "kl", "with_signal", 8.0)],
+    [("tp2", "margin_mean", "pairs", 4.0), ("pp2_virtual2", "kl_mean", "with_signal", 8.0)],
 )
 def test_reference_stays_as_policy_moves(name: str, distance: str, counted: str, count: float, train: Train) -> None:
     """The margin over the reference, or the KL to it, is exactly 0 before the first step, and not afterwards."""
@@ -240,23 +246,26 @@ def test_reference_stays_as_policy_moves(name: str, distance: str, counted: str,
     assert [metrics[counted] for metrics in steps] == [count] * 3
 
 
-def test_groups_are_spread_over_rows_of_one_rank_and_whole_in_larger_ones(train: Train) -> None:
-    """What the layouts of EVERYTHING compare: both kinds in the small rows, none spread in the large, the same sums."""
-    spread = []
+def test_groups_are_split_over_rows_of_one_rank_and_whole_in_larger_ones(train: Train) -> None:
+    """What the layouts of EVERYTHING compare: both kinds in the small rows, none split in the large, the same sums."""
+    split = []
     for trainer in ({}, {"microbatch_tokens": 256}):
         options = material.run_config(trainer, {}).trainer
         batches = [material.batch_of(step, 67, options, 0, group_pairs=2) for step in range(3)]
         rows = [row for batch in batches for row in batch.microbatches]
-        spread.append([bool((row.spread_groups >= 0).any()) for row in rows])
-    assert any(spread[0]) and not any(spread[1])
+        split.append([bool(row.split.any()) for row in rows])
+    assert any(split[0]) and not any(split[1])
     assert [metrics["pairs"] for metrics in train("odd", "everything", {}).metrics[0]] == [8.0] * 3
 
 
 def test_sequences_survive_the_broadcast() -> None:
-    """Groups, marks, advantages and empty rollout log-probs included."""
-    made = [*material.sequences(0, 67, group_pairs=2), Sequence((1,), (2, 3), ())]
-    assert _decode(_encode(made, 5)) == (made, 5)
-    assert _decode(_encode([], 5)) == ([], 5)
+    """Groups, marks, advantages, rewards, named values and empty rollout log-probs included."""
+    made = [*material.sequences(0, 67, group_pairs=2), Sequence((1,), (2, 3), (), values={"length": 0.1})]
+    coded = Coded(encode(made, 5))
+    assert [coded.sequence(place) for place in range(len(made))] == made
+    assert coded.outlines == outlines_of(made)
+    assert coded.num_prompts == 5
+    assert Coded(encode([], 5)).outlines == []
 
 
 def test_export_is_the_checkpoint(train: Train, checkpoint: Checkpoint) -> None:

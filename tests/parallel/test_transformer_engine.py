@@ -60,7 +60,7 @@ def deterministic():
 def trained(pool, folder, output, trainer, options, size=1):
     """Metrics, logits, gradients and weights of three NLL steps."""
     where = {"checkpoint": str(folder), "output": str(output)}
-    metrics = pool.run("train", size, trainer=trainer, options=options, objective="nll", **where)
+    metrics = pool.run("train", size, trainer=trainer, options=options, loss="nll", **where)
     tensors: dict[str, torch.Tensor] = {}
     for file in output.glob("*.safetensors"):
         tensors |= load_file(file)

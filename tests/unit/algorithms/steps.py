@@ -1,18 +1,20 @@
 """A made-up step for the tests of the losses: sequences with a policy and a reference log-prob and an entropy a completion
-token, as lists of float64; packed, dealt and run through an objective. What a loss should be is not known here.
+token, as lists of float64; packed, dealt and run through a loss. What a loss should be is not known here.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 import random
 from dataclasses import replace
 
 import torch
 
-from engine.algorithms.base import Objective
+from engine.algorithms.base import Loss
 from engine.config.options import Trainer
 from engine.core.types import Microbatch, Sequence
-from engine.megatron.packing import make_batches
+from engine.megatron.packing import make_batch
 
 Tokens = list[list[float]]  # a value a completion token, by sequence
 LAYOUTS = [
@@ -52,33 +54,36 @@ class Step:
         return sum(len(s.completion_ids) for s in self.sequences)
 
     def run(
-        self, objective: Objective, *, num_prompts: int = 7, data_parallel: int = 1, microbatch_tokens: int = 400
+        self, loss_function: Loss, *, num_prompts: int = 7, data_parallel: int = 1, microbatch_tokens: int = 400
     ) -> tuple[float, dict[str, float], Tokens, Tokens]:
         """(sum of the losses, sums of the metrics, gradients by log-prob, gradients by entropy) over ranks and rows."""
         trainer = Trainer(data_parallel=data_parallel, microbatch_tokens=microbatch_tokens)
-        loss, sums = 0.0, [0.0] * len(objective.metric_names)
+        loss = 0.0
+        sums = {metric.name: -math.inf if metric.reduce == "max" else 0.0 for metric in loss_function.metrics}
+        join = {metric.name: max if metric.reduce == "max" else operator.add for metric in loss_function.metrics}
         gradients, slopes = ([[float("nan")]] * len(self.sequences) for _ in range(2))
-        for batch in make_batches(self.sequences, step=0, num_prompts=num_prompts, trainer=trainer):
+        for dp_rank in range(data_parallel):
+            batch = make_batch(self.sequences, step=0, num_prompts=num_prompts, trainer=trainer, dp_rank=dp_rank)
             rows = [self.lay_out(microbatch, self.policy)[0] for microbatch in batch.microbatches]
             scored = [replace(m, reference_log_probs=self.lay_out(m, self.reference)[0]) for m in batch.microbatches]
-            if any((m.spread_groups >= 0).any() for m in scored):
-                scored = objective.weigh(scored, rows)
+            if any(m.split.any() for m in scored):
+                scored = loss_function.precompute_split_groups(scored, rows)
             for row, microbatch in zip(rows, scored, strict=True):
                 entropy, spans = self.lay_out(microbatch, self.entropy, elsewhere=2.0)
                 row.requires_grad_()
                 entropy.requires_grad_()
-                part, metrics = objective(row, microbatch, batch, entropy if objective.needs_entropy else None)
+                part, metrics = loss_function(row, microbatch, batch, entropy if loss_function.needs_entropy else None)
                 part.backward()
-                assert not metrics.requires_grad
+                assert not any(value.requires_grad for value in metrics.values())
                 loss += part.item()
-                sums = [a + b for a, b in zip(sums, metrics.tolist(), strict=True)]
+                sums = {name: join[name](total, metrics[name].item()) for name, total in sums.items()}
                 by_entropy = torch.zeros_like(row) if entropy.grad is None else entropy.grad
                 for index, span in spans.items():
                     gradients[index] = [0.0] * len(self.policy[index]) if row.grad is None else row.grad[span].tolist()
                     slopes[index] = by_entropy[span].tolist()
                     by_entropy[span] = 0
                 assert not by_entropy.any(), "the entropy counts where a completion token is predicted, and nowhere else"
-        return loss, dict(zip(objective.metric_names, sums, strict=True)), gradients, slopes
+        return loss, sums, gradients, slopes
 
     def lay_out(
         self, microbatch: Microbatch, values: Tokens, elsewhere: float = 0.0

@@ -10,18 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.algorithms.advantages import grouped_advantages
-from engine.algorithms.dpo import DpoObjective
-from engine.algorithms.grpo import GrpoObjective
-from engine.algorithms.nll import NllObjective
+from engine.algorithms.dpo import Dpo
+from engine.algorithms.grpo import Grpo
+from engine.algorithms.nll import NllLoss
 from engine.algorithms.pairs import all_pairs, better_and_worse, correct_and_wrong, preference_pair
-from engine.algorithms.registry import make_objective
-from engine.config.options import Algorithm
+from engine.algorithms.registry import make_loss
+from engine.config.options import algorithm_options
 from engine.core.errors import NumericsError
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
 from tests.unit.algorithms.steps import LAYOUTS, Step
 
 NUM_PROMPTS = 7  # of the step, skipped ones included
 CLOSE = 2e-5  # relative or absolute: fp32 sums of some dozens of terms of order 1
+
+
+def loss_of(**options):
+    return make_loss(algorithm_options(options))
 
 
 def check(found, loss, metrics, gradients):
@@ -40,10 +44,11 @@ def test_dpo_is_the_papers(layout, reduction, divisor, nll_weight):
     d/dl(chosen token) = -beta * sigmoid(-beta * m) - nll_weight; rejected: + beta * sigmoid(-beta * m).
     """
     step, beta = Step(3), 0.7
-    algorithm = Algorithm(beta=beta, nll_weight=nll_weight, reduction=reduction)
+    algorithm = dict(beta=beta, nll_weight=nll_weight, reduction=reduction)
     loss, gradients = 0.0, [[0.0]] * 8
     divisor = divisor or step.num_tokens
-    sums = {"pairs": 4.0, "margin": 0.0, "preferred": 0.0, "chosen_log_prob": 0.0, "rejected_log_prob": 0.0}
+    names = ("margin_mean", "preferred_share", "chosen_log_prob_mean", "rejected_log_prob_mean")
+    sums = {"pairs": 4.0, **dict.fromkeys(names, 0.0)}
     for chosen, rejected, _ in step.pairs():
         gain = sum(step.policy[chosen]) - sum(step.reference[chosen])
         margin = beta * (gain - (sum(step.policy[rejected]) - sum(step.reference[rejected])))
@@ -51,11 +56,11 @@ def test_dpo_is_the_papers(layout, reduction, divisor, nll_weight):
         slope = beta / (1 + math.exp(margin))
         gradients[chosen] = [(-slope - nll_weight) / divisor] * len(step.policy[chosen])
         gradients[rejected] = [slope / divisor] * len(step.policy[rejected])
-        sums["margin"] += margin
-        sums["preferred"] += margin > 0
-        sums["chosen_log_prob"] += sum(step.policy[chosen])
-        sums["rejected_log_prob"] += sum(step.policy[rejected])
-    check(step.run(DpoObjective(algorithm), **layout), loss / divisor, sums | {"rollout_gap": step.gap()}, gradients)
+        sums["margin_mean"] += margin
+        sums["preferred_share"] += margin > 0
+        sums["chosen_log_prob_mean"] += sum(step.policy[chosen])
+        sums["rejected_log_prob_mean"] += sum(step.policy[rejected])
+    check(step.run(loss_of(**algorithm), **layout), loss / divisor, sums | {"log_prob_gap_mean": step.gap()}, gradients)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -67,10 +72,11 @@ def test_grpo_is_the_papers(layout, reduction, divisor, kl_weight):
     d/dl = -r A where the clip does not bind (A >= 0 and r <= 1 + eps, or A < 0 and r >= 1 - eps), and kl (1 - exp d).
     """
     step, eps = Step(5, num_pairs=8), 0.2
-    algorithm = Algorithm(loss="grpo", clip_ratio=eps, kl_weight=kl_weight, reduction=reduction)
+    algorithm = dict(loss="grpo", clip_ratio=eps, kl_weight=kl_weight, reduction=reduction)
     divisor = divisor or step.num_tokens
     loss, gradients = 0.0, []
-    sums = {"with_signal": float(sum(s.advantage != 0 for s in step.sequences)), "kl": 0.0, "clipped": 0.0, "ratio": 0.0}
+    with_signal = float(sum(s.advantage != 0 for s in step.sequences))
+    sums = {"with_signal": with_signal, "kl_mean": 0.0, "clipped_share": 0.0, "ratio_mean": 0.0}
     bound = 0
     for sequence, policy, reference in zip(step.sequences, step.policy, step.reference, strict=True):
         a, slopes = sequence.advantage, []
@@ -82,12 +88,12 @@ def test_grpo_is_the_papers(layout, reduction, divisor, kl_weight):
             slopes.append(((0 if binds else -r * a) + kl_weight * (1 - math.exp(d))) / divisor)
             if kl_weight:
                 loss += kl_weight * (math.exp(d) - d - 1)
-                sums["kl"] += math.exp(d) - d - 1
-            sums["clipped"] += binds and a != 0
-            sums["ratio"] += r
+                sums["kl_mean"] += math.exp(d) - d - 1
+            sums["clipped_share"] += binds and a != 0
+            sums["ratio_mean"] += r
         gradients.append(slopes)
     assert bound > 2, "the clip must bind somewhere for the test to mean anything"
-    check(step.run(GrpoObjective(algorithm), **layout), loss / divisor, sums | {"rollout_gap": step.gap()}, gradients)
+    check(step.run(loss_of(**algorithm), **layout), loss / divisor, sums | {"log_prob_gap_mean": step.gap()}, gradients)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -95,25 +101,25 @@ def test_nll_is_the_mean_over_the_steps_target_tokens(layout):
     step = Step(7)
     nll = -sum(map(sum, step.policy))
     gradients = [[-1 / step.num_tokens] * len(policy) for policy in step.policy]
-    metrics = {"tokens": float(step.num_tokens), "nll": nll}
-    check(step.run(NllObjective(), **layout), nll / step.num_tokens, metrics, gradients)
+    metrics = {"tokens": float(step.num_tokens), "nll_mean": nll}
+    check(step.run(NllLoss(), **layout), nll / step.num_tokens, metrics, gradients)
 
 
 def test_strictly_on_policy_grpo_is_the_policy_gradient():
     """With rollout log-probs equal to the policy's the ratio is 1, nothing is clipped and the gradient is -A."""
     step = Step(11)
     step.sequences = [replace(s, rollout_log_probs=tuple(p)) for s, p in zip(step.sequences, step.policy, strict=True)]
-    _, sums, gradients, _ = step.run(GrpoObjective(Algorithm(loss="grpo", kl_weight=0.0)))
-    assert sums["ratio"] == pytest.approx(step.num_tokens)
-    assert sums["clipped"] == sums["rollout_gap"] == 0
+    _, sums, gradients, _ = step.run(loss_of(loss="grpo", kl_weight=0.0))
+    assert sums["ratio_mean"] == pytest.approx(step.num_tokens)
+    assert sums["clipped_share"] == sums["log_prob_gap_mean"] == 0
     for sequence, gradient in zip(step.sequences, gradients, strict=True):
         assert gradient == pytest.approx([-sequence.advantage / NUM_PROMPTS] * len(gradient), abs=1e-6)
 
 
-@pytest.mark.parametrize("objective", [DpoObjective(Algorithm()), GrpoObjective(Algorithm(loss="grpo")), NllObjective()])
-def test_a_step_without_sequences_has_loss_0_and_can_be_differentiated(objective):
+@pytest.mark.parametrize("loss_function", [loss_of(), loss_of(loss="grpo"), NllLoss()])
+def test_a_step_without_sequences_has_loss_0_and_can_be_differentiated(loss_function):
     step = Step(0, num_pairs=0)
-    loss, sums, *_ = step.run(objective)
+    loss, sums, *_ = step.run(loss_function)
     assert loss == 0
     assert set(sums.values()) == {0.0}
 
@@ -121,15 +127,15 @@ def test_a_step_without_sequences_has_loss_0_and_can_be_differentiated(objective
 @pytest.mark.parametrize(
     ("algorithm", "kind", "needs_reference"),
     [
-        (Algorithm(), DpoObjective, True),
-        (Algorithm(loss="grpo"), GrpoObjective, True),
-        (Algorithm(loss="grpo", kl_weight=0.0), GrpoObjective, False),
+        ({}, Dpo, True),
+        ({"loss": "grpo"}, Grpo, True),
+        ({"loss": "grpo", "kl_weight": 0.0}, Grpo, False),
     ],
 )
-def test_the_configuration_names_the_objective(algorithm, kind, needs_reference):
-    objective = make_objective(algorithm)
-    assert type(objective) is kind
-    assert objective.needs_reference is needs_reference
+def test_the_configuration_names_the_loss(algorithm, kind, needs_reference):
+    loss_function = loss_of(**algorithm)
+    assert type(loss_function) is kind
+    assert loss_function.needs_reference is needs_reference
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=16))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine.algorithms.registry import make_objective
-from engine.config.options import Algorithm
+from engine.algorithms.registry import make_loss
+from engine.config.options import algorithm_options
 from engine.core.types import Sequence
 from tests.unit.algorithms.steps import LAYOUTS, Step
 
@@ -41,7 +41,7 @@ def assert_equal(loss, gradients, golden, scale):
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
 def test_dpo_is_trls_sigmoid_loss(golden, layout):
     """Its mean over pairs is `reduction = "pairs"`."""
-    objective = make_objective(Algorithm(loss="dpo", beta=golden["beta"], reduction="pairs"))
+    objective = make_loss(algorithm_options({"loss": "dpo", "beta": golden["beta"], "reduction": "pairs"}))
     loss, _, gradients, _ = golden_step(paired=True).run(objective, **layout)
     assert_equal(loss, gradients, golden, 1.0)
 
@@ -58,8 +58,10 @@ def test_grpo_is_trls_clipped_loss_with_k3(golden, layout):
         "bnpo": ({"reduction": "tokens"}, 1),
     }
     ours, scale = options[golden["loss_type"]]
-    algorithm = Algorithm(loss="grpo", clip_ratio=GOLDEN["epsilon"], kl_weight=golden["kl_weight"], **ours)
-    loss, _, gradients, _ = golden_step(paired=False).run(make_objective(algorithm), num_prompts=1, **layout)
+    algorithm = algorithm_options(
+        {"loss": "grpo", "clip_ratio": GOLDEN["epsilon"], "kl_weight": golden["kl_weight"], **ours}
+    )
+    loss, _, gradients, _ = golden_step(paired=False).run(make_loss(algorithm), num_prompts=1, **layout)
     assert_equal(loss, gradients, golden, scale)
 
 

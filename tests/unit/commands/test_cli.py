@@ -107,7 +107,7 @@ def test_check_prints_the_resolved_tree_which_loads_again(file, tmp_path, capsys
     again.write_text(printed)
     config = load_config(again)
     assert config == load_config(file, ["algorithm.beta=0.25", "sync.sync_interval=never"])
-    assert (config.algorithm.beta, config.sync.sync_interval) == (0.25, "never")
+    assert (config.algorithm.model_dump()["beta"], config.sync.sync_interval) == (0.25, "never")
     assert printed == dump_config(config)
     assert "warmup_steps = 0" in printed, "defaults are resolved"
 

@@ -5,6 +5,9 @@ loaded again; and the list of options is a reviewed file, so that none appears u
 """
 
 import inspect
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from engine.algorithms.base import Algorithm
 from engine.config.load import RunConfig, dump_config, load_config
+from engine.config.options import LOSSES
 from engine.config.rewards import broken_reward_rules, broken_source_rules
 from engine.config.rules import (
-    broken_algorithm_rules,
     broken_data_rules,
     broken_library_rules,
     broken_placement_rules,
@@ -25,6 +29,7 @@ from engine.config.rules import (
 )
 from engine.core.errors import ConfigError
 
+OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
 MAX_OPTIONS = 108
 
@@ -66,7 +71,19 @@ def options() -> list[str]:
         for key, field in section.annotation.model_fields.items():
             default = "required" if field.is_required() else f"default {field.default!r}"
             lines.append(f"{name}.{key}: {default}")
+        if name == "algorithm":
+            lines += options_of_losses(section.annotation.model_fields.keys())
     return lines
+
+
+def options_of_losses(common) -> list[str]:
+    """What single losses add to the table: each option once, with its default, which is the same in all that have it."""
+    found: dict[str, list[str]] = {}
+    for loss in LOSSES.names:
+        for key, field in LOSSES.load(loss).Options.model_fields.items():
+            if key not in common:
+                found.setdefault(f"algorithm.{key}: default {field.default!r}", []).append(loss)
+    return [f"{line} ({', '.join(losses)})" for line, losses in found.items()]
 
 
 def test_further_sources_are_tables_that_survive_a_dump(path):
@@ -96,7 +113,7 @@ def test_the_options_are_the_reviewed_ones():
         ("run.steps=true", ("run.steps: ", "integer", "found True", "optimizer steps")),
         ("run.seed=-1", ("run.seed: ", "greater than or equal to 0", "found -1")),
         ("trainer.sequence_parallel=1", ("trainer.sequence_parallel: ", "boolean", "found 1")),
-        ("algorithm.loss=ppo", ("algorithm.loss: ", "'dpo', 'group_dpo' or 'grpo'", "found 'ppo'")),
+        ("algorithm.loss=ppo", ("algorithm.loss must be one of dpo, group_dpo, grpo, or", "found 'ppo'", "choose one")),
         ("algorithm.samples_per_prompt=1", ("algorithm.samples_per_prompt: ", "equal to 2", "found 1")),
         ("optimizer.learning_rate=inf", ("optimizer.learning_rate: ", "finite", "found inf")),
         ("optimizer.learning_rate=fast", ("optimizer.learning_rate: ", "number", "found 'fast'")),
@@ -221,9 +238,9 @@ COMBINATIONS = [
         *("trainer.microbatch_tokens", "one sequence", "3072 < 3074", "raise it"),
     ),
     (["trainer.microbatch_tokens=3071"], "trainer.microbatch_tokens", "one sequence", "3071 < 3072", "raise it"),
-    (["algorithm.alpha=0.01"], "algorithm.alpha", "algorithm.loss", "0.01 with 'dpo'", "set alpha to 0"),
-    (["algorithm.pairing=best_worst", "algorithm.loss=grpo"], "algorithm.pairing", "loss", "'best_worst' with", "'random'"),
-    (["algorithm.normalize_length=true"], "algorithm.normalize_advantages", "normalize_length", "True with 'dpo'", "false"),
+    (["algorithm.alpha=0.01"], "algorithm.alpha", "algorithm.loss = 'group_dpo'", "0.01 with 'dpo'", "remove it"),
+    (["algorithm.pairing=best_worst", "algorithm.loss=grpo"], "algorithm.pairing", "'dpo'", "'best_worst' with", "remove"),
+    (["algorithm.normalize_length=true"], "algorithm.normalize_length", "'grpo'", "True with 'dpo'", "remove it"),
     (
         ["algorithm.normalize_advantages=mean_std", "algorithm.loss=group_dpo"],
         *("algorithm.normalize_advantages", "normalize_length", "'mean_std' and False with 'group_dpo'", "'mean'"),
@@ -238,7 +255,7 @@ COMBINATIONS = [
     ),
     (
         ["algorithm.loss=grpo", "algorithm.nll_weight=1.0"],
-        *("algorithm.nll_weight", "'grpo'", "found 1.0", "set it to 0"),
+        *("algorithm.nll_weight", "'dpo' and 'group_dpo'", "found 1.0 with 'grpo'", "choose another loss"),
     ),
     (["data.reward=model"], "reward_model.path", "reward = 'model'", "None and sources with 'model'", "name the reward"),
     (["reward_model.path=rm"], "reward_model.path", "reward = 'model'", "'rm' and sources with 'math'", "remove both"),
@@ -264,7 +281,8 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 
 def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
-    tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, broken_algorithm_rules)
+    losses = [Algorithm.broken_rules, *(LOSSES.load(name).broken_rules for name in LOSSES.names)]
+    tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, *losses)
     rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules, broken_reward_rules)))
     rules += inspect.getsource(broken_source_rules)
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
@@ -289,6 +307,8 @@ def test_every_rule_on_combinations_has_a_case():
         ["algorithm.loss=group_dpo", "algorithm.alpha=0.01", "algorithm.nll_weight=1.0", "algorithm.entropy_weight=3e-4"],
         ["algorithm.loss=group_dpo", "algorithm.alpha=0.001", "algorithm.normalize_length=true", "algorithm.reduction=pairs"],
         ["algorithm.pairing=length_matched", "algorithm.entropy_weight=1e-4"],
+        [f"algorithm.loss={OWN_LOSS}:Regression", "algorithm.temperature=0.5", "algorithm.normalize_advantages=mean_std"],
+        [f"algorithm.loss={OWN_LOSS}:ReferenceRegression", "algorithm.reduction=pairs", "sync.reference=follow"],
         ["profile.tool=torch", "profile.first_step=17", "profile.ranks=[1]", "trainer.tensor_parallel=2", "profile.engines=[]"],
         ["inference.placement=colocated", "sync.transport=ipc"],
         ["inference.placement=colocated", "sync.transport=ipc", "cluster.nodes=2"],
@@ -331,6 +351,53 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         assert str(path) in complaint(path)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["algorithm.loss=absent.py:Mine"], ("algorithm.loss must name a file that exists", "absent.py", "check the path")),
+        ([f"algorithm.loss={OWN_LOSS}:Absent"], ("algorithm.loss", "no Absent there, but", "Regression", "check the name")),
+        (["algorithm.loss=math:floor"], ("algorithm.loss must name a class that extends", "'math:floor'", "extend it")),
+        (
+            [f"algorithm.loss={OWN_LOSS}:Regression", "algorithm.beta=1"],
+            ("algorithm.beta is an option of algorithm.loss = 'dpo' and 'group_dpo'", "own_loss.py:Regression", "remove it"),
+        ),
+        (
+            [f"algorithm.loss={OWN_LOSS}:Regression", "algorithm.temperature=0"],
+            ("algorithm.temperature: ", "greater than 0", "found 0", "of the regularised optimum"),
+        ),
+        (
+            [f"algorithm.loss={OWN_LOSS}:Regression", "algorithm.tempo=1"],
+            ("algorithm.tempo is not an option", "found 1", "temperature"),
+        ),
+        (
+            [f"algorithm.loss={OWN_LOSS}:Regression", "sync.reference=follow"],
+            ("sync.reference needs a loss that looks at the reference", "own_loss.py:Regression", "'never'"),
+        ),
+        (["algorithm.pairing=nearest"], ("algorithm.pairing must be one of random", "found 'nearest'", "choose one")),
+        (["algorithm.pairing=absent.py:pair"], ("algorithm.pairing must name a file that exists", "absent.py")),
+        (
+            ["algorithm.loss=grpo", "algorithm.normalize_advantages=absent.py:centre"],
+            ("algorithm.normalize_advantages must name a file that exists", "absent.py"),
+        ),
+        (["algorithm.loss=3"], ("algorithm.loss: ", "string", "found 3")),
+    ],
+)
+def test_a_part_of_the_users_own_is_refused_by_its_name(path, overrides, parts):
+    sentence = complaint(path, *overrides)
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_configuration_reaches_a_process_that_has_not_read_the_users_file(path):
+    """As Ray sends it; by the user's class alone it could not be read there."""
+    config = load_config(path, [f"algorithm.loss={OWN_LOSS}:Regression", "algorithm.temperature=0.5"])
+    sent = path.with_suffix(".pickle")
+    sent.write_bytes(pickle.dumps(config))
+    code = f"import pickle; print(pickle.loads(open({str(sent)!r}, 'rb').read()).algorithm.temperature)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "0.5", done.stderr
+
+
 def test_overrides_win_in_order_and_keep_their_types(path):
     overrides = ["run.steps=5", "run.steps = 7", "run.directory=my runs/b", "optimizer.learning_rate=1e-5"]
     config = load_config(path, [*overrides, "sync.sync_interval=never", "trainer.recompute=true"])
@@ -357,6 +424,8 @@ def test_nothing_changes_after_loading(path):
         [],
         ["sync.sync_interval=never", "sync.reference=2", "checkpoint.every=3"],
         ["sync.sync_interval=4", "sync.reference=8", "evaluation.max_problems=5", "data.held_out=test.jsonl"],
+        ["algorithm.loss=group_dpo", "algorithm.alpha=0.5", "algorithm.clip_ratio=0.3"],
+        [f"algorithm.loss={OWN_LOSS}:Regression", "algorithm.temperature=0.5"],
     ],
 )
 def test_what_is_dumped_loads_to_an_equal_configuration(path, tmp_path, overrides):
@@ -364,6 +433,7 @@ def test_what_is_dumped_loads_to_an_equal_configuration(path, tmp_path, override
     dumped = tmp_path / "resolved.toml"
     dumped.write_text(dump_config(config), encoding="utf-8")
     assert load_config(dumped) == config
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config, "as the ranks get it"
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(1e-300, 1e300))

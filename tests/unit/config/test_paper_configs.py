@@ -3,6 +3,7 @@ run where it matters: loss, regime, rewards, reference and optimizer.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,8 @@ def test_every_row_has_its_file_and_every_file_its_twin():
 @pytest.mark.parametrize("name", TABLE)
 def test_a_row_has_the_papers_numbers_and_names_its_source(name):
     config = load_config(PAPER[name])
-    a, c = config.algorithm, config
+    a: Any = config.algorithm  # of its loss's own class
+    c = config
     coefficient = a.kl_weight if a.loss == "grpo" else a.beta
     prompts = sum(source.prompts_per_step for source in c.data.sources)
     assert TABLE[name] == (

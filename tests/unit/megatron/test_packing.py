@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,13 +14,32 @@ from hypothesis import strategies as st
 
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError
-from engine.core.types import IGNORED, Batch, Sequence
-from engine.megatron.packing import empty_microbatch, make_batches, pack, split_over_ranks
+from engine.core.types import IGNORED, Batch, Microbatch, Sequence
+from engine.megatron.packing import (
+    empty_microbatch,
+    lay_out_batch,
+    make_batch,
+    outlines_of,
+    split_over_ranks,
+)
 
 PAIR = [
     Sequence((1, 2), (3, 4, 5), (-0.1, -0.2, -0.3), advantage=0.5, group=0, chosen=False),
     Sequence((1, 2), (6,), (-0.4,), advantage=-0.5, group=0, chosen=True),
 ]
+
+
+def pack(sequences: list[Sequence], microbatch_tokens: int, multiple: int) -> tuple[Microbatch, ...]:
+    """The rows of a single rank, whose lengths are a multiple of `multiple`."""
+    tensor_parallel = {"tensor_parallel": multiple, "sequence_parallel": True} if multiple > 1 else {}
+    trainer = Trainer.model_validate({"microbatch_tokens": microbatch_tokens, **tensor_parallel})
+    return make_batch(sequences, step=0, num_prompts=1, trainer=trainer, dp_rank=0).microbatches
+
+
+def make_batches(sequences: list[Sequence], *, step: int, num_prompts: int, trainer: Trainer) -> list[Batch]:
+    """The batches of all data-parallel ranks."""
+    ranks = range(trainer.data_parallel)
+    return [make_batch(sequences, step=step, num_prompts=num_prompts, trainer=trainer, dp_rank=rank) for rank in ranks]
 
 
 @st.composite
@@ -137,9 +158,40 @@ def test_ranks_are_balanced_and_ties_go_to_the_lower() -> None:
     """Largest first: 5, 4, 3, 2 tokens deal as 5 + 2 and 4 + 3, each rank in the given order."""
     sizes = (2, 4, 3, 5)
     sequences = [Sequence((1,), tuple(range(size - 1)), ()) for size in sizes]
-    dealt = [[sequence.num_tokens for sequence in part] for part in split_over_ranks(sequences, 2)]
+    dealt = [[sequence.num_tokens for sequence in part] for part in split_over_ranks(outlines_of(sequences), 2)]
     assert dealt == [[2, 5], [4, 3]]
     assert split_over_ranks([], 2) == [[], []]
+
+
+def test_a_rank_asks_for_its_own_sequences_only() -> None:
+    """Each sequence is asked for by one of two ranks; the counts are the whole step's on both."""
+    sequences = [*PAIR, *(Sequence((1,), tuple(range(2 + i)), ()) for i in range(5))]
+    trainer = Trainer(data_parallel=2, microbatch_tokens=16)
+    asked: list[list[int]] = [[], []]
+
+    def sequence_for(rank: int) -> Callable[[int], Sequence]:
+        def sequence(place: int) -> Sequence:
+            asked[rank].append(place)
+            return sequences[place]
+
+        return sequence
+
+    batches = [
+        lay_out_batch(outlines_of(sequences), sequence_for(rank), step=0, num_prompts=6, trainer=trainer, dp_rank=rank)
+        for rank in range(2)
+    ]
+    assert sorted(asked[0] + asked[1]) == list(range(7))
+    assert all(asked)
+    assert {(batch.num_target_tokens, batch.num_groups, len(batch.microbatches)) for batch in batches} == {(24, 1, 2)}
+
+
+def test_rewards_and_named_values_stand_beside_their_sequence() -> None:
+    """And 0 for padding; an empty row has no names."""
+    named = [replace(s, reward=float(i + 1), values={"quality": i / 2}) for i, s in enumerate(PAIR)]
+    (row,) = pack(named, 16, 3)
+    assert row.rewards.tolist() == [1.0, 2.0, 0.0]
+    assert {name: values.tolist() for name, values in row.values.items()} == {"quality": [0.0, 0.5, 0.0]}
+    assert empty_microbatch(4).values == {}
 
 
 def test_empty_row_adds_nothing() -> None:
@@ -151,11 +203,13 @@ def test_empty_row_adds_nothing() -> None:
     assert row.cu_seqlens.tolist() == [0, 4]
 
 
-def test_a_pair_larger_than_a_row_is_spread_and_marked() -> None:
+def test_a_pair_larger_than_a_row_is_split_and_marked() -> None:
     """8 tokens together do not fit 7: a row each, no pair in either, both marked with their group."""
     rows = pack([*PAIR, Sequence((8,), (9,), ())], 7, 2)
     assert [row.pairs.numel() for row in rows] == [0, 0]
-    assert [row.spread_groups.tolist() for row in rows] == [[0, -1], [0, -1, -1]]
+    assert [row.split.tolist() for row in rows] == [[True, False], [True, False, False]]
+    assert [row.groups.tolist() for row in rows] == [[0, -1], [0, -1, -1]]
+    assert [row.places.tolist() for row in rows] == [[0, -1], [1, 2, -1]]
     assert [row.chosen.tolist() for row in rows] == [[False, False], [True, False, False]]
 
 

@@ -21,11 +21,14 @@ from engine.config.schedules.base import Schedule
 from engine.config.schedules.fairseq2 import Fairseq2
 from engine.config.schedules.paper import Paper
 from engine.core.errors import DataError
+from engine.core.metrics import Metric
 from engine.observe import charts
 from engine.observe.charts import Line, Point, chart
 from engine.observe.regime import prove
 from engine.observe.report import page, plots, read_run
+from engine.run.metrics import catalogue
 
+METRICS = catalogue()
 SVG = "{http://www.w3.org/2000/svg}"
 REQUIRED = """
 [run]
@@ -280,16 +283,17 @@ def run(tmp_path):
 
 def test_the_page_holds_everything_and_fetches_nothing(run):
     reader = Reader()
-    reader.feed(page([read_run(run, run.name, SCHEDULE)]))
+    reader.feed(page([read_run(run, run.name, SCHEDULE)], METRICS))
     assert reader.fetched == []
     words = " ".join(reader.words)
     for expected in (run.name, "staleness 0..3, proven from 36 rollouts", "length collapsed: <b>1</b>", "75.0%", "0.750"):
         assert expected in words
-    assert "Next-token entropy" not in words, "what is not on record has no chart"
+    assert "over the step's judged rollouts" in words, "what the curves are"
+    assert "next-token entropy" not in words, "what is not on record has no chart and no explanation"
 
 
 def test_curves_are_those_of_the_records(run):
-    made = plots([read_run(run, "a", SCHEDULE)])
+    made = plots([read_run(run, "a", SCHEDULE)], METRICS)
     assert made.keys() == {
         *("reward", "lengths", "staleness", "sync"),
         *("validation_accuracy", "validation_reward", "validation_length_normalized"),
@@ -302,13 +306,24 @@ def test_curves_are_those_of_the_records(run):
     assert "h6" not in made["validation_length_normalized"]
     write(run / "evaluations.jsonl", [row | {"standard_error": None} for row in EVALUATIONS])
     unsure = read_run(run, "a", SCHEDULE)
-    assert "h6" not in plots([unsure])["validation_accuracy"], "of one problem: the value, and nothing said of its error"
-    assert "<td>75.0%</td><td>-</td>" in page([unsure])
+    assert "h6" not in plots([unsure], METRICS)["validation_accuracy"], "of one problem: the value without an error"
+    assert "<td>75.0%</td><td>-</td>" in page([unsure], METRICS)
+
+
+def test_a_metric_of_the_users_own_has_a_curve(run):
+    own = Metric("residual_mean", "what is left", unit="nats", title="residual")
+    rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    write(run / "metrics.jsonl", [row | {"residual_mean": 1.0} for row in rows])
+    records = [read_run(run, "a", SCHEDULE)]
+    assert "residual_mean" not in plots(records, METRICS)
+    made = plots(records, METRICS | {own.name: own}, [own.name])
+    said = {element.text for element in drawn(made["residual_mean"]).iter(f"{SVG}text")}
+    assert "Residual (nats)" in said
 
 
 def test_several_runs_share_charts_a_colour_each(run):
     both = [read_run(run, name, SCHEDULE) for name in ("one", "two")]
-    svg = plots(both)["lengths"]
+    svg = plots(both, METRICS)["lengths"]
     assert len(curves(svg)) == 4
     said = {element.text for element in drawn(svg).iter(f"{SVG}text")}
     assert {"one all", "one incorrect", "two all", "two incorrect"} <= said

@@ -9,8 +9,11 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from engine.observe import progress as progress_module
-from engine.observe.progress import METRICS, Progress, print_table
+from engine.observe.progress import SHOWN, Progress, print_table
 from engine.observe.sinks import MetricsWriter, write_json
+from engine.run.metrics import catalogue
+
+METRICS = catalogue()
 
 
 def lines_of(path):
@@ -72,7 +75,7 @@ def test_write_json_replaces_whole_documents(tmp_path):
 class TestProgressWithoutTerminal:
     def test_exactly_one_line_a_step_with_the_metrics_it_holds(self, clock):
         text = io.StringIO()
-        with Progress(4, "train", Console(file=text, width=40)) as progress:
+        with Progress(4, "train", METRICS, Console(file=text, width=40)) as progress:
             for step in range(2):
                 clock[0] += 10.0
                 progress.update({"step": step, "loss": 0.125, "accuracy": 0.5})
@@ -85,14 +88,14 @@ class TestProgressWithoutTerminal:
 
     def test_time_left_of_a_resumed_run_counts_its_own_steps(self, clock):
         text = io.StringIO()
-        with Progress(100, "train", Console(file=text)) as progress:
+        with Progress(100, "train", METRICS, Console(file=text)) as progress:
             clock[0] += 10.0
             progress.update({"step": 97})
         assert "98/100  left 0:00:20" in text.getvalue()
 
     def test_a_restart_takes_the_bar_back_and_the_pace_is_that_of_what_follows(self, clock):
         text = io.StringIO()
-        with Progress(10, "train", Console(file=text)) as progress:
+        with Progress(10, "train", METRICS, Console(file=text)) as progress:
             clock[0] += 10.0
             progress.update({"step": 6})
             clock[0] += 500.0  # a process hangs
@@ -103,7 +106,7 @@ class TestProgressWithoutTerminal:
 
     def test_a_note_is_one_line_and_not_markup(self):
         text = io.StringIO()
-        with Progress(1, "train", Console(file=text, width=20)) as progress:
+        with Progress(1, "train", METRICS, Console(file=text, width=20)) as progress:
             progress.note("checkpoint of [bold] step 3 written to a long path")
         assert text.getvalue() == "checkpoint of [bold] step 3 written to a long path\n"
 
@@ -112,7 +115,7 @@ class TestProgressOnTerminal:
     def test_the_display_is_drawn_over_and_ends_with_the_newest_figures(self, clock):
         text = io.StringIO()
         console = Console(file=text, width=120, force_terminal=True, color_system=None)
-        with Progress(4, "semi-online", console) as progress:
+        with Progress(4, "semi-online", METRICS, console) as progress:
             clock[0] += 5.0
             progress.update({"step": 0, "loss": 0.5})
             progress.note("weights of step 1 served")
@@ -123,12 +126,12 @@ class TestProgressOnTerminal:
         final = screen[screen.rindex("semi-online") :]
         assert "2/4" in final
         assert "0.2500" in final
-        assert "12,346 tok/s" in final
-        assert all(label in final for label, _, _ in METRICS)
+        assert "12,346 tokens/s" in final
+        assert all(METRICS[name].title and METRICS[name].title in final for name in SHOWN)
 
     def test_a_restart_is_seen_before_the_first_step_that_follows(self, clock):
         text = io.StringIO()
-        with Progress(8, "train", Console(file=text, width=120, force_terminal=True, color_system=None)) as progress:
+        with Progress(8, "train", METRICS, Console(file=text, width=120, force_terminal=True, color_system=None)) as progress:
             progress.update({"step": 5, "loss": 0.5})
             progress.rewind(0)
             progress.rewind(4)

@@ -3,6 +3,8 @@ twins in float64: values, gradients, the same bits every time, errors.
 """
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED
 from engine.ops import grouped_advantages, lm_head_log_probs, plain, policy_gradient_loss, sequence_log_probs
+from engine.ops.policy_gradient import SUMS
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=6)
 
@@ -107,6 +110,23 @@ def test_policy_gradient_equals_the_plain_twin(problem, clip_ratio, kl_weight):
     again = policy_gradient_loss(leaf, old, reference, advantages, bounds, targets, **options)
     assert torch.equal(loss, again[0])
     assert torch.equal(sums, again[1])
+
+
+def test_the_operators_sums_are_named_in_its_order():
+    """As many as csrc/policy/row.h counts; each of another size, so that two of them cannot be mistaken for one another."""
+    header = (Path(__file__).resolve().parents[3] / "csrc" / "policy" / "row.h").read_text("utf-8")
+    found_in_header = re.search(r"num_policy_sums = (\d+);  // (.*)", header)
+    assert found_in_header is not None
+    number, words = found_in_header.groups()
+    assert int(number) == len(SUMS)
+    assert [word.split()[0] for word in words.split(", ")] == ["loss", "KL", "tokens", "ratio", "|log-prob"]
+    log_probs, old, reference = torch.full((3, 4), -1.0) - torch.tensor([[0.0], [0.5], [2.0]])
+    targets, bounds = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4], dtype=torch.int32)
+    options = {"clip_ratio": 0.2, "kl_weight": 0.1}
+    _, sums = policy_gradient_loss(log_probs, old, reference, torch.ones(1), bounds, targets, **options)
+    found = dict(zip(SUMS[1:], sums.tolist(), strict=True))
+    kl = 4 * (math.exp(-2.0) + 2.0 - 1)
+    assert found == pytest.approx({"kl": kl, "clipped": 4, "ratio": 4 * math.exp(0.5), "gap": 4 * 0.5}, rel=1e-6)
 
 
 def test_a_broken_advantage_reaches_the_loss():

@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.algorithms.dpo import DpoObjective
-from engine.algorithms.registry import make_objective
+from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
-from engine.config.options import Algorithm
+from engine.config.options import algorithm_options
 from engine.core.errors import ConfigError, DataError
 from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion, Rollout, RolloutGroup, Score, Status
@@ -264,11 +263,12 @@ def test_pairs_have_no_use_for_rewards_or_other_sources(model_folder, changes, w
 
 def test_without_rollouts_the_loss_is_the_same_and_their_gap_is_no_metric():
     step = Step(4)
-    whole, sums, gradients, _ = step.run(DpoObjective(Algorithm()))
-    bare, fewer, same, _ = step.run(DpoObjective(Algorithm(), sampled=False))
+    whole, sums, gradients, _ = step.run(make_loss(algorithm_options({})))
+    bare, fewer, same, _ = step.run(make_loss(algorithm_options({}), sampled=False))
     assert (bare, same) == (whole, gradients)
-    assert fewer == {name: value for name, value in sums.items() if name != "rollout_gap"}
-    assert "rollout_gap" not in make_objective(Algorithm(loss="group_dpo", entropy_weight=1e-4), sampled=False).metric_names
+    assert fewer == {name: value for name, value in sums.items() if name != "log_prob_gap_mean"}
+    group_dpo = make_loss(algorithm_options({"loss": "group_dpo", "entropy_weight": 1e-4}), sampled=False)
+    assert "log_prob_gap_mean" not in {metric.name for metric in group_dpo.metrics}
 
 
 def test_engines_are_wanted_for_sampling_and_for_evaluation(tmp_path):

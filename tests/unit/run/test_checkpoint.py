@@ -335,6 +335,22 @@ def test_what_does_not_change_a_run_may_differ(tmp_path, section, options):
     assert open_checkpoints(tmp_path).load(run_config(tmp_path, **{section: options}))[0] == 5
 
 
+def test_a_loss_of_the_users_own_must_be_the_one_the_run_began_with(tmp_path):
+    """By the digest of its file; a moved file is another value of the option."""
+    own = (Path(__file__).resolve().parents[2] / "own_loss.py").read_text("utf-8")
+    file = tmp_path / "own_loss.py"
+    file.write_text(own)
+    algorithm = {"loss": f"{file}:Regression"}
+    commit(tmp_path, 5, algorithm=algorithm)
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path, algorithm=algorithm))[0] == 5
+    file.write_text(own + "# another\n")
+    with pytest.raises(CheckpointError, match=r"algorithm\.loss must be what .*step_00000005 was written with; found other"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, algorithm=algorithm))
+    file.write_text(own)
+    with pytest.raises(CheckpointError, match=r"algorithm\.loss must be what .* found 'dpo' instead of '.*own_loss\.py:Reg"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path))
+
+
 class Loaded:
     """A policy that takes what it is given."""
 

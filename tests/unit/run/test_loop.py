@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -329,32 +328,12 @@ def test_supervised_training_asks_for_batches_and_trains():
     assert all(record["train_seconds"] == record["step_seconds"] >= 0 for record in records)
 
 
-def test_sums_become_means_over_pairs_and_over_tokens():
-    sums = {"margin": 6.0, "preferred": 3.0, "chosen_log_prob": -8.0, "rejected_log_prob": -12.0}
-    by_token = {"rollout_gap": 1.0, "kl": 2.0, "clipped": 5.0, "ratio": 10.0, "nll": 20.0, "entropy": 15.0}
-    other = {"step": 3, "pairs": 4.0, "target_tokens": 10.0, "num_tokens": 30.0, "train_seconds": 1.5, "loss": 0.5}
+def test_tokens_and_seconds_become_rates():
+    other = {"step": 3, "num_tokens": 30.0, "train_seconds": 1.5, "loss": 0.5}
     generation = {"generation_seconds": 2.0, "generation_tokens": 50.0}
-    assert _finished(sums | by_token | other | generation) == other | generation | {
-        "margin_mean": 1.5,
-        "preferred_share": 0.75,
-        "chosen_log_prob_mean": -2.0,
-        "rejected_log_prob_mean": -3.0,
-        "log_prob_gap_mean": 0.1,
-        "kl_mean": 0.2,
-        "clipped_share": 0.5,
-        "ratio_mean": 1.0,
-        "nll_mean": 2.0,
-        "entropy_mean": 1.5,
-        "training_tokens_per_second": 20.0,
-        "generation_tokens_per_second": 25.0,
-    }
-
-
-@pytest.mark.parametrize("counts", [{"pairs": 0.0, "target_tokens": 0.0}, {}])
-def test_a_mean_over_nothing_is_not_a_number(counts):
-    record = _finished({"step": 0, "train_seconds": 0.0, "margin": 0.0, "kl": 0.0} | counts)
-    assert math.isnan(record["margin_mean"])
-    assert math.isnan(record["kl_mean"])
-    assert record["training_tokens_per_second"] == 0
-    assert "generation_tokens_per_second" not in record
-    assert "nll_mean" not in record
+    rates = {"training_tokens_per_second": 20.0, "generation_tokens_per_second": 25.0}
+    assert _finished(other | generation) == other | generation | rates
+    idle = _finished({"step": 0, "train_seconds": 0.0, "generation_seconds": 0.0, "generation_tokens": 0.0})
+    assert idle["training_tokens_per_second"] == 0
+    assert math.isnan(idle["generation_tokens_per_second"])
+    assert "generation_tokens_per_second" not in _finished({"step": 0, "train_seconds": 0.0})

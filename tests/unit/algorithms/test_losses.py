@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.algorithms.advantages import grouped_advantages
-from engine.algorithms.base import SumObjective
-from engine.algorithms.dpo import DpoObjective
-from engine.algorithms.entropy import EntropyObjective
-from engine.algorithms.grpo import GrpoObjective
-from engine.algorithms.registry import make_objective
-from engine.config.options import Algorithm, Trainer
-from engine.megatron.packing import make_batches
+from engine.algorithms.base import SumLoss
+from engine.algorithms.dpo import Dpo
+from engine.algorithms.entropy import EntropyBonus
+from engine.algorithms.group_dpo import GroupDpo
+from engine.algorithms.grpo import Grpo
+from engine.algorithms.registry import make_loss
+from engine.config.options import Trainer, algorithm_options
+from engine.megatron.packing import make_batch
 from engine.ops import token_log_probs
 from tests.unit.algorithms.steps import LAYOUTS, Step
 
@@ -36,6 +37,10 @@ def step_of(groups, seed=1):
         for reward in rewards:
             step.add(index if mixed else -1, mixed and reward > 0, reward - math.fsum(rewards) / len(rewards))
     return step
+
+
+def loss_of(**options):
+    return make_loss(algorithm_options(options))
 
 
 def zeros(step):
@@ -103,8 +108,8 @@ GROUPS = st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=5),
 def test_group_dpo_is_equation_4(layout, reduction, nll_weight):
     """Groups of 6, 1 and 2 pairs, in one row, in several, and scored first where a group does not fit."""
     step = step_of(MIXED)
-    algorithm = Algorithm(loss="group_dpo", beta=0.6, nll_weight=nll_weight, reduction=reduction)
-    loss, metrics, gradients, _ = step.run(make_objective(algorithm), num_prompts=NUM_PROMPTS, **layout)
+    algorithm = dict(loss="group_dpo", beta=0.6, nll_weight=nll_weight, reduction=reduction)
+    loss, metrics, gradients, _ = step.run(loss_of(**algorithm), num_prompts=NUM_PROMPTS, **layout)
     wanted, slopes = group_dpo(step, 0.6, nll_weight)
     assert loss == pytest.approx(wanted / divisor(step, reduction), rel=CLOSE)
     close(gradients, slopes, divisor(step, reduction))
@@ -116,11 +121,11 @@ def test_group_dpo_is_equation_4(layout, reduction, nll_weight):
     assert metrics == pytest.approx(
         {
             "pairs": 9,
-            "margin": sum(margins),
-            "preferred": sum(margin > 0 for margin in margins),
-            "chosen_log_prob": sum(sum(step.policy[c]) for c, _, _ in pairs),
-            "rejected_log_prob": sum(sum(step.policy[r]) for _, r, _ in pairs),
-            "rollout_gap": step.gap(),
+            "margin_mean": sum(margins),
+            "preferred_share": sum(margin > 0 for margin in margins),
+            "chosen_log_prob_mean": sum(sum(step.policy[c]) for c, _, _ in pairs),
+            "rejected_log_prob_mean": sum(sum(step.policy[r]) for _, r, _ in pairs),
+            "log_prob_gap_mean": step.gap(),
         },
         rel=CLOSE,
         abs=CLOSE,
@@ -128,19 +133,23 @@ def test_group_dpo_is_equation_4(layout, reduction, nll_weight):
 
 
 def test_the_layouts_hold_every_case():
-    """Groups that fit, groups that do not, both in one step, and pairs that are spread."""
+    """Groups that fit, groups that do not, both in one step, and pairs that are split."""
     step = step_of(MIXED)
-    num_spread = []
+    num_split = []
     for layout in LAYOUTS:
-        batches = make_batches(step.sequences, step=0, num_prompts=NUM_PROMPTS, trainer=Trainer.model_validate(layout))
+        trainer = Trainer.model_validate(layout)
+        batches = [
+            make_batch(step.sequences, step=0, num_prompts=NUM_PROMPTS, trainer=trainer, dp_rank=dp_rank)
+            for dp_rank in range(trainer.data_parallel)
+        ]
         rows = [row for batch in batches for row in batch.microbatches]
-        spread = {group for row in rows for group in row.spread_groups.tolist()} - {-1}
-        whole = [pair for pair in step.pairs() if step.sequences[pair[0]].group not in spread]
+        split = {group for row in rows for group in row.groups[row.split].tolist()}
+        whole = [pair for pair in step.pairs() if step.sequences[pair[0]].group not in split]
         assert sum(row.pairs.size(0) for row in rows) == len(whole)
-        num_spread.append(len(spread))
-    assert num_spread[0] == 0
-    assert 0 < num_spread[1] < 3
-    assert num_spread[3] == 3
+        num_split.append(len(split))
+    assert num_split[0] == 0
+    assert 0 < num_split[1] < 3
+    assert num_split[3] == 3
 
 
 @given(GROUPS, st.sampled_from(LAYOUTS), st.sampled_from(["prompts", "pairs", "tokens"]), st.integers(0, 99))
@@ -148,7 +157,7 @@ def test_the_layouts_hold_every_case():
 def test_everything_at_once_is_the_sum_of_its_parts(groups, layout, reduction, seed):
     """GroupDPO + NLL + alpha * GRPO + c * entropy over any groups, prompts without signal included."""
     step, alpha, nll, c = step_of(groups, seed), 0.3, 0.2, 0.05
-    algorithm = Algorithm(
+    algorithm = dict(
         loss="group_dpo",
         beta=0.6,
         alpha=alpha,
@@ -158,15 +167,15 @@ def test_everything_at_once_is_the_sum_of_its_parts(groups, layout, reduction, s
         kl_weight=KL,
         reduction=reduction,
     )
-    loss, metrics, gradients, slopes = step.run(make_objective(algorithm), num_prompts=NUM_PROMPTS, **layout)
+    loss, metrics, gradients, slopes = step.run(loss_of(**algorithm), num_prompts=NUM_PROMPTS, **layout)
     wanted, by_log_prob = added((1.0, group_dpo(step, 0.6, nll)), (alpha, grpo(step, KL)))
     entropies, by_entropy = mean_entropies(step)
     scale = divisor(step, reduction)
     assert loss == pytest.approx((wanted - c * entropies) / scale, rel=CLOSE, abs=CLOSE)
     close(gradients, by_log_prob, scale)
     close(slopes, [[-c * slope for slope in sequence] for sequence in by_entropy], scale)
-    assert metrics["entropy"] == pytest.approx(sum(map(sum, step.entropy)), rel=CLOSE, abs=CLOSE)
-    assert metrics["rollout_gap"] == pytest.approx(step.gap(), rel=CLOSE, abs=CLOSE)
+    assert metrics["entropy_mean"] == pytest.approx(sum(map(sum, step.entropy)), rel=CLOSE, abs=CLOSE)
+    assert metrics["log_prob_gap_mean"] == pytest.approx(step.gap(), rel=CLOSE, abs=CLOSE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -174,12 +183,12 @@ def test_everything_at_once_is_the_sum_of_its_parts(groups, layout, reduction, s
 def test_grpo_by_length_divides_a_responses_sum_by_its_tokens(layout, kl_weight):
     """The KL metric stays a sum over tokens."""
     step = step_of(MIXED, 4)
-    algorithm = Algorithm(loss="grpo", clip_ratio=EPS, kl_weight=kl_weight, normalize_length=True)
-    loss, metrics, gradients, _ = step.run(make_objective(algorithm), num_prompts=NUM_PROMPTS, **layout)
+    algorithm = dict(loss="grpo", clip_ratio=EPS, kl_weight=kl_weight, normalize_length=True)
+    loss, metrics, gradients, _ = step.run(loss_of(**algorithm), num_prompts=NUM_PROMPTS, **layout)
     wanted, slopes = grpo(step, kl_weight, by_length=True)
     assert loss == pytest.approx(wanted / NUM_PROMPTS, rel=CLOSE, abs=CLOSE)
     close(gradients, slopes, NUM_PROMPTS)
-    plain = step.run(GrpoObjective(Algorithm(loss="grpo", clip_ratio=EPS, kl_weight=kl_weight)), **layout)[1]
+    plain = step.run(loss_of(loss="grpo", clip_ratio=EPS, kl_weight=kl_weight), **layout)[1]
     assert metrics == pytest.approx(plain, rel=CLOSE, abs=CLOSE)
 
 
@@ -203,8 +212,8 @@ def test_grpo_as_deepseekmath_wrote_it_is_trls():
         surrogate = torch.min(ratio * sequence.advantage, ratio.clamp(1 - EPS, 1 + EPS) * sequence.advantage)
         per_token = -surrogate + KL * ((ref - logps).exp() - (ref - logps) - 1)
         per_response.append(per_token.sum() / per_token.numel())
-    algorithm = Algorithm(loss="grpo", clip_ratio=EPS, kl_weight=KL, normalize_length=True)
-    loss = step.run(make_objective(algorithm), num_prompts=1)[0]
+    algorithm = dict(loss="grpo", clip_ratio=EPS, kl_weight=KL, normalize_length=True)
+    loss = step.run(loss_of(**algorithm), num_prompts=1)[0]
     assert loss / len(rewards) == pytest.approx(torch.stack(per_response).mean().item(), rel=CLOSE)
 
 
@@ -215,7 +224,7 @@ def test_dpo_is_trls():
     totals = [torch.tensor([sum(v) for v in values], dtype=torch.float64) for values in (step.policy, step.reference)]
     logratios, ref_logratios = (t[0::2] - t[1::2] for t in totals)
     wanted = -F.logsigmoid(0.1 * (logratios - ref_logratios)).mean().item()
-    assert step.run(make_objective(Algorithm(reduction="pairs")))[0] == pytest.approx(wanted, rel=CLOSE)
+    assert step.run(loss_of(reduction="pairs"))[0] == pytest.approx(wanted, rel=CLOSE)
 
 
 def test_gradients_reach_the_logits_packed_as_sequence_by_sequence():
@@ -224,7 +233,7 @@ def test_gradients_reach_the_logits_packed_as_sequence_by_sequence():
     step, vocab = step_of(MIXED, 2), 11
     alpha, nll, c, beta = 0.3, 0.2, 0.05, 0.6
     weights = {"beta": beta, "alpha": alpha, "nll_weight": nll, "entropy_weight": c, "clip_ratio": EPS, "kl_weight": KL}
-    objective = make_objective(Algorithm.model_validate({"loss": "group_dpo"} | weights))
+    loss_function = loss_of(loss="group_dpo", **weights)
     generator = torch.Generator().manual_seed(3)
     logits = [torch.randn(s.num_tokens, vocab, generator=generator) for s in step.sequences]
 
@@ -247,17 +256,19 @@ def test_gradients_reach_the_logits_packed_as_sequence_by_sequence():
 
     for tokens in (400, 24, 10):
         trainer = Trainer(microbatch_tokens=tokens, sequence_parallel=True, tensor_parallel=2)
-        (batch,) = make_batches(step.sequences, step=0, num_prompts=NUM_PROMPTS, trainer=trainer)
+        batch = make_batch(step.sequences, step=0, num_prompts=NUM_PROMPTS, trainer=trainer, dp_rank=0)
         tables = [torch.cat([*(logits[i] for i in members(row)), torch.ones(8, vocab)]) for row in batch.microbatches]
         tables = [t[: row.targets.numel()].requires_grad_() for t, row in zip(tables, batch.microbatches, strict=True)]
         for row in batch.microbatches:
             row.reference_log_probs = step.lay_out(row, step.reference)[0]
         with torch.no_grad():
             own = [token_log_probs(t, row.targets)[0] for t, row in zip(tables, batch.microbatches, strict=True)]
+        rows = list(batch.microbatches)
+        precomputed = loss_function.precompute_split_groups(rows, own) if any(row.split.any() for row in rows) else rows
         loss = 0.0
-        for table, row in zip(tables, objective.weigh(list(batch.microbatches), own), strict=True):
+        for table, row in zip(tables, precomputed, strict=True):
             values, entropy = token_log_probs(table, row.targets, with_entropy=True, inplace_backward=False)
-            part, _ = objective(values, row, batch, entropy)
+            part, _ = loss_function(values, row, batch, entropy)
             part.backward()
             loss += part.item()
             for i, (start, end) in zip(members(row), pairwise(row.cu_seqlens.tolist()), strict=False):
@@ -275,20 +286,21 @@ def members(row):
 @pytest.mark.parametrize(
     ("options", "parts", "needs_reference", "needs_entropy"),
     [
-        ({"loss": "group_dpo"}, [(1.0, DpoObjective)], True, False),
-        ({"loss": "group_dpo", "alpha": 0.01}, [(1.0, DpoObjective), (0.01, GrpoObjective)], True, False),
-        ({"entropy_weight": 3e-4}, [(1.0, DpoObjective), (3e-4, EntropyObjective)], True, True),
-        (
-            {"loss": "grpo", "kl_weight": 0.0, "entropy_weight": 1e-4},
-            [(1.0, GrpoObjective), (1e-4, EntropyObjective)],
-            False,
-            True,
-        ),
+        ({}, [(1.0, Dpo)], True, False),
+        ({"loss": "group_dpo"}, [(1.0, GroupDpo)], True, False),
+        ({"entropy_weight": 3e-4}, [(1.0, Dpo), (3e-4, EntropyBonus)], True, True),
+        ({"loss": "grpo", "kl_weight": 0.0, "entropy_weight": 1e-4}, [(1.0, Grpo), (1e-4, EntropyBonus)], False, True),
     ],
 )
 def test_the_configuration_adds_up_the_parts(options, parts, needs_reference, needs_entropy):
-    objective = make_objective(Algorithm(**options))
-    found = objective.parts if isinstance(objective, SumObjective) else ((1.0, objective),)
+    loss = loss_of(**options)
+    found = loss.parts if isinstance(loss, SumLoss) else ((1.0, loss),)
     assert [(weight, type(part)) for weight, part in found] == parts
-    assert (objective.needs_reference, objective.needs_entropy) == (needs_reference, needs_entropy)
-    assert len(set(objective.metric_names)) == len(objective.metric_names)
+    assert (loss.needs_reference, loss.needs_entropy) == (needs_reference, needs_entropy)
+
+
+def test_group_dpo_reports_grpos_metrics_where_it_is_part_of_it():
+    """Each once, also the gap to the rollouts that both know."""
+    names = [[metric.name for metric in loss_of(loss="group_dpo", alpha=alpha).metrics] for alpha in (0.0, 0.01)]
+    assert "kl_mean" in names[1] and "kl_mean" not in names[0]
+    assert all(len(set(found)) == len(found) for found in names)

@@ -1,0 +1,244 @@
+"""A loss over the rollouts of one prompt in plain torch: what a user writes to bring an own algorithm in one file.
+
+    from engine.algorithms.group import Group, GroupLoss
+
+    class Regression(GroupLoss):
+        def group_loss(self, group: Group):
+            gain = group.sums(group.log_probs) - group.sums(group.rollout_log_probs)
+            return (gain - group.advantages).square().mean()
+
+and `algorithm.loss = "regression.py:Regression"`; docs/architecture.md has one with options and metrics. The loss is exact at
+any layout: a group is judged by one data-parallel rank, its log-probs are those of the whole vocabulary, and where a group does
+not fit a microbatch its loss is differentiated by every token log-prob first (base.py). The kernels of the built-in losses are
+not used.
+
+Shape legend: T tokens of the microbatch, B sequences of it, N judged rollouts of a prompt, L tokens of a response.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from engine.algorithms.advantages import advantage_function
+from engine.algorithms.base import (
+    ROLLOUT_GAP,
+    Algorithm,
+    Parts,
+    Result,
+    denominator,
+    rollout_gap,
+    split_groups_loss,
+    store_split_groups,
+    training_sequence,
+)
+from engine.config.options import AlgorithmOptions, Normalization
+from engine.core.errors import ConfigError, NumericsError
+from engine.core.metrics import Metric
+from engine.core.types import IGNORED, Batch, Microbatch, RolloutGroup, Sequence
+
+GROUPS = Metric("groups", "prompts whose rollouts a loss of the user's own compared", unit="prompts", reduce="sum")
+PerToken = tuple[torch.Tensor, ...]  # N tensors [L] of float32
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The N judged rollouts of one prompt, in the order of their sample indices."""
+
+    index: int  # the prompt's number among those compared in the step
+    rewards: torch.Tensor  # [N] float32
+    advantages: torch.Tensor  # [N] float32
+    token_ids: tuple[torch.Tensor, ...]  # N tensors [L] of int64, the responses
+    log_probs: PerToken  # the policy's, with gradient
+    rollout_log_probs: PerToken  # of the weights that sampled them
+    reference_log_probs: PerToken | None  # None unless the loss's `needs_reference` is set
+    values: Mapping[str, torch.Tensor]  # [N] float32 by name: what `GroupLoss.values` attached
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """Tokens of each response, [N] float32."""
+        return self.rewards.new_tensor([float(ids.numel()) for ids in self.token_ids])
+
+    @staticmethod
+    def sums(log_probs: PerToken) -> torch.Tensor:
+        """The sum over each response's tokens, [N] float32."""
+        return torch.stack([tokens.sum() for tokens in log_probs])
+
+
+class GroupOptions(AlgorithmOptions):
+    """What losses over groups have; a user's own Options extend it."""
+
+    normalize_advantages: Normalization = Field("mean", description="of the group's advantages; see GRPO's")
+
+
+class GroupLoss(Algorithm):
+    """The base of a user's own loss: `group_loss`, and where wanted `Options`, `metrics`, `needs_reference`, `values`,
+    `sequences`, `broken_rules`."""
+
+    Options: ClassVar[type[AlgorithmOptions]] = GroupOptions
+
+    def __init__(self, options: Any, *, sampled: bool = True) -> None:
+        """ConfigError when the class declares metrics that cannot be put together."""
+        super().__init__(options, sampled=sampled)
+        self._own = {metric.name: metric for metric in type(self).metrics}
+        for metric in self._own.values():
+            if metric.reduce == "last" or metric.name in (GROUPS.name, ROLLOUT_GAP.name):
+                raise ConfigError(
+                    f"algorithm.loss = {options.loss!r} must declare metrics with reduce = 'sum', 'mean' or 'max' and names of "
+                    f"its own; found {metric.name!r} with {metric.reduce!r}: mend the declaration"
+                )
+            counts = (GROUPS.name, "target_tokens", *(one.name for one in self._own.values() if one.reduce == "sum"))
+            if metric.reduce == "mean" and metric.per not in counts:
+                raise ConfigError(
+                    f"algorithm.loss = {options.loss!r} must divide the mean {metric.name} by one of {', '.join(counts)}; "
+                    f"found per = {metric.per!r}: mend the declaration"
+                )
+        self.metrics = (GROUPS, ROLLOUT_GAP, *self._own.values())
+        self.advantages = advantage_function(options.normalize_advantages)
+
+    def group_loss(self, group: Group) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of one group, a finite scalar that depends on `group.log_probs`; with it, where metrics are declared, this
+        group's part of each by name. The step's loss is the sum over groups, divided as algorithm.reduction says."""
+        raise NotImplementedError
+
+    def values(self, group: RolloutGroup) -> Mapping[str, Many[float]]:
+        """Named numbers to attach to the judged rollouts of a group, one each; computed where the rollouts are."""
+        return {}
+
+    def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:
+        """See Algorithm: every judged rollout; a signal wherever there is one."""
+        judged = group.judged
+        if not judged:
+            return [], False
+        advantages = self.advantages([rollout.score.value for rollout in judged])
+        attached = {name: [float(value) for value in values] for name, values in self.values(group).items()}
+        for name, values in attached.items():
+            if len(values) != len(judged) or not all(map(math.isfinite, values)):
+                raise NumericsError(
+                    f"{self._name} must attach one finite value of {name!r} to each of {len(judged)} judged rollouts; found "
+                    f"{values}: mend `values`"
+                )
+        return [
+            training_sequence(
+                group,
+                rollout,
+                advantage=advantages[place],
+                group=index,
+                values={name: values[place] for name, values in attached.items()},
+            )
+            for place, rollout in enumerate(judged)
+        ], True
+
+    def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:
+        """See Loss."""
+        leaves = [row.detach().requires_grad_() for row in log_probs]
+        with torch.enable_grad():
+            loss, metrics = self._total(groups_of(microbatches, leaves, split=True), leaves[0])
+        return store_split_groups(microbatches, leaves, loss, metrics)
+
+    def __call__(
+        self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch, entropy: torch.Tensor | None = None
+    ) -> Result:
+        """See Loss."""
+        loss, metrics = self._total(groups_of([microbatch], [log_probs], split=False), log_probs)
+        if microbatch.split_gradients is not None:
+            loss = loss + split_groups_loss(log_probs, microbatch)
+            metrics = self._joined(metrics, microbatch.split_metrics)
+        metrics[ROLLOUT_GAP.name] = rollout_gap(log_probs, microbatch)
+        return loss / denominator(batch, self.options.reduction), metrics
+
+    @property
+    def _name(self) -> str:
+        return f"algorithm.loss = {self.options.loss!r}"
+
+    def _total(self, groups: list[Group], log_probs: torch.Tensor) -> Result:
+        """(sum over groups of the loss, parts of the metrics but the gap); of no group 0, with a gradient of 0."""
+        loss = log_probs[:0].sum()
+        start = {name: -math.inf if metric.reduce == "max" else 0.0 for name, metric in self._own.items()}
+        metrics: Parts = {name: log_probs.new_tensor(value) for name, value in start.items()}
+        metrics[GROUPS.name] = log_probs.new_tensor(float(len(groups)))
+        for group in groups:
+            value, parts = self._evaluated(group)
+            loss = loss + value
+            metrics = self._joined(metrics, parts)
+        return loss, metrics
+
+    def _joined(self, metrics: Parts, more: Parts) -> Parts:
+        def join(name: str, value: torch.Tensor) -> torch.Tensor:
+            if name not in more:
+                return value
+            at_most = name in self._own and self._own[name].reduce == "max"
+            return torch.maximum(value, more[name]) if at_most else value + more[name]
+
+        return {name: join(name, value) for name, value in metrics.items()}
+
+    def _evaluated(self, group: Group) -> Result:
+        """What `group_loss` returns, checked. NumericsError names the user's reference and what it broke."""
+        found = self.group_loss(group)
+        loss, parts = found if isinstance(found, tuple) else (found, {})
+        if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+            shown = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+            raise NumericsError(f"{self._name} must return a scalar tensor for a group; found {shown}: reduce it")
+        if not loss.requires_grad:
+            raise NumericsError(
+                f"{self._name} must return a loss with a gradient; found none for group {group.index}: compute it from "
+                f"group.log_probs, without .item(), .detach() or torch.no_grad()"
+            )
+        if not bool(torch.isfinite(loss)):
+            raise NumericsError(
+                f"{self._name} must return a finite loss; found {loss.item()} for group {group.index} with rewards "
+                f"{group.rewards.tolist()}: mend the loss"
+            )
+        if parts.keys() != self._own.keys():
+            raise NumericsError(
+                f"{self._name} must return a value for each metric that it declares; found {', '.join(sorted(parts)) or 'none'}"
+                f", declared are {', '.join(sorted(self._own)) or 'none'}: declare them in `metrics`, or return the same names"
+            )
+        scalars = {name: torch.as_tensor(value, device=loss.device).detach() for name, value in parts.items()}
+        for name, value in scalars.items():
+            if value.dim() != 0:
+                raise NumericsError(f"{self._name}: metric {name} must be a scalar; found shape {list(value.shape)}: reduce it")
+        return loss.to(group.rewards.dtype), {name: value.to(group.rewards.dtype) for name, value in scalars.items()}
+
+
+def groups_of(rows: list[Microbatch], log_probs: Many[torch.Tensor], *, split: bool) -> list[Group]:
+    """The groups of these rows by number: those that stand in one row, or those that are split over several."""
+    members: dict[int, list[tuple[int, Microbatch, int, dict[str, torch.Tensor]]]] = {}
+    for row, own in zip(rows, log_probs, strict=True):
+        wanted = ((row.groups >= 0) & (row.split == split)).tolist()
+        if not any(wanted):
+            continue
+        counted = row.targets != IGNORED
+        counts = [int(counted[start:end].sum()) for start, end in pairwise(row.cu_seqlens.tolist())]
+        per_token = {"token_ids": row.targets, "log_probs": own, "rollout_log_probs": row.rollout_log_probs}
+        if row.reference_log_probs is not None:
+            per_token["reference_log_probs"] = row.reference_log_probs
+        parts = {name: values[counted].split(counts) for name, values in per_token.items()}
+        for b, group in enumerate(row.groups.tolist()):
+            if wanted[b]:
+                tokens = {name: values[b] for name, values in parts.items()}
+                members.setdefault(group, []).append((int(row.places[b]), row, b, tokens))
+    return [_group(index, sorted(members[index], key=lambda member: member[0])) for index in sorted(members)]
+
+
+def _group(index: int, members: list[tuple[int, Microbatch, int, dict[str, torch.Tensor]]]) -> Group:
+    def per_token(name: str) -> tuple[torch.Tensor, ...]:
+        return tuple(tokens[name] for *_, tokens in members)
+
+    return Group(
+        index=index,
+        rewards=torch.stack([row.rewards[b] for _, row, b, _ in members]),
+        advantages=torch.stack([row.advantages[b] for _, row, b, _ in members]),
+        token_ids=per_token("token_ids"),
+        log_probs=per_token("log_probs"),
+        rollout_log_probs=per_token("rollout_log_probs"),
+        reference_log_probs=per_token("reference_log_probs") if "reference_log_probs" in members[0][3] else None,
+        values={name: torch.stack([row.values[name][b] for _, row, b, _ in members]) for name in members[0][1].values},
+    )

@@ -1,0 +1,21 @@
+"""What the policy measures of an optimizer step beside its loss's own metrics. Declarations alone: no megatron here."""
+
+from __future__ import annotations
+
+from engine.core.metrics import Metric
+
+LOSS = Metric("loss", "of the step, over all microbatches and ranks", title="loss", reduce="sum", peers={"TRL": "loss"})
+GRAD_NORM = Metric(
+    "grad_norm",
+    "norm of the gradient before clipping",
+    title="grad norm",
+    peers={"TRL": "grad_norm", "verl": "actor/grad_norm"},
+)
+LEARNING_RATE = Metric(
+    "learning_rate",
+    "AdamW's in this step",
+    title="learning rate",
+    peers={"TRL": "learning_rate", "verl": "actor/lr"},
+)
+NUM_TOKENS = Metric("num_tokens", "packed in all microbatches, prompts and padding included", unit="tokens", reduce="sum")
+METRICS = (LOSS, GRAD_NORM, LEARNING_RATE, NUM_TOKENS)
