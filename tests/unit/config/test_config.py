@@ -48,10 +48,10 @@ def path(tmp_path):
 
 
 def complaint(path, *overrides):
-    """The one sentence that loading ends with."""
+    """The first sentence that loading ends with."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, list(overrides))
-    sentence = str(caught.value)
+    sentence = str(caught.value.faults[0])
     assert "\n" not in sentence
     assert caught.value.exit_code == 2
     return sentence
