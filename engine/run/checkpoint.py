@@ -87,7 +87,7 @@ class Checkpoints:
             "step": step,
             "ranks": self._world_size,
             "config": json.loads(config.model_dump_json()),
-            "data": _data_digests(config),
+            "data": data_digests(config),
             "files": files,
         }
         manifest["sha256"] = _content_digest(manifest)
@@ -142,8 +142,8 @@ class Checkpoints:
         if newest is None:
             raise CheckpointError(f"{self._folder} must hold a checkpoint to resume from; found none: start without --resume")
         manifest = read_manifest(newest)
-        _check_same_run(newest, manifest["config"], config)
-        _check_same_data(newest, manifest["data"], config)
+        for difference in differences(newest, manifest, config):
+            raise difference
         name = rank_file(self._rank)
         verify_file(newest, name, manifest)
         return int(manifest["step"]), load_file(newest / name)
@@ -166,6 +166,21 @@ def _named_by(pointer: Path) -> Path | None:
     if not (named / MANIFEST).exists():
         raise CheckpointError(f"{pointer} names {named.name}, which holds no {MANIFEST}: write the name of another folder")
     return named
+
+
+def check_prolonged(config: RunConfig, step: int) -> None:
+    """CheckpointError when a run of `config` cannot go on from a checkpoint of `step` steps."""
+    if step > config.run.steps:
+        raise CheckpointError(
+            f"run.steps must not be less than the {step} steps already done; found {config.run.steps}: raise it"
+        )
+    schedule = config.schedule
+    if step < config.run.steps and not schedule.opens(step):
+        less = f" less {schedule.shift}" if schedule.shift else ""
+        raise CheckpointError(
+            f"run.steps cannot be raised from {step}: that checkpoint is not at a sync boundary, so the run cannot be extended "
+            f"from it; found {config.run.steps}: a run can be prolonged from a multiple of {schedule.width} steps{less}"
+        )
 
 
 def rank_file(rank: int) -> str:
@@ -215,8 +230,18 @@ def export(checkpoint: Path, destination: Path) -> Path:
     return destination
 
 
-def _check_same_run(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> None:
-    """CheckpointError names the first option that makes this another run than the one saved."""
+def differences(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
+    """What makes this another run than the one saved: an error for each option and each data file that differs."""
+    yield from _other_options(checkpoint, manifest["config"], config)
+    for key, digest in data_digests(config).items():
+        if digest != manifest["data"].get(key):
+            yield CheckpointError(
+                f"{key} must be what {checkpoint} was written with; found other contents: put back what it was, or start a "
+                f"new run"
+            )
+
+
+def _other_options(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
     now = json.loads(config.model_dump_json())
     for section, options in now.items():
         free = MAY_CHANGE.get(section, set())
@@ -225,7 +250,7 @@ def _check_same_run(checkpoint: Path, saved: dict[str, Any], config: RunConfig) 
         for name, value in options.items():
             before = saved.get(section, {}).get(name)
             if name not in free and before != value:
-                raise CheckpointError(
+                yield CheckpointError(
                     f"{section}.{name} must be what {checkpoint} was written with; found {value!r} instead of "
                     f"{before!r}: set it back, or start a new run in another directory"
                 )
@@ -235,17 +260,7 @@ def _content_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _check_same_data(checkpoint: Path, saved: dict[str, str | None], config: RunConfig) -> None:
-    """CheckpointError when a data file is not the one that the run began with."""
-    for key, digest in _data_digests(config).items():
-        if digest != saved.get(key):
-            raise CheckpointError(
-                f"{key} must be what {checkpoint} was written with; found other contents: put back what it was, or start a "
-                f"new run"
-            )
-
-
-def _data_digests(config: RunConfig) -> dict[str, str | None]:
+def data_digests(config: RunConfig) -> dict[str, str | None]:
     """SHA-256 of every data file by its option, and of what judges; None where there is none. Of a reward model the names and
     sizes of its files: reading them would take minutes at every checkpoint."""
     digests = {key: source_digest(path) for key, path in config.data.files.items()}
