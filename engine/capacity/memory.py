@@ -317,7 +317,8 @@ class Step:
         norm, rows, weight = self._norms(1, self._e), self._T * self._H * self._e, self._V * self._H * self._e
         gathered = rows if self._trainer.sequence_parallel else 0
         if self._trainer.fused_lm_head:
-            widened = 2 * min(lm_head.BLOCK, self._V) * self._H * FP32 if self._narrow_on_cpu else lm_head.BLOCK * self._H * self._e
+            block = lm_head.BLOCK
+            widened = 2 * min(block, self._V) * self._H * FP32 if self._narrow_on_cpu else block * self._H * self._e
             chunk = min(lm_head.ROWS, self._T) * self._V * (FP32 if self._narrow_on_cpu else self._e)
             gradients = self._V * self._H * FP32 + (0 if self._e == FP32 else weight)
             return chunk, norm + gathered + rows + gradients + (0 if self._e == FP32 else widened)

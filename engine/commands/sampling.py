@@ -7,15 +7,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from engine.commands.common import write_figures
+from engine.config.load import load_config
 from engine.core.errors import ConfigError
 from engine.core.files import sync
-from engine.run.spec import runnable
 
 
 def rollout(options: argparse.Namespace) -> None:
     """Samples and scores the rollouts of run.steps steps into a ledger, which is there when it is whole."""
     options.overrides += ["sync.sync_interval=never", "sync.reference=never"]  # the weights of model.path, for every step
-    config = runnable(options)
+    config = load_config(options.config, options.overrides)
+    from engine.api.preflight import check
     from engine.data.mixture import load_mixture
     from engine.inference.pool import Pool
     from engine.observe.sinks import JsonlLedger, finite
@@ -23,15 +24,15 @@ def rollout(options: argparse.Namespace) -> None:
     from engine.rollouts.source import RolloutSource
     from engine.run.processes import Cluster
 
-    if config.data.replay is not None:
-        raise ConfigError(f"data.replay is for `semion train`; found {config.data.replay!r}: remove it to sample rollouts")
     output = Path(options.output)
     if output.exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
-    prompts, figures = load_mixture(config), []
+    spec = check(config, "rollout")
+    prompts = load_mixture(config)
+    figures = []
     part = output.with_name(output.name + ".part")  # the name is the output's when all of it is there
     part.unlink(missing_ok=True)
-    with Cluster(config, parts=("engines", "reward_engine"), verbose=options.verbose) as cluster, ExitStack() as stack:
+    with Cluster(spec, verbose=options.verbose) as cluster, ExitStack() as stack:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         reward = stack.enter_context(open_rewards(config, cluster.start_reward_engine()))
         ledger = JsonlLedger(part)

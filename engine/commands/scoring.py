@@ -8,15 +8,15 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from engine.commands.common import write_figures
 from engine.config.load import RunConfig, validated
-from engine.config.options import RewardModel, Rewards
+from engine.config.options import RewardModel, RewardName, Rewards
 from engine.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -46,58 +46,71 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Scores the file, prints a table, and writes what was asked for."""
-    from engine.core.types import Prompt
     from engine.observe.progress import print_table
-    from engine.rewards.registry import open_reward
 
-    check_flags(options)
-    flags = {name: getattr(options, name) for name in FLAGS}
-    rewards = validated(Rewards, "rewards", {name: value for name, value in flags.items() if value is not None})
     if options.output and Path(options.output).exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
-    records, rows = load(options.file)
-    items = [
-        (Prompt(str(row["row"]), (), row["problem"], row["answer"], "", "", options.reward), row["completion"]) for row in rows
-    ]
-    with closing(open_reward(options.reward, rewards)) if options.reward != "model" else reward_model(options) as reward:
-        results = [{"score": given.value, "status": given.status} for given in reward.score(items)]
+    flags = {name: getattr(options, name) for name in (*FLAGS, *TAKES["model"])}
+    given = {name: value for name, value in flags.items() if value is not None}
+    figures, scored = score_file(options.file, options.reward, **given)
     if options.output:
         with Path(options.output).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record | result) + "\n" for record, result in zip(records, results, strict=True))
-    scored = [row | result for row, result in zip(rows, results, strict=True)]
-    figures = {"file": options.file, "reward": options.reward, "versions": versions()} | measure(scored)
+            file.writelines(json.dumps(row) + "\n" for row in scored)
     print_table(f"semion score {options.file}", table(figures))
     if figures["disagreeing"]:
         print_table("rows that disagree", disagreements(figures["disagreeing"]))
     write_figures(figures, None, options.json)
 
 
-def check_flags(options: argparse.Namespace) -> None:
+def score_file(file: str, reward: str, **flags: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the figures of a file's rows under a reward, its rows with their score and status). `flags`: the reward's options, named
+    as the flags of `semion score`.
+
+    ConfigError for a flag of another reward, DataError for a row that cannot be judged.
+    """
+    from engine.core.types import Prompt
+    from engine.rewards.registry import open_reward
+
+    check_flags(reward, flags)
+    rewards = validated(Rewards, "rewards", {name: value for name, value in flags.items() if name in FLAGS})
+    records, rows = load(file)
+    items = [(Prompt(str(row["row"]), (), row["problem"], row["answer"], "", "", reward), row["completion"]) for row in rows]
+    name = next(name for name in get_args(RewardName) if name == reward)
+    with closing(open_reward(name, rewards)) if reward != "model" else reward_model(file, flags) as judge:
+        results = [{"score": given.value, "status": given.status} for given in judge.score(items)]
+    figures = {"file": file, "reward": reward, "versions": versions()}
+    figures |= measure([row | result for row, result in zip(rows, results, strict=True)])
+    return figures, [record | result for record, result in zip(records, results, strict=True)]
+
+
+def check_flags(reward: str, flags: Mapping[str, Any]) -> None:
     """ConfigError for a flag of another reward, which would change nothing."""
-    for name in (*FLAGS, *TAKES["model"]):
-        if name not in TAKES[options.reward] and getattr(options, name) is not None:
-            takers = " or ".join(reward for reward, names in TAKES.items() if name in names)
+    if reward not in TAKES:
+        raise ConfigError(f"--reward must be one of {', '.join(TAKES)}; found {reward!r}: choose one")
+    for name in flags:
+        if name not in TAKES[reward]:
+            takers = " or ".join(other for other, names in TAKES.items() if name in names)
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is of --reward {takers}; found it beside --reward {options.reward}: leave it out")
+            raise ConfigError(f"{flag} is of --reward {takers or 'none'}; found it beside --reward {reward}: leave it out")
 
 
 @contextmanager
-def reward_model(options: argparse.Namespace) -> Iterator[Reward]:
+def reward_model(file: str, flags: Mapping[str, Any]) -> Iterator[Reward]:
     """The reward model of the flags on an engine of its own. ConfigError when the flags name none, or one that cannot judge."""
-    if options.reward_model is None:
+    if "reward_model" not in flags:
         raise ConfigError("--reward model needs --reward-model; found none: name the reward model's folder")
     from engine.data.conversations import Conversations
     from engine.rewards.model import ModelReward
     from engine.run.processes import Cluster
+    from engine.run.spec import resolve
 
-    given = {"path": options.reward_model, "max_tokens": options.max_tokens}
-    table = {name: value for name, value in given.items() if value is not None}
+    table = {"path": flags["reward_model"]} | {name: value for name, value in flags.items() if name == "max_tokens"}
     validated(RewardModel, "reward_model", table)
-    unused = {"run": {"directory": "unused", "steps": 1}, "model": {"path": options.reward_model}}
-    source = {"train": options.file, "reward": "model"}
+    unused = {"run": {"directory": "unused", "steps": 1}, "model": {"path": flags["reward_model"]}}
+    source = {"train": file, "reward": "model"}
     config = RunConfig.model_validate(unused | {"data": source, "reward_model": table})
     Conversations(config.reward_model)
-    with Cluster(config, parts=("reward_engine",)) as cluster:
+    with Cluster(resolve(config, ("reward_engine",), digests=False)) as cluster:
         engine = cluster.start_reward_engine()
         assert engine is not None
         with closing(ModelReward(engine, config.reward_model.timeout_seconds)) as reward:

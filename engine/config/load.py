@@ -193,9 +193,13 @@ def _set(tree: dict[str, Any], key: str, value: Any, text: str) -> None:
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         if isinstance(part, int) and not (isinstance(at, list) and part < len(at)):
             found = f"{len(at)} tables" if isinstance(at, list) else "no list"
-            raise ConfigError(f"override {text!r}: {named}[{part}] must be one of the list's; found {found} in {named}: add it first")
+            raise ConfigError(
+                f"override {text!r}: {named}[{part}] must be one of the list's; found {found} in {named}: add it first"
+            )
         if isinstance(part, str) and not isinstance(at, dict):
-            raise ConfigError(f"override {text!r}: {named} is not a section; it {FORM}; see `semion check --toml` for the sections")
+            raise ConfigError(
+                f"override {text!r}: {named} is not a section; it {FORM}; `semion check --toml` prints the sections"
+            )
         named += f"[{part}]" if isinstance(part, int) else f".{part}" if named else part
         if following is None:
             at[part] = value

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config.load import RunConfig
-from engine.core.errors import CheckpointError
+from engine.core.errors import CheckpointError, combined
 from engine.core.files import staged_folder, sync
 from engine.data.records import source_digest
 from engine.models.hf import write_hf_checkpoint
@@ -142,8 +142,8 @@ class Checkpoints:
         if newest is None:
             raise CheckpointError(f"{self._folder} must hold a checkpoint to resume from; found none: start without --resume")
         manifest = read_manifest(newest)
-        for difference in differences(newest, manifest, config):
-            raise difference
+        if found := [*other_options(newest, manifest, config), *other_data(newest, manifest, config)]:
+            raise combined(found)
         name = rank_file(self._rank)
         verify_file(newest, name, manifest)
         return int(manifest["step"]), load_file(newest / name)
@@ -230,9 +230,8 @@ def export(checkpoint: Path, destination: Path) -> Path:
     return destination
 
 
-def differences(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
-    """What makes this another run than the one saved: an error for each option and each data file that differs."""
-    yield from _other_options(checkpoint, manifest["config"], config)
+def other_data(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
+    """An error for each data file, and each part that judges, that is not the one the run began with."""
     for key, digest in data_digests(config).items():
         if digest != manifest["data"].get(key):
             yield CheckpointError(
@@ -241,7 +240,9 @@ def differences(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) -
             )
 
 
-def _other_options(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
+def other_options(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
+    """An error for each option that makes this another run than the one saved."""
+    saved = manifest["config"]
     now = json.loads(config.model_dump_json())
     for section, options in now.items():
         free = MAY_CHANGE.get(section, set())
