@@ -4,7 +4,7 @@ It prints nothing; whoever wants to follow it gives a function that is told of e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ class Evaluated(NamedTuple):
 
 def evaluate(
     config: RunConfig,
-    suite: Iterable[str] = (),
+    suite: Sequence[str] = (),
     *,
     output: str | Path | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -43,8 +43,8 @@ def evaluate(
     about each set, `told` its name and figures when it is done. Raises the SemionError of what the preflight or the engines
     found.
     """
-    sets = asked_sets(config, list(suite))
-    if faults := examine(config, "eval", sets=sets):
+    sets = asked_sets(config, suite)
+    if faults := examine(config, "eval", sets=sets if suite else None):
         raise combined(faults)
     settings = {name: suites.settings_of(config, source) for name, source in sets.items()}
     folder = Path(output) if output else None
@@ -58,7 +58,7 @@ def evaluate(
     return {name: done[name] for name in sets}
 
 
-def asked_sets(config: RunConfig, suite: list[str]) -> dict[str, Source]:
+def asked_sets(config: RunConfig, suite: Sequence[str]) -> dict[str, Source]:
     """The sets to evaluate by name, as sources whose held_out they are; empty where nothing is held out."""
     if suite:
         files, template = suites.suite_names(suite), config.data.template

@@ -381,6 +381,7 @@ class _Look:
         if config.profile.tool == "nsys" and self.purpose in ("train", "sft"):
             yield from _caught(nsight.check_installed)
         if config.cluster.nodes > 1:
+            yield from _tried(place, config, self.parts)[1]
             return
         if "trainer" in self.parts:
             yield from _tried(check_installed, config.trainer, config.optimizer)[1]

@@ -155,13 +155,13 @@ class Cluster:
     """The processes of one run, on this machine or on cluster.nodes of them; leaving the context ends them all."""
 
     def __init__(self, spec: Spec, *, verbose: bool = False) -> None:
-        """`spec.parts` is what is going to be started."""
+        """`spec.parts` is what is going to be started. ConfigError when it does not fit several nodes."""
         self._spec = spec
         self._config = spec.config
         self._verbose = verbose
         self._nodes: list[Node] = []
         # On one machine without GPUs there is nothing to place.
-        self._placement: Placement | None = spec.placement if spec.config.cluster.nodes > 1 else None
+        self._placement: Placement | None = place(self._config, spec.parts) if self._config.cluster.nodes > 1 else None
         self._ranks: list[Any] = []
         self._engines: list[RayEngine] = []
         self._others = descendants()  # what this process had started before

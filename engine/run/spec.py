@@ -55,7 +55,7 @@ class Spec:
     engine: EngineLayout
     parts: tuple[Part, ...]  # what is started
     source: SourceKind  # where training sequences come from
-    placement: Placement | None  # on GPUs; None where one machine's CPU alone can hold the run
+    placement: Placement | None  # on GPUs; None where they are too few
     homes: Homes | None  # the nodes of ranks and engines, where each node serves its own engines
     transports: tuple[Carrier, ...]  # in order of preference for each type of device; empty without weight syncs
     copies: tuple[Copy, ...]  # of its weights that a trainer rank keeps beside the policy
@@ -169,12 +169,10 @@ def _reward_file(config: RunConfig) -> Path | None:
 
 
 def _placement(config: RunConfig, parts: tuple[Part, ...]) -> Placement | None:
-    """The seats on cluster.nodes * cluster.gpus_per_node GPUs. A run on the CPU of one machine need not fit them."""
+    """The seats on cluster.nodes * cluster.gpus_per_node GPUs; None where they are too few, as a run on CPUs may have it."""
     try:
         return place(config, parts)
     except ConfigError:
-        if config.cluster.nodes > 1:
-            raise
         return None
 
 
