@@ -11,8 +11,8 @@ package may change. They are imported when they are first used, so that `import 
 - `train(config, resume)` and `fine_tune(config)` run it and yield events: `Step`, `Evaluation`, `Note`, `Warning`,
   `Restart`, `Done`.
 - `evaluate(config)`, `score(file, reward)` and `plan(config)` give figures.
-- `register(part)` gives the name by which an option chooses a class or function of yours: an `Algorithm`, `Reward`, `Transport`
-  or `Schedule`.
+- `register(part)` gives the name by which an option chooses a class or function of yours: an `Algorithm` (or a
+  `GroupLoss` in plain torch), `Reward`, `Transport` or `Schedule`.
 - Every error is a `SemionError`; its `faults` are all that was found.
 """
 
@@ -43,6 +43,7 @@ _PLACES = {  # of every name of the API
     "Restart": "engine.api.events",
     "Done": "engine.api.events",
     "Algorithm": "engine.algorithms.base",
+    "GroupLoss": "engine.algorithms.group",
     "Reward": "engine.rewards.base",
     "Transport": "engine.bridge.transports.base",
     "Schedule": "engine.config.schedules.base",

@@ -130,7 +130,7 @@ def override(config: RunConfig, changes: Mapping[str, Any] | None = None, /, **m
 
     Raises ConfigError, whose `faults` are all that is wrong.
     """
-    tree = _plain(config.model_dump())
+    tree = _plain(config.model_dump(exclude_unset=True))  # a default may follow another choice
     faults = []
     for key, value in {**(changes or {}), **more}.items():
         if isinstance(value, Mapping) and "." not in key:
