@@ -164,8 +164,8 @@ class HfCheckpoint:
             )
 
     def shapes(self, file: str) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor in one of the folder's files, from its header. CheckpointError when it cannot be read, or is
-        not as long as the header says."""
+        """The shape of every tensor in one of the folder's files, from its header. CheckpointError when it cannot be read, or
+        is not as long as the header says."""
         with self._open(file) as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118, no mapping
 
