@@ -50,9 +50,9 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -
 def config(directory: str | Path = "unused", **tables: dict[str, Any]) -> RunConfig:
     """A configuration that breaks no rule; `tables` set options anew, beside those of `LEAST`."""
     tree = {name: dict(table) for name, table in LEAST.items()}
-    tree["run"]["directory"] = str(directory)
     for name, table in tables.items():
         tree[name] = tree.get(name, {}) | table
+    tree["run"]["directory"] = str(directory)
     return RunConfig.model_validate(tree)
 
 

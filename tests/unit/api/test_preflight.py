@@ -93,6 +93,14 @@ def test_every_complaint_of_the_configuration_is_told(tmp_path, capsys):
     assert said.count("semion: ") == said.count("\n") == 7
 
 
+def test_a_run_that_is_refused_leaves_its_directory_alone(made, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text(dump_config(made))
+    for command in ("train", "sft"):
+        assert cli.main([command, str(tmp_path / "run.toml"), "data.train=gone.jsonl"]) in (2, 3)
+        assert not made.run_directory.exists()
+    assert "data.train must be a file" in capsys.readouterr().err
+
+
 def test_check_shows_the_run_and_writes_it_as_json(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "run.toml").write_text(dump_config(made))

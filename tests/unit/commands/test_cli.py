@@ -21,7 +21,7 @@ from engine.api import training as api
 from engine.api.preflight import check_fresh, examine
 from engine.api.training import preemptible
 from engine.commands import training
-from engine.config.load import RunConfig, dump_config, load_config
+from engine.config.load import dump_config, load_config
 from engine.core.errors import InferenceError, PreemptedError
 from engine.core.files import locked
 from engine.core.types import Completion
@@ -29,6 +29,7 @@ from engine.observe.sinks import JsonlLedger, MetricsWriter
 from engine.rewards.registry import RoutedReward
 from engine.run.checkpoint import Checkpoints
 from engine.run.signals import stop_request
+from tests import builders
 from tests.builders import LLAMA, make_model
 from tests.unit.inference.test_pool import FakeEngine
 from tests.unit.rollouts.test_rollouts import Parity
@@ -273,10 +274,7 @@ def test_an_interrupt_says_how_to_go_on(file, monkeypatch, complaint):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_first_signal_leaves_a_request_and_a_second_one_ends_the_run_to_be_continued(tmp_path, number):
-    config = RunConfig.model_validate(
-        {"run": {"directory": str(tmp_path), "steps": 4}, "model": {"path": "unused"}, "data": {"train": "unused"}}
-        | {"sampling": {"max_tokens": 8}}
-    )
+    config = builders.config(tmp_path)
     before = signal.getsignal(number)
     stop_request(config).touch()  # of a run that was killed before it looked
     seen = []
@@ -296,10 +294,7 @@ def test_a_first_signal_leaves_a_request_and_a_second_one_ends_the_run_to_be_con
 
 
 def test_an_interrupt_is_no_request_to_stop(tmp_path):
-    config = RunConfig.model_validate(
-        {"run": {"directory": str(tmp_path), "steps": 4}, "model": {"path": "unused"}, "data": {"train": "unused"}}
-        | {"sampling": {"max_tokens": 8}}
-    )
+    config = builders.config(tmp_path)
     with pytest.raises(KeyboardInterrupt), preemptible(config):
         raise KeyboardInterrupt
 

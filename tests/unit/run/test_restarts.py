@@ -36,6 +36,7 @@ from engine.run.checkpoint import _content_digest
 from engine.run.machine import await_head, descendants, end, runs
 from engine.run.restarts import restarts_in_a_row, unbroken
 from engine.run.signals import Event, stop_request
+from tests import builders
 
 PASSING = (InferenceError, EngineLostError, WeightSyncError, WatchdogError, ProcessLostError)
 LASTING = (ConfigError, DataError, CheckpointError, NumericsError, PreemptedError, MissingNodeError, UnexpectedError)
@@ -43,8 +44,7 @@ LASTING = (ConfigError, DataError, CheckpointError, NumericsError, PreemptedErro
 
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
-    tree = {"run": {"directory": str(tmp_path / "run"), "steps": 8, "restarts": 2}, "model": {"path": "unused"}}
-    made = RunConfig.model_validate(tree | {"data": {"train": "unused"}, "sampling": {"max_tokens": 8}})
+    made = builders.config(tmp_path / "run", run={"steps": 8, "restarts": 2})
     made.run_directory.mkdir()
     return made
 
