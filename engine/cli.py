@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.commands import evaluating, preparing, sampling, scoring, training
+from engine.commands import checking, evaluating, preparing, sampling, scoring, training
 from engine.commands import profile as profiles
 from engine.commands import report as reports
 from engine.commands.common import write_figures
-from engine.config.load import dump_config, load_config
+from engine.config.load import load_config
 from engine.core.errors import CheckpointError, SemionError
 
 
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SemionError as error:
         if getattr(options, "verbose", False):
             traceback.print_exc()
-        print(f"semion: {error}", file=sys.stderr)
+        for fault in error.faults:
+            print(f"semion: {fault}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("semion: interrupted; a training run continues with --resume auto from its newest checkpoint", file=sys.stderr)
@@ -57,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="print what every process logs")
         return sub
 
-    add("check", _check, "validate a configuration and print the resolved tree")
+    check = add("check", checking.check, "find all that can be seen wrong with a run, and print the run as resolved")
+    checking.add_flags(check)
     train = add_running("train", training.train, "train with DPO or GRPO, offline to online")
     train.add_argument("--resume", choices=["auto"], help="auto: continue from the newest checkpoint, if there is one")
     add_running("sft", training.fine_tune, "supervised fine-tuning on worked solutions")
@@ -115,19 +117,16 @@ def _add_evaluating(add: Callable[..., Any], add_running: Callable[..., Any]) ->
     judge.add_argument("--verbose", action="store_true", help="print where an error came from")
 
 
-def _check(options: argparse.Namespace) -> None:
-    print(dump_config(load_config(options.config, options.overrides)), end="")
-
-
 def _plan(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
-    from engine.capacity.transfer import Machine, memory_table, plan_run, table, verdict
+    from engine.api.planning import plan
+    from engine.capacity.transfer import Machine, memory_table, table, verdict
     from engine.observe.progress import print_table
 
     machine = Machine(
         options.network_gigabytes_per_second, options.nvlink_gigabytes_per_second, options.gpu_gibibytes
     )
-    figures = plan_run(config, machine)
+    figures = plan(config, machine)
     print_table(f"semion plan {options.config}", table(figures))
     print_table("", memory_table(figures["memory"]))
     print(verdict(figures["memory"]))

@@ -5,6 +5,7 @@ and which trainer ranks may send to them. It sends nothing; sender.py does.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -106,7 +107,16 @@ def _setting(config: RunConfig, policy: Policy, place: Standing, turns: Homes | 
     )
 
 
-def shared_bytes(config: RunConfig, policy: Source) -> int:
+class Weights(Protocol):
+    """Who holds weights that a sync sends."""
+
+    @property
+    def parameters(self) -> Mapping[str, torch.Tensor]:
+        """Them, by name."""
+        ...
+
+
+def shared_bytes(config: RunConfig, policy: Weights) -> int:
     """What weight syncs through the memory of a machine move into it, of this trainer rank: weights and staging. Weights in FP8
     are made for a look, and everything then goes by way of staging."""
     held = () if config.trainer.fp8_parameters else policy.parameters.values()

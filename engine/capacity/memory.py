@@ -15,16 +15,16 @@ from typing import Literal
 
 import torch
 
-from engine.algorithms.registry import make_loss
-from engine.config.load import RunConfig
+from engine.config.options import RewardModel
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
 from engine.models.registry import family_of
+from engine.ops import lm_head
+from engine.run.spec import Spec
 
 MIB, GIB = 1 << 20, 1 << 30
 FP32 = 4
 MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
-HEAD_ROWS, HEAD_BLOCK = 256, 4096  # engine.ops.lm_head: rows of logits, and vocabulary rows widened, at a time
 # Of a process on a GPU, beside torch's tensors. Stated, not measured: 1 GiB for the CUDA context, cuBLAS, cuDNN and the code
 # of all kernels, 2 GiB for NCCL's buffers and for what torch's allocator cannot use of its blocks; of vLLM, which keeps it
 # while it sleeps, 1 GiB of CUDA graphs.
@@ -71,23 +71,23 @@ class Memory:
         return max(self.devices, key=lambda device: device.num_bytes)
 
 
-def estimate(shape: ModelShape, config: RunConfig, channel: Channel, judge: ModelShape | None = None) -> Memory:
-    """The memory of a run on GPUs. The layouts must fit the model (`check_layout`, `check_engine_layout`). `judge`: the reward
-    model's sizes, where the run has one and they are known."""
-    stages = [trainer_rank(shape, config, stage, channel) for stage in range(config.trainer.pipeline_parallel)]
+def estimate(spec: Spec, channel: Channel) -> Memory:
+    """The memory of a run on GPUs. The layouts must fit the model (`check_layout`, `check_engine_layout`). A reward model is
+    counted where its sizes are known."""
+    config = spec.config
+    stages = [trainer_rank(spec, stage, channel) for stage in range(spec.trainer.pp_size)]
     totals = [sum(components.values()) for components in stages]
     worst = max(range(len(stages)), key=totals.__getitem__)
     named = f"stage {worst} of {len(stages)}" if len(stages) > 1 else "trainer rank"
-    engine = engine_rank(shape, config, channel)
+    engine = engine_rank(spec, channel)
     devices: tuple[Device, ...] = (Device(f"{named}, training", stages[worst]),)
-    samples = config.sft.checkpoint_out is None and config.uses_engines
-    if samples and config.inference.placement == "disaggregated":
+    if spec.starts_engines and config.inference.placement == "disaggregated":
         devices += (Device("engine rank", engine),)
-    elif samples:
+    elif spec.starts_engines:
         devices = tuple(Device(f"{named}, {turn}", shared(stages[worst], engine, turn)) for turn in ("training", "sampling"))
-    if samples and judge is not None:
-        devices += (Device("reward engine", reward_engine(judge, config)),)
-    return Memory(devices, tuple(totals), host_bytes_per_node(shape, config))
+    if spec.reward_shape is not None:
+        devices += (Device("reward engine", reward_engine(spec.reward_shape, config.reward_model)),)
+    return Memory(devices, tuple(totals), host_bytes_per_node(spec))
 
 
 ASLEEP = ("engine: staging", "engine: CUDA graphs", "engine: context")  # what an engine keeps while the trainer has its turn
@@ -102,10 +102,10 @@ def shared(trainer: Components, engine: Components, turn: Turn) -> Components:
     return {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
 
 
-def trainer_rank(shape: ModelShape, config: RunConfig, stage: int, channel: Channel) -> Components:
+def trainer_rank(spec: Spec, stage: int, channel: Channel) -> Components:
     """A trainer rank of a stage at the fullest moment of a step."""
-    held = TrainerState(shape, config, stage)
-    step = Step(shape, config, stage).fullest
+    held = TrainerState(spec, stage)
+    step = Step(spec, stage).fullest
     return {
         "weights": held.weights,
         "FP8 copies": held.fp8_copies,
@@ -121,10 +121,12 @@ def trainer_rank(shape: ModelShape, config: RunConfig, stage: int, channel: Chan
 class TrainerState:
     """What a rank keeps from step to step. Tensor ranks of a stage hold equal shapes."""
 
-    def __init__(self, shape: ModelShape, config: RunConfig, stage: int) -> None:
-        self._config, t = config, config.trainer
-        self._dtype: torch.dtype = getattr(torch, config.model.dtype)
-        shards = layout.shard_shapes(shape, layout.trainer_layout(t), 0, stage)
+    def __init__(self, spec: Spec, stage: int) -> None:
+        self._config = spec.config
+        self._num_copies = len(spec.copies)
+        self._dtype: torch.dtype = getattr(torch, spec.config.model.dtype)
+        t = spec.config.trainer
+        shards = layout.shard_shapes(spec.shape, spec.trainer, 0, stage)
         sizes = {name: torch.Size(size).numel() for name, size in shards.items()}
         self.num_parameters = sum(sizes.values())
         matrices = sum(size for name, size in sizes.items() if len(shards[name]) == 2 and ".layers." in name)
@@ -151,12 +153,8 @@ class TrainerState:
 
     @property
     def copies(self) -> int:
-        """The reference, and the seed model's where evaluations of an offline run lend the engines newer weights."""
-        c = self._config
-        reference = c.sft.checkpoint_out is None and make_loss(c.algorithm).needs_reference
-        seed = c.sync.sync_interval == "never" and c.evaluates_between_syncs
-        same = reference and c.sync.reference == "never"
-        return self.weights * (int(reference) + int(seed and not same))
+        """The reference, and the seed model's weights where they are kept apart (`RunConfig.weight_copies`)."""
+        return self.weights * self._num_copies
 
     @property
     def gradients(self) -> int:
@@ -167,6 +165,11 @@ class TrainerState:
     def optimizer(self) -> int:
         """What is not offloaded of the share of this data-parallel rank."""
         return self.on_device * self._state_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """What a rank writes into a checkpoint: its weights and their copies, and its share of the optimizer's state."""
+        return self.weights + self.copies + self._shard * self._state_bytes
 
     @property
     def on_device(self) -> int:
@@ -189,19 +192,23 @@ class TrainerState:
         return 2 * moment + (original if self._dtype is not torch.float32 else 0)
 
 
-def host_bytes_per_node(shape: ModelShape, config: RunConfig) -> int:
+def host_bytes_per_node(spec: Spec) -> int:
     """Optimizer state in the memory of a node full of the stage that holds most."""
-    t = config.trainer
-    most = max(TrainerState(shape, config, stage).host_bytes for stage in range(t.pipeline_parallel))
-    return most * min(t.world_size, config.cluster.gpus_per_node)
+    most = max(TrainerState(spec, stage).host_bytes for stage in range(spec.trainer.pp_size))
+    return most * min(spec.config.trainer.world_size, spec.config.cluster.gpus_per_node)
 
 
 class Step:
     """What a step makes and frees again: one microbatch's tensors, and how many microbatches wait for their backward."""
 
-    def __init__(self, shape: ModelShape, config: RunConfig, stage: int, *, on_gpu: bool = True) -> None:
-        self._config, self._trainer = config, (t := config.trainer)
-        self._on_gpu, self._stage, self._shape = on_gpu, stage, shape
+    def __init__(self, spec: Spec, stage: int, *, on_gpu: bool = True) -> None:
+        shape, config = spec.shape, spec.config
+        self._spec = spec
+        self._config = config
+        self._trainer = t = config.trainer
+        self._on_gpu = on_gpu
+        self._stage = stage
+        self._shape = shape
         dtype: torch.dtype = getattr(torch, config.model.dtype)
         tp = t.tensor_parallel
         self._e = dtype.itemsize
@@ -211,9 +218,8 @@ class Step:
         self._F = shape.ffn_hidden // tp
         self._heads = shape.num_heads // tp
         self._Q, self._K = self._heads * shape.head_dim, max(1, shape.num_kv_heads // tp) * shape.head_dim
-        spread = layout.trainer_layout(t)
-        self._V = layout.padded_vocab(shape, spread) // tp
-        self._layers = len(layout.stage_layers(shape, spread)[stage][0])
+        self._V = layout.padded_vocab(shape, spec.trainer) // tp
+        self._layers = len(layout.stage_layers(shape, spec.trainer)[stage][0])
         self._is_first, self._is_last = stage == 0, stage == t.pipeline_parallel - 1
         self._narrow_on_cpu = not on_gpu and dtype is not torch.float32
 
@@ -286,11 +292,12 @@ class Step:
     def _update(self) -> int:
         """What AdamW makes for all parameters before it moves the first: torch's a root, Transformer Engine's both moments in
         float32 where it keeps them narrower. Or the weights on their way into FP8."""
-        adam, state = self._config.optimizer, TrainerState(self._shape, self._config, self._stage)
-        on_device, cast = state.on_device, state.cast
+        adam = self._config.optimizer
+        state = TrainerState(self._spec, self._stage)
+        on_device = state.on_device
         if adam.moment_dtype != "float32":
             return 2 * FP32 * on_device
-        return max(cast, FP32 * on_device if self._on_gpu and adam.implementation == "torch" else 0)
+        return max(state.cast, FP32 * on_device if self._on_gpu and adam.implementation == "torch" else 0)
 
     @property
     def _layer_backward(self) -> int:
@@ -321,22 +328,23 @@ class Step:
         norm, rows, weight = self._norms(1, self._e), self._T * self._H * self._e, self._V * self._H * self._e
         gathered = rows if self._trainer.sequence_parallel else 0
         if self._trainer.fused_lm_head:
-            widened = 2 * min(HEAD_BLOCK, self._V) * self._H * FP32 if self._narrow_on_cpu else HEAD_BLOCK * self._H * self._e
-            chunk = min(HEAD_ROWS, self._T) * self._V * (FP32 if self._narrow_on_cpu else self._e)
+            block = lm_head.BLOCK
+            widened = 2 * min(block, self._V) * self._H * FP32 if self._narrow_on_cpu else block * self._H * self._e
+            chunk = min(lm_head.ROWS, self._T) * self._V * (FP32 if self._narrow_on_cpu else self._e)
             gradients = self._V * self._H * FP32 + (0 if self._e == FP32 else weight)
             return chunk, norm + gathered + rows + gradients + (0 if self._e == FP32 else widened)
         logits = self._T * self._V * self._e  # the gradient overwrites them
         return logits, norm + gathered + rows + (0 if self._trainer.fuse_gradient_accumulation else weight)
 
 
-def engine_rank(shape: ModelShape, config: RunConfig, channel: Channel) -> Components:
+def engine_rank(spec: Spec, channel: Channel) -> Components:
     """A rank of an engine while it samples."""
-    i = config.inference
-    itemsize = getattr(torch, config.model.dtype).itemsize
+    shape = spec.shape
+    i = spec.config.inference
+    itemsize = getattr(torch, spec.config.model.dtype).itemsize
     spread = layout.EngineLayout(i.tensor_parallel)  # also where a sync reloads full tensors: vLLM then repacks its shards
     weights = sum(torch.Size(size).numel() for size in layout.shard_shapes(shape, spread, 0).values()) * itemsize
-    tokens = max(8192, i.max_model_tokens)  # of one forward: vllm_engine's max_num_batched_tokens
-    forward = tokens * (4 * shape.hidden + 3 * shape.ffn_hidden // i.tensor_parallel) * itemsize
+    forward = i.batched_tokens * (4 * shape.hidden + 3 * shape.ffn_hidden // i.tensor_parallel) * itemsize
     rows = i.max_concurrent * layout.padded_vocab(shape, spread) * FP32
     return {
         "engine: weights": weights,
@@ -349,18 +357,23 @@ def engine_rank(shape: ModelShape, config: RunConfig, channel: Channel) -> Compo
     }
 
 
-def reward_engine(shape: ModelShape, config: RunConfig) -> Components:
+def reward_engine(shape: ModelShape, options: RewardModel) -> Components:
     """The reward model's engine while it judges. Both forms have the same tensors: the Llama's without its output layer, and a
     head [1, H] that vLLM keeps in float32. It samples nothing, and no weight sync reaches it."""
-    r = config.reward_model
-    itemsize = getattr(torch, r.dtype).itemsize
+    itemsize = getattr(torch, options.dtype).itemsize
     head = family_of(shape).head()
     held = {name: size for name, size in layout.shard_shapes(shape, layout.EngineLayout(1), 0).items() if name != head}
-    tokens = max(8192, r.max_tokens)  # of one forward: reward_engine's max_num_batched_tokens
     return {
         "engine: weights": sum(torch.Size(size).numel() for size in held.values()) * itemsize + shape.hidden * FP32,
-        "engine: KV cache": r.kv_cache_mebibytes * MIB,
-        "engine: forward": tokens * (4 * shape.hidden + 3 * shape.ffn_hidden) * itemsize,
+        "engine: KV cache": options.kv_cache_mebibytes * MIB,
+        "engine: forward": options.batched_tokens * (4 * shape.hidden + 3 * shape.ffn_hidden) * itemsize,
         "engine: CUDA graphs": GRAPH_BYTES,
         "engine: context": CONTEXT_BYTES,
     }
+
+
+def kv_bytes_per_token(shape: ModelShape, tp_size: int, dtype: str) -> int:
+    """Bytes that one token takes in the KV cache of a rank of an engine: keys and values of every layer. Ranks in excess of the
+    key-value heads hold one each."""
+    itemsize: int = getattr(torch, dtype).itemsize
+    return 2 * shape.num_layers * max(1, shape.num_kv_heads // tp_size) * shape.head_dim * itemsize

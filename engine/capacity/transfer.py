@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +19,12 @@ from engine.bridge.transports.base import Transport
 from engine.bridge.transports.registry import choose, kind_of
 from engine.capacity.memory import GIB, Channel, estimate
 from engine.config.load import RunConfig
-from engine.config.placement import homes, training_parts
 from engine.config.transport import AUTO, refusal, setting
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
-from engine.models.hf import read_shape
-from engine.models.reward_head import FAMILY, OPTION
-from engine.models.sharding import Piece, engine_layout, pieces, tensors, trainer_layout
+from engine.models.sharding import Piece, pieces, tensors
+from engine.run.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +37,29 @@ class Machine:
     gpu_gibibytes: float = 139.0  # what torch calls the memory of an H200
 
 
-def plan_run(config: RunConfig, machine: Machine) -> dict[str, Any]:
+def plan_run(spec: Spec, machine: Machine) -> dict[str, Any]:
     """Makes the plan of every weight sync of the run and measures it: the figures of `measure`, `plan_seconds` and, under
     `memory`, those of `weigh`.
 
     ConfigError when the layouts do not fit the model or the machine.
     """
-    shape, source = read_shape(config.model.path, family=config.model.family), trainer_layout(config.trainer)
-    target = engine_layout(config.inference)
+    config = spec.config
+    shape = spec.shape
+    source = spec.trainer
+    target = spec.engine
     check_layout(shape, source)
     check_engine_layout(shape, target)
-    if _within_nodes(config):
+    if _within_nodes(spec):
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     _check(machine)
     machines = _machines(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
-    nodes, senders = opening.channel(machines, _transport(config, machines), homes(config))
+    nodes, senders = opening.channel(machines, _transport(config, machines), spec.homes)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
     dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
     made = plan(shape, dtype.itemsize, source, dp_size, target, nodes, bucket_bytes, senders)
     seconds = time.perf_counter() - started
-    return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(shape, config, made, machine)}
+    return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(spec, made, machine)}
 
 
 def _transport(config: RunConfig, machines: list[int]) -> type[Transport]:
@@ -93,18 +92,18 @@ def _machines(num_engines: int, tp_size: int, gpus_per_node: int) -> list[int]:
     return [engine // (gpus_per_node // tp_size) for engine in range(num_engines)]
 
 
-def _within_nodes(config: RunConfig) -> bool:
+def _within_nodes(spec: Spec) -> bool:
     """Whether no weight leaves its node: all is on one, or each serves its engines by itself."""
+    config = spec.config
     trainer, engines = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
     colocated = config.inference.placement == "colocated"
-    return homes(config) is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
+    return spec.homes is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
 
 
-def weigh(shape: ModelShape, config: RunConfig, made: ShardPlan, machine: Machine) -> dict[str, Any]:
+def weigh(spec: Spec, made: ShardPlan, machine: Machine) -> dict[str, Any]:
     """The memory of each kind of device by component, whether the fullest fits the machine's GPU, and the file for want of
-    which the reward engine is not counted. Bytes. ConfigError or CheckpointError for a reward model that is no Llama."""
-    judge, missing = _judge(config)
-    held = estimate(shape, config, channel(made), judge)
+    which the reward engine is not counted. Bytes."""
+    held = estimate(spec, channel(made))
     gpu_bytes = round(machine.gpu_gibibytes * GIB)
     return {
         "gpu_bytes": gpu_bytes,
@@ -114,17 +113,8 @@ def weigh(shape: ModelShape, config: RunConfig, made: ShardPlan, machine: Machin
         "devices": [{"name": d.name, "num_bytes": d.num_bytes, "components": d.components} for d in held.devices],
         "stages": list(held.stages),
         "host_bytes_per_node": held.host_bytes_per_node,
-        "not_counted": missing,
+        "not_counted": spec.missing_reward_model,
     }
-
-
-def _judge(config: RunConfig) -> tuple[ModelShape | None, str | None]:
-    """(the sizes of the reward model that the run starts, the file that would tell them and is not there)."""
-    path = config.reward_model.path
-    if path is None or "reward_engine" not in training_parts(config):
-        return None, None
-    file = Path(path) / "config.json"
-    return (read_shape(path, OPTION, FAMILY), None) if file.exists() else (None, str(file))
 
 
 def channel(made: ShardPlan) -> Channel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def print_evaluations(evaluations: list[dict[str, Any]]) -> None:
     print_table("held-out accuracy, or reward of graded sets", [heading, *rows])
 
 
-def evaluation_note(e: dict[str, Any]) -> str:
+def evaluation_note(e: Mapping[str, Any]) -> str:
     """An evaluation in a line."""
     return (
         f"step {e['step']}: held-out {e['measure']} {shown(e, 'mean')} ± {shown(e, 'standard_error')} "
@@ -33,7 +34,7 @@ def evaluation_note(e: dict[str, Any]) -> str:
     )
 
 
-def shown(evaluation: dict[str, Any], name: str) -> str:
+def shown(evaluation: Mapping[str, Any], name: str) -> str:
     """A share in percent, a reward as it is, and a dash for what is not known."""
     if evaluation[name] is None:
         return "-"

@@ -5,89 +5,36 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.commands.common import shown, write_figures
-from engine.config.load import RunConfig
-from engine.config.options import Source
-from engine.config.placement import Part
+from engine.config.load import load_config
 from engine.core.errors import ConfigError, InferenceError
-from engine.run.spec import runnable
 
 
 def evaluate_model(options: argparse.Namespace) -> None:
     """Accuracy or mean reward of model.path on every held_out of [data], judged as its source says, or accuracy on --suite,
     judged by Math-Verify."""
     _take_model(options)
-    config = runnable(options)
-    from engine.evaluation import suites
+    config = load_config(options.config, options.overrides)
+    from engine.api.evaluating import evaluate
 
-    sets = _asked_sets(options, config)
-    settings = {name: suites.settings_of(config, source) for name, source in sets.items()}
-    folder = Path(options.output) if options.output else None
-    done: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
-    for name in sets:
-        if folder and (figures := suites.load_finished(folder, name, settings[name])):
-            print(f"{name}: done before, with equal settings, in {folder}", flush=True)
-            done[name] = figures, suites.load_records(folder, name)
-    if due := {name: (source, settings[name]) for name, source in sets.items() if name not in done}:
-        done |= _sample_sets(options, config, due, folder)
-    _print_sets(config.model.path, {name: done[name][0] for name in sets})
-    if len(sets) > 1 or options.suite:
-        write_figures({"suites": {name: done[name][0] for name in sets}}, options.json)
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    def told(name: str, figures: Mapping[str, Any]) -> None:
+        say(f"{name}: {figures['measure']} {shown(figures, 'mean')} ± {shown(figures, 'standard_error')}")
+
+    suite = options.suite or ()
+    done = evaluate(config, suite, output=options.output, say=say, told=told, verbose=options.verbose)
+    _print_sets(config.model.path, {name: found.figures for name, found in done.items()})
+    if len(done) > 1 or suite:
+        write_figures({"suites": {name: found.figures for name, found in done.items()}}, options.json)
     else:
-        figures, records = done[next(iter(sets))]
-        write_figures(figures | {"records": records}, options.json)
-
-
-def _asked_sets(options: argparse.Namespace, config: RunConfig) -> dict[str, Source]:
-    """The sets to evaluate by name, as sources whose held_out they are."""
-    from engine.data.mixture import held_out_sources
-    from engine.evaluation.suites import suite_names
-
-    if options.suite:
-        template, files = config.data.template, suite_names(options.suite)
-        return {name: Source(train=path, held_out=path, template=template, reward="math") for name, path in files.items()}
-    sets = {name: config.data.sources[place] for name, place in held_out_sources(config).items()}
-    if not sets:
-        raise ConfigError("data.held_out is required by `semion eval` and missing: name a file of problems, or --suite")
-    return sets
-
-
-def _sample_sets(
-    options: argparse.Namespace, config: RunConfig, due: dict[str, tuple[Source, dict[str, Any]]], folder: Path | None
-) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(figures, records) of each set, all on one start of the engines; each is written when it is done."""
-    from engine.data.mixture import load_prompts
-    from engine.evaluation.accuracy import evaluate
-    from engine.evaluation.suites import save
-    from engine.inference.pool import Pool
-    from engine.rewards.registry import judging_of, open_rewards, uses_engine
-    from engine.run.processes import Cluster
-
-    prompts = {
-        name: load_prompts(config, source, str(source.held_out), judging_of(config, source))
-        for name, (source, _) in due.items()
-    }
-    for name, found in prompts.items():
-        print(f"{name}: {found}", flush=True)
-    done = {}
-    sources = [source for source, _ in due.values()]
-    parts: tuple[Part, ...] = ("engines", "reward_engine") if uses_engine(sources) else ("engines",)
-    with Cluster(config, parts=parts, verbose=options.verbose) as cluster:
-        pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
-        reward_engine = cluster.start_reward_engine() if "reward_engine" in parts else None
-        with open_rewards(config, reward_engine, sources) as reward:
-            for name, (_, settings) in due.items():
-                result = evaluate(config, prompts[name].prompts, pool, reward)
-                left_out = {"num_too_long": prompts[name].num_dropped, "num_duplicates": prompts[name].num_duplicates}
-                figures = {"suite": name, "settings": settings} | result.summary() | left_out
-                done[name] = figures, list(result.records)
-                if folder:
-                    save(folder, name, *done[name])
-                print(f"{name}: {result.measure} {shown(figures, 'mean')} ± {shown(figures, 'standard_error')}", flush=True)
-    return done
+        (only,) = done.values()
+        write_figures(only.figures | {"records": only.records}, options.json)
 
 
 def _print_sets(model: str, found: dict[str, dict[str, Any]]) -> None:
@@ -112,7 +59,8 @@ def _print_sets(model: str, found: dict[str, dict[str, Any]]) -> None:
 def generate(options: argparse.Namespace) -> None:
     """Answers every question of a benchmark once, in its own format."""
     _take_model(options)
-    config = runnable(options)
+    config = load_config(options.config, options.overrides)
+    from engine.api.preflight import check
     from engine.benchmarks.answers import SUFFIX, write_answers
     from engine.benchmarks.open_ended import prompts_of, sample_answers
     from engine.benchmarks.questions import load_questions
@@ -125,10 +73,11 @@ def generate(options: argparse.Namespace) -> None:
             f"--output must be a new file that ends in {SUFFIX[options.format]}, as --format {options.format} wants; found "
             f"{output}: name another"
         )
+    spec = check(config, "generate")
     questions = load_questions(options.questions)
     prompts = prompts_of(config, questions)
     name = options.name or Path(config.model.path).resolve().name
-    with Cluster(config, parts=("engines",), verbose=options.verbose) as cluster:
+    with Cluster(spec, verbose=options.verbose) as cluster:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         completions = sample_answers(config, prompts, pool)
     lengths = [len(completion.token_ids) for completion in completions]

@@ -7,15 +7,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from engine.commands.common import write_figures
+from engine.config.load import load_config
 from engine.core.errors import ConfigError
 from engine.core.files import atomic_write
-from engine.run.spec import runnable
 
 
 def rollout(options: argparse.Namespace) -> None:
     """Samples and scores the rollouts of run.steps steps into a ledger, which is there when it is whole."""
     options.overrides += ["sync.sync_interval=never", "sync.reference=never"]  # the weights of model.path, for every step
-    config = runnable(options)
+    config = load_config(options.config, options.overrides)
+    from engine.api.preflight import check
     from engine.core.jsonl import JsonlLedger
     from engine.data.mixture import load_mixture
     from engine.inference.pool import Pool
@@ -24,15 +25,15 @@ def rollout(options: argparse.Namespace) -> None:
     from engine.rollouts.source import RolloutSource
     from engine.run.processes import Cluster
 
-    if config.data.replay is not None:
-        raise ConfigError(f"data.replay is for `semion train`; found {config.data.replay!r}: remove it to sample rollouts")
     output = Path(options.output)
     if output.exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
-    prompts, figures = load_mixture(config, judging_of), []
+    spec = check(config, "rollout")
+    prompts = load_mixture(config, judging_of)
+    figures = []
     with ExitStack() as stack:
         part = stack.enter_context(atomic_write(output, durable=True))
-        cluster = stack.enter_context(Cluster(config, parts=("engines", "reward_engine"), verbose=options.verbose))
+        cluster = stack.enter_context(Cluster(spec, verbose=options.verbose))
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         reward = stack.enter_context(open_rewards(config, cluster.start_reward_engine()))
         ledger = JsonlLedger(part)

@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +34,8 @@ OF_MODEL = ("reward_model", "max_tokens")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("file", help="JSONL or parquet; a row has answer and completion, and may have problem and expected")
-    named = f"{', '.join(REWARDS.names)}, or your own as path/to/file.py:name or package.module:name"
-    parser.add_argument("--reward", required=True, metavar="NAME", help=f"what judges: {named}")
+    own = "path/to/file.py:name or package.module:name"
+    parser.add_argument("--reward", required=True, metavar="NAME", help=f"what judges, as data.reward: math, model or {own}")
     parser.add_argument("--unevaluated", choices=["accept", "refuse"], help="expressions left to compute (accept)")
     parser.add_argument("--function", metavar="PLACE:NAME", help="of --reward function; --reward PLACE:NAME says the same")
     parser.add_argument("--environment", metavar="VARIABLE", action="append", help="that functions may see; may be repeated")
@@ -52,67 +52,79 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def score(options: argparse.Namespace) -> None:
     """Scores the file, prints a table, and writes what was asked for."""
     from engine.observe.progress import print_table
-    from engine.rewards.registry import judging_of
 
-    check_flags(options)
-    config = config_of(options)
     if options.output and Path(options.output).exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
-    records, rows = load(options.file, every_column=judging_of(config, config.data).wants_row)
-    with opened(config) as reward:
-        results = [result_of(given) for given in reward.score(answers_of(config, records, rows))]
+    flags = {name: getattr(options, name) for name in (*OF_REWARDS, *OF_MODEL)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    figures, scored = score_file(options.file, options.reward, **given)
     if options.output:
         with Path(options.output).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record | result) + "\n" for record, result in zip(records, results, strict=True))
-    scored = [row | result for row, result in zip(rows, results, strict=True)]
-    figures = {"file": options.file, "reward": options.reward, "versions": versions()} | measure(scored)
+            file.writelines(json.dumps(row) + "\n" for row in scored)
     print_table(f"semion score {options.file}", table(figures))
     if figures["disagreeing"]:
         print_table("rows that disagree", disagreements(figures["disagreeing"]))
     write_figures(figures, None, options.json)
 
 
-def check_flags(options: argparse.Namespace) -> None:
+def score_file(file: str, reward: str, **flags: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the figures of a file's rows under a reward, its rows with their score and status). `flags`: the reward's options, named
+    as the flags of `semion score`.
+
+    ConfigError for a flag of another reward, DataError for a row that cannot be judged.
+    """
+    from engine.rewards.registry import judging_of
+
+    check_flags(reward, flags)
+    config = config_of(file, reward, flags)
+    records, rows = load(file, every_column=judging_of(config, config.data).wants_row)
+    with opened(config) as judge:
+        results = [result_of(given) for given in judge.score(answers_of(config, records, rows))]
+    figures = {"file": file, "reward": reward, "versions": versions()}
+    figures |= measure([row | result for row, result in zip(rows, results, strict=True)])
+    return figures, [record | result for record, result in zip(records, results, strict=True)]
+
+
+def check_flags(reward: str, flags: Mapping[str, Any]) -> None:
     """ConfigError for a flag of another reward, which would change nothing, and without the reward model's folder."""
     takes = {name: REWARDS.load(name).OPTIONS for name in REWARDS.names}
     own = tuple(name for name in takes["function"] if name != "function")
-    for name in (*OF_REWARDS, *OF_MODEL):
-        if name not in takes.get(options.reward, own) and getattr(options, name) is not None:
-            takers = " or ".join(reward for reward, names in takes.items() if name in names)
+    for name in flags:
+        if name not in takes.get(reward, own):
+            takers = " or ".join(other for other, names in takes.items() if name in names)
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is of --reward {takers}; found it beside --reward {options.reward}: leave it out")
-    if "reward_model" in takes.get(options.reward, own) and options.reward_model is None:
-        raise ConfigError(
-            f"--reward {options.reward} needs --reward-model; found none: name the reward model's folder"
-        )
+            raise ConfigError(f"{flag} is of --reward {takers or 'none'}; found it beside --reward {reward}: leave it out")
+    if "reward_model" in takes.get(reward, own) and "reward_model" not in flags:
+        raise ConfigError(f"--reward {reward} needs --reward-model; found none: name the reward model's folder")
 
 
-def config_of(options: argparse.Namespace) -> RunConfig:
+def config_of(file: str, reward: str, flags: Mapping[str, Any]) -> RunConfig:
     """The flags as the configuration of a run that only judges. ConfigError names the option that cannot be."""
-    flags = {name: getattr(options, name) for name in OF_REWARDS}
-    rewards = {name: value for name, value in flags.items() if value is not None}
-    model = {"path": options.reward_model, "max_tokens": options.max_tokens}
-    reward_model = {name: value for name, value in model.items() if value is not None}
+    rewards = {name: flags[name] for name in OF_REWARDS if name in flags}
+    reward_model = {key: flags[name] for name, key in (("reward_model", "path"), ("max_tokens", "max_tokens")) if name in flags}
     validated(Rewards, "rewards", rewards)
     validated(RewardModel, "reward_model", reward_model)
-    unused = {"run": {"directory": "unused", "steps": 1}, "model": {"path": options.reward_model or "unused"}}
-    data = {"train": options.file, "reward": options.reward}
+    unused = {"run": {"directory": "unused", "steps": 1}, "model": {"path": flags.get("reward_model", "unused")}}
+    data = {"train": file, "reward": reward}
     return validated(RunConfig, "", unused | {"data": data, "rewards": rewards, "reward_model": reward_model})
 
 
 @contextmanager
 def opened(config: RunConfig) -> Iterator[RoutedReward]:
     """The reward of the flags, with an engine where it judges on one. ConfigError when it cannot judge."""
-    from engine.rewards.registry import check_rewards, open_rewards, uses_engine
+    from engine.rewards.registry import checks, open_rewards, uses_engine
 
-    check_rewards(config, judges=True)
+    for check in checks(config):
+        check()
     if not uses_engine(config.data.sources):
         with open_rewards(config, None) as reward:
             yield reward
         return
     from engine.run.processes import Cluster
+    from engine.run.spec import resolve
 
-    with Cluster(config, parts=("reward_engine",)) as cluster, open_rewards(config, cluster.start_reward_engine()) as reward:
+    spec = resolve(config, ("reward_engine",), digests=False)
+    with Cluster(spec) as cluster, open_rewards(config, cluster.start_reward_engine()) as reward:
         yield reward
 
 

@@ -5,20 +5,28 @@ anything starts. The options are those of engine/config/options.py.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, ValidationInfo, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from engine.config.options import Options, Section, Source, options_class
 from engine.config.rules import broken_algorithm_rules, broken_rollout_rules, broken_rules
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.registry import schedule_of
-from engine.core.errors import ConfigError
+from engine.core.errors import ConfigError, combined
 
 Table = TypeVar("Table", bound=Section)
+Copy = Literal["reference", "seed"]
+CHECKED = {"rules": "checked"}  # pydantic's context for a tree whose rules have been checked before
+RULES = "broken_rules"  # pydantic's type of the complaint that carries every broken rule
+KEY = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)+")
+FORM = "must read section.key=value, such as sync.sync_interval=10 or data.mix[0].prompts_per_step=8"
 
 
 class RunConfig(Options):
@@ -56,7 +64,15 @@ class RunConfig(Options):
     def keeps_seed(self) -> bool:
         """Whether the generator is given the seed's weights again: offline, where newer ones have been judged in between, or
         where it has slept before the next chunk of prompts."""
-        return self.schedule.reopens and (self.evaluates_between_syncs or self.takes_turns)
+        again = self.evaluates_between_syncs or self.takes_turns
+        return self.uses_engines and self.schedule.reopens and again
+
+    def weight_copies(self, *, needs_reference: bool) -> tuple[Copy, ...]:
+        """The copies of its weights that a trainer rank keeps beside the policy. `needs_reference`: the loss looks at the
+        reference. A reference that never moves is the seed's weights too, and is kept once."""
+        shared = needs_reference and self.sync.reference == "never"
+        kept: dict[Copy, bool] = {"reference": needs_reference, "seed": self.keeps_seed and not shared}
+        return tuple(name for name, is_kept in kept.items() if is_kept)
 
     @property
     def run_directory(self) -> Path:
@@ -67,32 +83,73 @@ class RunConfig(Options):
         """Travels to another process as JSON: what a user's own file defines can be imported there only by reading it again."""
         return RunConfig.model_validate_json, (self.model_dump_json(),)
 
-    @model_validator(mode="after")
-    def _checked(self) -> RunConfig:
+    @property
+    def broken_rules(self) -> list[str]:
+        """A sentence for every combination of options that cannot work."""
         always = broken_rules(self) + broken_algorithm_rules(self)
-        for broken in always + ([] if self.sft.checkpoint_out else broken_rollout_rules(self)):
-            raise ValueError(broken)
+        return always + ([] if self.sft.checkpoint_out else broken_rollout_rules(self))
+
+    @model_validator(mode="after")
+    def _checked(self, info: ValidationInfo) -> RunConfig:
+        if info.context != CHECKED and (broken := self.broken_rules):
+            raise PydanticCustomError(RULES, "{text}", {"text": "\n".join(broken), "sentences": broken})
         return self
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Reads a TOML file, applies `section.key=value` overrides (values as TOML, bare words as strings), validates.
 
-    Raises ConfigError in one sentence that names key, rule, value and fix.
+    Raises ConfigError, whose `faults` are all that is wrong: each a sentence that names key, rule, value and fix.
     """
+    config, faults = read_config(path, overrides)
+    if config is None or faults:
+        raise combined(faults)
+    return config
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig | None, list[ConfigError]]:
+    """(the configuration, all that is wrong with it). Where only rules on combinations are broken the configuration is there
+    beside them, for whoever wants to look further; None where the file or a value cannot be used."""
     path = Path(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"configuration file {path} cannot be read: {error.strerror}; check the path") from error
+        return None, [ConfigError(f"configuration file {path} cannot be read: {error.strerror}; check the path")]
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {path} is not TOML: {error}; mend that line") from error
-    for override in overrides or []:
-        _apply_override(tree, override)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_sentence(error, tree=tree)) from error
+        return None, [ConfigError(f"configuration file {path} is not TOML: {error}; mend that line")]
+    faults = []
+    for text in overrides or []:
+        try:
+            _apply_override(tree, text)
+        except ConfigError as error:
+            faults.append(error)
+    return _validated_tree(tree, faults)
+
+
+def override(config: RunConfig, changes: Mapping[str, Any] | None = None, /, **more: Any) -> RunConfig:
+    """The configuration with options set anew, checked as `load_config` checks it. A key is an option's full name
+    ("sync.sync_interval", "data.mix[0].prompts_per_step") or a section's, whose value is then a table of options:
+
+        override(config, {"sync.sync_interval": 10}, run={"directory": "runs/b", "seed": 1})
+
+    Raises ConfigError, whose `faults` are all that is wrong.
+    """
+    tree = _plain(config.model_dump(exclude_unset=True))  # a default may follow another choice
+    faults = []
+    for key, value in {**(changes or {}), **more}.items():
+        if isinstance(value, Mapping) and "." not in key:
+            named = {f"{key}.{name}": option for name, option in value.items()}
+        else:
+            named = {key: value}
+        for name, option in named.items():
+            try:
+                _set(tree, name, deepcopy(option), f"{name} = {option!r}")
+            except ConfigError as error:
+                faults.append(error)
+    changed, faults = _validated_tree(tree, faults)
+    if changed is None or faults:
+        raise combined(faults)
+    return changed
 
 
 def validated(section: type[Table], name: str, values: dict[str, Any]) -> Table:
@@ -101,28 +158,76 @@ def validated(section: type[Table], name: str, values: dict[str, Any]) -> Table:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, *([name] if name else []))) from error
+        raise combined([ConfigError(sentence) for sentence in _sentences(error, *([name] if name else []))]) from error
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or len(parts) != 2 or not all(parts):
-        raise ConfigError(f"override {override!r} must read section.key=value, such as sync.sync_interval=10")
+def _validated_tree(tree: dict[str, Any], faults: list[ConfigError]) -> tuple[RunConfig | None, list[ConfigError]]:
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return RunConfig.model_validate(tree), faults
+    except ValidationError as error:
+        faults = faults + [ConfigError(sentence) for sentence in _sentences(error)]
+        only_rules = all(complaint["type"] == RULES for complaint in error.errors())
+    return (RunConfig.model_validate(tree, context=CHECKED) if only_rules else None), faults
+
+
+def _plain(value: Any) -> Any:
+    """Tables and lists that can be changed, as TOML gives them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    key, equals, written = text.partition("=")
+    if not equals:
+        raise ConfigError(f"override {text!r} {FORM}")
+    try:
+        value = tomllib.loads(f"value = {written}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
-    section = tree.setdefault(parts[0], {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"override {override!r}: {parts[0]} is not a section; see `semion check` for the sections")
-    section[parts[1]] = value
+        value = written
+    _set(tree, key.strip(), value, text)
 
 
-def _sentence(error: ValidationError, *table: str, tree: Mapping[str, Any] | None = None) -> str:
-    """The first complaint of pydantic, about the whole `tree` or one table, as a sentence with key, rule, value and fix."""
-    first = error.errors()[0]
-    location = _location(*table, *first["loc"])
+def _set(tree: dict[str, Any], key: str, value: Any, text: str) -> None:
+    """Sets the option of that name in the tree. ConfigError quotes `text`."""
+    if not KEY.fullmatch(key):
+        raise ConfigError(f"override {text!r} {FORM}")
+    parts = [int(number) if number else name for number, name in re.findall(r"\[(\d+)\]|(\w+)", key)]
+    at: Any = tree
+    named = ""
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        if isinstance(part, int) and not (isinstance(at, list) and part < len(at)):
+            found = f"{len(at)} tables" if isinstance(at, list) else "no list"
+            raise ConfigError(
+                f"override {text!r}: {named}[{part}] must be one of the list's; found {found} in {named}: add it first"
+            )
+        if isinstance(part, str) and not isinstance(at, dict):
+            raise ConfigError(
+                f"override {text!r}: {named} is not a section; it {FORM}; `semion check --toml` prints the sections"
+            )
+        named += f"[{part}]" if isinstance(part, int) else f".{part}" if named else part
+        if following is None:
+            at[part] = value
+        else:
+            at = at[part] if isinstance(part, int) else at.setdefault(part, [] if isinstance(following, int) else {})
+
+
+def _sentences(error: ValidationError, *table: str, tree: Mapping[str, Any] | None = None) -> list[str]:
+    """The complaints of pydantic about the whole `tree` or one table, a sentence an option with key, rule, value and fix."""
+    by_place: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for complaint in error.errors():
+        by_place.setdefault(tuple(_location(*table, *complaint["loc"])), []).append(complaint)
+    sentences = []
+    for place, complaints in by_place.items():
+        if complaints[0]["type"] == RULES:
+            sentences += complaints[0]["ctx"]["sentences"]
+        else:
+            sentences.append(_sentence(list(place), complaints, tree))
+    return sentences
+
+
+def _sentence(location: list[str], complaints: list[ErrorDetails], tree: Mapping[str, Any] | None) -> str:
+    first = complaints[0]
     key = ".".join(location) or "configuration"
     if first["type"] == "extra_forbidden":
         names = sorted(_table(location, tree).model_fields)
@@ -134,9 +239,7 @@ def _sentence(error: ValidationError, *table: str, tree: Mapping[str, Any] | Non
         return f"{key} is required and missing: set it in the file{override}"
     if first["type"] == "value_error":
         return str(first["msg"]).removeprefix("Value error, ")
-    rules = "; or ".join(
-        dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors() if _location(*table, *e["loc"]) == location)
-    )
+    rules = "; or ".join(dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in complaints))
     return f"{key}: {rules}; found {first['input']!r}: change the value ({_description(location, tree)})"
 
 

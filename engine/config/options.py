@@ -258,6 +258,9 @@ class Optimizer(Section):
     offload_share: Share = Field(0.0, description="of the optimizer's state, kept and updated in the host's memory")
 
 
+BATCHED_TOKENS = 8192  # vLLM runs at least as many together, where the lengths of single requests allow fewer
+
+
 class Inference(Section):
     """The pool of vLLM engines."""
 
@@ -272,6 +275,11 @@ class Inference(Section):
     threads: Positive = Field(1, description="CPU threads of one engine; a GPU engine ignores it")
     packed_weights: bool = Field(False, description="let vLLM repack weights for speed; a sync then reloads full tensors")
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
+
+    @property
+    def batched_tokens(self) -> int:
+        """Tokens of one forward of an engine at most (vLLM's max_num_batched_tokens); a prompt is not cut."""
+        return max(BATCHED_TOKENS, self.max_model_tokens)
 
 
 class Rewards(Section):
@@ -297,6 +305,11 @@ class RewardModel(Section):
     max_tokens: Positive = Field(4096, description="prompt and completion in its chat template; longer ones are not judged")
     kv_cache_mebibytes: Positive = Field(1024, description="KV cache of its engine")
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rewards, an evaluation's or start-up")
+
+    @property
+    def batched_tokens(self) -> int:
+        """Tokens of one forward of its engine at most (vLLM's max_num_batched_tokens); a conversation is not cut."""
+        return max(BATCHED_TOKENS, self.max_tokens)
 
     @property
     def patience_seconds(self) -> float:
@@ -379,5 +392,7 @@ class Options(Section):
 
     @property
     def uses_engines(self) -> bool:
-        """Whether anything is sampled: rollouts, unless they are replayed, and held-out answers."""
-        return self.data.replay is None or any(source.held_out is not None for source in self.data.sources)
+        """Whether training samples anything: rollouts, unless they are replayed, and held-out answers; nothing where it is
+        supervised."""
+        held_out = any(source.held_out is not None for source in self.data.sources)
+        return self.sft.checkpoint_out is None and (self.data.replay is None or held_out)

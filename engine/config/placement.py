@@ -60,8 +60,7 @@ class Homes:
 
 def training_parts(config: Options) -> tuple[Part, ...]:
     """What training starts: supervised training and a run from disk without held-out problems have no engines."""
-    samples = config.sft.checkpoint_out is None and config.uses_engines
-    return ("trainer", "engines", "reward_engine") if samples else ("trainer",)
+    return ("trainer", "engines", "reward_engine") if config.uses_engines else ("trainer",)
 
 
 def place(config: Options, parts: tuple[Part, ...], num_gpus: int | None = None) -> Placement:

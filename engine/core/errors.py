@@ -2,6 +2,10 @@
 found and the fix; the command line prints it in one line without a traceback. Internal invariants are asserts, not these.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class SemionError(Exception):
     """Base of every error that is somebody's to mend; `exit_code` is what the command line leaves with, `may_pass` whether the
@@ -10,6 +14,22 @@ class SemionError(Exception):
     exit_code = 1
     may_pass = False
     echo = False  # of a failed weight sync: most likely the consequence of a failure elsewhere
+
+    @property
+    def faults(self) -> tuple[SemionError, ...]:
+        """Every mistake that this error tells: itself, or those that `combined` put together."""
+        return getattr(self, "_faults", (self,))
+
+
+def combined(errors: Sequence[SemionError]) -> SemionError:
+    """Several mistakes, found at once, as one error: of the first one's class, so that the exit code is the first one's, with
+    one line for each. A single error is returned as it is."""
+    faults = tuple(fault for error in errors for fault in error.faults)
+    if len(faults) == 1:
+        return faults[0]
+    error = type(faults[0])("\n".join(map(str, faults)))
+    error._faults = faults  # type: ignore[attr-defined]
+    return error
 
 
 class ConfigError(SemionError):

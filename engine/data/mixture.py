@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine.config.load import RunConfig
 from engine.config.options import Source, source_key
-from engine.core.errors import ConfigError, DataError
+from engine.core.errors import ConfigError, DataError, SemionError
 from engine.core.seeds import counted_seed
 from engine.core.types import Judging, Prompt
 from engine.data.prompts import PromptOrder, PromptSet
@@ -112,8 +112,13 @@ def _naming(option: str, path: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        rest = str(error).removeprefix(path)
-        raise DataError(f"{option} ({path}){rest if rest != str(error) else f': {error}'}") from error
+        raise naming(option, path, error) from error
+
+
+def naming(option: str, path: str, error: SemionError) -> DataError:
+    """The error about `path`, beginning with the option that names it."""
+    rest = str(error).removeprefix(path)
+    return DataError(f"{option} ({path}){rest if rest != str(error) else f': {error}'}")
 
 
 def load_prompts(

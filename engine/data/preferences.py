@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -49,13 +50,7 @@ def load_preferences(
     pairs: list[PreferencePair] = []
     num_long = num_equal = 0
     for where, record in records(path, FIELDS):
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: a row must be a JSON object with named fields; found {brief(record)}: mend it")
-        problem = text_of(where, record, "problem") or text_of(where, record, "prompt")
-        chosen, rejected = text_of(where, record, "chosen"), text_of(where, record, "rejected")
-        for field, text in (("problem", problem), ("chosen", chosen), ("rejected", rejected)):
-            if not text:
-                raise DataError(f"{where}: `{field}` must be a text that is not empty; found {brief(record)}: add it")
+        problem, chosen, rejected = pair_texts(where, record)
         if chosen == rejected:
             num_equal += 1
             continue
@@ -74,3 +69,15 @@ def load_preferences(
             f"{num_equal} of equal responses and no other: raise them"
         )
     return PreferenceSet(tuple(pairs), num_long, num_equal)
+
+
+def pair_texts(where: str, record: Any) -> tuple[str, str, str]:
+    """(problem, chosen, rejected) of a row. DataError names the field that is missing."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a row must be a JSON object with named fields; found {brief(record)}: mend it")
+    problem = text_of(where, record, "problem") or text_of(where, record, "prompt")
+    chosen, rejected = text_of(where, record, "chosen"), text_of(where, record, "rejected")
+    for field, text in (("problem", problem), ("chosen", chosen), ("rejected", rejected)):
+        if not text:
+            raise DataError(f"{where}: `{field}` must be a text that is not empty; found {brief(record)}: add it")
+    return problem, chosen, rejected

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 from collections.abc import Collection, Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import pyarrow
 import pyarrow.parquet
 
 from engine.core.errors import ConfigError, DataError
-from engine.core.jsonl import read_objects
+from engine.core.jsonl import parsed, read_objects
 
 Record = tuple[str, Any]  # where it stands, for messages; what it holds
 HUB = "hf://"
 SAVED = ("state.json", "dataset_dict.json")  # what `datasets.save_to_disk` leaves in the folder of a dataset, or of several
 MESSAGE_FIELDS = ("role", "content", "toxic", "redacted", "language")  # of a conversation's messages
+SAMPLE, SMALL_BYTES = 256, 1 << 20  # records that are looked at in a preflight; of a file of so many bytes the first ones alone
 BATCH_ROWS = 1024  # of parquet held in memory at once: a row may be a long conversation
 
 
@@ -35,6 +37,28 @@ def records(source: str | Path, fields: Collection[str] | None) -> Iterator[Reco
     if path.is_dir():
         return _dataset_records(str(path), _saved_dataset(path), fields)
     return read_objects(path) if path.suffix == ".jsonl" else _parquet_records(path, fields)
+
+
+def sampled(source: str | Path, fields: Collection[str] | None) -> tuple[list[Record], bool]:
+    """(some records of a source, whether they are all): the first ones, and of a long JSONL file as many more from all over it.
+    Raises as `records` does."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size > SMALL_BYTES:
+        return [*islice(records(source, fields), SAMPLE // 2), *_spread_records(path, SAMPLE // 2)], False
+    found = list(islice(records(source, fields), SAMPLE + 1))
+    return found[:SAMPLE], len(found) <= SAMPLE
+
+
+def _spread_records(path: Path, count: int) -> Iterator[Record]:
+    """The records that begin behind evenly spread places of a JSONL file."""
+    with path.open("rb") as file:
+        for place in range(count):
+            file.seek(path.stat().st_size * place // count)
+            file.readline()  # the rest of a line
+            start = file.tell()
+            if (line := file.readline()).strip():
+                where = f"{path}, the line at byte {start}"
+                yield where, parsed(where, line, fix="mend it")
 
 
 def check_source(source: str | Path) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.core.boxed import boxes
-from engine.core.errors import DataError, brief
-from engine.data.records import records
+from engine.core.errors import DataError, brief, combined
+from engine.data.records import records, sampled
 
 FIELDS = ("problem", "prompt", "conversation", "question", "answer", "solution", "source", "id")
+MAX_FAULTS = 3  # broken rows of a file that a preflight tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,23 @@ def load_rows(path: str | Path, *, needs_answer: bool = True, keep_columns: bool
     if not rows:
         raise DataError(f"{path}: a data file must hold at least one row; found none: check how it was written")
     return rows
+
+
+def sample_rows(path: str | Path, needs_answer: bool = True, *, keep_columns: bool = False) -> tuple[list[Row], bool]:
+    """(some rows of a source, whether they are all), for a preflight. Raises as `load_rows`, for the first few broken rows."""
+    found, is_whole = sampled(path, None if keep_columns else FIELDS)
+    rows: list[Row] = []
+    faults: list[DataError] = []
+    for where, record in found:
+        try:
+            rows.append(_row(where, record, needs_answer, keep_columns))
+        except DataError as error:
+            faults.append(error)
+    if faults:
+        raise combined(faults[:MAX_FAULTS])
+    if not rows:
+        raise DataError(f"{path}: a data file must hold at least one row; found none: check how it was written")
+    return rows, is_whole
 
 
 def last_boxed(text: str) -> str | None:

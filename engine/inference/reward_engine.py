@@ -54,7 +54,7 @@ class RewardEngine:
             load_format="safetensors",
             enforce_eager=on_cpu,
             max_model_len=options.max_tokens,
-            max_num_batched_tokens=max(8192, options.max_tokens),
+            max_num_batched_tokens=options.batched_tokens,
             kv_cache_memory_bytes=options.kv_cache_mebibytes << 20,
             block_size=32 if on_cpu else None,
             enable_chunked_prefill=False,

@@ -85,7 +85,7 @@ class VllmEngine:
             block_size=32 if on_cpu else None,
             # A chunk of a prompt draws from the sample's generator and takes it back, which a CPU generator cannot.
             enable_chunked_prefill=not on_cpu,
-            max_num_batched_tokens=max(8192, config.inference.max_model_tokens),
+            max_num_batched_tokens=config.inference.batched_tokens,
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
             disable_log_stats=True,

@@ -33,6 +33,19 @@ class Kernels:
 
 def check_libraries(trainer: Trainer, optimizer: Optimizer) -> None:
     """ConfigError naming the first option whose library, or the GPU it runs on, is not on this machine."""
+    wanted = check_installed(trainer, optimizer)
+    for option, otherwise in wanted.items() if not torch.cuda.is_available() else ():
+        raise ConfigError(f"{option} needs a GPU; torch found none: run on a machine with one, or {otherwise}")
+    if trainer.fp8 != "none" and (capability := torch.cuda.get_device_capability()) < HOPPER:
+        raise ConfigError(
+            f"trainer.fp8 needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} or more; found "
+            f"{capability[0]}.{capability[1]}: run on one, or set it to 'none'"
+        )
+
+
+def check_installed(trainer: Trainer, optimizer: Optimizer) -> dict[str, str]:
+    """What to do instead, by option, for every option that needs a library of a GPU. ConfigError naming the first whose library
+    is not on this machine."""
     te, apex = ("Transformer Engine", "transformer_engine", INSTALL_TE), ("apex", "amp_C", INSTALL_APEX)
     fusion = ("apex", "fused_weight_gradient_mlp_cuda", INSTALL_APEX)
     asked = [
@@ -45,13 +58,7 @@ def check_libraries(trainer: Trainer, optimizer: Optimizer) -> None:
     for wanted, option, (library, module, install), otherwise in asked:
         if wanted and find_spec(module) is None:
             raise ConfigError(f"{option} needs {library}; found no module {module}: {install}, or {otherwise}")
-        if wanted and not torch.cuda.is_available():
-            raise ConfigError(f"{option} needs a GPU; torch found none: run on a machine with one, or {otherwise}")
-    if trainer.fp8 != "none" and (capability := torch.cuda.get_device_capability()) < HOPPER:
-        raise ConfigError(
-            f"trainer.fp8 needs a GPU of compute capability {HOPPER[0]}.{HOPPER[1]} or more; found "
-            f"{capability[0]}.{capability[1]}: run on one, or set it to 'none'"
-        )
+    return {option: otherwise for wanted, option, _, otherwise in asked if wanted}
 
 
 @contextmanager

@@ -89,13 +89,13 @@ class Policy:
             config.optimizer, self._chunks, names, dtype=self.dtype, distributed=distributed, fp8_recipe=recipe
         )
         forget_initial(self._own.values())
+        copies = config.weight_copies(needs_reference=loss.needs_reference)
         self._reference: dict[str, torch.Tensor] = {}
-        if loss.needs_reference:
+        if "reference" in copies:
             self.refresh_reference()
         self._seed: dict[str, torch.Tensor] = {}
         if config.keeps_seed:
-            frozen = loss.needs_reference and config.sync.reference == "never"  # then one copy is both
-            self._seed = self._reference if frozen else self._copy()
+            self._seed = self._copy() if "seed" in copies else self._reference  # a reference that never moves is both
 
     def refresh_reference(self) -> None:
         """Makes the reference a copy of the policy as it is now."""

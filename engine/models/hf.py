@@ -173,7 +173,7 @@ class HfCheckpoint:
 
     def __init__(self, path: str | Path, option: str = "model.path") -> None:
         self.path = Path(path)
-        self._files: dict[str, str] = {}
+        self._files: dict[str, str] = {}  # the file of each tensor
         if (self.path / SINGLE_FILE).exists():
             with self._open(SINGLE_FILE) as opened:
                 self._files = dict.fromkeys(opened.keys(), SINGLE_FILE)
@@ -184,6 +184,17 @@ class HfCheckpoint:
                 f"{self.path} must hold {SINGLE_FILE} or {INDEX_FILE}; found neither: check {option}, or convert the "
                 f"checkpoint to safetensors"
             )
+
+    def shapes(self, file: str) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor in one of the folder's files, from its header. CheckpointError when it cannot be read, or
+        is not as long as the header says."""
+        with self._open(file) as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118, no mapping
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The file that holds each tensor, by the tensor's name."""
+        return dict(self._files)
 
     def names(self) -> frozenset[str]:
         """Names of all tensors in the files."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from engine.ops.token_log_probs import Group, group_size, joined_parts, local_columns
 
+ROWS = 256  # rows of logits that exist at once, unless asked otherwise
 BLOCK = 4096  # vocabulary rows of a half-precision weight, or of its gradient, that exist in float32 at once
 
 
@@ -28,7 +29,7 @@ def lm_head_log_probs(
     num_valid: int | None = None,
     group: Group = None,
     coefficients: torch.Tensor | None = None,
-    chunk_rows: int = 256,
+    chunk_rows: int = ROWS,
 ) -> torch.Tensor:
     """Log-probs [T] (float32) of targets [T] under hidden [T, H] @ weight [V_local, H].T, with gradients to both.
 

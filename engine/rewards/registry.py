@@ -5,9 +5,10 @@ or on one prompt. Each prompt's completions go to the rewards that its source na
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from engine.config.load import RunConfig
@@ -63,9 +64,8 @@ def uses_engine(sources: Iterable[Source]) -> bool:
     return any(REWARDS.load(name).uses_engine for name in names)
 
 
-def check_rewards(config: RunConfig, *, judges: bool) -> None:
-    """ConfigError for rewards that cannot be loaded, or do not fit the algorithm; with `judges` also for one that could not
-    judge the run's samples. Nothing of the run is started."""
+def check_pairing(config: RunConfig) -> None:
+    """ConfigError where the algorithm pairs right with wrong answers and no source's reward says which is which."""
     verifiable = [judging_of(config, source).verifiable for source in config.data.sources]
     pairing = getattr(config.algorithm, "pairing", "random")  # an option of the losses that have it
     if pairing != "random" and ":" not in pairing and not any(verifiable):
@@ -73,13 +73,25 @@ def check_rewards(config: RunConfig, *, judges: bool) -> None:
             f"algorithm.pairing is for sources whose (first) reward says right or wrong, such as 'math'; the others pair the "
             f"highest reward with the lowest; found {pairing!r} and no such source: leave it at 'random'"
         )
-    if not judges:
-        return
-    for source in config.data.sources:
+
+
+def checks(config: RunConfig, sources: Iterable[Source] | None = None) -> Iterator[Callable[[], None]]:
+    """What is to be looked at before the rewards of the run's sources, or of `sources`, judge: each raises ConfigError for one
+    that could not. Nothing of the run is started."""
+    seen = set()
+    for source in config.data.sources if sources is None else sources:
         for name in source.rewards:
-            reward_class(config, name).check(config, name)
-        if source.reward_combine not in RULES:
-            function.check_function(source.reward_combine, COMBINE, config.rewards)
+            if name not in seen:
+                yield partial(_check, config, name)
+            seen.add(name)
+        rule = source.reward_combine
+        if rule not in RULES and rule not in seen:
+            yield partial(function.check_function, rule, COMBINE, config.rewards)
+            seen.add(rule)
+
+
+def _check(config: RunConfig, name: str) -> None:
+    reward_class(config, name).check(config, name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,15 @@ class RolloutLedger:
     def __contains__(self, step: int) -> bool:
         return step in self._spans
 
+    def check_steps(self, num_steps: int) -> None:
+        """DataError when a step below run.steps = `num_steps` is missing."""
+        lacking = next((step for step in range(num_steps) if step not in self), None)
+        if lacking is not None:
+            raise DataError(
+                f"{self.path}: must hold every step below run.steps = {num_steps}; found no step {lacking}, and "
+                f"{len(self.steps)} from {self.steps.start}: lower run.steps, or sample more with `semion rollout`"
+            )
+
     def rows(self, step: int) -> list[LedgerRow]:
         """The rows of a step in their order; DataError names a line that is no rollout."""
         start, end, first = self._spans[step]

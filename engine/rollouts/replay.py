@@ -34,12 +34,7 @@ class LedgerSource:
         """DataError when the ledger lacks a step of the run."""
         self._config, self._ledger, self._shares, self._vocab_size = config, ledger, prompts.shares, vocab_size
         self._by_id = {prompt.id: prompt for part in prompts.sets for prompt in part.prompts}
-        lacking = next((step for step in range(config.run.steps) if step not in ledger), None)
-        if lacking is not None:
-            raise DataError(
-                f"{ledger.path}: must hold every step below run.steps = {config.run.steps}; found no step {lacking}, and "
-                f"{len(ledger.steps)} from {ledger.steps.start}: lower run.steps, or sample more with `semion rollout`"
-            )
+        ledger.check_steps(config.run.steps)
 
     def __str__(self) -> str:
         return f"rollouts of {len(self._ledger.steps)} steps for {len(self._by_id)} prompts"

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.algorithms.registry import identities as algorithm_identities
 from engine.config.load import RunConfig
-from engine.core.errors import CheckpointError
+from engine.core.errors import CheckpointError, combined
 from engine.core.files import atomic_write, staged_folder, sync
 from engine.core.registry import identity
 from engine.data.records import source_digest
@@ -97,7 +97,7 @@ class Checkpoints:
             "step": step,
             "ranks": self._world_size,
             "config": json.loads(config.model_dump_json()),
-            "data": _data_digests(config),
+            "data": data_digests(config),
             "files": files,
             "records": json.loads(json.dumps(records)),
         }
@@ -150,8 +150,8 @@ class Checkpoints:
         if newest is None:
             raise CheckpointError(f"{self._folder} must hold a checkpoint to resume from; found none: start without --resume")
         manifest = read_manifest(newest)
-        _check_same_run(newest, manifest["config"], config)
-        _check_same_data(newest, manifest["data"], config)
+        if found := [*other_options(newest, manifest, config), *other_data(newest, manifest, config)]:
+            raise combined(found)
         name = rank_file(self._rank)
         verify_file(newest, name, manifest)
         return int(manifest["step"]), load_file(newest / name)
@@ -188,6 +188,21 @@ def _named_by(pointer: Path) -> Path | None:
     if not (named / MANIFEST).exists():
         raise CheckpointError(f"{pointer} names {named.name}, which holds no {MANIFEST}: write the name of another folder")
     return named
+
+
+def check_prolonged(config: RunConfig, step: int) -> None:
+    """CheckpointError when a run of `config` cannot go on from a checkpoint of `step` steps."""
+    if step > config.run.steps:
+        raise CheckpointError(
+            f"run.steps must not be less than the {step} steps already done; found {config.run.steps}: raise it"
+        )
+    schedule = config.schedule
+    if step < config.run.steps and not schedule.resumable(step):
+        raise CheckpointError(
+            f"run.steps cannot be raised from {step}: that checkpoint is not at a sync boundary, so the run cannot be extended "
+            f"from it; found {config.run.steps}: the last that it can be extended from is one of "
+            f"{schedule.last_resumable(step)} steps"
+        )
 
 
 def rank_file(rank: int) -> str:
@@ -237,8 +252,19 @@ def export(checkpoint: Path, destination: Path) -> Path:
     return destination
 
 
-def _check_same_run(checkpoint: Path, saved: dict[str, Any], config: RunConfig) -> None:
-    """CheckpointError names the first option that makes this another run than the one saved."""
+def other_data(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
+    """An error for each data file, and each part that judges, that is not the one the run began with."""
+    for key, digest in data_digests(config).items():
+        if digest != manifest["data"].get(key):
+            yield CheckpointError(
+                f"{key} must be what {checkpoint} was written with; found other contents: put back what it was, or start a "
+                f"new run"
+            )
+
+
+def other_options(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
+    """An error for each option that makes this another run than the one saved."""
+    saved = manifest["config"]
     now = json.loads(config.model_dump_json())
     for section, options in now.items():
         free = MAY_CHANGE.get(section, set())
@@ -247,7 +273,7 @@ def _check_same_run(checkpoint: Path, saved: dict[str, Any], config: RunConfig) 
         for name, value in options.items():
             before = saved.get(section, {}).get(name)
             if name not in free and before != value:
-                raise CheckpointError(
+                yield CheckpointError(
                     f"{section}.{name} must be what {checkpoint} was written with; found {value!r} instead of "
                     f"{before!r}: set it back, or start a new run in another directory"
                 )
@@ -257,17 +283,7 @@ def _content_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _check_same_data(checkpoint: Path, saved: dict[str, str | None], config: RunConfig) -> None:
-    """CheckpointError when a data file is not the one that the run began with."""
-    for key, digest in _data_digests(config).items():
-        if digest != saved.get(key):
-            raise CheckpointError(
-                f"{key} must be what {checkpoint} was written with; found other contents: put back what it was, or start a "
-                f"new run"
-            )
-
-
-def _data_digests(config: RunConfig) -> dict[str, str | None]:
+def data_digests(config: RunConfig) -> dict[str, str | None]:
     """SHA-256 of every data file by its option, None where there is none, and who judges (rewards.registry.identities), which
     nobody does in supervised training."""
     digests = {key: source_digest(path) for key, path in config.data.files.items()}

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -28,6 +29,14 @@ def devices(num_gpus: float) -> tuple[str, ...]:
     """This machine's GPUs by CUDA's names: those that CUDA_VISIBLE_DEVICES names, or all that Ray found."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return tuple(named.split(",") if named else map(str, range(int(num_gpus)))) if num_gpus else ()
+
+
+def visible_gpus() -> int:
+    """GPUs of this machine that a run could see, counted without opening one: the driver's device files, or as many of them as
+    CUDA_VISIBLE_DEVICES names."""
+    there = len([file for file in Path("/dev").glob("nvidia*") if file.name.removeprefix("nvidia").isdigit()])
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if named is None else min(there, len([name for name in named.split(",") if name.strip()]))
 
 
 def interface_of(address: str) -> str:

@@ -22,9 +22,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
 
-from engine.config.load import RunConfig
 from engine.config.options import SYNC_ATTEMPTS
-from engine.config.placement import Part, Placement, Seat, place, training_parts
+from engine.config.placement import Placement, Seat, place
 from engine.core.errors import (
     MISTAKES,
     ConfigError,
@@ -42,6 +41,7 @@ from engine.observe.journal import LOGS, WARNINGS, Journal, Warnings, sentence, 
 from engine.observe.profiling import nsight
 from engine.run.machine import await_head, descendants, devices, end, look
 from engine.run.signals import Event, sign_of_life
+from engine.run.spec import Spec
 
 # What the processes run, imported there.
 RANK = "engine.run.rank:TrainerRank"
@@ -83,6 +83,9 @@ class Node:
     devices: tuple[str, ...]  # its GPUs by CUDA's names; none on a machine without
 
 
+Needs = Literal["spec", "config"]
+
+
 class RayFuture:
     """A method of an engine under way in its process."""
 
@@ -106,17 +109,19 @@ class RayFuture:
 
 class Hosted:
     """What a process of ours runs: an object of a class that is imported there and nowhere else, so that the command needs
-    neither torch nor vLLM. `kind` is "module:Class"; a test's own class may come as it is. What the process logs, and every
-    error that leaves it, goes to `journal`."""
+    no vLLM and no megatron-core. `kind` is "module:Class"; a test's own class may come as it is. What the process logs, and
+    every error that leaves it, goes to `journal`. `text` is the run's Spec as JSON; the object is made of the Spec, or of its
+    configuration where that is all it `needs`, and of `arguments`."""
 
-    def __init__(self, journal: Journal, kind: str | type, *arguments: Any) -> None:
+    def __init__(self, journal: Journal, kind: str | type, needs: Needs, text: str, *arguments: Any) -> None:
         journal.open()
         with traced(str(kind)):
             if isinstance(kind, str):
                 module, _, name = kind.partition(":")
                 kind = getattr(import_module(module), name)
             assert isinstance(kind, type)
-            self._object = kind(*arguments)
+            spec = Spec.from_json(text)
+            self._object = kind(spec if needs == "spec" else spec.config, *arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The value of one of its methods."""
@@ -161,18 +166,19 @@ class RayEngine:
 class Cluster:
     """The processes of one run, on this machine or on cluster.nodes of them; leaving the context ends them all."""
 
-    def __init__(self, config: RunConfig, *, parts: tuple[Part, ...] | None = None, verbose: bool = False) -> None:
-        """`parts`: what is going to be started, a training run's where not said. ConfigError when it does not fit."""
-        self._config, self._verbose = config, verbose
-        self._parts = training_parts(config) if parts is None else parts
+    def __init__(self, spec: Spec, *, verbose: bool = False) -> None:
+        """`spec.parts` is what is going to be started. ConfigError when it does not fit several nodes."""
+        self._spec = spec
+        self._config = spec.config
+        self._verbose = verbose
         self._nodes: list[Node] = []
         # On one machine without GPUs there is nothing to place.
-        self._placement: Placement | None = place(config, self._parts) if config.cluster.nodes > 1 else None
+        self._placement: Placement | None = place(self._config, spec.parts) if self._config.cluster.nodes > 1 else None
         self._ranks: list[Any] = []
         self._engines: list[RayEngine] = []
         self._others = descendants()  # what this process had started before
         # A run's logs stay with its records. What a command only starts engines for may name a run's directory, but is no run.
-        self._run_logs = (config.run_directory / LOGS).resolve() if parts is None else None
+        self._run_logs = (self._config.run_directory / LOGS).resolve() if "trainer" in spec.parts else None
         self._logs: Path | None = None
         self._warnings: Warnings | None = None
 
@@ -224,7 +230,7 @@ class Cluster:
         (found,) = ray.nodes()
         self._nodes = [Node(found["NodeID"], HOST, "lo", devices(found["Resources"].get("GPU", 0)))]
         if self._nodes[0].devices:
-            self._placement = place(self._config, self._parts, len(self._nodes[0].devices))
+            self._placement = place(self._config, self._spec.parts, len(self._nodes[0].devices))
 
     def _join_ray(self) -> None:
         """The Ray cluster that RAY_ADDRESS names, or whose node this machine is, with all nodes that the run needs."""
@@ -297,6 +303,7 @@ class Cluster:
         seat: Seat | None,
         journal: Journal,
         kind: str | type,
+        needs: Needs,
         *arguments: Any,
         profiled: dict[str, Any] | None = None,
     ) -> Callable[[], Any]:
@@ -305,9 +312,9 @@ class Cluster:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        arguments = (kind, needs, self._spec.to_json(), *arguments)
         if seat is None:
-            actor = ray.remote(num_cpus=0, runtime_env=profiled or {})(hosting(kind))
-            return partial(actor.remote, journal, kind, *arguments)
+            return partial(ray.remote(num_cpus=0, runtime_env=profiled or {})(hosting(kind)).remote, journal, *arguments)
         node = self._nodes[seat.node]
         environment = _ENVIRONMENT | {"GLOO_SOCKET_IFNAME": node.interface, "NCCL_SOCKET_IFNAME": node.interface}
         if node.devices:
@@ -317,7 +324,7 @@ class Cluster:
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.ray_id, soft=False),
             runtime_env={"env_vars": environment} | (profiled or {}),
         )(hosting(kind))
-        return partial(actor.remote, journal, kind, *arguments)
+        return partial(actor.remote, journal, *arguments)
 
     def _journal(self, process: str) -> Journal:
         assert self._logs is not None
@@ -346,18 +353,18 @@ class Cluster:
         engines = []
         for i, seat in enumerate(seats):
             journal = self._journal(f"engine {i}")
-            start = self._starter(seat, journal, ENGINE, self._config, i, profiled=self._profiled("engine", i))
+            start = self._starter(seat, journal, ENGINE, "config", i, profiled=self._profiled("engine", i))
             engines.append(RayEngine(journal, start))
         self._engines += engines
         return engines
 
     def start_reward_engine(self) -> RayEngine | None:
         """Starts the engine of the reward model, where the run has one; it loads while the caller goes on."""
-        if self._config.reward_model.path is None:
+        if not self._spec.starts_reward_engine:
             return None
         seat = self._placement.reward_engine if self._placement else None
         journal = self._journal("the reward engine")
-        self._engines.append(RayEngine(journal, self._starter(seat, journal, REWARD_ENGINE, self._config)))
+        self._engines.append(RayEngine(journal, self._starter(seat, journal, REWARD_ENGINE, "config")))
         return self._engines[-1]
 
     def train(self, *, resume: bool) -> Iterator[Event]:
@@ -365,8 +372,8 @@ class Cluster:
 
         Raises the error of whichever process failed, a typed one before any other.
         """
-        engines = self.start_engines() if self._config.uses_engines else []
-        reward_engine = self.start_reward_engine() if self._config.uses_engines else None
+        engines = self.start_engines() if self._spec.starts_engines else []
+        reward_engine = self.start_reward_engine()
         return self.run_ranks("train", lambda rank: (*((engines, reward_engine) if rank == 0 else (None, None)), resume))
 
     def fine_tune(self) -> Iterator[Event]:
@@ -384,10 +391,9 @@ class Cluster:
 
         seats: Sequence[Seat | None] = self._placement.ranks if self._placement else [None] * self._config.trainer.world_size
         host = self._nodes[0].address  # where rank 0 is
-        text = self._config.model_dump_json()
         journals = [self._journal(f"trainer rank {rank}") for rank in range(len(seats))]
         ranks = [
-            self._starter(seat, journal, kind, text, rank, host, profiled=self._profiled("rank", rank))()
+            self._starter(seat, journal, kind, "spec", rank, host, profiled=self._profiled("rank", rank))()
             for rank, (seat, journal) in enumerate(zip(seats, journals, strict=True))
         ]
         self._ranks += ranks

@@ -21,7 +21,7 @@ from engine.bridge.sender import stream_to_first_rank
 from engine.bridge.setup import open_publisher
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 from engine.config.load import RunConfig
-from engine.core.errors import CheckpointError, NumericsError, PreemptedError, SemionError
+from engine.core.errors import NumericsError, PreemptedError, SemionError
 from engine.inference.pool import EngineHandle
 from engine.megatron.broadcast import broadcast_bytes
 from engine.megatron.policy import Policy
@@ -31,22 +31,22 @@ from engine.models.sharding import export_plan
 from engine.observe.profiling.window import Window
 from engine.observe.sinks import MetricsWriter
 from engine.rewards.model import ScoringEngine
-from engine.rollouts.replay import replay_kind
 from engine.run import loop
-from engine.run.checkpoint import Checkpoints
+from engine.run.checkpoint import Checkpoints, check_prolonged
 from engine.run.controller import Controller
 from engine.run.publishers import NoEngines, PoolPublisher
 from engine.run.signals import Event, sign_of_life, stop_request
 from engine.run.sources import BroadcastSource, SupervisedSource
+from engine.run.spec import Spec
 
 
 class TrainerRank:
     """One trainer rank, in a process of its own."""
 
-    def __init__(self, config_json: str, rank: int, host: str) -> None:
+    def __init__(self, spec: Spec, rank: int, host: str) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.set_num_threads(1)
-        self._config = RunConfig.model_validate_json(config_json)
+        self._spec, self._config = spec, spec.config
         self._rank, self._host = rank, host
         self._server: socket.socket | None = None
 
@@ -60,7 +60,7 @@ class TrainerRank:
     ) -> Iterator[Event]:
         """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
         config, topology = self._config, self._join(port)
-        loss = make_loss(config.algorithm, sampled=replay_kind(config) != "preferences")
+        loss = make_loss(config.algorithm, sampled=self._spec.source != "preferences")
         policy = Policy(config, topology, loss, config.model.path)
         folder = config.run_directory / "checkpoints"
         checkpoints = Checkpoints(folder, rank=topology.rank, world_size=topology.world_size, barrier=dist.barrier)
@@ -69,9 +69,9 @@ class TrainerRank:
         if engines is not None:
             kept = checkpoints.records() if resume else None
             controller = Controller(config, engines, reward_engine, start, kept)
-        pool = controller.pool if controller and config.uses_engines else None
+        pool = controller.pool if controller and self._spec.starts_engines else None
         publisher: loop.Publisher = NoEngines()
-        if config.uses_engines:
+        if self._spec.starts_engines:
             publisher = PoolPublisher(open_publisher(config, policy, topology, self._host, pool), topology)
         source = BroadcastSource(config, topology, controller.source if controller else None)
 
@@ -207,18 +207,3 @@ def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -
     check_prolonged(config, step)
     policy.load_state(state)
     return step
-
-
-def check_prolonged(config: RunConfig, step: int) -> None:
-    """CheckpointError when a run of `config` cannot go on from a checkpoint of `step` steps."""
-    if step > config.run.steps:
-        raise CheckpointError(
-            f"run.steps must not be less than the {step} steps already done; found {config.run.steps}: raise it"
-        )
-    schedule = config.schedule
-    if step < config.run.steps and not schedule.resumable(step):
-        raise CheckpointError(
-            f"run.steps cannot be raised from {step}: that checkpoint is not at a sync boundary, so the run cannot be extended "
-            f"from it; found {config.run.steps}: the last that it can be extended from is one of "
-            f"{schedule.last_resumable(step)} steps"
-        )

@@ -1,61 +1,204 @@
-"""The run, checked before any process starts."""
+"""The run, resolved once: what follows from a configuration and the files it names, before any process starts. `check` prints
+it, `plan` weighs it, and every process of the run gets it as JSON, so that no fact is derived in two places and no rule is
+checked twice. It starts nothing, looks at no device, and does not say whether the run can work (preflight does).
+"""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from engine.config.load import RunConfig, load_config
-from engine.core.errors import ConfigError, DataError
+from pydantic import TypeAdapter
+
+from engine.algorithms.registry import make_loss
+from engine.bridge.transports.registry import choose
+from engine.config.load import CHECKED, Copy, RunConfig
+from engine.config.options import source_key
+from engine.config.placement import Homes, Part, Placement, homes, place, training_parts
+from engine.config.transport import AUTO, setting
+from engine.core.errors import ConfigError
+from engine.models.base import ModelShape
+from engine.models.hf import read_shape
+from engine.models.reward_head import FAMILY, OPTION
+from engine.models.sharding import EngineLayout, TrainerLayout, engine_layout, trainer_layout
+
+SourceKind = Literal["rollouts", "ledger", "preferences", "supervised"]
 
 
-def runnable(options: argparse.Namespace) -> RunConfig:
-    """The configuration, with what can be seen wrong before any process starts."""
-    config = load_config(options.config, options.overrides)
-    from engine.models.checks import check_engine_layout, check_layout
-    from engine.models.hf import read_shape
-    from engine.models.sharding import engine_layout, trainer_layout
-    from engine.rollouts.replay import replay_kind
-    from engine.run.metrics import catalogue
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """What would carry the weight syncs on devices of a type; `kind` is None where nothing that was asked for can."""
 
-    if config.sft.checkpoint_out is None:
-        catalogue(config.algorithm)  # a user's loss must not take the name of a metric of ours
+    device: Literal["cuda", "cpu"]
+    kind: str | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSet:
+    """Problems that are held out, under their name in the run's records."""
+
+    name: str
+    option: str  # that names the file
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A run as resolved. Equal configurations and files give equal records."""
+
+    config: RunConfig
+    shape: ModelShape  # the policy's sizes
+    reward_shape: ModelShape | None  # the reward model's; None where none is started, or its config.json is not there
+    trainer: TrainerLayout
+    engine: EngineLayout
+    parts: tuple[Part, ...]  # what is started
+    source: SourceKind  # where training sequences come from
+    placement: Placement | None  # on GPUs; None where they are too few
+    homes: Homes | None  # the nodes of ranks and engines, where each node serves its own engines
+    transports: tuple[Carrier, ...]  # in order of preference for each type of device; empty without weight syncs
+    copies: tuple[Copy, ...]  # of its weights that a trainer rank keeps beside the policy
+    evaluation_sets: tuple[EvaluationSet, ...]
+    evaluation_steps: tuple[int, ...]  # numbers of steps done
+    checkpoint_steps: tuple[int, ...]
+    digests: Mapping[str, str | None]  # of every data file by its option and of what judges; empty where not asked for
+
+    @property
+    def starts_engines(self) -> bool:
+        """Whether inference engines run beside whatever else is started."""
+        return "engines" in self.parts
+
+    @property
+    def starts_reward_engine(self) -> bool:
+        """Whether the reward model's engine does."""
+        return "reward_engine" in self.parts and self.config.reward_model.path is not None
+
+    @property
+    def missing_reward_model(self) -> str | None:
+        """The file that would tell the reward model's sizes, where it is to be started and the file is not there."""
+        return str(_reward_file(self.config)) if self.starts_reward_engine and self.reward_shape is None else None
+
+    def to_json(self) -> str:
+        """As a process of the run is told it."""
+        return _ADAPTER.dump_json(self).decode()
+
+    @staticmethod
+    def from_json(text: str) -> Spec:
+        """What `to_json` wrote. The configuration's values are read, its rules are not checked again."""
+        return _ADAPTER.validate_json(text, context=CHECKED)
+
+
+_ADAPTER = TypeAdapter(Spec)
+
+
+def resolve(config: RunConfig, parts: tuple[Part, ...] | None = None, *, digests: bool = True) -> Spec:
+    """Resolves a run from its configuration and the files that it names. `parts`: what is started, a training run's where not
+    said. `digests`: whether the data files are read through for their SHA-256.
+
+    ConfigError, DataError or CheckpointError for the model's config.json or the file of data.replay; other files are read in
+    a preflight.
+    """
+    from engine.run.checkpoint import data_digests
+
     shape = read_shape(config.model.path, family=config.model.family)
-    check_layout(shape, trainer_layout(config.trainer))
-    check_engine_layout(shape, engine_layout(config.inference))
-    if config.sft.checkpoint_out is None and config.inference.max_model_tokens > shape.max_positions:
-        raise ConfigError(
-            f"inference.max_model_tokens must not exceed the model's {shape.max_positions} positions; found "
-            f"{config.inference.max_model_tokens}: lower it"
-        )
-    _check_files(config)
-    if config.profile.tool == "nsys":
-        from engine.observe.profiling.nsight import check_installed
-
-        check_installed()
-    if config.sft.checkpoint_out is None and (config.uses_engines or replay_kind(config) == "rollouts"):
-        from engine.rewards.registry import check_rewards
-
-        check_rewards(config, judges=config.uses_engines)
-    return config
+    file = _reward_file(config)
+    reward_shape = read_shape(file.parent, OPTION, FAMILY) if file is not None and file.exists() else None
+    found = data_digests(config) if digests else {}
+    return assemble(config, shape, parts=parts, source=source_kind(config), reward_shape=reward_shape, digests=found)
 
 
-def _check_files(config: RunConfig) -> None:
-    """DataError for a file that the run reads and is not there. A preference file is replayed without data.train."""
+def assemble(
+    config: RunConfig,
+    shape: ModelShape,
+    *,
+    parts: tuple[Part, ...] | None = None,
+    source: SourceKind | None = None,
+    reward_shape: ModelShape | None = None,
+    digests: Mapping[str, str | None] | None = None,
+) -> Spec:
+    """The run of a configuration whose files have been looked at: what else there is to know is arithmetic. `source`: a replay
+    is of a ledger where not said."""
+    parts = training_parts(config) if parts is None else parts
+    kind: SourceKind = source or ("ledger" if config.data.replay is not None else _sampled(config))
+    trains, steps = "trainer" in parts, range(config.run.steps + 1)
+    starts_reward_engine = "reward_engine" in parts and config.reward_model.path is not None
+    return Spec(
+        config=config,
+        shape=shape,
+        reward_shape=reward_shape if starts_reward_engine else None,
+        trainer=trainer_layout(config.trainer),
+        engine=engine_layout(config.inference),
+        parts=parts,
+        source=kind,
+        placement=_placement(config, parts),
+        homes=homes(config) if trains else None,
+        transports=_transports(config) if trains and "engines" in parts else (),
+        copies=config.weight_copies(needs_reference=_needs_reference(config, kind)) if trains else (),
+        evaluation_sets=_evaluation_sets(config) if "engines" in parts else (),
+        evaluation_steps=tuple(step for step in steps if trains and "engines" in parts and config.evaluation_due(step)),
+        checkpoint_steps=tuple(step for step in steps if trains and kind != "supervised" and config.checkpoint_due(step)),
+        digests=digests or {},
+    )
+
+
+def source_kind(config: RunConfig) -> SourceKind:
+    """Where training sequences come from: data.replay is told by its first row, and taken for a ledger where it is not there.
+    DataError when it is neither a ledger nor a preference file, ConfigError when the run cannot train on it."""
+    from engine.data.records import HUB
     from engine.rollouts.replay import replay_kind
 
-    files = config.data.files
-    if "data.replay" in files:
-        _check_file("data.replay", files.pop("data.replay"))
-    if replay_kind(config) == "preferences":
-        del files["data.train"]
-    for key, path in files.items():
-        _check_file(key, path)
+    path = config.data.replay
+    if path is None:
+        return _sampled(config)
+    there = path.startswith(HUB) or Path(path).exists()
+    return "preferences" if there and replay_kind(config) == "preferences" else "ledger"
 
 
-def _check_file(key: str, path: str) -> None:
-    from engine.data.records import HUB, check_source
+def _sampled(config: RunConfig) -> SourceKind:
+    return "rollouts" if config.sft.checkpoint_out is None else "supervised"
 
-    if not path.startswith(HUB) and not Path(path).exists():
-        raise DataError(f"{key} must be a file or a dataset's folder; found none at {path}: check the path")
-    check_source(path)
+
+def _needs_reference(config: RunConfig, kind: SourceKind) -> bool:
+    sampled = kind != "preferences"
+    return kind != "supervised" and make_loss(config.algorithm, sampled=sampled).needs_reference
+
+
+def _reward_file(config: RunConfig) -> Path | None:
+    return Path(config.reward_model.path) / "config.json" if config.reward_model.path is not None else None
+
+
+def _placement(config: RunConfig, parts: tuple[Part, ...]) -> Placement | None:
+    """The seats on cluster.nodes * cluster.gpus_per_node GPUs; None where they are too few, as a run on CPUs may have it."""
+    try:
+        return place(config, parts)
+    except ConfigError:
+        return None
+
+
+def _transports(config: RunConfig) -> tuple[Carrier, ...]:
+    """What the bridge will choose on GPUs and on CPUs, which are not seen here; and what it falls back to."""
+    found = []
+    asked, colocated = config.sync.transport, config.inference.placement == "colocated"
+    reason = f"sync.transport = {asked!r}, {'colocated' if colocated else 'disaggregated'}, {config.cluster.nodes} nodes"
+    devices: tuple[Literal["cuda", "cpu"], ...] = ("cuda", "cpu")
+    for device in devices:
+        try:
+            choice = choose(asked, setting(config, device))
+        except ConfigError as error:
+            found.append(Carrier(device, None, str(error)))
+            continue
+        found.append(Carrier(device, choice.name, reason))
+        if asked == AUTO and (without := choose(asked, setting(config, device, has_room=False)).name) != choice.name:
+            found.append(Carrier(device, without, "where the memory that processes share has no room for the weights"))
+    return tuple(found)
+
+
+def _evaluation_sets(config: RunConfig) -> tuple[EvaluationSet, ...]:
+    from engine.data.mixture import held_out_sources
+
+    return tuple(
+        EvaluationSet(name, f"{source_key(place)}.held_out", str(config.data.sources[place].held_out))
+        for name, place in held_out_sources(config).items()
+    )

@@ -16,6 +16,7 @@ from engine.core.errors import SemionError
 from engine.run.processes import Cluster
 from engine.run.rank import TrainerRank
 from engine.run.signals import Event
+from engine.run.spec import resolve
 
 
 class Probe(TrainerRank):
@@ -33,7 +34,7 @@ class Probe(TrainerRank):
 def main() -> None:
     events: list[Event] = []
     error = None
-    with Cluster(load_config(sys.argv[1])) as cluster:
+    with Cluster(resolve(load_config(sys.argv[1]), digests=False)) as cluster:
         try:
             events.extend(cluster.run_ranks("probe", lambda rank: (), Probe))
         except SemionError as lost:

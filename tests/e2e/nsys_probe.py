@@ -12,6 +12,7 @@ from engine.config.load import load_config
 from engine.run.processes import Cluster
 from engine.run.rank import TrainerRank
 from engine.run.signals import Event
+from engine.run.spec import resolve
 
 
 class Probe(TrainerRank):
@@ -22,7 +23,7 @@ class Probe(TrainerRank):
 
 
 def main() -> None:
-    with Cluster(load_config(sys.argv[1])) as cluster:
+    with Cluster(resolve(load_config(sys.argv[1]))) as cluster:
         print("RESULT " + json.dumps(list(cluster.run_ranks("probe", lambda rank: (), Probe))))
 
 

@@ -12,6 +12,7 @@ import torch
 
 from engine.config.load import load_config
 from engine.run.processes import Cluster
+from engine.run.spec import resolve
 
 PROBE = "tests.e2e.sync_probe_rank:Probe"
 
@@ -21,7 +22,7 @@ def main() -> None:
     kill, what = [*sys.argv[3:], *("0", "engine")[len(sys.argv) - 3 :]]
     if config.trainer.layers == "transformer_engine" and not torch.cuda.is_available():
         os.environ["SEMION_TE_ON_CPU"] = "1"
-    with Cluster(config) as cluster:
+    with Cluster(resolve(config)) as cluster:
         engines = cluster.start_engines()
         events = cluster.run_ranks("probe", lambda rank: (engines if rank == 0 else None, num_syncs, int(kill), what), PROBE)
         print("RESULT " + json.dumps(list(events)))

@@ -115,11 +115,12 @@ def test_what_ray_starts_outlives_the_signal_that_slurm_sends_to_all_of_a_step(r
     """One node: the command and its Ray are one step."""
     program = """
 import os, signal, sys, psutil
-from engine.cluster import Cluster
 from engine.config.load import load_config
+from engine.run.processes import Cluster
+from engine.run.spec import resolve
 heard = []
 signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
-with Cluster(load_config(sys.argv[1], [])) as cluster:
+with Cluster(resolve(load_config(sys.argv[1], []))) as cluster:
     started = psutil.Process().children(recursive=True)
     assert {"gcs_server", "raylet"} <= {process.name() for process in started}
     for process in [*started, psutil.Process()]:

@@ -13,6 +13,7 @@ import pytest
 from engine.capacity.memory import Step, TrainerState
 from engine.models.base import ModelShape
 from engine.models.hf import read_shape
+from engine.run.spec import assemble
 from tests.parallel.material import run_config
 from tests.parallel.pool import WorkerPool
 
@@ -78,12 +79,13 @@ def test_the_estimate_is_what_a_policy_allocates(trainer, dtype, algorithm, mode
 
 
 def estimate_of(shape: ModelShape, config: Any, stage: int) -> dict[str, int]:
-    state = TrainerState(shape, config, stage)
+    spec = assemble(config, shape)
+    state = TrainerState(spec, stage)
     parts = {
         "weights": state.weights,
         "gradients": state.gradients,
         "reference": state.copies,
         "optimizer": state.optimizer,
     }
-    step = sum(Step(shape, config, stage, on_gpu=False).fullest.values())
+    step = sum(Step(spec, stage, on_gpu=False).fullest.values())
     return parts | {"step": step, "total": sum(parts.values()) + step}

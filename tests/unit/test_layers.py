@@ -22,9 +22,11 @@ LAYERS = (
     ("ops", "models", "observe"),
     ("algorithms", "bridge", "data"),
     ("inference", "megatron", "rewards"),
-    ("rollouts", "evaluation", "benchmarks", "capacity"),
+    ("rollouts", "evaluation", "benchmarks"),
     ("run",),
-    ("commands", "cli"),
+    ("capacity",),
+    ("api",),
+    ("commands", "cli", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 

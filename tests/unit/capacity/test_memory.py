@@ -4,7 +4,6 @@ that any layout must have. What torch really allocates is compared in tests/para
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.bridge.plan import plan
-from engine.capacity.memory import ASLEEP, GIB, HEAD_BLOCK, HEAD_ROWS, TRANSIENT, Channel, Memory, Step, TrainerState, estimate
+from engine.capacity.memory import ASLEEP, GIB, TRANSIENT, Channel, Memory, Step, TrainerState, estimate, kv_bytes_per_token
 from engine.capacity.transfer import channel
+from engine.config import options
 from engine.config.load import RunConfig, load_config
 from engine.models.base import ModelShape
 from engine.models.hf import read_shape
 from engine.models.sharding import EngineLayout, TrainerLayout
 from engine.ops import lm_head
+from engine.run.spec import Spec
+from tests.builders import spec
 
 ROOT = Path(__file__).parents[3]
 LLAMA_8B = read_shape(ROOT / "configs" / "models" / "llama-3.1-8b")
@@ -35,8 +37,12 @@ def configured(name: str = "8b-4x4", *overrides: str) -> RunConfig:
     return load_config(ROOT / "configs" / "scale" / f"llama-3.1-{name}.toml", list(overrides))
 
 
+def spec_of(name: str, *overrides: str) -> Spec:
+    return spec(configured(name, *overrides), LLAMA_8B)
+
+
 def of_8b(*overrides: str) -> Memory:
-    return estimate(LLAMA_8B, configured("8b-4x4", *overrides), Channel())
+    return estimate(spec_of("8b-4x4", *overrides), Channel())
 
 
 def test_an_8b_trainer_rank_by_hand():
@@ -104,7 +110,7 @@ def test_the_feed_forward_keeps_what_is_counted(layers: str):
     plain.backward(torch.ones_like(plain))
     torch.testing.assert_close(product, plain)
     torch.testing.assert_close(both.grad, again.grad)
-    step = Step(replace(LLAMA_8B, ffn_hidden=width), config, 0)
+    step = Step(spec(config, replace(LLAMA_8B, ffn_hidden=width)), 0)
     assert sum(kept.values()) + product.nbytes == 2 * step._feed_forward  # counted in bfloat16, kept here in float32
 
 
@@ -140,8 +146,8 @@ def test_an_offline_run_that_evaluates_keeps_the_seed_too():
 
 def test_colocated_devices_take_turns():
     """Training: the engine keeps its context and graphs. Sampling: the trainer keeps all but the step's own tensors."""
-    training, sampling = estimate(LLAMA_8B, configured("8b-colocated"), Channel(GIB, GIB)).devices
-    apart = estimate(LLAMA_8B, configured("8b-colocated", "inference.placement=disaggregated"), Channel(GIB, GIB))
+    training, sampling = estimate(spec_of("8b-colocated"), Channel(GIB, GIB)).devices
+    apart = estimate(spec_of("8b-colocated", "inference.placement=disaggregated"), Channel(GIB, GIB))
     trainer, engine = (device.components for device in apart.devices)
     assert training.components == trainer | {name: engine[name] for name in ASLEEP}
     assert sampling.components == {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
@@ -167,7 +173,8 @@ JUDGED = ("data.reward=model", "reward_model.path=rm", "reward_model.dtype=bfloa
 def test_the_reward_models_engine_by_hand():
     """8B in bf16: no output layer, a head of 4096 float32; a forward of 8192 tokens, or of the longest conversation."""
     apart, colocated = (
-        estimate(LLAMA_8B, configured(name, *JUDGED), Channel(GIB, GIB), LLAMA_8B) for name in ("8b-4x4", "8b-colocated")
+        estimate(spec(configured(name, *JUDGED), LLAMA_8B, reward_shape=LLAMA_8B), Channel(GIB, GIB))
+        for name in ("8b-4x4", "8b-colocated")
     )
     assert [device.name for device in apart.devices] == ["trainer rank, training", "engine rank", "reward engine"]
     assert [device.name for device in colocated.devices[1:]] == ["trainer rank, sampling", "reward engine"]
@@ -180,15 +187,15 @@ def test_the_reward_models_engine_by_hand():
         "engine: context": GIB,
     }
     longer = configured("8b-4x4", *JUDGED, "reward_model.max_tokens=16384", "reward_model.kv_cache_mebibytes=131072")
-    held = estimate(LLAMA_8B, longer, Channel(), LLAMA_8B)
+    held = estimate(spec(longer, LLAMA_8B, reward_shape=LLAMA_8B), Channel())
     assert held.devices[2].components["engine: forward"] == 2 * apart.devices[2].components["engine: forward"]
     assert held.fullest == held.devices[2], "it can be what does not fit"
 
 
 def test_without_its_sizes_or_without_samples_there_is_no_reward_engine():
-    assert len(estimate(LLAMA_8B, configured("8b-4x4", *JUDGED), Channel()).devices) == 2
+    assert len(estimate(spec_of("8b-4x4", *JUDGED), Channel()).devices) == 2
     supervised = configured("8b-4x4", *JUDGED, "sft.checkpoint_out=x")
-    assert len(estimate(LLAMA_8B, supervised, Channel(), LLAMA_8B).devices) == 1
+    assert len(estimate(spec(supervised, LLAMA_8B, reward_shape=LLAMA_8B), Channel()).devices) == 1
 
 
 def test_the_channel_has_two_buckets():
@@ -199,9 +206,48 @@ def test_the_channel_has_two_buckets():
     assert staged.trainer_bytes == staged.engine_bytes == 2 * largest <= 2000
 
 
-def test_the_head_is_counted_in_the_operators_own_chunks():
-    assert inspect.signature(lm_head.lm_head_log_probs).parameters["chunk_rows"].default == HEAD_ROWS
-    assert lm_head.BLOCK == HEAD_BLOCK
+def test_the_head_is_counted_in_the_operators_own_chunks(monkeypatch):
+    """F2: the number of rows stands in one file. Twice as many rows, twice the logits."""
+    fused = ("trainer.fused_lm_head=true", "trainer.recompute=true")
+    before = Step(spec_of("8b-4x4", *fused), 0)._head[0]
+    assert before == lm_head.ROWS * 128256 * 2
+    monkeypatch.setattr(lm_head, "ROWS", 2 * lm_head.ROWS)
+    assert Step(spec_of("8b-4x4", *fused), 0)._head[0] == 2 * before
+
+
+COLOCATED = ("sync.sync_interval=never", "sync.reference=100")
+NO_REFERENCE = ("algorithm.loss=grpo", "algorithm.kl_weight=0", "sync.sync_interval=never", "sync.reference=never")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "copies"),
+    [
+        (COLOCATED, ("reference", "seed")),
+        ((*COLOCATED[:1], "sync.reference=never"), ("reference",)),
+        (NO_REFERENCE, ("seed",)),
+        ((), ("reference",)),
+    ],
+)
+def test_a_colocated_run_counts_the_seed_that_its_policy_keeps(overrides, copies):
+    """F2: offline, engines that slept before the next chunk are given the seed's weights again."""
+    resolved = spec_of("8b-colocated", *overrides)
+    assert resolved.copies == copies
+    held = TrainerState(resolved, 0)
+    assert held.copies == len(copies) * held.weights
+    assert estimate(resolved, Channel()).devices[0].components["reference"] == len(copies) * 2 * PARAMETERS
+
+
+def test_a_forward_of_an_engine_is_counted_as_the_engine_is_told(monkeypatch):
+    """F2: max_num_batched_tokens stands in one place."""
+    before = of_8b().devices[1].components["engine: forward"]
+    monkeypatch.setattr(options, "BATCHED_TOKENS", 2 * options.BATCHED_TOKENS)
+    assert of_8b().devices[1].components["engine: forward"] == 2 * before
+
+
+def test_the_kv_cache_of_a_token():
+    """8B in bf16: keys and values of 8 heads of 128 in 32 layers are 128 KiB; more ranks than heads hold one each."""
+    assert kv_bytes_per_token(LLAMA_8B, 1, "bfloat16") == 128 << 10
+    assert kv_bytes_per_token(LLAMA_8B, 8, "bfloat16") == kv_bytes_per_token(LLAMA_8B, 16, "bfloat16") == 16 << 10
 
 
 LAYOUTS = st.fixed_dictionaries(
@@ -219,22 +265,25 @@ LAYOUTS = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(LAYOUTS)
-def test_any_layout_holds_the_model_once_and_less_of_it_takes_less(options: dict[str, Any]):
+def test_any_layout_holds_the_model_once_and_less_of_it_takes_less(axes: dict[str, Any]):
     """Stages add up to the model on every tensor rank; recomputing, fewer tokens and more stages never take more."""
 
     def configured_with(**changes: Any) -> RunConfig:
         base = configured("8b-4x4", "inference.max_model_tokens=3072")
-        return base.model_copy(update={"trainer": base.trainer.model_copy(update=options | changes)})
+        return base.model_copy(update={"trainer": base.trainer.model_copy(update=axes | changes)})
 
-    config = configured_with()
-    stages = range(options["pipeline_parallel"])
-    held = sum(TrainerState(LLAMA_8B, config, stage).num_parameters for stage in stages) * options["tensor_parallel"]
+    def step_of(stage: int, **changes: Any) -> Step:
+        return Step(spec(configured_with(**changes), LLAMA_8B), stage)
+
+    config = spec(configured_with(), LLAMA_8B)
+    stages = range(axes["pipeline_parallel"])
+    held = sum(TrainerState(config, stage).num_parameters for stage in stages) * axes["tensor_parallel"]
     assert PARAMETERS <= held <= 1.001 * PARAMETERS
     whole, again = (
-        sum(Step(LLAMA_8B, configured_with(recompute=recompute), 0).fullest.values()) for recompute in (False, True)
+        sum(step_of(0, recompute=recompute).fullest.values()) for recompute in (False, True)
     )
     assert 0 < again < whole
-    fewer = Step(LLAMA_8B, configured_with(microbatch_tokens=options["microbatch_tokens"] // 2), 0)
-    assert sum(fewer.fullest.values()) <= sum(Step(LLAMA_8B, config, 0).fullest.values())
-    in_flight = [Step(LLAMA_8B, config, stage).in_flight for stage in stages]
+    fewer = step_of(0, microbatch_tokens=axes["microbatch_tokens"] // 2)
+    assert sum(fewer.fullest.values()) <= sum(step_of(0).fullest.values())
+    in_flight = [step_of(stage).in_flight for stage in stages]
     assert in_flight == sorted(in_flight, reverse=True) and in_flight[-1] == 1

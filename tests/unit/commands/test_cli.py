@@ -2,13 +2,13 @@
 and one line on stderr that names what to mend. No process is started here; tests/e2e runs whole commands.
 """
 
-import argparse
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 from unittest.mock import MagicMock
@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from engine import cli
+from engine.api import training as api
+from engine.api.preflight import check_fresh, examine
+from engine.api.training import preemptible
 from engine.commands import training
-from engine.commands.training import preemptible
-from engine.config.load import RunConfig, dump_config, load_config
+from engine.config.load import dump_config, load_config
 from engine.core.errors import InferenceError, PreemptedError
 from engine.core.files import locked
 from engine.core.jsonl import JsonlLedger
@@ -28,7 +30,8 @@ from engine.observe.sinks import MetricsWriter
 from engine.rewards.registry import RoutedReward
 from engine.run.checkpoint import Checkpoints
 from engine.run.signals import stop_request
-from engine.run.spec import runnable
+from tests import builders
+from tests.builders import LLAMA, make_model
 from tests.unit.inference.test_pool import FakeEngine
 from tests.unit.rollouts.test_rollouts import Parity
 from tools.make_reward_model import make_reward_model
@@ -45,24 +48,12 @@ held_out = "{folder}/held_out.jsonl"
 [trainer]
 microbatch_tokens = 8192
 """
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 67,
-    "max_position_embeddings": 4096,
-}
-
-
 @pytest.fixture
-def file(tmp_path):
-    """A configuration whose files all exist."""
-    (tmp_path / "seed").mkdir()
-    (tmp_path / "seed" / "config.json").write_text(json.dumps(LLAMA))
+def file(tmp_path, tiny_tokenizer):
+    """A configuration with which nothing is wrong: a model with weights and tokenizer, and data."""
+    make_model(tmp_path / "seed", tiny_tokenizer)
     for name in ("train.jsonl", "held_out.jsonl"):
-        (tmp_path / name).write_text('{"problem": "1+1", "answer": "2"}\n')
+        (tmp_path / name).write_text('{"problem": "1+1", "answer": "2", "solution": "It is 2."}\n')
     (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path))
     return tmp_path / "run.toml"
 
@@ -101,7 +92,7 @@ def test_a_function_that_cannot_be_called_is_refused_before_any_process_starts(f
 
 
 def test_check_prints_the_resolved_tree_which_loads_again(file, tmp_path, capsys):
-    assert cli.main(["check", str(file), "algorithm.beta=0.25", "sync.sync_interval=never"]) == 0
+    assert cli.main(["check", str(file), "algorithm.beta=0.25", "sync.sync_interval=never", "--toml"]) == 0
     printed = capsys.readouterr().out
     again = tmp_path / "again.toml"
     again.write_text(printed)
@@ -127,24 +118,29 @@ def test_an_unknown_key_or_a_missing_file_is_a_configuration_error(command, file
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_a_run_needs_is_looked_at_before_any_process_starts(command, file, tmp_path, complaint, monkeypatch):
     monkeypatch.setattr("engine.run.processes.Cluster.__enter__", lambda self: pytest.fail("a process would have started"))
-    said = complaint(3, *command, file, "data.train=gone.jsonl")
+    given = [*command, file, *([f"sft.checkpoint_out={tmp_path / 'out'}"] if command == ["sft"] else [])]
+    said = complaint(3, *given, "data.train=gone.jsonl")
     assert "data.train must be a file or a dataset's folder; found none at gone.jsonl" in said
-    assert "data.held_out must be a file" in complaint(3, *command, file, "data.held_out=gone.jsonl")
-    assert "data.mix[0].train must be a file" in complaint(3, *command, file, 'data.mix=[{train = "gone.jsonl"}]')
-    assert "gone/config.json cannot be read" in complaint(4, *command, file, "model.path=gone")
+    assert "data.held_out must be a file" in complaint(3, *given, "data.held_out=gone.jsonl")
+    if command != ["sft"]:
+        assert "data.mix[0].train must be a file" in complaint(3, *given, 'data.mix=[{train = "gone.jsonl"}]')
+    assert "gone/config.json cannot be read" in complaint(4, *given, "model.path=gone")
     (tmp_path / "seed" / "config.json").write_text(json.dumps(LLAMA | {"model_type": "qwen2"}))
-    said = complaint(2, *command, file)
+    said = complaint(2, *given)
     assert "must have model_type = 'llama' or 'qwen3'; found 'qwen2'" in said
 
 
 def test_what_a_run_does_not_read_or_start_is_not_asked_for(file, tmp_path, complaint, monkeypatch):
     monkeypatch.setattr("engine.rewards.registry.reward_class", lambda *_: pytest.fail("it judges nothing in this run"))
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
-    (tmp_path / "ledger.jsonl").write_text('{"step": 0, "prompt_id": "p", "token_ids": [1]}\n')
+    row = {"version": 0, "prompt_id": "p", "sample_index": 0, "seed": 1, "reward": 1.0, "status": "ok"}
+    row |= {"finish_reason": "stop", "text": "2", "token_ids": [1], "log_probs": [-1.0]}
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps({"step": step} | row) + "\n" for step in range(4)))
     text = file.read_text()
 
     def accepted(*overrides: str) -> None:
-        runnable(argparse.Namespace(config=str(file), overrides=["sync.sync_interval=never", *overrides]))
+        config = load_config(file, ["sync.sync_interval=never", *overrides])
+        assert examine(config, "train" if config.sft.checkpoint_out is None else "sft") == []
 
     pairs, ledger = (f"data.replay={tmp_path / name}.jsonl" for name in ("pairs", "ledger"))
     accepted(pairs, "data.train=gone.jsonl")
@@ -188,6 +184,7 @@ def test_rollouts_that_failed_half_way_leave_no_output_and_can_be_made_again(
     output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     part.write_text('{"step": 0, "of": "an earlier attempt"}\n')
     command = ["rollout", file, f"model.path={model_folder}", "data.prompts_per_step=1", "--output", output]
+    make_model(model_folder)
     engines[:] = [TwoSteps()]
     assert cli.main([str(argument) for argument in command]) == 5
     assert "the engine failed" in capsys.readouterr().err
@@ -272,16 +269,13 @@ def test_an_interrupt_says_how_to_go_on(file, monkeypatch, complaint):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_config", interrupted)
+    monkeypatch.setattr("engine.commands.checking.read_config", interrupted)
     assert "continues with --resume auto" in complaint(130, "check", file)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_first_signal_leaves_a_request_and_a_second_one_ends_the_run_to_be_continued(tmp_path, number):
-    config = RunConfig.model_validate(
-        {"run": {"directory": str(tmp_path), "steps": 4}, "model": {"path": "unused"}, "data": {"train": "unused"}}
-        | {"sampling": {"max_tokens": 8}}
-    )
+    config = builders.config(tmp_path)
     before = signal.getsignal(number)
     stop_request(config).touch()  # of a run that was killed before it looked
     seen = []
@@ -301,10 +295,7 @@ def test_a_first_signal_leaves_a_request_and_a_second_one_ends_the_run_to_be_con
 
 
 def test_an_interrupt_is_no_request_to_stop(tmp_path):
-    config = RunConfig.model_validate(
-        {"run": {"directory": str(tmp_path), "steps": 4}, "model": {"path": "unused"}, "data": {"train": "unused"}}
-        | {"sampling": {"max_tokens": 8}}
-    )
+    config = builders.config(tmp_path)
     with pytest.raises(KeyboardInterrupt), preemptible(config):
         raise KeyboardInterrupt
 
@@ -317,9 +308,28 @@ def test_a_command_line_that_makes_no_sense_is_refused(arguments, capsys):
     assert "usage: semion" in capsys.readouterr().err
 
 
-def test_a_run_is_shown_while_it_comes_and_summed_up_from_its_records(file, tmp_path, capsys):
+class Finished:
+    """The processes of a run that say what they are given."""
+
+    def __init__(self, events: list[dict[str, Any]]) -> None:
+        self._events = events
+
+    def __enter__(self) -> "Finished":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
+    def train(self, *, resume: bool) -> Iterator[dict[str, Any]]:
+        assert not resume
+        yield from self._events
+
+
+def test_a_run_is_shown_while_it_comes_and_summed_up_from_its_records(file, tmp_path, capsys, monkeypatch):
     """The summary counts what the records hold, also of before a resume; events are only shown."""
     config = load_config(file, [f"run.directory={tmp_path / 'run'}"])
+    config.run_directory.mkdir()
+    (config.run_directory / "config.toml").write_text(dump_config(config))
     accuracy: dict[str, Any] = {"step": 0, "set": "sums", "measure": "accuracy", "mean": 0.5, "standard_error": 0.1}
     accuracy |= {"num_problems": 10, "num_seeds": 2}
     graded = accuracy | {"set": "chats", "measure": "reward", "mean": -1.25, "standard_error": None}
@@ -329,14 +339,16 @@ def test_a_run_is_shown_while_it_comes_and_summed_up_from_its_records(file, tmp_
     ledger = JsonlLedger(config.run_directory / "evaluations.jsonl")
     ledger.append([accuracy | {"records": [1, 2]}])
     ledger.close()
-    events: list[dict[str, Any]] = [
+    found: list[dict[str, Any]] = [
         {"kind": "note", "text": "12 prompts"},
         {"kind": "evaluation"} | accuracy,
         {"kind": "evaluation"} | graded,
         {"kind": "step", "step": 1, "train_seconds": 1.5, "step_seconds": 2.0},
         {"kind": "done", "engine_versions": {"vllm": "1"}},
     ]
-    summary = training.show(config, "train", 1, iter(events))
+    monkeypatch.setattr(api, "Cluster", lambda spec, **_: Finished(found))
+    summary = training.show(config, "train", api.train(config, "auto"))
+    assert json.loads((config.run_directory / "summary.json").read_text()) == summary
     assert (summary["steps"], summary["evaluations"], summary["versions"]) == (2, [accuracy], {"vllm": "1"})
     totals = summary["totals"]
     assert (totals["train_seconds"], totals["step_seconds"], totals["sync_seconds"]) == (2.5, 4.0, 0.5)
@@ -372,7 +384,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_only_as_itself(fil
     (directory / "config.toml").write_text(dump_config(config))
     assert "--resume auto" in complaint(2, "train", file, where)
     assert "options it had" in complaint(2, "train", file, where, "run.seed=9", "--resume", "auto")
-    training.check_fresh(config, may_start_over=True)  # raises nothing
+    check_fresh(config, may_start_over=True)  # raises nothing
 
 
 def test_supervised_training_is_refused_before_it_could_be_lost(file, complaint, tmp_path):

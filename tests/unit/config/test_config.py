@@ -54,10 +54,10 @@ def path(tmp_path):
 
 
 def complaint(path, *overrides):
-    """The one sentence that loading ends with."""
+    """The first sentence that loading ends with."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, list(overrides))
-    sentence = str(caught.value)
+    sentence = str(caught.value.faults[0])
     assert "\n" not in sentence
     assert caught.value.exit_code == 2
     return sentence
@@ -129,7 +129,10 @@ def test_the_options_are_the_reviewed_ones():
         ('data.mix=[{train = "b"}, {train = 3}]', ("data.mix[1].train: ", "string", "found 3", "JSONL or parquet")),
         ('data.mix=[{train = "b", prompts_per_step = 0}]', ("data.mix[0].prompts_per_step: ", "found 0", "section [data]")),
         ("model=3", ("'model=3'", "section.key=value")),
-        ("run.steps.more=3", ("'run.steps.more=3'", "section.key=value")),
+        ("run.steps.more=3", ("'run.steps.more=3'", "run.steps is not a section", "section.key=value")),
+        ("data.mix[0].train=a", ("'data.mix[0].train=a'", "one of the list's", "0 tables in data.mix")),
+        ("run[0].steps=1", ("'run[0].steps=1'", "found no list in run")),
+        ("data.mix[x].train=a", ("'data.mix[x].train=a'", "section.key=value")),
     ],
 )
 def test_a_wrong_option_is_one_sentence_with_key_rule_and_value(path, override, parts):
@@ -405,6 +408,24 @@ def test_overrides_win_in_order_and_keep_their_types(path):
     assert config.optimizer.learning_rate == 1e-5
     assert config.sync.sync_interval == "never"
     assert config.trainer.recompute is True
+
+
+def test_an_override_reaches_into_a_list_of_tables(path):
+    sources = 'data.mix=[{train = "b"}, {train = "c"}]'
+    config = load_config(path, [sources, "data.mix[1].prompts_per_step=8", "data.mix[0].template={problem}"])
+    assert [source.prompts_per_step for source in config.data.mix] == [64, 8]
+    assert config.data.mix[0].template == "{problem}"
+
+
+def test_every_fault_is_told(path):
+    """Broken rules together, and wrong values together; each its own sentence."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["trainer.sequence_parallel=true", "data.reward=function", "data.template=x"])
+    found = [str(fault) for fault in caught.value.faults]
+    assert len(found) == 3 and str(caught.value) == "\n".join(found)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["run.steps=0", "sync.sync_interval=0", "sync.x=1", "beta=1"])
+    assert len(caught.value.faults) == 4
 
 
 def test_an_override_may_not_turn_a_value_into_a_section(path):

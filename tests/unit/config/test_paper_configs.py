@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.capacity.transfer import Machine, plan_run
+from engine.api.planning import plan
 from engine.config.load import RunConfig, load_config
 from engine.config.placement import place, training_parts
 from engine.core.errors import ConfigError
@@ -94,7 +94,7 @@ def test_a_row_fits_the_model_and_its_gpus_and_its_sync_is_planned(name):
     judged = [f"reward_model.path={LLAMA_8B}"] if "model" in rewards(load_config(PAPER[name])) else []  # Athene-RM's sizes
     config = load_config(PAPER[name], [f"model.path={LLAMA_8B}", *judged])
     assert config.inference.max_model_tokens <= read_shape(LLAMA_8B).max_positions
-    figures = plan_run(config, Machine())
+    figures = plan(config)
     assert (figures["direct_fraction"], figures["received_over_needed"]) == (1.0, 1.0)
     assert figures["memory"]["fits"], figures["memory"]
     assert [d["name"] == "reward engine" for d in figures["memory"]["devices"]] == [False, False, *(True for _ in judged)]

@@ -28,6 +28,7 @@ from engine.core.errors import (
 )
 from engine.run.machine import devices, interface_of
 from engine.run.processes import _ENVIRONMENT, _LOOPBACK, RAY_ENVIRONMENT, Cluster, Node, RayFuture, _plain
+from tests.builders import spec
 
 ALL: tuple[Part, ...] = ("trainer", "engines", "reward_engine")
 
@@ -246,7 +247,7 @@ def test_gpus_have_the_names_that_cuda_was_told(monkeypatch, named, found):
 
 def test_a_node_with_fewer_gpus_than_are_placed_on_it_is_named():
     config = make(cluster={"nodes": 2}, trainer={"data_parallel": 8})
-    cluster = Cluster(config)
+    cluster = Cluster(spec(config))
     cluster._nodes = [Node("a", "10.0.0.1", "eth0", tuple("01234567")), Node("b", "10.0.0.2", "eth0", ())]
     with pytest.raises(ConfigError, match=r"found 8, and 0 on 10\.0\.0\.2: start Ray on nodes with GPUs only"):
         cluster._check_devices(place(config, ALL))
@@ -271,7 +272,7 @@ def test_supervised_training_starts_no_engine():
 def test_several_nodes_are_refused_without_a_token(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    cluster = Cluster(make(cluster={"nodes": 2}))
+    cluster = Cluster(spec(make(cluster={"nodes": 2})))
     with pytest.raises(ConfigError, match="found RAY_AUTH_MODE = 'disabled' and RAY_AUTH_TOKEN unset"):
         cluster.__enter__()
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -300,7 +301,7 @@ def test_while_nodes_are_waited_for_sigterm_is_the_commands(monkeypatch):
     before = signal.signal(signal.SIGTERM, ours)
     try:
         with pytest.raises(WatchdogError, match=r"2 nodes must join the Ray cluster; 0 came within .* gone are: none"):
-            Cluster(make(cluster={"nodes": 2}, trainer={"timeout_seconds": 0.01})).__enter__()
+            Cluster(spec(make(cluster={"nodes": 2}, trainer={"timeout_seconds": 0.01}))).__enter__()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert set(asked) == {ours}
@@ -353,10 +354,10 @@ def test_sigterm_while_ray_starts_leaves_a_run_to_be_continued(monkeypatch, tmp_
     before = signal.signal(signal.SIGTERM, ours)
     try:
         with pytest.raises(PreemptedError, match="asked to stop while Ray started"):
-            Cluster(make()).__enter__()
+            Cluster(spec(make())).__enter__()
         assert signal.getsignal(signal.SIGTERM) is ours
         with pytest.raises(WatchdogError, match=r"Ray did not start on this machine: The current node timed out .* logs"):
-            Cluster(make()).__enter__()
+            Cluster(spec(make())).__enter__()
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)

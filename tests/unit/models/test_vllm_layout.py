@@ -132,5 +132,5 @@ def test_vllms_reward_model_holds_what_its_estimate_counts(tied, tmp_path, monke
             "reward_model": {"path": str(tmp_path), "dtype": "bfloat16"},
         }
     )
-    counted = reward_engine(read_shape(tmp_path), run)["engine: weights"]
+    counted = reward_engine(read_shape(tmp_path), run.reward_model)["engine: weights"]
     assert counted == sum(parameter.nbytes for parameter in made.parameters())

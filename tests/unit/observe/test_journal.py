@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+from engine.api.events import typed
 from engine.commands.training import show
 from engine.config.load import RunConfig
 from engine.observe.journal import SUFFIX, Journal, Warnings, read_warnings, sentence
+from engine.observe.summary import summarize
 
 # A process of a run: opens its journal, and then does as told.
 PROCESS = """
@@ -109,9 +110,8 @@ def test_people_see_a_warning_in_the_progress_and_in_the_summary(tmp_path, capsy
     event = {"kind": "warning", "where": "trainer rank 0", "text": "over gloo", "count": 10}
     assert sentence(event) == "warning, trainer rank 0: over gloo (10 times so far)"
     assert sentence(event | {"count": 1}) == "warning, trainer rank 0: over gloo"
-    events: list[dict[str, Any]] = [event, {"kind": "done", "engine_versions": {}}]
-    summary = show(config, "train", 1, iter(events))
-    assert summary["warnings"] == [row]
+    show(config, "train", [typed(event), typed({"kind": "done", "engine_versions": {}})])
+    assert summarize(tmp_path)["warnings"] == [row]
     assert "warning, trainer rank 0: over gloo (10 times so far)\n" in capsys.readouterr().out
 
 

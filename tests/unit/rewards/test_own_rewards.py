@@ -23,7 +23,7 @@ from engine.observe.sinks import JsonlLedger
 from engine.rewards.base import Answer, Reward
 from engine.rewards.function import FunctionReward
 from engine.rewards.pool import slots
-from engine.rewards.registry import RoutedReward, check_rewards, identities, judging_of, open_rewards, reward_class
+from engine.rewards.registry import RoutedReward, check_pairing, identities, judging_of, open_rewards, reward_class
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
 from engine.rollouts.metrics import rollout_metrics
 from engine.rollouts.source import score_groups
@@ -34,6 +34,12 @@ from tests.unit.run.test_checkpoint import run_config as checkpoint_config
 IFEVAL = '''
 """Whether a completion follows the instructions of its row, as IFEval's loose accuracy counts them."""
 from engine.rewards.base import reward
+
+def check_all(config):
+    check_pairing(config)
+    for check in checks(config):
+        check()
+
 
 def followed(instruction, completion):
     kind = instruction["type"]
@@ -147,7 +153,7 @@ def test_a_reward_from_outside_in_one_file_is_trained_with_beside_math(folder, m
     mix = {"train": str(tmp_path / "if.jsonl"), "reward": named, "prompts_per_step": 1}
     data = {"train": str(tmp_path / "math.jsonl"), "prompts_per_step": 1, "mix": (mix,), "max_prompt_tokens": 400}
     config = run_config(data=data, model={"path": str(model_folder)}, rewards={"deadline_seconds": 30.0})
-    check_rewards(config, judges=True)
+    check_all(config)
     prompts = load_mixture(config, judging_of).at(0)
     assert [(each.reward, each.verifiable) for each in prompts] == [("math", True), (named, True)]
     assert prompts[0].row == "", "memory is for who asks for it"
@@ -271,7 +277,7 @@ def test_several_rewards_of_one_prompt_become_one_with_parts(folder, source, val
     """What the first one says decides what is right, whatever the others take off."""
     config = combined(folder, **{k: v.format(folder) if isinstance(v, str) else v for k, v in source.items()})
     assert judging_of(config, config.data) == Judging(verifiable=True, needs_answer=False, wants_row=True)
-    check_rewards(config, judges=True)
+    check_all(config)
     asked = prompt(row={"instructions": [{"type": "no_commas"}]}, reward=config.data.judge)
     with open_rewards(config, None) as reward:
         long, wrong, short = reward.score(
@@ -318,10 +324,10 @@ def test_verifiable_is_what_the_reward_says_of_itself(folder):
         config = run_config(data={"reward": f"{folder}/{name}"}, algorithm={"pairing": "best_worst"})
         assert judging_of(config, config.data).verifiable is expected
         if expected:
-            check_rewards(config, judges=False)
+            check_pairing(config)
         else:
             with pytest.raises(ConfigError, match=r"^algorithm\.pairing .*'best_worst' and no such source: leave"):
-                check_rewards(config, judges=False)
+                check_pairing(config)
 
 
 @pytest.mark.parametrize("function", ["asked", "scored"])
@@ -379,7 +385,7 @@ def test_variables_are_seen_by_name_and_must_be_set(folder, monkeypatch, capfd):
     monkeypatch.delenv("JUDGE_API_KEY")
     config = run_config(data={"reward": f"{folder}/mine.py:sees"}, rewards={"environment": ["JUDGE_API_KEY"]})
     with pytest.raises(ConfigError, match=r"^rewards\.environment .* found no JUDGE_API_KEY: set it"):
-        check_rewards(config, judges=True)
+        check_all(config)
     assert "secret" not in "".join(capfd.readouterr())
 
 
@@ -391,10 +397,10 @@ def test_names_that_cannot_judge_are_sentences(folder, tmp_path):
         (f"{folder}/mine.py:shaped", "`parts` is for a rule of data.reward_combine"),
     ):
         with pytest.raises(ConfigError, match=said):
-            check_rewards(run_config(data={"reward": name}), judges=True)
+            check_all(run_config(data={"reward": name}))
     config = combined(folder, reward_combine=f"{folder}/mine.py:rank")
     with pytest.raises(ConfigError, match=r"^data\.reward_combine combines the rewards of one completion"):
-        check_rewards(config, judges=True)
+        check_all(config)
 
 
 def test_a_configuration_with_all_of_it_reads_back_equal(tmp_path):

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from engine.commands.training import check_fresh, preemptible, show
+from engine.api.events import typed
+from engine.api.training import begins_again, preemptible
+from engine.commands.training import show
 from engine.config.load import RunConfig
 from engine.core.errors import (
     CheckpointError,
@@ -29,10 +31,12 @@ from engine.core.errors import (
     WeightSyncError,
     telling,
 )
+from engine.observe.summary import summarize
 from engine.run.checkpoint import _content_digest
 from engine.run.machine import await_head, descendants, end, runs
 from engine.run.restarts import restarts_in_a_row, unbroken
 from engine.run.signals import Event, stop_request
+from tests import builders
 
 PASSING = (InferenceError, EngineLostError, WeightSyncError, WatchdogError, ProcessLostError)
 LASTING = (ConfigError, DataError, CheckpointError, NumericsError, PreemptedError, MissingNodeError, UnexpectedError)
@@ -40,8 +44,7 @@ LASTING = (ConfigError, DataError, CheckpointError, NumericsError, PreemptedErro
 
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
-    tree = {"run": {"directory": str(tmp_path / "run"), "steps": 8, "restarts": 2}, "model": {"path": "unused"}}
-    made = RunConfig.model_validate(tree | {"data": {"train": "unused"}, "sampling": {"max_tokens": 8}})
+    made = builders.config(tmp_path / "run", run={"steps": 8, "restarts": 2})
     made.run_directory.mkdir()
     return made
 
@@ -93,7 +96,9 @@ class Attempts:
 def test_a_run_goes_on_from_its_newest_checkpoint_and_says_and_records_what_was_lost(config, capsys):
     engine, rank = EngineLostError("the process of engine 1 ended"), ProcessLostError("the process of trainer rank 0 ended")
     attempts = Attempts(config, (range(1), None, rank), (range(5), 4, engine), (range(4, 8), 8, None))
-    summary = show(config, "train", 2, unbroken(config, attempts, resume=False))
+    events = [typed(event) for event in unbroken(config, attempts, resume=False)]
+    show(config, "train", events)
+    summary = summarize(config.run_directory)
     assert attempts.resumed == [False, False, True]
     wanted = [(0, 1, 1, "ProcessLostError", str(rank)), (4, 1, 1, "EngineLostError", str(engine))]
     rows = [json.loads(line) for line in (config.run_directory / "restarts.jsonl").read_text().splitlines()]
@@ -166,7 +171,7 @@ def test_the_restarts_of_a_run_that_never_took_a_step_are_not_the_next_ones(conf
     restarts = config.run_directory / "restarts.jsonl"
     restarts.parent.mkdir(parents=True, exist_ok=True)
     restarts.write_text('{"step": 0}\n')
-    check_fresh(config, may_start_over=False)
+    assert not begins_again(config, may_start_over=False)
     assert not restarts.exists()
 
 

@@ -1,0 +1,97 @@
+"""How good a model is on problems: sets of held-out problems, or other files, sampled and judged on one start of the engines.
+It prints nothing; whoever wants to follow it gives a function that is told of each set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine.api.preflight import examine, parts_of
+from engine.config.load import RunConfig
+from engine.config.options import Source
+from engine.core.errors import combined
+from engine.data.mixture import held_out_sources, load_prompts
+from engine.evaluation import accuracy, suites
+from engine.inference.pool import Pool
+from engine.rewards.registry import judging_of, open_rewards
+from engine.run.processes import Cluster
+from engine.run.spec import resolve
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation of a set came to."""
+
+    figures: dict[str, Any]  # mean, standard error, pass@k and settings
+    records: list[dict[str, Any]]  # one for each problem and sample
+
+
+def evaluate(
+    config: RunConfig,
+    suite: Sequence[str] = (),
+    *,
+    output: str | Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    told: Callable[[str, Mapping[str, Any]], None] = lambda name, figures: None,
+    verbose: bool = False,
+) -> dict[str, Evaluated]:
+    """Accuracy or mean reward of model.path by set: on every held_out of [data], judged as its source says, or on the files of
+    `suite`, judged by Math-Verify.
+
+    `output`: a folder that keeps records and figures; what is there with equal settings is not done again. `say` is told a line
+    about each set, `told` its name and figures when it is done. Raises the SemionError of what the preflight or the engines
+    found.
+    """
+    sets = asked_sets(config, suite)
+    if faults := examine(config, "eval", sets=sets if suite else None):
+        raise combined(faults)
+    settings = {name: suites.settings_of(config, source) for name, source in sets.items()}
+    folder = Path(output) if output else None
+    done: dict[str, Evaluated] = {}
+    for name in sets:
+        if folder and (figures := suites.load_finished(folder, name, settings[name])):
+            say(f"{name}: done before, with equal settings, in {folder}")
+            done[name] = Evaluated(figures, suites.load_records(folder, name))
+    if due := {name: source for name, source in sets.items() if name not in done}:
+        done |= _sample(config, due, settings, folder, say, told, verbose)
+    return {name: done[name] for name in sets}
+
+
+def asked_sets(config: RunConfig, suite: Sequence[str]) -> dict[str, Source]:
+    """The sets to evaluate by name, as sources whose held_out they are; empty where nothing is held out."""
+    if suite:
+        files, template = suites.suite_names(suite), config.data.template
+        return {name: Source(train=path, held_out=path, template=template, reward="math") for name, path in files.items()}
+    return {name: config.data.sources[place] for name, place in held_out_sources(config).items()}
+
+
+def _sample(
+    config: RunConfig,
+    due: Mapping[str, Source],
+    settings: Mapping[str, dict[str, Any]],
+    folder: Path | None,
+    say: Callable[[str], None],
+    told: Callable[[str, Mapping[str, Any]], None],
+    verbose: bool,
+) -> dict[str, Evaluated]:
+    """Each set on one start of the engines; written when it is done."""
+    prompts = {
+        name: load_prompts(config, source, str(source.held_out), judging_of(config, source)) for name, source in due.items()
+    }
+    for name, found in prompts.items():
+        say(f"{name}: {found}")
+    done = {}
+    spec = resolve(config, parts_of(config, "eval", due), digests=False)
+    with Cluster(spec, verbose=verbose) as cluster:
+        pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
+        with open_rewards(config, cluster.start_reward_engine(), list(due.values())) as reward:
+            for name in due:
+                result = accuracy.evaluate(config, prompts[name].prompts, pool, reward)
+                left_out = {"num_too_long": prompts[name].num_dropped, "num_duplicates": prompts[name].num_duplicates}
+                figures = {"suite": name, "settings": settings[name]} | result.summary() | left_out
+                done[name] = Evaluated(figures, list(result.records))
+                if folder:
+                    suites.save(folder, name, *done[name])
+                told(name, figures)
+    return done

@@ -1,0 +1,125 @@
+"""To train, and to fine-tune on worked solutions, as an iterator of typed events: the preflight, the lock on the run's
+directory, restarts after a loss, and the summary. What the events look like on a terminal is for the commands.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, Literal
+
+from engine.api.events import Done, Event, Note, typed
+from engine.api.preflight import check, check_fresh
+from engine.config.load import RunConfig, dump_config
+from engine.core.errors import PreemptedError
+from engine.core.files import locked
+from engine.observe.sinks import write_json
+from engine.observe.summary import RESTARTS, summarize
+from engine.run import signals
+from engine.run.checkpoint import latest
+from engine.run.processes import Cluster
+from engine.run.restarts import unbroken
+from engine.run.spec import Spec
+
+
+def train(config: RunConfig, resume: Literal["auto"] | None = None, *, verbose: bool = False) -> Generator[Event]:
+    """Trains, from the start or with resume="auto" from the newest checkpoint, and again from there where a process is lost.
+
+    Nothing happens before the first event is asked for; to leave early, close the iterator, which ends every process. The last
+    event is `Done`, and summary.json is then written. `verbose`: processes print what they log. In the main thread, a first
+    SIGTERM or SIGUSR1 has the run save and end with PreemptedError, a second one ends it at once.
+
+    Raises the SemionError of what the preflight or the run found.
+    """
+    spec = check(config, "train", resume=resume == "auto")
+    directory, started = config.run_directory, time.monotonic()
+
+    def attempt(again: bool) -> Iterator[signals.Event]:
+        with Cluster(spec, verbose=verbose) as cluster:
+            yield from cluster.train(resume=again)
+
+    with locked(directory), preemptible(config):
+        goes_on = resume == "auto" and latest(directory / "checkpoints") is not None
+        if not goes_on and begins_again(config, may_start_over=resume == "auto"):
+            yield Note("no checkpoint was written before the run was stopped: starting over")
+        yield _starting(spec)
+        with closing(unbroken(config, attempt, resume=goes_on)) as events:
+            for event in map(typed, events):
+                yield _finished(config, event, started) if isinstance(event, Done) else event
+
+
+def fine_tune(config: RunConfig, *, verbose: bool = False) -> Generator[Event]:
+    """Fine-tunes on worked solutions and writes a Hugging Face checkpoint at sft.checkpoint_out; otherwise as `train`, without
+    checkpoints to go on from."""
+    spec, started = check(config, "sft"), time.monotonic()
+    with locked(config.run_directory):
+        check_fresh(config, may_start_over=False)
+        (config.run_directory / "config.toml").write_text(dump_config(config), encoding="utf-8")
+        yield _starting(spec)
+        with Cluster(spec, verbose=verbose) as cluster:
+            for event in map(typed, cluster.fine_tune()):
+                yield _finished(config, event, started) if isinstance(event, Done) else event
+
+
+def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
+    """Whether a run that starts without a checkpoint replaces the records of one that was stopped; removes what a run that
+    never took a step left. ConfigError as `check_fresh`: another run may have come since the preflight."""
+    check_fresh(config, may_start_over=may_start_over)
+    if (config.run_directory / "metrics.jsonl").exists():
+        return True
+    (config.run_directory / RESTARTS).unlink(missing_ok=True)
+    return False
+
+
+def _starting(spec: Spec) -> Note:
+    t = spec.config.trainer
+    engines = spec.config.inference.engines if spec.starts_engines else 0
+    return Note(
+        f"starting {t.world_size} trainer ranks (tensor {t.tensor_parallel}, pipeline {t.pipeline_parallel}, data "
+        f"{t.data_parallel}) and {engines} engines; --verbose shows their logs"
+    )
+
+
+def _finished(config: RunConfig, done: Done, started: float) -> Done:
+    """The last event with the summary of the run's records, which is written down too."""
+    summary: dict[str, Any] = summarize(config.run_directory) | {"seconds": time.monotonic() - started} | dict(done.summary)
+    write_json(config.run_directory / "summary.json", summary)
+    return Done(summary, done.checkpoint)
+
+
+@contextmanager
+def preemptible(config: RunConfig) -> Iterator[None]:
+    """While entered in the main thread, SIGTERM or SIGUSR1 (what srun passes on) has the run save and end where a run can go on
+    from: before the next sync, or offline the next chunk of rollouts. A second one ends it at once. Both are a
+    PreemptedError. Signals cannot be taken in any other thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    request, asked = signals.stop_request(config), 0
+    request.unlink(missing_ok=True)
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            raise KeyboardInterrupt  # the one exception that comes out of a wait in Ray
+        request.touch()
+        os.write(2, b"semion: asked to stop: the run will save and end where it can go on from; a second time: at once\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if asked < 2:
+            raise
+        raise PreemptedError(
+            "asked twice to stop: the newest checkpoint stands, and --resume auto goes on from it, or starts over without one"
+        ) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        request.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""`semion check`: all that can be seen wrong with a run before it starts, a line a fault, and the run as resolved."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.config.load import dump_config, read_config
+from engine.core.errors import SemionError, combined
+
+if TYPE_CHECKING:
+    from engine.run.spec import Spec
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("--resume", choices=["auto"], help="check the run as `semion train --resume auto` would go on with it")
+    parser.add_argument("--toml", action="store_true", help="print every option with its value instead, as a file to load")
+    parser.add_argument("--json", metavar="PATH", help="write the run as resolved to this file too")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Prints the run; raises all faults at once, those of the configuration before those of what it names."""
+    config, found = read_config(options.config, options.overrides)
+    if config is None:
+        raise combined(found)
+    faults: list[SemionError] = [*found]
+    if options.toml:
+        print(dump_config(config), end="")
+    from engine.api.preflight import examine, parts_of, purpose_of
+    from engine.observe.progress import print_table
+    from engine.run.spec import resolve
+
+    purpose = purpose_of(config)
+    faults += examine(config, purpose, resume=options.resume is not None)
+    if faults:
+        raise combined(faults)
+    spec = resolve(config, parts_of(config, purpose))
+    if not options.toml:
+        print_table(f"semion check {options.config}", table(spec))
+    if options.json:
+        Path(options.json).write_text(json.dumps(json.loads(spec.to_json()), indent=1) + "\n", encoding="utf-8")
+
+
+def table(spec: Spec) -> list[tuple[str, str]]:
+    """The run for people: heading, then a row a fact."""
+    c, shape, t, e = spec.config, spec.shape, spec.trainer, spec.engine
+    rows = [
+        ("what", "as resolved"),
+        ("model", f"{shape.num_layers} layers, hidden {shape.hidden}, vocabulary {shape.vocab_size}, {c.model.dtype}"),
+        ("source", {"rollouts": "rollouts, sampled by engines"}.get(spec.source, spec.source)),
+        ("trainer ranks", f"{c.trainer.world_size}: tensor {t.tp_size}, pipeline {t.pp_size}, data {c.trainer.data_parallel}"),
+        ("kept beside the policy", ", ".join(spec.copies) or "no copy of its weights"),
+    ]
+    if spec.starts_engines:
+        rows.append(("inference engines", f"{c.inference.engines}: tensor {e.tp_size}, {c.inference.placement}"))
+    if spec.starts_reward_engine:
+        rows.append(("reward model", str(c.reward_model.path)))
+    rows += [(f"weight syncs on {carrier.device}", f"{carrier.kind or 'none'}: {carrier.why}") for carrier in spec.transports]
+    if spec.placement is not None:
+        nodes = len({seat.node for seat in spec.placement.seats})
+        seats = sum(len(seat.gpus) for seat in spec.placement.seats)
+        rows.append(("GPUs, where there are any", f"{seats} seats on {nodes} nodes"))
+    judged = _steps(spec.evaluation_steps)
+    rows += [(f"evaluated: {found.name}", f"{found.path} after steps {judged}") for found in spec.evaluation_sets]
+    rows.append(("checkpoints", f"after steps {_steps(spec.checkpoint_steps)}" if spec.checkpoint_steps else "none"))
+    rows += [(f"digest of {name}", (digest or "none")[:16]) for name, digest in spec.digests.items()]
+    return rows
+
+
+def _steps(steps: tuple[int, ...]) -> str:
+    shown = [str(step) for step in (steps if len(steps) <= 4 else (*steps[:3], steps[-1]))]
+    return ", ".join([*shown[:-1], "...", shown[-1]] if len(steps) > 4 else shown)

@@ -1,0 +1,55 @@
+"""The headers of a model's safetensors files against the family's table: which tensors are there, of which sizes, and whether
+the files are as long as their headers say. It reads no weights, so that a model of any size is looked at in a moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.core.errors import CheckpointError
+from engine.models.base import ModelShape
+from engine.models.hf import HfCheckpoint
+from engine.models.sharding import tensors
+
+MAX_SHOWN = 3
+
+
+def weight_faults(path: str | Path, shape: ModelShape, option: str = "model.path") -> Iterator[CheckpointError]:
+    """What would stop the weights of a folder from being loaded into a model of `shape`: a sentence for each file that is
+    missing or broken, one for all missing tensors, and one for each tensor of the first few with other sizes."""
+    try:
+        checkpoint = HfCheckpoint(path, option)
+    except CheckpointError as error:
+        yield error
+        return
+    names = checkpoint.files
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    broken = set()
+    for file in sorted(set(names.values())):
+        try:
+            found |= {name: (file, sizes) for name, sizes in checkpoint.shapes(file).items()}
+        except CheckpointError as error:
+            broken.add(file)
+            yield error
+    wanted = tensors(shape)
+    missing = [name for name in wanted if name not in found and names.get(name) not in broken]
+    if missing:
+        more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
+        yield CheckpointError(
+            f"{path} must hold every tensor of the model in its config.json; found no {', '.join(missing[:MAX_SHOWN])}{more}: "
+            f"the checkpoint is incomplete, fetch it again"
+        )
+    others = [name for name, sizes in wanted.items() if name in found and found[name][1] != sizes]
+    for name in others[:MAX_SHOWN]:
+        file, sizes = found[name]
+        yield CheckpointError(
+            f"{Path(path) / file}: tensor {name} must be {list(wanted[name])} by config.json; found {list(sizes)}: the two "
+            f"files belong to different models"
+        )
+
+
+def num_elements(shape: ModelShape) -> int:
+    """Elements of all tensors of the model."""
+    return sum(math.prod(sizes) for sizes in tensors(shape).values())

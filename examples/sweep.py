@@ -1,0 +1,25 @@
+"""A sweep over s, from online to offline, as one script: `python examples/sweep.py CONFIG 1 10 never`.
+
+Each run has its own directory beside the configuration's, and one that is there already goes on or is done at once.
+"""
+
+import sys
+
+import engine
+
+
+def main(path: str, intervals: list[str]) -> None:
+    base = engine.load_config(path)
+    for s in intervals:
+        interval = s if s == "never" else int(s)
+        run = {"directory": f"{base.run.directory}-s{s}"}
+        config = engine.override(base, {"sync.sync_interval": interval, "checkpoint.every": "end"}, run=run)
+        for event in engine.train(config, resume="auto"):
+            if isinstance(event, engine.Step):
+                print(f"s = {s}, step {event.step}: reward {event.metrics['reward_mean']:.3f}", flush=True)
+            elif isinstance(event, engine.Done):
+                print(f"s = {s}: {event.summary['steps']} steps in {event.summary['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

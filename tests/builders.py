@@ -1,0 +1,62 @@
+"""What tests build configurations from: the least that a run needs, in tables that any test may change, and such a run resolved
+without a model on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.load import RunConfig
+from engine.models.base import ModelShape
+from engine.models.hf import read_shape
+from engine.models.sharding import tensors
+from engine.run.spec import Spec, assemble
+
+SMALL = ModelShape(4, 8, 4, 2, 2, 12, 100, 1e4, None, 1e-5, False, 16)
+LEAST: dict[str, dict[str, Any]] = {
+    "run": {"directory": "unused", "steps": 4},
+    "model": {"path": "unused"},
+    "data": {"train": "unused"},
+    "sampling": {"max_tokens": 8},
+}
+
+LLAMA: dict[str, Any] = {  # the config.json of a model of the tests' tokenizer
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 260,
+    "eos_token_id": 259,
+    "max_position_embeddings": 4096,
+}
+
+
+def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """A model's folder with weights of zero. A tokenizer and a config.json that are there already stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if not (folder / "config.json").exists():
+        (folder / "config.json").write_text(json.dumps(LLAMA))
+    sizes = tensors(read_shape(folder))
+    save_file({name: torch.zeros(size, dtype=torch.bfloat16) for name, size in sizes.items()}, folder / "model.safetensors")
+
+
+def config(directory: str | Path = "unused", **tables: dict[str, Any]) -> RunConfig:
+    """A configuration that breaks no rule; `tables` set options anew, beside those of `LEAST`."""
+    tree = {name: dict(table) for name, table in LEAST.items()}
+    for name, table in tables.items():
+        tree[name] = tree.get(name, {}) | table
+    tree["run"]["directory"] = str(directory)
+    return RunConfig.model_validate(tree)
+
+
+def spec(made: RunConfig | None = None, shape: ModelShape = SMALL, **known: Any) -> Spec:
+    """A run as resolved, of a model that is nowhere; `known` as `assemble` takes it."""
+    return assemble(config() if made is None else made, shape, **known)

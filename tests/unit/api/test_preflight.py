@@ -1,0 +1,356 @@
+"""What can be seen wrong before a process starts, all of it at once: each fault is made once and must be told, in a line, with
+the exit code of its class; and a configuration without one is accepted without a trace left on disk."""
+
+import json
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine import cli
+from engine.api import preflight
+from engine.api.preflight import check, examine
+from engine.config.load import RunConfig, dump_config, override
+from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, combined
+from engine.core.files import locked
+from engine.run.checkpoint import Checkpoints
+from engine.run.spec import Spec
+from tests.builders import LLAMA, config, make_model
+
+ROW = {"problem": "1+1", "answer": "2", "solution": "It is 2."}
+
+
+@pytest.fixture
+def made(tmp_path, tiny_tokenizer) -> RunConfig:
+    """A configuration with which nothing is wrong."""
+    make_model(tmp_path / "model", tiny_tokenizer)
+    write(tmp_path / "train.jsonl", [ROW])
+    write(tmp_path / "held_out.jsonl", [ROW | {"problem": "1+2", "answer": "3"}])
+    data = {"train": str(tmp_path / "train.jsonl"), "held_out": str(tmp_path / "held_out.jsonl"), "max_prompt_tokens": 512}
+    return config(tmp_path / "run", model={"path": str(tmp_path / "model")}, data=data)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def faults(made: RunConfig, purpose: preflight.Purpose = "train", **more: Any) -> list[str]:
+    return [str(fault) for fault in examine(made, purpose, **more)]
+
+
+def only(made: RunConfig, purpose: preflight.Purpose = "train", **more: Any) -> str:
+    (fault,) = faults(made, purpose, **more)
+    return fault
+
+
+def test_a_run_with_nothing_wrong_is_accepted_and_nothing_is_written(made, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert check(made).starts_engines
+    assert check(made, resume=True).parts == check(made).parts
+    for purpose in ("rollout", "eval", "generate"):
+        assert faults(made, purpose) == []
+    assert check(override(made, {"sft.checkpoint_out": str(tmp_path / "out")})).source == "supervised"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_all_faults_are_told_at_once_with_the_first_ones_exit_code(made, tmp_path, capsys, tiny_tokenizer):
+    """F3: the three of the finding, which exited 0, and a broken rule beside them."""
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'[run]\ndirectory = "{tmp_path}/run"\nsteps = 4\n[model]\npath = "{tmp_path}/model"\n[data]\ntrain = "gone.jsonl"\n'
+        "[sampling]\nmax_tokens = 8\n"
+    )
+    assert cli.main(["check", str(file), "trainer.tensor_parallel=3", "rewards.function=a.py:f"]) == 2
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert said.out == "" and all(line.startswith("semion: ") for line in lines)
+    named = ("rewards.function judges", "data.train must be a file", "trainer.tensor_parallel must divide")
+    assert [any(name in line for line in lines) for name in named] == [True] * 3
+    assert len(lines) == 3
+    assert cli.main(["check", str(file), "model.path=/nowhere", "trainer.tensor_parallel=3"]) == 4
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["/nowhere/config.json", "data.train"]
+
+
+def test_every_complaint_of_the_configuration_is_told(tmp_path, capsys):
+    (tmp_path / "run.toml").write_text("[run]\nsteps = 0\n[data]\ntrian = 3\n")
+    assert cli.main(["check", str(tmp_path / "run.toml"), "sync.x=1", "beta=1"]) == 2
+    said = capsys.readouterr().err
+    for part in (
+        "run.directory is required",
+        "run.steps: ",
+        "section [model]",
+        "data.trian is not",
+        "sync.x is not",
+        "'beta=1'",
+    ):
+        assert part in said
+    assert said.count("semion: ") == said.count("\n") == 7
+
+
+def test_a_run_that_is_refused_leaves_its_directory_alone(made, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text(dump_config(made))
+    for command in ("train", "sft"):
+        assert cli.main([command, str(tmp_path / "run.toml"), "data.train=gone.jsonl"]) in (2, 3)
+        assert not made.run_directory.exists()
+    assert "data.train must be a file" in capsys.readouterr().err
+
+
+def test_check_shows_the_run_and_writes_it_as_json(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "run.toml").write_text(dump_config(made))
+    assert cli.main(["check", str(tmp_path / "run.toml"), "--json", str(tmp_path / "spec.json")]) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "rollouts, sampled by engines",
+        "reference",
+        "nccl: sync.transport",
+        "held_out.jsonl after steps 0, 4",
+        "digest of",
+    ):
+        assert part in said
+    assert Spec.from_json((tmp_path / "spec.json").read_text()) == check(made)
+
+
+def test_check_needs_neither_ray_nor_an_engine_and_takes_seconds(made, tmp_path):
+    """The bound is loose, for a machine that may be busy; the time of the process itself counts."""
+    (tmp_path / "run.toml").write_text(dump_config(made))
+    code = (
+        "import sys, time\nfrom engine import cli\n"
+        f"assert cli.main(['check', {str(tmp_path / 'run.toml')!r}]) == 0\n"
+        "print('SECONDS', time.process_time())\n"
+        "print('LOADED', *sorted({'ray', 'vllm', 'megatron.core'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, loaded = done.stdout.splitlines()[-2:]
+    assert loaded == "LOADED"
+    assert float(seconds.split()[1]) < 20
+
+
+def broken_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00not json")
+
+
+def cut_short(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-10])
+
+
+def sharded(folder: Path, **files: str) -> None:
+    """The weights in two files, named by an index; `files`: where else the index says that a tensor is."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    index = {name: file for file, held in parts.items() for name in held} | {names[0]: files.get("first", "a.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def shard_cut_short(folder: Path) -> None:
+    sharded(folder)
+    (folder / "b.safetensors").write_bytes((folder / "b.safetensors").read_bytes()[:-10])
+
+
+def shard_missing(folder: Path) -> None:
+    sharded(folder, first="c.safetensors")
+
+
+def test_a_model_in_several_files_is_as_good(made):
+    sharded(Path(made.model.path))
+    assert faults(made) == []
+
+
+def of_another_model(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"intermediate_size": 64}))
+
+
+def deeper(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 3}))
+
+
+def small_vocabulary(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 200, "eos_token_id": 199}))
+    make_model(folder)
+
+
+def no_end(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in LLAMA.items() if k != "eos_token_id"}))
+    without(folder, "eos_token")
+
+
+def end_beyond(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [259, 300]}')
+
+
+def without(folder: Path, key: str) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+
+
+def no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    without(folder, "chat_template")
+
+
+def bad_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('only systems') }}")
+    without(folder, "chat_template")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "part"),
+    [
+        (broken_header, CheckpointError, "model.safetensors cannot be read: Error while deserializing header"),
+        (cut_short, CheckpointError, "model.safetensors cannot be read: Error while deserializing header"),
+        (shard_cut_short, CheckpointError, "b.safetensors cannot be read: Error while deserializing header"),
+        (shard_missing, CheckpointError, "c.safetensors cannot be read: No such file"),
+        (of_another_model, CheckpointError, "must be [64, 32] by config.json; found [48, 32]"),
+        (deeper, CheckpointError, "must hold every tensor of the model in its config.json; found no model.layers.2."),
+        (lambda folder: (folder / "model.safetensors").unlink(), CheckpointError, "found neither: check model.path"),
+        (small_vocabulary, ConfigError, "found 260 tokens for a vocabulary of 200"),
+        (no_end, ConfigError, "model.path must say which token ends a response"),
+        (end_beyond, ConfigError, "found eos_token_id = [259, 300]"),
+        (no_template, ConfigError, "must hold a tokenizer with a chat template; found none"),
+        (bad_template, ConfigError, "found that it fails with 'only systems'"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), ConfigError, "must hold a tokenizer (tokenizer.json"),
+    ],
+)
+def test_what_is_wrong_with_a_models_folder(made, spoil, kind, part):
+    spoil(Path(made.model.path))
+    found = examine(made, "train")
+    assert any(part in str(fault) and isinstance(fault, kind) for fault in found), [str(fault) for fault in found]
+    assert all("model" in str(fault) for fault in found), "and of nothing else"
+
+
+def test_a_broken_row_is_told_wherever_it_stands(made, tmp_path):
+    rows, file = [ROW | {"problem": f"{number}+1"} for number in range(20)], tmp_path / "train.jsonl"
+    write(tmp_path / "train.jsonl", [*rows[:7], {"problem": 3}, *rows[7:], {"answer": "2"}])
+    assert faults(made) == [
+        f"data.train ({file}), line 8: `problem` must be a text; found 3: write it as text",
+        f"data.train ({file}), line 22: `problem` must be a text that is not empty; found {{'answer': '2'}}: add it",
+    ]
+
+
+def test_of_a_large_file_a_sample_is_read(made, tmp_path, monkeypatch):
+    """Broken at its end, where only the spread part of the sample comes."""
+    monkeypatch.setattr("engine.data.records.SMALL_BYTES", 1000)
+    rows = [ROW | {"problem": f"{number}+1"} for number in range(3000)]
+    write(tmp_path / "train.jsonl", [*rows[:2000], *[{"problem": 3}] * 1000])
+    found = faults(made)
+    assert len(found) == 3 and all("the line at byte" in fault for fault in found)
+    write(tmp_path / "train.jsonl", rows)
+    assert faults(made) == []
+
+
+def test_a_prompt_that_fits_is_looked_for(made, tmp_path):
+    short = override(made, {"data.max_prompt_tokens": 20})
+    assert len(found := faults(short)) == 2 and "found none of 20 or fewer tokens" in found[0]
+    template = override(short, {"data.template": "{problem}", "data.max_prompt_tokens": 64})
+    assert faults(template) == []
+
+
+def test_one_id_of_two_problems_is_told(made, tmp_path):
+    write(tmp_path / "train.jsonl", [ROW | {"id": "a"}, ROW | {"id": "a", "problem": "2+2"}])
+    assert "`id` must name one problem; found 'a' for '1+1' and '2+2'" in only(made)
+
+
+def test_supervised_rows_have_solutions_that_fit(made, tmp_path):
+    supervised = override(made, {"sft.checkpoint_out": str(tmp_path / "out")})
+    write(tmp_path / "train.jsonl", [ROW, {"problem": "2+2", "answer": "4"}])
+    assert "`solution` must not be empty" in only(supervised, "sft")
+    write(tmp_path / "train.jsonl", [ROW | {"solution": "x" * 5000}])
+    assert "a limit of 4096" in only(supervised, "sft")
+
+
+def test_a_ledger_and_pairs_are_looked_at(made, tmp_path):
+    offline = {"sync.sync_interval": "never", "data.replay": str(tmp_path / "replay.jsonl")}
+    write(tmp_path / "replay.jsonl", [{"step": step, "prompt_id": "p", "token_ids": [1]} for step in range(3)])
+    assert "found no step 3, and 3 from 0" in only(override(made, offline))
+    write(tmp_path / "replay.jsonl", [{"step": step, "prompt_id": "p", "token_ids": [1]} for step in range(4)])
+    assert "replay.jsonl, line 1" in only(override(made, offline)), "a row that is no rollout"
+    write(tmp_path / "replay.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a"}])
+    assert "line 2: `rejected` must be a text that is not empty" in only(override(made, offline))
+
+
+def test_the_kv_cache_holds_one_request(made):
+    """Two layers of 2 * 4 * 8 numbers in float32 are 512 bytes a token."""
+    long = override(made, {"inference.max_model_tokens": 4096, "inference.kv_cache_mebibytes": 1})
+    assert "must hold one request of inference.max_model_tokens = 4096 tokens; found 1 MiB for 2.0: raise it to 2" in only(long)
+    assert faults(override(long, {"inference.kv_cache_mebibytes": 2})) == []
+
+
+def test_layouts_positions_and_devices(made, monkeypatch):
+    assert "trainer.tensor_parallel must divide" in faults(override(made, {"trainer.tensor_parallel": 3}))[0]
+    long = override(made, {"inference.max_model_tokens": 5000})
+    assert "must not exceed the model's 4096 positions" in only(long)
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: 1)
+    assert "on this machine" in only(made)
+    assert faults(override(made, {"inference.placement": "colocated"})) == []
+
+
+def test_shared_memory_and_disk(made, monkeypatch):
+    asked = override(made, {"sync.transport": "ipc"})
+    assert faults(asked) == []
+    monkeypatch.setattr(preflight, "room_for", lambda num_bytes: False)
+    assert "sync.transport = 'ipc' needs 12" in only(asked) and "/dev/shm" in only(asked)
+    assert faults(made) == [], "auto falls back to gloo"
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert "run.directory must be on a disk with room for 1 checkpoints" in only(made)
+
+
+def test_a_run_directory_of_another_run(made, tmp_path):
+    made.run_directory.mkdir()
+    with locked(made.run_directory):
+        assert "one run at a time" in only(made)
+    (made.run_directory / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert "add --resume auto" in only(made)
+    assert "one with other options and no checkpoint" in only(made, resume=True)
+
+
+def test_a_checkpoint_that_cannot_be_gone_on_from(made, tmp_path):
+    checkpoints = Checkpoints(made.run_directory / "checkpoints", rank=0, world_size=1, barrier=lambda: None)
+    folder = checkpoints.commit(4, {"step": torch.tensor(4)}, iter([("model.norm.weight", torch.ones(3))]), made)
+    assert faults(made, resume=True) == []
+    write(tmp_path / "train.jsonl", [ROW | {"problem": "other"}])
+    other = override(made, {"run.seed": 3, "algorithm.beta": 0.5, "run.steps": 2})
+    found = faults(other, resume=True)
+    for part in (
+        "run.seed must be what",
+        "algorithm.beta must be what",
+        "data.train must be what",
+        "run.steps must not be less",
+    ):
+        assert sum(part in fault for fault in found) == 1
+    assert len(found) == 4
+    write(tmp_path / "train.jsonl", [ROW])
+    (folder / "rank_0000.safetensors").write_bytes(b"")
+    assert "rank_0000.safetensors must have" in only(made, resume=True)
+
+
+def test_a_users_function_is_tried_and_its_process_ended(made):
+    judged = override(made, {"data.reward": "function", "rewards.function": "gone.py:f"})
+    assert "rewards.function must name a file that exists" in only(judged)
+    assert faults(judged, "generate") == [], "it judges nothing there"
+
+
+def test_an_error_of_many_is_one_of_the_first_ones_class():
+    one = ConfigError("a")
+    assert combined([one]) is one and one.faults == (one,)
+    several = combined([DataError("b"), combined([one, CheckpointError("c")])])
+    assert isinstance(several, DataError) and several.exit_code == 3 and str(several) == "b\na\nc"
+    again: SemionError = pickle.loads(pickle.dumps(several))
+    assert [str(fault) for fault in again.faults] == ["b", "a", "c"]
+
+
+def test_a_preflight_is_fast_enough_to_run_before_everything(made):
+    check(made)
+    started = time.process_time()
+    check(made)
+    assert time.process_time() - started < 5
