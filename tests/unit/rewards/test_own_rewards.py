@@ -35,12 +35,6 @@ IFEVAL = '''
 """Whether a completion follows the instructions of its row, as IFEval's loose accuracy counts them."""
 from engine.rewards.base import reward
 
-def check_all(config):
-    check_pairing(config)
-    for check in checks(config):
-        check()
-
-
 def followed(instruction, completion):
     kind = instruction["type"]
     if kind == "max_words":
@@ -118,6 +112,12 @@ class Longest(Reward):
     def score(self, answers):
         return [Score(float(len(each.completion) > each.row["n"]), "ok") for each in answers]
 '''
+
+
+def check_all(config):
+    check_pairing(config)
+    for check in checks(config):
+        check()
 
 
 @pytest.fixture(scope="module")
