@@ -34,8 +34,8 @@ OF_MODEL = ("reward_model", "max_tokens")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("file", help="JSONL or parquet; a row has answer and completion, and may have problem and expected")
-    named = f"{', '.join(REWARDS.names)}, or your own as path/to/file.py:name or package.module:name"
-    parser.add_argument("--reward", required=True, metavar="NAME", help=f"what judges: {named}")
+    own = "path/to/file.py:name or package.module:name"
+    parser.add_argument("--reward", required=True, metavar="NAME", help=f"what judges, as data.reward: math, model or {own}")
     parser.add_argument("--unevaluated", choices=["accept", "refuse"], help="expressions left to compute (accept)")
     parser.add_argument("--function", metavar="PLACE:NAME", help="of --reward function; --reward PLACE:NAME says the same")
     parser.add_argument("--environment", metavar="VARIABLE", action="append", help="that functions may see; may be repeated")
