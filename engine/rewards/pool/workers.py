@@ -23,6 +23,7 @@ from engine.core.errors import ConfigError, SemionError, WatchdogError
 from engine.core.types import Score
 from engine.rewards.base import Answer, Reward
 from engine.rewards.pool.frames import decoded, frame, read_frame
+from engine.rewards.pool.slots import SLACK_SECONDS
 
 START_SECONDS = 120.0  # longest start of a worker, on a busy machine
 GRACE_SECONDS = 10.0  # beyond an answer's own deadline, before a worker itself counts as stuck
@@ -209,11 +210,11 @@ class WorkerReward(Reward):
 
     @property
     def _patience_seconds(self) -> float:
-        """Longest that a worker may be silent about a request. Those that were judged beside one which is late are judged
-        again, one after another."""
+        """Longest that a worker may be silent about a request. Of several that are awaited at once, each may have to wait
+        until the others have been judged alone, before it is judged among some and at last alone itself (slots.py)."""
         at_once = self._config.concurrency
-        turns = 1 if at_once == 1 else 1 + at_once
-        return turns * (self._config.deadline_seconds + at_once - 1) + GRACE_SECONDS
+        turns = 1 if at_once == 1 else 2 * at_once
+        return turns * (self._config.deadline_seconds + SLACK_SECONDS) + GRACE_SECONDS
 
     def _judge(self, requests: list[Request]) -> list[Outcome]:
         """One outcome for each request."""

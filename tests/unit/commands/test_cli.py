@@ -131,7 +131,13 @@ def test_what_a_run_needs_is_looked_at_before_any_process_starts(command, file, 
 
 
 def test_what_a_run_does_not_read_or_start_is_not_asked_for(file, tmp_path, complaint, monkeypatch):
-    monkeypatch.setattr("engine.rewards.registry.reward_class", lambda *_: pytest.fail("it judges nothing in this run"))
+    looked_at: list[str] = []
+
+    def facts_of(module: str, arguments: list[str], environment: tuple[str, ...]) -> dict[str, bool]:
+        looked_at.extend(arguments)
+        return {"is_class": False}
+
+    monkeypatch.setattr("engine.rewards.function.facts_of", facts_of)
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
     row = {"version": 0, "prompt_id": "p", "sample_index": 0, "seed": 1, "reward": 1.0, "status": "ok"}
     row |= {"finish_reason": "stop", "text": "2", "token_ids": [1], "log_probs": [-1.0]}
@@ -150,8 +156,11 @@ def test_what_a_run_does_not_read_or_start_is_not_asked_for(file, tmp_path, comp
     judged = ("data.reward=function", "rewards.function=gone.py:f")
     accepted(*judged, f"sft.checkpoint_out={tmp_path / 'out'}")
     file.write_text(text[: text.index("held_out")] + text[text.index("[trainer]") :])
-    accepted(ledger, *judged)
+    accepted(pairs, *judged)
     accepted(ledger, "data.reward=model", "reward_model.path=gone")
+    assert not looked_at
+    accepted(ledger, *judged)
+    assert looked_at == ["rewards.function", "gone.py:f"], "right or wrong decides how rollouts are compared"
 
 
 class TwoSteps(FakeEngine):
