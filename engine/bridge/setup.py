@@ -117,8 +117,8 @@ class Weights(Protocol):
 
 
 def shared_bytes(config: RunConfig, policy: Weights) -> int:
-    """What weight syncs through the memory of a machine move into it, of this trainer rank: weights and staging. Weights in FP8
-    are made for a look, and everything then goes by way of staging."""
+    """What weight syncs through the memory of a machine move into it, of this trainer rank: weights and staging. FP8 weights
+    are dequantized into a temporary, and everything then goes by way of staging."""
     held = () if config.trainer.fp8_parameters else policy.parameters.values()
     weights = sum(p.numel() * p.element_size() for p in held) * (2 if config.keeps_seed else 1)
     return weights + 2 * (config.sync.bucket_mebibytes << 20)

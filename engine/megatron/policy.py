@@ -226,7 +226,7 @@ class Policy:
         return {name: value.detach().to("cpu", copy=True) for name, value in self._state()}
 
     def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """One tensor at a time: what is kept in FP8 is made for the look."""
+        """One tensor at a time: one in FP8 is dequantized at every access."""
         for prefix, table in self._tables().items():
             weights = Weights(table)
             for name, value in table.items():

@@ -111,9 +111,9 @@ def _check_fields(config: dict[str, Any], family: type[Family], file: Path, opti
             continue
         if key not in plain:
             raise ConfigError(
-                f"{option} must be {family.title}: {file} has {key} = {found!r}, which model.family = {family.__name__!r} does "
-                f"not know, and which would not be followed: remove it where it changes nothing, or describe a family that has "
-                f"it and name it by model.family"
+                f"{option} must be {family.title}: {file} has {key} = {found!r}, which no model of type {family.model_type!r} "
+                f"is known to have, and which would not be followed: remove it where it changes nothing, or describe a family "
+                f"that has it and name it by model.family"
             )
         if found not in plain[key]:
             raise ConfigError(

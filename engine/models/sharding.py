@@ -41,7 +41,7 @@ class TrainerLayout:
     first_stage_layers: int | None = None  # None: as many as the other stages
     last_stage_layers: int | None = None
     spec: Literal["local", "transformer_engine"] = "local"
-    fp8_parameters: bool = False  # the bfloat16 matrices of a shard are made for whoever looks, and lie nowhere
+    fp8_parameters: bool = False  # matrices are stored in FP8 and dequantized at each access
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,14 @@ import pytest
 from engine.config.load import RunConfig, dump_config, load_config
 from engine.config.options import Rewards
 from engine.core.errors import CheckpointError, ConfigError, DataError
+from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion, Judging, Prompt, Rollout, RolloutGroup, Score
 from engine.data.mixture import load_mixture
 from engine.data.rows import load_rows
-from engine.observe.sinks import JsonlLedger
 from engine.rewards.base import Answer, Reward
 from engine.rewards.function import FunctionReward
 from engine.rewards.pool import slots
-from engine.rewards.registry import RoutedReward, check_pairing, identities, judging_of, open_rewards, reward_class
+from engine.rewards.registry import RoutedReward, check_pairing, checks, identities, judging_of, open_rewards, reward_class
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
 from engine.rollouts.metrics import rollout_metrics
 from engine.rollouts.source import score_groups
