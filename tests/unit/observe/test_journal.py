@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from engine.api.events import typed
 from engine.commands.training import show
@@ -15,6 +16,7 @@ from engine.observe.summary import summarize
 PROCESS = """
 import ctypes, logging, os, signal, sys
 from pathlib import Path
+from typing import Any
 from engine.observe.journal import Journal, traced
 Journal(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "verbose").open()
 log = logging.getLogger("engine.bridge.setup")
@@ -107,7 +109,7 @@ def test_people_see_a_warning_in_the_progress_and_in_the_summary(tmp_path, capsy
     config = RunConfig.model_validate(tree)
     row = {"unix_seconds": 1.0, "process": "trainer rank 0", "text": "over gloo", "count": 10}
     (tmp_path / "warnings.jsonl").write_text(json.dumps(row) + "\n")
-    event = {"kind": "warning", "where": "trainer rank 0", "text": "over gloo", "count": 10}
+    event: dict[str, Any] = {"kind": "warning", "where": "trainer rank 0", "text": "over gloo", "count": 10}
     assert sentence(event) == "warning, trainer rank 0: over gloo (10 times so far)"
     assert sentence(event | {"count": 1}) == "warning, trainer rank 0: over gloo"
     show(config, "train", [typed(event), typed({"kind": "done", "engine_versions": {}})])
