@@ -14,6 +14,7 @@ from engine.config.load import load_config
 from engine.core.errors import ConfigError, DataError
 from engine.evaluation import suites
 from engine.rewards.math.reward import VERIFIER_VERSION
+from tests.builders import make_model
 
 CONFIG = """
 [run]
@@ -144,8 +145,12 @@ def test_names_must_differ_and_files_exist(tmp_path):
         suites.load_finished(tmp_path, "amc", {})
 
 
-def test_the_command_refuses_before_it_starts_and_starts_nothing_for_what_is_done(world, monkeypatch, capsys):
+def test_the_command_refuses_before_it_starts_and_starts_nothing_for_what_is_done(
+    world, monkeypatch, capsys, tiny_tokenizer
+):
     folder, settings = world
+    (folder / "model" / "config.json").unlink()
+    make_model(folder / "model", tiny_tokenizer)
     monkeypatch.setattr("engine.run.processes.Cluster.__enter__", lambda self: pytest.fail("a process would have started"))
     config, suite, out = (str(folder / name) for name in ("run.toml", "amc.jsonl", "out"))
     assert cli.main(["eval", config]) == 2
