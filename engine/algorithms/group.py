@@ -7,7 +7,7 @@
             gain = group.sums(group.log_probs) - group.sums(group.rollout_log_probs)
             return (gain - group.advantages).square().mean()
 
-and `algorithm.loss = "regression.py:Regression"`; docs/architecture.md has one with options and metrics. The loss is exact at
+and `algorithm.loss = "regression.py:Regression"`; docs/algorithms.md has one with options and metrics. The loss is exact at
 any layout: a group is judged by one data-parallel rank, its log-probs are those of the whole vocabulary, and where a group does
 not fit a microbatch its loss is differentiated by every token log-prob first (base.py). The kernels of the built-in losses are
 not used.

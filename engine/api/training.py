@@ -17,6 +17,7 @@ from engine.api.preflight import check, check_fresh
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import PreemptedError
 from engine.core.files import locked
+from engine.observe.journal import LOGS, WARNINGS
 from engine.observe.sinks import write_json
 from engine.observe.summary import RESTARTS, summarize
 from engine.run import signals
@@ -71,7 +72,8 @@ def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
     check_fresh(config, may_start_over=may_start_over)
     if (config.run_directory / "metrics.jsonl").exists():
         return True
-    (config.run_directory / RESTARTS).unlink(missing_ok=True)
+    for name in (RESTARTS, WARNINGS):
+        (config.run_directory / name).unlink(missing_ok=True)
     return False
 
 
@@ -80,7 +82,7 @@ def _starting(spec: Spec) -> Note:
     engines = spec.config.inference.engines if spec.starts_engines else 0
     return Note(
         f"starting {t.world_size} trainer ranks (tensor {t.tensor_parallel}, pipeline {t.pipeline_parallel}, data "
-        f"{t.data_parallel}) and {engines} engines; --verbose shows their logs"
+        f"{t.data_parallel}) and {engines} engines; their logs are in {spec.config.run_directory / LOGS}, --verbose shows them"
     )
 
 

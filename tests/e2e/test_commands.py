@@ -220,24 +220,6 @@ def test_engines_that_take_turns_with_the_trainer_change_no_bit(
     assert (config.run_directory / final).read_bytes() == (apart.run_directory / final).read_bytes()
 
 
-def test_a_loss_of_the_users_own_trains_over_data_parallel_ranks_and_resumes(run_config: Make, tmp_path: Path) -> None:
-    """One file outside the engine, named by its path from the working directory; two steps and two more are four."""
-    own = ["algorithm.loss=tests/own_loss.py:ReferenceRegression", "trainer.data_parallel=2"]
-    regime = ["sync.sync_interval=2", "sync.reference=follow", "checkpoint.every=2", "trainer.microbatch_tokens=96"]
-    whole = run_config(*own, *regime, directory="whole")
-    semion("train", written(whole, tmp_path))
-    metrics = rows(whole, "metrics.jsonl")
-    assert all({"residual_mean", "residual_max", "groups"} <= row.keys() for row in metrics)
-    assert {row["groups"] for row in metrics} == {whole.data.prompts_per_step}
-    assert all(0 < row["residual_mean"] <= row["residual_max"] for row in metrics)
-    parted = run_config(*own, *regime, directory="parted")
-    file = written(parted, tmp_path)
-    semion("train", file, "run.steps=2")
-    semion("train", file, "--resume", "auto")
-    assert untimed(rows(parted, "metrics.jsonl")) == untimed(metrics)
-    assert tensors(parted) == tensors(whole)
-
-
 def test_resume_refuses_another_run_and_altered_bits(semi_online: tuple[RunConfig, str], tmp_path: Path) -> None:
     config, _ = semi_online
     file = written(config, tmp_path)

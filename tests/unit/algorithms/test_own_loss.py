@@ -87,9 +87,9 @@ def test_a_step_without_groups_has_loss_0_and_no_largest_residual():
 
 def test_the_documents_example_is_the_same_loss(tmp_path):
     """Run as it stands there."""
-    text = (Path(__file__).resolve().parents[3] / "docs" / "architecture.md").read_text("utf-8")
+    text = (Path(__file__).resolve().parents[3] / "docs" / "algorithms.md").read_text("utf-8")
     file = tmp_path / "example.py"
-    file.write_text(text.split("## Algorithms")[1].split("```python\n")[1].split("```")[0])
+    file.write_text(text.split("## One of your own")[1].split("```python\n")[1].split("```")[0])
     step = step_of([3, 2])
     example = make_loss(algorithm_options({"loss": f"{file}:Regression", "beta": 0.7}))
     known = make_loss(algorithm_options({"loss": f"{OWN_LOSS}:Regression", "temperature": 0.7}))
@@ -99,6 +99,24 @@ def test_the_documents_example_is_the_same_loss(tmp_path):
         assert loss == pytest.approx(wanted, rel=CLOSE)
         assert metrics["residual_mean"] == pytest.approx(sums["residual_mean"], rel=CLOSE)
         assert [g[0] for g in gradients] == pytest.approx([g[0] for g in slopes], rel=CLOSE, abs=CLOSE)
+
+
+def test_the_loss_that_contributing_walks_through_does_what_it_says(tmp_path):
+    """CISPO: the gradient of a token is minus its advantage times its clipped importance weight."""
+    text = (Path(__file__).resolve().parents[3] / "CONTRIBUTING.md").read_text("utf-8")
+    file = tmp_path / "cispo.py"
+    file.write_text(text.split("## Add a loss")[1].split("```python\n")[1].split("```")[0])
+    step = step_of([3, 2])
+    made = make_loss(algorithm_options({"loss": f"{file}:Cispo", "ceiling": 1.01, "reduction": "tokens"}))
+    for layout in LAYOUTS:
+        _, metrics, gradients, _ = step.run(made, **layout)
+        weights = 0.0
+        for sequence, now, found in zip(step.sequences, step.policy, gradients, strict=True):
+            clipped = [min(1.01, math.exp(a - b)) for a, b in zip(now, sequence.rollout_log_probs, strict=True)]
+            wanted = [-sequence.advantage * weight / step.num_tokens for weight in clipped]
+            assert found == pytest.approx(wanted, rel=1e-5, abs=1e-8)
+            weights += sum(clipped)
+        assert metrics["weight_mean"] == pytest.approx(weights, rel=1e-5)  # the sum: the policy divides it
 
 
 def own(tmp_path, body, name="mine.py"):
