@@ -165,7 +165,7 @@ def _validated_tree(tree: dict[str, Any], faults: list[ConfigError]) -> tuple[Ru
     try:
         return RunConfig.model_validate(tree), faults
     except ValidationError as error:
-        faults = faults + [ConfigError(sentence) for sentence in _sentences(error)]
+        faults = faults + [ConfigError(sentence) for sentence in _sentences(error, tree=tree)]
         only_rules = all(complaint["type"] == RULES for complaint in error.errors())
     return (RunConfig.model_validate(tree, context=CHECKED) if only_rules else None), faults
 
