@@ -107,7 +107,8 @@ def _check_fields(config: dict[str, Any], family: type[Family], file: Path, opti
     """ConfigError for a field whose value the family does not allow, or that nobody knows; null is as good as missing."""
     plain = {**PLAIN_FIELDS, **family.plain_fields}
     for key, found in config.items():
-        if found is None or key in SIZES or key in INERT_FIELDS or key in family.inert_fields:
+        inert = key in INERT_FIELDS or key in family.inert_fields or key.endswith("_token_id")
+        if found is None or key in SIZES or inert:
             continue
         if key not in plain:
             raise ConfigError(
