@@ -269,7 +269,7 @@ class _Look:
     def _file(self, key: str, path: str, source: Source, ids: dict[str, str]) -> Faults:
         """A file of problems: some of its rows, whether one fits, and whether ids of rows to train on are unique."""
         _check_file(key, path)
-        judging, _ = _tried(judging_of, self.config, source)  # `_rewards` tells what is wrong with it
+        judging = _tried(judging_of, self.config, source)[0] if self._judges else None  # `_rewards` tells what is wrong
         needs_answer, wants_row = (judging.needs_answer, judging.wants_row) if judging is not None else (False, False)
         try:
             rows, is_whole = sample_rows(path, needs_answer, keep_columns=wants_row)
@@ -338,7 +338,7 @@ class _Look:
         sources = _evaluated(config, self.sets) if self.purpose == "eval" else config.data.sources
         faults = [fault for check in checks(config, sources) for fault in _caught(check)] if self.samples else []
         yield from faults
-        if not faults and self.purpose != "eval" and (self.samples or self._replays_rollouts):
+        if not faults and self.purpose != "eval" and self._judges:
             yield from _caught(check_pairing, config)
         if self.samples and uses_engine(sources) and options.path is not None:
             shape, _ = _tried(lambda: Conversations(options).head.shape)
@@ -346,9 +346,10 @@ class _Look:
                 length, size = options.max_tokens, options.kv_cache_mebibytes
                 yield from _cache_faults("reward_model", shape, 1, options.dtype, length, size)
 
-    @property
-    def _replays_rollouts(self) -> bool:
-        return _tried(replay_kind, self.config)[0] == "rollouts"
+    @cached_property
+    def _judges(self) -> bool:
+        """Whether rewards matter: completions are sampled and judged, or a ledger's are compared."""
+        return self.purpose not in ("generate", "sft") and (self.samples or _tried(replay_kind, self.config)[0] == "rollouts")
 
     # -- the run's directory
 

@@ -336,7 +336,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from(made, tmp_path):
 
 def test_a_users_function_is_tried_and_its_process_ended(made):
     judged = override(made, {"data.reward": "function", "rewards.function": "gone.py:f"})
-    assert "rewards.function must name a file that exists" in only(judged)
+    assert "rewards.function must name a file of code that exists" in only(judged)
     assert faults(judged, "generate") == [], "it judges nothing there"
 
 

@@ -88,7 +88,7 @@ def test_what_does_not_fit_the_model_is_refused_before_any_process_starts(file, 
 
 def test_a_function_that_cannot_be_called_is_refused_before_any_process_starts(file, complaint):
     overrides = ("data.reward=function", f"rewards.function={file}.py:name")
-    assert "rewards.function must name a file that exists" in complaint(2, "train", file, *overrides)
+    assert "rewards.function must name a file of code that exists" in complaint(2, "train", file, *overrides)
 
 
 def test_check_prints_the_resolved_tree_which_loads_again(file, tmp_path, capsys):
