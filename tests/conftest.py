@@ -17,6 +17,32 @@ CHAT_TEMPLATE = (
 )
 
 
+# Unit tests of seconds each, by file or folder below tests/unit: `tools/test fast` leaves them out
+SLOW = (
+    "ops",
+    "tools",
+    "rewards",
+    "commands/test_cli.py",
+    "config/test_paper_configs.py",
+    "bridge/test_bridge.py",
+    "bridge/test_plan.py",
+    "models/test_vllm_layout.py",
+    "models/test_families.py",
+    "run/test_checkpoint.py",
+    "capacity",
+    "api/test_preflight.py",
+    "algorithms/test_algorithms.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what SLOW names."""
+    unit = Path(__file__).parent / "unit"
+    for item in items:
+        if any(item.path.is_relative_to(unit / place) for place in SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """256 bytes and the special tokens of Llama 3 (ids 256 to 259, <|eot_id|> ends), with a chat template like its."""
