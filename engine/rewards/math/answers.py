@@ -15,6 +15,7 @@ _ENUMERATION = re.compile(
     r"(?:[\s$,;.&]|\\[()\[\] ,;]|\\q?quad\b|\\text\{\s*(?:and|or)\s*\}|(?:and|or)\b|[a-zA-Z](?:_\w|_\{\w+\})?\s*=)*"
 )
 
+
 def after_reasoning(text: str) -> str:
     """What follows the last reasoning block; nothing where that block has no end."""
     tags = list(_REASONING_TAG.finditer(text))

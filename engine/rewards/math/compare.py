@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
@@ -62,11 +63,17 @@ def is_value(answer: str, gold: str) -> bool:
     decimal or mixed number, a power of ten with a factor before it, and, unless the gold answer is a whole number, a ratio
     of two numbers. True where the gold answer is no such number: then nothing can be said."""
     sides = forms.members(forms.oriented(gold))
-    wanted = _written(gold) if len(sides) == 1 or forms.is_name(sides[0]) else None
+    if len(forms.entries(gold)) > 1 or (len(sides) > 1 and not forms.is_name(sides[0])):
+        return True
+    wanted = _written(gold)
     if wanted is None or wanted.form == "power":
         return True
+    if (chosen := forms.choice(answer)) is not None and not chosen.rest and forms.choice(gold) is not None:
+        return True
     found = _written(answer)
-    return found is not None and found.form != "power" and (found.form != "ratio" or wanted.form != "whole")
+    if found is None or (found.form == "power" and wanted.form != "scientific"):
+        return False
+    return found.form != "ratio" or wanted.form != "whole" or wanted.percent
 
 
 def _written(text: str) -> Number | None:
@@ -111,7 +118,7 @@ def _consistent(values: list[str]) -> bool:
     """Whether numbers that are called about equal are."""
     parsed = [_parsed(quantity(value).value) for value in values]
     return all(value is not None for value in parsed) and not any(
-        differ(first, second, CHAIN_TOLERANCE) for first, second in zip(parsed, parsed[1:], strict=False)
+        differ(first, second, CHAIN_TOLERANCE) for first, second in pairwise(parsed)
     )
 
 
@@ -125,13 +132,12 @@ def _values_equal(gold: str, answer: str) -> bool:
     wanted, given = quantity(gold), quantity(answer)
     if not words_agree(wanted, given):
         return False
-    if wanted.value != gold or given.value != answer:
-        if key(wanted.value) == key(given.value) and wanted.factor == given.factor:
-            return True
-    names, numbers = _assigned(wanted), _assigned(given)
-    if names[1] is not None and numbers[1] is not None:
-        same_name = not names[0] or not numbers[0] or names[0].lower() == numbers[0].lower()
-        return same_name and numbers_equal(names[1], numbers[1])
+    if key(wanted.value) == key(given.value) and wanted.factor == given.factor:
+        return True
+    (gold_name, gold_number), (answer_name, answer_number) = _assigned(wanted), _assigned(given)
+    if gold_number is not None and answer_number is not None:
+        same_name = not gold_name or not answer_name or gold_name.lower() == answer_name.lower()
+        return same_name and numbers_equal(gold_number, answer_number)
     if _other_unknown(wanted.value, given.value) or _loses_parts(wanted.value, given.value):
         return False
     return _algebra(_times(wanted), _times(given), degrees=r"\circ" in answer)
@@ -150,6 +156,8 @@ def _other_unknown(gold: str, answer: str) -> bool:
     """Whether two equations say what different unknowns are, the gold one a number: no algebra makes them equal."""
     golds, answers = forms.members(gold), forms.members(answer)
     if len(golds) < 2 or len(answers) < 2 or _LETTER.search(golds[-1]) is not None:
+        return False
+    if len(forms.entries(gold)) > 1 or len(forms.entries(answer)) > 1:
         return False
     names = golds[0].strip(), answers[0].strip()
     return all(_LONE_LETTER.fullmatch(name) for name in names) and names[0].lower() != names[1].lower()

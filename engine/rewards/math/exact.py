@@ -158,6 +158,7 @@ def differ(gold: Any, answer: Any, tolerance: float = DECIMAL_TOLERANCE) -> bool
 
 
 def is_number(value: Any) -> bool:
+    """Whether an object is an expression without symbols and without unknown functions."""
     return isinstance(value, Expr) and not value.free_symbols and not value.has(AppliedUndef)
 
 

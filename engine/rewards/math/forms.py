@@ -6,18 +6,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
-from engine.rewards.math.normal import closing, key, split, unwrapped, without_text
+from engine.rewards.math.normal import closing, key, split, unwrapped, without_text, words_of
 from engine.rewards.math.numbers import number
 
 # Words before a value that say that it is one.
 _LABEL_WORDS = (
-    r"(?:(?:so|thus|hence|therefore|and)\b,?\s*)?(?:(?:the|our|my|a|an)\s+)?(?:(?:final|correct|required|exact|numerical|right)\s+)?"
+    r"(?:(?:so|thus|hence|therefore|and)\b,?\s*)?(?:(?:the|our|my|a|an)\s+)?"
+    r"(?:(?:final|correct|required|exact|numerical|right)\s+)?"
     r"(?:answer|ans|result|solution|value|solutions|values|option|choice)\b(?:\s*(?:is|are|equals|would be|must be))?\s*[:.=]?"
-    r"|(?:so|thus|hence|therefore|exactly|only|just|it is|it's|there are|there is|we get|we have|about|approximately|roughly|around"
+    r"|(?:so|thus|hence|therefore|exactly|only|just|it is|it's|there are|there is|we get|we have"
+    r"|about|approximately|roughly|around"
     r"|approx)\b[,.:]?"
 )
-_LABEL = re.compile(rf"\s*(?:\\text\s*\{{\s*(?:{_LABEL_WORDS})\s*\}}|(?<![\\a-zA-Z])(?:{_LABEL_WORDS})(?=[\s\\\d(-])|\\therefore|\\approx)\s*[:=]?", re.I)
+_LABEL = re.compile(
+    rf"\s*(?:\\text\s*\{{\s*(?:{_LABEL_WORDS})\s*\}}|(?<![\\a-zA-Z])(?:{_LABEL_WORDS})(?=[\s\\\d(-])|\\therefore|\\approx)\s*[:=]?",
+    re.I,
+)
 _LABEL_IN_TEXT = re.compile(rf"\s*\\text\s*\{{\s*(?:{_LABEL_WORDS})\s+(?=[^\s}}])", re.I)
 
 
@@ -43,8 +49,12 @@ class Choice:
 
 
 _LETTER = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s*)?(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[.):]|\[([A-J])\]|([A-J]))\s*[.:]?")
-_LETTER_AND_TEXT = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s*)?(?:\(\s*([A-J])\s*\)\s*[.:]?(?![(^_'!])|([A-J])\s*[.):](?=\s|\\text|[-\d]))(.+)", re.DOTALL)
-_WRAPPED_LETTER = re.compile(r"\\text\s*\{\s*(?:(?:[Oo]ption|[Cc]hoice)\s*)?(\(\s*[A-J]\s*\)|[A-J][.):]|[A-J])\s*[.:]?\s*(\}|(?=[^}]*\}))")
+_LETTER_AND_TEXT = re.compile(
+    r"(?:(?:[Oo]ption|[Cc]hoice)\s*)?(?:\(\s*([A-J])\s*\)\s*[.:]?(?![(^_'!])|([A-J])\s*[.):](?=\s|\\text|[-\d]))(.+)", re.DOTALL
+)
+_WRAPPED_LETTER = re.compile(
+    r"\\text\s*\{\s*(?:(?:[Oo]ption|[Cc]hoice)\s*)?(\(\s*[A-J]\s*\)|[A-J][.):]|[A-J])\s*[.:]?\s*(\}|(?=[^}]*\}))"
+)
 
 
 def choice(text: str) -> Choice | None:
@@ -67,24 +77,32 @@ _NAME = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|ta
 _RELATION = re.compile(r"\\(le|ge|ne)(?![a-zA-Z])\s*|([<>])\s*")
 _LONE_NAME = re.compile(_NAME)
 _SET_BUILDER = re.compile(
-    rf"\\\{{\s*(?P<name>{_NAME})\s*(?:\\in\s*\\mathbb\s*\{{\s*R\s*\}}\s*)?(?:\||:|\\text\s*\{{\s*such that\s*\}})\s*(?P<condition>.+?)\s*\\\}}",
+    rf"\\\{{\s*(?P<name>{_NAME})\s*(?:\\in\s*\\mathbb\s*\{{\s*R\s*\}}\s*)?"
+    rf"(?:\||:|\\text\s*\{{\s*such that\s*\}})\s*(?P<condition>.+?)\s*\\\}}",
     re.DOTALL,
 )
 _MEMBER = re.compile(rf"(?:\\forall\s*)?(?P<name>{_NAME})\s*\\in(?![a-zA-Z])\s*(?P<set>.+)", re.DOTALL)
 _OR = re.compile(r"\s*,?\s*(?:\\lor(?![a-zA-Z])|\\text\s*\{\s*,?\s*or\s*\}|(?<![\\a-zA-Z])or(?![a-zA-Z]))\s*", re.IGNORECASE)
-_AND = re.compile(r"\s*,?\s*(?:\\land(?![a-zA-Z])|\\text\s*\{\s*,?\s*and\s*\}|(?<![\\a-zA-Z])and(?![a-zA-Z]))\s*", re.IGNORECASE)
+_AND = re.compile(
+    r"\s*,?\s*(?:\\land(?![a-zA-Z])|\\text\s*\{\s*,?\s*and\s*\}|(?<![\\a-zA-Z])and(?![a-zA-Z]))\s*", re.IGNORECASE
+)
 _UNION = re.compile(r"\s*\\cup(?![a-zA-Z])\s*")
 _COMMA = re.compile(r"\s*[,;]\s*")
 _REALS = re.compile(
-    r"(?:for\s+)?all\s+reals?(?:\s+(?:numbers?|values?))?(?:\s+(?:of\s+)?[a-z])?|(?:the\s+)?(?:set\s+of\s+)?(?:all\s+)?reals?\s+numbers?|(?:all\s+)?reals"
+    r"(?:for\s+)?all\s+reals?(?:\s+(?:numbers?|values?))?(?:\s+(?:of\s+)?[a-z])?"
+    r"|(?:the\s+)?(?:set\s+of\s+)?(?:all\s+)?reals?\s+numbers?|(?:all\s+)?reals"
     rf"|(?:{_NAME}\s+)?(?:is\s+)?(?:any|every)\s+real(?:\s+number)?|\\mathbb\s*\{{\s*R\s*\}}",
     re.IGNORECASE,
 )
 _EXCEPT = re.compile(
-    r"(?P<all>.+?)\s*(?:\\setminus|\bexcept(?:\s+for)?\b|\bother than\b|(?<=\})\s*-)\s*(?:[a-z]\s*=\s*)?(?:\\\{\s*)?(?P<points>[^{}]+(?:\{[^{}]*\}[^{}]*)*?)(?:\s*\\\})?",
+    r"(?P<all>.+?)\s*(?:\\setminus|\bexcept(?:\s+for)?\b|\bother than\b|(?<=\})\s*-)\s*(?:[a-z]\s*=\s*)?"
+    r"(?:\\\{\s*)?(?P<points>[^{}]+(?:\{[^{}]*\}[^{}]*)*?)(?:\s*\\\})?",
     re.IGNORECASE | re.DOTALL,
 )
-_NOTHING = re.compile(r"(?:there\s+(?:is|are)\s+)?no\s+(?:real\s+)?(?:solutions?|roots?)(?:\s+exists?)?|(?:the\s+)?empty\s+set|\\emptyset", re.IGNORECASE)
+_NOTHING = re.compile(
+    r"(?:there\s+(?:is|are)\s+)?no\s+(?:real\s+)?(?:solutions?|roots?)(?:\s+exists?)?|(?:the\s+)?empty\s+set|\\emptyset",
+    re.IGNORECASE,
+)
 _EVERYTHING = r"(-\infty,\infty)"
 _ENDLESS = re.compile(r"\+\s*\\infty")
 
@@ -127,9 +145,11 @@ def _holes(name: str | None, points: list[str]) -> Region | None:
         values = [number(point) for point in points]
         if any(value is None for value in values):
             return None
-        points = [point for _, point in sorted(zip((value.value for value in values if value is not None), points, strict=True))]
+        points = [
+            point for _, point in sorted(zip((value.value for value in values if value is not None), points, strict=True))
+        ]
     ends = [r"-\infty", *points, r"\infty"]
-    return Region(name, r"\cup".join(f"({start},{end})" for start, end in zip(ends, ends[1:], strict=False)))
+    return Region(name, r"\cup".join(f"({start},{end})" for start, end in pairwise(ends)))
 
 
 def _intervals(text: str) -> str | None:
@@ -225,10 +245,16 @@ _GREEK = (
     r"|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|ell)"
 )
 _TEXT_NAME = r"\\(?:text|operatorname)\s*\{[^{}=\d+*/<>]+\}"
-_MARKED = r"\\(?:hat|bar|vec|tilde|overline|dot|ddot|mathcal|mathbb|mathscr|overarc|widetilde|wideparen|overset\{\\frown\})\s*\{[^{}]*\}"
+_MARKED = (
+    r"\\(?:hat|bar|vec|tilde|overline|dot|ddot|mathcal|"
+    r"mathbb|mathscr|overarc|widetilde|wideparen|overset\{\\frown\})\s*\{[^{}]*\}"
+)
 _ATOM = rf"(?:[a-zA-Z]|{_GREEK}|{_TEXT_NAME}|{_MARKED}|[A-Z]{{2,4}}|\\(?:max|min|deg|dim|det|arg|Pr|gcd|lcm|sup|inf|ker|rank))"
 _INDEX = r"(?:\s*_\s*\{[^{}]*\})?(?:'+)?(?:\s*\^\s*\{\s*(?:-1|\\cdot|\*|\(\w\)|[TH]|\\circ)\s*\})?(?:\s*_\s*\{[^{}]*\})?"
-_DERIVATIVE = r"\\frac\s*\{\s*(?:d|\\partial)\s*(?:\^\{\d\})?\s*[a-zA-Z]?\s*\}\s*\{\s*(?:d|\\partial)\s*[a-zA-Z](?:\^\{\d\})?\s*\}(?:\([^()]*\))?"
+_DERIVATIVE = (
+    r"\\frac\s*\{\s*(?:d|\\partial)\s*(?:\^\{\d\})?\s*[a-zA-Z]?\s*\}"
+    r"\s*\{\s*(?:d|\\partial)\s*[a-zA-Z](?:\^\{\d\})?\s*\}(?:\([^()]*\))?"
+)
 _PRESENTED = re.compile(
     rf"(?:m\s*)?(?:\\(?:angle|triangle|measuredangle|Delta|square|sphericalangle)\s*)?{_ATOM}{_INDEX}"
     rf"|(?:m\s*)?\\(?:angle|triangle)\s*[A-Z]{{1,4}}|\|\s*(?:[A-Zzw]|[A-Z]{{2}}|{_MARKED}){_INDEX}\s*\||\[\s*[A-Z]{{3,6}}\s*\]|{_DERIVATIVE}"
@@ -236,7 +262,9 @@ _PRESENTED = re.compile(
 _APPLIED = re.compile(rf"(?P<name>{_ATOM}{_INDEX})\s*(?P<open>[(\[])")
 # Letters that stand for functions, so that what follows in parentheses is an argument and no factor.
 _FUNCTIONS = re.compile(r"[fghFGHPETVSQRAN](?![a-zA-Z])|\\")
-_SIMPLE_ARGUMENT = re.compile(r"\s*(?:-?\d+(?:\.\d+)?|-?\\frac\{\d+\}\{\d+\}|[a-zA-Z]|\\pi|[a-zA-Z]\s*,\s*[a-zA-Z]|\d+\s*,\s*\d+)\s*")
+_SIMPLE_ARGUMENT = re.compile(
+    r"\s*(?:-?\d+(?:\.\d+)?|-?\\frac\{\d+\}\{\d+\}|[a-zA-Z]|\\pi|[a-zA-Z]\s*,\s*[a-zA-Z]|\d+\s*,\s*\d+)\s*"
+)
 
 
 def members(text: str) -> list[str]:
@@ -285,7 +313,9 @@ def marks(text: str) -> tuple[frozenset[str], int]:
 
 
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])\s*(?:\^\s*\{[^{}]*\}\s*)?")
-_DEGREES = re.compile(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|(?<!\\)(?<![a-zA-Z])[a-zA-Z]|\\(?:alpha|beta|theta|phi)|\([^()]*\))\s*\^\s*\{\s*\\circ\s*\}")
+_DEGREES = re.compile(
+    r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|(?<!\\)(?<![a-zA-Z])[a-zA-Z]|\\(?:alpha|beta|theta|phi)|\([^()]*\))\s*\^\s*\{\s*\\circ\s*\}"
+)
 
 
 def in_radians(text: str) -> str:
@@ -320,15 +350,22 @@ def entries(text: str) -> list[str]:
     return [entry for entry in split(text, _LISTED) if entry]
 
 
-_SYSTEM = re.compile(r"(?:\\\{\s*)?\\begin\s*\{(?:array|cases|aligned|align\*?|gathered)\}(?:\s*\{[lcr| ]*\})?(.*?)\\end\s*\{\w+\*?\}\.?", re.DOTALL)
-_UNIT_INSIDE = re.compile(r"(?<=[\d}])\s*\\text\s*\{\s*(?:cm|mm|km|m|ft|feet|in|inches|kg|g|units?|degrees|square units)\.?\s*\}(?:\^\{\d\})?")
+_SYSTEM = re.compile(
+    r"(?:\\\{\s*)?\\begin\s*\{(?:array|cases|aligned|align\*?|gathered)\}"
+    r"(?:\s*\{[lcr| ]*\})?(.*?)\\end\s*\{\w+\*?\}\.?",
+    re.DOTALL,
+)
+_UNIT_INSIDE = re.compile(
+    r"(?<=[\d}])\s*\\text\s*\{\s*(?:cm|mm|km|m|ft|feet|in|inches|kg|g|units?|degrees|square units)\.?\s*\}(?:\^\{\d\})?"
+)
 _LETTER_IN_TEXT = re.compile(r"\\text\s*\{\s*([a-zA-Z])\s*\}")
 _FACTORIAL_POWER = re.compile(r"(?<![a-zA-Z\d!])([a-zA-Z]|\d+|\([^()]*\))!\s*\^")
 _IMAGINARY = re.compile(r"(?<=\d)i(?![a-zA-Z])")
 
 
 def readable(text: str) -> str:
-    """The text as Math-Verify's parser reads it: a system of equations as a list, letters out of `\\text`, powers of factorials in parentheses."""
+    """The text as Math-Verify's parser reads it: a system of equations as a list, letters out of `\\text`, powers
+    of factorials in parentheses."""
     if (system := _SYSTEM.fullmatch(text)) is not None and "&" not in system[1].replace("&=", "="):
         text = ", ".join(row.strip() for row in system[1].replace("&=", "=").split("\\\\") if row.strip())
     text = _LETTER_IN_TEXT.sub(r" \1", _UNIT_INSIDE.sub("", text))
@@ -336,13 +373,14 @@ def readable(text: str) -> str:
 
 
 # What Math-Verify's parser knows; it takes an unknown command for the letters of its name, or drops it.
-_KNOWN = frozenset(
-    "frac sqrt pi infty cdot times div pm mp le ge ne in notin subset cup cap setminus emptyset mathbb sin cos tan cot sec csc arcsin "
-    "arccos arctan arccot arcsec arccsc sinh cosh tanh arcsinh arcosh arccosh artanh arctanh log ln lg exp binom circ text operatorname sum "
-    "prod int iint oint lim to max min gcd lcm det begin end alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi "
-    "rho sigma tau phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hat bar vec overline tilde lfloor rfloor "
-    "lceil rceil langle rangle bmod mod pmod ldots angle triangle degree Re Im partial mathcal forall land lor sup inf dim approx equiv cr "
-    "hline prime imath jmath nabla therefore because overset mathscr sgn mathfrak Vert lVert rVert".split()
+_KNOWN = words_of(
+    "frac sqrt pi infty cdot times div pm mp le ge ne in notin subset cup cap setminus emptyset mathbb sin cos tan "
+    "cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh arcsinh arcosh arccosh artanh arctanh log "
+    "ln lg exp binom circ text operatorname sum prod int iint oint lim to max min gcd lcm det begin end alpha beta "
+    "gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi psi omega Gamma Delta "
+    "Theta Lambda Xi Pi Sigma Phi Psi Omega ell hat bar vec overline tilde lfloor rfloor lceil rceil langle rangle "
+    "bmod mod pmod ldots angle triangle degree Re Im partial mathcal forall land lor sup inf dim approx equiv cr "
+    "hline prime imath jmath nabla therefore because overset mathscr sgn mathfrak Vert lVert rVert"
 )
 _COMMANDS = re.compile(r"\\([a-zA-Z]+)")
 _NUMBERS_SIDE_BY_SIDE = re.compile(r"\d \d|(?<!\d)\.\d+\.\d")

@@ -24,6 +24,11 @@ _SIGNS = {
 }
 
 
+def words_of(text: str) -> frozenset[str]:
+    """The words of a list that is written as one text."""
+    return frozenset(text.split())
+
+
 def plain(text: str) -> str:
     """The text with digits, letters, scripts, fractions and signs of Unicode as LaTeX writes them."""
     if text.isascii():
@@ -61,7 +66,14 @@ _SAME = {
     **{"leq": "le", "leqslant": "le", "leqq": "le", "geq": "ge", "geqslant": "ge", "geqq": "ge", "neq": "ne"},
     **{"varnothing": "emptyset", "infin": "infty", "rightarrow": "to", "longrightarrow": "to", "ast": "cdot", "bullet": "cdot"},
     **{"simeq": "approx", "thickapprox": "approx", "approxeq": "approx", "doteq": "approx", "backslash": "setminus"},
-    **{"smallsetminus": "setminus", "vee": "lor", "wedge": "land", "varepsilon": "epsilon", "varphi": "phi", "vartheta": "theta"},
+    **{
+        "smallsetminus": "setminus",
+        "vee": "lor",
+        "wedge": "land",
+        "varepsilon": "epsilon",
+        "varphi": "phi",
+        "vartheta": "theta",
+    },
     **{"dots": "ldots", "cdots": "ldots", "dotsc": "ldots", "dotsb": "ldots", "dotso": "ldots", "ddots": "ldots"},
     **{"overleftrightarrow": "overline", "overrightarrow": "vec", "widehat": "hat", "arsinh": "arcsinh", "tg": "tan"},
 }
@@ -80,7 +92,9 @@ _NULL_DELIMITER = re.compile(r"\\m?(?:left|right)\s*\.")
 _SEPARATED = re.compile(
     r"(?<![\d.,_^])(?<!\^\{)\d{1,3}(?:(?:,\\!|\{,\}|\\[!,;: _]|~|'| |\\thinspace )\s?\d{3})+(?![\d'])(?!\s*/)"
 )
-_SEPARATED_BY_COMMAS = re.compile(r"(?P<before>(?:[^=,()\[\]{}]*=)?[-+\s]*)(?P<number>\d{1,3}(?:,\d{3})+)(?![\d,])(?P<after>[^,]*)", re.DOTALL)
+_SEPARATED_BY_COMMAS = re.compile(
+    r"(?P<before>(?:[^=,()\[\]{}]*=)?[-+\s]*)(?P<number>\d{1,3}(?:,\d{3})+)(?![\d,])(?P<after>[^,]*)", re.DOTALL
+)
 _SEPARATED_BY_DOTS = re.compile(r"(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.])")
 _NOT_A_DIGIT = re.compile(r"\D+")
 _MATH_MARK = re.compile(r"(?<!\\)\$\$?")
@@ -94,7 +108,9 @@ _TIMES_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|\*|[xX])\s*10\s*(?:\^|\*\*
 _SCRIPT = re.compile(r"([_^])\s*([a-zA-Z]|\d(?!\d))")
 _SCRIPT_COMMAND = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)")
 _SCRIPT_PRIMES = re.compile(r"\^\s*\{\s*('+)\s*\}|\^('+)")
-_BARE_FRACTION = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|(\d)\s*(?=\{)|(\{[^{}]*\})\s*(\d)|([a-zA-Z])\s*([a-zA-Z\d])|(\d)\s*([a-zA-Z]))")
+_BARE_FRACTION = re.compile(
+    r"\\frac\s*(?:(\d)\s*(\d)|(\d)\s*(?=\{)|(\{[^{}]*\})\s*(\d)|([a-zA-Z])\s*([a-zA-Z\d])|(\d)\s*([a-zA-Z]))"
+)
 _BARE_MARK = re.compile(r"\\(overline|bar|dot)\s*(\d)")
 _BARE_ROOT = re.compile(r"\\sqrt\s*(\d|[a-zA-Z])")
 _OPERATOR_NAME = re.compile(
@@ -109,12 +125,27 @@ _EMPTY_TEXT = re.compile(r"\\text\s*\{\s*\}|(?<![\\a-zA-Z\d}\]])\{\s*\}")
 _TEXT_SPACE = re.compile(r"\\text\s+\{")
 _BLANK = re.compile(r"\s+")
 _MARKUP = re.compile(r"\*\*|`+")
-_BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "sixteen": 16}
+_BASE_NAMES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "sixteen": 16,
+}
 _BASE = re.compile(
-    r"(?<=\d)(?:\s*_\s*\{?\s*\\text\{\s*(?:\(?base[\s~]*)?(\w+)\)?\s*\}\s*\}?|\s*\\text\{\s*\(?base[\s~]*(\w+)\)?\s*\})", re.IGNORECASE
+    r"(?<=\d)(?:\s*_\s*\{?\s*\\text\{\s*(?:\(?base[\s~]*)?(\w+)\)?\s*\}\s*\}?|\s*\\text\{\s*\(?base[\s~]*(\w+)\)?\s*\})",
+    re.IGNORECASE,
 )
 _ORDINAL = re.compile(r"(?<=\d)\s*(?:\^\s*\{?\s*)?(?:\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?:st|nd|rd|th)\b)")
-_PERCENT = re.compile(r"(?<=[\d}])\s*(?:\\text\s*\{\s*(?:percent|per cent|pct|\\?%)\.?\s*\}|\b(?:percent|pct)\b|\\?%)", re.IGNORECASE)
+_NUMBER_IN_TEXT = re.compile(r"\\text\{\s*([-+]?\d[\d.]*)(?:\s*([^\d{}.\s][^{}]*))?\}")
+_PERCENT = re.compile(
+    r"(?<=[\d}])\s*(?:\\text\s*\{\s*(?:percent|per cent|pct|\\?%)\.?\s*\}|\b(?:percent|pct)\b|\\?%)", re.IGNORECASE
+)
 _END = " .,;:"
 
 
@@ -137,6 +168,8 @@ def normal(latex: str) -> str:
     text = _BARE_MARK.sub(r"\\\1{\2}", text)
     text = _BARE_ROOT.sub(r"\\sqrt{\1}", _BARE_FRACTION.sub(_fraction, text))
     text = _OPERATOR_NAME.sub(r"\\\1 ", text)
+    if (written := _NUMBER_IN_TEXT.fullmatch(text.strip().rstrip(_END))) is not None:
+        text = written[1] + (rf" \text{{{written[2]}}}" if written[2] else "")
     text = _PERCENT.sub(r"\\%", text)
     text = _ORDINAL.sub("", _BASE.sub(_base, text))
     return unwrapped(_BLANK.sub(" ", text).strip().rstrip(_END))

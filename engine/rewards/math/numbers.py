@@ -24,11 +24,16 @@ class Number:
     decimal: bool = False  # whether its digits may have been rounded
 
 
-_REPEATED = r"\\(?:overline|bar)\s*\{\s*(?P<bar>\d+)\s*\}|(?P<dots>(?:\\dot\s*\{?\s*\d\s*\}?\d*)+)|\((?P<round>\d+)\)|(?P<endless>\\ldots)"
+_REPEATED = (
+    r"\\(?:overline|bar)\s*\{\s*(?P<bar>\d+)\s*\}"
+    r"|(?P<dots>(?:\\dot\s*\{?\s*\d\s*\}?\d*)+)|\((?P<round>\d+)\)|(?P<endless>\\ldots)"
+)
 _DECIMAL = re.compile(rf"(?P<whole>\d*)(?:\.(?P<digits>\d*)\s*(?:{_REPEATED})?)?")
 _REPEATING = re.compile(rf"(?<![\d.])\d*\.\d*\s*(?:{_REPEATED})")
 _TEN = re.compile(r"\s*(?:\\times|\\cdot|\*)?\s*(?P<ten>10)\s*\^\s*\{\s*(?P<exponent>[-+]?\d{1,4})\s*\}")
-_RATIO = re.compile(r"\\frac\s*\{\s*(?P<sign>[-+]?)\s*(?P<above>[\d.]+)\s*\}\s*\{\s*(?P<below>[\d.]+)\s*\}|(?P<over>\d+)\s*/\s*(?P<under>\d+)")
+_RATIO = re.compile(
+    r"\\frac\s*\{\s*(?P<sign>[-+]?)\s*(?P<above>[\d.]+)\s*\}\s*\{\s*(?P<below>[\d.]+)\s*\}|(?P<over>\d+)\s*/\s*(?P<under>\d+)"
+)
 _WHOLE_BEFORE = re.compile(r"(?P<whole>\d+)(?:\s+(?=\d)|\s*(?=\\frac)|\s*\\text\{\s*and\s*\}\s*|\s+and\s+)")
 _SIGN = re.compile(r"(?:[-+]\s*)?")
 _PERCENT = re.compile(r"\s*\\%$")
@@ -121,7 +126,7 @@ _DOTTED = re.compile(r"(\\dot\s*\{?\s*)?(\d)")
 def _dotted(marked: str) -> str:
     """The digits that repeat: those between the first and the last dot."""
     digits = [(found[2], found[1] is not None) for found in _DOTTED.finditer(marked)]
-    if not digits[-1][1] or sum(dotted for _, dotted in digits) > 2 and not all(dotted for _, dotted in digits):
+    if not digits[-1][1] or (sum(dotted for _, dotted in digits) > 2 and not all(dotted for _, dotted in digits)):
         return ""
     return "".join(digit for digit, _ in digits)
 
@@ -155,7 +160,8 @@ def numbers_equal(gold: Number, answer: Number) -> bool:
     if gold.percent == answer.percent:
         return _near(gold.value, answer.value, gold.decimal or answer.decimal)
     decimal = gold.decimal or answer.decimal
-    if _near(*(side.value / 100 if side.percent else side.value for side in (gold, answer)), decimal):
+    gold_value, answer_value = (side.value / 100 if side.percent else side.value for side in (gold, answer))
+    if _near(gold_value, answer_value, decimal):
         return True
     both_whole = gold.value.denominator == answer.value.denominator == 1
     return (gold.percent or both_whole) and gold.value == answer.value

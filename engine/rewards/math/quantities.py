@@ -8,41 +8,42 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from engine.rewards.math.normal import without_text
+from engine.rewards.math.normal import without_text, words_of
 from engine.rewards.math.numbers import Number, number
 
 Words = frozenset[str]
 NONE: Words = frozenset()
 
 # Units, by the word without its plural's s. Only these stand for themselves outside of \text.
-_NAMED_UNITS = frozenset(
-    "mm cm dm km nm um µm in inch inche ft foot feet yd yard mi mile meter metre centimeter centimetre millimeter millimetre "
-    "kilometer kilometre nanometer micrometer mg kg gm gram gramme kilogram milligram lb pound oz ounce ton tonne stone ml dl cl "
-    "liter litre milliliter millilitre gal gallon pint quart cup cc acre hectare sec second min minute hr hour day week month year "
-    "yr mph kph kmph kmh rpm fps usd dollar cent penny pennie euro rupee yuan yen pence peso rs degree deg rad radian celsiu "
-    "fahrenheit kelvin joule kj kwh watt kw mw volt ohm ampere amp newton pascal pa kpa atm hz khz mhz mol mole unit sq cu ev kev mev "
-    "gev bit byte kb mb gb tb coulomb farad tesla henry weber lumen lux candela bar psi cal kcal calorie knot parsec ly au pc".split()
+_NAMED_UNITS = words_of(
+    "mm cm dm km nm um µm in inch inche ft foot feet yd yard mi mile meter metre centimeter centimetre millimeter "
+    "millimetre kilometer kilometre nanometer micrometer mg kg gm gram gramme kilogram milligram lb pound oz ounce "
+    "ton tonne stone ml dl cl liter litre milliliter millilitre gal gallon pint quart cup cc acre hectare sec "
+    "second min minute hr hour day week month year yr mph kph kmph kmh rpm fps usd dollar cent penny pennie euro "
+    "rupee yuan yen pence peso rs degree deg rad radian celsiu fahrenheit kelvin joule kj kwh watt kw mw volt ohm "
+    "ampere amp newton pascal pa kpa atm hz khz mhz mol mole unit sq cu ev kev mev gev bit byte kb mb gb tb coulomb "
+    "farad tesla henry weber lumen lux candela bar psi cal kcal calorie knot parsec ly au pc"
 )
-_UNIT_PARTS = frozenset("square squared cubic cubed per sq cu s m g h l n j w v a k c f t d b p ms us ns hz".split())
-_FILLING = frozenset(
-    "the of a an is are was it there we have total altogether in all on each way different possible exactly only just and "
-    "approximately about roughly around answer final so".split()
+_UNIT_PARTS = words_of("square squared cubic cubed per sq cu s m g h l n j w v a k c f t d b p ms us ns hz")
+_FILLING = words_of(
+    "the of a an is are was it there we have total altogether in all on each way different possible exactly only "
+    "just and approximately about roughly around answer final so"
 )
 _MULTIPLIERS = {
     **{"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
     **{"lakh": 10**5, "crore": 10**7, "quadrillion": 10**15},
 }
 # Without these the rest says something else, so that they may not be forgotten.
-_CARRYING = frozenset(
+_CARRYING = words_of(
     "north south east west northeast northwest southeast southwest upward upwards downward downwards forward "
-    "backward clockwise counterclockwise anticlockwise above below loss gain profit deficit debt increase decrease bc ad bce ce "
-    "more less fewer greater least most minimum maximum negative minus not no never percent pct percentage half quarter "
-    "third double twice triple pi modulo mod remainder".split()
+    "backward clockwise counterclockwise anticlockwise above below loss gain profit deficit debt increase decrease "
+    "bc ad bce ce more less fewer greater least most minimum maximum negative minus not no never percent pct "
+    "percentage half quarter third double twice triple pi modulo mod remainder"
 ) | frozenset(_MULTIPLIERS)
 # Nor may these be added to a number: they go on answering.
-_TURNING = frozenset(
-    "or not either maybe possibly perhaps wrong more less fewer greater least most than between to from before no never percent "
-    "pct percentage half quarter third double twice triple times minus negative pi plus".split()
+_TURNING = words_of(
+    "or not either maybe possibly perhaps wrong more less fewer greater least most than between to from before no "
+    "never percent pct percentage half quarter third double twice triple times minus negative pi plus"
 ) | frozenset(_MULTIPLIERS)
 _WORDS_WITH_DIGITS = re.compile(r"(?<![\^\d.])(?<!\^\{)(?<!base )(?<![a-z])\d|(?<=\d\s)\d")
 _LETTERS = re.compile(r"[A-Za-zµ]+")
@@ -143,7 +144,17 @@ _KINDS: tuple[dict[str, int], ...] = (
     {"oz": 1, "ounce": 1, "lb": 16, "pound": 16},
     {"month": 1, "year": 12, "yr": 12},
     {"cent": 1, "penny": 1, "pennie": 1, "dollar": 100, "euro": 100},
-    {"mm": 1, "millimeter": 1, "cm": 10, "centimeter": 10, "m": 1000, "meter": 1000, "metre": 1000, "km": 10**6, "kilometer": 10**6},
+    {
+        "mm": 1,
+        "millimeter": 1,
+        "cm": 10,
+        "centimeter": 10,
+        "m": 1000,
+        "meter": 1000,
+        "metre": 1000,
+        "km": 10**6,
+        "kilometer": 10**6,
+    },
     {"mg": 1, "g": 1000, "gram": 1000, "kg": 10**6, "kilogram": 10**6},
     {"ml": 1, "milliliter": 1, "l": 1000, "liter": 1000, "litre": 1000},
     {"cup": 1, "pint": 2, "quart": 4, "gallon": 16, "gal": 16},
@@ -154,9 +165,11 @@ _PIECE = re.compile(
     r"(?P<unit>(?!and\b|or\b|base\b)[a-zA-Z]+|''|'|\"|\^\{\\circ\})\.?(?=[\s,\d&]|$)"
 )
 _SIGNS = {"'": "ft", "''": "in", '"': "in"}
+_SIGNS_OF_DEGREES = {"'": "arcminute", "''": "arcsecond", '"': "arcsecond", "minute": "arcminute", "second": "arcsecond"}
+_SIGNS_OF_HOURS = {"m": "min"}
 _SIGNS_OF_FIRST = {
-    **dict.fromkeys(("degree", "deg"), {"'": "arcminute", "''": "arcsecond", '"': "arcsecond", "minute": "arcminute", "second": "arcsecond"}),
-    **dict.fromkeys(("h", "hr", "hour"), {"m": "min"}),
+    **{"degree": _SIGNS_OF_DEGREES, "deg": _SIGNS_OF_DEGREES},
+    **{"h": _SIGNS_OF_HOURS, "hr": _SIGNS_OF_HOURS, "hour": _SIGNS_OF_HOURS},
 }
 
 

@@ -19,7 +19,13 @@ from engine.rewards.math.normal import key, normal, plain
 from engine.rewards.pool.worker import Judge, run
 
 WARM_UP = (r"\frac{1}{2}", r"x^2 + \sqrt{3} \le 5", r"(1, \pi)", r"\{1, 2\}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}")
-SAME_IN_OTHER_WORDS = (r"\frac{2}{4}", r"5 \ge x^2+\sqrt{3}", r"(1, \frac{2 \pi}{2})", "2,1", r"\begin{pmatrix} 2/2 \\ 2 \end{pmatrix}")
+SAME_IN_OTHER_WORDS = (
+    r"\frac{2}{4}",
+    r"5 \ge x^2+\sqrt{3}",
+    r"(1, \frac{2 \pi}{2})",
+    "2,1",
+    r"\begin{pmatrix} 2/2 \\ 2 \end{pmatrix}",
+)
 
 
 @dataclass(frozen=True, slots=True)
