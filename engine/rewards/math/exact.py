@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 from sympy import (
-    AtomicExpr,
     Derivative,
     Eq,
     Expr,
@@ -152,8 +151,8 @@ def differ(gold: Any, answer: Any, tolerance: float = DECIMAL_TOLERANCE) -> bool
         return any(differ(a, b) for a, b in zip(_links(gold), _links(answer), strict=False))
     if isinstance(gold, INEQUALITIES) and isinstance(answer, INEQUALITIES):
         return _inequalities_differ(gold, answer)
-    if isinstance(gold, Expr) and isinstance(answer, Expr) and gold.free_symbols == answer.free_symbols:
-        return not isinstance(gold, AtomicExpr) and _functions_differ(gold, answer, tolerance)
+    if isinstance(gold, Expr) and isinstance(answer, Expr) and not isinstance(gold, Symbol) and not isinstance(answer, Symbol):
+        return _functions_differ(gold, answer, tolerance)  # a symbol may be a word, which Math-Verify compares by its letters
     return False
 
 
@@ -208,9 +207,11 @@ def _apart(a: Any, b: Any, tolerance: Any) -> bool:
 
 
 def _functions_differ(a: Any, b: Any, tolerance: float) -> bool:
-    """Whether two expressions of the same symbols differ at every point where both are tried."""
+    """Whether two expressions, of the same symbols or not, differ at every point where both are tried."""
+    if a.has(UnevaluatedExpr) or b.has(UnevaluatedExpr):
+        return False
     decimal = a.has(Float) or b.has(Float)
-    for values in _points(a.free_symbols):
+    for values in _points(a.free_symbols | b.free_symbols):
         at_a, at_b = a.subs(values), b.subs(values)
         if not (at_a.is_number and at_b.is_number) or {at_a, at_b} & {nan, oo, -oo, zoo}:
             return False
