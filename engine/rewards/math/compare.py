@@ -12,7 +12,8 @@ from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, I, MatrixBase, Product, Sum, Symbol
+from sympy import Basic, I, MatrixBase, Product, Set, Sum, Symbol, Tuple
+from sympy.core.function import AppliedUndef
 
 from engine.rewards.math import forms
 from engine.rewards.math.exact import CHAIN_TOLERANCE, differ, is_number, members_of, objects, same_function, solutions_differ
@@ -32,6 +33,7 @@ _BASE = re.compile(r"_\{\d+\}$")
 _LETTER = re.compile(  # of an unknown; pi is a number
     r"(?<!\\)(?<![a-zA-Z])[a-zA-Z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|chi|psi|omega|Theta|Phi|Omega)"
 )
+_ARGUMENT = re.compile(r"[(\[].*")
 _LONE_LETTER = re.compile(r"[a-zA-Z]")
 
 
@@ -195,7 +197,11 @@ def _is_unsolved(gold: str, answer: str) -> bool:
         return False
     for entry in forms.entries(answer):
         sides = forms.members(entry)
-        if len(sides) == 1 or forms.is_name(sides[0]):
+        if len(sides) == 1:
+            continue
+        if forms.is_name(sides[0]):
+            if _shows_an_equation(sides):
+                return True
             continue
         if _LETTER.search(sides[0]) is None and _LETTER.search("".join(sides)) is None:
             continue
@@ -207,16 +213,37 @@ def _is_unsolved(gold: str, answer: str) -> bool:
     return False
 
 
+def _shows_an_equation(sides: list[str]) -> bool:
+    """Whether a chain that begins with a name goes on with an unsolved equation: `f(x) = x^2-5x = 0`. `A = r^2 \\pi = 9 \\pi` is
+    a value."""
+    if len(sides) < 3 or all(_LETTER.search(side) is None for side in sides[1:-1]):
+        return False
+    value = number(quantity(sides[-1]).value)
+    argument = _ARGUMENT.search(sides[0])
+    return (value is not None and value.value == 0) or (argument is not None and _LETTER.search(argument[0]) is not None)
+
+
 def _algebra(gold: str, answer: str, *, degrees: bool = False) -> bool:
     """Math-Verify's verdict on two texts that its parser reads, after cheap objections and before dear ones."""
     expected, found = _parsed(gold), _parsed(answer)
     if expected is None or found is None:
+        return False
+    if len(forms.members(answer)) == 1 and not _equations_in(expected) and any(map(_is_left_to_solve, _equations_in(found))):
         return False
     if objects(expected, found, degrees=degrees):
         return False
     if not verify(expected, found, timeout_seconds=None):
         return same_function(_side(expected), _side(found)) and not (members_of(expected) and members_of(found))
     return not solutions_differ(expected, found)
+
+
+def _equations_in(value: Any) -> list[Any]:
+    return [part for part in (value.args if isinstance(value, Set) else (value,)) if members_of(part)]
+
+
+def _is_left_to_solve(equation: Any) -> bool:
+    left = members_of(equation)[0]
+    return not (isinstance(left, (Symbol, AppliedUndef, Tuple)) or is_number(left))
 
 
 def _side(value: Any) -> Any:

@@ -52,6 +52,9 @@ _LETTER = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s*)?(?:\(\s*([A-Ja-j])\s*\)|([
 _LETTER_AND_TEXT = re.compile(
     r"(?:(?:[Oo]ption|[Cc]hoice)\s*)?(?:\(\s*([A-J])\s*\)\s*[.:]?(?![(^_'!])|([A-J])\s*[.):](?=\s|\\text|[-\d]))(.+)", re.DOTALL
 )
+_OTHER_LETTER = re.compile(
+    r"\([A-Ja-j]\)|(?<![\\a-zA-Z])[A-J][.)]|^\s*(?:,|;|&|or\b|and\b|not\b|\\lor)"
+)  # several choices are none
 _WRAPPED_LETTER = re.compile(
     r"\\text\s*\{\s*(?:(?:[Oo]ption|[Cc]hoice)\s*)?(\(\s*[A-J]\s*\)|[A-J][.):]|[A-J])\s*[.:]?\s*(\}|(?=[^}]*\}))"
 )
@@ -68,7 +71,8 @@ def choice(text: str) -> Choice | None:
     alone = without_text(shown).strip()
     if (found := _LETTER.fullmatch(alone)) is not None:
         return Choice(next(letter for letter in found.groups() if letter is not None), "")
-    if (found := _LETTER_AND_TEXT.fullmatch(shown.strip())) is not None and found[3].strip():
+    found = _LETTER_AND_TEXT.fullmatch(shown.strip())
+    if found is not None and found[3].strip() and _OTHER_LETTER.search(without_text(found[3])) is None:
         return Choice(found[1] or found[2], found[3].strip())
     return None
 
@@ -303,13 +307,13 @@ def oriented(text: str) -> str:
     return text
 
 
-_PRIMED = re.compile(r"(\\?[a-zA-Z]+(?:_\{\w+\})?)('+)")
+_MARKED_NAME = re.compile(r"(\\?[a-zA-Z]+(?:_\{\w+\})?)(?:'+|\s*\^\s*\{\s*(?:T|\\top|\\dagger|H)\s*\})")
 _ELLIPSIS = re.compile(r"\\ldots")
 
 
 def marks(text: str) -> tuple[frozenset[str], int]:
-    """What Math-Verify reads over: primes behind names, and dots that stand for the rest of a list."""
-    return frozenset(key(found[0]) for found in _PRIMED.finditer(text)), len(_ELLIPSIS.findall(text))
+    """What Math-Verify reads over: primes and transposes behind names, and dots that stand for the rest of a list."""
+    return frozenset(key(found[0]) for found in _MARKED_NAME.finditer(text)), len(_ELLIPSIS.findall(text))
 
 
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])\s*(?:\^\s*\{[^{}]*\}\s*)?")
@@ -358,6 +362,7 @@ _SYSTEM = re.compile(
 _UNIT_INSIDE = re.compile(
     r"(?<=[\d}])\s*\\text\s*\{\s*(?:cm|mm|km|m|ft|feet|in|inches|kg|g|units?|degrees|square units)\.?\s*\}(?:\^\{\d\})?"
 )
+_UNIT_AND = re.compile(r"(?<=[\d}])\s*\\text\s*\{\s*(?:cm|mm|km|m|ft|feet|in|inches|kg|g|units?|degrees)?,?\s+(and|or)\s*\}")
 _LETTER_IN_TEXT = re.compile(r"\\text\s*\{\s*([a-zA-Z])\s*\}")
 _FACTORIAL_POWER = re.compile(r"(?<![a-zA-Z\d!])([a-zA-Z]|\d+|\([^()]*\))!\s*\^")
 _IMAGINARY = re.compile(r"(?<=\d)i(?![a-zA-Z])")
@@ -368,7 +373,7 @@ def readable(text: str) -> str:
     of factorials in parentheses."""
     if (system := _SYSTEM.fullmatch(text)) is not None and "&" not in system[1].replace("&=", "="):
         text = ", ".join(row.strip() for row in system[1].replace("&=", "=").split("\\\\") if row.strip())
-    text = _LETTER_IN_TEXT.sub(r" \1", _UNIT_INSIDE.sub("", text))
+    text = _LETTER_IN_TEXT.sub(r" \1", _UNIT_INSIDE.sub("", _UNIT_AND.sub(r" \\text{ \1 }", text)))
     return _IMAGINARY.sub(" i", _FACTORIAL_POWER.sub(r"(\1!)^", text))
 
 

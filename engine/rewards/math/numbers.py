@@ -34,7 +34,7 @@ _TEN = re.compile(r"\s*(?:\\times|\\cdot|\*)?\s*(?P<ten>10)\s*\^\s*\{\s*(?P<expo
 _RATIO = re.compile(
     r"\\frac\s*\{\s*(?P<sign>[-+]?)\s*(?P<above>[\d.]+)\s*\}\s*\{\s*(?P<below>[\d.]+)\s*\}|(?P<over>\d+)\s*/\s*(?P<under>\d+)"
 )
-_WHOLE_BEFORE = re.compile(r"(?P<whole>\d+)(?:\s+(?=\d)|\s*(?=\\frac)|\s*\\text\{\s*and\s*\}\s*|\s+and\s+)")
+_WHOLE_BEFORE = re.compile(r"(?P<whole>\d+)(?:\s+(?=\d)|\s*(?=\\frac))")
 _SIGN = re.compile(r"(?:[-+]\s*)?")
 _PERCENT = re.compile(r"\s*\\%$")
 

@@ -47,6 +47,7 @@ _TURNING = words_of(
 ) | frozenset(_MULTIPLIERS)
 _WORDS_WITH_DIGITS = re.compile(r"(?<![\^\d.])(?<!\^\{)(?<!base )(?<![a-z])\d|(?<=\d\s)\d")
 _LETTERS = re.compile(r"[A-Za-zµ]+")
+_COMPASS = {"n": "north", "s": "south", "e": "east", "w": "west"}  # behind degrees
 _HALF_DAY = re.compile(r"\b([ap])\.\s?m\b")
 _EXPONENT = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?"
 _UNIT_NAMES = "|".join(sorted(_NAMED_UNITS, key=len, reverse=True))
@@ -84,11 +85,13 @@ def quantity(text: str) -> Quantity:
         rest = value[: found.start()].rstrip().rstrip("/").rstrip()
         if not rest or _VALUE_BEHIND.search(rest) is None:
             break
-        if found["words"] is not None and _NO_UNIT.fullmatch(found["words"]) is not None:
+        if found["words"] is not None and _NO_UNIT.fullmatch(found["words"]) and not rest.endswith(r"\circ}"):
             break
         if found["words"] is not None:
             shown = found["words"].lower().replace("^{\\circ}", "")
             goes_on = goes_on or _WORDS_WITH_DIGITS.search(shown) is not None or "=" in shown
+            if rest.endswith(r"\circ}"):
+                shown = _COMPASS.get(shown.strip(), shown)
             words += _LETTERS.findall(_HALF_DAY.sub(r"\1m", shown))
         elif found["unit"] is not None:
             units.append(_singular(found["unit"].rstrip(".").lower()))
@@ -118,7 +121,11 @@ def _singular(word: str) -> str:
 def words_agree(gold: Quantity, answer: Quantity) -> bool:
     """Whether the words behind two values say the same: units are not compared, a word that names what is counted may be
     left out or added, one that carries meaning may not."""
-    if answer.goes_on or (answer.words & {"or", "not", "maybe", "possibly", "wrong", "either"} and answer.words != gold.words):
+    if (
+        gold.goes_on
+        or answer.goes_on
+        or (answer.words & {"or", "not", "maybe", "possibly", "wrong", "either"} and answer.words != gold.words)
+    ):
         return False
     if gold.words == answer.words:
         return True
@@ -187,7 +194,7 @@ def compound(text: str) -> tuple[tuple[Fraction, str], ...]:
             return ()
         parts.append((amount.value, "degree" if "circ" in piece["unit"] else piece["unit"]))
         place = piece.end()
-    if len(parts) < 2:
+    if len({unit for _, unit in parts}) < max(2, len(parts)):  # a unit that comes twice makes a list
         return ()
     if any(len(unit) == 1 and unit.isalpha() and _singular(unit) not in _UNIT_PARTS for _, unit in parts):
         return ()
