@@ -214,7 +214,7 @@ def _is_unsolved(gold: str, answer: str) -> bool:
 
 
 def _shows_an_equation(sides: list[str]) -> bool:
-    """Whether a chain that begins with a name goes on with an unsolved equation: `f(x) = x^2-5x = 0`. `A = r^2 \\pi = 9 \\pi` is
+    """Whether a chain that begins with a name goes on with an unsolved equation: `f(x) = x^2-5x = 0`, where `A = r^2 = 9` is
     a value."""
     if len(sides) < 3 or all(_LETTER.search(side) is None for side in sides[1:-1]):
         return False

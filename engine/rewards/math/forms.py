@@ -98,6 +98,7 @@ _REALS = re.compile(
     rf"|(?:{_NAME}\s+)?(?:is\s+)?(?:any|every)\s+real(?:\s+number)?|\\mathbb\s*\{{\s*R\s*\}}",
     re.IGNORECASE,
 )
+_INTEGERS = re.compile(r"(?:the\s+)?(?:set\s+of\s+)?(?:all\s+)?integers|\\mathbb\s*\{\s*Z\s*\}", re.IGNORECASE)
 _EXCEPT = re.compile(
     r"(?P<all>.+?)\s*(?:\\setminus|\bexcept(?:\s+for)?\b|\bother than\b|(?<=\})\s*-)\s*(?:[a-z]\s*=\s*)?"
     r"(?:\\\{\s*)?(?P<points>[^{}]+(?:\{[^{}]*\}[^{}]*)*?)(?:\s*\\\})?",
@@ -128,6 +129,8 @@ def region(text: str) -> Region | None:
         return Region(None, r"\emptyset")
     if _REALS.fullmatch(words):
         return Region(None, _EVERYTHING)
+    if _INTEGERS.fullmatch(words):
+        return Region(None, r"\mathbb{Z}")
     if (builder := _SET_BUILDER.fullmatch(text)) is not None:
         inside = region(builder["condition"])
         return inside if inside is not None and inside.name == builder["name"] else None

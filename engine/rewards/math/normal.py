@@ -104,7 +104,9 @@ _HSPACE = re.compile(r"\\[hv]space\*?\s*\{[^{}]*\}")
 _E_NOTATION = re.compile(
     r"(?<![\d.\\_])(\d+(?:\.\d*)?|\.\d+)[ ]?(?:[eE]|\\text\{\s*[eE]\s*\})\s*(?:\{([-+]?\d+)\}|([-+]?\d+))(?!\d|\.\d)"
 )
-_TIMES_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|\*|[xX])\s*10\s*(?:\^|\*\*)\s*(?:\{\s*)?\+?(-?\d+)(?:\s*\})?")
+_TIMES_TEN = re.compile(
+    r"(?<=\d)\s*(?:\\times|\\cdot|\*|[xX])\s*(?:10|\{\s*10\s*\})\s*(?:\^|\*\*)\s*(?:\{\s*)?\+?(-?\d+)(?:\s*\})?"
+)
 _SCRIPT = re.compile(r"([_^])\s*([a-zA-Z]|\d(?!\d))")
 _SCRIPT_COMMAND = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)")
 _SCRIPT_PRIMES = re.compile(r"\^\s*\{\s*('+)\s*\}|\^('+)")
@@ -124,7 +126,7 @@ _EMPTY = re.compile(r"\\\{\s*\\\}")
 _EMPTY_TEXT = re.compile(r"\\text\s*\{\s*\}|(?<![\\a-zA-Z\d}\]])\{\s*\}")
 _TEXT_SPACE = re.compile(r"\\text\s+\{")
 _BLANK = re.compile(r"\s+")
-_MARKUP = re.compile(r"\*\*|`+")
+_MARKUP = re.compile(r"(?:\*\*|`)([^*`]+)(?:\*\*|`)")
 _BASE_NAMES = {
     "two": 2,
     "three": 3,
@@ -142,7 +144,8 @@ _BASE = re.compile(
     re.IGNORECASE,
 )
 _ORDINAL = re.compile(r"(?<=\d)\s*(?:\^\s*\{?\s*)?(?:\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?:st|nd|rd|th)\b)")
-_NUMBER_IN_TEXT = re.compile(r"\\text\{\s*([-+]?\d[\d.]*)(?:\s*([^\d{}.\s][^{}]*))?\}")
+_LETTERS_IN_TEXT = re.compile(r"\\text\{\s*([A-J](?:\s*(?:,|and\b|or\b|&)+\s*[A-J](?![a-zA-Z]))+)\s*\}")
+_NUMBER_IN_TEXT = re.compile(r"\\text\{\s*([-+]?\d(?:[\d.,]*\d)?)(?:\s*([^\d{}.\s][^{}]*))?\}")
 _PERCENT = re.compile(
     r"(?<=[\d}])\s*(?:\\text\s*\{\s*(?:percent|per cent|pct|\\?%)\.?\s*\}|\b(?:percent|pct)\b|\\?%)", re.IGNORECASE
 )
@@ -153,26 +156,44 @@ def normal(latex: str) -> str:
     """The answer in one way of writing: delimiters, sizes, spacing and styles gone, one command for each sign, e-notation as
     a power of ten, digits without separators, scripts and arguments in braces, every font command `\\text`."""
     text = _between_dollars(plain(latex).replace("\\$", " ").strip())
-    text = _NULL_DELIMITER.sub(" ", text)
-    text = _HSPACE.sub(" ", _COLOR.sub("", _MARKUP.sub("", text) if "\\" not in text else text))
-    text = _SEPARATED.sub(lambda found: _NOT_A_DIGIT.sub("", found[0]), text)
+    text = _with_braces(_with_plain_numbers(_unstyled(text)))
+    return unwrapped(_BLANK.sub(" ", text).strip().rstrip(_END))
+
+
+def _unstyled(text: str) -> str:
+    """One command for each sign, none for sizes, spaces and colours, and no text that holds nothing but a number."""
+    if (bold := _MARKUP.fullmatch(text)) is not None:
+        text = bold[1]
+    text = _HSPACE.sub(" ", _COLOR.sub("", _NULL_DELIMITER.sub(" ", text)))
+    text = _SEPARATED.sub(_digits, text)  # before the commands that separate them are gone
     text = _COMMAND.sub(_command, text.replace("~=", r"\approx ")).replace("~", " ")
     text = _COMPARED.sub(lambda found: _COMPARISONS[found[0]], _DOTS.sub(r"\\ldots ", text))
-    text = _EMPTY.sub(r"\\emptyset ", _EMPTY_TEXT.sub(" ", _TEXT_SPACE.sub(r"\\text{", text)))
-    text = _SEPARATED_BY_DOTS.sub(lambda found: _NOT_A_DIGIT.sub("", found[0]), text)
+    text = _EMPTY_TEXT.sub(" ", _TEXT_SPACE.sub(r"\\text{", text))
+    text = _LETTERS_IN_TEXT.sub(r"\1", _EMPTY.sub(r"\\emptyset ", text))
+    if (written := _NUMBER_IN_TEXT.fullmatch(text.strip().rstrip(_END))) is not None:
+        return written[1] + (rf" \text{{{written[2]}}}" if written[2] else "")
+    return text
+
+
+def _with_plain_numbers(text: str) -> str:
+    """Numbers without separators, ordinals and words for their base; e-notation as a power of ten."""
+    text = _SEPARATED_BY_DOTS.sub(_digits, text)
     if (grouped := _SEPARATED_BY_COMMAS.fullmatch(text.rstrip(_END))) is not None:
         text = grouped["before"] + _NOT_A_DIGIT.sub("", grouped["number"]) + grouped["after"]
     text = _TIMES_TEN.sub(r"\\times 10^{\1}", _E_NOTATION.sub(r"\1\\times 10^{\2\3}", text))
+    return _ORDINAL.sub("", _BASE.sub(_base, _PERCENT.sub(r"\\%", text)))
+
+
+def _with_braces(text: str) -> str:
+    """Scripts and arguments in braces."""
     text = _SCRIPT_COMMAND.sub(r"^{\\circ}", text)
     text = _SCRIPT.sub(r"\1{\2}", _SCRIPT_PRIMES.sub(r"\1\2", text))
-    text = _BARE_MARK.sub(r"\\\1{\2}", text)
-    text = _BARE_ROOT.sub(r"\\sqrt{\1}", _BARE_FRACTION.sub(_fraction, text))
-    text = _OPERATOR_NAME.sub(r"\\\1 ", text)
-    if (written := _NUMBER_IN_TEXT.fullmatch(text.strip().rstrip(_END))) is not None:
-        text = written[1] + (rf" \text{{{written[2]}}}" if written[2] else "")
-    text = _PERCENT.sub(r"\\%", text)
-    text = _ORDINAL.sub("", _BASE.sub(_base, text))
-    return unwrapped(_BLANK.sub(" ", text).strip().rstrip(_END))
+    text = _BARE_FRACTION.sub(_fraction, _BARE_MARK.sub(r"\\\1{\2}", text))
+    return _OPERATOR_NAME.sub(r"\\\1 ", _BARE_ROOT.sub(r"\\sqrt{\1}", text))
+
+
+def _digits(found: re.Match[str]) -> str:
+    return _NOT_A_DIGIT.sub("", found[0])
 
 
 def _between_dollars(text: str) -> str:
