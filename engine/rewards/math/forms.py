@@ -310,7 +310,7 @@ def oriented(text: str) -> str:
     return text
 
 
-_MARKED_NAME = re.compile(r"(\\?[a-zA-Z]+(?:_\{\w+\})?)(?:'+|\s*\^\s*\{\s*(?:T|\\top|\\dagger|H)\s*\})")
+_MARKED_NAME = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_\{\w+\})?(?:'+|\s*\^\s*\{\s*(?:T|\\top|\\dagger|H)\s*\})")
 _ELLIPSIS = re.compile(r"\\ldots")
 
 

@@ -182,7 +182,7 @@ def test_whether_a_problem_asks_for_a_value(problem: str, asks: bool) -> None:
     ["1", "-1.5", "1,234,567", ".5", "1/2", r"-\frac{1}{2}", r"3\frac{1}{2}", "3 1/2", r"0.\overline{3}", r"6\times 10^{23}"],
 )
 def test_numbers_are_values(text: str) -> None:
-    assert is_value(normal(text), gold="0.5") and is_value(normal(rf"x = \left( {text} \right)"), gold="0.5")
+    assert is_value(normal(text), gold="0.5") and is_value(normal(rf"x = {text} \text{{ cm}}"), gold="0.5")
     assert not is_value(normal(f"1+{text}"), gold="0.5") and not is_value(normal(rf"\sqrt{{{text}}}"), gold="0.5")
 
 
