@@ -12,11 +12,19 @@ from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, I, MatrixBase, Product, Set, Sum, Symbol, Tuple
+from sympy import Basic, MatrixBase, Set, Symbol, Tuple
 from sympy.core.function import AppliedUndef
 
 from engine.rewards.math import forms
-from engine.rewards.math.exact import CHAIN_TOLERANCE, differ, is_number, members_of, objects, same_function, solutions_differ
+from engine.rewards.math.exact import (
+    contradict,
+    is_number,
+    members_of,
+    objects,
+    same_function,
+    solutions_differ,
+    with_imaginary_unit,
+)
 from engine.rewards.math.normal import key, split
 from engine.rewards.math.numbers import Number, as_fractions, number, numbers_equal
 from engine.rewards.math.quantities import Quantity, compounds_equal, quantity, scaled, words_agree
@@ -24,7 +32,6 @@ from engine.rewards.math.quantities import Quantity, compounds_equal, quantity, 
 # Math-Verify takes `2t` for 2 tonnes and drops everything from the first word to the last brace: units are quantities.py's.
 _NO_UNITS = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last")
 BOX_ONLY = (LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NO_UNITS),)
-IMAGINARY = {Symbol("i", real=True): I, Symbol("i", real=False): I, Symbol("i"): I}  # the parser leaves the letter
 DEEPEST = 4  # choices in labels in approximations
 _APPROXIMATELY = re.compile(r"\s*\\approx(?![a-zA-Z])\s*")
 _PLUS_MINUS = re.compile(r"\\[pm][mp](?![a-zA-Z])")
@@ -119,9 +126,7 @@ def _alternatives(text: str) -> list[str]:
 def _consistent(values: list[str]) -> bool:
     """Whether numbers that are called about equal are."""
     parsed = [_parsed(quantity(value).value) for value in values]
-    return all(value is not None for value in parsed) and not any(
-        differ(first, second, CHAIN_TOLERANCE) for first, second in pairwise(parsed)
-    )
+    return None not in parsed and not any(contradict(first, second) for first, second in pairwise(parsed))
 
 
 def _regions_equal(gold: forms.Region, answer: forms.Region) -> bool:
@@ -263,4 +268,4 @@ def _parse(latex: str) -> Any | None:
     found = parse(rf"\boxed{{{latex}}}", BOX_ONLY, extraction_mode="first_match", parsing_timeout=None)
     if not found or not isinstance(found[0], (Basic, MatrixBase)):
         return None
-    return found[0] if found[0].has(Sum, Product) else found[0].xreplace(IMAGINARY)
+    return with_imaginary_unit(found[0])

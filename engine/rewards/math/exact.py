@@ -19,6 +19,7 @@ from sympy import (
     FiniteSet,
     Float,
     GreaterThan,
+    I,
     Integer,
     Integral,
     Interval,
@@ -55,6 +56,7 @@ ORDERED = (Tuple, Interval)
 COLLECTIONS = (*ORDERED, FiniteSet)
 INEQUALITIES = (StrictLessThan, LessThan, StrictGreaterThan, GreaterThan)
 NOT_BY_POINTS = (AppliedUndef, Derivative, Integral, Limit, Sum, Product, floor, ceiling, Mod, UnevaluatedExpr)
+IMAGINARY = {Symbol("i", real=True): I, Symbol("i", real=False): I, Symbol("i"): I}
 UNDECIDED = (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError, RecursionError)
 
 
@@ -66,6 +68,24 @@ def objects(gold: Any, answer: Any, *, degrees: bool) -> bool:
         return (not degrees and contradicts_itself(answer)) or differ(gold, answer)
     except UNDECIDED:
         return False
+
+
+def contradict(first: Any, second: Any) -> bool:
+    """Whether two values that are called about equal are known not to be."""
+    try:
+        return differ(first, second, CHAIN_TOLERANCE)
+    except UNDECIDED:
+        return False
+
+
+def with_imaginary_unit(value: Any) -> Any:
+    """The value with the letter i, which the parser leaves as it is, as the imaginary unit; not where it may count a sum."""
+    if value.has(Sum, Product):
+        return value
+    try:
+        return value.xreplace(IMAGINARY)
+    except UNDECIDED:  # an interval of imaginary ends
+        return value
 
 
 def solutions_differ(gold: Any, answer: Any) -> bool:
