@@ -11,6 +11,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,13 @@ def _from_gsm8k(where: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_of(where: str, record: dict[str, Any], field: str, numbers: bool = False) -> str:
-    """The field as text; empty when it is absent, null or blank. A whole number loses its decimal point."""
+    """The field as text; empty when it is absent, null or blank. A number is written out in
+    its shortest digits, without an exponent (0.00001, not 1e-05), and without a decimal point where it is whole."""
     value = record.get(field)
     if value is None:
         return ""
     if numbers and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return str(int(value)) if value == int(value) else repr(value)
+        return format(Decimal(repr(value)), "f").removesuffix(".0") if value else "0"
     if not isinstance(value, str):
         kinds = "a text or a finite number" if numbers else "a text"
         raise DataError(f"{where}: `{field}` must be {kinds}; found {brief(value)}: write it as text")

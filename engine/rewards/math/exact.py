@@ -1,5 +1,6 @@
-"""Second thoughts about what Math-Verify takes for equal: exact values where both sides are exact, relative precision where
-one is a decimal, equations by their solutions, and chains of equalities that contradict themselves. It only ever objects.
+"""What is said of two answers as sympy objects beside Math-Verify: objections, made before it is asked because they are cheap
+(exact values where both sides are exact, relative precision where one is a decimal, other symbols, chains of equalities that
+contradict themselves), and equal functions that it does not recognise. Nothing here reads text.
 
 Runs in the killable child alone: computing what an expression is worth may take for ever. Where sympy cannot tell, there is
 no objection.
@@ -12,23 +13,32 @@ from itertools import pairwise
 from typing import Any
 
 from sympy import (
-    AtomicExpr,
+    Derivative,
     Eq,
     Expr,
     FiniteSet,
     Float,
     GreaterThan,
+    I,
     Integer,
+    Integral,
     Interval,
     LessThan,
+    Limit,
     MatrixBase,
+    Mod,
     N,
+    Product,
     Rational,
     StrictGreaterThan,
     StrictLessThan,
+    Sum,
+    Symbol,
     Tuple,
     UnevaluatedExpr,
+    ceiling,
     expand,
+    floor,
     nan,
     oo,
     solve,
@@ -45,25 +55,91 @@ POINTS = (Rational(3, 7), Rational(29, 11), Rational(127, 5))  # where symbolic 
 ORDERED = (Tuple, Interval)
 COLLECTIONS = (*ORDERED, FiniteSet)
 INEQUALITIES = (StrictLessThan, LessThan, StrictGreaterThan, GreaterThan)
+NOT_BY_POINTS = (AppliedUndef, Derivative, Integral, Limit, Sum, Product, floor, ceiling, Mod, UnevaluatedExpr)
+IMAGINARY = {Symbol("i", real=True): I, Symbol("i", real=False): I, Symbol("i"): I}
 UNDECIDED = (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError, RecursionError)
 
 
 def objects(gold: Any, answer: Any, *, degrees: bool) -> bool:
-    """Whether an answer that Math-Verify takes for the gold one is not, as sympy objects of its `parse`. It drops the
-    sign of `degrees`, so that what is equal in a chain with one (pi/2 = 90 degrees) cannot be said."""
+    """Whether two answers are known to be unequal, as sympy objects of Math-Verify's `parse`; cheap, so that it is asked
+    before Math-Verify is. The sign of `degrees` is dropped by that, so that what is equal in a chain with one (pi/2 = 90
+    degrees) cannot be said."""
     try:
         return (not degrees and contradicts_itself(answer)) or differ(gold, answer)
     except UNDECIDED:
         return False
 
 
+def contradict(first: Any, second: Any) -> bool:
+    """Whether two values that are called about equal are known not to be."""
+    try:
+        return differ(first, second, CHAIN_TOLERANCE)
+    except UNDECIDED:
+        return False
+
+
+def with_imaginary_unit(value: Any) -> Any:
+    """The value with the letter i, which the parser leaves as it is, as the imaginary unit; not where it may count a sum."""
+    if value.has(Sum, Product):
+        return value
+    try:
+        return value.xreplace(IMAGINARY)
+    except UNDECIDED:  # an interval of imaginary ends
+        return value
+
+
+def solutions_differ(gold: Any, answer: Any) -> bool:
+    """Whether two equations that Math-Verify takes for equal have different solutions; solves them, so ask it last."""
+    golds, answers = members_of(gold), members_of(answer)
+    try:
+        return bool(golds and answers) and _solutions_differ((golds[0], golds[-1]), (answers[0], answers[-1]))
+    except UNDECIDED:
+        return False
+
+
+def same_function(gold: Any, answer: Any) -> bool:
+    """Whether two expressions of the same symbols are worth the same to many digits wherever both are real: at points of
+    positive numbers, where a root is what it seems, and at points with negative ones (`\\sqrt{x^2}` is no `x`)."""
+    if not (isinstance(gold, Expr) and isinstance(answer, Expr)) or not gold.free_symbols:
+        return False
+    if gold.free_symbols != answer.free_symbols or gold.has(Float) or answer.has(Float):
+        return False
+    if gold.has(*NOT_BY_POINTS) or answer.has(*NOT_BY_POINTS):
+        return False
+    try:
+        for values in (*_points(gold.free_symbols), *_points(gold.free_symbols, start=5)):
+            at_gold, at_answer = _worth(gold, values), _worth(answer, values)
+            if at_gold is None or at_answer is None or _apart(at_gold, at_answer, TOLERANCE):
+                return False
+        for values in _negative_points(gold.free_symbols):
+            at_gold, at_answer = _worth(gold, values), _worth(answer, values)
+            real = [value is not None and value.is_real for value in (at_gold, at_answer)]
+            if any(real) and (not all(real) or _apart(at_gold, at_answer, TOLERANCE)):
+                return False
+    except UNDECIDED:
+        return False
+    return True
+
+
+def _worth(expression: Any, values: dict[Any, Any]) -> Any | None:
+    """The number that an expression is at a point; None where it is none."""
+    value = N(expression.subs(values), DIGITS)
+    return value if value.is_number and value.is_finite and value not in (nan, zoo) else None
+
+
+def _negative_points(symbols: Any) -> Iterator[dict[Any, Any]]:
+    names = sorted(symbols, key=str)
+    for signs in ((-1, -1), (-1, 1), (1, -1)):
+        yield {name: signs[place % 2] * (Rational(37, 11) + place * Rational(13, 17)) for place, name in enumerate(names)}
+
+
 def contradicts_itself(answer: Any) -> bool:
     """Whether two numbers in a chain of equalities differ: `1 = 2 = 3`, `x = 2 = 57`."""
-    numbers = [member for member in _members(answer) if _is_number(member)]
+    numbers = [member for member in members_of(answer) if is_number(member)]
     return any(numbers_differ(first, second, CHAIN_TOLERANCE) for first, second in pairwise(numbers))
 
 
-def _members(answer: Any) -> list[Any]:
+def members_of(answer: Any) -> list[Any]:
     """The members of an equation, or of a chain in which each equation goes on where the one before ended."""
     links = _links(answer) if isinstance(answer, And) else [answer]
     if not all(isinstance(link, Eq) for link in links):
@@ -81,26 +157,27 @@ def _links(chain: Any) -> Sequence[Any]:
 
 def differ(gold: Any, answer: Any, tolerance: float = DECIMAL_TOLERANCE) -> bool:
     """Whether two parsed answers are known to be unequal; kinds that cannot be compared here are not."""
-    golds, answers = _members(gold), _members(answer)
+    golds, answers = members_of(gold), members_of(answer)
     if golds and answers:
-        return _equations_differ((golds[0], golds[-1]), (answers[0], answers[-1]))
+        return _equations_differ((golds[0], golds[-1]), (answers[0], answers[-1]), tolerance)
     gold, answer = golds[-1] if golds else gold, answers[-1] if answers else answer
     if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase) and gold.shape == answer.shape:
         return any(differ(a, b) for a, b in zip(gold.flat(), answer.flat(), strict=True))
     if isinstance(gold, COLLECTIONS) or isinstance(answer, COLLECTIONS):
         return _collections_differ(gold, answer)
-    if _is_number(gold) and _is_number(answer):
+    if is_number(gold) and is_number(answer):
         return numbers_differ(gold, answer, tolerance)
     if isinstance(gold, And) and isinstance(answer, And):
         return any(differ(a, b) for a, b in zip(_links(gold), _links(answer), strict=False))
     if isinstance(gold, INEQUALITIES) and isinstance(answer, INEQUALITIES):
         return _inequalities_differ(gold, answer)
-    if isinstance(gold, Expr) and isinstance(answer, Expr) and gold.free_symbols == answer.free_symbols:
-        return not isinstance(gold, AtomicExpr) and _functions_differ(gold, answer, tolerance)
+    if isinstance(gold, Expr) and isinstance(answer, Expr) and not isinstance(gold, Symbol) and not isinstance(answer, Symbol):
+        return _functions_differ(gold, answer, tolerance)  # a symbol may be a word, which Math-Verify compares by its letters
     return False
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether an object is an expression without symbols and without unknown functions."""
     return isinstance(value, Expr) and not value.free_symbols and not value.has(AppliedUndef)
 
 
@@ -150,9 +227,11 @@ def _apart(a: Any, b: Any, tolerance: Any) -> bool:
 
 
 def _functions_differ(a: Any, b: Any, tolerance: float) -> bool:
-    """Whether two expressions of the same symbols differ at every point where both are tried."""
+    """Whether two expressions, of the same symbols or not, differ at every point where both are tried."""
+    if a.has(UnevaluatedExpr) or b.has(UnevaluatedExpr):
+        return False
     decimal = a.has(Float) or b.has(Float)
-    for values in _points(a.free_symbols):
+    for values in _points(a.free_symbols | b.free_symbols):
         at_a, at_b = a.subs(values), b.subs(values)
         if not (at_a.is_number and at_b.is_number) or {at_a, at_b} & {nan, oo, -oo, zoo}:
             return False
@@ -161,30 +240,43 @@ def _functions_differ(a: Any, b: Any, tolerance: float) -> bool:
     return True
 
 
-def _points(symbols: Any) -> Iterator[dict[Any, Any]]:
+def _points(symbols: Any, start: int = 0) -> Iterator[dict[Any, Any]]:
     names = sorted(symbols, key=str)
     for point in POINTS:
-        yield {name: point + place * Rational(13, 17) for place, name in enumerate(names)}
+        yield {name: point + start + place * Rational(13, 17) for place, name in enumerate(names)}
 
 
 def _inequalities_differ(gold: Any, answer: Any) -> bool:
     """Whether two inequalities are alike but for a constant: then one is true where the other is not."""
     a, b = ((side.lts - side.gts) for side in (gold, answer))
     difference = expand(a - b)
-    return _is_number(difference) and numbers_differ(difference, Integer(0), 0.0)
+    return is_number(difference) and numbers_differ(difference, Integer(0), 0.0)
 
 
-def _equations_differ(gold: tuple[Any, Any], answer: tuple[Any, Any]) -> bool:
+def _equations_differ(gold: tuple[Any, Any], answer: tuple[Any, Any], tolerance: float) -> bool:
+    """Whether two equations (left, right) are unequal at first sight: of other symbols, or solved for one and the same
+    symbol with right sides that differ."""
+    if not all(isinstance(side, Expr) for side in (*gold, *answer)):
+        return False
+    symbols = (gold[0] - gold[1]).free_symbols
+    if symbols != (answer[0] - answer[1]).free_symbols:
+        return True
+    if not symbols:
+        return numbers_differ(gold[1], answer[1], tolerance)
+    if gold[0] == answer[0] and isinstance(gold[0], Symbol) and gold[0] not in gold[1].free_symbols | answer[1].free_symbols:
+        return differ(gold[1], answer[1], tolerance)
+    return False
+
+
+def _solutions_differ(gold: tuple[Any, Any], answer: tuple[Any, Any]) -> bool:
     """Whether two equations (left, right) have different solutions: neither is a multiple of the other, and solved for no
     symbol that both have do they give the same."""
     if not all(isinstance(side, Expr) for side in (*gold, *answer)):
         return False
     a, b = (left - right for left, right in (gold, answer))
     symbols = a.free_symbols
-    if symbols != b.free_symbols:
-        return True
     if not symbols:
-        return numbers_differ(gold[1], answer[1], DECIMAL_TOLERANCE)
+        return False
     ratios = [(a / b).subs(values) for values in _points(symbols)]
     if all(ratio.is_finite and not _apart(ratio, ratios[0], TOLERANCE) for ratio in ratios):
         return False

@@ -12,9 +12,11 @@ from engine.rewards.base import Answer
 from engine.rewards.math.answers import after_reasoning, asks_for_value
 from engine.rewards.pool.workers import Request, WorkerReward
 
-# What a verdict means. 1: Math-Verify as it comes, behind killable processes. 2: with the checks of answers.py and exact.py.
-# Every case of cases.jsonl says since which version it holds.
-VERIFIER_VERSION = "2"
+# What a verdict means. 1: Math-Verify as it comes, behind killable processes. 2: with checks of the answer's text and the
+# objections of exact.py. 3: both sides in one way of writing, so that a gold answer equals itself; numbers, quantities, choices
+# and intervals compared as such (compare.py); what the parser drops is an objection, an unsolved equation is no value. Every
+# case of cases.jsonl says since which version it holds.
+VERIFIER_VERSION = "3"
 
 MAX_CHARACTERS = 4000  # of an answer, its end
 

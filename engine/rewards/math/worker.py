@@ -1,92 +1,100 @@
-r"""The process that judges answers to problems, started by engine/rewards/pool/workers.py: Math-Verify on the answer that
-answers.py finds in a completion, and then the objections of answers.py and exact.py. Deadline and memory are
-engine/rewards/pool/worker.py's.
+r"""The process that judges answers to problems, started by engine/rewards/pool/workers.py: finds the answer of a completion
+(answers.py; Math-Verify's own search where there is no box) and compares it with the gold one (compare.py). Deadline and
+memory are engine/rewards/pool/worker.py's.
 """
 
 from __future__ import annotations
 
 import logging
-import re
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
-from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Float
+from math_verify import parse
+from sympy import Basic, UnevaluatedExpr
 
-from engine.rewards.math.answers import boxed_answer, is_value, other_base, plain, says_more
-from engine.rewards.math.exact import CHAIN_TOLERANCE, differ, objects
+from engine.core.boxed import boxes
+from engine.rewards.math.answers import boxed_answer, without_boxes
+from engine.rewards.math.compare import equal, is_value
+from engine.rewards.math.normal import key, normal, plain
 from engine.rewards.pool.worker import Loaded, run
 
 WARM_UP = (r"\frac{1}{2}", r"x^2 + \sqrt{3} \le 5", r"(1, \pi)", r"\{1, 2\}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}")
-LATEX = re.compile(r"(?<!\\)\$.+\$|\\\(.+\\\)|\\\[.+\\\]|\\boxed\s*\{", re.DOTALL)
-BOX_ONLY = (LatexExtractionConfig(boxed_match_priority=0),)
-APPROXIMATELY = re.compile(r"\\approx\b|~=")
+SAME_IN_OTHER_WORDS = (
+    r"\frac{2}{4}",
+    r"5 \ge x^2+\sqrt{3}",
+    r"(1, \frac{2 \pi}{2})",
+    "2,1",
+    r"\begin{pmatrix} 2/2 \\ 2 \end{pmatrix}",
+)
 
-Parsed = list[Any]  # of Math-Verify: a sympy object where it could make one, and the normalised text
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """A gold answer as it is compared."""
+
+    text: str  # normal
+    same: frozenset[str]  # as it stands, and the keys of what is the same text
 
 
 def judge(gold: str, text: str, wants_value: bool) -> tuple[float, str]:
     """(1.0 or 0.0, status) of an answer against the gold one; with `wants_value` an expression that is still to compute
     does not equal a number. May run for ever: only for a killable process.
 
-    Where the answer has a box, the last one is judged and nothing else; else Math-Verify's default extraction finds what
-    looks like an answer, LaTeX or a plain expression.
+    Where the answer has a box, the last one is judged and nothing else; the gold answer itself in a box is right, letter for
+    letter. Without a box Math-Verify's default extraction finds what looks like an answer, LaTeX or a plain expression.
     """
-    expected = _parse_gold(gold)
-    if not expected:
+    wanted = _gold(gold)
+    if wanted is None:
         return 0.0, "unparsable"
     text = plain(text)
     content = boxed_answer(text)
     if content is None:
-        found: Parsed = parse(text, parsing_timeout=None)
-    else:
-        found = _parse_box(content, expected)
-    right = bool(found) and verify(expected, found, timeout_seconds=None) and not _refused(expected, found, content)
-    if right and wants_value:
-        right = is_value(str(found[-1]), gold=str(expected[-1]))
+        content = _found_in_prose(text)
+    elif _is_itself(plain(gold), text):
+        return 1.0, "ok"
+    answer = normal(content)
+    if content and (content in wanted.same or key(answer) in wanted.same):
+        return 1.0, "ok"
+    right = equal(wanted.text, answer) and (not wants_value or is_value(answer, gold=wanted.text))
     return float(right), "ok"
 
 
 @lru_cache(maxsize=64)  # the rollouts of one prompt come together
-def _parse_gold(gold: str) -> Parsed:
+def _gold(gold: str) -> Gold | None:
+    """The gold answer, or of a solution its last box; None where there is none."""
     gold = plain(gold)
-    expected: Parsed = parse(gold if LATEX.search(gold) else rf"\boxed{{{gold}}}", parsing_timeout=None)
-    return expected
+    if not gold.strip():
+        return None
+    boxed = boxed_answer(gold)
+    shown = (without_boxes(gold) if boxed is None else boxed), without_boxes(gold)
+    texts = [normal(text) for text in shown]
+    return Gold(texts[0], frozenset((*shown, *map(key, texts))) - {""})
 
 
-def _parse_box(content: str, expected: Parsed) -> Parsed:
-    """The content of a box; of `a \\approx b` the a, or the b where a is no number or the gold answer is a decimal."""
-    parts = [_parse_latex(part) for part in APPROXIMATELY.split(content)]
-    if len(parts) == 1 or not all(parts):
-        return parts[0]
-    first, last = parts[0], parts[-1]
-    if getattr(first[0], "free_symbols", True):
-        return last
-    if differ(first[0], last[0], CHAIN_TOLERANCE):
-        return []
-    return last if isinstance(expected[0], Float) else first
-
-
-def _parse_latex(content: str) -> Parsed:
-    found: Parsed = parse(rf"\boxed{{{content}}}", BOX_ONLY, extraction_mode="first_match", parsing_timeout=None)
-    return found
-
-
-def _refused(expected: Parsed, found: Parsed, content: str | None) -> bool:
-    """Whether there is an objection to what Math-Verify calls equal; none to the same text."""
-    if content is not None and says_more(content):
-        return True
-    if found[-1] == expected[-1]:
+def _is_itself(gold: str, text: str) -> bool:
+    """Whether the last box holds a gold answer whose braces do not match, letter for letter: then the box seems to end
+    elsewhere."""
+    literal = rf"\boxed{{{gold}}}"
+    if boxed_answer(literal) == without_boxes(gold):
         return False
-    gold, answer = str(expected[-1]), str(found[-1])
-    return other_base(gold, answer) or objects(expected[0], found[0], degrees=r"\circ" in answer)
+    start = text.rfind(literal)
+    return start >= 0 and not any(box.start >= start + len(literal) for box in boxes(text))
+
+
+def _found_in_prose(text: str) -> str:
+    """What Math-Verify's own search takes for the answer of a text without a box; empty where it finds none."""
+    found = parse(text, parsing_timeout=None)
+    if not found:
+        return ""
+    percent = isinstance(found[0], Basic) and found[0].has(UnevaluatedExpr) and "%" not in str(found[-1])
+    return str(found[-1]) + (r"\%" if percent else "")
 
 
 def load(_: list[str]) -> Loaded:
     """The judge, warmed up: its child starts with what most answers need."""
     logging.disable(logging.CRITICAL)
-    for expression in WARM_UP:
-        judge(expression, rf"\boxed{{{expression}}} or ${expression}$ or 2/3", True)
+    for gold, answer in zip(WARM_UP, SAME_IN_OTHER_WORDS, strict=True):
+        judge(gold, rf"\boxed{{{answer}}} or ${answer}$ or 2/3", True)
     return Loaded(judge)
 
 

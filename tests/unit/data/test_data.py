@@ -19,6 +19,7 @@ from engine.data.prompts import PromptOrder, PromptSet
 from engine.data.rows import Row, last_boxed, load_rows
 from engine.data.supervised import supervised_sequence
 from engine.data.templates import FIGURE4, encode_prompt, load_tokenizer
+from engine.rewards.math.worker import judge
 
 SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
 
@@ -61,6 +62,29 @@ def test_rows_of_gsm8k_need_no_conversion(tmp_path: Path) -> None:
     table = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"question": ["How many?"], "answer": [worked]}), table)
     assert load_rows(table) == [Row("How many?", "1072", worked, "", "")]
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("0.00001", "0.00001"),
+        ("4e-5", "0.00004"),
+        ("1e-05", "0.00001"),
+        ("1.5e10", "15000000000"),
+        ("1e23", "100000000000000000000000"),
+        ("-2.50", "-2.5"),
+        ("3.0", "3"),
+        ("-0.0", "0"),
+        ("12345678901234567890", "12345678901234567890"),
+        ("0.1", "0.1"),
+    ],
+)
+def test_a_number_as_an_answer_is_written_out_and_equals_itself(tmp_path: Path, written: str, text: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"problem": "p", "answer": {written}}}\n')
+    assert load_rows(path)[0].answer == text
+    for answer in (written, text):
+        assert judge(text, rf"\boxed{{{answer}}}", True) == (1.0, "ok")
 
 
 @pytest.mark.parametrize("answer", ["no mark", "worked ####  ", None, 27])

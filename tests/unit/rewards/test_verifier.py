@@ -1,6 +1,6 @@
 """The verifier's contract: every case of engine/rewards/math/cases.jsonl through real workers, what plain Math-Verify says of
-the same cases, the gold answers of MATH-500 put in as answers, hostile answers by the hundred, and properties of the text
-checks.
+the same cases, the gold answers of MATH-500 put in as answers, hostile answers by the hundred (by the ten thousand at night),
+and properties of the text checks. That every gold answer equals itself is test_reflexive.py's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from engine.config.options import Rewards
 from engine.core.boxed import boxes
 from engine.core.types import Prompt, Score
 from engine.rewards.base import Answer
-from engine.rewards.math.answers import after_reasoning, asks_for_value, boxed_answer, is_value, other_base, plain, says_more
+from engine.rewards.math.answers import after_reasoning, asks_for_value, boxed_answer
+from engine.rewards.math.compare import is_value
+from engine.rewards.math.normal import normal, plain
 from engine.rewards.math.reward import MAX_CHARACTERS, VERIFIER_VERSION, MathReward
 from engine.rewards.math.worker import judge
 from tests.unit.rewards.hostile import hostile_answers
@@ -32,6 +34,7 @@ CASES: list[dict[str, Any]] = [
     for line in Path(str(engine.rewards.math.__file__)).with_name("cases.jsonl").read_text("utf-8").splitlines()
 ]
 MATH500 = Path(__file__).parents[4] / "shared" / "data" / "math500.jsonl"
+VERSIONS = [str(version) for version in range(1, int(VERIFIER_VERSION) + 1)]
 KINDS = {"must_be_1": {1}, "must_be_0": {0}, "choice": {1}, "known": {0, 1}}
 RIGHT = Score(1.0, "ok")
 
@@ -57,7 +60,7 @@ def test_the_table_is_whole() -> None:
     for case in CASES:
         assert case["expected"] in KINDS[case["kind"]], case
         assert (case["kind"] == "choice") == ("expected_when_refusing" in case), case
-        assert case["why"] and case["since"] in ("1", VERIFIER_VERSION), case
+        assert case["why"] and case["since"] in VERSIONS, case
     assert {case["kind"] for case in CASES} == set(KINDS)
 
 
@@ -91,19 +94,20 @@ def test_gold_answers_of_math_500_are_right_answers(kind: str, request: pytest.F
     says = "The final answer is $\\boxed{%s}$."
     items = [Answer(prompt(row["answer"], row["problem"]), says % row["answer"]) for row in rows]
     missed = [item.prompt.answer for item, score in zip(items, reward.score(items), strict=True) if score != RIGHT]
-    assert len(rows) == 500 and len(missed) <= 5, missed
+    assert len(rows) == 500 and not missed, missed
 
 
-def test_hostile_answers_neither_pass_nor_hang_nor_lose_a_worker() -> None:
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])])
+def test_hostile_answers_neither_pass_nor_hang_nor_lose_a_worker(count: int) -> None:
     """At a fraction of the real deadline, so that hundreds can be killed; test_rewards.py has the real one."""
-    items = [Answer(prompt(gold), text) for gold, text in hostile_answers(300, seed=0)]
+    items = [Answer(prompt(gold), text) for gold, text in hostile_answers(count, seed=count)]
     with MathReward(Rewards(deadline_seconds=0.01, memory_mebibytes=1024)) as reward:
         before = list(reward._workers)
         scores = reward.score(items)
         assert reward._workers == before
     assert {score.value for score in scores} == {0.0}
     assert {score.status for score in scores} <= {"ok", "timeout", "died"}
-    assert sum(score.status == "timeout" for score in scores) > 60, "they must be hostile"
+    assert sum(score.status == "timeout" for score in scores) > count / 20, "they must be hostile"
 
 
 @settings(max_examples=200)
@@ -180,11 +184,22 @@ def test_whether_a_problem_asks_for_a_value(problem: str, asks: bool) -> None:
     ["1", "-1.5", "1,234,567", ".5", "1/2", r"-\frac{1}{2}", r"3\frac{1}{2}", "3 1/2", r"0.\overline{3}", r"6\times 10^{23}"],
 )
 def test_numbers_are_values(text: str) -> None:
-    assert is_value(text, gold="0.5") and is_value(rf"x = \left( {text} \right)", gold="0.5")
-    assert not is_value(f"1+{text}", gold="0.5") and not is_value(rf"\sqrt{{{text}}}", gold="0.5")
+    assert is_value(normal(text), gold="0.5") and is_value(normal(rf"x = {text} \text{{ cm}}"), gold="0.5")
+    assert not is_value(normal(f"1+{text}"), gold="0.5") and not is_value(normal(rf"\sqrt{{{text}}}"), gold="0.5")
 
 
-def test_words_and_bases_behind_a_number() -> None:
-    assert not says_more(r"57\text{ cm}^2") and not says_more(r"\text{3 or 4}") and not says_more(r"12_{\text{base 8}}")
-    assert says_more(r"57\text{ or 3}") and says_more(r"57 \mbox{ (not 3)}$.")
-    assert other_base("52_8", "52_{9}") and not other_base("52_8", "52_{8}") and not other_base("52_8", "52")
+@pytest.mark.parametrize(
+    ("gold", "answer", "value"),
+    [
+        ("57", r"57\text{ cm}^2", 1.0),
+        ("12_8", r"12_{\text{base 8}}", 1.0),
+        ("57", r"57\text{ or 3}", 0.0),
+        ("57", r"57 \mbox{ (not 3)}$.", 0.0),
+        (r"57\text{ or 3}", "57", 0.0),
+        ("52_8", "52_{9}", 0.0),
+        ("52_8", "52_{8}", 1.0),
+        ("52_8", "52", 1.0),
+    ],
+)
+def test_words_and_bases_behind_a_number(gold: str, answer: str, value: float) -> None:
+    assert judge(gold, rf"\boxed{{{answer}}}", False) == (value, "ok")

@@ -1,0 +1,402 @@
+r"""What an answer is beside a value: a choice letter, words before the value, an interval or a condition on one unknown, the
+name on the left of an equation. Reads normal text (normal.py) and writes such text; standard library only, no algebra.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+
+from engine.rewards.math.normal import closing, key, split, unwrapped, without_text, words_of
+from engine.rewards.math.numbers import number
+
+# Words before a value that say that it is one.
+_LABEL_WORDS = (
+    r"(?:(?:so|thus|hence|therefore|and)\b,?\s*)?(?:(?:the|our|my|a|an)\s+)?"
+    r"(?:(?:final|correct|required|exact|numerical|right)\s+)?"
+    r"(?:answer|ans|result|solution|value|solutions|values|option|choice)\b(?:\s*(?:is|are|equals|would be|must be))?\s*[:.=]?"
+    r"|(?:so|thus|hence|therefore|exactly|only|just|it is|it's|there are|there is|we get|we have"
+    r"|about|approximately|roughly|around"
+    r"|approx)\b[,.:]?"
+)
+_LABEL = re.compile(
+    rf"\s*(?:\\text\s*\{{\s*(?:{_LABEL_WORDS})\s*\}}|(?<![\\a-zA-Z])(?:{_LABEL_WORDS})(?=[\s\\\d(-])|\\therefore|\\approx)\s*[:=]?",
+    re.I,
+)
+_LABEL_IN_TEXT = re.compile(rf"\s*\\text\s*\{{\s*(?:{_LABEL_WORDS})\s+(?=[^\s}}])", re.I)
+
+
+def unlabelled(text: str) -> str:
+    """Without words that only announce the answer: `\\text{Answer: } 5`, `\\approx 5`."""
+    for _ in range(4):
+        found = _LABEL.match(text)
+        if found is not None and found.end() > 0 and text[found.end() :].strip():
+            text = text[found.end() :].strip()
+        elif (found := _LABEL_IN_TEXT.match(text)) is not None:
+            text = r"\text{" + text[found.end() :]
+        else:
+            break
+    return unwrapped(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A letter of a multiple choice, and what stands beside it, which may be nothing."""
+
+    letter: str
+    rest: str
+
+
+_LETTER = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice)\s*)?(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[.):]|\[([A-J])\]|([A-J]))\s*[.:]?")
+_LETTER_AND_TEXT = re.compile(
+    r"(?:(?:[Oo]ption|[Cc]hoice)\s*)?(?:\(\s*([A-J])\s*\)\s*[.:]?(?![(^_'!])|([A-J])\s*[.):](?=\s|\\text|[-\d]))(.+)", re.DOTALL
+)
+_OTHER_LETTER = re.compile(
+    r"\([A-Ja-j]\)|(?<![\\a-zA-Z])[A-J][.)]|^\s*(?:,|;|&|or\b|and\b|not\b|\\lor)"
+)  # several choices are none
+_WRAPPED_LETTER = re.compile(
+    r"\\text\s*\{\s*(?:(?:[Oo]ption|[Cc]hoice)\s*)?(\(\s*[A-J]\s*\)|[A-J][.):]|[A-J])\s*[.:]?\s*(\}|(?=[^}]*\}))"
+)
+
+
+def choice(text: str) -> Choice | None:
+    """The letter of an answer to a multiple choice, with the text of that choice where it is given."""
+    if len(text) > 400:
+        return None
+    shown = text
+    if (wrapped := _WRAPPED_LETTER.match(text)) is not None and "^" not in text[wrapped.end() : wrapped.end() + 1]:
+        inside = wrapped[1] if len(wrapped[1]) > 1 or wrapped[2] else ""
+        shown = inside + (text[wrapped.end() :] if wrapped[2] else r" \text{" + text[wrapped.end() :]) if inside else text
+    alone = without_text(shown).strip()
+    if (found := _LETTER.fullmatch(alone)) is not None:
+        return Choice(next(letter for letter in found.groups() if letter is not None), "")
+    found = _LETTER_AND_TEXT.fullmatch(shown.strip())
+    if found is not None and found[3].strip() and _OTHER_LETTER.search(without_text(found[3])) is None:
+        return Choice(found[1] or found[2], found[3].strip())
+    return None
+
+
+_NAME = r"(?:[a-zA-Z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|phi|tau|omega))(?:_\{\w+\})?"
+_RELATION = re.compile(r"\\(le|ge|ne)(?![a-zA-Z])\s*|([<>])\s*")
+_LONE_NAME = re.compile(_NAME)
+_SET_BUILDER = re.compile(
+    rf"\\\{{\s*(?P<name>{_NAME})\s*(?:\\in\s*\\mathbb\s*\{{\s*R\s*\}}\s*)?"
+    rf"(?:\||:|\\text\s*\{{\s*such that\s*\}})\s*(?P<condition>.+?)\s*\\\}}",
+    re.DOTALL,
+)
+_MEMBER = re.compile(rf"(?:\\forall\s*)?(?P<name>{_NAME})\s*\\in(?![a-zA-Z])\s*(?P<set>.+)", re.DOTALL)
+_OR = re.compile(r"\s*,?\s*(?:\\lor(?![a-zA-Z])|\\text\s*\{\s*,?\s*or\s*\}|(?<![\\a-zA-Z])or(?![a-zA-Z]))\s*", re.IGNORECASE)
+_AND = re.compile(
+    r"\s*,?\s*(?:\\land(?![a-zA-Z])|\\text\s*\{\s*,?\s*and\s*\}|(?<![\\a-zA-Z])and(?![a-zA-Z]))\s*", re.IGNORECASE
+)
+_UNION = re.compile(r"\s*\\cup(?![a-zA-Z])\s*")
+_COMMA = re.compile(r"\s*[,;]\s*")
+_REALS = re.compile(
+    r"(?:for\s+)?all\s+reals?(?:\s+(?:numbers?|values?))?(?:\s+(?:of\s+)?[a-z])?"
+    r"|(?:the\s+)?(?:set\s+of\s+)?(?:all\s+)?reals?\s+numbers?|(?:all\s+)?reals"
+    rf"|(?:{_NAME}\s+)?(?:is\s+)?(?:any|every)\s+real(?:\s+number)?|\\mathbb\s*\{{\s*R\s*\}}",
+    re.IGNORECASE,
+)
+_INTEGERS = re.compile(r"(?:the\s+)?(?:set\s+of\s+)?(?:all\s+)?integers|\\mathbb\s*\{\s*Z\s*\}", re.IGNORECASE)
+_EXCEPT = re.compile(
+    r"(?P<all>.+?)\s*(?:\\setminus|\bexcept(?:\s+for)?\b|\bother than\b|(?<=\})\s*-)\s*(?:[a-z]\s*=\s*)?"
+    r"(?:\\\{\s*)?(?P<points>[^{}]+(?:\{[^{}]*\}[^{}]*)*?)(?:\s*\\\})?",
+    re.IGNORECASE | re.DOTALL,
+)
+_NOTHING = re.compile(
+    r"(?:there\s+(?:is|are)\s+)?no\s+(?:real\s+)?(?:solutions?|roots?)(?:\s+exists?)?|(?:the\s+)?empty\s+set|\\emptyset",
+    re.IGNORECASE,
+)
+_EVERYTHING = r"(-\infty,\infty)"
+_ENDLESS = re.compile(r"\+\s*\\infty")
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Intervals of the real line, as LaTeX, and the unknown that lies in them where it is named."""
+
+    name: str | None
+    latex: str
+
+
+def region(text: str) -> Region | None:
+    """The intervals that a text says, as intervals or as a condition on one unknown; None where it says something else."""
+    if len(text) > 600:
+        return None
+    words = re.sub(r"\s+", " ", without_text(text)).strip()
+    if _NOTHING.fullmatch(words):
+        return Region(None, r"\emptyset")
+    if _REALS.fullmatch(words):
+        return Region(None, _EVERYTHING)
+    if _INTEGERS.fullmatch(words):
+        return Region(None, r"\mathbb{Z}")
+    if (builder := _SET_BUILDER.fullmatch(text)) is not None:
+        inside = region(builder["condition"])
+        return inside if inside is not None and inside.name == builder["name"] else None
+    if (member := _MEMBER.fullmatch(text)) is not None:
+        inside = region(member["set"])
+        return Region(member["name"], inside.latex) if inside is not None and inside.name is None else None
+    if (without := _EXCEPT.fullmatch(words)) is not None and _REALS.fullmatch(without["all"].strip()):
+        return _holes(None, [part.strip() for part in split(without["points"], _COMMA)])
+    if (intervals := _intervals(text)) is not None:
+        return Region(None, intervals)
+    return _condition(text)
+
+
+def _holes(name: str | None, points: list[str]) -> Region | None:
+    """The real line without some points; several must be numbers, so that they can be put in order."""
+    if not all(points):
+        return None
+    if len(points) > 1:
+        values = [number(point) for point in points]
+        if any(value is None for value in values):
+            return None
+        points = [
+            point for _, point in sorted(zip((value.value for value in values if value is not None), points, strict=True))
+        ]
+    ends = [r"-\infty", *points, r"\infty"]
+    return Region(name, r"\cup".join(f"({start},{end})" for start, end in pairwise(ends)))
+
+
+def _intervals(text: str) -> str | None:
+    """The text, where it is intervals, in one way of writing; brackets turned outside are open ends."""
+    pieces = []
+    for piece in _UNION.split(text.strip()):
+        if len(piece) < 5 or piece[0] not in "([]" or piece[-1] not in ")][":
+            return None
+        if (piece[0] == "(" or piece[0] == "[") and piece[-1] in ")]" and closing(piece, 0) != len(piece) - 1:
+            return None
+        ends = split(piece[1:-1], _COMMA)
+        if len(ends) != 2 or not all(ends):
+            return None
+        start, end = ("(" if piece[0] in "(]" else "["), (")" if piece[-1] in ")[" else "]")
+        pieces.append(f"{start}{_ENDLESS.sub(_infinity, ends[0])},{_ENDLESS.sub(_infinity, ends[1])}{end}")
+    return r"\cup".join(pieces)
+
+
+def _infinity(_: re.Match[str]) -> str:
+    return r"\infty"
+
+
+def _condition(text: str) -> Region | None:
+    """Inequalities of one unknown, joined by `or`, or two joined by `and`."""
+    pieces = split(text, _OR)
+    if len(pieces) == 1:
+        both = split(text, _AND)
+        if len(both) == 2:
+            return _overlap(_inequality(both[0]), _inequality(both[1]))
+    regions = [_inequality(piece) for piece in pieces]
+    names = {found.name if found is not None else None for found in regions}
+    if len(names) != 1 or None in names:
+        return None
+    return Region(names.pop(), r"\cup".join(found.latex for found in regions if found is not None))
+
+
+def _inequality(text: str) -> Region | None:
+    relations = [found[1] or found[2] for found in _RELATION.finditer(text)]
+    parts = split(text, _RELATION)
+    if len(parts) != len(relations) + 1 or not all(parts):
+        return None
+    relations = [{"<": "lt", ">": "gt"}.get(relation, relation) for relation in relations]
+    if any(_LONE_NAME.fullmatch(part) is None and "=" in part for part in parts):
+        return None
+    lone = [_LONE_NAME.fullmatch(part) is not None for part in parts]
+    if len(relations) == 1:
+        if lone[0] == lone[1]:
+            return None
+        if lone[1]:
+            parts.reverse()
+            relations = [{"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "ne": "ne"}[relations[0]]]
+        return _half_line(parts[0], relations[0], parts[1])
+    if len(relations) != 2 or not lone[1]:
+        return None
+    if all(relation in ("gt", "ge") for relation in relations):
+        parts.reverse()
+        relations = [{"gt": "lt", "ge": "le"}[relation] for relation in reversed(relations)]
+    if any(relation not in ("lt", "le") for relation in relations):
+        return None
+    start, end = ("[" if relations[0] == "le" else "("), ("]" if relations[1] == "le" else ")")
+    if r"-\infty" in parts[0].replace(" ", ""):
+        start = "("
+    if r"\infty" in parts[2]:
+        end = ")"
+    return Region(parts[1], f"{start}{_ENDLESS.sub(_infinity, parts[0])},{_ENDLESS.sub(_infinity, parts[2])}{end}")
+
+
+def _half_line(name: str, relation: str, bound: str) -> Region | None:
+    if re.search(rf"(?<![\\a-zA-Z]){re.escape(name)}(?![a-zA-Z])", bound) or r"\infty" in bound:
+        return None
+    latex = {
+        **{"lt": rf"(-\infty,{bound})", "le": rf"(-\infty,{bound}]", "gt": rf"({bound},\infty)", "ge": rf"[{bound},\infty)"},
+        "ne": rf"(-\infty,{bound})\cup({bound},\infty)",
+    }[relation]
+    return Region(name, latex)
+
+
+def _overlap(first: Region | None, second: Region | None) -> Region | None:
+    """Of a bound below and a bound above of one unknown: what lies between."""
+    if first is None or second is None or first.name != second.name:
+        return None
+    lower, upper = (first, second) if first.latex.endswith(r",\infty)") else (second, first)
+    below = re.fullmatch(r"([\[(].*),\\infty\)", lower.latex)
+    above = re.fullmatch(r"\(-\\infty,(.*[\])])", upper.latex)
+    if below is None or above is None or r"\cup" in lower.latex + upper.latex:
+        return None
+    return Region(first.name, f"{below[1]},{above[1]}")
+
+
+_EQUALS = re.compile(r"\s*(?:(?<![<>!\\])=|\\approx(?![a-zA-Z])|\\equiv(?![a-zA-Z]))\s*")
+_GREEK = (
+    r"\\(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
+    r"|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|ell)"
+)
+_TEXT_NAME = r"\\(?:text|operatorname)\s*\{[^{}=\d+*/<>]+\}"
+_MARKED = (
+    r"\\(?:hat|bar|vec|tilde|overline|dot|ddot|mathcal|"
+    r"mathbb|mathscr|overarc|widetilde|wideparen|overset\{\\frown\})\s*\{[^{}]*\}"
+)
+_ATOM = rf"(?:[a-zA-Z]|{_GREEK}|{_TEXT_NAME}|{_MARKED}|[A-Z]{{2,4}}|\\(?:max|min|deg|dim|det|arg|Pr|gcd|lcm|sup|inf|ker|rank))"
+_INDEX = r"(?:\s*_\s*\{[^{}]*\})?(?:'+)?(?:\s*\^\s*\{\s*(?:-1|\\cdot|\*|\(\w\)|[TH]|\\circ)\s*\})?(?:\s*_\s*\{[^{}]*\})?"
+_DERIVATIVE = (
+    r"\\frac\s*\{\s*(?:d|\\partial)\s*(?:\^\{\d\})?\s*[a-zA-Z]?\s*\}"
+    r"\s*\{\s*(?:d|\\partial)\s*[a-zA-Z](?:\^\{\d\})?\s*\}(?:\([^()]*\))?"
+)
+_PRESENTED = re.compile(
+    rf"(?:m\s*)?(?:\\(?:angle|triangle|measuredangle|Delta|square|sphericalangle)\s*)?{_ATOM}{_INDEX}"
+    rf"|(?:m\s*)?\\(?:angle|triangle)\s*[A-Z]{{1,4}}|\|\s*(?:[A-Zzw]|[A-Z]{{2}}|{_MARKED}){_INDEX}\s*\||\[\s*[A-Z]{{3,6}}\s*\]|{_DERIVATIVE}"
+)
+_APPLIED = re.compile(rf"(?P<name>{_ATOM}{_INDEX})\s*(?P<open>[(\[])")
+# Letters that stand for functions, so that what follows in parentheses is an argument and no factor.
+_FUNCTIONS = re.compile(r"[fghFGHPETVSQRAN](?![a-zA-Z])|\\")
+_SIMPLE_ARGUMENT = re.compile(
+    r"\s*(?:-?\d+(?:\.\d+)?|-?\\frac\{\d+\}\{\d+\}|[a-zA-Z]|\\pi|[a-zA-Z]\s*,\s*[a-zA-Z]|\d+\s*,\s*\d+)\s*"
+)
+
+
+def members(text: str) -> list[str]:
+    """The sides of an equation, or of a chain of them; the whole text alone where it is none."""
+    return split(text, _EQUALS)
+
+
+def is_name(text: str) -> bool:
+    """Whether the left side of an equation is a lone name or the application of a function, so that the right side is what
+    it is worth: `x`, `AB`, `f(3)`, `\\text{Area}`, but not `x(x-3)`."""
+    text = text.strip()
+    if len(text) > 200:
+        return False
+    if _PRESENTED.fullmatch(text):
+        return True
+    if text.startswith("(") and closing(text, 0) == len(text) - 1 and len(names := split(text[1:-1], _COMMA)) > 1:
+        return all(_PRESENTED.fullmatch(name) for name in names)
+    applied = _APPLIED.match(text)
+    if applied is None or closing(text, applied.end() - 1) != len(text) - 1:
+        return False
+    name, argument = applied["name"].strip(), text[applied.end() : -1]
+    letter = name[0]
+    if letter != "\\" and re.search(rf"(?<![\\a-zA-Z]){letter}(?![a-zA-Z])", argument):
+        return False
+    return _FUNCTIONS.match(name) is not None or _SIMPLE_ARGUMENT.fullmatch(argument) is not None
+
+
+_LETTER_LEFT = re.compile(r"(?<!\\)(?<![a-zA-Z])[a-zA-Z]")
+
+
+def oriented(text: str) -> str:
+    """An equation with its name on the left: `57=x` is `x=57`."""
+    sides = members(text)
+    if len(sides) == 2 and _LONE_NAME.fullmatch(sides[1]) and not is_name(sides[0]) and _LETTER_LEFT.search(sides[0]) is None:
+        return f"{sides[1]}={sides[0]}"
+    return text
+
+
+_MARKED_NAME = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z])(?:_\{\w+\})?(?:'+|\s*\^\s*\{\s*(?:T|\\top|\\dagger|H)\s*\})")
+_ELLIPSIS = re.compile(r"\\ldots")
+
+
+def marks(text: str) -> tuple[frozenset[str], int]:
+    """What Math-Verify reads over: primes and transposes behind names, and dots that stand for the rest of a list."""
+    return frozenset(key(found[0]) for found in _MARKED_NAME.finditer(text)), len(_ELLIPSIS.findall(text))
+
+
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])\s*(?:\^\s*\{[^{}]*\}\s*)?")
+_DEGREES = re.compile(
+    r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|(?<!\\)(?<![a-zA-Z])[a-zA-Z]|\\(?:alpha|beta|theta|phi)|\([^()]*\))\s*\^\s*\{\s*\\circ\s*\}"
+)
+
+
+def in_radians(text: str) -> str:
+    """The text with the degrees in arguments of trigonometric functions in radians; the sign is dropped otherwise."""
+    if "circ" not in text or _TRIGONOMETRIC.search(text) is None:
+        return text
+    written, place = [], 0
+    for function in _TRIGONOMETRIC.finditer(text):
+        if function.start() < place:
+            continue
+        written.append(text[place : function.end()])
+        place = function.end()
+        if text[place : place + 1] in ("(", "{", "["):
+            end = closing(text, place) + 1 or len(text)
+            written.append(_DEGREES.sub(_radians, text[place:end]))
+            place = end
+        elif (argument := _DEGREES.match(text, place)) is not None:
+            written.append(f"({_radians(argument)})")
+            place = argument.end()
+    return "".join(written) + text[place:]
+
+
+def _radians(found: re.Match[str]) -> str:
+    return rf"\frac{{{found[1]} \pi}}{{180}}"
+
+
+_LISTED = re.compile(r"\s*(?:[,;]|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z]))\s*")
+
+
+def entries(text: str) -> list[str]:
+    """The entries of a list without brackets round it; the whole text alone where it is none."""
+    return [entry for entry in split(text, _LISTED) if entry]
+
+
+_SYSTEM = re.compile(
+    r"(?:\\\{\s*)?\\begin\s*\{(?:array|cases|aligned|align\*?|gathered)\}"
+    r"(?:\s*\{[lcr| ]*\})?(.*?)\\end\s*\{\w+\*?\}\.?",
+    re.DOTALL,
+)
+_UNIT_INSIDE = re.compile(
+    r"(?<=[\d}])\s*\\text\s*\{\s*(?:cm|mm|km|m|ft|feet|in|inches|kg|g|units?|degrees|square units)\.?\s*\}(?:\^\{\d\})?"
+)
+_UNIT_AND = re.compile(r"(?<=[\d}])\s*\\text\s*\{\s*(?:cm|mm|km|m|ft|feet|in|inches|kg|g|units?|degrees)?,?\s+(and|or)\s*\}")
+_LETTER_IN_TEXT = re.compile(r"\\text\s*\{\s*([a-zA-Z])\s*\}")
+_FACTORIAL_POWER = re.compile(r"(?<![a-zA-Z\d!])([a-zA-Z]|\d+|\([^()]*\))!\s*\^")
+_IMAGINARY = re.compile(r"(?<=\d)i(?![a-zA-Z])")
+
+
+def readable(text: str) -> str:
+    """The text as Math-Verify's parser reads it: a system of equations as a list, letters out of `\\text`, powers
+    of factorials in parentheses."""
+    if (system := _SYSTEM.fullmatch(text)) is not None and "&" not in system[1].replace("&=", "="):
+        text = ", ".join(row.strip() for row in system[1].replace("&=", "=").split("\\\\") if row.strip())
+    text = _LETTER_IN_TEXT.sub(r" \1", _UNIT_INSIDE.sub("", _UNIT_AND.sub(r" \\text{ \1 }", text)))
+    return _IMAGINARY.sub(" i", _FACTORIAL_POWER.sub(r"(\1!)^", text))
+
+
+# What Math-Verify's parser knows; it takes an unknown command for the letters of its name, or drops it.
+_KNOWN = words_of(
+    "frac sqrt pi infty cdot times div pm mp le ge ne in notin subset cup cap setminus emptyset mathbb sin cos tan "
+    "cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh arcsinh arcosh arccosh artanh arctanh log "
+    "ln lg exp binom circ text operatorname sum prod int iint oint lim to max min gcd lcm det begin end alpha beta "
+    "gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi psi omega Gamma Delta "
+    "Theta Lambda Xi Pi Sigma Phi Psi Omega ell hat bar vec overline tilde lfloor rfloor lceil rceil langle rangle "
+    "bmod mod pmod ldots angle triangle degree Re Im partial mathcal forall land lor sup inf dim approx equiv cr "
+    "hline prime imath jmath nabla therefore because overset mathscr sgn mathfrak Vert lVert rVert"
+)
+_COMMANDS = re.compile(r"\\([a-zA-Z]+)")
+_NUMBERS_SIDE_BY_SIDE = re.compile(r"\d \d|(?<!\d)\.\d+\.\d")
+
+
+def is_readable(text: str) -> bool:
+    """Whether Math-Verify's parser reads all of a text: only commands that it knows, no two numbers side by side, which it
+    adds."""
+    if _NUMBERS_SIDE_BY_SIDE.search(text) is not None:
+        return False
+    return all(command in _KNOWN for command in _COMMANDS.findall(text))
