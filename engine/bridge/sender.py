@@ -86,7 +86,7 @@ class Engines(Protocol):
         """See Pool.commit."""
         ...
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """See Pool.rest."""
         ...
 
@@ -173,11 +173,11 @@ class Publisher:
                 log.warning("weight sync of version %d failed (attempt %d of %d): %s", version, attempt, SYNC_ATTEMPTS, reason)
         raise WeightSyncError(f"version {version} did not reach every engine in {SYNC_ATTEMPTS} attempts; the last: {reason}")
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Lets every engine sleep until the next `publish`. Collective over the trainer ranks: none goes on before the engines'
         memory is free. The channel stays."""
         if self._pool is not None:
-            self._pool.rest()
+            self._pool.sleep()
         dist.barrier()
 
     def _attempt(self, version: int, *, last: bool) -> str:

@@ -16,7 +16,7 @@ from engine.bridge.terms import SyncTerms
 from engine.bridge.transports.base import Transport, room_for
 from engine.bridge.transports.registry import choose, kind_of
 from engine.config.load import RunConfig
-from engine.config.placement import Homes, homes
+from engine.config.placement import ColocatedNodes, colocated_nodes
 from engine.config.transport import Setting, setting
 from engine.models.base import ModelShape
 from engine.models.sharding import engine_layout, trainer_layout
@@ -53,7 +53,7 @@ class Pool(Engines, Protocol):
 
 def open_publisher(config: RunConfig, policy: Policy, place: Standing, host: str, pool: Pool | None) -> Publisher:
     """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
-    turns = homes(config)
+    turns = colocated_nodes(config)
     seen = torch.zeros(config.inference.engines, dtype=torch.int64, device=place.device)  # by rank 0: the machine of each
     if pool is not None:
         for machine, engines in enumerate(pool.nodes()):
@@ -79,17 +79,17 @@ def open_publisher(config: RunConfig, policy: Policy, place: Standing, host: str
     return Publisher(policy, place, terms, host=host, timeout_seconds=seconds, pool=pool, transport_note=choice.reason)
 
 
-def channel(machines: list[int], transport: type[Transport], colocated: Homes | None) -> tuple[Groups, Groups]:
+def channel(machines: list[int], transport: type[Transport], colocated: ColocatedNodes | None) -> tuple[Groups, Groups]:
     """(engines by node, trainer ranks that may send to each), as a plan wants them. `machines`: of every engine, as found.
     `colocated`: if set, each node syncs only its own engines; overrides the machines found."""
     found = list(colocated.engines) if colocated else machines
     if transport.reads_in_place:  # each takes what it needs from where it lies: nothing is passed on
         found = list(range(len(found)))
     nodes = tuple(tuple(engine for engine, node in enumerate(found) if node == n) for n in sorted(set(found)))
-    return nodes, tuple(colocated.beside(engines[0]) for engines in nodes) if colocated else ()
+    return nodes, tuple(colocated.ranks_on_node_of(engines[0]) for engines in nodes) if colocated else ()
 
 
-def _setting(config: RunConfig, policy: Policy, place: Standing, turns: Homes | None, machines: list[int]) -> Setting:
+def _setting(config: RunConfig, policy: Policy, place: Standing, turns: ColocatedNodes | None, machines: list[int]) -> Setting:
     """What the transports are asked about: among the rest whether the memory that processes share has room for weight syncs on
     every machine, and the bytes it needs on the fullest; collective."""
     own = turns.ranks[place.rank] if turns else 0

@@ -3,8 +3,8 @@ function of the model's sizes and the configuration. It counts what the code kee
 (tests/parallel/test_memory.py); what a GPU's libraries take beside torch's tensors are the stated constants below.
 
 Shape legend: T tokens of a full microbatch, H hidden, F feed-forward, Q and K rows of queries and of keys, D head dim, V
-vocabulary rows; of this tensor-parallel rank all but T, H and D. Under sequence parallelism T counts this rank's only, where
-said.
+vocabulary rows. All sizes are per tensor-parallel rank except T, H and D; under sequence parallelism T is divided by the
+tensor-parallel size where noted.
 """
 
 from __future__ import annotations
@@ -255,8 +255,8 @@ class Step:
 
     @property
     def _feed_forward(self) -> int:
-        """Gate and up as one, and the product; plain SwiGLU, the local spec's, also keeps what SiLU makes of the gate, and up
-        with megatron's offset of 0 added."""
+        """Saved for the backward: fc1's output [T, 2F] and SwiGLU's output [T, F]; the local spec also saves silu(gate) and
+        up + 0 (megatron's offset), [T, F] each."""
         factors = 4 if self._trainer.layers == "local" else 2
         return self._T * self._F * (factors * self._e + self._into_linear)
 

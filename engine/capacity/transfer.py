@@ -53,7 +53,7 @@ def plan_run(spec: Spec, machine: Machine) -> dict[str, Any]:
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     _check(machine)
     machines = _machines(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
-    nodes, senders = opening.channel(machines, _transport(config, machines), spec.homes)
+    nodes, senders = opening.channel(machines, _transport(config, machines), spec.colocated_nodes)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
     dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
@@ -97,7 +97,7 @@ def _within_nodes(spec: Spec) -> bool:
     config = spec.config
     trainer, engines = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
     colocated = config.inference.placement == "colocated"
-    return spec.homes is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
+    return spec.colocated_nodes is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
 
 
 def weigh(spec: Spec, made: ShardPlan, machine: Machine) -> dict[str, Any]:

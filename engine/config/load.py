@@ -56,7 +56,7 @@ class RunConfig(Options):
         return any(self.evaluation_due(step) and not self.schedule.sync_due(step) for step in steps)
 
     @property
-    def takes_turns(self) -> bool:
+    def colocated(self) -> bool:
         """Whether engines stand on the trainer's devices and sleep while it trains."""
         return self.uses_engines and self.inference.placement == "colocated"
 
@@ -64,7 +64,7 @@ class RunConfig(Options):
     def keeps_seed(self) -> bool:
         """Whether the generator is given the seed's weights again: offline, where newer ones have been judged in between, or
         where it has slept before the next chunk of prompts."""
-        again = self.evaluates_between_syncs or self.takes_turns
+        again = self.evaluates_between_syncs or self.colocated
         return self.uses_engines and self.schedule.reopens and again
 
     def weight_copies(self, *, needs_reference: bool) -> tuple[Copy, ...]:

@@ -20,8 +20,8 @@ Part = Literal["trainer", "engines", "reward_engine"]
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """The place of one process; without GPUs its numbers only say how full a node is."""
+class GpuAssignment:
+    """Node and GPUs of one process; without GPUs the numbers only say how full a node is."""
 
     node: int
     gpus: tuple[int, ...]  # its own, counted within the node
@@ -34,26 +34,26 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The seats of a run's processes; empty or None for what it does not start."""
+    """Node and GPUs of each of a run's processes; empty or None for what it does not start."""
 
-    ranks: tuple[Seat, ...]
-    engines: tuple[Seat, ...]
-    reward_engine: Seat | None
+    ranks: tuple[GpuAssignment, ...]
+    engines: tuple[GpuAssignment, ...]
+    reward_engine: GpuAssignment | None
 
     @property
-    def seats(self) -> tuple[Seat, ...]:
+    def seats(self) -> tuple[GpuAssignment, ...]:
         """All of them."""
         return (*self.ranks, *self.engines, *((self.reward_engine,) if self.reward_engine else ()))
 
 
 @dataclass(frozen=True, slots=True)
-class Homes:
-    """The nodes of trainer ranks and engines that take turns on several."""
+class ColocatedNodes:
+    """Colocated run on several nodes: node index of each trainer rank and of each engine."""
 
     ranks: tuple[int, ...]
     engines: tuple[int, ...]
 
-    def beside(self, engine: int) -> tuple[int, ...]:
+    def ranks_on_node_of(self, engine: int) -> tuple[int, ...]:
         """The trainer ranks on an engine's node."""
         return tuple(rank for rank, node in enumerate(self.ranks) if node == self.engines[engine])
 
@@ -64,22 +64,22 @@ def training_parts(config: Options) -> tuple[Part, ...]:
 
 
 def place(config: Options, parts: tuple[Part, ...], num_gpus: int | None = None) -> Placement:
-    """The seats of these parts; `num_gpus`: those of a node, where fewer are known to be there than cluster.gpus_per_node.
+    """Where the processes of these parts go. `num_gpus`: of a node, where it has fewer than cluster.gpus_per_node.
     ConfigError when they do not fit cluster.nodes times as many."""
     trainer, inference = config.trainer, config.inference
     gpus = config.cluster.gpus_per_node if num_gpus is None else min(num_gpus, config.cluster.gpus_per_node)
     free = [list(range(gpus)) for _ in range(config.cluster.nodes)]
-    seated: dict[int, list[Seat]] = {}  # by the first rank of a tensor-parallel group
+    seated: dict[int, list[GpuAssignment]] = {}  # by the first rank of a tensor-parallel group
     for first in _group_order(config) if "trainer" in parts else ():
         group = _take(free, trainer.tensor_parallel)
         if group is None:
             ranks_of = f"{trainer.world_size} trainer ranks (trainer.tensor_parallel = {trainer.tensor_parallel})"
             raise _full(config, gpus, f"{ranks_of}, of which {len(seated) * trainer.tensor_parallel} have a place")
-        seated[first] = [Seat(group.node, (gpu,)) for gpu in group.gpus]
+        seated[first] = [GpuAssignment(group.node, (gpu,)) for gpu in group.gpus]
     ranks = [seat for first in sorted(seated) for seat in seated[first]]
     colocated = inference.placement == "colocated" and bool(ranks)
     room = [sorted(s.gpus[0] for s in ranks if s.node == n) for n in range(config.cluster.nodes)] if colocated else free
-    engines: list[Seat] = []
+    engines: list[GpuAssignment] = []
     for _ in range(inference.engines if "engines" in parts else 0):
         seat = _take(room, inference.tensor_parallel)
         if seat is None:
@@ -96,7 +96,7 @@ def place(config: Options, parts: tuple[Part, ...], num_gpus: int | None = None)
     return Placement(tuple(ranks), tuple(engines), reward_engine)
 
 
-def homes(config: Options) -> Homes | None:
+def colocated_nodes(config: Options) -> ColocatedNodes | None:
     """Where the engines of a training run on several nodes are served by their own node's ranks alone, since they take turns
     with them on its GPUs: the nodes of both; None for every other run.
 
@@ -106,12 +106,12 @@ def homes(config: Options) -> Homes | None:
     if config.inference.placement != "colocated" or config.cluster.nodes == 1 or "engines" not in parts:
         return None
     placement = place(config, parts)
-    found = Homes(*(tuple(seat.node for seat in seats) for seats in (placement.ranks, placement.engines)))
+    found = ColocatedNodes(*(tuple(seat.node for seat in seats) for seats in (placement.ranks, placement.engines)))
     t, gpus = config.trainer, config.cluster.gpus_per_node
     whole = t.tensor_parallel * t.pipeline_parallel
     for engine, node in enumerate(found.engines):
         stage = t.tensor_parallel * t.data_parallel  # ranks of one
-        held = len({(rank // stage, rank % t.tensor_parallel) for rank in found.beside(engine)})
+        held = len({(rank // stage, rank % t.tensor_parallel) for rank in found.ranks_on_node_of(engine)})
         if held < whole:
             raise ConfigError(
                 f"inference.placement = 'colocated' with cluster.nodes = {config.cluster.nodes} needs all {whole} shards of "
@@ -130,11 +130,11 @@ def _group_order(config: Options) -> list[int]:
     return sorted(firsts, key=lambda first: first // t.tensor_parallel % t.data_parallel) if by_replica else list(firsts)
 
 
-def _take(free: list[list[int]], count: int) -> Seat | None:
+def _take(free: list[list[int]], count: int) -> GpuAssignment | None:
     """The first `count` free GPUs of the first node that has as many."""
     for node, gpus in enumerate(free):
         if len(gpus) >= count:
-            seat = Seat(node, tuple(gpus[:count]))
+            seat = GpuAssignment(node, tuple(gpus[:count]))
             del gpus[:count]
             return seat
     return None

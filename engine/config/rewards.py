@@ -39,7 +39,7 @@ def broken_reward_rules(c: Options) -> list[str]:
 
 
 def broken_source_rules(key: str, source: Source) -> list[str]:
-    """The same for one source; `key`: what its options are called."""
+    """Sentences for the rewards of one source; `key`: what its options are called."""
     broken = []
     for name in source.rewards:
         if ":" not in name and name not in REWARDS.names:

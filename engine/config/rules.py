@@ -5,7 +5,7 @@ values found and fix. A table's own bounds stand in engine/config/options.py.
 from __future__ import annotations
 
 from engine.config.options import LOSSES, Options, source_key
-from engine.config.placement import homes
+from engine.config.placement import colocated_nodes
 from engine.config.rewards import broken_reward_rules
 from engine.config.schedules.registry import schedule_of
 from engine.config.transport import refusal
@@ -54,7 +54,7 @@ def broken_rules(config: Options) -> list[str]:
 
 
 def broken_profile_rules(c: Options) -> list[str]:
-    """The same for what cannot be profiled."""
+    """Sentences for a [profile] that this run cannot be profiled by."""
     p = c.profile
     broken: list[str] = []
     if p.tool == "off":
@@ -83,7 +83,7 @@ def broken_profile_rules(c: Options) -> list[str]:
 
 
 def broken_placement_rules(c: Options) -> list[str]:
-    """The same for where trainer and engines stand."""
+    """Sentences for trainer and engines that do not fit the nodes, or a transport that fits neither CPUs nor GPUs."""
     broken = []
     try:
         refused = refusal(c)
@@ -92,14 +92,14 @@ def broken_placement_rules(c: Options) -> list[str]:
     if refused is not None:
         broken.append(refused)
     try:
-        homes(c)
+        colocated_nodes(c)
     except ConfigError as error:
         broken.append(str(error))
     return broken
 
 
 def broken_data_rules(c: Options) -> list[str]:
-    """The same for where prompts come from."""
+    """Sentences for sources of prompts that cannot be combined."""
     d, broken = c.data, []
     for place, source in enumerate(d.sources):
         if source.template not in ("figure4", "figure5") and "{problem}" not in source.template:
@@ -121,7 +121,7 @@ def broken_data_rules(c: Options) -> list[str]:
 
 
 def broken_library_rules(c: Options) -> list[str]:
-    """The same for Transformer Engine's layers, FP8, overlap and the optimizers."""
+    """Sentences for what Transformer Engine's layers, FP8, overlap and the optimizers need of each other."""
     t, o, broken = c.trainer, c.optimizer, []
     if t.layers == "transformer_engine" and c.model.dtype != "bfloat16":
         broken.append(
@@ -176,13 +176,13 @@ def broken_library_rules(c: Options) -> list[str]:
 
 
 def broken_algorithm_rules(c: Options) -> list[str]:
-    """The same for what the loss cannot be combined with, as its own file says."""
+    """Sentences for what the loss cannot be combined with, as its own file says."""
     broken: list[str] = LOSSES.load(c.algorithm.loss).broken_rules(c)
     return broken
 
 
 def broken_rollout_rules(c: Options) -> list[str]:
-    """The same for what only a run with rollouts needs; supervised training has no samples and no pairs."""
+    """Sentences for what only a run with rollouts needs; supervised training has no samples and no pairs."""
     broken = []
     longest = c.data.max_prompt_tokens + c.sampling.max_tokens
     if longest > c.inference.max_model_tokens:

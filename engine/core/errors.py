@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 
 class SemionError(Exception):
-    """Base of every error that is somebody's to mend; `exit_code` is what the command line leaves with, `may_pass` whether the
-    same run, started again, may get further: something outside failed."""
+    """Base of all user-facing errors. `exit_code`: what the command line ends with. `may_pass`: the cause lies outside, so a
+    restart of the same run may succeed."""
 
     exit_code = 1
     may_pass = False
@@ -125,8 +125,8 @@ MISTAKES = (ArithmeticError, AssertionError, AttributeError, ImportError, Lookup
 
 
 def telling(error: SemionError) -> int:
-    """How much an error says of what broke, 0 to 3: a typed one most, then a death, then a mistake in the code. What a network
-    or a device raised in a process, a plain WatchdogError, is often an echo of those."""
+    """Priority when several processes fail at once, 3 the highest: a typed error (3), a dead process (2), a bug (1), and what
+    is often the consequence of another failure, such as a broken connection (0)."""
     if not isinstance(error, WatchdogError):
         return 3
     return 2 if isinstance(error, ProcessLostError) else int(isinstance(error, UnexpectedError))

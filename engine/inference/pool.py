@@ -187,7 +187,7 @@ class Pool:
         """Serves `version`, which every engine has verified."""
         self._version = version
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Lets every engine sleep, each within inference.timeout_seconds: none serves a version until the next `commit`."""
         self._version = None
         for engine, future in enumerate([handle.call("sleep") for handle in self._engines]):

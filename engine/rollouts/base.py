@@ -24,7 +24,7 @@ class StepSource(Protocol):
         """Lets `steps` be made ready."""
         ...
 
-    def settle(self, step: int) -> None:
+    def drain(self, step: int) -> None:
         """Waits until nothing that `step` needs is under way; `next` still hands it out."""
         ...
 

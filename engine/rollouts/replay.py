@@ -42,7 +42,7 @@ class LedgerSource:
     def open(self, steps: range) -> None:
         """Nothing to open: a step is read when it is asked for."""
 
-    def settle(self, step: int) -> None:
+    def drain(self, step: int) -> None:
         """Nothing is under way."""
 
     def next(self, step: int) -> StepData:
@@ -77,7 +77,7 @@ class PreferenceSource:
     def open(self, steps: range) -> None:
         """Nothing to open."""
 
-    def settle(self, step: int) -> None:
+    def drain(self, step: int) -> None:
         """Nothing is under way."""
 
     def next(self, step: int) -> StepData:

@@ -57,7 +57,7 @@ class RolloutSource:
             self._sampling[step] = self._thread.submit(self._pool.gather, ticket)
             self._coming[step] = self._thread.submit(self._groups, step, prompts[step], self._sampling[step])
 
-    def settle(self, step: int) -> None:
+    def drain(self, step: int) -> None:
         """Waits as `next` does, which still hands the step out."""
         self._coming[step].result()
 

@@ -3,7 +3,7 @@ publisher, and a few things to do on the way. Every trainer rank runs it in step
 
 Consumes: the batch of each step. Produces: one record a step, yielded as soon as the step is done. Waits for: the
 rollouts of the step (`source.next`), at a sync for every engine to verify the new weights (`publisher.publish`), and where
-engines and trainer share devices for the engines to rest (`publisher.rest`).
+engines and trainer share devices for the engines to sleep (`publisher.sleep`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Source(Protocol):
         """Lets the rollouts of `steps` be sampled from the weights that the pool now serves."""
         ...
 
-    def settle(self, steps: range) -> None:
+    def drain(self, steps: range) -> None:
         """Waits until the rollouts of these opened steps are complete; `next` still hands them out."""
         ...
 
@@ -70,13 +70,13 @@ class Source(Protocol):
 class Publisher(Protocol):
     """The way from the policy to the pool."""
 
-    serves: int | None  # the version that the engines serve; None while they rest
+    serves: int | None  # the version that the engines serve; None while they sleep
 
     def publish(self, version: int) -> Record:
-        """Returns when every engine serves `version`, woken where it rested; says what it cost."""
+        """Returns when every engine serves `version`, woken where it slept; says what it cost."""
         ...
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Lets the engines sleep, with nothing in flight, until the next `publish`; nothing where they do already."""
         ...
 
@@ -100,7 +100,7 @@ def train(
     publisher: Publisher,
     *,
     start: int,
-    taking_turns: bool,
+    colocated: bool,
     checkpoint: Callable[[int], None],
     evaluation_due: Callable[[int], bool],
     evaluate: Callable[[int], None],
@@ -108,11 +108,11 @@ def train(
 ) -> Iterator[Record]:
     """Runs steps start .. schedule.num_steps - 1 and yields a record for each.
 
-    `taking_turns`: engines stand on the trainer's devices, so they finish what they were asked for and rest before it trains.
+    `colocated`: engines stand on the trainer's devices, so they finish what they were asked for and sleep before it trains.
 
     All three are called with the number of steps done so far; `checkpoint(step)` decides for itself whether anything is
     due. A checkpoint comes before the sync of the same step. `evaluate(step)` judges the newest weights, which are in the
-    pool after a sync and are lent to it at any other step.
+    pool after a sync and are published to it at any other step.
     """
     for step in range(start, schedule.num_steps):
         window.step(step)
@@ -125,7 +125,7 @@ def train(
             paused = time.monotonic()
             with phase(Phase.EVALUATION):
                 if not schedule.sync_due(step):
-                    _lend(step, schedule, source, publisher)
+                    _publish_between_syncs(step, schedule, source, publisher)
                 evaluate(step)
             started += time.monotonic() - paused  # an evaluation is no part of a step's time
         if schedule.reference_due(step):
@@ -137,8 +137,8 @@ def train(
             source.open(steps)
             window.submitted(steps)
         with phase(Phase.WAIT):
-            if taking_turns:
-                record |= _pass_the_turn(steps, source, publisher)
+            if colocated:
+                record |= _drain_and_sleep(steps, source, publisher)
             batch, rollouts = source.next(step)
         record |= rollouts | _learn(policy, batch)
         record[STEP_SECONDS.name] = time.monotonic() - started
@@ -160,21 +160,22 @@ def _learn(policy: Policy, batch: Batch) -> Record:
     return record | {TRAIN_SECONDS.name: time.monotonic() - started}
 
 
-def _lend(step: int, schedule: Schedule, source: Source, publisher: Publisher) -> None:
-    """Lends the newest weights to the pool. No rollout changes by it: those of the interval are complete before, and the next
-    ones are asked for after the sync that ends the interval, or offline after the seed's weights are back."""
+def _publish_between_syncs(step: int, schedule: Schedule, source: Source, publisher: Publisher) -> None:
+    """Publishes the newest weights for an evaluation between syncs. No rollout changes by it: those of the interval are
+    complete before, and the next ones are asked for after the sync that ends the interval, or offline after the seed's weights
+    are back."""
     with phase(Phase.WAIT):
-        source.settle(schedule.in_flight(step))
+        source.drain(schedule.in_flight(step))
     with phase(Phase.PUBLISH):
         publisher.publish(step)
 
 
-def _pass_the_turn(opened: range, source: Source, publisher: Publisher) -> Record:
+def _drain_and_sleep(opened: range, source: Source, publisher: Publisher) -> Record:
     """The engines complete the rollouts of the steps just opened and give their memory back."""
     started = time.monotonic()
     if opened:
-        source.settle(opened)
-    publisher.rest()
+        source.drain(opened)
+    publisher.sleep()
     return {ROLLOUT_SECONDS.name: time.monotonic() - started} if opened else {}
 
 

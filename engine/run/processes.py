@@ -23,7 +23,7 @@ from tempfile import mkdtemp
 from typing import Any, Literal
 
 from engine.config.options import SYNC_ATTEMPTS
-from engine.config.placement import Placement, Seat, place
+from engine.config.placement import GpuAssignment, Placement, place
 from engine.core.errors import (
     MISTAKES,
     ConfigError,
@@ -300,7 +300,7 @@ class Cluster:
 
     def _starter(
         self,
-        seat: Seat | None,
+        seat: GpuAssignment | None,
         journal: Journal,
         kind: str | type,
         needs: Needs,
@@ -349,7 +349,8 @@ class Cluster:
 
     def start_engines(self) -> list[RayEngine]:
         """Starts the inference engines; they load while the caller goes on."""
-        seats: Sequence[Seat | None] = self._placement.engines if self._placement else [None] * self._config.inference.engines
+        placed = self._placement
+        seats: Sequence[GpuAssignment | None] = placed.engines if placed else [None] * self._config.inference.engines
         engines = []
         for i, seat in enumerate(seats):
             journal = self._journal(f"engine {i}")
@@ -389,7 +390,8 @@ class Cluster:
 
         assert self._warnings is not None
 
-        seats: Sequence[Seat | None] = self._placement.ranks if self._placement else [None] * self._config.trainer.world_size
+        placed = self._placement
+        seats: Sequence[GpuAssignment | None] = placed.ranks if placed else [None] * self._config.trainer.world_size
         host = self._nodes[0].address  # where rank 0 is
         journals = [self._journal(f"trainer rank {rank}") for rank in range(len(seats))]
         ranks = [

@@ -25,10 +25,10 @@ class PoolPublisher:
         repeated = {SYNC_ATTEMPTS.name: float(report.attempts)} if report.attempts > 1 else {}
         return {SYNC_SECONDS.name: report.seconds, SYNC_MEBIBYTES.name: report.num_bytes / 2**20} | repeated
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Lets the engines sleep until the next `publish`; nothing where they do already."""
         if self.serves is not None:
-            self._publisher.rest()
+            self._publisher.sleep()
             self.serves = None
 
 
@@ -41,5 +41,5 @@ class NoEngines:
         """Nobody is there."""
         return {}
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Nobody is there."""

@@ -103,7 +103,7 @@ class TrainerRank:
             source,
             publisher,
             start=start,
-            taking_turns=config.takes_turns,
+            colocated=config.colocated,
             checkpoint=checkpoint,
             evaluation_due=config.evaluation_due,
             evaluate=evaluate,

@@ -34,12 +34,12 @@ class BroadcastSource:
         if self._rollouts is not None:
             self._rollouts.open(steps)
 
-    def settle(self, steps: range) -> None:
+    def drain(self, steps: range) -> None:
         """Waits until these steps are complete; all ranks wait for one step at a time, as in `next`, so that no collective
         waits longer than one step's rollouts take."""
         for step in steps:
             if self._rollouts is not None:
-                self._rollouts.settle(step)
+                self._rollouts.drain(step)
                 sign_of_life(self._config).touch()
             dist.barrier()
 
@@ -74,7 +74,7 @@ class SupervisedSource:
     def open(self, steps: range) -> None:
         """Nothing to open."""
 
-    def settle(self, steps: range) -> None:
+    def drain(self, steps: range) -> None:
         """Nothing to wait for."""
 
     def next(self, step: int) -> tuple[Batch, dict[str, float]]:

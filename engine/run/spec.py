@@ -16,7 +16,7 @@ from engine.algorithms.registry import make_loss
 from engine.bridge.transports.registry import choose
 from engine.config.load import CHECKED, Copy, RunConfig
 from engine.config.options import source_key
-from engine.config.placement import Homes, Part, Placement, homes, place, training_parts
+from engine.config.placement import ColocatedNodes, Part, Placement, colocated_nodes, place, training_parts
 from engine.config.transport import AUTO, setting
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
@@ -57,7 +57,7 @@ class Spec:
     parts: tuple[Part, ...]  # what is started
     source: SourceKind  # where training sequences come from
     placement: Placement | None  # on GPUs; None where they are too few
-    homes: Homes | None  # the nodes of ranks and engines, where each node serves its own engines
+    colocated_nodes: ColocatedNodes | None  # the nodes of ranks and engines, where each node serves its own engines
     transports: tuple[Carrier, ...]  # in order of preference for each type of device; empty without weight syncs
     copies: tuple[Copy, ...]  # of its weights that a trainer rank keeps beside the policy
     evaluation_sets: tuple[EvaluationSet, ...]
@@ -133,7 +133,7 @@ def assemble(
         parts=parts,
         source=kind,
         placement=_placement(config, parts),
-        homes=homes(config) if trains else None,
+        colocated_nodes=colocated_nodes(config) if trains else None,
         transports=_transports(config) if trains and "engines" in parts else (),
         copies=config.weight_copies(needs_reference=_needs_reference(config, kind)) if trains else (),
         evaluation_sets=_evaluation_sets(config) if "engines" in parts else (),

@@ -194,7 +194,7 @@ def test_asleep_the_engine_gives_its_memory_back_and_a_sync_wakes_it_with_the_tr
         model = model_of(version)
         world.hold(model)
         awake = free_mebibytes()
-        world.publisher.rest()
+        world.publisher.sleep()
         asleep = free_mebibytes()
         assert asleep - awake > 0.9 * (KV_CACHE + num_mebibytes)
         with pytest.raises(InferenceError, match="the engines sleep"):

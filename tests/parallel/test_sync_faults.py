@@ -204,7 +204,7 @@ def test_engines_that_sleep_refuse_everybody_and_wake_with_every_bit_sent(cluste
         for _ in range(3):
             while True:
                 with suppress(InferenceError):  # a client's request may be in flight
-                    cluster.pool.rest()
+                    cluster.pool.sleep()
                     break
             with pytest.raises(InferenceError, match="the engines sleep"):
                 assert cluster.pool.version
@@ -215,7 +215,7 @@ def test_engines_that_sleep_refuse_everybody_and_wake_with_every_bit_sent(cluste
 
 
 def test_an_engine_that_is_lost_asleep_is_replaced_by_the_next_sync(cluster: Cluster) -> None:
-    cluster.pool.rest()
+    cluster.pool.sleep()
     restarts = cluster.engines[1].restarts
     cluster.engines[1].process.kill()
     assert cluster.publish()[0] == 2

@@ -14,7 +14,7 @@ from engine.bridge import setup as opening
 from engine.bridge.setup import channel
 from engine.bridge.transports.registry import Choice, choose, kind_of
 from engine.config.load import RunConfig
-from engine.config.placement import Homes
+from engine.config.placement import ColocatedNodes
 from engine.config.transport import Setting, setting
 from engine.core.errors import ConfigError
 from engine.models.sharding import shard_shapes, trainer_layout
@@ -75,7 +75,7 @@ def test_engines_on_several_machines_are_not_read_in_place() -> None:
         choose("ipc", several)
 
 
-TURNS = Homes(ranks=(0, 2, 0, 2), engines=(0, 0, 2))  # node 1 has neither
+TURNS = ColocatedNodes(ranks=(0, 2, 0, 2), engines=(0, 0, 2))  # node 1 has neither
 OWN = ((0, 2), (0, 2), (1, 3))
 
 
@@ -115,8 +115,8 @@ def test_a_bridge_over_two_nodes_is_told_who_serves_whom(
         cluster={"nodes": 2, "gpus_per_node": 2},
         sync={"bucket_mebibytes": 1},
     )
-    seats = Homes(ranks=(0, 0, 1), engines=(0, 1, 0))
-    monkeypatch.setattr(opening, "homes", lambda _: seats)
+    seats = ColocatedNodes(ranks=(0, 0, 1), engines=(0, 1, 0))
+    monkeypatch.setattr(opening, "colocated_nodes", lambda _: seats)
     monkeypatch.setattr(opening, "room_for", lambda num_bytes: num_bytes < free_mebibytes << 20)
     monkeypatch.setattr(opening, "Publisher", lambda policy, place, terms, **known: (terms, known["transport_note"]))
     shapes = shard_shapes(small_shape(), trainer_layout(made.trainer), 0, 0)

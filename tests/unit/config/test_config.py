@@ -512,7 +512,7 @@ def test_the_seed_is_kept_where_the_generator_needs_it_again(path, overrides, ke
     """Offline: once newer weights were judged, and once engines on the trainer's devices have slept before a next chunk."""
     config = load_config(path, [*overrides, "sync.sync_interval=never"])
     assert config.keeps_seed is kept
-    assert config.takes_turns is (config.uses_engines and config.inference.placement == "colocated")
+    assert config.colocated is (config.uses_engines and config.inference.placement == "colocated")
     online = [override for override in overrides if "replay" not in override]
     assert not load_config(path, [*online, "checkpoint.every=20"]).keeps_seed
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from engine.config.load import RunConfig
 from engine.config.options import Options
-from engine.config.placement import Part, Placement, Seat, homes, place, training_parts
+from engine.config.placement import GpuAssignment, Part, Placement, colocated_nodes, place, training_parts
 from engine.core.errors import (
     ConfigError,
     EngineLostError,
@@ -62,7 +62,7 @@ def layouts(draw) -> RunConfig:
     )
 
 
-def cells(seats: tuple[Seat, ...]) -> list[tuple[int, int]]:
+def cells(seats: tuple[GpuAssignment, ...]) -> list[tuple[int, int]]:
     return [(seat.node, gpu) for seat in seats for gpu in seat.gpus]
 
 
@@ -97,7 +97,7 @@ def test_ranks_and_engines_are_whole_and_tensor_parallel_ranks_share_a_node(conf
     for first in range(0, trainer.world_size, trainer.tensor_parallel):
         assert len({seat.node for seat in found.ranks[first : first + trainer.tensor_parallel]}) == 1
     assert cells(found.ranks) == sorted(cells(found.ranks)), "ranks fill nodes in order"
-    assert found.ranks[0] == Seat(0, (0,)), "rank 0 is on the head, where the command is"
+    assert found.ranks[0] == GpuAssignment(0, (0,)), "rank 0 is on the head, where the command is"
 
 
 @st.composite
@@ -122,7 +122,7 @@ def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_
         found = place(options, ALL)
     except ConfigError as error:
         with pytest.raises(ConfigError, match=re.escape(str(error))):
-            homes(options)
+            colocated_nodes(options)
         return
     seats = iter(found.ranks)
     held: dict[int, set[tuple[int, int]]] = {}
@@ -134,14 +134,14 @@ def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_
     if not whole:
         said = f"cluster.nodes = {options.cluster.nodes} needs all {t.tensor_parallel * t.pipeline_parallel} shards"
         with pytest.raises(ConfigError, match=said):
-            homes(options)
+            colocated_nodes(options)
         with pytest.raises(ValueError, match=said):
             RunConfig.model_validate(options.model_dump())
         return
-    turns = homes(RunConfig.model_validate(options.model_dump()))
+    turns = colocated_nodes(RunConfig.model_validate(options.model_dump()))
     assert turns is not None
     for engine, seat in enumerate(found.engines):
-        beside = turns.beside(engine)
+        beside = turns.ranks_on_node_of(engine)
         assert beside == tuple(rank for rank, other in enumerate(found.ranks) if other.node == seat.node)
 
 
@@ -151,7 +151,7 @@ def test_a_replica_that_divides_a_node_is_seated_whole(options):
     replica = t.tensor_parallel * t.pipeline_parallel
     assume(gpus % replica == 0 and t.world_size <= options.cluster.nodes * gpus)
     found = place(options, ("trainer",))
-    assert found.ranks[0] == Seat(0, (0,))
+    assert found.ranks[0] == GpuAssignment(0, (0,))
     for dp in range(t.data_parallel):
         stages = [(pp * t.data_parallel + dp) * t.tensor_parallel for pp in range(t.pipeline_parallel)]
         seats = [found.ranks[first + tp] for first in stages for tp in range(t.tensor_parallel)]
@@ -162,11 +162,11 @@ def test_a_replica_that_divides_a_node_is_seated_whole(options):
 def test_other_runs_take_no_turns_on_several_nodes():
     """On one node, apart, or without engines any rank may send."""
     two = {"cluster": {"nodes": 2}}
-    turns = homes(make(**two, trainer={"data_parallel": 12}, inference={"engines": 12, "placement": "colocated"}))
-    assert turns is not None and (turns.beside(0), turns.beside(8)) == (tuple(range(8)), (8, 9, 10, 11))
-    assert homes(make(inference={"placement": "colocated"})) is None
-    assert homes(make(**two)) is None
-    assert homes(make(**two, inference={"placement": "colocated"}, sft={"checkpoint_out": "unused"})) is None
+    turns = colocated_nodes(make(**two, trainer={"data_parallel": 12}, inference={"engines": 12, "placement": "colocated"}))
+    assert turns is not None and (turns.ranks_on_node_of(0), turns.ranks_on_node_of(8)) == (tuple(range(8)), (8, 9, 10, 11))
+    assert colocated_nodes(make(inference={"placement": "colocated"})) is None
+    assert colocated_nodes(make(**two)) is None
+    assert colocated_nodes(make(**two, inference={"placement": "colocated"}, sft={"checkpoint_out": "unused"})) is None
 
 
 @given(layouts())
@@ -184,9 +184,9 @@ def test_examples_of_eight_gpus_a_node():
     )
     found = place(config, ALL)
     assert [seat.node for seat in found.ranks] == [0] * 8 + [1] * 4
-    assert found.engines == (Seat(1, (4, 5, 6, 7)), Seat(2, (0, 1, 2, 3)))
+    assert found.engines == (GpuAssignment(1, (4, 5, 6, 7)), GpuAssignment(2, (0, 1, 2, 3)))
     alone = place(config, ("engines",))
-    assert (alone.ranks, alone.engines[0]) == ((), Seat(0, (0, 1, 2, 3))), "without a trainer its GPUs are free"
+    assert (alone.ranks, alone.engines[0]) == ((), GpuAssignment(0, (0, 1, 2, 3))), "without a trainer its GPUs are free"
 
 
 @pytest.mark.parametrize(
@@ -227,13 +227,13 @@ def test_a_machine_with_one_gpu_trains_by_turns_and_is_told_so():
     with pytest.raises(ConfigError, match=r"found 1 \* 1 \(8 asked for, 1 on this machine\).*placement = 'colocated'$"):
         place(make(), ALL, 1)
     found = place(make(inference={"placement": "colocated"}), ALL, 1)
-    assert found.ranks == found.engines == (Seat(0, (0,)),)
+    assert found.ranks == found.engines == (GpuAssignment(0, (0,)),)
     with pytest.raises(ConfigError, match=r"2 trainer ranks .* or make the layout smaller$"):
         place(make(trainer={"data_parallel": 2}), ALL, 1)
 
 
 def test_a_process_sees_its_own_gpus_first_and_then_the_others():
-    assert Seat(0, (2, 3)).visible(["4", "5", "6", "7"]) == "6,7,4,5"
+    assert GpuAssignment(0, (2, 3)).visible(["4", "5", "6", "7"]) == "6,7,4,5"
 
 
 @pytest.mark.parametrize(("named", "found"), [(None, ("0", "1")), ("6,7", ("6", "7")), ("", ("0", "1"))])

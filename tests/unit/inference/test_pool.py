@@ -147,7 +147,7 @@ def test_an_error_of_a_submission_surfaces_when_gathering():
         ("submit", "submit", lambda pool: pool.generate(requests(3))),
         ("collect", "collect", lambda pool: pool.generate(requests(3))),
         ("log_probs", "log_probs", lambda pool: pool.log_probs([[1]])),
-        ("sleep", "sleep", lambda pool: pool.rest()),
+        ("sleep", "sleep", lambda pool: pool.sleep()),
     ],
 )
 def test_a_late_engine_is_named_with_the_limit(method, what, ask):
@@ -234,7 +234,7 @@ def test_engines_that_rest_serve_nothing_until_a_version_is_committed():
     """All are told before any is waited for. One that is gone by then is left to the next sync, which replaces it."""
     engines = [FakeEngine(), FakeEngine(failing={"sleep": LOST}), FakeEngine()]
     pool = pool_at(2, *engines)
-    pool.rest()
+    pool.sleep()
     assert [engine.methods[-1] for engine in engines] == ["sleep"] * 3
     with pytest.raises(InferenceError, match="or the engines sleep"):
         pool.submit([requests(1)])
@@ -251,7 +251,7 @@ def test_engines_that_rest_serve_nothing_until_a_version_is_committed():
 def test_an_engine_that_cannot_sleep_ends_the_run():
     refusal = InferenceError("engine 0 has 2 requests in flight and cannot sleep")
     with pytest.raises(InferenceError, match="in flight"):
-        Pool([FakeEngine(failing={"sleep": refusal})], 5.0).rest()
+        Pool([FakeEngine(failing={"sleep": refusal})], 5.0).sleep()
 
 
 def test_the_word_of_every_engine_is_heard():

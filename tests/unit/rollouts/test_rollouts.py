@@ -213,8 +213,8 @@ def test_a_step_says_which_share_it_skipped_and_compared_lengths_where_there_are
     for loss in ("dpo", "grpo"):
         source = open_source(run_config(algorithm={"loss": loss, "samples_per_prompt": 6}))
         source.open(range(0, 2))
-        source.settle(0)
-        source.settle(1)  # in any number and order; both steps are still handed out
+        source.drain(0)
+        source.drain(1)  # in any number and order; both steps are still handed out
         metrics = [source.next(step).metrics for step in (0, 1)]
         assert all(m["skipped_share"] == m["skipped_prompts"] / 4 for m in metrics)
         assert all(("chosen_tokens_mean" in m) is (loss == "dpo") for m in metrics)

@@ -19,29 +19,29 @@ from engine.run.loop import _finished, fine_tune, train
 class World:
     """Policy, source and publisher of a run in one, with the weights' versions; `log` tells what was called."""
 
-    def __init__(self, *, taking_turns: bool = False) -> None:
-        self.taking_turns = taking_turns
+    def __init__(self, *, colocated: bool = False) -> None:
+        self.colocated = colocated
         self.log: list[str] = []
         self.windows: list[str] = []  # what the profile's window was told
         self.steps_done = 0
         self.serves: int | None = 0  # version in the pool
         self.held: int | None = None  # version that stands in for the policy's own weights
-        self.settled: set[int] = set()  # opened steps whose rollouts are complete
+        self.drained: set[int] = set()  # opened steps whose rollouts are complete
         self.judged: dict[int, int] = {}  # step -> version that was evaluated
         self.sampled: dict[int, int] = {}  # step -> version that samples its rollouts
         self.staleness: dict[int, int] = {}
 
     def publish(self, version: int) -> dict[str, float]:
         assert version == (self.steps_done if self.held is None else self.held), "what is sent is what the policy holds"
-        assert self.sampled.keys() <= self.settled, "an engine refuses a sync with requests in flight"
+        assert self.sampled.keys() <= self.drained, "an engine refuses a sync with requests in flight"
         self.log.append(f"publish {version}")
         self.serves = version
         return {"sync_seconds": 0.5}
 
-    def rest(self) -> None:
-        assert self.sampled.keys() <= self.settled, "an engine refuses to sleep with requests in flight"
+    def sleep(self) -> None:
+        assert self.sampled.keys() <= self.drained, "an engine refuses to sleep with requests in flight"
         if self.serves is not None:
-            self.log.append("rest")
+            self.log.append("sleep")
         self.serves = None
 
     def refresh_reference(self) -> None:
@@ -52,10 +52,10 @@ class World:
         self.log.append(f"open {steps.start}-{steps.stop - 1}")
         self.sampled |= dict.fromkeys(steps, self.serves)
 
-    def settle(self, steps: range) -> None:
+    def drain(self, steps: range) -> None:
         assert set(steps) == self.sampled.keys(), "what is in flight is what has been opened and not trained on"
-        self.log.append(f"settle {len(steps)}")
-        self.settled |= set(steps)
+        self.log.append(f"drain {len(steps)}")
+        self.drained |= set(steps)
 
     @contextmanager
     def as_seed(self) -> Iterator[None]:
@@ -72,7 +72,7 @@ class World:
         return f"scored {batch}"
 
     def train_step(self, batch: Any) -> dict[str, float]:
-        assert not self.taking_turns or self.serves is None, "engines have the trainer's devices"
+        assert not self.colocated or self.serves is None, "engines have the trainer's devices"
         self.log.append(f"train {batch}")
         self.steps_done += 1
         return {"loss": 1.0}
@@ -103,7 +103,7 @@ class World:
             world,
             world,
             start=start,
-            taking_turns=self.taking_turns,
+            colocated=self.colocated,
             checkpoint=self.checkpoint,
             evaluation_due=due or (lambda step: schedule.sync_due(step) or step == schedule.num_steps),
             evaluate=self.evaluate,
@@ -202,9 +202,9 @@ def test_an_evaluation_between_syncs_waits_for_the_interval_and_takes_the_newest
     world.run(Paper(3, "never", num_steps=5, offline_chunk=16), due=lambda step: step in (2, 3, 4))
     assert world.log == [
         "publish 0", "open 0-2", *step_of(0), *step_of(1),
-        "settle 1", "publish 2", "evaluate 2", *step_of(2),
+        "drain 1", "publish 2", "evaluate 2", *step_of(2),
         "publish 3", "evaluate 3", "open 3-4", *step_of(3),
-        "settle 1", "publish 4", "evaluate 4", *step_of(4),
+        "drain 1", "publish 4", "evaluate 4", *step_of(4),
         "publish 5",
     ]  # fmt: skip
     assert world.judged == {2: 2, 3: 3, 4: 4}
@@ -215,8 +215,8 @@ def test_offline_the_seed_comes_back_after_an_evaluation():
     world.run(Paper("never", "never", num_steps=4, offline_chunk=2), due=lambda step: step in (0, 2, 3))
     assert world.log == [
         *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
-        "settle 0", "publish 2", "evaluate 2", "publish 0", "open 2-3", *step_of(2),
-        "settle 1", "publish 3", "evaluate 3", *step_of(3),
+        "drain 0", "publish 2", "evaluate 2", "publish 0", "open 2-3", *step_of(2),
+        "drain 1", "publish 3", "evaluate 3", *step_of(3),
         "publish 4",
     ]  # fmt: skip
     assert world.judged == {0: 0, 2: 2, 3: 3}
@@ -224,40 +224,40 @@ def test_offline_the_seed_comes_back_after_an_evaluation():
 
 def test_engines_on_the_trainers_devices_rest_while_it_trains():
     """They complete the whole interval first; the sync wakes them."""
-    world = World(taking_turns=True)
+    world = World(colocated=True)
     records = world.run(Paper(2, "follow", num_steps=3, offline_chunk=16))
     assert world.log == [
-        *sync_of(0), "open 0-1", "settle 2", "rest", *step_of(0), *step_of(1),
-        *sync_of(2), "reference", "open 2-2", "settle 1", "rest", *step_of(2),
+        *sync_of(0), "open 0-1", "drain 2", "sleep", *step_of(0), *step_of(1),
+        *sync_of(2), "reference", "open 2-2", "drain 1", "sleep", *step_of(2),
         *sync_of(3),
     ]  # fmt: skip
     assert ["rollout_seconds" in record for record in records] == [True, False, True]
 
 
 def test_engines_that_rest_wake_for_an_evaluation_and_rest_again():
-    world = World(taking_turns=True)
+    world = World(colocated=True)
     world.run(Paper(3, "never", num_steps=4, offline_chunk=16), due=lambda step: step in (1, 4))
     assert world.log == [
-        "publish 0", "open 0-2", "settle 3", "rest", *step_of(0),
-        "settle 2", "publish 1", "evaluate 1", "rest", *step_of(1), *step_of(2),
-        "publish 3", "open 3-3", "settle 1", "rest", *step_of(3),
+        "publish 0", "open 0-2", "drain 3", "sleep", *step_of(0),
+        "drain 2", "publish 1", "evaluate 1", "sleep", *step_of(1), *step_of(2),
+        "publish 3", "open 3-3", "drain 1", "sleep", *step_of(3),
         *sync_of(4),
     ]  # fmt: skip
 
 
 def test_offline_engines_that_rest_get_the_seed_again_for_every_chunk():
     """Not for a step within it; after a resume they have just loaded it."""
-    world, resumed = World(taking_turns=True), World(taking_turns=True)
+    world, resumed = World(colocated=True), World(colocated=True)
     schedule = Paper("never", "never", num_steps=4, offline_chunk=2)
     world.run(schedule, due=lambda step: step == 3)
     assert world.log == [
-        "publish 0", "open 0-1", "settle 2", "rest", *step_of(0), *step_of(1),
-        "publish 0", "open 2-3", "settle 2", "rest", *step_of(2),
-        "settle 1", "publish 3", "evaluate 3", "rest", *step_of(3),
+        "publish 0", "open 0-1", "drain 2", "sleep", *step_of(0), *step_of(1),
+        "publish 0", "open 2-3", "drain 2", "sleep", *step_of(2),
+        "drain 1", "publish 3", "evaluate 3", "sleep", *step_of(3),
         "publish 4",
     ]  # fmt: skip
     resumed.run(schedule, start=2, due=lambda step: False)
-    assert resumed.log == ["open 2-3", "settle 2", "rest", *step_of(2), *step_of(3), "publish 4"]
+    assert resumed.log == ["open 2-3", "drain 2", "sleep", *step_of(2), *step_of(3), "publish 4"]
 
 
 regimes = st.one_of(st.just("never"), st.integers(1, 12))
@@ -269,12 +269,12 @@ def test_evaluations_judge_the_newest_weights_and_change_nothing_else(interval, 
     """Whatever s is, and whether or not engines rest: the steps' calls and the versions that sample are those of a run that
     evaluates nothing on devices of its own."""
     schedule = kind(interval, "never", num_steps, chunk)
-    plain, watched = World(), World(taking_turns=turns)
+    plain, watched = World(), World(colocated=turns)
     plain.run(schedule, due=lambda step: False)
     records = watched.run(schedule, due=lambda step: step % every == 0)
     assert watched.judged == {step: step for step in range(0, num_steps + 1, every)}
     assert watched.staleness == plain.staleness == {step: schedule.staleness(step) for step in range(num_steps)}
-    unwatched = ("publish", "settle", "evaluate", "rest")
+    unwatched = ("publish", "drain", "evaluate", "sleep")
     assert [entry for entry in watched.log if not entry.startswith(unwatched)] == [
         entry for entry in plain.log if not entry.startswith(unwatched)
     ]
@@ -290,7 +290,7 @@ def test_a_record_comes_before_the_steps_checkpoint():
     steps = train(
         *(schedule, world, world, world),
         start=0,
-        taking_turns=False,
+        colocated=False,
         checkpoint=world.checkpoint,
         evaluation_due=lambda step: True,
         evaluate=world.evaluate,

@@ -60,7 +60,7 @@ def test_it_drives_the_loop(tmp_path):
 
 def test_an_evaluation_between_its_syncs_changes_no_rollout(tmp_path):
     schedule = configured(tmp_path, DOUBLING).schedule
-    plain, watched = World(), World(taking_turns=True)
+    plain, watched = World(), World(colocated=True)
     plain.run(schedule, due=lambda step: False)
     watched.run(schedule, due=lambda step: step % 2 == 0)
     assert watched.staleness == plain.staleness == {t: t - max(s for s in SYNCS if s <= t) for t in range(20)}

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from engine.config.load import RunConfig
-from engine.config.placement import homes, place, training_parts
+from engine.config.placement import colocated_nodes, place, training_parts
 from engine.core.errors import CheckpointError, ConfigError
 from engine.run.spec import Spec, resolve, source_kind
 from tests.builders import config, make_model, spec
@@ -42,7 +42,7 @@ def test_colocated_nodes_and_a_reward_engine_survive_json():
         reward_model={"path": "unused"},
     )
     resolved = spec(several, reward_shape=spec().shape)
-    assert None not in (resolved.homes, resolved.placement, resolved.reward_shape)
+    assert None not in (resolved.colocated_nodes, resolved.placement, resolved.reward_shape)
     assert Spec.from_json(resolved.to_json()) == resolved
 
 
@@ -66,7 +66,7 @@ def test_what_is_started_and_where_is_placements_own_answer():
         resolved = spec(made)
         assert resolved.parts == training_parts(made)
         assert resolved.placement == place(made, resolved.parts)
-        assert resolved.homes == homes(made)
+        assert resolved.colocated_nodes == colocated_nodes(made)
         assert resolved.starts_engines is ("engines" in resolved.parts)
     assert spec(config(trainer={"data_parallel": 9})).placement is None, "on a CPU it need not fit"
 
