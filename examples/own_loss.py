@@ -18,12 +18,11 @@ class Regression(engine.GroupLoss):
         return (gain - (group.rewards - value)).square().mean()
 
 
-def main(path: str, overrides: list[str]) -> None:
-    config = engine.override(engine.load_config(path, overrides), {"algorithm.loss": engine.register(Regression)})
-    for event in engine.train(config):
-        if isinstance(event, engine.Step):
-            print(f"step {event.step}: loss {event.metrics['loss']:.4f}", flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    try:
+        config = engine.load_config(sys.argv[1], sys.argv[2:])
+        for event in engine.train(engine.override(config, {"algorithm.loss": engine.register(Regression)})):
+            if isinstance(event, engine.Step):
+                print(f"step {event.step}: loss {event.metrics['loss']:.4f}", flush=True)
+    except (engine.SemionError, IndexError) as error:
+        sys.exit(f"{error}\n{__doc__}")

@@ -22,4 +22,7 @@ def main(path: str, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    try:
+        main(sys.argv[1], sys.argv[2:])
+    except (engine.SemionError, IndexError) as error:
+        sys.exit(f"{error}\n{__doc__}")

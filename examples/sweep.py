@@ -11,7 +11,7 @@ import engine
 def main(path: str, intervals: list[str]) -> None:
     base = engine.load_config(path)
     for s in intervals:
-        interval = s if s == "never" else int(s)
+        interval = int(s) if s.isdigit() else s
         run = {"directory": f"{base.run.directory}-s{s}"}
         config = engine.override(base, {"sync.sync_interval": interval, "checkpoint.every": "end"}, run=run)
         for event in engine.train(config, resume="auto"):
@@ -22,4 +22,7 @@ def main(path: str, intervals: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    try:
+        main(sys.argv[1], sys.argv[2:])
+    except (engine.SemionError, IndexError) as error:
+        sys.exit(f"{error}\n{__doc__}")

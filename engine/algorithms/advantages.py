@@ -12,7 +12,7 @@ import torch
 
 from engine import ops
 from engine.core.errors import NumericsError
-from engine.core.registry import load_object
+from engine.core.registry import called, load_function
 from engine.ops.advantages import Normalize
 
 OPTION = "algorithm.normalize_advantages"
@@ -26,10 +26,10 @@ def advantage_function(name: str) -> Advantages:
     """
     if ":" not in name:
         return partial(grouped_advantages, normalize=cast(Normalize, name))
-    function = load_object(name, OPTION)
+    function = load_function(name, OPTION, "rewards")
 
     def own(rewards: Sequence[float]) -> list[float]:
-        return _checked(name, function(list(rewards)), len(rewards)) if rewards else []
+        return _checked(name, called(name, OPTION, function, list(rewards)), len(rewards)) if rewards else []
 
     return own
 

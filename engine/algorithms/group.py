@@ -17,6 +17,7 @@ Shape legend: T tokens of the microbatch, B sequences of it, N judged rollouts o
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
@@ -42,6 +43,7 @@ from engine.algorithms.base import (
 from engine.config.options import AlgorithmOptions, Normalization
 from engine.core.errors import ConfigError, NumericsError
 from engine.core.metrics import Metric
+from engine.core.registry import called
 from engine.core.types import IGNORED, Batch, Microbatch, RolloutGroup, Sequence
 
 GROUPS = Metric("groups", "prompts whose rollouts a loss of the user's own compared", unit="prompts", reduce="sum")
@@ -87,6 +89,7 @@ class GroupLoss(Algorithm):
     def __init__(self, options: Any, *, sampled: bool = True) -> None:
         """ConfigError when the class declares metrics that cannot be put together."""
         super().__init__(options, sampled=sampled)
+        self._require_parts(options.loss)
         self._own = {metric.name: metric for metric in type(self).metrics}
         for metric in self._own.values():
             if metric.reduce == "last" or metric.name in (GROUPS.name, ROLLOUT_GAP.name):
@@ -102,6 +105,20 @@ class GroupLoss(Algorithm):
                 )
         self.metrics = (GROUPS, ROLLOUT_GAP, *self._own.values())
         self.advantages = advantage_function(options.normalize_advantages)
+
+    @classmethod
+    def _require_parts(cls, name: str) -> None:
+        """ConfigError for a class that cannot be a loss."""
+        own = cls.group_loss
+        parameters = list(inspect.signature(own).parameters)
+        if own is GroupLoss.group_loss or inspect.iscoroutinefunction(own) or len(parameters) != 2:
+            raise ConfigError(
+                f"algorithm.loss = {name!r} must have a method group_loss(self, group); found "
+                f"{'none' if own is GroupLoss.group_loss else f'group_loss({chr(44).join(parameters)})'}: write it"
+            )
+        for metric in cls.metrics:
+            if not isinstance(metric, Metric):
+                raise ConfigError(f"algorithm.loss = {name!r} must declare its metrics as Metric; found {metric!r}: mend it")
 
     def group_loss(self, group: Group) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of one group, a finite scalar that depends on `group.log_probs`; with it, where metrics are declared, this
@@ -181,7 +198,7 @@ class GroupLoss(Algorithm):
 
     def _evaluated(self, group: Group) -> Result:
         """What `group_loss` returns, checked. NumericsError names the user's reference and what it broke."""
-        found = self.group_loss(group)
+        found = called(self.options.loss, "algorithm.loss", self.group_loss, group)
         loss, parts = found if isinstance(found, tuple) else (found, {})
         if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
             shown = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from engine.core.errors import NumericsError
-from engine.core.registry import load_object
+from engine.core.registry import called, load_function
 from engine.core.seeds import counted_seed
 from engine.core.types import Rollout, RolloutGroup
 
@@ -66,7 +66,7 @@ def preference_pair(group: RolloutGroup, pairing: str, run_seed: int) -> Pair | 
     correct, wrong = correct_and_wrong(group)
     own = pairing_function(pairing)
     if own is not None:
-        return _checked(pairing, own(group, draw), group) if group.judged else None
+        return _checked(pairing, called(pairing, OPTION, own, group, draw), group) if group.judged else None
     if pairing == "best_worst" or not group.prompt.verifiable:
         best, worst = extremes(group)
         return None if best == worst else (draw.choice(best), draw.choice(worst))
@@ -84,7 +84,7 @@ def pairing_function(name: str) -> Pairing | None:
     """The user's own behind `name`; None for one of ours."""
     if ":" not in name:
         return None
-    function: Pairing = load_object(name, OPTION)
+    function: Pairing = load_function(name, OPTION, "group", "draw")
     return function
 
 

@@ -8,6 +8,7 @@ writes nothing; of large files it reads a sample, so that it takes seconds.
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def check(config: RunConfig, purpose: Purpose | None = None, *, resume: bool = F
     purpose = purpose or purpose_of(config)
     if faults := examine(config, purpose, resume=resume):
         raise combined(faults)
-    return resolve(config, parts_of(config, purpose))
+    return resolve(config, parts_of(config, purpose), digests=purpose in ("train", "sft"))
 
 
 def purpose_of(config: RunConfig) -> Purpose:
@@ -244,9 +245,10 @@ class _Look:
     # -- data
 
     def _data(self) -> Faults:
+        """The files that this purpose reads."""
         data = self.config.data
         kind = None
-        if data.replay is not None:
+        if data.replay is not None and self.purpose == "train":
             faults = _caught(_check_file, "data.replay", data.replay)
             if not faults:
                 kind, faults = _tried(replay_kind, self.config)
@@ -258,7 +260,10 @@ class _Look:
         files = [
             (f"{source_key(place)}.{name}", getattr(source, name), source)
             for place, source in enumerate(data.sources)
-            for name in ("train", "held_out")
+            for name in {"eval": ("held_out",), "rollout": ("train",), "sft": ("train", "held_out")}.get(
+                self.purpose, ("train", "held_out")
+            )
+            if self.purpose != "generate" and not (self.purpose == "eval" and self.sets is not None)
         ]
         files += [("--suite", source.held_out, source) for source in (self.sets or {}).values()]
         ids: dict[str, str] = {}
@@ -356,6 +361,14 @@ class _Look:
     def _directory(self) -> Faults:
         """Whether another run is at work there, and whether a run that starts anew would take records away."""
         config, lock = self.config, self.config.run_directory / ".lock"
+        whole = config.run_directory.absolute()
+        there = next(place for place in (whole, *whole.parents) if place.exists())
+        if not config.run.directory.strip() or not there.is_dir() or not os.access(there, os.W_OK):
+            what = "an empty name" if not config.run.directory.strip() else "a file" if not there.is_dir() else "no permission"
+            yield ConfigError(
+                f"run.directory must be a folder that can be made and written; found {what} at {there}: name another"
+            )
+            return
         if lock.exists():
             with lock.open("r") as file:
                 try:

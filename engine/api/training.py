@@ -15,7 +15,7 @@ from typing import Any, Literal
 from engine.api.events import Done, Event, Note, typed
 from engine.api.preflight import check, check_fresh
 from engine.config.load import RunConfig, dump_config
-from engine.core.errors import PreemptedError
+from engine.core.errors import ConfigError, PreemptedError
 from engine.core.files import locked
 from engine.observe.journal import LOGS, WARNINGS
 from engine.observe.sinks import write_json
@@ -36,6 +36,8 @@ def train(config: RunConfig, resume: Literal["auto"] | None = None, *, verbose: 
 
     Raises the SemionError of what the preflight or the run found.
     """
+    if resume not in (None, "auto"):
+        raise ConfigError(f"resume must be None or 'auto'; found {resume!r}: choose one")
     spec = check(config, "train", resume=resume == "auto")
     directory, started = config.run_directory, time.monotonic()
 
@@ -98,11 +100,11 @@ def preemptible(config: RunConfig) -> Iterator[None]:
     """While entered in the main thread, SIGTERM or SIGUSR1 (what srun passes on) has the run save and end where a run can go on
     from: before the next sync, or offline the next chunk of rollouts. A second one ends it at once. Both are a
     PreemptedError. Signals cannot be taken in any other thread."""
+    request, asked = signals.stop_request(config), 0
+    request.unlink(missing_ok=True)  # of a command that was killed after it was asked to stop
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    request, asked = signals.stop_request(config), 0
-    request.unlink(missing_ok=True)
 
     def ask(*_: object) -> None:
         nonlocal asked

@@ -87,7 +87,7 @@ class Engines(Protocol):
         ...
 
     def sleep(self) -> None:
-        """See Pool.rest."""
+        """See Pool.sleep."""
         ...
 
 
@@ -212,7 +212,7 @@ class Publisher:
         return failure
 
     def _call(self) -> dict[str, Any]:
-        """What engines are told of a sync: bridge.receive.SyncCall, but for the engine's number."""
+        """What engines are told of a sync: inference.receiver.SyncCall, but for the engine's number."""
         return {
             "seconds": self._timeout,
             "terms": self._terms_json,

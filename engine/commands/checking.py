@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config.load import dump_config, read_config
@@ -31,6 +30,7 @@ def check(options: argparse.Namespace) -> None:
         print(dump_config(config), end="")
     from engine.api.preflight import examine, parts_of, purpose_of
     from engine.observe.progress import print_table
+    from engine.observe.sinks import write_json
     from engine.run.spec import resolve
 
     purpose = purpose_of(config)
@@ -41,7 +41,7 @@ def check(options: argparse.Namespace) -> None:
     if not options.toml:
         print_table(f"semion check {options.config}", table(spec))
     if options.json:
-        Path(options.json).write_text(json.dumps(json.loads(spec.to_json()), indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, json.loads(spec.to_json()))
 
 
 def table(spec: Spec) -> list[tuple[str, str]]:

@@ -164,6 +164,8 @@ def validated(section: type[Table], name: str, values: dict[str, Any]) -> Table:
 def _validated_tree(tree: dict[str, Any], faults: list[ConfigError]) -> tuple[RunConfig | None, list[ConfigError]]:
     try:
         return RunConfig.model_validate(tree), faults
+    except ConfigError as error:  # of a part that an option names and that cannot be loaded
+        return None, [*faults, error]
     except ValidationError as error:
         faults = faults + [ConfigError(sentence) for sentence in _sentences(error, tree=tree)]
         only_rules = all(complaint["type"] == RULES for complaint in error.errors())
@@ -182,9 +184,12 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     if not equals:
         raise ConfigError(f"override {text!r} {FORM}")
     try:
-        value = tomllib.loads(f"value = {written}")["value"]
+        document = tomllib.loads(f"value = {written}")
     except tomllib.TOMLDecodeError:
-        value = written
+        document = {"value": written}
+    if document.keys() != {"value"}:
+        raise ConfigError(f"override {text!r} {FORM}")
+    value = document["value"]
     _set(tree, key.strip(), value, text)
 
 
@@ -288,7 +293,7 @@ def _holds_tables(value: Any) -> bool:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_toml(key)} = {_toml(inner)}' for key, inner in value.items())}}}"

@@ -1,5 +1,5 @@
 """Where the processes of a run go: the node and the GPUs of every trainer rank, of every engine and of the reward engine, as
-a pure function of the configuration. It starts nothing and looks at no machine; cluster.py carries it out.
+a pure function of the configuration. It starts nothing and looks at no machine; run/processes.py carries it out.
 
 Whoever comes first takes the first node with room: trainer ranks in order, a tensor-parallel group inside one node; engines,
 each inside one node, after them, or, where inference.placement is 'colocated', on the trainer's GPUs from the first again;

@@ -63,6 +63,10 @@ def broken_source_rules(key: str, source: Source) -> list[str]:
             f"{key}.reward_combine must be one of {', '.join(map(repr, RULES))}, or your own as path/to/file.py:name; found "
             f"{rule!r}: choose one"
         )
+    if rule != "sum" and len(source.rewards) == 1:
+        broken.append(
+            f"{key}.reward_combine puts several rewards together; found {rule!r} with one: leave it at 'sum', or name more"
+        )
     if weights is not None and rule != "sum":
         broken.append(f"{key}.reward_weights are of a sum; found them with reward_combine = {rule!r}: remove one of the two")
     return broken

@@ -12,7 +12,7 @@ import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -20,9 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-from engine.core.errors import ConfigError
+from engine.core.errors import ConfigError, NumericsError, SemionError
 
 Part = TypeVar("Part")
+Made = TypeVar("Made")
 
 
 class Registry(Generic[Part]):
@@ -129,9 +130,11 @@ def load_object(reference: str, option: str) -> Any:
         raise ConfigError(f"{option} must name a file that exists; found none at {place}: check the path")
     try:
         module = module_of_file(Path(place)) if place.endswith(".py") else import_module(place)
-    except (ImportError, SyntaxError) as error:
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's file does while it is imported
         raise ConfigError(
-            f"{option} must name a module that can be imported; found {place} with {error!r}: mend it"
+            f"{option} must name a module that can be imported; found {place} with {error!r} ({_place_of(error)}): mend it"
         ) from error
     found = module
     for part in attribute.split("."):
@@ -142,6 +145,40 @@ def load_object(reference: str, option: str) -> Any:
             )
         found = getattr(found, part)
     return found
+
+
+def load_function(reference: str, option: str, *parameters: str) -> Callable[..., Any]:
+    """A user's function that is called with these arguments, by place. ConfigError when there is none that takes them."""
+    found = load_object(reference, option)
+    if not callable(found) or isinstance(found, type) or inspect.iscoroutinefunction(found):
+        raise ConfigError(f"{option} must name an ordinary function; found {reference!r}, which is {found!r}: name one")
+    try:
+        inspect.signature(found).bind(*parameters)
+    except TypeError as error:
+        raise ConfigError(
+            f"{option} must name a function of ({', '.join(parameters)}); found {reference!r}: {error}: change its parameters"
+        ) from error
+    return found
+
+
+def called(reference: str, option: str, function: Callable[..., Made], *arguments: Any) -> Made:
+    """What a user's function returns. NumericsError names it for whatever it raises."""
+    try:
+        return function(*arguments)
+    except SemionError:
+        raise
+    except Exception as error:
+        raise NumericsError(
+            f"{option} = {reference!r} failed with {type(error).__name__}: {error} ({_place_of(error)}): mend it"
+        ) from error
+
+
+def _place_of(error: BaseException) -> str:
+    """File and line that raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}" if trace is not None else "nowhere"
 
 
 def module_of_file(path: Path) -> ModuleType:

@@ -28,10 +28,11 @@ def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTo
         raise ConfigError(f"{option} must be a folder with a tokenizer; found no folder {path}: check the path")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the library has no type for a broken file
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"{option} must hold a tokenizer (tokenizer.json and tokenizer_config.json); found that {path} cannot be "
-            f"read ({str(error).splitlines()[0]}): copy the tokenizer's files there"
+            f"{option} must hold a tokenizer (tokenizer.json and tokenizer_config.json, beside config.json); found that {path} "
+            f"cannot be read ({why}): copy the model's files there again"
         ) from error
     return tokenizer
 

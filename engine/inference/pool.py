@@ -147,7 +147,7 @@ class Pool:
     # -- weight sync
 
     def receive(self, version: int, call: dict[str, Any]) -> list[Future]:
-        """Asks every engine to receive a version (`call`: bridge.receive.SyncCall). Until `commit`, none is served."""
+        """Asks every engine to receive a version (`call`: inference.receiver.SyncCall). Until `commit`, none is served."""
         self._version = None
         return [handle.call("receive", version, call | {"engine": i}) for i, handle in enumerate(self._engines)]
 

@@ -61,6 +61,10 @@ def read_shape(path: str | Path, option: str = "model.path", family: str = AUTO)
         )
     except KeyError as error:
         raise CheckpointError(f"{file} has no {error.args[0]}, which {kind.title} needs: fetch it again") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{file} must hold the sizes of {kind.title} as numbers; found {error}: fetch it again"
+        ) from error
 
 
 SIZES = frozenset(  # fields of config.json that `read_shape` reads
@@ -164,8 +168,12 @@ def read_end_ids(path: str | Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         file = Path(path) / name
         found = _read_json(file).get("eos_token_id") if file.exists() else None
-        if found is not None:
-            return (found,) if isinstance(found, int) else tuple(found)
+        if found is None:
+            continue
+        ids = [found] if isinstance(found, int) else found
+        if not (isinstance(ids, list) and all(isinstance(token, int) for token in ids)):
+            raise CheckpointError(f"{file} must have eos_token_id as a number or a list of numbers; found {found!r}: mend it")
+        return tuple(ids)
     return ()
 
 

@@ -56,6 +56,8 @@ class ModelReward(Reward):
         """Of the names and sizes of its files: reading them would take minutes at every checkpoint."""
         if config.reward_model.path is None:
             return {}
+        if not Path(config.reward_model.path).is_dir():
+            return {"reward_model.path": None}
         files = sorted((file.name, file.stat().st_size) for file in Path(config.reward_model.path).iterdir())
         return {"reward_model.path": hashlib.sha256(repr(files).encode()).hexdigest()}
 

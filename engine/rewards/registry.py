@@ -4,6 +4,7 @@ or on one prompt. Each prompt's completions go to the rewards that its source na
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from engine.rewards.base import Answer, Reward
 from engine.rewards.function import FunctionReward
 
 COMBINE = "data.reward_combine"
+log = logging.getLogger(__name__)
 
 
 def reward_class(config: RunConfig, name: str) -> type[Reward]:
@@ -205,8 +207,9 @@ class RoutedReward(Reward):
     def _judged(self, name: str, reward: Reward, answers: list[Answer]) -> list[Score]:
         scores = reward.score(answers) if answers else []
         problem = next((score.problem for score in scores if score.problem), None)
-        if problem is not None:
-            self.problems.setdefault(name, problem)
+        if problem is not None and name not in self.problems:
+            self.problems[name] = problem
+            log.warning("reward %s raised at an answer, which counts as not judged: %s", name, problem)
         return scores
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from engine.core.types import Sequence
+
+HEARTBEAT_SECONDS = 20.0  # how often who waits for a step is told that it is still being waited for
+Waiting = Callable[[], object]
+
+
+def nothing() -> None:
+    """Nobody is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +32,12 @@ class StepSource(Protocol):
         """Lets `steps` be made ready."""
         ...
 
-    def drain(self, step: int) -> None:
+    def drain(self, step: int, waiting: Waiting = nothing) -> None:
         """Waits until nothing that `step` needs is under way; `next` still hands it out."""
         ...
 
-    def next(self, step: int) -> StepData:
-        """What `step` trains on; waits for it."""
+    def next(self, step: int, waiting: Waiting = nothing) -> StepData:
+        """What `step` trains on; waits for it, and calls `waiting` every HEARTBEAT_SECONDS meanwhile."""
         ...
 
     def close(self) -> None:

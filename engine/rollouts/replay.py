@@ -19,7 +19,7 @@ from engine.data.records import records
 from engine.data.templates import load_tokenizer
 from engine.models.hf import read_shape
 from engine.rewards.registry import judging_of
-from engine.rollouts.base import StepData
+from engine.rollouts.base import StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import RolloutLedger
 from engine.rollouts.metrics import LENGTH, LENGTH_MAX, STALENESS, WAITED, rollout_metrics
@@ -42,10 +42,10 @@ class LedgerSource:
     def open(self, steps: range) -> None:
         """Nothing to open: a step is read when it is asked for."""
 
-    def drain(self, step: int) -> None:
+    def drain(self, step: int, waiting: Waiting = nothing) -> None:
         """Nothing is under way."""
 
-    def next(self, step: int) -> StepData:
+    def next(self, step: int, waiting: Waiting = nothing) -> StepData:
         """Reads `step`. DataError names what does not fit the run's prompts or options."""
         started = time.monotonic()
         num_prompts, samples = sum(sampled for sampled, _ in self._shares), self._config.algorithm.samples_per_prompt
@@ -77,10 +77,10 @@ class PreferenceSource:
     def open(self, steps: range) -> None:
         """Nothing to open."""
 
-    def drain(self, step: int) -> None:
+    def drain(self, step: int, waiting: Waiting = nothing) -> None:
         """Nothing is under way."""
 
-    def next(self, step: int) -> StepData:
+    def next(self, step: int, waiting: Waiting = nothing) -> StepData:
         """The pairs of `step`, each a group of its own; they have no rollout log-probs, and no metric needs them."""
         pairs = [self._pairs.pairs[index] for index in self._order.at(step, self._num_pairs)]
         sequences = [

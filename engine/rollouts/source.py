@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Many
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
 
 from engine.config.load import RunConfig
 from engine.core.jsonl import JsonlLedger
@@ -19,10 +20,12 @@ from engine.inference.pool import Pool, Usage
 from engine.inference.sampling import sample_requests
 from engine.observe.profiling.phases import Phase, phase
 from engine.rewards.base import Reward, answer_of
-from engine.rollouts.base import StepData
+from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import ledger_rows
 from engine.rollouts.metrics import STALENESS, WAITED, rollout_metrics
+
+Result = TypeVar("Result")
 
 
 class RolloutSource:
@@ -57,16 +60,16 @@ class RolloutSource:
             self._sampling[step] = self._thread.submit(self._pool.gather, ticket)
             self._coming[step] = self._thread.submit(self._groups, step, prompts[step], self._sampling[step])
 
-    def drain(self, step: int) -> None:
+    def drain(self, step: int, waiting: Waiting = nothing) -> None:
         """Waits as `next` does, which still hands the step out."""
-        self._coming[step].result()
+        _awaited(self._coming[step], waiting)
 
-    def next(self, step: int) -> StepData:
+    def next(self, step: int, waiting: Waiting = nothing) -> StepData:
         """Waits until the groups of `step` are complete and scored. Raises what an engine or the reward raised."""
         started = time.monotonic()
-        self._sampling.pop(step).result()
+        _awaited(self._sampling.pop(step), waiting)
         with phase(Phase.REWARDS):
-            groups, usage = self._coming.pop(step).result()
+            groups, usage = _awaited(self._coming.pop(step), waiting)
         metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, usage)
         version = self._config.schedule.version(step)
         found = {rollout.completion.version for group in groups for rollout in group.rollouts}
@@ -86,6 +89,13 @@ class RolloutSource:
     ) -> tuple[list[RolloutGroup], Usage]:
         completions, usage = sampling.result()
         return score_groups(step, prompts, completions, self._reward), usage
+
+
+def _awaited(future: Future[Result], waiting: Waiting) -> Result:
+    """Its result; `waiting` is called every HEARTBEAT_SECONDS meanwhile. Engines and rewards have deadlines of their own."""
+    while not wait([future], HEARTBEAT_SECONDS).done:
+        waiting()
+    return future.result()
 
 
 def score_groups(step: int, prompts: Many[Prompt], completions: Many[Completion], reward: Reward) -> list[RolloutGroup]:

@@ -30,6 +30,7 @@ from engine.data.records import source_digest
 from engine.models.hf import write_hf_checkpoint
 from engine.rewards.registry import identities as reward_identities
 
+STEPS = "step_" + "[0-9]" * 8  # folders of ours; a copy of another name is somebody's own
 MANIFEST, LATEST, BEST, POLICY = "manifest.json", "LATEST", "BEST", "policy"
 MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
     "run": {"steps", "directory", "restarts"},
@@ -49,9 +50,23 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
 class Checkpoints:
     """The checkpoints of one run, as one trainer rank sees them."""
 
-    def __init__(self, folder: Path, *, rank: int, world_size: int, barrier: Callable[[], None]) -> None:
-        """`barrier` waits for all trainer ranks."""
-        self._folder, self._rank, self._world_size, self._barrier = folder, rank, world_size, barrier
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        barrier: Callable[[], None],
+        digests: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """`barrier` waits for all trainer ranks. `digests`: of data and of what judges, as they were when the run began
+        (`Spec.digests`); a file that changes while the run goes on does not change what the run is made of. Taken at each
+        commit where not given."""
+        self._folder = folder
+        self._rank = rank
+        self._world_size = world_size
+        self._barrier = barrier
+        self._digests = digests
 
     def commit(
         self,
@@ -97,7 +112,7 @@ class Checkpoints:
             "step": step,
             "ranks": self._world_size,
             "config": json.loads(config.model_dump_json()),
-            "data": data_digests(config),
+            "data": data_digests(config) if self._digests is None else dict(self._digests),
             "files": files,
             "records": json.loads(json.dumps(records)),
         }
@@ -135,7 +150,7 @@ class Checkpoints:
     def _prune(self, newest: Path, keep: int) -> None:
         """Removes all but the best and the `keep` newest. Later steps than the newest are of a run that was killed before
         it named them; they do not count as kept."""
-        kept = sorted(path for path in self._folder.glob("step_*") if path.is_dir() and path.name <= newest.name)
+        kept = sorted(path for path in self._folder.glob(STEPS) if path.is_dir() and path.name <= newest.name)
         chosen = best(self._folder)
         for old in kept[:-keep]:
             if old != chosen:
@@ -162,7 +177,7 @@ class Checkpoints:
         newest = latest(self._folder)
         if newest is None:
             return set()
-        return {int(path.name.removeprefix("step_")) for path in self._folder.glob("step_*") if path.name <= newest.name}
+        return {int(path.name.removeprefix("step_")) for path in self._folder.glob(STEPS) if path.name <= newest.name}
 
     def records(self) -> dict[str, Any] | None:
         """What the newest checkpoint keeps of the run's records; None without one, or where an older version wrote it."""
@@ -271,12 +286,21 @@ def other_options(checkpoint: Path, manifest: dict[str, Any], config: RunConfig)
         if free is None:
             continue
         for name, value in options.items():
-            before = saved.get(section, {}).get(name)
-            if name not in free and before != value:
+            known = saved.get(section, {})
+            if name in free or (name not in known and value == _default(config, section, name)):
+                continue  # an option that came after the checkpoint was written, left as it was then
+            before = known.get(name)
+            if before != value:
                 yield CheckpointError(
                     f"{section}.{name} must be what {checkpoint} was written with; found {value!r} instead of "
                     f"{before!r}: set it back, or start a new run in another directory"
                 )
+
+
+def _default(config: RunConfig, section: str, name: str) -> Any:
+    """An option's default, as JSON has it."""
+    field = type(getattr(config, section)).model_fields[name]
+    return None if field.is_required() else json.loads(json.dumps(field.get_default(call_default_factory=True), default=str))
 
 
 def _content_digest(manifest: dict[str, Any]) -> str:

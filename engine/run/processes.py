@@ -13,6 +13,7 @@ import secrets
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ class Cluster:
             raise PreemptedError("asked to stop while Ray started: --resume auto goes on from the newest checkpoint") from asked
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-            if handler is not signal.SIG_DFL:
+            if handler is not signal.SIG_DFL and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)
 
     def _start_ray(self) -> None:

@@ -63,7 +63,10 @@ class TrainerRank:
         loss = make_loss(config.algorithm, sampled=self._spec.source != "preferences")
         policy = Policy(config, topology, loss, config.model.path)
         folder = config.run_directory / "checkpoints"
-        checkpoints = Checkpoints(folder, rank=topology.rank, world_size=topology.world_size, barrier=dist.barrier)
+        digests = self._spec.digests or None
+        checkpoints = Checkpoints(
+            folder, rank=topology.rank, world_size=topology.world_size, barrier=dist.barrier, digests=digests
+        )
         start = resume_policy(config, checkpoints, policy) if resume else 0
         controller: Controller | None = None
         if engines is not None:

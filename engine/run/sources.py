@@ -4,8 +4,6 @@ broadcasts its sequences; supervised training needs no broadcast, since every ra
 
 from __future__ import annotations
 
-import torch.distributed as dist
-
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError
 from engine.core.types import Batch, Judging
@@ -13,7 +11,7 @@ from engine.data.mixture import load_prompts
 from engine.data.prompts import PromptOrder
 from engine.data.supervised import supervised_sequence
 from engine.data.templates import load_tokenizer
-from engine.megatron.broadcast import broadcast_batch
+from engine.megatron.broadcast import broadcast_batch, broadcast_bytes
 from engine.megatron.packing import make_batch
 from engine.megatron.topology import Topology
 from engine.models.hf import read_shape
@@ -35,20 +33,42 @@ class BroadcastSource:
             self._rollouts.open(steps)
 
     def drain(self, steps: range) -> None:
-        """Waits until these steps are complete; all ranks wait for one step at a time, as in `next`, so that no collective
-        waits longer than one step's rollouts take."""
+        """Waits until these steps are complete."""
         for step in steps:
             if self._rollouts is not None:
-                self._rollouts.drain(step)
-                sign_of_life(self._config).touch()
-            dist.barrier()
+                self._rollouts.drain(step, self._waiting)
+                self._tell(over=True)
+            else:
+                self._listen()
 
     def next(self, step: int) -> tuple[Batch, dict[str, float]]:
         """This rank's microbatches of the step, and on rank 0 what was measured of its rollouts."""
-        data = self._rollouts.next(step) if self._rollouts is not None else None
+        data = None
+        if self._rollouts is not None:
+            data = self._rollouts.next(step, self._waiting)
+            self._tell(over=True)
+        else:
+            self._listen()
         sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
         batch = broadcast_batch(sequences, num_prompts, step, self._config.trainer, self._topology)
         return batch, metrics | {TARGET_TOKENS.name: float(batch.num_target_tokens)}
+
+    # However long engines and rewards take within their own deadlines, no rank waits longer in one collective than rank 0 waits
+    # between two words, and the command that watches sees the run live.
+
+    def _waiting(self) -> None:
+        self._tell(over=False)
+
+    def _tell(self, *, over: bool) -> None:
+        """Rank 0's word to the others and to the command. Collective."""
+        sign_of_life(self._config).touch()
+        if self._topology.world_size > 1:
+            broadcast_bytes(b"over" if over else b"more", self._topology.device)
+
+    def _listen(self) -> None:
+        """The other ranks' side of `_tell`, until the wait is over. Collective."""
+        while broadcast_bytes(b"", self._topology.device) != b"over":
+            pass
 
 
 class SupervisedSource:

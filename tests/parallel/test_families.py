@@ -84,7 +84,7 @@ def test_three_steps_equal_transformers(
 ) -> None:
     """NLL in fp32: logits within 1e-4, each step's gradients within 1e-5, the weights after it within 2e-5."""
     trainer = LAYOUTS[layout]
-    told, tensors = run(pool, "train", case, made(case), tmp_path, trainer, objective="nll")
+    told, tensors = run(pool, "train", case, made(case), tmp_path, trainer, loss="nll")
     config = material.run_config({}, {})
     options = config.optimizer
     model = AutoModelForCausalLM.from_pretrained(made(case))
@@ -161,7 +161,7 @@ def test_transformer_engines_spec_gives_the_same_logits(
     """Of Qwen3 in bfloat16, as near to fp32 ones as bfloat16 is. The stand-in for Transformer Engine has no bias for Qwen2."""
     trainer = {"layers": "transformer_engine", "microbatch_tokens": 128, **layout}
     model_options = {"dtype": "bfloat16"}
-    _, tensors = run(te_pool, "train", "qwen3", made("qwen3"), tmp_path, trainer, model=model_options, objective="nll")
+    _, tensors = run(te_pool, "train", "qwen3", made("qwen3"), tmp_path, trainer, model=model_options, loss="nll")
     model = AutoModelForCausalLM.from_pretrained(made("qwen3"))
     batch = material.batch_of(0, model.config.vocab_size, Trainer(**{"microbatch_tokens": 64, **trainer}), 0)
     for index, row in enumerate(batch.microbatches):

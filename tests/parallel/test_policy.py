@@ -221,7 +221,7 @@ def test_an_offline_policy_lends_the_seeds_weights(
     reference: Any, trainer: dict[str, Any], pool: WorkerPool, checkpoint: Checkpoint
 ) -> None:
     sync = {"sync_interval": "never", "reference": reference}
-    options = {"sync": sync, "evaluation": {"every": 1}, "data": {"held_out": "unused"}}
+    options = {"sync": sync, "evaluation": {"every": 1}, "data": {"held_out": "unused"}, "checkpoint": {"every": 1}}
     for rank in pool.run("seed", 2, trainer=trainer, options=options, checkpoint=str(checkpoint("plain"))):
         assert len(rank) == 4
         assert all(rank.values()), rank

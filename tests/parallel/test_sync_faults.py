@@ -296,10 +296,10 @@ class Workers:
     """What an engine's workers say to the next calls; by default that they have received a version."""
 
     def __init__(self) -> None:
-        self.said: list[str] = ["", ""]
+        self.said: list[tuple[str, bool]] = [("", False), ("", False)]
         self.calls: list[tuple[Any, ...]] = []
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[str]:
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[tuple[str, bool]]:
         self.calls.append((method, *args))
         return self.said
 
@@ -381,7 +381,7 @@ def test_an_engine_that_sleeps_says_so_and_wakes_its_weights_before_and_its_cach
     for ask in (lambda: engine.submit([request("s")], 0), lambda: engine.log_probs([[1, 2]])):
         with pytest.raises(InferenceError, match=r"engine 3 must serve .*; .*it sleeps until the next weight sync"):
             ask()
-    workers.said = ["", "bucket 1 was not delivered"]
+    workers.said = [("", False), ("bucket 1 was not delivered", False)]
     with pytest.raises(WeightSyncError):
         engine.receive(2, CALL)
     assert engine._llm.turns == ["sleep 2", "wake weights"], "the cache's memory is not needed yet"
@@ -410,7 +410,7 @@ def test_pages_are_given_back_and_only_whole_ones_of_the_tensor() -> None:
 
 def test_what_several_workers_say_is_told_together(alone: Any) -> None:
     engine, workers = alone()
-    workers.said = ["no room", "", "no time"]
+    workers.said = [("no room", False), ("", False), ("no time", False)]
     with pytest.raises(WeightSyncError, match=r"^worker 0: no room; worker 2: no time$"):
         engine.receive(1, CALL)
 
@@ -418,7 +418,7 @@ def test_what_several_workers_say_is_told_together(alone: Any) -> None:
 def test_an_engine_that_repacks_its_weights_is_lost_by_a_failure(alone: Any) -> None:
     """vLLM may be anywhere in its reload: only a new process helps, and the pool makes one of a lost engine."""
     engine, workers = alone(packed_weights=True)
-    workers.said = ["the digest differs"]
+    workers.said = [("the digest differs", False)]
     with pytest.raises(EngineLostError, match=r"^worker 0: the digest differs$"):
         engine.receive(1, CALL)
     with pytest.raises(InferenceError, match="it serves no version"):

@@ -83,7 +83,8 @@ class Slots:
                 self._hear(child)
             elif child.late_at and time.monotonic() >= min(child.late_at.values()):
                 self._lose(child, "timeout")
-            elif not child.late_at and child.num_answers >= ANSWERS_PER_CHILD:
+        for child in list(self._children):  # at once: what waits would else not be given, and nobody would wake
+            if not child.late_at and child.num_answers >= ANSWERS_PER_CHILD:
                 self._replace(child)
         return True
 

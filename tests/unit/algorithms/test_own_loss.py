@@ -12,9 +12,11 @@ import torch
 
 from engine.algorithms.group import GROUPS
 from engine.algorithms.registry import identities, make_algorithm, make_loss
+from engine.config.load import override
 from engine.config.options import algorithm_options
 from engine.core.errors import ConfigError, NumericsError
 from engine.core.registry import identity
+from tests.builders import config
 from tests.unit.algorithms.steps import LAYOUTS, Step
 from tests.unit.rollouts.test_rollouts import group
 
@@ -186,7 +188,7 @@ def test_a_declared_metric_must_be_returned_and_be_a_scalar(tmp_path):
     ],
 )
 def test_a_metric_that_cannot_be_put_together_is_refused_by_name(tmp_path, declared, words):
-    file = own(tmp_path, f"class Mine(GroupLoss):\n    metrics = ({declared},)\n")
+    file = own(tmp_path, f"class Mine(GroupLoss):\n    metrics = ({declared},)\n    def group_loss(self, group): ...\n")
     with pytest.raises(ConfigError, match=rf"mine\.py:Mine' must .*{words}"):
         make_loss(algorithm_options({"loss": f"{file}:Mine"}))
 
@@ -203,7 +205,9 @@ def test_a_group_becomes_its_judged_rollouts_with_rewards_and_attached_values():
 
 
 def test_attached_values_must_be_one_a_rollout(tmp_path):
-    file = own(tmp_path, "class Mine(GroupLoss):\n    def values(self, group):\n        return {'quality': [1.0]}\n")
+    body = "class Mine(GroupLoss):\n    def group_loss(self, group): ...\n"
+    body += "    def values(self, group):\n        return {'quality': [1.0]}\n"
+    file = own(tmp_path, body)
     algorithm = make_algorithm(algorithm_options({"loss": f"{file}:Mine"}))
     with pytest.raises(NumericsError, match=r"mine\.py:Mine' must attach one finite value of 'quality' to each of 2"):
         algorithm.sequences(group([0, 1]), 0, 0)
@@ -269,3 +273,40 @@ def test_identities_are_digests_of_the_users_files_alone(tmp_path):
     before = identities(options)
     file.write_text(file.read_text() + "# changed\n")
     assert identities(options).items() ^ before.items()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("class Mine(GroupLoss):\n    pass\n", r"must have a method group_loss\(self, group\); found none"),
+        ("class Mine(GroupLoss):\n    def group_loss(self):\n        pass\n", r"found group_loss\(self\)"),
+        ("class Mine(GroupLoss):\n    async def group_loss(self, group):\n        pass\n", r"found group_loss\(self,group\)"),
+        ("class Mine(GroupLoss):\n    metrics = ('a',)\n    def group_loss(self, group): ...\n", "as Metric; found 'a'"),
+        ("import sys\nsys.exit(0)\n", r"with SystemExit\(0\) \(.*mine\.py, line \d+\)"),
+    ],
+)
+def test_a_class_that_cannot_be_a_loss_is_refused_before_it_is_used(tmp_path, body, said):
+    with pytest.raises(ConfigError, match=rf"algorithm\.loss.*{said}"):
+        make_loss(algorithm_options({"loss": f"{own(tmp_path, body)}:Mine"}))
+
+
+def test_what_a_users_own_raises_is_told_with_its_name_and_line(tmp_path):
+    file = own(tmp_path, "class Mine(GroupLoss):\n    def group_loss(self, group):\n        return {}['gone']\n")
+    made = make_loss(algorithm_options({"loss": f"{file}:Mine"}))
+    with pytest.raises(NumericsError, match=r"algorithm\.loss = .*:Mine' failed with KeyError: 'gone' \(.*mine\.py, line"):
+        step_of([3, 2]).run(made)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("normalize_advantages", "three", "must name an ordinary function; found .* which is 3"),
+        ("normalize_advantages", "two", r"must name a function of \(rewards\); found .*: missing"),
+        ("pairing", "one", r"must name a function of \(group, draw\); found .*: too many"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused(tmp_path, option, value, said):
+    body = "three = 3\ndef two(rewards, more): pass\ndef one(group): pass\n"
+    loss = "dpo" if option == "pairing" else "grpo"
+    with pytest.raises(ConfigError, match=said):
+        override(config(), {"algorithm.loss": loss, f"algorithm.{option}": f"{own(tmp_path, body)}:{value}"})

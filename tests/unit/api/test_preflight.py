@@ -305,6 +305,29 @@ def test_shared_memory_and_disk(made, monkeypatch):
     assert "run.directory must be on a disk with room for 1 checkpoints" in only(made)
 
 
+@pytest.mark.parametrize(("place", "found"), [("file", "a file"), ("file/below", "a file"), ("", "an empty name")])
+def test_a_run_directory_that_cannot_be_made(made, tmp_path, place, found):
+    (tmp_path / "file").write_text("")
+    other = override(made, {"run.directory": str(tmp_path / place) if place else ""})
+    assert f"run.directory must be a folder that can be made and written; found {found}" in only(other)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("config.json", {"num_hidden_layers": "x"}, "must hold the sizes of"),
+        ("config.json", {"vocab_size": None}, "has no vocab_size"),
+        ("config.json", {"num_attention_heads": 0, "head_dim": None}, "must hold the sizes of"),
+        ("generation_config.json", {"eos_token_id": "x"}, "must have eos_token_id as a number or a list"),
+    ],
+)
+def test_a_broken_file_of_the_model_is_a_sentence(made, file, changes, said):
+    path = Path(made.model.path) / file
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | changes))
+    assert any(file in fault and said in fault for fault in faults(made)), faults(made)
+
+
 def test_a_run_directory_of_another_run(made, tmp_path):
     made.run_directory.mkdir()
     with locked(made.run_directory):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engine.algorithms.base import Algorithm
-from engine.config.load import RunConfig, dump_config, load_config
+from engine.config.load import RunConfig, dump_config, load_config, override
 from engine.config.options import LOSSES
 from engine.config.rewards import broken_reward_rules, broken_source_rules
 from engine.config.rules import (
@@ -520,3 +520,18 @@ def test_the_seed_is_kept_where_the_generator_needs_it_again(path, overrides, ke
 if __name__ == "__main__":
     OPTIONS_FILE.write_text("\n".join(options()) + "\n", encoding="utf-8")
     print(f"wrote {len(options())} options to {OPTIONS_FILE}")
+
+
+def test_a_file_that_fails_while_it_is_imported_is_one_of_the_faults(tmp_path):
+    """Whatever it raises, and beside what else is wrong."""
+    (tmp_path / "torn.py").write_text("undefined_name\n")
+    tree = {"run": {"directory": "r", "steps": 1}, "model": {"path": "m"}, "data": {"train": "t.jsonl"}}
+    said = r"algorithm\.loss must name a module that can be imported; found .*torn\.py with NameError"
+    with pytest.raises(ConfigError, match=said):
+        override(RunConfig.model_validate(tree), {"algorithm.loss": f"{tmp_path}/torn.py:Loss"})
+
+
+def test_a_rule_for_several_rewards_needs_several():
+    data = {"train": "t.jsonl", "reward_combine": "min"}
+    with pytest.raises(ValidationError, match=r"data\.reward_combine puts several rewards together; found 'min' with one"):
+        RunConfig.model_validate({"run": {"directory": "r", "steps": 1}, "model": {"path": "m"}, "data": data})

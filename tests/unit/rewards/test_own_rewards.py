@@ -98,6 +98,11 @@ def counted(completion):
     counted.calls += 1
     return float(counted.calls)
 
+@reward(deterministic=False)
+async def counted_awaiting(completion):
+    counted.calls += 1
+    return float(counted.calls)
+
 counted.calls = 0
 
 def sees(completion):
@@ -370,11 +375,33 @@ def test_equal_answers_are_judged_again_where_the_function_says_so(folder):
         assert reward.score(answers(["x", "x", "x"])) == ok(1.0, 2.0, 3.0)
 
 
+def test_the_first_problem_of_a_reward_is_a_warning_and_equal_ones_are_not_repeated(caplog):
+    class Raising(Reward):
+        def score(self, given):
+            return [Score(0.0, "invalid", problem=f"Traceback {each.completion}") for each in given]
+
+    with RoutedReward({"math": Raising()}) as routed:
+        routed.score(answers(["one", "two"]))
+        routed.score(answers(["three"]))
+    assert [record.getMessage() for record in caplog.records] == [
+        "reward math raised at an answer, which counts as not judged: Traceback one"
+    ]
+
+
 def test_children_are_replaced_before_they_grow_old(folder, monkeypatch):
     assert slots.ANSWERS_PER_CHILD == 1000
     with own(folder, "counted", concurrency=2) as reward:
         given = [score.value for score in reward.score(answers(["x"] * 2100))]
     assert max(given) <= 1000.0 and given.count(1.0) >= 3
+
+
+def test_a_batch_that_ends_where_an_awaiting_child_is_full_does_not_stall(folder):
+    """1,008 answers with 8 at once: the child is full with some still waiting and nobody left to wake the worker."""
+    started = time.monotonic()
+    with own(folder, "counted_awaiting", concurrency=8) as reward:
+        given = [score.value for score in reward.score(answers(["x"] * 1008))]
+    assert max(given) <= 1000.0 and given.count(1.0) == 2
+    assert time.monotonic() - started < 60, "without the fresh child the answers wait for their deadlines"
 
 
 def test_variables_are_seen_by_name_and_must_be_set(folder, monkeypatch, capfd):
@@ -392,7 +419,7 @@ def test_variables_are_seen_by_name_and_must_be_set(folder, monkeypatch, capfd):
 def test_names_that_cannot_judge_are_sentences(folder, tmp_path):
     (tmp_path / "torn.py").write_text("raise OSError('no disk')\n")
     for name, said in (
-        (f"{tmp_path}/torn.py:f", "must be loaded within .* exit code 1"),
+        (f"{tmp_path}/torn.py:f", r"data\.reward must name a module that can be imported; .* OSError\('no disk'\)"),
         (f"{folder}/mine.py:gone", r"data\.reward must name something of .* found no gone"),
         (f"{folder}/mine.py:shaped", "`parts` is for a rule of data.reward_combine"),
     ):

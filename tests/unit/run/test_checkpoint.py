@@ -25,7 +25,19 @@ from hypothesis import strategies as st
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError
 from engine.models.hf import HfCheckpoint
-from engine.run.checkpoint import BEST, LATEST, MANIFEST, Checkpoints, best, export, latest, rank_file, read_manifest
+from engine.run.checkpoint import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    Checkpoints,
+    _content_digest,
+    best,
+    data_digests,
+    export,
+    latest,
+    rank_file,
+    read_manifest,
+)
 from engine.run.rank import commits, resume_policy
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,6 +74,41 @@ def weights_of(step: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 def commit(root: Path, step: int, **changes: dict[str, Any]) -> Path:
     return open_checkpoints(root).commit(step, state_of(step), weights_of(step), run_config(root, **changes))
+
+
+def test_a_checkpoint_records_what_the_run_began_with(tmp_path):
+    """A file that changes, or goes, while the run goes on."""
+    (tmp_path / "train.jsonl").write_text("one")
+    config = run_config(tmp_path, data={"train": str(tmp_path / "train.jsonl")})
+    folder = tmp_path / "run" / "checkpoints"
+    checkpoints = Checkpoints(folder, rank=0, world_size=1, barrier=lambda: None, digests=data_digests(config))
+    (tmp_path / "train.jsonl").write_text("two")
+    checkpoints.commit(5, state_of(5), weights_of(5), config)
+    with pytest.raises(CheckpointError, match=r"data\.train must be what .* was written with"):
+        checkpoints.load(config)
+    (tmp_path / "train.jsonl").unlink()
+    checkpoints.commit(10, state_of(10), weights_of(10), config)
+    (tmp_path / "train.jsonl").write_text("one")
+    assert checkpoints.load(config)[0] == 10
+
+
+def test_an_option_that_came_later_counts_as_its_default(tmp_path):
+    commit(tmp_path, 5)
+    manifest = tmp_path / "run" / "checkpoints" / "step_00000005" / "manifest.json"
+    saved = json.loads(manifest.read_text())
+    del saved["config"]["model"]["family"], saved["config"]["data"]["reward_combine"], saved["sha256"]
+    manifest.write_text(json.dumps(saved | {"sha256": _content_digest(saved)}))
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path))[0] == 5
+    with pytest.raises(CheckpointError, match=r"model\.family must be what .* found 'llama' instead of None"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, model={"family": "llama"}))
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_left_alone(tmp_path):
+    shutil.copytree(commit(tmp_path, 5), tmp_path / "run" / "checkpoints" / "step_00000005_good")
+    for step in (10, 15, 20):
+        commit(tmp_path, step)
+    assert open_checkpoints(tmp_path).steps() == {15, 20}
+    assert (tmp_path / "run" / "checkpoints" / "step_00000005_good" / "manifest.json").exists()
 
 
 def test_what_judges_belongs_to_the_run(tmp_path):
