@@ -1,6 +1,7 @@
 """The run, resolved once: what follows from a configuration and the files it names, before any process starts. `check` prints
-it, `plan` weighs it, and every process of the run gets it as JSON, so that no fact is derived in two places and no rule is
-checked twice. It starts nothing, looks at no device, and does not say whether the run can work (preflight does).
+it, `plan` weighs it, and every process of the run gets it as JSON and checks no rule again. The bridge, the policy and the
+placing of processes still derive some of it from the configuration. It starts nothing, looks at no device, and does not say
+whether the run can work (preflight does).
 """
 
 from __future__ import annotations
