@@ -25,7 +25,7 @@ def main() -> None:
     with Cluster(resolve(config)) as cluster:
         engines = cluster.start_engines()
         events = cluster.run_ranks("probe", lambda rank: (engines if rank == 0 else None, num_syncs, int(kill), what), PROBE)
-        print("RESULT " + json.dumps(list(events)))
+        print("RESULT " + json.dumps([event for event in events if "version" in event]))  # and not what they warn of
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def test_a_users_own_loss_adds_its_metrics_and_takes_no_name_of_ours(tmp_path):
     taken.write_text(
         "from engine.algorithms.group import GroupLoss\nfrom engine.core.metrics import Metric\n"
         "class Taken(GroupLoss):\n    metrics = (Metric('accuracy', 'of mine', reduce='sum'),)\n"
+        "    def group_loss(self, group):\n        return group.log_probs.sum()\n"
     )
     with pytest.raises(ConfigError, match=r"taken\.py:Taken' must give its metrics names of their own; found 'accuracy'"):
         catalogue(algorithm_options({"loss": f"{taken}:Taken"}))
