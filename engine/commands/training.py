@@ -10,9 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from engine.commands.common import evaluation_note, print_evaluations, write_figures
 from engine.config.load import RunConfig, load_config
+from engine.observe.pace import Pace
 
 if TYPE_CHECKING:
     from engine.api.events import Event
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """How much is said while it runs."""
+    parser.add_argument("--quiet", action="store_true", help="no display and no line a step: evaluations, warnings, the end")
+    parser.add_argument(
+        "--log-every", type=_steps, metavar="STEPS", help="without a terminal: a line each so many steps (every 5 seconds)"
+    )
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of steps, 1 or more; found {text!r}")
+    return int(text)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -21,7 +36,7 @@ def train(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)
     with closing(train(config, options.resume, verbose=options.verbose)) as events:
-        summary = show(config, "train", events)
+        summary = show(config, "train", events, _pace(config), log_every=options.log_every, quiet=options.quiet)
     if summary["evaluations"]:
         print_evaluations(summary["evaluations"])
     write_figures(dict(summary), options.json)
@@ -33,12 +48,27 @@ def fine_tune(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.overrides)
     with closing(fine_tune(config, verbose=options.verbose)) as events:
-        summary = show(config, "sft", events)
+        summary = show(config, "sft", events, log_every=options.log_every, quiet=options.quiet)
     print(f"checkpoint: {config.sft.checkpoint_out}")
     write_figures(dict(summary), options.json)
 
 
-def show(config: RunConfig, title: str, events: Iterable[Event]) -> Mapping[str, Any]:
+def _pace(config: RunConfig) -> Pace:
+    """Of a run whose rollouts are sampled by the interval, offline by the chunk, and that is judged now and then."""
+    steps, schedule, interval = config.run.steps, config.schedule, config.sync.sync_interval
+    together = schedule.offline_chunk if interval == "never" else interval
+    return Pace(steps, together, lambda done: sum(map(config.evaluation_due, range(done, steps + 1))))
+
+
+def show(
+    config: RunConfig,
+    title: str,
+    events: Iterable[Event],
+    pace: Pace | None = None,
+    *,
+    log_every: int | None = None,
+    quiet: bool = False,
+) -> Mapping[str, Any]:
     """Shows a run's events while they come; the summary that the last one has."""
     from engine.api.events import Done, Evaluation, Note, Restart, Step, Warning
     from engine.observe.progress import Progress
@@ -47,7 +77,8 @@ def show(config: RunConfig, title: str, events: Iterable[Event]) -> Mapping[str,
     summary: Mapping[str, Any] = {}
     events = iter(events)
     first = list(islice(events, 1))  # before anything is drawn: what the preflight finds is told alone
-    with Progress(config.run.steps, title, catalogue(config.algorithm)) as progress:
+    metrics = catalogue(config.algorithm)
+    with Progress(config.run.steps, title, metrics, pace=pace, log_every=log_every, quiet=quiet) as progress:
         for event in chain(first, events):
             match event:
                 case Step():

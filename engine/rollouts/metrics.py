@@ -41,11 +41,12 @@ LENGTH_MAX = Metric(
 TRUNCATED = Metric(
     "truncated",
     "rollouts cut off at sampling.max_tokens",
+    title="truncated",
     unit="share",
     peers={"TRL": "completions/clipped_ratio", "verl": "response_length/clip_ratio"},
 )
 TIMEOUTS = Metric("reward_timeouts", "rollouts not judged in time", title="reward timeouts", unit="rollouts")
-FAILURES = Metric("reward_failures", "rollouts not judged for another reason", unit="rollouts")
+FAILURES = Metric("reward_failures", "rollouts not judged for another reason", title="failed rewards", unit="rollouts")
 TOO_LONG = Metric("reward_too_long", "rollouts too long for the reward model", unit="rollouts")
 GENERATED = Metric("generation_tokens", "sampled while this step was collected, whichever step's", unit="tokens")
 GENERATING = Metric("generation_seconds", "for which engines were busy meanwhile", unit="s")

@@ -20,12 +20,14 @@ from engine.megatron.metrics import NUM_TOKENS
 from engine.observe.profiling.phases import Phase, phase
 from engine.rollouts.metrics import GENERATED, GENERATING
 from engine.run.metrics import (
+    EVALUATION_SECONDS,
     GENERATION_TOKENS_PER_SECOND,
     ROLLOUT_SECONDS,
     STEP,
     STEP_SECONDS,
     TRAIN_SECONDS,
     TRAINING_TOKENS_PER_SECOND,
+    UNIX_SECONDS,
 )
 
 Record = dict[str, float]
@@ -127,7 +129,8 @@ def train(
                 if not schedule.sync_due(step):
                     _publish_between_syncs(step, schedule, source, publisher)
                 evaluate(step)
-            started += time.monotonic() - paused  # an evaluation is no part of a step's time
+            record[EVALUATION_SECONDS.name] = time.monotonic() - paused
+            started += record[EVALUATION_SECONDS.name]  # an evaluation is no part of a step's time
         if schedule.reference_due(step):
             policy.refresh_reference()
         if steps := schedule.opens(step):
@@ -194,7 +197,8 @@ def fine_tune(policy: Policy, source: Source, *, num_steps: int, window: Window)
 
 
 def _finished(record: Record) -> Record:
-    """The record with its rates."""
+    """The record with its rates and the time of day."""
+    record[UNIX_SECONDS.name] = time.time()
     record[TRAINING_TOKENS_PER_SECOND.name] = record.get(NUM_TOKENS.name, 0.0) / max(record[TRAIN_SECONDS.name], 1e-9)
     if GENERATING.name in record:
         seconds, tokens = record[GENERATING.name], record[GENERATED.name]

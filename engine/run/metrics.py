@@ -27,7 +27,9 @@ ROLLOUT_SECONDS = Metric(
     "colocated: until the rollouts of all steps opened are judged and the engines sleep; only there",
     unit="s",
 )
+EVALUATION_SECONDS = Metric("evaluation_seconds", "the evaluation before the step, where there was one", unit="s")
 TRAIN_SECONDS = Metric("train_seconds", "reference, forward, backward and optimizer", unit="s")
+UNIX_SECONDS = Metric("unix_seconds", "when the step was done, since 1970 (UTC)", unit="s", peers={"W&B": "_timestamp"})
 STEP_SECONDS = Metric("step_seconds", "all of a step but evaluations", title="step", unit="s", peers={"TRL": "step_time"})
 TRAINING_TOKENS_PER_SECOND = Metric(
     "training_tokens_per_second", "num_tokens over train_seconds", title="training", unit="tokens/s"
@@ -42,8 +44,10 @@ METRICS = (
     SYNC_MEBIBYTES,
     SYNC_ATTEMPTS,
     ROLLOUT_SECONDS,
+    EVALUATION_SECONDS,
     TRAIN_SECONDS,
     STEP_SECONDS,
+    UNIX_SECONDS,
     GENERATION_TOKENS_PER_SECOND,
     TRAINING_TOKENS_PER_SECOND,
 )

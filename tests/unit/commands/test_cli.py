@@ -283,10 +283,10 @@ def test_an_interrupt_says_how_to_go_on(file, monkeypatch, complaint):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("engine.commands.checking.read_config", interrupted)
-    assert "continues with --resume auto" in complaint(130, "check", file)
+    assert complaint(130, "check", file) == "semion: interrupted\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_first_signal_leaves_a_request_and_a_second_one_ends_the_run_to_be_continued(tmp_path, number):
     config = builders.config(tmp_path)
     before = signal.getsignal(number)
@@ -294,7 +294,8 @@ def test_a_first_signal_leaves_a_request_and_a_second_one_ends_the_run_to_be_con
     seen = []
 
     def signalled_twice() -> None:
-        with preemptible(config):
+        with preemptible(config) as stop:
+            stop.worth_saving = True
             for _ in range(2):
                 seen.append(stop_request(config).exists())
                 os.kill(os.getpid(), number)
@@ -307,10 +308,48 @@ def test_a_first_signal_leaves_a_request_and_a_second_one_ends_the_run_to_be_con
     assert not stop_request(config).exists()
 
 
-def test_an_interrupt_is_no_request_to_stop(tmp_path):
+def test_an_interrupt_before_the_first_step_ends_the_run_at_once(tmp_path):
+    """There is nothing to save; an exception that no signal made passes as it is."""
     config = builders.config(tmp_path)
     with pytest.raises(KeyboardInterrupt), preemptible(config):
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), preemptible(config):
         raise KeyboardInterrupt
+    assert not stop_request(config).exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "overrides"),
+    [
+        ("train a.toml --resume auto run.steps=3", ["run.steps=3"]),
+        (
+            "train a.toml run.seed=1 --verbose run.steps=3 data.mix[0].train=b",
+            ["run.seed=1", "run.steps=3", "data.mix[0].train=b"],
+        ),
+        ("rollout a.toml --output F run.directory=R", ["run.directory=R"]),
+        ("eval a.toml --suite a.jsonl b.jsonl data.reward=math", ["data.reward=math"]),
+    ],
+)
+def test_options_and_overrides_come_in_any_order(line, overrides):
+    options = cli._parsed(line.split())
+    assert options.overrides == overrides
+    assert getattr(options, "suite", None) in (None, ["a.jsonl", "b.jsonl"])
+
+
+def test_what_is_neither_an_option_nor_an_override_is_named(capsys):
+    for line in ("train a.toml --resume auto --fly", "train a.toml --verbose runsteps=3", "score a.jsonl b run.steps=3"):
+        with pytest.raises(SystemExit) as left:
+            cli.main(line.split())
+        assert left.value.code == 2
+    assert "unrecognized arguments: --fly; semion train --help" in capsys.readouterr().err
+
+
+def test_versions_are_told_without_an_import(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert f"semion {version('semion')}, Python " in said and f"\ntorch {version('torch')}\n" in said
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "a.toml", "--resume", "never"]])

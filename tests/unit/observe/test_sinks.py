@@ -1,15 +1,11 @@
-"""Sinks and progress: what a resumed run keeps, what a reader of the files gets, what a person sees in each mode."""
+"""Sinks: what a resumed run keeps, and what a reader of the files gets."""
 
-import io
 import json
 import math
 
 import pytest
-from rich.console import Console
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from engine.observe import progress as progress_module
-from engine.observe.progress import SHOWN, Progress, print_table
 from engine.observe.sinks import MetricsWriter, write_json
 from engine.run.metrics import catalogue
 
@@ -18,14 +14,6 @@ METRICS = catalogue()
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still until a test moves it."""
-    now = [100.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
-    return now
 
 
 class TestMetricsWriter:
@@ -70,80 +58,3 @@ def test_write_json_replaces_whole_documents(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"seed_accuracy": math.nan})
     assert json.loads(path.read_text(encoding="utf-8")) == {"seed_accuracy": 0.4}
-
-
-class TestProgressWithoutTerminal:
-    def test_exactly_one_line_a_step_with_the_metrics_it_holds(self, clock):
-        text = io.StringIO()
-        with Progress(4, "train", METRICS, Console(file=text, width=40)) as progress:
-            for step in range(2):
-                clock[0] += 10.0
-                progress.update({"step": step, "loss": 0.125, "accuracy": 0.5})
-        first, second = text.getvalue().splitlines()
-        assert first.startswith("train  1/4  left 0:00:30  ")
-        assert second.startswith("train  2/4  left 0:00:20  ")
-        assert "loss 0.1250" in first
-        assert "accuracy 50.0%" in first
-        assert "margin" not in first and " -" not in first
-
-    def test_time_left_of_a_resumed_run_counts_its_own_steps(self, clock):
-        text = io.StringIO()
-        with Progress(100, "train", METRICS, Console(file=text)) as progress:
-            clock[0] += 10.0
-            progress.update({"step": 97})
-        assert "98/100  left 0:00:20" in text.getvalue()
-
-    def test_a_restart_takes_the_bar_back_and_the_pace_is_that_of_what_follows(self, clock):
-        text = io.StringIO()
-        with Progress(10, "train", METRICS, Console(file=text)) as progress:
-            clock[0] += 10.0
-            progress.update({"step": 6})
-            clock[0] += 500.0  # a process hangs
-            progress.rewind(4)
-            clock[0] += 3.0
-            progress.update({"step": 4})
-        assert "5/10  left 0:00:15" in text.getvalue()
-
-    def test_a_note_is_one_line_and_not_markup(self):
-        text = io.StringIO()
-        with Progress(1, "train", METRICS, Console(file=text, width=20)) as progress:
-            progress.note("checkpoint of [bold] step 3 written to a long path")
-        assert text.getvalue() == "checkpoint of [bold] step 3 written to a long path\n"
-
-
-class TestProgressOnTerminal:
-    def test_the_display_is_drawn_over_and_ends_with_the_newest_figures(self, clock):
-        text = io.StringIO()
-        console = Console(file=text, width=120, force_terminal=True, color_system=None)
-        with Progress(4, "semi-online", METRICS, console) as progress:
-            clock[0] += 5.0
-            progress.update({"step": 0, "loss": 0.5})
-            progress.note("weights of step 1 served")
-            progress.update({"step": 1, "loss": 0.25, "generation_tokens_per_second": 12345.6})
-        screen = text.getvalue()
-        assert "\x1b[2K" in screen, "the display must erase its earlier drawing"
-        assert "weights of step 1 served\n" in screen
-        final = screen[screen.rindex("semi-online") :]
-        assert "2/4" in final
-        assert "0.2500" in final
-        assert "12,346 tokens/s" in final
-        assert all(METRICS[name].title and METRICS[name].title in final for name in SHOWN)
-
-    def test_a_restart_is_seen_before_the_first_step_that_follows(self, clock):
-        text = io.StringIO()
-        with Progress(8, "train", METRICS, Console(file=text, width=120, force_terminal=True, color_system=None)) as progress:
-            progress.update({"step": 5, "loss": 0.5})
-            progress.rewind(0)
-            progress.rewind(4)
-        shown = text.getvalue()
-        assert shown.index("6/8") < shown.index("0/8  left -") < shown.index("4/8  left -")
-        assert "0.5000" in shown[shown.rindex("4/8") :], "the newest value of a metric stays"
-
-
-def test_print_table_shows_heading_and_rows():
-    text = io.StringIO()
-    print_table("held out", [("model", "accuracy"), ("seed", "41.0 ± 0.9")], Console(file=text, width=60))
-    title, *rest = text.getvalue().splitlines()
-    assert title.strip() == "held out"
-    assert any("model" in line and "accuracy" in line for line in rest)
-    assert any("seed" in line and "41.0 ± 0.9" in line for line in rest)

@@ -3,6 +3,7 @@ weights every step trains on, and the means that records end with.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -330,7 +331,9 @@ def test_tokens_and_seconds_become_rates():
     other = {"step": 3, "num_tokens": 30.0, "train_seconds": 1.5, "loss": 0.5}
     generation = {"generation_seconds": 2.0, "generation_tokens": 50.0}
     rates = {"training_tokens_per_second": 20.0, "generation_tokens_per_second": 25.0}
-    assert _finished(other | generation) == other | generation | rates
+    finished = _finished(other | generation)
+    assert abs(finished.pop("unix_seconds") - time.time()) < 60
+    assert finished == other | generation | rates
     idle = _finished({"step": 0, "train_seconds": 0.0, "generation_seconds": 0.0, "generation_tokens": 0.0})
     assert idle["training_tokens_per_second"] == 0
     assert math.isnan(idle["generation_tokens_per_second"])

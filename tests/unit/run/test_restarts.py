@@ -105,7 +105,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_says_and_records_what_was_
     assert [tuple(row[key] for key in ("step", "lost_steps", "restart", "error", "text")) for row in rows] == wanted
     assert summary["restarts"] == rows and summary["steps"] == 8
     printed = capsys.readouterr().out
-    first, second = (line for line in printed.splitlines() if line.startswith("lost: "))
+    first, second = (line.partition("  ")[2] for line in printed.splitlines() if "  lost: " in line)
     assert first == f"lost: {rank}; the run starts over, for there is no checkpoint yet, restart 1 of 2"
     assert second == f"lost: {engine}; the run goes on from the checkpoint of 4 steps, restart 1 of 2"
 
