@@ -338,11 +338,14 @@ class Evaluation(Section):
 
 
 class Guard(Section):
-    """What is done when entropy or length collapses, or rewards explode or are no numbers."""
+    """What is done when entropy or length collapses, rewards explode or are no numbers, no prompt gives a signal, or too many
+    rollouts are cut off or not judged. Where nothing is judged at all the run ends, unless action is "off"."""
 
     action: Literal["off", "warn", "stop"] = "warn"
     entropy_share: PositiveFloat = Field(0.1, description="collapse: 5 steps' mean below this share of the first 5 steps'")
     length_share: PositiveFloat = Field(0.3, description="the same of completion_tokens_mean")
+    truncated_share: Probability = Field(0.5, description="told: over 5 steps, more than this share of rollouts is cut off")
+    unjudged_share: Probability = Field(0.2, description="told: over 5 steps, more than this share could not be judged")
 
 
 class Cluster(Section):

@@ -1,6 +1,6 @@
 """Watches the records of a run for what ruins it quietly: entropy or length that collapses, rewards that explode or are no
-numbers. A state machine fed one record a step; the same records give the same findings, and a checkpoint keeps its state. It
-stops nothing itself.
+numbers, steps without a signal, rollouts that are cut off or cannot be judged. A state machine fed one record a step; the same
+records give the same findings, and a checkpoint keeps its state. It stops nothing itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from engine.config.options import Guard as Options
 WINDOW = 5  # steps of which means are compared: the run's first and its last ones
 RECOVERY = 1.5  # a collapse is over, and may be told again, once the mean is this many times the bound
 EXPLOSION = 100.0  # times the largest mean reward of the first steps, or 1 where that is smaller
+HOPELESS = 3  # steps in a row without one judged rollout; the first step of a run is enough, for then nothing was ever judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,9 @@ class Finding:
     """Something that has just gone wrong."""
 
     step: int
-    what: str  # "entropy", "length" or "reward"
+    what: str  # "entropy", "length", "reward", "signal", "truncated" or "unjudged"
     text: str
+    fatal: bool = False  # nothing is being trained: the run ends, whatever guard.action says but "off"
 
 
 @dataclass(slots=True)
@@ -52,7 +54,14 @@ class Guard:
             "entropy": ("rollout_entropy", "guard.entropy_share", options.entropy_share),
             "length": ("completion_tokens_mean", "guard.length_share", options.length_share),
         }
+        self._limits = {
+            "truncated": ("truncated", "guard.truncated_share", options.truncated_share),
+            "unjudged": ("unjudged_share", "guard.unjudged_share", options.unjudged_share),
+        }
         self._series = {what: _Series() for what in (*self._shares, "reward")}
+        self._recent = {what: deque[float](maxlen=WINDOW) for what in (*self._limits, "signal")}
+        self._ever_judged = False
+        self._without_verdict = 0  # steps in a row of which no rollout was judged
         self._told: set[str] = set()
 
     def observe(self, record: Mapping[str, Any]) -> list[Finding]:
@@ -63,13 +72,23 @@ class Guard:
                 found.append(Finding(int(record["step"]), what, text))
         if self._watches("reward", "reward_mean", record) and (text := self._ruined_reward()):
             found.append(Finding(int(record["step"]), "reward", text))
+        for what, (metric, option, limit) in self._limits.items():
+            if self._full(what, metric, record) and (text := self._excess(what, metric, option, limit)):
+                found.append(Finding(int(record["step"]), what, text))
+        if self._full("signal", "skipped_share", record) and (text := self._silence()):
+            found.append(Finding(int(record["step"]), "signal", text))
+        if text := self._no_verdict(record):
+            found.append(Finding(int(record["step"]), "unjudged", text, fatal=True))
         return found
 
     def state(self) -> dict[str, Any]:
         """All that later findings depend on beside later records, as JSON holds it."""
         return {
-            "shares": {what: share for what, (_, _, share) in self._shares.items()},
+            "shares": {what: share for what, (_, _, share) in (self._shares | self._limits).items()},
             "series": {what: {"first": list(s.first), "last": list(s.last)} for what, s in self._series.items()},
+            "recent": {what: list(values) for what, values in self._recent.items()},
+            "ever_judged": self._ever_judged,
+            "without_verdict": self._without_verdict,
             "told": sorted(self._told),
         }
 
@@ -82,6 +101,10 @@ class Guard:
             self._series[what].first[:] = known["first"]
             self._series[what].last.clear()
             self._series[what].last.extend(known["last"])
+        for what, values in state["recent"].items():
+            self._recent[what].clear()
+            self._recent[what].extend(values)
+        self._ever_judged, self._without_verdict = state["ever_judged"], state["without_verdict"]
         self._told = set(state["told"])
         return True
 
@@ -116,6 +139,52 @@ class Guard:
             )
         self._told.discard("reward")
         return ""
+
+    def _full(self, what: str, metric: str, record: Mapping[str, Any]) -> bool:
+        """Takes the step's share, where the run has it; whether a whole window of them is there to judge."""
+        value = record.get(metric)
+        if value is None or not math.isfinite(value):
+            return False
+        self._recent[what].append(value)
+        return len(self._recent[what]) == WINDOW
+
+    def _excess(self, what: str, metric: str, option: str, limit: float) -> str:
+        now = math.fsum(self._recent[what]) / WINDOW
+        if now <= limit:
+            if RECOVERY * now <= limit:
+                self._told.discard(what)
+            return ""
+        means = {
+            "truncated": "rollouts were cut off at sampling.max_tokens: raise it, or see whether the model ends its answers",
+            "unjudged": "rollouts could not be judged (reward_timeouts, reward_failures and reward_too_long say why)",
+        }
+        return self._once(what, f"{now:.0%} of the last {WINDOW} steps' {means[what]}; {option} = {limit}")
+
+    def _silence(self) -> str:
+        if min(self._recent["signal"]) < 1.0:
+            self._told.discard("signal")
+            return ""
+        return self._once(
+            "signal",
+            f"no prompt of the last {WINDOW} steps gave a signal (skipped_share = 1: all answers to a prompt had equal "
+            f"rewards), so nothing was trained: the problems are too hard or too easy, or the reward says nothing",
+        )
+
+    def _no_verdict(self, record: Mapping[str, Any]) -> str:
+        """Why the run cannot go on: no rollout of its first step was judged, or of the last HOPELESS ones."""
+        if record.get("unjudged_share", 0.0) < 1.0:
+            self._ever_judged, self._without_verdict = True, 0
+            return ""
+        self._without_verdict += 1
+        if self._ever_judged and self._without_verdict < HOPELESS:
+            return ""
+        steps = f"of {self._without_verdict} steps in a row" if self._ever_judged else "since the run began"
+        return self._once(
+            "no verdict",
+            f"no rollout {steps} could be judged ({record.get('reward_failures', 0):.0f} failures, "
+            f"{record.get('reward_timeouts', 0):.0f} timeouts, {record.get('reward_too_long', 0):.0f} too long in the last), "
+            f"so nothing is trained: mend the reward; the first failure is among the warnings",
+        )
 
     def _once(self, what: str, text: str) -> str:
         if what in self._told:

@@ -44,7 +44,10 @@ CURVES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     ),
     "loss": ("", (("", "loss"),)),
     "grad_norm": ("", (("", "grad_norm"),)),
-    "skipped": ("", (("", "skipped_share"),)),
+    "lost": (
+        "share without use: of prompts without signal, of rollouts cut off or not judged",
+        (("no signal", "skipped_share"), ("cut off", "truncated"), ("not judged", "unjudged_share")),
+    ),
     "staleness": ("", (("", "staleness"),)),
     "sync": ("", (("", "sync_seconds"),)),
     "seconds": ("a step", (("whole", "step_seconds"), ("waiting for rollouts", "wait_seconds"))),

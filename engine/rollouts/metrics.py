@@ -54,6 +54,7 @@ ACCURACY = Metric("accuracy", "judged rollouts of verifiable prompts with a rewa
 CORRECT_LENGTH = Metric("correct_tokens_mean", "length of the judged rollouts with a reward above 0", unit="tokens")
 INCORRECT_LENGTH = Metric("incorrect_tokens_mean", "length of the others", unit="tokens")
 WAITED = Metric("wait_seconds", "for the step's rollouts", title="waited", unit="s")
+UNJUDGED_SHARE = Metric("unjudged_share", "rollouts that could not be judged, for whatever reason", unit="share")
 STALENESS = Metric(
     "staleness",
     "between the weights that sampled the rollouts and those that train on them",
@@ -89,6 +90,7 @@ METRICS = (
     TIMEOUTS,
     TOO_LONG,
     FAILURES,
+    UNJUDGED_SHARE,
     STALENESS,
     WAITED,
     GENERATED,
@@ -122,6 +124,7 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None) -> dict[str
         TIMEOUTS.name: float(statuses.count("timeout")),
         FAILURES.name: float(sum(statuses.count(why) for why in ("died", "unparsable", "invalid"))),
         TOO_LONG.name: float(statuses.count("too_long")),
+        UNJUDGED_SHARE.name: 1.0 - len(judged) / len(rollouts),
     }
     if usage is not None:  # what was sampled while this step was waited for, whichever step's
         metrics |= {GENERATED.name: float(usage.num_tokens), GENERATING.name: usage.busy_seconds}

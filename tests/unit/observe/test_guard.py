@@ -2,6 +2,7 @@
 any step finds what the uninterrupted one finds.
 """
 
+import json
 import math
 from typing import Any
 
@@ -103,3 +104,41 @@ def test_a_resumed_guard_goes_on_as_if_nothing_had_happened(tmp_path_factory, re
 
 def test_a_run_shorter_than_the_window_is_not_judged():
     assert places([row(step, entropy=1.0 if step == 0 else 0.0) for step in range(WINDOW)]) == []
+
+
+def shares(step: int, truncated: float = 0.0, unjudged: float = 0.0, skipped: float = 0.0) -> Row:
+    return row(step) | {"truncated": truncated, "unjudged_share": unjudged, "skipped_share": skipped}
+
+
+@pytest.mark.parametrize(("what", "option"), [("truncated", "truncated_share"), ("unjudged", "unjudged_share")])
+def test_a_share_of_useless_rollouts_is_told_once_until_it_has_recovered(what, option):
+    """Over five steps, the first of a run among them."""
+    values = [0.5] * 6 + [0.39] * 10 + [0.6] * 6 + [0.1] * 5 + [0.5] * 5
+    rows = [shares(step, **{what: value}) for step, value in enumerate(values)]
+    assert places(rows, **{option: 0.4}) == [(4, what), (30, what)], "0.39 is under the limit, and no recovery"
+    assert places(rows, **{option: 0.7}) == []
+    assert f"guard.{option} = 0.4" in found(rows, **{option: 0.4})[0].text
+
+
+def test_steps_without_a_signal_are_told():
+    rows = [shares(step, skipped=1.0 if step < 7 or step > 12 else 0.9) for step in range(20)]
+    assert places(rows) == [(4, "signal"), (17, "signal")]
+
+
+def test_a_run_that_judges_nothing_is_hopeless_from_the_first_step_and_later_after_three():
+    assert [(f.step, f.what, f.fatal) for f in found([shares(0, unjudged=1.0)])] == [(0, "unjudged", True)]
+    outage = [shares(step, unjudged=1.0 if step in (3, 4, 8, 9, 10) else 0.0) for step in range(12)]
+    assert [(f.step, f.fatal) for f in found(outage, unjudged_share=1.0)] == [(10, True)]
+    assert "of 3 steps in a row" in found(outage, unjudged_share=1.0)[0].text
+
+
+@pytest.mark.parametrize("resumed_at", range(0, 14))
+def test_what_is_counted_over_steps_is_kept_by_a_checkpoint(resumed_at):
+    rows = [shares(step, truncated=0.7, unjudged=1.0 if 4 < step < 9 else 0.0, skipped=1.0) for step in range(14)]
+    whole = [finding for finding in found(rows) if finding.step >= resumed_at]
+    before, after = Guard(options.Guard()), Guard(options.Guard())
+    for r in rows[:resumed_at]:
+        before.observe(r)
+    assert after.restore(json.loads(json.dumps(before.state())))
+    assert [finding for r in rows[resumed_at:] for finding in after.observe(r)] == whole
+    assert not Guard(options.Guard(truncated_share=0.9)).restore(before.state()), "other limits: all records are read anew"

@@ -179,6 +179,7 @@ def test_metrics_of_a_step_worked_out_by_hand():
             "reward_timeouts": 1.0,
             "reward_failures": 1.0,
             "reward_too_long": 0.0,
+            "unjudged_share": 0.4,
             "generation_tokens": 9.0,
             "generation_seconds": 2.5,
         }
