@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -97,7 +98,8 @@ class RunConfig(Options):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Reads a TOML file, applies `section.key=value` overrides (values as TOML, bare words as strings), validates.
+    """Reads a TOML file, applies `section.key=value` overrides (values as TOML, bare words as strings; without a value the
+    option is as if the file did not set it), validates.
 
     Raises ConfigError, whose `faults` are all that is wrong: each a sentence that names key, rule, value and fix.
     """
@@ -112,7 +114,7 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> tuple[R
     beside them, for whoever wants to look further; None where the file or a value cannot be used."""
     path = Path(path)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except OSError as error:
         return None, [ConfigError(f"configuration file {path} cannot be read: {error.strerror}; check the path")]
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -183,6 +185,9 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     key, equals, written = text.partition("=")
     if not equals:
         raise ConfigError(f"override {text!r} {FORM}")
+    if not written.strip():
+        _unset(tree, key.strip(), text)
+        return
     try:
         document = tomllib.loads(f"value = {written}")
     except tomllib.TOMLDecodeError:
@@ -217,6 +222,23 @@ def _set(tree: dict[str, Any], key: str, value: Any, text: str) -> None:
             at = at[part] if isinstance(part, int) else at.setdefault(part, [] if isinstance(following, int) else {})
 
 
+def _unset(tree: dict[str, Any], key: str, text: str) -> None:
+    """Takes the option out of the tree, where it is in it."""
+    section, _, option = key.rpartition(".")
+    if not KEY.fullmatch(key) or option.endswith("]"):
+        raise ConfigError(f"override {text!r} {FORM}")
+    at: Any = tree
+    for number, name in re.findall(r"\[(\d+)\]|(\w+)", section):
+        try:
+            at = at[int(number)] if number else at[name]
+        except (KeyError, IndexError, TypeError):
+            return
+    if isinstance(at, dict) and isinstance(at.get(option), (dict, list)):
+        raise ConfigError(f"override {text!r} {FORM}")
+    if isinstance(at, dict):
+        at.pop(option, None)
+
+
 def _sentences(error: ValidationError, *table: str, tree: Mapping[str, Any] | None = None) -> list[str]:
     """The complaints of pydantic about the whole `tree` or one table, a sentence an option with key, rule, value and fix."""
     by_place: dict[tuple[str, ...], list[ErrorDetails]] = {}
@@ -235,8 +257,7 @@ def _sentence(location: list[str], complaints: list[ErrorDetails], tree: Mapping
     first = complaints[0]
     key = ".".join(location) or "configuration"
     if first["type"] == "extra_forbidden":
-        names = sorted(_table(location, tree).model_fields)
-        return f"{key} is not an option; found {first['input']!r}: the options there are {', '.join(names)}"
+        return f"{key} is not an option; found {first['input']!r}: {_meant(location, tree)}"
     if first["type"] == "missing" and len(location) == 1:
         return f"section [{key}] is required and missing: add it to the file"
     if first["type"] == "missing":
@@ -245,7 +266,41 @@ def _sentence(location: list[str], complaints: list[ErrorDetails], tree: Mapping
     if first["type"] == "value_error":
         return str(first["msg"]).removeprefix("Value error, ")
     rules = "; or ".join(dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in complaints))
-    return f"{key}: {rules}; found {first['input']!r}: change the value ({_description(location, tree)})"
+    fix = _rewritten(complaints) or f"change the value ({_description(location, tree)})"
+    return f"{key}: {rules}; found {first['input']!r}: {fix}"
+
+
+def _meant(location: list[str], tree: Mapping[str, Any] | None) -> str:
+    """What is offered for a name that is no option: the nearest one of its section or of all, or a list."""
+    names = sorted(_table(location, tree).model_fields)
+    if near := get_close_matches(location[-1], names, 1):
+        return f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+    everywhere: dict[str, list[str]] = {}
+    for section, field in RunConfig.model_fields.items():
+        if len(location) > 1 and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            for name in field.annotation.model_fields:
+                everywhere.setdefault(name, []).append(f"{section}.{name}")
+    if near := get_close_matches(location[-1], everywhere, 1, 0.8):
+        return f"did you mean {' or '.join(everywhere[near[0]])}?"
+    return f"the {'options' if len(location) > 1 else 'sections'} there are {', '.join(names)}"
+
+
+def _rewritten(complaints: list[ErrorDetails]) -> str:
+    """How a value that is nearly right is written; empty where none is seen."""
+    found = complaints[0]["input"]
+    kinds = {complaint["type"] for complaint in complaints}
+    if isinstance(found, str):
+        if kinds & {"bool_type", "bool_parsing"} and found.lower() in ("true", "yes", "on", "false", "no", "off"):
+            return f"write {'true' if found.lower() in ('true', 'yes', 'on') else 'false'}"
+        allowed = re.findall(
+            r"'([^']+)'", " ".join(str(complaint.get("ctx", {}).get("expected", "")) for complaint in complaints)
+        )
+        near = [word for word in allowed if word.lower() == found.lower()] or get_close_matches(found.lower(), allowed, 1)
+        return f"write {near[0]!r}" if near else ""
+    if kinds == {"string_type"} and isinstance(found, (int, float)):
+        text = str(found).lower() if isinstance(found, bool) else str(found)
+        return f"write it in quotes, on a command line '\"{text}\"'"
+    return ""
 
 
 def _location(*parts: str | int) -> list[str]:

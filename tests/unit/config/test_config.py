@@ -31,7 +31,7 @@ from engine.core.errors import ConfigError
 
 OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 108
+MAX_OPTIONS = 130
 
 REQUIRED = """
 [run]
@@ -106,8 +106,17 @@ def test_the_options_are_the_reviewed_ones():
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("sync.sync_intervall=1", ("sync.sync_intervall is not an option", "found 1", "sync_interval, ")),
-        ("synch.sync_interval=1", ("synch is not an option", "found {'sync_interval': 1}", "sync, ")),
+        ("sync.sync_intervall=1", ("sync.sync_intervall is not an option", "found 1", "did you mean sync.sync_interval?")),
+        ("synch.sync_interval=1", ("synch is not an option", "found {'sync_interval': 1}", "did you mean sync?")),
+        ("trainer.sync_interval=1", ("trainer.sync_interval is not an option", "did you mean sync.sync_interval?")),
+        ("sync.colour=1", ("sync.colour is not an option", "the options there are bucket_mebibytes, ")),
+        ("trainer.sequence_parallel=True", ("trainer.sequence_parallel: ", "boolean", "found 'True': write true")),
+        ("trainer.sequence_parallel=no", ("found 'no': write false",)),
+        ("sync.sync_interval=Never", ("found 'Never': write 'never'",)),
+        ("trainer.layers=transformer-engine", ("found 'transformer-engine': write 'transformer_engine'",)),
+        ("run.directory=2024", ("run.directory: ", "string", "write it in quotes, on a command line '\"2024\"'")),
+        ("run=", ("'run='", "section.key=value")),
+        ("model.path=", ("model.path is required and missing",)),
         ("sync.sync_interval=0", ("sync.sync_interval: ", "greater than 0", "'never'", "found 0", "1 online")),
         ("sync.sync_interval=1.5", ("sync.sync_interval: ", "integer", "'never'", "found 1.5")),
         ("run.steps=true", ("run.steps: ", "integer", "found True", "optimizer steps")),
@@ -119,14 +128,17 @@ def test_the_options_are_the_reviewed_ones():
         ("optimizer.learning_rate=fast", ("optimizer.learning_rate: ", "number", "found 'fast'")),
         ("evaluation.top_p=1.5", ("evaluation.top_p: ", "less than or equal to 1", "found 1.5")),
         ("evaluation.max_problems=0", ("evaluation.max_problems: ", "greater than 0", "found 0")),
-        ("model.path=3", ("model.path: ", "string", "found 3", "folder")),
+        ("model.path=3", ("model.path: ", "string", "found 3", "in quotes")),
         ("run.steps", ("'run.steps'", "section.key=value")),
         ("data.mix=3", ("data.mix: ", "tuple", "found 3", "further sources")),
         ("data.mix=[3]", ("data.mix[0]: ", "found 3", "further sources")),
-        ('data.mix=[{train = "b", tempalte = "x"}]', ("data.mix[0].tempalte is not an option", "'x'", "prompts_per_step, ")),
+        (
+            'data.mix=[{train = "b", tempalte = "x"}]',
+            ("data.mix[0].tempalte is not an option", "'x'", "did you mean data.mix[0].template?"),
+        ),
         ('data.mix=[{train = "b"}, {reward = "math"}]', ("data.mix[1].train is required and missing: set it in the file",)),
         ('data.mix=[{train = "b", reward = "maths"}]', ("data.mix[0].reward must be one of", "'maths'", "your own as")),
-        ('data.mix=[{train = "b"}, {train = 3}]', ("data.mix[1].train: ", "string", "found 3", "JSONL or parquet")),
+        ('data.mix=[{train = "b"}, {train = 3}]', ("data.mix[1].train: ", "string", "found 3", "write it in quotes")),
         ('data.mix=[{train = "b", prompts_per_step = 0}]', ("data.mix[0].prompts_per_step: ", "found 0", "section [data]")),
         ("model=3", ("'model=3'", "section.key=value")),
         ("run.steps.more=3", ("'run.steps.more=3'", "run.steps is not a section", "section.key=value")),
@@ -369,8 +381,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             ("algorithm.temperature: ", "greater than 0", "found 0", "of the regularised optimum"),
         ),
         (
-            [f"algorithm.loss={OWN_LOSS}:Regression", "algorithm.tempo=1"],
-            ("algorithm.tempo is not an option", "found 1", "temperature"),
+            [f"algorithm.loss={OWN_LOSS}:Regression", "algorithm.temperatur=1"],
+            ("algorithm.temperatur is not an option", "found 1", "did you mean algorithm.temperature?"),
         ),
         (
             [f"algorithm.loss={OWN_LOSS}:Regression", "sync.reference=follow"],
@@ -408,6 +420,21 @@ def test_overrides_win_in_order_and_keep_their_types(path):
     assert config.optimizer.learning_rate == 1e-5
     assert config.sync.sync_interval == "never"
     assert config.trainer.recompute is True
+
+
+def test_an_override_without_a_value_is_as_if_the_file_did_not_set_the_option(path):
+    path.write_text(path.read_text("utf-8") + "[optimizer]\nlearning_rate = 0.5\nbeta1 = 0.1\n", "utf-8")
+    assert load_config(path).optimizer.learning_rate == 0.5
+    config = load_config(path, ["optimizer.learning_rate=", "optimizer.eps=", "data.mix[3].train=", "sync.sync_interval= "])
+    assert (config.optimizer.learning_rate, config.optimizer.beta1) == (1e-6, 0.1)
+    assert config.sync.sync_interval == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(path):
+    text = path.read_bytes()
+    whole = load_config(path)
+    path.write_bytes(b"\xef\xbb\xbf" + text)
+    assert load_config(path) == whole
 
 
 def test_an_override_reaches_into_a_list_of_tables(path):
