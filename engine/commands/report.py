@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from engine.commands.common import write_figures
-from engine.config.load import load_config
+from engine.config.load import flat, load_config
 from engine.core.errors import DataError
 
 
@@ -23,11 +23,14 @@ def report(options: argparse.Namespace) -> int:
                 f"RUN must be the directory of a run, with config.toml and metrics.jsonl; found neither or one in {directory}: "
                 f"name a run.directory"
             )
+    places = [directory.resolve() for directory in directories]
+    if twice := {str(place) for place in places if places.count(place) > 1}:
+        raise DataError(f"every RUN must be another one; found {', '.join(sorted(twice))} more than once: name it once")
     names = [directory.resolve().name for directory in directories]
     names = [str(d) if names.count(name) > 1 else name for d, name in zip(directories, names, strict=True)]
     configs = [load_config(directory / "config.toml") for directory in directories]
     runs = [
-        read_run(directory, name, config.schedule, config.data.replay)
+        read_run(directory, name, config.schedule, config.data.replay, flat(config.model_dump()))
         for directory, name, config in zip(directories, names, configs, strict=True)
     ]
     metrics = {name: metric for config in configs for name, metric in catalogue(config.algorithm).items()}

@@ -326,6 +326,20 @@ def _description(location: list[str], tree: Mapping[str, Any] | None) -> str:
     return (option.description if option and len(location) > 1 else None) or f"see section [{location[0]}]"
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The options of a tree by their full names: {"sync.sync_interval": 10, "data.mix[0].train": "b.jsonl"}."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        elif _holds_tables(value):
+            for index, table in enumerate(value):
+                found |= flat(table, f"{prefix}{name}[{index}].")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 def dump_config(config: RunConfig) -> str:
     """The resolved tree as TOML that `load_config` reads back to an equal configuration."""
     lines = []

@@ -1,5 +1,5 @@
-"""Line charts as SVG text, complete in themselves: axes, ticks, legend, error bars. They know nothing of runs or metrics,
-and write no file.
+"""Line charts as SVG text, complete in themselves: axes, ticks, legend, error bars, a smoothed line over many points, and
+values that a browser shows under the pointer. They know nothing of runs or metrics, and write no file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from html import escape
 WIDTH, PLOT_HEIGHT = 560, 220  # pixels; the legend adds to the height
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 30, 40
 MOST_POINTS = 800  # of a line; more are averaged in equal blocks
+MOST_SPOTS = 120  # points of a line that tell their value
+SMOOTHED_FROM = 60  # points; a line of so many gets a smoothed one over it, the mean of a thirtieth of the points
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")  # told apart by all eyes
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 2")
 
@@ -51,29 +53,36 @@ def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step") -
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'font-family="sans-serif" font-size="11" role="img" aria-label="{escape(title)}">',
-        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
+        f'<rect class="paper" width="{WIDTH}" height="{height}" fill="#ffffff"/>',
         _text(LEFT, 16, f"{title} ({unit})" if unit else title, weight="bold"),
         _text((LEFT + WIDTH - RIGHT) / 2, PLOT_HEIGHT - 6, x_label, anchor="middle"),
     ]
     for value in _ticks(low, high):
         _, y = place(left, value)
-        parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#e5e5e5"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#e5e5e5"/>')
         parts.append(_text(LEFT - 6, y + 4, f"{value:g}", anchor="end"))
     for value in _ticks(left, right):
         x, y = place(value, low)
-        parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{y + 4:.1f}" stroke="#555555"/>')
+        parts.append(f'<line class="axis" x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{y + 4:.1f}" stroke="#555555"/>')
         parts.append(_text(x, y + 16, f"{value:g}", anchor="middle"))
-    parts.append(f'<path d="M{LEFT} {TOP}V{PLOT_HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="#555555"/>')
+    parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{PLOT_HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="#555555"/>')
     for line in shown:
         ends = ((place(p.x, p.y - p.error)[1], place(p.x, p.y + p.error)[1]) for p in line.points)
-        parts += _curve(line, [(*place(p.x, p.y), *end) for p, end in zip(line.points, ends, strict=True)])
+        places = [(*place(p.x, p.y), *end) for p, end in zip(line.points, ends, strict=True)]
+        parts += _curve(line, places)
+        parts += _spots(line, places, x_label)
     return "\n".join([*parts, *legend, "</svg>"]) + "\n"
 
 
 def _curve(line: Line, places: Sequence[tuple[float, float, float, float]]) -> list[str]:
     """A curve through (x, y, lower end, upper end of the error bar) in pixels; a dot for each point where they are few."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y, *_ in places)
-    parts = [f'<path d="M{path}" fill="none" stroke-width="1.5" {_stroke(line)}/>']
+    smoothed = len(places) >= SMOOTHED_FROM
+    pale = ' stroke-opacity="0.3"' if smoothed else ""
+    parts = [f'<path d="M{path}" fill="none" stroke-width="1.5"{pale} {_stroke(line)}/>']
+    if smoothed:
+        middle = "L".join(f"{x:.1f} {y:.1f}" for x, y in _smooth(places))
+        parts.append(f'<path d="M{middle}" fill="none" stroke-width="2" {_stroke(line)}/>')
     colour = COLOURS[line.colour % len(COLOURS)]
     for x, y, lower, upper in places:
         if lower != upper:
@@ -82,6 +91,30 @@ def _curve(line: Line, places: Sequence[tuple[float, float, float, float]]) -> l
         if len(places) <= 40:
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>')
     return parts
+
+
+def _smooth(places: Sequence[tuple[float, float, float, float]]) -> list[tuple[float, float]]:
+    """The mean height of each place and its neighbours, as many on either side."""
+    sums = [0.0]
+    for _, y, *_ in places:
+        sums.append(sums[-1] + y)
+    made, reach = [], max(1, len(places) // 60)
+    for index, (x, *_) in enumerate(places):
+        around = min(reach, index, len(places) - 1 - index)
+        first, last = index - around, index + around + 1
+        made.append((x, (sums[last] - sums[first]) / (last - first)))
+    return made
+
+
+def _spots(line: Line, places: Sequence[tuple[float, float, float, float]], x_label: str) -> list[str]:
+    """Squares that nobody sees, over points of the line; a browser shows their titles under the pointer."""
+    every = -(-len(places) // MOST_SPOTS)
+    made = []
+    for point, (x, y, *_) in list(zip(line.points, places, strict=True))[::every]:
+        told = f"{line.label}, {x_label} {point.x:.6g}: {point.y:.5g}" + (f" ± {point.error:.3g}" if point.error else "")
+        spot = f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" fill-opacity="0"/>'
+        made.append(f"<g><title>{escape(told)}</title>{spot}</g>")
+    return made
 
 
 def _legend(lines: Sequence[Line]) -> tuple[list[str], int]:

@@ -5,6 +5,7 @@ and a page that fetches nothing and can be read whatever the names in it.
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +22,12 @@ from engine.config.schedules.base import Schedule
 from engine.config.schedules.fairseq2 import Fairseq2
 from engine.config.schedules.paper import Paper
 from engine.core.errors import DataError
+from engine.core.jsonl import read_rows
 from engine.core.metrics import Metric
 from engine.observe import charts
 from engine.observe.charts import Line, Point, chart
 from engine.observe.regime import prove
-from engine.observe.report import page, plots, read_run
+from engine.observe.report import NUM_ANSWERS, page, plots, read_run
 from engine.run.metrics import catalogue
 
 METRICS = catalogue()
@@ -337,8 +339,11 @@ def test_several_runs_share_charts_a_colour_each(run):
 
 
 def test_the_command_writes_page_plots_and_figures(run, tmp_path, capsys):
-    figures, folder = tmp_path / "figures.json", tmp_path / "plots"
-    assert cli.main(["report", str(run), str(run), "--json", str(figures), "--plots", str(folder)]) == 0
+    figures, folder, other = tmp_path / "figures.json", tmp_path / "plots", tmp_path / "second"
+    shutil.copytree(run, other)
+    told = (run / "config.toml").read_text("utf-8")
+    (other / "config.toml").write_text(told.replace("learning_rate = 1e-06", "learning_rate = 0.5"), "utf-8")
+    assert cli.main(["report", str(run), str(other), "--json", str(figures), "--plots", str(folder)]) == 0
     assert (run / "report.html").exists()
     assert {path.name for path in folder.iterdir()} >= {"reward.svg", "validation_accuracy.svg"}
     assert all(drawn(path.read_text("utf-8")) is not None for path in folder.iterdir())
@@ -356,6 +361,55 @@ def test_the_command_writes_page_plots_and_figures(run, tmp_path, capsys):
     html = (run / "report.html").read_text("utf-8")
     assert "<td>4</td><td>2</td><td>the process of &lt;engine&gt; 0 ended</td>" in html
     assert "<td>trainer rank 0</td><td>10</td><td>&lt;gloo&gt;</td>" in html
+    assert "<tr><td>optimizer.learning_rate</td><td>1e-06</td><td>0.5</td></tr>" in html, "how the two differ"
+    assert html.count("<tr><td>optimizer.") == 3, "beside it only each run's own value of it"
+    assert cli.main(["report", str(run), f"{run}/../{run.name}"]) == 3
+    assert "more than once: name it once" in capsys.readouterr().err
+
+
+def test_a_page_tells_what_was_run_and_what_it_answers_before_and_after(run, tmp_path):
+    rows = read_rows(run / "metrics.jsonl")
+    timed = [row | {"unix_seconds": 1.8e9 + 1800 * row["step"], "generation_tokens": 5e5} for row in rows]
+    write(run / "metrics.jsonl", timed)
+    write(
+        run / "samples.jsonl",
+        [
+            {"step": step, "set": "held", "problem": f"<{n}>+1", "answer": str(n + 1), "text": f"so {n} at {step}"}
+            for step in (0, 4, 12)
+            for n in range(9)
+        ],
+    )
+    (run / "summary.json").write_text(json.dumps({"versions": {"vllm": "0.32"}}))
+    options = {"model.path": "models/llama", "run.steps": 12, "algorithm.loss": "dpo"}
+    record = read_run(run, "a", SCHEDULE, None, options)
+    assert dict(record.facts) == {
+        "model.path": "models/llama",
+        "algorithm.loss": "dpo",
+        "steps done": "12 of 12",
+        "first step done": "2027-01-15 08:00 UTC",
+        "from the first step to the last": "5:30:00",
+        "tokens sampled": "6,000,000",
+        "versions": "vllm 0.32",
+    }
+    html = page([record], METRICS)
+    said = {f"so {n} at {step}" for n in range(NUM_ANSWERS) for step in (0, 12)}
+    assert set(re.findall(r"so \d at \d+", html)) == said, "of some problems, the first and the last answer"
+    assert "<pre>&lt;0&gt;+1</pre>" in html
+    hours = drawn(plots([record], METRICS)["reward_over_hours"])
+    told = [element.text or "" for element in hours.iter(f"{SVG}title")]
+    assert told[0].startswith("a, hours 0: ") and told[-1].startswith("a, hours 5.5: "), "under the pointer"
+
+
+def test_many_points_have_a_smooth_line_over_a_pale_one():
+    noisy = tuple(Point(float(x), 10.0 + (-1) ** x) for x in range(600))
+    svg = drawn(chart("v", "", [Line("a", noisy)]))
+    pale, smooth = (
+        path for path in svg.iter(f"{SVG}path") if path.get("stroke-width") in ("1.5", "2") and "h22" not in path.get("d", "")
+    )
+    assert pale.get("stroke-opacity") == "0.3"
+    heights = [float(y) for _, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", smooth.get("d", ""))]
+    assert max(heights[15:-15]) - min(heights[15:-15]) < 0.1 * (charts.PLOT_HEIGHT - charts.TOP - charts.BOTTOM)
+    assert len(list(svg.iter(f"{SVG}title"))) == 120
 
 
 def test_a_contradicted_regime_is_reported_with_an_exit_code_of_its_own(run, tmp_path, capsys):
