@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, PLOT_HEIGHT = 560, 220  # pixels; the legend adds to the height
@@ -35,11 +35,12 @@ class Line:
     points: tuple[Point, ...]
     colour: int = 0  # of COLOURS, and round again
     dash: int = 0  # of DASHES
+    smooth: bool = True  # whether many points get a smoothed line over them
 
 
 def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step") -> str:
     """An SVG document; `lines` may be empty or have no points. Every value must be finite."""
-    shown = [Line(line.label, _thinned(line.points), line.colour, line.dash) for line in lines if line.points]
+    shown = [replace(line, points=_thinned(line.points)) for line in lines if line.points]
     points = [point for line in shown for point in line.points]
     left, right = _range([point.x for point in points], margin=0.0)
     low, high = _range([point.y + sign * point.error for point in points for sign in (-1, 1)], margin=0.05)
@@ -77,7 +78,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step") -
 def _curve(line: Line, places: Sequence[tuple[float, float, float, float]]) -> list[str]:
     """A curve through (x, y, lower end, upper end of the error bar) in pixels; a dot for each point where they are few."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y, *_ in places)
-    smoothed = len(places) >= SMOOTHED_FROM
+    smoothed = line.smooth and len(places) >= SMOOTHED_FROM
     pale = ' stroke-opacity="0.3"' if smoothed else ""
     parts = [f'<path d="M{path}" fill="none" stroke-width="1.5"{pale} {_stroke(line)}/>']
     if smoothed:

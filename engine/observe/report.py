@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from html import escape
 from itertools import count
@@ -63,7 +63,8 @@ CURVES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "seconds": ("a step", (("whole", "step_seconds"), ("waiting for rollouts", "wait_seconds"))),
     "speed": ("throughput", (("generation", "generation_tokens_per_second"), ("training", "training_tokens_per_second"))),
 }
-# file name: metric, title and unit of the axis that it is drawn over instead of steps
+AS_THEY_ARE = ("staleness", "learning_rate")  # metrics that follow a rule: a mean would hide it
+# file name: metric, what it is drawn over instead of steps
 OVER: dict[str, tuple[str, str]] = {
     "reward_over_hours": ("reward_mean", "hours"),
     "reward_over_tokens": ("reward_mean", "million tokens sampled"),
@@ -204,7 +205,8 @@ def plots(runs: Sequence[RunRecords], metrics: Mapping[str, Metric], further: It
         curves = [[(label, _points(run.metrics, metric)) for label, metric in series] for run in runs]
         first = metrics[series[0][1]]
         name = title or first.title or first.name
-        made[file] = (name[:1].upper() + name[1:], first.unit, _lines(runs, curves))
+        lines = [replace(line, smooth=first.name not in AS_THEY_ARE) for line in _lines(runs, curves)]
+        made[file] = (name[:1].upper() + name[1:], first.unit, lines)
     for file, (title, unit, measure, figure) in VALIDATION.items():
         curves = [_of_sets([row for row in run.evaluations if row["measure"] == measure], figure) for run in runs]
         made[file] = (title, unit, _lines(runs, curves))
@@ -229,13 +231,15 @@ def page(runs: Sequence[RunRecords], metrics: Mapping[str, Metric], further: Ite
         for run in runs
         for row in run.evaluations
     ]
+    told = [run for run in runs if run.options]
+    facts = [(name, *(dict(run.facts).get(name, "-") for run in told)) for name in dict(told[0].facts)] if told else []
     differ, answers = differing([run.options for run in runs]), _answers(runs)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
     return "\n".join(
         [
             f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>',
             f"<body><h1>{title}</h1>",
-            *(_table(("", run.name), run.facts) for run in runs if run.options),
+            *([_table(("", *(run.name for run in told)), facts)] if told else []),
             *(["<h2>What differs</h2>", _table(("option", *(run.name for run in runs)), differ)] if differ else []),
             "<h2>Regime</h2><ul>",
             *(_verdict(run) for run in runs),
