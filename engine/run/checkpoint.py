@@ -314,6 +314,7 @@ def data_digests(config: RunConfig) -> dict[str, str | None]:
     digests |= algorithm_identities(config.algorithm)
     digests["model.family"] = identity(config.model.family, "model.family")
     digests["sync.semantics"] = identity(config.sync.semantics, "sync.semantics")
+    digests["optimizer.schedule"] = identity(config.optimizer.schedule, "optimizer.schedule")
     return digests if config.sft.checkpoint_out is not None else digests | reward_identities(config)
 
 
