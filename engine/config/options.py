@@ -204,8 +204,8 @@ class Sampling(Section):
     max_tokens: Positive = 2048
     truncated: Literal["judge", "wrong", "leave_out"] = Field(
         "judge",
-        description="a response cut off at max_tokens: judged as any other (as the paper's public code does), wrong whatever it "
-        "says, or left out of its group",
+        description="a response cut off at max_tokens: judged as any other (as the paper's public code does), wrong "
+        "whatever it says, or left out of its group",
     )
     overlong_buffer: NonNegative = Field(
         0, description="last tokens before max_tokens over which the reward falls linearly by overlong_penalty (DAPO); 0: none"

@@ -35,8 +35,8 @@ def broken_learning_rate_rules(options: Optimizer) -> list[str]:
         ]
     if decays and o.decay_steps is None:
         return [
-            f"optimizer.schedule = {o.schedule!r} needs optimizer.decay_steps, the step from which on the learning rate stays at "
-            f"its floor, warm-up included; found none: set it to run.steps, and leave it when the run is prolonged"
+            f"optimizer.schedule = {o.schedule!r} needs optimizer.decay_steps, the step from which on the learning rate "
+            f"stays at its floor, warm-up included; found none: set it to run.steps, and leave it when the run is prolonged"
         ]
     if decays and o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
         return [

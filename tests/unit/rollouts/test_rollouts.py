@@ -136,9 +136,13 @@ def test_what_an_engine_raises_is_raised_by_next(open_source):
 
 
 def group(
-    rewards: Many[float], prompt: int = 0, statuses: Many[str] | None = None, reward: str = "math"
+    rewards: Many[float],
+    prompt: int = 0,
+    statuses: Many[str] | None = None,
+    reward: str = "math",
+    cut_off: Many[int] = (),
 ) -> RolloutGroup:
-    """One rollout a reward; rollout i has i + 1 tokens with log-prob -(i + 1) / 2 each, and is cut off when i is 1."""
+    """One rollout a reward; rollout i has i + 1 tokens with log-prob -(i + 1) / 2 each, and is cut off when in `cut_off`."""
     rollouts = [
         Rollout(
             Completion(
@@ -149,7 +153,7 @@ def group(
                 token_ids=tuple(range(i + 1)),
                 log_probs=(-(i + 1) / 2,) * (i + 1),
                 text=f"answer {i}",
-                finish_reason="length" if i == 1 else "stop",
+                finish_reason="length" if i in cut_off else "stop",
             ),
             Score(value, statuses[i] if statuses else "ok"),  # type: ignore[arg-type]
         )
@@ -163,7 +167,7 @@ def test_metrics_of_a_step_worked_out_by_hand():
 
     Minus log-probs 1*0.5 + 2*1 + 3*1.5 + 1*0.5 + 2*1 = 9.5.
     """
-    groups = [group([1, 0, 0], 0, ["ok", "timeout", "died"]), group([1, 0], 1)]
+    groups = [group([1, 0, 0], 0, ["ok", "timeout", "died"], cut_off=[1]), group([1, 0], 1, cut_off=[1])]
     metrics = rollout_metrics(groups, Usage(num_tokens=9, busy_seconds=2.5))
     assert metrics == pytest.approx(
         {
@@ -353,7 +357,7 @@ def test_completions_are_scored_against_their_own_prompt():
 
 
 def test_a_row_of_the_ledger_tells_everything_of_a_rollout():
-    assert ledger_rows(group([1, 0], 2, ["ok", "unparsable"]))[1] == {
+    assert ledger_rows(group([1, 0], 2, ["ok", "unparsable"], cut_off=[1]))[1] == {
         "step": 5,
         "version": 0,
         "prompt_id": "p2",
