@@ -1,6 +1,7 @@
 """What becomes of responses that were cut off at sampling.max_tokens, and of those that come close: it stands between what was
 judged, which the ledger keeps, and what a step trains on. So a ledger can be replayed under other options than it was sampled
-with, and the same options give the same. Arithmetic on a group; that a cut-off response is not chosen in a pair is algorithms/pairs.py's.
+with, and the same options give the same. Arithmetic on a group; that a cut-off response is not chosen in a pair is the business
+of algorithms/pairs.py.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from engine.inference.pool import Pool, Usage
 from engine.rewards.base import Answer, Reward
 from engine.rollouts.batch import compared_tokens, training_sequences
 from engine.rollouts.ledger import ledger_rows
-from engine.rollouts.metrics import percentile, rollout_metrics
+from engine.rollouts.metrics import percentile, rollout_metrics, warn_of_endings
 from engine.rollouts.source import RolloutSource, score_groups
 from tests.unit.inference.test_pool import FakeEngine
 
@@ -182,6 +182,7 @@ def test_metrics_of_a_step_worked_out_by_hand():
             "correct_tokens_mean": 1.0,
             "incorrect_tokens_mean": 2.0,
             "truncated": 0.4,
+            "end_tokens_inside": 0.0,
             "reward_timeouts": 1.0,
             "reward_failures": 1.0,
             "reward_too_long": 0.0,
@@ -190,6 +191,19 @@ def test_metrics_of_a_step_worked_out_by_hand():
         }
     )
     assert math.isnan(rollout_metrics([group([1, 1])], Usage(3, 1.0))["incorrect_tokens_mean"])
+
+
+def test_end_tokens_inside_and_steps_without_an_end_are_counted_and_told(caplog):
+    """Rollout i has the tokens 0 .. i; the last one may be an end token."""
+    groups = [group([1, 0, 0], 0, cut_off=[0, 1, 2])]
+    metrics = rollout_metrics(groups, None, end_ids=(1, 2))
+    assert (metrics["end_tokens_inside"], metrics["truncated"]) == (1.0, 1.0)
+    warn_of_endings(metrics, 96)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "did not stop at every end token" in caplog.text and "cut off at sampling.max_tokens = 96" in caplog.text
+    caplog.clear()
+    warn_of_endings(rollout_metrics([group([1, 0, 0], 0, cut_off=[0, 1])], None, end_ids=(2,)), 96)
+    assert caplog.records == []
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 100))

@@ -114,9 +114,7 @@ def test_group_dpo_has_no_cut_off_response_on_its_better_side():
 @pytest.mark.parametrize("loss", ["dpo", "group_dpo", "grpo"])
 def test_a_ledger_replayed_under_an_option_gives_what_the_run_under_it_trained_on(truncated, loss):
     """The ledger keeps what was judged."""
-    config = run_config(
-        algorithm={"loss": loss}, sampling={"max_tokens": 6, "truncated": truncated, "overlong_buffer": 3}
-    )
+    config = run_config(algorithm={"loss": loss}, sampling={"max_tokens": 6, "truncated": truncated, "overlong_buffer": 3})
     groups = [group([1, 0, 1, 0, 1, 1], i, cut_off=[4, 5]) for i in range(3)]
     rows = [LedgerRow.model_validate_json(json.dumps(row)) for one in groups for row in ledger_rows(one)]
     back = [
