@@ -190,6 +190,11 @@ def broken_rollout_rules(c: Options) -> list[str]:
             f"sampling.overlong_buffer is of the last tokens before sampling.max_tokens and must not exceed it; found "
             f"{c.sampling.overlong_buffer} and {c.sampling.max_tokens}: lower it"
         )
+    if c.sampling.overlong_penalty != 1.0 and not c.sampling.overlong_buffer:
+        broken.append(
+            f"sampling.overlong_penalty needs sampling.overlong_buffer, the tokens over which it grows; found "
+            f"{c.sampling.overlong_penalty} and 0: set overlong_buffer, or remove it"
+        )
     longest = c.data.max_prompt_tokens + c.sampling.max_tokens
     if longest > c.inference.max_model_tokens:
         broken.append(

@@ -79,6 +79,8 @@ def test_what_was_cut_off_is_wrong_first_and_penalised_then():
 def test_a_buffer_longer_than_the_response_is_refused():
     with pytest.raises(ValidationError, match="must not exceed it; found 9 and 6: lower it"):
         sampling(overlong_buffer=9)
+    with pytest.raises(ValidationError, match=r"needs sampling\.overlong_buffer.*found 2.0 and 0"):
+        sampling(overlong_penalty=2.0)
 
 
 @pytest.mark.parametrize("pairing", ["random", "best_worst", "length_matched"])
