@@ -115,6 +115,5 @@ def score_groups(step: int, prompts: Many[Prompt], completions: Many[Completion]
     scores = reward.score(answers)
     rollouts = [Rollout(completion, score) for completion, score in zip(completions, scores, strict=True)]
     return [
-        RolloutGroup(prompt, step, tuple(rollouts[place * size : (place + 1) * size]))
-        for place, prompt in enumerate(prompts)
+        RolloutGroup(prompt, step, tuple(rollouts[place * size : (place + 1) * size])) for place, prompt in enumerate(prompts)
     ]
