@@ -60,6 +60,7 @@ class PreferenceOptions(AlgorithmOptions):
 
     beta: PositiveFloat = Field(0.1, description="DPO's inverse temperature (TRL: beta)")
     nll_weight: NonNegativeFloat = Field(0.0, description="of the NLL of the chosen response (TRL: rpo_alpha)")
+    choose_truncated: bool = Field(False, description="whether a response cut off at sampling.max_tokens may be the chosen one")
 
 
 class DpoOptions(PreferenceOptions):
@@ -89,7 +90,7 @@ class Dpo(Algorithm):
 
     def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:
         """The group's one pair; a prompt without a pair is dropped."""
-        pair = preference_pair(group, self.options.pairing, run_seed)
+        pair = preference_pair(group, self.options.pairing, run_seed, self.options.choose_truncated)
         if pair is None:
             return [], False
         return [training_sequence(group, rollout, group=index, chosen=rollout is pair[0]) for rollout in pair], True

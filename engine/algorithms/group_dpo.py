@@ -37,18 +37,21 @@ class GroupDpo(Dpo):
             self.metrics = tuple(by_name((*self.metrics, *self.grpo.metrics)).values())
 
     def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:
-        """Every judged rollout, in the group's number where it has both sides. A prompt without pairs is dropped unless GRPO
-        has an advantage or a KL term for it."""
-        better, worse = better_and_worse(group)
+        """Every judged rollout, in the group's number where it has both sides and it is on one of them. What is in no pair is
+        dropped unless GRPO has an advantage or a KL term for it."""
+        better, worse = better_and_worse(group, self.options.choose_truncated)
         advantages = self.grpo.advantages([rollout.score.value for rollout in group.judged])
         has_pairs = bool(better) and bool(worse)
         has_signal = has_pairs or bool(self.alpha and any(advantages))
         if not has_signal and not (self.alpha and self.options.kl_weight):
             return [], False
-        made = [
-            training_sequence(group, r, advantage=advantage, group=index if has_pairs else -1, chosen=has_pairs and r in better)
-            for r, advantage in zip(group.judged, advantages, strict=True)
-        ]
+        made = []
+        for rollout, advantage in zip(group.judged, advantages, strict=True):
+            chosen = has_pairs and rollout in better
+            paired = chosen or (has_pairs and rollout in worse)
+            if paired or self.alpha:
+                number = index if paired else -1
+                made.append(training_sequence(group, rollout, advantage=advantage, group=number, chosen=chosen))
         return made, has_signal
 
     @classmethod

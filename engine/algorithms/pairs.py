@@ -2,9 +2,10 @@
 groups. Arithmetic on a group, nothing else.
 
 Of a verifiable prompt correct is a reward above 0; the rewards of any other are degrees, compared within the group. A
-rollout that could not be judged is neither correct nor wrong, best nor worst. Wherever
-several rollouts or pairs would do equally well, a draw decides that is a pure function of (run seed, step, prompt id,
-first sample index): no order of samples is preferred.
+rollout that could not be judged is neither correct nor wrong, best nor worst. One that was cut off at sampling.max_tokens is
+never chosen, unless algorithm.choose_truncated asks for it: raising the likelihood of a text without an end teaches to write
+on; it can be rejected. Wherever several rollouts or pairs would do equally well, a draw decides that is a pure function of
+(run seed, step, prompt id, first sample index): no order of samples is preferred.
 
 Shape legend: P pairs.
 """
@@ -40,26 +41,33 @@ def correct_and_wrong(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]
     return correct, [rollout for rollout in group.judged if not rollout.score.correct]
 
 
-def better_and_worse(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]]:
+def better_and_worse(group: RolloutGroup, choose_truncated: bool = False) -> tuple[list[Rollout], list[Rollout]]:
     """The two sides of GroupDPO: correct and wrong (paper, equation 4); of a prompt that is not verifiable, the judged
-    rollouts with a reward above the group's mean, and the others (ours: for rewards of 0 and 1 it is the same)."""
+    rollouts with a reward above the group's mean, and the others (ours: for rewards of 0 and 1 it is the same). A better one
+    that was cut off is on neither side unless `choose_truncated`."""
     correct, wrong = correct_and_wrong(group)
     if group.prompt.verifiable or not group.judged:
-        return correct, wrong
+        return _choosable(correct, choose_truncated), wrong
     mean = math.fsum(rollout.score.value for rollout in group.judged) / len(group.judged)
     above = [rollout for rollout in group.judged if rollout.score.value > mean]
-    return above, [rollout for rollout in group.judged if rollout.score.value <= mean]
+    worse = [rollout for rollout in group.judged if rollout.score.value <= mean]
+    return _choosable(above, choose_truncated), worse
 
 
-def preference_pair(group: RolloutGroup, pairing: str, run_seed: int) -> Pair | None:
+def _choosable(rollouts: list[Rollout], choose_truncated: bool) -> list[Rollout]:
+    """Those that may be the chosen ones of a pair."""
+    return [rollout for rollout in rollouts if choose_truncated or not rollout.completion.truncated]
+
+
+def preference_pair(group: RolloutGroup, pairing: str, run_seed: int, choose_truncated: bool = False) -> Pair | None:
     """(chosen, rejected), or None where the group has no such pair. A prompt that is not verifiable has `best_worst`,
     whichever of ours `pairing` names.
 
     `random`: one drawn from the correct rollouts, one from the wrong (paper, verifiable task). `best_worst`: the highest
     reward and the lowest, which is also the largest margin of rewards (paper, non-verifiable task); None where all are
     equal. `length_matched`: of all correct and wrong, the two whose numbers of tokens are closest. A user's own is a function
-    of the group and a seeded random.Random, and returns two of `group.judged` or None; it is asked for every prompt. What
-    else it returns is a NumericsError that names it.
+    of the group and a seeded random.Random, and returns two of `group.judged` or None; it is asked for every prompt, and
+    decides itself about what was cut off. What else it returns is a NumericsError that names it.
     """
     first = group.rollouts[0].completion.sample_index
     draw = random.Random(counted_seed(run_seed, "pair", group.step, group.prompt.id, first))
@@ -68,8 +76,10 @@ def preference_pair(group: RolloutGroup, pairing: str, run_seed: int) -> Pair | 
     if own is not None:
         return _checked(pairing, called(pairing, OPTION, own, group, draw), group) if group.judged else None
     if pairing == "best_worst" or not group.prompt.verifiable:
-        best, worst = extremes(group)
-        return None if best == worst else (draw.choice(best), draw.choice(worst))
+        best, worst = extremes(group, choose_truncated)
+        differ = bool(best) and best[0].score.value > worst[0].score.value
+        return (draw.choice(best), draw.choice(worst)) if differ else None
+    correct = _choosable(correct, choose_truncated)
     if not correct or not wrong:
         return None
     if pairing == "random":
@@ -101,11 +111,14 @@ def _checked(name: str, pair: Any, group: RolloutGroup) -> Pair | None:
     return group.judged[places[0]], group.judged[places[1]]
 
 
-def extremes(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]]:
-    """The judged rollouts of the highest reward, and those of the lowest; the same ones where all rewards are equal."""
-    rewards = [rollout.score.value for rollout in group.judged]
-    highest = [rollout for rollout in group.judged if rollout.score.value == max(rewards)]
-    return highest, [rollout for rollout in group.judged if rollout.score.value == min(rewards)]
+def extremes(group: RolloutGroup, choose_truncated: bool = True) -> tuple[list[Rollout], list[Rollout]]:
+    """The judged rollouts of the highest reward, and those of the lowest; the same ones where all rewards are equal. Without
+    `choose_truncated` the highest is that of the rollouts that ended by themselves."""
+    choosable = _choosable(list(group.judged), choose_truncated)
+    highest = max((rollout.score.value for rollout in choosable), default=0.0)
+    lowest = min((rollout.score.value for rollout in group.judged), default=0.0)
+    best = [rollout for rollout in choosable if rollout.score.value == highest]
+    return best, [rollout for rollout in group.judged if rollout.score.value == lowest]
 
 
 def all_pairs(groups: Sequence[int], chosen: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,7 @@ from engine.config.placement import Part, place, training_parts
 from engine.config.transport import setting
 from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, combined
 from engine.data.conversations import Conversations
+from engine.data.ends import end_tokens
 from engine.data.mixture import naming
 from engine.data.preferences import FIELDS as PAIR_FIELDS
 from engine.data.preferences import pair_texts
@@ -40,7 +41,7 @@ from engine.megatron.libraries import check_installed
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.headers import num_elements, weight_faults
-from engine.models.hf import check_destination, read_end_ids, read_shape
+from engine.models.hf import check_destination, read_shape
 from engine.models.sharding import engine_layout, shard_shapes, trainer_layout
 from engine.observe.profiling import nsight
 from engine.rewards.registry import check_pairing, checks, judging_of, uses_engine
@@ -92,6 +93,12 @@ def examine(
     the configuration's."""
     faults = _Look(config, purpose, resume, sets).faults()
     return list({str(fault): fault for fault in faults}.values())
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """What somebody should know before a run that `examine` accepts: it is told, and the run goes on."""
+    told = end_tokens(config.model.path, load_tokenizer(config.model.path)).disagreement
+    return [told] if told else []
 
 
 def check_fresh(config: RunConfig, *, may_start_over: bool) -> None:
@@ -204,17 +211,24 @@ class _Look:
                 f"model.path must hold a tokenizer that fits the model; found {len(tokenizer)} tokens for a vocabulary of "
                 f"{self.shape.vocab_size} in {path}: use the tokenizer that the model was trained with"
             )
-        ends = read_end_ids(path) or ((tokenizer.eos_token_id,) if isinstance(tokenizer.eos_token_id, int) else ())
-        if self.samples and not ends:
+        ends = end_tokens(path, tokenizer)
+        if self.samples and not ends.stop:
             yield ConfigError(
                 f"model.path must say which token ends a response; found no eos_token_id in generation_config.json or "
-                f"config.json and no eos_token in tokenizer_config.json of {path}: add one"
+                f"config.json, no eos_token in tokenizer_config.json and no end of a turn in the chat template of {path}: add "
+                f"one"
             )
-        if self.shape is not None and any(token >= self.shape.vocab_size for token in ends):
+        if self.shape is not None and any(token >= self.shape.vocab_size for token in ends.stop):
             yield ConfigError(
                 f"model.path must name end tokens of the model's vocabulary of {self.shape.vocab_size}; found eos_token_id = "
-                f"{list(ends)} in {path}: mend generation_config.json"
+                f"{list(ends.stop)} in {path}: mend generation_config.json"
             )
+        for name, tokens in ends.named.items():
+            if cutting := [token for token in tokens if token in ends.plain]:
+                yield ConfigError(
+                    f"model.path must name end tokens that are no ordinary text, for responses would be cut off wherever they "
+                    f"write it; found {cutting[0]} in {name} of {path}, which is {ends.spelled[cutting[0]]!r}: mend it"
+                )
         try:
             encode_prompt(tokenizer, "1 + 1", "{problem}")
         except TemplateError as error:

@@ -28,7 +28,7 @@ def check(options: argparse.Namespace) -> None:
     faults: list[SemionError] = [*found]
     if options.toml:
         print(dump_config(config), end="")
-    from engine.api.preflight import examine, parts_of, purpose_of
+    from engine.api.preflight import examine, parts_of, purpose_of, warnings
     from engine.observe.progress import print_table
     from engine.observe.sinks import write_json
     from engine.run.spec import resolve
@@ -39,7 +39,8 @@ def check(options: argparse.Namespace) -> None:
         raise combined(faults)
     spec = resolve(config, parts_of(config, purpose))
     if not options.toml:
-        print_table(f"semion check {options.config}", table(spec))
+        told = [("warning", text) for text in warnings(config)]
+        print_table(f"semion check {options.config}", table(spec) + told)
     if options.json:
         write_json(options.json, json.loads(spec.to_json()))
 

@@ -18,7 +18,9 @@ def rollout(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from engine.api.preflight import check
     from engine.core.jsonl import JsonlLedger
+    from engine.data.ends import end_tokens
     from engine.data.mixture import load_mixture
+    from engine.data.templates import load_tokenizer
     from engine.inference.pool import Pool
     from engine.observe.sinks import finite
     from engine.rewards.registry import judging_of, open_rewards
@@ -38,7 +40,8 @@ def rollout(options: argparse.Namespace) -> None:
         reward = stack.enter_context(open_rewards(config, cluster.start_reward_engine()))
         ledger = JsonlLedger(part)
         stack.callback(ledger.close)
-        source = RolloutSource(config, prompts, pool, reward, ledger)
+        ends = end_tokens(config.model.path, load_tokenizer(config.model.path))
+        source = RolloutSource(config, prompts, pool, reward, ledger, ends.stop)
         stack.callback(source.close)
         for step in range(config.run.steps):
             if steps := config.schedule.opens(step):

@@ -18,6 +18,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(gt=0, lt=1)]  # of a running mean: at 1 it would never take anything in
 BestBy = Literal["reward", "length_normalized_reward"]
 
 
@@ -201,6 +202,15 @@ class Sampling(Section):
     temperature: NonNegativeFloat = 1.0
     top_p: Probability = 1.0
     max_tokens: Positive = 2048
+    truncated: Literal["judge", "wrong", "leave_out"] = Field(
+        "judge",
+        description="a response cut off at max_tokens: judged as any other (as the paper's public code does), wrong "
+        "whatever it says, or left out of its group",
+    )
+    overlong_buffer: NonNegative = Field(
+        0, description="last tokens before max_tokens over which the reward falls linearly by overlong_penalty (DAPO); 0: none"
+    )
+    overlong_penalty: PositiveFloat = Field(1.0, description="taken from the reward at max_tokens, with overlong_buffer")
 
 
 FP8_ROWS = {"none": 1, "delayed": 16, "current": 16, "blockwise": 128}  # rows of a matrix that FP8 products ask for
@@ -244,12 +254,19 @@ class Trainer(Section):
 
 
 class Optimizer(Section):
-    """AdamW with linear warm-up to a constant learning rate."""
+    """AdamW with linear warm-up to a learning rate that stays or decays."""
 
-    learning_rate: PositiveFloat = 1e-6
+    learning_rate: PositiveFloat = Field(1e-6, description="the highest, after the warm-up")
     warmup_steps: NonNegative = 0
-    beta1: Probability = 0.9
-    beta2: Probability = 0.95
+    schedule: str = Field(
+        "constant",
+        description="of the learning rate after the warm-up: 'constant', 'linear', 'cosine', or your own LearningRate as "
+        "path/to/file.py:Name",
+    )
+    decay_steps: Positive | None = Field(None, description="linear, cosine: step from which on the rate stays at its floor")
+    floor_share: Share = Field(0.0, description="linear, cosine: the floor as a share of learning_rate")
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: PositiveFloat = 1e-4
     weight_decay: NonNegativeFloat = 0.1
     clip_norm: PositiveFloat = 1.0

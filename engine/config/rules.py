@@ -4,6 +4,7 @@ values found and fix. A table's own bounds stand in engine/config/options.py.
 
 from __future__ import annotations
 
+from engine.config.learning_rates.registry import broken_learning_rate_rules
 from engine.config.options import LOSSES, Options, source_key
 from engine.config.placement import colocated_nodes
 from engine.config.rewards import broken_reward_rules
@@ -44,7 +45,7 @@ def broken_rules(config: Options) -> list[str]:
         )
     broken += broken_placement_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c)
-    broken += broken_reward_rules(c)
+    broken += broken_reward_rules(c) + broken_learning_rate_rules(c.optimizer)
     if schedule.never_syncs and c.sync.reference == "follow":
         broken.append(
             "sync.reference = 'follow' copies the policy at weight syncs, and sync.sync_interval = 'never' has none; found "
@@ -184,6 +185,16 @@ def broken_algorithm_rules(c: Options) -> list[str]:
 def broken_rollout_rules(c: Options) -> list[str]:
     """Sentences for what only a run with rollouts needs; supervised training has no samples and no pairs."""
     broken = []
+    if c.sampling.overlong_buffer > c.sampling.max_tokens:
+        broken.append(
+            f"sampling.overlong_buffer is of the last tokens before sampling.max_tokens and must not exceed it; found "
+            f"{c.sampling.overlong_buffer} and {c.sampling.max_tokens}: lower it"
+        )
+    if c.sampling.overlong_penalty != 1.0 and not c.sampling.overlong_buffer:
+        broken.append(
+            f"sampling.overlong_penalty needs sampling.overlong_buffer, the tokens over which it grows; found "
+            f"{c.sampling.overlong_penalty} and 0: set overlong_buffer, or remove it"
+        )
     longest = c.data.max_prompt_tokens + c.sampling.max_tokens
     if longest > c.inference.max_model_tokens:
         broken.append(

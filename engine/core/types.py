@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:  # what only names rewards or prompts starts without it
     import torch
 
-Status = Literal["ok", "timeout", "died", "unparsable", "too_long", "invalid"]  # how a reward came about
+# How a reward came about; "truncated" is never a reward's own, but what sampling.truncated = 'leave_out' makes of it.
+Status = Literal["ok", "timeout", "died", "unparsable", "too_long", "invalid", "truncated"]
 
 IGNORED = -100  # target value of a position whose token no loss looks at
 
@@ -57,6 +58,11 @@ class Completion:
     log_probs: tuple[float, ...]  # of each sampled token, natural log, before temperature and top-p
     text: str
     finish_reason: Literal["stop", "length"]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it was cut off at sampling.max_tokens, before it ended by itself."""
+        return self.finish_reason == "length"
 
 
 @dataclass(frozen=True, slots=True)

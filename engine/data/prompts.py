@@ -82,8 +82,9 @@ class PromptSet:
 
 @dataclass(frozen=True, slots=True)
 class PromptOrder:
-    """Which prompts a step uses: one seeded permutation after another (epochs), cut into steps. A step may span epochs;
-    one that wants more prompts than there are wraps around."""
+    """Which prompts a step uses: one seeded permutation after another (epochs), cut into steps. A step may span epochs; one
+    that wants more prompts than there are wraps around. No step holds a prompt twice while others wait: in the step that an
+    epoch begins in, those that stand in it already come after the others, and they are the first of the next step."""
 
     num_prompts: int
     seed: int
@@ -91,11 +92,40 @@ class PromptOrder:
     def at(self, step: int, prompts_per_step: int) -> list[int]:
         """Indices of the prompts of `step` (from 0), a pure function of the arguments and the fields."""
         first = step * prompts_per_step
-        return [self._index(position) for position in range(first, first + prompts_per_step)]
+        return [self._index(position, prompts_per_step) for position in range(first, first + prompts_per_step)]
 
-    def _index(self, position: int) -> int:
+    def _index(self, position: int, prompts_per_step: int) -> int:
         epoch, offset = divmod(position, self.num_prompts)
-        return int(_permutation(self.seed, epoch, self.num_prompts)[offset])
+        return int(_epoch_order(self.seed, epoch, self.num_prompts, prompts_per_step)[offset])
+
+
+@lru_cache(maxsize=8)  # a step touches one epoch or two of each source
+def _epoch_order(seed: int, epoch: int, num_prompts: int, prompts_per_step: int) -> NDArray[np.int64]:
+    """[num_prompts] int64, the permutation of the epoch but for the step that it begins in.
+
+    That depends on the end of the epoch which that step begins in, and so on back: to an epoch that begins with a step or lies
+    in one, or where epochs are long to the one before, whose end is its permutation's.
+    """
+    chain = [epoch]  # each one's order depends on that of the next
+    while not _is_plain(chain[-1], num_prompts, prompts_per_step):
+        if len(chain) == 2 and num_prompts >= 2 * prompts_per_step:
+            break
+        chain.append(chain[-1] - 1 - chain[-1] * num_prompts % prompts_per_step // num_prompts)
+    order = _permutation(seed, chain.pop(), num_prompts)
+    while chain:
+        before = chain[-1] * num_prompts % prompts_per_step  # places of the step taken by earlier epochs
+        often = np.zeros(num_prompts, dtype=np.int64)
+        often[order[num_prompts - before % num_prompts :]] = 1  # whole epochs in between hold every prompt alike
+        permutation = _permutation(seed, chain.pop(), num_prompts)
+        taken = np.argsort(often[permutation], kind="stable")[: prompts_per_step - before]
+        order = np.concatenate([permutation[taken], np.delete(permutation, taken)])
+    return order
+
+
+def _is_plain(epoch: int, num_prompts: int, prompts_per_step: int) -> bool:
+    """Whether the epoch's order is its permutation: it begins with a step, or lies within one."""
+    before = epoch * num_prompts % prompts_per_step
+    return before == 0 or before + num_prompts <= prompts_per_step
 
 
 @lru_cache(maxsize=8)  # a step touches one epoch or two of each source

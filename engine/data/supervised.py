@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.core.errors import ConfigError, DataError
 from engine.core.types import Prompt, Sequence
+from engine.data.ends import response_end
 
 
 def supervised_sequence(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Sequence:
@@ -20,9 +21,10 @@ def supervised_sequence(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> S
 
 def completion_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """The tokens of a response as the policy would have sampled it, the end token included; ConfigError when there is none."""
-    if not isinstance(tokenizer.eos_token_id, int):
+    end = response_end(tokenizer)
+    if end is None:
         raise ConfigError(
             f"model.path must hold a tokenizer with an end token; found none in {tokenizer.name_or_path!r}: "
             f"set eos_token in its tokenizer_config.json"
         )
-    return (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
+    return (*tokenizer.encode(text, add_special_tokens=False), end)

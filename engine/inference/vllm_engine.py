@@ -17,8 +17,8 @@ from typing import Any
 from engine.config.load import RunConfig
 from engine.core.errors import EngineLostError, InferenceError, WeightSyncError
 from engine.core.types import Completion
+from engine.data.ends import end_tokens
 from engine.inference.sampling import SampleRequest
-from engine.models.hf import read_end_ids
 from engine.observe.profiling.phases import Phase, phase
 from engine.observe.profiling.recorder import Recorder, profiled_process
 
@@ -70,7 +70,7 @@ class VllmEngine:
         shared = not on_cpu and config.inference.placement == "colocated"
         torch.set_num_threads(config.inference.threads)
         self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        self._end_ids = list(read_end_ids(path)) or [self._tokenizer.eos_token_id]
+        self._end_ids = list(end_tokens(path, self._tokenizer).stop)
         self._llm = LLM(
             model=path,
             dtype=config.model.dtype,

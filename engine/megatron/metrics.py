@@ -18,4 +18,5 @@ LEARNING_RATE = Metric(
     peers={"TRL": "learning_rate", "verl": "actor/lr"},
 )
 NUM_TOKENS = Metric("num_tokens", "packed in all microbatches, prompts and padding included", unit="tokens", reduce="sum")
-METRICS = (LOSS, GRAD_NORM, LEARNING_RATE, NUM_TOKENS)
+UPDATED = Metric("updated", "1 where AdamW moved the weights, 0 where the gradient was 0 and the step moved nothing")
+METRICS = (LOSS, GRAD_NORM, LEARNING_RATE, UPDATED, NUM_TOKENS)

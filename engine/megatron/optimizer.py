@@ -1,5 +1,6 @@
-"""megatron-core's AdamW with a linear warm-up to a constant learning rate: made, applied once a step, and turned into
-plain tensors and back. It knows no loss and no schedule of microbatches.
+"""megatron-core's AdamW: made, applied once a step with that step's learning rate, and turned into plain tensors and back. A
+step whose gradient is 0 everywhere moves nothing: no weight decay, no momentum. It knows no loss and no schedule of
+microbatches; what the learning rate is at a step is config/learning_rates' business.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from engine.config import options as tables
+from engine.config.learning_rates.registry import learning_rate_of
 from engine.core.errors import CheckpointError, NumericsError
 from engine.megatron.libraries import chosen_kernels
 from engine.megatron.moments import KINDS, find_slots
@@ -64,34 +65,28 @@ class PolicyOptimizer:
         with chosen_kernels(options.implementation):
             self._optimizer: Any = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
         self._slots = [slot for part in self._optimizer.chained_optimizers for slot in find_slots(part, names)]
-        self._schedule = OptimizerParamScheduler(
-            self._optimizer,
-            init_lr=0.0,
-            max_lr=options.learning_rate,
-            min_lr=0.0,
-            lr_warmup_steps=options.warmup_steps,
-            lr_decay_steps=options.warmup_steps + 1,
-            lr_decay_style="constant",
-            start_wd=options.weight_decay,  # megatron leaves 1-d parameters without weight decay by itself
-            end_wd=options.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
+        self._learning_rate = learning_rate_of(options)
+        self._num_steps = 0  # taken or skipped: the place in the schedule
 
     def zero_grad(self) -> None:
         """Forgets the last step's gradients."""
         self._optimizer.zero_grad()
 
-    def apply(self, step: int) -> tuple[float, float]:
-        """Clips the reduced gradients, moves the weights and returns (gradient norm before clipping, learning rate).
+    def apply(self, step: int) -> tuple[float, float, bool]:
+        """Clips the reduced gradients, moves the weights and returns (gradient norm before clipping, learning rate, whether
+        the weights were moved).
+
+        Where the gradient is 0 in every element of every rank, nothing has been learned: weights, moments and AdamW's own
+        count stay as they are, and only the place in the learning-rate schedule moves on, which is a function of the step. All
+        ranks decide alike, by the norm that they have in common.
 
         Collective over all ranks. NumericsError, on every rank and with the weights untouched, when the norm is not
-        finite. Step t of a warm-up of w steps uses (t + 1) / w of the learning rate.
+        finite.
         """
         with chosen_kernels(self._options.implementation):
             return self._apply(step)
 
-    def _apply(self, step: int) -> tuple[float, float]:
+    def _apply(self, step: int) -> tuple[float, float, bool]:
         self._optimizer.prepare_grads()
         norm = float(self._optimizer.get_grad_norm())
         if not math.isfinite(norm):
@@ -99,19 +94,25 @@ class PolicyOptimizer:
                 f"step {step}: the gradient norm must be finite; found {norm}: lower optimizer.learning_rate or raise "
                 f"optimizer.eps, and resume from the last checkpoint"
             )
+        learning_rate = self._learning_rate.at(self._num_steps)
+        self._num_steps += 1
+        if norm == 0.0:
+            return norm, learning_rate, False
         parameters = self._optimizer.get_parameters()
         if parameters:
             limit = self._options.clip_norm
             clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=norm, use_decoupled_grad=self._decoupled)
-        self._schedule.step(1)
-        learning_rate = float(self._optimizer.param_groups[0]["lr"])
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+            # megatron leaves 1-d parameters without weight decay by itself
+            group["weight_decay"] = self._options.weight_decay * group.get("wd_mult", 1.0)
         self._optimizer.step_with_ready_grads()
-        return norm, learning_rate
+        return norm, learning_rate, True
 
     def state(self) -> dict[str, torch.Tensor]:
-        """This rank's moments, step counts, warm-up position and fp32 weights apart from the model's, by the names of the
+        """This rank's moments, step counts, place in the schedule and fp32 weights apart from the model's, by the names of the
         parameters; live tensors, no copies."""
-        tensors = {"schedule.step": torch.tensor(self._schedule.num_steps)}
+        tensors = {"schedule.step": torch.tensor(self._num_steps)}
         for slot in self._slots:
             tensors |= {f"{slot.name}.{kind}": value for kind, value in slot.tensors().items()}
         return tensors
@@ -119,8 +120,7 @@ class PolicyOptimizer:
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Continues from what `state` returned on the same rank of the same layout; CheckpointError when it differs."""
         left = dict(tensors)
-        self._schedule.num_steps = int(left.pop("schedule.step"))
-        self._schedule.step(0)
+        self._num_steps = int(left.pop("schedule.step"))
         for slot in self._slots:
             kinds = [key for kind in KINDS if (key := f"{slot.name}.{kind}") in left]
             slot.restore({key.removeprefix(f"{slot.name}."): left.pop(key) for key in kinds})

@@ -33,7 +33,7 @@ from engine.megatron import build
 from engine.megatron.fp8.delayed_scaling import Fp8Memory
 from engine.megatron.fp8.parameters import Weights, behind, copied, forget_initial, in_fp8, load, scale
 from engine.megatron.libraries import check_libraries
-from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS
+from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS, UPDATED
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
 from engine.megatron.timers import Timers
@@ -144,8 +144,9 @@ class Policy:
         return self.run(batch, collect, forward_only=True)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on a scored batch. Returns loss, gradient norm before clipping, learning rate, packed
-        tokens and the loss's metrics by name, over all microbatches and data-parallel ranks, equal on every rank.
+        """One optimizer step on a scored batch; a gradient of 0 moves nothing. Returns loss, gradient norm before clipping,
+        learning rate, whether the weights moved, packed tokens and the loss's metrics by name, over all microbatches and
+        data-parallel ranks, equal on every rank.
 
         Collective over all ranks. NumericsError on every rank, with the weights untouched, when the loss or the
         gradient norm is not finite.
@@ -172,11 +173,12 @@ class Policy:
                 f"optimizer.eps, and resume from the last checkpoint"
             )
         with phase(Phase.OPTIMIZER):
-            grad_norm, learning_rate = self._optimizer.apply(batch.step)
+            grad_norm, learning_rate, updated = self._optimizer.apply(batch.step)
         metrics = {
             LOSS.name: loss,
             GRAD_NORM.name: grad_norm,
             LEARNING_RATE.name: learning_rate,
+            UPDATED.name: float(updated),
             NUM_TOKENS.name: num_tokens,
         }
         known = dict(zip(names, totals, strict=True)) | {"target_tokens": float(batch.num_target_tokens)}

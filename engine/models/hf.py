@@ -22,8 +22,9 @@ from engine.models.registry import AUTO, FAMILIES, family_named
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 COMPANIONS = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -163,9 +164,11 @@ def _read_json(file: Path, option: str = "model.path") -> dict[str, Any]:
     return tree
 
 
-def read_end_ids(path: str | Path) -> tuple[int, ...]:
-    """The token ids that end a completion, from generation_config.json or else config.json; empty where neither says."""
-    for name in ("generation_config.json", "config.json"):
+def read_end_ids(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The token ids that end a completion, as generation_config.json and config.json say, by file; without a file that does
+    not say. data/ends.py makes one rule of them. CheckpointError for a file that says something else than ids."""
+    named = {}
+    for name in (GENERATION_CONFIG, CONFIG):
         file = Path(path) / name
         found = _read_json(file).get("eos_token_id") if file.exists() else None
         if found is None:
@@ -173,8 +176,8 @@ def read_end_ids(path: str | Path) -> tuple[int, ...]:
         ids = [found] if isinstance(found, int) else found
         if not (isinstance(ids, list) and all(isinstance(token, int) for token in ids)):
             raise CheckpointError(f"{file} must have eos_token_id as a number or a list of numbers; found {found!r}: mend it")
-        return tuple(ids)
-    return ()
+        named[name] = tuple(ids)
+    return named
 
 
 class HfCheckpoint:
@@ -247,10 +250,13 @@ def write_hf_checkpoint(
     tensors: Iterable[tuple[str, torch.Tensor]],
     template: str | Path,
     max_shard_bytes: int = 5 << 30,
+    *,
+    end_ids: Iterable[int] = (),
 ) -> None:
     """Writes a folder that `transformers` and vLLM load, staged beside `directory` and renamed when complete.
 
-    `template` is the folder whose config.json (dtype updated), generation config and tokenizer files come along.
+    `template` is the folder whose config.json (dtype updated), generation config and tokenizer files come along; where the
+    generation config does not name all of `end_ids`, what ends a response, it is made to.
     A former checkpoint at `directory` is replaced; a folder that is none raises CheckpointError and is left alone.
     """
     directory = check_destination(directory)
@@ -262,6 +268,16 @@ def write_hf_checkpoint(
         for name in COMPANIONS:
             if (Path(template) / name).exists():
                 shutil.copyfile(Path(template) / name, staging / name)
+        _name_ends(staging, list(end_ids))
+
+
+def _name_ends(folder: Path, end_ids: list[int]) -> None:
+    """Has generation_config.json, which transformers and vLLM stop by, or without it config.json name all of `end_ids`."""
+    file, named = folder / GENERATION_CONFIG, read_end_ids(folder)
+    if set(end_ids) <= set(named.get(GENERATION_CONFIG if file.exists() else CONFIG, ())):
+        return
+    said = _read_json(file) if file.exists() else {}
+    _write_json(file, said | {"eos_token_id": end_ids})
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> torch.dtype:

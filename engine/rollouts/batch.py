@@ -12,6 +12,8 @@ from engine.core.metrics import Metric
 from engine.core.types import RolloutGroup, Sequence
 from engine.rollouts.base import StepData
 from engine.rollouts.metrics import mean
+from engine.rollouts.truncation import METRICS as OF_TRUNCATION
+from engine.rollouts.truncation import treated
 
 SKIPPED_SHARE = Metric(
     "skipped_share",
@@ -40,20 +42,22 @@ METRICS = (
     TIED,
     CHOSEN_TOKENS,
     REJECTED_TOKENS,
+    *OF_TRUNCATION,
 )
 
 
 def step_data(
     groups: Many[RolloutGroup], shares: Many[tuple[int, int]], metrics: dict[str, float], config: RunConfig
 ) -> StepData:
-    """What a step trains on of all groups sampled for it; `shares` are those of its Mixture. Where there are spare prompts,
-    their use is added to `metrics`."""
+    """What a step trains on of all groups sampled for it; `shares` are those of its Mixture. What was cut off or is too long is
+    treated as sampling says; where there are spare prompts, their use is added to `metrics`."""
+    groups, of_truncation = treated(groups, config.sampling)
     batch, used, unused = batch_groups(groups, shares, config)
     spare = {SPARE_USED.name: float(used), UNUSED.name: float(unused)} if len(groups) > len(batch) else {}
     sequences, counts = training_sequences(batch, config)
     share = {SKIPPED_SHARE.name: counts[SKIPPED.name] / len(batch)}
     compared = compared_tokens(sequences) if PAIRS in make_algorithm(config.algorithm).metrics else {}
-    return StepData(sequences, len(batch), metrics | counts | share | compared | spare)
+    return StepData(sequences, len(batch), metrics | of_truncation | counts | share | compared | spare)
 
 
 def batch_groups(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
+from collections.abc import Collection
 from collections.abc import Sequence as Many
 
 from engine.core.metrics import Metric
 from engine.core.types import Rollout, RolloutGroup
 from engine.inference.pool import Usage
+
+log = logging.getLogger(__name__)
 
 REWARD = Metric(
     "reward_mean",
@@ -44,6 +48,11 @@ TRUNCATED = Metric(
     title="truncated",
     unit="share",
     peers={"TRL": "completions/clipped_ratio", "verl": "response_length/clip_ratio"},
+)
+END_INSIDE = Metric(
+    "end_tokens_inside",
+    "rollouts with an end token before their last token, at which sampling should have stopped",
+    unit="rollouts",
 )
 TIMEOUTS = Metric("reward_timeouts", "rollouts not judged in time", title="reward timeouts", unit="rollouts")
 FAILURES = Metric("reward_failures", "rollouts not judged for another reason", title="failed rewards", unit="rollouts")
@@ -87,6 +96,7 @@ METRICS = (
     CORRECT_LENGTH,
     INCORRECT_LENGTH,
     TRUNCATED,
+    END_INSIDE,
     TIMEOUTS,
     TOO_LONG,
     FAILURES,
@@ -98,8 +108,9 @@ METRICS = (
 )
 
 
-def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None) -> dict[str, float]:
-    """What a person watches of all rollouts sampled for a step; without `usage` nothing of how they were. The entropy is the
+def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None, end_ids: Collection[int] = ()) -> dict[str, float]:
+    """What a person watches of all rollouts sampled for a step; without `usage` nothing of how they were. `end_ids`: the tokens
+    that end a response. The entropy is the
     mean of minus the log-prob of every sampled token, an unbiased estimate of the next-token entropy at temperature 1.
 
     Only of verifiable prompts, where the step has any: accuracy and the lengths of right and wrong answers. Only where there
@@ -110,6 +121,7 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None) -> dict[str
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
     judged = [rollout for group in groups for rollout in group.judged]
     statuses = [rollout.score.status for rollout in rollouts]
+    ends = set(end_ids)
     metrics = {
         REWARD.name: mean([rollout.score.value for rollout in judged]),
         **_metrics_by_reward(groups),
@@ -120,7 +132,8 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None) -> dict[str
         LENGTH_P90.name: percentile(lengths, 90),
         LENGTH_P99.name: percentile(lengths, 99),
         LENGTH_MAX.name: float(max(lengths)),
-        TRUNCATED.name: sum(r.completion.finish_reason == "length" for r in rollouts) / len(rollouts),
+        TRUNCATED.name: sum(r.completion.truncated for r in rollouts) / len(rollouts),
+        END_INSIDE.name: float(sum(not ends.isdisjoint(r.completion.token_ids[:-1]) for r in rollouts)),
         TIMEOUTS.name: float(statuses.count("timeout")),
         FAILURES.name: float(sum(statuses.count(why) for why in ("died", "unparsable", "invalid"))),
         TOO_LONG.name: float(statuses.count("too_long")),
@@ -165,6 +178,21 @@ def _shown(names: Many[str]) -> list[str]:
 
 def _word(name: str) -> str:
     return re.sub(r"\W+", "_", name).strip("_")
+
+
+def warn_of_endings(metrics: dict[str, float], max_tokens: int) -> None:
+    """Warns where a step's rollouts do not end as they should; equal warnings are told ever more seldom (journal.py)."""
+    if metrics[END_INSIDE.name]:
+        log.warning(
+            "rollouts hold end tokens before their last one: whatever sampled them did not stop at every end token of "
+            "the model in model.path; `semion check` shows who names which"
+        )
+    if metrics[TRUNCATED.name] == 1.0:
+        log.warning(
+            "every rollout of a step was cut off at sampling.max_tokens = %d and none ended by itself: raise it, or see "
+            "whether the model knows how a response ends (`semion check` shows who names which end token)",
+            max_tokens,
+        )
 
 
 def percentile(values: Many[float], percent: int) -> float:

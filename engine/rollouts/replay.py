@@ -5,6 +5,7 @@ sampled and nothing is judged here; a replayed ledger gives, bit for bit, the st
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from engine.algorithms.registry import make_algorithm
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, DataError, brief
 from engine.core.types import Sequence
+from engine.data.ends import end_tokens
 from engine.data.mixture import Mixture, load_mixture
 from engine.data.preferences import PreferenceSet, load_preferences
 from engine.data.prompts import PromptOrder
@@ -22,7 +24,7 @@ from engine.rewards.registry import judging_of
 from engine.rollouts.base import StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import RolloutLedger
-from engine.rollouts.metrics import LENGTH, LENGTH_MAX, STALENESS, WAITED, rollout_metrics
+from engine.rollouts.metrics import LENGTH, LENGTH_MAX, STALENESS, WAITED, rollout_metrics, warn_of_endings
 
 _ROLLOUT, _PAIR = {"step", "prompt_id", "token_ids"}, {"chosen", "rejected"}  # what the first row of each has
 
@@ -30,8 +32,17 @@ _ROLLOUT, _PAIR = {"step", "prompt_id", "token_ids"}, {"chosen", "rejected"}  # 
 class LedgerSource:
     """Step k of the run is step k of the ledger, joined with the run's prompts by their ids."""
 
-    def __init__(self, config: RunConfig, ledger: RolloutLedger, prompts: Mixture, vocab_size: int) -> None:
-        """DataError when the ledger lacks a step of the run."""
+    def __init__(
+        self,
+        config: RunConfig,
+        ledger: RolloutLedger,
+        prompts: Mixture,
+        vocab_size: int,
+        end_ids: Collection[int] = (),
+    ) -> None:
+        """DataError when the ledger lacks a step of the run. `end_ids`: the tokens that end a response, which are looked for
+        inside rollouts."""
+        self._end_ids = end_ids
         self._config, self._ledger, self._shares, self._vocab_size = config, ledger, prompts.shares, vocab_size
         self._by_id = {prompt.id: prompt for part in prompts.sets for prompt in part.prompts}
         ledger.check_steps(config.run.steps)
@@ -57,7 +68,8 @@ class LedgerSource:
                 f"{self._ledger.path}, step {step}: `token_ids` must be of the model's {self._vocab_size} tokens; found "
                 f"{highest}: replay rollouts of a model with the same tokenizer"
             )
-        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, None)
+        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, None, self._end_ids)
+        warn_of_endings(metrics, self._config.sampling.max_tokens)
         return step_data(groups, self._shares, metrics | {STALENESS.name: float(step - version)}, self._config)
 
     def close(self) -> None:
@@ -125,7 +137,8 @@ def open_replay(config: RunConfig) -> LedgerSource | PreferenceSource:
     assert path is not None
     if replay_kind(config) == "rollouts":
         vocab_size = read_shape(config.model.path, family=config.model.family).vocab_size
-        return LedgerSource(config, RolloutLedger(path), load_mixture(config, judging_of), vocab_size)
+        ends = end_tokens(config.model.path, load_tokenizer(config.model.path)).stop
+        return LedgerSource(config, RolloutLedger(path), load_mixture(config, judging_of), vocab_size, ends)
     data, tokenizer = config.data, load_tokenizer(config.model.path)
     limits = data.max_prompt_tokens, config.sampling.max_tokens
     return PreferenceSource(config, load_preferences(path, tokenizer, data.template, *limits))

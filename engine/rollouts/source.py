@@ -8,6 +8,7 @@ Waiting: `open` never waits. One helper thread gathers and scores the opened ste
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from collections.abc import Sequence as Many
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -23,7 +24,7 @@ from engine.rewards.base import Reward, answer_of
 from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import ledger_rows
-from engine.rollouts.metrics import STALENESS, WAITED, rollout_metrics
+from engine.rollouts.metrics import STALENESS, WAITED, rollout_metrics, warn_of_endings
 
 Result = TypeVar("Result")
 
@@ -31,7 +32,17 @@ Result = TypeVar("Result")
 class RolloutSource:
     """The rollouts of a run, step by step."""
 
-    def __init__(self, config: RunConfig, prompts: Mixture, pool: Pool, reward: Reward, ledger: JsonlLedger | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: Mixture,
+        pool: Pool,
+        reward: Reward,
+        ledger: JsonlLedger | None,
+        end_ids: Collection[int] = (),
+    ) -> None:
+        """`end_ids`: the tokens that end a response, which are looked for inside rollouts."""
+        self._end_ids = end_ids
         self._config, self._prompts, self._pool, self._reward, self._ledger = config, prompts, pool, reward, ledger
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._sampling: dict[int, Future[tuple[list[Completion], Usage]]] = {}
@@ -68,7 +79,8 @@ class RolloutSource:
         _awaited(self._sampling.pop(step), waiting)
         with phase(Phase.REWARDS):
             groups, usage = _awaited(self._coming.pop(step), waiting)
-        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, usage)
+        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, usage, self._end_ids)
+        warn_of_endings(metrics, self._config.sampling.max_tokens)
         version = self._config.schedule.version(step)
         found = {rollout.completion.version for group in groups for rollout in group.rollouts}
         assert found == {version}, f"step {step} must train on rollouts of version {version}, found {found}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,11 @@ class Checkpoints:
         weights: Iterator[tuple[str, torch.Tensor]],
         config: RunConfig,
         records: Mapping[str, Any] | None = None,
+        end_ids: Iterable[int] = (),
     ) -> Path:
         """Writes the checkpoint of `step`; collective. `weights` yields the full policy on rank 0 (drained everywhere);
-        `records`, rank 0's, is what a resumed run needs of the run's records (`Records.kept`)."""
+        `records`, rank 0's, is what a resumed run needs of the run's records (`Records.kept`); `end_ids`: what ends a response
+        of the policy, which its generation config is to name."""
         final = self._folder / f"step_{step:08d}"
         staging = self._folder / f".staging-{final.name}"
         if self._rank == 0:
@@ -90,7 +92,7 @@ class Checkpoints:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
         sync(file)
         if self._rank == 0:
-            write_hf_checkpoint(staging / POLICY, weights, template=config.model.path)
+            write_hf_checkpoint(staging / POLICY, weights, template=config.model.path, end_ids=end_ids)
         else:
             for _ in weights:
                 pass
@@ -311,6 +313,7 @@ def data_digests(config: RunConfig) -> dict[str, str | None]:
     digests |= algorithm_identities(config.algorithm)
     digests["model.family"] = identity(config.model.family, "model.family")
     digests["sync.semantics"] = identity(config.sync.semantics, "sync.semantics")
+    digests["optimizer.schedule"] = identity(config.optimizer.schedule, "optimizer.schedule")
     return digests if config.sft.checkpoint_out is not None else digests | reward_identities(config)
 
 

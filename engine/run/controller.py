@@ -4,11 +4,14 @@ its evaluation. It trains nothing and starts no process.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from engine.config.load import RunConfig
+from engine.data.ends import end_tokens
 from engine.data.mixture import load_held_out, load_mixture
+from engine.data.templates import load_tokenizer
 from engine.evaluation.accuracy import evaluate, greedy_samples
 from engine.evaluation.selection import scores
 from engine.inference.pool import EngineHandle, Pool
@@ -20,6 +23,8 @@ from engine.rollouts.replay import open_replay
 from engine.rollouts.source import RolloutSource
 from engine.run.records import Records
 from engine.run.signals import Event
+
+log = logging.getLogger(__name__)
 
 NUM_SAMPLES = 8  # held-out problems whose greedy answers are kept for people to read
 
@@ -40,6 +45,10 @@ class Controller:
         self.collapse: str | None = None  # what the run is to be stopped for
         self._records = Records.open(config, start, kept)
         self._events: list[Event] = []
+        ends = end_tokens(config.model.path, load_tokenizer(config.model.path))
+        self.end_ids = ends.stop
+        if ends.disagreement:
+            log.warning(ends.disagreement)
         for note in self._records.notes:
             self._note(note)
         held_out = load_held_out(config, judging_of)
@@ -59,7 +68,7 @@ class Controller:
             return replay
         prompts = load_mixture(self._config, judging_of)
         self._note(str(prompts))
-        return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts)
+        return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts, self.end_ids)
 
     def evaluate(self, step: int, part_done: Callable[[], object]) -> None:
         """Judges the version that the pool serves on every held-out set; `part_done` is called after every wait."""

@@ -7,6 +7,7 @@ A run's events come out as an iterator of small dictionaries: {"kind": "step" | 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from engine.bridge.setup import open_publisher
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 from engine.config.load import RunConfig
 from engine.core.errors import NumericsError, PreemptedError, SemionError
+from engine.data.ends import end_tokens
+from engine.data.templates import load_tokenizer
 from engine.inference.pool import EngineHandle
 from engine.megatron.broadcast import broadcast_bytes
 from engine.megatron.policy import Policy
@@ -38,6 +41,8 @@ from engine.run.publishers import NoEngines, PoolPublisher
 from engine.run.signals import Event, sign_of_life, stop_request
 from engine.run.sources import BroadcastSource, SupervisedSource
 from engine.run.spec import Spec
+
+log = logging.getLogger(__name__)
 
 
 class TrainerRank:
@@ -84,7 +89,8 @@ class TrainerRank:
             saved = commits(config, step, ends=collapse is not None or stopped)
             if saved:
                 records = controller.kept(checkpoints.steps()) if controller else None
-                checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config, records)
+                ends = controller.end_ids if controller else ()
+                checkpoints.commit(step, policy.state(), _weights(config, policy, topology), config, records, ends)
             if end := _early_end(config, step, collapse, stopped=stopped, saved=saved):
                 self._close(topology, controller)
                 raise end
@@ -135,7 +141,10 @@ class TrainerRank:
                 pass
         else:
             assert config.sft.checkpoint_out is not None
-            write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path)
+            ends = end_tokens(config.model.path, load_tokenizer(config.model.path))
+            if ends.disagreement:
+                log.warning(ends.disagreement)
+            write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path, end_ids=ends.stop)
             writer.close()
             yield {"kind": "done", "checkpoint": config.sft.checkpoint_out}
         topology.close()

@@ -23,12 +23,13 @@ from engine.config.load import RunConfig
 from engine.config.options import algorithm_options
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED, Batch, Microbatch
+from engine.megatron.packing import make_batch
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
 from engine.models.sharding import export_plan
 from engine.ops import lm_head_log_probs, token_log_probs
 from tests.parallel.fp8_case import change_weights, fp8_parameters
-from tests.parallel.material import ALGORITHMS, batch_of, run_config
+from tests.parallel.material import ALGORITHMS, batch_of, run_config, sequences
 from tests.parallel.memory_case import memory
 from tests.parallel.pretended_gpu import pretended_gpu
 
@@ -42,6 +43,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "train": train,
         "export": export,
         "resume": resume,
+        "without_signal": without_signal,
         "seed": seed,
         "infinite": infinite,
         "curve": curve,
@@ -246,6 +248,33 @@ def fp8_moments(config: RunConfig, topology: Topology) -> dict[str, Any]:
         moment = adam.state[weight]["exp_avg"]
         found |= {name: moment.float().tolist(), "transposed": moment._transpose is not None}
     return found | {"finite": bool(weight.isfinite().all())}
+
+
+def without_signal(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+    """A step of pairs, one of none at all, one of a single pair, and the last of them again by a second policy from the state
+    after the empty one. What moved: the metric of each step, and the names in the state that the empty step changed."""
+    policy = Policy(config, topology, loss_of("dpo"), checkpoint)
+    made = [sequences(0, policy.shape.vocab_size), [], sequences(2, policy.shape.vocab_size)[:2]]
+    batches = [
+        make_batch(rows, step=step, num_prompts=5, trainer=config.trainer, dp_rank=topology.dp_rank)
+        for step, rows in enumerate(made)
+    ]
+    steps, states = [], []
+    for batch in batches:
+        steps.append(policy.train_step(policy.score(batch)))
+        states.append(policy.state())
+    changed = [name for name, value in states[1].items() if not torch.equal(value, states[0][name])]
+    second = Policy(config, topology, loss_of("dpo"), checkpoint)
+    second.load_state(states[1])
+    again = second.train_step(second.score(batches[2]))
+    resumed = again == steps[2] and all(torch.equal(value, states[2][name]) for name, value in second.state().items())
+    return {
+        "updated": [step["updated"] for step in steps],
+        "rates": [step["learning_rate"] for step in steps],
+        "norm": steps[1]["grad_norm"],
+        "changed": changed,
+        "resumed": resumed,
+    }
 
 
 def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bool]:

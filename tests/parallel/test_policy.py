@@ -290,3 +290,26 @@ def test_an_offloaded_optimizer_does_the_same_and_resumes(
     assert share <= hosted <= 1
     assert hosted < 1 or share == 1
     assert all(found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [
+        ({"data_parallel": 2, "distributed_optimizer": True}, {}),
+        ({"data_parallel": 2, "distributed_optimizer": True}, {"model": {"dtype": "bfloat16"}}),
+        ({"pipeline_parallel": 2}, {}),
+    ],
+    ids=["dp2_distributed", "dp2_distributed_bf16", "pp2"],
+)
+def test_a_step_without_any_signal_moves_nothing(
+    trainer: dict[str, Any], options: dict[str, Any], pool: WorkerPool, checkpoint: Checkpoint
+) -> None:
+    """Weights, moments and AdamW's count stay to the bit and only the place in the schedule moves; a step of one pair, which a
+    data-parallel rank has no part of, still counts; and a run resumed after the empty step goes on as it would have."""
+    decaying = {"schedule": "linear", "decay_steps": 4, "warmup_steps": 0}
+    where = {"checkpoint": str(checkpoint("plain"))}
+    for rank in pool.run("without_signal", 2, trainer=trainer, options={**options, "optimizer": decaying}, **where):
+        assert rank["updated"] == [1.0, 0.0, 1.0] and rank["norm"] == 0.0
+        assert rank["rates"] == pytest.approx([3e-3, 3e-3 * 3 / 4, 3e-3 * 2 / 4])
+        assert rank["changed"] == ["optimizer.schedule.step"]
+        assert rank["resumed"]

@@ -22,6 +22,7 @@ from engine.core.files import locked
 from engine.run.checkpoint import Checkpoints
 from engine.run.spec import Spec
 from tests.builders import LLAMA, config, make_model
+from tests.conftest import CHAT_TEMPLATE
 
 ROW = {"problem": "1+1", "answer": "2", "solution": "It is 2."}
 
@@ -183,6 +184,16 @@ def small_vocabulary(folder: Path) -> None:
 def no_end(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({k: v for k, v in LLAMA.items() if k != "eos_token_id"}))
     without(folder, "eos_token")
+    endless_turns(folder)
+
+
+def endless_turns(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}\n{% endfor %}")
+    without(folder, "chat_template")
+
+
+def ends_with_a_letter(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [259, 65]}')
 
 
 def end_beyond(folder: Path) -> None:
@@ -217,6 +228,7 @@ def bad_template(folder: Path) -> None:
         (small_vocabulary, ConfigError, "found 260 tokens for a vocabulary of 200"),
         (no_end, ConfigError, "model.path must say which token ends a response"),
         (end_beyond, ConfigError, "found eos_token_id = [259, 300]"),
+        (ends_with_a_letter, ConfigError, "no ordinary text"),
         (no_template, ConfigError, "must hold a tokenizer with a chat template; found none"),
         (bad_template, ConfigError, "found that it fails with 'only systems'"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), ConfigError, "must hold a tokenizer (tokenizer.json"),
@@ -227,6 +239,28 @@ def test_what_is_wrong_with_a_models_folder(made, spoil, kind, part):
     found = examine(made, "train")
     assert any(part in str(fault) and isinstance(fault, kind) for fault in found), [str(fault) for fault in found]
     assert all("model" in str(fault) for fault in found), "and of nothing else"
+
+
+def test_a_model_without_eos_whose_template_ends_turns_has_an_end_token(made):
+    folder = Path(made.model.path)
+    no_end(folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    assert faults(made) == [] and preflight.warnings(made) == []
+
+
+def test_end_tokens_that_differ_are_told_and_are_no_fault(made, tmp_path, capsys):
+    """The files name one, the tokenizer and its template another, as Llama 3's first release did."""
+    (Path(made.model.path) / "generation_config.json").write_text('{"eos_token_id": 256}')
+    assert faults(made) == []
+    (told,) = preflight.warnings(made)
+    assert told == (
+        "the model's folder names its end tokens in places that differ (generation_config.json: 256 '<|begin_of_text|>'; "
+        "config.json: 259 '<|eot_id|>'; eos_token of the tokenizer: 259 '<|eot_id|>'; the chat template's end of a turn: 259 "
+        "'<|eot_id|>'): sampling stops at each of them; responses that are tokenized end with 259 '<|eot_id|>'"
+    )
+    (tmp_path / "run.toml").write_text(dump_config(made))
+    assert cli.main(["check", str(tmp_path / "run.toml")]) == 0
+    assert "places that differ" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_broken_row_is_told_wherever_it_stands(made, tmp_path):

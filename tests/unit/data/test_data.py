@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,27 @@ def test_order_is_one_permutation_an_epoch_however_cut(num_prompts: int, seed: i
     stream = [index for step in range(num_steps) for index in steps[step]]
     for epoch in range(3):
         assert sorted(stream[epoch * num_prompts : (epoch + 1) * num_prompts]) == list(range(num_prompts))
-    assert stream == PromptOrder(num_prompts, seed).at(0, num_steps * prompts_per_step)
+    if num_prompts % prompts_per_step == 0:  # no step crosses an epoch: the permutations as they are
+        assert stream == PromptOrder(num_prompts, seed).at(0, num_steps * prompts_per_step)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 30), st.integers(0, 2**63), st.integers(1, 40), st.integers(0, 1000))
+def test_no_step_holds_a_prompt_twice_while_others_wait(num_prompts: int, seed: int, wanted: int, step: int) -> None:
+    counts = Counter(PromptOrder(num_prompts, seed).at(step, wanted))
+    assert {counts[prompt] for prompt in range(num_prompts)} <= {wanted // num_prompts, -(-wanted // num_prompts)}
+
+
+def test_a_step_that_crosses_an_epoch_puts_off_only_what_it_has_already() -> None:
+    """10 prompts, 4 a step: steps 2 and 7 cross an epoch; all others are the permutations', place by place."""
+    order = PromptOrder(10, 3)
+    plain = [index for epoch in range(4) for index in PromptOrder(10, 3).at(epoch, 10)]
+    found = [index for step in range(10) for index in order.at(step, 4)]
+    tail = plain[8:10]
+    head = [index for index in plain[10:20] if index not in tail][:2]
+    assert found[8:12] == [*tail, *head]
+    assert found[10:20] == [*head, *(index for index in plain[10:20] if index not in head)]
+    assert found[:10] == plain[:10] and found[20:30] == plain[20:30] and sorted(found[30:40]) == list(range(10))
 
 
 def test_order_differs_by_seed_and_epoch_and_never_changes() -> None:

@@ -112,7 +112,7 @@ def test_spare_prompts_are_sampled_counted_and_pass_in_the_order():
     source = RolloutSource(config, prompts, Pool([engine], 5.0), Parity(), None)
     source.open(range(0, 2))
     asked = [request.prompt_id for method, (requests, _) in engine.calls[:1] for request in requests]
-    assert asked[::2] == [f"p{i}" for i in PromptOrder(9, 3).at(0, 12)]
+    assert asked[::2] == [f"p{i}" for step in range(2) for i in PromptOrder(9, 3).at(step, 6)]
     for step in (0, 1):
         data = source.next(step)
         assert data.num_prompts == 3

@@ -108,6 +108,24 @@ def test_transformers_loads_what_is_written(tmp_path: Path, max_shard_bytes: int
     assert torch.equal(source.tensor("model.norm.weight"), loaded.model.norm.weight)
 
 
+def test_what_is_written_names_every_end_token(tmp_path: Path) -> None:
+    """In the generation config, which is otherwise as it was; a folder that names them all is copied to the byte."""
+    (tmp_path / "seed").mkdir()
+    template = folder_with(tmp_path / "seed")
+
+    def written(end_ids: list[int]) -> dict[str, Any] | None:
+        write_hf_checkpoint(tmp_path / "out", [("a", torch.zeros(1))], template, end_ids=end_ids)
+        file = tmp_path / "out" / "generation_config.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    assert written([]) is None
+    assert written([7, 8]) == {"eos_token_id": [7, 8]}
+    (template / "generation_config.json").write_text('{"eos_token_id":7,  "top_p": 0.9}')
+    assert written([7, 8]) == {"eos_token_id": [7, 8], "top_p": 0.9}
+    written([7])
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id":7,  "top_p": 0.9}'
+
+
 def test_a_checkpoint_is_replaced_but_nothing_else(tmp_path: Path) -> None:
     """Writing twice leaves the second; a folder of other files stays as it is; a failed write leaves the first."""
     (tmp_path / "seed").mkdir()

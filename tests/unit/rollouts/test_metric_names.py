@@ -50,7 +50,8 @@ def written() -> set[str]:
     """The names of a step's record, over all losses, as far as no engine is needed for them."""
     names = set[str]()
     for options in ALGORITHMS:
-        config = run_config(algorithm={"samples_per_prompt": 6} | options)
+        sampling = {"truncated": "wrong", "overlong_buffer": 2}
+        config = run_config(algorithm={"samples_per_prompt": 6} | options, sampling=sampling)
         names |= step_data(MIXED, [(len(MIXED), len(MIXED) - 1)], rollout_metrics(MIXED, Usage(9, 1.0)), config).metrics.keys()
         names |= {metric.name for metric in make_loss(config.algorithm).metrics}
     names |= {metric.name for metric in (*NllLoss.metrics, *of_policy.METRICS)} | compared_tokens([]).keys()

@@ -23,7 +23,7 @@ from engine.inference.pool import Pool, Usage
 from engine.rewards.base import Answer, Reward
 from engine.rollouts.batch import compared_tokens, training_sequences
 from engine.rollouts.ledger import ledger_rows
-from engine.rollouts.metrics import percentile, rollout_metrics
+from engine.rollouts.metrics import percentile, rollout_metrics, warn_of_endings
 from engine.rollouts.source import RolloutSource, score_groups
 from tests.unit.inference.test_pool import FakeEngine
 
@@ -135,8 +135,14 @@ def test_what_an_engine_raises_is_raised_by_next(open_source):
         source.next(0)
 
 
-def group(rewards: Many[float], prompt: int = 0, statuses: Many[str] | None = None, reward: str = "math") -> RolloutGroup:
-    """One rollout a reward; rollout i has i + 1 tokens with log-prob -(i + 1) / 2 each, and is cut off when i is 1."""
+def group(
+    rewards: Many[float],
+    prompt: int = 0,
+    statuses: Many[str] | None = None,
+    reward: str = "math",
+    cut_off: Many[int] = (),
+) -> RolloutGroup:
+    """One rollout a reward; rollout i has i + 1 tokens with log-prob -(i + 1) / 2 each, and is cut off when in `cut_off`."""
     rollouts = [
         Rollout(
             Completion(
@@ -147,7 +153,7 @@ def group(rewards: Many[float], prompt: int = 0, statuses: Many[str] | None = No
                 token_ids=tuple(range(i + 1)),
                 log_probs=(-(i + 1) / 2,) * (i + 1),
                 text=f"answer {i}",
-                finish_reason="length" if i == 1 else "stop",
+                finish_reason="length" if i in cut_off else "stop",
             ),
             Score(value, statuses[i] if statuses else "ok"),  # type: ignore[arg-type]
         )
@@ -161,7 +167,7 @@ def test_metrics_of_a_step_worked_out_by_hand():
 
     Minus log-probs 1*0.5 + 2*1 + 3*1.5 + 1*0.5 + 2*1 = 9.5.
     """
-    groups = [group([1, 0, 0], 0, ["ok", "timeout", "died"]), group([1, 0], 1)]
+    groups = [group([1, 0, 0], 0, ["ok", "timeout", "died"], cut_off=[1]), group([1, 0], 1, cut_off=[1])]
     metrics = rollout_metrics(groups, Usage(num_tokens=9, busy_seconds=2.5))
     assert metrics == pytest.approx(
         {
@@ -176,6 +182,7 @@ def test_metrics_of_a_step_worked_out_by_hand():
             "correct_tokens_mean": 1.0,
             "incorrect_tokens_mean": 2.0,
             "truncated": 0.4,
+            "end_tokens_inside": 0.0,
             "reward_timeouts": 1.0,
             "reward_failures": 1.0,
             "reward_too_long": 0.0,
@@ -185,6 +192,19 @@ def test_metrics_of_a_step_worked_out_by_hand():
         }
     )
     assert math.isnan(rollout_metrics([group([1, 1])], Usage(3, 1.0))["incorrect_tokens_mean"])
+
+
+def test_end_tokens_inside_and_steps_without_an_end_are_counted_and_told(caplog):
+    """Rollout i has the tokens 0 .. i; the last one may be an end token."""
+    groups = [group([1, 0, 0], 0, cut_off=[0, 1, 2])]
+    metrics = rollout_metrics(groups, None, end_ids=(1, 2))
+    assert (metrics["end_tokens_inside"], metrics["truncated"]) == (1.0, 1.0)
+    warn_of_endings(metrics, 96)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "did not stop at every end token" in caplog.text and "cut off at sampling.max_tokens = 96" in caplog.text
+    caplog.clear()
+    warn_of_endings(rollout_metrics([group([1, 0, 0], 0, cut_off=[0, 1])], None, end_ids=(2,)), 96)
+    assert caplog.records == []
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 100))
@@ -352,7 +372,7 @@ def test_completions_are_scored_against_their_own_prompt():
 
 
 def test_a_row_of_the_ledger_tells_everything_of_a_rollout():
-    assert ledger_rows(group([1, 0], 2, ["ok", "unparsable"]))[1] == {
+    assert ledger_rows(group([1, 0], 2, ["ok", "unparsable"], cut_off=[1]))[1] == {
         "step": 5,
         "version": 0,
         "prompt_id": "p2",

@@ -103,6 +103,30 @@ def test_an_option_that_came_later_counts_as_its_default(tmp_path):
         open_checkpoints(tmp_path).load(run_config(tmp_path, model={"family": "llama"}))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling": {"truncated": "wrong"}},
+        {"sampling": {"overlong_buffer": 5}},
+        {"algorithm": {"choose_truncated": True}},
+        {"optimizer": {"schedule": "linear", "decay_steps": 9}},
+    ],
+)
+def test_what_becomes_of_long_responses_and_the_schedule_are_part_of_the_run(tmp_path, change):
+    commit(tmp_path, 5)
+    ((section, options),) = change.items()
+    with pytest.raises(CheckpointError, match=f"{section}.{next(iter(options))} must be what"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, **change))
+
+
+def test_the_policy_of_a_checkpoint_names_all_that_ends_a_response(tmp_path):
+    config = run_config(tmp_path)
+    written = open_checkpoints(tmp_path).commit(5, state_of(5), weights_of(5), config, None, (7, 8))
+    assert json.loads((written / "policy" / "generation_config.json").read_text()) == {"eos_token_id": [7, 8]}
+    export(written, tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").exists()
+
+
 def test_a_copy_of_a_checkpoint_under_another_name_is_left_alone(tmp_path):
     shutil.copytree(commit(tmp_path, 5), tmp_path / "run" / "checkpoints" / "step_00000005_good")
     for step in (10, 15, 20):
