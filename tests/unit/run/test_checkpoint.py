@@ -38,7 +38,7 @@ from engine.run.checkpoint import (
     rank_file,
     read_manifest,
 )
-from engine.run.rank import commits, resume_policy
+from engine.run.milestones import commits, resume_policy
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS = 15
