@@ -16,15 +16,14 @@ from engine.core.errors import CheckpointError
 from engine.core.jsonl import line_of, read_rows
 from engine.observe.guard import Guard
 from engine.run.records import Records
+from tests import builders
 
 LEDGERS = ("metrics", "evaluations", "samples", "rollouts", "guard")
 TEXT = "x" * 500  # of a rollout
 
 
 def config_of(root: Path, **guard: Any) -> RunConfig:
-    tree: dict[str, Any] = {"run": {"directory": str(root), "steps": 1000}, "model": {"path": "unused"}}
-    tree |= {"data": {"train": "unused", "held_out": "unused"}, "evaluation": {"every": 50}, "guard": guard}
-    return RunConfig.model_validate(tree)
+    return builders.config(root, run={"steps": 1000}, data={"held_out": "unused"}, evaluation={"every": 50}, guard=guard)
 
 
 def live(records: Records, steps: range) -> None:

@@ -51,11 +51,11 @@ def test_colocated_nodes_and_a_reward_engine_survive_json():
 
 def test_rules_are_checked_once(monkeypatch):
     """The processes of a run trust what the command has checked; a value of a wrong type is still refused."""
-    text = spec().to_json()
+    made = spec().config
+    text, pickled = spec(made).to_json(), pickle.dumps(made)
     monkeypatch.setattr("engine.config.load.broken_rules", lambda config: pytest.fail("checked again"))
     assert Spec.from_json(text).config.run.steps == 4
-    made = spec().config
-    assert pickle.loads(pickle.dumps(made)) == made, "nor where Ray sends a configuration by itself"
+    assert pickle.loads(pickled) == made, "nor where Ray sends a configuration by itself"
     with pytest.raises(ValueError, match="steps"):
         Spec.from_json(text.replace('"steps":4', '"steps":"four"'))
 
