@@ -59,7 +59,7 @@ def merged(*trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     return tree
 
 
-def config(directory: str | Path = "unused", **tables: Mapping[str, Any]) -> RunConfig:
+def config(directory: str | Path = "unused", /, **tables: Mapping[str, Any]) -> RunConfig:
     """A configuration that breaks no rule; `tables` set options anew, beside those of `LEAST`."""
     return RunConfig.model_validate(merged(LEAST, tables, {"run": {"directory": str(directory)}}))
 

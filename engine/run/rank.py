@@ -89,8 +89,10 @@ class TrainerRank:
             evaluate=milestones.evaluate,
             window=Window(config.profile, config.run_directory, self._rank, pool, config.schedule),
         ):
-            yield from controller.finish_step(record) if controller is not None else ()
-        yield from controller.finish() if controller is not None else ()
+            for event in controller.finish_step(record) if controller is not None else ():  # Ray's `send` is not a list's
+                yield event
+        for event in controller.finish() if controller is not None else ():
+            yield event
         topology.close()
 
     def fine_tune(self, port: int) -> Iterator[Event]:

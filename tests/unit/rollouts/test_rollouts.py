@@ -47,11 +47,11 @@ class Parity(Reward):
     """Rewards even seeds; the text of a fake completion is its seed. Waits for `allowed` first."""
 
     def __init__(self) -> None:
-        self.judging, self.allowed = threading.Event(), threading.Event()
+        self.begun, self.allowed = threading.Event(), threading.Event()
         self.allowed.set()
 
     def score(self, answers: Many[Answer]) -> list[Score]:
-        self.judging.set()
+        self.begun.set()
         assert self.allowed.wait(10)
         return [Score(float(int(answer.completion) % 2 == 0), "ok") for answer in answers]
 
@@ -375,7 +375,7 @@ def test_a_source_is_closed_when_nothing_judges_any_more(open_source):
     reward.allowed.clear()
     source = open_source(run_config(), reward=reward)
     source.open(range(0, 2))
-    assert reward.judging.wait(10)
+    assert reward.begun.wait(10)
     closed = threading.Thread(target=source.close)
     closed.start()
     closed.join(0.1)

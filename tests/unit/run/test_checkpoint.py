@@ -49,7 +49,8 @@ def run_config(root: Path, **changes: dict[str, Any]) -> RunConfig:
     """A configuration whose model is the template folder root/seed, made here."""
     (root / "seed").mkdir(exist_ok=True)
     (root / "seed" / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float32"}')
-    own = {"run": {"steps": 100}, "model": {"path": str(root / "seed")}, "sync": {"sync_interval": 5}}
+    own: dict[str, dict[str, Any]] = {"run": {"steps": 100}, "sync": {"sync_interval": 5}}
+    own["model"] = {"path": str(root / "seed")}
     return builders.config(root / "run", **builders.merged(own, {"data": {"train": "train.jsonl"}}, changes))
 
 

@@ -147,7 +147,7 @@ def test_a_line_that_is_no_row_where_a_step_is_looked_for_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["evaluations", "metrics"])
 def test_a_line_that_stays_and_is_no_row_is_found_before_anything_is_cut(tmp_path, name):
     """Of evaluations what came with the checkpoint's step is read, of metrics all, where the guard has other options."""
-    kept = begun(tmp_path, 120, 7)
+    kept: dict[str, Any] | None = begun(tmp_path, 120, 7)
     config = config_of(tmp_path, entropy_share=0.001)
     ledger = tmp_path / f"{name}.jsonl"
     lines = ledger.read_bytes().splitlines(keepends=True)
