@@ -44,7 +44,7 @@ class Source(Protocol):
         ...
 
 
-class Place(Protocol):
+class ParallelState(Protocol):
     """Where this rank stands among the trainer ranks: megatron's Topology."""
 
     @property
@@ -126,7 +126,7 @@ class Publisher:
     def __init__(
         self,
         source: Source,
-        place: Place,
+        place: ParallelState,
         terms: SyncTerms,
         *,
         host: str,
@@ -249,7 +249,7 @@ def most_telling(failures: list[Failure]) -> Failure | None:
 
 
 def stream_to_first_rank(
-    source: Source, place: Place, plan: tuple[ExportBucket, ...], dtype: torch.dtype
+    source: Source, place: ParallelState, plan: tuple[ExportBucket, ...], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every full tensor in plan order on rank 0, nothing elsewhere; collective, and to be drained on every rank."""
     leaders = place.stage_leaders()

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from engine.bridge.sender import Engines, Place, Publisher, Source
+from engine.bridge.sender import Engines, ParallelState, Publisher, Source
 from engine.bridge.terms import SyncTerms
 from engine.bridge.transports.base import Transport, room_for
 from engine.bridge.transports.registry import choose, kind_of
@@ -58,7 +58,7 @@ class Policy(Source, Protocol):
         ...
 
 
-class Standing(Place, Protocol):
+class ReplicatedState(ParallelState, Protocol):
     """Where this rank stands, and how many replicas there are."""
 
     @property
@@ -75,7 +75,7 @@ class Pool(Engines, Protocol):
         ...
 
 
-def open_publisher(run: Run, policy: Policy, place: Standing, host: str, pool: Pool | None) -> Publisher:
+def open_publisher(run: Run, policy: Policy, place: ReplicatedState, host: str, pool: Pool | None) -> Publisher:
     """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
     config = run.config
     seen = torch.zeros(config.inference.engines, dtype=torch.int64, device=place.device)  # by rank 0: the machine of each
@@ -112,7 +112,7 @@ def channel(machines: list[int], transport: type[Transport], colocated: Colocate
     return nodes, tuple(colocated.ranks_on_node_of(engines[0]) for engines in nodes) if colocated else ()
 
 
-def _setting(run: Run, policy: Policy, place: Standing, machines: list[int]) -> Setting:
+def _setting(run: Run, policy: Policy, place: ReplicatedState, machines: list[int]) -> Setting:
     """What the transports are asked about: among the rest whether the memory that processes share has room for weight syncs on
     every machine, and the bytes it needs on the fullest; collective."""
     config, colocated = run.config, run.colocated_nodes

@@ -194,9 +194,9 @@ def _look_at(node: dict[str, Any], timeout_seconds: float) -> Node:
 def check_devices(placement: Placement, nodes: Sequence[Node], gpus_per_node: int) -> None:
     """ConfigError when a node lacks a GPU that something is placed on; on nodes without any the run is on the CPU."""
     on_gpu = any(node.devices for node in nodes)
-    for seat in placement.seats if on_gpu else ():
-        node = nodes[seat.node]
-        if max(seat.gpus) >= (found := len(node.devices)):
+    for assignment in placement.assignments if on_gpu else ():
+        node = nodes[assignment.node]
+        if max(assignment.gpus) >= (found := len(node.devices)):
             raise ConfigError(
                 f"cluster.gpus_per_node must not exceed the GPUs of a node; found {gpus_per_node}, "
                 f"and {found} on {node.address}: {f'set it to {found}' if found else 'start Ray on nodes with GPUs only'}"

@@ -101,11 +101,11 @@ class Cluster:
     def start_engines(self) -> list[RayEngine]:
         """Starts the inference engines; they load while the caller goes on."""
         placed = self._placement
-        seats: Sequence[GpuAssignment | None] = placed.engines if placed else [None] * self._config.inference.engines
+        assignments: Sequence[GpuAssignment | None] = placed.engines if placed else [None] * self._config.inference.engines
         engines = []
-        for i, seat in enumerate(seats):
+        for i, assignment in enumerate(assignments):
             journal = self._journal(f"engine {i}")
-            start = self._starter(seat, journal, ENGINE, "config", i, profiled=self._profiled("engine", i))
+            start = self._starter(assignment, journal, ENGINE, "config", i, profiled=self._profiled("engine", i))
             engines.append(RayEngine(journal, start))
         self._engines += engines
         return engines
@@ -114,9 +114,9 @@ class Cluster:
         """Starts the engine of the reward model, where the run has one; it loads while the caller goes on."""
         if not self._spec.starts_reward_engine:
             return None
-        seat = self._placement.reward_engine if self._placement else None
+        assignment = self._placement.reward_engine if self._placement else None
         journal = self._journal("the reward engine")
-        self._engines.append(RayEngine(journal, self._starter(seat, journal, REWARD_ENGINE, "config")))
+        self._engines.append(RayEngine(journal, self._starter(assignment, journal, REWARD_ENGINE, "config")))
         return self._engines[-1]
 
     def train(self, *, resume: bool) -> Iterator[Event]:
@@ -140,12 +140,12 @@ class Cluster:
 
         assert self._warnings is not None
         placed = self._placement
-        seats: Sequence[GpuAssignment | None] = placed.ranks if placed else [None] * self._config.trainer.world_size
+        assignments: Sequence[GpuAssignment | None] = placed.ranks if placed else [None] * self._config.trainer.world_size
         host = self._nodes[0].address  # where rank 0 is
-        journals = [self._journal(f"trainer rank {rank}") for rank in range(len(seats))]
+        journals = [self._journal(f"trainer rank {rank}") for rank in range(len(assignments))]
         ranks = [
-            self._starter(seat, journal, kind, "spec", rank, host, profiled=self._profiled("rank", rank))()
-            for rank, (seat, journal) in enumerate(zip(seats, journals, strict=True))
+            self._starter(assignment, journal, kind, "spec", rank, host, profiled=self._profiled("rank", rank))()
+            for rank, (assignment, journal) in enumerate(zip(assignments, journals, strict=True))
         ]
         self._ranks += ranks
         try:
@@ -162,25 +162,25 @@ class Cluster:
 
     def _starter(
         self,
-        seat: GpuAssignment | None,
+        assignment: GpuAssignment | None,
         journal: Journal,
         kind: str | type,
         needs: Needs,
         *arguments: Any,
         profiled: dict[str, Any] | None = None,
     ) -> Callable[[], Any]:
-        """Starts a process with an object of this class in its seat, each time it is called. `profiled`: what Ray must know to
-        profile it."""
+        """Starts a process with an object of this class on its node and GPUs, each time it is called. `profiled`: what Ray must
+        know to profile it."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         arguments = (kind, needs, self._spec.to_json(), *arguments)
-        if seat is None:
+        if assignment is None:
             return partial(ray.remote(num_cpus=0, runtime_env=profiled or {})(hosting(kind)).remote, journal, *arguments)
-        node = self._nodes[seat.node]
+        node = self._nodes[assignment.node]
         variables = PROCESS_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": node.interface, "NCCL_SOCKET_IFNAME": node.interface}
         if node.devices:
-            variables["CUDA_VISIBLE_DEVICES"] = seat.visible(node.devices)
+            variables["CUDA_VISIBLE_DEVICES"] = assignment.visible(node.devices)
         actor = ray.remote(
             num_cpus=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.ray_id, soft=False),

@@ -191,7 +191,7 @@ def _reward_file(config: RunConfig) -> Path | None:
 
 
 def _placement(config: RunConfig, parts: tuple[Part, ...]) -> Placement | None:
-    """The seats on cluster.nodes * cluster.gpus_per_node GPUs; None where they are too few, as a run on CPUs may have it."""
+    """On cluster.nodes * cluster.gpus_per_node GPUs; None where they are too few, as a run on CPUs may have it."""
     try:
         return place(config, parts)
     except ConfigError:

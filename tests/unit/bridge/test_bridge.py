@@ -301,7 +301,7 @@ def test_the_sentence_names_bucket_tensor_and_ranks() -> None:
     (lost,) = (message for message in world.plan.messages if message.source == 1)
     assert said[world.plan.receivers(lost)[0]] == (
         f"bucket {lost.index + 1} of 2 ({lost.bucket.transfers[0].name} and {len({t.name for t in lost.bucket.transfers}) - 1} "
-        f"more tensors) from trainer rank 1 to tensor rank 0 of engine {', '.join(map(str, lost.route))} was not delivered: "
+        f"more tensors) from trainer rank 1 to tensor rank 0 of engine {', '.join(map(str, lost.path))} was not delivered: "
         f"timed out"
     )
 

@@ -123,5 +123,5 @@ def test_a_bridge_over_two_nodes_is_told_who_serves_whom(
     assert (terms.transport, terms.nodes) == (transport, nodes)
     assert ("ipc would be faster" in caplog.text) is (transport == "gloo")
     assert terms.senders == tuple((2,) if engines == (1,) else (0, 1) for engines in nodes)
-    assert {message.source for message in terms.plan().messages if message.route == (1,)} == {2}
+    assert {message.source for message in terms.plan().messages if message.path == (1,)} == {2}
     assert type(terms).from_json(terms.to_json()) == terms

@@ -36,8 +36,8 @@ def layouts(draw) -> RunConfig:
     )
 
 
-def cells(seats: tuple[GpuAssignment, ...]) -> list[tuple[int, int]]:
-    return [(seat.node, gpu) for seat in seats for gpu in seat.gpus]
+def cells(assignments: tuple[GpuAssignment, ...]) -> list[tuple[int, int]]:
+    return [(assignment.node, gpu) for assignment in assignments for gpu in assignment.gpus]
 
 
 def fitting(config: RunConfig) -> Placement:
@@ -66,10 +66,10 @@ def test_ranks_and_engines_are_whole_and_tensor_parallel_ranks_share_a_node(conf
     found, trainer = fitting(config), config.trainer
     assert len(found.ranks) == trainer.world_size
     assert len(found.engines) == config.inference.engines
-    assert all(len(seat.gpus) == 1 for seat in found.ranks)
-    assert all(len(seat.gpus) == config.inference.tensor_parallel for seat in found.engines)
+    assert all(len(assignment.gpus) == 1 for assignment in found.ranks)
+    assert all(len(assignment.gpus) == config.inference.tensor_parallel for assignment in found.engines)
     for first in range(0, trainer.world_size, trainer.tensor_parallel):
-        assert len({seat.node for seat in found.ranks[first : first + trainer.tensor_parallel]}) == 1
+        assert len({assignment.node for assignment in found.ranks[first : first + trainer.tensor_parallel]}) == 1
     assert cells(found.ranks) == sorted(cells(found.ranks)), "ranks fill nodes in order"
     assert found.ranks[0] == GpuAssignment(0, (0,)), "rank 0 is on the head, where the command is"
 
@@ -90,7 +90,7 @@ def turning(draw) -> Options:
 
 @given(turning())
 def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_policy_beside_it(options):
-    """By the seats: who holds which shard is counted as megatron numbers its ranks, tensor, data, pipeline parallel."""
+    """By the assignments: who holds which shard is counted as megatron numbers its ranks, tensor, data, pipeline parallel."""
     t = options.trainer
     try:
         found = place(options, ALL)
@@ -98,13 +98,13 @@ def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_
         with pytest.raises(ConfigError, match=re.escape(str(error))):
             colocated_nodes(options)
         return
-    seats = iter(found.ranks)
+    assignments = iter(found.ranks)
     held: dict[int, set[tuple[int, int]]] = {}
     for pp in range(t.pipeline_parallel):
         for _ in range(t.data_parallel):
             for tp in range(t.tensor_parallel):
-                held.setdefault(next(seats).node, set()).add((pp, tp))
-    whole = all(len(held[seat.node]) == t.tensor_parallel * t.pipeline_parallel for seat in found.engines)
+                held.setdefault(next(assignments).node, set()).add((pp, tp))
+    whole = all(len(held[assignment.node]) == t.tensor_parallel * t.pipeline_parallel for assignment in found.engines)
     if not whole:
         said = f"cluster.nodes = {options.cluster.nodes} needs all {t.tensor_parallel * t.pipeline_parallel} shards"
         with pytest.raises(ConfigError, match=said):
@@ -114,9 +114,9 @@ def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_
         return
     turns = colocated_nodes(RunConfig.model_validate(options.model_dump()))
     assert turns is not None
-    for engine, seat in enumerate(found.engines):
+    for engine, assignment in enumerate(found.engines):
         beside = turns.ranks_on_node_of(engine)
-        assert beside == tuple(rank for rank, other in enumerate(found.ranks) if other.node == seat.node)
+        assert beside == tuple(rank for rank, other in enumerate(found.ranks) if other.node == assignment.node)
 
 
 @given(turning())
@@ -128,9 +128,10 @@ def test_a_replica_that_divides_a_node_is_seated_whole(options):
     assert found.ranks[0] == GpuAssignment(0, (0,))
     for dp in range(t.data_parallel):
         stages = [(pp * t.data_parallel + dp) * t.tensor_parallel for pp in range(t.pipeline_parallel)]
-        seats = [found.ranks[first + tp] for first in stages for tp in range(t.tensor_parallel)]
-        assert len({seat.node for seat in seats}) == 1
-        assert [seat.gpus[0] for seat in seats] == list(range(dp * replica % gpus, dp * replica % gpus + replica))
+        assignments = [found.ranks[first + tp] for first in stages for tp in range(t.tensor_parallel)]
+        assert len({assignment.node for assignment in assignments}) == 1
+        first = dp * replica % gpus
+        assert [assignment.gpus[0] for assignment in assignments] == list(range(first, first + replica))
 
 
 def test_other_runs_take_no_turns_on_several_nodes():
@@ -157,7 +158,7 @@ def test_examples_of_eight_gpus_a_node():
         trainer={"tensor_parallel": 4, "data_parallel": 3}, inference={"engines": 2, "tensor_parallel": 4}, cluster={"nodes": 3}
     )
     found = place(config, ALL)
-    assert [seat.node for seat in found.ranks] == [0] * 8 + [1] * 4
+    assert [assignment.node for assignment in found.ranks] == [0] * 8 + [1] * 4
     assert found.engines == (GpuAssignment(1, (4, 5, 6, 7)), GpuAssignment(2, (0, 1, 2, 3)))
     alone = place(config, ("engines",))
     assert (alone.ranks, alone.engines[0]) == ((), GpuAssignment(0, (0, 1, 2, 3))), "without a trainer its GPUs are free"
