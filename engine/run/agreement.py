@@ -4,10 +4,7 @@ a run is to be stopped for. Every method is collective over the trainer ranks. I
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch
-
+from engine.bridge.sender import ParallelState
 from engine.config.load import RunConfig
 from engine.megatron.broadcast import broadcast_bytes
 from engine.run.signals import sign_of_life, stop_request
@@ -15,30 +12,11 @@ from engine.run.signals import sign_of_life, stop_request
 _OVER, _MORE, _STOP = b"over", b"more", b"stop"  # the words that cross
 
 
-class Ranks(Protocol):
-    """Where this rank stands: megatron's Topology."""
-
-    @property
-    def rank(self) -> int:
-        """Among all trainer ranks."""
-        ...
-
-    @property
-    def world_size(self) -> int:
-        """Number of trainer ranks."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where what is broadcast lies."""
-        ...
-
-
 class Agreement:
     """The trainer ranks of a run, as one of them speaks and listens."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        self._config, self._ranks = config, ranks
+    def __init__(self, config: RunConfig, state: ParallelState) -> None:
+        self._config, self._state = config, state
 
     # However long engines, rewards and evaluations take within their own deadlines, no rank waits longer in one collective than
     # rank 0 waits between two heartbeats, and the command that watches sees the run live.
@@ -62,7 +40,7 @@ class Agreement:
 
     def stop_asked(self) -> bool:
         """Whether the command had asked the run to stop when rank 0 looked."""
-        asked = self._ranks.rank == 0 and stop_request(self._config).exists()
+        asked = self._state.rank == 0 and stop_request(self._config).exists()
         return self._broadcast(_STOP if asked else b"") == _STOP
 
     def _beat(self, word: bytes) -> None:
@@ -71,4 +49,4 @@ class Agreement:
 
     def _broadcast(self, word: bytes) -> bytes:
         """Rank 0's word, on every rank."""
-        return broadcast_bytes(word, self._ranks.device) if self._ranks.world_size > 1 else word
+        return broadcast_bytes(word, self._state.device) if self._state.world_size > 1 else word
