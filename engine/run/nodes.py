@@ -35,6 +35,7 @@ RAY_ENVIRONMENT = {  # of every process of Ray
     "RAY_prestart_worker_first_driver": "0",  # and start processes that no run uses
     "RAY_DEDUP_LOGS": "0",
 }
+SET_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # in the process that calls ray.init
 PROCESS_ENVIRONMENT = {  # of every rank and engine
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -60,9 +61,9 @@ class Node:
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """While entered, these variables are set in this process, from which Ray takes them for all that it starts; then all are
-    again what they were."""
-    before = {name: os.environ.get(name) for name in variables}
+    """While entered, these variables are set in this process, from which Ray takes them for all that it starts; then these,
+    and what Ray sets of its own, are again what they were."""
+    before = {name: os.environ.get(name) for name in (*variables, *SET_BY_RAY)}
     os.environ.update(variables)
     try:
         yield

@@ -158,7 +158,12 @@ def test_a_process_that_is_late_is_not_said_to_have_ended():
 def started(monkeypatch):
     """The environment that Ray has when it starts, each time; it starts nothing."""
     seen: list[dict[str, str]] = []
-    monkeypatch.setattr(ray, "init", lambda **options: seen.append(dict(os.environ)))
+
+    def init(**options: object) -> None:
+        seen.append(dict(os.environ))
+        os.environ["PYTHONBREAKPOINT"] = "ray.util.rpdb._driver_set_trace"  # as Ray does
+
+    monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "a", "Resources": {}}])
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     return seen
