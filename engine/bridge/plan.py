@@ -218,9 +218,7 @@ class _Candidate:
         return _Candidate(self.holders, self.target, Transfer(t.name, count, t.cols, source, target), self.contiguous)
 
 
-def _flows(
-    shape: ModelShape, source: TrainerLayout, target: EngineLayout
-) -> dict[tuple[ModelRank, int], list[_Candidate]]:
+def _flows(shape: ModelShape, source: TrainerLayout, target: EngineLayout) -> dict[tuple[ModelRank, int], list[_Candidate]]:
     """What goes from each model-parallel rank to each tensor rank of the engines, layer by layer."""
     places: tuple[tuple[Place, int], ...] = (("first", 0), ("layer", 0), ("last", source.pp_size - 1))
     held = {
@@ -266,9 +264,7 @@ def _candidates(
                     yield from _overlap(found, shard, needed, tp_rank)
 
 
-def _overlap(
-    found: list[tuple[ModelRank, Shard, Piece]], shard: Shard, needed: Piece, tp_rank: int
-) -> Iterator[_Candidate]:
+def _overlap(found: list[tuple[ModelRank, Shard, Piece]], shard: Shard, needed: Piece, tp_rank: int) -> Iterator[_Candidate]:
     """What one needed piece takes of a rectangle that one or more model-parallel ranks hold. A matrix with several holders,
     the tied embedding, is shared out among them by rows; a vector is left whole."""
     p = found[0][2]
