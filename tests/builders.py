@@ -4,18 +4,21 @@ without a model on disk."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
 from engine.config.load import RunConfig
 from engine.models.base import ModelShape
 from engine.models.hf import read_shape
 from engine.models.sharding import tensors
 from engine.run.spec import Spec, assemble
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SMALL = ModelShape(4, 8, 4, 2, 2, 12, 100, 1e4, None, 1e-5, False, 16)
 LEAST: dict[str, dict[str, Any]] = {
@@ -48,13 +51,17 @@ def make_model(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -
     save_file({name: torch.zeros(size, dtype=torch.bfloat16) for name, size in sizes.items()}, folder / "model.safetensors")
 
 
-def config(directory: str | Path = "unused", **tables: dict[str, Any]) -> RunConfig:
+def merged(*trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The tables of all; an option of a later one wins."""
+    tree: dict[str, dict[str, Any]] = {}
+    for name, table in ((name, table) for tables in trees for name, table in tables.items()):
+        tree[name] = tree.get(name, {}) | dict(table)
+    return tree
+
+
+def config(directory: str | Path = "unused", /, **tables: Mapping[str, Any]) -> RunConfig:
     """A configuration that breaks no rule; `tables` set options anew, beside those of `LEAST`."""
-    tree = {name: dict(table) for name, table in LEAST.items()}
-    for name, table in tables.items():
-        tree[name] = tree.get(name, {}) | table
-    tree["run"]["directory"] = str(directory)
-    return RunConfig.model_validate(tree)
+    return RunConfig.model_validate(merged(LEAST, tables, {"run": {"directory": str(directory)}}))
 
 
 def spec(made: RunConfig | None = None, shape: ModelShape = SMALL, **known: Any) -> Spec:

@@ -83,7 +83,7 @@ def _sample(
         say(f"{name}: {found}")
     done = {}
     spec = resolve(config, parts_of(config, "eval", due), digests=False)
-    with Cluster(spec, verbose=verbose) as cluster:
+    with Cluster(spec, verbose=verbose, folder=folder) as cluster:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         with open_rewards(config, cluster.start_reward_engine(), list(due.values())) as reward:
             for name in due:

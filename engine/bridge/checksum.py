@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from engine.bridge.plan import Bucket, Spot
+from engine.bridge.plan import Bucket, ShardOffset
 from engine.ops import block_digest, column_weights
 
 
@@ -27,9 +27,9 @@ class ShardDigest:
         self._places: list[int] = []
         self._parts: list[torch.Tensor] = []
 
-    def digest(self, spot: Spot, block: torch.Tensor) -> torch.Tensor:
+    def digest(self, offset: ShardOffset, block: torch.Tensor) -> torch.Tensor:
         """[1] int64: what a rectangle [rows, cols] adds that lies there."""
-        return block_digest(block, row=spot.row, col=spot.col, seed=_seed(spot.parameter), columns=self._columns)
+        return block_digest(block, row=offset.row, col=offset.col, seed=_seed(offset.parameter), columns=self._columns)
 
     def add(self, parameter: str, part: torch.Tensor) -> None:
         """Adds a rectangle's digest to its parameter's."""

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from engine.bridge.checksum import ShardDigest, weights_for
-from engine.bridge.plan import Bucket, Message, Role, ShardPlan, Spot, Transfer
+from engine.bridge.plan import Bucket, Message, Role, ShardOffset, ShardPlan, Transfer
 from engine.bridge.transports.base import Deadline, Pending, Transport, TransportError
 from engine.core.errors import UndeliveredError, WeightSyncError
 from engine.models.sharding import rectangle
@@ -68,7 +68,7 @@ class Sender:
         sums: dict[tuple[tuple[int, ...], int], ShardDigest] = {}
         known: dict[int, list[torch.Tensor]] = {}  # of buckets that have gone to another node
         for message in self._messages:
-            key = tuple(sorted(message.route)), message.bucket.target
+            key = tuple(sorted(message.path)), message.bucket.target
             held = _looked_up(message.bucket, shards)
             if key not in sums:
                 sums[key] = ShardDigest(self._parameters[key[1]], self._columns)
@@ -171,7 +171,7 @@ class Receiver:
             missing[name] -= t.rows * t.cols
             if missing[name] == 0:
                 extent = self._extents[name]
-                held.add(name, held.digest(Spot(name, 0, 0), rectangle(shards[name], 0, 0, extent.rows, extent.cols)))
+                held.add(name, held.digest(ShardOffset(name, 0, 0), rectangle(shards[name], 0, 0, extent.rows, extent.cols)))
                 shards.complete(name)
 
     def _verify(self, held: ShardDigest, transport: Transport, deadline: Deadline) -> None:
@@ -193,7 +193,7 @@ def describe(plan: ShardPlan, message: Message) -> str:
     """A message in words: which bucket, which tensors, from whom to whom."""
     names = list(dict.fromkeys(t.name for t in message.bucket.transfers))
     more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
-    engines = ", ".join(str(engine) for engine in message.route)
+    engines = ", ".join(str(engine) for engine in message.path)
     return (
         f"bucket {message.index + 1} of {len(plan.messages)} ({names[0]}{more}) from trainer rank {message.source} to "
         f"tensor rank {message.bucket.target} of engine {engines}"

@@ -1,10 +1,10 @@
-"""Which rectangle of which trainer shard goes to which place of which engine shard, in which message, by which route, and in
+"""Which rectangle of which trainer shard goes to which place of which engine shard, in which message, by which path, and in
 one order for all: a pure function of layouts and sizes. It moves nothing and talks to nobody: every member computes the same.
 
-A stream is all that the engines' ranks of one tensor rank on one node need of one trainer cell. It is cut into buckets, the
-same objects for every node and data-parallel replica. One copy of a bucket enters a node, at an engine that passes it on to
-the node's others; any replica sends it, or one of those that may send to that node, where a node must serve itself. Members of
-the channel are numbered: trainer ranks first, then engine by engine their tensor ranks.
+A flow is all that the engines' ranks of one tensor rank on one node need of one model-parallel rank of the trainer. It is cut
+into buckets, the same objects for every node and data-parallel replica. One copy of a bucket enters a node, at an engine that
+passes it on to the node's others; any replica sends it, or one of those that may send to that node, where a node must serve
+itself. Members of the channel are numbered: trainer ranks first, then engine by engine their tensor ranks.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from engine.models.base import ModelShape
 
 UNPACKED_BYTES = 1 << 20  # what is contiguous in both shards and at least this large travels alone, without being copied
-Cell = tuple[int, int]  # (pipeline rank, tensor rank) of the trainer
+ModelRank = tuple[int, int]  # a model-parallel rank of the trainer: (pipeline rank, tensor rank)
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
+class ShardOffset:
     """A place in a shard: row and column in the parameter's matrix, a vector [n] being [n, 1]."""
 
     parameter: str
@@ -48,15 +48,15 @@ class Transfer:
     name: str
     rows: int
     cols: int
-    source: Spot
-    target: Spot
+    source: ShardOffset
+    target: ShardOffset
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """What one message carries: its transfers' rectangles one after another, each row by row."""
 
-    cell: Cell  # of the trainer that holds it
+    model_rank: ModelRank  # of the trainer that holds it
     target: int  # tensor rank of the engines that need it
     transfers: tuple[Transfer, ...]
     num_bytes: int
@@ -70,7 +70,7 @@ class Message:
     bucket: Bucket
     index: int  # in the global order
     source: int  # trainer rank
-    route: tuple[int, ...]  # the node's engines: the first receives from the source and passes it to the others
+    path: tuple[int, ...]  # the node's engines: the first receives from the source and passes it to the others
 
 
 class Role(Enum):
@@ -120,7 +120,7 @@ class ShardPlan:
         number = {id(bucket): index for index, bucket in enumerate(buckets)}
         order = array("q")
         for message in self.messages:
-            order.extend((number[id(message.bucket)], message.source, *message.route))
+            order.extend((number[id(message.bucket)], message.source, *message.path))
         sizes = (astuple(self.source), self.dp_size, astuple(self.target), self.nodes, self.dtype_bytes)
         return hashlib.sha256(repr((sizes, buckets)).encode() + order.tobytes()).hexdigest()
 
@@ -130,18 +130,18 @@ class ShardPlan:
 
     def receivers(self, message: Message) -> tuple[int, ...]:
         """Members that receive the message, the one that passes it on first."""
-        return tuple(self.member(engine, message.bucket.target) for engine in message.route)
+        return tuple(self.member(engine, message.bucket.target) for engine in message.path)
 
     def role(self, message: Message, member: int) -> Role | None:
         """What the member does in the message, if anything."""
         if member < self.trainer_size:
             return Role.SEND if member == message.source else None
         engine, tp_rank = divmod(member - self.trainer_size, self.target.tp_size)
-        if tp_rank != message.bucket.target or engine not in message.route:
+        if tp_rank != message.bucket.target or engine not in message.path:
             return None
-        if engine != message.route[0]:
+        if engine != message.path[0]:
             return Role.RECEIVE_FROM_ENGINE
-        return Role.RECEIVE_AND_FORWARD if len(message.route) > 1 else Role.RECEIVE
+        return Role.RECEIVE_AND_FORWARD if len(message.path) > 1 else Role.RECEIVE
 
     def messages_of(self, member: int) -> tuple[tuple[Message, Role], ...]:
         """The messages in which a member takes part, in order, with its role."""
@@ -160,11 +160,11 @@ def plan(
     senders: tuple[tuple[int, ...], ...] = (),
 ) -> ShardPlan:
     """The plan of every weight sync between these layouts; both must pass layout's checks. `nodes` holds each engine once,
-    `senders` for each of them the trainer ranks that may send to it, every cell among them; empty: all to all.
+    `senders` for each of them the trainer ranks that may send to it, every model-parallel rank among them; empty: all to all.
 
     Every element of every engine shard arrives exactly once, straight from a rank that holds it. A bucket has at most
-    `bucket_bytes`, or is a single row of a rectangle. Replicas of a cell that may send to the same nodes send equal shares, to
-    within one bucket.
+    `bucket_bytes`, or is a single row of a rectangle. Replicas of a model-parallel rank that may send to the same nodes
+    send equal shares, to within one bucket.
     """
     assert sorted(engine for node in nodes for engine in node) == list(range(sum(map(len, nodes)))), nodes
     assert all(nodes) and bucket_bytes > 0 and dp_size > 0, (nodes, bucket_bytes, dp_size)
@@ -173,10 +173,11 @@ def plan(
     unpacked_bytes = math.inf if source.fp8_parameters else UNPACKED_BYTES
     with _uncollected():
         buckets = {
-            (cell, tp_rank): tuple(_fill(cell, tp_rank, routes, dtype_bytes, bucket_bytes, unpacked_bytes))
-            for (cell, tp_rank), routes in sorted(_streams(shape, source, target).items())
+            (model_rank, tp_rank): tuple(_fill(model_rank, tp_rank, candidates, dtype_bytes, bucket_bytes, unpacked_bytes))
+            for (model_rank, tp_rank), candidates in sorted(_flows(shape, source, target).items())
         }
-        able = _able(dict.fromkeys(cell for cell, _ in buckets), source.tp_size, dp_size, senders or ((),) * len(nodes))
+        model_ranks = dict.fromkeys(model_rank for model_rank, _ in buckets)
+        able = _able(model_ranks, source.tp_size, dp_size, senders or ((),) * len(nodes))
         messages = _order(buckets, source.tp_size, dp_size, nodes, able)
     return ShardPlan(messages, source, dp_size, target, nodes, dtype_bytes)
 
@@ -194,66 +195,68 @@ def _uncollected() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Route:
-    """A transfer before the layer's number is known, and the cells that could send it."""
+class _Candidate:
+    """A transfer before the layer's number is known, and the model-parallel ranks that could send it."""
 
-    holders: tuple[Cell, ...]
+    holders: tuple[ModelRank, ...]
     target: int
     transfer: Transfer
     contiguous: bool  # whole rows of both shards
 
-    def numbered(self, layer: int) -> _Route:
+    def numbered(self, layer: int) -> _Candidate:
         number, t = str(layer), self.transfer
-        source = Spot(t.source.parameter.replace("{}", number), t.source.row, t.source.col)
-        target = Spot(t.target.parameter.replace("{}", number), t.target.row, t.target.col)
+        source = ShardOffset(t.source.parameter.replace("{}", number), t.source.row, t.source.col)
+        target = ShardOffset(t.target.parameter.replace("{}", number), t.target.row, t.target.col)
         moved = Transfer(t.name.replace("{}", number), t.rows, t.cols, source, target)
-        return _Route(self.holders, self.target, moved, self.contiguous)
+        return _Candidate(self.holders, self.target, moved, self.contiguous)
 
-    def rows(self, start: int, count: int) -> _Route:
+    def rows(self, start: int, count: int) -> _Candidate:
         """`count` of its rows from `start` on."""
         t = self.transfer
-        source = Spot(t.source.parameter, t.source.row + start, t.source.col)
-        target = Spot(t.target.parameter, t.target.row + start, t.target.col)
-        return _Route(self.holders, self.target, Transfer(t.name, count, t.cols, source, target), self.contiguous)
+        source = ShardOffset(t.source.parameter, t.source.row + start, t.source.col)
+        target = ShardOffset(t.target.parameter, t.target.row + start, t.target.col)
+        return _Candidate(self.holders, self.target, Transfer(t.name, count, t.cols, source, target), self.contiguous)
 
 
-def _streams(shape: ModelShape, source: TrainerLayout, target: EngineLayout) -> dict[tuple[Cell, int], list[_Route]]:
-    """What goes from each cell to each tensor rank of the engines, layer by layer."""
+def _flows(shape: ModelShape, source: TrainerLayout, target: EngineLayout) -> dict[tuple[ModelRank, int], list[_Candidate]]:
+    """What goes from each model-parallel rank to each tensor rank of the engines, layer by layer."""
     places: tuple[tuple[Place, int], ...] = (("first", 0), ("layer", 0), ("last", source.pp_size - 1))
     held = {
         place: [((pp, tp), s) for tp in range(source.tp_size) for s in template(shape, source, place, tp)]
         for place, pp in places
     }
     ends = held["first"] + held["last"]
-    streams: dict[tuple[Cell, int], list[_Route]] = {}
+    flows: dict[tuple[ModelRank, int], list[_Candidate]] = {}
 
     turns = [0] * target.tp_size
 
-    def add(route: _Route, pp_rank: int | None) -> None:
+    def add(candidate: _Candidate, pp_rank: int | None) -> None:
         """Picks which replica sends this slice. Replicated vectors (norms) rotate among ranks that already send to this target,
-        so no extra stream is opened."""
-        count, turn = len(route.holders), turns[route.target]
-        turns[route.target] += count > 1
-        pp, tp = route.holders[(route.target * count + turn % count) // target.tp_size]
-        streams.setdefault(((pp if pp_rank is None else pp_rank, tp), route.target), []).append(route)
+        so no extra flow is opened."""
+        count, turn = len(candidate.holders), turns[candidate.target]
+        turns[candidate.target] += count > 1
+        pp, tp = candidate.holders[(candidate.target * count + turn % count) // target.tp_size]
+        flows.setdefault(((pp if pp_rank is None else pp_rank, tp), candidate.target), []).append(candidate)
 
-    of_a_layer = list(_routes(shape, held["layer"], target, "layer"))
+    of_a_layer = list(_candidates(shape, held["layer"], target, "layer"))
     for pp_rank, chunks in enumerate(stage_layers(shape, source)):
         for layer in (layer for chunk in chunks for layer in chunk):
-            for route in of_a_layer:
-                add(route.numbered(layer), pp_rank)
-    # At the end, so that the streams of all stages have messages of the same sizes side by side for as long as they can.
-    for route in (*_routes(shape, ends, target, "first"), *_routes(shape, ends, target, "last")):
-        add(route, None)
-    return streams
+            for candidate in of_a_layer:
+                add(candidate.numbered(layer), pp_rank)
+    # At the end, so that the flows of all stages have messages of the same sizes side by side for as long as they can.
+    for candidate in (*_candidates(shape, ends, target, "first"), *_candidates(shape, ends, target, "last")):
+        add(candidate, None)
+    return flows
 
 
-def _routes(shape: ModelShape, held: list[tuple[Cell, Shard]], target: EngineLayout, place: Place) -> Iterator[_Route]:
-    """Every overlap of what the engines' ranks need at a place with what trainer cells hold."""
-    holders: dict[str, dict[tuple[int, ...], list[tuple[Cell, Shard, Piece]]]] = {}
-    for cell, shard in held:
+def _candidates(
+    shape: ModelShape, held: list[tuple[ModelRank, Shard]], target: EngineLayout, place: Place
+) -> Iterator[_Candidate]:
+    """Every overlap of what the engines' ranks need at a place with what model-parallel ranks hold."""
+    holders: dict[str, dict[tuple[int, ...], list[tuple[ModelRank, Shard, Piece]]]] = {}
+    for model_rank, shard in held:
         for p in shard.pieces:
-            holders.setdefault(p.name, {}).setdefault((p.row, p.col, p.rows, p.cols), []).append((cell, shard, p))
+            holders.setdefault(p.name, {}).setdefault((p.row, p.col, p.rows, p.cols), []).append((model_rank, shard, p))
     for tp_rank in range(target.tp_size):
         for shard in template(shape, target, place, tp_rank):
             for needed in shard.pieces:
@@ -261,9 +264,9 @@ def _routes(shape: ModelShape, held: list[tuple[Cell, Shard]], target: EngineLay
                     yield from _overlap(found, shard, needed, tp_rank)
 
 
-def _overlap(found: list[tuple[Cell, Shard, Piece]], shard: Shard, needed: Piece, tp_rank: int) -> Iterator[_Route]:
-    """What one needed piece takes of a rectangle that one or more cells hold. A matrix with several holders, the tied
-    embedding, is shared out among them by rows; a vector is left whole."""
+def _overlap(found: list[tuple[ModelRank, Shard, Piece]], shard: Shard, needed: Piece, tp_rank: int) -> Iterator[_Candidate]:
+    """What one needed piece takes of a rectangle that one or more model-parallel ranks hold. A matrix with several holders,
+    the tied embedding, is shared out among them by rows; a vector is left whole."""
     p = found[0][2]
     row, col = max(needed.row, p.row), max(needed.col, p.col)
     rows = min(needed.row + needed.rows, p.row + p.rows) - row
@@ -271,19 +274,19 @@ def _overlap(found: list[tuple[Cell, Shard, Piece]], shard: Shard, needed: Piece
     if rows <= 0 or cols <= 0:
         return
 
-    def route(cells: tuple[Cell, ...], holder: Shard, piece: Piece) -> _Route:
-        source = Spot(piece.parameter, piece.shard_row + row - piece.row, piece.shard_col + col - piece.col)
-        place = Spot(needed.parameter, needed.shard_row + row - needed.row, needed.shard_col + col - needed.col)
+    def candidate(model_ranks: tuple[ModelRank, ...], holder: Shard, piece: Piece) -> _Candidate:
+        source = ShardOffset(piece.parameter, piece.shard_row + row - piece.row, piece.shard_col + col - piece.col)
+        place = ShardOffset(needed.parameter, needed.shard_row + row - needed.row, needed.shard_col + col - needed.col)
         contiguous = cols == _width(holder) == _width(shard)
-        return _Route(cells, tp_rank, Transfer(needed.name, rows, cols, source, place), contiguous)
+        return _Candidate(model_ranks, tp_rank, Transfer(needed.name, rows, cols, source, place), contiguous)
 
     if len(shard.shape) == 1 or len(found) == 1:
-        yield route(tuple(cell for cell, _, _ in found), *found[0][1:])
+        yield candidate(tuple(model_rank for model_rank, _, _ in found), *found[0][1:])
         return
-    for index, (cell, holder, piece) in enumerate(found):
+    for index, (model_rank, holder, piece) in enumerate(found):
         start, end = (i * rows // len(found) for i in (index, index + 1))
         if start < end:
-            yield route((cell,), holder, piece).rows(start, end - start)
+            yield candidate((model_rank,), holder, piece).rows(start, end - start)
 
 
 def _width(shard: Shard) -> int:
@@ -291,21 +294,26 @@ def _width(shard: Shard) -> int:
 
 
 def _fill(
-    cell: Cell, tp_rank: int, routes: list[_Route], dtype_bytes: int, bucket_bytes: int, unpacked_bytes: float
+    model_rank: ModelRank,
+    tp_rank: int,
+    candidates: list[_Candidate],
+    dtype_bytes: int,
+    bucket_bytes: int,
+    unpacked_bytes: float,
 ) -> Iterator[Bucket]:
-    """A stream as buckets: large contiguous transfers alone and cut evenly, the others together, as full as may be."""
+    """A flow as buckets: large contiguous transfers alone and cut evenly, the others together, as full as may be."""
     held: list[Transfer] = []
     held_bytes = 0
-    for route in routes:
-        rows, row_bytes = route.transfer.rows, route.transfer.cols * dtype_bytes
+    for candidate in candidates:
+        rows, row_bytes = candidate.transfer.rows, candidate.transfer.cols * dtype_bytes
         num_bytes = rows * row_bytes
-        if route.contiguous and num_bytes >= unpacked_bytes:
+        if candidate.contiguous and num_bytes >= unpacked_bytes:
             most = max(1, bucket_bytes // row_bytes)
             parts = -(-rows // most)
             for part in range(parts):
                 start, end = part * rows // parts, (part + 1) * rows // parts
-                transfer = route.transfer if parts == 1 else route.rows(start, end - start).transfer
-                yield Bucket(cell, tp_rank, (transfer,), (end - start) * row_bytes, False)
+                transfer = candidate.transfer if parts == 1 else candidate.rows(start, end - start).transfer
+                yield Bucket(model_rank, tp_rank, (transfer,), (end - start) * row_bytes, False)
             continue
         start = 0
         while start < rows:
@@ -313,80 +321,81 @@ def _fill(
             fitting = min(rows - start, max(0, bucket_bytes - held_bytes) // row_bytes)
             whole = fitting == rows - start
             if held and (not fitting or (not whole and left <= bucket_bytes)):
-                yield Bucket(cell, tp_rank, tuple(held), held_bytes, True)  # the next one has room for all of it
+                yield Bucket(model_rank, tp_rank, tuple(held), held_bytes, True)  # the next one has room for all of it
                 held, held_bytes = [], 0
                 continue
             count = max(1, fitting)
-            held.append(route.transfer if count == rows else route.rows(start, count).transfer)
+            held.append(candidate.transfer if count == rows else candidate.rows(start, count).transfer)
             held_bytes += count * row_bytes
             start += count
     if held:
-        yield Bucket(cell, tp_rank, tuple(held), held_bytes, True)
+        yield Bucket(model_rank, tp_rank, tuple(held), held_bytes, True)
 
 
 def _able(
-    cells: Iterable[Cell], tp_size: int, dp_size: int, senders: tuple[tuple[int, ...], ...]
-) -> dict[tuple[Cell, int], tuple[int, ...]]:
-    """The replicas of every cell that may send to every node, by its number; all where no senders are named."""
+    model_ranks: Iterable[ModelRank], tp_size: int, dp_size: int, senders: tuple[tuple[int, ...], ...]
+) -> dict[tuple[ModelRank, int], tuple[int, ...]]:
+    """The replicas of every model-parallel rank that may send to every node, by its number; all where no senders are named."""
     found = {}
     for node, named in enumerate(senders):
         may = frozenset(named)
-        for pp, tp in cells:
+        for pp, tp in model_ranks:
             replicas = (dp for dp in range(dp_size) if not may or (pp * dp_size + dp) * tp_size + tp in may)
             found[(pp, tp), node] = tuple(replicas)
-            assert found[(pp, tp), node], f"no sender to node {node} holds cell {(pp, tp)}: {named}"
+            assert found[(pp, tp), node], f"no sender to node {node} holds model-parallel rank {(pp, tp)}: {named}"
     return found
 
 
 def _order(
-    buckets: dict[tuple[Cell, int], tuple[Bucket, ...]],
+    buckets: dict[tuple[ModelRank, int], tuple[Bucket, ...]],
     tp_size: int,
     dp_size: int,
     nodes: tuple[tuple[int, ...], ...],
-    able: dict[tuple[Cell, int], tuple[int, ...]],
+    able: dict[tuple[ModelRank, int], tuple[int, ...]],
 ) -> tuple[Message, ...]:
-    """The k-th bucket of every stream before any (k + 1)-th. Within a round the streams come in waves, whose messages can all
+    """The k-th bucket of every flow before any (k + 1)-th. Within a round the flows come in waves, whose messages can all
     travel at once. Of the replicas that may, the one with the least to send so far sends; the entry into a node goes round."""
-    ranks = {cell: [(cell[0] * dp_size + dp) * tp_size + cell[1] for dp in range(dp_size)] for cell, _ in buckets}
-    loads = {cell: [0] * dp_size for cell in ranks}  # bytes sent by each replica
+    model_ranks = dict.fromkeys(model_rank for model_rank, _ in buckets)
+    ranks = {(pp, tp): [(pp * dp_size + dp) * tp_size + tp for dp in range(dp_size)] for pp, tp in model_ranks}
+    loads = {model_rank: [0] * dp_size for model_rank in model_ranks}  # bytes sent by each replica
     targets = sorted({tp_rank for _, tp_rank in buckets})
     turns = [[node[i:] + node[:i] for i in range(len(node))] for node in nodes]
-    routes = {(node, tp_rank): cycle(turns[node]) for node in range(len(nodes)) for tp_rank in targets}
+    paths = {(node, tp_rank): cycle(turns[node]) for node in range(len(nodes)) for tp_rank in targets}
     waiting = [
-        (buckets[cell, tp_rank], loads[cell], ranks[cell], able[cell, node], routes[node, tp_rank])
-        for (cell, tp_rank), node in _waves(list(buckets), dp_size, nodes, able)
+        (buckets[model_rank, tp_rank], loads[model_rank], ranks[model_rank], able[model_rank, node], paths[node, tp_rank])
+        for (model_rank, tp_rank), node in _waves(list(buckets), dp_size, nodes, able)
     ]
     messages: list[Message] = []
     k = 0
-    while waiting := [stream for stream in waiting if len(stream[0]) > k]:
-        for stream, sent, holders, replicas, route in waiting:
-            bucket = stream[k]
+    while waiting := [flow for flow in waiting if len(flow[0]) > k]:
+        for flow, sent, holders, replicas, path in waiting:
+            bucket = flow[k]
             replica = min(replicas, key=sent.__getitem__)
             sent[replica] += bucket.num_bytes
-            messages.append(Message(bucket, len(messages), holders[replica], next(route)))
+            messages.append(Message(bucket, len(messages), holders[replica], next(path)))
         k += 1
     return tuple(messages)
 
 
 def _waves(
-    keys: list[tuple[Cell, int]],
+    keys: list[tuple[ModelRank, int]],
     dp_size: int,
     nodes: tuple[tuple[int, ...], ...],
-    able: dict[tuple[Cell, int], tuple[int, ...]],
-) -> list[tuple[tuple[Cell, int], int]]:
-    """Every (stream's key, node), coloured greedily: in one colour (wave) a cell occurs once at most for each replica that may
-    send, and a receiver, the ranks of one tensor rank on one node, once an engine."""
-    seats: dict[object, list[int]] = {}  # a cell's or receiver's waves as bits, one integer for each replica or engine
+    able: dict[tuple[ModelRank, int], tuple[int, ...]],
+) -> list[tuple[tuple[ModelRank, int], int]]:
+    """Every (flow's key, node), coloured greedily: in one colour (wave) a model-parallel rank occurs once at most for each
+    replica that may send, and a receiver, the ranks of one tensor rank on one node, once an engine."""
+    seats: dict[object, list[int]] = {}  # waves as bits, an integer for each replica of a sender or engine of a receiver
     waves = []
-    for cell, tp_rank in keys:
+    for model_rank, tp_rank in keys:
         for node, engines in enumerate(nodes):
-            sends = seats.setdefault(cell, [0] * dp_size)
+            sends = seats.setdefault(model_rank, [0] * dp_size)
             receives = seats.setdefault((node, tp_rank, "receiver"), [0] * len(engines))
-            replicas = able[cell, node]
+            replicas = able[model_rank, node]
             taken = reduce(and_, (sends[replica] for replica in replicas)) | reduce(and_, receives)
             bit = ~taken & (taken + 1)  # the lowest wave in which both have a seat
             replica = next(i for i in replicas if not sends[i] & bit)
             sends[replica] |= bit
             receives[next(i for i, bits in enumerate(receives) if not bits & bit)] |= bit
-            waves.append((bit, replica, (cell, tp_rank), node))
+            waves.append((bit, replica, (model_rank, tp_rank), node))
     return [(key, node) for _, _, key, node in sorted(waves)]

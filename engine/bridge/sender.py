@@ -44,7 +44,7 @@ class Source(Protocol):
         ...
 
 
-class Place(Protocol):
+class ParallelState(Protocol):
     """Where this rank stands among the trainer ranks: megatron's Topology."""
 
     @property
@@ -93,20 +93,20 @@ class Engines(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an attempt failed somewhere; no text: it did not."""
+    """Why an attempt failed somewhere."""
 
-    text: str = ""
+    text: str
     echo: bool = False  # it follows from a failure elsewhere
 
     def to_bytes(self) -> bytes:
         """For the other ranks, at most REASON_BYTES."""
-        return (bytes([1 + self.echo]) + self.text.encode())[:REASON_BYTES] if self.text else b""
+        return (bytes([1 + self.echo]) + self.text.encode())[:REASON_BYTES]
 
     @staticmethod
-    def from_bytes(told: bytes) -> Failure:
-        """What `to_bytes` made, with or without zeros behind it."""
+    def from_bytes(told: bytes) -> Failure | None:
+        """What `to_bytes` made, with or without zeros behind it; zeros alone are no failure."""
         told = told.rstrip(b"\0")
-        return Failure(told[1:].decode(errors="ignore"), told[0] == 2) if told else Failure()
+        return Failure(told[1:].decode(errors="ignore"), told[0] == 2) if told else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,19 +126,16 @@ class Publisher:
     def __init__(
         self,
         source: Source,
-        place: Place,
+        place: ParallelState,
         terms: SyncTerms,
         *,
         host: str,
         timeout_seconds: float,
         pool: Engines | None,
-        transport_note: str = "",
     ) -> None:
         """Opens the rendezvous; collective over the trainer ranks. `pool` is rank 0's, None elsewhere; `host` is the
-        address rank 0 listens on, and no other. `transport_note`: why weight syncs are not as fast as they could be. Engines
-        join at the first sync."""
+        address rank 0 listens on, and no other. Engines join at the first sync."""
         self._source, self._place, self._pool, self._terms = source, place, pool, terms
-        self.transport_note = transport_note
         self._timeout = timeout_seconds
         self._plan = terms.plan()
         self._digest, self._terms_json = self._plan.digest, terms.to_json()
@@ -161,17 +158,21 @@ class Publisher:
         """Sends the policy's weights as `version`; returns when every engine has verified and serves them. Collective
         over the trainer ranks. WeightSyncError on all of them, when SYNC_ATTEMPTS have failed; the pool then serves none."""
         started = time.monotonic()
-        reason = ""
+        failure: Failure | None = None
         for attempt in range(1, SYNC_ATTEMPTS + 1):
-            reason = self._attempt(version, last=attempt == SYNC_ATTEMPTS)
-            if not reason:
+            failure = self._attempt(version, last=attempt == SYNC_ATTEMPTS)
+            if failure is None:
                 if self._pool is not None:
                     self._pool.commit(version)
                 seconds = time.monotonic() - started
                 return SyncReport(version, seconds, self._plan.num_bytes, len(self._plan.messages), attempt)
             if self._place.rank == 0:
-                log.warning("weight sync of version %d failed (attempt %d of %d): %s", version, attempt, SYNC_ATTEMPTS, reason)
-        raise WeightSyncError(f"version {version} did not reach every engine in {SYNC_ATTEMPTS} attempts; the last: {reason}")
+                attempts = version, attempt, SYNC_ATTEMPTS
+                log.warning("weight sync of version %d failed (attempt %d of %d): %s", *attempts, failure.text)
+        assert failure is not None, SYNC_ATTEMPTS
+        raise WeightSyncError(
+            f"version {version} did not reach every engine in {SYNC_ATTEMPTS} attempts; the last: {failure.text}"
+        )
 
     def sleep(self) -> None:
         """Lets every engine sleep until the next `publish`. Collective over the trainer ranks: none goes on before the engines'
@@ -180,8 +181,8 @@ class Publisher:
             self._pool.sleep()
         dist.barrier()
 
-    def _attempt(self, version: int, *, last: bool) -> str:
-        """One try at a whole sync; why it failed, in the same words on every rank, or nothing."""
+    def _attempt(self, version: int, *, last: bool) -> Failure | None:
+        """One try at a whole sync; why it failed, the same on every rank, or None."""
         dist.barrier()  # so that all clocks start together
         deadline, settled = Deadline(self._timeout), Deadline(self._timeout + RANK_PATIENCE)
         failures: list[Failure] = []
@@ -202,10 +203,10 @@ class Publisher:
         if self._pool is not None:
             doubtful = self._pool.unverified(version, futures, deadline.remaining() + ENGINE_PATIENCE)
             failures += [Failure(f"engine {engine}: {error}", error.echo) for engine, error in doubtful.items()]
-        failure = self._agreed(most_telling(failures), settled).text
-        if failure:
+        failure = self._agreed(most_telling(failures), settled)
+        if failure is not None:
             self._close()
-        if failure and not last:
+        if failure is not None and not last:
             if self._pool is not None:
                 self._pool.replace_lost()
             dist.barrier()  # an engine may need minutes to start: the others wait here, not at the next rendezvous
@@ -227,29 +228,28 @@ class Publisher:
             self._transport.close()
         self._transport = None
 
-    def _agreed(self, failure: Failure, settled: Deadline) -> Failure:
+    def _agreed(self, failure: Failure | None, settled: Deadline) -> Failure | None:
         """The most telling of the ranks' failures, told to all: nobody goes on to a collective that others left."""
-        mine = torch.zeros(REASON_BYTES, dtype=torch.uint8)
-        told = failure.to_bytes()
-        mine[: len(told)] = torch.frombuffer(bytearray(told or b"\0"), dtype=torch.uint8)[: len(told)]
+        told = failure.to_bytes() if failure is not None else b""
+        mine = torch.frombuffer(bytearray(told.ljust(REASON_BYTES, b"\0")), dtype=torch.uint8)
         everybodys = [torch.empty_like(mine) for _ in range(self._place.world_size)]
         try:
             work = dist.all_gather(everybodys, mine, group=self._ranks, async_op=True)
             work.wait(timedelta(seconds=settled.remaining()))
         except RuntimeError as error:
-            why = f"{failure.text}; {first_line(error)}" if failure.text else first_line(error)
+            why = f"{failure.text}; {first_line(error)}" if failure is not None else first_line(error)
             raise WeightSyncError(f"a trainer rank is gone, or late after a weight sync: {why}") from error
-        return most_telling([Failure.from_bytes(bytes(told.tolist())) for told in everybodys])
+        heard = [Failure.from_bytes(bytes(told.tolist())) for told in everybodys]
+        return most_telling([failure for failure in heard if failure is not None])
 
 
-def most_telling(failures: list[Failure]) -> Failure:
-    """The first that is not an echo of another, or else the first."""
-    found = [failure for failure in failures if failure.text]
-    return next((failure for failure in found if not failure.echo), found[0] if found else Failure())
+def most_telling(failures: list[Failure]) -> Failure | None:
+    """The first that is not an echo of another, or else the first; None of none."""
+    return next((failure for failure in failures if not failure.echo), failures[0] if failures else None)
 
 
 def stream_to_first_rank(
-    source: Source, place: Place, plan: tuple[ExportBucket, ...], dtype: torch.dtype
+    source: Source, place: ParallelState, plan: tuple[ExportBucket, ...], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every full tensor in plan order on rank 0, nothing elsewhere; collective, and to be drained on every rank."""
     leaders = place.stage_leaders()

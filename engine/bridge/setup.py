@@ -11,18 +11,42 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from engine.bridge.sender import Engines, Place, Publisher, Source
+from engine.bridge.sender import Engines, ParallelState, Publisher, Source
 from engine.bridge.terms import SyncTerms
 from engine.bridge.transports.base import Transport, room_for
 from engine.bridge.transports.registry import choose, kind_of
 from engine.config.load import RunConfig
-from engine.config.placement import ColocatedNodes, colocated_nodes
+from engine.config.placement import ColocatedNodes
 from engine.config.transport import Setting, setting
 from engine.models.base import ModelShape
-from engine.models.sharding import engine_layout, trainer_layout
+from engine.models.sharding import EngineLayout, TrainerLayout
 
 Groups = tuple[tuple[int, ...], ...]
 log = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """The run as resolved: engine.run.spec's Spec, which stands above this room."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration."""
+        ...
+
+    @property
+    def trainer(self) -> TrainerLayout:
+        """How trainer ranks share the model."""
+        ...
+
+    @property
+    def engine(self) -> EngineLayout:
+        """How the ranks of an engine do."""
+        ...
+
+    @property
+    def colocated_nodes(self) -> ColocatedNodes | None:
+        """The nodes of ranks and engines, where each node serves its own engines."""
+        ...
 
 
 class Policy(Source, Protocol):
@@ -34,7 +58,7 @@ class Policy(Source, Protocol):
         ...
 
 
-class Standing(Place, Protocol):
+class ReplicatedState(ParallelState, Protocol):
     """Where this rank stands, and how many replicas there are."""
 
     @property
@@ -51,32 +75,31 @@ class Pool(Engines, Protocol):
         ...
 
 
-def open_publisher(config: RunConfig, policy: Policy, place: Standing, host: str, pool: Pool | None) -> Publisher:
+def open_publisher(run: Run, policy: Policy, place: ReplicatedState, host: str, pool: Pool | None) -> Publisher:
     """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
-    turns = colocated_nodes(config)
+    config = run.config
     seen = torch.zeros(config.inference.engines, dtype=torch.int64, device=place.device)  # by rank 0: the machine of each
     if pool is not None:
         for machine, engines in enumerate(pool.nodes()):
             seen[list(engines)] = machine
     dist.broadcast(seen, 0)
     machines = seen.tolist()
-    choice = choose(config.sync.transport, _setting(config, policy, place, turns, machines))
+    choice = choose(config.sync.transport, _setting(run, policy, place, machines))
     if choice.reason and place.rank == 0:
         log.warning(choice.reason)
-    nodes, senders = channel(machines, kind_of(choice.name), turns)
+    nodes, senders = channel(machines, kind_of(choice.name), run.colocated_nodes)
     terms = SyncTerms(
         shape=policy.shape,
         dtype=config.model.dtype,
-        trainer=trainer_layout(config.trainer),
+        trainer=run.trainer,
         dp_size=place.dp_size,
-        engine=engine_layout(config.inference),
+        engine=run.engine,
         nodes=nodes,
         bucket_bytes=config.sync.bucket_mebibytes << 20,
         transport=choice.name,
         senders=senders,
     )
-    seconds = config.sync.timeout_seconds
-    return Publisher(policy, place, terms, host=host, timeout_seconds=seconds, pool=pool, transport_note=choice.reason)
+    return Publisher(policy, place, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
 
 
 def channel(machines: list[int], transport: type[Transport], colocated: ColocatedNodes | None) -> tuple[Groups, Groups]:
@@ -89,10 +112,11 @@ def channel(machines: list[int], transport: type[Transport], colocated: Colocate
     return nodes, tuple(colocated.ranks_on_node_of(engines[0]) for engines in nodes) if colocated else ()
 
 
-def _setting(config: RunConfig, policy: Policy, place: Standing, turns: ColocatedNodes | None, machines: list[int]) -> Setting:
+def _setting(run: Run, policy: Policy, place: ReplicatedState, machines: list[int]) -> Setting:
     """What the transports are asked about: among the rest whether the memory that processes share has room for weight syncs on
     every machine, and the bytes it needs on the fullest; collective."""
-    own = turns.ranks[place.rank] if turns else 0
+    config, colocated = run.config, run.colocated_nodes
+    own = colocated.ranks[place.rank] if colocated else 0
     needed = torch.zeros(config.cluster.nodes, dtype=torch.int64, device=place.device)
     needed[own] = shared_bytes(config, policy)
     dist.all_reduce(needed)  # stages differ in size

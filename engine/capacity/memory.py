@@ -153,7 +153,7 @@ class TrainerState:
 
     @property
     def copies(self) -> int:
-        """The reference, and the seed model's weights where they are kept apart (`RunConfig.weight_copies`)."""
+        """The reference, and the seed model's weights where they are kept apart (`Spec.copies`)."""
         return self.weights * self._num_copies
 
     @property

@@ -14,7 +14,7 @@ import torch
 
 from engine.bridge import setup as opening
 from engine.bridge.exchange import STAGED
-from engine.bridge.plan import Bucket, ShardPlan, Spot, Transfer, plan
+from engine.bridge.plan import Bucket, ShardOffset, ShardPlan, Transfer, plan
 from engine.bridge.transports.base import Transport
 from engine.bridge.transports.registry import choose, kind_of
 from engine.capacity.memory import GIB, Channel, estimate
@@ -140,14 +140,14 @@ def measure(shape: ModelShape, made: ShardPlan, machine: Machine) -> dict[str, A
     for message in made.messages:
         bucket, receivers = message.bucket, made.receivers(message)
         sent[message.source] += bucket.num_bytes
-        node_bytes[node_of[message.route[0]]] += bucket.num_bytes
+        node_bytes[node_of[message.path[0]]] += bucket.num_bytes
         forwarded[receivers[0]] += bucket.num_bytes * (len(receivers) - 1)
         for member in receivers:
             received[member] += bucket.num_bytes
         if bucket.packed:
             for member in (message.source, *receivers):
                 staging[member] = max(staging[member], bucket.num_bytes)
-        holds = _cell(made, message.source) == bucket.cell
+        holds = _model_rank(made, message.source) == bucket.model_rank
         direct += direct_of[id(bucket)] * len(receivers) if holds else 0
     arrived = received[made.trainer_size :]
     entering, leaving = sum(node_bytes), sum(forwarded)
@@ -181,7 +181,7 @@ def _spread(values: list[int]) -> dict[str, float]:
     return {"max": max(values), "mean": sum(values) / len(values)}
 
 
-def _cell(made: ShardPlan, rank: int) -> tuple[int, int]:
+def _model_rank(made: ShardPlan, rank: int) -> tuple[int, int]:
     """(pipeline rank, tensor rank) of a trainer rank."""
     return rank // (made.dp_size * made.source.tp_size), rank % made.source.tp_size
 
@@ -193,14 +193,14 @@ def _needed_bytes(shape: ModelShape, made: ShardPlan) -> int:
 
 
 def _direct_bytes(shape: ModelShape, made: ShardPlan) -> dict[int, int]:
-    """Bytes of each bucket (by id) that lie in its cell's shards and belong where they go in the engine's: both sides'
-    pieces must name the same rectangle of the same Hugging Face tensor."""
+    """Bytes of each bucket (by id) that lie in its model-parallel rank's shards and belong where they go in the engine's: both
+    sides' pieces must name the same rectangle of the same Hugging Face tensor."""
     axes = made.source
     held = {(pp, tp): _by_parameter(pieces(shape, axes, tp, pp)) for pp in range(axes.pp_size) for tp in range(axes.tp_size)}
     needed = [_by_parameter(pieces(shape, made.target, rank)) for rank in range(made.target.tp_size)]
 
     def direct(bucket: Bucket, t: Transfer) -> bool:
-        origin = _origin(held[bucket.cell], t.source, t)
+        origin = _origin(held[bucket.model_rank], t.source, t)
         return origin is not None and origin[0] == t.name and origin == _origin(needed[bucket.target], t.target, t)
 
     return {
@@ -216,10 +216,10 @@ def _by_parameter(held: Iterable[Piece]) -> dict[str, list[Piece]]:
     return found
 
 
-def _origin(held: dict[str, list[Piece]], spot: Spot, t: Transfer) -> tuple[str, int, int] | None:
-    """(tensor, row, col) of what a shard holds at a spot, if one of its pieces has all of the transfer's rectangle."""
-    for p in held.get(spot.parameter, ()):
-        row, col = spot.row - p.shard_row, spot.col - p.shard_col
+def _origin(held: dict[str, list[Piece]], offset: ShardOffset, t: Transfer) -> tuple[str, int, int] | None:
+    """(tensor, row, col) of what a shard holds at an offset, if one of its pieces has all of the transfer's rectangle."""
+    for p in held.get(offset.parameter, ()):
+        row, col = offset.row - p.shard_row, offset.col - p.shard_col
         if 0 <= row <= p.rows - t.rows and 0 <= col <= p.cols - t.cols:
             return p.name, p.row + row, p.col + col
     return None

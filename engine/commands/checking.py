@@ -61,9 +61,9 @@ def table(spec: Spec) -> list[tuple[str, str]]:
         rows.append(("reward model", str(c.reward_model.path)))
     rows += [(f"weight syncs on {carrier.device}", f"{carrier.kind or 'none'}: {carrier.why}") for carrier in spec.transports]
     if spec.placement is not None:
-        nodes = len({seat.node for seat in spec.placement.seats})
-        seats = sum(len(seat.gpus) for seat in spec.placement.seats)
-        rows.append(("GPUs, where there are any", f"{seats} seats on {nodes} nodes"))
+        nodes = len({assignment.node for assignment in spec.placement.assignments})
+        gpus = {(assignment.node, gpu) for assignment in spec.placement.assignments for gpu in assignment.gpus}
+        rows.append(("GPUs, where there are any", f"{len(gpus)} on {nodes} nodes"))
     judged = _steps(spec.evaluation_steps)
     rows += [(f"evaluated: {found.name}", f"{found.path} after steps {judged}") for found in spec.evaluation_sets]
     rows.append(("checkpoints", f"after steps {_steps(spec.checkpoint_steps)}" if spec.checkpoint_steps else "none"))

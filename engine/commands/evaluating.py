@@ -77,7 +77,7 @@ def generate(options: argparse.Namespace) -> None:
     questions = load_questions(options.questions)
     prompts = prompts_of(config, questions)
     name = options.name or Path(config.model.path).resolve().name
-    with Cluster(spec, verbose=options.verbose) as cluster:
+    with Cluster(spec, verbose=options.verbose, folder=output.parent) as cluster:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         completions = sample_answers(config, prompts, pool)
     lengths = [len(completion.token_ids) for completion in completions]

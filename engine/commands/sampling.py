@@ -35,7 +35,7 @@ def rollout(options: argparse.Namespace) -> None:
     figures = []
     with ExitStack() as stack:
         part = stack.enter_context(atomic_write(output, durable=True))
-        cluster = stack.enter_context(Cluster(spec, verbose=options.verbose))
+        cluster = stack.enter_context(Cluster(spec, verbose=options.verbose, folder=output.parent))
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         reward = stack.enter_context(open_rewards(config, cluster.start_reward_engine()))
         ledger = JsonlLedger(part)

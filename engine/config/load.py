@@ -23,7 +23,7 @@ from engine.config.schedules.registry import schedule_of
 from engine.core.errors import ConfigError, combined
 
 Table = TypeVar("Table", bound=Section)
-Copy = Literal["reference", "seed"]
+Copy = Literal["reference", "seed"]  # of its weights, beside the policy
 CHECKED = {"rules": "checked"}  # pydantic's context for a tree whose rules have been checked before
 RULES = "broken_rules"  # pydantic's type of the complaint that carries every broken rule
 KEY = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)+")
@@ -57,23 +57,11 @@ class RunConfig(Options):
         return any(self.evaluation_due(step) and not self.schedule.sync_due(step) for step in steps)
 
     @property
-    def colocated(self) -> bool:
-        """Whether engines stand on the trainer's devices and sleep while it trains."""
-        return self.uses_engines and self.inference.placement == "colocated"
-
-    @property
     def keeps_seed(self) -> bool:
         """Whether the generator is given the seed's weights again: offline, where newer ones have been judged in between, or
         where it has slept before the next chunk of prompts."""
-        again = self.evaluates_between_syncs or self.colocated
+        again = self.evaluates_between_syncs or self.inference.placement == "colocated"
         return self.uses_engines and self.schedule.reopens and again
-
-    def weight_copies(self, *, needs_reference: bool) -> tuple[Copy, ...]:
-        """The copies of its weights that a trainer rank keeps beside the policy. `needs_reference`: the loss looks at the
-        reference. A reference that never moves is the seed's weights too, and is kept once."""
-        shared = needs_reference and self.sync.reference == "never"
-        kept: dict[Copy, bool] = {"reference": needs_reference, "seed": self.keeps_seed and not shared}
-        return tuple(name for name, is_kept in kept.items() if is_kept)
 
     @property
     def run_directory(self) -> Path:
@@ -81,8 +69,9 @@ class RunConfig(Options):
         return Path(self.run.directory)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels to another process as JSON: what a user's own file defines can be imported there only by reading it again."""
-        return RunConfig.model_validate_json, (self.model_dump_json(),)
+        """Travels to another process as JSON: what a user's own file defines can be imported there only by reading it again.
+        Its rules have been checked here."""
+        return _received, (self.model_dump_json(),)
 
     @property
     def broken_rules(self) -> list[str]:
@@ -95,6 +84,10 @@ class RunConfig(Options):
         if info.context != CHECKED and (broken := self.broken_rules):
             raise PydanticCustomError(RULES, "{text}", {"text": "\n".join(broken), "sentences": broken})
         return self
+
+
+def _received(text: str) -> RunConfig:
+    return RunConfig.model_validate_json(text, context=CHECKED)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -4,7 +4,7 @@ a pure function of the configuration. It starts nothing and looks at no machine;
 Whoever comes first takes the first node with room: trainer ranks in order, a tensor-parallel group inside one node; engines,
 each inside one node, after them, or, where inference.placement is 'colocated', on the trainer's GPUs from the first again;
 then the reward engine, on a GPU of its own in either case, for it judges while the others work. Colocated on several nodes
-the trainer is seated replica by replica, all stages of one before the next, so that a node can serve its engines by itself.
+the trainer is placed replica by replica, all stages of one before the next, so that a node can serve its engines by itself.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Placement:
     reward_engine: GpuAssignment | None
 
     @property
-    def seats(self) -> tuple[GpuAssignment, ...]:
+    def assignments(self) -> tuple[GpuAssignment, ...]:
         """All of them."""
         return (*self.ranks, *self.engines, *((self.reward_engine,) if self.reward_engine else ()))
 
@@ -69,24 +69,24 @@ def place(config: Options, parts: tuple[Part, ...], num_gpus: int | None = None)
     trainer, inference = config.trainer, config.inference
     gpus = config.cluster.gpus_per_node if num_gpus is None else min(num_gpus, config.cluster.gpus_per_node)
     free = [list(range(gpus)) for _ in range(config.cluster.nodes)]
-    seated: dict[int, list[GpuAssignment]] = {}  # by the first rank of a tensor-parallel group
+    assigned: dict[int, list[GpuAssignment]] = {}  # by the first rank of a tensor-parallel group
     for first in _group_order(config) if "trainer" in parts else ():
         group = _take(free, trainer.tensor_parallel)
         if group is None:
             ranks_of = f"{trainer.world_size} trainer ranks (trainer.tensor_parallel = {trainer.tensor_parallel})"
-            raise _full(config, gpus, f"{ranks_of}, of which {len(seated) * trainer.tensor_parallel} have a place")
-        seated[first] = [GpuAssignment(group.node, (gpu,)) for gpu in group.gpus]
-    ranks = [seat for first in sorted(seated) for seat in seated[first]]
+            raise _full(config, gpus, f"{ranks_of}, of which {len(assigned) * trainer.tensor_parallel} have a place")
+        assigned[first] = [GpuAssignment(group.node, (gpu,)) for gpu in group.gpus]
+    ranks = [assignment for first in sorted(assigned) for assignment in assigned[first]]
     colocated = inference.placement == "colocated" and bool(ranks)
     room = [sorted(s.gpus[0] for s in ranks if s.node == n) for n in range(config.cluster.nodes)] if colocated else free
     engines: list[GpuAssignment] = []
     for _ in range(inference.engines if "engines" in parts else 0):
-        seat = _take(room, inference.tensor_parallel)
-        if seat is None:
+        assignment = _take(room, inference.tensor_parallel)
+        if assignment is None:
             wanted = f"inference.engines = {inference.engines} of inference.tensor_parallel = {inference.tensor_parallel}"
             wanted += f", of which {len(engines)} have a place"
             raise _crowded(trainer.world_size, wanted) if colocated else _full(config, gpus, wanted, len(ranks))
-        engines.append(seat)
+        engines.append(assignment)
     reward_engine = None
     if "reward_engine" in parts and config.reward_model.path is not None:
         reward_engine = _take(free, 1)
@@ -106,7 +106,10 @@ def colocated_nodes(config: Options) -> ColocatedNodes | None:
     if config.inference.placement != "colocated" or config.cluster.nodes == 1 or "engines" not in parts:
         return None
     placement = place(config, parts)
-    found = ColocatedNodes(*(tuple(seat.node for seat in seats) for seats in (placement.ranks, placement.engines)))
+    found = ColocatedNodes(
+        ranks=tuple(assignment.node for assignment in placement.ranks),
+        engines=tuple(assignment.node for assignment in placement.engines),
+    )
     t, gpus = config.trainer, config.cluster.gpus_per_node
     whole = t.tensor_parallel * t.pipeline_parallel
     for engine, node in enumerate(found.engines):
@@ -123,7 +126,7 @@ def colocated_nodes(config: Options) -> ColocatedNodes | None:
 
 
 def _group_order(config: Options) -> list[int]:
-    """The first rank of every tensor-parallel group, in the order in which they are seated."""
+    """The first rank of every tensor-parallel group, in the order in which they are placed."""
     t = config.trainer
     by_replica = config.inference.placement == "colocated" and config.cluster.nodes > 1
     firsts = range(0, t.world_size, t.tensor_parallel)
@@ -134,9 +137,9 @@ def _take(free: list[list[int]], count: int) -> GpuAssignment | None:
     """The first `count` free GPUs of the first node that has as many."""
     for node, gpus in enumerate(free):
         if len(gpus) >= count:
-            seat = GpuAssignment(node, tuple(gpus[:count]))
+            assignment = GpuAssignment(node, tuple(gpus[:count]))
             del gpus[:count]
-            return seat
+            return assignment
     return None
 
 

@@ -7,7 +7,7 @@ Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -26,7 +26,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from engine.algorithms.base import Loss
-from engine.config.load import RunConfig
+from engine.config.load import Copy, RunConfig
 from engine.core.errors import CheckpointError, NumericsError
 from engine.core.types import Batch, Microbatch
 from engine.megatron import build
@@ -51,8 +51,17 @@ LossOf = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, torch.Tensor]]
 class Policy:
     """A model spread over the topology's ranks, its AdamW, and the reference as a second set of weights."""
 
-    def __init__(self, config: RunConfig, topology: Topology, loss: Loss, checkpoint_path: str | Path) -> None:
-        """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy.
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        loss: Loss,
+        checkpoint_path: str | Path,
+        *,
+        copies: Collection[Copy] | None = None,
+    ) -> None:
+        """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy. `copies`: of its
+        weights that it keeps (`Spec.copies`); where not said, the reference if the loss looks at one.
 
         Collective over all ranks. Raises ConfigError for another model, an impossible layout or a missing library,
         CheckpointError for files that do not hold it.
@@ -87,13 +96,11 @@ class Policy:
             config.optimizer, self._chunks, names, dtype=self.dtype, distributed=distributed, fp8_recipe=recipe
         )
         forget_initial(self._own.values())
-        copies = config.weight_copies(needs_reference=loss.needs_reference)
         self._reference: dict[str, torch.Tensor] = {}
-        if "reference" in copies:
+        if loss.needs_reference if copies is None else "reference" in copies:
             self.refresh_reference()
-        self._seed: dict[str, torch.Tensor] = {}
-        if config.keeps_seed:
-            self._seed = self._copy() if "seed" in copies else self._reference  # a reference that never moves is both
+        still = self._reference if config.sync.reference == "never" else {}  # one that never moves is the seed's weights too
+        self._seed = self._copy() if copies is not None and "seed" in copies else still
 
     def refresh_reference(self) -> None:
         """Makes the reference a copy of the policy as it is now."""

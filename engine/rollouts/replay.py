@@ -19,7 +19,6 @@ from engine.data.preferences import PreferenceSet, load_preferences
 from engine.data.prompts import PromptOrder
 from engine.data.records import records
 from engine.data.templates import load_tokenizer
-from engine.models.hf import read_shape
 from engine.rewards.registry import judging_of
 from engine.rollouts.base import StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
@@ -131,14 +130,17 @@ def replay_kind(config: RunConfig) -> Literal["rollouts", "preferences"] | None:
     )
 
 
-def open_replay(config: RunConfig) -> LedgerSource | PreferenceSource:
-    """The source of a run with data.replay. A ledger needs the data it was sampled from; a preference file does not."""
+def open_ledger(config: RunConfig, vocab_size: int) -> LedgerSource:
+    """The rollouts that data.replay names, with the data they were sampled from, for a model with that vocabulary."""
+    assert config.data.replay is not None
+    ends = end_tokens(config.model.path, load_tokenizer(config.model.path)).stop
+    return LedgerSource(config, RolloutLedger(config.data.replay), load_mixture(config, judging_of), vocab_size, ends)
+
+
+def open_preferences(config: RunConfig) -> PreferenceSource:
+    """The pairs that data.replay names, which need no other data."""
     path = config.data.replay
     assert path is not None
-    if replay_kind(config) == "rollouts":
-        vocab_size = read_shape(config.model.path, family=config.model.family).vocab_size
-        ends = end_tokens(config.model.path, load_tokenizer(config.model.path)).stop
-        return LedgerSource(config, RolloutLedger(path), load_mixture(config, judging_of), vocab_size, ends)
     data, tokenizer = config.data, load_tokenizer(config.model.path)
     limits = data.max_prompt_tokens, config.sampling.max_tokens
     return PreferenceSource(config, load_preferences(path, tokenizer, data.template, *limits))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from collections.abc import Sequence as Many
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from threading import Lock
 from typing import TypeVar
 
 from engine.config.load import RunConfig
@@ -45,6 +46,8 @@ class RolloutSource:
         self._end_ids = end_ids
         self._config, self._prompts, self._pool, self._reward, self._ledger = config, prompts, pool, reward, ledger
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._scoring = Lock()  # held while the reward judges
+        self._closed = False
         self._sampling: dict[int, Future[tuple[list[Completion], Usage]]] = {}
         self._coming: dict[int, Future[tuple[list[RolloutGroup], Usage]]] = {}
 
@@ -91,14 +94,20 @@ class RolloutSource:
         return data
 
     def close(self) -> None:
-        """Stops the helper thread; what was under way is dropped."""
+        """Stops the helper thread; what was under way is dropped. When it returns nothing judges any more, so that the reward
+        may be closed; engines are not waited for."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._scoring:
+            self._closed = True
 
     def _groups(
         self, step: int, prompts: list[Prompt], sampling: Future[tuple[list[Completion], Usage]]
     ) -> tuple[list[RolloutGroup], Usage]:
         completions, usage = sampling.result()
-        return score_groups(step, prompts, completions, self._reward), usage
+        with self._scoring:
+            if self._closed:
+                raise CancelledError
+            return score_groups(step, prompts, completions, self._reward), usage
 
 
 def _awaited(future: Future[Result], waiting: Waiting) -> Result:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from typing import Any
 
-from engine.config.load import RunConfig
 from engine.data.ends import end_tokens
 from engine.data.mixture import load_held_out, load_mixture
 from engine.data.templates import load_tokenizer
@@ -19,10 +19,11 @@ from engine.rewards.math.reward import VERIFIER_VERSION
 from engine.rewards.model import ScoringEngine
 from engine.rewards.registry import RoutedReward, judging_of, open_rewards
 from engine.rollouts.base import StepSource
-from engine.rollouts.replay import open_replay
+from engine.rollouts.replay import LedgerSource, PreferenceSource, open_ledger, open_preferences
 from engine.rollouts.source import RolloutSource
 from engine.run.records import Records
 from engine.run.signals import Event
+from engine.run.spec import Spec
 
 log = logging.getLogger(__name__)
 
@@ -34,41 +35,52 @@ class Controller:
 
     def __init__(
         self,
-        config: RunConfig,
+        spec: Spec,
         engines: list[EngineHandle],
         reward_engine: ScoringEngine | None,
         start: int,
         kept: Mapping[str, Any] | None,
     ) -> None:
-        """The run goes on after `start` steps; `kept` as in `Records.open`."""
-        self._config = config
+        """The run goes on after `start` steps; `kept` as in `Records.open`. What was opened is closed where it raises."""
+        config = self._config = spec.config
+        self._spec = spec
         self.collapse: str | None = None  # what the run is to be stopped for
-        self._records = Records.open(config, start, kept)
         self._events: list[Event] = []
         ends = end_tokens(config.model.path, load_tokenizer(config.model.path))
         self.end_ids = ends.stop
         if ends.disagreement:
             log.warning(ends.disagreement)
-        for note in self._records.notes:
-            self._note(note)
-        held_out = load_held_out(config, judging_of)
-        self._sets = [(part.name, part.prompts.prompts) for part in held_out]  # by name; a set's problems are of one kind
-        for part in held_out:
-            self._note(f"{part.key}: {part.prompts}")
-        self._reward = open_rewards(config, reward_engine) if config.uses_engines else RoutedReward({})
-        self.pool = Pool(engines, config.inference.timeout_seconds)
-        self._versions = _versions(self.pool)
-        self.source = self._open_source()
+        with ExitStack() as opened:  # what was opened last is closed first, whatever the others raise
+            self._records = Records.open(config, start, kept)
+            opened.callback(self._records.close)
+            for note in self._records.notes:
+                self._note(note)
+            held_out = load_held_out(config, judging_of)
+            self._sets = [(part.name, part.prompts.prompts) for part in held_out]  # by name; a set's problems are of one kind
+            for part in held_out:
+                self._note(f"{part.key}: {part.prompts}")
+            self._reward = open_rewards(config, reward_engine) if spec.starts_engines else RoutedReward({})
+            opened.callback(self._reward.close)
+            self.pool = Pool(engines, config.inference.timeout_seconds)
+            self._versions = _versions(self.pool)
+            opened.callback(self.pool.finish_profile)
+            self.source = self._open_source()
+            opened.callback(self.source.close)
+            self._opened = opened.pop_all()
 
     def _open_source(self) -> StepSource:
         """Rollouts sampled now, or what data.replay names."""
-        if self._config.data.replay is not None:
-            replay = open_replay(self._config)
-            self._note(f"data.replay: {replay}")
-            return replay
-        prompts = load_mixture(self._config, judging_of)
-        self._note(str(prompts))
-        return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts, self.end_ids)
+        if self._spec.source == "rollouts":
+            prompts = load_mixture(self._config, judging_of)
+            self._note(str(prompts))
+            return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts, self.end_ids)
+        replay: LedgerSource | PreferenceSource
+        if self._spec.source == "ledger":
+            replay = open_ledger(self._config, self._spec.shape.vocab_size)
+        else:
+            replay = open_preferences(self._config)
+        self._note(f"data.replay: {replay}")
+        return replay
 
     def evaluate(self, step: int, part_done: Callable[[], object]) -> None:
         """Judges the version that the pool serves on every held-out set; `part_done` is called after every wait."""
@@ -100,16 +112,15 @@ class Controller:
         for finding in findings if action != "off" else ():
             self._records.find(finding)
             events.append({"kind": "note", "text": f"guard, step {finding.step}: {finding.text}"})
-            if action == "stop" and self.collapse is None:
-                self.collapse = f"step {finding.step}: {finding.text}"
+            ended_by = "the guard" if finding.fatal else "guard.action = 'stop'"
+            ends = finding.fatal or (action == "stop" and finding.step + 1 < self._config.run.steps)
+            if ends and self.collapse is None:
+                self.collapse = f"step {finding.step}: {finding.text}; {ended_by} ended the run"
         return events
 
     def finish(self) -> list[Event]:
-        """Closes everything; the last events."""
-        self.source.close()
-        self.pool.finish_profile()
-        self._reward.close()
-        self._records.close()
+        """Closes everything, the rewards once nothing judges any more; the last events."""
+        self._opened.close()
         return [*self._drain(), {"kind": "done", "engine_versions": self._versions}]
 
     def _note(self, text: str) -> None:

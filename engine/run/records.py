@@ -4,18 +4,18 @@ and described for the next checkpoint. It measures and judges nothing.
 A checkpoint of step k keeps how long each ledger was when it held the rows of all steps before k. A resumed run cuts each
 there: what that costs depends on the rows since the checkpoint and not on the age of the run. Where a ledger is not what the
 checkpoint says (somebody edited it, or an older version wrote the checkpoint), the place is found by reading back from its end,
-with a note; a line on the way that is no row is a CheckpointError.
+with a note; a line on the way that is no row, or one of those that stay and are read, is a CheckpointError before any is cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import CheckpointError
-from engine.core.jsonl import JsonlLedger, read_lines, read_rows, step_of
+from engine.core.jsonl import JsonlLedger, read_lines, row_of, step_of
 from engine.observe.guard import Finding, Guard
 from engine.observe.sinks import MetricsWriter, write_text
 
@@ -46,29 +46,38 @@ class Records:
     @classmethod
     def open(cls, config: RunConfig, step: int, kept: Mapping[str, Any] | None) -> Records:
         """The records of a run that goes on after `step` steps, cut back to them. `kept`: what `Records.kept` gave to the
-        checkpoint; None without one, or with one of an older version. CheckpointError names a ledger that cannot be cut."""
+        checkpoint; None without one, or with one of an older version. CheckpointError names a ledger that cannot be cut, or of
+        which what stays cannot be read; then none is cut."""
         directory = config.run_directory
         write_text(directory / "config.toml", dump_config(config))
         records = cls(directory, Guard(config.guard))
+        try:
+            records._go_on(step, kept, judges_again=step == 0 or config.evaluation_due(step))
+        except BaseException:
+            records.close()
+            raise
+        return records
+
+    def _go_on(self, step: int, kept: Mapping[str, Any] | None, *, judges_again: bool) -> None:
+        """Cuts every ledger back to `step`, once all that is wanted of them has been found and read. `judges_again`: else what
+        was judged at the checkpoint stands."""
         if kept is None and step:
-            records.notes.append(
+            self.notes.append(
                 f"the checkpoint of step {step} does not say how long the records were: their ends, and all evaluations and "
                 f"metrics, are read instead"
             )
-        judges_again = step == 0 or config.evaluation_due(step)  # else what was judged at the checkpoint stands
         begins = {
-            name: records._begin(ledger, step, kept["bytes"][name] if kept is not None else None)
-            for name, ledger in records._ledgers.items()
+            name: self._begin(ledger, step, kept["bytes"][name] if kept is not None else None)
+            for name, ledger in self._ledgers.items()
         }
-        ends = begins | ({} if judges_again else {name: _end(records._ledgers[name], begins[name], step) for name in JUDGED})
-        records.metrics.cut(ends.pop("metrics"), step)
-        for name, end in ends.items():  # only once a place was found in every one
-            records._ledgers[name].cut(end)
-        records._recall(begins["evaluations"], kept)
-        if kept is None or not records.guard.restore(kept["guard"]):  # other options: it looks at the run anew
-            for row in read_rows(directory / "metrics.jsonl"):
-                records.guard.observe(row)
-        return records
+        ends = begins | ({} if judges_again else {name: _end(self._ledgers[name], begins[name], step) for name in JUDGED})
+        self._recall(begins["evaluations"], ends["evaluations"], kept)
+        if kept is None or not self.guard.restore(kept["guard"]):  # other options: it looks at the run anew
+            for row in _rows(self.metrics.ledger, 0, ends["metrics"]):
+                self.guard.observe(row)
+        self.metrics.cut(ends.pop("metrics"), step)
+        for name, end in ends.items():
+            self._ledgers[name].cut(end)
 
     def _begin(self, ledger: JsonlLedger, step: int, known: int | None) -> int:
         """Where the rows of `step` and later begin; `known`: where the checkpoint says."""
@@ -83,10 +92,10 @@ class Records:
             )
         return found
 
-    def _recall(self, begin: int, kept: Mapping[str, Any] | None) -> None:
-        """Finds what was judged: in the checkpoint, and in the ledger what came after it."""
+    def _recall(self, begin: int, end: int, kept: Mapping[str, Any] | None) -> None:
+        """Finds what was judged: in the checkpoint, and in the ledger what came after it and stays, from `begin` to `end`."""
         known = kept["judged"] if kept is not None else ()
-        rows = read_rows(self.evaluations.path, begin if kept is not None else 0)
+        rows = _rows(self.evaluations, begin if kept is not None else 0, end)
         self.judged = [{name: value for name, value in row.items() if name != "records"} for row in (*known, *rows)]
 
     def kept(self, checkpoints: Collection[int]) -> dict[str, Any]:
@@ -123,3 +132,11 @@ def _end(ledger: JsonlLedger, begin: int, step: int) -> int:
             break
         end = line.end
     return end
+
+
+def _rows(ledger: JsonlLedger, begin: int, end: int) -> Iterator[dict[str, Any]]:
+    """The rows between two of its bytes."""
+    for line in read_lines(ledger.path, begin) if begin < end else ():
+        if line.end > end:
+            break
+        yield row_of(line, CheckpointError)

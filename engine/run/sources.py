@@ -11,21 +11,21 @@ from engine.data.mixture import load_prompts
 from engine.data.prompts import PromptOrder
 from engine.data.supervised import supervised_sequence
 from engine.data.templates import load_tokenizer
-from engine.megatron.broadcast import broadcast_batch, broadcast_bytes
+from engine.megatron.broadcast import broadcast_batch
 from engine.megatron.packing import make_batch
 from engine.megatron.topology import Topology
-from engine.models.hf import read_shape
 from engine.rollouts.base import StepSource
+from engine.run.agreement import Agreement
 from engine.run.metrics import TARGET_TOKENS
-from engine.run.signals import sign_of_life
+from engine.run.spec import Spec
 
 
 class BroadcastSource:
     """Rank 0 has the rollouts; each rank receives the step's sequences and packs its own part."""
 
-    def __init__(self, config: RunConfig, topology: Topology, rollouts: StepSource | None) -> None:
+    def __init__(self, config: RunConfig, topology: Topology, rollouts: StepSource | None, agreement: Agreement) -> None:
         """`rollouts` on rank 0, None on every other rank."""
-        self._config, self._topology, self._rollouts = config, topology, rollouts
+        self._config, self._topology, self._rollouts, self._agreement = config, topology, rollouts, agreement
 
     def open(self, steps: range) -> None:
         """Submits the rollouts of these steps for sampling."""
@@ -36,52 +36,36 @@ class BroadcastSource:
         """Waits until these steps are complete."""
         for step in steps:
             if self._rollouts is not None:
-                self._rollouts.drain(step, self._waiting)
-                self._tell(over=True)
+                self._rollouts.drain(step, self._agreement.heartbeat)
+                self._agreement.done()
             else:
-                self._listen()
+                self._agreement.listen()
 
     def next(self, step: int) -> tuple[Batch, dict[str, float]]:
         """This rank's microbatches of the step, and on rank 0 what was measured of its rollouts."""
         data = None
         if self._rollouts is not None:
-            data = self._rollouts.next(step, self._waiting)
-            self._tell(over=True)
+            data = self._rollouts.next(step, self._agreement.heartbeat)
+            self._agreement.done()
         else:
-            self._listen()
+            self._agreement.listen()
         sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
         batch = broadcast_batch(sequences, num_prompts, step, self._config.trainer, self._topology)
         return batch, metrics | {TARGET_TOKENS.name: float(batch.num_target_tokens)}
-
-    # However long engines and rewards take within their own deadlines, no rank waits longer in one collective than rank 0 waits
-    # between two words, and the command that watches sees the run live.
-
-    def _waiting(self) -> None:
-        self._tell(over=False)
-
-    def _tell(self, *, over: bool) -> None:
-        """Rank 0's word to the others and to the command. Collective."""
-        sign_of_life(self._config).touch()
-        if self._topology.world_size > 1:
-            broadcast_bytes(b"over" if over else b"more", self._topology.device)
-
-    def _listen(self) -> None:
-        """The other ranks' side of `_tell`, until the wait is over. Collective."""
-        while broadcast_bytes(b"", self._topology.device) != b"over":
-            pass
 
 
 class SupervisedSource:
     """Worked solutions in the seeded order; every rank reads the file and packs its own part."""
 
-    def __init__(self, config: RunConfig, topology: Topology) -> None:
+    def __init__(self, spec: Spec, topology: Topology) -> None:
         """ConfigError when a solution is longer than a microbatch or the model's positions."""
+        config = spec.config
         self._config, self._topology = config, topology
         tokenizer = load_tokenizer(config.model.path)
         unjudged = Judging(verifiable=False, needs_answer=False, wants_row=False)
         prompts = load_prompts(config, config.data, config.data.train, unjudged).prompts
         self._sequences = [supervised_sequence(prompt, tokenizer) for prompt in prompts]
-        limit = min(config.trainer.microbatch_tokens, read_shape(config.model.path, family=config.model.family).max_positions)
+        limit = min(config.trainer.microbatch_tokens, spec.shape.max_positions)
         for prompt, sequence in zip(prompts, self._sequences, strict=True):
             if sequence.num_tokens > limit:
                 raise ConfigError(

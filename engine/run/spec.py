@@ -1,7 +1,6 @@
 """The run, resolved once: what follows from a configuration and the files it names, before any process starts. `check` prints
-it, `plan` weighs it, and every process of the run gets it as JSON and checks no rule again. The bridge, the policy and the
-placing of processes still derive some of it from the configuration. It starts nothing, looks at no device, and does not say
-whether the run can work (preflight does).
+it, `plan` weighs it, and every process of the run gets it as JSON, checks no rule again and derives none of it anew. It starts
+nothing, looks at no device, and does not say whether the run can work (preflight does).
 """
 
 from __future__ import annotations
@@ -72,6 +71,16 @@ class Spec:
         return "engines" in self.parts
 
     @property
+    def colocated(self) -> bool:
+        """Whether engines stand on the trainer's devices and sleep while it trains."""
+        return self.starts_engines and self.config.inference.placement == "colocated"
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the training sequences are rollouts, which have log-probs of the model that sampled them."""
+        return self.source != "preferences"
+
+    @property
     def starts_reward_engine(self) -> bool:
         """Whether the reward model's engine does."""
         return "reward_engine" in self.parts and self.config.reward_model.path is not None
@@ -80,6 +89,14 @@ class Spec:
     def missing_reward_model(self) -> str | None:
         """The file that would tell the reward model's sizes, where it is to be started and the file is not there."""
         return str(_reward_file(self.config)) if self.starts_reward_engine and self.reward_shape is None else None
+
+    def placed(self, gpus_per_node: int | None = None) -> Placement:
+        """Where every process goes on nodes with so many GPUs, as many as configured where not said. ConfigError when they do
+        not fit."""
+        fewer = gpus_per_node is not None and gpus_per_node < self.config.cluster.gpus_per_node
+        if self.placement is not None and not fewer:
+            return self.placement
+        return place(self.config, self.parts, gpus_per_node)
 
     def to_json(self) -> str:
         """As a process of the run is told it."""
@@ -136,7 +153,7 @@ def assemble(
         placement=_placement(config, parts),
         colocated_nodes=colocated_nodes(config) if trains else None,
         transports=_transports(config) if trains and "engines" in parts else (),
-        copies=config.weight_copies(needs_reference=_needs_reference(config, kind)) if trains else (),
+        copies=_copies(config, kind) if trains else (),
         evaluation_sets=_evaluation_sets(config) if "engines" in parts else (),
         evaluation_steps=tuple(step for step in steps if trains and "engines" in parts and config.evaluation_due(step)),
         checkpoint_steps=tuple(step for step in steps if trains and kind != "supervised" and config.checkpoint_due(step)),
@@ -161,9 +178,12 @@ def _sampled(config: RunConfig) -> SourceKind:
     return "rollouts" if config.sft.checkpoint_out is None else "supervised"
 
 
-def _needs_reference(config: RunConfig, kind: SourceKind) -> bool:
-    sampled = kind != "preferences"
-    return kind != "supervised" and make_loss(config.algorithm, sampled=sampled).needs_reference
+def _copies(config: RunConfig, kind: SourceKind) -> tuple[Copy, ...]:
+    """A reference that never moves is the seed's weights too, and is kept once."""
+    needs_reference = kind != "supervised" and make_loss(config.algorithm, sampled=kind != "preferences").needs_reference
+    shared = needs_reference and config.sync.reference == "never"
+    kept: dict[Copy, bool] = {"reference": needs_reference, "seed": config.keeps_seed and not shared}
+    return tuple(name for name, is_kept in kept.items() if is_kept)
 
 
 def _reward_file(config: RunConfig) -> Path | None:
@@ -171,7 +191,7 @@ def _reward_file(config: RunConfig) -> Path | None:
 
 
 def _placement(config: RunConfig, parts: tuple[Part, ...]) -> Placement | None:
-    """The seats on cluster.nodes * cluster.gpus_per_node GPUs; None where they are too few, as a run on CPUs may have it."""
+    """On cluster.nodes * cluster.gpus_per_node GPUs; None where they are too few, as a run on CPUs may have it."""
     try:
         return place(config, parts)
     except ConfigError:

@@ -40,7 +40,7 @@ class Probe(TrainerRank):
         config, topology = self._config, self._join(port)
         policy = Policy(config, topology, NllLoss(), config.model.path)
         pool = Pool(engines, config.inference.timeout_seconds) if engines is not None else None
-        publisher = open_publisher(config, policy, topology, self._host, pool)
+        publisher = open_publisher(self._spec, policy, topology, self._host, pool)
         draw = random.Random(3)
         rows = [[draw.randrange(DIGITS) for _ in range(draw.randrange(5, LONGEST))] for _ in range(SEQUENCES)]
         sequences = [Sequence(tuple(row[:1]), tuple(row[1:]), ()) for row in rows]

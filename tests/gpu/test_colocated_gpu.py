@@ -29,6 +29,7 @@ from engine.inference.pool import Pool
 from engine.inference.sampling import SampleRequest
 from engine.models import sharding as layout
 from engine.models.hf import read_shape
+from engine.run.spec import assemble
 
 pytestmark = [
     pytest.mark.gpu,
@@ -133,7 +134,7 @@ class World:
         }
         place: Any = SimpleNamespace(rank=0, world_size=1, dp_size=1, device=device, stage_leaders=lambda: (0,))
         policy: Any = SimpleNamespace(shape=self.shape, parameters=self.parameters)
-        self.publisher = open_publisher(config, policy, place, HOST, self.pool)
+        self.publisher = open_publisher(assemble(config, self.shape), policy, place, HOST, self.pool)
 
     def hold(self, model: LlamaForCausalLM) -> None:
         """Gives the trainer this model's weights."""

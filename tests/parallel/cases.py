@@ -26,8 +26,10 @@ from engine.core.types import IGNORED, Batch, Microbatch
 from engine.megatron.packing import make_batch
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
+from engine.models.hf import read_shape
 from engine.models.sharding import export_plan
 from engine.ops import lm_head_log_probs, token_log_probs
+from engine.run.spec import assemble
 from tests.parallel.fp8_case import change_weights, fp8_parameters
 from tests.parallel.material import ALGORITHMS, batch_of, run_config, sequences
 from tests.parallel.memory_case import memory
@@ -287,14 +289,15 @@ def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bo
     def equal(policy: Policy, wanted: dict[str, torch.Tensor]) -> bool:
         return all(torch.equal(parameter, wanted[name]) for name, parameter in policy.parameters.items())
 
-    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
+    loss, copies = make_loss(config.algorithm), assemble(config, read_shape(checkpoint)).copies
+    policy = Policy(config, topology, loss, checkpoint, copies=copies)
     before = weights(policy)
     for step in range(2):
         policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)))
         if config.schedule.reference_due(step + 1):
             policy.refresh_reference()
     trained = weights(policy)
-    resumed = Policy(config, topology, make_loss(config.algorithm), checkpoint)
+    resumed = Policy(config, topology, loss, checkpoint, copies=copies)
     resumed.load_state(policy.state())
     found = {}
     for name, one in (("first", policy), ("resumed", resumed)):

@@ -10,6 +10,7 @@ from engine.config.load import RunConfig
 from engine.config.options import Trainer
 from engine.core.types import Batch, Sequence
 from engine.megatron.packing import make_batch
+from tests import builders
 
 OWN_LOSS = Path(__file__).resolve().parents[1] / "own_loss.py"
 UNCLIPPED = 1e9  # a clip_norm far above every gradient
@@ -28,9 +29,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {  # by short name; NLL and KL are large
 def run_config(trainer: dict[str, Any], options: dict[str, Any]) -> RunConfig:
     """A run of 3 steps whose learning rate and NLL are large enough to see; clipping only where a test asks."""
     tree: dict[str, Any] = {
-        "run": {"directory": "unused", "steps": 3},
-        "model": {"path": "unused"},
-        "data": {"train": "unused", "max_prompt_tokens": 8},
+        "run": {"steps": 3},
+        "data": {"max_prompt_tokens": 8},
         "sampling": {"max_tokens": 24},
         "algorithm": ALGORITHMS["dpo"],
         "optimizer": {"learning_rate": 3e-3, "eps": 1e-4, "clip_norm": UNCLIPPED, "warmup_steps": 2},
@@ -39,7 +39,7 @@ def run_config(trainer: dict[str, Any], options: dict[str, Any]) -> RunConfig:
     for section, values in options.items():
         begun = {} if "loss" in values else tree.get(section, {})  # another loss has other options
         tree[section] = begun | values
-    return RunConfig.model_validate(tree)
+    return builders.config(**tree)
 
 
 def sequences(step: int, vocab_size: int, group_pairs: int = 1) -> list[Sequence]:

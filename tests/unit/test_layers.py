@@ -32,7 +32,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 # Library -> the only places under engine/ that may import it, at the top of a file or inside a function.
 HEAVY = {
-    "ray": ("run/processes.py",),
+    "ray": ("run/processes.py", "run/handles.py", "run/nodes.py", "run/watch.py"),
     "vllm": ("inference/",),
     "megatron": ("megatron/",),
     "transformer_engine": ("megatron/",),

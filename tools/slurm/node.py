@@ -18,7 +18,7 @@ import time
 
 import psutil
 
-from engine.run.processes import RAY_ENVIRONMENT
+from engine.run.nodes import RAY_ENVIRONMENT
 
 STARTED = "Ray runtime started."  # what `ray start` prints when the node is there
 READY_PORT_OFFSET = 5000

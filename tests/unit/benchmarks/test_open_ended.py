@@ -11,9 +11,9 @@ from engine import cli
 from engine.benchmarks.answers import Answer, load_answers, write_answers
 from engine.benchmarks.open_ended import prompts_of, sample_answers
 from engine.benchmarks.questions import Question, load_questions
-from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, DataError
 from engine.inference.pool import Pool
+from tests import builders
 from tests.unit.inference.test_pool import FakeEngine
 
 SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -35,8 +35,11 @@ def written(path: Path, rows: object) -> Path:
 
 def sampled(tmp_path, questions, tokenizer, max_prompt_tokens=200):
     tokenizer.save_pretrained(tmp_path / "model")
-    tree = {"run": {"directory": "r", "steps": 1}, "model": {"path": str(tmp_path / "model")}}
-    config = RunConfig.model_validate(tree | {"data": {"train": "t", "max_prompt_tokens": max_prompt_tokens}})
+    config = builders.config(
+        model={"path": str(tmp_path / "model")},
+        data={"max_prompt_tokens": max_prompt_tokens},
+        sampling={"max_tokens": 2048},
+    )
     engine = FakeEngine()
     prompts = prompts_of(config, questions)
     completions = sample_answers(config, prompts, Pool([engine], 5.0))

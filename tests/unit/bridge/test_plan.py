@@ -113,8 +113,8 @@ class Cluster:
 
     def __init__(self, case: Case, made: ShardPlan) -> None:
         self.case, self.plan, self.model = case, made, model_of(case.shape)
-        cells = [(pp, tp) for pp in range(case.source.pp_size) for tp in range(case.source.tp_size)]
-        self.held = {cell: fill(case.shape, case.source, self.model, cell[1], cell[0]) for cell in cells}
+        model_ranks = [(pp, tp) for pp in range(case.source.pp_size) for tp in range(case.source.tp_size)]
+        self.held = {(pp, tp): fill(case.shape, case.source, self.model, tp, pp) for pp, tp in model_ranks}
         sizes = [layout.shard_shapes(case.shape, case.target, rank) for rank in range(case.target.tp_size)]
         self.live: dict[int, Tensors] = {}
         self.written: dict[int, Tensors] = {}
@@ -127,18 +127,18 @@ class Cluster:
     def carry_out(self) -> None:
         """Every message from its source's shards into every receiver's; a receiver fed by an engine gets its bytes."""
         for message in self.plan.messages:
-            cell, axes = message.bucket.cell, self.case.source
-            assert message.source // axes.tp_size // self.case.dp_size == cell[0]
-            assert message.source % axes.tp_size == cell[1]
+            model_rank, axes = message.bucket.model_rank, self.case.source
+            assert message.source // axes.tp_size // self.case.dp_size == model_rank[0]
+            assert message.source % axes.tp_size == model_rank[1]
             for t in message.bucket.transfers:
-                spot = (t.source.row, t.source.col, t.rows, t.cols)
-                sent = layout.rectangle(self.held[cell][t.source.parameter], *spot)
+                offset = (t.source.row, t.source.col, t.rows, t.cols)
+                sent = layout.rectangle(self.held[model_rank][t.source.parameter], *offset)
                 for member in self.plan.receivers(message):
-                    spot = (t.target.row, t.target.col, t.rows, t.cols)
-                    place = layout.rectangle(self.live[member][t.target.parameter], *spot)
+                    offset = (t.target.row, t.target.col, t.rows, t.cols)
+                    place = layout.rectangle(self.live[member][t.target.parameter], *offset)
                     assert place.shape == sent.shape == (t.rows, t.cols)
                     place.copy_(sent)
-                    layout.rectangle(self.written[member][t.target.parameter], *spot).add_(1)
+                    layout.rectangle(self.written[member][t.target.parameter], *offset).add_(1)
 
     def check(self) -> None:
         """Every engine shard holds what the layout says, each element written once, padding never."""
@@ -165,16 +165,16 @@ def test_every_element_arrives_once_in_its_place(case: Case) -> None:
 @settings(max_examples=30, deadline=None)
 def test_buckets_keep_their_limits(case: Case) -> None:
     """At most bucket_bytes or a single row; unpacked ones contiguous in both shards; nothing large and contiguous packed, but
-    everything where the source's matrices are made for a look; and two packed buckets of a stream never fit into one."""
+    everything where the source's matrices are made for a look; and two packed buckets of a flow never fit into one."""
     made = plan(*case.arguments)
     targets = [layout.shard_shapes(case.shape, case.target, rank) for rank in range(case.target.tp_size)]
-    streams: dict = {}
+    flows: dict = {}
     for bucket in made.buckets:
         sizes = [t.rows * t.cols * case.dtype_bytes for t in bucket.transfers]
         assert bucket.num_bytes == sum(sizes) > 0
         single_row = len(sizes) == 1 and bucket.transfers[0].rows == 1
         assert bucket.num_bytes <= case.bucket_bytes or single_row
-        sources = layout.shard_shapes(case.shape, case.source, bucket.cell[1], bucket.cell[0])
+        sources = layout.shard_shapes(case.shape, case.source, bucket.model_rank[1], bucket.model_rank[0])
         for t, size in zip(bucket.transfers, sizes, strict=True):
             shards = (sources[t.source.parameter], targets[bucket.target][t.target.parameter])
             contiguous = all(t.cols == (shape[1] if len(shape) == 2 else 1) for shape in shards)
@@ -183,8 +183,8 @@ def test_buckets_keep_their_limits(case: Case) -> None:
             assert not (lies_there and bucket.packed and size >= UNPACKED_BYTES)
         assert bucket.packed or len(bucket.transfers) == 1
         if bucket.packed:
-            streams.setdefault((bucket.cell, bucket.target), []).append(bucket)
-    for packed in streams.values():
+            flows.setdefault((bucket.model_rank, bucket.target), []).append(bucket)
+    for packed in flows.values():
         for one, following in pairwise(packed):
             first = following.transfers[0]
             assert one.num_bytes + first.cols * case.dtype_bytes > case.bucket_bytes or (
@@ -200,10 +200,10 @@ def test_one_copy_enters_a_node_and_the_entry_goes_round(case: Case) -> None:
     copies: Counter[tuple[int, tuple[int, ...]]] = Counter()
     for index, message in enumerate(made.messages):
         assert message.index == index
-        (node,) = (node for node in case.nodes if set(message.route) == set(node))
-        assert len(message.route) == len(node)
+        (node,) = (node for node in case.nodes if set(message.path) == set(node))
+        assert len(message.path) == len(node)
         copies[id(message.bucket), node] += 1
-        entries.setdefault((node, message.bucket.target), []).append(message.route[0])
+        entries.setdefault((node, message.bucket.target), []).append(message.path[0])
     assert set(copies.values()) <= {1}
     assert len(copies) == len(made.buckets) * len(case.nodes)
     for (node, _), entered in entries.items():
@@ -214,11 +214,11 @@ def test_one_copy_enters_a_node_and_the_entry_goes_round(case: Case) -> None:
 @given(cases() | divided())
 @settings(max_examples=40, deadline=None)
 def test_replicas_send_equal_shares(case: Case) -> None:
-    """To within the largest bucket, cell by cell, of those that serve the same node."""
+    """To within the largest bucket, model_rank by model_rank, of those that serve the same node."""
     made = plan(*case.arguments)
     axes = case.source
-    for cell in {bucket.cell for bucket in made.buckets}:
-        ranks = [(cell[0] * case.dp_size + dp) * axes.tp_size + cell[1] for dp in range(case.dp_size)]
+    for model_rank in {bucket.model_rank for bucket in made.buckets}:
+        ranks = [(model_rank[0] * case.dp_size + dp) * axes.tp_size + model_rank[1] for dp in range(case.dp_size)]
         for together in case.senders or (ranks,):
             sent = {rank: 0 for rank in ranks if rank in together}
             for message in made.messages:
@@ -234,7 +234,7 @@ def test_a_node_with_senders_of_its_own_is_sent_to_by_no_other(case: Case) -> No
     unless there is but one node."""
     made = plan(*case.arguments)
     for message in made.messages:
-        (node,) = (number for number, engines in enumerate(case.nodes) if set(message.route) == set(engines))
+        (node,) = (number for number, engines in enumerate(case.nodes) if set(message.path) == set(engines))
         assert message.source in case.senders[node]
     free = plan(*replace(case, senders=()).arguments)
     assert set(made.buckets) == set(free.buckets)
@@ -252,20 +252,20 @@ def test_naming_all_ranks_as_senders_changes_nothing(case: Case) -> None:
 
 def test_a_node_that_lacks_a_shard_is_no_plan() -> None:
     """TP 2 over two nodes: the second node's replica without its second rank."""
-    with pytest.raises(AssertionError, match=r"no sender to node 1 holds cell \(0, 1\)"):
+    with pytest.raises(AssertionError, match=r"no sender to node 1 holds model-parallel rank \(0, 1\)"):
         plan(LLAMA_8B, 2, TrainerLayout(2), 2, EngineLayout(1), ((0,), (1,)), 64 << 20, ((0, 1), (2,)))
 
 
 @given(cases() | divided())
 @settings(max_examples=30, deadline=None)
 def test_streams_advance_together(case: Case) -> None:
-    """The k-th bucket of every stream comes before any (k + 1)-th."""
+    """The k-th bucket of every flow comes before any (k + 1)-th."""
     seen: Counter[tuple] = Counter()
     rounds = []
     for message in plan(*case.arguments).messages:
-        stream = (message.bucket.cell, message.bucket.target, frozenset(message.route))
-        rounds.append(seen[stream])
-        seen[stream] += 1
+        flow = (message.bucket.model_rank, message.bucket.target, frozenset(message.path))
+        rounds.append(seen[flow])
+        seen[flow] += 1
     assert rounds == sorted(rounds)
 
 
@@ -333,23 +333,23 @@ def test_another_process_makes_the_same_plan() -> None:
 
 
 def test_8b_from_two_by_two_to_one() -> None:
-    """Figures that can be checked by hand: 8,030,261,248 parameters of 2 bytes, once into the node; the cells of the first
-    stage send the embedding and 16 layers; norms take turns between the tensor ranks."""
+    """Figures that can be checked by hand: 8,030,261,248 parameters of 2 bytes, once into the node; the model-parallel ranks
+    of the first stage send the embedding and 16 layers; norms take turns between the tensor ranks."""
     made = plan(*EXAMPLE)
     assert made.num_bytes == 2 * 8_030_261_248
     sent: Counter[int] = Counter()
     for message in made.messages:
         sent[message.source] += message.bucket.num_bytes
     assert max(sent.values()) - min(sent.values()) <= 64 << 20
-    norms = Counter(b.cell for b in made.buckets for t in b.transfers if "layernorm" in t.name)
+    norms = Counter(b.model_rank for b in made.buckets for t in b.transfers if "layernorm" in t.name)
     assert set(norms.values()) == {16}
-    neighbours = [(a.source, a.route[0]) for a in made.messages[:100]]
+    neighbours = [(a.source, a.path[0]) for a in made.messages[:100]]
     assert all(a[0] != b[0] and a[1] != b[1] for a, b in pairwise(neighbours))
 
 
 @pytest.mark.parametrize(("tp_size", "engine_size"), [(2, 4), (4, 4), (8, 4), (8, 1), (2, 1), (1, 8)])
 def test_what_many_hold_is_sent_by_one_and_in_turns(tp_size: int, engine_size: int) -> None:
-    """Norms: by each tensor rank as often, and along streams that exist anyway; a tied embedding: half by either end."""
+    """Norms: by each tensor rank as often, and along flows that exist anyway; a tied embedding: half by either end."""
     shape = replace(LLAMA_8B, tied=True)
     made = plan(shape, 2, TrainerLayout(tp_size, 2), 1, EngineLayout(engine_size), ((0,),), 64 << 20)
     norms: Counter[tuple[int, int]] = Counter()
@@ -358,12 +358,12 @@ def test_what_many_hold_is_sent_by_one_and_in_turns(tp_size: int, engine_size: i
     for bucket in made.buckets:
         for t in bucket.transfers:
             if "layernorm" in t.name:
-                norms[bucket.cell] += 1
+                norms[bucket.model_rank] += 1
             elif "embed" in t.name:
-                embedding[bucket.cell[0]] += t.rows
+                embedding[bucket.model_rank[0]] += t.rows
             else:
-                matrices.add((bucket.cell, bucket.target))
+                matrices.add((bucket.model_rank, bucket.target))
     assert len(norms) == 2 * tp_size
     assert max(norms.values()) == min(norms.values())
     assert abs(embedding[0] - embedding[1]) <= tp_size * engine_size
-    assert {(b.cell, b.target) for b in made.buckets for t in b.transfers if "layernorm" in t.name} <= matrices
+    assert {(b.model_rank, b.target) for b in made.buckets for t in b.transfers if "layernorm" in t.name} <= matrices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,17 +14,12 @@ import torch.distributed as dist
 from engine.bridge import setup as opening
 from engine.bridge.setup import channel
 from engine.bridge.transports.registry import Choice, choose, kind_of
-from engine.config.load import RunConfig
 from engine.config.placement import ColocatedNodes
 from engine.config.transport import Setting, setting
 from engine.core.errors import ConfigError
 from engine.models.sharding import shard_shapes, trainer_layout
+from tests.builders import config, spec
 from tests.unit.bridge.world import small_shape
-
-
-def config(**tables: dict[str, object]) -> RunConfig:
-    base = {"run": {"directory": "r", "steps": 1}, "model": {"path": "m"}, "data": {"train": "d"}}
-    return RunConfig.model_validate(base | tables)
 
 
 @pytest.mark.parametrize(
@@ -115,19 +111,17 @@ def test_a_bridge_over_two_nodes_is_told_who_serves_whom(
         cluster={"nodes": 2, "gpus_per_node": 2},
         sync={"bucket_mebibytes": 1},
     )
-    seats = ColocatedNodes(ranks=(0, 0, 1), engines=(0, 1, 0))
-    monkeypatch.setattr(opening, "colocated_nodes", lambda _: seats)
+    run = replace(spec(made), colocated_nodes=ColocatedNodes(ranks=(0, 0, 1), engines=(0, 1, 0)))
     monkeypatch.setattr(opening, "room_for", lambda num_bytes: num_bytes < free_mebibytes << 20)
-    monkeypatch.setattr(opening, "Publisher", lambda policy, place, terms, **known: (terms, known["transport_note"]))
+    monkeypatch.setattr(opening, "Publisher", lambda policy, place, terms, **known: terms)
     shapes = shard_shapes(small_shape(), trainer_layout(made.trainer), 0, 0)
     policy: Any = SimpleNamespace(shape=small_shape(), parameters={name: torch.zeros(size) for name, size in shapes.items()})
     place: Any = SimpleNamespace(rank=0, dp_size=3, device=torch.device("cpu"))
     pool: Any = SimpleNamespace(nodes=lambda: ((0, 1, 2),))
     with caplog.at_level(logging.WARNING):
-        opened: Any = opening.open_publisher(made, policy, place, "127.0.0.1", pool)
-    terms, note = opened
+        terms: Any = opening.open_publisher(run, policy, place, "127.0.0.1", pool)
     assert (terms.transport, terms.nodes) == (transport, nodes)
-    assert ("ipc would be faster" in note) is ("ipc would be faster" in caplog.text) is (transport == "gloo")
+    assert ("ipc would be faster" in caplog.text) is (transport == "gloo")
     assert terms.senders == tuple((2,) if engines == (1,) else (0, 1) for engines in nodes)
-    assert {message.source for message in terms.plan().messages if message.route == (1,)} == {2}
+    assert {message.source for message in terms.plan().messages if message.path == (1,)} == {2}
     assert type(terms).from_json(terms.to_json()) == terms

@@ -524,26 +524,6 @@ def test_what_is_due_follows_the_options(path):
     assert not load_config(path, ["evaluation.every=2"]).evaluation_due(2), "nothing is held out"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "kept"),
-    [
-        ([], False),
-        (["checkpoint.every=7"], False),
-        (["evaluation.every=5", *HELD_OUT], True),
-        (["inference.placement=colocated", "checkpoint.every=7"], True),
-        (["inference.placement=colocated", "checkpoint.every=20"], False),
-        (["inference.placement=colocated", "checkpoint.every=7", "data.replay=a.jsonl"], False),
-    ],
-)
-def test_the_seed_is_kept_where_the_generator_needs_it_again(path, overrides, kept):
-    """Offline: once newer weights were judged, and once engines on the trainer's devices have slept before a next chunk."""
-    config = load_config(path, [*overrides, "sync.sync_interval=never"])
-    assert config.keeps_seed is kept
-    assert config.colocated is (config.uses_engines and config.inference.placement == "colocated")
-    online = [override for override in overrides if "replay" not in override]
-    assert not load_config(path, [*online, "checkpoint.every=20"]).keeps_seed
-
-
 if __name__ == "__main__":
     OPTIONS_FILE.write_text("\n".join(options()) + "\n", encoding="utf-8")
     print(f"wrote {len(options())} options to {OPTIONS_FILE}")

@@ -3,46 +3,20 @@ not fit."""
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-from pathlib import Path
 
 import pytest
-import ray
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.config.load import RunConfig
 from engine.config.options import Options
 from engine.config.placement import GpuAssignment, Part, Placement, colocated_nodes, place, training_parts
-from engine.core.errors import (
-    ConfigError,
-    EngineLostError,
-    EngineStartError,
-    PreemptedError,
-    ProcessLostError,
-    UnexpectedError,
-    WatchdogError,
-    WeightSyncError,
-)
-from engine.run.machine import devices, interface_of
-from engine.run.processes import _ENVIRONMENT, _LOOPBACK, RAY_ENVIRONMENT, Cluster, Node, RayFuture, _plain
-from tests.builders import spec
+from engine.core.errors import ConfigError
+from tests.builders import LEAST
+from tests.builders import config as make
 
 ALL: tuple[Part, ...] = ("trainer", "engines", "reward_engine")
-
-
-BASE: dict = {
-    "run": {"directory": "unused", "steps": 4},
-    "model": {"path": "unused"},
-    "data": {"train": "unused"},
-    "sampling": {"max_tokens": 8},
-}
-
-
-def make(**tables) -> RunConfig:
-    return RunConfig.model_validate(BASE | tables)
 
 
 @st.composite
@@ -62,8 +36,8 @@ def layouts(draw) -> RunConfig:
     )
 
 
-def cells(seats: tuple[GpuAssignment, ...]) -> list[tuple[int, int]]:
-    return [(seat.node, gpu) for seat in seats for gpu in seat.gpus]
+def cells(assignments: tuple[GpuAssignment, ...]) -> list[tuple[int, int]]:
+    return [(assignment.node, gpu) for assignment in assignments for gpu in assignment.gpus]
 
 
 def fitting(config: RunConfig) -> Placement:
@@ -92,10 +66,10 @@ def test_ranks_and_engines_are_whole_and_tensor_parallel_ranks_share_a_node(conf
     found, trainer = fitting(config), config.trainer
     assert len(found.ranks) == trainer.world_size
     assert len(found.engines) == config.inference.engines
-    assert all(len(seat.gpus) == 1 for seat in found.ranks)
-    assert all(len(seat.gpus) == config.inference.tensor_parallel for seat in found.engines)
+    assert all(len(assignment.gpus) == 1 for assignment in found.ranks)
+    assert all(len(assignment.gpus) == config.inference.tensor_parallel for assignment in found.engines)
     for first in range(0, trainer.world_size, trainer.tensor_parallel):
-        assert len({seat.node for seat in found.ranks[first : first + trainer.tensor_parallel]}) == 1
+        assert len({assignment.node for assignment in found.ranks[first : first + trainer.tensor_parallel]}) == 1
     assert cells(found.ranks) == sorted(cells(found.ranks)), "ranks fill nodes in order"
     assert found.ranks[0] == GpuAssignment(0, (0,)), "rank 0 is on the head, where the command is"
 
@@ -105,7 +79,7 @@ def turning(draw) -> Options:
     """Colocated on several nodes, whether that works or not."""
     few, many, size = st.integers(1, 3), st.integers(1, 6), st.sampled_from([1, 2, 4])
     return Options.model_validate(
-        BASE
+        LEAST
         | {
             "trainer": {"tensor_parallel": draw(size), "pipeline_parallel": draw(few), "data_parallel": draw(many)},
             "inference": {"engines": draw(many), "tensor_parallel": draw(size), "placement": "colocated"},
@@ -116,7 +90,7 @@ def turning(draw) -> Options:
 
 @given(turning())
 def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_policy_beside_it(options):
-    """By the seats: who holds which shard is counted as megatron numbers its ranks, tensor, data, pipeline parallel."""
+    """By the assignments: who holds which shard is counted as megatron numbers its ranks, tensor, data, pipeline parallel."""
     t = options.trainer
     try:
         found = place(options, ALL)
@@ -124,13 +98,13 @@ def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_
         with pytest.raises(ConfigError, match=re.escape(str(error))):
             colocated_nodes(options)
         return
-    seats = iter(found.ranks)
+    assignments = iter(found.ranks)
     held: dict[int, set[tuple[int, int]]] = {}
     for pp in range(t.pipeline_parallel):
         for _ in range(t.data_parallel):
             for tp in range(t.tensor_parallel):
-                held.setdefault(next(seats).node, set()).add((pp, tp))
-    whole = all(len(held[seat.node]) == t.tensor_parallel * t.pipeline_parallel for seat in found.engines)
+                held.setdefault(next(assignments).node, set()).add((pp, tp))
+    whole = all(len(held[assignment.node]) == t.tensor_parallel * t.pipeline_parallel for assignment in found.engines)
     if not whole:
         said = f"cluster.nodes = {options.cluster.nodes} needs all {t.tensor_parallel * t.pipeline_parallel} shards"
         with pytest.raises(ConfigError, match=said):
@@ -140,9 +114,9 @@ def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_
         return
     turns = colocated_nodes(RunConfig.model_validate(options.model_dump()))
     assert turns is not None
-    for engine, seat in enumerate(found.engines):
+    for engine, assignment in enumerate(found.engines):
         beside = turns.ranks_on_node_of(engine)
-        assert beside == tuple(rank for rank, other in enumerate(found.ranks) if other.node == seat.node)
+        assert beside == tuple(rank for rank, other in enumerate(found.ranks) if other.node == assignment.node)
 
 
 @given(turning())
@@ -154,9 +128,10 @@ def test_a_replica_that_divides_a_node_is_seated_whole(options):
     assert found.ranks[0] == GpuAssignment(0, (0,))
     for dp in range(t.data_parallel):
         stages = [(pp * t.data_parallel + dp) * t.tensor_parallel for pp in range(t.pipeline_parallel)]
-        seats = [found.ranks[first + tp] for first in stages for tp in range(t.tensor_parallel)]
-        assert len({seat.node for seat in seats}) == 1
-        assert [seat.gpus[0] for seat in seats] == list(range(dp * replica % gpus, dp * replica % gpus + replica))
+        assignments = [found.ranks[first + tp] for first in stages for tp in range(t.tensor_parallel)]
+        assert len({assignment.node for assignment in assignments}) == 1
+        first = dp * replica % gpus
+        assert [assignment.gpus[0] for assignment in assignments] == list(range(first, first + replica))
 
 
 def test_other_runs_take_no_turns_on_several_nodes():
@@ -183,7 +158,7 @@ def test_examples_of_eight_gpus_a_node():
         trainer={"tensor_parallel": 4, "data_parallel": 3}, inference={"engines": 2, "tensor_parallel": 4}, cluster={"nodes": 3}
     )
     found = place(config, ALL)
-    assert [seat.node for seat in found.ranks] == [0] * 8 + [1] * 4
+    assert [assignment.node for assignment in found.ranks] == [0] * 8 + [1] * 4
     assert found.engines == (GpuAssignment(1, (4, 5, 6, 7)), GpuAssignment(2, (0, 1, 2, 3)))
     alone = place(config, ("engines",))
     assert (alone.ranks, alone.engines[0]) == ((), GpuAssignment(0, (0, 1, 2, 3))), "without a trainer its GPUs are free"
@@ -236,133 +211,6 @@ def test_a_process_sees_its_own_gpus_first_and_then_the_others():
     assert GpuAssignment(0, (2, 3)).visible(["4", "5", "6", "7"]) == "6,7,4,5"
 
 
-@pytest.mark.parametrize(("named", "found"), [(None, ("0", "1")), ("6,7", ("6", "7")), ("", ("0", "1"))])
-def test_gpus_have_the_names_that_cuda_was_told(monkeypatch, named, found):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if named is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert devices(2.0) == found
-    assert devices(0) == ()
-
-
-def test_a_node_with_fewer_gpus_than_are_placed_on_it_is_named():
-    config = make(cluster={"nodes": 2}, trainer={"data_parallel": 8})
-    cluster = Cluster(spec(config))
-    cluster._nodes = [Node("a", "10.0.0.1", "eth0", tuple("01234567")), Node("b", "10.0.0.2", "eth0", ())]
-    with pytest.raises(ConfigError, match=r"found 8, and 0 on 10\.0\.0\.2: start Ray on nodes with GPUs only"):
-        cluster._check_devices(place(config, ALL))
-    cluster._nodes[1] = Node("b", "10.0.0.2", "eth0", ("0",))
-    cluster._check_devices(place(config, ALL))
-    cluster._nodes[0] = Node("a", "10.0.0.1", "eth0", tuple("0123"))
-    with pytest.raises(ConfigError, match=r"found 8, and 4 on 10\.0\.0\.1: set it to 4"):
-        cluster._check_devices(place(config, ALL))
-
-
-def test_the_interface_is_the_one_that_carries_the_address():
-    assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
-    with pytest.raises(ConfigError, match=r"no interface with 198\.51\.100\.7"):
-        interface_of("198.51.100.7")
-
-
 def test_supervised_training_starts_no_engine():
     assert training_parts(make(sft={"checkpoint_out": "unused"})) == ("trainer",)
     assert training_parts(make()) == ALL
-
-
-def test_several_nodes_are_refused_without_a_token(monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    cluster = Cluster(spec(make(cluster={"nodes": 2})))
-    with pytest.raises(ConfigError, match="found RAY_AUTH_MODE = 'disabled' and RAY_AUTH_TOKEN unset"):
-        cluster.__enter__()
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
-    with pytest.raises(ConfigError, match="found RAY_AUTH_MODE = 'token' and RAY_AUTH_TOKEN unset"):
-        cluster.__enter__()
-
-
-def test_while_nodes_are_waited_for_sigterm_is_the_commands(monkeypatch):
-    """ray.init takes it, and would end a run that waits for its nodes with an exit code that nobody requeues."""
-    for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}.items():
-        monkeypatch.setenv(name, value)
-    for name in RAY_ENVIRONMENT:
-        monkeypatch.setenv(name, RAY_ENVIRONMENT[name])  # so that what is set in here is taken back
-    asked: list[object] = []
-    monkeypatch.setattr(ray, "init", lambda **options: signal.signal(signal.SIGTERM, signal.SIG_IGN))
-
-    def nodes() -> list[object]:
-        asked.append(signal.getsignal(signal.SIGTERM))
-        return []
-
-    def ours(*_: object) -> None:
-        """Stands for the command's handler."""
-
-    monkeypatch.setattr(ray, "nodes", nodes)
-    before = signal.signal(signal.SIGTERM, ours)
-    try:
-        with pytest.raises(WatchdogError, match=r"2 nodes must join the Ray cluster; 0 came within .* gone are: none"):
-            Cluster(spec(make(cluster={"nodes": 2}, trainer={"timeout_seconds": 0.01}))).__enter__()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert set(asked) == {ours}
-
-
-def test_what_a_process_raised_is_told_from_its_death_and_from_a_mistake_in_the_code():
-    def failed(cause: Exception) -> ray.exceptions.RayTaskError:
-        return ray.exceptions.RayTaskError("train", "traceback", cause)
-
-    mistake, echo = (_plain(failed(cause), "trainer rank 1") for cause in (KeyError("lr"), RuntimeError("Connection closed")))
-    assert isinstance(mistake, UnexpectedError) and not mistake.may_pass
-    assert type(echo) is WatchdogError and echo.may_pass
-    assert _plain(failed(WeightSyncError("typed")), "trainer rank 1").exit_code == 6
-    died = _plain(ray.exceptions.RayActorError(), "trainer rank 0")
-    assert isinstance(died, ProcessLostError) and str(died).startswith("the process of trainer rank 0 ended: ")
-    log = Path("logs/trainer_rank_0.log")
-    named = [str(_plain(error, "trainer rank 0", log)) for error in (failed(KeyError("lr")), ray.exceptions.RayActorError())]
-    assert named[0].endswith(f"; {log} shows where") and named[1].endswith(f"; its log is {log}")
-
-
-def test_an_engine_that_cannot_be_made_is_told_from_one_that_is_lost(monkeypatch):
-    def found(error: Exception) -> Exception:
-        def get(*_: object, **__: object) -> None:
-            raise error
-
-        monkeypatch.setattr(ray, "get", get)
-        with pytest.raises(EngineLostError) as caught:
-            RayFuture(None, "engine 0").result(1.0)
-        return caught.value
-
-    died, never_was = (found(ray.exceptions.RayActorError(actor_init_failed=made)) for made in (False, True))
-    assert type(died) is EngineLostError and died.may_pass
-    assert isinstance(never_was, EngineStartError) and not never_was.may_pass and never_was.exit_code == 5
-
-
-def test_sigterm_while_ray_starts_leaves_a_run_to_be_continued(monkeypatch, tmp_path):
-    """Ray makes a SystemExit of it; and what Ray has no type for is one of ours."""
-    for name in (*RAY_ENVIRONMENT, *_ENVIRONMENT, *_LOOPBACK, "RAY_AUTH_TOKEN"):
-        monkeypatch.setenv(name, os.environ.get(name, "x"))  # so that what is set in here is taken back
-    raised: list[BaseException] = [SystemExit(15), Exception("The current node timed out during startup.")]
-
-    def init(**options: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise raised.pop(0)
-
-    def ours(*_: object) -> None:
-        """Stands for the command's handler."""
-
-    monkeypatch.setattr(ray, "init", init)
-    before = signal.signal(signal.SIGTERM, ours)
-    try:
-        with pytest.raises(PreemptedError, match="asked to stop while Ray started"):
-            Cluster(spec(make())).__enter__()
-        assert signal.getsignal(signal.SIGTERM) is ours
-        with pytest.raises(WatchdogError, match=r"Ray did not start on this machine: The current node timed out .* logs"):
-            Cluster(spec(make())).__enter__()
-        assert signal.getsignal(signal.SIGTERM) is ours
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def test_a_process_that_is_late_is_not_said_to_have_ended():
-    late = _plain(ray.exceptions.GetTimeoutError("Get timed out"), "trainer rank 0")
-    assert str(late).startswith("trainer rank 0 did not start within trainer.timeout_seconds: raise it")

@@ -18,21 +18,15 @@ from engine.evaluation.accuracy import evaluate, greedy_samples, length_normaliz
 from engine.evaluation.selection import scores
 from engine.inference.pool import Pool
 from engine.rewards.base import Reward
+from tests import builders
 from tests.unit.inference.test_pool import FakeEngine, pool_at
 
 PROMPTS = [Prompt(f"p{i}", (i,), f"problem {i}", f"{i}", "", "") for i in range(5)]
 
 
 def run_config(samples: int, max_problems: int | None = None, seed: int = 0) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "run": {"directory": "unused", "steps": 1, "seed": seed},
-            "model": {"path": "unused"},
-            "data": {"train": "unused"},
-            "sampling": {"max_tokens": 7},
-            "evaluation": {"samples": samples, "max_problems": max_problems, "temperature": 0.6, "top_p": 0.9},
-        }
-    )
+    evaluation = {"samples": samples, "max_problems": max_problems, "temperature": 0.6, "top_p": 0.9}
+    return builders.config(run={"steps": 1, "seed": seed}, sampling={"max_tokens": 7}, evaluation=evaluation)
 
 
 class Judge(Reward):

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from engine.capacity.memory import reward_engine
-from engine.config.load import RunConfig
 from engine.models.hf import read_shape
 from engine.models.sharding import EngineLayout
+from tests import builders
 from tests.unit.models.test_sharding import fill, model_of
 
 LLAMA: dict[str, Any] = {
@@ -122,13 +122,6 @@ def test_vllms_reward_model_holds_what_its_estimate_counts(tied, tmp_path, monke
     config = VllmConfig(model_config=arguments.create_model_config(), cache_config=CacheConfig(block_size=32))
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
         made = AtheneForSequenceClassification(vllm_config=config)
-    run = RunConfig.model_validate(
-        {
-            "run": {"directory": "r", "steps": 1},
-            "model": {"path": "m"},
-            "data": {"train": "d", "reward": "model"},
-            "reward_model": {"path": str(tmp_path), "dtype": "bfloat16"},
-        }
-    )
+    run = builders.config(data={"reward": "model"}, reward_model={"path": str(tmp_path), "dtype": "bfloat16"})
     counted = reward_engine(read_shape(tmp_path), run.reward_model)["engine: weights"]
     assert counted == sum(parameter.nbytes for parameter in made.parameters())

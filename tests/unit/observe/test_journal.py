@@ -8,9 +8,9 @@ from typing import Any
 
 from engine.api.events import typed
 from engine.commands.training import show
-from engine.config.load import RunConfig
 from engine.observe.journal import SUFFIX, Journal, Warnings, read_warnings, sentence
 from engine.observe.summary import summarize
+from tests import builders
 
 # A process of a run: opens its journal, and then does as told.
 PROCESS = """
@@ -105,8 +105,7 @@ def test_what_a_killed_command_did_not_collect_the_next_one_does_once(tmp_path):
 
 
 def test_people_see_a_warning_in_the_progress_and_in_the_summary(tmp_path, capsys):
-    tree = {"run": {"directory": str(tmp_path), "steps": 2}, "model": {"path": "unused"}, "data": {"train": "unused"}}
-    config = RunConfig.model_validate(tree)
+    config = builders.config(tmp_path, run={"steps": 2})
     row = {"unix_seconds": 1.0, "process": "trainer rank 0", "text": "over gloo", "count": 10}
     (tmp_path / "warnings.jsonl").write_text(json.dumps(row) + "\n")
     event: dict[str, Any] = {"kind": "warning", "where": "trainer rank 0", "text": "over gloo", "count": 10}

@@ -27,7 +27,7 @@ from engine.inference.pool import Pool
 from engine.rewards.base import Answer
 from engine.rollouts.base import StepData
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
-from engine.rollouts.replay import LedgerSource, PreferenceSource, open_replay, replay_kind
+from engine.rollouts.replay import LedgerSource, open_preferences, replay_kind
 from engine.rollouts.source import RolloutSource
 from tests.unit.algorithms.steps import Step
 from tests.unit.data.test_mixture import prompt_set, write
@@ -194,8 +194,7 @@ def preferring(folder: Path, *rows: dict[str, Any], **changes: Any) -> RunConfig
 def test_a_preference_file_gives_pairs_in_the_seeded_order(model_folder, tiny_tokenizer):
     config = preferring(model_folder, *PAIRS)
     assert (replay_kind(config), config.uses_engines) == ("preferences", False)
-    source = open_replay(config)
-    assert isinstance(source, PreferenceSource)
+    source = open_preferences(config)
     assert str(source) == "3 pairs; left out: 0 too long, 0 of equal responses"
     for step in (1, 0, 5):
         data = source.next(step)

@@ -25,20 +25,19 @@ from engine.rollouts.batch import compared_tokens, training_sequences
 from engine.rollouts.ledger import ledger_rows
 from engine.rollouts.metrics import percentile, rollout_metrics, warn_of_endings
 from engine.rollouts.source import RolloutSource, score_groups
+from tests import builders
 from tests.unit.inference.test_pool import FakeEngine
+
+TABLES: dict[str, dict[str, Any]] = {
+    "run": {"steps": 12, "seed": 3},
+    "data": {"prompts_per_step": 4},
+    "algorithm": {"samples_per_prompt": 6},
+    "sync": {"sync_interval": 2},
+}
 
 
 def run_config(**changes: dict[str, Any]) -> RunConfig:
-    tree: dict[str, dict[str, Any]] = {
-        "run": {"directory": "unused", "steps": 12, "seed": 3},
-        "model": {"path": "unused"},
-        "data": {"train": "unused", "prompts_per_step": 4},
-        "algorithm": {"samples_per_prompt": 6},
-        "sync": {"sync_interval": 2},
-    }
-    for section, options in changes.items():
-        tree[section] = tree.get(section, {}) | options
-    return RunConfig.model_validate(tree)
+    return builders.config(**builders.merged(TABLES, changes))
 
 
 PROMPTS = PromptSet(tuple(Prompt(f"p{i}", (i + 1, 50), f"problem {i}", "1", "", "") for i in range(9)), 0, 0)
@@ -48,10 +47,11 @@ class Parity(Reward):
     """Rewards even seeds; the text of a fake completion is its seed. Waits for `allowed` first."""
 
     def __init__(self) -> None:
-        self.allowed = threading.Event()
+        self.begun, self.allowed = threading.Event(), threading.Event()
         self.allowed.set()
 
     def score(self, answers: Many[Answer]) -> list[Score]:
+        self.begun.set()
         assert self.allowed.wait(10)
         return [Score(float(int(answer.completion) % 2 == 0), "ok") for answer in answers]
 
@@ -386,3 +386,20 @@ def test_a_row_of_the_ledger_tells_everything_of_a_rollout():
         "token_ids": [0, 1],
         "log_probs": [-1.0, -1.0],
     }
+
+
+def test_a_source_is_closed_when_nothing_judges_any_more(open_source):
+    """What the reward judges is waited for; what engines still sample is not, and is not judged afterwards."""
+    reward = Parity()
+    reward.allowed.clear()
+    source = open_source(run_config(), reward=reward)
+    source.open(range(0, 2))
+    assert reward.begun.wait(10)
+    closed = threading.Thread(target=source.close)
+    closed.start()
+    closed.join(0.1)
+    assert closed.is_alive()
+    reward.allowed.set()
+    closed.join(10)
+    assert not closed.is_alive()
+    assert (source._coming[0].done(), source._coming[1].cancelled()) == (True, True)

@@ -38,7 +38,8 @@ from engine.run.checkpoint import (
     rank_file,
     read_manifest,
 )
-from engine.run.rank import commits, resume_policy
+from engine.run.milestones import commits, resume_policy
+from tests import builders
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS = 15
@@ -48,15 +49,9 @@ def run_config(root: Path, **changes: dict[str, Any]) -> RunConfig:
     """A configuration whose model is the template folder root/seed, made here."""
     (root / "seed").mkdir(exist_ok=True)
     (root / "seed" / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float32"}')
-    tree: dict[str, dict[str, Any]] = {
-        "run": {"directory": str(root / "run"), "steps": 100},
-        "model": {"path": str(root / "seed")},
-        "data": {"train": "train.jsonl"},
-        "sync": {"sync_interval": 5},
-    }
-    for section, options in changes.items():
-        tree[section] = tree.get(section, {}) | options
-    return RunConfig.model_validate(tree)
+    own: dict[str, dict[str, Any]] = {"run": {"steps": 100}, "sync": {"sync_interval": 5}}
+    own["model"] = {"path": str(root / "seed")}
+    return builders.config(root / "run", **builders.merged(own, {"data": {"train": "train.jsonl"}}, changes))
 
 
 def open_checkpoints(root: Path) -> Checkpoints:

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from engine.config.load import RunConfig
+from engine.core.errors import InferenceError
 from engine.core.types import Prompt, Score
 from engine.data.mixture import HeldOut, Mixture
 from engine.data.prompts import PromptSet
 from engine.rewards.base import Answer, Reward
 from engine.run import controller as controller_module
 from engine.run.controller import Controller
+from tests import builders
+from tests.builders import spec
 from tests.unit.inference.test_pool import FakeEngine
 
 SUMS = tuple(Prompt(f"s{i}", (i,), f"sum {i}", f"{i}", "", "") for i in range(3))
@@ -56,17 +58,15 @@ def open_controller(tmp_path, monkeypatch, tiny_tokenizer):
     opened: list[Controller] = []
 
     def make(start: int = 0, version: int = 0, kept: Any = None, **guard: Any) -> Controller:
-        config = RunConfig.model_validate(
-            {
-                "run": {"directory": str(tmp_path), "steps": 40},
-                "model": {"path": "unused"},
-                "data": {"train": "train.jsonl", "held_out": "files/sums.jsonl"},
-                "checkpoint": {"best_by": "length_normalized_reward", "every": 4},
-                "evaluation": {"samples": 2, "every": 4},
-                "guard": guard,
-            }
+        config = builders.config(
+            tmp_path,
+            run={"steps": 40},
+            data={"train": "train.jsonl", "held_out": "files/sums.jsonl"},
+            checkpoint={"best_by": "length_normalized_reward", "every": 4},
+            evaluation={"samples": 2, "every": 4},
+            guard=guard,
         )
-        controller = Controller(config, [Longest(version)], None, start, kept)
+        controller = Controller(spec(config), [Longest(version)], None, start, kept)
         controller.pool.commit(version)
         opened.append(controller)
         return controller
@@ -144,3 +144,30 @@ def test_a_collapse_is_shown_written_down_and_asked_to_stop_for(open_controller:
     for step in range(8, 12):
         again.finish_step(record(step, 0.01))
     assert [row["step"] for row in rows(again, "guard.jsonl")] == [10], "and before it finds it again"
+
+
+def test_what_was_opened_is_closed_whatever_fails(open_controller: Open, monkeypatch):
+    """In the opposite order, also by a controller that could not be made."""
+    closed: list[str] = []
+
+    class Noting(Sixth):
+        def close(self) -> None:
+            closed.append("reward")
+
+    def broken(self: Any) -> None:
+        closed.append("profile")
+        raise InferenceError("engine 0 is late")
+
+    monkeypatch.setattr(controller_module, "open_rewards", lambda config, reward_engine: Noting())
+    monkeypatch.setattr(controller_module.Records, "close", lambda records: closed.append("records"))
+    monkeypatch.setattr(controller_module.Pool, "finish_profile", broken)
+    monkeypatch.setattr(controller_module.RolloutSource, "close", lambda source: closed.append("source"))
+    controller = open_controller()
+    with pytest.raises(InferenceError):
+        controller.finish()
+    assert closed == ["source", "profile", "reward", "records"]
+    closed.clear()
+    monkeypatch.setattr(controller_module, "_versions", broken)
+    with pytest.raises(InferenceError):
+        open_controller()
+    assert closed == ["profile", "reward", "records"]

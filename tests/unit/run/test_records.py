@@ -16,15 +16,14 @@ from engine.core.errors import CheckpointError
 from engine.core.jsonl import line_of, read_rows
 from engine.observe.guard import Guard
 from engine.run.records import Records
+from tests import builders
 
 LEDGERS = ("metrics", "evaluations", "samples", "rollouts", "guard")
 TEXT = "x" * 500  # of a rollout
 
 
 def config_of(root: Path, **guard: Any) -> RunConfig:
-    tree: dict[str, Any] = {"run": {"directory": str(root), "steps": 1000}, "model": {"path": "unused"}}
-    tree |= {"data": {"train": "unused", "held_out": "unused"}, "evaluation": {"every": 50}, "guard": guard}
-    return RunConfig.model_validate(tree)
+    return builders.config(root, run={"steps": 1000}, data={"held_out": "unused"}, evaluation={"every": 50}, guard=guard)
 
 
 def live(records: Records, steps: range) -> None:
@@ -143,6 +142,24 @@ def test_a_line_that_is_no_row_where_a_step_is_looked_for_is_named(tmp_path):
         Records.open(config_of(tmp_path), 10, None)
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(range(22)), "none was cut"
     assert Records.open(config_of(tmp_path), 20, kept).notes == [], "what follows the checkpoint is cut unread"
+
+
+@pytest.mark.parametrize("name", ["evaluations", "metrics"])
+def test_a_line_that_stays_and_is_no_row_is_found_before_anything_is_cut(tmp_path, name):
+    """Of evaluations what came with the checkpoint's step is read, of metrics all, where the guard has other options."""
+    kept: dict[str, Any] | None = begun(tmp_path, 120, 7)
+    config = config_of(tmp_path, entropy_share=0.001)
+    ledger = tmp_path / f"{name}.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    if name == "evaluations":  # the row of step 100, which a checkpoint of an older version does not have
+        lines[-1], kept = lines[-1][:-2] + b"\n", None
+    else:
+        lines[30] = b"x" * (len(lines[30]) - 1) + b"\n"
+    ledger.write_bytes(b"".join(lines))
+    before = files(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{name}\.jsonl, (byte|line) \d+: must be one JSON object"):
+        Records.open(config, 120, kept)
+    assert files(tmp_path) == before
 
 
 def test_a_checkpoint_of_an_older_version_is_resumed_by_reading(tmp_path):

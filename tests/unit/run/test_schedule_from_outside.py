@@ -12,7 +12,8 @@ from engine.config.load import RunConfig, dump_config, load_config
 from engine.config.schedules.registry import SCHEDULES
 from engine.core.errors import CheckpointError, ConfigError
 from engine.observe.regime import prove
-from engine.run.rank import check_prolonged, commits
+from engine.run.checkpoint import check_prolonged
+from engine.run.milestones import commits
 from tests.unit.run.test_loop import World, step_of
 
 DOUBLING = '''

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from engine.rollouts import source as rollouts
-from engine.run import sources
+from engine.run import agreement, sources
+from engine.run.agreement import Agreement
 from engine.run.signals import sign_of_life
 from engine.run.sources import BroadcastSource
 from tests.builders import config
@@ -24,7 +25,7 @@ def test_ranks_hear_that_rank_0_still_waits(monkeypatch: pytest.MonkeyPatch, tmp
         said.append(word)
         return word
 
-    monkeypatch.setattr(sources, "broadcast_bytes", broadcast)
+    monkeypatch.setattr(agreement, "broadcast_bytes", broadcast)
     monkeypatch.setattr(sources, "broadcast_batch", lambda *_: SimpleNamespace(num_target_tokens=3))
 
     class Slow:
@@ -38,13 +39,13 @@ def test_ranks_hear_that_rank_0_still_waits(monkeypatch: pytest.MonkeyPatch, tmp
 
     made = config(tmp_path)
     topology: Any = SimpleNamespace(world_size=2, device="cpu")
-    first: Any = BroadcastSource(made, topology, Slow())  # type: ignore[arg-type]
+    first: Any = BroadcastSource(made, topology, Slow(), Agreement(made, topology))  # type: ignore[arg-type]
     first.drain(range(1)) if method == "drain" else first.next(0)
     assert said == [b"more", b"more", b"over"]
     assert sign_of_life(made).exists(), "the watching command sees it too"
     words = iter(said)
-    monkeypatch.setattr(sources, "broadcast_bytes", lambda *_: next(words))
-    other: Any = BroadcastSource(made, topology, None)
+    monkeypatch.setattr(agreement, "broadcast_bytes", lambda *_: next(words))
+    other: Any = BroadcastSource(made, topology, None, Agreement(made, topology))
     other.drain(range(1)) if method == "drain" else other.next(0)
     assert next(words, None) is None, "heard to the end"
 

@@ -1,7 +1,9 @@
 """The run, resolved once: it survives JSON, its rules are not checked again by those who are told it, and each fact that used
 to be derived in several rooms is there."""
 
+import ast
 import json
+import pickle
 
 import pytest
 
@@ -10,6 +12,7 @@ from engine.config.placement import colocated_nodes, place, training_parts
 from engine.core.errors import CheckpointError, ConfigError
 from engine.run.spec import Spec, resolve, source_kind
 from tests.builders import config, make_model, spec
+from tests.unit.test_layers import SOURCES, imported
 
 OFFLINE = {"sync_interval": "never", "reference": "never"}
 
@@ -48,9 +51,11 @@ def test_colocated_nodes_and_a_reward_engine_survive_json():
 
 def test_rules_are_checked_once(monkeypatch):
     """The processes of a run trust what the command has checked; a value of a wrong type is still refused."""
-    text = spec().to_json()
+    made = spec().config
+    text, pickled = spec(made).to_json(), pickle.dumps(made)
     monkeypatch.setattr("engine.config.load.broken_rules", lambda config: pytest.fail("checked again"))
     assert Spec.from_json(text).config.run.steps == 4
+    assert pickle.loads(pickled) == made, "nor where Ray sends a configuration by itself"
     with pytest.raises(ValueError, match="steps"):
         Spec.from_json(text.replace('"steps":4', '"steps":"four"'))
 
@@ -114,6 +119,73 @@ def test_the_source_is_told_by_the_first_row_of_what_is_replayed(tmp_path):
 def test_the_copies_of_weights_that_a_rank_keeps(tables, copies):
     """F2: the policy, the planner and the record ask one rule."""
     assert spec(config("unused", **tables)).copies == copies
+
+
+@pytest.mark.parametrize(
+    ("tables", "again"),
+    [
+        ({}, False),
+        ({"checkpoint": {"every": 7}}, False),
+        ({"evaluation": {"every": 5}, "data": {"train": "unused", "held_out": "unused"}}, True),
+        ({"inference": {"placement": "colocated"}, "checkpoint": {"every": 7}}, True),
+        ({"inference": {"placement": "colocated"}, "checkpoint": {"every": 20}}, False),
+        (
+            {
+                "inference": {"placement": "colocated"},
+                "checkpoint": {"every": 7},
+                "data": {"train": "unused", "replay": "a.jsonl"},
+            },
+            False,
+        ),
+    ],
+)
+def test_the_seed_is_published_again_where_the_generator_needs_it(tables, again):
+    """Offline: once newer weights were judged, and once engines on the trainer's devices have slept before a next chunk."""
+    made = spec(config(run={"steps": 20}, sync={"sync_interval": "never"}, **tables))
+    assert made.config.keeps_seed is again
+    assert made.colocated is ("inference" in tables and made.starts_engines)
+    online = {name: table for name, table in tables.items() if "replay" not in table}
+    assert not config(run={"steps": 20}, **online | {"checkpoint": {"every": 20}}).keeps_seed
+
+
+def test_fewer_gpus_than_configured_are_placed_on_anew():
+    """One node: what fits is where it was, and what does not is told with the GPUs that are there."""
+    made = spec(config(trainer={"data_parallel": 2}))
+    assert made.placed() is made.placed(8) is made.placement
+    assert made.placed(3) == made.placement
+    with pytest.raises(ConfigError, match=r"found 1 \* 2 \(8 asked for, 2 on this machine\)"):
+        made.placed(2)
+    with pytest.raises(ConfigError, match="trainer ranks"):
+        spec(config(trainer={"data_parallel": 9})).placed()
+
+
+# Who may ask for what a Spec says: it alone resolves a run. What only looks whether a run could be resolved (the rules of a
+# configuration, the preflight) is another matter, and so is the trainer that a test or a tool builds without a run.
+RESOLVERS = {
+    "engine.config.placement.place": ("run/spec.py", "api/"),
+    "engine.config.placement.colocated_nodes": ("run/spec.py", "config/rules.py"),
+    "engine.config.placement.training_parts": ("run/spec.py", "api/"),
+    "engine.models.sharding.trainer_layout": ("run/spec.py", "api/"),
+    "engine.models.sharding.engine_layout": ("run/spec.py", "api/"),
+    "engine.rollouts.replay.replay_kind": ("run/spec.py", "api/"),
+    "engine.bridge.transports.registry.choose": ("run/spec.py", "api/", "bridge/setup.py", "capacity/transfer.py"),
+}
+ATTRIBUTES = {
+    "uses_engines": ("config/",),
+    "evaluates_between_syncs": ("config/",),
+    "keeps_seed": ("run/spec.py", "config/", "bridge/setup.py"),
+}
+
+
+def test_a_run_is_resolved_in_one_place():
+    for path, tree in SOURCES.items():
+        for line, name in imported(tree):
+            assert path.startswith(RESOLVERS.get(name, (path,))), f"{path}:{line} asks {name}: ask the Spec"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in ATTRIBUTES:
+                assert path.startswith(ATTRIBUTES[node.attr]), f"{path}:{node.lineno} asks .{node.attr}: ask the Spec"
+    asked = {name for _, name in imported(SOURCES["run/spec.py"])}
+    assert asked >= RESOLVERS.keys(), "a name that is not there any more holds nothing"
 
 
 def test_transports_are_told_for_devices_that_are_not_seen():

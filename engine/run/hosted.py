@@ -1,0 +1,51 @@
+"""What runs in a process of a run: an object of ours, made there of the run's Spec, with a journal. It knows nothing of Ray,
+whose actor it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, Literal
+
+from engine.observe.journal import Journal, traced
+from engine.run.spec import Spec
+
+Needs = Literal["spec", "config"]
+
+# What the processes run, imported there.
+RANK = "engine.run.rank:TrainerRank"
+ENGINE = "engine.inference.vllm_engine:VllmEngine"
+REWARD_ENGINE = "engine.inference.reward_engine:RewardEngine"
+
+
+class Hosted:
+    """What a process of ours runs: an object of a class that is imported there and nowhere else, so that the command needs
+    no vLLM and no megatron-core. `kind` is "module:Class"; a test's own class may come as it is. What the process logs, and
+    every error that leaves it, goes to `journal`. `text` is the run's Spec as JSON; the object is made of the Spec, or of its
+    configuration where that is all it `needs`, and of `arguments`."""
+
+    def __init__(self, journal: Journal, kind: str | type, needs: Needs, text: str, *arguments: Any) -> None:
+        journal.open()
+        with traced(str(kind)):
+            if isinstance(kind, str):
+                module, _, name = kind.partition(":")
+                kind = getattr(import_module(module), name)
+            assert isinstance(kind, type)
+            spec = Spec.from_json(text)
+            self._object = kind(spec if needs == "spec" else spec.config, *arguments)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The value of one of its methods."""
+        with traced(method):
+            return getattr(self._object, method)(*arguments)
+
+    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+        """What one of its methods yields."""
+        with traced(method):
+            yield from getattr(self._object, method)(*arguments)
+
+
+def hosting(kind: str | type) -> type:
+    """`Hosted` under the name of what it hosts, which is how the process is then listed."""
+    return type(kind.rpartition(":")[2] if isinstance(kind, str) else kind.__name__, (Hosted,), {})

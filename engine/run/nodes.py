@@ -1,0 +1,204 @@
+"""The machines of a run and the Ray on them: one of the run's own on this machine, or the cluster that RAY_ADDRESS names. It
+places nothing and starts no process of ours.
+
+Ray's own control channel pickles what crosses it. On one node it listens on the loopback interface only, and a token made
+anew for each cluster must come with every call. With cluster.nodes > 1 the run joins a Ray cluster that demands a token.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config.load import RunConfig
+from engine.config.placement import Placement
+from engine.core.errors import ConfigError, MissingNodeError, PreemptedError, SemionError, WatchdogError
+from engine.observe.profiling import nsight
+from engine.run.handles import last_line, typed_error
+from engine.run.machine import await_head, devices, look
+
+HOST = "127.0.0.1"
+HEAD = "node:__internal_head__"  # the resource by which Ray marks a cluster's first node
+RAY_ENVIRONMENT = {  # of every process of Ray
+    "RAY_AUTH_MODE": "token",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # which GPUs a process sees is ours to say
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray would run trainer and engines at a lower priority than everything else
+    "RAY_prestart_worker_first_driver": "0",  # and start processes that no run uses
+    "RAY_DEDUP_LOGS": "0",
+}
+SET_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # in the process that calls ray.init
+PROCESS_ENVIRONMENT = {  # of every rank and engine
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for "this machine only": it binds to the loopback interface
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A machine of the run, as its processes are told of it."""
+
+    ray_id: str
+    address: str  # private: where its ranks and engines meet the others'
+    interface: str  # that carries the address
+    devices: tuple[str, ...]  # its GPUs by CUDA's names; none on a machine without
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """While entered, these variables are set in this process, from which Ray takes them for all that it starts; then these,
+    and what Ray sets of its own, are again what they were."""
+    before = {name: os.environ.get(name) for name in (*variables, *SET_BY_RAY)}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def variables_of(config: RunConfig) -> dict[str, str]:
+    """The environment in which `open_ray` is called and the run lives. ConfigError where several nodes have no token."""
+    if config.cluster.nodes > 1:
+        _check_token()
+        return dict(RAY_ENVIRONMENT)
+    own = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return RAY_ENVIRONMENT | PROCESS_ENVIRONMENT | LOOPBACK | nsight.ray_environment(config.profile) | own
+
+
+def _check_token() -> None:
+    found = os.environ.get("RAY_AUTH_MODE"), bool(os.environ.get("RAY_AUTH_TOKEN"))
+    if found != ("token", True):
+        raise ConfigError(
+            f"cluster.nodes > 1 needs a Ray cluster that demands a token, for Ray runs whatever it is sent; found "
+            f"RAY_AUTH_MODE = {found[0]!r} and RAY_AUTH_TOKEN {'set' if found[1] else 'unset'}: start the run with "
+            f"tools/slurm/train.sbatch, or set RAY_AUTH_MODE=token and one secret RAY_AUTH_TOKEN on every node"
+        )
+
+
+def open_ray(config: RunConfig, *, verbose: bool) -> list[Node]:
+    """The nodes of a run, in the order in which placement counts them: this machine, with a Ray of the run's own, or the first
+    of the cluster that is there. The environment must have `variables_of(config)`. `verbose`: what processes print is shown.
+
+    WatchdogError where Ray does not start, ConfigError where there is none to join, MissingNodeError where nodes are missing.
+    """
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    AuthenticationTokenLoader.instance().reset_cache()  # this process may have spoken to another Ray before
+    return _start_ray(verbose) if config.cluster.nodes == 1 else _join_ray(config, verbose)
+
+
+def _start_ray(verbose: bool) -> list[Node]:
+    """A Ray of the run's own, on this machine."""
+    import ray
+
+    try:
+        _init_ray(verbose, address="local", num_cpus=1, include_dashboard=False, object_store_memory=256 << 20)
+    except SemionError:
+        raise
+    except Exception as error:  # Ray has no type for it
+        raise WatchdogError(
+            f"Ray did not start on this machine: {last_line(error)} Its logs are in /tmp/ray/session_latest/logs"
+        ) from error
+    (found,) = ray.nodes()
+    return [Node(found["NodeID"], HOST, "lo", devices(found["Resources"].get("GPU", 0)))]
+
+
+def _join_ray(config: RunConfig, verbose: bool) -> list[Node]:
+    """The Ray cluster that RAY_ADDRESS names, or whose node this machine is, with all nodes that the run needs."""
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    await_head(address)
+    try:
+        _init_ray(verbose, address=address)
+    except (ConnectionError, ray.exceptions.RayError) as error:
+        raise ConfigError(
+            f"cluster.nodes = {config.cluster.nodes} needs a Ray cluster that is already there and takes this token; "
+            f"found none at {address!r}: start the run with tools/slurm/train.sbatch, or set RAY_ADDRESS"
+        ) from error
+    return [_look_at(node, config.trainer.timeout_seconds) for node in _await_nodes(config)]
+
+
+def _init_ray(verbose: bool, **options: Any) -> None:
+    """ray.init, which takes SIGTERM for itself: whoever had it gets it back, before anything is waited for. PreemptedError
+    where it came meanwhile."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    # All that Ray starts inherits this: Slurm sends a warning to every process of a step, which would end Ray.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        ray.init(logging_level="error", log_to_driver=verbose, **options)
+    except SystemExit as asked:  # what Ray makes of the signal
+        if handler is signal.SIG_DFL:
+            raise
+        raise PreemptedError("asked to stop while Ray started: --resume auto goes on from the newest checkpoint") from asked
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        if handler is not signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _await_nodes(config: RunConfig) -> list[dict[str, Any]]:
+    """The cluster's first nodes, as many as the run needs: its head, then by address. MissingNodeError if not."""
+    import ray
+
+    wanted, patience = config.cluster.nodes, config.trainer.timeout_seconds
+    deadline = time.monotonic() + patience
+    while len(alive := [node for node in ray.nodes() if node["Alive"]]) < wanted:
+        if time.monotonic() > deadline:
+            left = " ".join(sorted({node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}))
+            raise MissingNodeError(
+                f"cluster.nodes = {wanted} nodes must join the Ray cluster; {len(alive)} came within "
+                f"trainer.timeout_seconds = {patience:.0f}, gone are: {left or 'none'}: look at what the others logged"
+            )
+        time.sleep(0.5)
+
+    def order(node: dict[str, Any]) -> tuple[bool, int, str]:
+        return HEAD not in node["Resources"], int(ipaddress.ip_address(node["NodeManagerAddress"])), node["NodeID"]
+
+    return sorted(alive, key=order)[:wanted]
+
+
+def _look_at(node: dict[str, Any], timeout_seconds: float) -> Node:
+    """What only a process on that node can see."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    address, there = node["NodeManagerAddress"], NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    seen = ray.remote(num_cpus=0, scheduling_strategy=there)(look).remote(address, node["Resources"].get("GPU", 0))
+    try:
+        return Node(node["NodeID"], address, *ray.get(seen, timeout=timeout_seconds))
+    except ray.exceptions.RayError as error:
+        raise typed_error(error, f"node {address}") from error
+
+
+def check_devices(placement: Placement, nodes: Sequence[Node], gpus_per_node: int) -> None:
+    """ConfigError when a node lacks a GPU that something is placed on; on nodes without any the run is on the CPU."""
+    on_gpu = any(node.devices for node in nodes)
+    for assignment in placement.assignments if on_gpu else ():
+        node = nodes[assignment.node]
+        if max(assignment.gpus) >= (found := len(node.devices)):
+            raise ConfigError(
+                f"cluster.gpus_per_node must not exceed the GPUs of a node; found {gpus_per_node}, "
+                f"and {found} on {node.address}: {f'set it to {found}' if found else 'start Ray on nodes with GPUs only'}"
+            )
