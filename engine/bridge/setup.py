@@ -5,7 +5,6 @@ and which trainer ranks may send to them. It sends nothing; sender.py does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -94,7 +93,8 @@ def _setting(config: RunConfig, policy: Policy, place: Standing, turns: Colocate
     every machine, and the bytes it needs on the fullest; collective."""
     own = turns.ranks[place.rank] if turns else 0
     needed = torch.zeros(config.cluster.nodes, dtype=torch.int64, device=place.device)
-    needed[own] = shared_bytes(config, policy)
+    held = () if config.trainer.fp8_parameters else policy.parameters.values()
+    needed[own] = config.shared_bytes(sum(p.numel() * p.element_size() for p in held))
     dist.all_reduce(needed)  # stages differ in size
     has_room = torch.tensor([room_for(int(needed[own]))], dtype=torch.int64, device=place.device)
     dist.all_reduce(has_room, dist.ReduceOp.MIN)
@@ -105,20 +105,3 @@ def _setting(config: RunConfig, policy: Policy, place: Standing, turns: Colocate
         needed_bytes=int(needed.max()),
         engines_on_one_machine=len(set(machines)) == 1,
     )
-
-
-class Weights(Protocol):
-    """Who holds weights that a sync sends."""
-
-    @property
-    def parameters(self) -> Mapping[str, torch.Tensor]:
-        """Them, by name."""
-        ...
-
-
-def shared_bytes(config: RunConfig, policy: Weights) -> int:
-    """What weight syncs through the memory of a machine move into it, of this trainer rank: weights and staging. FP8 weights
-    are dequantized into a temporary, and everything then goes by way of staging."""
-    held = () if config.trainer.fp8_parameters else policy.parameters.values()
-    weights = sum(p.numel() * p.element_size() for p in held) * (2 if config.keeps_seed else 1)
-    return weights + 2 * (config.sync.bucket_mebibytes << 20)

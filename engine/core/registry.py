@@ -29,9 +29,7 @@ Made = TypeVar("Made")
 class Registry(Generic[Part]):
     """The parts of one kind: the files of `package` but those in `support`, each with one class that extends the base."""
 
-    def __init__(
-        self, option: str, package: str, base: str, support: Collection[str] = (), also: Collection[str] = ()
-    ) -> None:
+    def __init__(self, option: str, package: str, base: str, support: Collection[str] = (), also: Collection[str] = ()) -> None:
         """`option`: what names a part in a configuration, for messages. `base`: "module:Class" that every part extends.
         `support`: modules of the package that are no parts. `also`: what the option may say besides, for messages."""
         self.option, self._package, self._base = option, package, base
@@ -161,16 +159,22 @@ def load_function(reference: str, option: str, *parameters: str) -> Callable[...
     return found
 
 
-def called(reference: str, option: str, function: Callable[..., Made], *arguments: Any) -> Made:
-    """What a user's function returns. NumericsError names it for whatever it raises."""
+def called(
+    reference: str,
+    option: str,
+    function: Callable[..., Made],
+    *arguments: Any,
+    error: type[SemionError] = NumericsError,
+) -> Made:
+    """What a user's function returns. `error` names it, with file and line, for whatever it raises."""
     try:
         return function(*arguments)
     except SemionError:
         raise
-    except Exception as error:
-        raise NumericsError(
-            f"{option} = {reference!r} failed with {type(error).__name__}: {error} ({_place_of(error)}): mend it"
-        ) from error
+    except Exception as fault:
+        raise error(
+            f"{option} = {reference!r} failed with {type(fault).__name__}: {fault} ({_place_of(fault)}): mend it"
+        ) from fault
 
 
 def _place_of(error: BaseException) -> str:

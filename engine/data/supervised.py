@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from engine.core.errors import ConfigError, DataError
 from engine.core.types import Prompt, Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def supervised_sequence(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Sequence:

@@ -280,7 +280,8 @@ def test_identities_are_digests_of_the_users_files_alone(tmp_path):
     [
         ("class Mine(GroupLoss):\n    pass\n", r"must have a method group_loss\(self, group\); found none"),
         ("class Mine(GroupLoss):\n    def group_loss(self):\n        pass\n", r"found group_loss\(self\)"),
-        ("class Mine(GroupLoss):\n    async def group_loss(self, group):\n        pass\n", r"found group_loss\(self,group\)"),
+        ("class Mine(GroupLoss):\n    async def group_loss(self, group):\n        pass\n", r"found async group_loss"),
+        ("class Mine(GroupLoss):\n    def group_loss(self, group):\n        yield 1\n", r"found generator group_loss"),
         ("class Mine(GroupLoss):\n    metrics = ('a',)\n    def group_loss(self, group): ...\n", "as Metric; found 'a'"),
         ("import sys\nsys.exit(0)\n", r"with SystemExit\(0\) \(.*mine\.py, line \d+\)"),
     ],

@@ -3,6 +3,7 @@ the exit code of its class; and a configuration without one is accepted without 
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import cli
-from engine.api import preflight
+from engine.api.faults import machine
+from engine.api.faults.look import Purpose
 from engine.api.preflight import check, examine
 from engine.config.load import RunConfig, dump_config, override
 from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, combined
@@ -40,11 +42,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def faults(made: RunConfig, purpose: preflight.Purpose = "train", **more: Any) -> list[str]:
+def faults(made: RunConfig, purpose: Purpose = "train", **more: Any) -> list[str]:
     return [str(fault) for fault in examine(made, purpose, **more)]
 
 
-def only(made: RunConfig, purpose: preflight.Purpose = "train", **more: Any) -> str:
+def only(made: RunConfig, purpose: Purpose = "train", **more: Any) -> str:
     (fault,) = faults(made, purpose, **more)
     return fault
 
@@ -244,7 +246,8 @@ def test_of_a_large_file_a_sample_is_read(made, tmp_path, monkeypatch):
     rows = [ROW | {"problem": f"{number}+1"} for number in range(3000)]
     write(tmp_path / "train.jsonl", [*rows[:2000], *[{"problem": 3}] * 1000])
     found = faults(made)
-    assert len(found) == 3 and all("the line at byte" in fault for fault in found)
+    assert len(found) == 4 and all("the line at byte" in fault for fault in found[:3])
+    assert re.search(r"found \d\d of \d+ rows that were looked at that cannot, of which 3 are told", found[3])
     write(tmp_path / "train.jsonl", rows)
     assert faults(made) == []
 
@@ -290,7 +293,7 @@ def test_layouts_positions_and_devices(made, monkeypatch):
     assert "trainer.tensor_parallel must divide" in faults(override(made, {"trainer.tensor_parallel": 3}))[0]
     long = override(made, {"inference.max_model_tokens": 5000})
     assert "must not exceed the model's 4096 positions" in only(long)
-    monkeypatch.setattr(preflight, "visible_gpus", lambda: 1)
+    monkeypatch.setattr(machine, "visible_gpus", lambda: 1)
     assert "on this machine" in only(made)
     assert faults(override(made, {"inference.placement": "colocated"})) == []
 
@@ -298,7 +301,7 @@ def test_layouts_positions_and_devices(made, monkeypatch):
 def test_shared_memory_and_disk(made, monkeypatch):
     asked = override(made, {"sync.transport": "ipc"})
     assert faults(asked) == []
-    monkeypatch.setattr(preflight, "room_for", lambda num_bytes: False)
+    monkeypatch.setattr(machine, "room_for", lambda num_bytes: False)
     assert "sync.transport = 'ipc' needs 12" in only(asked) and "/dev/shm" in only(asked)
     assert faults(made) == [], "auto falls back to gloo"
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
