@@ -102,9 +102,7 @@ class Checkpoints:
         self._barrier()
         return final
 
-    def _finish(
-        self, step: int, staging: Path, final: Path, config: RunConfig, records: Mapping[str, Any] | None
-    ) -> None:
+    def _finish(self, step: int, staging: Path, final: Path, config: RunConfig, records: Mapping[str, Any] | None) -> None:
         files = {
             str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(staging.rglob("*"))
@@ -174,7 +172,6 @@ class Checkpoints:
         from safetensors.torch import load_file
 
         return int(manifest["step"]), load_file(newest / name)
-
 
     def steps(self) -> set[int]:
         """The steps of all checkpoints that stand, up to the newest."""
