@@ -370,6 +370,7 @@ class Rewards(Section):
     workers: Positive = 1
     concurrency: Positive = Field(1, description="answers at once in each worker: awaited, or in as many processes")
     deadline_seconds: PositiveFloat = Field(2.0, description="an answer not judged by then is a counted timeout")
+    timeout_seconds: PositiveFloat = Field(600.0, description="longest call of the score of a Reward class of your own")
     memory_mebibytes: Positive = Field(3072, description="address space of one worker")
 
 

@@ -6,13 +6,15 @@ Nothing is imported before it is asked for by name, so a registry costs nothing 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -22,6 +24,7 @@ from typing import Any, Generic, TypeVar
 
 from engine.core.errors import ConfigError, NumericsError, SemionError
 
+USERS = "semion_user_"  # how the modules of users' files are called, as no library is
 Part = TypeVar("Part")
 Made = TypeVar("Made")
 
@@ -192,19 +195,65 @@ def module_of_file(path: Path) -> ModuleType:
 
 @cache
 def _module_of_file(path: Path) -> ModuleType:
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    name = f"semion_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # no library's name
+    folder = str(path.parent)
+    if folder in sys.path:
+        sys.path.remove(folder)
+    sys.path.insert(0, folder)
+    name = f"{USERS}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # no library's name
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # as an import does, before the code runs: dataclasses look there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    with _without_namesakes(path.parent) as namesakes:
+        sys.modules[name] = module  # as an import does, before the code runs: dataclasses look there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        _require_top_imports(path, namesakes)
     return module
+
+
+@contextmanager
+def _without_namesakes(folder: Path) -> Iterator[dict[str, Path]]:
+    """While entered, a file of `folder` imports what lies beside it, also where a user's file in another folder has imported a
+    module of that name, which has its own again afterwards. Gives those names with the other folders."""
+    beside = {module.name for module in pkgutil.iter_modules([str(folder)])}
+    others = {name: Path(str(getattr(module, "__file__", None))) for name, module in sys.modules.items() if "." not in name}
+    elsewhere = {Path(str(module.__file__)).parent for name, module in sys.modules.items() if name.startswith(USERS)} - {folder}
+    namesakes = {name: file.parent for name, file in others.items() if name in beside and _lies_in(file, elsewhere)}
+    taken = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in namesakes}
+    try:
+        yield namesakes
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in namesakes]:
+            del sys.modules[name]
+        sys.modules.update(taken)
+
+
+def _lies_in(file: Path, folders: Collection[Path]) -> bool:
+    """Whether a module's file, or the folder of a package's, stands directly in one of these folders."""
+    place = file.resolve()
+    return (place.parent.parent if place.name == "__init__.py" else place.parent) in folders
+
+
+def _require_top_imports(path: Path, namesakes: Mapping[str, Path]) -> None:
+    """ConfigError where a function of a user's file imports, when it is called, a name that another user's file has imported
+    from elsewhere: it would get the other one's."""
+    tree = ast.parse(path.read_bytes()) if namesakes else ast.Module([], [])
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    for node in (inner for outer in functions for inner in ast.walk(outer)):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in {name.partition(".")[0] for name in names} & namesakes.keys():
+            raise ConfigError(
+                f"{path}, line {node.lineno}: {name} must be imported at the top of the file, since another file of yours has "
+                f"imported a module of that name from {namesakes[name]}; found it inside a function: move it, or rename one"
+            )
 
 
 def _is_own(value: object, module: ModuleType) -> bool:
