@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +18,6 @@ from engine.core.types import Score
 from engine.rewards.base import Answer, Reward
 
 OPTION = "data.reward"
-LOOK_SECONDS = 1.0  # between two looks at whether the thread is still there
 
 
 def require_class(kind: type[Reward], name: str) -> None:
@@ -70,23 +68,19 @@ class OwnReward(Reward):
                 self._done.put((called(self._name, OPTION, task), None))
             except SemionError as error:
                 self._done.put((None, error))
+            except SystemExit as leaving:
+                said = f"{OPTION} = {self._name!r} must not end its process; found {leaving!r}: raise an exception instead"
+                self._done.put((None, NumericsError(said)))
 
     def _wait(self, count: int) -> tuple[Any, SemionError | None]:
-        end = time.monotonic() + self._timeout
-        while True:
-            try:
-                return self._done.get(timeout=max(0.0, min(LOOK_SECONDS, end - time.monotonic())))
-            except queue.Empty as empty:
-                if not self._thread.is_alive():
-                    raise NumericsError(
-                        f"{OPTION} = {self._name!r} ended the thread that it judges in: let it raise an exception instead"
-                    ) from empty
-                if time.monotonic() >= end:
-                    self._is_late = True
-                    raise WatchdogError(
-                        f"{OPTION} = {self._name!r} must score {count} answers within rewards.timeout_seconds = "
-                        f"{self._timeout:g}; found it still at work: raise it, or mend the reward"
-                    ) from empty
+        try:
+            return self._done.get(timeout=self._timeout)
+        except queue.Empty as empty:
+            self._is_late = True
+            raise WatchdogError(
+                f"{OPTION} = {self._name!r} must score {count} answers within rewards.timeout_seconds = {self._timeout:g}; "
+                f"found it still at work: raise it, or mend the reward"
+            ) from empty
 
 
 def _is_score(found: object) -> bool:
