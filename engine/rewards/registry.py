@@ -109,7 +109,8 @@ def checks(config: RunConfig, sources: Iterable[Source] | None = None) -> Iterat
         if rule not in RULES and rule not in seen:
             yield partial(function.check_function, rule, COMBINE, config.rewards)
             seen.add(rule)
-    yield partial(check_weights, config, sources)
+    if _are_all(config, sources):
+        yield partial(check_weights, config)
 
 
 def _check(config: RunConfig, name: str) -> None:
@@ -117,21 +118,26 @@ def _check(config: RunConfig, name: str) -> None:
     _asked(name, kind, kind.check, config, name)
 
 
-def check_weights(config: RunConfig, sources: Iterable[Source] | None = None) -> None:
+def check_weights(config: RunConfig) -> None:
     """ConfigError for a name in rewards.weights that no function declares as one of its parts. Where one declares none, only
     what it returns tells (`RoutedReward`)."""
-    weights = config.rewards.weights
     declared: set[str] = set()
-    for source in config.data.sources if sources is None else sources:
-        rules = () if source.reward_combine in RULES else (source.reward_combine,)
-        for name in (*source.rewards, *rules) if weights else ():
-            if name == function.BUILT_IN or ":" in name:
-                named = config.rewards.function if name == function.BUILT_IN else name
-                found = function.facts(named, "data.reward", config.rewards) if named is not None else None
-                if found is None or (not found.is_class and not found.parts):
-                    return
-                declared |= set(found.parts)
-    _require_parts(weights or {}, declared)
+    for source in config.data.sources if config.rewards.weights else ():
+        named = [(name, "data.reward") for name in source.rewards if ":" in name]
+        named += [(rule, COMBINE) for rule in (source.reward_combine,) if rule not in RULES]
+        if function.BUILT_IN in source.rewards and config.rewards.function is not None:
+            named.append((config.rewards.function, "rewards.function"))
+        for name, option in named:
+            found = function.facts(name, option, config.rewards)
+            if not found.is_class and not found.parts:
+                return
+            declared |= set(found.parts)
+    _require_parts(config.rewards.weights or {}, declared)
+
+
+def _are_all(config: RunConfig, sources: Iterable[Source] | None) -> bool:
+    """Whether these are all sources of a run, as an evaluation's need not be."""
+    return sources is None or {source.judge for source in config.data.sources} <= {source.judge for source in sources}
 
 
 def _require_parts(weights: Mapping[str, float], found: set[str]) -> None:
@@ -190,13 +196,16 @@ class RoutedReward(Reward):
         rewards: Mapping[str, Reward],
         recipes: Mapping[str, Recipe] | None = None,
         rules: Mapping[str, Reward] | None = None,
+        *,
+        are_all: bool = True,
     ) -> None:
         """`recipes`: by what Prompt.reward says; what is none of them is the name of a reward. `rules`: users' combining rules
-        by their names."""
+        by their names. `are_all`: whether these are all rewards of the run, so that a weight of no part of theirs is wrong."""
         self._rewards = dict(rewards)
         self._recipes = dict(recipes or {})
         self._rules = dict(rules or {})
-        self._weighing = [reward for reward in (*rewards.values(), *self._rules.values()) if isinstance(reward, FunctionReward)]
+        functions = [reward for reward in (*rewards.values(), *self._rules.values()) if isinstance(reward, FunctionReward)]
+        self._weighing = functions if are_all else []
         self.problems: dict[str, str] = {}  # the first traceback of each reward whose answer was invalid
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:
@@ -291,6 +300,7 @@ def open_rewards(config: RunConfig, engine: Any, sources: Sequence[Source] | Non
         for rule in rules:
             opened[rule] = FunctionReward(config.rewards, rule, COMBINE)
             started.callback(opened[rule].close)
-        routed = RoutedReward(rewards, {source.judge: Recipe.of(config, source) for source in combining}, opened)
+        recipes = {source.judge: Recipe.of(config, source) for source in combining}
+        routed = RoutedReward(rewards, recipes, opened, are_all=_are_all(config, sources))
         started.pop_all()
     return routed
