@@ -411,7 +411,7 @@ def test_broken_lines_are_told_and_counted(made, tmp_path):
     rows = [json.dumps(ROW | {"problem": f"{number}+1"}) for number in range(9)]
     (tmp_path / "train.jsonl").write_text("\n".join([*rows[:3], "{", *rows[3:], "3", "[", '{"problem": 1}']))
     found = faults(made)
-    assert [re.search(r"line (\d+)", fault)[1] for fault in found[:3]] == ["4", "11", "12"]
+    assert [re.findall(r"line (\d+)", fault) for fault in found[:3]] == [["4"], ["11"], ["12"]]
     assert "found 4 of 13 rows that cannot, of which 3 are told: mend or remove them all" in found[3]
     write(tmp_path / "replay.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}, *[{"prompt": "p", "chosen": "a"}] * 2])
     offline = override(made, {"sync.sync_interval": "never", "data.replay": str(tmp_path / "replay.jsonl")})

@@ -506,9 +506,9 @@ def test_an_object_that_is_awaited_when_called_judges(folder):
 def test_weights_name_parts_that_are_returned(folder):
     """What a function declares is looked at before anything starts; of any other at the first answers."""
     with own(folder, "parts", weights={"fromat": 0.25, "big": 0.0}) as reward:
-        routed = RoutedReward({"mine": reward})
+        routed = RoutedReward({"math": reward})
         with pytest.raises(ConfigError, match=r"^rewards\.weights must .* found fromat, and the parts big, correct, format"):
-            routed.score(answers(["0"], reward="mine"))
+            routed.score(answers(["0"]))
     data = {"reward": f"{folder}/mine.py:declared"}
     check_all(run_config(data=data, rewards={"weights": {"rare": 2.0}}))
     with pytest.raises(ConfigError, match=r"found lnog, and the parts long, rare: mend the name, or declare"):
