@@ -13,6 +13,7 @@ import inspect
 import os
 import pkgutil
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +26,7 @@ from typing import Any, Generic, TypeVar
 from engine.core.errors import ConfigError, NumericsError, SemionError
 
 USERS = "semion_user_"  # how the modules of users' files are called, as no library is
+LOADING = threading.RLock()  # one user's file is loaded at a time; it may load another
 Part = TypeVar("Part")
 Made = TypeVar("Made")
 
@@ -190,7 +192,8 @@ def _place_of(error: BaseException) -> str:
 
 def module_of_file(path: Path) -> ModuleType:
     """A user's file as a module, loaded once a process; what lies beside it can be imported, as when Python runs it."""
-    return _module_of_file(path.resolve())
+    with LOADING:
+        return _module_of_file(path.resolve())
 
 
 @cache
@@ -207,10 +210,10 @@ def _module_of_file(path: Path) -> ModuleType:
         sys.modules[name] = module  # as an import does, before the code runs: dataclasses look there
         try:
             spec.loader.exec_module(module)
+            _require_top_imports(path, namesakes)
         except BaseException:
             del sys.modules[name]
             raise
-        _require_top_imports(path, namesakes)
     return module
 
 
@@ -219,14 +222,15 @@ def _without_namesakes(folder: Path) -> Iterator[dict[str, Path]]:
     """While entered, a file of `folder` imports what lies beside it, also where a user's file in another folder has imported a
     module of that name, which has its own again afterwards. Gives those names with the other folders."""
     beside = {module.name for module in pkgutil.iter_modules([str(folder)])}
-    others = {name: Path(str(getattr(module, "__file__", None))) for name, module in sys.modules.items() if "." not in name}
-    elsewhere = {Path(str(module.__file__)).parent for name, module in sys.modules.items() if name.startswith(USERS)} - {folder}
-    namesakes = {name: file.parent for name, file in others.items() if name in beside and _lies_in(file, elsewhere)}
-    taken = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in namesakes}
+    loaded = sys.modules.copy()  # other threads import too
+    elsewhere = {Path(str(module.__file__)).parent for name, module in loaded.items() if name.startswith(USERS)} - {folder}
+    files = {name: Path(str(getattr(loaded[name], "__file__", None))) for name in beside & loaded.keys()}
+    namesakes = {name: file.parent for name, file in files.items() if _lies_in(file, elsewhere)}
+    taken = {name: sys.modules.pop(name) for name in loaded if name.partition(".")[0] in namesakes}
     try:
         yield namesakes
     finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] in namesakes]:
+        for name in [name for name in sys.modules.copy() if name.partition(".")[0] in namesakes]:
             del sys.modules[name]
         sys.modules.update(taken)
 
