@@ -4,6 +4,7 @@ without a model on disk."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.load import RunConfig
+from engine.config.options import AlgorithmOptions, options_class
 from engine.models.base import ModelShape
 from engine.models.hf import read_shape
 from engine.models.sharding import tensors
@@ -55,6 +57,11 @@ def config(directory: str | Path = "unused", **tables: dict[str, Any]) -> RunCon
         tree[name] = tree.get(name, {}) | table
     tree["run"]["directory"] = str(directory)
     return RunConfig.model_validate(tree)
+
+
+def algorithm_options(values: Mapping[str, Any]) -> AlgorithmOptions:
+    """The [algorithm] table as the class of its loss reads it."""
+    return options_class(values).model_validate(dict(values))
 
 
 def spec(made: RunConfig | None = None, shape: ModelShape = SMALL, **known: Any) -> Spec:

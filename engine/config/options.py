@@ -153,11 +153,6 @@ class AlgorithmOptions(Section):
     )
 
 
-def algorithm_options(values: Mapping[str, Any]) -> AlgorithmOptions:
-    """The [algorithm] table as the class of its loss reads it. ValidationError, or ConfigError where there is no such loss."""
-    return options_class(values).model_validate(dict(values))
-
-
 def options_class(values: Mapping[str, Any]) -> type[AlgorithmOptions]:
     """The options of the loss that an [algorithm] table names."""
     name = values.get("loss", DEFAULT_LOSS)

@@ -20,13 +20,13 @@ from engine.algorithms.base import Loss
 from engine.algorithms.nll import NllLoss
 from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
-from engine.config.options import algorithm_options
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED, Batch, Microbatch
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
 from engine.models.sharding import export_plan
 from engine.ops import lm_head_log_probs, token_log_probs
+from tests.builders import algorithm_options
 from tests.parallel.fp8_case import change_weights, fp8_parameters
 from tests.parallel.material import ALGORITHMS, batch_of, run_config
 from tests.parallel.memory_case import memory

@@ -15,10 +15,9 @@ import torch
 from engine.algorithms.group import GROUPS
 from engine.algorithms.registry import identities, make_algorithm, make_loss
 from engine.config.load import override
-from engine.config.options import algorithm_options
 from engine.core.errors import ConfigError, NumericsError
 from engine.core.registry import identity
-from tests.builders import config
+from tests.builders import algorithm_options, config
 from tests.unit.algorithms.steps import LAYOUTS, Step
 from tests.unit.rollouts.test_rollouts import group
 
