@@ -22,7 +22,7 @@ from typing import Any
 from engine.commands import checking, evaluating, preparing, sampling, scoring, training
 from engine.commands import profile as profiles
 from engine.commands import report as reports
-from engine.commands.common import write_figures
+from engine.commands.common import check_targets, write_figures
 from engine.config.load import load_config
 from engine.core.errors import CheckpointError, SemionError
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's library is imported: no command has, yet
     options = _parsed(arguments)
     try:
+        check_targets(options)
         return int(options.command(options) or 0)
     except SemionError as error:
         if getattr(options, "verbose", False):
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("destination", help="folder to make")
     export.add_argument("--best", action="store_true", help="of a run: the checkpoint of the best held-out score")
     report = add("report", reports.report, "show what runs wrote down, and prove their regime from it", config=False)
+    report.set_defaults(folders=("plots",))
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory; several are laid over each other")
     report.add_argument("--output", metavar="FILE", help="HTML file to write (report.html in the first RUN)")
     report.add_argument("--json", metavar="PATH", help="write regimes, evaluations and the guard's findings to this file")
@@ -133,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_evaluating(add: Callable[..., Any], add_running: Callable[..., Any]) -> None:
     evaluation = add_running("eval", evaluating.evaluate_model, "accuracy and pass@k of model.path")
+    evaluation.set_defaults(folders=("output",))
     evaluation.add_argument("--suite", nargs="+", action="extend", metavar="FILE", help="files of problems (data.held_out)")
     evaluation.add_argument("--model", metavar="FOLDER", help="evaluate this model instead of model.path")
     evaluation.add_argument("--output", metavar="FOLDER", help="keep records and figures here; what is done is not done again")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config.load import RunConfig
+from engine.config.options import AlgorithmOptions, options_class
 from engine.models.base import ModelShape
 from engine.models.hf import read_shape
 from engine.models.sharding import tensors
@@ -62,6 +63,11 @@ def merged(*trees: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
 def config(directory: str | Path = "unused", /, **tables: Mapping[str, Any]) -> RunConfig:
     """A configuration that breaks no rule; `tables` set options anew, beside those of `LEAST`."""
     return RunConfig.model_validate(merged(LEAST, tables, {"run": {"directory": str(directory)}}))
+
+
+def algorithm_options(values: Mapping[str, Any]) -> AlgorithmOptions:
+    """The [algorithm] table as the class of its loss reads it."""
+    return options_class(values).model_validate(dict(values))
 
 
 def spec(made: RunConfig | None = None, shape: ModelShape = SMALL, **known: Any) -> Spec:

@@ -6,14 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from engine import ops
 from engine.core.errors import NumericsError
 from engine.core.registry import called, load_function
-from engine.ops.advantages import Normalize
+
+if TYPE_CHECKING:
+    from engine.ops.advantages import Normalize
 
 OPTION = "algorithm.normalize_advantages"
 Advantages = Callable[[Sequence[float]], list[float]]  # rewards of one group to advantages of the same length
@@ -25,7 +24,7 @@ def advantage_function(name: str) -> Advantages:
     What a user's own returns must be one finite number a reward; anything else is a NumericsError that names it.
     """
     if ":" not in name:
-        return partial(grouped_advantages, normalize=cast(Normalize, name))
+        return partial(grouped_advantages, normalize=cast("Normalize", name))
     function = load_function(name, OPTION, "rewards")
 
     def own(rewards: Sequence[float]) -> list[float]:
@@ -40,6 +39,10 @@ def grouped_advantages(rewards: Sequence[float], normalize: Normalize = "mean") 
     `normalize` is explained at ops.grouped_advantages. Raises NumericsError naming the index of a reward that is not
     finite.
     """
+    import torch
+
+    from engine import ops
+
     bounds = torch.tensor([0, len(rewards)], dtype=torch.int32)
     values = torch.tensor(rewards, dtype=torch.float64)
     advantages, _ = ops.grouped_advantages(values, bounds, normalize=normalize)

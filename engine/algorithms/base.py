@@ -3,6 +3,8 @@ already divided by the whole step's own denominator, so that it adds up over mic
 algorithm is a loss that also says what a group of rollouts becomes, which options it has and what they may not be combined
 with. No device, no process group.
 
+What a configuration asks an algorithm before a run needs no arithmetic, so torch is imported where something is computed.
+
 Sequences of one group whose loss couples them share a microbatch. Where they do not fit, the policy scores them first without
 gradient, `precompute_split_groups` differentiates the groups' loss by every token log-prob, and each microbatch then
 backpropagates alone: exact while the weights stand still, which they do until the optimizer steps.
@@ -14,18 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import replace
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine.config.load import RunConfig
 from engine.config.options import AlgorithmOptions
+from engine.core.errors import ConfigError
 from engine.core.metrics import Metric, by_name
 from engine.core.types import IGNORED, Batch, Microbatch, Rollout, RolloutGroup, Sequence
-from engine.ops import sequence_log_probs
 
-Parts = dict[str, torch.Tensor]  # what a microbatch contributes to each metric: a detached scalar by name
-Result = tuple[torch.Tensor, Parts]  # (scalar loss, parts)
+if TYPE_CHECKING:
+    import torch
+
+Parts = dict[str, "torch.Tensor"]  # what a microbatch contributes to each metric: a detached scalar by name
+Result = tuple["torch.Tensor", Parts]  # (scalar loss, parts)
 
 ROLLOUT_GAP = Metric(
     "log_prob_gap_mean",
@@ -77,6 +80,20 @@ class Algorithm(Loss):
         """(what the loss trains on of this prompt, whether it gives a signal: a pair, an advantage). `index` is the group's
         number in the step. Rollouts that could not be judged are left out."""
         raise NotImplementedError
+
+    @classmethod
+    def require_parts(cls, name: str) -> None:
+        """ConfigError for a user's class, which algorithm.loss names so, that cannot be a loss."""
+        wanted = {"sequences": Algorithm.sequences, "__call__": Loss.__call__}
+        missing = [method for method, ours in wanted.items() if getattr(cls, method) is ours]
+        if missing:
+            raise ConfigError(
+                f"algorithm.loss = {name!r} must have the methods sequences and __call__ of an Algorithm; found no "
+                f"{' and no '.join(missing)}: write them, or extend GroupLoss, which needs group_loss alone"
+            )
+        for metric in cls.metrics:
+            if not isinstance(metric, Metric):
+                raise ConfigError(f"algorithm.loss = {name!r} must declare its metrics as Metric; found {metric!r}: mend it")
 
     @classmethod
     def broken_rules(cls, config: RunConfig) -> list[str]:
@@ -140,6 +157,8 @@ def rollout_gap(log_probs: torch.Tensor, microbatch: Microbatch) -> torch.Tensor
 
 def response_lengths(microbatch: Microbatch) -> torch.Tensor:
     """Target tokens of each sequence, [B] float32; 1 for the padding segment, which has none."""
+    from engine.ops import sequence_log_probs
+
     counted = (microbatch.targets != IGNORED).float()
     return sequence_log_probs(counted, microbatch.cu_seqlens).clamp(min=1)
 
@@ -155,6 +174,8 @@ def store_split_groups(
 ) -> list[Microbatch]:
     """The rows with the derivative of the split groups' `loss` by the token log-probs of each (`leaves`, [T] each); the first
     row carries loss and metrics."""
+    import torch
+
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     rows = []
     for index, (microbatch, leaf, gradient) in enumerate(zip(microbatches, leaves, gradients, strict=True)):

@@ -7,10 +7,8 @@ Shape legend: T tokens of the microbatch, B sequences of it, P pairs of it.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from engine.algorithms.base import (
@@ -29,7 +27,9 @@ from engine.config.load import RunConfig
 from engine.config.options import AlgorithmOptions, NonNegativeFloat, Pairing, PositiveFloat
 from engine.core.metrics import Metric
 from engine.core.types import Batch, Microbatch, RolloutGroup, Sequence
-from engine.ops import sequence_log_probs
+
+if TYPE_CHECKING:
+    import torch
 
 PAIRS = Metric("pairs", "pairs that the loss compared", unit="pairs", reduce="sum")
 
@@ -105,6 +105,8 @@ class Dpo(Algorithm):
 
     def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:
         """See Loss."""
+        import torch
+
         leaves = [row.detach().requires_grad_() for row in log_probs]
         split_groups = torch.cat([torch.where(m.split, m.groups, -1) for m in microbatches])
         pairs, weights = all_pairs(split_groups.tolist(), torch.cat([m.chosen for m in microbatches]).tolist())
@@ -130,15 +132,19 @@ class Dpo(Algorithm):
     def _sums(self, log_probs: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The policy's and the reference's log-prob of each response, [B] each."""
         assert microbatch.reference_log_probs is not None, "the reference must score a microbatch before DPO's loss"
+        from engine.ops import sequence_log_probs
+
         bounds = microbatch.cu_seqlens.to(log_probs.device)
         return sequence_log_probs(log_probs, bounds), sequence_log_probs(microbatch.reference_log_probs, bounds)
 
     def _compare(self, policy: torch.Tensor, reference: torch.Tensor, pairs: torch.Tensor, weights: torch.Tensor) -> Result:
         """(weighted sum over pairs of the loss, its metrics but the gap to the rollouts)."""
+        from torch.nn.functional import logsigmoid
+
         chosen, rejected = pairs.unbind(-1)
         log_ratio = policy - reference
         margin = self.beta * (log_ratio[chosen] - log_ratio[rejected])
-        loss = -(weights * F.logsigmoid(margin)).sum()
+        loss = -(weights * logsigmoid(margin)).sum()
         if self.nll_weight:
             loss = loss - self.nll_weight * (weights * policy[chosen]).sum()
         metrics: Parts = {

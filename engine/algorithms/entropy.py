@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from engine.algorithms.base import Loss, Result, denominator, response_lengths
 from engine.core.metrics import Metric
 from engine.core.types import IGNORED, Batch, Microbatch
-from engine.ops import sequence_log_probs
+
+if TYPE_CHECKING:
+    import torch
 
 ENTROPY = Metric(
     "entropy_mean",
@@ -32,6 +34,8 @@ class EntropyBonus(Loss):
         self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch, entropy: torch.Tensor | None = None
     ) -> Result:
         """See Loss."""
+        from engine.ops import sequence_log_probs
+
         assert entropy is not None, "the entropy of every row must come with the log-probs"
         sums = sequence_log_probs(entropy, microbatch.cu_seqlens, microbatch.targets != IGNORED)
         loss = -(sums / response_lengths(microbatch)).sum()

@@ -23,9 +23,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from engine.algorithms.advantages import advantage_function
@@ -46,8 +45,11 @@ from engine.core.metrics import Metric
 from engine.core.registry import called
 from engine.core.types import IGNORED, Batch, Microbatch, RolloutGroup, Sequence
 
+if TYPE_CHECKING:
+    import torch
+
 GROUPS = Metric("groups", "prompts whose rollouts a loss of the user's own compared", unit="prompts", reduce="sum")
-PerToken = tuple[torch.Tensor, ...]  # N tensors [L] of float32
+PerToken = tuple["torch.Tensor", ...]  # N tensors [L] of float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,8 @@ class Group:
     @staticmethod
     def sums(log_probs: PerToken) -> torch.Tensor:
         """The sum over each response's tokens, [N] float32."""
+        import torch
+
         return torch.stack([tokens.sum() for tokens in log_probs])
 
 
@@ -85,11 +89,11 @@ class GroupLoss(Algorithm):
     `sequences`, `broken_rules`."""
 
     Options: ClassVar[type[AlgorithmOptions]] = GroupOptions
+    _value_names: frozenset[str] | None = None  # of what `values` attached to the first group
 
     def __init__(self, options: Any, *, sampled: bool = True) -> None:
         """ConfigError when the class declares metrics that cannot be put together."""
         super().__init__(options, sampled=sampled)
-        self._require_parts(options.loss)
         self._own = {metric.name: metric for metric in type(self).metrics}
         for metric in self._own.values():
             if metric.reduce == "last" or metric.name in (GROUPS.name, ROLLOUT_GAP.name):
@@ -107,18 +111,17 @@ class GroupLoss(Algorithm):
         self.advantages = advantage_function(options.normalize_advantages)
 
     @classmethod
-    def _require_parts(cls, name: str) -> None:
-        """ConfigError for a class that cannot be a loss."""
+    def require_parts(cls, name: str) -> None:
+        """See Algorithm."""
+        super().require_parts(name)
         own = cls.group_loss
         parameters = list(inspect.signature(own).parameters)
-        if own is GroupLoss.group_loss or inspect.iscoroutinefunction(own) or len(parameters) != 2:
+        kind = "async " if inspect.iscoroutinefunction(own) else "generator " if inspect.isgeneratorfunction(own) else ""
+        if own is GroupLoss.group_loss or kind or len(parameters) != 2:
             raise ConfigError(
                 f"algorithm.loss = {name!r} must have a method group_loss(self, group); found "
-                f"{'none' if own is GroupLoss.group_loss else f'group_loss({chr(44).join(parameters)})'}: write it"
+                f"{'none' if own is GroupLoss.group_loss else f'{kind}group_loss({chr(44).join(parameters)})'}: write it"
             )
-        for metric in cls.metrics:
-            if not isinstance(metric, Metric):
-                raise ConfigError(f"algorithm.loss = {name!r} must declare its metrics as Metric; found {metric!r}: mend it")
 
     def group_loss(self, group: Group) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of one group, a finite scalar that depends on `group.log_probs`; with it, where metrics are declared, this
@@ -135,13 +138,7 @@ class GroupLoss(Algorithm):
         if not judged:
             return [], False
         advantages = self.advantages([rollout.score.value for rollout in judged])
-        attached = {name: [float(value) for value in values] for name, values in self.values(group).items()}
-        for name, values in attached.items():
-            if len(values) != len(judged) or not all(map(math.isfinite, values)):
-                raise NumericsError(
-                    f"{self._name} must attach one finite value of {name!r} to each of {len(judged)} judged rollouts; found "
-                    f"{values}: mend `values`"
-                )
+        attached = self._attached(group, len(judged))
         return [
             training_sequence(
                 group,
@@ -153,8 +150,34 @@ class GroupLoss(Algorithm):
             for place, rollout in enumerate(judged)
         ], True
 
+    def _attached(self, group: RolloutGroup, num_judged: int) -> dict[str, list[float]]:
+        """What `values` attaches to a group, checked: finite, one a rollout, and of the names that the step's other groups
+        have, since they are packed together."""
+
+        def attach() -> dict[str, list[float]]:
+            return {name: [float(value) for value in values] for name, values in self.values(group).items()}
+
+        attached = called(self.options.loss, "algorithm.loss", attach)
+        for name, values in attached.items():
+            if len(values) != num_judged or not all(map(math.isfinite, values)):
+                raise NumericsError(
+                    f"{self._name} must attach one finite value of {name!r} to each of {num_judged} judged rollouts; found "
+                    f"{values}: mend `values`"
+                )
+        if self._value_names is None:
+            self._value_names = frozenset(attached)
+        if self._value_names != attached.keys():
+            found, before = (", ".join(sorted(names)) or "none" for names in (attached, self._value_names))
+            raise NumericsError(
+                f"{self._name} must attach values of the same names to every group; found {found} for prompt "
+                f"{group.prompt.id}, and {before} before: mend `values`"
+            )
+        return attached
+
     def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:
         """See Loss."""
+        import torch
+
         leaves = [row.detach().requires_grad_() for row in log_probs]
         with torch.enable_grad():
             loss, metrics = self._total(groups_of(microbatches, leaves, split=True), leaves[0])
@@ -188,6 +211,8 @@ class GroupLoss(Algorithm):
         return loss, metrics
 
     def _joined(self, metrics: Parts, more: Parts) -> Parts:
+        import torch
+
         def join(name: str, value: torch.Tensor) -> torch.Tensor:
             if name not in more:
                 return value
@@ -198,6 +223,8 @@ class GroupLoss(Algorithm):
 
     def _evaluated(self, group: Group) -> Result:
         """What `group_loss` returns, checked. NumericsError names the user's reference and what it broke."""
+        import torch
+
         found = called(self.options.loss, "algorithm.loss", self.group_loss, group)
         loss, parts = found if isinstance(found, tuple) else (found, {})
         if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
@@ -246,6 +273,8 @@ def groups_of(rows: list[Microbatch], log_probs: Many[torch.Tensor], *, split: b
 
 
 def _group(index: int, members: list[tuple[int, Microbatch, int, dict[str, torch.Tensor]]]) -> Group:
+    import torch
+
     def per_token(name: str) -> tuple[torch.Tensor, ...]:
         return tuple(tokens[name] for *_, tokens in members)
 

@@ -4,7 +4,8 @@ over the same group (paper, section 5).
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Any
+
 from pydantic import Field
 
 from engine.algorithms.base import Result, training_sequence
@@ -15,6 +16,9 @@ from engine.config.load import RunConfig
 from engine.config.options import NonNegativeFloat
 from engine.core.metrics import by_name
 from engine.core.types import Batch, Microbatch, RolloutGroup, Sequence
+
+if TYPE_CHECKING:
+    import torch
 
 
 class GroupDpoOptions(PreferenceOptions, PolicyGradientOptions):
@@ -57,8 +61,8 @@ class GroupDpo(Dpo):
     @classmethod
     def broken_rules(cls, config: RunConfig) -> list[str]:
         """See Algorithm."""
-        a, broken = config.algorithm, super().broken_rules(config)
-        assert isinstance(a, GroupDpoOptions), a
+        a: Any = config.algorithm  # of GroupDpoOptions, which Options of a class that extends this one extend
+        broken = super().broken_rules(config)
         if not a.alpha and (a.normalize_length or a.normalize_advantages != "mean"):
             broken.append(
                 f"algorithm.normalize_advantages and algorithm.normalize_length are GRPO's; found {a.normalize_advantages!r} "

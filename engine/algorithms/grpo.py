@@ -5,9 +5,8 @@ Shape legend: T tokens of the microbatch, B sequences of it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import Field
 
 from engine.algorithms.advantages import advantage_function
@@ -16,8 +15,9 @@ from engine.config.load import RunConfig
 from engine.config.options import AlgorithmOptions, NonNegativeFloat, Normalization, PositiveFloat
 from engine.core.metrics import Metric
 from engine.core.types import IGNORED, Batch, Microbatch, RolloutGroup, Sequence
-from engine.ops import policy_gradient_loss, sequence_log_probs
-from engine.ops.policy_gradient import SUMS
+
+if TYPE_CHECKING:
+    import torch
 
 WITH_SIGNAL = Metric("with_signal", "sequences with an advantage other than 0", unit="sequences", reduce="sum")
 KL = Metric(
@@ -98,6 +98,11 @@ class Grpo(Algorithm):
         self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch, entropy: torch.Tensor | None = None
     ) -> Result:
         """See Loss."""
+        import torch
+
+        from engine.ops import policy_gradient_loss, sequence_log_probs
+        from engine.ops.policy_gradient import SUMS
+
         options = self.options
         reference = microbatch.reference_log_probs if self.needs_reference else None
         assert reference is not None or not self.needs_reference, "the reference must score before GRPO's KL"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from engine.algorithms.base import Loss, Result, denominator
 from engine.core.metrics import Metric
 from engine.core.types import IGNORED, Batch, Microbatch
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENS = Metric("tokens", "supervised training: tokens that the loss looks at", unit="tokens", reduce="sum")
 NLL = Metric(
@@ -21,6 +24,8 @@ class NllLoss(Loss):
 
     def coefficients(self, microbatch: Microbatch) -> torch.Tensor:
         """Every token counts the same; those without a target have a log-prob of 0."""
+        import torch
+
         return torch.ones_like(microbatch.targets, dtype=torch.float32)
 
     def __call__(

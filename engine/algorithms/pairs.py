@@ -15,14 +15,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from engine.core.errors import NumericsError
 from engine.core.registry import called, load_function
 from engine.core.seeds import counted_seed
 from engine.core.types import Rollout, RolloutGroup
+
+if TYPE_CHECKING:
+    import torch
 
 OPTION = "algorithm.pairing"
 Pair = tuple[Rollout, Rollout]
@@ -127,6 +128,8 @@ def all_pairs(groups: Sequence[int], chosen: Sequence[bool]) -> tuple[torch.Tens
 
     Source: paper, equation 4; a group of two is one pair of weight 1.
     """
+    import torch
+
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
     for group in dict.fromkeys(groups):

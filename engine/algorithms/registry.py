@@ -3,16 +3,31 @@ user's own parts."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from engine.algorithms.base import Algorithm, Loss, SumLoss
 from engine.algorithms.entropy import EntropyBonus
 from engine.config.options import LOSSES, AlgorithmOptions
-from engine.core.registry import identity
+from engine.core.errors import ConfigError
+from engine.core.registry import called, identity
 
 
 def make_algorithm(options: AlgorithmOptions, *, sampled: bool = True) -> Algorithm:
-    """The algorithm of algorithm.loss. `sampled`: see Algorithm."""
-    made: Algorithm = LOSSES.load(options.loss)(options, sampled=sampled)
+    """The algorithm of algorithm.loss. `sampled`: see Algorithm. ConfigError for a user's own that cannot be made."""
+    loss = LOSSES.load(options.loss)
+    if ":" in options.loss:
+        loss.require_parts(options.loss)
+        make = partial(_make, loss, options, sampled)
+        made = called(options.loss, "algorithm.loss", make, error=ConfigError)
+    else:
+        made = loss(options, sampled=sampled)
+    assert isinstance(made, Algorithm), made
     return made
+
+
+def _make(loss: Any, options: AlgorithmOptions, sampled: bool) -> Any:
+    return loss(options, sampled=sampled)
 
 
 def make_loss(options: AlgorithmOptions, *, sampled: bool = True) -> Loss:

@@ -4,14 +4,16 @@ It prints nothing; whoever wants to follow it gives a function that is told of e
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.api.preflight import examine, parts_of
+from engine.api.faults.look import parts_of
+from engine.api.preflight import examine
 from engine.config.load import RunConfig
 from engine.config.options import Source
-from engine.core.errors import combined
+from engine.core.errors import ConfigError, combined
 from engine.data.mixture import held_out_sources, load_prompts
 from engine.evaluation import accuracy, suites
 from engine.inference.pool import Pool
@@ -29,7 +31,7 @@ class Evaluated(NamedTuple):
 
 def evaluate(
     config: RunConfig,
-    suite: Sequence[str] = (),
+    suite: Sequence[str | Path] = (),
     *,
     output: str | Path | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -58,10 +60,12 @@ def evaluate(
     return {name: done[name] for name in sets}
 
 
-def asked_sets(config: RunConfig, suite: Sequence[str]) -> dict[str, Source]:
+def asked_sets(config: RunConfig, suite: Sequence[str | Path]) -> dict[str, Source]:
     """The sets to evaluate by name, as sources whose held_out they are; empty where nothing is held out."""
+    if isinstance(suite, (str, os.PathLike)) or not all(isinstance(path, (str, os.PathLike)) for path in suite):
+        raise ConfigError(f"suite must be a list of files of problems; found {suite!r}: make it one")
     if suite:
-        files, template = suites.suite_names(suite), config.data.template
+        files, template = suites.suite_names([os.fspath(path) for path in suite]), config.data.template
         return {name: Source(train=path, held_out=path, template=template, reward="math") for name, path in files.items()}
     return {name: config.data.sources[place] for name, place in held_out_sources(config).items()}
 

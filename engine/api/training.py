@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.api.events import Done, Event, Note, Step, typed
-from engine.api.preflight import check, check_fresh
+from engine.api.faults.directory import check_fresh
+from engine.api.preflight import check
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import ConfigError, PreemptedError
 from engine.core.files import locked

@@ -5,7 +5,6 @@ and which trainer ranks may send to them. It sends nothing; sender.py does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -118,7 +117,8 @@ def _setting(run: Run, policy: Policy, place: ReplicatedState, machines: list[in
     config, colocated = run.config, run.colocated_nodes
     own = colocated.ranks[place.rank] if colocated else 0
     needed = torch.zeros(config.cluster.nodes, dtype=torch.int64, device=place.device)
-    needed[own] = shared_bytes(config, policy)
+    held = () if config.trainer.fp8_parameters else policy.parameters.values()
+    needed[own] = config.shared_bytes(sum(p.numel() * p.element_size() for p in held))
     dist.all_reduce(needed)  # stages differ in size
     has_room = torch.tensor([room_for(int(needed[own]))], dtype=torch.int64, device=place.device)
     dist.all_reduce(has_room, dist.ReduceOp.MIN)
@@ -129,20 +129,3 @@ def _setting(run: Run, policy: Policy, place: ReplicatedState, machines: list[in
         needed_bytes=int(needed.max()),
         engines_on_one_machine=len(set(machines)) == 1,
     )
-
-
-class Weights(Protocol):
-    """Who holds weights that a sync sends."""
-
-    @property
-    def parameters(self) -> Mapping[str, torch.Tensor]:
-        """Them, by name."""
-        ...
-
-
-def shared_bytes(config: RunConfig, policy: Weights) -> int:
-    """What weight syncs through the memory of a machine move into it, of this trainer rank: weights and staging. FP8 weights
-    are dequantized into a temporary, and everything then goes by way of staging."""
-    held = () if config.trainer.fp8_parameters else policy.parameters.values()
-    weights = sum(p.numel() * p.element_size() for p in held) * (2 if config.keeps_seed else 1)
-    return weights + 2 * (config.sync.bucket_mebibytes << 20)

@@ -9,21 +9,20 @@ tensor-parallel size where noted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
-
-import torch
 
 from engine.config.options import RewardModel
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
 from engine.models.registry import family_of
-from engine.ops import lm_head
 from engine.run.spec import Spec
 
 MIB, GIB = 1 << 20, 1 << 30
 FP32 = 4
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # of model.dtype
 MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 # Of a process on a GPU, beside torch's tensors. Stated, not measured: 1 GiB for the CUDA context, cuBLAS, cuDNN and the code
 # of all kernels, 2 GiB for NCCL's buffers and for what torch's allocator cannot use of its blocks; of vLLM, which keeps it
@@ -124,10 +123,10 @@ class TrainerState:
     def __init__(self, spec: Spec, stage: int) -> None:
         self._config = spec.config
         self._num_copies = len(spec.copies)
-        self._dtype: torch.dtype = getattr(torch, spec.config.model.dtype)
+        self._item = item_bytes(spec.config.model.dtype)
         t = spec.config.trainer
         shards = layout.shard_shapes(spec.shape, spec.trainer, 0, stage)
-        sizes = {name: torch.Size(size).numel() for name, size in shards.items()}
+        sizes = {name: math.prod(size) for name, size in shards.items()}
         self.num_parameters = sum(sizes.values())
         matrices = sum(size for name, size in sizes.items() if len(shards[name]) == 2 and ".layers." in name)
         self._in_fp8 = matrices if t.fp8 != "none" else 0
@@ -137,7 +136,7 @@ class TrainerState:
     def weights(self) -> int:
         """The model's parameters; where they are kept in FP8, the layers' matrices are a byte each."""
         kept_in_fp8 = self._in_fp8 if self._config.trainer.fp8_parameters else 0
-        return (self.num_parameters - kept_in_fp8) * self._dtype.itemsize + kept_in_fp8
+        return (self.num_parameters - kept_in_fp8) * self._item + kept_in_fp8
 
     @property
     def fp8_copies(self) -> int:
@@ -149,7 +148,7 @@ class TrainerState:
     def cast(self) -> int:
         """This rank's share of the layers' matrices in bfloat16, all of which are there until the last is cast after a step."""
         t = self._config.trainer
-        return self._dtype.itemsize * -(-self._in_fp8 // t.data_parallel) if t.fp8_parameters else 0
+        return self._item * -(-self._in_fp8 // t.data_parallel) if t.fp8_parameters else 0
 
     @property
     def copies(self) -> int:
@@ -188,8 +187,8 @@ class TrainerState:
         no parameters in FP8, the lower half alone."""
         moment = MOMENT_BYTES[self._config.optimizer.moment_dtype]
         whole = moment == FP32 or self._config.trainer.fp8_parameters
-        original = FP32 if whole else FP32 - self._dtype.itemsize
-        return 2 * moment + (original if self._dtype is not torch.float32 else 0)
+        original = FP32 if whole else FP32 - self._item
+        return 2 * moment + (original if self._item != FP32 else 0)
 
 
 def host_bytes_per_node(spec: Spec) -> int:
@@ -209,9 +208,8 @@ class Step:
         self._on_gpu = on_gpu
         self._stage = stage
         self._shape = shape
-        dtype: torch.dtype = getattr(torch, config.model.dtype)
         tp = t.tensor_parallel
-        self._e = dtype.itemsize
+        self._e = item_bytes(config.model.dtype)
         self._into_linear = 1 if t.fp8 != "none" else self._e  # bytes of an element that a layer's product saves
         self._T, self._H, self._D = t.microbatch_tokens, shape.hidden, shape.head_dim
         self._T_own = -(-self._T // tp) if t.sequence_parallel else self._T  # tokens of what lies between the products
@@ -221,7 +219,7 @@ class Step:
         self._V = layout.padded_vocab(shape, spec.trainer) // tp
         self._layers = len(layout.stage_layers(shape, spec.trainer)[stage][0])
         self._is_first, self._is_last = stage == 0, stage == t.pipeline_parallel - 1
-        self._narrow_on_cpu = not on_gpu and dtype is not torch.float32
+        self._narrow_on_cpu = not on_gpu and self._e != FP32
 
     @cached_property
     def layer(self) -> int:
@@ -328,6 +326,8 @@ class Step:
         norm, rows, weight = self._norms(1, self._e), self._T * self._H * self._e, self._V * self._H * self._e
         gathered = rows if self._trainer.sequence_parallel else 0
         if self._trainer.fused_lm_head:
+            from engine.ops import lm_head  # loads torch
+
             block = lm_head.BLOCK
             widened = 2 * min(block, self._V) * self._H * FP32 if self._narrow_on_cpu else block * self._H * self._e
             chunk = min(lm_head.ROWS, self._T) * self._V * (FP32 if self._narrow_on_cpu else self._e)
@@ -341,9 +341,9 @@ def engine_rank(spec: Spec, channel: Channel) -> Components:
     """A rank of an engine while it samples."""
     shape = spec.shape
     i = spec.config.inference
-    itemsize = getattr(torch, spec.config.model.dtype).itemsize
+    itemsize = item_bytes(spec.config.model.dtype)
     spread = layout.EngineLayout(i.tensor_parallel)  # also where a sync reloads full tensors: vLLM then repacks its shards
-    weights = sum(torch.Size(size).numel() for size in layout.shard_shapes(shape, spread, 0).values()) * itemsize
+    weights = sum(math.prod(size) for size in layout.shard_shapes(shape, spread, 0).values()) * itemsize
     forward = i.batched_tokens * (4 * shape.hidden + 3 * shape.ffn_hidden // i.tensor_parallel) * itemsize
     rows = i.max_concurrent * layout.padded_vocab(shape, spread) * FP32
     return {
@@ -360,11 +360,11 @@ def engine_rank(spec: Spec, channel: Channel) -> Components:
 def reward_engine(shape: ModelShape, options: RewardModel) -> Components:
     """The reward model's engine while it judges. Both forms have the same tensors: the Llama's without its output layer, and a
     head [1, H] that vLLM keeps in float32. It samples nothing, and no weight sync reaches it."""
-    itemsize = getattr(torch, options.dtype).itemsize
+    itemsize = item_bytes(options.dtype)
     head = family_of(shape).head()
     held = {name: size for name, size in layout.shard_shapes(shape, layout.EngineLayout(1), 0).items() if name != head}
     return {
-        "engine: weights": sum(torch.Size(size).numel() for size in held.values()) * itemsize + shape.hidden * FP32,
+        "engine: weights": sum(math.prod(size) for size in held.values()) * itemsize + shape.hidden * FP32,
         "engine: KV cache": options.kv_cache_mebibytes * MIB,
         "engine: forward": options.batched_tokens * (4 * shape.hidden + 3 * shape.ffn_hidden) * itemsize,
         "engine: CUDA graphs": GRAPH_BYTES,
@@ -372,8 +372,13 @@ def reward_engine(shape: ModelShape, options: RewardModel) -> Components:
     }
 
 
+def item_bytes(dtype: str) -> int:
+    """Bytes of an element of a model.dtype."""
+    return ITEM_BYTES[dtype]
+
+
 def kv_bytes_per_token(shape: ModelShape, tp_size: int, dtype: str) -> int:
     """Bytes that one token takes in the KV cache of a rank of an engine: keys and values of every layer. Ranks in excess of the
     key-value heads hold one each."""
-    itemsize: int = getattr(torch, dtype).itemsize
+    itemsize = item_bytes(dtype)
     return 2 * shape.num_layers * max(1, shape.num_kv_heads // tp_size) * shape.head_dim * itemsize

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from engine.config.load import dump_config, read_config
-from engine.core.errors import SemionError, combined
+from engine.core.errors import combined, unique
 
 if TYPE_CHECKING:
     from engine.run.spec import Spec
@@ -22,20 +22,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Prints the run; raises all faults at once, those of the configuration before those of what it names."""
-    config, found = read_config(options.config, options.overrides)
+    config, found, unread = read_config(options.config, options.overrides)
     if config is None:
         raise combined(found)
-    faults: list[SemionError] = [*found]
-    if options.toml:
+    if options.toml and not unread:
         print(dump_config(config), end="")
-    from engine.api.preflight import examine, parts_of, purpose_of, warnings
+    from engine.api.faults.look import parts_of
+    from engine.api.preflight import examine, purpose_of, warnings
     from engine.observe.progress import print_table
     from engine.observe.sinks import write_json
     from engine.run.spec import resolve
 
     purpose = purpose_of(config)
-    faults += examine(config, purpose, resume=options.resume is not None)
-    if faults:
+    further = examine(config, purpose, resume=options.resume is not None, unread=unread)
+    if faults := unique([*found, *further]):
         raise combined(faults)
     spec = resolve(config, parts_of(config, purpose))
     if not options.toml:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from engine.core.errors import ConfigError
+
+TARGETS = ("output", "json", "plots")  # flags of what a command writes
 
 
 def print_evaluations(evaluations: list[dict[str, Any]]) -> None:
@@ -39,6 +45,28 @@ def shown(evaluation: Mapping[str, Any], name: str) -> str:
     if evaluation[name] is None:
         return "-"
     return f"{evaluation[name]:.3f}" if evaluation["measure"] == "reward" else f"{evaluation[name]:.1%}"
+
+
+def check_targets(options: argparse.Namespace) -> None:
+    """ConfigError for a place that a command was told to write to and cannot, before any work is done. A parser names its
+    flags of folders in `folders`; all others of TARGETS are files."""
+    folders = getattr(options, "folders", ())
+    seen: dict[Path, str] = {}
+    for name in TARGETS:
+        said = getattr(options, name, None)
+        if said is None:
+            continue
+        flag, path = f"--{name}", Path(said).absolute()
+        kind = "folder" if name in folders else "file"
+        if not said or (path.exists() and path.is_dir() != (kind == "folder")):
+            what = "an empty name" if not said else "a folder" if path.is_dir() else "a file"
+            raise ConfigError(f"{flag} must name a {kind}; found {what} at {said!r}: name another")
+        there = next(place for place in (path, *path.parents) if place.exists())
+        if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
+            what = "a file" if there != path and not there.is_dir() else "no permission to write"
+            raise ConfigError(f"{flag} must be a {kind} that can be written; found {what} at {there}: name another")
+        if (other := seen.setdefault(path, flag)) != flag:
+            raise ConfigError(f"{flag} must be a file of its own; found {said!r}, which is also {other}: name another")
 
 
 def write_figures(document: dict[str, Any], *paths: str | Path | None) -> None:

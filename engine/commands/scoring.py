@@ -19,6 +19,7 @@ from engine.config.load import RunConfig, validated
 from engine.config.options import RewardModel, Rewards
 from engine.config.rewards import REWARDS
 from engine.core.errors import ConfigError, DataError
+from engine.core.files import atomic_write
 
 if TYPE_CHECKING:
     from engine.core.types import Score
@@ -59,7 +60,7 @@ def score(options: argparse.Namespace) -> None:
     given = {name: value for name, value in flags.items() if value is not None}
     figures, scored = score_file(options.file, options.reward, **given)
     if options.output:
-        with Path(options.output).open("w", encoding="utf-8") as file:
+        with atomic_write(options.output) as part, part.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in scored)
     print_table(f"semion score {options.file}", table(figures))
     if figures["disagreeing"]:
@@ -142,6 +143,11 @@ def load(path: str, every_column: bool = False) -> tuple[list[dict[str, Any]], l
         expected = record.get("expected")
         if expected is not None and not (isinstance(expected, (int, float)) and math.isfinite(expected)):
             raise DataError(f"{where}: `expected` must be a finite number; found {expected!r:.80}: mend it, or remove it")
+        num_tokens, reason = record.get("num_tokens"), record.get("finish_reason")
+        if num_tokens is not None and (not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 0):
+            raise DataError(f"{where}: `num_tokens` must be a whole number, 0 or more; found {num_tokens!r:.80}: mend it")
+        if reason not in (None, "stop", "length"):
+            raise DataError(f"{where}: `finish_reason` must be 'stop' or 'length'; found {reason!r:.80}: mend it, or remove it")
         texts = {name: text_of(where, record, name, numbers=name == "answer") for name in FIELDS[:3]}
         found.append(record)
         columns = columns_of(where, record) if every_column else ""

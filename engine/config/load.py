@@ -5,13 +5,14 @@ anything starts. The options are those of engine/config/options.py.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -26,6 +27,11 @@ Table = TypeVar("Table", bound=Section)
 Copy = Literal["reference", "seed"]  # of its weights, beside the policy
 CHECKED = {"rules": "checked"}  # pydantic's context for a tree whose rules have been checked before
 RULES = "broken_rules"  # pydantic's type of the complaint that carries every broken rule
+UNREAD = {  # of sections that must be there, what stands for one that cannot be used
+    "run": {"directory": "unread", "steps": 1},
+    "model": {"path": "unread"},
+    "data": {"train": "unread"},
+}
 KEY = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)+")
 FORM = "must read section.key=value, such as sync.sync_interval=10 or data.mix[0].prompts_per_step=8"
 
@@ -63,6 +69,12 @@ class RunConfig(Options):
         again = self.evaluates_between_syncs or self.inference.placement == "colocated"
         return self.uses_engines and self.schedule.reopens and again
 
+    def shared_bytes(self, weight_bytes: int) -> int:
+        """What weight syncs through the memory of a machine move into it, of a trainer rank that holds so many bytes of
+        weights: them and staging. FP8 weights are dequantized into a temporary, and everything then goes by way of staging."""
+        held = 0 if self.trainer.fp8_parameters else weight_bytes
+        return held * (2 if self.keeps_seed else 1) + 2 * (self.sync.bucket_mebibytes << 20)
+
     @property
     def run_directory(self) -> Path:
         """`run.directory` as a path."""
@@ -76,8 +88,14 @@ class RunConfig(Options):
     @property
     def broken_rules(self) -> list[str]:
         """A sentence for every combination of options that cannot work."""
-        always = broken_rules(self) + broken_algorithm_rules(self)
-        return always + ([] if self.sft.checkpoint_out else broken_rollout_rules(self))
+        owners = (broken_rules, broken_algorithm_rules, *([] if self.sft.checkpoint_out else [broken_rollout_rules]))
+        broken: list[str] = []
+        for rules in owners:
+            try:
+                broken += rules(self)
+            except ConfigError as error:  # of a part that an option names and that cannot be loaded
+                broken += map(str, error.faults)
+        return list(dict.fromkeys(broken))
 
     @model_validator(mode="after")
     def _checked(self, info: ValidationInfo) -> RunConfig:
@@ -90,28 +108,40 @@ def _received(text: str) -> RunConfig:
     return RunConfig.model_validate_json(text, context=CHECKED)
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+class Reading(NamedTuple):
+    """What came of reading a configuration. Where only rules on combinations are broken the configuration is whole beside the
+    faults, for whoever wants to look further."""
+
+    config: RunConfig | None  # None where the file is not TOML
+    faults: list[ConfigError]
+    unread: frozenset[str] = frozenset()  # sections with a value that cannot be used: they stand at their defaults
+
+
+def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> RunConfig:
     """Reads a TOML file, applies `section.key=value` overrides (values as TOML, bare words as strings; without a value the
     option is as if the file did not set it), validates.
 
     Raises ConfigError, whose `faults` are all that is wrong: each a sentence that names key, rule, value and fix.
     """
-    config, faults = read_config(path, overrides)
-    if config is None or faults:
-        raise combined(faults)
-    return config
+    reading = read_config(path, overrides)
+    if reading.config is None or reading.faults:
+        raise combined(reading.faults)
+    return reading.config
 
 
-def read_config(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig | None, list[ConfigError]]:
-    """(the configuration, all that is wrong with it). Where only rules on combinations are broken the configuration is there
-    beside them, for whoever wants to look further; None where the file or a value cannot be used."""
+def read_config(path: str | Path, overrides: Sequence[str] | None = None) -> Reading:
+    """The configuration, or as much of it as can be used, with all that is wrong."""
+    if isinstance(overrides, str) or not all(isinstance(text, str) for text in overrides or ()):
+        raise ConfigError(
+            f"overrides must be a list of texts that each read section.key=value; found {overrides!r}: make it one"
+        )
     path = Path(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except OSError as error:
-        return None, [ConfigError(f"configuration file {path} cannot be read: {error.strerror}; check the path")]
+        return Reading(None, [ConfigError(f"configuration file {path} cannot be read: {error.strerror}; check the path")])
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        return None, [ConfigError(f"configuration file {path} is not TOML: {error}; mend that line")]
+        return Reading(None, [ConfigError(f"configuration file {path} is not TOML: {error}; mend that line")])
     faults = []
     for text in overrides or []:
         try:
@@ -129,22 +159,36 @@ def override(config: RunConfig, changes: Mapping[str, Any] | None = None, /, **m
 
     Raises ConfigError, whose `faults` are all that is wrong.
     """
+    if changes is not None and not isinstance(changes, Mapping):
+        raise ConfigError(f"changes must map names of options to values; found {changes!r}: write {{'section.key': value}}")
     tree = _plain(config.model_dump(exclude_unset=True))  # a default may follow another choice
     faults = []
-    for key, value in {**(changes or {}), **more}.items():
-        if isinstance(value, Mapping) and "." not in key:
-            named = {f"{key}.{name}": option for name, option in value.items()}
-        else:
-            named = {key: value}
-        for name, option in named.items():
-            try:
-                _set(tree, name, deepcopy(option), f"{name} = {option!r}")
-            except ConfigError as error:
-                faults.append(error)
-    changed, faults = _validated_tree(tree, faults)
-    if changed is None or faults:
-        raise combined(faults)
-    return changed
+    for key, value in [*(changes or {}).items(), *more.items()]:
+        try:
+            for name, option in _named(key, value).items():
+                changed = os.fspath(option) if isinstance(option, os.PathLike) else deepcopy(option)
+                _set(tree, name, changed, f"{name} = {option!r}")
+        except ConfigError as error:
+            faults.append(error)
+    reading = _validated_tree(tree, faults)
+    if reading.config is None or reading.faults:
+        raise combined(reading.faults)
+    return reading.config
+
+
+def _named(key: Any, value: Any) -> dict[str, Any]:
+    """The options that one entry of `override` sets, by their full names. ConfigError for what is no name, and for a section
+    that is not given a table."""
+    if not isinstance(key, str):
+        raise ConfigError(f"override {key!r} must be the name of an option, a text such as 'sync.sync_interval'; write it so")
+    if key not in RunConfig.model_fields:
+        return {key: value}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(
+            f"override {key} is a section, which takes a table of options, such as {{'key': value}}; found {value!r}: name an "
+            f"option of it as '{key}.key', or give a table"
+        )
+    return {f"{key}.{name}": option for name, option in value.items()}
 
 
 def validated(section: type[Table], name: str, values: dict[str, Any]) -> Table:
@@ -156,15 +200,14 @@ def validated(section: type[Table], name: str, values: dict[str, Any]) -> Table:
         raise combined([ConfigError(sentence) for sentence in _sentences(error, *([name] if name else []))]) from error
 
 
-def _validated_tree(tree: dict[str, Any], faults: list[ConfigError]) -> tuple[RunConfig | None, list[ConfigError]]:
+def _validated_tree(tree: dict[str, Any], faults: list[ConfigError]) -> Reading:
     try:
-        return RunConfig.model_validate(tree), faults
-    except ConfigError as error:  # of a part that an option names and that cannot be loaded
-        return None, [*faults, error]
+        return Reading(RunConfig.model_validate(tree), faults)
     except ValidationError as error:
         faults = faults + [ConfigError(sentence) for sentence in _sentences(error, tree=tree)]
-        only_rules = all(complaint["type"] == RULES for complaint in error.errors())
-    return (RunConfig.model_validate(tree, context=CHECKED) if only_rules else None), faults
+        unread = frozenset(str(complaint["loc"][0]) for complaint in error.errors() if complaint["type"] != RULES)
+    readable = {name: table for name, table in tree.items() if name not in unread}
+    return Reading(RunConfig.model_validate(UNREAD | readable, context=CHECKED), faults, unread)
 
 
 def _plain(value: Any) -> Any:

@@ -5,11 +5,22 @@ in engine/config/rules.py, reading and writing files in engine/config/load.py; n
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from engine.core.errors import ConfigError, SemionError
 from engine.core.registry import Registry
 
 Positive = Annotated[int, Field(gt=0)]
@@ -143,33 +154,93 @@ class AlgorithmOptions(Section):
     )
 
 
-def algorithm_options(values: Mapping[str, Any]) -> AlgorithmOptions:
-    """The [algorithm] table as the class of its loss reads it. ValidationError, or ConfigError where there is no such loss."""
-    return options_class(values).model_validate(dict(values))
-
-
 def options_class(values: Mapping[str, Any]) -> type[AlgorithmOptions]:
     """The options of the loss that an [algorithm] table names."""
     name = values.get("loss", DEFAULT_LOSS)
-    found: type[AlgorithmOptions] = LOSSES.load(name).Options if isinstance(name, str) else AlgorithmOptions
+    if not isinstance(name, str):
+        return AlgorithmOptions
+    loss = LOSSES.load(name)
+    if ":" in name:
+        _require_options(loss, name)
+    found: type[AlgorithmOptions] = loss.Options
     return found
 
 
+def _require_options(loss: Any, name: str) -> None:
+    """ConfigError where a user's loss declares Options that the engine cannot read an [algorithm] table with."""
+    found = loss.Options
+    for base in loss.__mro__[1:]:
+        wanted = vars(base).get("Options")
+        if wanted is not None and not (isinstance(found, type) and issubclass(found, wanted)):
+            raise ConfigError(
+                f"algorithm.loss = {name!r} must have Options that extend {wanted.__name__}, since it extends "
+                f"{base.__name__}; found {found!r}: extend {wanted.__module__}.{wanted.__name__}"
+            )
+    if any("loss" in vars(base).get("__annotations__", {}) for base in found.__mro__ if base is not AlgorithmOptions):
+        raise ConfigError(
+            f"algorithm.loss = {name!r} must leave the option `loss` of its Options as it is, which names the class; found it "
+            f"defined anew in {found.__name__}: give your option another name"
+        )
+
+
 def _of_its_loss(values: Any, info: ValidationInfo) -> Any:
-    """Reads the [algorithm] table with the class of its loss; ValueError for an option that only another loss has."""
+    """Reads the [algorithm] table with the class of its loss. ValidationError tells all that is wrong, also each option that
+    only another loss has."""
     if not isinstance(values, dict):
         return values
-    options = options_class(values)
-    if not isinstance(values.get("loss", DEFAULT_LOSS), str):
-        return options.model_validate({"loss": values["loss"]})
-    for key in values.keys() - options.model_fields.keys():
-        losses = [name for name in LOSSES.names if key in LOSSES.load(name).Options.model_fields]
+    name = values.get("loss", DEFAULT_LOSS)
+    try:
+        options = options_class(values)
+    except ConfigError as error:
+        raise _complaints(_complaint("loss", name, str(error))) from error
+    if not isinstance(name, str):
+        return options.model_validate({"loss": name})
+    others = _options_of_other_losses(values, options)
+    own = {key: value for key, value in values.items() if key not in others}
+    try:
+        read = options.model_validate_json(json.dumps(own)) if info.mode == "json" else options.model_validate(own)
+    except ValidationError as error:
+        if not others:
+            raise
+        found = [_complaint(e["loc"], e["input"], e["msg"], e["type"]) for e in error.errors()]
+        raise _complaints(*others.values(), *found) from error
+    except SemionError:
+        raise
+    except Exception as error:  # of a validator of the user's
+        text = f"algorithm.loss = {name!r} must read its Options; found that they fail with {error!r}: mend {options.__name__}"
+        raise _complaints(_complaint("loss", name, text)) from error
+    if others:
+        raise _complaints(*others.values())
+    return read
+
+
+def _options_of_other_losses(values: Mapping[str, Any], options: type[AlgorithmOptions]) -> dict[str, InitErrorDetails]:
+    """A complaint for each option of the table that its loss has not and another one has."""
+    found = {}
+    for key in values:
+        losses = [] if key in options.model_fields else [name for name in LOSSES.names if key in _fields_of(name)]
         if losses:
-            raise ValueError(
+            sentence = (
                 f"algorithm.{key} is an option of algorithm.loss = {' and '.join(map(repr, losses))}; found {values[key]!r} "
                 f"with {values.get('loss', DEFAULT_LOSS)!r}: remove it, or choose another loss"
             )
-    return options.model_validate_json(json.dumps(values)) if info.mode == "json" else options.model_validate(values)
+            found[key] = _complaint(key, values[key], sentence)
+    return found
+
+
+def _fields_of(loss: str) -> Collection[str]:
+    found: Collection[str] = LOSSES.load(loss).Options.model_fields
+    return found
+
+
+def _complaint(place: str | tuple[int | str, ...], value: Any, text: str, kind: str = "value_error") -> InitErrorDetails:
+    """As pydantic collects them; `kind` is its word for what is wrong."""
+    error = PydanticCustomError(kind, "{text}", {"text": text})
+    return InitErrorDetails(type=error, loc=place if isinstance(place, tuple) else (place,), input=value)
+
+
+def _complaints(*found: InitErrorDetails) -> ValidationError:
+    return ValidationError.from_exception_data("algorithm", list(found))
 
 
 Algorithm = Annotated[SerializeAsAny[AlgorithmOptions], BeforeValidator(_of_its_loss)]
@@ -311,6 +382,7 @@ class Rewards(Section):
     workers: Positive = 1
     concurrency: Positive = Field(1, description="answers at once in each worker: awaited, or in as many processes")
     deadline_seconds: PositiveFloat = Field(2.0, description="an answer not judged by then is a counted timeout")
+    timeout_seconds: PositiveFloat = Field(600.0, description="longest call of the score of a Reward class of your own")
     memory_mebibytes: Positive = Field(3072, description="address space of one worker")
 
 

@@ -11,17 +11,20 @@ from engine.config.rewards import broken_reward_rules
 from engine.config.schedules.registry import schedule_of
 from engine.config.transport import refusal
 from engine.core.errors import ConfigError
+from engine.core.registry import called
 
 
 def broken_rules(config: Options) -> list[str]:
     """Sentences for combinations that cannot work: keys, rule, values found, fix."""
     c = config
     every = c.checkpoint.every
+    never_syncs, broken = False, list[str]()
     try:
         schedule = schedule_of(c)
+        never_syncs = schedule.never_syncs
+        broken += schedule.broken_rules(every)
     except ConfigError as error:
-        return [str(error)]
-    broken = schedule.broken_rules(every)
+        broken.append(str(error))
     judged = any(source.held_out for source in c.data.sources)
     spans = every != "end" and c.evaluation.every != "ends" and every % c.evaluation.every == 0
     if c.checkpoint.best_by is not None and not (judged and spans):
@@ -46,7 +49,7 @@ def broken_rules(config: Options) -> list[str]:
     broken += broken_placement_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c)
     broken += broken_reward_rules(c) + broken_learning_rate_rules(c.optimizer)
-    if schedule.never_syncs and c.sync.reference == "follow":
+    if never_syncs and c.sync.reference == "follow":
         broken.append(
             "sync.reference = 'follow' copies the policy at weight syncs, and sync.sync_interval = 'never' has none; found "
             "both: set sync.reference to 'never' or a number of steps"
@@ -108,7 +111,7 @@ def broken_data_rules(c: Options) -> list[str]:
                 f"{source_key(place)}.template must be 'figure4', 'figure5' or hold {{problem}}; found {source.template!r}: "
                 f"add {{problem}}"
             )
-    if d.replay is not None and not schedule_of(c).never_syncs:
+    if d.replay is not None and c.sync.sync_interval != "never":
         broken.append(
             f"data.replay needs sync.sync_interval = 'never', for what is on disk knows no newer weights; found "
             f"{c.sync.sync_interval} with {d.replay!r}: set it to 'never'"
@@ -178,8 +181,18 @@ def broken_library_rules(c: Options) -> list[str]:
 
 def broken_algorithm_rules(c: Options) -> list[str]:
     """Sentences for what the loss cannot be combined with, as its own file says."""
-    broken: list[str] = LOSSES.load(c.algorithm.loss).broken_rules(c)
-    return broken
+    name = c.algorithm.loss
+    loss = LOSSES.load(name)
+    if ":" not in name:
+        broken: list[str] = loss.broken_rules(c)
+        return broken
+    loss.require_parts(name)
+    found = called(name, "algorithm.loss", loss.broken_rules, c, error=ConfigError)
+    if not isinstance(found, (list, tuple)) or not all(isinstance(sentence, str) for sentence in found):
+        raise ConfigError(
+            f"algorithm.loss = {name!r} must return a list of sentences from broken_rules; found {found!r}: mend it"
+        )
+    return list(found)
 
 
 def broken_rollout_rules(c: Options) -> list[str]:

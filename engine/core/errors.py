@@ -4,7 +4,7 @@ found and the fix; the command line prints it in one line without a traceback. I
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class SemionError(Exception):
@@ -30,6 +30,14 @@ def combined(errors: Sequence[SemionError]) -> SemionError:
     error = type(faults[0])("\n".join(map(str, faults)))
     error._faults = faults  # type: ignore[attr-defined]
     return error
+
+
+def unique(errors: Iterable[SemionError]) -> list[SemionError]:
+    """The mistakes without those that say again what an earlier one says."""
+    found: dict[str, SemionError] = {}
+    for error in errors:
+        found.setdefault(str(error), error)
+    return list(found.values())
 
 
 class ConfigError(SemionError):

@@ -6,13 +6,16 @@ Nothing is imported before it is asked for by name, so a registry costs nothing 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -22,6 +25,8 @@ from typing import Any, Generic, TypeVar
 
 from engine.core.errors import ConfigError, NumericsError, SemionError
 
+USERS = "semion_user_"  # how the modules of users' files are called, as no library is
+LOADING = threading.RLock()  # one user's file is loaded at a time; it may load another
 Part = TypeVar("Part")
 Made = TypeVar("Made")
 
@@ -159,16 +164,22 @@ def load_function(reference: str, option: str, *parameters: str) -> Callable[...
     return found
 
 
-def called(reference: str, option: str, function: Callable[..., Made], *arguments: Any) -> Made:
-    """What a user's function returns. NumericsError names it for whatever it raises."""
+def called(
+    reference: str,
+    option: str,
+    function: Callable[..., Made],
+    *arguments: Any,
+    error: type[SemionError] = NumericsError,
+) -> Made:
+    """What a user's function returns. `error` names it, with file and line, for whatever it raises."""
     try:
         return function(*arguments)
     except SemionError:
         raise
-    except Exception as error:
-        raise NumericsError(
-            f"{option} = {reference!r} failed with {type(error).__name__}: {error} ({_place_of(error)}): mend it"
-        ) from error
+    except Exception as fault:
+        raise error(
+            f"{option} = {reference!r} failed with {type(fault).__name__}: {fault} ({_place_of(fault)}): mend it"
+        ) from fault
 
 
 def _place_of(error: BaseException) -> str:
@@ -181,24 +192,72 @@ def _place_of(error: BaseException) -> str:
 
 def module_of_file(path: Path) -> ModuleType:
     """A user's file as a module, loaded once a process; what lies beside it can be imported, as when Python runs it."""
-    return _module_of_file(path.resolve())
+    with LOADING:
+        return _module_of_file(path.resolve())
 
 
 @cache
 def _module_of_file(path: Path) -> ModuleType:
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    name = f"semion_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # no library's name
+    folder = str(path.parent)
+    if folder in sys.path:
+        sys.path.remove(folder)
+    sys.path.insert(0, folder)
+    name = f"{USERS}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # no library's name
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # as an import does, before the code runs: dataclasses look there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    with _without_namesakes(path.parent) as namesakes:
+        sys.modules[name] = module  # as an import does, before the code runs: dataclasses look there
+        try:
+            spec.loader.exec_module(module)
+            _require_top_imports(path, namesakes)
+        except BaseException:
+            del sys.modules[name]
+            raise
     return module
+
+
+@contextmanager
+def _without_namesakes(folder: Path) -> Iterator[dict[str, Path]]:
+    """While entered, a file of `folder` imports what lies beside it, also where a user's file in another folder has imported a
+    module of that name, which has its own again afterwards. Gives those names with the other folders."""
+    beside = {module.name for module in pkgutil.iter_modules([str(folder)])}
+    loaded = sys.modules.copy()  # other threads import too
+    elsewhere = {Path(str(module.__file__)).parent for name, module in loaded.items() if name.startswith(USERS)} - {folder}
+    files = {name: Path(str(getattr(loaded[name], "__file__", None))) for name in beside & loaded.keys()}
+    namesakes = {name: file.parent for name, file in files.items() if _lies_in(file, elsewhere)}
+    taken = {name: sys.modules.pop(name) for name in loaded if name.partition(".")[0] in namesakes}
+    try:
+        yield namesakes
+    finally:
+        for name in [name for name in sys.modules.copy() if name.partition(".")[0] in namesakes]:
+            del sys.modules[name]
+        sys.modules.update(taken)
+
+
+def _lies_in(file: Path, folders: Collection[Path]) -> bool:
+    """Whether a module's file, or the folder of a package's, stands directly in one of these folders."""
+    place = file.resolve()
+    return (place.parent.parent if place.name == "__init__.py" else place.parent) in folders
+
+
+def _require_top_imports(path: Path, namesakes: Mapping[str, Path]) -> None:
+    """ConfigError where a function of a user's file imports, when it is called, a name that another user's file has imported
+    from elsewhere: it would get the other one's."""
+    tree = ast.parse(path.read_bytes()) if namesakes else ast.Module([], [])
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    for node in (inner for outer in functions for inner in ast.walk(outer)):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in {name.partition(".")[0] for name in names} & namesakes.keys():
+            raise ConfigError(
+                f"{path}, line {node.lineno}: {name} must be imported at the top of the file, since another file of yours has "
+                f"imported a module of that name from {namesakes[name]}; found it inside a function: move it, or rename one"
+            )
 
 
 def _is_own(value: object, module: ModuleType) -> bool:

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from engine.config.options import RewardModel
 from engine.core.errors import ConfigError
 from engine.data.templates import TEMPLATE_DATE, load_tokenizer
 from engine.models.reward_head import OPTION, RewardHead, read_reward_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Conversations:

@@ -13,12 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from engine.data.templates import TEMPLATE_DATE
 from engine.models.hf import CONFIG, GENERATION_CONFIG, read_end_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER, TEMPLATE = "eos_token of the tokenizer", "the chat template's end of a turn"
 _SAID = "semion"  # an answer to look for in a rendered turn

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from engine.core.errors import DataError, brief
 from engine.data.records import records
 from engine.data.rows import text_of
 from engine.data.supervised import completion_tokens
 from engine.data.templates import encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FIELDS = ("problem", "prompt", "chosen", "rejected", "id")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from engine.core.errors import ConfigError, DataError
+from engine.core.errors import ConfigError, DataError, SemionError
 from engine.core.jsonl import parsed, read_objects
 
 Record = tuple[str, Any]  # where it stands, for messages; what it holds
@@ -23,6 +23,7 @@ HUB = "hf://"
 SAVED = ("state.json", "dataset_dict.json")  # what `datasets.save_to_disk` leaves in the folder of a dataset, or of several
 MESSAGE_FIELDS = ("role", "content", "toxic", "redacted", "language")  # of a conversation's messages
 SAMPLE, SMALL_BYTES = 256, 1 << 20  # records that are looked at in a preflight; of a file of so many bytes the first ones alone
+MAX_FAULTS = 3  # broken records of a source that a preflight tells one by one
 BATCH_ROWS = 1024  # of parquet held in memory at once: a row may be a long conversation
 
 
@@ -41,12 +42,45 @@ def records(source: str | Path, fields: Collection[str] | None) -> Iterator[Reco
 
 def sampled(source: str | Path, fields: Collection[str] | None) -> tuple[list[Record], bool]:
     """(some records of a source, whether they are all): the first ones, and of a long JSONL file as many more from all over it.
-    Raises as `records` does."""
+    A line that is not JSON stands among them as its DataError; else raises as `records` does."""
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size > SMALL_BYTES:
-        return [*islice(records(source, fields), SAMPLE // 2), *_spread_records(path, SAMPLE // 2)], False
-    found = list(islice(records(source, fields), SAMPLE + 1))
+    check_source(source)
+    if path.suffix != ".jsonl" or not path.is_file():
+        found = list(islice(records(source, fields), SAMPLE + 1))
+        return found[:SAMPLE], len(found) <= SAMPLE
+    if path.stat().st_size > SMALL_BYTES:
+        return [*islice(_json_records(path), SAMPLE // 2), *_spread_records(path, SAMPLE // 2)], False
+    found = list(islice(_json_records(path), SAMPLE + 1))
     return found[:SAMPLE], len(found) <= SAMPLE
+
+
+def first_faults(source: str | Path, faults: Sequence[SemionError], count: int, *, is_whole: bool) -> list[SemionError]:
+    """The first of the faults of `count` records that were looked at, and where there are more, how many there are in all."""
+    shown = list(faults[:MAX_FAULTS])
+    if len(faults) > MAX_FAULTS:
+        of = f"{count} rows" if is_whole else f"{count} rows that were looked at"
+        shown.append(
+            DataError(
+                f"{source}: every row must be one that can be used; found {len(faults)} of {of} that cannot, of which "
+                f"{MAX_FAULTS} are told: mend or remove them all"
+            )
+        )
+    return shown
+
+
+def _json_records(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, _parsed_or_fault(where, line)
+
+
+def _parsed_or_fault(where: str, line: bytes) -> Any:
+    try:
+        return parsed(where, line)
+    except DataError as error:
+        return error
 
 
 def _spread_records(path: Path, count: int) -> Iterator[Record]:
@@ -58,7 +92,7 @@ def _spread_records(path: Path, count: int) -> Iterator[Record]:
             start = file.tell()
             if (line := file.readline()).strip():
                 where = f"{path}, the line at byte {start}"
-                yield where, parsed(where, line, fix="mend it")
+                yield where, _parsed_or_fault(where, line)
 
 
 def check_source(source: str | Path) -> None:

@@ -17,10 +17,9 @@ from typing import Any
 
 from engine.core.boxed import boxes
 from engine.core.errors import DataError, brief, combined
-from engine.data.records import records, sampled
+from engine.data.records import first_faults, records, sampled
 
 FIELDS = ("problem", "prompt", "conversation", "question", "answer", "solution", "source", "id")
-MAX_FAULTS = 3  # broken rows of a file that a preflight tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +51,20 @@ def load_rows(path: str | Path, *, needs_answer: bool = True, keep_columns: bool
 
 
 def sample_rows(path: str | Path, needs_answer: bool = True, *, keep_columns: bool = False) -> tuple[list[Row], bool]:
-    """(some rows of a source, whether they are all), for a preflight. Raises as `load_rows`, for the first few broken rows."""
+    """(some rows of a source, whether they are all), for a preflight. Raises as `load_rows`, for the first few broken rows and
+    with their number."""
     found, is_whole = sampled(path, None if keep_columns else FIELDS)
     rows: list[Row] = []
     faults: list[DataError] = []
     for where, record in found:
         try:
+            if isinstance(record, DataError):
+                raise record
             rows.append(_row(where, record, needs_answer, keep_columns))
         except DataError as error:
             faults.append(error)
     if faults:
-        raise combined(faults[:MAX_FAULTS])
+        raise combined(first_faults(path, faults, len(found), is_whole=is_whole))
     if not rows:
         raise DataError(f"{path}: a data file must hold at least one row; found none: check how it was written")
     return rows, is_whole

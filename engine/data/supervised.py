@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from engine.core.errors import ConfigError, DataError
 from engine.core.types import Prompt, Sequence
 from engine.data.ends import response_end
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def supervised_sequence(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Sequence:

@@ -5,10 +5,12 @@ only place that tokenizes prompts; it knows nothing of files or order.
 from __future__ import annotations
 
 from pathlib import Path
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from engine.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Figure 4 of arXiv 2506.21495. The paper prints typographic quotes, an effect of its typesetting; ours are plain ASCII.
 FIGURE4 = (
@@ -23,6 +25,8 @@ TEMPLATE_DATE = "26 Jul 2024"  # Llama's templates print a date, today's by defa
 
 def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder, never from the network. Raises ConfigError naming `option` and the folder."""
+    from transformers import AutoTokenizer  # takes seconds
+
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{option} must be a folder with a tokenizer; found no folder {path}: check the path")

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from engine.config.options import Optimizer, Trainer
 from engine.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 INSTALL_TE = "install requirements/gpu.txt"
 INSTALL_APEX = "build NVIDIA's apex from source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
@@ -33,6 +34,8 @@ class Kernels:
 
 def check_libraries(trainer: Trainer, optimizer: Optimizer) -> None:
     """ConfigError naming the first option whose library, or the GPU it runs on, is not on this machine."""
+    import torch
+
     wanted = check_installed(trainer, optimizer)
     for option, otherwise in wanted.items() if not torch.cuda.is_available() else ():
         raise ConfigError(f"{option} needs a GPU; torch found none: run on a machine with one, or {otherwise}")
@@ -94,6 +97,8 @@ def chosen_kernels(implementation: str) -> Iterator[None]:
 
 
 def _kernels(implementation: str) -> Kernels:
+    import torch
+
     if implementation == "te":
         from transformer_engine.pytorch import optimizers as te
 

@@ -14,22 +14,24 @@ from engine.models.hf import HfCheckpoint
 from engine.models.sharding import tensors
 
 MAX_SHOWN = 3
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights may be stored in, as safetensors calls it
 
 
 def weight_faults(path: str | Path, shape: ModelShape, option: str = "model.path") -> Iterator[CheckpointError]:
     """What would stop the weights of a folder from being loaded into a model of `shape`: a sentence for each file that is
-    missing or broken, one for all missing tensors, and one for each tensor of the first few with other sizes."""
+    missing or broken, one for all missing tensors, and one for each tensor of the first few with other sizes or of a dtype
+    that is no model's."""
     try:
         checkpoint = HfCheckpoint(path, option)
     except CheckpointError as error:
         yield error
         return
     names = checkpoint.files
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    found: dict[str, tuple[str, tuple[int, ...], str]] = {}
     broken = set()
     for file in sorted(set(names.values())):
         try:
-            found |= {name: (file, sizes) for name, sizes in checkpoint.shapes(file).items()}
+            found |= {name: (file, *held) for name, held in checkpoint.header(file).items()}
         except CheckpointError as error:
             broken.add(file)
             yield error
@@ -43,10 +45,18 @@ def weight_faults(path: str | Path, shape: ModelShape, option: str = "model.path
         )
     others = [name for name, sizes in wanted.items() if name in found and found[name][1] != sizes]
     for name in others[:MAX_SHOWN]:
-        file, sizes = found[name]
+        file, sizes, _ = found[name]
         yield CheckpointError(
             f"{Path(path) / file}: tensor {name} must be {list(wanted[name])} by config.json; found {list(sizes)}: the two "
             f"files belong to different models"
+        )
+    narrow = [name for name in wanted if name in found and found[name][2] not in FLOATS]
+    for name in narrow[:MAX_SHOWN]:
+        file, _, dtype = found[name]
+        more = f", as of {len(narrow) - 1} others" if len(narrow) > 1 and name == narrow[0] else ""
+        yield CheckpointError(
+            f"{Path(path) / file}: tensor {name} must be of {', '.join(FLOATS)}; found {dtype}{more}: quantized weights "
+            f"cannot be trained on, fetch the model in bfloat16"
         )
 
 

@@ -8,17 +8,18 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from engine.core.errors import CheckpointError, ConfigError
 from engine.core.files import staged_folder
 from engine.core.registry import portable
 from engine.models.base import INERT_FIELDS, PLAIN_FIELDS, ROPE_FIELDS, Family, Llama3Scaling, ModelShape
 from engine.models.registry import AUTO, FAMILIES, family_named
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -187,7 +188,7 @@ class HfCheckpoint:
         self.path = Path(path)
         self._files: dict[str, str] = {}  # the file of each tensor
         if (self.path / SINGLE_FILE).exists():
-            with self._open(SINGLE_FILE) as opened:
+            with self._open(SINGLE_FILE, framework="numpy") as opened:
                 self._files = dict.fromkeys(opened.keys(), SINGLE_FILE)
         elif (self.path / INDEX_FILE).exists():
             self._files = dict(_read_json(self.path / INDEX_FILE).get("weight_map", {}))
@@ -197,11 +198,12 @@ class HfCheckpoint:
                 f"checkpoint to safetensors"
             )
 
-    def shapes(self, file: str) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor in one of the folder's files, from its header. CheckpointError when it cannot be read, or
-        is not as long as the header says."""
-        with self._open(file) as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118, no mapping
+    def header(self, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        """(shape, dtype as safetensors calls it) of every tensor in one of the folder's files. CheckpointError when it cannot
+        be read, or is not as long as its header says."""
+        with self._open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, no mapping
+            return {name: (tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
 
     @property
     def files(self) -> dict[str, str]:
@@ -229,9 +231,9 @@ class HfCheckpoint:
             )
         return value
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str, framework: str = "pt") -> Any:
         try:
-            return safe_open(self.path / file, framework="pt")
+            return safe_open(self.path / file, framework=framework)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path / file} cannot be read: {error}; fetch it again") from error
 
@@ -286,6 +288,8 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
     pending: dict[str, torch.Tensor] = {}
     total = 0
     dtype: torch.dtype | None = None
+
+    from safetensors.torch import save_file
 
     def flush() -> None:
         save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})

@@ -39,7 +39,7 @@ def read_reward_head(path: str | Path) -> RewardHead:
             f"{OPTION} must hold a reward model, which has one of the tensors {' and '.join(HEADS)}; found "
             f"{' and '.join(found) or 'neither'} in {path}: name the folder of a reward model"
         )
-    sizes = list(checkpoint.tensor(found[0]).shape)
+    sizes = list(checkpoint.header(checkpoint.files[found[0]])[found[0]][0])
     if sizes != [1, shape.hidden]:
         raise ConfigError(
             f"{OPTION} must give one number (num_labels = 1): {found[0]} must be {[1, shape.hidden]}; found {sizes} in {path}: "

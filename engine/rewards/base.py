@@ -85,14 +85,19 @@ class Reward:
 
 
 def reward(
-    *, verifiable: bool = False, deterministic: bool = True, needs_answer: bool = False
+    *,
+    verifiable: bool = False,
+    deterministic: bool = True,
+    needs_answer: bool = False,
+    parts: Sequence[str] = (),
 ) -> Callable[[Function], Function]:
     """Says of a user's function what its signature cannot. `verifiable`: above 0 is right, any other value wrong, so that
     accuracy and pairs of right and wrong exist. `deterministic`: False where equal answers may get different values, and are
-    judged one by one. `needs_answer`: a row without an answer is an error."""
+    judged one by one. `needs_answer`: a row without an answer is an error. `parts`: all names that a result may have, where
+    rewards.weights names some that only some rows have."""
 
     def marked(function: Function) -> Function:
-        function.__dict__.update(verifiable=verifiable, deterministic=deterministic, needs_answer=needs_answer)
+        function.__dict__.update(verifiable=verifiable, deterministic=deterministic, needs_answer=needs_answer, parts=parts)
         return function
 
     return marked

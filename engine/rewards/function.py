@@ -44,6 +44,7 @@ class Facts:
     verifiable: bool = False
     deterministic: bool = True
     needs_answer: bool = False
+    parts: tuple[str, ...] = ()  # that it declares to return
 
 
 def facts(name: str, option: str, rewards: Rewards) -> Facts:
@@ -55,7 +56,7 @@ def facts(name: str, option: str, rewards: Rewards) -> Facts:
 @lru_cache(maxsize=64)
 def _facts(name: str, option: str, environment: tuple[str, ...], _: str | None) -> Facts:
     said = facts_of(MODULE, [option, name], environment)
-    return Facts(**said | {"asks": tuple(said.get("asks", ()))})
+    return Facts(**said | {name: tuple(said.get(name, ())) for name in ("asks", "parts")})
 
 
 class FunctionReward(WorkerReward):
@@ -72,7 +73,9 @@ class FunctionReward(WorkerReward):
         self.facts = facts(named, option, config)
         _require_function(self.facts, named, option)
         super().__init__(config, option, named, environment=config.environment)
-        self._weights = config.weights or {}
+        self.weights = config.weights or {}
+        self.part_names = set(self.facts.parts)  # declared, or returned so far
+        self.has_judged = False
         self.start()
 
     @classmethod
@@ -128,9 +131,11 @@ class FunctionReward(WorkerReward):
 
     def _score(self, outcome: Outcome) -> Score:
         given, status, problem = outcome
+        self.has_judged = self.has_judged or status == "ok"
         if not isinstance(given, dict):
             return Score(given, status, problem=problem)
-        value = math.fsum(self._weights.get(name, 1.0) * part for name, part in given.items())
+        self.part_names.update(given)
+        value = math.fsum(self.weights.get(name, 1.0) * part for name, part in given.items())
         if not math.isfinite(value):
             return Score(0.0, "invalid", problem=f"the weighted sum of its parts must be finite; found {value} of {given}")
         return Score(value, status, tuple(given.items()), problem=problem)

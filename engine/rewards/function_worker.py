@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from typing import Any
 
@@ -30,7 +30,7 @@ def load(arguments: list[str]) -> Loaded | str:
         function = load_object(name, option)
         if isinstance(function, type) and issubclass(function, Reward):
             return Loaded(_no_judge, {"is_class": True})
-        asks = _asks(function, name, option)
+        asks, parts = _asks(function, name, option), _parts(function, name, option)
     except ConfigError as error:
         return str(error)
     facts = {
@@ -39,6 +39,7 @@ def load(arguments: list[str]) -> Loaded | str:
         "verifiable": bool(getattr(function, "verifiable", False)),
         "deterministic": bool(getattr(function, "deterministic", True)),
         "needs_answer": bool(getattr(function, "needs_answer", False)),
+        "parts": parts,
     }
     return Loaded(_judge_of(function, asks), facts)
 
@@ -47,10 +48,27 @@ def _no_judge(*_: object) -> tuple[Any, str]:
     raise AssertionError("a class judges in the process that opens it")
 
 
+def _parts(function: Any, name: str, option: str) -> list[str]:
+    """The names that the function declares for the parts of its result."""
+    parts = getattr(function, "parts", ())
+    if isinstance(parts, str) or not isinstance(parts, Collection) or not all(isinstance(part, str) for part in parts):
+        raise ConfigError(f"{option}: @reward(parts=...) must be a list of names; found {parts!r} of {name}: mend it")
+    return list(parts)
+
+
+def _is(kind: Callable[[Any], bool], function: Any) -> bool:
+    """Whether a function, or the `__call__` of an object, is of this kind."""
+    return kind(function) or kind(getattr(type(function), "__call__", None))  # noqa: B004, its kind is asked, not whether it is
+
+
 def _asks(function: Any, name: str, option: str) -> list[str]:
     """The parameters that the function is passed. ConfigError names what cannot be."""
-    if not callable(function):
-        raise ConfigError(f"{option} must name a function, or a class that extends Reward; found {name} as {function!r}")
+    if not callable(function) or isinstance(function, type):
+        raise ConfigError(
+            f"{option} must name a function, or a class that extends engine.rewards.base.Reward; found {name} as {function!r}"
+        )
+    if _is(inspect.isgeneratorfunction, function) or _is(inspect.isasyncgenfunction, function):
+        raise ConfigError(f"{option} must name a function that returns its result; found {name}, which yields: use return")
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError as error:
@@ -96,7 +114,7 @@ def _judge_of(function: Callable[..., Any], asks: list[str]) -> Judge:
             raise TypeError(f"a reward of a group must return a list of {size} results, in order; found {result!r:.200}")
         return [_result(each) for each in result], "ok"
 
-    if inspect.iscoroutinefunction(function):
+    if _is(inspect.iscoroutinefunction, function):
 
         async def judge_awaited(*request: Any) -> tuple[Any, str]:
             named = arguments(request)

@@ -21,6 +21,7 @@ from engine.core.types import Judging, Score
 from engine.rewards import function
 from engine.rewards.base import Answer, Reward
 from engine.rewards.function import FunctionReward
+from engine.rewards.own_class import OwnReward, require_class
 
 COMBINE = "data.reward_combine"
 log = logging.getLogger(__name__)
@@ -29,15 +30,19 @@ log = logging.getLogger(__name__)
 def reward_class(config: RunConfig, name: str) -> type[Reward]:
     """The class behind a name of data.reward: one of ours, a user's own, or what calls a user's function. ConfigError when
     there is none."""
-    if ":" in name and not function.facts(name, "data.reward", config.rewards).is_class:
+    if ":" not in name:
+        return REWARDS.load(name)
+    if not function.facts(name, "data.reward", config.rewards).is_class:
         return FunctionReward
-    return REWARDS.load(name)
+    kind: type[Reward] = REWARDS.load(name)
+    require_class(kind, name)
+    return kind
 
 
 def judging_of(config: RunConfig, source: Source) -> Judging:
     """What who loads a source's prompts must know of its rewards: whether the first one says right or wrong, and whether any of
     them looks at the answer or the row."""
-    found = [reward_class(config, name).judging(config, name) for name in source.rewards]
+    found = [_judging(config, name) for name in source.rewards]
     rule = source.reward_combine
     asks = function.facts(rule, COMBINE, config.rewards).asks if rule not in RULES else ()
     return Judging(
@@ -45,6 +50,20 @@ def judging_of(config: RunConfig, source: Source) -> Judging:
         needs_answer=any(judging.needs_answer for judging in found),
         wants_row=any(judging.wants_row for judging in found) or "row" in asks,
     )
+
+
+def _judging(config: RunConfig, name: str) -> Judging:
+    kind = reward_class(config, name)
+    found = _asked(name, kind, kind.judging, config, name)
+    if not isinstance(found, Judging):
+        raise ConfigError(f"data.reward = {name!r} must return a Judging from judging; found {found!r}: mend it")
+    return found
+
+
+def _asked(name: str, kind: type[Reward], method: Callable[..., Any], *arguments: Any) -> Any:
+    """What a class method of a reward returns. ConfigError names a user's own, with file and line, for whatever it raises."""
+    is_own = ":" in name and kind is not FunctionReward
+    return registry.called(name, "data.reward", method, *arguments, error=ConfigError) if is_own else method(*arguments)
 
 
 def identities(config: RunConfig, sources: Iterable[Source] | None = None) -> dict[str, str | None]:
@@ -90,10 +109,44 @@ def checks(config: RunConfig, sources: Iterable[Source] | None = None) -> Iterat
         if rule not in RULES and rule not in seen:
             yield partial(function.check_function, rule, COMBINE, config.rewards)
             seen.add(rule)
+    if _are_all(config, sources):
+        yield partial(check_weights, config)
 
 
 def _check(config: RunConfig, name: str) -> None:
-    reward_class(config, name).check(config, name)
+    kind = reward_class(config, name)
+    _asked(name, kind, kind.check, config, name)
+
+
+def check_weights(config: RunConfig) -> None:
+    """ConfigError for a name in rewards.weights that no function declares as one of its parts. Where one declares none, only
+    what it returns tells (`RoutedReward`)."""
+    declared: set[str] = set()
+    for source in config.data.sources if config.rewards.weights else ():
+        named = [(name, "data.reward") for name in source.rewards if ":" in name]
+        named += [(rule, COMBINE) for rule in (source.reward_combine,) if rule not in RULES]
+        if function.BUILT_IN in source.rewards and config.rewards.function is not None:
+            named.append((config.rewards.function, "rewards.function"))
+        for name, option in named:
+            found = function.facts(name, option, config.rewards)
+            if not found.is_class and not found.parts:
+                return
+            declared |= set(found.parts)
+    _require_parts(config.rewards.weights or {}, declared)
+
+
+def _are_all(config: RunConfig, sources: Iterable[Source] | None) -> bool:
+    """Whether these are all sources of a run, as an evaluation's need not be."""
+    return sources is None or {source.judge for source in config.data.sources} <= {source.judge for source in sources}
+
+
+def _require_parts(weights: Mapping[str, float], found: set[str]) -> None:
+    if unknown := sorted(weights.keys() - found):
+        raise ConfigError(
+            f"rewards.weights must name parts that a reward function returns; found {', '.join(unknown)}, and the parts "
+            f"{', '.join(sorted(found)) or 'none'}: mend the name, or declare a part that only some rows have with "
+            f"@reward(parts=...)"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +196,16 @@ class RoutedReward(Reward):
         rewards: Mapping[str, Reward],
         recipes: Mapping[str, Recipe] | None = None,
         rules: Mapping[str, Reward] | None = None,
+        *,
+        are_all: bool = True,
     ) -> None:
         """`recipes`: by what Prompt.reward says; what is none of them is the name of a reward. `rules`: users' combining rules
-        by their names."""
+        by their names. `are_all`: whether these are all rewards of the run, so that a weight of no part of theirs is wrong."""
         self._rewards = dict(rewards)
         self._recipes = dict(recipes or {})
         self._rules = dict(rules or {})
+        functions = [reward for reward in (*rewards.values(), *self._rules.values()) if isinstance(reward, FunctionReward)]
+        self._weighing = functions if are_all else []
         self.problems: dict[str, str] = {}  # the first traceback of each reward whose answer was invalid
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:
@@ -165,7 +222,14 @@ class RoutedReward(Reward):
             self._combined(answer, [found[place, name] for name in self._names(answer)]) for place, answer in enumerate(answers)
         ]
         self._apply_rules(answers, results)
+        self._require_weights()
         return results
+
+    def _require_weights(self) -> None:
+        """ConfigError, once every function has judged an answer, for a weight of a part that none of them has returned."""
+        if self._weighing and all(reward.has_judged for reward in self._weighing):
+            _require_parts(self._weighing[0].weights, set().union(*(reward.part_names for reward in self._weighing)))
+            self._weighing = []
 
     def close(self) -> None:
         """Closes every reward, also when one of them fails to close."""
@@ -212,6 +276,14 @@ class RoutedReward(Reward):
         return scores
 
 
+def _opened(config: RunConfig, name: str, engine: Any) -> Reward:
+    kind = reward_class(config, name)
+    opened: Reward = _asked(name, kind, kind.open, config, name, engine)
+    if ":" not in name or kind is FunctionReward:
+        return opened
+    return OwnReward(name, opened, config.rewards.timeout_seconds)
+
+
 def open_rewards(config: RunConfig, engine: Any, sources: Sequence[Source] | None = None) -> RoutedReward:
     """The rewards that the run's sources name, or those of `sources`, started. `engine`: the reward model's, None where it is
     not among them."""
@@ -222,12 +294,13 @@ def open_rewards(config: RunConfig, engine: Any, sources: Sequence[Source] | Non
     with ExitStack() as started:
         rewards: dict[str, Reward] = {}
         for name in names:
-            rewards[name] = reward_class(config, name).open(config, name, engine)
+            rewards[name] = _opened(config, name, engine)
             started.callback(rewards[name].close)
         opened: dict[str, Reward] = {}
         for rule in rules:
             opened[rule] = FunctionReward(config.rewards, rule, COMBINE)
             started.callback(opened[rule].close)
-        routed = RoutedReward(rewards, {source.judge: Recipe.of(config, source) for source in combining}, opened)
+        recipes = {source.judge: Recipe.of(config, source) for source in combining}
+        routed = RoutedReward(rewards, recipes, opened, are_all=_are_all(config, sources))
         started.pop_all()
     return routed

@@ -16,10 +16,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
+from typing import TYPE_CHECKING, Any
 
 from engine.algorithms.registry import identities as algorithm_identities
 from engine.config.load import RunConfig
@@ -29,6 +26,9 @@ from engine.core.registry import identity
 from engine.data.records import source_digest
 from engine.models.hf import write_hf_checkpoint
 from engine.rewards.registry import identities as reward_identities
+
+if TYPE_CHECKING:
+    import torch
 
 STEPS = "step_" + "[0-9]" * 8  # folders of ours; a copy of another name is somebody's own
 MANIFEST, LATEST, BEST, POLICY = "manifest.json", "LATEST", "BEST", "policy"
@@ -88,6 +88,8 @@ class Checkpoints:
                 shutil.rmtree(stale)
             staging.mkdir()
         self._barrier()
+        from safetensors.torch import save_file
+
         file = staging / rank_file(self._rank)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
         sync(file)
@@ -169,6 +171,8 @@ class Checkpoints:
             raise combined(found)
         name = rank_file(self._rank)
         verify_file(newest, name, manifest)
+        from safetensors.torch import load_file
+
         return int(manifest["step"]), load_file(newest / name)
 
     def steps(self) -> set[int]:

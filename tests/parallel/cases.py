@@ -20,7 +20,6 @@ from engine.algorithms.base import Loss
 from engine.algorithms.nll import NllLoss
 from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
-from engine.config.options import algorithm_options
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED, Batch, Microbatch
 from engine.megatron.packing import make_batch
@@ -30,6 +29,7 @@ from engine.models.hf import read_shape
 from engine.models.sharding import export_plan
 from engine.ops import lm_head_log_probs, token_log_probs
 from engine.run.spec import assemble
+from tests.builders import algorithm_options
 from tests.parallel.fp8_case import change_weights, fp8_parameters
 from tests.parallel.material import ALGORITHMS, batch_of, run_config, sequences
 from tests.parallel.memory_case import memory

@@ -15,12 +15,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from engine.config.transport import Setting
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 
 class TransportError(Exception):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from contextlib import suppress
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from engine.bridge.transports.base import Pending, Rendezvous, Transport, own_address, started
 from engine.config.transport import Setting
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 LANES = 3  # of a pair over gloo, each with an order of its own
 
@@ -28,6 +29,8 @@ class Gloo(Transport):
         return "moves the host's memory, and the weights are on a GPU" if setting.device != "cpu" else None
 
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
+        import torch.distributed as dist
+
         options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = datetime.timedelta(seconds=meeting.timeout_seconds)
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address(meeting))]
@@ -49,6 +52,8 @@ class Gloo(Transport):
 
     def close(self) -> None:
         """Closes every connection. gloo's `abort` leaves connections open; a wait that times out closes all that still are."""
+        import torch
+
         for peer in range(self._group.size()):
             if peer != self._group.rank():
                 with suppress(RuntimeError):  # this peer's connection is closed already

@@ -13,14 +13,15 @@ import json
 import os
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from engine.bridge.transports.base import SHARED_FOLDER, Deadline, Pending, Rendezvous, Transport, TransportError, first_line
 from engine.bridge.transports.gloo import LANES, Gloo
 from engine.config.transport import Setting
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 HERE, TAKEN, SMALL = range(LANES)  # lanes of words, and of what is too small for them
 BATCH = 32  # words that travel together at most
@@ -51,6 +52,8 @@ class Ipc(Transport):
         return None
 
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
+        import torch.distributed as dist
+
         self._store, self._member = store, member
         self._words = Gloo(dist.PrefixStore("words", store), member, meeting)
         self._regions: dict[int, _Region] = {}  # own storages that peers may map, by address
@@ -124,6 +127,8 @@ class _Region:
 def handle(storage: torch.UntypedStorage) -> dict[str, Any]:
     """How another process finds a storage: a file of shared memory, into which a CPU's moves; or torch's IPC handle, and which
     GPU it is whatever its number there."""
+    import torch
+
     if storage.device.type == "cpu":
         file = storage._share_fd_cpu_()[0]
         return {"path": f"/proc/{os.getpid()}/fd/{file}", "inode": os.fstat(file).st_ino, "num_bytes": storage.nbytes()}
@@ -134,6 +139,8 @@ def handle(storage: torch.UntypedStorage) -> dict[str, Any]:
 
 def opened(told: dict[str, Any]) -> torch.Tensor:
     """A peer's storage, mapped here: [bytes] uint8. OSError where it is gone, or on a GPU that this process does not see."""
+    import torch
+
     if "path" in told:
         file = os.open(told["path"], os.O_RDWR)
         try:
@@ -188,6 +195,8 @@ class _Outbox:
 
     def flush(self) -> None:
         """Tells the peer of what waits to be told; what lies there must be done on its GPU."""
+        import torch
+
         _settle(self.device)
         word, answer = torch.zeros(1 + 2 * BATCH, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
         word[0] = len(self.waiting)
@@ -255,9 +264,13 @@ class _Inbox:
 
     def answer(self) -> None:
         """Says that all it was told of is taken."""
+        import torch
+
         self.answers.append(self.words.send(torch.zeros(1, dtype=torch.int64), self.peer, TAKEN))
 
     def _post(self) -> None:
+        import torch
+
         if self.posted is None and self.num_expected > len(self.told):
             word = torch.empty(1 + 2 * BATCH, dtype=torch.int64)
             self.posted = self.words.receive(word, self.peer, HERE), word
@@ -287,6 +300,8 @@ class _Landing:
     """A message by gloo, which `wait` brings to where it belongs."""
 
     def __init__(self, words: Gloo, data: torch.Tensor, peer: int) -> None:
+        import torch
+
         self._data, self._host = data, torch.empty(data.shape, dtype=data.dtype)
         self._pending = words.receive(self._host, peer, SMALL)
 
@@ -296,10 +311,14 @@ class _Landing:
 
 
 def _bytes_of(buffer: torch.Tensor) -> torch.Tensor:
+    import torch
+
     return buffer.view(-1).view(torch.uint8)
 
 
 def _settle(device: torch.device) -> None:
     """A GPU's work must be done before the other side is told of it."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

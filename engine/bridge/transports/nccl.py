@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from engine.bridge.transports.base import Deadline, Pending, Rendezvous, Transport, TransportError, first_line, started
 from engine.config.transport import Setting
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 FAILED, POLL_SECONDS = "failed", 0.25  # a word in the store, and how often it is looked for
 
@@ -40,6 +41,9 @@ class Nccl(Transport):
         return None if setting.device == "cuda" else f"moves the memory of GPUs, and the weights are on a {setting.device}"
 
     def __init__(self, store: dist.Store, member: int, meeting: Rendezvous) -> None:
+        import torch
+        import torch.distributed as dist
+
         _gather(store, member, meeting)  # building a communicator has no deadline: so nobody begins before all are here
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._store = store

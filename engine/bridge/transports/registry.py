@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from engine.bridge.transports.base import Rendezvous, Transport, TransportError, first_line
 from engine.config.transport import AUTO, TRANSPORTS, Setting
 from engine.core.errors import ConfigError
 from engine.core.registry import portable
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ def choose(asked: str, setting: Setting) -> Choice:
 
 def open_transport(name: str, store: dist.Store, member: int, meeting: Rendezvous) -> Transport:
     """Joins the members of this epoch; collective over all of them. TransportError when they do not come in time."""
+    import torch.distributed as dist
+
     kind = kind_of(name)
     try:
         return kind.open(dist.PrefixStore(f"epoch {meeting.epoch}", store), member, meeting)

@@ -15,9 +15,9 @@ from engine.algorithms.grpo import Grpo
 from engine.algorithms.nll import NllLoss
 from engine.algorithms.pairs import all_pairs, better_and_worse, correct_and_wrong, preference_pair
 from engine.algorithms.registry import make_loss
-from engine.config.options import algorithm_options
 from engine.core.errors import NumericsError
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
+from tests.builders import algorithm_options
 from tests.unit.algorithms.steps import LAYOUTS, Step
 
 NUM_PROMPTS = 7  # of the step, skipped ones included

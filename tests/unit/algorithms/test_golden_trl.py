@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from engine.algorithms.registry import make_loss
-from engine.config.options import algorithm_options
 from engine.core.types import Sequence
+from tests.builders import algorithm_options
 from tests.unit.algorithms.steps import LAYOUTS, Step
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_trl.json").read_text(encoding="utf-8"))

@@ -19,9 +19,10 @@ from engine.algorithms.entropy import EntropyBonus
 from engine.algorithms.group_dpo import GroupDpo
 from engine.algorithms.grpo import Grpo
 from engine.algorithms.registry import make_loss
-from engine.config.options import Trainer, algorithm_options
+from engine.config.options import Trainer
 from engine.megatron.packing import make_batch
 from engine.ops import token_log_probs
+from tests.builders import algorithm_options
 from tests.unit.algorithms.steps import LAYOUTS, Step
 
 CLOSE = 3e-5  # relative or absolute: fp32 sums of some dozens of terms of order 1

@@ -4,8 +4,10 @@ in rows and ranks, and what breaks a promise is refused by the user's own name.
 
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,9 @@ import torch
 from engine.algorithms.group import GROUPS
 from engine.algorithms.registry import identities, make_algorithm, make_loss
 from engine.config.load import override
-from engine.config.options import algorithm_options
 from engine.core.errors import ConfigError, NumericsError
 from engine.core.registry import identity
-from tests.builders import config
+from tests.builders import algorithm_options, config
 from tests.unit.algorithms.steps import LAYOUTS, Step
 from tests.unit.rollouts.test_rollouts import group
 
@@ -280,7 +281,8 @@ def test_identities_are_digests_of_the_users_files_alone(tmp_path):
     [
         ("class Mine(GroupLoss):\n    pass\n", r"must have a method group_loss\(self, group\); found none"),
         ("class Mine(GroupLoss):\n    def group_loss(self):\n        pass\n", r"found group_loss\(self\)"),
-        ("class Mine(GroupLoss):\n    async def group_loss(self, group):\n        pass\n", r"found group_loss\(self,group\)"),
+        ("class Mine(GroupLoss):\n    async def group_loss(self, group):\n        pass\n", r"found async group_loss"),
+        ("class Mine(GroupLoss):\n    def group_loss(self, group):\n        yield 1\n", r"found generator group_loss"),
         ("class Mine(GroupLoss):\n    metrics = ('a',)\n    def group_loss(self, group): ...\n", "as Metric; found 'a'"),
         ("import sys\nsys.exit(0)\n", r"with SystemExit\(0\) \(.*mine\.py, line \d+\)"),
     ],
@@ -310,3 +312,69 @@ def test_a_function_that_cannot_be_called_is_refused(tmp_path, option, value, sa
     loss = "dpo" if option == "pairing" else "grpo"
     with pytest.raises(ConfigError, match=said):
         override(config(), {"algorithm.loss": loss, f"algorithm.{option}": f"{own(tmp_path, body)}:{value}"})
+
+
+def test_an_algorithm_without_its_methods_is_refused_by_name(tmp_path):
+    file = own(tmp_path, "from engine.algorithms.base import Algorithm\nclass Mine(Algorithm):\n    pass\n")
+    with pytest.raises(ConfigError, match=r"mine\.py:Mine' must have the methods .* found no sequences and no __call__"):
+        make_loss(algorithm_options({"loss": f"{file}:Mine"}))
+    assert "found no sequences and no __call__" in broken({"loss": f"{file}:Mine"})
+
+
+LOSS = "class Mine(GroupLoss):\n    def group_loss(self, group): ...\n"
+OPTIONS = "from engine.algorithms.group import GroupOptions\nfrom engine.config.options import AlgorithmOptions\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            f"{LOSS}    Options = dict\n",
+            r"must have Options that extend GroupOptions, since it extends GroupLoss; found",
+        ),
+        (f"{OPTIONS}{LOSS}    Options = AlgorithmOptions\n", "must have Options that extend GroupOptions"),
+        (
+            f"{OPTIONS}class Other(GroupOptions):\n    loss: int = 3\n{LOSS}    Options = Other\n",
+            "must leave the option `loss` of its Options as it is",
+        ),
+        (
+            "from engine.algorithms.group_dpo import GroupDpo\nfrom engine.algorithms.dpo import DpoOptions\n"
+            "class Mine(GroupDpo):\n    Options = DpoOptions\n",
+            "must have Options that extend GroupDpoOptions",
+        ),
+        (
+            f"{LOSS}    @classmethod\n    def broken_rules(cls, config):\n        1 / 0\n",
+            r"ZeroDivisionError.*mine\.py, line \d+",
+        ),
+        (
+            f"{LOSS}    @classmethod\n    def broken_rules(cls, config):\n        return 'x'\n",
+            "a list of sentences .* found",
+        ),
+        (f"{LOSS}    def __init__(self, *a, **k):\n        {{}}['gone']\n", r"KeyError: 'gone' \(.*mine\.py, line \d+\): mend"),
+    ],
+)
+def test_what_a_users_class_says_of_itself_is_checked_before_a_run(tmp_path, body, said):
+    assert re.search(rf"algorithm\.loss = '.*mine\.py:Mine' .*{said}", broken({"loss": f"{own(tmp_path, body)}:Mine"}))
+
+
+def broken(algorithm: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as raised:
+        override(config(), algorithm=algorithm)
+    return str(raised.value)
+
+
+def test_attached_values_have_the_same_names_in_every_group(tmp_path):
+    body = f"{LOSS}    def values(self, group):\n"
+    body += "        return {name: [0.0] * len(group.judged) for name in ('ab' if group.judged[0].score.value else 'a')}\n"
+    algorithm = make_algorithm(algorithm_options({"loss": f"{own(tmp_path, body)}:Mine"}))
+    algorithm.sequences(group([0, 1]), 0, 0)
+    with pytest.raises(
+        NumericsError, match=r"must attach values of the same names to every group; found a, b for .* and a bef"
+    ):
+        algorithm.sequences(group([1, 1]), 1, 0)
+
+
+def test_what_values_raises_is_told_by_name_and_line(tmp_path):
+    file = own(tmp_path, f"{LOSS}    def values(self, group):\n        return 1 / 0\n")
+    with pytest.raises(NumericsError, match=r"mine\.py:Mine' failed with ZeroDivisionError: .* \(.*mine\.py, line \d+\)"):
+        make_algorithm(algorithm_options({"loss": f"{file}:Mine"})).sequences(group([0, 1]), 0, 0)

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 import engine
+from engine.api import evaluating, preflight
 from engine.api.events import Done, Evaluation, Note, Restart, Step, typed
 from engine.config.load import override
 from engine.core.errors import ConfigError
@@ -82,3 +85,36 @@ def test_options_are_set_anew_by_full_name_or_by_section():
     with pytest.raises(ConfigError) as caught:
         override(base, {"sync.x": 1, "beta": 2, "data.mix[3].train": "c", "run.steps": 0})
     assert len(caught.value.faults) == 4
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (
+            lambda made: preflight.check(made, cast("Any", "trian")),
+            "purpose must be one of train, sft, .* found 'trian'",
+        ),
+        (
+            lambda made: evaluating.asked_sets(made, "file.jsonl"),
+            "suite must be a list of files of problems; found 'file",
+        ),
+        (lambda made: engine.load_config("x.toml", "run.steps=3"), "overrides must be a list of texts .* found 'run.steps=3'"),
+        (lambda made: engine.override(made, {3: 4}), "override 3 must be the name of an option, a text"),
+        (lambda made: engine.override(made, ["run.steps=3"]), r"changes must map names of options to values; found \['run"),
+        (
+            lambda made: engine.override(made, {"sync": 3}),
+            "override sync is a section, which takes a table .* found 3",
+        ),
+        (lambda made: engine.override(made, run={3: 4}), "override run is a section"),
+    ],
+)
+def test_what_a_script_gets_wrong_is_a_sentence(ask, said):
+    with pytest.raises(engine.SemionError, match=said):
+        ask(config())
+
+
+def test_paths_are_taken_as_texts(tmp_path):
+    assert engine.override(config(), {"run.directory": Path("a/b"), "model": {"path": Path("m")}}).run.directory == "a/b"
+    file = tmp_path / "b.jsonl"
+    file.write_text("")
+    assert list(evaluating.asked_sets(config(), [file])) == ["b"]

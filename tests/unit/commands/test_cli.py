@@ -18,7 +18,8 @@ import torch
 
 from engine import cli
 from engine.api import training as api
-from engine.api.preflight import check_fresh, examine
+from engine.api.faults.directory import check_fresh
+from engine.api.preflight import examine
 from engine.api.training import preemptible
 from engine.commands import training
 from engine.config.load import dump_config, load_config

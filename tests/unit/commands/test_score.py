@@ -129,3 +129,37 @@ def test_a_mistake_is_one_sentence(
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("semion: ")
     assert all(part in said.err for part in parts), said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--output", "{tmp}"), "--output must name a file; found a folder"),
+        (("--json", "{tmp}/rows.jsonl/x.json"), "--json must be a file that can be written; found a file at"),
+        (("--output", "{tmp}/same", "--json", "{tmp}/same"), "must be a file of its own; found"),
+        (("--json", ""), "--json must name a file; found an empty name"),
+    ],
+)
+def test_places_to_write_to_are_looked_at_before_anything_is_judged(file, tmp_path, capsys, monkeypatch, flags, said) -> None:
+    monkeypatch.setattr("engine.commands.scoring.score_file", lambda *_, **__: pytest.fail("judged"))
+    assert run(file, "--reward", "math", *(flag.format(tmp=tmp_path) for flag in flags)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_is_missing_is_made(file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    row = {"answer": "1", "completion": "1", "score": 1.0, "status": "ok"}
+    figures = {"file": "f", "reward": "math", "rows": 1, "mean": 1.0, "statuses": {"ok": 1}, "agreement": None, "expecting": 0}
+    monkeypatch.setattr("engine.commands.scoring.score_file", lambda *_, **__: (figures | {"disagreeing": []}, [row]))
+    output = tmp_path / "not" / "yet" / "scored.jsonl"
+    assert run(file, "--reward", "math", "--output", output) == 0
+    assert json.loads(output.read_text()) == row
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("num_tokens", -1), ("num_tokens", "7"), ("num_tokens", True), ("finish_reason", "eos")]
+)
+def test_odd_columns_of_a_row_are_named(tmp_path: Path, capsys: Any, column: str, value: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"answer": "1", "completion": "1", column: value}))
+    assert run(path, "--reward", "math") == 3
+    assert f"rows.jsonl, line 1: `{column}` must be" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engine.algorithms.base import Algorithm
-from engine.config.load import RunConfig, dump_config, load_config, override
+from engine.config.load import RunConfig, dump_config, load_config, override, read_config
 from engine.config.options import LOSSES
 from engine.config.rewards import broken_reward_rules, broken_source_rules
 from engine.config.rules import (
@@ -28,6 +28,7 @@ from engine.config.rules import (
     broken_rules,
 )
 from engine.core.errors import ConfigError
+from tests.builders import config
 
 OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
@@ -522,6 +523,33 @@ def test_what_is_due_follows_the_options(path):
     assert not ends.evaluates_between_syncs
     assert not load_config(path, [*every, "evaluation.every=10"]).evaluates_between_syncs
     assert not load_config(path, ["evaluation.every=2"]).evaluation_due(2), "nothing is held out"
+
+
+def test_all_that_is_wrong_in_the_algorithm_is_told_at_once():
+    with pytest.raises(ConfigError) as raised:
+        override(config(), algorithm={"clip_ratio": 0.2, "alpha": 1.0, "beta": -1.0, "bta": 2.0})
+    said = [str(fault).split()[0] for fault in raised.value.faults]
+    assert said == ["algorithm.clip_ratio", "algorithm.alpha", "algorithm.beta:", "algorithm.bta"]
+
+
+def test_a_loss_that_is_not_there_hides_nothing():
+    with pytest.raises(ConfigError) as raised:
+        override(config(), {"algorithm.loss": "dppo", "run.steps": 0, "sync.semantics": "papr"})
+    said = [str(fault) for fault in raised.value.faults]
+    assert len(said) == 2 and said[0].startswith("run.steps") and said[1].startswith("algorithm.loss must be one of dpo")
+    with pytest.raises(ConfigError) as raised:
+        override(config(), {"sync.semantics": "papr", "trainer.sequence_parallel": True})
+    assert [str(fault).split()[0] for fault in raised.value.faults] == ["sync.semantics", "trainer.sequence_parallel"]
+
+
+def test_what_can_be_read_is_there_beside_what_cannot(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(
+        "[run]\nsteps = 0\n[model]\npath = 'm'\n[data]\ntrain = 't'\n[algorithm]\nloss = 'dppo'\n[unknown]\nx = 1\n"
+    )
+    reading = read_config(file)
+    assert reading.unread == {"run", "algorithm", "unknown"} and len(reading.faults) == 4
+    assert reading.config is not None and (reading.config.model.path, reading.config.data.train) == ("m", "t")
 
 
 if __name__ == "__main__":

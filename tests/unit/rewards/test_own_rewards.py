@@ -93,6 +93,39 @@ async def asked(completion):
     await asyncio.sleep(float(completion))
     return 1.0
 
+def yields(completion):
+    yield 1.0
+
+class NoReward:
+    def __call__(self, completion):
+        return 1.0
+
+class Unfinished(Reward):
+    pass
+
+class Confused(Reward):
+    @classmethod
+    def check(cls, config, name):
+        1 / 0
+
+    def score(self, answers):
+        return []
+
+class Awaiting:
+    async def __call__(self, completion):
+        await asyncio.sleep(0)
+        return {"length": float(len(completion))}
+
+awaiting = Awaiting()
+
+@reward(parts="big")
+def misdeclared(completion):
+    return {"big": 1.0}
+
+@reward(parts=("long", "rare"))
+def declared(completion):
+    return {"long": 1.0}
+
 @reward(deterministic=False)
 def counted(completion):
     counted.calls += 1
@@ -422,6 +455,11 @@ def test_names_that_cannot_judge_are_sentences(folder, tmp_path):
         (f"{tmp_path}/torn.py:f", r"data\.reward must name a module that can be imported; .* OSError\('no disk'\)"),
         (f"{folder}/mine.py:gone", r"data\.reward must name something of .* found no gone"),
         (f"{folder}/mine.py:shaped", "`parts` is for a rule of data.reward_combine"),
+        (f"{folder}/mine.py:yields", "must name a function that returns its result; found .*yields, which yields: use return"),
+        (f"{folder}/mine.py:NoReward", "or a class that extends engine.rewards.base.Reward; found .* as <class '.*NoReward'>"),
+        (f"{folder}/mine.py:Unfinished", r"must have a method score\(self, answers\); found none"),
+        (f"{folder}/mine.py:Confused", r"failed with ZeroDivisionError: division by zero \(.*mine\.py, line \d+\): mend it"),
+        (f"{folder}/mine.py:misdeclared", r"@reward\(parts=\.\.\.\) must be a list of names; found 'big'"),
     ):
         with pytest.raises(ConfigError, match=said):
             check_all(run_config(data={"reward": name}))
@@ -458,3 +496,22 @@ def test_metrics_of_functions_of_one_name_are_told_apart():
     metrics = rollout_metrics(groups, None)
     assert (metrics["reward_mean_a_py_f"], metrics["reward_mean_b_py_f"]) == (1.0, 2.0)
     assert not any(math.isnan(metrics[name]) for name in metrics if name.startswith("reward"))
+
+
+def test_an_object_that_is_awaited_when_called_judges(folder):
+    with own(folder, "awaiting") as reward:
+        assert [score.value for score in reward.score(answers(["x", "xyz"]))] == [1.0, 3.0]
+
+
+def test_weights_name_parts_that_are_returned(folder):
+    """What a function declares is looked at before anything starts; of any other at the first answers."""
+    with own(folder, "parts", weights={"fromat": 0.25, "big": 0.0}) as reward:
+        routed = RoutedReward({"math": reward})
+        with pytest.raises(ConfigError, match=r"^rewards\.weights must .* found fromat, and the parts big, correct, format"):
+            routed.score(answers(["0"]))
+    data = {"reward": f"{folder}/mine.py:declared"}
+    check_all(run_config(data=data, rewards={"weights": {"rare": 2.0}}))
+    with pytest.raises(ConfigError, match=r"found lnog, and the parts long, rare: mend the name, or declare"):
+        check_all(run_config(data=data, rewards={"weights": {"lnog": 2.0}}))
+    with pytest.raises(ConfigError, match="found format, and the parts none"):
+        check_all(run_config(rewards={"weights": {"format": 2.0}}))

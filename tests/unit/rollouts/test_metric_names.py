@@ -10,7 +10,6 @@ import pytest
 
 from engine.algorithms.nll import NllLoss
 from engine.algorithms.registry import make_loss
-from engine.config.options import algorithm_options
 from engine.core.errors import ConfigError
 from engine.core.metrics import Metric, by_name
 from engine.inference.pool import Usage
@@ -21,6 +20,7 @@ from engine.rollouts.batch import compared_tokens, step_data
 from engine.rollouts.metrics import rollout_metrics
 from engine.run.loop import _finished
 from engine.run.metrics import METRICS, catalogue
+from tests.builders import algorithm_options
 from tests.unit.rollouts.test_rollouts import MIXED, run_config
 from tools.document import DOCS, DOCUMENTS
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
-from engine.config.options import algorithm_options
 from engine.core.errors import ConfigError, DataError
 from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion, Rollout, RolloutGroup, Score, Status
@@ -29,6 +28,7 @@ from engine.rollouts.base import StepData
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
 from engine.rollouts.replay import LedgerSource, open_preferences, replay_kind
 from engine.rollouts.source import RolloutSource
+from tests.builders import algorithm_options
 from tests.unit.algorithms.steps import Step
 from tests.unit.data.test_mixture import prompt_set, write
 from tests.unit.inference.test_pool import FakeEngine

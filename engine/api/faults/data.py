@@ -1,0 +1,140 @@
+"""The files that a purpose reads: whether they are there, some of their rows, and whether prompts and solutions fit. Of a large
+file a sample is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.api.faults.look import Faults, Look, caught, tried
+from engine.config.options import Source, source_key
+from engine.core.errors import ConfigError, DataError, SemionError
+from engine.data.mixture import naming
+from engine.data.preferences import FIELDS as PAIR_FIELDS
+from engine.data.preferences import pair_texts
+from engine.data.records import HUB, check_source, first_faults, sampled
+from engine.data.rows import Row, load_rows, sample_rows
+from engine.data.supervised import completion_tokens
+from engine.data.templates import encode_prompt
+from engine.data.tokenizer_files import FileTokenizer
+from engine.rewards.registry import judging_of
+from engine.rollouts.ledger import RolloutLedger
+from engine.rollouts.replay import replay_kind
+
+LARGE_LEDGER_BYTES = 256 << 20  # a longer one is looked at when the run reads it
+READ = {"eval": ("held_out",), "rollout": ("train",)}  # what a purpose reads of a source; any other reads both
+
+
+def data_faults(look: Look) -> Faults:
+    """The faults of the files that this purpose reads."""
+    data = look.config.data
+    kind = None
+    if data.replay is not None and look.purpose == "train":
+        faults = caught(_check_file, "data.replay", data.replay)
+        if not faults:
+            kind, faults = tried(replay_kind, look.config)
+        yield from faults
+        if kind == "preferences":
+            yield from caught(_pair_faults, data.replay)
+        if kind == "rollouts":
+            yield from caught(_ledger_faults, look, data.replay)
+    files = [("--suite", source.held_out, source) for source in (look.sets or {}).values()]
+    if look.purpose != "generate" and not (look.purpose == "eval" and look.sets is not None):
+        files = [
+            (f"{source_key(place)}.{name}", getattr(source, name), source)
+            for place, source in enumerate(data.sources)
+            for name in READ.get(look.purpose, ("train", "held_out"))
+        ] + files
+    ids: dict[str, str] = {}
+    for key, path, source in files:
+        if path is not None and not (key == "data.train" and kind == "preferences"):
+            yield from caught(_file_faults, look, key, path, source, ids)
+
+
+def _file_faults(look: Look, key: str, path: str, source: Source, ids: dict[str, str]) -> Faults:
+    """A file of problems: some of its rows, whether one fits, and whether ids of rows to train on are unique."""
+    _check_file(key, path)
+    judges = look.judges and look.reads("rewards", "reward_model")
+    judging = tried(judging_of, look.config, source)[0] if judges else None  # what judges has its own check
+    needs_answer, wants_row = (judging.needs_answer, judging.wants_row) if judging is not None else (False, False)
+    try:
+        rows, is_whole = sample_rows(path, needs_answer, keep_columns=wants_row)
+    except DataError as error:
+        yield from (naming(key, path, fault) for fault in error.faults)
+        return
+    trains = key.endswith(".train")
+    for row in rows if trains else ():
+        if row.id and ids.setdefault(row.id, row.problem) != row.problem:
+            yield DataError(
+                f"{key} ({path}): `id` must name one problem; found {row.id!r} for {ids[row.id][:60]!r} and "
+                f"{row.problem[:60]!r}: change one, or remove the `id` fields"
+            )
+            break
+    if look.renders:
+        found = caught(_length_faults, look, key, path, source, rows, is_whole, needs_answer)
+        look.doubtful = look.doubtful or (bool(found) and isinstance(look.tokenizer, FileTokenizer))
+        yield from found
+
+
+def _length_faults(
+    look: Look, key: str, path: str, source: Source, rows: list[Row], is_whole: bool, needs_answer: bool
+) -> Faults:
+    longest = look.config.data.max_prompt_tokens
+
+    def fits(row: Row) -> bool:
+        return len(encode_prompt(look.tokenizer, row.problem, source.template)) <= longest
+
+    if not any(map(fits, rows)) and (is_whole or not any(map(fits, load_rows(path, needs_answer=needs_answer)))):
+        yield DataError(
+            f"{key} ({path}): at least one prompt must fit data.max_prompt_tokens; found none of {longest} or fewer "
+            f"tokens: raise data.max_prompt_tokens, or name other data"
+        )
+    if look.purpose == "sft" and key.endswith(".train"):
+        yield from _solution_faults(look, key, path, [row for row in rows if fits(row)], source.template)
+
+
+def _solution_faults(look: Look, key: str, path: str, rows: list[Row], template: str) -> Faults:
+    """The first row without a solution, and the first that is too long with it."""
+    if lacking := next((row for row in rows if not row.solution), None):
+        yield DataError(
+            f"{key} ({path}): `solution` must not be empty for supervised training; found none for "
+            f"{lacking.problem[:60]!r}: add it"
+        )
+    if not look.reads("trainer"):
+        return
+    limit = min(look.config.trainer.microbatch_tokens, look.shape.max_positions if look.shape else 1 << 62)
+    for row in rows:
+        prompt = encode_prompt(look.tokenizer, row.problem, template)
+        num_tokens = len(prompt) + len(completion_tokens(look.tokenizer, row.solution))
+        if num_tokens > limit:
+            yield ConfigError(
+                f"trainer.microbatch_tokens and the model's positions must hold every prompt with its solution; found "
+                f"{num_tokens} tokens for {row.problem[:60]!r} of {path} and a limit of {limit}: raise "
+                f"trainer.microbatch_tokens, or shorten or remove the row"
+            )
+            return
+
+
+def _ledger_faults(look: Look, path: str) -> None:
+    """The steps of a ledger, and its first rows."""
+    if Path(path).stat().st_size > LARGE_LEDGER_BYTES:
+        return
+    ledger = RolloutLedger(path)
+    if look.reads("run"):
+        ledger.check_steps(look.config.run.steps)
+    ledger.rows(0)
+
+
+def _pair_faults(path: str) -> Faults:
+    """The first pairs without their texts, among some."""
+    found, is_whole = sampled(path, PAIR_FIELDS)
+    faults: list[SemionError] = []
+    for where, record in found:
+        faults += [record] if isinstance(record, DataError) else tried(pair_texts, where, record)[1]
+    yield from first_faults(path, faults, len(found), is_whole=is_whole)
+
+
+def _check_file(key: str, path: str) -> None:
+    """DataError for a file or folder that is not there, or that no data can be in."""
+    if not path.startswith(HUB) and not Path(path).exists():
+        raise DataError(f"{key} must be a file or a dataset's folder; found none at {path}: check the path")
+    check_source(path)

@@ -1,0 +1,106 @@
+"""This machine: libraries, tools, GPUs, what can carry weight syncs, KV caches, and room on the disk. Other nodes are not seen,
+and no device is opened."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from engine.api.faults.look import Faults, Look, caught, tried
+from engine.bridge.transports.base import room_for
+from engine.bridge.transports.registry import choose
+from engine.capacity.memory import GIB, MIB, TrainerState, item_bytes, kv_bytes_per_token
+from engine.config.load import RunConfig
+from engine.config.placement import place
+from engine.config.transport import setting
+from engine.core.errors import ConfigError
+from engine.megatron.libraries import check_installed
+from engine.models.base import ModelShape
+from engine.models.headers import num_elements
+from engine.models.sharding import shard_shapes, trainer_layout
+from engine.observe.profiling import nsight
+from engine.run.machine import visible_gpus
+from engine.run.spec import assemble
+
+KV_BLOCK = 16  # tokens that vLLM keeps together at least
+
+
+def machine_faults(look: Look, *, layouts_fit: bool) -> Faults:
+    """Libraries, tools and GPUs that a run on this machine alone needs; those of other nodes are not seen."""
+    config = look.config
+    if config.profile.tool == "nsys" and look.purpose in ("train", "sft"):
+        yield from caught(nsight.check_installed)
+    if config.cluster.nodes > 1:
+        yield from tried(place, config, look.parts)[1]
+        return
+    if "trainer" in look.parts:
+        yield from tried(check_installed, config.trainer, config.optimizer)[1]
+    if gpus := visible_gpus():
+        yield from tried(place, config, look.parts, gpus)[1]
+    if "trainer" in look.parts and look.samples and look.shape is not None and layouts_fit:
+        yield from caught(_transport, config, "cuda" if gpus else "cpu", look.shape)
+
+
+def _transport(config: RunConfig, device: Literal["cuda", "cpu"], shape: ModelShape) -> None:
+    """Whether what was asked for can carry the weights here, and /dev/shm has room for them."""
+    t = config.trainer
+    num_bytes = 0
+    for stage in range(t.pipeline_parallel):
+        shards = shard_shapes(shape, trainer_layout(t), 0, stage)
+        held = sum(map(math.prod, shards.values())) * item_bytes(config.model.dtype)
+        num_bytes += config.shared_bytes(held) * t.tensor_parallel * t.data_parallel
+    choose(config.sync.transport, setting(config, device, has_room=room_for(num_bytes), needed_bytes=num_bytes))
+
+
+def engine_cache_faults(look: Look) -> Faults:
+    """Whether an engine's KV cache holds one request at full length."""
+    assert look.shape is not None
+    dtype, i = look.config.model.dtype, look.config.inference
+    if look.samples:
+        length, size = i.max_model_tokens, i.kv_cache_mebibytes
+        yield from cache_faults("inference", look.shape, i.tensor_parallel, dtype, length, size)
+
+
+def cache_faults(
+    section: str, shape: ModelShape, tp_size: int, dtype: str, max_tokens: int, kv_cache_mebibytes: int
+) -> Iterator[ConfigError]:
+    """A fault where the KV cache of a section's engine does not hold one request at full length."""
+    option = "max_model_tokens" if section == "inference" else "max_tokens"
+    needed = -(-max_tokens // KV_BLOCK) * KV_BLOCK * kv_bytes_per_token(shape, tp_size, dtype)
+    if needed > kv_cache_mebibytes * MIB:
+        yield ConfigError(
+            f"{section}.kv_cache_mebibytes must hold one request of {section}.{option} = {max_tokens} tokens; found "
+            f"{kv_cache_mebibytes} MiB for {needed / MIB:.1f}: raise it to {-(-needed // MIB)}, or lower {section}.{option}"
+        )
+
+
+def storage_faults(look: Look) -> Faults:
+    """Whether the disk has room for what will be written."""
+    assert look.shape is not None
+    config = look.config
+    policy = num_elements(look.shape) * item_bytes(config.model.dtype)
+    if look.purpose == "sft":
+        yield from _room(Path(str(config.sft.checkpoint_out)), policy, "sft.checkpoint_out", "a checkpoint")
+    if look.purpose == "train":
+        spec = assemble(config, look.shape)
+        kept = config.checkpoint.keep + 1 + (config.checkpoint.best_by is not None)  # the one being written comes on top
+        count = min(len(spec.checkpoint_steps), kept)
+        ranks = config.trainer.tensor_parallel * config.trainer.data_parallel
+        states = sum(TrainerState(spec, stage).saved_bytes * ranks for stage in range(spec.trainer.pp_size))
+        folder = config.run_directory / "checkpoints"
+        there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
+        yield from _room(folder, count * (policy + states) - there, "run.directory", f"{count} checkpoints")
+
+
+def _room(folder: Path, num_bytes: int, option: str, what: str) -> Iterator[ConfigError]:
+    """A fault where the disk of `folder` has less room."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if num_bytes > free:
+        yield ConfigError(
+            f"{option} must be on a disk with room for {what}; found {free / GIB:.1f} GiB free for {num_bytes / GIB:.1f} GiB "
+            f"at {there}: free some, name another folder, or keep fewer checkpoints"
+        )

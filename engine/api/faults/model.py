@@ -1,0 +1,91 @@
+"""The folder of the model: sizes, the headers of its weights, tokenizer and chat template, and whether trainer ranks and
+engines can share it. No weights are read."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from jinja2 import TemplateError
+
+from engine.api.faults.look import Faults, Look, caught, tried
+from engine.core.errors import ConfigError, SemionError
+from engine.data.ends import end_tokens
+from engine.data.templates import encode_prompt, load_tokenizer
+from engine.data.tokenizer_files import FileTokenizer, load_file_tokenizer
+from engine.models.checks import check_engine_layout, check_layout
+from engine.models.headers import weight_faults
+from engine.models.hf import read_shape
+from engine.models.sharding import engine_layout, trainer_layout
+
+
+def model_faults(look: Look) -> list[SemionError]:
+    """The faults of the folder; sets `shape`, `tokenizer` and `renders` of the look."""
+    path = look.config.model.path
+    look.shape, found = tried(partial(read_shape, path, family=look.config.model.family))
+    if look.shape is not None:
+        found += weight_faults(path, look.shape)
+    if not Path(path).is_dir():  # then its config.json has been missed already
+        return found
+    # What reads a tokenizer for a run looks at config.json too, and would be blamed for one that is refused
+    light = load_file_tokenizer(path) if look.shape is None or not look.exact else None
+    if light is not None:
+        look.tokenizer = light
+    elif look.shape is not None or not (Path(path) / "tokenizer.json").exists():
+        look.tokenizer, faults = tried(load_tokenizer, path)
+        found += faults
+    if look.tokenizer is not None:
+        faults = caught(_tokenizer, look)
+        look.renders = not any("chat template" in str(fault) for fault in faults)
+        look.doubtful = look.doubtful or (bool(faults) and isinstance(look.tokenizer, FileTokenizer))
+        found += faults
+    return found
+
+
+def _tokenizer(look: Look) -> Faults:
+    """The vocabulary, the chat template, and what ends a response."""
+    path, tokenizer, shape = look.config.model.path, look.tokenizer, look.shape
+    if shape is not None and len(tokenizer) > shape.vocab_size:
+        yield ConfigError(
+            f"model.path must hold a tokenizer that fits the model; found {len(tokenizer)} tokens for a vocabulary of "
+            f"{shape.vocab_size} in {path}: use the tokenizer that the model was trained with"
+        )
+    ends = end_tokens(path, tokenizer)
+    if look.samples and not ends.stop:
+        yield ConfigError(
+            f"model.path must say which token ends a response; found no eos_token_id in generation_config.json or "
+            f"config.json, no eos_token in tokenizer_config.json and no end of a turn in the chat template of {path}: add one"
+        )
+    if shape is not None and any(token >= shape.vocab_size for token in ends.stop):
+        yield ConfigError(
+            f"model.path must name end tokens of the model's vocabulary of {shape.vocab_size}; found eos_token_id = "
+            f"{list(ends.stop)} in {path}: mend generation_config.json"
+        )
+    for name, tokens in ends.named.items():
+        if cutting := [token for token in tokens if token in ends.plain]:
+            yield ConfigError(
+                f"model.path must name end tokens that are no ordinary text, for responses would be cut off wherever they "
+                f"write it; found {cutting[0]} in {name} of {path}, which is {ends.spelled[cutting[0]]!r}: mend it"
+            )
+    try:
+        encode_prompt(tokenizer, "1 + 1", "{problem}")
+    except TemplateError as error:
+        yield ConfigError(
+            f"model.path must hold a chat template for a user's message; found that it fails with {str(error)!r} in "
+            f"{path}: mend the template"
+        )
+
+
+def layout_faults(look: Look) -> Faults:
+    """Whether trainer ranks and engines can share the model, and its positions hold what is asked of it."""
+    if look.shape is None:
+        return
+    if "trainer" in look.parts:
+        yield from caught(check_layout, look.shape, trainer_layout(look.config.trainer))
+    if look.samples:
+        yield from caught(check_engine_layout, look.shape, engine_layout(look.config.inference))
+        longest, positions = look.config.inference.max_model_tokens, look.shape.max_positions
+        if longest > positions:
+            yield ConfigError(
+                f"inference.max_model_tokens must not exceed the model's {positions} positions; found {longest}: lower it"
+            )
