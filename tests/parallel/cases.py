@@ -26,7 +26,7 @@ from engine.core.types import IGNORED, Batch, Microbatch
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
 from engine.models.sharding import export_plan
-from engine.ops import lm_head_log_probs, token_log_probs
+from engine.ops import lm_head_log_probs, plain, token_log_probs
 from tests.parallel.fp8_case import change_weights, fp8_parameters
 from tests.parallel.material import ALGORITHMS, batch_of, run_config
 from tests.parallel.memory_case import memory
@@ -51,6 +51,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "fp8_parameters": fp8_parameters,
         "change_weights": change_weights,
         "log_probs": log_probs,
+        "distribution": distribution,
         "memory": memory,
     }
     config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
@@ -275,6 +276,30 @@ def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bo
     return found
 
 
+def distribution(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+    """Log-probs of policy and reference of a step by microbatch on the last stage; where the head is fused, their distance
+    from float64 products of the same hidden states."""
+    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
+    batch = policy.score(batch_of(0, policy.shape.vocab_size, config.trainer, topology.dp_rank))
+    own = policy.log_probs(batch)
+    found: dict[str, Any] = {
+        "own": [row.tolist() for row in own],
+        "reference": [m.reference_log_probs.tolist() for m in batch.microbatches if m.reference_log_probs is not None],
+    }
+    if config.trainer.fused_lm_head:
+        weight = policy._output_weight
+        assert weight is not None
+        temperature = config.log_prob_temperature
+        distances = []
+        for hidden, row, mine in zip(logits(policy, batch).values(), batch.microbatches, own, strict=True):
+            wanted = plain.lm_head_log_probs(
+                hidden.double(), weight.detach().double(), row.targets, num_valid=policy.shape.vocab_size, temperature=temperature
+            )
+            distances.append(float((mine - wanted).abs().max()))
+        found["distance"] = max(distances)
+    return found
+
+
 def infinite(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
     """One GRPO step where a single advantage of a single rank is infinite."""
     policy = Policy(config, topology, loss_of("grpo"), checkpoint)
@@ -304,7 +329,7 @@ def log_probs(config: RunConfig, topology: Topology, num_valid: int) -> dict[str
     part = slice(here * width, (here + 1) * width)
 
     def token(columns: slice, **options: Any) -> list[torch.Tensor]:
-        logits = (hidden @ weight.t())[:, columns].requires_grad_()
+        logits = (hidden.clone().requires_grad_() @ weight.t())[:, columns]
         values, entropy = token_log_probs(logits, targets, num_valid=num_valid, with_entropy=True, **options)
         assert entropy is not None
         return [values, entropy, *torch.autograd.grad((weights[0] * values + weights[1] * entropy).sum(), logits)]
