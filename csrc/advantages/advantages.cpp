@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "scale.h"
+
 namespace semion {
 template <class Real>
 int64_t grouped_advantages(const Real* rewards, const int32_t* cu_groups, int64_t num_groups, Normalize normalize,
@@ -17,29 +19,26 @@ int64_t grouped_advantages(const Real* rewards, const int32_t* cu_groups, int64_
       high = std::fmax(high, reward);
     }
     no_signal[group] = !(low < high);
-    if (size == 0) continue;
-    int exponent = 0;
-    const double largest = std::frexp(std::fmax(-low, high), &exponent);
-    const auto scaled = [&](int64_t i) { return std::ldexp(static_cast<double>(rewards[i]), -exponent); };
+    const Scale scale(low, high);
+    const auto scaled = [&](int64_t i) { return rewards[i] * scale.down; };
     const double count = static_cast<double>(size);
     double sum = 0, residue = 0;
     for (int64_t i = begin; i < end; ++i) sum += scaled(i);
     for (int64_t i = begin; i < end; ++i) residue += scaled(i) - sum / count;
-    const double mean = std::fmin(std::fmax((sum + residue) / count, std::ldexp(low, -exponent)),
-                                  std::ldexp(high, -exponent));  // between them, however it rounds
-    int back = exponent;
-    double factor = 1;
+    // Between them, however it rounds.
+    const double mean = std::fmin(std::fmax((sum + residue) / count, low * scale.down), high * scale.down);
+    double factor = 1, up = scale.up;
     if (normalize == Normalize::leave_one_out && size > 1) factor = count / (count - 1);
     if (normalize == Normalize::mean_std) {
       double squares = 0;
       for (int64_t i = begin; i < end; ++i) squares += (scaled(i) - mean) * (scaled(i) - mean);
       const double deviation = std::sqrt(squares / count);
-      no_signal[group] = no_signal[group] || deviation <= least_deviation * largest;
+      no_signal[group] = no_signal[group] || deviation <= least_deviation * scale.largest;
       factor = 1 / deviation;
-      back = 0;  // what is divided by a deviation has no scale
+      up = 1;  // what is divided by a deviation has no scale
     }
     for (int64_t i = begin; i < end; ++i) {
-      advantages[i] = no_signal[group] ? Real{0} : static_cast<Real>(std::ldexp(factor * (scaled(i) - mean), back));
+      advantages[i] = no_signal[group] ? Real{0} : static_cast<Real>(factor * (scaled(i) - mean) * up);
       if (!std::isfinite(advantages[i])) return i;
     }
   }

@@ -3,13 +3,13 @@
 #include "advantages_kernel.h"
 
 #include "../simt/sums.h"
+#include "scale.h"
 
 namespace semion {
 namespace {
 
 constexpr int block = 128, groups_per_block = block / 32;
 enum Normalize { mean_only, mean_std, leave_one_out };
-constexpr double least_deviation = 1e-6;  // as in advantages.h
 
 template <class Real>
 __global__ void __launch_bounds__(block) advantages_kernel(const Real* rewards, const int32_t* cu_groups,
@@ -31,32 +31,29 @@ __global__ void __launch_bounds__(block) advantages_kernel(const Real* rewards, 
     low = fmin(low, __shfl_xor_sync(0xffffffffu, low, mask));
     high = fmax(high, __shfl_xor_sync(0xffffffffu, high, mask));
   }
-  int exponent = 0;
-  const double largest = frexp(fmax(-low, high), &exponent);
-  if (!isfinite(largest)) exponent = 0;  // an empty group, or a broken one
+  const Scale scale(low, high);
   double sum = 0.0;
-  for (int i = span.begin + lane; i < span.end; i += 32) sum += ldexp(double(rewards[i]), -exponent);
+  for (int i = span.begin + lane; i < span.end; i += 32) sum += rewards[i] * scale.down;
   sum = warp_sum(sum);
   const double count = span.end - span.begin;
-  const double mean = fmin(fmax(sum / count, ldexp(low, -exponent)), ldexp(high, -exponent));  // however the sum rounds
+  const double mean = fmin(fmax(sum / count, low * scale.down), high * scale.down);  // between them, however it rounds
   bool signal = low < high;
-  int back = exponent;
-  double factor = 1.0;
+  double factor = 1.0, up = scale.up;
   if (normalize == leave_one_out && signal) factor = count / (count - 1.0);
   if (normalize == mean_std) {
     double squares = 0.0;
     for (int i = span.begin + lane; i < span.end; i += 32) {
-      const double centred = ldexp(double(rewards[i]), -exponent) - mean;
+      const double centred = rewards[i] * scale.down - mean;
       squares += centred * centred;
     }
     const double deviation = sqrt(warp_sum(squares) / count);
-    signal = signal && !(deviation <= least_deviation * largest);
+    signal = signal && !(deviation <= least_deviation * scale.largest);
     factor = 1.0 / deviation;
-    back = 0;  // what is divided by a deviation has no scale
+    up = 1.0;  // what is divided by a deviation has no scale
   }
   if (lane == 0) no_signal[group] = !signal;
   for (int i = span.begin + lane; i < span.end; i += 32) {
-    const Real advantage = static_cast<Real>(ldexp(factor * (ldexp(double(rewards[i]), -exponent) - mean), back));
+    const Real advantage = static_cast<Real>(factor * (rewards[i] * scale.down - mean) * up);
     advantages[i] = signal ? advantage : Real(0);
     if (signal && isfinite(sum) && !isfinite(advantage)) atomicMin(broken, static_cast<unsigned long long>(i));
   }

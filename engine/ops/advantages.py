@@ -13,7 +13,7 @@ import torch
 from engine.core.errors import NumericsError
 
 Normalize = Literal["mean", "mean_std", "leave_one_out"]
-# Of the group's largest |reward|: a standard deviation up to that is rounding (csrc/advantages/advantages.h: least_deviation)
+# Of the group's largest |reward|: a standard deviation up to that is rounding (csrc/advantages/scale.h: least_deviation)
 LEAST_DEVIATION = 1e-6
 
 
