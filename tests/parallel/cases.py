@@ -287,16 +287,17 @@ def distribution(config: RunConfig, topology: Topology, checkpoint: str) -> dict
         "reference": [m.reference_log_probs.tolist() for m in batch.microbatches if m.reference_log_probs is not None],
     }
     if config.trainer.fused_lm_head:
-        weight = policy._output_weight
+        weight, options = policy._output_weight, {"temperature": config.log_prob_temperature}
         assert weight is not None
-        temperature = config.log_prob_temperature
-        distances = []
-        for hidden, row, mine in zip(logits(policy, batch).values(), batch.microbatches, own, strict=True):
-            wanted = plain.lm_head_log_probs(
-                hidden.double(), weight.detach().double(), row.targets, num_valid=policy.shape.vocab_size, temperature=temperature
-            )
-            distances.append(float((mine - wanted).abs().max()))
-        found["distance"] = max(distances)
+
+        def exact(hidden: torch.Tensor, row: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+            valid = weight.detach().double()[: policy.shape.vocab_size]
+            log_probs = plain.lm_head_log_probs(hidden.detach().double(), valid, row.targets, **options)
+            return log_probs.sum(), log_probs
+
+        with torch.no_grad():
+            wanted = policy.run(batch, exact, forward_only=True)
+        found["distance"] = max(float((a - b).abs().max()) for a, b in zip(own, wanted, strict=True))
     return found
 
 

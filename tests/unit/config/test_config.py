@@ -26,8 +26,8 @@ from engine.config.rules import (
     broken_placement_rules,
     broken_profile_rules,
     broken_rollout_rules,
-    broken_sampling_rules,
     broken_rules,
+    broken_sampling_rules,
 )
 from engine.core.errors import ConfigError
 
