@@ -123,8 +123,11 @@ def lm_head_log_probs(
     temperature: float = 1.0,
 ) -> torch.Tensor:
     """Log-probs [T] with all logits [T, V_local] in memory."""
-    options = {"vocab_start": vocab_start, "num_valid": num_valid, "group": group, "temperature": temperature}
-    return token_log_probs(hidden @ weight.t(), targets, **options)[0]
+    logits = hidden @ weight.t()
+    log_probs, _ = token_log_probs(
+        logits, targets, vocab_start=vocab_start, num_valid=num_valid, group=group, temperature=temperature
+    )
+    return log_probs
 
 
 def block_digest(block: torch.Tensor, *, row: int, col: int, seed: int) -> torch.Tensor:

@@ -287,12 +287,12 @@ def distribution(config: RunConfig, topology: Topology, checkpoint: str) -> dict
         "reference": [m.reference_log_probs.tolist() for m in batch.microbatches if m.reference_log_probs is not None],
     }
     if config.trainer.fused_lm_head:
-        weight, options = policy._output_weight, {"temperature": config.log_prob_temperature}
+        weight, temperature = policy._output_weight, config.log_prob_temperature
         assert weight is not None
 
         def exact(hidden: torch.Tensor, row: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             valid = weight.detach().double()[: policy.shape.vocab_size]
-            log_probs = plain.lm_head_log_probs(hidden.detach().double(), valid, row.targets, **options)
+            log_probs = plain.lm_head_log_probs(hidden.detach().double(), valid, row.targets, temperature=temperature)
             return log_probs.sum(), log_probs
 
         with torch.no_grad():

@@ -7,6 +7,8 @@ import math
 import pytest
 
 from engine.algorithms.advantages import advantages_of, grouped_advantages
+from engine.algorithms.group_dpo import GroupDpoOptions
+from engine.algorithms.grpo import PolicyGradientOptions
 from engine.algorithms.registry import make_algorithm, make_loss
 from engine.config.options import algorithm_options
 from engine.core.errors import NumericsError
@@ -57,12 +59,9 @@ def test_clips_have_two_sides_and_a_third(layout, by_length, dual):
 
 
 def test_one_clip_means_both_and_each_may_be_its_own():
-    assert algorithm_options({"loss": "grpo", "clip_ratio": 0.3}).clips == {
-        "clip_low": 0.3,
-        "clip_high": 0.3,
-        "dual_clip": math.inf,
-    }
-    higher = algorithm_options({"loss": "group_dpo", "alpha": 0.1, "clip_ratio_high": 0.28, "dual_clip": 3.0})
+    both = PolicyGradientOptions(loss="grpo", clip_ratio=0.3)
+    assert both.clips == {"clip_low": 0.3, "clip_high": 0.3, "dual_clip": math.inf}
+    higher = GroupDpoOptions(loss="group_dpo", alpha=0.1, clip_ratio_high=0.28, dual_clip=3.0)
     assert higher.clips == {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
     step = Step(3)
     assert step.run(loss_of()) == step.run(loss_of(clip_ratio=0.5, clip_ratio_low=0.2, clip_ratio_high=0.2))

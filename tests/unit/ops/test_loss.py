@@ -215,11 +215,9 @@ def test_clips_are_of_their_own_side(of):
 
 def test_one_broken_log_prob_reaches_the_loss_and_wrong_clips_are_named():
     """A clamp must not hide a NaN; the bounds of the clips are checked."""
-    for place in range(3):
-        values = [-1.0, -1.0, -1.0]
-        values[place] = math.nan
-        assert math.isnan(one_token(policy_gradient_loss, *values, 1.0)[0])
-        assert math.isnan(one_token(policy_gradient_loss, *values, -1.0, dual_clip=3.0)[0])
+    for now, old, reference in ((math.nan, -1.0, -1.0), (-1.0, math.nan, -1.0), (-1.0, -1.0, math.nan)):
+        assert math.isnan(one_token(policy_gradient_loss, now, old, reference, 1.0)[0])
+        assert math.isnan(one_token(policy_gradient_loss, now, old, reference, -1.0, dual_clip=3.0)[0])
     least, above = ("must be at least 0", -0.1), ("must be greater than 1, or infinity for none", 1.0)
     for name, (rule, value) in {"clip_low": least, "clip_high": least, "dual_clip": above}.items():
         with pytest.raises(ValueError, match=f"{name} {rule}; found {value:g}"):
@@ -244,9 +242,10 @@ def test_the_operators_sums_are_named_in_its_order():
 
 
 def test_a_broken_advantage_reaches_the_loss():
-    arguments, fixed = (torch.zeros(4), torch.zeros(4), None), {"clip_low": 0.2, "clip_high": 0.2, "kl_weight": 0.0}
+    arguments, targets = (torch.zeros(4), torch.zeros(4), None), torch.zeros(4).long()
     for broken in (math.inf, math.nan):
-        loss, _ = policy_gradient_loss(*arguments, torch.tensor([broken]), bounds_of([4]), torch.zeros(4).long(), **fixed)
+        row = *arguments, torch.tensor([broken]), bounds_of([4]), targets
+        loss, _ = policy_gradient_loss(*row, clip_low=0.2, clip_high=0.2, kl_weight=0.0)
         assert not loss.isfinite()
 
 

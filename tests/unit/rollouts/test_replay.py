@@ -170,6 +170,33 @@ def test_a_ledger_that_does_not_fit_the_run_is_refused_by_name(tmp_path, change,
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "temperature", "written", "words"),
+    [
+        ({"loss": "grpo"}, 0.7, 0.7, ""),
+        ({"loss": "grpo"}, 0.7, None, r"must be of temperature 0.7, .* 'grpo' compares them at; found 1.0: set"),
+        ({"loss": "grpo"}, 1.0, 0.7, r"must be of temperature 1.0, .*; found 0.7: set sampling.temperature"),
+        ({"loss": "group_dpo", "alpha": 0.1}, 1.0, 0.7, "must be of temperature 1.0"),
+        ({"loss": "dpo"}, 0.7, None, ""),
+        ({"loss": "dpo"}, 1.0, 0.7, ""),
+    ],
+)
+def test_ratios_are_replayed_at_the_temperature_of_their_log_probs(tmp_path, algorithm, temperature, written, words):
+    """Rows without a temperature are of 1; a preference loss does not compare them."""
+    path = tmp_path / "rollouts.jsonl"
+    live(path, algorithm=algorithm)
+    if written is not None:
+        edited(path, lambda rows: [row | {"temperature": written} for row in rows])
+    config, prompts = offline(path, algorithm=algorithm, sampling={"temperature": temperature})
+    source = LedgerSource(config, RolloutLedger(path), prompts, VOCAB_SIZE)
+    if not words:
+        source.next(0)
+        return
+    with pytest.raises(DataError, match=words) as caught:
+        source.next(0)
+    assert str(path) in str(caught.value)
+
+
 # -- preference files
 
 PAIRS: list[dict[str, Any]] = [
