@@ -107,7 +107,7 @@ class VllmEngine:
         if found != [wanted]:
             raise ConfigError(
                 f"model.head = {wanted!r} needs engines whose output layer is in {wanted}; found {', '.join(found)} in this "
-                f"vLLM: set model.head = 'model', for one side alone makes the mismatch worse"
+                f"vLLM: set model.head = 'model', for the option means trainer and engines"
             )
 
     def describe(self) -> dict[str, str]:
