@@ -76,9 +76,7 @@ class PolicyGradientOptions(AlgorithmOptions):
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
         None, description="largest ratio where the advantage is negative; unset: none (TRL: delta; verl: clip_ratio_c)"
     )
-    kl_weight: NonNegativeFloat = Field(
-        0.001, description="of GRPO's KL to the reference, k3 (TRL: beta; verl: kl_loss_coef)"
-    )
+    kl_weight: NonNegativeFloat = Field(0.001, description="of GRPO's KL to the reference, k3 (TRL: beta; verl: kl_loss_coef)")
     normalize_advantages: Normalization = Field(
         "mean", description="mean, mean_std, leave_one_out, or your own as path/to/file.py:name (TRL: scale_rewards)"
     )
