@@ -145,7 +145,7 @@ inline void check_normalize(int64_t normalize) {
 // Everything of policy_gradient but the boundaries; `num_sequences` is what they say.
 inline void check_policy(const Tensor& log_probs, const Tensor& old_log_probs,
                          const std::optional<Tensor>& reference_log_probs, const Tensor& advantages, const Tensor& targets,
-                         int64_t num_sequences, double clip_ratio) {
+                         int64_t num_sequences, double clip_low, double clip_high, double dual_clip) {
   const int64_t num_tokens = log_probs.numel();
   check_vector("log_probs", log_probs, {ScalarType::Float}, "[T]");
   const auto check_tokens = [&](const char* name, const Tensor& tensor, ScalarType type) {
@@ -155,7 +155,9 @@ inline void check_policy(const Tensor& log_probs, const Tensor& old_log_probs,
   if (reference_log_probs) check_tokens("reference_log_probs", *reference_log_probs, ScalarType::Float);
   check_tokens("targets", targets, ScalarType::Long);
   check("advantages", advantages, ScalarType::Float, {num_sequences}, "[B]", "log_probs", log_probs);
-  if (!(clip_ratio >= 0)) refuse("clip_ratio must be at least 0; found ", clip_ratio);
+  if (!(clip_low >= 0)) refuse("clip_low must be at least 0; found ", clip_low);
+  if (!(clip_high >= 0)) refuse("clip_high must be at least 0; found ", clip_high);
+  if (!(dual_clip > 1)) refuse("dual_clip must be greater than 1, or infinity for none; found ", dual_clip);
 }
 
 // A rectangle of bits at (row, col) of a larger tensor, and the weights of that tensor's columns (reshard/digest.h).

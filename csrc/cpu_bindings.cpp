@@ -134,13 +134,14 @@ std::tuple<Tensor, Tensor, Tensor> grouped_advantages(const Tensor& rewards, con
 
 std::tuple<Tensor, Tensor> policy_gradient(const Tensor& log_probs, const Tensor& old_log_probs,
                                            const std::optional<Tensor>& reference_log_probs, const Tensor& advantages,
-                                           const Tensor& cu_seqlens, const Tensor& targets, double clip_ratio,
-                                           double kl_weight) {
+                                           const Tensor& cu_seqlens, const Tensor& targets, double clip_low,
+                                           double clip_high, double dual_clip, double kl_weight) {
   const int64_t num_tokens = log_probs.numel();
   const int64_t num_sequences = check_rising("cu_seqlens", cu_seqlens, "log_probs", log_probs, num_tokens);
-  check_policy(log_probs, old_log_probs, reference_log_probs, advantages, targets, num_sequences, clip_ratio);
+  check_policy(log_probs, old_log_probs, reference_log_probs, advantages, targets, num_sequences, clip_low, clip_high,
+               dual_clip);
   const PolicyGradientRow in = row_of(log_probs, old_log_probs, reference_log_probs, advantages, cu_seqlens, targets,
-                                      clip_ratio, kl_weight);
+                                      clip_low, clip_high, dual_clip, kl_weight);
   Tensor sums = new_tensor(log_probs, ScalarType::Float, num_policy_sums);
   Tensor gradient = new_tensor(log_probs, ScalarType::Float, num_tokens);
   std::vector<double> by_sequence(static_cast<size_t>(num_sequences * num_policy_sums));

@@ -133,13 +133,14 @@ std::tuple<Tensor, Tensor, Tensor> grouped_advantages(const Tensor& rewards, con
 
 std::tuple<Tensor, Tensor> policy_gradient(const Tensor& log_probs, const Tensor& old_log_probs,
                                            const std::optional<Tensor>& reference_log_probs, const Tensor& advantages,
-                                           const Tensor& cu_seqlens, const Tensor& targets, double clip_ratio,
-                                           double kl_weight) {
+                                           const Tensor& cu_seqlens, const Tensor& targets, double clip_low,
+                                           double clip_high, double dual_clip, double kl_weight) {
   const int32_t num_tokens = count("T", log_probs.numel());
   const int32_t num_sequences = count("B", check_bounds("cu_seqlens", cu_seqlens, "log_probs", log_probs));
-  check_policy(log_probs, old_log_probs, reference_log_probs, advantages, targets, num_sequences, clip_ratio);
+  check_policy(log_probs, old_log_probs, reference_log_probs, advantages, targets, num_sequences, clip_low, clip_high,
+               dual_clip);
   const PolicyGradientRow row = row_of(log_probs, old_log_probs, reference_log_probs, advantages, cu_seqlens, targets,
-                                       clip_ratio, kl_weight);
+                                       clip_low, clip_high, dual_clip, kl_weight);
   const OnDeviceOf device(log_probs);
   Tensor sums = new_tensor(log_probs, ScalarType::Float, num_policy_sums);
   Tensor gradient = torch::stable::new_zeros(log_probs, {num_tokens}, ScalarType::Float);

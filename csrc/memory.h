@@ -51,7 +51,8 @@ inline LogProbRows rows_of(const Tensor& logits, const Tensor& targets, int64_t 
 
 inline PolicyGradientRow row_of(const Tensor& log_probs, const Tensor& old_log_probs,
                                 const std::optional<Tensor>& reference_log_probs, const Tensor& advantages,
-                                const Tensor& cu_seqlens, const Tensor& targets, double clip_ratio, double kl_weight) {
+                                const Tensor& cu_seqlens, const Tensor& targets, double clip_low, double clip_high,
+                                double dual_clip, double kl_weight) {
   return {data<float>(log_probs),
           data<float>(old_log_probs),
           reference_log_probs ? data<float>(*reference_log_probs) : nullptr,
@@ -60,7 +61,9 @@ inline PolicyGradientRow row_of(const Tensor& log_probs, const Tensor& old_log_p
           data<int64_t>(targets),
           static_cast<int32_t>(log_probs.numel()),
           static_cast<int32_t>(advantages.numel()),
-          static_cast<float>(clip_ratio),
+          static_cast<float>(clip_low),
+          static_cast<float>(clip_high),
+          static_cast<float>(dual_clip),
           static_cast<float>(kl_weight)};
 }
 }  // namespace semion

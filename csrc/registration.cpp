@@ -22,16 +22,18 @@ STABLE_TORCH_LIBRARY(semion, library) {
   library.def("sequence_sums_backward(Tensor grad_sums, Tensor cu_seqlens, Tensor? mask, int num_tokens) -> Tensor");
 
   // rewards [B] float32/float64, cu_groups [G + 1] int32, normalize: 0 mean, 1 mean_std, 2 leave_one_out
-  // -> advantages [B], no_signal [G] bool, broken [1] int64: index of the first reward that is not finite, or -1.
+  // -> advantages [B], no_signal [G] bool, broken [1] int64: index of the first reward that is not
+  // finite, or whose advantage is not, or -1.
   library.def(
       "grouped_advantages(Tensor rewards, Tensor cu_groups, int normalize) -> "
       "(Tensor advantages, Tensor no_signal, Tensor broken)");
 
   // log-probs [T] float32, advantages [B] float32, cu_seqlens [B + 1] int32, targets [T] int64
-  // -> sums [5] float32 (loss, KL, clipped, ratio, gap), gradient [T] float32 of the loss: csrc/policy/policy_gradient.h.
+  // -> sums [6] float32 (loss, KL, clipped, ratio, gap, beyond), gradient [T] float32 of the loss: csrc/policy/policy_gradient.h.
   library.def(
       "policy_gradient(Tensor log_probs, Tensor old_log_probs, Tensor? reference_log_probs, Tensor advantages, "
-      "Tensor cu_seqlens, Tensor targets, float clip_ratio, float kl_weight) -> (Tensor sums, Tensor gradient)");
+      "Tensor cu_seqlens, Tensor targets, float clip_low, float clip_high, float dual_clip, float kl_weight) -> "
+      "(Tensor sums, Tensor gradient)");
 
   // block [R, C] of elements of 1, 2, 4 or 8 bytes, columns [at least col + C] int64: every column's weight
   // -> [1] int64: the digest of the block's bits at (row, col) of the tensor that seed names (csrc/reshard/digest.h).

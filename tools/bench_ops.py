@@ -94,7 +94,7 @@ def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) ->
     with figures.device:
         base = (3 * torch.randn(num_tokens, width)).to(DTYPES[dtype])
         targets, weights = torch.randint(0, width, (num_tokens,)), torch.randn(num_tokens)
-    logits = base.clone().requires_grad_()
+    logits = base.clone().requires_grad_() * 1  # no leaf: ours writes over it
 
     def refresh() -> None:  # ours and megatron's write over the logits
         logits.data.copy_(base)
@@ -138,7 +138,7 @@ def policy_case(figures: Figures) -> None:
         log_probs = (-torch.rand(16384)).requires_grad_()
         old, reference = (log_probs.detach() + 0.2 * torch.randn(2, 16384)).unbind()
         targets = torch.where(torch.rand(16384) < 0.1, -100, 3)
-    options = {"clip_ratio": 0.2, "kl_weight": 0.01}
+    options = {"clip_low": 0.2, "clip_high": 0.2, "kl_weight": 0.01}
 
     def ours() -> None:
         advantages, _ = grouped_advantages(rewards, groups)

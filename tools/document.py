@@ -26,9 +26,9 @@ This file is written by `tools/document.py` from the metrics that the code decla
 
 `metrics.jsonl` has a row a step, TensorBoard the same names. A mean of nothing is null. A mean is over all microbatches and
 data-parallel ranks of the step. `elsewhere` is what other libraries call the same; where their definition differs in a detail,
-it is the nearest. `rollout_entropy` is unbiased at `sampling.temperature` = 1 and `sampling.top_p` = 1, since log-probs are
-those before both. A loss of the user's own adds its metrics under the names that it declares; `semion report` draws and
-explains them.
+it is the nearest. `rollout_entropy` is unbiased at `sampling.temperature` = 1 and `sampling.top_p` = 1, and at any temperature
+with a loss that uses ratios, whose log-probs are of what was sampled ([algorithms](algorithms.md)). A loss of the user's own
+adds its metrics under the names that it declares; `semion report` draws and explains them.
 
 """
 

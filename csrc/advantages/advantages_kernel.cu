@@ -3,6 +3,7 @@
 #include "advantages_kernel.h"
 
 #include "../simt/sums.h"
+#include "scale.h"
 
 namespace semion {
 namespace {
@@ -18,33 +19,44 @@ __global__ void __launch_bounds__(block) advantages_kernel(const Real* rewards, 
   const int group = int(blockIdx.x) * groups_per_block + int(threadIdx.x) / 32, lane = threadIdx.x % 32;
   if (group >= num_groups) return;  // a whole warp at once: no barrier of the block follows
   const Span span(cu_groups, group, num_rewards);
-  double sum = 0.0, low = INFINITY, high = -INFINITY;
+  double low = INFINITY, high = -INFINITY;
   for (int i = span.begin + lane; i < span.end; i += 32) {
     const double reward = rewards[i];
     if (!isfinite(reward)) atomicMin(broken, static_cast<unsigned long long>(i));  // the order does not matter to it
-    sum += reward;
     low = fmin(low, reward);
     high = fmax(high, reward);
   }
-  sum = warp_sum(sum);
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) {
     low = fmin(low, __shfl_xor_sync(0xffffffffu, low, mask));
     high = fmax(high, __shfl_xor_sync(0xffffffffu, high, mask));
   }
+  const Scale scale(low, high);
+  double sum = 0.0;
+  for (int i = span.begin + lane; i < span.end; i += 32) sum += rewards[i] * scale.down;
+  sum = warp_sum(sum);
   const double count = span.end - span.begin;
-  const double mean = fmin(fmax(sum / count, low), high);  // between them, however the sum rounds
-  const bool signal = low < high;
-  double factor = 1.0;
+  const double mean = fmin(fmax(sum / count, low * scale.down), high * scale.down);  // between them, however it rounds
+  bool signal = low < high;
+  double factor = 1.0, up = scale.up;
   if (normalize == leave_one_out && signal) factor = count / (count - 1.0);
   if (normalize == mean_std) {
     double squares = 0.0;
-    for (int i = span.begin + lane; i < span.end; i += 32) squares += (rewards[i] - mean) * (rewards[i] - mean);
-    factor = 1.0 / sqrt(warp_sum(squares) / count);
+    for (int i = span.begin + lane; i < span.end; i += 32) {
+      const double centred = rewards[i] * scale.down - mean;
+      squares += centred * centred;
+    }
+    const double deviation = sqrt(warp_sum(squares) / count);
+    signal = signal && !(deviation <= least_deviation * scale.largest);
+    factor = 1.0 / deviation;
+    up = 1.0;  // what is divided by a deviation has no scale
   }
   if (lane == 0) no_signal[group] = !signal;
-  for (int i = span.begin + lane; i < span.end; i += 32)
-    advantages[i] = signal ? static_cast<Real>(factor * (rewards[i] - mean)) : Real(0);
+  for (int i = span.begin + lane; i < span.end; i += 32) {
+    const Real advantage = static_cast<Real>(factor * (rewards[i] * scale.down - mean) * up);
+    advantages[i] = signal ? advantage : Real(0);
+    if (signal && isfinite(sum) && !isfinite(advantage)) atomicMin(broken, static_cast<unsigned long long>(i));
+  }
 }
 
 template <class Real>

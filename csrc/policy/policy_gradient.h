@@ -4,5 +4,5 @@
 #include "../dispatch.h"
 #include "row.h"
 
-// sums [B, 5] and gradient [T] of the loss, for sequences begin to end.
+// sums [B, num_policy_sums] and gradient [T] of the loss, for sequences begin to end.
 SEMION_DECLARE(void, policy_gradient, const PolicyGradientRow& in, double* sums, float* gradient, int64_t begin, int64_t end)

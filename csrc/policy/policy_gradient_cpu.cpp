@@ -29,21 +29,27 @@ Floats add_tokens(const PolicyGradientRow& in, int64_t first, int64_t count, flo
   };
   const Ints counted = counted_of(in.targets + first, count);
   const Floats log_probs = at(in.log_probs), gap = where(counted, log_probs - at(in.old_log_probs));
-  const Floats ratio = exp(gap), low = all(1 - in.clip_ratio), high = all(1 + in.clip_ratio);
+  const Floats limit = all(log_limit), ratio = exp(smaller(limit, gap));  // a NaN stays one
+  const Floats low = all(1 - in.clip_low), high = all(1 + in.clip_high), dual = all(in.dual_clip);
   const Floats clipped = smaller(high, larger(low, ratio));
-  sums[0] -= where(counted, smaller(ratio * advantage, clipped * advantage));
+  const float least = advantage < 0 ? in.dual_clip * advantage : -INFINITY;  // of the objective
+  sums[0] -= where(counted, larger(all(least), smaller(ratio * advantage, clipped * advantage)));
   sums[3] += where(counted, ratio);
   sums[4] += larger(gap, -gap);
-  const Ints open = advantage >= 0 ? ratio <= high : ratio >= low;  // the clip does not hold
+  const Ints open = advantage >= 0 ? ratio <= high : (ratio >= low) & (ratio <= dual);  // no clip holds
   if (advantage != 0) sums[2] -= __builtin_convertvector(counted & ~open, Floats);
-  Floats gradient = where(open, -ratio * advantage);
+  Ints beyond = gap > limit;
+  Floats gradient = where(open & ~beyond, -ratio * advantage);
   if (in.reference_log_probs != nullptr) {
-    const Floats d = where(counted, at(in.reference_log_probs) - log_probs), e = exp(d);
+    const Floats whole = where(counted, at(in.reference_log_probs) - log_probs), d = smaller(limit, whole), e = exp(d);
     const Floats kl = e - d - 1.0f;
+    const Ints far = whole > limit;
     sums[0] += in.kl_weight * kl;
     sums[1] += kl;
-    gradient += in.kl_weight * (1.0f - e);
+    gradient += where(~far, in.kl_weight * (1.0f - e));
+    beyond |= far;
   }
+  sums[5] -= __builtin_convertvector(counted & beyond, Floats);
   return where(counted, gradient);
 }
 }  // namespace

@@ -13,20 +13,27 @@ using Row = PolicyGradientRow;
 
 // The gradient of one token's loss; adds what it contributes to the sums.
 __device__ __forceinline__ float add_token(const Row& row, int token, float advantage, double (&sums)[num_sums]) {
-  const float log_prob = row.log_probs[token], gap = log_prob - row.old_log_probs[token], ratio = expf(gap);
-  const float low = 1.0f - row.clip_ratio, high = 1.0f + row.clip_ratio;
-  const bool held = advantage >= 0.0f ? ratio > high : ratio < low;  // by the clip; false of a NaN, which so shows
-  sums[0] -= held ? (advantage >= 0.0f ? high : low) * advantage : ratio * advantage;
+  const float log_prob = row.log_probs[token], gap = log_prob - row.old_log_probs[token];
+  bool beyond = gap > log_limit;
+  const float ratio = expf(beyond ? log_limit : gap);  // fminf would lose a NaN
+  const float low = 1.0f - row.clip_low, high = 1.0f + row.clip_high;
+  const float bound = advantage >= 0.0f ? high : ratio < low ? low : row.dual_clip;
+  const bool held = advantage >= 0.0f ? ratio > high : ratio < low || ratio > row.dual_clip;  // false of a NaN, which so shows
+  sums[0] -= (held ? bound : ratio) * advantage;
   sums[2] += held && advantage != 0.0f;
   sums[3] += ratio;
   sums[4] += fabsf(gap);
-  float gradient = held ? 0.0f : -ratio * advantage;
+  float gradient = held || beyond ? 0.0f : -ratio * advantage;
   if (row.reference_log_probs != nullptr) {
-    const float d = row.reference_log_probs[token] - log_prob, less_one = expm1f(d), kl = less_one - d;
+    const float whole = row.reference_log_probs[token] - log_prob;
+    const bool far = whole > log_limit;
+    const float d = far ? log_limit : whole, less_one = expm1f(d), kl = less_one - d;
     sums[0] += row.kl_weight * kl;
     sums[1] += kl;
-    gradient -= row.kl_weight * less_one;
+    if (!far) gradient -= row.kl_weight * less_one;
+    beyond = beyond || far;
   }
+  sums[5] += beyond;
   return gradient;
 }
 

@@ -8,8 +8,8 @@
 
 extern "C" {
 
-// sums [5]: loss, KL, tokens that the clip holds, ratio, |log-prob - old|. gradient [T] of the loss, for
-// the tokens in a sequence; the others the caller has cleared. workspace: 5 * B doubles.
+// sums [num_policy_sums] in the order of row.h. gradient [T] of the loss, for the tokens in a sequence; the others the
+// caller has cleared. workspace: num_policy_sums * B doubles.
 cudaError_t semion_policy_gradient(const semion::PolicyGradientRow* row, double* workspace, float* sums,
                                    float* gradient, cudaStream_t stream);
 }

@@ -3,18 +3,19 @@ no division by the standard deviation) unless the configuration asks for another
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.core.errors import NumericsError
 from engine.core.registry import called, load_function
+from engine.core.types import RolloutGroup
 
 if TYPE_CHECKING:
     from engine.ops.advantages import Normalize
 
 OPTION = "algorithm.normalize_advantages"
+LARGEST = (2 - 2**-23) * 2.0**127  # that float32 holds
 Advantages = Callable[[Sequence[float]], list[float]]  # rewards of one group to advantages of the same length
 
 
@@ -37,7 +38,7 @@ def grouped_advantages(rewards: Sequence[float], normalize: Normalize = "mean") 
     """Rewards of one group (any length) to advantages of the same length, which sum to 0; exactly 0 if all are equal.
 
     `normalize` is explained at ops.grouped_advantages. Raises NumericsError naming the index of a reward that is not
-    finite.
+    finite, and for an advantage that float32, in which losses are, does not hold.
     """
     import torch
 
@@ -47,7 +48,18 @@ def grouped_advantages(rewards: Sequence[float], normalize: Normalize = "mean") 
     values = torch.tensor(rewards, dtype=torch.float64)
     advantages, _ = ops.grouped_advantages(values, bounds, normalize=normalize)
     found: list[float] = advantages.tolist()
+    largest = max(map(abs, found), default=0.0)
+    if largest > LARGEST:
+        raise NumericsError(f"advantages must be at most {LARGEST:.3g}; found {largest:.3g}: scale the rewards down")
     return found
+
+
+def advantages_of(function: Advantages, group: RolloutGroup) -> list[float]:
+    """One advantage for each judged rollout of the group. NumericsError names the prompt."""
+    try:
+        return function([rollout.score.value for rollout in group.judged])
+    except NumericsError as error:
+        raise NumericsError(f"step {group.step}, prompt {group.prompt.id}: {error}") from error
 
 
 def _checked(name: str, found: Any, count: int) -> list[float]:
@@ -56,6 +68,6 @@ def _checked(name: str, found: Any, count: int) -> list[float]:
         advantages = [float(advantage) for advantage in found]
     except (TypeError, ValueError) as error:
         raise NumericsError(f"{rule}; found {found!r}: mend the function") from error
-    if len(advantages) != count or not all(map(math.isfinite, advantages)):
+    if len(advantages) != count or not all(abs(advantage) <= LARGEST for advantage in advantages):
         raise NumericsError(f"{rule}; found {advantages}: mend the function")
     return advantages

@@ -39,6 +39,21 @@ ROLLOUT_GAP = Metric(
     per="target_tokens",
     peers={"TRL": "sampling/sampling_logp_difference/mean"},
 )
+ROLLOUT_KL = Metric(
+    "rollout_kl_mean",
+    "KL of the policy to the weights that sampled (k3), over the tokens trained on: mismatch when fresh, drift when stale",
+    unit="nats a token",
+    reduce="mean",
+    per="target_tokens",
+    peers={"verl": "rollout_corr/k3_kl", "NeMo-RL": "gen_kl_error"},
+)
+RATIO_MAX = Metric(
+    "ratio_max",
+    "largest probability of a token trained on under the policy over that under the weights that sampled it",
+    reduce="max",
+    peers={"TRL": "sampling/importance_sampling_ratio/max"},
+)
+MISMATCH = (ROLLOUT_GAP, ROLLOUT_KL, RATIO_MAX)  # what a loss over rollouts says of trainer against sampler
 
 
 class Loss:
@@ -149,10 +164,22 @@ def denominator(batch: Batch, reduction: str) -> int:
     return max(1, counts[reduction])
 
 
-def rollout_gap(log_probs: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-    """Sum over target tokens of |policy log-prob - rollout log-prob|: engine mismatch at staleness 0, drift beyond."""
+def mismatch(log_probs: torch.Tensor, microbatch: Microbatch) -> Parts:
+    """The parts of MISMATCH. With r = policy probability / rollout probability of a target token: the sum of |log r|, the sum
+    of r - log r - 1 (log r held at LOG_LIMIT), the largest r (0 without a token)."""
+    import torch
+
+    from engine.ops.policy_gradient import LOG_LIMIT
+
     counted = microbatch.targets != IGNORED
-    return ((log_probs.detach() - microbatch.rollout_log_probs).abs() * counted).sum()
+    gap = log_probs.detach() - microbatch.rollout_log_probs
+    held = torch.where(counted, gap, 0.0).clamp(max=LOG_LIMIT)
+    ratio = torch.where(counted, held.exp(), 0.0)
+    return {
+        ROLLOUT_GAP.name: (gap.abs() * counted).sum(),
+        ROLLOUT_KL.name: (held.expm1() - held).sum(),
+        RATIO_MAX.name: ratio.amax() if ratio.numel() else ratio.sum(),
+    }
 
 
 def response_lengths(microbatch: Microbatch) -> torch.Tensor:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from engine.algorithms.base import (
-    ROLLOUT_GAP,
+    MISMATCH,
     Algorithm,
     Parts,
     Result,
     denominator,
-    rollout_gap,
+    mismatch,
     split_groups_loss,
     store_split_groups,
     training_sequence,
@@ -62,6 +62,11 @@ class PreferenceOptions(AlgorithmOptions):
     nll_weight: NonNegativeFloat = Field(0.0, description="of the NLL of the chosen response (TRL: rpo_alpha)")
     choose_truncated: bool = Field(False, description="whether a response cut off at sampling.max_tokens may be the chosen one")
 
+    @property
+    def uses_ratios(self) -> bool:
+        """A preference loss is of the model's own distribution (paper, equations 2 and 3), however its pairs were sampled."""
+        return False
+
 
 class DpoOptions(PreferenceOptions):
     """DPO's own."""
@@ -86,7 +91,7 @@ class Dpo(Algorithm):
     def __init__(self, options: PreferenceOptions, *, sampled: bool = True) -> None:
         super().__init__(options, sampled=sampled)
         self.beta, self.nll_weight = options.beta, options.nll_weight
-        self.metrics = (PAIRS, MARGIN, PREFERRED, CHOSEN, REJECTED, *((ROLLOUT_GAP,) if sampled else ()))
+        self.metrics = (PAIRS, MARGIN, PREFERRED, CHOSEN, REJECTED, *(MISMATCH if sampled else ()))
 
     def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:
         """The group's one pair; a prompt without a pair is dropped."""
@@ -126,7 +131,7 @@ class Dpo(Algorithm):
             loss = loss + split_groups_loss(log_probs, microbatch)
             metrics = {name: value + microbatch.split_metrics.get(name, 0.0) for name, value in metrics.items()}
         if self.sampled:
-            metrics[ROLLOUT_GAP.name] = rollout_gap(log_probs, microbatch)
+            metrics |= mismatch(log_probs, microbatch)
         return loss / denominator(batch, self.options.reduction), metrics
 
     def _sums(self, log_probs: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +143,7 @@ class Dpo(Algorithm):
         return sequence_log_probs(log_probs, bounds), sequence_log_probs(microbatch.reference_log_probs, bounds)
 
     def _compare(self, policy: torch.Tensor, reference: torch.Tensor, pairs: torch.Tensor, weights: torch.Tensor) -> Result:
-        """(weighted sum over pairs of the loss, its metrics but the gap to the rollouts)."""
+        """(weighted sum over pairs of the loss, its metrics but those of the mismatch)."""
         from torch.nn.functional import logsigmoid
 
         chosen, rejected = pairs.unbind(-1)

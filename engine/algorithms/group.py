@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from engine.algorithms.advantages import advantage_function
+from engine.algorithms.advantages import advantage_function, advantages_of
 from engine.algorithms.base import (
-    ROLLOUT_GAP,
+    MISMATCH,
     Algorithm,
     Parts,
     Result,
     denominator,
-    rollout_gap,
+    mismatch,
     split_groups_loss,
     store_split_groups,
     training_sequence,
@@ -79,7 +79,8 @@ class Group:
 
 
 class GroupOptions(AlgorithmOptions):
-    """What losses over groups have; a user's own Options extend it."""
+    """What losses over groups have; a user's own Options extend it. A loss that does not look at `rollout_log_probs` may say so
+    by a property `uses_ratios` that is false; its log-probs are then those of temperature 1."""
 
     normalize_advantages: Normalization = Field("mean", description="of the group's advantages; see GRPO's")
 
@@ -96,7 +97,7 @@ class GroupLoss(Algorithm):
         super().__init__(options, sampled=sampled)
         self._own = {metric.name: metric for metric in type(self).metrics}
         for metric in self._own.values():
-            if metric.reduce == "last" or metric.name in (GROUPS.name, ROLLOUT_GAP.name):
+            if metric.reduce == "last" or metric.name in (GROUPS.name, *(one.name for one in MISMATCH)):
                 raise ConfigError(
                     f"algorithm.loss = {options.loss!r} must declare metrics with reduce = 'sum', 'mean' or 'max' and names of "
                     f"its own; found {metric.name!r} with {metric.reduce!r}: mend the declaration"
@@ -107,7 +108,7 @@ class GroupLoss(Algorithm):
                     f"algorithm.loss = {options.loss!r} must divide the mean {metric.name} by one of {', '.join(counts)}; "
                     f"found per = {metric.per!r}: mend the declaration"
                 )
-        self.metrics = (GROUPS, ROLLOUT_GAP, *self._own.values())
+        self.metrics = (GROUPS, *MISMATCH, *self._own.values())
         self.advantages = advantage_function(options.normalize_advantages)
 
     @classmethod
@@ -137,7 +138,7 @@ class GroupLoss(Algorithm):
         judged = group.judged
         if not judged:
             return [], False
-        advantages = self.advantages([rollout.score.value for rollout in judged])
+        advantages = advantages_of(self.advantages, group)
         attached = self._attached(group, len(judged))
         return [
             training_sequence(
@@ -191,7 +192,7 @@ class GroupLoss(Algorithm):
         if microbatch.split_gradients is not None:
             loss = loss + split_groups_loss(log_probs, microbatch)
             metrics = self._joined(metrics, microbatch.split_metrics)
-        metrics[ROLLOUT_GAP.name] = rollout_gap(log_probs, microbatch)
+        metrics |= mismatch(log_probs, microbatch)
         return loss / denominator(batch, self.options.reduction), metrics
 
     @property
@@ -199,7 +200,7 @@ class GroupLoss(Algorithm):
         return f"algorithm.loss = {self.options.loss!r}"
 
     def _total(self, groups: list[Group], log_probs: torch.Tensor) -> Result:
-        """(sum over groups of the loss, parts of the metrics but the gap); of no group 0, with a gradient of 0."""
+        """(sum over groups of the loss, parts of the metrics but the mismatch's); of no group 0, with a gradient of 0."""
         loss = log_probs[:0].sum()
         start = {name: -math.inf if metric.reduce == "max" else 0.0 for name, metric in self._own.items()}
         metrics: Parts = {name: log_probs.new_tensor(value) for name, value in start.items()}

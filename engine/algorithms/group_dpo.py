@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from engine.algorithms.advantages import advantages_of
 from engine.algorithms.base import Result, training_sequence
 from engine.algorithms.dpo import Dpo, PreferenceOptions
 from engine.algorithms.grpo import Grpo, PolicyGradientOptions
@@ -25,6 +26,11 @@ class GroupDpoOptions(PreferenceOptions, PolicyGradientOptions):
     """GroupDPO's own, and those of the GRPO beside it."""
 
     alpha: NonNegativeFloat = Field(0.0, description="GRPO's weight beside GroupDPO, over the same group")
+
+    @property
+    def uses_ratios(self) -> bool:
+        """With GRPO beside it, both losses are of the distribution that was sampled: a step has one set of log-probs."""
+        return self.alpha > 0
 
 
 class GroupDpo(Dpo):
@@ -44,7 +50,7 @@ class GroupDpo(Dpo):
         """Every judged rollout, in the group's number where it has both sides and it is on one of them. What is in no pair is
         dropped unless GRPO has an advantage or a KL term for it."""
         better, worse = better_and_worse(group, self.options.choose_truncated)
-        advantages = self.grpo.advantages([rollout.score.value for rollout in group.judged])
+        advantages = advantages_of(self.grpo.advantages, group)
         has_pairs = bool(better) and bool(worse)
         has_signal = has_pairs or bool(self.alpha and any(advantages))
         if not has_signal and not (self.alpha and self.options.kl_weight):

@@ -5,15 +5,25 @@ Shape legend: T tokens of the microbatch, B sequences of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from engine.algorithms.advantages import advantage_function
-from engine.algorithms.base import ROLLOUT_GAP, Algorithm, Result, denominator, response_lengths, training_sequence
+from engine.algorithms.advantages import advantage_function, advantages_of
+from engine.algorithms.base import (
+    MISMATCH,
+    ROLLOUT_GAP,
+    Algorithm,
+    Result,
+    denominator,
+    mismatch,
+    response_lengths,
+    training_sequence,
+)
 from engine.config.load import RunConfig
 from engine.config.options import AlgorithmOptions, NonNegativeFloat, Normalization, PositiveFloat
-from engine.core.metrics import Metric
+from engine.core.metrics import Metric, by_name
 from engine.core.types import IGNORED, Batch, Microbatch, RolloutGroup, Sequence
 
 if TYPE_CHECKING:
@@ -43,30 +53,53 @@ RATIO = Metric(
     per="target_tokens",
     peers={"TRL": "sampling/importance_sampling_ratio/mean"},
 )
-METRIC_OF_SUM = {"kl": KL, "clipped": CLIPPED, "ratio": RATIO, "gap": ROLLOUT_GAP}  # by the operator's own names
+CLAMPED = Metric(
+    "clamped_tokens",
+    "tokens trained on whose log-ratio to the rollout or the reference is above 20: taken for 20, without gradient",
+    unit="tokens",
+    reduce="sum",
+)
+# By the operator's own names
+METRIC_OF_SUM = {"kl": KL, "clipped": CLIPPED, "ratio": RATIO, "gap": ROLLOUT_GAP, "beyond": CLAMPED}
 
 
 class PolicyGradientOptions(AlgorithmOptions):
     """GRPO's own."""
 
-    clip_ratio: PositiveFloat = Field(0.2, description="GRPO's epsilon (TRL: epsilon; verl: clip_ratio)")
+    clip_ratio: PositiveFloat = Field(0.2, description="GRPO's epsilon, of both sides (TRL: epsilon; verl: clip_ratio)")
+    clip_ratio_low: PositiveFloat | None = Field(
+        None, description="of ratios below 1; unset: clip_ratio (TRL: epsilon; verl: clip_ratio_low)"
+    )
+    clip_ratio_high: PositiveFloat | None = Field(
+        None, description="of ratios above 1; unset: clip_ratio (TRL: epsilon_high; verl: clip_ratio_high)"
+    )
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="largest ratio where the advantage is negative; unset: none (TRL: delta; verl: clip_ratio_c)"
+    )
     kl_weight: NonNegativeFloat = Field(0.001, description="of GRPO's KL to the reference, k3 (TRL: beta; verl: kl_loss_coef)")
     normalize_advantages: Normalization = Field(
         "mean", description="mean, mean_std, leave_one_out, or your own as path/to/file.py:name (TRL: scale_rewards)"
     )
     normalize_length: bool = Field(False, description="divide GRPO's sum over a response by its number of tokens")
 
+    @property
+    def clips(self) -> dict[str, float]:
+        """The operator's options that bound the ratio."""
+        low, high = (self.clip_ratio if own is None else own for own in (self.clip_ratio_low, self.clip_ratio_high))
+        return {"clip_low": low, "clip_high": high, "dual_clip": math.inf if self.dual_clip is None else self.dual_clip}
+
 
 class Grpo(Algorithm):
-    """-sum over tokens of min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A), plus kl_weight * KL(policy, reference).
+    """-sum over tokens of min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), plus kl_weight * KL(policy, reference).
 
     ratio = exp(log-prob - rollout log-prob), A is the sequence's advantage, KL is k3: exp(d) - d - 1 with
-    d = reference - policy. No length and no standard-deviation normalisation (paper, equation 1); normalize_length
-    divides a response's sum, KL included, by its number of tokens (DeepSeekMath, equation 3).
+    d = reference - policy; both exponents are held at LOG_LIMIT. Where A is negative the equation bounds the ratio from below
+    alone; with dual_clip it counts for no more than that. No length and no standard-deviation normalisation (paper, equation
+    1); normalize_length divides a response's sum, KL included, by its number of tokens (DeepSeekMath, equation 3).
     """
 
     Options = PolicyGradientOptions
-    metrics = (WITH_SIGNAL, *METRIC_OF_SUM.values())
+    metrics = (WITH_SIGNAL, *by_name((*METRIC_OF_SUM.values(), *MISMATCH)).values())
     without_reference = " and algorithm.kl_weight = 0"
 
     def __init__(self, options: PolicyGradientOptions, *, sampled: bool = True) -> None:
@@ -77,7 +110,7 @@ class Grpo(Algorithm):
     def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:
         """Every judged rollout with its advantage. Where all are 0 the prompt is kept for the KL term, which still sees it,
         and dropped where there is none."""
-        advantages = self.advantages([rollout.score.value for rollout in group.judged])
+        advantages = advantages_of(self.advantages, group)
         has_signal = any(advantages)
         if not has_signal and not self.options.kl_weight:
             return [], False
@@ -101,7 +134,7 @@ class Grpo(Algorithm):
         import torch
 
         from engine.ops import policy_gradient_loss, sequence_log_probs
-        from engine.ops.policy_gradient import SUMS
+        from engine.ops.policy_gradient import LOG_LIMIT, SUMS
 
         options = self.options
         reference = microbatch.reference_log_probs if self.needs_reference else None
@@ -109,7 +142,7 @@ class Grpo(Algorithm):
         advantages, fused_reference = microbatch.advantages, reference
         if options.normalize_length:  # the fused KL knows no weight of a sequence
             advantages, fused_reference = advantages / response_lengths(microbatch), None
-        fixed: dict[str, Any] = {"clip_ratio": options.clip_ratio, "kl_weight": options.kl_weight}
+        fixed = options.clips | {"kl_weight": options.kl_weight}
         loss, sums = policy_gradient_loss(
             log_probs,
             microbatch.rollout_log_probs,
@@ -119,9 +152,14 @@ class Grpo(Algorithm):
             microbatch.targets,
             **fixed,
         )
-        metrics = {METRIC_OF_SUM[name].name: value for name, value in zip(SUMS[1:], sums.unbind(), strict=True)}
+        metrics = mismatch(log_probs, microbatch)
+        metrics |= {METRIC_OF_SUM[name].name: value for name, value in zip(SUMS[1:], sums.unbind(), strict=True)}
         if reference is not None and fused_reference is None:
-            d = torch.where(microbatch.targets != IGNORED, reference - log_probs, 0.0)
+            counted = microbatch.targets != IGNORED
+            whole = torch.where(counted, reference - log_probs, 0.0)
+            seen = (log_probs.detach() - microbatch.rollout_log_probs > LOG_LIMIT) & counted  # and counted by the operator
+            metrics[CLAMPED.name] = metrics[CLAMPED.name] + ((whole > LOG_LIMIT) & ~seen).sum()
+            d = whole.clamp(max=LOG_LIMIT)
             kl = sequence_log_probs(d.exp() - d - 1, microbatch.cu_seqlens)
             loss = loss + options.kl_weight * (kl / response_lengths(microbatch)).sum()
             metrics[KL.name] = kl.detach().sum()

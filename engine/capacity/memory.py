@@ -220,6 +220,7 @@ class Step:
         self._layers = len(layout.stage_layers(shape, spec.trainer)[stage][0])
         self._is_first, self._is_last = stage == 0, stage == t.pipeline_parallel - 1
         self._narrow_on_cpu = not on_gpu and self._e != FP32
+        self._widened_head = self._e != FP32 and (not on_gpu or spec.config.model.head == "float32")
 
     @cached_property
     def layer(self) -> int:
@@ -329,8 +330,8 @@ class Step:
             from engine.ops import lm_head  # loads torch
 
             block = lm_head.BLOCK
-            widened = 2 * min(block, self._V) * self._H * FP32 if self._narrow_on_cpu else block * self._H * self._e
-            chunk = min(lm_head.ROWS, self._T) * self._V * (FP32 if self._narrow_on_cpu else self._e)
+            widened = 2 * min(block, self._V) * self._H * FP32 if self._widened_head else block * self._H * self._e
+            chunk = min(lm_head.ROWS, self._T) * self._V * (FP32 if self._widened_head else self._e)
             gradients = self._V * self._H * FP32 + (0 if self._e == FP32 else weight)
             return chunk, norm + gathered + rows + gradients + (0 if self._e == FP32 else widened)
         logits = self._T * self._V * self._e  # the gradient overwrites them

@@ -56,6 +56,9 @@ class Model(Section):
         "auto", description="'llama', 'qwen3', or your own Family as path/to/file.py:Name; 'auto': by model_type in config.json"
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
+    head: Literal["model", "float32"] = Field(
+        "model", description="type of the output layer's products and logits, of trainer and engines; 'model': model.dtype"
+    )
 
 
 class Source(Section):
@@ -152,6 +155,12 @@ class AlgorithmOptions(Section):
     reduction: Literal["prompts", "pairs", "tokens"] = Field(
         "prompts", description="what the step's loss is divided by: its prompts, those that are compared, or target tokens"
     )
+
+    @property
+    def uses_ratios(self) -> bool:
+        """Whether the loss weighs the policy's probabilities against those that sampled the tokens. All its log-probs are then
+        of the distribution that was sampled: at sampling.temperature, for policy, rollouts and reference alike."""
+        return True
 
 
 def options_class(values: Mapping[str, Any]) -> type[AlgorithmOptions]:
@@ -265,6 +274,9 @@ class Sync(Section):
         "on one machine's CPU and where colocated, else NCCL or gloo",
     )
     timeout_seconds: PositiveFloat = Field(120.0, description="longest attempt at a weight sync; there are three")
+
+
+LEAST_TEMPERATURE = 0.01  # vLLM samples at this where less is asked for, and greedily at 0
 
 
 class Sampling(Section):
@@ -488,3 +500,10 @@ class Options(Section):
         supervised."""
         held_out = any(source.held_out is not None for source in self.data.sources)
         return self.sft.checkpoint_out is None and (self.data.replay is None or held_out)
+
+    @property
+    def log_prob_temperature(self) -> float:
+        """What logits are divided by before any log-prob that the loss sees, in trainer and engines: sampling.temperature for
+        a loss that uses ratios; 1, the model's own distribution, for preference losses and supervised training."""
+        ratios = self.sft.checkpoint_out is None and self.algorithm.uses_ratios
+        return self.sampling.temperature if ratios else 1.0

@@ -5,7 +5,7 @@ values found and fix. A table's own bounds stand in engine/config/options.py.
 from __future__ import annotations
 
 from engine.config.learning_rates.registry import broken_learning_rate_rules
-from engine.config.options import LOSSES, Options, source_key
+from engine.config.options import LEAST_TEMPERATURE, LOSSES, Options, source_key
 from engine.config.placement import colocated_nodes
 from engine.config.rewards import broken_reward_rules
 from engine.config.schedules.registry import schedule_of
@@ -47,7 +47,7 @@ def broken_rules(config: Options) -> list[str]:
             f"and {ends[1]} with 1 stage: remove them"
         )
     broken += broken_placement_rules(c)
-    broken += broken_data_rules(c) + broken_library_rules(c)
+    broken += broken_data_rules(c) + broken_library_rules(c) + broken_head_rules(c)
     broken += broken_reward_rules(c) + broken_learning_rate_rules(c.optimizer)
     if never_syncs and c.sync.reference == "follow":
         broken.append(
@@ -179,6 +179,24 @@ def broken_library_rules(c: Options) -> list[str]:
     return broken
 
 
+def broken_head_rules(c: Options) -> list[str]:
+    """Sentences for an output layer in float32 that trainer or engines cannot have."""
+    if c.model.head == "model" or c.model.dtype == "float32":
+        return []
+    broken = []
+    if not c.trainer.fused_lm_head:
+        broken.append(
+            "model.head = 'float32' needs trainer.fused_lm_head, which makes float32 logits a few rows at a time; found false: "
+            "set trainer.fused_lm_head = true"
+        )
+    if c.inference.packed_weights:
+        broken.append(
+            "model.head = 'float32' needs inference.packed_weights = false, for vLLM widens the output layer's plain weight; "
+            "found true: set it to false"
+        )
+    return broken
+
+
 def broken_algorithm_rules(c: Options) -> list[str]:
     """Sentences for what the loss cannot be combined with, as its own file says."""
     name = c.algorithm.loss
@@ -195,9 +213,30 @@ def broken_algorithm_rules(c: Options) -> list[str]:
     return list(found)
 
 
+def broken_sampling_rules(c: Options) -> list[str]:
+    """Sentences for sampling that a loss cannot learn from, or whose distribution its log-probs are not of."""
+    s, broken = c.sampling, []
+    if s.temperature == 0 and c.data.replay is None:
+        broken.append(
+            f"sampling.temperature must be above 0 in training, for at 0 all algorithm.samples_per_prompt = "
+            f"{c.algorithm.samples_per_prompt} rollouts of a prompt are one and say nothing; found 0: set it to 1"
+        )
+    elif 0 < s.temperature < LEAST_TEMPERATURE or (s.temperature == 0 and c.algorithm.uses_ratios):
+        broken.append(
+            f"sampling.temperature must be at least {LEAST_TEMPERATURE}, the lowest that vLLM samples at; found "
+            f"{s.temperature}: raise it"
+        )
+    if s.top_p < 1 and c.algorithm.uses_ratios:
+        broken.append(
+            f"sampling.top_p must be 1 with algorithm.loss = {c.algorithm.loss!r}, whose ratios are exact only where every "
+            f"token can be sampled; found {s.top_p}: set it to 1, or lower sampling.temperature instead"
+        )
+    return broken
+
+
 def broken_rollout_rules(c: Options) -> list[str]:
     """Sentences for what only a run with rollouts needs; supervised training has no samples and no pairs."""
-    broken = []
+    broken = broken_sampling_rules(c)
     if c.sampling.overlong_buffer > c.sampling.max_tokens:
         broken.append(
             f"sampling.overlong_buffer is of the last tokens before sampling.max_tokens and must not exceed it; found "

@@ -55,9 +55,10 @@ class Completion:
     seed: int  # the sampling seed, a pure function of (run seed, step, prompt id, sample index)
     version: int  # optimizer steps in the weights that sampled it
     token_ids: tuple[int, ...]  # EOS included when it was sampled
-    log_probs: tuple[float, ...]  # of each sampled token, natural log, before temperature and top-p
+    log_probs: tuple[float, ...]  # of each sampled token, natural log, of softmax(logits / temperature)
     text: str
     finish_reason: Literal["stop", "length"]
+    temperature: float = 1.0  # of the log-probs: what was sampled at, or 1 where the loss asks for the model's own distribution
 
     @property
     def truncated(self) -> bool:

@@ -213,6 +213,13 @@ class SyncWorker:
         """Begins or ends what Nsight Systems captures of this worker."""
         capture_here(on)
 
+    def semion_head_dtype(self: Any) -> str:
+        """The type that the output layer multiplies in, as model.dtype names types; of a vLLM that has none of its own "the
+        model's"."""
+        processor = self.model_runner.get_model().logits_processor
+        dtype = getattr(processor, "head_dtype", None)
+        return "the model's" if dtype is None else str(dtype).removeprefix("torch.")
+
     def semion_release(self: Any) -> None:
         """Gives the pages of weights and KV cache back to the machine on a CPU, where vLLM's sleep does nothing. Their
         addresses stay, as after its sleep on a GPU, and read as zeros until they are written."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.load import RunConfig
-from engine.core.errors import EngineLostError, InferenceError, WeightSyncError
+from engine.core.errors import ConfigError, EngineLostError, InferenceError, WeightSyncError
 from engine.core.types import Completion
 from engine.data.ends import end_tokens
 from engine.inference.sampling import SampleRequest
@@ -48,6 +48,7 @@ class VllmEngine:
         except Exception as error:
             why = " ".join(str(error).split())
             raise InferenceError(f"engine {index} could not start from {config.model.path}: {why}") from error
+        self._check_head()
         self._core = self._llm.llm_engine
         self._version = 0
         self._asleep: list[str] = []
@@ -90,9 +91,24 @@ class VllmEngine:
             skip_tokenizer_init=True,
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=receive.BACKEND),
+            # Raw log-probs are those of temperature 1; processed ones those of what is sampled.
+            logprobs_mode="raw_logprobs" if config.log_prob_temperature == 1 else "processed_logprobs",
+            hf_overrides={} if config.model.head == "model" else {"head_dtype": config.model.head},
             # The share sizes nothing where the KV cache has a size, but it must be free at the start: a trainer may be there.
             **({"enable_sleep_mode": True, "gpu_memory_utilization": 0.01} if shared else {}),
         )
+
+    def _check_head(self) -> None:
+        """ConfigError where this vLLM, or its platform, leaves the output layer in another type than model.head asks for."""
+        wanted = self._config.model.head
+        if wanted == "model":
+            return
+        found = sorted(set(self._llm.collective_rpc("semion_head_dtype")))
+        if found != [wanted]:
+            raise ConfigError(
+                f"model.head = {wanted!r} needs engines whose output layer is in {wanted}; found {', '.join(found)} in this "
+                f"vLLM: set model.head = 'model', for the option means trainer and engines"
+            )
 
     def describe(self) -> dict[str, str]:
         """The machine, the process and the versions of what runs here."""
@@ -170,13 +186,14 @@ class VllmEngine:
             version=version,
             token_ids=token_ids,
             log_probs=tuple(entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)),
+            temperature=self._config.log_prob_temperature,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             finish_reason="stop" if output.finish_reason == "stop" else "length",
         )
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-prob of each token of each sequence given those before it, but for the first; used to check a sync.
-        InferenceError when the engine serves no version, or has requests in flight."""
+        """Log-prob, at temperature 1, of each token of each sequence given those before it, but for the first; used to check
+        a sync. InferenceError when the engine serves no version, or has requests in flight."""
         from vllm import SamplingParams
 
         if self._version == IN_DOUBT or self._open:

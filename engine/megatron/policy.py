@@ -76,6 +76,8 @@ class Policy:
         self._config.finalize_model_grads_func = _finalize
         self._config.timers = Timers()
         self._headless = config.trainer.fused_lm_head
+        self._temperature = config.log_prob_temperature
+        self._float32_head = config.model.head == "float32"
         open_buffers(config.trainer, self.shape.hidden, self.dtype)
         models = build.build_chunks(self.shape, self._config, topology, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
@@ -139,7 +141,8 @@ class Policy:
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> list[torch.Tensor]:
-        """Token log-probs [T] (float32, 0 where the target is IGNORED) of every microbatch; empty off the last stage.
+        """Token log-probs [T] (float32, 0 where the target is IGNORED) of every microbatch, at the configuration's
+        log_prob_temperature; empty off the last stage.
 
         Collective over the pipeline's ranks.
         """
@@ -312,13 +315,19 @@ class Policy:
             "vocab_start": self.topology.tp_rank * self._output_weight.size(0),
             "num_valid": self.shape.vocab_size,
             "group": self.topology.tp_group,
+            "temperature": self._temperature,
         }
         with phase(Phase.LOG_PROBS):
             if not self._headless:
                 return token_log_probs(output, microbatch.targets, with_entropy=with_entropy, **vocabulary)
             assert not with_entropy, "the configuration allows no entropy with trainer.fused_lm_head"
             log_probs = lm_head_log_probs(
-                output, self._output_weight, microbatch.targets, coefficients=coefficients, **vocabulary
+                output,
+                self._output_weight,
+                microbatch.targets,
+                coefficients=coefficients,
+                float32_logits=self._float32_head,
+                **vocabulary,
             )
             return log_probs, None
 

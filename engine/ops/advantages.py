@@ -5,6 +5,7 @@ Shape legend: B rewards, G groups.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from engine.core.errors import NumericsError
 
 Normalize = Literal["mean", "mean_std", "leave_one_out"]
+# Of the group's largest |reward|: a standard deviation up to that is rounding (csrc/advantages/scale.h: least_deviation)
+LEAST_DEVIATION = 1e-6
 
 
 def grouped_advantages(
@@ -22,10 +25,12 @@ def grouped_advantages(
     Group g holds the rewards cu_groups[g] to cu_groups[g + 1] (cu_groups [G + 1], int32). `mean`: reward minus the
     group's mean (paper, section 2.1). `mean_std`: that divided by the group's standard deviation, the root of the mean
     square (DeepSeekMath, section 4.1.2). `leave_one_out`: reward minus the mean of the others (RLOO). Where all rewards
-    of a group are equal, or it has none, its advantages are exactly 0 and no_signal is true.
+    of a group are equal, or it has none, its advantages are exactly 0 and no_signal is true; for `mean_std` so too where the
+    deviation is at most LEAST_DEVIATION times the largest |reward|: divided by, rounding would become a signal. Sums and
+    squares keep the range of rewards however large or small.
 
-    Raises NumericsError naming the index of a reward that is not finite, ValueError naming argument, rule and value for
-    a wrong shape or type.
+    Raises NumericsError naming the index of a reward that is not finite, or whose advantage is not, ValueError naming
+    argument, rule and value for a wrong shape or type.
     """
     modes = get_args(Normalize)
     if normalize not in modes:
@@ -34,5 +39,10 @@ def grouped_advantages(
     index = int(broken)
     if index >= 0:
         value = float(rewards[index])
-        raise NumericsError(f"reward {index} of the group must be finite; found {value}: mend the reward function")
+        if not math.isfinite(value):
+            raise NumericsError(f"reward {index} of the group must be finite; found {value}: mend the reward function")
+        raise NumericsError(
+            f"the advantage of reward {index} must be finite; found the reward {value} in a group from "
+            f"{float(rewards[rewards.isfinite()].min())} to {float(rewards[rewards.isfinite()].max())}: scale the rewards down"
+        )
     return advantages, no_signal

@@ -1,7 +1,8 @@
 """The output layer and its log-probs together, without all logits: a few rows at a time go through the weight, the
 kernels, and back. At no time do more than `chunk_rows` × V_local logits exist.
 
-Where the processor has no products of half precision, they are done in float32, the weight widened a block at a time.
+Where the processor has no products of half precision, or the logits are asked for in float32, the products are done in it,
+the weight widened a block at a time.
 
 Shape legend: T tokens, H hidden, V_local vocabulary columns of this rank, C rows of a chunk.
 """
@@ -30,10 +31,14 @@ def lm_head_log_probs(
     group: Group = None,
     coefficients: torch.Tensor | None = None,
     chunk_rows: int = ROWS,
+    temperature: float = 1.0,
+    float32_logits: bool = False,
 ) -> torch.Tensor:
     """Log-probs [T] (float32) of targets [T] under hidden [T, H] @ weight [V_local, H].T, with gradients to both.
 
-    `vocab_start`, `num_valid`, `group` and the errors are token_log_probs'. Every rank of the group holds the same hidden
+    `vocab_start`, `num_valid`, `group`, `temperature` and the errors are token_log_probs'. The logits and their gradient have
+    the type of hidden and weight, or with `float32_logits` are float32, as are all products; the gradients of hidden and weight
+    are rounded to these at the end. Every rank of the group holds the same hidden
     states and gets their whole gradient (one all-reduce); the weight's gradient is that of its own rows, summed in
     float32. Without `coefficients` the backward computes the logits again. With them (float32 [T]: what the loss
     multiplies each log-prob by, up to one factor) both gradients are formed in the forward pass, from the logits it has
@@ -51,7 +56,7 @@ def lm_head_log_probs(
         raise ValueError(f"targets must have shape [T] = [{hidden.size(0)}]; found {list(targets.shape)}")
     if coefficients is not None and coefficients.shape != targets.shape:
         raise ValueError(f"coefficients must have shape [T] = [{hidden.size(0)}]; found {list(coefficients.shape)}")
-    head = _Head(vocab_start, num_valid, group, chunk_rows)
+    head = _Head(vocab_start, num_valid, group, chunk_rows, temperature, float32_logits)
     log_probs: torch.Tensor = _LmHeadLogProbs.apply(hidden, weight, targets, coefficients, head)
     return log_probs
 
@@ -59,15 +64,25 @@ def lm_head_log_probs(
 class _Head:
     """One call's way through the chunks."""
 
-    def __init__(self, vocab_start: int, num_valid: int | None, group: Group, chunk_rows: int) -> None:
+    def __init__(
+        self,
+        vocab_start: int,
+        num_valid: int | None,
+        group: Group,
+        chunk_rows: int,
+        temperature: float,
+        float32_logits: bool,
+    ) -> None:
         self.vocab_start, self.num_valid, self.group, self.chunk_rows = vocab_start, num_valid, group, chunk_rows
+        self.temperature, self.float32_logits = temperature, float32_logits
 
     def run(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, coefficients: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Log-probs [T] and, given the coefficients, the gradients of sum(coefficients * log-probs) [T, H], [V_local, H]."""
         num_tokens, width = hidden.size(0), weight.size(0)
-        dtype = _products_in(hidden)
+        dtype = torch.float32 if self.float32_logits else _products_in(hidden)
+        temperature = self.temperature
         log_probs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
         room = hidden.new_empty(min(self.chunk_rows, num_tokens), width, dtype=dtype)
         grad_hidden = grad_weight = None
@@ -81,11 +96,13 @@ class _Head:
             for block, part in _blocks(weight, dtype):
                 torch.mm(x, part.t(), out=logits[:, block])
             columns = local_columns(logits, self.vocab_start, self.num_valid, self.group)
-            log_probs[rows], _, totals = joined_parts(logits, chunk_targets, self.vocab_start, columns, self.group, 1.0, False)
+            log_probs[rows], _, totals = joined_parts(
+                logits, chunk_targets, self.vocab_start, columns, self.group, temperature, False
+            )
             if coefficients is None or grad_hidden is None or grad_weight is None:
                 continue
             torch.ops.semion.log_prob_backward(
-                logits, chunk_targets, totals, coefficients[rows], None, self.vocab_start, columns[0], 1.0, logits
+                logits, chunk_targets, totals, coefficients[rows], None, self.vocab_start, columns[0], temperature, logits
             )
             back = torch.empty_like(x)
             for block, part in _blocks(weight, dtype):

@@ -6,12 +6,16 @@ Shape legend: T tokens, V_local vocabulary columns of this rank, H hidden, B seq
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_reduce
 
 from engine.core.types import IGNORED
+from engine.ops.advantages import LEAST_DEVIATION
 from engine.ops.digest import signed, splitmix64
+from engine.ops.policy_gradient import LOG_LIMIT
 
 Group = dist.ProcessGroup | None
 
@@ -58,11 +62,17 @@ def grouped_advantages(
     advantages, no_signal = [rewards.new_empty(0)], []
     for group in rewards.split(cu_groups.diff().tolist()):
         equal = bool((group == group[:1]).all())
-        centred = group - group.mean()
+        largest = group.abs().amax() if len(group) else rewards.new_zeros(())
+        _, exponent = torch.frexp(largest)
+        scaled = torch.ldexp(group, -exponent)  # exact, and within range whatever the rewards
+        centred = scaled - scaled.mean()
         if normalize == "mean_std":
-            centred = centred / centred.square().mean().sqrt()
-        elif normalize == "leave_one_out":
-            centred = centred * (len(group) / max(1, len(group) - 1))
+            deviation = centred.square().mean().sqrt()
+            equal = equal or bool(deviation <= LEAST_DEVIATION * scaled.abs().amax())
+            centred = centred / deviation
+        else:
+            factor = len(group) / max(1, len(group) - 1) if normalize == "leave_one_out" else 1
+            centred = torch.ldexp(centred * factor, exponent)
         advantages.append(torch.zeros_like(group) if equal else centred)
         no_signal.append(equal)
     return torch.cat(advantages), torch.tensor(no_signal, dtype=torch.bool)
@@ -76,24 +86,29 @@ def policy_gradient_loss(
     cu_seqlens: torch.Tensor,
     targets: torch.Tensor,
     *,
-    clip_ratio: float,
+    clip_low: float,
+    clip_high: float,
     kl_weight: float,
+    dual_clip: float = math.inf,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, sums [4])."""
+    """(loss, sums [5])."""
     counted = targets != IGNORED
     advantage = advantages.repeat_interleave(cu_seqlens.diff().long(), output_size=log_probs.numel())
     gap = torch.where(counted, log_probs - old_log_probs, 0.0)
-    ratio = gap.exp()
-    low, high = 1 - clip_ratio, 1 + clip_ratio
-    free, clipped = ratio * advantage, ratio.clamp(low, high) * advantage
-    loss = -(torch.minimum(free, clipped) * counted).sum()
-    kl = log_probs.new_zeros(())
+    ratio = gap.clamp(max=LOG_LIMIT).exp()
+    free, clipped = ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    objective = torch.minimum(free, clipped)
+    if dual_clip < math.inf:
+        objective = torch.where(advantage < 0, torch.maximum(objective, dual_clip * advantage), objective)
+    loss = -(objective * counted).sum()
+    kl, beyond = log_probs.new_zeros(()), gap > LOG_LIMIT
     if reference_log_probs is not None:
-        d = torch.where(counted, reference_log_probs - log_probs, 0.0)
+        whole = torch.where(counted, reference_log_probs - log_probs, 0.0)
+        d, beyond = whole.clamp(max=LOG_LIMIT), beyond | (whole > LOG_LIMIT)
         kl = (d.exp() - d - 1).sum()
         loss = loss + kl_weight * kl
-    held = (clipped < free) & counted
-    sums = torch.stack([kl, held.to(ratio.dtype).sum(), (ratio * counted).sum(), gap.abs().sum()])
+    held = (objective != free) & counted
+    sums = torch.stack([kl, held.sum(), (ratio * counted).sum(), gap.abs().sum(), beyond.sum()])
     return loss, sums.detach()
 
 
@@ -105,10 +120,14 @@ def lm_head_log_probs(
     vocab_start: int = 0,
     num_valid: int | None = None,
     group: Group = None,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """Log-probs [T] with all logits [T, V_local] in memory."""
     logits = hidden @ weight.t()
-    return token_log_probs(logits, targets, vocab_start=vocab_start, num_valid=num_valid, group=group)[0]
+    log_probs, _ = token_log_probs(
+        logits, targets, vocab_start=vocab_start, num_valid=num_valid, group=group, temperature=temperature
+    )
+    return log_probs
 
 
 def block_digest(block: torch.Tensor, *, row: int, col: int, seed: int) -> torch.Tensor:

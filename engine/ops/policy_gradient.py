@@ -6,12 +6,14 @@ Shape legend: T tokens of a packed row, B sequences of it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 # What the operator's sums are, in the order of csrc/policy/row.h (num_policy_sums); the first is the loss
-SUMS = ("loss", "kl", "clipped", "ratio", "gap")
+SUMS = ("loss", "kl", "clipped", "ratio", "gap", "beyond")
+LOG_LIMIT = 20.0  # the largest log-ratio that is exponentiated (csrc/policy/row.h: log_limit; verl clamps at the same)
 
 
 def policy_gradient_loss(
@@ -22,21 +24,34 @@ def policy_gradient_loss(
     cu_seqlens: torch.Tensor,
     targets: torch.Tensor,
     *,
-    clip_ratio: float,
+    clip_low: float,
+    clip_high: float,
     kl_weight: float,
+    dual_clip: float = math.inf,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, sums [4]) over the tokens whose target is not IGNORED; the loss is differentiable in log_probs.
+    """(loss, sums [5]) over the tokens whose target is not IGNORED; the loss is differentiable in log_probs.
 
-    loss = sum of -min(r A, clip(r, 1 - clip_ratio, 1 + clip_ratio) A) + kl_weight * (exp(d) - d - 1), with
+    loss = sum of -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_weight * (exp(d) - d - 1), with
     r = exp(log_probs - old_log_probs), A the advantage of the token's sequence, d = reference_log_probs - log_probs
-    (paper, equation 1; k3 estimator). Without reference log-probs there is no KL. sums (SUMS without the
-    loss): KL, number of tokens that the clip holds, sum of ratios, sum of |log_probs - old_log_probs|.
+    (paper, equation 1; k3 estimator). Where A is negative the first term is at most -dual_clip * A (Ye et al. 2020,
+    arXiv 1912.09729). Without reference log-probs there is no KL. Both exponents are held at LOG_LIMIT: up to and at it the
+    gradient is that of the formula, beyond it the term is a constant and passes none. sums (SUMS without the loss): KL,
+    tokens that a clip holds, ratios, |log_probs - old_log_probs|, tokens with an exponent beyond LOG_LIMIT.
 
     log_probs, old and reference log-probs [T] float32, advantages [B] float32, cu_seqlens [B + 1] int32, targets [T]
     int64. Deterministic. Raises ValueError naming argument, rule and value for a wrong shape or type.
     """
     loss, sums = _PolicyGradient.apply(
-        log_probs, old_log_probs, reference_log_probs, advantages, cu_seqlens, targets, clip_ratio, kl_weight
+        log_probs,
+        old_log_probs,
+        reference_log_probs,
+        advantages,
+        cu_seqlens,
+        targets,
+        clip_low,
+        clip_high,
+        dual_clip,
+        kl_weight,
     )
     return loss, sums
 
@@ -54,4 +69,4 @@ class _PolicyGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradients[0] * gradient, *[None] * 7
+        return gradients[0] * gradient, *[None] * 9

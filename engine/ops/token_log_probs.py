@@ -30,12 +30,20 @@ def token_log_probs(
     Rows of the logits may have any stride, columns are adjacent. A row whose target is IGNORED (-100) gives 0 and passes
     no gradient through its log-prob. `vocab_start` is the vocabulary index of this rank's first column; columns at or
     beyond `num_valid` over all ranks are padding and take no probability. `with_entropy` also gives the entropy [T] of
-    every row in nats, differentiable too. With `inplace_backward` the gradient overwrites the logits, so the caller must
-    not read them after the backward. Repeats bit for bit, whatever the number of threads.
+    every row in nats, differentiable too. Both are of the distribution softmax(logits / temperature). With
+    `inplace_backward` the gradient overwrites the logits and raises their version, as an in-place operation of torch does:
+    a second backward, or that of another use of the logits that comes later, is torch's error about modified variables. A
+    leaf, or a view of one, would get its gradient for its value and is refused. Repeats bit for bit, whatever the number of
+    threads.
 
-    Raises ValueError naming argument, rule and value for a wrong shape, type or device, and (on the CPU) for a target
-    that is no column of any rank.
+    Raises ValueError naming argument, rule and value for a wrong shape, type or device, for a leaf, and (on the CPU) for a
+    target that is no column of any rank.
     """
+    if inplace_backward and torch.is_grad_enabled() and _writes_a_leaf(logits):
+        raise ValueError(
+            "logits must be no leaf that requires a gradient, nor a view of one, with inplace_backward = True, which "
+            "overwrites them; found one: pass inplace_backward=False, or what a layer computed"
+        )
     columns = local_columns(logits, vocab_start, num_valid, group)
     log_probs, entropy = _TokenLogProbs.apply(
         logits, targets, vocab_start, columns, group, temperature, with_entropy, inplace_backward
@@ -50,6 +58,12 @@ def local_columns(logits: torch.Tensor, vocab_start: int, num_valid: int | None,
     lowest, end = (vocab_start, vocab_start + width) if num_ranks == 1 else (0, num_ranks * width)
     end = end if num_valid is None else min(end, num_valid)
     return max(0, min(width, end - vocab_start)), lowest, end
+
+
+def _writes_a_leaf(logits: torch.Tensor) -> bool:
+    """Whether an in-place operation on the logits would change a leaf that requires a gradient."""
+    owners = (logits, *(() if logits._base is None else (logits._base,)))
+    return any(owner.requires_grad and owner.is_leaf for owner in owners)
 
 
 def group_size(group: Group) -> int:
@@ -107,4 +121,6 @@ class _TokenLogProbs(torch.autograd.Function):
         entropy_part = grad_entropy.contiguous() if ctx.with_entropy else None
         grad_log_prob = grad_log_prob.contiguous()
         torch.ops.semion.log_prob_backward(logits, targets, totals, grad_log_prob, entropy_part, *ctx.options, out)
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
         return out, *[None] * 7

@@ -35,6 +35,7 @@ class LedgerRow(BaseModel):
     log_probs: list[float]
     reward_parts: dict[str, float] = {}  # the named ones that the reward was made of
     correct: bool | None = None  # where several rewards made it: what the first, verifiable one says
+    temperature: float = Field(1.0, gt=0)  # of the log-probs
     prompt_tokens: str | None = None  # `token_digest` of the prompt; ledgers of before it was written have none
 
     def rollout(self) -> Rollout:
@@ -48,6 +49,7 @@ class LedgerRow(BaseModel):
             log_probs=tuple(self.log_probs),
             text=self.text,
             finish_reason=self.finish_reason,
+            temperature=self.temperature,
         )
         return Rollout(completion, Score(self.reward, self.status, tuple(self.reward_parts.items()), self.correct))
 
@@ -176,10 +178,16 @@ def ledger_rows(group: RolloutGroup) -> list[dict[str, object]]:
             "text": rollout.completion.text,
             "token_ids": list(rollout.completion.token_ids),
             "log_probs": list(rollout.completion.log_probs),
+            **_temperature(rollout.completion),
             **_parts(rollout.score),
         }
         for rollout in group.rollouts
     ]
+
+
+def _temperature(completion: Completion) -> dict[str, object]:
+    """That of the log-probs, where it is not 1."""
+    return {} if completion.temperature == 1 else {"temperature": completion.temperature}
 
 
 def _parts(score: Score) -> dict[str, object]:

@@ -110,8 +110,8 @@ METRICS = (
 
 def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None, end_ids: Collection[int] = ()) -> dict[str, float]:
     """What a person watches of all rollouts sampled for a step; without `usage` nothing of how they were. `end_ids`: the tokens
-    that end a response. The entropy is the
-    mean of minus the log-prob of every sampled token, an unbiased estimate of the next-token entropy at temperature 1.
+    that end a response. The entropy is the mean of minus the log-prob of every sampled token, an unbiased estimate of the
+    next-token entropy where the log-probs are of what was sampled.
 
     Only of verifiable prompts, where the step has any: accuracy and the lengths of right and wrong answers. Only where there
     are several rewards: the mean of each (`reward_mean_NAME`). Only of rewards with named parts: the mean of each part

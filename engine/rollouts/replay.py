@@ -67,9 +67,21 @@ class LedgerSource:
                 f"{self._ledger.path}, step {step}: `token_ids` must be of the model's {self._vocab_size} tokens; found "
                 f"{highest}: replay rollouts of a model with the same tokenizer"
             )
+        self._check_temperature(step, {r.completion.temperature for group in groups for r in group.rollouts})
         metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, None, self._end_ids)
         warn_of_endings(metrics, self._config.sampling.max_tokens)
         return step_data(groups, self._shares, metrics | {STALENESS.name: float(step - version)}, self._config)
+
+    def _check_temperature(self, step: int, found: set[float]) -> None:
+        """DataError for log-probs of another distribution than those that the loss compares them with."""
+        config = self._config
+        wanted = config.log_prob_temperature
+        if config.algorithm.uses_ratios and found != {wanted}:
+            raise DataError(
+                f"{self._ledger.path}, step {step}: log-probs must be of temperature {wanted}, which algorithm.loss = "
+                f"{config.algorithm.loss!r} compares them at; found {', '.join(map(str, sorted(found)))}: set "
+                f"sampling.temperature as it was when the ledger was written by a loss that uses ratios"
+            )
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -33,7 +33,7 @@ SEMI_ONLINE = [
 ]
 ONLINE = [
     *("trainer.data_parallel=2", "trainer.distributed_optimizer=true"),
-    *("algorithm.loss=grpo", "inference.engines=2", "run.steps=3"),
+    *("algorithm.loss=grpo", "inference.engines=2", "run.steps=3", "sampling.temperature=0.7"),
 ]
 FINAL = "checkpoints/step_00000004/policy/model.safetensors"
 
@@ -276,6 +276,9 @@ def test_online_grpo_over_data_parallel_ranks_is_never_stale(online: RunConfig) 
     metrics = rows(online, "metrics.jsonl")
     assert all(row["staleness"] == 0 and row["log_prob_gap_mean"] < 1e-5 for row in metrics)
     assert all(abs(row["ratio_mean"] - 1) < 1e-4 for row in metrics), "strictly on policy the ratio is 1"
+    assert all(abs(row["ratio_max"] - 1) < 1e-4 and abs(row["rollout_kl_mean"]) < 1e-8 for row in metrics)
+    ledger = rows(online, "rollouts.jsonl")
+    assert {row["temperature"] for row in ledger} == {0.7}, "log-probs are of what was sampled, and so are the trainer's"
 
 
 def test_the_guard_stops_a_run_at_a_state_that_can_go_on(run_config: Make, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_small_operators_equal_the_cpus():
     for device in ("cpu", "cuda"):
         leaf = log_probs.to(device).requires_grad_()
         others = [x.to(device) for x in (old, reference, advantages, cu, targets)]
-        loss, sums = policy_gradient_loss(leaf, *others, clip_ratio=0.2, kl_weight=0.1)
+        loss, sums = policy_gradient_loss(leaf, *others, clip_low=0.2, clip_high=0.2, kl_weight=0.1)
         (loss + sequence_log_probs(leaf, others[3]).square().sum() * 1e-6).backward()
         rewards = torch.arange(16.0, device=device).square()
         groups = torch.tensor([0, 8, 8, 16], dtype=torch.int32, device=device)

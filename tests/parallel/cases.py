@@ -27,7 +27,7 @@ from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
 from engine.models.hf import read_shape
 from engine.models.sharding import export_plan
-from engine.ops import lm_head_log_probs, token_log_probs
+from engine.ops import lm_head_log_probs, plain, token_log_probs
 from engine.run.spec import assemble
 from tests.builders import algorithm_options
 from tests.parallel.fp8_case import change_weights, fp8_parameters
@@ -55,6 +55,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "fp8_parameters": fp8_parameters,
         "change_weights": change_weights,
         "log_probs": log_probs,
+        "distribution": distribution,
         "memory": memory,
     }
     config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
@@ -307,6 +308,31 @@ def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bo
     return found
 
 
+def distribution(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+    """Log-probs of policy and reference of a step by microbatch on the last stage; where the head is fused, their distance
+    from float64 products of the same hidden states."""
+    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
+    batch = policy.score(batch_of(0, policy.shape.vocab_size, config.trainer, topology.dp_rank))
+    own = policy.log_probs(batch)
+    found: dict[str, Any] = {
+        "own": [row.tolist() for row in own],
+        "reference": [m.reference_log_probs.tolist() for m in batch.microbatches if m.reference_log_probs is not None],
+    }
+    if config.trainer.fused_lm_head:
+        weight, temperature = policy._output_weight, config.log_prob_temperature
+        assert weight is not None
+
+        def exact(hidden: torch.Tensor, row: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+            valid = weight.detach().double()[: policy.shape.vocab_size]
+            log_probs = plain.lm_head_log_probs(hidden.detach().double(), valid, row.targets, temperature=temperature)
+            return log_probs.sum(), log_probs
+
+        with torch.no_grad():
+            wanted = policy.run(batch, exact, forward_only=True)
+        found["distance"] = max(float((a - b).abs().max()) for a, b in zip(own, wanted, strict=True))
+    return found
+
+
 def infinite(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
     """One GRPO step where a single advantage of a single rank is infinite."""
     policy = Policy(config, topology, loss_of("grpo"), checkpoint)
@@ -336,7 +362,7 @@ def log_probs(config: RunConfig, topology: Topology, num_valid: int) -> dict[str
     part = slice(here * width, (here + 1) * width)
 
     def token(columns: slice, **options: Any) -> list[torch.Tensor]:
-        logits = (hidden @ weight.t())[:, columns].requires_grad_()
+        logits = (hidden.clone().requires_grad_() @ weight.t())[:, columns]
         values, entropy = token_log_probs(logits, targets, num_valid=num_valid, with_entropy=True, **options)
         assert entropy is not None
         return [values, entropy, *torch.autograd.grad((weights[0] * values + weights[1] * entropy).sum(), logits)]

@@ -156,6 +156,49 @@ def test_logits_equal_transformers(name: str, train: Train, checkpoint: Checkpoi
             assert (found.tensors[f"logits.{index}"][start:end] - wanted).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "trainer", "temperature"),
+    [
+        ({"loss": "grpo"}, {}, 0.7),
+        ({"loss": "grpo"}, {"fused_lm_head": True}, 0.7),
+        ({"loss": "grpo"}, {"tensor_parallel": 2, "sequence_parallel": True}, 0.7),
+        ({"loss": "group_dpo", "alpha": 0.1}, {}, 0.7),
+        ({"loss": "dpo"}, {}, 1.0),
+        ({"loss": "group_dpo"}, {"fused_lm_head": True}, 1.0),
+    ],
+    ids=["grpo", "grpo_fused_head", "grpo_tp2", "group_dpo_with_grpo", "dpo", "group_dpo_fused_head"],
+)
+def test_log_probs_are_of_what_was_sampled_for_ratios_and_of_the_model_for_preferences(
+    algorithm: dict[str, Any], trainer: dict[str, Any], temperature: float, pool: WorkerPool, checkpoint: Checkpoint
+) -> None:
+    """sampling.temperature = 0.7: policy and reference against transformers' logits over `temperature` in float64."""
+    options = {"algorithm": algorithm, "sampling": {"temperature": 0.7}}
+    size = trainer.get("tensor_parallel", 1)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("odd")).eval()
+    batch = material.batch_of(0, model.config.vocab_size, material.run_config(trainer, {}).trainer, 0)
+    for found in pool.run("distribution", size, trainer=trainer, options=options, checkpoint=str(checkpoint("odd"))):
+        assert len(found["own"]) == len(found["reference"]) == len(batch.microbatches)
+        for row, own, reference in zip(batch.microbatches, found["own"], found["reference"], strict=True):
+            for start, end in pairwise(row.cu_seqlens.tolist()):
+                with torch.no_grad():
+                    logits = model(row.token_ids[None, start:end]).logits[0].double() / temperature
+                targets = row.targets[start:end]
+                wanted = -F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+                for mine in (own, reference):
+                    assert (torch.tensor(mine[start:end]) - wanted).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("head", ["model", "float32"])
+def test_a_head_in_float32_has_float32s_error(head: str, pool: WorkerPool, checkpoint: Checkpoint) -> None:
+    """Of bf16 hidden states and weights: log-probs within 1e-5 of float64 products of the same. Where the processor has no
+    products of bf16 the fused head multiplies in float32 anyway."""
+    options = {"model": {"dtype": "bfloat16", "head": head}, "algorithm": {"loss": "grpo"}}
+    arguments: dict[str, Any] = {"trainer": {"fused_lm_head": True}, "options": options}
+    (found,) = pool.run("distribution", 1, checkpoint=str(checkpoint("plain")), **arguments)
+    widened = head == "float32" or not torch.cpu._is_avx512_bf16_supported()
+    assert (found["distance"] <= 1e-5) == widened
+
+
 @pytest.mark.parametrize("clip_norm", [material.UNCLIPPED, CLIP_NORM], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("variant", ["odd", "tied"])
 def test_one_rank_equals_transformers(variant: str, clip_norm: float, train: Train, checkpoint: Checkpoint) -> None:

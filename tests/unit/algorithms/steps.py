@@ -106,10 +106,15 @@ class Step:
             found += [(c, r, 1 / (len(chosen) * len(rejected))) for c in chosen for r in rejected]
         return found
 
-    def gap(self) -> float:
-        """Sum of |policy - rollout log-prob|."""
-        return sum(
-            abs(p - q)
+    def mismatch(self) -> dict[str, float]:
+        """Of policy against rollout log-probs: sum of |log r|, sum of r - log r - 1, largest r."""
+        logs = [
+            p - q
             for sequence, policy in zip(self.sequences, self.policy, strict=True)
             for p, q in zip(policy, sequence.rollout_log_probs, strict=True)
-        )
+        ]
+        return {
+            "log_prob_gap_mean": sum(map(abs, logs)),
+            "rollout_kl_mean": sum(math.exp(x) - x - 1 for x in logs),
+            "ratio_max": max(map(math.exp, logs), default=0.0),
+        }

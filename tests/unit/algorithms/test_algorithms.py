@@ -60,7 +60,7 @@ def test_dpo_is_the_papers(layout, reduction, divisor, nll_weight):
         sums["preferred_share"] += margin > 0
         sums["chosen_log_prob_mean"] += sum(step.policy[chosen])
         sums["rejected_log_prob_mean"] += sum(step.policy[rejected])
-    check(step.run(loss_of(**algorithm), **layout), loss / divisor, sums | {"log_prob_gap_mean": step.gap()}, gradients)
+    check(step.run(loss_of(**algorithm), **layout), loss / divisor, sums | step.mismatch(), gradients)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,7 +76,7 @@ def test_grpo_is_the_papers(layout, reduction, divisor, kl_weight):
     divisor = divisor or step.num_tokens
     loss, gradients = 0.0, []
     with_signal = float(sum(s.advantage != 0 for s in step.sequences))
-    sums = {"with_signal": with_signal, "kl_mean": 0.0, "clipped_share": 0.0, "ratio_mean": 0.0}
+    sums = {"with_signal": with_signal, "kl_mean": 0.0, "clipped_share": 0.0, "ratio_mean": 0.0, "clamped_tokens": 0.0}
     bound = 0
     for sequence, policy, reference in zip(step.sequences, step.policy, step.reference, strict=True):
         a, slopes = sequence.advantage, []
@@ -93,7 +93,7 @@ def test_grpo_is_the_papers(layout, reduction, divisor, kl_weight):
             sums["ratio_mean"] += r
         gradients.append(slopes)
     assert bound > 2, "the clip must bind somewhere for the test to mean anything"
-    check(step.run(loss_of(**algorithm), **layout), loss / divisor, sums | {"log_prob_gap_mean": step.gap()}, gradients)
+    check(step.run(loss_of(**algorithm), **layout), loss / divisor, sums | step.mismatch(), gradients)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -73,7 +73,7 @@ def test_a_loss_from_outside_the_tree_is_its_formula(layout, reduction, name):
     assert metrics == pytest.approx(
         {
             "groups": 4,
-            "log_prob_gap_mean": step.gap(),
+            **step.mismatch(),
             "residual_mean": sum(float(values.mean().detach()) for values in squares),
             "residual_max": max(float(values.max().detach()) for values in squares),
         },

@@ -21,11 +21,13 @@ from engine.config.options import LOSSES
 from engine.config.rewards import broken_reward_rules, broken_source_rules
 from engine.config.rules import (
     broken_data_rules,
+    broken_head_rules,
     broken_library_rules,
     broken_placement_rules,
     broken_profile_rules,
     broken_rollout_rules,
     broken_rules,
+    broken_sampling_rules,
 )
 from engine.core.errors import ConfigError
 from tests.builders import config
@@ -279,6 +281,20 @@ COMBINATIONS = [
         ["algorithm.loss=grpo", "algorithm.kl_weight=0.0", "sync.reference=follow"],
         *("sync.reference", "algorithm.kl_weight = 0", "found 'follow'", "set sync.reference = 'never'"),
     ),
+    (["sampling.temperature=0"], "sampling.temperature", "algorithm.samples_per_prompt = 8", "found 0", "set it to 1"),
+    (["sampling.temperature=0.001"], "sampling.temperature", "at least 0.01", "found 0.001", "raise it"),
+    (
+        ["algorithm.loss=grpo", "sampling.top_p=0.9"],
+        *("sampling.top_p must be 1", "algorithm.loss = 'grpo'", "found 0.9", "set it to 1"),
+    ),
+    (
+        ["model.head=float32", "model.dtype=bfloat16"],
+        *("model.head = 'float32'", "trainer.fused_lm_head", "found false", "set trainer.fused_lm_head = true"),
+    ),
+    (
+        [*("model.head=float32", "model.dtype=bfloat16"), "trainer.fused_lm_head=true", "inference.packed_weights=true"],
+        *("model.head = 'float32'", "inference.packed_weights = false", "found true", "set it to false"),
+    ),
     (["profile.tool=torch", "profile.first_step=18"], "profile.first_step", "run.steps", "18 + 3 > 20", "raise run.steps"),
     (["profile.tool=nsys", "profile.ranks=[0, 1]"], "profile.ranks", "trainer.tensor_parallel", "[0, 1]", "leave out"),
     (["profile.tool=nsys", "cluster.nodes=2"], "profile.tool = 'nsys'", "cluster.nodes = 1", "found 2", "set it to 'torch'"),
@@ -298,7 +314,8 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
     losses = [Algorithm.broken_rules, *(LOSSES.load(name).broken_rules for name in LOSSES.names)]
-    tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, *losses)
+    tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, broken_head_rules, *losses)
+    tables += (broken_sampling_rules,)
     rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules, broken_reward_rules)))
     rules += inspect.getsource(broken_source_rules)
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
@@ -362,6 +379,34 @@ def test_a_wrong_file_is_one_sentence(path, text, parts):
         assert part in sentence
 
 
+@pytest.mark.parametrize(
+    ("overrides", "temperature"),
+    [
+        ([], 1.0),
+        (["sampling.temperature=0.7"], 1.0),
+        (["algorithm.loss=group_dpo", "sampling.temperature=0.7", "sampling.top_p=0.9"], 1.0),
+        (["algorithm.loss=group_dpo", "algorithm.alpha=0.1", "sampling.temperature=0.7"], 0.7),
+        (["algorithm.loss=grpo", "sampling.temperature=0.7"], 0.7),
+        (["algorithm.loss=grpo"], 1.0),
+        ([f"algorithm.loss={OWN_LOSS}:Regression", "sampling.temperature=1.3"], 1.3),
+        (["algorithm.loss=grpo", "sampling.temperature=0.7", "sft.checkpoint_out=a"], 1.0),
+    ],
+)
+def test_log_probs_are_of_the_sampled_distribution_where_ratios_are_used(path, overrides, temperature):
+    assert load_config(path, overrides).log_prob_temperature == temperature
+
+
+@pytest.mark.parametrize("loss", ["grpo", "group_dpo", f"{OWN_LOSS}:Regression"])
+def test_a_loss_with_ratios_asks_for_a_distribution_that_has_them(path, loss):
+    """Also where rollouts are replayed; a preference loss does not ask."""
+    replayed = ["data.replay=ledger.jsonl", "sync.sync_interval=never", f"algorithm.loss={loss}"]
+    alpha = ["algorithm.alpha=0.1"] if loss == "group_dpo" else []
+    assert "sampling.temperature must be at least 0.01" in complaint(path, *replayed, *alpha, "sampling.temperature=0")
+    assert "sampling.top_p must be 1" in complaint(path, *replayed, *alpha, "sampling.top_p=0.5")
+    if alpha:
+        load_config(path, [*replayed, "sampling.temperature=0", "sampling.top_p=0.5"])
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path / "absent.toml", tmp_path):
         assert str(path) in complaint(path)
@@ -396,6 +441,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             ("algorithm.normalize_advantages must name a file that exists", "absent.py"),
         ),
         (["algorithm.loss=3"], ("algorithm.loss: ", "string", "found 3")),
+        (["algorithm.loss=grpo", "algorithm.dual_clip=1.0"], ("algorithm.dual_clip: ", "greater than 1", "found 1.0")),
     ],
 )
 def test_a_part_of_the_users_own_is_refused_by_its_name(path, overrides, parts):

@@ -127,9 +127,11 @@ void check_policy(const Kernels& kernels, int32_t first, int32_t second) {
   for (size_t i = 0; i < size; ++i) {
     now[i] = normal(draw), old[i] = normal(draw), reference[i] = normal(draw);
     targets[i] = draw() % 4 ? 5 : ignored;
+    if (draw() % 8 == 0) (draw() % 2 ? old : now)[i] -= 99;  // a log-ratio, or KL, that is no float
   }
-  const PolicyGradientRow in{now.data(),    old.data(),     reference.data(), advantages.data(), bounds.data(),
-                             targets.data(), first + second, 3,                0.2f,              0.1f};
+  const PolicyGradientRow in{now.data(),     old.data(),     reference.data(), advantages.data(), bounds.data(),
+                             targets.data(), first + second, 3,                0.2f,              0.3f,
+                             1.5f,           0.1f};
   std::vector<double> sums(3 * num_policy_sums);
   kernels.policy(in, sums.data(), gradient.data(), 0, 3);
   for (size_t sequence = 0; sequence < 3; ++sequence) {
@@ -137,15 +139,18 @@ void check_policy(const Kernels& kernels, int32_t first, int32_t second) {
     for (int32_t j = bounds[sequence]; j < bounds[sequence + 1]; ++j) {
       const size_t i = static_cast<size_t>(j);
       const bool counted = targets[i] != ignored;
-      const double gap = static_cast<double>(now[i]) - old[i], ratio = std::exp(gap), a = advantages[sequence];
-      const double d = static_cast<double>(reference[i]) - now[i], kl = std::exp(d) - d - 1;
-      const double low = 1 - static_cast<double>(0.2f), high = 1 + static_cast<double>(0.2f);
-      const double terms[] = {-std::min(ratio * a, std::clamp(ratio, low, high) * a) + 0.1 * kl, kl,
-                              static_cast<double>(a > 0 ? ratio > high : a < 0 && ratio < low), ratio, std::fabs(gap)};
+      const double gap = static_cast<double>(now[i]) - old[i], whole = static_cast<double>(reference[i]) - now[i];
+      const double limit = log_limit, ratio = std::exp(std::min(gap, limit)), a = advantages[sequence];
+      const double d = std::min(whole, limit), kl = std::exp(d) - d - 1;
+      const double low = 1 - static_cast<double>(0.2f), high = 1 + static_cast<double>(0.3f), dual = 1.5;
+      const double free = std::min(ratio * a, std::clamp(ratio, low, high) * a);
+      const bool open = a >= 0 ? ratio <= high : ratio >= low && ratio <= dual;
+      const double terms[] = {-(a < 0 ? std::max(free, dual * a) : free) + 0.1 * kl, kl,
+                              static_cast<double>(!open), ratio, std::fabs(gap),
+                              static_cast<double>(gap > limit || whole > limit)};
       for (int k = 0; k < num_policy_sums; ++k) want[k] += counted ? terms[k] : 0;
-      const bool open = a >= 0 ? ratio <= high : ratio >= low;
-      const double slope = (open ? -ratio * a : 0) + 0.1 * (1 - std::exp(d));
-      expect("policy gradient", kernels.isa, first, gradient[i], counted ? slope : 0, 1e-6);
+      const double slope = (open && gap <= limit ? -ratio * a : 0) + (whole <= limit ? 0.1 * (1 - std::exp(d)) : 0);
+      expect("policy gradient", kernels.isa, first, gradient[i], counted ? slope : 0, 1e-6 * (1 + std::fabs(slope)));
     }
     for (int k = 0; k < num_policy_sums; ++k)
       expect("policy sum", kernels.isa, first, sums[sequence * num_policy_sums + static_cast<size_t>(k)], want[k],
@@ -197,7 +202,15 @@ void check_small_ones() {
   expect("broken", "", 0, advantages_of(Normalize::leave_one_out), -1, 0);
   const double leave_one_out[] = {0, 0, 0, -2, 2};
   for (int64_t i = 0; i < 5; ++i) expect("advantage", "", i, advantages[static_cast<size_t>(i)], leave_one_out[i], 0);
-  rewards[4] = NAN;
+  rewards = {0.3, 0.1 + 0.2, 0.3, 1e-200, 3e-200};
+  expect("near", "", 0, advantages_of(Normalize::mean_std), -1, 0);
+  const double near[] = {0, 0, 0, -1, 1};
+  for (int64_t i = 0; i < 5; ++i) expect("near", "", i, advantages[static_cast<size_t>(i)], near[i], 1e-15);
+  rewards = {1e308, -1e308, -1.7e308, 1, 3};
+  expect("beyond", "", 0, advantages_of(Normalize::mean_std), -1, 0);
+  rewards[0] = 1.7e308;
+  expect("beyond", "", 1, advantages_of(Normalize::mean), 0, 0);
+  rewards[4] = NAN, rewards[0] = 1;
   expect("broken", "", 1, advantages_of(Normalize::mean), 4, 0);
 }
 }  // namespace

@@ -41,8 +41,8 @@ class LogProbGradient(ctypes.Structure):
 class PolicyGradientRow(ctypes.Structure):
     _fields_ = [
         ("log_probs", pointer), ("old_log_probs", pointer), ("reference_log_probs", pointer), ("advantages", pointer),
-        ("cu_seqlens", pointer), ("targets", pointer), ("num_tokens", i32), ("num_sequences", i32), ("clip_ratio", f32),
-        ("kl_weight", f32),
+        ("cu_seqlens", pointer), ("targets", pointer), ("num_tokens", i32), ("num_sequences", i32), ("clip_low", f32),
+        ("clip_high", f32), ("dual_clip", f32), ("kl_weight", f32),
     ]  # fmt: skip
 
 

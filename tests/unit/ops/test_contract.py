@@ -48,9 +48,9 @@ def test_precision_at_a_real_vocabulary(dtype):
 def test_any_row_stride_and_width_equals_the_plain_twin(num_tokens, width, gap, dtype, scale, seed):
     """Widths around no power of two, rows with a gap between them, one dominating token at scale 1e4."""
     generator = torch.Generator().manual_seed(seed)
-    room = (scale * torch.randn(num_tokens, width + gap, generator=generator)).clamp(-6e4, 6e4).to(dtype)
-    before = room.clone()
-    logits = room[:, :width].requires_grad_()
+    before = (scale * torch.randn(num_tokens, width + gap, generator=generator)).clamp(-6e4, 6e4).to(dtype)
+    room = before.clone().requires_grad_() * 1
+    logits = room[:, :width]
     targets = torch.randint(0, width, (num_tokens,), generator=generator)
     weights = torch.randn(2, num_tokens, generator=generator)
     log_probs, entropy = with_entropy(logits, targets)
@@ -88,7 +88,7 @@ def test_a_broken_logit_breaks_its_row_and_no_other(value):
 def test_no_tokens_and_no_targets():
     empty, _ = token_log_probs(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
     assert empty.shape == (0,)
-    logits = torch.randn(2, 5, requires_grad=True)
+    logits = torch.randn(2, 5, requires_grad=True) * 1
     log_probs, _ = token_log_probs(logits, torch.full((2,), IGNORED))
     assert log_probs.tolist() == [0.0, 0.0]
     (gradient,) = torch.autograd.grad(log_probs.sum(), logits)
@@ -100,7 +100,7 @@ def test_the_same_bits_at_every_repetition_and_number_of_threads():
     logits, targets = torch.randn(40, 4001), torch.randint(0, 4001, (40,))
 
     def run():
-        x = logits.clone().requires_grad_()
+        x = logits.clone().requires_grad_() * 1
         log_probs, entropy = with_entropy(x, targets)
         return log_probs, entropy, *torch.autograd.grad((log_probs + entropy).sum(), x)
 
@@ -111,6 +111,49 @@ def test_the_same_bits_at_every_repetition_and_number_of_threads():
             assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("width", [7, 4001])
+def test_the_backward_that_overwrites_the_logits_says_so(width):
+    """A retained graph and whatever else saved the logits are errors afterwards, and never a silently wrong gradient; what
+    differentiated before it, or does not write, is right."""
+    leaf, targets = torch.randn(5, width, requires_grad=True), torch.zeros(5).long()
+
+    def used(inplace=True, view=False):
+        logits = leaf * 1
+        log_probs, _ = token_log_probs(logits[:, :] if view else logits, targets, inplace_backward=inplace)
+        return logits, log_probs.sum()
+
+    (wanted,) = torch.autograd.grad(used(inplace=False)[1], leaf)
+    for view in (False, True):
+        _, loss = used(view=view)
+        assert torch.equal(torch.autograd.grad(loss, leaf, retain_graph=True)[0], wanted)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, leaf)
+        logits, loss = used(view=view)
+        other = logits.logsumexp(-1).sum()
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            other.backward()
+    logits = leaf * 1
+    before = logits.logsumexp(-1).square().sum()  # its backward runs after the operator's
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (before + token_log_probs(logits, targets)[0].sum()).backward()
+    logits, loss = used()
+    (both,) = torch.autograd.grad(loss + logits.logsumexp(-1).sum(), leaf)  # made later, differentiated first
+    torch.testing.assert_close(both, wanted + leaf.detach().softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+def test_leaves_are_not_overwritten():
+    leaf, targets = torch.randn(5, 8, requires_grad=True), torch.zeros(5).long()
+    for logits in (leaf, leaf[:, 2:]):
+        with pytest.raises(ValueError, match=r"must be no leaf that requires a gradient.*pass inplace_backward=False"):
+            token_log_probs(logits, targets)
+        before = leaf.detach().clone()
+        torch.autograd.grad(token_log_probs(logits, targets, inplace_backward=False)[0].sum(), leaf)
+        assert torch.equal(leaf, before)
+    with torch.no_grad():
+        token_log_probs(leaf, targets)
 
 
 @pytest.mark.parametrize("claim", ["token_log_probs", "lm_head_single_pass", "lm_head_recomputed"])

@@ -74,19 +74,35 @@ def test_grouped_advantages(kernels, dtype):
         assert (advantages[:4] == 0).all()
         assert torch.equal(no_signal, want[1])
         assert broken.item() == -1
+    spread = rewards.clone()
+    spread[4:9] = torch.tensor([0.3, 0.3, 0.3, 0.3, 0.1 + 0.2], dtype=dtype) if dtype == torch.float64 else 0.3
+    scale = 1e-200 if dtype == torch.float64 else 1e-30
+    spread[9:] *= scale
+    advantages, no_signal, broken = run(spread, 1)
+    want = plain.grouped_advantages(spread.double(), cu_groups, normalize="mean_std")
+    torch.testing.assert_close(advantages.double(), want[0], atol=1e-13, rtol=2 * EPS)
+    assert no_signal.tolist() == want[1].tolist() == [True, True, True, True, False]
+    assert broken.item() == -1
+    end = torch.finfo(dtype).max
+    spread[4:9] = torch.tensor([0.9 * end, *[-0.9 * end] * 4], dtype=dtype)
+    assert run(spread, 0)[2].item() == 4
     spoiled = rewards.clone()
     spoiled[[70, 33, 8]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
     assert run(spoiled, 0)[2].item() == 8
 
 
+@pytest.mark.parametrize("dual_clip", [math.inf, 1.5])
 @pytest.mark.parametrize("with_reference", [False, True])
-def test_policy_gradient(kernels, with_reference):
-    """Every side of the clip, both signs of the advantage, ignored tokens, an empty sequence; gradient against autograd."""
+def test_policy_gradient(kernels, with_reference, dual_clip):
+    """Every side of the clips, both signs of the advantage, log-ratios that no float's exponential holds, ignored tokens, an
+    empty sequence; gradient against autograd."""
     generator = torch.Generator().manual_seed(0)
     cu_seqlens = torch.tensor([0, 600, 600, 601, 1000], dtype=torch.int32)
     log_probs, old, reference = -torch.rand(3, 1000, generator=generator)
     advantages = torch.tensor([1.5, 9.0, 0.0, -0.5])
     targets = torch.where(torch.rand(1000, generator=generator) < 0.2, IGNORED, 7)
+    old[5::50] -= 99
+    log_probs[9::50] -= 99
     old[targets == IGNORED] = math.nan  # what an ignored token holds is nobody's business
     chosen = reference if with_reference else None
     row = simt.PolicyGradientRow(
@@ -99,11 +115,13 @@ def test_policy_gradient(kernels, with_reference):
         1000,
         4,
         0.2,
+        0.3,
+        dual_clip,
         0.05,
     )
 
     def work():
-        workspace, sums, gradient = torch.full((20,), torch.nan).double(), torch.empty(5), torch.full((1000,), torch.nan)
+        workspace, sums, gradient = torch.full((24,), torch.nan).double(), torch.empty(6), torch.full((1000,), torch.nan)
         assert (
             kernels.semion_policy_gradient(ctypes.byref(row), simt.at(workspace), simt.at(sums), simt.at(gradient), None) == 0
         )
@@ -113,10 +131,11 @@ def test_policy_gradient(kernels, with_reference):
     leaf = log_probs.double().requires_grad_()
     reference64 = None if chosen is None else chosen.double()
     row64 = leaf, old.nan_to_num().double(), reference64, advantages.double(), cu_seqlens, targets
-    loss, want = plain.policy_gradient_loss(*row64, clip_ratio=0.2, kl_weight=0.05)
+    loss, want = plain.policy_gradient_loss(*row64, clip_low=0.2, clip_high=0.3, dual_clip=dual_clip, kl_weight=0.05)
     loss.backward()
     torch.testing.assert_close(sums.double(), torch.cat([loss.detach().view(1), want]), atol=1e-5, rtol=1e-6)
-    torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-6, rtol=2e-6)
+    assert sums[5] > 5
 
 
 def test_the_machine_finds_mistakes(kernels):

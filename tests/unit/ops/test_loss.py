@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED
 from engine.ops import grouped_advantages, lm_head_log_probs, plain, policy_gradient_loss, sequence_log_probs
-from engine.ops.policy_gradient import SUMS
+from engine.ops.policy_gradient import LOG_LIMIT, SUMS
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=6)
 
@@ -42,20 +42,23 @@ REWARDS = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(-1e6, 1e6))
 
 @given(st.lists(st.lists(REWARDS, max_size=8), max_size=5), st.sampled_from(["mean", "mean_std", "leave_one_out"]))
 def test_advantages_of_groups_equal_the_plain_twin(groups, normalize):
-    """Empty groups and groups of one included. A spread below rounding is nobody's signal: left out of mean_std."""
+    """Empty groups and groups of one included."""
     rewards = torch.tensor([reward for group in groups for reward in group], dtype=torch.float64)
     bounds = bounds_of([len(group) for group in groups])
     advantages, no_signal = grouped_advantages(rewards, bounds, normalize=normalize)
     want, silent = plain.grouped_advantages(rewards, bounds, normalize=normalize)
-    assert no_signal.tolist() == silent.tolist() == [len(set(group)) < 2 for group in groups]
-    for group, mine, theirs in zip(groups, *(a.split(bounds.diff().tolist()) for a in (advantages, want)), strict=True):
-        if len(set(group)) < 2:
+    assert no_signal.tolist() == silent.tolist()
+    parts = (a.split(bounds.diff().tolist()) for a in (advantages, want))
+    for group, none, mine, theirs in zip(groups, no_signal.tolist(), *parts, strict=True):
+        largest, spread = max(map(abs, group), default=0.0), max(group, default=0.0) - min(group, default=0.0)
+        small = normalize == "mean_std" and spread <= 1e-6 * largest  # not above the least deviation, which is no larger
+        assert none or not (len(set(group)) < 2 or small)
+        if none:
             assert mine.tolist() == [0.0] * len(group)
+            assert len(set(group)) < 2 or (normalize == "mean_std" and spread <= 1e-5 * largest)
             continue
-        spread = max(group) - min(group)
-        if normalize != "mean_std" or spread > 1e-6 * max(map(abs, group)):
-            bound = 1e-8 if normalize == "mean_std" else 1e-14 * max(map(abs, group)) + 1e-300
-            torch.testing.assert_close(mine, theirs, atol=bound, rtol=1e-12)
+        bound = 1e-8 if normalize == "mean_std" else 1e-14 * largest + 1e-300
+        torch.testing.assert_close(mine, theirs, atol=bound, rtol=1e-12)
 
 
 def test_advantages_by_hand():
@@ -66,6 +69,38 @@ def test_advantages_by_hand():
     root = math.sqrt(2) / 3
     found, _ = grouped_advantages(rewards, bounds, normalize="mean_std")
     assert found.tolist() == pytest.approx([2 / 3 / root, -1 / 3 / root, -1 / 3 / root, -1, 1])
+
+
+@pytest.mark.parametrize("of", [grouped_advantages, plain.grouped_advantages])
+def test_mean_std_has_a_floor_relative_to_the_rewards(of):
+    """Rewards equal but for rounding give no signal; those that differ do, however large or small they all are."""
+
+    def mean_std(*rewards):
+        advantages, no_signal = of(torch.tensor(rewards, dtype=torch.float64), bounds_of([len(rewards)]), normalize="mean_std")
+        return advantages.tolist(), no_signal.tolist()
+
+    for near in ([0.3, 0.1 + 0.2], [1e9, 1e9 + 1], [-2.0, -2.0000001, -2.0], [1e300, 1e300 * (1 + 1e-12)], [5e-324, 5e-324]):
+        assert mean_std(*near) == ([0.0] * len(near), [True])
+    for scale in (5e-324 * 2**60, 1e-200, 1e-3, 1.0, 1e9, 1e200, 1.7e308 / 3):
+        advantages, no_signal = mean_std(scale, 0.0, 3 * scale, -2 * scale)
+        assert advantages == pytest.approx(mean_std(1.0, 0.0, 3.0, -2.0)[0], rel=1e-12)
+        assert sum(advantages) == pytest.approx(0.0, abs=1e-14)
+        assert no_signal == [False]
+    assert mean_std(1.0, 1.0 - 1e-5)[0] == pytest.approx([1.0, -1.0])
+
+
+@pytest.mark.parametrize("normalize", ["mean", "leave_one_out"])
+def test_advantages_of_huge_and_tiny_rewards_are_in_range(normalize):
+    """Sums of rewards near the end of float64's range overflow no more; what no number holds is an error that names it."""
+    for rewards in ([1.7e308] * 3 + [1.6e308], [1e-320, 3e-320, 2e-320], [1e308, -0.5e308]):
+        group = torch.tensor(rewards, dtype=torch.float64), bounds_of([len(rewards)])
+        found, _ = grouped_advantages(*group, normalize=normalize)
+        want, _ = plain.grouped_advantages(*group, normalize=normalize)
+        torch.testing.assert_close(found, want, atol=1e-322, rtol=1e-12)
+        assert found.isfinite().all()
+    far = torch.tensor([0.0, 1.0, 1.7e308, -1.7e308, -1.7e308], dtype=torch.float64)
+    with pytest.raises(NumericsError, match=r"the advantage of reward 2 must be finite; found the reward 1.7e\+308 in a group"):
+        grouped_advantages(far, bounds_of([2, 3]), normalize=normalize)
 
 
 def test_what_cannot_be_an_advantage_is_named():
@@ -90,11 +125,14 @@ def policy_problems(draw):
     return log_probs, old, draw(st.sampled_from([None, reference])), advantages, bounds_of(lengths), targets
 
 
-@given(policy_problems(), st.sampled_from([0.0, 0.2]), st.sampled_from([0.0, 0.1]))
-def test_policy_gradient_equals_the_plain_twin(problem, clip_ratio, kl_weight):
+CLIPS = st.sampled_from([(0.0, 0.0), (0.2, 0.2), (0.2, 0.28), (0.1, 5.0)])
+
+
+@given(policy_problems(), CLIPS, st.sampled_from([math.inf, 1.05, 3.0]), st.sampled_from([0.0, 0.1]))
+def test_policy_gradient_equals_the_plain_twin(problem, clips, dual_clip, kl_weight):
     """Loss, sums and gradient. With equal log-probs the ratio is exactly 1 and lies within a clip of 0."""
     log_probs, old, reference, advantages, bounds, targets = problem
-    options = {"clip_ratio": clip_ratio, "kl_weight": kl_weight}
+    options = {"clip_low": clips[0], "clip_high": clips[1], "dual_clip": dual_clip, "kl_weight": kl_weight}
     leaf = log_probs.clone().requires_grad_()
     loss, sums = policy_gradient_loss(leaf, old, reference, advantages, bounds, targets, **options)
     (gradient,) = torch.autograd.grad(2 * loss, leaf)
@@ -106,10 +144,84 @@ def test_policy_gradient_equals_the_plain_twin(problem, clip_ratio, kl_weight):
     scale = max(1.0, float(want_sums.abs().max()))
     torch.testing.assert_close(loss.double(), want, atol=2e-6 * scale, rtol=1e-6)
     torch.testing.assert_close(sums.double(), want_sums, atol=2e-6 * scale, rtol=1e-6)
-    torch.testing.assert_close(gradient.double(), slope, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(gradient.double(), slope, atol=2e-6, rtol=6e-6)
     again = policy_gradient_loss(leaf, old, reference, advantages, bounds, targets, **options)
     assert torch.equal(loss, again[0])
     assert torch.equal(sums, again[1])
+
+
+ONE, LIMIT = bounds_of([1]), LOG_LIMIT
+
+
+def one_token(of, log_prob, old, reference, advantage, **options):
+    """(loss, gradient, sums by name) of one token."""
+    dtype = torch.float64 if of is plain.policy_gradient_loss else torch.float32
+    leaf = torch.tensor([log_prob], dtype=dtype, requires_grad=True)
+    others = (torch.tensor([value], dtype=dtype) for value in (old, reference, advantage))
+    fixed = {"clip_low": 0.2, "clip_high": 0.2, "kl_weight": 0.001} | options
+    loss, sums = of(leaf, *others, ONE, torch.zeros(1).long(), **fixed)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.item(), gradient.item(), dict(zip(SUMS[1:], sums.tolist(), strict=True))
+
+
+BOTH = pytest.mark.parametrize("of", [policy_gradient_loss, plain.policy_gradient_loss])
+
+
+@BOTH
+@pytest.mark.parametrize("away", [-60.0, -21.0, -20.0, -1.0, 0.5, 19.5, 20.0, 20.5, 40.0, 90.0, 1000.0, math.inf])
+def test_kl_is_held_in_log_space(of, away):
+    """d = reference - policy = `away`, advantage 0: up to and at the limit k3 and its slope, beyond it a constant, counted."""
+    loss, gradient, sums = one_token(of, -1.0 - away if away > 0 else -1.0, -1.0, -1.0 + min(away, 0.0), 0.0)
+    d = min(away, LIMIT)
+    assert sums["kl"] == pytest.approx(math.exp(d) - d - 1, rel=2e-6)
+    assert loss == pytest.approx(0.001 * (math.exp(d) - d - 1), rel=2e-6)
+    assert gradient == pytest.approx(0.001 * (1 - math.exp(d)) if away <= LIMIT else 0.0, rel=2e-6)
+    assert sums["beyond"] == float(away > LIMIT)
+
+
+@BOTH
+@pytest.mark.parametrize("gap", [-1000.0, -200.0, -20.0, 19.5, 20.0, 20.5, 90.0, 1000.0])
+def test_the_ratio_is_held_in_log_space(of, gap):
+    """With an advantage below 0 nothing else bounds it from above; the gradient is the ratio up to the limit, then 0."""
+    loss, gradient, sums = one_token(of, min(gap, 0.0), -max(gap, 0.0), min(gap, 0.0), -2.0)
+    ratio = math.exp(min(gap, LIMIT))
+    assert loss == pytest.approx(2 * max(ratio, 0.8), rel=2e-6)
+    assert gradient == pytest.approx(2 * ratio if 0 <= gap <= LIMIT else 0.0, rel=2e-6)
+    assert sums["beyond"] == float(gap > LIMIT)
+    assert sums["ratio"] == pytest.approx(ratio, rel=2e-6)
+
+
+@BOTH
+def test_clips_are_of_their_own_side(of):
+    """clip_high bounds what a positive advantage gains, clip_low what a negative one does; dual_clip what it may cost."""
+    for advantage, ratio, options, kept in [
+        (2.0, 1.25, {"clip_high": 0.28}, None),
+        (2.0, 1.30, {"clip_high": 0.28}, 1.28),
+        (2.0, 0.10, {"clip_high": 0.28, "dual_clip": 3.0}, None),
+        (-2.0, 0.85, {"clip_low": 0.1}, 0.9),
+        (-2.0, 0.85, {"clip_high": 0.01}, None),
+        (-2.0, 50.0, {}, None),
+        (-2.0, 50.0, {"dual_clip": 3.0}, 3.0),
+        (-2.0, 2.9, {"dual_clip": 3.0}, None),
+        (-2.0, math.exp(30), {"dual_clip": 3.0}, 3.0),
+        (0.0, 50.0, {"dual_clip": 3.0}, None),
+    ]:
+        log = math.log(ratio)
+        loss, gradient, sums = one_token(of, -40.0 + log, -40.0, -40.0, advantage, **options | {"kl_weight": 0.0})
+        assert loss == pytest.approx(-advantage * (ratio if kept is None else kept), rel=1e-5)
+        assert gradient == pytest.approx(-advantage * ratio if kept is None else 0.0, rel=1e-5)
+        assert sums["clipped"] == float(kept is not None)
+
+
+def test_one_broken_log_prob_reaches_the_loss_and_wrong_clips_are_named():
+    """A clamp must not hide a NaN; the bounds of the clips are checked."""
+    for now, old, reference in ((math.nan, -1.0, -1.0), (-1.0, math.nan, -1.0), (-1.0, -1.0, math.nan)):
+        assert math.isnan(one_token(policy_gradient_loss, now, old, reference, 1.0)[0])
+        assert math.isnan(one_token(policy_gradient_loss, now, old, reference, -1.0, dual_clip=3.0)[0])
+    least, above = ("must be at least 0", -0.1), ("must be greater than 1, or infinity for none", 1.0)
+    for name, (rule, value) in {"clip_low": least, "clip_high": least, "dual_clip": above}.items():
+        with pytest.raises(ValueError, match=f"{name} {rule}; found {value:g}"):
+            one_token(policy_gradient_loss, -1.0, -1.0, -1.0, 1.0, **{name: value})
 
 
 def test_the_operators_sums_are_named_in_its_order():
@@ -119,22 +231,21 @@ def test_the_operators_sums_are_named_in_its_order():
     assert found_in_header is not None
     number, words = found_in_header.groups()
     assert int(number) == len(SUMS)
-    assert [word.split()[0] for word in words.split(", ")] == ["loss", "KL", "tokens", "ratio", "|log-prob"]
+    assert [word.split()[0] for word in words.split(", ")] == ["loss", "KL", "tokens", "ratio", "|log-prob", "tokens"]
     log_probs, old, reference = torch.full((3, 4), -1.0) - torch.tensor([[0.0], [0.5], [2.0]])
     targets, bounds = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4], dtype=torch.int32)
-    options = {"clip_ratio": 0.2, "kl_weight": 0.1}
+    options = {"clip_low": 0.2, "clip_high": 0.2, "kl_weight": 0.1}
     _, sums = policy_gradient_loss(log_probs, old, reference, torch.ones(1), bounds, targets, **options)
     found = dict(zip(SUMS[1:], sums.tolist(), strict=True))
     kl = 4 * (math.exp(-2.0) + 2.0 - 1)
-    assert found == pytest.approx({"kl": kl, "clipped": 4, "ratio": 4 * math.exp(0.5), "gap": 4 * 0.5}, rel=1e-6)
+    assert found == pytest.approx({"kl": kl, "clipped": 4, "ratio": 4 * math.exp(0.5), "gap": 4 * 0.5, "beyond": 0}, rel=1e-6)
 
 
 def test_a_broken_advantage_reaches_the_loss():
-    arguments = torch.zeros(4), torch.zeros(4), None
+    arguments, targets = (torch.zeros(4), torch.zeros(4), None), torch.zeros(4).long()
     for broken in (math.inf, math.nan):
-        loss, _ = policy_gradient_loss(
-            *arguments, torch.tensor([broken]), bounds_of([4]), torch.zeros(4).long(), clip_ratio=0.2, kl_weight=0.0
-        )
+        row = *arguments, torch.tensor([broken]), bounds_of([4]), targets
+        loss, _ = policy_gradient_loss(*row, clip_low=0.2, clip_high=0.2, kl_weight=0.0)
         assert not loss.isfinite()
 
 

@@ -35,6 +35,7 @@ ELSEWHERE = {"staleness", "wait_seconds", "reward_mean_NAME", "reward_PART_mean"
 RECORDED = {  # what the figures on record and their readers depend on
     *("step", "loss", "grad_norm", "learning_rate", "reward_mean", "accuracy", "rollout_entropy", "completion_tokens_mean"),
     *("margin_mean", "preferred_share", "chosen_log_prob_mean", "rejected_log_prob_mean", "log_prob_gap_mean", "kl_mean"),
+    *("rollout_kl_mean", "ratio_max", "clamped_tokens"),
     *("clipped_share", "ratio_mean", "entropy_mean", "nll_mean", "skipped_share", "staleness", "sync_seconds"),
     *("sync_mebibytes", "wait_seconds", "train_seconds", "step_seconds"),
     *("generation_tokens_per_second", "training_tokens_per_second"),

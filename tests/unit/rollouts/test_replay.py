@@ -170,6 +170,33 @@ def test_a_ledger_that_does_not_fit_the_run_is_refused_by_name(tmp_path, change,
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "temperature", "written", "words"),
+    [
+        ({"loss": "grpo"}, 0.7, 0.7, ""),
+        ({"loss": "grpo"}, 0.7, None, r"must be of temperature 0.7, .* 'grpo' compares them at; found 1.0: set"),
+        ({"loss": "grpo"}, 1.0, 0.7, r"must be of temperature 1.0, .*; found 0.7: set sampling.temperature"),
+        ({"loss": "group_dpo", "alpha": 0.1}, 1.0, 0.7, "must be of temperature 1.0"),
+        ({"loss": "dpo"}, 0.7, None, ""),
+        ({"loss": "dpo"}, 1.0, 0.7, ""),
+    ],
+)
+def test_ratios_are_replayed_at_the_temperature_of_their_log_probs(tmp_path, algorithm, temperature, written, words):
+    """Rows without a temperature are of 1; a preference loss does not compare them."""
+    path = tmp_path / "rollouts.jsonl"
+    live(path, algorithm=algorithm)
+    if written is not None:
+        edited(path, lambda rows: [row | {"temperature": written} for row in rows])
+    config, prompts = offline(path, algorithm=algorithm, sampling={"temperature": temperature})
+    source = LedgerSource(config, RolloutLedger(path), prompts, VOCAB_SIZE)
+    if not words:
+        source.next(0)
+        return
+    with pytest.raises(DataError, match=words) as caught:
+        source.next(0)
+    assert str(path) in str(caught.value)
+
+
 # -- preference files
 
 PAIRS: list[dict[str, Any]] = [
@@ -261,13 +288,13 @@ def test_pairs_have_no_use_for_rewards_or_other_sources(model_folder, changes, w
 
 
 def test_without_rollouts_the_loss_is_the_same_and_their_gap_is_no_metric():
-    step = Step(4)
+    step, of_rollouts = Step(4), {"log_prob_gap_mean", "rollout_kl_mean", "ratio_max"}
     whole, sums, gradients, _ = step.run(make_loss(algorithm_options({})))
     bare, fewer, same, _ = step.run(make_loss(algorithm_options({}), sampled=False))
     assert (bare, same) == (whole, gradients)
-    assert fewer == {name: value for name, value in sums.items() if name != "log_prob_gap_mean"}
+    assert fewer == {name: value for name, value in sums.items() if name not in of_rollouts}
     group_dpo = make_loss(algorithm_options({"loss": "group_dpo", "entropy_weight": 1e-4}), sampled=False)
-    assert "log_prob_gap_mean" not in {metric.name for metric in group_dpo.metrics}
+    assert not of_rollouts & {metric.name for metric in group_dpo.metrics}
 
 
 def test_engines_are_wanted_for_sampling_and_for_evaluation(tmp_path):

@@ -371,6 +371,14 @@ def test_completions_are_scored_against_their_own_prompt():
     ]
 
 
+def test_a_row_of_the_ledger_tells_the_temperature_of_its_log_probs_where_it_is_not_1():
+    made = group([1, 0])
+    completions = [replace(rollout.completion, temperature=0.7) for rollout in made.rollouts]
+    tempered = replace(made, rollouts=tuple(map(Rollout, completions, (rollout.score for rollout in made.rollouts))))
+    assert [row.pop("temperature") for row in ledger_rows(tempered)] == [0.7, 0.7]
+    assert [{**row, "temperature": 0.7} for row in ledger_rows(made)] == ledger_rows(tempered)
+
+
 def test_a_row_of_the_ledger_tells_everything_of_a_rollout():
     assert ledger_rows(group([1, 0], 2, ["ok", "unparsable"], cut_off=[1]))[1] == {
         "step": 5,
