@@ -34,6 +34,7 @@ class MathReward(WorkerReward):
     needs_answer = True
     OPTIONS = (*WorkerReward.OPTIONS, "unevaluated")
     MODULE = "engine.rewards.math.worker"
+    CLOCK = "cpu"
 
     def __init__(self, config: Rewards) -> None:
         super().__init__(config)
