@@ -28,7 +28,8 @@ class Loaded(NamedTuple):
 def run(load: Callable[[list[str]], Loaded | str], *, silent: bool) -> None:
     """A worker's whole life: the longest judging in seconds of CPU time ("inf": none) and of wall-clock time, memory in MiB,
     answers at once and the judge's own arguments from the command line; speaks on standard input and output. `load` makes the
-    judge, or says in a sentence why it cannot: that is sent instead of {"ready": facts}. With 0 answers at once it only says what it has loaded."""
+    judge, or says in a sentence why it cannot: that is sent instead of {"ready": facts}. With 0 answers at once it only says
+    what it has loaded."""
     cpu_seconds, wall_seconds, memory_mebibytes, concurrency, *arguments = sys.argv[1:]
     terms = Terms(float(cpu_seconds), float(wall_seconds), int(memory_mebibytes) << 20, int(concurrency), silent)
     os.dup2(1, ANSWERS, inheritable=False)  # nothing else is open yet

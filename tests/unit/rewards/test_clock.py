@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import psutil
 import pytest
@@ -31,7 +31,7 @@ class Computing(WorkerReward):
     """Judges by "kind seconds", on the CPU clock."""
 
     MODULE = "tests.unit.rewards.clock_worker"
-    CLOCK = "cpu"
+    CLOCK: ClassVar[Literal["cpu", "wall"]] = "cpu"
 
     def _request(self, answer: Answer) -> Request:
         kind, seconds = answer.completion.split()
