@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "verify a checkpoint and copy its policy as a Hugging Face model", config=False)
     export.add_argument("checkpoint", help="a run's directory (its newest checkpoint) or one checkpoint's folder")
     export.add_argument("destination", help="folder to make")
+    export.add_argument(
+        "--dtype",
+        choices=["saved", "seed", "float32", "bfloat16"],
+        default="saved",
+        help="of the weights: as the run had them (saved), as model.path has them (seed), or by name",
+    )
     export.add_argument("--best", action="store_true", help="of a run: the checkpoint of the best held-out score")
     report = add("report", reports.report, "show what runs wrote down, and prove their regime from it", config=False)
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory; several are laid over each other")
@@ -149,7 +155,7 @@ def _export(options: argparse.Namespace) -> None:
         checkpoint = latest(folder / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{folder} must be a run or a checkpoint; found neither: name the run's directory")
-    print(f"{export(checkpoint, Path(options.destination))}: the policy of {checkpoint.name}, verified")
+    print(f"{export(checkpoint, Path(options.destination), options.dtype)}: the policy of {checkpoint.name}, verified")
 
 
 def _doctor(options: argparse.Namespace) -> int:

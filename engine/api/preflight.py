@@ -22,12 +22,12 @@ from jinja2 import TemplateError
 from engine.bridge.setup import shared_bytes
 from engine.bridge.transports.base import room_for
 from engine.bridge.transports.registry import choose
-from engine.capacity.memory import GIB, MIB, TrainerState, kv_bytes_per_token
+from engine.capacity.memory import MIB, TrainerState, kv_bytes_per_token
 from engine.config.load import RunConfig, dump_config
 from engine.config.options import Source, source_key
 from engine.config.placement import Part, place, training_parts
 from engine.config.transport import setting
-from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, combined
+from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, StorageError, combined
 from engine.data.conversations import Conversations
 from engine.data.mixture import naming
 from engine.data.preferences import FIELDS as PAIR_FIELDS
@@ -492,12 +492,12 @@ def _cache_faults(
         )
 
 
-def _room(folder: Path, num_bytes: int, option: str, what: str) -> Iterator[ConfigError]:
+def _room(folder: Path, num_bytes: int, option: str, what: str) -> Iterator[StorageError]:
     """A fault where the disk of `folder` has less room."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if num_bytes > free:
-        yield ConfigError(
-            f"{option} must be on a disk with room for {what}; found {free / GIB:.1f} GiB free for {num_bytes / GIB:.1f} GiB "
+        yield StorageError(
+            f"{option} must be on a disk with room for {what}; found {free:,} bytes free for {num_bytes:,} needed in {folder}, "
             f"at {there}: free some, name another folder, or keep fewer checkpoints"
         )

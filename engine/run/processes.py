@@ -34,10 +34,12 @@ from engine.core.errors import (
     PreemptedError,
     ProcessLostError,
     SemionError,
+    StorageError,
     UnexpectedError,
     WatchdogError,
     telling,
 )
+from engine.core.files import UNWRITABLE, unwritable
 from engine.observe.journal import LOGS, WARNINGS, Journal, Warnings, sentence, traced
 from engine.observe.profiling import nsight
 from engine.run.machine import await_head, descendants, devices, end, look
@@ -472,6 +474,8 @@ def _plain(error: Any, name: str, log: Path | None = None) -> SemionError:
         if isinstance(error.cause, SemionError):
             return error.cause
         why = " ".join(str(error.cause).split()) or "no message"
+        if (code := unwritable(error.cause)) is not None:
+            return StorageError(f"{name} could not write: {UNWRITABLE[code][0]}: {why}; {log or '--verbose'} shows where")
         kind = UnexpectedError if isinstance(error.cause, MISTAKES) else WatchdogError
         return kind(f"{name} failed with {type(error.cause).__name__}: {why}; {log or '--verbose'} shows where")
     if isinstance(error, ray.exceptions.GetTimeoutError):
