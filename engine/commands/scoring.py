@@ -44,7 +44,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, help="of a conversation for the reward model (4096)")
     parser.add_argument("--workers", type=int, help="processes that judge (1)")
     parser.add_argument("--concurrency", type=int, help="answers at once in each of them (1)")
-    parser.add_argument("--deadline-seconds", type=float, help="longest judging of one answer (2)")
+    parser.add_argument(
+        "--deadline-seconds",
+        type=float,
+        help="longest judging of one answer: CPU time of 'math', wall-clock time of a function (2)",
+    )
     parser.add_argument("--memory-mebibytes", type=int, help="address space of one worker (3072)")
     parser.add_argument("--output", metavar="FILE", help="JSONL file to make: each row with its score and status")
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")

@@ -393,7 +393,10 @@ class Rewards(Section):
     environment: tuple[str, ...] = Field((), strict=False, description="variables that functions may see, such as an API key")
     workers: Positive = 1
     concurrency: Positive = Field(1, description="answers at once in each worker: awaited, or in as many processes")
-    deadline_seconds: PositiveFloat = Field(2.0, description="an answer not judged by then is a counted timeout")
+    deadline_seconds: PositiveFloat = Field(
+        2.0,
+        description="longest judging of an answer, else a counted timeout: CPU time of 'math', wall-clock time of a function",
+    )
     timeout_seconds: PositiveFloat = Field(600.0, description="longest call of the score of a Reward class of your own")
     memory_mebibytes: Positive = Field(3072, description="address space of one worker")
 

@@ -58,6 +58,13 @@ class CheckpointError(SemionError):
     exit_code = 4
 
 
+class StorageError(SemionError):
+    """A file cannot be written: the disk is full, a quota is used up, or the folder is not to be written. None of that passes
+    by itself; the message names the folder, and the bytes that are needed and free."""
+
+    exit_code = 4
+
+
 class InferenceError(SemionError):
     """An inference engine failed or was late."""
 

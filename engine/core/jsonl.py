@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.core.errors import DataError, SemionError, brief
-from engine.core.files import atomic_write
+from engine.core.files import atomic_write, storing
 
 Row = Mapping[str, Any]
 BLOCK_BYTES = 1 << 13  # read at a time from the end of a file; doubled for a line that is longer
@@ -143,8 +143,9 @@ class JsonlLedger:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        with storing(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
         last = next(read_backwards(self.path), None)
         whole = last.end if last is not None else 0
         if whole < self.num_bytes:
@@ -156,9 +157,11 @@ class JsonlLedger:
         return os.fstat(self._file.fileno()).st_size
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Adds `rows`. ValueError as `line_of`; then none is added."""
-        self._file.write("".join(line_of(row) for row in rows).encode())
-        self._file.flush()
+        """Adds `rows`. ValueError as `line_of`; then none is added. StorageError where the disk has no room for them."""
+        lines = "".join(line_of(row) for row in rows).encode()
+        with storing(self.path.parent, lambda: len(lines)):
+            self._file.write(lines)
+            self._file.flush()
 
     def sync(self) -> int:
         """Waits until all rows are on disk; the file's length."""

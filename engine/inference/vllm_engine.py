@@ -8,6 +8,7 @@ result, depend on the order of calls alone and never on timing.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.load import RunConfig
-from engine.core.errors import ConfigError, EngineLostError, InferenceError, WeightSyncError
+from engine.core.errors import ConfigError, EngineLostError, InferenceError, NumericsError, WeightSyncError
 from engine.core.types import Completion
 from engine.data.ends import end_tokens
 from engine.inference.sampling import SampleRequest
@@ -33,6 +34,17 @@ ENVIRONMENT = {
 IN_DOUBT = -1  # the version of weights that are not, or not yet, proven to be one
 WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps and wakes
 FORGETTING = 2  # vLLM's level of sleep that keeps nothing: a sync sends every byte again, and proves it
+
+
+def require_finite(log_probs: Sequence[float], engine: int, version: int) -> None:
+    """NumericsError where the log-probs of sampled tokens are not finite: the weights that sampled them are broken."""
+    found = next((value for value in log_probs if not math.isfinite(value)), None)
+    if found is not None:
+        whose = "model.path holds weights" if version == 0 else f"the policy after {version} steps has weights"
+        raise NumericsError(
+            f"engine {engine}'s log-probs must be finite; found {found}: {whose} that are not, or too large for model.dtype: "
+            f"look at them, or name another model"
+        )
 
 
 class VllmEngine:
@@ -179,13 +191,15 @@ class VllmEngine:
         (request, version), output = self._open.pop(request_id), self._done.pop(request_id)
         token_ids = tuple(output.token_ids)
         assert version == self._version, (request_id, version, self._version)  # no sync begins while a request is open
+        log_probs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True))
+        require_finite(log_probs, self._index, version)
         return Completion(
             prompt_id=request.prompt_id,
             sample_index=request.sample_index,
             seed=request.seed,
             version=version,
             token_ids=token_ids,
-            log_probs=tuple(entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)),
+            log_probs=log_probs,
             temperature=self._config.log_prob_temperature,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             finish_reason="stop" if output.finish_reason == "stop" else "length",

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from engine.core.errors import CheckpointError, ConfigError
-from engine.core.files import staged_folder
+from engine.core.files import give_umask_mode, staged_folder
 from engine.core.registry import portable
 from engine.models.base import INERT_FIELDS, PLAIN_FIELDS, ROPE_FIELDS, Family, Llama3Scaling, ModelShape
 from engine.models.registry import AUTO, FAMILIES, family_named
@@ -181,6 +181,17 @@ def read_end_ids(path: str | Path) -> dict[str, tuple[int, ...]]:
     return named
 
 
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype of a model's weights by its config.json; CheckpointError where that does not say it."""
+    file = Path(path) / "config.json"
+    config = _read_json(file)
+    said = config.get("dtype", config.get("torch_dtype"))
+    dtype = getattr(torch, str(said).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CheckpointError(f"{file} must say the dtype of the weights as `dtype`; found {said!r}: name a dtype instead")
+    return dtype
+
+
 class HfCheckpoint:
     """The tensors of a folder with model.safetensors or an index of shards, read from disk when asked for."""
 
@@ -238,6 +249,14 @@ class HfCheckpoint:
             raise CheckpointError(f"{self.path / file} cannot be read: {error}; fetch it again") from error
 
 
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file of contiguous tensors, readable to whom the umask lets read."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata=metadata)
+    give_umask_mode(path)
+
+
 def check_destination(directory: str | Path) -> Path:
     """The folder a checkpoint may be written to: new, empty, or a former checkpoint; CheckpointError otherwise."""
     directory = Path(directory)
@@ -289,10 +308,8 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
     total = 0
     dtype: torch.dtype | None = None
 
-    from safetensors.torch import save_file
-
     def flush() -> None:
-        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        save_tensors(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
         shards.append(list(pending))
         pending.clear()
 

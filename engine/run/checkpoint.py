@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 from engine.algorithms.registry import identities as algorithm_identities
 from engine.config.load import RunConfig
-from engine.core.errors import CheckpointError, combined
-from engine.core.files import atomic_write, staged_folder, sync
+from engine.core.errors import CheckpointError, StorageError, combined
+from engine.core.files import atomic_write, staged_folder, storing, sync
 from engine.core.registry import identity
 from engine.data.records import source_digest
-from engine.models.hf import write_hf_checkpoint
+from engine.models.hf import HfCheckpoint, save_tensors, stored_dtype, write_hf_checkpoint
 from engine.rewards.registry import identities as reward_identities
 
 if TYPE_CHECKING:
     import torch
 
+SAVED, SEED = "saved", "seed"  # dtypes of an export beside those that have a name
 STEPS = "step_" + "[0-9]" * 8  # folders of ours; a copy of another name is somebody's own
 MANIFEST, LATEST, BEST, POLICY = "manifest.json", "LATEST", "BEST", "policy"
 MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
@@ -45,6 +46,21 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
     "cluster": None,  # where processes are changes no bit
     "sft": None,
 }
+
+
+class _Counted:
+    """The tensors of an iterator, and how many bytes they and the state beside them have so far."""
+
+    def __init__(self, tensors: Iterator[tuple[str, torch.Tensor]], num_bytes: int) -> None:
+        self._tensors, self.num_bytes = tensors, num_bytes
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        name, tensor = next(self._tensors)
+        self.num_bytes += tensor.nbytes
+        return name, tensor
 
 
 class Checkpoints:
@@ -79,19 +95,38 @@ class Checkpoints:
     ) -> Path:
         """Writes the checkpoint of `step`; collective. `weights` yields the full policy on rank 0 (drained everywhere);
         `records`, rank 0's, is what a resumed run needs of the run's records (`Records.kept`); `end_ids`: what ends a response
-        of the policy, which its generation config is to name."""
+        of the policy, which its generation config is to name. StorageError where the disk is full or not to be written: then
+        nothing of the checkpoint stays, and the one before does."""
         final = self._folder / f"step_{step:08d}"
         staging = self._folder / f".staging-{final.name}"
+        counted = _Counted(weights, sum(tensor.nbytes for tensor in state.values()))
+        try:
+            with storing(self._folder, lambda: counted.num_bytes):
+                self._write(step, state, counted, config, records, end_ids, final, staging)
+        except StorageError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        return final
+
+    def _write(
+        self,
+        step: int,
+        state: dict[str, torch.Tensor],
+        weights: Iterator[tuple[str, torch.Tensor]],
+        config: RunConfig,
+        records: Mapping[str, Any] | None,
+        end_ids: Iterable[int],
+        final: Path,
+        staging: Path,
+    ) -> None:
         if self._rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             for stale in self._folder.glob(".staging-*"):
                 shutil.rmtree(stale)
             staging.mkdir()
         self._barrier()
-        from safetensors.torch import save_file
-
         file = staging / rank_file(self._rank)
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+        save_tensors({name: tensor.contiguous() for name, tensor in state.items()}, file)
         sync(file)
         if self._rank == 0:
             write_hf_checkpoint(staging / POLICY, weights, template=config.model.path, end_ids=end_ids)
@@ -102,7 +137,6 @@ class Checkpoints:
         if self._rank == 0:
             self._finish(step, staging, final, config, records)
         self._barrier()
-        return final
 
     def _finish(self, step: int, staging: Path, final: Path, config: RunConfig, records: Mapping[str, Any] | None) -> None:
         files = {
@@ -253,10 +287,12 @@ def verify_file(checkpoint: Path, name: str, manifest: dict[str, Any]) -> None:
         raise CheckpointError(f"{file} differs from its digest, so its bits have changed: use another checkpoint")
 
 
-def export(checkpoint: Path, destination: Path) -> Path:
-    """Copies the verified policy of a checkpoint folder to `destination` as a Hugging Face checkpoint.
+def export(checkpoint: Path, destination: Path, dtype: str = SAVED) -> Path:
+    """Copies the verified policy of a checkpoint folder to `destination` as a Hugging Face checkpoint. `dtype`: that of its
+    tensors, "saved" as the run had them, "seed" as the model that it began with has them, or "float32" or "bfloat16".
 
-    Raises CheckpointError when a file differs from its digest or the destination holds something else.
+    Raises CheckpointError when a file differs from its digest or the destination holds something else, StorageError when it
+    cannot be written.
     """
     manifest = read_manifest(checkpoint)
     names = [name for name in manifest["files"] if name.startswith(f"{POLICY}/")]
@@ -264,6 +300,14 @@ def export(checkpoint: Path, destination: Path) -> Path:
         verify_file(checkpoint, name, manifest)
     if destination.exists() and any(destination.iterdir()):
         raise CheckpointError(f"{destination} must be new or empty; found files in it: choose another folder")
+    if dtype != SAVED:
+        import torch
+
+        kind = stored_dtype(manifest["config"]["model"]["path"]) if dtype == SEED else getattr(torch, dtype)
+        policy = HfCheckpoint(checkpoint / POLICY)
+        tensors = ((name, policy.tensor(name).to(kind)) for name in policy.files)
+        write_hf_checkpoint(destination, tensors, template=checkpoint / POLICY)
+        return destination
     with staged_folder(destination) as staging:
         for name in names:
             shutil.copyfile(checkpoint / name, staging / Path(name).name)

@@ -14,9 +14,11 @@ from engine.core.errors import (
     EngineStartError,
     ProcessLostError,
     SemionError,
+    StorageError,
     UnexpectedError,
     WatchdogError,
 )
+from engine.core.files import UNWRITABLE, unwritable
 from engine.observe.journal import Journal
 
 
@@ -74,6 +76,8 @@ def typed_error(error: Any, name: str, log: Path | None = None) -> SemionError:
         if isinstance(error.cause, SemionError):
             return error.cause
         why = " ".join(str(error.cause).split()) or "no message"
+        if (code := unwritable(error.cause)) is not None:
+            return StorageError(f"{name} could not write: {UNWRITABLE[code][0]}: {why}; {log or '--verbose'} shows where")
         kind = UnexpectedError if isinstance(error.cause, MISTAKES) else WatchdogError
         return kind(f"{name} failed with {type(error.cause).__name__}: {why}; {log or '--verbose'} shows where")
     if isinstance(error, ray.exceptions.GetTimeoutError):

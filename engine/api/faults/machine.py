@@ -12,11 +12,11 @@ from typing import Literal
 from engine.api.faults.look import Faults, Look, caught, tried
 from engine.bridge.transports.base import room_for
 from engine.bridge.transports.registry import choose
-from engine.capacity.memory import GIB, MIB, TrainerState, item_bytes, kv_bytes_per_token
+from engine.capacity.memory import MIB, TrainerState, item_bytes, kv_bytes_per_token
 from engine.config.load import RunConfig
 from engine.config.placement import place
 from engine.config.transport import setting
-from engine.core.errors import ConfigError
+from engine.core.errors import ConfigError, StorageError
 from engine.megatron.libraries import check_installed
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
@@ -95,12 +95,12 @@ def storage_faults(look: Look) -> Faults:
         yield from _room(folder, count * (policy + states) - there, "run.directory", f"{count} checkpoints")
 
 
-def _room(folder: Path, num_bytes: int, option: str, what: str) -> Iterator[ConfigError]:
+def _room(folder: Path, num_bytes: int, option: str, what: str) -> Iterator[StorageError]:
     """A fault where the disk of `folder` has less room."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if num_bytes > free:
-        yield ConfigError(
-            f"{option} must be on a disk with room for {what}; found {free / GIB:.1f} GiB free for {num_bytes / GIB:.1f} GiB "
+        yield StorageError(
+            f"{option} must be on a disk with room for {what}; found {free:,} bytes free for {num_bytes:,} needed in {folder}, "
             f"at {there}: free some, name another folder, or keep fewer checkpoints"
         )

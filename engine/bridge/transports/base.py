@@ -9,6 +9,7 @@ deadline tells.
 from __future__ import annotations
 
 import datetime
+import os
 import shutil
 import socket
 import time
@@ -103,8 +104,8 @@ SHARED_FOLDER = "/dev/shm"  # where torch puts memory that processes of a machin
 
 
 def room_for(num_bytes: int) -> bool:
-    """Whether this machine's shared memory has room for so much more."""
-    return num_bytes < shutil.disk_usage(SHARED_FOLDER).free
+    """Whether this machine's shared memory can be written and has room for so much more."""
+    return os.access(SHARED_FOLDER, os.W_OK) and num_bytes < shutil.disk_usage(SHARED_FOLDER).free
 
 
 def own_address(meeting: Rendezvous) -> str:

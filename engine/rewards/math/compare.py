@@ -18,6 +18,7 @@ from sympy.core.function import AppliedUndef
 from engine.rewards.math import forms
 from engine.rewards.math.exact import (
     contradict,
+    equal_at_integers,
     is_number,
     members_of,
     objects,
@@ -41,6 +42,8 @@ _LETTER = re.compile(  # of an unknown; pi is a number
     r"(?<!\\)(?<![a-zA-Z])[a-zA-Z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|chi|psi|omega|Theta|Phi|Omega)"
 )
 _ARGUMENT = re.compile(r"[(\[].*")
+_RATIO = re.compile(r"\d+(?:\.\d+)?\s*:\s*\d+(?:\.\d+)?")
+_TO = re.compile(r"\s*(?:\\text\s*\{\s*to\s*\}|(?<![\\a-zA-Z])to(?![a-zA-Z]))\s*")
 _LONE_LETTER = re.compile(r"[a-zA-Z]")
 
 
@@ -52,6 +55,18 @@ def equal(gold: str, answer: str, depth: int = 0) -> bool:
     gold, answer = forms.in_radians(gold), forms.in_radians(answer)
     if not answer or not gold or depth == DEEPEST:
         return False
+    wanted_for, given_for = forms.quantified(gold), forms.quantified(answer)
+    if (wanted_for.text, given_for.text) != (gold, answer):
+        other_domain = wanted_for.domain and given_for.domain and wanted_for.domain != given_for.domain
+        return not other_domain and equal(wanted_for.text, given_for.text, depth + 1)
+    numbers = forms.grouped_by_pairs(gold), forms.grouped_by_pairs(answer)
+    if numbers != (gold, answer) and equal(*numbers, depth + 1):
+        return True
+    ratios = _TO.sub(":", gold), _TO.sub(":", answer)
+    if ratios != (gold, answer) and all(map(_RATIO.fullmatch, ratios)):
+        if gold != ratios[0] and answer != ratios[1]:
+            return key(ratios[0]) == key(ratios[1])  # it may be a range
+        gold, answer = ratios
     several_units = compounds_equal(gold, answer)
     if several_units is not None:
         return several_units
@@ -188,6 +203,10 @@ def _loses_parts(gold: str, answer: str) -> bool:
         lengths = len(forms.entries(gold)), len(forms.entries(answer))
         if min(lengths) > 1 and lengths[0] != lengths[1]:
             return True
+        if lengths[0] > 1 == lengths[1] and len({key(entry) for entry in forms.entries(gold)}) == 1:
+            return True  # the same value several times is wanted
+    if (wanted := forms.angles(gold)) and (given := forms.angles(answer)) and wanted != given:
+        return True
     return _is_unsolved(gold, answer)
 
 
@@ -235,6 +254,10 @@ def _algebra(gold: str, answer: str, *, degrees: bool = False) -> bool:
         return False
     if len(forms.members(answer)) == 1 and not _equations_in(expected) and any(map(_is_left_to_solve, _equations_in(found))):
         return False
+    if not (members_of(expected) and members_of(found)):
+        counted = equal_at_integers(_side(expected), _side(found))
+        if counted is not None:
+            return counted
     if objects(expected, found, degrees=degrees):
         return False
     if not verify(expected, found, timeout_seconds=None):

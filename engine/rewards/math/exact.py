@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from sympy import (
+    Abs,
     Derivative,
     Eq,
     Expr,
@@ -36,11 +37,14 @@ from sympy import (
     Symbol,
     Tuple,
     UnevaluatedExpr,
+    binomial,
     ceiling,
     expand,
+    factorial,
     floor,
     nan,
     oo,
+    sign,
     solve,
     zoo,
 )
@@ -56,6 +60,9 @@ ORDERED = (Tuple, Interval)
 COLLECTIONS = (*ORDERED, FiniteSet)
 INEQUALITIES = (StrictLessThan, LessThan, StrictGreaterThan, GreaterThan)
 NOT_BY_POINTS = (AppliedUndef, Derivative, Integral, Limit, Sum, Product, floor, ceiling, Mod, UnevaluatedExpr)
+NOT_COUNTED = (AppliedUndef, Derivative, Integral, Limit, UnevaluatedExpr)
+ENOUGH_POINTS = 4  # of whole numbers
+MOST_TERMS = 200
 IMAGINARY = {Symbol("i", real=True): I, Symbol("i", real=False): I, Symbol("i"): I}
 UNDECIDED = (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError, RecursionError)
 
@@ -111,6 +118,7 @@ def same_function(gold: Any, answer: Any) -> bool:
             at_gold, at_answer = _worth(gold, values), _worth(answer, values)
             if at_gold is None or at_answer is None or _apart(at_gold, at_answer, TOLERANCE):
                 return False
+        gold, answer = _with_real_roots(gold), _with_real_roots(answer)
         for values in _negative_points(gold.free_symbols):
             at_gold, at_answer = _worth(gold, values), _worth(answer, values)
             real = [value is not None and value.is_real for value in (at_gold, at_answer)]
@@ -119,6 +127,72 @@ def same_function(gold: Any, answer: Any) -> bool:
     except UNDECIDED:
         return False
     return True
+
+
+def _with_real_roots(expression: Any) -> Any:
+    """The expression with odd roots of negative numbers real, as people read them, where sympy takes the complex one."""
+    return expression.replace(
+        lambda part: part.is_Pow and part.exp.is_Rational and part.exp.q % 2 == 1 and part.exp.q > 1,
+        lambda part: (sign(part.base) * Abs(part.base) ** Rational(1, part.exp.q)) ** part.exp.p,
+    )
+
+
+def equal_at_integers(gold: Any, answer: Any) -> bool | None:
+    """Whether two expressions of which one counts (sums and products up to a letter, factorials, binomials) are worth the same
+    wherever the letters that are counted with are whole numbers: exactly, at several points. None where neither counts, or too
+    few points can be computed: the algebra of such expressions takes seconds."""
+    if not (isinstance(gold, Expr) and isinstance(answer, Expr)) or gold.has(Float) or answer.has(Float):
+        return None
+    # The parser's letters are other symbols in an expression with an i
+    gold, answer = (side.xreplace({name: Symbol(name.name) for name in side.atoms(Symbol)}) for side in (gold, answer))
+    counting = _counted(gold) | _counted(answer)
+    if not counting or gold.has(*NOT_COUNTED) or answer.has(*NOT_COUNTED):
+        return None
+    num_points = 0
+    try:
+        for values in _whole_points(gold.free_symbols | answer.free_symbols, counting):
+            both = [_counted_worth(side, values) for side in (gold, answer)]
+            if None in both:
+                continue
+            if both[0] != both[1] and _apart(both[0], both[1], TOLERANCE):
+                return False
+            num_points += 1
+    except UNDECIDED:
+        return None
+    return True if num_points >= ENOUGH_POINTS else None
+
+
+def _counted(expression: Any) -> set[Any]:
+    """The letters that must be whole numbers."""
+    limits = {
+        symbol
+        for each in expression.atoms(Sum, Product)
+        for limit in each.limits
+        for end in limit[1:]
+        for symbol in end.free_symbols
+    }
+    counts = {symbol for each in expression.atoms(factorial, binomial) for symbol in each.free_symbols}
+    return (limits | counts) & expression.free_symbols
+
+
+def _whole_points(symbols: Any, counting: set[Any]) -> Iterator[dict[Any, Any]]:
+    """Points at which the letters that count are small whole numbers, the first one the smallest and the other way round."""
+    names, others = sorted(counting, key=str), sorted(symbols - counting, key=str)
+    for turn, start in enumerate((2, 3, 4, 1, 2, 3)):
+        ordered = names if turn % 2 == 0 else names[::-1]
+        values: dict[Any, Any] = {name: Integer(start + (turn // 2 + 2) * place) for place, name in enumerate(ordered)}
+        yield values | {name: POINTS[turn % 3] + place * Rational(13, 17) for place, name in enumerate(others)}
+
+
+def _counted_worth(expression: Any, values: dict[Any, Any]) -> Any | None:
+    """The number that an expression is at a point; None where it is none, or has very many terms."""
+    at_point = expression.subs(values)
+    for each in at_point.atoms(Sum, Product):
+        for _, start, end in each.limits:
+            if not (start.is_Integer and end.is_Integer and end - start < MOST_TERMS):
+                return None
+    value = at_point.doit()
+    return value if value.is_number and value.is_finite and value not in (nan, zoo) else None
 
 
 def _worth(expression: Any, values: dict[Any, Any]) -> Any | None:

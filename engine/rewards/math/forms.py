@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 from engine.rewards.math.normal import closing, key, split, unwrapped, without_text, words_of
@@ -98,6 +99,17 @@ _REALS = re.compile(
     rf"|(?:{_NAME}\s+)?(?:is\s+)?(?:any|every)\s+real(?:\s+number)?|\\mathbb\s*\{{\s*R\s*\}}",
     re.IGNORECASE,
 )
+_POSITIVE = re.compile(
+    r"\\mathbb\s*\{\s*R\s*\}\s*(?:\^\s*\{?\s*\+\s*\}?|_\s*\{\s*>\s*0\s*\})"
+    r"|(?:the\s+)?(?:set\s+of\s+)?(?:all\s+)?positive\s+real(?:s|\s+numbers?)",
+    re.IGNORECASE,
+)
+_NOT_NEGATIVE = re.compile(
+    r"\\mathbb\s*\{\s*R\s*\}\s*_\s*\{\s*\\ge\s*0\s*\}"
+    r"|(?:the\s+)?(?:set\s+of\s+)?(?:all\s+)?non-?\s*negative\s+real(?:s|\s+numbers?)",
+    re.IGNORECASE,
+)
+_NATURAL = re.compile(r"(?:the\s+)?(?:set\s+of\s+)?(?:all\s+)?natural\s+numbers|\\mathbb\s*\{\s*N\s*\}", re.IGNORECASE)
 _INTEGERS = re.compile(r"(?:the\s+)?(?:set\s+of\s+)?(?:all\s+)?integers|\\mathbb\s*\{\s*Z\s*\}", re.IGNORECASE)
 _EXCEPT = re.compile(
     r"(?P<all>.+?)\s*(?:\\setminus|\bexcept(?:\s+for)?\b|\bother than\b|(?<=\})\s*-)\s*(?:[a-z]\s*=\s*)?"
@@ -105,7 +117,7 @@ _EXCEPT = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _NOTHING = re.compile(
-    r"(?:there\s+(?:is|are)\s+)?no\s+(?:real\s+)?(?:solutions?|roots?)(?:\s+exists?)?|(?:the\s+)?empty\s+set|\\emptyset",
+    r"(?:there\s+(?:is|are)\s+)?no\s+(?:real\s+)?(?:solutions?|roots?)(?:\s+exists?)?|(?:the\s+)?empty\s+set|\\emptyset|none",
     re.IGNORECASE,
 )
 _EVERYTHING = r"(-\infty,\infty)"
@@ -129,8 +141,11 @@ def region(text: str) -> Region | None:
         return Region(None, r"\emptyset")
     if _REALS.fullmatch(words):
         return Region(None, _EVERYTHING)
-    if _INTEGERS.fullmatch(words):
-        return Region(None, r"\mathbb{Z}")
+    for named, latex in ((_INTEGERS, r"\mathbb{Z}"), (_NATURAL, r"\mathbb{N}"), (_POSITIVE, r"(0,\infty)")):
+        if named.fullmatch(words):
+            return Region(None, latex)
+    if _NOT_NEGATIVE.fullmatch(words):
+        return Region(None, r"[0,\infty)")
     if (builder := _SET_BUILDER.fullmatch(text)) is not None:
         inside = region(builder["condition"])
         return inside if inside is not None and inside.name == builder["name"] else None
@@ -180,17 +195,28 @@ def _infinity(_: re.Match[str]) -> str:
 
 
 def _condition(text: str) -> Region | None:
-    """Inequalities of one unknown, joined by `or`, or two joined by `and`."""
+    """Inequalities of one unknown, joined by `or`, or by `and` or a comma; also with points that are left out."""
     pieces = split(text, _OR)
     if len(pieces) == 1:
-        both = split(text, _AND)
-        if len(both) == 2:
-            return _overlap(_inequality(both[0]), _inequality(both[1]))
+        several: list[str] = []
+        for part in (part for piece in split(text, _AND) for part in split(piece, _COMMA)):
+            if several and r"\ne" in several[-1] and _RELATION.search(part) is None:
+                several[-1] += f",{part}"  # x \ne 2, 3
+            else:
+                several.append(part)
+        if len(several) > 1:
+            return _all_of(several)
     regions = [_inequality(piece) for piece in pieces]
     names = {found.name if found is not None else None for found in regions}
     if len(names) != 1 or None in names:
         return None
     return Region(names.pop(), r"\cup".join(found.latex for found in regions if found is not None))
+
+
+_TURNED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "ne": "ne"}
+_DISTANCE = re.compile(rf"\|\s*(?P<name>{_NAME})\s*(?:(?P<sign>[-+])\s*(?P<centre>[^|]+?))?\s*\|")
+_LEFT_OUT = re.compile(rf"\s*(?P<name>{_NAME})\s*\\ne(?![a-zA-Z])\s*(?P<points>.+)", re.DOTALL)
+_ONE_INTERVAL = re.compile(r"(?P<left>[\[(])(?P<start>[^,]+),(?P<end>[^,]+)(?P<right>[\])])")
 
 
 def _inequality(text: str) -> Region | None:
@@ -203,11 +229,15 @@ def _inequality(text: str) -> Region | None:
         return None
     lone = [_LONE_NAME.fullmatch(part) is not None for part in parts]
     if len(relations) == 1:
+        for place in (0, 1):
+            if _DISTANCE.fullmatch(parts[place]) is not None:
+                relation = relations[0] if place == 0 else _TURNED[relations[0]]
+                return _about_zero(parts[place], relation, parts[1 - place])
         if lone[0] == lone[1]:
             return None
         if lone[1]:
             parts.reverse()
-            relations = [{"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "ne": "ne"}[relations[0]]]
+            relations = [_TURNED[relations[0]]]
         return _half_line(parts[0], relations[0], parts[1])
     if len(relations) != 2 or not lone[1]:
         return None
@@ -222,6 +252,69 @@ def _inequality(text: str) -> Region | None:
     if r"\infty" in parts[2]:
         end = ")"
     return Region(parts[1], f"{start}{_ENDLESS.sub(_infinity, parts[0])},{_ENDLESS.sub(_infinity, parts[2])}{end}")
+
+
+def _all_of(pieces: list[str]) -> Region | None:
+    """Where every one of some conditions on one unknown holds."""
+    bounds = [piece for piece in pieces if r"\ne" not in piece]
+    holes = [_LEFT_OUT.fullmatch(piece) for piece in pieces if r"\ne" in piece]
+    if not 1 <= len(bounds) <= 2 or None in holes:
+        return None
+    found = _inequality(bounds[0]) if len(bounds) == 1 else _overlap(*map(_inequality, bounds))
+    if found is None or any(hole is not None and hole["name"] != found.name for hole in holes):
+        return None
+    points = [point for hole in holes if hole is not None for point in split(hole["points"], _COMMA)]
+    return Region(found.name, latex) if (latex := _without_points(found.latex, points)) is not None else None
+
+
+def _without_points(interval: str, points: list[str]) -> str | None:
+    """An interval without some points, all of them numbers inside it, or its closed ends; None where that cannot be said."""
+    whole = _ONE_INTERVAL.fullmatch(interval)
+    if not points or whole is None:
+        return interval if not points else None
+    left, right = whole["left"], whole["right"]
+    start, end = (None if r"\infty" in whole[name] else number(whole[name]) for name in ("start", "end"))
+    found = [number(point) for point in points]
+    inside: list[tuple[Fraction, str]] = []
+    for point, latex in zip(found, points, strict=True):
+        if (
+            point is None
+            or (start is None and r"\infty" not in whole["start"])
+            or (end is None and r"\infty" not in whole["end"])
+        ):
+            return None
+        if start is not None and point.value <= start.value:
+            left = "(" if point.value == start.value else left
+        elif end is not None and point.value >= end.value:
+            right = ")" if point.value == end.value else right
+        else:
+            inside.append((point.value, latex))
+    ends = [whole["start"], *(latex for _, latex in sorted(inside)), whole["end"]]
+    pieces = [f"({one},{other})" for one, other in pairwise(ends)]
+    return left + r"\cup".join(pieces)[1:-1] + right
+
+
+def _about_zero(side: str, relation: str, bound: str) -> Region | None:
+    """Of `|x-3| \\le 2`: the interval, or what is left of the line without it; None where the bound may be negative, and for
+    the letters of complex numbers."""
+    distance = _DISTANCE.fullmatch(side)
+    if distance is None or distance["name"][0] in "zw" or "-" in bound or _LETTER_LEFT.search(bound) is not None:
+        return None
+    if (value := number(bound)) is not None and value.value == 0:
+        return None
+    centre = distance["centre"] or ""
+    if _LETTER_LEFT.search(centre) is not None:
+        return None
+    sign = {"-": "", "+": "-", None: ""}[distance["sign"]]
+    low, high = (f"{sign}{centre}-{bound}", f"{sign}{centre}+{bound}") if centre else (f"-{bound}", bound)
+    written = number(f"{sign}{centre}") if centre else None
+    if written is not None and value is not None and written.value.denominator == value.value.denominator == 1:
+        low, high = str(written.value - value.value), str(written.value + value.value)
+    latex = {
+        **{"lt": f"({low},{high})", "le": f"[{low},{high}]"},
+        **{"gt": rf"(-\infty,{low})\cup({high},\infty)", "ge": rf"(-\infty,{low}]\cup[{high},\infty)"},
+    }.get(relation)
+    return Region(distance["name"], latex) if latex is not None else None
 
 
 def _half_line(name: str, relation: str, bound: str) -> Region | None:
@@ -362,6 +455,26 @@ _SYSTEM = re.compile(
     r"(?:\s*\{[lcr| ]*\})?(.*?)\\end\s*\{\w+\*?\}\.?",
     re.DOTALL,
 )
+_BOTH_SIGNS = re.compile(r"\\pm(?![a-zA-Z])")
+
+
+def with_each_sign(text: str) -> str:
+    r"""The two values of a text with one `\pm` inside a fraction or a root, where the parser cannot read it."""
+    if len(_BOTH_SIGNS.findall(text)) != 1 or len(split(text, _BOTH_SIGNS)) > 1 or len(entries(text)) > 1:
+        return text
+    sides = members(text)
+    if len(sides) > 2 or (len(sides) == 2 and not is_name(sides[0])):
+        return text
+    values = ", ".join(_BOTH_SIGNS.sub(sign, sides[-1]) for sign in "+-")
+    return rf"{sides[0]}=\{{{values}\}}" if len(sides) == 2 else values
+
+
+_FUNCTION = r"\\(?:log|ln|sin|cos|tan|cot|sec|csc|sinh|cosh|tanh|exp)(?![a-zA-Z])"
+_OVER_FUNCTION = re.compile(  # the parser takes what follows the slash into the argument
+    rf"(?P<function>{_FUNCTION}(?:\s*[_^]\s*\{{[^{{}}]*\}})*)\s*"
+    r"(?P<argument>\d+(?:\.\d+)?[a-zA-Z]?|[a-zA-Z]|\\pi|\\frac\{[^{}]*\}\{[^{}]*\})"
+    rf"\s*/\s*(?={_FUNCTION})"
+)
 _UNIT_INSIDE = re.compile(
     r"(?<=[\d}])\s*\\text\s*\{\s*(?:cm|mm|km|m|ft|feet|in|inches|kg|g|units?|degrees|square units)\.?\s*\}(?:\^\{\d\})?"
 )
@@ -376,8 +489,57 @@ def readable(text: str) -> str:
     of factorials in parentheses."""
     if (system := _SYSTEM.fullmatch(text)) is not None and "&" not in system[1].replace("&=", "="):
         text = ", ".join(row.strip() for row in system[1].replace("&=", "=").split("\\\\") if row.strip())
+    text = _OVER_FUNCTION.sub(r"\g<function>(\g<argument>)/", with_each_sign(text))
     text = _LETTER_IN_TEXT.sub(r" \1", _UNIT_INSIDE.sub("", _UNIT_AND.sub(r" \\text{ \1 }", text)))
     return _IMAGINARY.sub(" i", _FACTORIAL_POWER.sub(r"(\1!)^", text))
+
+
+_BY_PAIRS = re.compile(
+    r"(?P<before>(?:[^=,()\[\]{}]*=)?(?:\s|[-+₹]|\\text\s*\{\s*(?:Rs|INR)\.?\s*\}|Rs\.?)*)"
+    r"(?P<number>\d{1,2}(?:,\d{2})+,\d{3})(?![\d,])(?P<after>[^,]*)",
+    re.DOTALL,
+)
+
+
+def grouped_by_pairs(text: str) -> str:
+    """The text with 12,34,567, which may be a list as well, as the number that it is in India."""
+    found = _BY_PAIRS.fullmatch(text)
+    return found["before"] + found["number"].replace(",", "") + found["after"] if found is not None else text
+
+
+_QUANTIFIER = re.compile(
+    r"\s*,?\s*(?:\\forall(?![a-zA-Z])|\\text\s*\{\s*,?\s*for\s+(?:all|every|each|any)(?![a-zA-Z])(?P<words>[^{}]*)\})"
+    r"(?P<rest>[^=,;]*)$"
+)
+_SAYS_NOTHING = re.compile(
+    r"\\text|\b(?:real|reals|values?|numbers?|of|integers?)\b|\\in(?![a-zA-Z])|\\mathbb\s*\{[RZN]\}|[^\w<>\\]", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantified:
+    """A text without the quantifier behind it, and what that restricts its letter to; empty where it is any."""
+
+    text: str
+    domain: str
+
+
+def quantified(text: str) -> Quantified:
+    """`2n \\text{ for all } n \\ge 1` is `2n`, with the domain `n \\ge 1`. A text that is nothing else stays as it is."""
+    found = _QUANTIFIER.search(text) if len(text) <= 600 else None
+    if found is None or not text[: found.start()].strip():
+        return Quantified(text, "")
+    domain = f"{found['words'] or ''} {found['rest']}"
+    bare = _SAYS_NOTHING.sub(" ", without_text(domain)).strip()
+    return Quantified(text[: found.start()].strip(), "" if len(bare) <= 1 else key(domain))
+
+
+_ANGLE = re.compile(r"\\(?:measured)?angle(?![a-zA-Z])\s*([A-Z])([A-Z])([A-Z])(?![A-Za-z])")
+
+
+def angles(text: str) -> list[tuple[str, str, str]]:
+    """The angles that a text names by three points: the parser multiplies the letters, whose order matters."""
+    return [(min(one, other), vertex, max(one, other)) for one, vertex, other in _ANGLE.findall(text)]
 
 
 # What Math-Verify's parser knows; it takes an unknown command for the letters of its name, or drops it.

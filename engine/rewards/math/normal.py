@@ -54,7 +54,7 @@ def _plain_character(character: str) -> str:
 _DROPPED = (
     "left right middle bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm Bigm big Big bigg Bigg displaystyle textstyle "
     "scriptstyle scriptscriptstyle limits nolimits rm bf it sf tt cal boldsymbol bm pmb underline mleft mright strut "
-    "centering noindent large Large small tiny normalsize"
+    "centering noindent large Large small tiny normalsize dotfill hfill checkmark blacksquare qed"
 )
 _SPACES = "quad qquad thinspace enspace space medspace thickspace , ; : > / newline"
 _TEXTS = (
@@ -76,6 +76,7 @@ _SAME = {
     },
     **{"dots": "ldots", "cdots": "ldots", "dotsc": "ldots", "dotsb": "ldots", "dotso": "ldots", "ddots": "ldots"},
     **{"overleftrightarrow": "overline", "overrightarrow": "vec", "widehat": "hat", "arsinh": "arcsinh", "tg": "tan"},
+    "lg": "log_{10}",
 }
 _WRITTEN = {
     **dict.fromkeys(_DROPPED.split(), ""),
@@ -94,6 +95,9 @@ _SEPARATED = re.compile(
 )
 _SEPARATED_BY_COMMAS = re.compile(
     r"(?P<before>(?:[^=,()\[\]{}]*=)?[-+\s]*)(?P<number>\d{1,3}(?:,\d{3})+)(?![\d,])(?P<after>[^,]*)", re.DOTALL
+)
+_SEPARATED_BY_PAIRS = re.compile(  # 12{,}34{,}567; with bare commas it may be a list (forms.grouped_by_pairs)
+    r"(?<![\d.,_^])\d{1,2}(?:(?:,\\!|\{,\})\d{2})+(?:,\\!|\{,\})\d{3}(?![\d'])"
 )
 _SEPARATED_BY_DOTS = re.compile(r"(?<![\d.,])\d{1,3}(?:\.\d{3}){2,}(?![\d.])")
 _NOT_A_DIGIT = re.compile(r"\D+")
@@ -122,6 +126,19 @@ _OPERATOR_NAME = re.compile(
 _COMPARED = re.compile(r"<=|>=|!=|/=|=<|~=|==")
 _COMPARISONS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "/=": r"\ne ", "~=": r"\approx ", "==": "="}
 _DOTS = re.compile(r"\.{3,}")
+_ABOUT = re.compile(r"^\s*(?:\{\s*\\sim\s*\}|\\sim(?![a-zA-Z]))(?:\s|\\!)*(?=[-+.\d]|\\d?frac)")
+_BOLD_SET = re.compile(
+    r"(?:^\s*(?:\\mathbf|\\boldsymbol|\\bf|\\pmb)|(?<=\\in)\s*\\(?:mathbf|boldsymbol|bf|pmb|mathrm|text))\s*\{?\s*([RZQ])\s*\}?"
+    r"(?=\s*(?:$|[.,^]|-\s*\\\{|\\(?:setminus|backslash|smallsetminus)))"
+)
+_LANDAU = re.compile(r"\\mathcal\s*(?:\{\s*O\s*\}|O)(?=\s*(?:\\left)?\s*\()")
+_UNIT_VECTOR = re.compile(
+    r"\\(?:hat|widehat|vec|mathbf|boldsymbol|bm|pmb|overrightarrow)\s*\{\s*"
+    r"(?:\\(?:hat|widehat|vec|mathbf|boldsymbol)\s*\{\s*\\?([ijk])(?:math)?\s*\}|\\?([ijk])(?:math)?)\s*\}"
+)
+_ANGLES = re.compile(r"\\langle(?![a-zA-Z])([^<>]*?,[^<>]*?)\\rangle(?![a-zA-Z])")
+_CHOOSE = re.compile(r"\{([^{}]+)\\choose(?![a-zA-Z])([^{}]+)\}")
+_CHOSEN_FROM = re.compile(r"(?<![\w}])(?:\{\s*\}\s*)?_\s*(?:\{(\w+)\}|(\w))\s*C\s*_\s*(?:\{(\w+)\}|(\w))")
 _EMPTY = re.compile(r"\\\{\s*\\\}")
 _EMPTY_TEXT = re.compile(r"\\text\s*\{\s*\}|(?<![\\a-zA-Z\d}\]])\{\s*\}")
 _TEXT_SPACE = re.compile(r"\\text\s+\{")
@@ -165,7 +182,9 @@ def _unstyled(text: str) -> str:
     if (bold := _MARKUP.fullmatch(text)) is not None:
         text = bold[1]
     text = _HSPACE.sub(" ", _COLOR.sub("", _NULL_DELIMITER.sub(" ", text)))
-    text = _SEPARATED.sub(_digits, text)  # before the commands that separate them are gone
+    text = _ABOUT.sub(r"\\approx ", _LANDAU.sub("O", _BOLD_SET.sub(r" \\mathbb{\1}", text)))
+    text = _ANGLES.sub(r"(\1)", _unit_vectors(_CHOSEN_FROM.sub(_binomial, _CHOOSE.sub(_binomial, text)))).replace("{:}", ":")
+    text = _SEPARATED.sub(_digits, _SEPARATED_BY_PAIRS.sub(_digits, text))  # before the commands that separate them are gone
     text = _COMMAND.sub(_command, text.replace("~=", r"\approx ")).replace("~", " ")
     text = _COMPARED.sub(lambda found: _COMPARISONS[found[0]], _DOTS.sub(r"\\ldots ", text))
     text = _EMPTY_TEXT.sub(" ", _TEXT_SPACE.sub(r"\\text{", text))
@@ -173,6 +192,19 @@ def _unstyled(text: str) -> str:
     if (written := _NUMBER_IN_TEXT.fullmatch(text.strip().rstrip(_END))) is not None:
         return written[1] + (rf" \text{{{written[2]}}}" if written[2] else "")
     return text
+
+
+def _unit_vectors(text: str) -> str:
+    """The text with the unit vectors of an expression in one dress; a letter that stands alone may be anything."""
+    letters = {found[1] or found[2] for found in _UNIT_VECTOR.finditer(text)}
+    if len(letters) < 2:
+        return text
+    return _UNIT_VECTOR.sub(lambda found: rf"\hat{{{found[1] or found[2]}}}", text)
+
+
+def _binomial(found: re.Match[str]) -> str:
+    above, below = (part.strip() for part in found.groups() if part is not None)
+    return rf"\binom{{{above}}}{{{below}}}"
 
 
 def _with_plain_numbers(text: str) -> str:

@@ -45,7 +45,7 @@ _TURNING = words_of(
     "or not either maybe possibly perhaps wrong more less fewer greater least most than between to from before no "
     "never percent pct percentage half quarter third double twice triple times minus negative pi plus"
 ) | frozenset(_MULTIPLIERS)
-_WORDS_WITH_DIGITS = re.compile(r"(?<![\^\d.])(?<!\^\{)(?<!base )(?<![a-z])\d|(?<=\d\s)\d")
+_WORDS_WITH_DIGITS = re.compile(r"(?<![\^\d.])(?<!\^\{)(?<!\^\{-)(?<!\^-)(?<!base )(?<![a-z])\d|(?<=\d\s)\d")
 _LETTERS = re.compile(r"[A-Za-zµ]+")
 _COMPASS = {"n": "north", "s": "south", "e": "east", "w": "west"}  # behind degrees
 _HALF_DAY = re.compile(r"\b([ap])\.\s?m\b")
@@ -60,6 +60,13 @@ _NO_UNIT = re.compile(r"\s*[eixyzdrnqEXYZ]\s*")  # letters of mathematics, set u
 _TAIL_LENGTH = 160  # characters of one word's group that are looked at
 _CURRENCY = re.compile(r"^(?:[€£¥₹]\s*|\\text\s*\{\s*(?:Rs|USD|INR)\.?\s*\}\s*|(?:Rs|USD)\.?\s*)(?=[-\d.])")
 _CURRENCY_BEHIND = re.compile(r"\s*[€£¥₹]$")
+_WORD_UNIT = rf"\\text\s*\{{\s*[a-zA-Z]+\s*\}}|(?:{_UNIT_NAMES})(?:s|es)?"
+_LONE_UNITS = r"m(?=\s*\}\s*\{\s*s(?![a-zA-Z]))|N(?=\s*\}\s*\{\s*[mC](?![a-zA-Z]))"  # letters are names elsewhere
+_FRACTION_OF_UNITS = re.compile(
+    rf"(?<=[\d}})\s])\s*\\frac\s*\{{\s*(?P<above>{_WORD_UNIT}|{_LONE_UNITS})\s*\}}"
+    rf"\s*\{{\s*(?P<below>{_WORD_UNIT}|[mshLC])\s*(?P<power>\^\s*\{{\s*[23]\s*\}})?\s*\}}\s*$"
+)
+_FRACTION_IN_TEXT = re.compile(r"\\text\s*\{\s*\\frac\{([a-zA-Z]+)\}\{([a-zA-Z]+)(\^\{\d\})?\}\s*\}$")
 _VALUE_BEHIND = re.compile(r"[\d)}\]!a-zA-Z']$")
 
 
@@ -76,7 +83,11 @@ class Quantity:
 
 def quantity(text: str) -> Quantity:
     """The value and the words behind it; the whole text is the value where it is all words."""
+    text = _FRACTION_IN_TEXT.sub(r"\\text{\1/\2\3}", text)
     value, words, units, goes_on = _CURRENCY_BEHIND.sub("", _CURRENCY.sub("", text)), [], [], False
+    if len(value) <= 2 * _TAIL_LENGTH and (fraction := _FRACTION_OF_UNITS.search(value)) is not None:
+        over = f"{_inside_text(fraction['above'])}/{_inside_text(fraction['below'])}"
+        value = rf"{value[: fraction.start()].rstrip()} \text{{{over}{fraction['power'] or ''}}}"
     for _ in range(8):
         start = max(0, len(value) - _TAIL_LENGTH)
         found = _TAIL.search(value, start)
@@ -107,6 +118,10 @@ def quantity(text: str) -> Quantity:
     units += [word for word in named if _is_unit(word)]
     left = frozenset(word for word in named if not _is_unit(word) and word not in _FILLING)
     return Quantity(value, left, frozenset(units), goes_on, factor)
+
+
+def _inside_text(unit: str) -> str:
+    return without_text(unit).strip()
 
 
 def _is_unit(word: str) -> bool:

@@ -14,9 +14,10 @@ from engine.rewards.pool.workers import Request, WorkerReward
 
 # What a verdict means. 1: Math-Verify as it comes, behind killable processes. 2: with checks of the answer's text and the
 # objections of exact.py. 3: both sides in one way of writing, so that a gold answer equals itself; numbers, quantities, choices
-# and intervals compared as such (compare.py); what the parser drops is an objection, an unsolved equation is no value. Every
-# case of cases.jsonl says since which version it holds.
-VERIFIER_VERSION = "3"
+# and intervals compared as such (compare.py); what the parser drops is an objection, an unsolved equation is no value. 4:
+# distances, left-out points, fractions of units, quantifiers, digits in groups of two; sums and binomials by exact values.
+# Every case of cases.jsonl says since which version it holds.
+VERIFIER_VERSION = "4"
 
 MAX_CHARACTERS = 4000  # of an answer, its end
 
@@ -34,6 +35,7 @@ class MathReward(WorkerReward):
     needs_answer = True
     OPTIONS = (*WorkerReward.OPTIONS, "unevaluated")
     MODULE = "engine.rewards.math.worker"
+    CLOCK = "cpu"
 
     def __init__(self, config: Rewards) -> None:
         super().__init__(config)

@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Terms:
     """What one answer may cost, how many a worker judges at once, and whether what the judge prints is dropped rather than
     shown on our stderr."""
 
-    deadline_seconds: float
+    cpu_seconds: float  # on the clock of the child's own CPU time; infinite where the wall clock alone decides
+    wall_seconds: float
     memory_bytes: int
     concurrency: int
     silent: bool
@@ -42,7 +44,8 @@ def is_concurrent(judge: Judge) -> bool:
 
 
 class Child:
-    """The parent's side of a child: its pipes, and the numbers of the answers that it judges with the time of each deadline.
+    """The parent's side of a child: its pipes, the numbers of the answers that it judges with the wall-clock time of each
+    deadline, and its CPU clock.
 
     It is sent [number, request] and answers [number, what the judge gives, status, error or ""]; one element more says that
     it ends itself with this answer."""
@@ -65,12 +68,14 @@ class Child:
                 os.dup2(answer_end, ANSWERS, inheritable=False)
                 os.close(answer_end)
                 if is_concurrent(judge):
-                    asyncio.run(_judge_at_once(judge, request_end, terms.deadline_seconds, judging))
+                    asyncio.run(_judge_at_once(judge, request_end, terms.wall_seconds, judging))
                 else:
                     _judge_in_turn(judge, request_end, judging)
             finally:  # also on an exception: the code of the parent below must never run here
                 _leave(sys.exception(), judging)
         os.setpgid(self.pid, self.pid)
+        self._clock = _cpu_clock(self.pid)
+        self._began = 0.0
         os.close(request_end)
         os.close(answer_end)
         os.set_blocking(self.requests, False)
@@ -82,9 +87,16 @@ class Child:
 
     def give(self, number: int, request: Any, late_at: float) -> None:
         """Sends a request, as much of it as the pipe takes now. A dead child shows when it is read."""
+        self._began = time.clock_gettime(self._clock)
         self.late_at[number] = late_at
         self._unsent = memoryview(bytes(self._unsent) + frame([number, request]))
         self.push()
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time that it used since it was last given something, in user and kernel mode; it stands still while the child
+        waits for its turn on a busy machine."""
+        return time.clock_gettime(self._clock) - self._began
 
     def push(self) -> None:
         """Sends what the pipe takes of the rest."""
@@ -103,6 +115,15 @@ class Child:
         os.close(self.answers)
 
 
+def _cpu_clock(pid: int) -> int:
+    """The id of the clock of a process's CPU time (clock_getcpuclockid(3)), readable until the process is reaped."""
+    clock = ctypes.c_int()
+    code = ctypes.CDLL(None).clock_getcpuclockid(pid, ctypes.byref(clock))
+    if code:
+        raise OSError(code, f"no CPU clock of process {pid}: {os.strerror(code)}")
+    return clock.value
+
+
 def told(error: BaseException) -> str:
     """The traceback of an error that a judge raised, as people read it."""
     return "".join(traceback.format_exception(error))[-MAX_TOLD:]
@@ -116,7 +137,7 @@ def _judge_in_turn(judge: Judge, requests: int, judging: list[int]) -> None:
         write_frame(ANSWERS, [number, given, status, ""])
 
 
-async def _judge_at_once(judge: Judge, requests: int, deadline_seconds: float, judging: list[int]) -> None:
+async def _judge_at_once(judge: Judge, requests: int, wall_seconds: float, judging: list[int]) -> None:
     """Starts to judge whatever comes. A late answer is cancelled and answered for, whether it stops or not."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
@@ -129,14 +150,14 @@ async def _judge_at_once(judge: Judge, requests: int, deadline_seconds: float, j
         except asyncio.IncompleteReadError:
             return
         judging.append(number)
-        task = loop.create_task(_answer(judge, number, request, deadline_seconds, judging))
+        task = loop.create_task(_answer(judge, number, request, wall_seconds, judging))
         under_way.add(task)
         task.add_done_callback(under_way.discard)
 
 
-async def _answer(judge: Judge, number: int, request: Any, deadline_seconds: float, judging: list[int]) -> None:
+async def _answer(judge: Judge, number: int, request: Any, wall_seconds: float, judging: list[int]) -> None:
     task = asyncio.ensure_future(cast("Awaitable[tuple[Any, str]]", judge(*request)))
-    await asyncio.wait({task}, timeout=deadline_seconds)
+    await asyncio.wait({task}, timeout=wall_seconds)
     if not task.done():
         task.cancel()
         outcome: tuple[Any, str, str] = 0.0, "timeout", ""

@@ -1,12 +1,15 @@
 """The children of one worker: as many as it may judge answers at once, or one where that one awaits several. It gives each what
 waits, listens to all, and replaces who is late, dead, or has judged enough.
 
-An answer that is alone in its child when the child is late or dies has itself to blame. Several answers that a child awaits
-together are under suspicion then: each is judged again, alone, so that what becomes of one never depends on its neighbours.
+A child is late by its own CPU clock where the terms have one, so that the verdict is the same on a busy machine, and by the
+wall clock in any case. An answer that is alone in its child when the child is late or dies has itself to blame. Several answers
+that a child awaits together are under suspicion then: each is judged again, alone, so that what becomes of one never depends on
+its neighbours.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
@@ -28,8 +31,9 @@ class Slots:
     def __init__(self, judge: Judge, requests: int, answers: int, terms: Terms) -> None:
         self._judge, self._requests, self._answers, self._terms = judge, requests, answers, terms
         self._awaits = is_concurrent(judge)
+        assert not self._awaits or math.isinf(terms.cpu_seconds), "what is awaited shares one CPU clock"
         self._room = terms.concurrency if self._awaits else 1  # answers at once in a child
-        self._patience = terms.deadline_seconds + (SLACK_SECONDS if self._awaits else 0.0)
+        self._patience = terms.wall_seconds + (SLACK_SECONDS if self._awaits else 0.0)
         self._texts: dict[int, Any] = {}  # the requests under way, by number
         self._waiting: deque[int] = deque()
         self._suspects: deque[int] = deque()
@@ -67,8 +71,7 @@ class Slots:
                 poll.register(child.answers, select.POLLIN)
             if child.sends:
                 poll.register(child.requests, select.POLLOUT)
-        late_at = [moment for child in self._children for moment in child.late_at.values()]
-        patience = max(0.0, min(late_at) - time.monotonic()) if late_at else None
+        patience = max(0.0, min(left)) if (left := [self._left(c) for c in self._children if c.late_at]) else None
         ready = {descriptor for descriptor, _ in poll.poll(None if patience is None else 1000 * patience)}
         if self._requests in ready:
             message = read_frame(self._requests)
@@ -81,19 +84,27 @@ class Slots:
                 child.push()
             if child.answers in ready:
                 self._hear(child)
-            elif child.late_at and time.monotonic() >= min(child.late_at.values()):
+            elif child.late_at and self._left(child) <= 0:
                 self._lose(child, "timeout")
         for child in list(self._children):  # at once: what waits would else not be given, and nobody would wake
             if not child.late_at and child.num_answers >= ANSWERS_PER_CHILD:
                 self._replace(child)
         return True
 
+    def _left(self, child: Child) -> float:
+        """Seconds until a child that judges can be late: until its wall-clock limit, or until its CPU time would be used up if
+        it ran without a break, which a busy machine puts off each time that it is looked at."""
+        return min(min(child.late_at.values()) - time.monotonic(), self._terms.cpu_seconds - child.cpu_seconds)
+
     def _hear(self, child: Child) -> None:
         message = read_frame(child.answers)
+        late = child.cpu_seconds >= self._terms.cpu_seconds  # we were late to see it, which must not change a verdict
         if message is None:
-            self._lose(child, "died")
+            self._lose(child, "timeout" if late else "died")
             return
         number, given, status, error, *last = message
+        if late:
+            given, status, error = 0.0, "timeout", ""
         del child.late_at[number]
         child.num_answers += 1
         self._reply(number, given, status, error)

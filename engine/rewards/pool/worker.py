@@ -2,8 +2,8 @@
 
 Native code ignores Python's signals, so the only sure deadline is a process that can be killed. A worker imports what
 judges once and stays clean: it forks children that judge under limits of memory (slots.py and child.py beside this file),
-waits with a wall clock, kills a late child and forks the next. It starts no thread and imports neither torch nor pydantic; it
-knows nothing of prompts, batches, the other workers, or how an answer is judged.
+watches a child's CPU clock and the wall clock, kills a late child and forks the next. It starts no thread and imports neither
+torch nor pydantic; it knows nothing of prompts, batches, the other workers, or how an answer is judged.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ class Loaded(NamedTuple):
 
 
 def run(load: Callable[[list[str]], Loaded | str], *, silent: bool) -> None:
-    """A worker's whole life: deadline in seconds, memory in MiB, answers at once and the judge's own arguments from the command
-    line; speaks on standard input and output. `load` makes the judge, or says in a sentence why it cannot: that is sent
-    instead of {"ready": facts}. With 0 answers at once it only says what it has loaded."""
-    deadline_seconds, memory_mebibytes, concurrency, *arguments = sys.argv[1:]
-    terms = Terms(float(deadline_seconds), int(memory_mebibytes) << 20, int(concurrency), silent)
+    """A worker's whole life: the longest judging in seconds of CPU time ("inf": none) and of wall-clock time, memory in MiB,
+    answers at once and the judge's own arguments from the command line; speaks on standard input and output. `load` makes the
+    judge, or says in a sentence why it cannot: that is sent instead of {"ready": facts}. With 0 answers at once it only says
+    what it has loaded."""
+    cpu_seconds, wall_seconds, memory_mebibytes, concurrency, *arguments = sys.argv[1:]
+    terms = Terms(float(cpu_seconds), float(wall_seconds), int(memory_mebibytes) << 20, int(concurrency), silent)
     os.dup2(1, ANSWERS, inheritable=False)  # nothing else is open yet
     os.dup2(2, 1)  # what a library prints must not mix with our frames
     try:

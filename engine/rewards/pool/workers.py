@@ -6,6 +6,7 @@ and the deadline of one answer are theirs. It starts no thread: one selector wai
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import subprocess
@@ -15,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import engine
 from engine.config.options import Rewards
@@ -27,6 +28,10 @@ from engine.rewards.pool.slots import SLACK_SECONDS
 
 START_SECONDS = 120.0  # longest start of a worker, on a busy machine
 GRACE_SECONDS = 10.0  # beyond an answer's own deadline, before a worker itself counts as stuck
+# Where CPU time is what an answer may use, the wall clock only guards against what sleeps or was stopped. It gives each second
+# of CPU time so many, so that a machine must have more than so many runnable threads a core before it changes a verdict.
+WALL_SECONDS_PER_CPU_SECOND = 20.0
+MIN_WALL_SECONDS = 30.0  # for short deadlines: a pause of the machine is as long
 MAX_FAILED_STARTS = 3  # in a row
 MAX_TRIES = 2  # of one answer, when workers die under it
 INHERITED = {"PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HF_HOME", "HF_HUB_OFFLINE"}
@@ -74,7 +79,7 @@ def _start(module: str, arguments: Sequence[str], environment: Sequence[str]) ->
 def facts_of(module: str, arguments: Sequence[str], environment: Sequence[str]) -> Any:
     """What a worker of `module` says of the judge that it loads, without judging. ConfigError when it refuses, or ends while
     it loads."""
-    process = _start(module, ["0", "0", "0", *arguments], environment)
+    process = _start(module, ["0", "0", "0", "0", *arguments], environment)
     try:
         said, _ = process.communicate(timeout=START_SECONDS)
     except subprocess.TimeoutExpired:
@@ -96,9 +101,9 @@ def facts_of(module: str, arguments: Sequence[str], environment: Sequence[str]) 
 class _Worker:
     """One worker process and the requests it is judging."""
 
-    def __init__(self, module: str, arguments: Sequence[str], config: Rewards, environment: Sequence[str]) -> None:
-        limits = [str(config.deadline_seconds), str(config.memory_mebibytes), str(config.concurrency)]
-        self.process = _start(module, [*limits, *arguments], environment)
+    def __init__(self, module: str, arguments: Sequence[str], environment: Sequence[str]) -> None:
+        """`arguments`: the limits that engine/rewards/pool/worker.py reads, and the judge's own."""
+        self.process = _start(module, arguments, environment)
         assert self.process.stdin is not None and self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         os.set_blocking(self.stdin.fileno(), False)  # a request may be larger than the pipe, and the worker stopped
@@ -141,8 +146,9 @@ class _Worker:
 
 
 class WorkerReward(Reward):
-    """A reward behind killable processes. A subclass says which module judges (`MODULE`), with which arguments, and what a
-    request is.
+    """A reward behind killable processes. A subclass says which module judges (`MODULE`), with which arguments, what a request
+    is, and which clock `rewards.deadline_seconds` is of (`CLOCK`): the CPU time of the judging process, for a judge that
+    computes, whose verdict must not depend on what else the machine does; the wall clock, for one that may wait for a network.
 
     Statuses: `timeout` past `deadline_seconds`, `died` when the judging process crashed (lack of memory among the
     causes), `invalid` when the judge raised, and what the judge itself says; the value of these three is 0.
@@ -150,6 +156,7 @@ class WorkerReward(Reward):
 
     OPTIONS: ClassVar[tuple[str, ...]] = ("workers", "concurrency", "deadline_seconds", "memory_mebibytes")
     MODULE: ClassVar[str]
+    CLOCK: ClassVar[Literal["cpu", "wall"]] = "wall"
 
     def __init__(self, config: Rewards, *arguments: str, environment: Sequence[str] = ()) -> None:
         """`environment`: names of the variables that the processes may see beside what Python needs."""
@@ -206,7 +213,16 @@ class WorkerReward(Reward):
         return [judged[request] for request in requests]
 
     def _new_worker(self) -> _Worker:
-        return _Worker(self.MODULE, self._arguments, self._config, self._environment)
+        config = self._config
+        cpu_seconds = config.deadline_seconds if self.CLOCK == "cpu" else math.inf
+        limits = cpu_seconds, self._wall_seconds, config.memory_mebibytes, config.concurrency
+        return _Worker(self.MODULE, [*map(str, limits), *self._arguments], self._environment)
+
+    @property
+    def _wall_seconds(self) -> float:
+        """Longest judging of one answer by the wall clock."""
+        seconds = self._config.deadline_seconds
+        return seconds if self.CLOCK == "wall" else max(MIN_WALL_SECONDS, WALL_SECONDS_PER_CPU_SECOND * seconds)
 
     @property
     def _patience_seconds(self) -> float:
@@ -214,7 +230,7 @@ class WorkerReward(Reward):
         until the others have been judged alone, before it is judged among some and at last alone itself (slots.py)."""
         at_once = self._config.concurrency
         turns = 1 if at_once == 1 else 2 * at_once
-        return turns * (self._config.deadline_seconds + SLACK_SECONDS) + GRACE_SECONDS
+        return turns * (self._wall_seconds + SLACK_SECONDS) + GRACE_SECONDS
 
     def _judge(self, requests: list[Request]) -> list[Outcome]:
         """One outcome for each request."""

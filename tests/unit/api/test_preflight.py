@@ -20,7 +20,7 @@ from engine.api.faults import machine
 from engine.api.faults.look import Purpose
 from engine.api.preflight import check, examine
 from engine.config.load import RunConfig, dump_config, override
-from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, combined
+from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, StorageError, combined
 from engine.core.files import locked
 from engine.run.checkpoint import Checkpoints
 from engine.run.spec import Spec
@@ -340,7 +340,10 @@ def test_shared_memory_and_disk(made, monkeypatch):
     assert "sync.transport = 'ipc' needs 12" in only(asked) and "/dev/shm" in only(asked)
     assert faults(made) == [], "auto falls back to gloo"
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    assert "run.directory must be on a disk with room for 1 checkpoints" in only(made)
+    assert "run.directory must be on a disk with room for 1 checkpoints; found 1,000 bytes free for" in only(made)
+    with pytest.raises(StorageError) as caught:
+        preflight.check(made)
+    assert caught.value.exit_code == 4
 
 
 @pytest.mark.parametrize(("place", "found"), [("file", "a file"), ("file/below", "a file"), ("", "an empty name")])

@@ -123,6 +123,8 @@ def test_two_workers_keep_the_order() -> None:
 
 def test_a_dead_or_stuck_worker_is_replaced_and_its_answers_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "MIN_WALL_SECONDS", 2.0)
+    monkeypatch.setattr(workers, "WALL_SECONDS_PER_CPU_SECOND", 1.0)
     items = [Answer(prompt("5"), "5"), Answer(prompt("5"), "6"), Answer(prompt("5"), "5")]
     before = set(processes())
     with MathReward(Rewards(workers=1, deadline_seconds=DEADLINE_SECONDS)) as single:

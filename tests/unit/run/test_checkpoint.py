@@ -7,6 +7,7 @@ Run as a script with a folder, this file is the process that gets killed (see th
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config.load import RunConfig
-from engine.core.errors import CheckpointError
+from engine.core.errors import CheckpointError, StorageError
 from engine.models.hf import HfCheckpoint
 from engine.run.checkpoint import (
     BEST,
@@ -40,6 +41,7 @@ from engine.run.checkpoint import (
 )
 from engine.run.milestones import commits, resume_policy
 from tests import builders
+from tests.unit.core.test_files import files_of_at_most
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS = 15
@@ -468,6 +470,48 @@ def test_an_export_replaces_nothing_but_an_empty_folder(tmp_path):
     with pytest.raises(CheckpointError, match="out must be new or empty; found files in it"):
         export(folder, out)
     assert not list(tmp_path.glob(".*")), "nothing staged is left"
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("saved", "bfloat16"), ("seed", "float16"), ("float32", "float32")])
+def test_an_export_has_the_dtype_that_was_asked_for(tmp_path, dtype, kind):
+    folder = commit(tmp_path, 5)
+    (tmp_path / "seed" / "config.json").write_text('{"model_type": "llama", "torch_dtype": "float16"}')
+    out = export(folder, tmp_path / "out", dtype)
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == kind
+    exported, saved = HfCheckpoint(out), HfCheckpoint(folder / "policy")
+    assert exported.names() == saved.names()
+    for name in saved.names():
+        assert torch.equal(exported.tensor(name), saved.tensor(name).to(getattr(torch, kind))), name
+    (tmp_path / "seed" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="must say the dtype of the weights"):
+        export(folder, tmp_path / "other", "seed")
+
+
+def test_every_file_has_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = commit(tmp_path, 5)
+        out = export(folder, tmp_path / "out")
+    finally:
+        os.umask(before)
+    files = [path for place in (folder, out) for path in place.rglob("*") if path.is_file()]
+    assert len(files) > 4 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
+@pytest.mark.parametrize("limit", [100, 600, 1200])  # of the rank's state, of the policy, of the manifest
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stands(tmp_path, limit):
+    first = commit(tmp_path, 5)
+    sizes = sorted(path.stat().st_size for path in first.rglob("*") if path.is_file())
+    assert sizes[-1] > 1200, "the manifest"
+    with files_of_at_most(limit), pytest.raises(StorageError) as caught:
+        commit(tmp_path, 10)
+    folder = tmp_path / "run" / "checkpoints"
+    assert f"{folder} cannot be written" in str(caught.value)
+    assert re.search(r"[\d,]+ bytes needed and [\d,]+ free", str(caught.value))
+    assert (caught.value.exit_code, caught.value.may_pass) == (4, False)
+    assert sorted(path.name for path in folder.iterdir()) == [LATEST, "step_00000005"]
+    assert latest(folder) == first
+    assert commit(tmp_path, 10).exists(), "when there is room again"
 
 
 def test_a_run_killed_at_any_moment_keeps_its_newest_checkpoint(tmp_path):

@@ -1,0 +1,30 @@
+"""The quickstart takes away what an earlier one made, and nothing else."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+spec = importlib.util.spec_from_file_location("quickstart", Path(__file__).parents[3] / "tools" / "quickstart.py")
+assert spec is not None and spec.loader is not None
+quickstart = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(quickstart)
+
+
+def test_what_an_earlier_quickstart_made_is_taken_away(tmp_path):
+    for name in quickstart.MADE:
+        quickstart.mark(tmp_path / name)
+    (tmp_path / "summary.json").touch()
+    (tmp_path / "mine").mkdir()
+    quickstart.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    quickstart.clear(tmp_path / "new")
+    assert (tmp_path / "new").is_dir()
+
+
+def test_a_run_that_it_did_not_make_is_never_deleted(tmp_path):
+    quickstart.mark(tmp_path / "data")
+    (tmp_path / "train" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="train without its mark"):
+        quickstart.clear(tmp_path)
+    assert (tmp_path / "train" / "checkpoints").exists() and (tmp_path / "data").exists(), "nothing is taken away"
