@@ -29,13 +29,14 @@ from engine.config.placement import Part, place, training_parts
 from engine.config.transport import setting
 from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, combined
 from engine.data.conversations import Conversations
-from engine.data.mixture import naming
+from engine.data.mixture import naming, prompt_form
 from engine.data.preferences import FIELDS as PAIR_FIELDS
 from engine.data.preferences import pair_texts
 from engine.data.records import HUB, check_source, sampled
-from engine.data.rows import Row, load_rows, sample_rows
+from engine.data.rows import Row, identity, load_rows, sample_rows, wanted_fields
 from engine.data.supervised import completion_tokens
-from engine.data.templates import encode_prompt, load_tokenizer
+from engine.data.templates import LeftOut, PromptForm, encode_prompt, fit_prompt, load_tokenizer
+from engine.data.tokens import stays_text
 from engine.megatron.libraries import check_installed
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
@@ -216,7 +217,7 @@ class _Look:
                 f"{list(ends)} in {path}: mend generation_config.json"
             )
         try:
-            encode_prompt(tokenizer, "1 + 1", "{problem}")
+            encode_prompt(tokenizer, "1 + 1", prompt_form(self.config, Source(train="", template="{problem}")))
         except TemplateError as error:
             yield ConfigError(
                 f"model.path must hold a chat template for a user's message; found that it fails with {str(error)!r} in "
@@ -254,7 +255,7 @@ class _Look:
                 kind, faults = _tried(replay_kind, self.config)
             yield from faults
             if kind == "preferences":
-                yield from _caught(_check_pairs, data.replay)
+                yield from _caught(_check_pairs, data.replay, data.columns)
             if kind == "rollouts":
                 yield from _caught(self._ledger, data.replay)
         files = [
@@ -277,34 +278,42 @@ class _Look:
         judging = _tried(judging_of, self.config, source)[0] if self._judges else None  # `_rewards` tells what is wrong
         needs_answer, wants_row = (judging.needs_answer, judging.wants_row) if judging is not None else (False, False)
         try:
-            rows, is_whole = sample_rows(path, needs_answer, keep_columns=wants_row)
+            rows, is_whole = sample_rows(path, needs_answer, keep_columns=wants_row, columns=source.columns)
         except DataError as error:
             yield from (naming(key, path, fault) for fault in error.faults)
             return
         trains = key.endswith(".train")
         for row in rows if trains else ():
-            if row.id and ids.setdefault(row.id, row.problem) != row.problem:
+            problem = identity(row.problem, row.messages)
+            if row.id and ids.setdefault(row.id, problem) != problem:
                 yield DataError(
                     f"{key} ({path}): `id` must name one problem; found {row.id!r} for {ids[row.id][:60]!r} and "
-                    f"{row.problem[:60]!r}: change one, or remove the `id` fields"
+                    f"{problem[:60]!r}: change one, or remove the `id` fields"
                 )
                 break
         if not self._renders:
             return
-        longest = self.config.data.max_prompt_tokens
+        longest, form = self.config.data.max_prompt_tokens, prompt_form(self.config, source)
 
         def fits(row: Row) -> bool:
-            return len(encode_prompt(self.tokenizer, row.problem, source.template)) <= longest
+            try:
+                return not isinstance(fit_prompt(self.tokenizer, row.problem, row.messages, form, longest), LeftOut)
+            except DataError as error:
+                raise DataError(f"{key} ({path}): {row.where.removeprefix(path).lstrip(', ')}: {error}") from error
 
-        if not any(map(fits, rows)) and (is_whole or not any(map(fits, load_rows(path, needs_answer=needs_answer)))):
+        def others() -> list[Row]:
+            return load_rows(path, needs_answer=needs_answer, columns=source.columns)
+
+        if not any(map(fits, rows)) and (is_whole or not any(map(fits, others()))):
             yield DataError(
                 f"{key} ({path}): at least one prompt must fit data.max_prompt_tokens; found none of {longest} or fewer "
                 f"tokens: raise data.max_prompt_tokens, or name other data"
             )
         if self.purpose == "sft" and trains:
-            yield from self._solutions(key, path, [row for row in rows if fits(row)], source.template)
+            told = [row for row in rows if fits(row) and stays_text(self.tokenizer, row.solution)]
+            yield from self._solutions(key, path, told, form)
 
-    def _solutions(self, key: str, path: str, rows: list[Row], template: str) -> Faults:
+    def _solutions(self, key: str, path: str, rows: list[Row], form: PromptForm) -> Faults:
         """The first row without a solution, and the first that is too long with it."""
         if lacking := next((row for row in rows if not row.solution), None):
             yield DataError(
@@ -313,7 +322,8 @@ class _Look:
             )
         limit = min(self.config.trainer.microbatch_tokens, self.shape.max_positions if self.shape else 1 << 62)
         for row in rows:
-            prompt = encode_prompt(self.tokenizer, row.problem, template)
+            prompt = fit_prompt(self.tokenizer, row.problem, row.messages, form, self.config.data.max_prompt_tokens)
+            assert not isinstance(prompt, LeftOut), prompt
             num_tokens = len(prompt) + len(completion_tokens(self.tokenizer, row.solution))
             if num_tokens > limit:
                 yield ConfigError(
@@ -474,10 +484,10 @@ def _check_file(key: str, path: str) -> None:
     check_source(path)
 
 
-def _check_pairs(path: str) -> None:
+def _check_pairs(path: str, columns: Mapping[str, str] | None) -> None:
     """DataError for a pair without its texts, among some."""
-    for where, record in sampled(path, PAIR_FIELDS)[0]:
-        pair_texts(where, record)
+    for where, record in sampled(path, wanted_fields(PAIR_FIELDS, columns or {}))[0]:
+        pair_texts(where, record, columns)
 
 
 def _cache_faults(

@@ -29,6 +29,7 @@ def check(options: argparse.Namespace) -> None:
     if options.toml:
         print(dump_config(config), end="")
     from engine.api.preflight import examine, parts_of, purpose_of
+    from engine.api.warnings import data_warnings
     from engine.observe.progress import print_table
     from engine.observe.sinks import write_json
     from engine.run.spec import resolve
@@ -40,6 +41,8 @@ def check(options: argparse.Namespace) -> None:
     spec = resolve(config, parts_of(config, purpose))
     if not options.toml:
         print_table(f"semion check {options.config}", table(spec))
+        for warning in data_warnings(config, purpose):
+            print(f"warning: {warning}")
     if options.json:
         write_json(options.json, json.loads(spec.to_json()))
 

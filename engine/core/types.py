@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # what only names rewards or prompts starts without it
 
 Status = Literal["ok", "timeout", "died", "unparsable", "too_long", "invalid"]  # how a reward came about
 
+Message = tuple[str, str]  # role, text
+
 IGNORED = -100  # target value of a position whose token no loss looks at
 
 
@@ -34,6 +36,7 @@ class Prompt:
     reward: str = "math"  # which reward judges its completions, as Source.judge says it
     verifiable: bool = True  # whether that says right or wrong; other rewards are degrees, whose sign means nothing
     row: str = ""  # all columns of its row, as JSON, where its reward asks for them
+    messages: tuple[Message, ...] = ()  # the whole conversation, where the problem, its last message, is not all of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.core.errors import ConfigError, DataError
 from engine.core.types import Prompt, Sequence
+from engine.data.tokens import encode_text
 
 
 def supervised_sequence(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Sequence:
@@ -19,10 +20,18 @@ def supervised_sequence(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> S
 
 
 def completion_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """The tokens of a response as the policy would have sampled it, the end token included; ConfigError when there is none."""
+    """The tokens of a response as the policy would have sampled it, the end token included, once also where the text spells it
+    at its end; other special tokens that it spells are text. ConfigError when there is no end token, DataError for a text that
+    the tokenizer cannot keep text."""
     if not isinstance(tokenizer.eos_token_id, int):
         raise ConfigError(
             f"model.path must hold a tokenizer with an end token; found none in {tokenizer.name_or_path!r}: "
             f"set eos_token in its tokenizer_config.json"
         )
-    return (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
+    ids = encode_text(tokenizer, text, str(tokenizer.eos_token))
+    if ids is None:
+        raise DataError(
+            f"a response must not spell special tokens, which this tokenizer cannot keep text; found {text!r:.80}: remove "
+            f"the row"
+        )
+    return (*ids, tokenizer.eos_token_id)

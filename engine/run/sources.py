@@ -4,6 +4,8 @@ broadcasts its sequences; supervised training needs no broadcast, since every ra
 
 from __future__ import annotations
 
+import logging
+
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError
 from engine.core.types import Batch, Judging
@@ -11,6 +13,7 @@ from engine.data.mixture import load_prompts
 from engine.data.prompts import PromptOrder
 from engine.data.supervised import supervised_sequence
 from engine.data.templates import load_tokenizer
+from engine.data.tokens import stays_text
 from engine.megatron.broadcast import broadcast_batch, broadcast_bytes
 from engine.megatron.packing import make_batch
 from engine.megatron.topology import Topology
@@ -18,6 +21,8 @@ from engine.models.hf import read_shape
 from engine.rollouts.base import StepSource
 from engine.run.metrics import TARGET_TOKENS
 from engine.run.signals import sign_of_life
+
+log = logging.getLogger(__name__)
 
 
 class BroadcastSource:
@@ -79,7 +84,16 @@ class SupervisedSource:
         self._config, self._topology = config, topology
         tokenizer = load_tokenizer(config.model.path)
         unjudged = Judging(verifiable=False, needs_answer=False, wants_row=False)
-        prompts = load_prompts(config, config.data, config.data.train, unjudged).prompts
+        loaded = load_prompts(config, config.data, config.data.train, unjudged)
+        end = str(tokenizer.eos_token)
+        prompts = [prompt for prompt in loaded.prompts if stays_text(tokenizer, prompt.solution, end)]
+        num_special = loaded.num_special + len(loaded.prompts) - len(prompts)
+        if topology.rank == 0 and loaded.warning:
+            log.warning("data.train: %s", loaded.warning)
+        if topology.rank == 0 and num_special:
+            log.warning(
+                "data.train: left out: %d rows that spell special tokens, which the tokenizer cannot keep text", num_special
+            )
         self._sequences = [supervised_sequence(prompt, tokenizer) for prompt in prompts]
         limit = min(config.trainer.microbatch_tokens, read_shape(config.model.path, family=config.model.family).max_positions)
         for prompt, sequence in zip(prompts, self._sequences, strict=True):
