@@ -5,7 +5,6 @@ behind them the CLS token where its form wants one. It tokenizes nothing for the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -15,7 +14,6 @@ from engine.config.options import RewardModel
 from engine.core.errors import ConfigError
 from engine.core.types import Message
 from engine.data.templates import TEMPLATE_DATE, load_tokenizer
-from engine.data.tokens import encode_around, fewest_tokens
 from engine.models.reward_head import OPTION, RewardHead, read_reward_head
 
 
@@ -60,36 +58,27 @@ class Conversations:
 
     def encode(self, message: str | tuple[Message, ...], answer: str) -> tuple[int, ...] | None:
         """Token ids of the conversation, the last of which the reward is read at; None when there are more than
-        reward_model.max_tokens, or the texts spell special tokens that the tokenizer cannot keep text. `message`: a user's, or
-        all turns up to the last user's.
+        reward_model.max_tokens. `message`: a user's, or all turns up to the last user's.
 
         Sequence classification: the chat template's tokens. Athene's form: those of the template's text with the CLS token
         behind it, special tokens that the tokenizer adds to any text included, as its model card does it (a Llama 3
-        tokenizer so begins twice); up to and including the last CLS, the appended one. Special tokens that the texts spell are
-        text. A date in the template is the fixed one of prompts.
+        tokenizer so begins twice); up to and including the last CLS, the appended one, whatever the texts hold. A date in
+        the template is the fixed one of prompts.
         """
         before = (("user", message),) if isinstance(message, str) else message
-        roles, texts = zip(*before, ("assistant", answer), strict=True)
-        cls = "" if self._cls_id is None else self._tokenizer.convert_ids_to_tokens(self._cls_id)
-
-        def render(said: Sequence[str]) -> str:
-            turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-            rendered: str = self._tokenizer.apply_chat_template(turns, tokenize=False, date_string=TEMPLATE_DATE)
-            return rendered + cls
-
-        if fewest_tokens(self._tokenizer, len(render(texts))) > self._max_tokens:
-            return None
-        ids = encode_around(self._tokenizer, texts, render, whole=bool(cls))
-        if ids is None:
-            return None
-        if cls:
+        turns = [{"role": role, "content": text} for role, text in (*before, ("assistant", answer))]
+        if self._cls_id is None:
+            ids = self._tokenizer.apply_chat_template(turns, return_dict=False, date_string=TEMPLATE_DATE)
+        else:
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, date_string=TEMPLATE_DATE)
+            ids = self._tokenizer(text + self._tokenizer.convert_ids_to_tokens(self._cls_id), verbose=False)["input_ids"]
             if self._cls_id not in ids:
                 raise ConfigError(
                     f"{OPTION}: the tokenizer must turn the text of its CLS token into that token; found no id {self._cls_id} "
                     f"among those of a conversation in {self._path}: use the tokenizer of the reward model"
                 )
             ids = ids[: len(ids) - ids[::-1].index(self._cls_id)]
-        return ids if len(ids) <= self._max_tokens else None
+        return tuple(ids) if len(ids) <= self._max_tokens else None
 
 
 def _cls_id(tokenizer: PreTrainedTokenizerBase, path: Path) -> int:

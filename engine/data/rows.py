@@ -140,10 +140,8 @@ def _row(where: str, record: Any, needs_answer: bool, keep_columns: bool, column
     record = object_of(where, record)
     prompt = asked(where, record, columns)
     if not prompt.text:
-        raise DataError(
-            f"{where}: `problem` must be a text that is not empty, or messages of which one is a user's; found "
-            f"{brief(record)}: add it, or name its column by data.columns"
-        )
+        others = ", or name its column by data.columns.problem" if record.keys() - {*FIELDS} else ""
+        raise DataError(f"{where}: `problem` must be a text that is not empty; found {brief(record)}: add it{others}")
     solution, column = solution_of(where, record, columns)
     solution = solution or prompt.response
     answer = answer_of(where, record, columns, required=needs_answer)

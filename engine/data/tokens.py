@@ -39,11 +39,9 @@ def encode_around(
     tokenizer: PreTrainedTokenizerBase,
     contents: Sequence[str],
     render: Callable[[Sequence[str]], str],
-    *,
-    whole: bool = False,
 ) -> tuple[int, ...] | None:
     """Token ids of what `render` makes of contents that somebody wrote: special tokens where it writes them, text where the
-    contents do. `whole`: with those that the tokenizer puts around any text.
+    contents do.
 
     Where no content holds the text of a special token these are the ids of the rendered text, bit for bit. Else the text is
     cut at the special tokens that `render` wrote, as a tokenizer itself does first, and each piece encoded for itself; None
@@ -52,16 +50,16 @@ def encode_around(
     special = special_texts(tokenizer)
     written = {text for content in contents for text in special.findall(content)} if special is not None else set()
     if special is None or not written:
-        return _joint(tokenizer, render(contents), whole)
+        return _joint(tokenizer, render(contents))
     used = {*render(contents)}
     free = islice((chr(code) for code in STAND_INS if chr(code) not in used), len(written))
     stand_ins = dict(zip(sorted(written), free, strict=True))
     around = render([special.sub(lambda match: stand_ins[match[0]], content) for content in contents])
     alike = around.translate({ord(stand_in): "?" for stand_in in stand_ins.values()})
-    if _pieces(tokenizer, special, alike, {}, whole) != _joint(tokenizer, alike, whole):
+    if _pieces(tokenizer, special, alike, {}) != _joint(tokenizer, alike):
         return None
-    ids = _pieces(tokenizer, special, around, {ord(stand_in): text for text, stand_in in stand_ins.items()}, whole)
-    return ids if _num_special(tokenizer, ids) == _num_special(tokenizer, _joint(tokenizer, alike, whole)) else None
+    ids = _pieces(tokenizer, special, around, {ord(stand_in): text for text, stand_in in stand_ins.items()})
+    return ids if _num_special(tokenizer, ids) == _num_special(tokenizer, _joint(tokenizer, alike)) else None
 
 
 def _num_special(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
@@ -70,12 +68,10 @@ def _num_special(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
     return sum(number in special for number in ids)
 
 
-def _pieces(
-    tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str], text: str, meant: dict[int, str], whole: bool
-) -> tuple[int, ...]:
+def _pieces(tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str], text: str, meant: dict[int, str]) -> tuple[int, ...]:
     """The tokens of `text` piece by piece: its special tokens, and between them nothing but text, in which every character that
     stands for another text is that text."""
-    ids: list[int] = list(tokenizer("", verbose=False)["input_ids"]) if whole else []
+    ids: list[int] = []
     start = 0
     for match in special.finditer(text):
         ids += _plain(tokenizer, text[start : match.start()].translate(meant))
@@ -92,8 +88,8 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _joint(tokenizer: PreTrainedTokenizerBase, text: str, whole: bool) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=whole, verbose=False)["input_ids"])
+def _joint(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:

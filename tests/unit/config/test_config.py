@@ -31,7 +31,7 @@ from engine.core.errors import ConfigError
 
 OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 108
+MAX_OPTIONS = 111
 
 REQUIRED = """
 [run]

@@ -31,7 +31,7 @@ def jsonl(tmp_path: Path, *lines: str | bytes | dict[str, Any]) -> Path:
     return path
 
 
-def row(problem: str, **fields: str) -> Row:
+def row(problem: str, **fields: Any) -> Row:
     return Row(**{"problem": problem, "answer": "1", "solution": "", "source": "", "id": ""} | fields)
 
 

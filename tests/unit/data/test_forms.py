@@ -42,8 +42,8 @@ def test_a_prompt_is_read_in_the_form_that_people_have(tmp_path, case):
             load_rows(path, columns=case.get("columns"))
         assert str(caught.value).startswith(f"{path}, line 1: ") and case["fault"] in str(caught.value)
         return
-    texts = [case.get(name, "") for name in ("problem", "answer", "solution", "source", "id")]
-    wanted = Row(*texts, messages=turns(case))
+    texts = {name: case.get(name, "") for name in ("problem", "answer", "solution", "source", "id")}
+    wanted = Row(**texts, messages=turns(case))
     assert load_rows(path, columns=case.get("columns")) == [wanted]
     (kept,) = load_rows(path, columns=case.get("columns"), keep_columns=True)
     assert json.loads(kept.columns) == case["row"], "what nothing reads is kept for rewards"
@@ -74,7 +74,7 @@ def test_without_a_need_for_answers_a_gold_that_is_no_text_is_the_rewards_to_rea
 
 # -- files
 
-ROWS = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "a, \"b\"\nand ü?", "answer": "007"}]
+ROWS = [{"problem": "1 + 1?", "answer": "2"}, {"problem": 'a, "b"\nand ü?', "answer": "007"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 ARRAY = json.dumps(ROWS, indent=1).encode()
 CSV = 'problem,answer,extra\r\n1 + 1?,2,\r\n"a, ""b""\nand ü?",007,x\r\n'.encode()
@@ -145,6 +145,11 @@ def test_all_that_is_wrong_with_a_file_can_be_told_at_once(tmp_path):
     with pytest.raises(DataError) as several:
         sample_rows(path)
     assert len(several.value.faults) == 3
+
+
+def test_a_row_of_unknown_names_is_told_how_to_name_them(tmp_path):
+    with pytest.raises(DataError, match=r"`problem` must be .*: add it, or name its column by data\.columns\.problem$"):
+        load_rows(write(tmp_path, {"q": "1 + 1?", "answer": "2"}))
 
 
 def test_a_suite_has_the_columns_of_data_where_its_first_row_does(tmp_path):
