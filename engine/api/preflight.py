@@ -219,9 +219,11 @@ class _Look:
         try:
             encode_prompt(tokenizer, "1 + 1", prompt_form(self.config, Source(train="", template="{problem}")))
         except TemplateError as error:
+            own = self.config.data.chat_template == "tokenizer"
+            option, place = ("model.path", path) if own else ("data.chat_template", self.config.data.chat_template)
             yield ConfigError(
-                f"model.path must hold a chat template for a user's message; found that it fails with {str(error)!r} in "
-                f"{path}: mend the template"
+                f"{option} must hold a chat template for a user's message; found that it fails with {str(error)!r} in "
+                f"{place}: mend the template"
             )
 
     @cached_property

@@ -256,6 +256,28 @@ def test_a_prompt_that_fits_is_looked_for(made, tmp_path):
     assert faults(template) == []
 
 
+def test_a_chat_template_in_a_file_is_looked_at(made, tmp_path):
+    file = tmp_path / "chat.jinja"
+    asked = override(made, {"data.chat_template": str(file)})
+    assert "data.chat_template must be 'tokenizer', 'none' or a file" in only(asked)
+    file.write_text("{{ raise_exception('no users here') }}")
+    assert "data.chat_template must hold a chat template for a user's message; found that it fails with" in only(asked)
+    file.write_text("{{ messages[0]['content'] }}")
+    assert faults(asked) == []
+    assert faults(override(made, {"data.chat_template": "none", "data.system": "Be brief."})) == []
+
+
+def test_rows_of_other_names_are_read_by_a_table(made, tmp_path):
+    row = {"q": [{"role": "user", "content": "1+1"}], "meta": {"gold": 2}}
+    write(tmp_path / "train.jsonl", [row])
+    write(tmp_path / "held_out.jsonl", [row | {"meta": {"gold": 3}}])
+    assert len(faults(made)) == 2
+    assert faults(override(made, {"data.columns": {"problem": "q", "answer": "meta.gold"}})) == []
+    assert "must have `meta.no`, which data.columns.answer names" in faults(
+        override(made, {"data.columns": {"problem": "q", "answer": "meta.no"}})
+    )[0]
+
+
 def test_one_id_of_two_problems_is_told(made, tmp_path):
     write(tmp_path / "train.jsonl", [ROW | {"id": "a"}, ROW | {"id": "a", "problem": "2+2"}])
     assert "`id` must name one problem; found 'a' for '1+1' and '2+2'" in only(made)
