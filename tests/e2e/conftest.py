@@ -139,9 +139,7 @@ def run_config(configure: Callable[..., RunConfig], tmp_path: Path) -> Callable[
 
 
 @pytest.fixture(scope="session")
-def semi_online(
-    configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunConfig, str]:
+def semi_online(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, str]:
     """A finished semi-online DPO run at tensor-parallel 2 with two engines, and what it printed."""
     from tests.e2e.test_commands import SEMI_ONLINE, semion, written
 

@@ -252,9 +252,7 @@ def test_the_exported_policy_generates_in_transformers_what_the_pool_generates(
         assert tokenizer.decode(completion, skip_special_tokens=True) == sample["text"]
 
 
-def test_offline_dpo_over_pipeline_stages_keeps_the_seed_weights_and_can_be_prolonged(
-    run_config: Make, tmp_path: Path
-) -> None:
+def test_offline_dpo_over_pipeline_stages_keeps_the_seed_weights_and_can_be_prolonged(run_config: Make, tmp_path: Path) -> None:
     layout = ["trainer.pipeline_parallel=2", "sync.sync_interval=never", "checkpoint.every=2"]
     config = run_config(*layout, directory="offline")
     semion("train", written(config, tmp_path))

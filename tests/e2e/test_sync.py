@@ -63,9 +63,7 @@ def test_engines_give_the_trainers_log_probs_after_every_sync(
     assert syncs[-1]["loss"] < syncs[0]["loss"] - 0.1, "the weights must change between syncs for the test to mean anything"
 
 
-def test_transformer_engines_layers_serve_engines_as_megatrons_do(
-    run_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_transformer_engines_layers_serve_engines_as_megatrons_do(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Their names in the layout table, to a real engine: bfloat16 on both sides, so log-probs agree to its places."""
     layers = ["trainer.layers=transformer_engine", "model.dtype=bfloat16", "trainer.tensor_parallel=2"]
     syncs = probe(run_config(*layers), tmp_path, "3")

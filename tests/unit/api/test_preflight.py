@@ -273,9 +273,10 @@ def test_rows_of_other_names_are_read_by_a_table(made, tmp_path):
     write(tmp_path / "held_out.jsonl", [row | {"meta": {"gold": 3}}])
     assert len(faults(made)) == 2
     assert faults(override(made, {"data.columns": {"problem": "q", "answer": "meta.gold"}})) == []
-    assert "must have `meta.no`, which data.columns.answer names" in faults(
-        override(made, {"data.columns": {"problem": "q", "answer": "meta.no"}})
-    )[0]
+    assert (
+        "must have `meta.no`, which data.columns.answer names"
+        in faults(override(made, {"data.columns": {"problem": "q", "answer": "meta.no"}}))[0]
+    )
 
 
 def test_one_id_of_two_problems_is_told(made, tmp_path):
