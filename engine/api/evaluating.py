@@ -15,6 +15,7 @@ from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.core.errors import ConfigError, combined
 from engine.data.mixture import held_out_sources, load_prompts
+from engine.data.rows import has_columns
 from engine.evaluation import accuracy, suites
 from engine.inference.pool import Pool
 from engine.rewards.registry import judging_of, open_rewards
@@ -61,12 +62,23 @@ def evaluate(
 
 
 def asked_sets(config: RunConfig, suite: Sequence[str | Path]) -> dict[str, Source]:
-    """The sets to evaluate by name, as sources whose held_out they are; empty where nothing is held out."""
+    """The sets to evaluate by name, as sources whose held_out they are; empty where nothing is held out. data.columns is of a
+    suite whose first row has one of them; another suite is read by the usual names."""
     if isinstance(suite, (str, os.PathLike)) or not all(isinstance(path, (str, os.PathLike)) for path in suite):
         raise ConfigError(f"suite must be a list of files of problems; found {suite!r}: make it one")
     if suite:
-        files, template = suites.suite_names([os.fspath(path) for path in suite]), config.data.template
-        return {name: Source(train=path, held_out=path, template=template, reward="math") for name, path in files.items()}
+        data = config.data
+        return {
+            name: Source(
+                train=path,
+                held_out=path,
+                template=data.template,
+                system=data.system,
+                columns=data.columns if has_columns(path, data.columns) else None,
+                reward="math",
+            )
+            for name, path in suites.suite_names([os.fspath(path) for path in suite]).items()
+        }
     return {name: config.data.sources[place] for name, place in held_out_sources(config).items()}
 
 
@@ -85,6 +97,8 @@ def _sample(
     }
     for name, found in prompts.items():
         say(f"{name}: {found}")
+        if found.warning:
+            say(f"{name}: warning: {found.warning}")
     done = {}
     spec = resolve(config, parts_of(config, "eval", due), digests=False)
     with Cluster(spec, verbose=verbose, folder=folder) as cluster:

@@ -21,9 +21,6 @@ from engine.api.faults.rewards import reward_faults
 from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.core.errors import ConfigError, SemionError, combined, unique
-from engine.data.ends import end_tokens
-from engine.data.templates import load_tokenizer
-from engine.data.tokenizer_files import load_file_tokenizer
 from engine.run.spec import Spec, resolve
 
 
@@ -56,18 +53,7 @@ def examine(
     the configuration's. `unread`: sections that could not be read (`Reading`), which nothing is said of."""
     if purpose not in get_args(Purpose):
         raise ConfigError(f"purpose must be one of {', '.join(get_args(Purpose))}; found {purpose!r}: choose one")
-    look = Look(config, purpose, resume, sets, unread)
-    faults = _all_faults(look)
-    if look.doubtful:
-        faults = _all_faults(Look(config, purpose, resume, sets, unread, exact=True))
-    return unique(faults)
-
-
-def warnings(config: RunConfig) -> list[str]:
-    """What somebody should know before a run that `examine` accepts: it is told, and the run goes on."""
-    path = config.model.path
-    told = end_tokens(path, load_file_tokenizer(path) or load_tokenizer(path)).disagreement
-    return [told] if told else []
+    return unique(_all_faults(Look(config, purpose, resume, sets, unread)))
 
 
 def _all_faults(look: Look) -> list[SemionError]:

@@ -28,7 +28,8 @@ def check(options: argparse.Namespace) -> None:
     if options.toml and not unread:
         print(dump_config(config), end="")
     from engine.api.faults.look import parts_of
-    from engine.api.preflight import examine, purpose_of, warnings
+    from engine.api.preflight import examine, purpose_of
+    from engine.api.warnings import warnings
     from engine.observe.progress import print_table
     from engine.observe.sinks import write_json
     from engine.run.spec import resolve
@@ -39,8 +40,9 @@ def check(options: argparse.Namespace) -> None:
         raise combined(faults)
     spec = resolve(config, parts_of(config, purpose))
     if not options.toml:
-        told = [("warning", text) for text in warnings(config)]
-        print_table(f"semion check {options.config}", table(spec) + told)
+        print_table(f"semion check {options.config}", table(spec))
+        for warning in warnings(config, purpose):
+            print(f"warning: {warning}")
     if options.json:
         write_json(options.json, json.loads(spec.to_json()))
 

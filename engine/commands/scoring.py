@@ -135,8 +135,9 @@ def opened(config: RunConfig) -> Iterator[RoutedReward]:
 
 def load(path: str, every_column: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(The rows of the file as they are, what is scored of them: `row` counts from 1.) DataError names file and row."""
+    from engine.data.forms import text_of
     from engine.data.records import records
-    from engine.data.rows import columns_of, text_of
+    from engine.data.rows import columns_of
 
     found, rows = [], []
     for number, (where, record) in enumerate(records(path, None if every_column else FIELDS), start=1):

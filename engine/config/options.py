@@ -61,12 +61,21 @@ class Model(Section):
     )
 
 
+Column = Literal["problem", "answer", "solution", "chosen", "rejected", "source", "id"]  # what a row may have
+
+
 class Source(Section):
     """Prompts to train on, problems held out, and what judges their answers."""
 
-    train: str = Field(description="JSONL or parquet file, dataset folder, or hf://owner/name[:config][:split]")
+    train: str = Field(
+        description="JSONL or parquet file (or JSON, CSV, .gz), dataset folder, or hf://owner/name[:config][:split]"
+    )
     held_out: str | None = Field(None, description="problems never trained on, for evaluation")
     template: str = Field("figure4", description="'figure4' or 'figure5' (the paper's), or a text with {problem} in it")
+    system: str = Field("", description="system message before every prompt; a conversation keeps its own")
+    columns: dict[Column, str] | None = Field(
+        None, description="what a file's columns are called, as answer = 'reward_model.ground_truth'; unset: by the usual names"
+    )
     reward: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "math", description="'math', 'model', 'function', your own as path/to/file.py:name, or a list of them"
     )
@@ -93,6 +102,7 @@ class Data(Source):
 
     mix: tuple[Source, ...] = Field((), strict=False, description="[[data.mix]]: further sources, with their prompts a step")
     max_prompt_tokens: Positive = 1024
+    chat_template: str = Field("tokenizer", description="'tokenizer', 'none' (bare text, for a base model), or a Jinja file")
     replay: str | None = Field(None, description="rollout ledger or preference file to train on instead of sampling")
 
     @property
@@ -103,12 +113,14 @@ class Data(Source):
     @property
     def files(self) -> dict[str, str]:
         """Every file or dataset that a run reads, by the option that names it."""
-        named = [
+        named: list[tuple[str, str | None]] = [
             (f"{source_key(place)}.{name}", getattr(source, name))
             for place, source in enumerate(self.sources)
             for name in ("train", "held_out")
         ]
-        return {key: path for key, path in (*named, ("data.replay", self.replay)) if path is not None}
+        template = self.chat_template if self.chat_template not in ("tokenizer", "none") else None
+        named += [("data.replay", self.replay), ("data.chat_template", template)]
+        return {key: path for key, path in named if path is not None}
 
 
 def source_key(place: int) -> str:

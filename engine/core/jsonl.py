@@ -8,10 +8,11 @@ skipped.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from engine.core.errors import DataError, SemionError, brief
 from engine.core.files import atomic_write, storing
 
 Row = Mapping[str, Any]
+Fault = Callable[[DataError], object]  # is told of what cannot be read
 BLOCK_BYTES = 1 << 13  # read at a time from the end of a file; doubled for a line that is longer
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')  # how a row begins as we write it; others are parsed whole
 
@@ -71,14 +73,30 @@ def read_backwards(path: str | Path, end: int | None = None) -> Iterator[Line]:
             held = held[:stop]
 
 
-def read_objects(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of every line of somebody's file. DataError names file, line, rule, value and fix."""
-    path = Path(path)
-    with path.open("rb") as file:
-        for number, data in enumerate(file, start=1):
-            if data.strip():
-                where = f"{path}, line {number}"
-                yield where, parsed(where, data)
+def read_objects(path: str | Path, fault: Fault | None = None) -> Iterator[tuple[str, Any]]:
+    """(where, value) of every line of somebody's file, as `objects_in`. DataError names file, line, rule, value and fix."""
+    with Path(path).open("rb") as file:
+        yield from objects_in(file, path, fault)
+
+
+def objects_in(lines: Iterable[bytes], path: str | Path, fault: Fault | None = None) -> Iterator[tuple[str, Any]]:
+    """(where, value) of every line of an opened file; a UTF-8 byte order mark at its beginning is no part of the first.
+
+    A line that is not JSON is a DataError: told to `fault`, where there is one, and passed over; else raised.
+    """
+    for number, data in enumerate(lines, start=1):
+        data = data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
+        if not data.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = parsed(where, data)
+        except DataError as error:
+            if fault is None:
+                raise
+            fault(error)
+            continue
+        yield where, value
 
 
 def read_rows(path: str | Path, start: int = 0, error: type[SemionError] = DataError) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # what only names rewards or prompts starts without it
 # How a reward came about; "truncated" is never a reward's own, but what sampling.truncated = 'leave_out' makes of it.
 Status = Literal["ok", "timeout", "died", "unparsable", "too_long", "invalid", "truncated"]
 
+Message = tuple[str, str]  # role, text
+
 IGNORED = -100  # target value of a position whose token no loss looks at
 
 
@@ -35,6 +37,7 @@ class Prompt:
     reward: str = "math"  # which reward judges its completions, as Source.judge says it
     verifiable: bool = True  # whether that says right or wrong; other rewards are degrees, whose sign means nothing
     row: str = ""  # all columns of its row, as JSON, where its reward asks for them
+    messages: tuple[Message, ...] = ()  # the whole conversation, where the problem, its last message, is not all of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 
 from engine.config.options import RewardModel
 from engine.core.errors import ConfigError
+from engine.core.types import Message
 from engine.data.templates import TEMPLATE_DATE, load_tokenizer
 from engine.models.reward_head import OPTION, RewardHead, read_reward_head
 
@@ -58,16 +59,17 @@ class Conversations:
                 f"{str(error)!r} in {self._path}: mend the template"
             ) from error
 
-    def encode(self, message: str, answer: str) -> tuple[int, ...] | None:
+    def encode(self, message: str | tuple[Message, ...], answer: str) -> tuple[int, ...] | None:
         """Token ids of the conversation, the last of which the reward is read at; None when there are more than
-        reward_model.max_tokens.
+        reward_model.max_tokens. `message`: a user's, or all turns up to the last user's.
 
         Sequence classification: the chat template's tokens. Athene's form: those of the template's text with the CLS token
         behind it, special tokens that the tokenizer adds to any text included, as its model card does it (a Llama 3
         tokenizer so begins twice); up to and including the last CLS, the appended one, whatever the texts hold. A date in
         the template is the fixed one of prompts.
         """
-        turns = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+        before = (("user", message),) if isinstance(message, str) else message
+        turns = [{"role": role, "content": text} for role, text in (*before, ("assistant", answer))]
         if self._cls_id is None:
             ids = self._tokenizer.apply_chat_template(turns, return_dict=False, date_string=TEMPLATE_DATE)
         else:

@@ -77,6 +77,12 @@ def response_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
 
 
+def written_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How the token that ends a response is written; empty without one."""
+    end = response_end(tokenizer)
+    return "" if end is None else str(tokenizer.convert_ids_to_tokens(end) or "")
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token with which the chat template ends an assistant's turn. None without a template, and for a template that has no
     such turn or ends it with ordinary text."""

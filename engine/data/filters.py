@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from engine.data.rows import first_turn, last_boxed, problem_id, text_of
+from engine.data.forms import text_of
+from engine.data.rows import first_turn, last_boxed, problem_id
 
 SYNTHETIC_SOURCES = ("orca_math", "synthetic_amc", "synthetic_math")  # labels of AI-MO/NuminaMath-CoT
 TEXT_FIELDS = ("problem", "prompt", "question", "instruction")  # what evaluation files call the text of a row

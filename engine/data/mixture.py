@@ -15,9 +15,10 @@ from engine.config.options import Source, source_key
 from engine.core.errors import ConfigError, DataError, SemionError
 from engine.core.seeds import counted_seed
 from engine.core.types import Judging, Prompt
+from engine.data.overlap import prompt_digest
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.data.rows import load_rows
-from engine.data.templates import load_tokenizer
+from engine.data.templates import PromptForm, load_tokenizer, read_chat_template
 from engine.models.hf import read_shape
 
 JudgingOf = Callable[[RunConfig, Source], Judging]  # what must be known of a source's rewards (rewards.registry.judging_of)
@@ -66,6 +67,16 @@ class Mixture:
 
     def __str__(self) -> str:
         return "; ".join(f"{source_key(place)}.train: {prompts}" for place, prompts in enumerate(self.sets))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of sources that lost much of their data."""
+        return [f"{source_key(i)}.train: {prompts.warning}" for i, prompts in enumerate(self.sets) if prompts.warning]
+
+    @property
+    def digests(self) -> frozenset[bytes]:
+        """Of all prompts, as overlap.py has them."""
+        return frozenset(prompt_digest(prompt.problem, prompt.messages) for part in self.sets for prompt in part.prompts)
 
     def _seed_of(self, place: int) -> int:
         """The first source's order is that of a run without others."""
@@ -131,11 +142,15 @@ def load_prompts(config: RunConfig, source: Source, path: str, judging: Judging,
             f"model.path must hold a tokenizer that fits the model; found {len(tokenizer)} tokens for a vocabulary of "
             f"{vocab_size} in {config.model.path}: use the tokenizer that the model was trained with"
         )
-    rows = load_rows(path, needs_answer=judging.needs_answer, keep_columns=judging.wants_row)
+    rows = load_rows(path, needs_answer=judging.needs_answer, keep_columns=judging.wants_row, columns=source.columns)
     longest, verifiable = config.data.max_prompt_tokens, judging.verifiable
+    form = prompt_form(config, source)
     try:
-        return PromptSet.from_rows(
-            rows, tokenizer, source.template, longest, reward=source.judge, verifiable=verifiable, before=before
-        )
+        return PromptSet.from_rows(rows, tokenizer, form, longest, reward=source.judge, verifiable=verifiable, before=before)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise error if str(error).startswith(path) else DataError(f"{path}: {error}") from error
+
+
+def prompt_form(config: RunConfig, source: Source) -> PromptForm:
+    """How a source's problems are put to the policy. ConfigError for a chat template that cannot be read."""
+    return PromptForm(source.template, source.system, read_chat_template(config.data.chat_template))

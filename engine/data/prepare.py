@@ -7,7 +7,6 @@ files, in seeded splits, with a manifest that says what became of every row. Str
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections import Counter
@@ -24,7 +23,8 @@ from engine.core.errors import ConfigError, DataError, brief
 from engine.core.files import staged_folder
 from engine.core.jsonl import line_of
 from engine.core.seeds import counted_seed
-from engine.data.filters import TEXT_FIELDS, Recipe, normalized, text_in
+from engine.data.filters import TEXT_FIELDS, Recipe, text_in
+from engine.data.overlap import prompt_digest
 from engine.data.records import file_digest, records, source_digest
 
 FIELDS_OF_EXCLUDED = (*TEXT_FIELDS, "conversation")
@@ -84,7 +84,7 @@ def _filter(
                 raise DataError(f"{where}: a row must be a JSON object with named fields; found {brief(record)}: mend it")
             row = recipe.judge(where, record)
             if not isinstance(row, str):
-                digest = _digest(row["problem"])
+                digest = prompt_digest(row["problem"])
                 row = "excluded" if digest in excluded else "duplicate" if digest in seen else row
                 seen.add(digest)
             reason = row if isinstance(row, str) else "kept"
@@ -137,9 +137,4 @@ def _problems_of(file: str) -> Iterator[bytes]:
             raise DataError(
                 f"{where}: a row to exclude must have one of {', '.join(FIELDS_OF_EXCLUDED)}; found {brief(record)}: add it"
             )
-        yield _digest(text)
-
-
-def _digest(problem: str) -> bytes:
-    """What two rows with the same problem have in common, in 16 bytes."""
-    return hashlib.blake2b(normalized(problem).encode(), digest_size=16).digest()
+        yield prompt_digest(text)

@@ -4,7 +4,8 @@ and a resumed run goes on where it stood. Sampling and scoring happen elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -15,8 +16,11 @@ from numpy.typing import NDArray
 from engine.core.errors import DataError
 from engine.core.seeds import counted_seed
 from engine.core.types import Prompt
-from engine.data.rows import Row, problem_id
-from engine.data.templates import encode_prompt
+from engine.data.rows import Row, identity, problem_id
+from engine.data.templates import LeftOut, PromptForm, fit_prompt
+
+LARGE_SHARE = 0.05  # of the rows of a file left out for their length, above which people are warned
+MOST = 0.99  # of the rows that a limit worth telling keeps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,16 +33,21 @@ class PromptSet:
     prompts: tuple[Prompt, ...]  # in the order of the rows
     num_dropped: int  # longer than max_prompt_tokens
     num_duplicates: int  # a problem that came before, here or in an earlier source
+    num_special: int = 0  # spell special tokens, which the tokenizer cannot keep text
+    warning: str = ""  # what is to be said where many prompts were too long
 
     def __str__(self) -> str:
-        return f"{len(self.prompts)} prompts; left out: {self.num_dropped} too long, {self.num_duplicates} that came before"
+        spell = f", {self.num_special} that spell special tokens" if self.num_special else ""
+        return (
+            f"{len(self.prompts)} prompts; left out: {self.num_dropped} too long, {self.num_duplicates} that came before{spell}"
+        )
 
     @classmethod
     def from_rows(
         cls,
         rows: Iterable[Row],
         tokenizer: PreTrainedTokenizerBase,
-        template: str,
+        template: str | PromptForm,
         max_prompt_tokens: int,
         *,
         reward: str = "math",
@@ -49,38 +58,68 @@ class PromptSet:
         `verifiable`. A prompt's id is the row's own or the first 16 hex digits of
         its problem's SHA-256. `before`: the prompts of earlier sources, whose problems are not taken again.
 
-        Raises DataError when one id stands for two problems or when no prompt is left, ConfigError when the tokenizer
-        has no chat template.
+        Raises DataError when one id stands for two problems, when the chat template refuses a conversation, or when no
+        prompt is left, ConfigError when there is no chat template.
         """
+        form = PromptForm(template) if isinstance(template, str) else template
         prompts: list[Prompt] = []
-        by_id = {prompt.id: prompt.problem for prompt in before}
-        problems = set(by_id.values())
-        num_dropped = num_duplicates = 0
+        by_id = {prompt.id: identity(prompt.problem, prompt.messages) for prompt in before}
+        seen = set(by_id.values())
+        left_out: list[LeftOut] = []
+        num_duplicates = 0
         for row in rows:
-            if row.problem in problems:
+            asked = identity(row.problem, row.messages)
+            if asked in seen:
                 num_duplicates += 1
                 continue
-            problems.add(row.problem)
-            prompt_id = row.id or problem_id(row.problem)
+            seen.add(asked)
+            prompt_id = row.id or problem_id(asked)
             if prompt_id in by_id:
                 raise DataError(
                     f"`id` must name one problem; found {prompt_id!r} for {by_id[prompt_id][:60]!r} and "
-                    f"{row.problem[:60]!r}: change one, or remove the `id` fields"
+                    f"{asked[:60]!r}: change one, or remove the `id` fields"
                 )
-            by_id[prompt_id] = row.problem
-            token_ids = encode_prompt(tokenizer, row.problem, template)
-            if len(token_ids) > max_prompt_tokens:
-                num_dropped += 1
+            by_id[prompt_id] = asked
+            try:
+                token_ids = fit_prompt(tokenizer, row.problem, row.messages, form, max_prompt_tokens)
+            except DataError as error:
+                raise DataError(f"{row.where or 'a row'}: {error}") from error
+            if isinstance(token_ids, LeftOut):
+                left_out.append(token_ids)
                 continue
             texts = row.problem, row.answer, row.solution, row.source
-            prompts.append(Prompt(prompt_id, token_ids, *texts, reward, verifiable, row.columns))
+            prompts.append(Prompt(prompt_id, token_ids, *texts, reward, verifiable, row.columns, row.messages))
+        long = [found for found in left_out if found.why == "too_long"]
+        num_special = len(left_out) - len(long)
         if not prompts:
+            spell = f", {num_special} that spell special tokens" if num_special else ""
             raise DataError(
-                f"at least one prompt must fit data.max_prompt_tokens; found {num_dropped} longer than "
-                f"{max_prompt_tokens}, {num_duplicates} that came before and no other: raise data.max_prompt_tokens, or name "
-                f"other data"
+                f"at least one prompt must fit data.max_prompt_tokens; found {len(long)} longer than "
+                f"{max_prompt_tokens}, {num_duplicates} that came before{spell} and no other: raise data.max_prompt_tokens, or "
+                f"name other data"
             )
-        return cls(tuple(prompts), num_dropped, num_duplicates)
+        warning = length_warning([len(prompt.token_ids) for prompt in prompts], long)
+        return cls(tuple(prompts), len(long), num_duplicates, num_special, warning)
+
+
+def length_warning(lengths: Sequence[int], left_out: Sequence[LeftOut]) -> str:
+    """What is to be said where many prompts were too long, with the limit that would keep most; empty where few were.
+    `lengths`: of the prompts that were kept."""
+    long = [found for found in left_out if found.why == "too_long"]
+    total = len(lengths) + len(long)
+    if len(long) <= LARGE_SHARE * total:
+        return ""
+    tokenized = sorted([*lengths, *(found.num_tokens for found in long if found.is_exact)])
+    wanted = math.ceil(MOST * total)
+    # those that were not tokenized count as longer than all others, so that the limit keeps as many as it says, or more
+    limit = f"{tokenized[wanted - 1]} would keep {MOST:.0%}" if wanted <= len(tokenized) else _least(long)
+    return f"{len(long) / total:.0%} of the prompts are longer than data.max_prompt_tokens and left out; {limit}"
+
+
+def _least(long: Sequence[LeftOut]) -> str:
+    """What can be said of the limit where more than 1 % were too long to be tokenized."""
+    least = min(found.num_tokens for found in long if not found.is_exact)
+    return f"to keep {MOST:.0%} it would have to be {least} at least"
 
 
 @dataclass(frozen=True, slots=True)

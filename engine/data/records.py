@@ -1,57 +1,150 @@
-"""Raw records from where data are kept: JSONL, parquet, a folder that `datasets` saved, a dataset of the Hugging Face hub. One
-at a time, so that a file of any size fits; what a record must hold is for others to say (rows.py, prepare.py, replay.py).
+"""Raw records from where data are kept: JSONL, JSON arrays and CSV, each also under gzip, parquet, a folder that `datasets`
+saved, a dataset of the Hugging Face hub. One at a time, so that a file of any size fits (but a JSON array); what a record must
+hold is for others to say (rows.py, prepare.py, replay.py).
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
 import importlib.util
+import io
+import sys
+import zlib
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow
 import pyarrow.parquet
 
 from engine.core.errors import ConfigError, DataError, SemionError
-from engine.core.jsonl import parsed, read_objects
+from engine.core.jsonl import Fault, objects_in, parsed
 
 Record = tuple[str, Any]  # where it stands, for messages; what it holds
 HUB = "hf://"
+SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 SAVED = ("state.json", "dataset_dict.json")  # what `datasets.save_to_disk` leaves in the folder of a dataset, or of several
-MESSAGE_FIELDS = ("role", "content", "toxic", "redacted", "language")  # of a conversation's messages
+CONVERSATIONS = ("conversation", "conversations", "messages", "prompt", "chosen", "rejected", "completion")
+MESSAGE_FIELDS = ("role", "content", "from", "value", "toxic", "redacted", "language")  # of a conversation's messages
+PART_FIELDS = ("type", "text")  # of a message's content, where that is a list of parts
 SAMPLE, SMALL_BYTES = 256, 1 << 20  # records that are looked at in a preflight; of a file of so many bytes the first ones alone
 MAX_FAULTS = 3  # broken records of a source that a preflight tells one by one
 BATCH_ROWS = 1024  # of parquet held in memory at once: a row may be a long conversation
 
 
-def records(source: str | Path, fields: Collection[str] | None) -> Iterator[Record]:
-    """The records of a .jsonl file (UTF-8, one object a line, blank lines skipped), a .parquet file, a dataset folder, or
-    hf://owner/name[:config][:split] (the split is 'train' unless named). A record of JSONL is the whole object, any other has
-    those of `fields` that its source has, or all with None. DataError names file, line or row (from 1), rule, value and fix."""
+def records(source: str | Path, fields: Collection[str] | None, fault: Fault | None = None) -> Iterator[Record]:
+    """The records of a file (UTF-8, with or without a byte order mark), of a dataset's folder, or of
+    hf://owner/name[:config][:split] (the split is 'train' unless named).
+
+    .jsonl has one object a line, blank lines skipped; .json one array of objects, or lines as .jsonl has them; .csv a line of
+    names and then texts, of which an empty one is none; each may end in .gz. A record of these is whole, any other has those
+    of `fields` that its source has, or all with None. DataError names file, line or row (from 1), rule, value and fix;
+    that of a single line is told to `fault` where there is one, and the line passed over.
+    """
     check_source(source)
     if str(source).startswith(HUB):
         return _dataset_records(str(source), _hub_dataset(str(source)), fields)
     path = Path(source)
     if path.is_dir():
         return _dataset_records(str(path), _saved_dataset(path), fields)
-    return read_objects(path) if path.suffix == ".jsonl" else _parquet_records(path, fields)
+    if path.suffix == ".parquet":
+        return _parquet_records(path, fields)
+    return _text_records(path, fault)
 
 
-def sampled(source: str | Path, fields: Collection[str] | None) -> tuple[list[Record], bool]:
+def _text_records(path: Path, fault: Fault | None) -> Iterator[Record]:
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    with _opened(path) as file:
+        if kind == "csv":
+            yield from _csv_records(file, path, fault)
+        elif kind == "json" and _begins_array(file):
+            yield from _array_records(file, path)
+        else:
+            yield from objects_in(file, path, fault)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked. DataError where they cannot be."""
+    if path.suffix != ".gz":
+        with path.open("rb") as file:
+            yield file
+        return
+    try:
+        with gzip.open(path, "rb") as packed:
+            yield cast(BinaryIO, packed)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: must be a whole gzip file; found: {error}: pack it again") from error
+
+
+def _begins_array(file: BinaryIO) -> bool:
+    """Whether the first character that says anything is a bracket; the file is at its beginning again."""
+    head = file.read(1 << 12).decode("utf-8-sig", errors="replace").lstrip()
+    file.seek(0)
+    return head.startswith("[")
+
+
+def _array_records(file: BinaryIO, path: Path) -> Iterator[Record]:
+    array = parsed(str(path), file.read().removeprefix(b"\xef\xbb\xbf"), fix="write an array of objects, or one a line")
+    for number, record in enumerate(array, start=1):
+        yield f"{path}, row {number}", record
+
+
+def _csv_records(file: BinaryIO, path: Path, fault: Fault | None) -> Iterator[Record]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    before = csv.field_size_limit(sys.maxsize)  # the library's own limit is of 128 KiB a cell
+    try:
+        reader = csv.reader(text, strict=True)
+        names = next(reader, [])
+        if len(set(names)) < len(names) or not all(names):
+            raise DataError(f"{path}, line 1: must name every column once; found {names!r:.200}: mend it")
+        start = reader.line_num + 1
+        for cells in reader:
+            where, start = f"{path}, line {start}", reader.line_num + 1
+            if not cells:
+                continue
+            if len(cells) != len(names):
+                error = DataError(f"{where}: must have {len(names)} cells, as line 1; found {len(cells)}: put texts in quotes")
+                if fault is None:
+                    raise error
+                fault(error)
+                continue
+            yield where, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+    except UnicodeDecodeError as error:
+        found = error.object[error.start : error.start + 1]
+        raise DataError(f"{path}: must be UTF-8; found byte {found!r}: save it as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: must be CSV; found: {error}: mend it") from error
+    finally:
+        csv.field_size_limit(before)
+        text.detach()
+
+
+def sampled(source: str | Path, fields: Collection[str] | None, fault: Fault | None = None) -> tuple[list[Record], bool]:
     """(some records of a source, whether they are all): the first ones, and of a long JSONL file as many more from all over it.
-    A line that is not JSON stands among them as its DataError; else raises as `records` does."""
+    Raises as `records` does."""
     path = Path(source)
-    check_source(source)
-    if path.suffix != ".jsonl" or not path.is_file():
-        found = list(islice(records(source, fields), SAMPLE + 1))
-        return found[:SAMPLE], len(found) <= SAMPLE
-    if path.stat().st_size > SMALL_BYTES:
-        return [*islice(_json_records(path), SAMPLE // 2), *_spread_records(path, SAMPLE // 2)], False
-    found = list(islice(_json_records(path), SAMPLE + 1))
+    if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size > SMALL_BYTES:
+        return [*islice(records(source, fields, fault), SAMPLE // 2), *_spread_records(path, SAMPLE // 2)], False
+    found = list(islice(records(source, fields, fault), SAMPLE + 1))
     return found[:SAMPLE], len(found) <= SAMPLE
+
+
+def _spread_records(path: Path, count: int) -> Iterator[Record]:
+    """The records that begin behind evenly spread places of a JSONL file."""
+    with path.open("rb") as file:
+        for place in range(count):
+            file.seek(path.stat().st_size * place // count)
+            file.readline()  # the rest of a line
+            start = file.tell()
+            if (line := file.readline()).strip():
+                where = f"{path}, the line at byte {start}"
+                yield where, parsed(where, line, fix="mend it")
 
 
 def first_faults(source: str | Path, faults: Sequence[SemionError], count: int, *, is_whole: bool) -> list[SemionError]:
@@ -68,33 +161,6 @@ def first_faults(source: str | Path, faults: Sequence[SemionError], count: int, 
     return shown
 
 
-def _json_records(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield where, _parsed_or_fault(where, line)
-
-
-def _parsed_or_fault(where: str, line: bytes) -> Any:
-    try:
-        return parsed(where, line)
-    except DataError as error:
-        return error
-
-
-def _spread_records(path: Path, count: int) -> Iterator[Record]:
-    """The records that begin behind evenly spread places of a JSONL file."""
-    with path.open("rb") as file:
-        for place in range(count):
-            file.seek(path.stat().st_size * place // count)
-            file.readline()  # the rest of a line
-            start = file.tell()
-            if (line := file.readline()).strip():
-                where = f"{path}, the line at byte {start}"
-                yield where, _parsed_or_fault(where, line)
-
-
 def check_source(source: str | Path) -> None:
     """DataError when there can be no records, as far as can be seen without reading any."""
     if str(source).startswith(HUB):
@@ -109,8 +175,8 @@ def check_source(source: str | Path) -> None:
         raise DataError(
             f"{path}: a folder must be one that `datasets` saved; found no {SAVED[0]} in it: name a file, or save it anew"
         )
-    if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
-        raise DataError(f"{path}: a data file must end in .jsonl or .parquet; found {path.suffix!r}: convert the file")
+    if path.is_file() and not path.name.endswith(SUFFIXES):
+        raise DataError(f"{path}: a data file must end in {', '.join(SUFFIXES)}; found {path.suffix!r}: convert the file")
 
 
 def source_digest(source: str | Path) -> str | None:
@@ -153,7 +219,10 @@ def _parquet_records(path: Path, fields: Collection[str] | None) -> Iterator[Rec
 def _wanted(leaf: str, fields: Collection[str] | None) -> bool:
     """Whether to read a parquet column: of a conversation only what the messages need, for the rest is most of it."""
     name, *inner = leaf.split(".")
-    return fields is None or (name in fields and (name != "conversation" or inner[-1] in MESSAGE_FIELDS))
+    if fields is None or name not in fields or name not in CONVERSATIONS or not inner:
+        return fields is None or name in fields
+    named = [part for part in inner if part not in ("list", "element", "item")]  # what parquet's writers call the levels
+    return not named or (named[0] in MESSAGE_FIELDS and (len(named) == 1 or named[-1] in PART_FIELDS))
 
 
 def _dataset_records(source: str, dataset: Any, fields: Collection[str] | None) -> Iterator[Record]:
@@ -193,7 +262,7 @@ def _library(source: str) -> Any:
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(
             f"{source}: needs the library `datasets`; found none installed: pip install --no-deps -r requirements/common.txt, "
-            f"or name a .jsonl or .parquet file"
+            f"or name a file"
         )
     import datasets
 

@@ -1,5 +1,5 @@
-"""Problems in the NuminaMath schema, and first turns of conversations, as checked rows. Knows nothing of tokenizers,
-templates or the order of training; filters are applied before a file gets here (prepare.py).
+"""Problems and conversations as checked rows, whatever form their file has (forms.py). Knows nothing of tokenizers, templates
+or the order of training; filters are applied before a file gets here (prepare.py).
 """
 
 from __future__ import annotations
@@ -8,66 +8,119 @@ import datetime
 import decimal
 import hashlib
 import json
-import math
 import re
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.core.boxed import boxes
 from engine.core.errors import DataError, brief, combined
+from engine.core.types import Message
+from engine.data.forms import (
+    ANSWERS,
+    PROMPTS,
+    SOLUTIONS,
+    SOURCES,
+    Columns,
+    answer_of,
+    asked,
+    found,
+    heads,
+    marked,
+    named,
+    solution_of,
+    text_of,
+)
 from engine.data.records import first_faults, records, sampled
 
-FIELDS = ("problem", "prompt", "conversation", "question", "answer", "solution", "source", "id")
+FIELDS = heads(*PROMPTS, *ANSWERS, *SOLUTIONS, *SOURCES, "id")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One problem of a file."""
 
-    problem: str
+    problem: str  # of a conversation the last user's message
     answer: str  # the row's own, or the content of the last balanced box of the solution; may be empty but for Math-Verify
     solution: str  # empty where the row has none
     source: str  # empty where the row has none
     id: str  # empty where the row has none
     columns: str = ""  # all of them, as JSON, where they are kept
+    messages: tuple[Message, ...] = ()  # the whole conversation, where the problem is not all of it
+    where: str = field(default="", compare=False, repr=False)  # file and line, for messages
 
 
-def load_rows(path: str | Path, *, needs_answer: bool = True, keep_columns: bool = False) -> list[Row]:
+def load_rows(
+    path: str | Path, *, needs_answer: bool = True, keep_columns: bool = False, columns: Columns | None = None
+) -> list[Row]:
     """All rows of a source (see records.py for what it may be), in its order.
 
-    A row has `problem`, or `prompt`, or a `conversation` (WildChat's form: messages with `role` and `content`) whose first
-    user message it is. With `needs_answer` it has at least one of `answer` (text or a number) and `solution`; else it needs
-    neither, and has an empty answer where neither gives one. `source` and `id` (text or a number) are optional, other fields
-    are ignored, or all of them kept with `keep_columns`. A row without `problem` may be GSM8K's: `question`, and an `answer`
-    that is worked out and ends in "#### N". Raises DataError naming file, line or row (from 1), rule, value and fix.
+    A row has a prompt, as a text or a list of messages, and with `needs_answer` an answer (text or a number) or a solution
+    that holds it; forms.py says under which names, or `columns` does. Without `needs_answer` a row has an empty answer where it
+    gives none. `source` and `id` are optional, other fields are ignored, or all of them kept with `keep_columns`. Raises the
+    DataError of the first row that cannot be used: file, line or row (from 1), rule, value and fix.
     """
-    read = records(path, None if keep_columns else FIELDS)
-    rows = [_row(where, record, needs_answer, keep_columns) for where, record in read]
+    rows = []
+    for row in read_rows(path, needs_answer=needs_answer, keep_columns=keep_columns, columns=columns):
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
     if not rows:
         raise DataError(f"{path}: a data file must hold at least one row; found none: check how it was written")
     return rows
 
 
-def sample_rows(path: str | Path, needs_answer: bool = True, *, keep_columns: bool = False) -> tuple[list[Row], bool]:
+def read_rows(
+    path: str | Path, *, needs_answer: bool = True, keep_columns: bool = False, columns: Columns | None = None
+) -> Iterator[Row | DataError]:
+    """The rows of a source one after another, and in the place of one that cannot be used the DataError that says why: all that
+    is wrong with a file can so be told at once. Arguments and sentences are those of `load_rows`. Raises DataError where the
+    file as a whole cannot be read."""
+    faults: list[DataError] = []
+    columns = columns or {}
+    for where, record in records(path, None if keep_columns else wanted_fields(FIELDS, columns), faults.append):
+        yield from faults
+        faults.clear()
+        try:
+            row = _row(where, record, needs_answer, keep_columns, columns)
+        except DataError as error:
+            yield error
+            continue
+        yield row
+    yield from faults
+
+
+def sample_rows(
+    path: str | Path, needs_answer: bool = True, *, keep_columns: bool = False, columns: Columns | None = None
+) -> tuple[list[Row], bool]:
     """(some rows of a source, whether they are all), for a preflight. Raises as `load_rows`, for the first few broken rows and
     with their number."""
-    found, is_whole = sampled(path, None if keep_columns else FIELDS)
-    rows: list[Row] = []
+    columns = columns or {}
     faults: list[DataError] = []
-    for where, record in found:
+    some, is_whole = sampled(path, None if keep_columns else wanted_fields(FIELDS, columns), faults.append)
+    rows: list[Row] = []
+    for where, record in some:
         try:
-            if isinstance(record, DataError):
-                raise record
-            rows.append(_row(where, record, needs_answer, keep_columns))
+            rows.append(_row(where, record, needs_answer, keep_columns, columns))
         except DataError as error:
             faults.append(error)
     if faults:
-        raise combined(first_faults(path, faults, len(found), is_whole=is_whole))
+        raise combined(first_faults(path, faults, len(rows) + len(faults), is_whole=is_whole))
     if not rows:
         raise DataError(f"{path}: a data file must hold at least one row; found none: check how it was written")
     return rows, is_whole
+
+
+def wanted_fields(fields: Iterable[str], columns: Columns) -> Collection[str]:
+    """The columns to read of a file that can be read by column."""
+    return {*fields, *heads(*columns.values())}
+
+
+def has_columns(path: str | Path, columns: Columns | None) -> bool:
+    """Whether the first row of a source has one of these columns."""
+    _, first = next(iter(records(path, wanted_fields((), columns or {}))), ("", None))
+    return isinstance(first, dict) and any(found(first, name) is not None for name in (columns or {}).values())
 
 
 def last_boxed(text: str) -> str | None:
@@ -76,26 +129,39 @@ def last_boxed(text: str) -> str | None:
     return text[closed[-1].inside : closed[-1].end] if closed else None
 
 
-def _row(where: str, record: Any, needs_answer: bool, keep_columns: bool) -> Row:
+def object_of(where: str, record: Any) -> dict[str, Any]:
+    """The record, which must be an object; DataError where it is none."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: a row must be a JSON object with named fields; found {brief(record)}: mend it")
-    columns = columns_of(where, record) if keep_columns else ""
-    if record.get("problem") is None and record.get("question") is not None:
-        record = _from_gsm8k(where, record)
-    problem = text_of(where, record, "problem") or text_of(where, record, "prompt")
-    problem = problem or text_of(where, first_turn(record), "content")
-    if not problem:
-        raise DataError(f"{where}: `problem` must be a text that is not empty; found {brief(record)}: add it")
-    answer, solution = text_of(where, record, "answer", numbers=True), text_of(where, record, "solution")
+    return record
+
+
+def _row(where: str, record: Any, needs_answer: bool, keep_columns: bool, columns: Columns) -> Row:
+    record = object_of(where, record)
+    prompt = asked(where, record, columns)
+    if not prompt.text:
+        others = ", or name its column by data.columns.problem" if record.keys() - {*FIELDS} else ""
+        raise DataError(f"{where}: `problem` must be a text that is not empty; found {brief(record)}: add it{others}")
+    solution, column = solution_of(where, record, columns)
+    solution = solution or prompt.response
+    answer = answer_of(where, record, columns, required=needs_answer)
+    if answer and not solution and prompt.column == "question":
+        solution = answer  # of GSM8K, and of whoever calls a problem a question, the answer is what a model is to say
+    if (result := marked(answer)) is not None:
+        answer = result or _missing_result(where, answer)
     if not answer:
-        answer = _answer_of(where, solution, required=needs_answer)
+        answer = _answer_in(where, solution, required=needs_answer, whole=column == "output")
+    label = named(where, record, columns, "source", required=False) if "source" in columns else None
     return Row(
-        problem=problem,
+        problem=prompt.text,
         answer=answer,
         solution=solution,
-        source=text_of(where, record, "source"),
-        id=text_of(where, record, "id", numbers=True),
-        columns=columns,
+        source=text_of(where, {"source": label}, "source", numbers=True)
+        or next(filter(None, (text_of(where, record, name) for name in SOURCES)), ""),
+        id=text_of(where, {"id": named(where, record, columns, "id") if "id" in columns else record.get("id")}, "id", True),
+        columns=columns_of(where, record) if keep_columns else "",
+        messages=prompt.messages,
+        where=where,
     )
 
 
@@ -121,6 +187,11 @@ def problem_id(problem: str) -> str:
     return hashlib.sha256(problem.encode()).hexdigest()[:16]
 
 
+def identity(problem: str, messages: tuple[Message, ...]) -> str:
+    """What two rows with the same prompt have in common: the problem, or the whole conversation where that is more."""
+    return json.dumps(messages, ensure_ascii=False) if messages else problem
+
+
 def first_turn(record: dict[str, Any]) -> dict[str, Any]:
     """The first user message of a record's `conversation`; empty where there is none."""
     messages = record.get("conversation")
@@ -128,40 +199,22 @@ def first_turn(record: dict[str, Any]) -> dict[str, Any]:
     return turns[0] if turns else {}
 
 
-def _from_gsm8k(where: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A row of GSM8K in the NuminaMath schema: the whole `answer` is the solution, what follows its last #### the answer,
-    without the commas that group digits."""
-    solution = text_of(where, record, "answer", numbers=True)
-    _, mark, final = solution.rpartition("####")
-    if not mark or not final.strip():
-        raise DataError(
-            f"{where}: the `answer` of a row with `question` must end in #### and the result, as GSM8K's do; found "
-            f"{brief(solution[-60:])}: add it, or rename `question` to `problem`"
-        )
-    return record | {"problem": record["question"], "solution": solution, "answer": final.strip().replace(",", "")}
+def _missing_result(where: str, answer: str) -> str:
+    raise DataError(
+        f"{where}: an `answer` with #### must end in #### and the result, as GSM8K's do; found {brief(answer[-60:])}: add it"
+    )
 
 
-def text_of(where: str, record: dict[str, Any], field: str, numbers: bool = False) -> str:
-    """The field as text; empty when it is absent, null or blank. A number is written out in
-    its shortest digits, without an exponent (0.00001, not 1e-05), and without a decimal point where it is whole."""
-    value = record.get(field)
-    if value is None:
-        return ""
-    if numbers and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return format(Decimal(repr(value)), "f").removesuffix(".0") if value else "0"
-    if not isinstance(value, str):
-        kinds = "a text or a finite number" if numbers else "a text"
-        raise DataError(f"{where}: `{field}` must be {kinds}; found {brief(value)}: write it as text")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{where}: `{field}` must be whole characters; found half a pair in {brief(value)}: mend it")
-    return value if value.strip() else ""
-
-
-def _answer_of(where: str, solution: str, *, required: bool) -> str:
-    """The solution's last box; where there is none, empty, or DataError where it is `required`."""
+def _answer_in(where: str, solution: str, *, required: bool, whole: bool) -> str:
+    """The solution's last box, or the result behind its mark; where there is neither, the solution itself where it may be the
+    `whole` answer, else empty, or DataError where it is `required`."""
     answer = last_boxed(solution)
     if answer is not None and answer.strip():
         return answer
+    if answer is None and (result := marked(solution)):
+        return result
+    if whole and answer is None:
+        return solution
     if not required:
         return ""
     if not solution:

@@ -19,7 +19,7 @@ from engine.config.options import Source
 from engine.core.errors import ConfigError, DataError
 from engine.core.jsonl import read_objects, write_jsonl
 from engine.data.records import source_digest
-from engine.data.templates import NAMED
+from engine.data.templates import NAMED, read_chat_template
 from engine.observe.sinks import write_json
 from engine.rewards.registry import identities, uses_engine
 
@@ -51,6 +51,9 @@ def settings_of(config: RunConfig, source: Source) -> dict[str, Any]:
         "model_dtype": config.model.dtype,
         "model_files": _stamp(Path(config.model.path)),
         "template": template,
+        "system": source.system,
+        "chat_template": read_chat_template(config.data.chat_template),
+        "columns": source.columns,
         "max_prompt_tokens": config.data.max_prompt_tokens,
         "seed": config.run.seed,
         "samples": evaluation.samples,

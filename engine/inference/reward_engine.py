@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from engine.config.load import RunConfig
 from engine.core.errors import InferenceError
-from engine.core.types import Score
+from engine.core.types import Message, Score
 from engine.inference.vllm_engine import ENVIRONMENT
 
 
@@ -66,8 +66,8 @@ class RewardEngine:
         """The process and what it judges with; answered when it is up."""
         return {"pid": str(os.getpid()), "form": self._conversations.head.form}
 
-    def score(self, conversations: Sequence[tuple[str, str]]) -> list[Score]:
-        """One score for each (user's message, answer), in order.
+    def score(self, conversations: Sequence[tuple[str | tuple[Message, ...], str]]) -> list[Score]:
+        """One score for each (user's message or turns up to it, answer), in order.
 
         Statuses: `too_long` for more than reward_model.max_tokens tokens, `invalid` where the model's number is not finite;
         their value is 0.

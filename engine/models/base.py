@@ -55,9 +55,36 @@ class Row:
 
 
 # Fields of config.json that every family has and that change neither tensors nor arithmetic: names, labels, token ids, what
-# generation and training from scratch are told, what tools leave behind.
+# generation (of transformers 4, which kept it here) and training from scratch are told, what tools leave behind.
 INERT_FIELDS = frozenset(
     [
+        "attn_implementation",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "model_max_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "prefix",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "temperature",
+        "tf_legacy_loss",
+        "top_k",
+        "top_p",
+        "typical_p",
         "_attn_implementation",
         "_attn_implementation_autoset",
         "_name_or_path",

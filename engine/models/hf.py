@@ -21,6 +21,7 @@ from engine.models.registry import AUTO, FAMILIES, family_named
 if TYPE_CHECKING:
     import torch
 
+POLICY = "model.path"  # the option whose folder must hold a language model; a reward model's head is told by its tensors
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -35,16 +36,19 @@ COMPANIONS = (
 )
 
 
-def read_shape(path: str | Path, option: str = "model.path", family: str = AUTO) -> ModelShape:
+def read_shape(path: str | Path, option: str = POLICY, family: str = AUTO) -> ModelShape:
     """The sizes in `path`/config.json; `family` as model.family names it. ConfigError when the file is not of that family, or
     says what it does not know; CheckpointError when it is unreadable or incomplete; both blame `option`."""
     file = Path(path) / "config.json"
     config = _read_json(file, option)
     name, kind = _family(config, family, file, option)
     _check_fields(config, kind, file, option)
+    if option == POLICY:
+        _check_head(config, file, option)
     given = {key: value for key, value in config.items() if value is not None}
     said = {**kind.defaults, **given}
     try:
+        _check_rope(config, kind, file, option)
         heads = int(said["num_attention_heads"])
         return ModelShape(
             num_layers=int(said["num_hidden_layers"]),
@@ -114,7 +118,7 @@ def _check_fields(config: dict[str, Any], family: type[Family], file: Path, opti
     plain = {**PLAIN_FIELDS, **family.plain_fields}
     for key, found in config.items():
         inert = key in INERT_FIELDS or key in family.inert_fields or key.endswith("_token_id")
-        if found is None or key in SIZES or inert:
+        if found is None or key in SIZES or inert or (key == "layer_types" and {*found} <= {"full_attention"}):
             continue
         if key not in plain:
             raise ConfigError(
@@ -127,6 +131,39 @@ def _check_fields(config: dict[str, Any], family: type[Family], file: Path, opti
                 f"{option} must be {family.title}: {file} must have {key} = {' or '.join(map(repr, plain[key])) or 'null'}; "
                 f"found {found!r}: use a checkpoint without it"
             )
+
+
+def _check_head(config: dict[str, Any], file: Path, option: str) -> None:
+    """ConfigError for a class whose head gives no next-token logits; an engine takes the class by its name. A file that names
+    none is one that somebody made by hand."""
+    names = config.get("architectures") or []
+    for name in names if isinstance(names, list) else [names]:
+        if not str(name).endswith("ForCausalLM"):
+            raise ConfigError(
+                f"{option} must hold a language model, a class that ends in ForCausalLM: {file} has architectures = {names!r}: "
+                f"use the checkpoint of a language model, or correct the name where its head is one"
+            )
+
+
+def _check_rope(config: dict[str, Any], family: type[Family], file: Path, option: str) -> None:
+    """ConfigError where transformers 4's names and those of 5 say two things of the rotary frequencies."""
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    tables = [_rope_table(table) for table in (new, old) if table]
+    thetas = {float(found) for found in (new.get("rope_theta"), old.get("rope_theta"), config.get("rope_theta")) if found}
+    if (len(tables) == 2 and tables[0] != tables[1]) or len(thetas) > 1:
+        found = {name: config[name] for name in ("rope_parameters", "rope_scaling", "rope_theta") if config.get(name)}
+        raise ConfigError(
+            f"{option} must be {family.title}: {file} must say its rotary frequencies once, or the same twice; found "
+            f"{found!r}: remove what it was not trained with"
+        )
+
+
+def _rope_table(table: dict[str, Any]) -> dict[str, Any]:
+    """A rotary table without theta and under one name for its type, which may be missing."""
+    kind = table.get("rope_type") or table.get("type") or "default"
+    return {key: value for key, value in table.items() if key not in ("type", "rope_theta") and value is not None} | {
+        "rope_type": kind
+    }
 
 
 def _read_scaling(rope: dict[str, Any], family: type[Family], file: Path, option: str) -> Llama3Scaling | None:

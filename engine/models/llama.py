@@ -57,6 +57,6 @@ class Llama(Family):
     plain_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "attention_bias": (False,),
         "mlp_bias": (False,),
-        "pretraining_tp": (1,),
         "rope_interleaved": (False,),  # as SmolLM's files say
     }
+    inert_fields = frozenset({"pretraining_tp"})  # slices of the same products, which transformers 5 no longer cuts

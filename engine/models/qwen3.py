@@ -35,7 +35,7 @@ class Qwen3(Family):
         "tie_word_embeddings": False,
     }
     plain_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {"attention_bias": (False,), "use_sliding_window": (False,)}
-    inert_fields = frozenset({"layer_types", "max_window_layers", "sliding_window"})  # without use_sliding_window
+    inert_fields = frozenset({"max_window_layers", "sliding_window"})  # without use_sliding_window
     rope_types = ("default",)
 
     @classmethod

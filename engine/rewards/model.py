@@ -39,7 +39,8 @@ class ScoringEngine(Protocol):
 
 
 class ModelReward(Reward):
-    """A reward model. The user's message is the problem as its file gives it, without the policy's template.
+    """A reward model. The user's message is the problem as its file gives it, without the policy's template, or all turns of a
+    conversation.
 
     Waits until the engine is up. InferenceError names an engine that is late or that was lost twice over one question.
     """
@@ -81,7 +82,7 @@ class ModelReward(Reward):
         """One score an answer, in order; statuses are those of RewardEngine.score."""
         if not answers:
             return []
-        conversations = [(answer.prompt.problem, answer.completion) for answer in answers]
+        conversations = [(answer.prompt.messages or answer.prompt.problem, answer.completion) for answer in answers]
         distinct = list(dict.fromkeys(conversations))
         try:
             scores = self._ask("score", distinct)

@@ -14,10 +14,13 @@ from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, DataError, brief
 from engine.core.types import Sequence
 from engine.data.ends import end_tokens
-from engine.data.mixture import Mixture, load_mixture
+from engine.data.forms import Columns, found
+from engine.data.mixture import Mixture, load_mixture, prompt_form
+from engine.data.overlap import prompt_digest
 from engine.data.preferences import PreferenceSet, load_preferences
 from engine.data.prompts import PromptOrder
 from engine.data.records import records
+from engine.data.rows import wanted_fields
 from engine.data.templates import load_tokenizer
 from engine.rewards.registry import judging_of
 from engine.rollouts.base import StepData, Waiting, nothing
@@ -44,7 +47,18 @@ class LedgerSource:
         self._end_ids = end_ids
         self._config, self._ledger, self._shares, self._vocab_size = config, ledger, prompts.shares, vocab_size
         self._by_id = {prompt.id: prompt for part in prompts.sets for prompt in part.prompts}
+        self._warnings = prompts.warnings
         ledger.check_steps(config.run.steps)
+
+    @property
+    def digests(self) -> frozenset[bytes]:
+        """Of the prompts that are trained on, as data/overlap.py has them."""
+        return frozenset(prompt_digest(prompt.problem, prompt.messages) for prompt in self._by_id.values())
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of sources that lost much of their data."""
+        return self._warnings
 
     def __str__(self) -> str:
         return f"rollouts of {len(self._ledger.steps)} steps for {len(self._by_id)} prompts"
@@ -94,6 +108,16 @@ class PreferenceSource:
         self._pairs, self._num_pairs = pairs, config.data.prompts_per_step
         self._order = PromptOrder(len(pairs.pairs), config.run.seed)
 
+    @property
+    def digests(self) -> frozenset[bytes]:
+        """Of the prompts that are trained on, as data/overlap.py has them."""
+        return self._pairs.digests
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of a file that lost much of its data."""
+        return [f"data.replay: {self._pairs.warning}"] if self._pairs.warning else []
+
     def __str__(self) -> str:
         return str(self._pairs)
 
@@ -127,13 +151,15 @@ def replay_kind(config: RunConfig) -> Literal["rollouts", "preferences"] | None:
     path = config.data.replay
     if path is None:
         return None
-    where, first = next(iter(records(path, _ROLLOUT | _PAIR)), (path, None))
+    columns: Columns = config.data.columns or {}
+    pair = {columns.get(name, name) for name in _PAIR}
+    where, first = next(iter(records(path, wanted_fields(_ROLLOUT | _PAIR, columns))), (path, None))
     names = first.keys() if isinstance(first, dict) else set()
     if names >= _ROLLOUT and Path(path).suffix == ".jsonl":
         if Path(path).resolve() == (config.run_directory / "rollouts.jsonl").resolve():
             raise ConfigError(f"data.replay must not be the run's own ledger; found {path}: name another run.directory")
         return "rollouts"
-    if names >= _PAIR:
+    if isinstance(first, dict) and all(name in first or found(first, name) is not None for name in pair):
         _check_preferences(config)
         return "preferences"
     raise DataError(
@@ -155,7 +181,8 @@ def open_preferences(config: RunConfig) -> PreferenceSource:
     assert path is not None
     data, tokenizer = config.data, load_tokenizer(config.model.path)
     limits = data.max_prompt_tokens, config.sampling.max_tokens
-    return PreferenceSource(config, load_preferences(path, tokenizer, data.template, *limits))
+    form = prompt_form(config, data)
+    return PreferenceSource(config, load_preferences(path, tokenizer, form, *limits, data.columns))
 
 
 def _check_preferences(config: RunConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.data.ends import end_tokens
 from engine.data.mixture import load_held_out, load_mixture
+from engine.data.overlap import overlap_warning, shared
 from engine.data.templates import load_tokenizer
 from engine.evaluation.accuracy import evaluate, greedy_samples
 from engine.evaluation.selection import scores
@@ -55,7 +56,7 @@ class Controller:
             opened.callback(self._records.close)
             for note in self._records.notes:
                 self._note(note)
-            held_out = load_held_out(config, judging_of)
+            self._held_out = held_out = load_held_out(config, judging_of)
             self._sets = [(part.name, part.prompts.prompts) for part in held_out]  # by name; a set's problems are of one kind
             for part in held_out:
                 self._note(f"{part.key}: {part.prompts}")
@@ -73,6 +74,7 @@ class Controller:
         if self._spec.source == "rollouts":
             prompts = load_mixture(self._config, judging_of)
             self._note(str(prompts))
+            self._warn(prompts.warnings, prompts.digests if self._held_out else frozenset())
             return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts, self.end_ids)
         replay: LedgerSource | PreferenceSource
         if self._spec.source == "ledger":
@@ -80,7 +82,17 @@ class Controller:
         else:
             replay = open_preferences(self._config)
         self._note(f"data.replay: {replay}")
+        self._warn(replay.warnings, replay.digests)
         return replay
+
+    def _warn(self, warnings: list[str], trained: Collection[bytes]) -> None:
+        """Notes what is wrong with the data as far as a run can go on: much left out, held-out problems that are trained on."""
+        warnings = [*warnings, *(f"{part.key}: {part.prompts.warning}" for part in self._held_out if part.prompts.warning)]
+        for part in self._held_out:
+            problems = [(prompt.problem, prompt.messages) for prompt in part.prompts.prompts]
+            warnings.append(overlap_warning(part.key, len(problems), shared(problems, trained)))
+        for warning in filter(None, warnings):
+            self._note(f"warning: {warning}")
 
     def evaluate(self, step: int, part_done: Callable[[], object]) -> None:
         """Judges the version that the pool serves on every held-out set; `part_done` is called after every wait."""

@@ -4,13 +4,17 @@ broadcasts its sequences; supervised training needs no broadcast, since every ra
 
 from __future__ import annotations
 
+import logging
+
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError
 from engine.core.types import Batch, Judging
+from engine.data.ends import written_end
 from engine.data.mixture import load_prompts
 from engine.data.prompts import PromptOrder
 from engine.data.supervised import supervised_sequence
 from engine.data.templates import load_tokenizer
+from engine.data.tokens import stays_text
 from engine.megatron.broadcast import broadcast_batch
 from engine.megatron.packing import make_batch
 from engine.megatron.topology import Topology
@@ -18,6 +22,8 @@ from engine.rollouts.base import StepSource
 from engine.run.agreement import Agreement
 from engine.run.metrics import TARGET_TOKENS
 from engine.run.spec import Spec
+
+log = logging.getLogger(__name__)
 
 
 class BroadcastSource:
@@ -63,7 +69,16 @@ class SupervisedSource:
         self._config, self._topology = config, topology
         tokenizer = load_tokenizer(config.model.path)
         unjudged = Judging(verifiable=False, needs_answer=False, wants_row=False)
-        prompts = load_prompts(config, config.data, config.data.train, unjudged).prompts
+        loaded = load_prompts(config, config.data, config.data.train, unjudged)
+        end = written_end(tokenizer)
+        prompts = [prompt for prompt in loaded.prompts if stays_text(tokenizer, prompt.solution, end)]
+        num_special = loaded.num_special + len(loaded.prompts) - len(prompts)
+        if topology.rank == 0 and loaded.warning:
+            log.warning("data.train: %s", loaded.warning)
+        if topology.rank == 0 and num_special:
+            log.warning(
+                "data.train: left out: %d rows that spell special tokens, which the tokenizer cannot keep text", num_special
+            )
         self._sequences = [supervised_sequence(prompt, tokenizer) for prompt in prompts]
         limit = min(config.trainer.microbatch_tokens, spec.shape.max_positions)
         for prompt, sequence in zip(prompts, self._sequences, strict=True):

@@ -8,14 +8,15 @@ from pathlib import Path
 from engine.api.faults.look import Faults, Look, caught, tried
 from engine.config.options import Source, source_key
 from engine.core.errors import ConfigError, DataError, SemionError
-from engine.data.mixture import naming
+from engine.data.forms import Columns
+from engine.data.mixture import naming, prompt_form
 from engine.data.preferences import FIELDS as PAIR_FIELDS
 from engine.data.preferences import pair_texts
 from engine.data.records import HUB, check_source, first_faults, sampled
-from engine.data.rows import Row, load_rows, sample_rows
+from engine.data.rows import Row, identity, load_rows, sample_rows, wanted_fields
 from engine.data.supervised import completion_tokens
-from engine.data.templates import encode_prompt
-from engine.data.tokenizer_files import FileTokenizer
+from engine.data.templates import LeftOut, PromptForm, fit_prompt
+from engine.data.tokens import stays_text
 from engine.rewards.registry import judging_of
 from engine.rollouts.ledger import RolloutLedger
 from engine.rollouts.replay import replay_kind
@@ -34,7 +35,7 @@ def data_faults(look: Look) -> Faults:
             kind, faults = tried(replay_kind, look.config)
         yield from faults
         if kind == "preferences":
-            yield from caught(_pair_faults, data.replay)
+            yield from caught(_pair_faults, data.replay, data.columns)
         if kind == "rollouts":
             yield from caught(_ledger_faults, look, data.replay)
     files = [("--suite", source.held_out, source) for source in (look.sets or {}).values()]
@@ -57,42 +58,48 @@ def _file_faults(look: Look, key: str, path: str, source: Source, ids: dict[str,
     judging = tried(judging_of, look.config, source)[0] if judges else None  # what judges has its own check
     needs_answer, wants_row = (judging.needs_answer, judging.wants_row) if judging is not None else (False, False)
     try:
-        rows, is_whole = sample_rows(path, needs_answer, keep_columns=wants_row)
+        rows, is_whole = sample_rows(path, needs_answer, keep_columns=wants_row, columns=source.columns)
     except DataError as error:
         yield from (naming(key, path, fault) for fault in error.faults)
         return
     trains = key.endswith(".train")
     for row in rows if trains else ():
-        if row.id and ids.setdefault(row.id, row.problem) != row.problem:
+        problem = identity(row.problem, row.messages)
+        if row.id and ids.setdefault(row.id, problem) != problem:
             yield DataError(
                 f"{key} ({path}): `id` must name one problem; found {row.id!r} for {ids[row.id][:60]!r} and "
-                f"{row.problem[:60]!r}: change one, or remove the `id` fields"
+                f"{problem[:60]!r}: change one, or remove the `id` fields"
             )
             break
     if look.renders:
-        found = caught(_length_faults, look, key, path, source, rows, is_whole, needs_answer)
-        look.doubtful = look.doubtful or (bool(found) and isinstance(look.tokenizer, FileTokenizer))
-        yield from found
+        yield from caught(_length_faults, look, key, path, source, rows, is_whole, needs_answer)
 
 
 def _length_faults(
     look: Look, key: str, path: str, source: Source, rows: list[Row], is_whole: bool, needs_answer: bool
 ) -> Faults:
-    longest = look.config.data.max_prompt_tokens
+    longest, form = look.config.data.max_prompt_tokens, prompt_form(look.config, source)
 
     def fits(row: Row) -> bool:
-        return len(encode_prompt(look.tokenizer, row.problem, source.template)) <= longest
+        try:
+            return not isinstance(fit_prompt(look.tokenizer, row.problem, row.messages, form, longest), LeftOut)
+        except DataError as error:
+            raise DataError(f"{key} ({path}): {row.where.removeprefix(path).lstrip(', ')}: {error}") from error
 
-    if not any(map(fits, rows)) and (is_whole or not any(map(fits, load_rows(path, needs_answer=needs_answer)))):
+    def others() -> list[Row]:
+        return load_rows(path, needs_answer=needs_answer, columns=source.columns)
+
+    if not any(map(fits, rows)) and (is_whole or not any(map(fits, others()))):
         yield DataError(
             f"{key} ({path}): at least one prompt must fit data.max_prompt_tokens; found none of {longest} or fewer "
             f"tokens: raise data.max_prompt_tokens, or name other data"
         )
     if look.purpose == "sft" and key.endswith(".train"):
-        yield from _solution_faults(look, key, path, [row for row in rows if fits(row)], source.template)
+        told = [row for row in rows if fits(row) and stays_text(look.tokenizer, row.solution)]
+        yield from _solution_faults(look, key, path, told, form)
 
 
-def _solution_faults(look: Look, key: str, path: str, rows: list[Row], template: str) -> Faults:
+def _solution_faults(look: Look, key: str, path: str, rows: list[Row], form: PromptForm) -> Faults:
     """The first row without a solution, and the first that is too long with it."""
     if lacking := next((row for row in rows if not row.solution), None):
         yield DataError(
@@ -103,7 +110,8 @@ def _solution_faults(look: Look, key: str, path: str, rows: list[Row], template:
         return
     limit = min(look.config.trainer.microbatch_tokens, look.shape.max_positions if look.shape else 1 << 62)
     for row in rows:
-        prompt = encode_prompt(look.tokenizer, row.problem, template)
+        prompt = fit_prompt(look.tokenizer, row.problem, row.messages, form, look.config.data.max_prompt_tokens)
+        assert not isinstance(prompt, LeftOut), prompt
         num_tokens = len(prompt) + len(completion_tokens(look.tokenizer, row.solution))
         if num_tokens > limit:
             yield ConfigError(
@@ -124,13 +132,14 @@ def _ledger_faults(look: Look, path: str) -> None:
     ledger.rows(0)
 
 
-def _pair_faults(path: str) -> Faults:
+def _pair_faults(path: str, columns: Columns | None) -> Faults:
     """The first pairs without their texts, among some."""
-    found, is_whole = sampled(path, PAIR_FIELDS)
     faults: list[SemionError] = []
+    found, is_whole = sampled(path, wanted_fields(PAIR_FIELDS, columns or {}), faults.append)
+    count = len(found) + len(faults)
     for where, record in found:
-        faults += [record] if isinstance(record, DataError) else tried(pair_texts, where, record)[1]
-    yield from first_faults(path, faults, len(found), is_whole=is_whole)
+        faults += tried(pair_texts, where, record, columns)[1]
+    yield from first_faults(path, faults, count, is_whole=is_whole)
 
 
 def _check_file(key: str, path: str) -> None:

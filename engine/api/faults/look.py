@@ -26,15 +26,13 @@ Made = TypeVar("Made")
 @dataclass
 class Look:
     """A configuration that is looked at. `unread`: sections of its file that could not be used and stand at their defaults
-    here. `exact`: whether prompts are tokenized as the run will do it, rather than by the file of the tokenizer alone."""
+    here."""
 
     config: RunConfig
     purpose: Purpose
     resume: bool = False
     sets: Mapping[str, Source] | None = None  # other problems to evaluate than the configuration's
     unread: frozenset[str] = frozenset()
-    exact: bool = False
-    doubtful: bool = field(default=False, init=False)  # whether a fault hangs on tokens that were not counted exactly
     shape: ModelShape | None = field(default=None, init=False)
     tokenizer: Any = field(default=None, init=False)
     renders: bool = field(default=False, init=False)  # whether prompts can be tokenized

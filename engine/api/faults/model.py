@@ -9,10 +9,11 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from engine.api.faults.look import Faults, Look, caught, tried
+from engine.config.options import Source
 from engine.core.errors import ConfigError, SemionError
 from engine.data.ends import end_tokens
+from engine.data.mixture import prompt_form
 from engine.data.templates import encode_prompt, load_tokenizer
-from engine.data.tokenizer_files import FileTokenizer, load_file_tokenizer
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.headers import weight_faults
 from engine.models.hf import read_shape
@@ -27,17 +28,13 @@ def model_faults(look: Look) -> list[SemionError]:
         found += weight_faults(path, look.shape)
     if not Path(path).is_dir():  # then its config.json has been missed already
         return found
-    # What reads a tokenizer for a run looks at config.json too, and would be blamed for one that is refused
-    light = load_file_tokenizer(path) if look.shape is None or not look.exact else None
-    if light is not None:
-        look.tokenizer = light
-    elif look.shape is not None or not (Path(path) / "tokenizer.json").exists():
+    # What reads a tokenizer looks at config.json too, and would be blamed for one that is refused
+    if look.shape is not None or not (Path(path) / "tokenizer.json").exists():
         look.tokenizer, faults = tried(load_tokenizer, path)
         found += faults
     if look.tokenizer is not None:
         faults = caught(_tokenizer, look)
         look.renders = not any("chat template" in str(fault) for fault in faults)
-        look.doubtful = look.doubtful or (bool(faults) and isinstance(look.tokenizer, FileTokenizer))
         found += faults
     return found
 
@@ -68,11 +65,13 @@ def _tokenizer(look: Look) -> Faults:
                 f"write it; found {cutting[0]} in {name} of {path}, which is {ends.spelled[cutting[0]]!r}: mend it"
             )
     try:
-        encode_prompt(tokenizer, "1 + 1", "{problem}")
+        encode_prompt(tokenizer, "1 + 1", prompt_form(look.config, Source(train="", template="{problem}")))
     except TemplateError as error:
+        own = look.config.data.chat_template == "tokenizer"
+        option, place = ("model.path", path) if own else ("data.chat_template", look.config.data.chat_template)
         yield ConfigError(
-            f"model.path must hold a chat template for a user's message; found that it fails with {str(error)!r} in "
-            f"{path}: mend the template"
+            f"{option} must hold a chat template for a user's message; found that it fails with {str(error)!r} in "
+            f"{place}: mend the template"
         )
 
 

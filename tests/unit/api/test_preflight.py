@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import cli
-from engine.api import preflight
 from engine.api.faults import machine
 from engine.api.faults.look import Purpose
 from engine.api.preflight import check, examine
+from engine.api.warnings import warnings
 from engine.config.load import RunConfig, dump_config, override
 from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, StorageError, combined
 from engine.core.files import locked
@@ -248,14 +248,14 @@ def test_a_model_without_eos_whose_template_ends_turns_has_an_end_token(made):
     folder = Path(made.model.path)
     no_end(folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    assert faults(made) == [] and preflight.warnings(made) == []
+    assert faults(made) == [] and warnings(made, "train") == []
 
 
 def test_end_tokens_that_differ_are_told_and_are_no_fault(made, tmp_path, capsys):
     """The files name one, the tokenizer and its template another, as Llama 3's first release did."""
     (Path(made.model.path) / "generation_config.json").write_text('{"eos_token_id": 256}')
     assert faults(made) == []
-    (told,) = preflight.warnings(made)
+    (told,) = warnings(made, "train")
     assert told == (
         "the model's folder names its end tokens in places that differ (generation_config.json: 256 '<|begin_of_text|>'; "
         "config.json: 259 '<|eot_id|>'; eos_token of the tokenizer: 259 '<|eot_id|>'; the chat template's end of a turn: 259 "
@@ -292,6 +292,29 @@ def test_a_prompt_that_fits_is_looked_for(made, tmp_path):
     assert len(found := faults(short)) == 2 and "found none of 20 or fewer tokens" in found[0]
     template = override(short, {"data.template": "{problem}", "data.max_prompt_tokens": 64})
     assert faults(template) == []
+
+
+def test_a_chat_template_in_a_file_is_looked_at(made, tmp_path):
+    file = tmp_path / "chat.jinja"
+    asked = override(made, {"data.chat_template": str(file)})
+    assert "data.chat_template must be 'tokenizer', 'none' or a file" in only(asked)
+    file.write_text("{{ raise_exception('no users here') }}")
+    assert "data.chat_template must hold a chat template for a user's message; found that it fails with" in only(asked)
+    file.write_text("{{ messages[0]['content'] }}")
+    assert faults(asked) == []
+    assert faults(override(made, {"data.chat_template": "none", "data.system": "Be brief."})) == []
+
+
+def test_rows_of_other_names_are_read_by_a_table(made, tmp_path):
+    row = {"q": [{"role": "user", "content": "1+1"}], "meta": {"gold": 2}}
+    write(tmp_path / "train.jsonl", [row])
+    write(tmp_path / "held_out.jsonl", [row | {"meta": {"gold": 3}}])
+    assert len(faults(made)) == 2
+    assert faults(override(made, {"data.columns": {"problem": "q", "answer": "meta.gold"}})) == []
+    assert (
+        "must have `meta.no`, which data.columns.answer names"
+        in faults(override(made, {"data.columns": {"problem": "q", "answer": "meta.no"}}))[0]
+    )
 
 
 def test_one_id_of_two_problems_is_told(made, tmp_path):

@@ -32,7 +32,7 @@ def jsonl(tmp_path: Path, *lines: str | bytes | dict[str, Any]) -> Path:
     return path
 
 
-def row(problem: str, **fields: str) -> Row:
+def row(problem: str, **fields: Any) -> Row:
     return Row(**{"problem": problem, "answer": "1", "solution": "", "source": "", "id": ""} | fields)
 
 
@@ -88,9 +88,27 @@ def test_a_number_as_an_answer_is_written_out_and_equals_itself(tmp_path: Path, 
         assert judge(text, rf"\boxed{{{answer}}}", True) == (1.0, "ok")
 
 
-@pytest.mark.parametrize("answer", ["no mark", "worked ####  ", None, 27])
-def test_a_question_without_gsm8ks_mark_is_a_sentence(tmp_path: Path, answer: Any) -> None:
-    with pytest.raises(DataError, match=r"line 1: the `answer` of a row with `question` must end in #### and the result"):
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("no mark", "no mark"),
+        (27, "27"),
+        ("3/4", "3/4"),
+        ("worked #### 5", "worked #### 5"),
+        ("worked\n#### 5 apples", "5 apples"),
+        ("#### 1,072", "1072"),
+    ],
+)
+def test_a_question_with_a_plain_answer_is_a_problem_with_it(tmp_path: Path, answer: Any, gold: str) -> None:
+    (read,) = load_rows(jsonl(tmp_path, {"question": "How many?", "answer": answer}))
+    assert (read.problem, read.answer, read.solution) == ("How many?", gold, str(answer))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"), [("worked\n####  ", "must end in #### and the result"), (None, "a row needs `answer` or `solution`")]
+)
+def test_a_question_without_an_answer_is_a_sentence(tmp_path: Path, answer: Any, words: str) -> None:
+    with pytest.raises(DataError, match=f"line 1: .*{words}"):
         load_rows(jsonl(tmp_path, {"question": "How many?", "answer": answer}))
 
 
@@ -148,7 +166,7 @@ def test_a_bad_line_is_named_with_its_rule_and_value(
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("rows.csv", b"a", "must end in .jsonl or .parquet; found '.csv'"),
+        ("rows.txt", b"a", "must end in .jsonl, .json, .csv, .jsonl.gz, .json.gz, .csv.gz, .parquet; found '.txt'"),
         ("rows.jsonl", None, "must exist"),
         ("rows.jsonl", b"", "at least one row"),
         ("rows.jsonl", b"\n\n", "at least one row"),

@@ -154,7 +154,10 @@ def test_sources_keep_their_templates_rewards_and_evaluation_sets(model_folder, 
     assert [(p.problem, p.reward, p.answer) for p in others] == [("Hi", "model", ""), ("Sing.", "model", "")]
     assert (made.sets[1].num_duplicates, made.prompts_per_step) == (1, 4), "a problem of an earlier source is left out"
     assert maths[1].token_ids == encode_prompt(tiny_tokenizer, "1+2?", "figure4")
-    assert others[0].token_ids == encode_prompt(tiny_tokenizer, "Hi", "{problem}")
+    assert others[0].messages == (("system", "s"), ("user", "Hi")), "its own system message is kept"
+    alone = encode_prompt(tiny_tokenizer, "Hi", "{problem}")
+    system = tiny_tokenizer.encode("<|start_header_id|>system<|end_header_id|>\n\ns<|eot_id|>", add_special_tokens=False)
+    assert others[0].token_ids == (alone[0], *system, *alone[1:])
     assert str(made).startswith("data.train: 2 prompts; ") and "data.mix[0].train: 2 prompts; " in str(made)
     (held_out,) = load_held_out(config, judging_of)
     assert (held_out.place, held_out.key, held_out.source.reward) == (1, "data.mix[0].held_out", "model")

@@ -74,18 +74,46 @@ def test_the_files_that_there_are_are_read(file: str, tmp_path: Path) -> None:
         ({"qk_layernorm": False}, "has qk_layernorm = False"),  # even off: who has it on is another model
         ({"auto_map": {"AutoModel": "modeling.Mine"}}, "has auto_map"),
         ({"attention_dropout": 0.1}, r"must have attention_dropout = 0; found 0\.1"),
-        ({"pretraining_tp": 2}, "must have pretraining_tp = 1; found 2"),
         ({"partial_rotary_factor": 0.5}, r"must have partial_rotary_factor = 1; found 0\.5"),
         ({"quantization_config": {"quant_method": "gptq"}}, "must have quantization_config = null; found .*gptq"),
         ({"rope_scaling": {"rope_type": "llama3", **SCALING, "attention_factor": 2.0}}, r"has attention_factor = 2\.0 in its"),
         ({"model_type": "qwen3", "use_sliding_window": True}, r"dense Qwen3: .* use_sliding_window = False; found True"),
         ({"model_type": "qwen3", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'default'; found 'yarn'"),
+        ({"rope_interleaved": True}, "must have rope_interleaved = False; found True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "has layer_types = "),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"], "sliding_window": 5}, "has layer_types = "),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, r"has partial_rotary_factor = 0\.5 in"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "llama3", **SCALING}}, "frequencies once"),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "or the same twice; found"),
     ],
 )
 def test_what_would_not_be_followed_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"model\.path must be a .*{words}") as caught:
         read_shape(written(tmp_path, CONFIG | changes))
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pretraining_tp": 2},
+        {"transformers_version": "9.9", "torch_dtype": "bfloat16", "use_cache": False},
+        {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "do_sample": True},
+        {"layer_types": ["full_attention", "full_attention"]},
+        {"rope_parameters": {"rope_type": "llama3", **SCALING}, "rope_scaling": {"type": "llama3", **SCALING}},
+        {"architectures": None},
+    ],
+)
+def test_what_changes_nothing_is_read_over(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert read_shape(written(tmp_path, CONFIG | changes)).family == "llama"
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "LlamaModel", "LlamaForCausalLMEagle3"])
+def test_a_policy_must_have_a_language_models_head(name: str, tmp_path: Path) -> None:
+    written(tmp_path, CONFIG | {"architectures": [name]})
+    with pytest.raises(ConfigError, match=rf"model\.path must hold a language model, .*architectures = \['{name}'\]"):
+        read_shape(tmp_path)
+    assert read_shape(tmp_path, "reward_model.path").family == "llama", "whose head is told by its tensors"
 
 
 def test_null_is_as_good_as_missing(tmp_path: Path) -> None:

@@ -106,6 +106,13 @@ def test_every_set_has_its_row_and_the_scores_are_the_means_over_them(open_contr
     assert open_controller(start=2).scores().keys() == {0}, "what came after the checkpoint is forgotten"
 
 
+def test_a_run_tells_which_held_out_problems_it_trains_on(open_controller: Open):
+    """All of them: both sets are the same here."""
+    notes = [event["text"] for event in open_controller().finish_step(record(1)) if event["kind"] == "note"]
+    (warning,) = [note for note in notes if note.startswith("warning: ")]
+    assert warning.startswith(f"warning: data.held_out: {len(SUMS)} of {len(SUMS)} problems are also trained on, such as ")
+
+
 def test_what_a_checkpoint_kept_is_what_the_resumed_run_goes_on_from(open_controller: Open):
     """And where the records are not what it says, the first events tell."""
     first = open_controller()

@@ -1,0 +1,82 @@
+"""What a run can go on with but somebody should know before it starts: end tokens that the model's files do not agree on, rows
+that are too long, in a sample, and held-out problems that are trained on. What a run cannot go on with is the preflight's to
+tell; a run itself notes all three, of all its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.api.faults.look import Purpose
+from engine.config.load import RunConfig
+from engine.config.options import Source, source_key
+from engine.core.errors import DataError
+from engine.data.ends import end_tokens
+from engine.data.mixture import prompt_form
+from engine.data.overlap import overlap_warning, prompt_digest, shared
+from engine.data.preferences import read_pairs
+from engine.data.prompts import length_warning
+from engine.data.records import HUB
+from engine.data.rows import Row, read_rows, sample_rows
+from engine.data.templates import LeftOut, fit_prompt, load_tokenizer
+from engine.rollouts.replay import replay_kind
+
+LARGE_BYTES = 64 << 20  # of a longer training file held-out problems are looked for when the run reads it
+
+
+def warnings(config: RunConfig, purpose: Purpose) -> list[str]:
+    """Sentences for people, of a configuration in which the preflight found nothing wrong."""
+    told = end_tokens(config.model.path, load_tokenizer(config.model.path)).disagreement
+    pairs = config.data.replay if purpose == "train" and replay_kind(config) == "preferences" else None
+    trained = set(_trained(config, pairs)) if any(source.held_out for source in config.data.sources) else set()
+    return [*filter(None, [told]), *_long(config, pairs), *_overlaps(config, trained)]
+
+
+def _long(config: RunConfig, pairs: str | None) -> Iterator[str]:
+    """Sources of which a sample has many prompts that are too long."""
+    tokenizer, longest = load_tokenizer(config.model.path), config.data.max_prompt_tokens
+    for place, source in enumerate(config.data.sources):
+        for name in ("train", "held_out"):
+            path = getattr(source, name)
+            if path is None or (name == "train" and place == 0 and pairs is not None):
+                continue
+            rows, is_whole = sample_rows(path, needs_answer=False, columns=source.columns)
+            form = prompt_form(config, source)
+            fitted = [fit_prompt(tokenizer, row.problem, row.messages, form, longest) for row in rows]
+            lengths = [len(ids) for ids in fitted if not isinstance(ids, LeftOut)]
+            if warning := length_warning(lengths, [found for found in fitted if isinstance(found, LeftOut)]):
+                yield f"{source_key(place)}.{name}{'' if is_whole else f', of {len(rows)} rows looked at'}: {warning}"
+
+
+def _overlaps(config: RunConfig, trained: set[bytes]) -> Iterator[str]:
+    """Held-out files of which problems are trained on."""
+    for place, source in enumerate(config.data.sources):
+        if source.held_out is None:
+            continue
+        problems = [(row.problem, row.messages) for row in _rows(source.held_out, source)]
+        if found := overlap_warning(f"{source_key(place)}.held_out", len(problems), shared(problems, trained)):
+            yield found
+
+
+def _trained(config: RunConfig, pairs: str | None) -> Iterator[bytes]:
+    """Digests of what is trained on, as far as the files are not large."""
+    if pairs is not None and _is_small(pairs):
+        for texts in read_pairs(pairs, config.data.columns):
+            if not isinstance(texts, DataError):
+                yield prompt_digest(texts.problem, texts.messages)
+    for source in config.data.sources if pairs is None else ():
+        if _is_small(source.train):
+            for row in _rows(source.train, source):
+                yield prompt_digest(row.problem, row.messages)
+
+
+def _rows(path: str, source: Source) -> Iterator[Row]:
+    """The rows of a file that can be used: the preflight tells the others."""
+    rows = read_rows(path, needs_answer=False, columns=source.columns)
+    return (row for row in rows if not isinstance(row, DataError))
+
+
+def _is_small(path: str) -> bool:
+    """Whether a source is a file that is read in seconds."""
+    return not path.startswith(HUB) and Path(path).is_file() and Path(path).stat().st_size <= LARGE_BYTES
