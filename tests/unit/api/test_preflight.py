@@ -365,7 +365,7 @@ def test_shared_memory_and_disk(made, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert "run.directory must be on a disk with room for 1 checkpoints; found 1,000 bytes free for" in only(made)
     with pytest.raises(StorageError) as caught:
-        preflight.check(made)
+        check(made)
     assert caught.value.exit_code == 4
 
 
