@@ -35,6 +35,10 @@ LOSS_TOLERANCE = 1e-6  # of the loss itself
 # Of everything else that float32 computes: relative to the figure, absolute below 1
 TOLERANCES = {"grad_norm": 1e-5, "rollout log-probs": 1e-4}
 OTHERS = 1e-5
+TINY = 1e-300
+# A loss below this share of the sizes of GRPO's terms is compared relative to that: on policy all ratios are 1, advantages
+# add up to 0, and with responses of one length nothing is left of the loss but rounding, though much of its gradient
+CANCELLED = 0.1
 TEMPLATES = {  # the paper's figures 4 and 5
     "figure4": "Given the following problem, reason and give a final answer to the problem. Problem: {problem}\n"
     "Your response should end with 'The final answer is $\\boxed{[answer]}$. I hope it is correct.' "
@@ -57,12 +61,12 @@ class Comparison:
     recorded: float
     recomputed: float
     tolerance: float
+    floor: float = 1.0  # the difference is taken relative to the recorded figure, or to this where that is larger
 
     @property
     def difference(self) -> float:
-        """Relative to the recorded figure; of all but the loss and the norm, absolute where that is below 1."""
-        floor = 1e-300 if self.name in ("loss", "grad_norm") else 1.0
-        return abs(self.recorded - self.recomputed) / max(abs(self.recorded), floor)
+        """How far both are apart."""
+        return abs(self.recorded - self.recomputed) / max(abs(self.recorded), self.floor)
 
     @property
     def agrees(self) -> bool:
@@ -74,8 +78,8 @@ class Comparison:
 
 
 class Llama:
-    """A Llama of a Hugging Face folder in float64: embedding, blocks of RMS norm, rotary grouped-query attention and SwiGLU, RMS
-    norm, head."""
+    """A Llama of a Hugging Face folder in float64: embedding, blocks of RMS norm, rotary grouped-query attention and SwiGLU,
+    RMS norm, head."""
 
     def __init__(self, folder: Path, *, with_gradient: bool = False) -> None:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
@@ -292,7 +296,9 @@ class Run:
         count, rows = self.algorithm["samples_per_prompt"], self.ledger[step]
         groups = [rows[start : start + count] for start in range(0, len(rows), count)]
         if len(groups) != sum(sampled for sampled, _ in self.shares):
-            raise CannotCheckError(f"step {step}: the ledger holds {len(rows)} rollouts, {count} of each of {len(groups)} prompts")
+            raise CannotCheckError(
+                f"step {step}: the ledger must hold {count} rollouts of each prompt that a step has; found {len(rows)} rows"
+            )
         made = []
         for group in groups:
             (name,) = {row["prompt_id"] for row in group}
@@ -324,8 +330,8 @@ def sides(group: Sequence[Sample], verifiable: bool) -> tuple[list[Sample], list
 
 def drawn_pair(run: Run, step: int, whole: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
     """DPO's one pair of a prompt, or none. Where several responses would do, Python's random.Random draws the chosen one and
-    then the rejected, seeded by what names the draw: the upper 63 bits of the 8-byte BLAKE2b of the run's seed, "pair", the step,
-    the prompt's id and its first sample index, with the separator U+001F."""
+    then the rejected, seeded by what names the draw: the upper 63 bits of the 8-byte BLAKE2b of the run's seed, "pair", the
+    step, the prompt's id and its first sample index, with the separator U+001F."""
     first = whole[0].row
     text = "\x1f".join([str(run.config["run"]["seed"]), "pair", str(step), first["prompt_id"], str(first["sample_index"])])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -419,11 +425,12 @@ def preference_terms(options: Mapping[str, Any], trained: Trained) -> tuple[Tens
     return total, {"pairs": float(count), "margin_mean": math.fsum(margins) / count if count else math.nan}
 
 
-def policy_gradient_terms(options: Mapping[str, Any], trained: Trained) -> tuple[Tensor, dict[str, float]]:
-    """Equation 1, with the k3 estimate of the KL to the reference; a sum over tokens."""
+def policy_gradient_terms(options: Mapping[str, Any], trained: Trained) -> tuple[Tensor, float, dict[str, float]]:
+    """Equation 1, with the k3 estimate of the KL to the reference; a sum over tokens. Between it and the figures: the sum of
+    the sizes of its terms, which cancel on policy."""
     total, epsilon = torch.zeros((), dtype=torch.float64), options["clip_ratio"]
     low, high = 1 - options.get("clip_ratio_low", epsilon), 1 + options.get("clip_ratio_high", epsilon)
-    kls, clipped, ratios, tokens = 0.0, 0, 0.0, 0
+    size, kls, clipped, ratios, tokens = 0.0, 0.0, 0, 0.0, 0
     for sample, credit in trained.credited:
         ratio = (sample.policy - sample.sampled).exp()
         free, held = ratio * credit, ratio.clamp(low, high) * credit
@@ -431,6 +438,7 @@ def policy_gradient_terms(options: Mapping[str, Any], trained: Trained) -> tuple
         if credit < 0 and "dual_clip" in options:
             gain = gain.clamp(min=options["dual_clip"] * credit)
         loss = -gain.sum()
+        size += float(gain.detach().abs().sum())
         clipped += int((gain != free).sum())
         ratios += float(ratio.detach().sum())
         if options["kl_weight"] > 0:
@@ -441,25 +449,26 @@ def policy_gradient_terms(options: Mapping[str, Any], trained: Trained) -> tuple
         total = total + loss / (len(ratio) if options.get("normalize_length") else 1)
         tokens += len(ratio)
     count = max(1, tokens)
-    return total, {"kl_mean": kls / count, "clipped_share": clipped / count, "ratio_mean": ratios / count}
+    return total, size, {"kl_mean": kls / count, "clipped_share": clipped / count, "ratio_mean": ratios / count}
 
 
-def objective(run: Run, trained: Trained, num_prompts: int) -> tuple[Tensor, dict[str, float]]:
-    """(the step's loss, figures that metrics.jsonl has too)."""
+def objective(run: Run, trained: Trained, num_prompts: int) -> tuple[Tensor, float, dict[str, float]]:
+    """(the step's loss, the size of GRPO's terms in it, figures that metrics.jsonl has too)."""
     options, figures = run.algorithm, dict[str, float]()
-    total = torch.zeros((), dtype=torch.float64)
+    total, size = torch.zeros((), dtype=torch.float64), 0.0
     if options["loss"] != "grpo":
         loss, more = preference_terms(options, trained)
         total, figures = total + loss, figures | more
     if trained.credited:
-        loss, more = policy_gradient_terms(options, trained)
+        loss, size, more = policy_gradient_terms(options, trained)
         total, figures = total + options.get("alpha", 1.0) * loss, figures | more
     num_tokens = sum(len(s.policy) for s in trained.sequences)
     if options["entropy_weight"]:
         total = total - options["entropy_weight"] * sum((s.entropy.mean() for s in trained.sequences), torch.zeros(()))
         figures["entropy_mean"] = sum(float(s.entropy.detach().sum()) for s in trained.sequences) / max(1, num_tokens)
     counts = {"prompts": num_prompts, "pairs": len(trained.pairs), "tokens": num_tokens}
-    return total / max(1, counts[options["reduction"]]), figures
+    divisor = max(1, counts[options["reduction"]])
+    return total / divisor, size / divisor, figures
 
 
 # -- the check
@@ -496,12 +505,12 @@ def compare(
         sample.policy, sample.entropy = sample.log_probs(model, run.temperature)
         if other is not None:
             sample.reference, _ = sample.log_probs(other, run.temperature)
-    loss, figures = objective(run, what, sum(places for _, places in run.shares))
-    yield Comparison(step, "loss", record["loss"], float(loss.detach()), tolerance)
+    loss, size, figures = objective(run, what, sum(places for _, places in run.shares))
+    yield Comparison(step, "loss", record["loss"], float(loss.detach()), tolerance, max(CANCELLED * size, TINY))
     if loss.requires_grad:
         gradients = torch.autograd.grad(loss, list(model.weights.values()), allow_unused=True)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
-        yield Comparison(step, "grad_norm", record["grad_norm"], norm, TOLERANCES["grad_norm"])
+        yield Comparison(step, "grad_norm", record["grad_norm"], norm, TOLERANCES["grad_norm"], TINY)
     for name, value in figures.items():
         if name in record and record[name] is not None and not math.isnan(record[name]):
             yield Comparison(step, name, record[name], value, OTHERS)

@@ -58,9 +58,7 @@ def test_a_reward_of_ones_own(run_config: Callable[..., RunConfig], tmp_path: Pa
     assert len(rewards) > 1 and rewards <= {0.0, 0.1, 1.0, 1.1}
 
 
-def test_a_loss_of_ones_own(
-    semi_online: tuple[RunConfig, str], run_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_loss_of_ones_own(semi_online: tuple[RunConfig, str], run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """On rollouts that are there already, so that nothing is sampled."""
     run_config()
     base, ledger = tmp_path / "base.toml", semi_online[0].run_directory / "rollouts.jsonl"

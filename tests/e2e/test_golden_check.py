@@ -1,5 +1,5 @@
-"""tools/golden_check.py on the runs that other tests start: losses, gradient norms and what else depends on log-probs, recomputed
-in float64 from the ledger and the weights on disk by code that shares nothing with the engine.
+"""tools/golden_check.py on the runs that other tests start: losses, gradient norms and what else depends on log-probs,
+recomputed in float64 from the ledger and the weights on disk by code that shares nothing with the engine.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def test_rollouts_of_another_temperature(online: RunConfig) -> None:
     assert figures["ratio_mean"] == pytest.approx([1, 1, 1], abs=1e-4), "fresh rollouts are the policy's own"
 
 
-def test_a_wrong_record_is_found(
-    stopped: tuple[RunConfig, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_record_is_found(stopped: tuple[RunConfig, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(stopped[0].run_directory, copy)
     first, *others = rows(stopped[0], "metrics.jsonl")

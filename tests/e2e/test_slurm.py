@@ -59,9 +59,7 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
 
 
 @pytest.mark.nightly  # of what is in it, tests/e2e/test_commands.py has engines in turn, the test above two nodes
-def test_nodes_that_serve_their_own_engines_in_turn_change_no_bit(
-    online: RunConfig, run_config: Make, tmp_path: Path
-) -> None:
+def test_nodes_that_serve_their_own_engines_in_turn_change_no_bit(online: RunConfig, run_config: Make, tmp_path: Path) -> None:
     """A whole replica and an engine on each of two nodes. That weights stay there is the plan's, tested in tests/unit: these
     two nodes share one machine's memory."""
     turns = ["inference.placement=colocated", "sync.transport=ipc", "cluster.nodes=2", "cluster.gpus_per_node=1"]
