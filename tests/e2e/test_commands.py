@@ -61,6 +61,8 @@ def semion(*arguments: str, expect: int = 0) -> str:
     said = io.StringIO()
     with in_process.environment(), redirect_stdout(said), redirect_stderr(said):
         code = cli.main(arguments)
+    if code == 130:
+        raise KeyboardInterrupt  # which the command has taken for itself
     assert code == expect, said.getvalue()[-6000:]
     return said.getvalue()
 
