@@ -123,9 +123,7 @@ def _plan(options: argparse.Namespace) -> None:
     from engine.capacity.transfer import Machine, memory_table, table, verdict
     from engine.observe.progress import print_table
 
-    machine = Machine(
-        options.network_gigabytes_per_second, options.nvlink_gigabytes_per_second, options.gpu_gibibytes
-    )
+    machine = Machine(options.network_gigabytes_per_second, options.nvlink_gigabytes_per_second, options.gpu_gibibytes)
     figures = plan(config, machine)
     print_table(f"semion plan {options.config}", table(figures))
     print_table("", memory_table(figures["memory"]))

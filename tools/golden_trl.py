@@ -44,9 +44,7 @@ def main() -> None:
         "epsilon": EPSILON,
         "max_completion_length": MAX_LENGTH,
         "dpo": [dpo(policy, reference, beta) for beta in BETAS],
-        "grpo": [
-            grpo(policy, reference, rollout, advantages, loss_type, kl) for loss_type in LOSS_TYPES for kl in KL_WEIGHTS
-        ],
+        "grpo": [grpo(policy, reference, rollout, advantages, loss_type, kl) for loss_type in LOSS_TYPES for kl in KL_WEIGHTS],
     }
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else FILE
     entries = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in golden.items())

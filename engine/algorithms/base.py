@@ -147,9 +147,7 @@ def response_lengths(microbatch: Microbatch) -> torch.Tensor:
 def training_sequence(group: RolloutGroup, rollout: Rollout, /, **more: Any) -> Sequence:
     """The training sequence of a rollout; `more` are fields of Sequence."""
     completion = rollout.completion
-    return Sequence(
-        group.prompt.token_ids, completion.token_ids, completion.log_probs, reward=rollout.score.value, **more
-    )
+    return Sequence(group.prompt.token_ids, completion.token_ids, completion.log_probs, reward=rollout.score.value, **more)
 
 
 def store_split_groups(

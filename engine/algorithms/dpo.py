@@ -52,9 +52,7 @@ CHOSEN = _of_pairs(
     "nats a response",
     TRL="logps/chosen",
 )
-REJECTED = _of_pairs(
-    "rejected_log_prob_mean", "the same of the rejected response", "nats a response", TRL="logps/rejected"
-)
+REJECTED = _of_pairs("rejected_log_prob_mean", "the same of the rejected response", "nats a response", TRL="logps/rejected")
 
 
 class PreferenceOptions(AlgorithmOptions):

@@ -46,9 +46,7 @@ class GroupDpo(Dpo):
         if not has_signal and not (self.alpha and self.options.kl_weight):
             return [], False
         made = [
-            training_sequence(
-                group, r, advantage=advantage, group=index if has_pairs else -1, chosen=has_pairs and r in better
-            )
+            training_sequence(group, r, advantage=advantage, group=index if has_pairs else -1, chosen=has_pairs and r in better)
             for r, advantage in zip(group.judged, advantages, strict=True)
         ]
         return made, has_signal

@@ -50,9 +50,7 @@ class PolicyGradientOptions(AlgorithmOptions):
     """GRPO's own."""
 
     clip_ratio: PositiveFloat = Field(0.2, description="GRPO's epsilon (TRL: epsilon; verl: clip_ratio)")
-    kl_weight: NonNegativeFloat = Field(
-        0.001, description="of GRPO's KL to the reference, k3 (TRL: beta; verl: kl_loss_coef)"
-    )
+    kl_weight: NonNegativeFloat = Field(0.001, description="of GRPO's KL to the reference, k3 (TRL: beta; verl: kl_loss_coef)")
     normalize_advantages: Normalization = Field(
         "mean", description="mean, mean_std, leave_one_out, or your own as path/to/file.py:name (TRL: scale_rewards)"
     )

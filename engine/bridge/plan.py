@@ -217,9 +217,7 @@ class _Route:
         return _Route(self.holders, self.target, Transfer(t.name, count, t.cols, source, target), self.contiguous)
 
 
-def _streams(
-    shape: ModelShape, source: TrainerLayout, target: EngineLayout
-) -> dict[tuple[Cell, int], list[_Route]]:
+def _streams(shape: ModelShape, source: TrainerLayout, target: EngineLayout) -> dict[tuple[Cell, int], list[_Route]]:
     """What goes from each cell to each tensor rank of the engines, layer by layer."""
     places: tuple[tuple[Place, int], ...] = (("first", 0), ("layer", 0), ("last", source.pp_size - 1))
     held = {
@@ -250,9 +248,7 @@ def _streams(
     return streams
 
 
-def _routes(
-    shape: ModelShape, held: list[tuple[Cell, Shard]], target: EngineLayout, place: Place
-) -> Iterator[_Route]:
+def _routes(shape: ModelShape, held: list[tuple[Cell, Shard]], target: EngineLayout, place: Place) -> Iterator[_Route]:
     """Every overlap of what the engines' ranks need at a place with what trainer cells hold."""
     holders: dict[str, dict[tuple[int, ...], list[tuple[Cell, Shard, Piece]]]] = {}
     for cell, shard in held:
@@ -265,9 +261,7 @@ def _routes(
                     yield from _overlap(found, shard, needed, tp_rank)
 
 
-def _overlap(
-    found: list[tuple[Cell, Shard, Piece]], shard: Shard, needed: Piece, tp_rank: int
-) -> Iterator[_Route]:
+def _overlap(found: list[tuple[Cell, Shard, Piece]], shard: Shard, needed: Piece, tp_rank: int) -> Iterator[_Route]:
     """What one needed piece takes of a rectangle that one or more cells hold. A matrix with several holders, the tied
     embedding, is shared out among them by rows; a vector is left whole."""
     p = found[0][2]

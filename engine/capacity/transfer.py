@@ -196,9 +196,7 @@ def _direct_bytes(shape: ModelShape, made: ShardPlan) -> dict[int, int]:
     """Bytes of each bucket (by id) that lie in its cell's shards and belong where they go in the engine's: both sides'
     pieces must name the same rectangle of the same Hugging Face tensor."""
     axes = made.source
-    held = {
-        (pp, tp): _by_parameter(pieces(shape, axes, tp, pp)) for pp in range(axes.pp_size) for tp in range(axes.tp_size)
-    }
+    held = {(pp, tp): _by_parameter(pieces(shape, axes, tp, pp)) for pp in range(axes.pp_size) for tp in range(axes.tp_size)}
     needed = [_by_parameter(pieces(shape, made.target, rank)) for rank in range(made.target.tp_size)]
 
     def direct(bucket: Bucket, t: Transfer) -> bool:

@@ -12,7 +12,9 @@ from engine.core.errors import ConfigError
 def add_arguments(parser: Any) -> None:
     """The command's arguments."""
     parser.add_argument("dataset", choices=["numinamath", "wildchat"], help="which filters to apply")
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="JSONL or parquet files, dataset folders, or hf://owner/name")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="JSONL or parquet files, dataset folders, or hf://owner/name"
+    )
     parser.add_argument("folder", metavar="FOLDER", help="folder to make")
     parser.add_argument("--validation", type=_count, help="rows held out to select checkpoints (1980; wildchat 470)")
     parser.add_argument("--test", type=_count, help="rows held out to report (1980; wildchat 0)")

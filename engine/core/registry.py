@@ -29,9 +29,7 @@ Made = TypeVar("Made")
 class Registry(Generic[Part]):
     """The parts of one kind: the files of `package` but those in `support`, each with one class that extends the base."""
 
-    def __init__(
-        self, option: str, package: str, base: str, support: Collection[str] = (), also: Collection[str] = ()
-    ) -> None:
+    def __init__(self, option: str, package: str, base: str, support: Collection[str] = (), also: Collection[str] = ()) -> None:
         """`option`: what names a part in a configuration, for messages. `base`: "module:Class" that every part extends.
         `support`: modules of the package that are no parts. `also`: what the option may say besides, for messages."""
         self.option, self._package, self._base = option, package, base

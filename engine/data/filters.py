@@ -42,9 +42,7 @@ _OPTIONS = re.compile(
     + "".join(rf".{{0,600}}?[\s$}}）]{letter}\s*[.．、:：)]" for letter in "BC"),
     re.DOTALL,
 )
-_CHOICE = re.compile(
-    r"\bwhich (?:one )?of the following\b|\bthe correct (?:option|choice)\b", re.IGNORECASE
-)
+_CHOICE = re.compile(r"\bwhich (?:one )?of the following\b|\bthe correct (?:option|choice)\b", re.IGNORECASE)
 _LETTERS = re.compile(r"\(?[A-F]\)?(?:,\(?[A-F]\)?)*")
 _LATEX_DRESS = re.compile(r"\\(?:text|math)(?:bf|rm|it|sf|tt|normal)?\s*(?=\{)|\\(?:rm|bf)\b|[{}$\s.]|\\[,;:! ]")
 _SPACING = re.compile(r"\\(?:left|right|displaystyle|q?quad)\b|\\[,;:!\s()\[\]]|[\s$]+")

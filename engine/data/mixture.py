@@ -121,9 +121,7 @@ def naming(option: str, path: str, error: SemionError) -> DataError:
     return DataError(f"{option} ({path}){rest if rest != str(error) else f': {error}'}")
 
 
-def load_prompts(
-    config: RunConfig, source: Source, path: str, judging: Judging, before: Many[Prompt] = ()
-) -> PromptSet:
+def load_prompts(config: RunConfig, source: Source, path: str, judging: Judging, before: Many[Prompt] = ()) -> PromptSet:
     """The prompts of a file with the run's tokenizer and the source's template and reward. ConfigError when tokenizer and
     model do not fit; DataError names the file."""
     tokenizer = load_tokenizer(config.model.path)

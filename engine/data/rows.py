@@ -173,4 +173,3 @@ def _answer_of(where: str, solution: str, *, required: bool) -> str:
         f"{where}: `solution` must hold its answer in \\boxed{{...}} when there is no `answer`; "
         f"found {brief(solution[-60:])}: add `answer`, or remove the row"
     )
-

@@ -169,9 +169,7 @@ class LiveShards:
 class ReloadedShards:
     """Full tensors, each held until it is whole and then given to vLLM's loader."""
 
-    def __init__(
-        self, model: Any, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, model: Any, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
         self._model, self._shapes, self._dtype, self._device = model, shapes, dtype, device
         self._held: dict[str, torch.Tensor] = {}
 

@@ -157,9 +157,7 @@ def megatron_config(shape: ModelShape, trainer: Trainer, dtype: torch.dtype) -> 
     )
 
 
-def build_chunks(
-    shape: ModelShape, config: TransformerConfig, topology: Topology, *, headless: bool = False
-) -> list[GPTModel]:
+def build_chunks(shape: ModelShape, config: TransformerConfig, topology: Topology, *, headless: bool = False) -> list[GPTModel]:
     """This rank's GPTModel chunks, one per virtual stage, ending in vocab-parallel logits, or in hidden states where
     `headless`; weights still random.
 

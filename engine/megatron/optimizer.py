@@ -102,9 +102,7 @@ class PolicyOptimizer:
         parameters = self._optimizer.get_parameters()
         if parameters:
             limit = self._options.clip_norm
-            clip_grad_by_total_norm_fp32(
-                parameters, max_norm=limit, total_norm=norm, use_decoupled_grad=self._decoupled
-            )
+            clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=norm, use_decoupled_grad=self._decoupled)
         self._schedule.step(1)
         learning_rate = float(self._optimizer.param_groups[0]["lr"])
         self._optimizer.step_with_ready_grads()

@@ -51,9 +51,7 @@ LossOf = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, torch.Tensor]]
 class Policy:
     """A model spread over the topology's ranks, its AdamW, and the reference as a second set of weights."""
 
-    def __init__(
-        self, config: RunConfig, topology: Topology, loss: Loss, checkpoint_path: str | Path
-    ) -> None:
+    def __init__(self, config: RunConfig, topology: Topology, loss: Loss, checkpoint_path: str | Path) -> None:
         """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy.
 
         Collective over all ranks. Raises ConfigError for another model, an impossible layout or a missing library,
@@ -160,9 +158,7 @@ class Policy:
 
         def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             coefficients = self.loss.coefficients(microbatch)
-            log_probs, entropy = self._token_log_probs(
-                output, microbatch, coefficients, with_entropy=self.loss.needs_entropy
-            )
+            log_probs, entropy = self._token_log_probs(output, microbatch, coefficients, with_entropy=self.loss.needs_entropy)
             loss, parts = self.loss(log_probs, microbatch, batch, entropy)
             num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
             return loss, torch.stack([loss.detach(), num_tokens, *(parts[name] for name in names)])
@@ -196,9 +192,7 @@ class Policy:
         if here.pp_rank != bucket.stage or here.dp_rank != 0:
             return None
         pieces = [[p for meta in bucket.tensors for p in held.get(meta.name, ())] for held in self._held]
-        flat = torch.empty(
-            max(sum(p.rows * p.cols for p in held) for held in pieces), dtype=self.dtype, device=here.device
-        )
+        flat = torch.empty(max(sum(p.rows * p.cols for p in held) for held in pieces), dtype=self.dtype, device=here.device)
         for name, group in groupby(_parts(pieces[here.tp_rank], flat), key=lambda pair: pair[0].parameter):
             shard = self.parameters[name]
             for p, part in group:

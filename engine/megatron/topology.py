@@ -87,9 +87,7 @@ def open_topology(
     else:
         device = cpu_device.CPU
         cpu_device.install()
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     return _make_groups(trainer, device, timeout, seed)
 
 

@@ -48,9 +48,7 @@ class Progress:
     The time left counts the steps done since entering or since a restart, so that a resumed run is not taken for a fast one.
     """
 
-    def __init__(
-        self, total_steps: int, title: str, metrics: Mapping[str, Metric], console: Console | None = None
-    ) -> None:
+    def __init__(self, total_steps: int, title: str, metrics: Mapping[str, Metric], console: Console | None = None) -> None:
         """`metrics`: the declarations by name, of which those in SHOWN are shown."""
         assert total_steps > 0, total_steps
         self._cells = [(metrics[name], form) for name, form in SHOWN.items()]

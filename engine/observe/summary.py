@@ -24,4 +24,3 @@ def summarize(directory: Path) -> dict[str, Any]:
     restarts = list(read_rows(directory / RESTARTS))
     told = {"restarts": restarts, "warnings": read_warnings(directory / WARNINGS)}
     return {"steps": len(metrics), "totals": totals, "evaluations": evaluations} | told
-

@@ -162,8 +162,7 @@ class RoutedReward(Reward):
             scores = self._judged(name, self._rewards[name], [answers[place] for place in where])
             found.update(zip(((place, name) for place in where), scores, strict=True))
         results = [
-            self._combined(answer, [found[place, name] for name in self._names(answer)])
-            for place, answer in enumerate(answers)
+            self._combined(answer, [found[place, name] for name in self._names(answer)]) for place, answer in enumerate(answers)
         ]
         self._apply_rules(answers, results)
         return results

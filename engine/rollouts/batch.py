@@ -113,4 +113,3 @@ def compared_tokens(sequences: Many[Sequence]) -> dict[str, float]:
         metric.name: mean([len(s.completion_ids) for s in compared if s.chosen is chosen])
         for metric, chosen in ((CHOSEN_TOKENS, True), (REJECTED_TOKENS, False))
     }
-

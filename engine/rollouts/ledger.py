@@ -126,9 +126,7 @@ class RolloutLedger:
                 f"name the data that it was sampled from, and the same data.max_prompt_tokens"
             )
         self._check_tokens(step, rows, prompts)
-        return [
-            RolloutGroup(prompts[part[0].prompt_id], step, tuple(row.rollout() for row in part)) for part in parts
-        ]
+        return [RolloutGroup(prompts[part[0].prompt_id], step, tuple(row.rollout() for row in part)) for part in parts]
 
     def _check_tokens(self, step: int, rows: Iterable[LedgerRow], prompts: Mapping[str, Prompt]) -> None:
         """DataError where a row was sampled from other tokens than its prompt has now."""

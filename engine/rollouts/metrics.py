@@ -47,13 +47,9 @@ TRUNCATED = Metric(
 TIMEOUTS = Metric("reward_timeouts", "rollouts not judged in time", title="reward timeouts", unit="rollouts")
 FAILURES = Metric("reward_failures", "rollouts not judged for another reason", unit="rollouts")
 TOO_LONG = Metric("reward_too_long", "rollouts too long for the reward model", unit="rollouts")
-GENERATED = Metric(
-    "generation_tokens", "sampled while this step was collected, whichever step's", unit="tokens"
-)
+GENERATED = Metric("generation_tokens", "sampled while this step was collected, whichever step's", unit="tokens")
 GENERATING = Metric("generation_seconds", "for which engines were busy meanwhile", unit="s")
-ACCURACY = Metric(
-    "accuracy", "judged rollouts of verifiable prompts with a reward above 0", title="accuracy", unit="share"
-)
+ACCURACY = Metric("accuracy", "judged rollouts of verifiable prompts with a reward above 0", title="accuracy", unit="share")
 CORRECT_LENGTH = Metric("correct_tokens_mean", "length of the judged rollouts with a reward above 0", unit="tokens")
 INCORRECT_LENGTH = Metric("incorrect_tokens_mean", "length of the others", unit="tokens")
 WAITED = Metric("wait_seconds", "for the step's rollouts", title="waited", unit="s")

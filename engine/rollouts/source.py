@@ -31,9 +31,7 @@ Result = TypeVar("Result")
 class RolloutSource:
     """The rollouts of a run, step by step."""
 
-    def __init__(
-        self, config: RunConfig, prompts: Mixture, pool: Pool, reward: Reward, ledger: JsonlLedger | None
-    ) -> None:
+    def __init__(self, config: RunConfig, prompts: Mixture, pool: Pool, reward: Reward, ledger: JsonlLedger | None) -> None:
         self._config, self._prompts, self._pool, self._reward, self._ledger = config, prompts, pool, reward, ledger
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._sampling: dict[int, Future[tuple[list[Completion], Usage]]] = {}
@@ -105,6 +103,5 @@ def score_groups(step: int, prompts: Many[Prompt], completions: Many[Completion]
     scores = reward.score(answers)
     rollouts = [Rollout(completion, score) for completion, score in zip(completions, scores, strict=True)]
     return [
-        RolloutGroup(prompt, step, tuple(rollouts[place * size : (place + 1) * size]))
-        for place, prompt in enumerate(prompts)
+        RolloutGroup(prompt, step, tuple(rollouts[place * size : (place + 1) * size])) for place, prompt in enumerate(prompts)
     ]

@@ -100,9 +100,7 @@ class Checkpoints:
         self._barrier()
         return final
 
-    def _finish(
-        self, step: int, staging: Path, final: Path, config: RunConfig, records: Mapping[str, Any] | None
-    ) -> None:
+    def _finish(self, step: int, staging: Path, final: Path, config: RunConfig, records: Mapping[str, Any] | None) -> None:
         files = {
             str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(staging.rglob("*"))
@@ -170,7 +168,6 @@ class Checkpoints:
         name = rank_file(self._rank)
         verify_file(newest, name, manifest)
         return int(manifest["step"]), load_file(newest / name)
-
 
     def steps(self) -> set[int]:
         """The steps of all checkpoints that stand, up to the newest."""

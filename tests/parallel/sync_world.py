@@ -333,9 +333,7 @@ class World:
         """Not asked here."""
 
 
-def open_publisher(
-    rank: int, store: str, timeout_seconds: float, transport: Any, pool: Any
-) -> tuple[World, Publisher]:
+def open_publisher(rank: int, store: str, timeout_seconds: float, transport: Any, pool: Any) -> tuple[World, Publisher]:
     """Joins the trainer ranks and opens the bridge."""
     dist.init_process_group("gloo", store=dist.FileStore(store, TRAINERS), rank=rank, world_size=TRAINERS)
     world = World(rank, filled(TERMS.trainer, rank, 0))

@@ -55,4 +55,3 @@ def open_transport(name: str, store: dist.Store, member: int, meeting: Rendezvou
         return kind.open(dist.PrefixStore(f"epoch {meeting.epoch}", store), member, meeting)
     except RuntimeError as error:
         raise TransportError(f"member {member} did not meet the others: {first_line(error)}") from error
-

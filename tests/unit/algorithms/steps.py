@@ -85,9 +85,7 @@ class Step:
                 assert not by_entropy.any(), "the entropy counts where a completion token is predicted, and nowhere else"
         return loss, sums, gradients, slopes
 
-    def lay_out(
-        self, microbatch: Microbatch, values: Tokens, elsewhere: float = 0.0
-    ) -> tuple[torch.Tensor, dict[int, slice]]:
+    def lay_out(self, microbatch: Microbatch, values: Tokens, elsewhere: float = 0.0) -> tuple[torch.Tensor, dict[int, slice]]:
         """Values in their places of the row, and the slice of each sequence's completion tokens."""
         row, spans = torch.full((microbatch.token_ids.numel(),), elsewhere), {}
         for start in microbatch.cu_seqlens[:-1].tolist():

@@ -270,9 +270,7 @@ def test_all_pairs_are_every_chosen_with_every_rejected_of_the_group(groups, dra
     pairs, weights = all_pairs([g for g, _ in marked], [c for _, c in marked])
     found = [tuple(pair) for pair in pairs.tolist()]
     places = range(len(marked))
-    wanted = {
-        (c, r) for c in places for r in places if marked[c][0] == marked[r][0] >= 0 and marked[c][1] and not marked[r][1]
-    }
+    wanted = {(c, r) for c in places for r in places if marked[c][0] == marked[r][0] >= 0 and marked[c][1] and not marked[r][1]}
     assert len(found) == len(wanted)
     assert set(found) == wanted
     for index in {marked[c][0] for c, _ in found}:

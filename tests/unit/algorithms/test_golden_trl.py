@@ -58,9 +58,7 @@ def test_grpo_is_trls_clipped_loss_with_k3(golden, layout):
         "bnpo": ({"reduction": "tokens"}, 1),
     }
     ours, scale = options[golden["loss_type"]]
-    algorithm = algorithm_options(
-        {"loss": "grpo", "clip_ratio": GOLDEN["epsilon"], "kl_weight": golden["kl_weight"], **ours}
-    )
+    algorithm = algorithm_options({"loss": "grpo", "clip_ratio": GOLDEN["epsilon"], "kl_weight": golden["kl_weight"], **ours})
     loss, _, gradients, _ = golden_step(paired=False).run(make_loss(algorithm), num_prompts=1, **layout)
     assert_equal(loss, gradients, golden, scale)
 

@@ -115,8 +115,7 @@ def test_group_dpo_is_equation_4(layout, reduction, nll_weight):
     close(gradients, slopes, divisor(step, reduction))
     pairs = step.pairs()
     margins = [
-        0.6 * (sum(step.policy[c]) - sum(step.reference[c]) - sum(step.policy[r]) + sum(step.reference[r]))
-        for c, r, _ in pairs
+        0.6 * (sum(step.policy[c]) - sum(step.reference[c]) - sum(step.policy[r]) + sum(step.reference[r])) for c, r, _ in pairs
     ]
     assert metrics == pytest.approx(
         {

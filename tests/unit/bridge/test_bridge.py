@@ -147,9 +147,7 @@ class Change:
     def alter(self, world: World) -> Callable[[int, int, torch.Tensor], torch.Tensor]:
         """For a Network."""
         bucket, chosen = self.message(world).bucket, (self.sender, self.number)
-        return lambda member, number, content: (
-            self.make(content.clone(), bucket) if (member, number) == chosen else content
-        )
+        return lambda member, number, content: self.make(content.clone(), bucket) if (member, number) == chosen else content
 
     def message(self, world: World) -> Message:
         """The one that is changed."""

@@ -279,9 +279,7 @@ def test_any_layout_holds_the_model_once_and_less_of_it_takes_less(axes: dict[st
     stages = range(axes["pipeline_parallel"])
     held = sum(TrainerState(config, stage).num_parameters for stage in stages) * axes["tensor_parallel"]
     assert PARAMETERS <= held <= 1.001 * PARAMETERS
-    whole, again = (
-        sum(step_of(0, recompute=recompute).fullest.values()) for recompute in (False, True)
-    )
+    whole, again = (sum(step_of(0, recompute=recompute).fullest.values()) for recompute in (False, True))
     assert 0 < again < whole
     fewer = step_of(0, microbatch_tokens=axes["microbatch_tokens"] // 2)
     assert sum(fewer.fullest.values()) <= sum(step_of(0).fullest.values())

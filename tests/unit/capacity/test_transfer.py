@@ -59,9 +59,7 @@ def test_the_scale_configurations(name, planned):
     assert figures["received_by_engine_rank"]["mean"] * figures["engine_ranks"] == pytest.approx(
         figures["trainer_to_node_bytes"] + figures["within_node_bytes"]
     )
-    assert figures["sent_by_trainer_rank"]["mean"] * figures["trainer_ranks"] == pytest.approx(
-        figures["trainer_to_node_bytes"]
-    )
+    assert figures["sent_by_trainer_rank"]["mean"] * figures["trainer_ranks"] == pytest.approx(figures["trainer_to_node_bytes"])
     assert figures["sent_by_trainer_rank"]["max"] < 1.06 * figures["sent_by_trainer_rank"]["mean"]  # replicas, to a bucket
     assert figures["seconds_at_least"] <= figures["seconds"]
 

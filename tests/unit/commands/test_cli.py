@@ -48,6 +48,8 @@ held_out = "{folder}/held_out.jsonl"
 [trainer]
 microbatch_tokens = 8192
 """
+
+
 @pytest.fixture
 def file(tmp_path, tiny_tokenizer):
     """A configuration with which nothing is wrong: a model with weights and tokenizer, and data."""

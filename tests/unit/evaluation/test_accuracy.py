@@ -214,6 +214,8 @@ def test_the_score_of_a_step_is_the_mean_over_its_sets():
     assert scores(rows, "reward") == {0: -0.75, 2: -0.125}, "without a set's figure there is no score"
     assert scores(rows, "length_normalized_reward") == {0: -0.75, 2: -1.125}
     assert scores(rows, None) == {}
+
+
 @pytest.mark.parametrize("requests_per_ticket", [1, 4, 7])
 def test_a_large_evaluation_is_gathered_and_judged_in_parts_of_whole_problems(monkeypatch, requests_per_ticket):
     """What is asked of the engines in one call stays one call."""

@@ -145,9 +145,7 @@ def test_names_must_differ_and_files_exist(tmp_path):
         suites.load_finished(tmp_path, "amc", {})
 
 
-def test_the_command_refuses_before_it_starts_and_starts_nothing_for_what_is_done(
-    world, monkeypatch, capsys, tiny_tokenizer
-):
+def test_the_command_refuses_before_it_starts_and_starts_nothing_for_what_is_done(world, monkeypatch, capsys, tiny_tokenizer):
     folder, settings = world
     (folder / "model" / "config.json").unlink()
     make_model(folder / "model", tiny_tokenizer)

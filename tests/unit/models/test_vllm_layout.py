@@ -36,9 +36,7 @@ OUTSIDE = f"{Path(__file__).parent / 'qwen2_from_outside.py'}:Qwen2"
 CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
-def load_rank(
-    folder: str, kind: str, model: dict[str, torch.Tensor], rank: int, size: int, patch: pytest.MonkeyPatch
-) -> Any:
+def load_rank(folder: str, kind: str, model: dict[str, torch.Tensor], rank: int, size: int, patch: pytest.MonkeyPatch) -> Any:
     """vLLM's model of that type on one tensor rank, its parameters as its loaders leave them over zeros."""
     from vllm.config import CacheConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state

@@ -432,5 +432,3 @@ def test_tools_nsys_says_what_is_missing(config_file, tmp_path, monkeypatch, cap
     monkeypatch.setenv("PATH", str(tmp_path))
     assert nsys.main([str(config_file)]) == ConfigError.exit_code
     assert "nsight-systems-cli" in capsys.readouterr().err
-
-

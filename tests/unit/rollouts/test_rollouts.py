@@ -135,9 +135,7 @@ def test_what_an_engine_raises_is_raised_by_next(open_source):
         source.next(0)
 
 
-def group(
-    rewards: Many[float], prompt: int = 0, statuses: Many[str] | None = None, reward: str = "math"
-) -> RolloutGroup:
+def group(rewards: Many[float], prompt: int = 0, statuses: Many[str] | None = None, reward: str = "math") -> RolloutGroup:
     """One rollout a reward; rollout i has i + 1 tokens with log-prob -(i + 1) / 2 each, and is cut off when i is 1."""
     rollouts = [
         Rollout(

@@ -91,9 +91,7 @@ class World:
         assert self.serves is not None, "engines that rest refuse requests"
         self.judged[step] = self.serves
 
-    def run(
-        self, schedule: Schedule, start: int = 0, due: Callable[[int], bool] | None = None
-    ) -> list[dict[str, float]]:
+    def run(self, schedule: Schedule, start: int = 0, due: Callable[[int], bool] | None = None) -> list[dict[str, float]]:
         """Evaluates where `due` says; at every sync and at the end without it."""
         self.steps_done = start
         world: Any = self

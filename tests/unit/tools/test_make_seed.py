@@ -45,8 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> dict[str, list[dict[str, str]]]:
     return {
-        split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text("utf-8").splitlines()]
-        for split in SPLITS
+        split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text("utf-8").splitlines()] for split in SPLITS
     }
 
 
@@ -71,9 +70,7 @@ def test_equal_seeds_make_equal_files_and_another_seed_others(folder: Path, tmp_
 
 def test_no_problem_stands_in_two_splits(rows: dict[str, list[dict[str, str]]]) -> None:
     texts = {split: {row["problem"] for row in rows[split]} for split in SPLITS}
-    assert (
-        not texts["sft"] & texts["rl"] and not texts["sft"] & texts["held_out"] and not texts["rl"] & texts["held_out"]
-    )
+    assert not texts["sft"] & texts["rl"] and not texts["sft"] & texts["held_out"] and not texts["rl"] & texts["held_out"]
     assert {split: len(rows[split]) for split in SPLITS} == {"sft": 1500, "rl": 300, "held_out": 200}
     assert len(texts["rl"]) == 300 and len(texts["held_out"]) == 200
     ids = [row["id"] for split in SPLITS for row in rows[split]]
@@ -125,9 +122,7 @@ def test_answers_follow_from_the_words(rows: dict[str, list[dict[str, str]]]) ->
 
 
 def test_kinds_and_steps_are_varied(rows: dict[str, list[dict[str, str]]]) -> None:
-    shapes = {
-        re.sub(r"\d+|\b(?:" + "|".join((*tool.NAMES, *tool.THINGS)) + r")\b", "_", row["problem"]) for row in rows["rl"]
-    }
+    shapes = {re.sub(r"\d+|\b(?:" + "|".join((*tool.NAMES, *tool.THINGS)) + r")\b", "_", row["problem"]) for row in rows["rl"]}
     assert len(shapes) == len(tool.KINDS) >= 8
     assert {row["solution"].count("\n") for row in rows["rl"]} == {1, 2, 3}
 
@@ -159,9 +154,7 @@ def test_digits_are_single_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     assert len(tokenizer) == tool.VOCABULARY_SIZE
 
 
-def test_prompts_and_completions_are_short(
-    tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[dict[str, str]]]
-) -> None:
+def test_prompts_and_completions_are_short(tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[dict[str, str]]]) -> None:
     # What keeps the quickstart within its minutes on two cores.
     for row in rows["held_out"]:
         assert len(encode_prompt(tokenizer, row["problem"], "figure4")) <= 32
