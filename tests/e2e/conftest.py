@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engine.config.load import RunConfig, load_config
 
+Make = Callable[..., RunConfig]
+FURTHER = (5, 6, 7)  # whose doubles the second source of offline runs asks for
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
@@ -139,17 +141,17 @@ def run_config(configure: Callable[..., RunConfig], tmp_path: Path) -> Callable[
 
 
 @pytest.fixture(scope="session")
-def semi_online(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, str]:
-    """A finished semi-online DPO run at tensor-parallel 2 with two engines, and what it printed."""
-    from tests.e2e.test_commands import SEMI_ONLINE, semion, written
+def semi_online(configure: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, str]:
+    """A finished, profiled semi-online DPO run at tensor-parallel 2 with two engines, and what it printed."""
+    from tests.e2e.test_commands import PROFILED, SEMI_ONLINE, semion, written
 
     folder = tmp_path_factory.mktemp("semi_online")
-    config = configure(folder, *SEMI_ONLINE)
+    config = configure(folder, *SEMI_ONLINE, *PROFILED)
     return config, semion("train", written(config, folder), "--json", str(folder / "summary.json"))
 
 
 @pytest.fixture(scope="session")
-def online(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def online(configure: Make, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A finished online GRPO run of two data-parallel ranks and two engines."""
     from tests.e2e.test_commands import ONLINE, semion, written
 
@@ -157,3 +159,37 @@ def online(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPat
     config = configure(folder, *ONLINE)
     semion("train", written(config, folder))
     return config
+
+
+@pytest.fixture(scope="session")
+def make_offline(configure: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Configurations of offline GroupDPO and GRPO over two pipeline stages, of two sources, one with spare prompts."""
+    from tests.e2e.test_commands import OFFLINE
+
+    more = tmp_path_factory.mktemp("more") / "more.jsonl"
+    more.write_text("".join(json.dumps({"problem": f"{a}+{a}", "answer": str(2 * a)}) + "\n" for a in FURTHER))
+    mix = f'data.mix=[{{train = "{more}", template = "{{problem}}", prompts_per_step = 2}}]'
+    return lambda folder, *overrides, directory: configure(folder, *OFFLINE, mix, *overrides, directory=directory)
+
+
+@pytest.fixture(scope="session")
+def offline(make_offline: Make, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Such a run, finished."""
+    from tests.e2e.test_commands import semion, written
+
+    folder = tmp_path_factory.mktemp("offline")
+    config = make_offline(folder, directory="offline")
+    semion("train", written(config, folder))
+    return config
+
+
+@pytest.fixture(scope="session")
+def stopped(configure: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, str]:
+    """A semi-online GRPO run at tensor-parallel 2 with sequence parallelism that its guard stopped, and what it printed."""
+    from tests.e2e.test_commands import semion, written
+
+    folder = tmp_path_factory.mktemp("stopped")
+    layout = ["trainer.tensor_parallel=2", "trainer.sequence_parallel=true", "algorithm.loss=grpo", "algorithm.kl_weight=0.05"]
+    regime = ["sync.sync_interval=3", "run.steps=9", "checkpoint.every=3"]
+    config = configure(folder, *layout, *regime, "guard.action=stop", "guard.length_share=1000.0")
+    return config, semion("train", written(config, folder), expect=7)

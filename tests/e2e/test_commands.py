@@ -3,12 +3,14 @@ resumes, evaluation, rollouts, export. Each run is real: megatron-core ranks, vL
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,36 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from engine import cli
 from engine.config.load import RunConfig, dump_config
 from engine.run.checkpoint import latest
+from tests.e2e import in_process
 from tests.unit.rollouts.test_metric_names import documented
 
-pytestmark = pytest.mark.timeout(900)  # a run is half a minute of work, on a machine that may be busy
+pytestmark = pytest.mark.timeout(1800)  # a run is half a minute of work, on a machine that may be busy
+PATIENCE_SECONDS = 600
 
 Make = Callable[..., RunConfig]
 TIMES = ("_seconds", "_per_second")  # metrics that two equal runs may have otherwise
 SEMI_ONLINE = [
     "trainer.tensor_parallel=2",
     "sync.sync_interval=2",
-    "sync.reference=follow",
+    "sync.reference=3",  # so that what a run goes on from after 2 steps holds a reference that is not the policy
+    *("algorithm.nll_weight=0.2", "algorithm.entropy_weight=0.05"),
     "inference.engines=2",
     "checkpoint.every=2",
 ]
+ONE_ENGINE = ["inference.engines=1"]  # after SEMI_ONLINE: a process less to start, and the same bits
+PROFILED = ["profile.tool=torch", "profile.first_step=2", "profile.num_steps=2", "profile.ranks=[0, 1]"]
 ONLINE = [
     *("trainer.data_parallel=2", "trainer.distributed_optimizer=true"),
-    *("algorithm.loss=grpo", "inference.engines=2", "run.steps=3", "sampling.temperature=0.7"),
+    *("algorithm.loss=grpo", "algorithm.kl_weight=0.05", "sampling.temperature=0.7"),
+    *("inference.engines=2", "run.steps=3", "checkpoint.every=1", "checkpoint.keep=3"),
+]
+OFFLINE = [
+    *("trainer.pipeline_parallel=2", "sync.sync_interval=never", "checkpoint.every=2"),
+    *("algorithm.loss=group_dpo", "algorithm.alpha=0.5", "algorithm.kl_weight=0.05"),
+    *("data.prompts_per_step=4", "data.spare_prompts=2"),
 ]
 FINAL = "checkpoints/step_00000004/policy/model.safetensors"
 
@@ -42,7 +56,19 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "engine.cli", *arguments]
 
 
-def semion(*arguments: str, expect: int = 0, timeout: float = 400) -> str:
+def semion(*arguments: str, expect: int = 0) -> str:
+    """What a command says, run in this process, which has the libraries that a new one would import for ten seconds."""
+    said = io.StringIO()
+    with in_process.environment(), redirect_stdout(said), redirect_stderr(said):
+        code = cli.main(arguments)
+    if code == 130:
+        raise KeyboardInterrupt  # which the command has taken for itself
+    assert code == expect, said.getvalue()[-6000:]
+    return said.getvalue()
+
+
+def semion_apart(*arguments: str, expect: int = 0, timeout: float = 400) -> str:
+    """The same in a process of its own, which has read no file before."""
     run = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout)
     assert run.returncode == expect, run.stdout[-2000:] + run.stderr[-4000:]
     return run.stdout + run.stderr
@@ -61,6 +87,12 @@ def rows(config: RunConfig, name: str) -> list[dict[str, Any]]:
 
 def untimed(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not any(part in k for part in TIMES)} for row in metrics]
+
+
+def sent_alike(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what depends on where engines are and how many: the bytes of a sync, and the tokens sampled meanwhile."""
+    told = ("sync_mebibytes", "generation_tokens")
+    return [{key: value for key, value in row.items() if key not in told} for row in untimed(metrics)]
 
 
 def test_every_rollout_comes_from_the_version_of_its_interval(semi_online: tuple[RunConfig, str]) -> None:
@@ -91,16 +123,9 @@ def test_metrics_are_what_the_readme_promises(semi_online: tuple[RunConfig, str]
     assert list((config.run_directory / "tensorboard").iterdir())
 
 
-def test_a_profiled_run_is_the_same_run_and_says_where_its_time_went(
-    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
-) -> None:
-    whole, _ = semi_online
-    window = ["profile.tool=torch", "profile.first_step=2", "profile.num_steps=2", "profile.ranks=[0, 1]"]
-    config = run_config(*SEMI_ONLINE, *window)
-    semion("train", written(config, tmp_path))
-    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
-    assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
-    assert tensors(config) == tensors(whole)
+def test_a_profiled_run_says_where_its_time_went(semi_online: tuple[RunConfig, str], tmp_path: Path) -> None:
+    """That it is the same run, the next test shows: it has the bits of one that is not profiled."""
+    config, _ = semi_online
     printed = semion("profile", str(config.run_directory), "--json", str(tmp_path / "figures.json"))
     assert "decode" in printed and "log-probs" in printed
     processes = json.loads((tmp_path / "figures.json").read_text())["processes"]
@@ -122,6 +147,26 @@ def test_a_profiled_run_is_the_same_run_and_says_where_its_time_went(
     assert ranks[0]["wait"]["seconds"] >= ranks[0]["rewards"]["seconds"]
 
 
+@contextmanager
+def started(file: str, log: Path, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A run of a configuration under way in a process of its own, which adds what it says to `log`; left, it has ended."""
+    with log.open("ab") as said:
+        run = subprocess.Popen(command("train", file, *flags), stdout=said, stderr=subprocess.STDOUT)
+    try:
+        yield run
+    finally:
+        run.kill()  # a run that is given up must not go on beside the next tests
+        run.wait()
+
+
+def until(condition: Callable[[], bool], run: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits for something a run does; fails with its log when it ends before, or takes too long."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline and run.poll() is None, log.read_text()[-4000:]
+        time.sleep(0.01)
+
+
 def tensors(config: RunConfig) -> dict[str, bytes]:
     """Every tensor file of the run's last checkpoint."""
     folder = latest(config.run_directory / "checkpoints")
@@ -131,93 +176,52 @@ def tensors(config: RunConfig) -> dict[str, bytes]:
     return files
 
 
-def test_a_killed_run_resumes_as_if_nothing_had_happened(
+def test_a_run_that_is_stopped_then_killed_and_judged_at_every_step_ends_with_every_bit(
     semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
 ) -> None:
+    """Asked before its first step, it ends at the first sync boundary, although checkpoint.every would have it save at the end
+    only; resumed, it is killed (SIGKILL) in the next interval; resumed again, it ends as the run that nobody disturbed, which
+    has two engines instead of one, is profiled, and is judged at its ends only."""
     whole, _ = semi_online
-    config = run_config(*SEMI_ONLINE)
-    file = written(config, tmp_path)
-    run = subprocess.Popen(command("train", file), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    try:
-        while not (config.run_directory / "checkpoints" / "LATEST").exists():
-            assert time.monotonic() < deadline and run.poll() is None, "no checkpoint before the run ended"
-            time.sleep(0.01)
-    finally:
-        run.kill()  # SIGKILL; a run that is given up must not go on beside the next tests
-        run.wait()
-    assert "add --resume auto" in semion("train", file, expect=2)
-    semion("train", file, "--resume", "auto")
-    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
-    assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
-    ours, theirs = (json.loads((c.run_directory / "summary.json").read_text()) for c in (config, whole))
-    assert ours["evaluations"] == theirs["evaluations"], "the accuracy before training survives the resume"
-    assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
-
-
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_nothing_had_happened(
-    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
-) -> None:
-    """Asked before the first step, it ends at the first sync boundary; checkpoint.every would have it save at the end only."""
-    whole, _ = semi_online
-    config = run_config(*SEMI_ONLINE[:-1], directory="asked")
+    changed = [*ONE_ENGINE, "checkpoint.every=end", "evaluation.every=1"]
+    config = run_config(*SEMI_ONLINE, *changed, directory="disturbed")
     file, log = written(config, tmp_path), tmp_path / "log"
-    run = subprocess.Popen(command("train", file), stdout=log.open("wb"), stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 300
-    try:
-        while "starting 2 trainer ranks" not in log.read_text():
-            assert time.monotonic() < deadline and run.poll() is None, log.read_text()[-2000:]
-            time.sleep(0.05)
+    with started(file, log) as run:
+        until(lambda: "starting 2 trainer ranks" in log.read_text(), run, log)
         run.send_signal(signal.SIGTERM)
-        assert run.wait(timeout=300) == 75, log.read_text()[-2000:]
-    finally:
-        run.kill()
+        assert run.wait(timeout=PATIENCE_SECONDS) == 75, log.read_text()[-2000:]
     assert "asked to stop: saved after 2 steps, --resume auto goes on" in log.read_text()
     assert (config.run_directory / "checkpoints" / "LATEST").read_text() == "step_00000002"
+    assert "add --resume auto" in semion("train", file, expect=2)
+    with started(file, log, "--resume", "auto") as run:
+        until(lambda: (config.run_directory / "metrics.jsonl").read_text().count("\n") > 2, run, log)
+        run.kill()  # SIGKILL
     semion("train", file, "--resume", "auto")
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
-    assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
+    assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
-
-
-def test_evaluations_between_syncs_judge_the_newest_weights_and_change_no_bit(
-    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
-) -> None:
-    plain, _ = semi_online
-    config = run_config(*SEMI_ONLINE, "evaluation.every=1", "checkpoint.best_by=reward", directory="watched")
-    semion("train", written(config, tmp_path))
-    evaluations = rows(config, "evaluations.jsonl")
-    assert [(row["step"], row["version"]) for row in evaluations] == [(step, step) for step in range(5)]
-    assert {row["step"]: row["mean"] for row in evaluations}.items() >= {
-        row["step"]: row["mean"] for row in rows(plain, "evaluations.jsonl")
-    }.items()
-    assert rows(config, "rollouts.jsonl") == rows(plain, "rollouts.jsonl")
-    assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(plain, "metrics.jsonl"))
-    assert (config.run_directory / FINAL).read_bytes() == (plain.run_directory / FINAL).read_bytes()
-    means = {row["step"]: row["mean"] for row in evaluations if row["step"] in (2, 4)}
-    best = max(sorted(means), key=lambda step: means[step])
-    assert (config.run_directory / "checkpoints" / "BEST").read_text() == f"step_{best:08d}"
+    judged = rows(config, "evaluations.jsonl")
+    assert [(row["step"], row["version"]) for row in judged] == [(step, step) for step in range(5)]
+    assert [row for row in judged if row["step"] in (0, 4)] == rows(whole, "evaluations.jsonl")
+    summary = json.loads((config.run_directory / "summary.json").read_text())
+    assert [row["step"] for row in summary["evaluations"]] == list(range(5)), "those before the stops survive them"
 
 
 def test_engines_that_take_turns_with_the_trainer_change_no_bit(
     semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
 ) -> None:
-    """Colocated: asleep they lose weights and KV cache, also between two evaluations; the run is resumed on the way."""
+    """Colocated: asleep they lose weights and KV cache, also between two evaluations."""
     apart, _ = semi_online
     colocated = ["inference.placement=colocated", "sync.transport=ipc", "evaluation.every=3"]
-    config = run_config(*SEMI_ONLINE, *colocated, directory="colocated")
-    file = written(config, tmp_path)
-    semion("train", file, "run.steps=2")
-    semion("train", file, "--resume", "auto")
+    config = run_config(*SEMI_ONLINE, *ONE_ENGINE, *colocated, directory="colocated")
+    semion("train", written(config, tmp_path))
     metrics, theirs = rows(config, "metrics.jsonl"), rows(apart, "metrics.jsonl")
-    assert untimed(metrics) == untimed(theirs)
+    assert sent_alike(metrics) == sent_alike(theirs)
     assert ["rollout_seconds" in row for row in metrics] == [True, False, True, False]
     assert not any("rollout_seconds" in row for row in theirs)
     assert rows(config, "rollouts.jsonl") == rows(apart, "rollouts.jsonl")
-    judged = [(row["step"], row["version"]) for row in rows(config, "evaluations.jsonl")]
-    assert judged == [(0, 0), (2, 2), (3, 3), (4, 4)]
-    final = "checkpoints/step_00000004/policy/model.safetensors"
-    assert (config.run_directory / final).read_bytes() == (apart.run_directory / final).read_bytes()
+    assert [(row["step"], row["version"]) for row in rows(config, "evaluations.jsonl")] == [(0, 0), (3, 3), (4, 4)]
+    assert (config.run_directory / FINAL).read_bytes() == (apart.run_directory / FINAL).read_bytes()
 
 
 def test_resume_refuses_another_run_and_altered_bits(semi_online: tuple[RunConfig, str], tmp_path: Path) -> None:
@@ -252,21 +256,20 @@ def test_the_exported_policy_generates_in_transformers_what_the_pool_generates(
         assert tokenizer.decode(completion, skip_special_tokens=True) == sample["text"]
 
 
-def test_offline_dpo_over_pipeline_stages_keeps_the_seed_weights_and_can_be_prolonged(run_config: Make, tmp_path: Path) -> None:
-    layout = ["trainer.pipeline_parallel=2", "sync.sync_interval=never", "checkpoint.every=2"]
-    config = run_config(*layout, directory="offline")
-    semion("train", written(config, tmp_path))
-    other = run_config(*layout, "evaluation.every=1", directory="prolonged")
+def test_offline_over_pipeline_stages_keeps_the_seed_weights_and_can_be_prolonged(
+    offline: RunConfig, make_offline: Make, tmp_path: Path
+) -> None:
+    other = make_offline(tmp_path, "evaluation.every=1", directory="prolonged")
     file = written(other, tmp_path)
     semion("train", file, "run.steps=2")
     semion("train", file, "--resume", "auto")
-    assert rows(other, "rollouts.jsonl") == rows(config, "rollouts.jsonl")
-    assert untimed(rows(other, "metrics.jsonl")) == untimed(rows(config, "metrics.jsonl"))
-    assert (other.run_directory / FINAL).read_bytes() == (config.run_directory / FINAL).read_bytes()
-    assert {row["version"] for row in rows(config, "rollouts.jsonl")} == {0}
+    assert rows(other, "rollouts.jsonl") == rows(offline, "rollouts.jsonl")
+    assert untimed(rows(other, "metrics.jsonl")) == untimed(rows(offline, "metrics.jsonl"))
+    assert (other.run_directory / FINAL).read_bytes() == (offline.run_directory / FINAL).read_bytes()
+    assert {row["version"] for row in rows(offline, "rollouts.jsonl")} == {0}
     judged = [(row["step"], row["version"]) for row in rows(other, "evaluations.jsonl")]
     assert judged == [(step, step) for step in range(5)], "between its ends it evaluates newer weights than the seed's"
-    metrics = rows(config, "metrics.jsonl")
+    metrics = rows(offline, "metrics.jsonl")
     assert [row["staleness"] for row in metrics] == [0, 1, 2, 3]
     assert ["sync_seconds" in row for row in metrics] == [True, False, False, False]
 
@@ -281,11 +284,9 @@ def test_online_grpo_over_data_parallel_ranks_is_never_stale(online: RunConfig) 
     assert {row["temperature"] for row in ledger} == {0.7}, "log-probs are of what was sampled, and so are the trainer's"
 
 
-def test_the_guard_stops_a_run_at_a_state_that_can_go_on(run_config: Make, tmp_path: Path) -> None:
-    """Every length is below a thousand times the first ones: found with the sixth step, where the first sync boundary is."""
-    guard = ["guard.action=stop", "guard.length_share=1000.0"]
-    config = run_config("sync.sync_interval=3", "run.steps=9", *guard, directory="stopped")
-    said = semion("train", written(config, tmp_path), expect=7)
+def test_the_guard_stops_a_run_at_a_state_that_can_go_on(stopped: tuple[RunConfig, str], tmp_path: Path) -> None:
+    """Every length is below a thousand times the first ones: found with the sixth step, where a sync boundary is."""
+    config, said = stopped
     assert "step 5: length collapsed" in said
     assert "guard.action = 'stop' ended the run after 6 steps, saved in a checkpoint" in said
     assert [(row["step"], row["what"]) for row in rows(config, "guard.jsonl")] == [(5, "length")]
@@ -301,12 +302,12 @@ def test_supervised_training_makes_a_checkpoint_that_answers(run_config: Make, t
     made = tmp_path / "made"
     config = run_config(
         *("trainer.data_parallel=2", "run.steps=200", "sft.sequences_per_step=20", f"sft.checkpoint_out={made}"),
-        *("optimizer.learning_rate=0.005", "optimizer.weight_decay=0.0"),
+        *("optimizer.learning_rate=0.003", "optimizer.weight_decay=0.0"),  # at 0.005 the loss ends in spikes
         directory="sft",
     )
     semion("sft", written(config, tmp_path))
     metrics = rows(config, "metrics.jsonl")
-    assert metrics[-1]["nll_mean"] < 0.3 * metrics[0]["nll_mean"]
+    assert metrics[-1]["nll_mean"] < 0.1 * metrics[0]["nll_mean"]
     result = tmp_path / "eval.json"
     evaluated = run_config(f"model.path={made}", "evaluation.temperature=0.0", directory="eval")
     held_out = f"data.held_out={config.data.train}"  # what it was taught, so that the outcome is certain
@@ -314,17 +315,6 @@ def test_supervised_training_makes_a_checkpoint_that_answers(run_config: Make, t
     figures = json.loads(result.read_text())
     assert figures["mean"] > 0.8
     assert len(figures["records"]) == figures["num_problems"] * figures["num_seeds"] == 40
-
-
-def test_rollouts_to_a_file(run_config: Make, tmp_path: Path) -> None:
-    config, out = run_config("run.steps=3", directory="rollout"), tmp_path / "rollouts.jsonl"
-    semion("rollout", written(config, tmp_path), "--output", str(out), "--json", str(tmp_path / "figures.json"))
-    ledger = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(ledger) == 3 * 36
-    assert {(row["step"], row["version"]) for row in ledger} == {(0, 0), (1, 0), (2, 0)}, "one model, whatever the regime"
-    assert all(len(row["log_probs"]) == len(row["token_ids"]) and max(row["log_probs"]) <= 0 for row in ledger)
-    mean = sum(row["reward"] for row in ledger) / len(ledger)
-    assert json.loads((tmp_path / "figures.json").read_text())["reward_mean"] == pytest.approx(mean)
 
 
 OWN = """
@@ -340,23 +330,27 @@ async def spread(group):
 """
 
 
-def test_rewards_of_the_users_own_judge_beside_math(run_config: Make, tmp_path: Path) -> None:
+def test_rollouts_to_a_file_with_rewards_of_the_users_own_beside_math(run_config: Make, tmp_path: Path) -> None:
     """One that looks at a column of its rows and one of groups, on samples of a real engine."""
     (tmp_path / "own.py").write_text(OWN)
     rows = [{"problem": f"{i}+{i}+0", "instructions": [{"type": "max_words", "n": 3 + i % 2}]} for i in range(8)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = json.dumps([f"{tmp_path}/own.py:{name}" for name in ("follows", "spread")])
     mix = f'data.mix=[{{train = "{tmp_path}/own.jsonl", template = "{{problem}}", prompts_per_step = 2, reward = {names}}}]'
-    config, out = run_config("run.steps=2", mix, directory="own"), tmp_path / "own_rollouts.jsonl"
+    config, out = run_config("run.steps=3", mix, directory="own"), tmp_path / "own_rollouts.jsonl"
     semion("rollout", written(config, tmp_path), "--output", str(out), "--json", str(tmp_path / "figures.json"))
     ledger = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {(row["step"], row["version"]) for row in ledger} == {(0, 0), (1, 0), (2, 0)}, "one model, whatever the regime"
+    assert all(len(row["log_probs"]) == len(row["token_ids"]) and max(row["log_probs"]) <= 0 for row in ledger)
     own = [row for row in ledger if "reward_parts" in row]
-    assert (len(ledger), len(own), {row["status"] for row in ledger}) == (2 * 48, 2 * 12, {"ok"})
+    assert (len(ledger), len(own), {row["status"] for row in ledger}) == (3 * 48, 3 * 12, {"ok"})
     for row in own:
         parts = row["reward_parts"]
         assert parts["follows"] == parts["follows/short"] + parts["follows/whole"]
         assert row["reward"] == parts["follows"] + parts["spread"] and row["correct"] == (parts["follows"] > 0)
         texts = {other["text"] for other in own if (other["step"], other["prompt_id"]) == (row["step"], row["prompt_id"])}
         assert parts["spread"] == len(texts)
-    steps = json.loads((tmp_path / "figures.json").read_text())["steps"]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["reward_mean"] == pytest.approx(sum(row["reward"] for row in ledger) / len(ledger))
+    steps = figures["steps"]
     assert all({"reward_mean_math", "reward_follows_mean", "reward_spread_mean", "accuracy"} <= step.keys() for step in steps)

@@ -34,6 +34,7 @@ def test_an_example_is_short() -> None:
     assert max(found.values()) <= 30, found
 
 
+@pytest.mark.nightly  # two runs; what s does is in tests/e2e/test_commands.py
 def test_a_sweep_over_s(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = run_config("run.steps=2")
     file = written(config, tmp_path)
@@ -57,7 +58,11 @@ def test_a_reward_of_ones_own(run_config: Callable[..., RunConfig], tmp_path: Pa
     assert len(rewards) > 1 and rewards <= {0.0, 0.1, 1.0, 1.1}
 
 
-def test_a_loss_of_ones_own(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_loss_of_ones_own(semi_online: tuple[RunConfig, str], run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """On rollouts that are there already, so that nothing is sampled."""
     run_config()
-    said = example("own_loss", str(tmp_path / "base.toml"), "run.steps=2")  # a file that sets no option of another loss
+    base, ledger = tmp_path / "base.toml", semi_online[0].run_directory / "rollouts.jsonl"
+    base.write_text("".join(line for line in base.read_text().splitlines(True) if not line.startswith("held_out")))
+    replay = ["sync.sync_interval=never", f"data.replay={ledger}"]
+    said = example("own_loss", str(base), "run.steps=2", *replay)  # a file that sets no option of another loss
     assert "step 1: loss " in said

@@ -1,5 +1,5 @@
-"""A loss like OAPL's and a reward like IFEval's, each a file that the engine knows nothing of, in one real run at tensor
-parallel 2 and data parallel 2: trained, interrupted and resumed bit for bit, and refused by name where one of the files has
+"""A loss like OAPL's and a reward like IFEval's, each a file that the engine knows nothing of, in one real run over two
+data-parallel ranks: trained, interrupted and resumed bit for bit, and refused by name where one of the files has
 changed.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from engine.config.load import RunConfig
-from tests.e2e.test_commands import rows, semion, tensors, untimed, written
+from tests.e2e.test_commands import rows, semion_apart, tensors, untimed, written
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 LOSS = Path(__file__).resolve().parents[1] / "own_loss.py"
 REWARD = '''
@@ -58,10 +58,10 @@ def test_a_loss_and_a_reward_from_outside_train_and_resume(
         f'reward = "{reward}"}}]'
     )
     own = [f"algorithm.loss={outside}/losses.py:ReferenceRegression", "algorithm.temperature=0.5", mix]
-    layout = ["trainer.tensor_parallel=2", "trainer.data_parallel=2", "trainer.microbatch_tokens=96"]
+    layout = ["trainer.data_parallel=2", "trainer.microbatch_tokens=96"]
     regime = ["sync.sync_interval=2", "sync.reference=follow", "checkpoint.every=2"]
     whole = run_config(*own, *layout, *regime, directory="whole")
-    semion("train", written(whole, tmp_path))
+    semion_apart("train", written(whole, tmp_path))
     metrics, ledger = rows(whole, "metrics.jsonl"), rows(whole, "rollouts.jsonl")
     assert {row["groups"] for row in metrics} == {whole.data.prompts_per_step + 2}
     assert all(0 < row["residual_mean"] <= row["residual_max"] for row in metrics)
@@ -71,15 +71,15 @@ def test_a_loss_and_a_reward_from_outside_train_and_resume(
     assert {len(row["reward_parts"]) for row in judged} == {1, 2, 3}, "each row has constraints of its own"
     parted = run_config(*own, *layout, *regime, directory="parted")
     file = written(parted, tmp_path)
-    semion("train", file, "run.steps=2")
+    semion_apart("train", file, "run.steps=2")
     changed = outside / "rewards.py"
     changed.write_text(REWARD.replace("<=", "<"))
-    assert reward in semion("train", file, "--resume", "auto", expect=4)
+    assert reward in semion_apart("train", file, "--resume", "auto", expect=4)
     changed.write_text(REWARD)
     (outside / "losses.py").write_text(LOSS.read_text().replace("squares.mean()", "squares.sum()"))
-    assert "algorithm.loss" in semion("train", file, "--resume", "auto", expect=4)
+    assert "algorithm.loss" in semion_apart("train", file, "--resume", "auto", expect=4)
     shutil.copy(LOSS, outside / "losses.py")
-    semion("train", file, "--resume", "auto")
+    semion_apart("train", file, "--resume", "auto")
     assert untimed(rows(parted, "metrics.jsonl")) == untimed(metrics)
     assert rows(parted, "rollouts.jsonl") == ledger
     assert tensors(parted) == tensors(whole)

@@ -12,9 +12,10 @@ import pytest
 
 from engine.config.load import RunConfig
 from engine.data.rows import problem_id
-from tests.e2e.test_commands import TIMES, rows, semion, written
+from tests.e2e.conftest import FURTHER
+from tests.e2e.test_commands import FINAL, TIMES, rows, semion, written
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 Make = Callable[..., RunConfig]
 OF_ENGINES = ("generation_tokens", "sync_mebibytes", *TIMES)
@@ -26,28 +27,23 @@ def learned(config: RunConfig) -> list[dict[str, Any]]:
     return [{name: row[name] for name in row if not any(part in name for part in OF_ENGINES)} for row in metrics]
 
 
-def test_a_ledger_replayed_without_engines_trains_the_same_weights(run_config: Make, tmp_path: Path) -> None:
-    more = tmp_path / "more.jsonl"
-    more.write_text("".join(json.dumps({"problem": f"{a}+{a}", "answer": str(2 * a)}) + "\n" for a in (5, 6, 7)))
-    mix = f'data.mix=[{{train = "{more}", template = "{{problem}}", prompts_per_step = 2}}]'
-    options = ["sync.sync_interval=never", "data.prompts_per_step=4", "data.spare_prompts=2", mix]
-    live = run_config(*options, directory="live")
-    semion("train", written(live, tmp_path))
-    ledger = rows(live, "rollouts.jsonl")
-    assert len(ledger) == live.run.steps * (4 + 2 + 2) * live.algorithm.samples_per_prompt
-    further = {problem_id(f"{a}+{a}") for a in (5, 6, 7)}
+def test_a_ledger_replayed_without_engines_trains_the_same_weights(
+    offline: RunConfig, make_offline: Make, tmp_path: Path
+) -> None:
+    ledger = rows(offline, "rollouts.jsonl")
+    assert len(ledger) == offline.run.steps * (4 + 2 + 2) * offline.algorithm.samples_per_prompt
+    further = {problem_id(f"{a}+{a}") for a in FURTHER}
     of_further = [row["step"] for row in ledger if row["prompt_id"] in further]
     assert of_further == [step for step in range(4) for _ in range(2 * 6)], "exactly its prompts in every batch"
-    replay = f"data.replay={live.run_directory / 'rollouts.jsonl'}"
+    replay = f"data.replay={offline.run_directory / 'rollouts.jsonl'}"
     profile = ["profile.tool=torch", "profile.first_step=1"]  # of the trainer: there is no engine to profile
-    again = run_config(*options, replay, *profile, directory="replayed")
+    again = make_offline(tmp_path, replay, *profile, directory="replayed")
     again = again.model_copy(update={"data": again.data.model_copy(update={"held_out": None})})
     printed = semion("train", written(again, tmp_path))
     assert "and 0 engines" in printed
     assert "data.replay: rollouts of 4 steps" in " ".join(printed.split())
-    assert learned(again) == learned(live)
-    final = "checkpoints/step_00000004/policy/model.safetensors"
-    assert (again.run_directory / final).read_bytes() == (live.run_directory / final).read_bytes()
+    assert learned(again) == learned(offline)
+    assert (again.run_directory / FINAL).read_bytes() == (offline.run_directory / FINAL).read_bytes()
     assert [file.name for file in (again.run_directory / "profile").iterdir()] == ["rank-0.json"]
     assert rows(again, "rollouts.jsonl") == [] == rows(again, "evaluations.jsonl")
 

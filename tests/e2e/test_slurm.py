@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from engine.config.load import RunConfig
 from tests.e2e import fake_slurm
-from tests.e2e.test_commands import FINAL, ONLINE, SEMI_ONLINE, Make, rows, tensors, untimed, written
+from tests.e2e.test_commands import FINAL, ONE_ENGINE, ONLINE, SEMI_ONLINE, Make, rows, sent_alike, tensors, untimed, written
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tools/slurm/train.sbatch"
@@ -33,16 +32,11 @@ def until(condition: Callable[[], bool], job: subprocess.Popen[bytes], log: Path
         time.sleep(0.05)
 
 
-def sent_alike(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the bytes of a sync: on one machine each engine takes its own, between machines one copy is passed on."""
-    return [{key: value for key, value in row.items() if key != "sync_mebibytes"} for row in untimed(metrics)]
-
-
 def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_one_node(
     semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
 ) -> None:
     whole, _ = semi_online
-    config = run_config(*SEMI_ONLINE, "cluster.gpus_per_node=2", directory="job")
+    config = run_config(*SEMI_ONLINE, *ONE_ENGINE, "cluster.gpus_per_node=2", directory="job")
     environment, log = fake_slurm.install(tmp_path / "slurm"), tmp_path / "log"
     command = ["sbatch", "--nodes=2", SCRIPT, written(config, tmp_path), "algorithm.beta=0.1"]
     record = tmp_path / "slurm" / "scontrol"
@@ -64,6 +58,7 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
 
 
+@pytest.mark.nightly  # of what is in it, tests/e2e/test_commands.py has engines in turn, the test above two nodes
 def test_nodes_that_serve_their_own_engines_in_turn_change_no_bit(online: RunConfig, run_config: Make, tmp_path: Path) -> None:
     """A whole replica and an engine on each of two nodes. That weights stay there is the plan's, tested in tests/unit: these
     two nodes share one machine's memory."""

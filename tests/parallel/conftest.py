@@ -42,12 +42,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="session")
+def workers() -> Iterator[WorkerPool]:
+    """Processes that outlive single tests and files. Even idle they take time of a core, and each has taken seconds to start:
+    a file that has processes of its own ends them first."""
+    shared = WorkerPool()
+    yield shared
+    shared.close()
+
+
 @pytest.fixture(scope="module")
-def pool() -> Iterator[WorkerPool]:
-    """Processes that outlive single tests; ended after the last of them, since even idle they take time of a core."""
-    workers = WorkerPool()
-    yield workers
-    workers.close()
+def pool(workers: WorkerPool) -> WorkerPool:
+    """The processes that cases run in."""
+    return workers
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from engine.inference.sampling import SampleRequest
 from engine.inference.sleep import release_pages
 from engine.inference.vllm_engine import ENVIRONMENT
 from tests.parallel import sync_world
+from tests.parallel.pool import WorkerPool
 from tests.parallel.sync_world import ENGINES, FORK, TERMS, Fault, Handle, filled, fingerprint, trainer_process
 
 TIMEOUT = 3.0
@@ -138,8 +139,9 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One for all faults that it survives, at version 1."""
+    workers.close()  # of the files before this one
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     assert made.publish()[0] == 1
     yield made

@@ -57,6 +57,15 @@ def deterministic():
         yield
 
 
+@pytest.fixture(scope="module")
+def pool(workers, deterministic):
+    """Processes of this file's own, which begin with its environment."""
+    workers.close()
+    own = WorkerPool()
+    yield own
+    own.close()
+
+
 def trained(pool, folder, output, trainer, options, size=1):
     """Metrics, logits, gradients and weights of three NLL steps."""
     where = {"checkpoint": str(folder), "output": str(output)}
@@ -180,13 +189,12 @@ def bf16_curve(pool, checkpoint):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_fp8_loss_curve_is_that_of_bf16(recipe, bf16_curve, pool, checkpoint):
-    """Every loss within FP8_LOSS_ERROR of the first of bf16's; with recomputation the same bits."""
-    found, again = (
-        curve(pool, checkpoint("wide"), 20, TE | {"fp8": recipe, "recompute": recompute}, CURVE) for recompute in (False, True)
-    )
+    """Every loss within FP8_LOSS_ERROR of the first of bf16's; with recomputation the same bits, for six steps."""
+    found = curve(pool, checkpoint("wide"), 20, TE | {"fp8": recipe}, CURVE)
+    again = curve(pool, checkpoint("wide"), 6, TE | {"fp8": recipe, "recompute": True}, CURVE)
     assert found == pytest.approx(bf16_curve, rel=0, abs=FP8_LOSS_ERROR * bf16_curve[0])
     assert bf16_curve[-2] < bf16_curve[0]  # the same batch, nine steps on
-    assert found == again
+    assert found[:6] == again
 
 
 @pytest.mark.parametrize("recipe", PARAMETER_RECIPES)
