@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from engine.run.processes import RAY_ENVIRONMENT
+from engine.run.nodes import RAY_ENVIRONMENT
 
-# Ray reads how it authenticates when it is imported, and its token once in a process: as the engine has them before it imports
-# Ray, for the runs that tests/e2e starts in this process.
+# Ray reads how it authenticates when it is imported: as the engine has it before it imports Ray, for the runs that tests/e2e
+# starts in this process.
 os.environ.update(RAY_ENVIRONMENT)
-os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CHAT_TEMPLATE = (
