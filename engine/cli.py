@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from engine.commands import checking, evaluating, preparing, sampling, scoring, training
+from engine.commands import checking, evaluating, preparing, sampling, scoring, showing, training
 from engine.commands import profile as profiles
 from engine.commands import report as reports
 from engine.commands.common import check_targets, write_figures
@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="FILE", help="HTML file to write (report.html in the first RUN)")
     report.add_argument("--json", metavar="PATH", help="write regimes, evaluations and the guard's findings to this file")
     report.add_argument("--plots", metavar="FOLDER", help="write every plot as an SVG file too")
+    showing.add_flags(add("show", showing.show, "print rollouts of a run beside their problems", config=False))
     profile = add("profile", profiles.profile, "say where the time of a profiled run went, by process and phase", config=False)
     profile.add_argument("paths", nargs="+", metavar="RUN|FILE", help="a run's directory, or a trace or exported nsys report")
     profile.add_argument("--json", metavar="PATH", help="write the figures to this file too")

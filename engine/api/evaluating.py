@@ -14,7 +14,7 @@ from engine.api.preflight import examine
 from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.core.errors import ConfigError, combined
-from engine.data.mixture import held_out_sources, load_prompts
+from engine.data.mixture import held_out_sources, load_prompts, longest_asked
 from engine.data.rows import has_columns
 from engine.evaluation import accuracy, suites
 from engine.inference.pool import Pool
@@ -93,7 +93,8 @@ def _sample(
 ) -> dict[str, Evaluated]:
     """Each set on one start of the engines; written when it is done."""
     prompts = {
-        name: load_prompts(config, source, str(source.held_out), judging_of(config, source)) for name, source in due.items()
+        name: load_prompts(config, source, str(source.held_out), judging_of(config, source), longest=longest_asked(config))
+        for name, source in due.items()
     }
     for name, found in prompts.items():
         say(f"{name}: {found}")
@@ -105,8 +106,9 @@ def _sample(
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         with open_rewards(config, cluster.start_reward_engine(), list(due.values())) as reward:
             for name in due:
-                result = accuracy.evaluate(config, prompts[name].prompts, pool, reward)
-                left_out = {"num_too_long": prompts[name].num_dropped, "num_duplicates": prompts[name].num_duplicates}
+                asked = prompts[name]
+                result = accuracy.evaluate(config, asked.prompts, pool, reward, num_too_long=asked.num_dropped)
+                left_out = {"num_duplicates": asked.num_duplicates}
                 figures = {"suite": name, "settings": settings[name]} | result.summary() | left_out
                 done[name] = Evaluated(figures, list(result.records))
                 if folder:

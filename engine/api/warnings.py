@@ -13,10 +13,10 @@ from engine.config.load import RunConfig
 from engine.config.options import Source, source_key
 from engine.core.errors import DataError
 from engine.data.ends import end_tokens
-from engine.data.mixture import prompt_form
+from engine.data.mixture import longest_asked, prompt_form
 from engine.data.overlap import overlap_warning, prompt_digest, shared
 from engine.data.preferences import read_pairs
-from engine.data.prompts import length_warning
+from engine.data.prompts import ASKED, TRAINED, length_warning
 from engine.data.records import HUB
 from engine.data.rows import Row, read_rows, sample_rows
 from engine.data.templates import LeftOut, fit_prompt, load_tokenizer
@@ -35,9 +35,10 @@ def warnings(config: RunConfig, purpose: Purpose) -> list[str]:
 
 def _long(config: RunConfig, pairs: str | None) -> Iterator[str]:
     """Sources of which a sample has many prompts that are too long."""
-    tokenizer, longest = load_tokenizer(config.model.path), config.data.max_prompt_tokens
+    tokenizer = load_tokenizer(config.model.path)
+    bounds = {"train": (config.data.max_prompt_tokens, TRAINED), "held_out": (longest_asked(config), ASKED)}
     for place, source in enumerate(config.data.sources):
-        for name in ("train", "held_out"):
+        for name, (longest, bound) in bounds.items():
             path = getattr(source, name)
             if path is None or (name == "train" and place == 0 and pairs is not None):
                 continue
@@ -45,7 +46,7 @@ def _long(config: RunConfig, pairs: str | None) -> Iterator[str]:
             form = prompt_form(config, source)
             fitted = [fit_prompt(tokenizer, row.problem, row.messages, form, longest) for row in rows]
             lengths = [len(ids) for ids in fitted if not isinstance(ids, LeftOut)]
-            if warning := length_warning(lengths, [found for found in fitted if isinstance(found, LeftOut)]):
+            if warning := length_warning(lengths, [found for found in fitted if isinstance(found, LeftOut)], bound):
                 yield f"{source_key(place)}.{name}{'' if is_whole else f', of {len(rows)} rows looked at'}: {warning}"
 
 

@@ -23,7 +23,7 @@ def print_evaluations(evaluations: list[dict[str, Any]]) -> None:
             e["set"],
             f"{shown(e, 'mean')} ± {shown(e, 'standard_error')}",
             f"± {shown(e, 'seed_spread')}",
-            f"{e['num_problems']} × {e['num_seeds']}",
+            f"{_problems(e)} × {e['num_seeds']}",
             f"{e['completion_tokens_mean']:.1f}",
         )
         for e in evaluations
@@ -36,8 +36,14 @@ def evaluation_note(e: Mapping[str, Any]) -> str:
     """An evaluation in a line."""
     return (
         f"step {e['step']}: held-out {e['measure']} {shown(e, 'mean')} ± {shown(e, 'standard_error')} "
-        f"({e['set']}: {e['num_problems']} problems, {e['num_seeds']} seeds)"
+        f"({e['set']}: {_problems(e)} problems, {e['num_seeds']} seeds)"
     )
+
+
+def _problems(e: Mapping[str, Any]) -> str:
+    """How many problems there are, and of how many that were too long to be asked."""
+    too_long = e.get("num_too_long", 0)
+    return f"{e['num_problems']}" + (f" ({too_long} too long)" if too_long else "")
 
 
 def shown(evaluation: Mapping[str, Any], name: str) -> str:

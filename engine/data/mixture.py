@@ -16,7 +16,7 @@ from engine.core.errors import ConfigError, DataError, SemionError
 from engine.core.seeds import counted_seed
 from engine.core.types import Judging, Prompt
 from engine.data.overlap import prompt_digest
-from engine.data.prompts import PromptOrder, PromptSet
+from engine.data.prompts import ASKED, TRAINED, PromptOrder, PromptSet
 from engine.data.rows import load_rows
 from engine.data.templates import PromptForm, load_tokenizer, read_chat_template
 from engine.models.hf import read_shape
@@ -112,7 +112,7 @@ def load_held_out(config: RunConfig, judging_of: JudgingOf) -> tuple[HeldOut, ..
         source = config.data.sources[place]
         assert source.held_out is not None
         with _naming(f"{source_key(place)}.held_out", source.held_out):
-            prompts = load_prompts(config, source, source.held_out, judging_of(config, source))
+            prompts = load_prompts(config, source, source.held_out, judging_of(config, source), longest=longest_asked(config))
             found.append(HeldOut(place, source, prompts, name))
     return tuple(found)
 
@@ -132,9 +132,23 @@ def naming(option: str, path: str, error: SemionError) -> DataError:
     return DataError(f"{option} ({path}){rest if rest != str(error) else f': {error}'}")
 
 
-def load_prompts(config: RunConfig, source: Source, path: str, judging: Judging, before: Many[Prompt] = ()) -> PromptSet:
-    """The prompts of a file with the run's tokenizer and the source's template and reward. ConfigError when tokenizer and
-    model do not fit; DataError names the file."""
+def longest_asked(config: RunConfig) -> int:
+    """Tokens of the longest held-out prompt that an engine can answer: data.max_prompt_tokens, which says what is trained on,
+    leaves no problem out of an evaluation."""
+    return config.inference.max_model_tokens - config.sampling.max_tokens
+
+
+def load_prompts(
+    config: RunConfig,
+    source: Source,
+    path: str,
+    judging: Judging,
+    before: Many[Prompt] = (),
+    *,
+    longest: int | None = None,
+) -> PromptSet:
+    """The prompts of a file with the run's tokenizer and the source's template and reward, of no more than `longest` tokens
+    (data.max_prompt_tokens). ConfigError when tokenizer and model do not fit; DataError names the file."""
     tokenizer = load_tokenizer(config.model.path)
     vocab_size = read_shape(config.model.path, family=config.model.family).vocab_size
     if len(tokenizer) > vocab_size:
@@ -143,10 +157,12 @@ def load_prompts(config: RunConfig, source: Source, path: str, judging: Judging,
             f"{vocab_size} in {config.model.path}: use the tokenizer that the model was trained with"
         )
     rows = load_rows(path, needs_answer=judging.needs_answer, keep_columns=judging.wants_row, columns=source.columns)
-    longest, verifiable = config.data.max_prompt_tokens, judging.verifiable
-    form = prompt_form(config, source)
+    most, limit = (config.data.max_prompt_tokens, TRAINED) if longest is None else (longest, ASKED)
+    form, verifiable = prompt_form(config, source), judging.verifiable
     try:
-        return PromptSet.from_rows(rows, tokenizer, form, longest, reward=source.judge, verifiable=verifiable, before=before)
+        return PromptSet.from_rows(
+            rows, tokenizer, form, most, reward=source.judge, verifiable=verifiable, before=before, limit=limit
+        )
     except DataError as error:
         raise error if str(error).startswith(path) else DataError(f"{path}: {error}") from error
 

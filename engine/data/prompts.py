@@ -25,6 +25,8 @@ MOST = 0.99  # of the rows that a limit worth telling keeps
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TRAINED, ASKED = "data.max_prompt_tokens", "inference.max_model_tokens - sampling.max_tokens"  # what bounds prompts
+
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
@@ -53,10 +55,12 @@ class PromptSet:
         reward: str = "math",
         verifiable: bool = True,
         before: Iterable[Prompt] = (),
+        limit: str = TRAINED,
     ) -> PromptSet:
         """Tokenizes each row once; `reward` is to judge them all, right or wrong where it is
         `verifiable`. A prompt's id is the row's own or the first 16 hex digits of
         its problem's SHA-256. `before`: the prompts of earlier sources, whose problems are not taken again.
+        `limit`: what `max_prompt_tokens` is, for messages.
 
         Raises DataError when one id stands for two problems, when the chat template refuses a conversation, or when no
         prompt is left, ConfigError when there is no chat template.
@@ -94,17 +98,16 @@ class PromptSet:
         if not prompts:
             spell = f", {num_special} that spell special tokens" if num_special else ""
             raise DataError(
-                f"at least one prompt must fit data.max_prompt_tokens; found {len(long)} longer than "
-                f"{max_prompt_tokens}, {num_duplicates} that came before{spell} and no other: raise data.max_prompt_tokens, or "
-                f"name other data"
+                f"at least one prompt must fit {limit}; found {len(long)} longer than "
+                f"{max_prompt_tokens}, {num_duplicates} that came before{spell} and no other: raise it, or name other data"
             )
-        warning = length_warning([len(prompt.token_ids) for prompt in prompts], long)
+        warning = length_warning([len(prompt.token_ids) for prompt in prompts], long, limit)
         return cls(tuple(prompts), len(long), num_duplicates, num_special, warning)
 
 
-def length_warning(lengths: Sequence[int], left_out: Sequence[LeftOut]) -> str:
+def length_warning(lengths: Sequence[int], left_out: Sequence[LeftOut], bound: str = TRAINED) -> str:
     """What is to be said where many prompts were too long, with the limit that would keep most; empty where few were.
-    `lengths`: of the prompts that were kept."""
+    `lengths`: of the prompts that were kept; `bound`: what they are bounded by."""
     long = [found for found in left_out if found.why == "too_long"]
     total = len(lengths) + len(long)
     if len(long) <= LARGE_SHARE * total:
@@ -112,8 +115,9 @@ def length_warning(lengths: Sequence[int], left_out: Sequence[LeftOut]) -> str:
     tokenized = sorted([*lengths, *(found.num_tokens for found in long if found.is_exact)])
     wanted = math.ceil(MOST * total)
     # those that were not tokenized count as longer than all others, so that the limit keeps as many as it says, or more
+    lost = "left out" if bound == TRAINED else "counted as wrong"
     limit = f"{tokenized[wanted - 1]} would keep {MOST:.0%}" if wanted <= len(tokenized) else _least(long)
-    return f"{len(long) / total:.0%} of the prompts are longer than data.max_prompt_tokens and left out; {limit}"
+    return f"{len(long) / total:.0%} of the prompts are longer than {bound} and {lost}; {limit}"
 
 
 def _least(long: Sequence[LeftOut]) -> str:

@@ -32,7 +32,8 @@ class Accuracy:
     standard_error: float  # of the mean: problems are drawn, and so are samples (see `standard_error`)
     seed_spread: float  # standard deviation of the per-seed means over sqrt(seeds), as the paper reports
     length_normalized_reward: float  # of a graded set in a run (see `length_normalized`), else NaN
-    num_problems: int
+    num_problems: int  # those that are too long included, where answers are right or wrong
+    num_too_long: int  # problems longer than inference.max_model_tokens - sampling.max_tokens: not asked, and counted as wrong
     num_seeds: int
     pass_at: dict[str, float]  # k -> mean over problems of the chance that one of k samples is right; none of a graded set
     completion_tokens_mean: float
@@ -89,11 +90,14 @@ def evaluate(
     reward: Reward,
     seed_tokens: float | None = math.nan,
     part_done: Callable[[], object] = lambda: None,
+    *,
+    num_too_long: int = 0,
 ) -> Accuracy:
     """Samples evaluation.samples completions a problem and judges them. Sampling seeds do not depend on the version, so
     two versions are compared on equal luck. All of `prompts` are of one kind; `seed_tokens`: the seed model's mean length
     on them, None where it is the seed model that is judged, NaN where nobody knows it, as outside a run. `part_done` is
-    called after every wait."""
+    called after every wait. `num_too_long`: further problems of the set that do not fit an engine; where answers are right or
+    wrong, they count as answered wrongly."""
     chosen, n = prompts[: config.evaluation.max_problems], config.evaluation.samples
     completions, scores = _sampled(config, chosen, pool, reward, part_done)
     lengths, statuses = [len(completion.token_ids) for completion in completions], [score.status for score in scores]
@@ -105,6 +109,9 @@ def evaluate(
         None if mark is None or verifiable else length_normalized(mark, length, normal)
         for mark, length in zip(marks, lengths, strict=True)
     ]
+    whole = config.evaluation.max_problems is None or len(chosen) < config.evaluation.max_problems
+    unasked = num_too_long if verifiable and whole else 0
+    marks += [0.0] * (unasked * n)
     by_problem = _by_problem(marks, n)
     by_seed = [_mean([mark for mark in marks[seed::n] if mark is not None]) for seed in range(n)]
     centre = _mean(by_seed)
@@ -116,7 +123,8 @@ def evaluate(
         standard_error=standard_error(by_problem),
         seed_spread=spread,
         length_normalized_reward=_mean([_mean(row) for row in _by_problem(normalized, n)]),
-        num_problems=len(chosen),
+        num_problems=len(chosen) + unasked,
+        num_too_long=num_too_long,
         num_seeds=n,
         pass_at=mean_pass_at(by_problem) if verifiable else {},
         completion_tokens_mean=mean_length,

@@ -18,6 +18,7 @@ from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.core.errors import ConfigError, DataError
 from engine.core.jsonl import read_objects, write_jsonl
+from engine.data.mixture import longest_asked
 from engine.data.records import source_digest
 from engine.data.templates import NAMED, read_chat_template
 from engine.observe.sinks import write_json
@@ -54,7 +55,7 @@ def settings_of(config: RunConfig, source: Source) -> dict[str, Any]:
         "system": source.system,
         "chat_template": read_chat_template(config.data.chat_template),
         "columns": source.columns,
-        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "max_prompt_tokens": longest_asked(config),
         "seed": config.run.seed,
         "samples": evaluation.samples,
         "max_problems": evaluation.max_problems,

@@ -57,7 +57,7 @@ class Controller:
             for note in self._records.notes:
                 self._note(note)
             self._held_out = held_out = load_held_out(config, judging_of)
-            self._sets = [(part.name, part.prompts.prompts) for part in held_out]  # by name; a set's problems are of one kind
+            self._sets = [(part.name, part.prompts) for part in held_out]  # by name; a set's problems are of one kind
             for part in held_out:
                 self._note(f"{part.key}: {part.prompts}")
             self._reward = open_rewards(config, reward_engine) if spec.starts_engines else RoutedReward({})
@@ -98,8 +98,11 @@ class Controller:
         """Judges the version that the pool serves on every held-out set; `part_done` is called after every wait."""
         judged = self._records.judged
         seed_tokens = {row["set"]: row["completion_tokens_mean"] for row in judged if row["step"] == 0}
-        for name, prompts in self._sets:
-            result = evaluate(self._config, prompts, self.pool, self._reward, seed_tokens.get(name), part_done=part_done)
+        for name, found in self._sets:
+            prompts, tokens = found.prompts, seed_tokens.get(name)
+            result = evaluate(
+                self._config, prompts, self.pool, self._reward, tokens, part_done=part_done, num_too_long=found.num_dropped
+            )
             summary = {"step": step, "set": name} | result.summary()
             self._records.judge(summary, result.records)
             samples = greedy_samples(self._config, prompts[:NUM_SAMPLES], self.pool)

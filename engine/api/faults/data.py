@@ -9,9 +9,10 @@ from engine.api.faults.look import Faults, Look, caught, tried
 from engine.config.options import Source, source_key
 from engine.core.errors import ConfigError, DataError, SemionError
 from engine.data.forms import Columns
-from engine.data.mixture import naming, prompt_form
+from engine.data.mixture import longest_asked, naming, prompt_form
 from engine.data.preferences import FIELDS as PAIR_FIELDS
 from engine.data.preferences import pair_texts
+from engine.data.prompts import ASKED, TRAINED
 from engine.data.records import HUB, check_source, first_faults, sampled
 from engine.data.rows import Row, identity, load_rows, sample_rows, wanted_fields
 from engine.data.supervised import completion_tokens
@@ -78,7 +79,9 @@ def _file_faults(look: Look, key: str, path: str, source: Source, ids: dict[str,
 def _length_faults(
     look: Look, key: str, path: str, source: Source, rows: list[Row], is_whole: bool, needs_answer: bool
 ) -> Faults:
-    longest, form = look.config.data.max_prompt_tokens, prompt_form(look.config, source)
+    trained = key.endswith(".train")
+    longest, limit = (look.config.data.max_prompt_tokens, TRAINED) if trained else (longest_asked(look.config), ASKED)
+    form = prompt_form(look.config, source)
 
     def fits(row: Row) -> bool:
         try:
@@ -91,8 +94,8 @@ def _length_faults(
 
     if not any(map(fits, rows)) and (is_whole or not any(map(fits, others()))):
         yield DataError(
-            f"{key} ({path}): at least one prompt must fit data.max_prompt_tokens; found none of {longest} or fewer "
-            f"tokens: raise data.max_prompt_tokens, or name other data"
+            f"{key} ({path}): at least one prompt must fit {limit}; found none of {longest} or fewer tokens: raise it, or name "
+            f"other data"
         )
     if look.purpose == "sft" and key.endswith(".train"):
         told = [row for row in rows if fits(row) and stays_text(look.tokenizer, row.solution)]

@@ -144,7 +144,8 @@ def test_all_that_is_wrong_with_a_file_can_be_told_at_once(tmp_path):
     assert str(caught.value).endswith(faults[0])
     with pytest.raises(DataError) as several:
         sample_rows(path)
-    assert len(several.value.faults) == 3
+    assert len(several.value.faults) == 3 + 1
+    assert "found 5 of 8 rows that cannot" in str(several.value.faults[-1])
 
 
 def test_a_row_of_unknown_names_is_told_how_to_name_them(tmp_path):

@@ -176,7 +176,7 @@ def test_one_id_may_not_stand_for_two_problems_of_different_sources(model_folder
 
 def test_what_is_wrong_with_a_file_begins_with_its_option_and_name(model_folder):
     good, bad = write(model_folder, "a.jsonl", *MATHS), write(model_folder, "b.jsonl", {"problem": "4+4?"})
-    long = write(model_folder, "c.jsonl", {"problem": "5" * 400, "answer": "8"})
+    long = write(model_folder, "c.jsonl", {"problem": "5" * 5000, "answer": "8"})
     again = write(model_folder, "d.jsonl", *MATHS)
 
     def said(load: Any, **data: Any) -> str:
@@ -189,7 +189,8 @@ def test_what_is_wrong_with_a_file_begins_with_its_option_and_name(model_folder)
     wrong = said(load_mixture, train=good, mix=({"train": again},))
     assert wrong.startswith(f"data.mix[0].train ({again}): at least one prompt must fit data.max_prompt_tokens")
     wrong = said(load_held_out, train=good, held_out=long)
-    assert wrong.startswith(f"data.held_out ({long}): at least one prompt must fit")
+    bound = "inference.max_model_tokens - sampling.max_tokens"
+    assert wrong.startswith(f"data.held_out ({long}): at least one prompt must fit {bound}; found 1 longer than 4088")
     beside = f"{Path(bad).parent}/./b.jsonl"
     wrong = said(load_held_out, train=good, mix=({"train": good, "held_out": beside},))
     assert wrong.startswith(f"data.mix[0].held_out ({beside}): {bad}, line 1: a row needs")

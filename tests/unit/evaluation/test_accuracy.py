@@ -104,6 +104,23 @@ def test_pass_at_is_reported_for_powers_of_two_and_starts_at_the_accuracy(correc
     assert found["1"] == pytest.approx(np.mean(correct), abs=1e-12)
 
 
+def test_problems_that_do_not_fit_an_engine_count_as_wrong():
+    """Of three asked problems with means 1, 1/2 and 0, and one that is too long; a bound on the number may leave it out."""
+    marks = [[RIGHT, RIGHT], [RIGHT, LATE], [WRONG, WRONG]]
+
+    def found(**options):
+        return evaluate(run_config(samples=2, **options), PROMPTS[:3], pool_at(0, FakeEngine()), Judge(marks), num_too_long=1)
+
+    result = found()
+    assert (result.num_problems, result.num_too_long, result.mean) == (4, 1, pytest.approx(1.5 / 4))
+    assert result.pass_at == {"1": pytest.approx(1.5 / 4), "2": pytest.approx(2 / 4)}
+    assert len(result.records) == 6
+    assert result.standard_error == pytest.approx(np.std([1, 0.5, 0, 0], ddof=1) / 2)
+    assert result.seed_spread == pytest.approx(abs(2 / 4 - 1 / 4) / 2)
+    bounded = found(max_problems=3)
+    assert (bounded.num_problems, bounded.mean) == (3, pytest.approx(0.5))
+
+
 def test_figures_worked_out_by_hand():
     """3 problems, 2 seeds: right/right, right/late, wrong/wrong. Seeds 2/3 and 1/3; problems 1, 1/2, 0."""
     engine = FakeEngine(version=6)
@@ -119,6 +136,7 @@ def test_figures_worked_out_by_hand():
         "seed_spread": pytest.approx(math.sqrt(2 * (1 / 6) ** 2 / 1 / 2)),
         "length_normalized_reward": None,
         "num_problems": 3,
+        "num_too_long": 0,
         "num_seeds": 2,
         "pass_at": {"1": pytest.approx(0.5), "2": pytest.approx(2 / 3)},
         "completion_tokens_mean": 1.0,

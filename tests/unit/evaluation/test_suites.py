@@ -59,14 +59,14 @@ def test_what_was_saved_is_found_with_equal_settings_only(world):
     assert suites.load_finished(folder / "elsewhere", "amc", settings()) is None
     others = (
         *("run.seed=1", "evaluation.samples=8", "evaluation.temperature=0.7", "evaluation.top_p=1.0"),
-        *("evaluation.max_problems=3", "sampling.max_tokens=8", "data.template={problem}", "data.max_prompt_tokens=9"),
+        *("evaluation.max_problems=3", "sampling.max_tokens=8", "data.template={problem}", "inference.max_model_tokens=5000"),
         *("model.dtype=bfloat16", "inference.engines=2", "rewards.deadline_seconds=9.0"),
     )
     for override in others:
         assert suites.load_finished(folder / "out", "amc", settings(override)) is None, override
     function = f"rewards.function={folder}/mine.py:score"
     assert suites.load_finished(folder / "out", "amc", settings(function, reward="function")) is None
-    for override in ("inference.timeout_seconds=9.0", "trainer.recompute=true", "run.steps=7"):
+    for override in ("inference.timeout_seconds=9.0", "data.max_prompt_tokens=9", "run.steps=7"):
         assert suites.load_finished(folder / "out", "amc", settings(override)), override
 
 

@@ -87,7 +87,7 @@ def record(step: int, entropy: float = 1.0) -> dict[str, float]:
 def test_every_set_has_its_row_and_the_scores_are_the_means_over_them(open_controller: Open):
     """Chats are worth 6: in the seed's length 6, in four times as many tokens 6 / 4. Sums stay right, at any length."""
     controller = open_controller()
-    controller._sets.append(("chats", CHATS))
+    controller._sets.append(("chats", PromptSet(CHATS, 0, 0)))
     controller.evaluate(0, lambda: None)
     assert [(row["step"], row["set"], row["measure"], row["mean"]) for row in rows(controller, "evaluations.jsonl")] == [
         (0, "sums", "accuracy", 1.0),
@@ -96,7 +96,7 @@ def test_every_set_has_its_row_and_the_scores_are_the_means_over_them(open_contr
     assert all(len(row["records"]) == 6 for row in rows(controller, "evaluations.jsonl"))
     assert [row["set"] for row in rows(controller, "samples.jsonl")] == ["sums"] * 3 + ["chats"] * 3
     later = open_controller(start=3, version=3)
-    later._sets.append(("chats", CHATS))
+    later._sets.append(("chats", PromptSet(CHATS, 0, 0)))
     later.evaluate(3, lambda: None)
     assert later.scores() == {0: (1 + 6) / 2, 3: (1 + 6 / 4) / 2}, "a resumed run still knows the seed's length"
     told = [event for event in later.finish_step(record(3)) if event["kind"] == "evaluation"]
