@@ -37,7 +37,6 @@ SEMI_ONLINE = [
     "inference.engines=2",
     "checkpoint.every=2",
 ]
-ONE_ENGINE = ["inference.engines=1"]  # after SEMI_ONLINE: a process less to start, and the same bits
 PROFILED = ["profile.tool=torch", "profile.first_step=2", "profile.num_steps=2", "profile.ranks=[0, 1]"]
 ONLINE = [
     *("trainer.data_parallel=2", "trainer.distributed_optimizer=true"),
@@ -183,7 +182,7 @@ def test_a_run_that_is_stopped_then_killed_and_judged_at_every_step_ends_with_ev
     only; resumed, it is killed (SIGKILL) in the next interval; resumed again, it ends as the run that nobody disturbed, which
     has two engines instead of one, is profiled, and is judged at its ends only."""
     whole, _ = semi_online
-    changed = [*ONE_ENGINE, "checkpoint.every=end", "evaluation.every=1"]
+    changed = ["checkpoint.every=end", "evaluation.every=1"]
     config = run_config(*SEMI_ONLINE, *changed, directory="disturbed")
     file, log = written(config, tmp_path), tmp_path / "log"
     with started(file, log) as run:
@@ -213,7 +212,7 @@ def test_engines_that_take_turns_with_the_trainer_change_no_bit(
     """Colocated: asleep they lose weights and KV cache, also between two evaluations."""
     apart, _ = semi_online
     colocated = ["inference.placement=colocated", "sync.transport=ipc", "evaluation.every=3"]
-    config = run_config(*SEMI_ONLINE, *ONE_ENGINE, *colocated, directory="colocated")
+    config = run_config(*SEMI_ONLINE, *colocated, directory="colocated")
     semion("train", written(config, tmp_path))
     metrics, theirs = rows(config, "metrics.jsonl"), rows(apart, "metrics.jsonl")
     assert sent_alike(metrics) == sent_alike(theirs)

@@ -18,7 +18,6 @@ import pytest
 from engine.config.load import RunConfig
 from tests.e2e.test_commands import (
     FINAL,
-    ONE_ENGINE,
     SEMI_ONLINE,
     Make,
     command,
@@ -96,7 +95,7 @@ def test_a_run_starts_again_after_a_lost_engine_and_ends_after_a_lost_rank_as_ru
     semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
 ) -> None:
     whole, _ = semi_online
-    config = run_config(*SEMI_ONLINE, *ONE_ENGINE, "run.restarts=1", directory="restarted_once")
+    config = run_config(*SEMI_ONLINE, "run.restarts=1", directory="restarted_once")
     file = written(config, tmp_path)
     with Watched(file, tmp_path / "log") as watched:
         watched.until((config.run_directory / "checkpoints" / "LATEST").exists)

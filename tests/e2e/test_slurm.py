@@ -16,7 +16,7 @@ import pytest
 
 from engine.config.load import RunConfig
 from tests.e2e import fake_slurm
-from tests.e2e.test_commands import FINAL, ONE_ENGINE, ONLINE, SEMI_ONLINE, Make, rows, sent_alike, tensors, untimed, written
+from tests.e2e.test_commands import FINAL, ONLINE, SEMI_ONLINE, Make, rows, sent_alike, tensors, untimed, written
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tools/slurm/train.sbatch"
@@ -36,7 +36,7 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
 ) -> None:
     whole, _ = semi_online
-    config = run_config(*SEMI_ONLINE, *ONE_ENGINE, "cluster.gpus_per_node=2", directory="job")
+    config = run_config(*SEMI_ONLINE, "cluster.gpus_per_node=2", directory="job")
     environment, log = fake_slurm.install(tmp_path / "slurm"), tmp_path / "log"
     command = ["sbatch", "--nodes=2", SCRIPT, written(config, tmp_path), "algorithm.beta=0.1"]
     record = tmp_path / "slurm" / "scontrol"
