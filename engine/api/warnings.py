@@ -19,7 +19,7 @@ from engine.data.preferences import read_pairs
 from engine.data.prompts import ASKED, TRAINED, length_warning
 from engine.data.records import HUB
 from engine.data.rows import Row, read_rows, sample_rows
-from engine.data.templates import LeftOut, fit_prompt, load_tokenizer
+from engine.data.templates import LeftOut, fit_prompt, policy_tokenizer
 from engine.rollouts.replay import replay_kind
 
 LARGE_BYTES = 64 << 20  # of a longer training file held-out problems are looked for when the run reads it
@@ -27,7 +27,7 @@ LARGE_BYTES = 64 << 20  # of a longer training file held-out problems are looked
 
 def warnings(config: RunConfig, purpose: Purpose) -> list[str]:
     """Sentences for people, of a configuration in which the preflight found nothing wrong."""
-    told = end_tokens(config.model.path, load_tokenizer(config.model.path)).disagreement
+    told = end_tokens(config.model.path, policy_tokenizer(config)).disagreement
     pairs = config.data.replay if purpose == "train" and replay_kind(config) == "preferences" else None
     trained = set(_trained(config, pairs)) if any(source.held_out for source in config.data.sources) else set()
     return [*filter(None, [told]), *_long(config, pairs), *_overlaps(config, trained)]
@@ -35,7 +35,7 @@ def warnings(config: RunConfig, purpose: Purpose) -> list[str]:
 
 def _long(config: RunConfig, pairs: str | None) -> Iterator[str]:
     """Sources of which a sample has many prompts that are too long."""
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = policy_tokenizer(config)
     bounds = {"train": (config.data.max_prompt_tokens, TRAINED), "held_out": (longest_asked(config), ASKED)}
     for place, source in enumerate(config.data.sources):
         for name, (longest, bound) in bounds.items():

@@ -10,14 +10,14 @@ from engine.benchmarks.questions import Question
 from engine.config.load import RunConfig
 from engine.core.errors import DataError
 from engine.core.types import Completion, Prompt
-from engine.data.templates import encode_prompt, load_tokenizer
+from engine.data.templates import encode_prompt, policy_tokenizer
 from engine.inference.pool import Pool
 from engine.inference.sampling import sample_requests
 
 
 def prompts_of(config: RunConfig, questions: Sequence[Question]) -> list[Prompt]:
     """A prompt a question. DataError when one is too long: a benchmark wants every answer."""
-    tokenizer, limit, prompts = load_tokenizer(config.model.path), config.data.max_prompt_tokens, []
+    tokenizer, limit, prompts = policy_tokenizer(config), config.data.max_prompt_tokens, []
     for question in questions:
         token_ids = encode_prompt(tokenizer, question.instruction, "{problem}")
         if len(token_ids) > limit:

@@ -20,7 +20,7 @@ def rollout(options: argparse.Namespace) -> None:
     from engine.core.jsonl import JsonlLedger
     from engine.data.ends import end_tokens
     from engine.data.mixture import load_mixture
-    from engine.data.templates import load_tokenizer
+    from engine.data.templates import policy_tokenizer
     from engine.inference.pool import Pool
     from engine.observe.sinks import finite
     from engine.rewards.registry import judging_of, open_rewards
@@ -40,7 +40,7 @@ def rollout(options: argparse.Namespace) -> None:
         reward = stack.enter_context(open_rewards(config, cluster.start_reward_engine()))
         ledger = JsonlLedger(part)
         stack.callback(ledger.close)
-        ends = end_tokens(config.model.path, load_tokenizer(config.model.path))
+        ends = end_tokens(config.model.path, policy_tokenizer(config))
         source = RolloutSource(config, prompts, pool, reward, ledger, ends.stop)
         stack.callback(source.close)
         for step in range(config.run.steps):

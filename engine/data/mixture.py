@@ -18,7 +18,7 @@ from engine.core.types import Judging, Prompt
 from engine.data.overlap import prompt_digest
 from engine.data.prompts import ASKED, TRAINED, PromptOrder, PromptSet
 from engine.data.rows import load_rows
-from engine.data.templates import PromptForm, load_tokenizer, read_chat_template
+from engine.data.templates import PromptForm, policy_tokenizer, read_chat_template
 from engine.models.hf import read_shape
 
 JudgingOf = Callable[[RunConfig, Source], Judging]  # what must be known of a source's rewards (rewards.registry.judging_of)
@@ -149,7 +149,7 @@ def load_prompts(
 ) -> PromptSet:
     """The prompts of a file with the run's tokenizer and the source's template and reward, of no more than `longest` tokens
     (data.max_prompt_tokens). ConfigError when tokenizer and model do not fit; DataError names the file."""
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = policy_tokenizer(config)
     vocab_size = read_shape(config.model.path, family=config.model.family).vocab_size
     if len(tokenizer) > vocab_size:
         raise ConfigError(

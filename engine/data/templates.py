@@ -18,6 +18,8 @@ from engine.data.tokens import encode_around, fewest_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from engine.config.load import RunConfig
+
 # Figure 4 of arXiv 2506.21495. The paper prints typographic quotes, an effect of its typesetting; ours are plain ASCII.
 FIGURE4 = (
     "Given the following problem, reason and give a final answer to the problem. Problem: {problem}\n"
@@ -62,6 +64,15 @@ def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTo
             f"{option} must hold a tokenizer (tokenizer.json and tokenizer_config.json, beside config.json); found that {path} "
             f"cannot be read ({why}): copy the model's files there again"
         ) from error
+    return tokenizer
+
+
+def policy_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template that the run uses: its own, or what data.chat_template says, so that prompts
+    and the token that ends a turn are of one template. Raises as `load_tokenizer` and `read_chat_template`."""
+    tokenizer, text = load_tokenizer(config.model.path), read_chat_template(config.data.chat_template)
+    if text is not None:
+        tokenizer.chat_template = text or None
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, EngineLostError, InferenceError, NumericsError, WeightSyncError
 from engine.core.types import Completion
 from engine.data.ends import end_tokens
+from engine.data.templates import policy_tokenizer
 from engine.inference.sampling import SampleRequest
 from engine.observe.profiling.phases import Phase, phase
 from engine.observe.profiling.recorder import Recorder, profiled_process
@@ -71,7 +72,6 @@ class VllmEngine:
 
     def _load(self) -> None:
         import torch
-        from transformers import AutoTokenizer
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
@@ -82,7 +82,7 @@ class VllmEngine:
         on_cpu = not torch.cuda.is_available()
         shared = not on_cpu and config.inference.placement == "colocated"
         torch.set_num_threads(config.inference.threads)
-        self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self._tokenizer = policy_tokenizer(config)
         self._end_ids = list(end_tokens(path, self._tokenizer).stop)
         self._llm = LLM(
             model=path,

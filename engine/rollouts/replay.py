@@ -21,7 +21,7 @@ from engine.data.preferences import PreferenceSet, load_preferences
 from engine.data.prompts import PromptOrder
 from engine.data.records import records
 from engine.data.rows import wanted_fields
-from engine.data.templates import load_tokenizer
+from engine.data.templates import policy_tokenizer
 from engine.rewards.registry import judging_of
 from engine.rollouts.base import StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
@@ -171,7 +171,7 @@ def replay_kind(config: RunConfig) -> Literal["rollouts", "preferences"] | None:
 def open_ledger(config: RunConfig, vocab_size: int) -> LedgerSource:
     """The rollouts that data.replay names, with the data they were sampled from, for a model with that vocabulary."""
     assert config.data.replay is not None
-    ends = end_tokens(config.model.path, load_tokenizer(config.model.path)).stop
+    ends = end_tokens(config.model.path, policy_tokenizer(config)).stop
     return LedgerSource(config, RolloutLedger(config.data.replay), load_mixture(config, judging_of), vocab_size, ends)
 
 
@@ -179,7 +179,7 @@ def open_preferences(config: RunConfig) -> PreferenceSource:
     """The pairs that data.replay names, which need no other data."""
     path = config.data.replay
     assert path is not None
-    data, tokenizer = config.data, load_tokenizer(config.model.path)
+    data, tokenizer = config.data, policy_tokenizer(config)
     limits = data.max_prompt_tokens, config.sampling.max_tokens
     form = prompt_form(config, data)
     return PreferenceSource(config, load_preferences(path, tokenizer, form, *limits, data.columns))

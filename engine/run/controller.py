@@ -12,7 +12,7 @@ from typing import Any
 from engine.data.ends import end_tokens
 from engine.data.mixture import load_held_out, load_mixture
 from engine.data.overlap import overlap_warning, shared
-from engine.data.templates import load_tokenizer
+from engine.data.templates import policy_tokenizer
 from engine.evaluation.accuracy import evaluate, greedy_samples
 from engine.evaluation.selection import scores
 from engine.inference.pool import EngineHandle, Pool
@@ -47,7 +47,7 @@ class Controller:
         self._spec = spec
         self.collapse: str | None = None  # what the run is to be stopped for
         self._events: list[Event] = []
-        ends = end_tokens(config.model.path, load_tokenizer(config.model.path))
+        ends = end_tokens(config.model.path, policy_tokenizer(config))
         self.end_ids = ends.stop
         if ends.disagreement:
             log.warning(ends.disagreement)

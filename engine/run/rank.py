@@ -21,7 +21,7 @@ from engine.algorithms.registry import make_loss
 from engine.bridge.setup import open_publisher
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 from engine.data.ends import end_tokens
-from engine.data.templates import load_tokenizer
+from engine.data.templates import policy_tokenizer
 from engine.inference.pool import EngineHandle
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
@@ -117,7 +117,7 @@ class TrainerRank:
                 pass
         else:
             assert config.sft.checkpoint_out is not None
-            ends = end_tokens(config.model.path, load_tokenizer(config.model.path))
+            ends = end_tokens(config.model.path, policy_tokenizer(config))
             if ends.disagreement:
                 log.warning(ends.disagreement)
             write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path, end_ids=ends.stop)

@@ -13,7 +13,7 @@ from engine.data.ends import written_end
 from engine.data.mixture import load_prompts
 from engine.data.prompts import PromptOrder
 from engine.data.supervised import supervised_sequence
-from engine.data.templates import load_tokenizer
+from engine.data.templates import policy_tokenizer
 from engine.data.tokens import stays_text
 from engine.megatron.broadcast import broadcast_batch
 from engine.megatron.packing import make_batch
@@ -67,7 +67,7 @@ class SupervisedSource:
         """ConfigError when a solution is longer than a microbatch or the model's positions."""
         config = spec.config
         self._config, self._topology = config, topology
-        tokenizer = load_tokenizer(config.model.path)
+        tokenizer = policy_tokenizer(config)
         unjudged = Judging(verifiable=False, needs_answer=False, wants_row=False)
         loaded = load_prompts(config, config.data, config.data.train, unjudged)
         end = written_end(tokenizer)

@@ -13,7 +13,7 @@ from engine.config.options import Source
 from engine.core.errors import ConfigError, SemionError
 from engine.data.ends import end_tokens
 from engine.data.mixture import prompt_form
-from engine.data.templates import encode_prompt, load_tokenizer
+from engine.data.templates import encode_prompt, policy_tokenizer
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.headers import weight_faults
 from engine.models.hf import read_shape
@@ -30,7 +30,7 @@ def model_faults(look: Look) -> list[SemionError]:
         return found
     # What reads a tokenizer looks at config.json too, and would be blamed for one that is refused
     if look.shape is not None or not (Path(path) / "tokenizer.json").exists():
-        look.tokenizer, faults = tried(load_tokenizer, path)
+        look.tokenizer, faults = tried(policy_tokenizer, look.config)
         found += faults
     if look.tokenizer is not None:
         faults = caught(_tokenizer, look)

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from engine.core.errors import CheckpointError, ConfigError
 from engine.data.ends import end_tokens, response_end, turn_end
 from engine.data.supervised import completion_tokens
+from engine.data.templates import policy_tokenizer
+from tests.builders import config
 from tests.conftest import CHAT_TEMPLATE
 
 BEGIN, HEADER, HEADER_END, END = 256, 257, 258, 259  # of the tests' tokenizer
@@ -70,6 +72,18 @@ def test_a_base_model_with_a_template_ends_responses_as_its_template_does(tmp_pa
     assert set(ends.stop) == {END, HEADER_END} and ends.response == HEADER_END
     assert completion_tokens(base, "a")[-1] == HEADER_END == response_end(base)
     assert "end with 258 '<|end_header_id|>'" in ends.disagreement
+
+
+@pytest.mark.parametrize(("chat_template", "wanted"), [("tokenizer", END), ("chatml.jinja", HEADER_END), ("none", END)])
+def test_the_chat_template_that_a_run_uses_says_how_its_turns_end(tmp_path, model_folder, chat_template, wanted):
+    """A file named by data.chat_template as well as the tokenizer's own; without one, the tokenizer's eos_token ends it."""
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    name = chat_template if chat_template in ("tokenizer", "none") else str(tmp_path / chat_template)
+    made = config(tmp_path / "run", model={"path": str(model_folder)}, data={"train": "t", "chat_template": name})
+    tokenizer = policy_tokenizer(made)
+    assert response_end(tokenizer) == wanted and wanted in end_tokens(model_folder, tokenizer).stop
+    assert completion_tokens(tokenizer, "a")[-1] == wanted
+    assert (turn_end(tokenizer) is None) == (chat_template == "none")
 
 
 def test_a_folder_that_names_none_leaves_it_to_the_tokenizer_and_without_a_template_to_its_eos(tmp_path, tiny_tokenizer):
