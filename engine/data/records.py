@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -125,14 +124,19 @@ def _csv_records(file: BinaryIO, path: Path, fault: Fault | None) -> Iterator[Re
         text.detach()
 
 
-def sampled(source: str | Path, fields: Collection[str] | None, fault: Fault | None = None) -> tuple[list[Record], bool]:
+def sampled(source: str | Path, fields: Collection[str] | None) -> tuple[list[Record], bool]:
     """(some records of a source, whether they are all): the first ones, and of a long JSONL file as many more from all over it.
-    Raises as `records` does."""
+    A line that cannot be read stands among them as its DataError; else raises as `records` does."""
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size > SMALL_BYTES:
-        return [*islice(records(source, fields, fault), SAMPLE // 2), *_spread_records(path, SAMPLE // 2)], False
-    found = list(islice(records(source, fields, fault), SAMPLE + 1))
-    return found[:SAMPLE], len(found) <= SAMPLE
+    is_long = path.suffix == ".jsonl" and path.is_file() and path.stat().st_size > SMALL_BYTES
+    found: list[Record] = []
+    for record in records(source, fields, lambda error: found.append((str(path), error))):
+        if len(found) >= (SAMPLE // 2 if is_long else SAMPLE):
+            break
+        found.append(record)
+    else:
+        return found, True
+    return [*found, *_spread_records(path, SAMPLE // 2)] if is_long else found, False
 
 
 def _spread_records(path: Path, count: int) -> Iterator[Record]:
@@ -144,7 +148,14 @@ def _spread_records(path: Path, count: int) -> Iterator[Record]:
             start = file.tell()
             if (line := file.readline()).strip():
                 where = f"{path}, the line at byte {start}"
-                yield where, parsed(where, line, fix="mend it")
+                yield where, _parsed_or_fault(where, line)
+
+
+def _parsed_or_fault(where: str, line: bytes) -> Any:
+    try:
+        return parsed(where, line, fix="mend it")
+    except DataError as error:
+        return error
 
 
 def first_faults(source: str | Path, faults: Sequence[SemionError], count: int, *, is_whole: bool) -> list[SemionError]:

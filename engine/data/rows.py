@@ -97,11 +97,13 @@ def sample_rows(
     """(some rows of a source, whether they are all), for a preflight. Raises as `load_rows`, for the first few broken rows and
     with their number."""
     columns = columns or {}
-    faults: list[DataError] = []
-    some, is_whole = sampled(path, None if keep_columns else wanted_fields(FIELDS, columns), faults.append)
+    some, is_whole = sampled(path, None if keep_columns else wanted_fields(FIELDS, columns))
     rows: list[Row] = []
+    faults: list[DataError] = []
     for where, record in some:
         try:
+            if isinstance(record, DataError):
+                raise record
             rows.append(_row(where, record, needs_answer, keep_columns, columns))
         except DataError as error:
             faults.append(error)

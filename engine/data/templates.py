@@ -4,10 +4,11 @@ tokenizer's own, one from a file, or none. The only place that tokenizes prompts
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -29,6 +30,7 @@ FIGURE4 = (
 FIGURE5 = "{problem}"  # the user's own words
 NAMED = {"figure4": FIGURE4, "figure5": FIGURE5}
 TEMPLATE_DATE = "26 Jul 2024"  # Llama's templates print a date, today's by default: a run would depend on its day
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # names of the one class, before transformers 5 and since
 NO_CHAT = ""  # in place of a chat template's text
 
 
@@ -51,13 +53,11 @@ class LeftOut(NamedTuple):
 
 def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder, never from the network. Raises ConfigError naming `option` and the folder."""
-    from transformers import AutoTokenizer  # takes seconds
-
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{option} must be a folder with a tokenizer; found no folder {path}: check the path")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = _class_of(path).from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the library has no type for a broken file
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
@@ -65,6 +65,22 @@ def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTo
             f"cannot be read ({why}): copy the model's files there again"
         ) from error
     return tokenizer
+
+
+def _class_of(path: Path) -> Any:
+    """What loads a folder's tokenizer: the class that its tokenizer_config.json names where that takes tokenizer.json as it
+    is, as Llama 3's does, else the one that finds the class by the model, which imports all of them, and torch, for seconds."""
+    try:
+        said = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        said = {}
+    if isinstance(said, dict) and said.get("tokenizer_class") in PLAIN_CLASSES and not said.get("auto_map"):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def policy_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

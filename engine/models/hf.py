@@ -222,6 +222,8 @@ def stored_dtype(path: str | Path) -> torch.dtype:
     """The dtype of a model's weights by its config.json; CheckpointError where that does not say it."""
     file = Path(path) / "config.json"
     config = _read_json(file)
+    import torch
+
     said = config.get("dtype", config.get("torch_dtype"))
     dtype = getattr(torch, str(said).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

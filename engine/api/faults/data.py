@@ -138,11 +138,10 @@ def _ledger_faults(look: Look, path: str) -> None:
 def _pair_faults(path: str, columns: Columns | None) -> Faults:
     """The first pairs without their texts, among some."""
     faults: list[SemionError] = []
-    found, is_whole = sampled(path, wanted_fields(PAIR_FIELDS, columns or {}), faults.append)
-    count = len(found) + len(faults)
+    found, is_whole = sampled(path, wanted_fields(PAIR_FIELDS, columns or {}))
     for where, record in found:
-        faults += tried(pair_texts, where, record, columns)[1]
-    yield from first_faults(path, faults, count, is_whole=is_whole)
+        faults += [record] if isinstance(record, DataError) else tried(pair_texts, where, record, columns)[1]
+    yield from first_faults(path, faults, len(found), is_whole=is_whole)
 
 
 def _check_file(key: str, path: str) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.core.errors import ConfigError, DataError
 from engine.core.types import Prompt
@@ -245,6 +245,19 @@ def test_a_template_that_prints_the_date_does_not_depend_on_the_day(tiny_tokeniz
         chat_template="{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}",
     )
     assert dated.decode(encode_prompt(dated, "p", "{problem}")) == "26 Jul 2024"
+
+
+def test_the_class_that_a_folder_names_gives_the_tokens_that_the_library_would_choose(model_folder: Path) -> None:
+    """In the spellings of transformers 4 and 5, whatever the model."""
+    file = model_folder / "tokenizer_config.json"
+    for name in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+        ours, theirs = load_tokenizer(model_folder), AutoTokenizer.from_pretrained(str(model_folder))
+        assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == theirs.chat_template
+        assert ours.special_tokens_map == theirs.special_tokens_map and len(ours) == len(theirs)
+        for text in ("So 2 + 2 = 4,  then\n\u00e9\u4e2d\U0001f600", "<|eot_id|> x<|begin_of_text|>", " "):
+            assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+            assert encode_prompt(ours, text, "{problem}") == encode_prompt(theirs, text, "{problem}")
 
 
 def test_load_tokenizer_round_trip_and_its_errors(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
