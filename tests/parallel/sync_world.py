@@ -26,12 +26,14 @@ import torch.distributed as dist
 from engine.bridge.sender import Publisher
 from engine.bridge.terms import SyncTerms
 from engine.bridge.transports import base as transport
+from engine.config.load import RunConfig
 from engine.core.errors import EngineLostError
 from engine.inference.receiver import Inbox, SyncWorker
 from engine.inference.vllm_engine import VllmEngine
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
 from engine.models.sharding import EngineLayout, TrainerLayout
+from tests import builders
 
 os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])  # the server of forks imports this file once
 FORK = get_context("forkserver")
@@ -237,12 +239,16 @@ class TestEngine(VllmEngine):
         self.arm = Arm(self._llm.inbox, "_transport")
 
 
+def engine_config(*, packed_weights: bool = False) -> RunConfig:
+    """Of engines that load no model and are waited for no longer than these tests are."""
+    inference = {"timeout_seconds": 10.0, "threads": 1, "packed_weights": packed_weights}
+    return builders.config(Path("nowhere"), inference=inference)
+
+
 def engine_process(pipe: Connection, index: int) -> None:
     """Answers calls one after another."""
     torch.set_num_threads(1)
-    inference = SimpleNamespace(timeout_seconds=10.0, threads=1, packed_weights=False)
-    config: Any = SimpleNamespace(inference=inference, model=SimpleNamespace(path="nowhere"))
-    engine = TestEngine(config, index)
+    engine = TestEngine(engine_config(), index)
     while True:
         try:
             number, method, arguments = pipe.recv()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -313,9 +312,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[sync_world.Tes
     def make(*, packed_weights: bool = False) -> tuple[sync_world.TestEngine, Workers]:
         for name in (*ENVIRONMENT, "OMP_NUM_THREADS"):
             monkeypatch.setenv(name, "1")  # so that what the engine sets is unset afterwards
-        inference = SimpleNamespace(timeout_seconds=10.0, threads=1, packed_weights=packed_weights)
-        config: Any = SimpleNamespace(inference=inference, model=SimpleNamespace(path="nowhere"))
-        engine, workers = sync_world.TestEngine(config, 3), Workers()
+        engine, workers = sync_world.TestEngine(sync_world.engine_config(packed_weights=packed_weights), 3), Workers()
         monkeypatch.setattr(engine._llm, "collective_rpc", workers.collective_rpc)
         return engine, workers
 
