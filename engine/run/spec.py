@@ -120,9 +120,12 @@ def resolve(config: RunConfig, parts: tuple[Part, ...] | None = None, *, digests
     """
     from engine.run.checkpoint import data_digests
 
-    shape = read_shape(config.model.path, family=config.model.family)
     file = _reward_file(config)
     reward_shape = read_shape(file.parent, OPTION, FAMILY) if file is not None and file.exists() else None
+    judges_alone = parts is not None and not {"trainer", "engines"} & {*parts}  # of `semion score`, which has no policy
+    shape = reward_shape if judges_alone else None
+    if shape is None:
+        shape = read_shape(config.model.path, family=config.model.family)
     found = data_digests(config) if digests else {}
     return assemble(config, shape, parts=parts, source=source_kind(config), reward_shape=reward_shape, digests=found)
 
