@@ -78,7 +78,8 @@ def test_hostile_answers_cost_no_more_than_their_deadline(reward: MathReward) ->
         start = time.monotonic()
         (hostile,) = reward.score([Answer(prompt("57"), text)])
         seconds = time.monotonic() - start
-        assert seconds < DEADLINE_SECONDS + 8.0, (name, seconds)  # it would take minutes; the slack is a busy machine's
+        assert seconds < DEADLINE_SECONDS + 30.0, (name, seconds)  # it would take minutes; the slack is a busy machine's, whose
+        # wall clock goes on while the judge waits for a core
         assert hostile.value == 0.0, name
         assert reward.score([Answer(prompt("57"), BOX % "57")]) == [RIGHT], name
         if name in ("tower of powers", "factorial", "binomial"):
