@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.api.events import Done, Event, Note, Step, typed
-from engine.api.faults.directory import check_fresh
+from engine.api.faults.directory import check_fresh, has_steps
 from engine.api.preflight import check
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import ConfigError, PreemptedError
@@ -78,7 +78,7 @@ def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
     """Whether a run that starts without a checkpoint replaces the records of one that was stopped; removes what a run that
     never took a step left. ConfigError as `check_fresh`: another run may have come since the preflight."""
     check_fresh(config, may_start_over=may_start_over)
-    if (config.run_directory / "metrics.jsonl").exists():
+    if has_steps(config.run_directory):
         return True
     for name in (RESTARTS, WARNINGS):
         (config.run_directory / name).unlink(missing_ok=True)

@@ -70,6 +70,13 @@ def score(options: argparse.Namespace) -> None:
     if figures["disagreeing"]:
         print_table("rows that disagree", disagreements(figures["disagreeing"]))
     write_figures(figures, None, options.json)
+    if figures["mean"] is None:
+        statuses = ", ".join(f"{count} {status}" for status, count in figures["statuses"].items())
+        first = next((row["problem"] for row in scored if row["status"] != "ok" and row.get("problem")), "")
+        raise DataError(
+            f"{options.file}: at least one row must be judged; found {statuses}: mend the reward or the rows"
+            + (f"; the first was given up for {' '.join(first.split()[-30:])}" if first else "")
+        )
 
 
 def score_file(file: str, reward: str, **flags: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from pathlib import Path
 
 from engine.api.faults.look import Faults, Look, caught
 from engine.config.load import RunConfig, dump_config
@@ -38,14 +39,20 @@ def directory_faults(look: Look) -> Faults:
         check_fresh(config, may_start_over=look.resume)
 
 
+def has_steps(directory: Path) -> bool:
+    """Whether a run has recorded a step there."""
+    metrics = directory / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
 def check_fresh(config: RunConfig, *, may_start_over: bool) -> None:
     """ConfigError when run.directory holds records that starting anew would take away.
 
     A run that was stopped before its first checkpoint may start over under --resume auto: equal configurations write equal
-    records again.
+    records again. One that ended before its first step, for data or a model that were refused, is no run yet.
     """
     directory = config.run_directory
-    if not (directory / "metrics.jsonl").exists():
+    if not has_steps(directory):
         return
     if not may_start_over:
         raise ConfigError(f"run.directory must be new; found a run in {directory}: add --resume auto, or name another one")

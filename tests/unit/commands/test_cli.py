@@ -431,10 +431,12 @@ def test_a_directory_belongs_to_one_run_at_a_time(file, complaint, tmp_path):
 def test_a_run_killed_before_its_first_checkpoint_starts_over_only_as_itself(file, complaint, tmp_path):
     directory = tmp_path / "run"
     directory.mkdir()
-    (directory / "metrics.jsonl").write_text("")
     where = f"run.directory={directory}"
     config = load_config(file, [where])
     (directory / "config.toml").write_text(dump_config(config))
+    (directory / "metrics.jsonl").write_text("")
+    check_fresh(load_config(file, [where, "run.seed=9"]), may_start_over=False)  # no step is on record: it is no run yet
+    (directory / "metrics.jsonl").write_text('{"step": 0}\n')
     assert "--resume auto" in complaint(2, "train", file, where)
     assert "options it had" in complaint(2, "train", file, where, "run.seed=9", "--resume", "auto")
     check_fresh(config, may_start_over=True)  # raises nothing

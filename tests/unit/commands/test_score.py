@@ -69,7 +69,7 @@ def test_a_row_without_a_verdict_neither_agrees_nor_disagrees(file: Path, tmp_pa
     assert (found["expecting"], found["unjudged"], found["agreement"], found["disagreeing"]) == (3, 2, 1.0, [])
     assert "100.00% of 1, 2 unjudged" in capsys.readouterr().out
     file.write_text(json.dumps(rows[0]))
-    assert run(file, "--reward", "math", "--deadline-seconds", "30", "--json", figures) == 0
+    assert run(file, "--reward", "math", "--deadline-seconds", "30", "--json", figures) == 3, "nothing was judged"
     assert json.loads(figures.read_text())["agreement"] is None
     assert "none of 1 judged" in capsys.readouterr().out
 
@@ -163,3 +163,13 @@ def test_odd_columns_of_a_row_are_named(tmp_path: Path, capsys: Any, column: str
     path.write_text(json.dumps({"answer": "1", "completion": "1", column: value}))
     assert run(path, "--reward", "math") == 3
     assert f"rows.jsonl, line 1: `{column}` must be" in capsys.readouterr().err
+
+
+def test_rows_of_which_none_could_be_judged_are_no_success(file: Path, tmp_path: Path, capsys: Any) -> None:
+    """The rows are written for whoever looks into them, and the first error is told."""
+    (tmp_path / "broken.py").write_text("def fails(problem, answer, completion):\n    raise RuntimeError('boom')\n")
+    out = tmp_path / "scored.jsonl"
+    assert run(file, "--reward", "function", "--function", f"{tmp_path}/broken.py:fails", "--output", out) == 3
+    told = capsys.readouterr()
+    assert "at least one row must be judged; found" in told.err and "RuntimeError: boom" in told.err
+    assert "none judged" in told.out and {json.loads(line)["status"] for line in out.read_text().splitlines()} == {"invalid"}
