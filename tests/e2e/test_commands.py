@@ -89,7 +89,7 @@ def untimed(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sent_alike(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without what depends on where engines are and how many: the bytes of a sync, and the tokens sampled meanwhile."""
+    """Without what depends on where engines are and when they sample: the bytes of a sync, and the tokens sampled meanwhile."""
     told = ("sync_mebibytes", "generation_tokens")
     return [{key: value for key, value in row.items() if key not in told} for row in untimed(metrics)]
 
@@ -180,7 +180,7 @@ def test_a_run_that_is_stopped_then_killed_and_judged_at_every_step_ends_with_ev
 ) -> None:
     """Asked before its first step, it ends at the first sync boundary, although checkpoint.every would have it save at the end
     only; resumed, it is killed (SIGKILL) in the next interval; resumed again, it ends as the run that nobody disturbed, which
-    has two engines instead of one, is profiled, and is judged at its ends only."""
+    is profiled, and is judged at its ends only."""
     whole, _ = semi_online
     changed = ["checkpoint.every=end", "evaluation.every=1"]
     config = run_config(*SEMI_ONLINE, *changed, directory="disturbed")
