@@ -61,13 +61,6 @@ def storing(folder: Path, needed_bytes: Callable[[], int] | None = None) -> Iter
         raise storage_error(folder, code, needed_bytes() if needed_bytes is not None else None) from error
 
 
-def give_umask_mode(path: Path) -> None:
-    """Gives a file the mode that `open` would have made it with; safetensors' writer makes files for their owner alone."""
-    status = Path("/proc/self/status").read_text("ascii", errors="replace")
-    mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
-    path.chmod(0o666 & ~mask)
-
-
 def sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's names, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -7,7 +7,7 @@ Shape legend: S positions, B rows, T tokens of a packed row, N heads of this ran
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -244,18 +244,34 @@ def load_weights(
     found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     expected = layout.shard_shapes(shape, spread, *cell)
     assert found == expected, set(found.items()) ^ set(expected.items())
-    pieces = sorted(layout.pieces(shape, spread, *cell), key=lambda piece: piece.name)
     kept: dict[str, Any] = {name: parameter for name, parameter in parameters.items() if in_fp8(parameter)}
     initial = {name: parameter.get_high_precision_init_val() for name, parameter in kept.items()}
-    places = parameters | initial
-    for name, parameter in parameters.items():
-        if sum(p.rows * p.cols for p in pieces if p.parameter == name) < parameter.numel():
-            parameter.zero_()
-    full = layout.tensors(shape)
-    for name, group in groupby(pieces, key=lambda piece: piece.name):  # each tensor is read once, one is held at a time
-        tensor = checkpoint.tensor(name, full[name])
-        for p in group:
-            place = layout.rectangle(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
-            place.copy_(layout.rectangle(tensor, p.row, p.col, p.rows, p.cols))
+    read_pieces(parameters | initial, layout.pieces(shape, spread, *cell), layout.tensors(shape), checkpoint)
     for name, parameter in kept.items():
         fill(parameter, initial[name])
+
+
+@torch.no_grad()
+def read_pieces(
+    places: Mapping[str, torch.Tensor],
+    pieces: Iterable[layout.Piece],
+    full: Mapping[str, tuple[int, ...]],
+    checkpoint: HfCheckpoint,
+) -> None:
+    """Fills shards by parameter with their pieces of a checkpoint's tensors, what no piece covers with zeros. Of each tensor
+    only the part that the shards hold is read, once. `full`: the shapes by which the tensors are checked."""
+    ordered = sorted(pieces, key=lambda piece: piece.name)
+    covered = dict.fromkeys(places, 0)
+    for piece in ordered:
+        covered[piece.parameter] += piece.rows * piece.cols
+    for name, place in places.items():
+        if covered[name] < place.numel():
+            place.zero_()
+    for name, group in groupby(ordered, key=lambda piece: piece.name):  # one is held at a time
+        held = list(group)
+        top, left = min(p.row for p in held), min(p.col for p in held)
+        bottom, right = max(p.row + p.rows for p in held), max(p.col + p.cols for p in held)
+        part = checkpoint.part(name, full[name], slice(top, bottom), slice(left, right))
+        for p in held:
+            into = layout.rectangle(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
+            into.copy_(layout.rectangle(part, p.row - top, p.col - left, p.rows, p.cols))

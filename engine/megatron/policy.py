@@ -7,13 +7,13 @@ Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,16 @@ class Policy:
             self.refresh_reference()
         still = self._reference if config.sync.reference == "never" else {}  # one that never moves is the seed's weights too
         self._seed = self._copy() if copies is not None and "seed" in copies else still
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it keeps a reference beside the policy."""
+        return bool(self._reference)
+
+    @property
+    def keeps_seed(self) -> bool:
+        """Whether it keeps the seed model's weights, to be published again."""
+        return bool(self._seed)
 
     def refresh_reference(self) -> None:
         """Makes the reference a copy of the policy as it is now."""
@@ -195,25 +205,30 @@ class Policy:
         return metrics | {metric.name: metric.value(known[metric.name], known) for metric in self.loss.metrics}
 
     @torch.no_grad()
-    def gather(self, bucket: layout.ExportBucket) -> list[tuple[str, torch.Tensor]] | None:
-        """The bucket's full Hugging Face tensors, copied, on the leader of its stage; None on every other rank.
+    def gather(
+        self, bucket: layout.ExportBucket, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> list[tuple[str, torch.Tensor]] | None:
+        """The bucket's full Hugging Face tensors, copied, on the rank of its stage that it names; None on every other rank.
+        `weights`: this rank's shards of another set than the policy's.
 
-        Collective over the tensor-parallel ranks of that stage at data-parallel rank 0; others return at once.
+        Collective over the tensor-parallel ranks of that stage in that data-parallel replica; others return at once.
         """
         here = self.topology
-        if here.pp_rank != bucket.stage or here.dp_rank != 0:
+        if here.pp_rank != bucket.stage or here.dp_rank != bucket.dp_rank:
             return None
+        shards = self.parameters if weights is None else Weights(weights)
         pieces = [[p for meta in bucket.tensors for p in held.get(meta.name, ())] for held in self._held]
         flat = torch.empty(max(sum(p.rows * p.cols for p in held) for held in pieces), dtype=self.dtype, device=here.device)
         for name, group in groupby(_parts(pieces[here.tp_rank], flat), key=lambda pair: pair[0].parameter):
-            shard = self.parameters[name]
+            shard = shards[name]
             for p, part in group:
                 part.copy_(layout.rectangle(shard, p.shard_row, p.shard_col, p.rows, p.cols))
         gathered = [flat]
         if here.tp_size > 1:
-            gathered = [torch.empty_like(flat) for _ in range(here.tp_size)] if here.tp_rank == 0 else []
-            dist.gather(flat, gathered or None, group=here.tp_group, group_dst=0)
-        if here.tp_rank != 0:
+            receives = here.tp_rank == bucket.tp_rank
+            gathered = [torch.empty_like(flat) for _ in range(here.tp_size)] if receives else []
+            dist.gather(flat, gathered or None, group=here.tp_group, group_dst=bucket.tp_rank)
+        if here.tp_rank != bucket.tp_rank:
             return None
         full = {meta.name: torch.empty(meta.shape, dtype=self.dtype, device=here.device) for meta in bucket.tensors}
         for held, received in zip(pieces, gathered, strict=True):
@@ -221,23 +236,39 @@ class Policy:
                 layout.rectangle(full[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
         return list(full.items())
 
+    def files(
+        self, plan: Sequence[layout.ExportFile], *, of: Literal["policy", "reference"] = "policy"
+    ) -> dict[int, dict[str, torch.Tensor]]:
+        """Host copies of the full tensors in those files of the plan that this rank writes, by the file's place in the plan.
+
+        Collective over the tensor-parallel ranks of each stage and data-parallel replica.
+        """
+        weights = self._tables()[of]
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        for index, file in enumerate(plan):
+            for bucket in file.buckets:
+                for name, full in self.gather(bucket, weights) or ():
+                    found.setdefault(index, {})[name] = full.cpu()
+        return found
+
     def _tables(self) -> dict[str, Mapping[str, torch.Tensor]]:
         """The tensors of the state that are there from the start, by what the names in it begin with."""
         return {"policy": self._own, "reference": self._reference, "fp8": self._fp8.tensors}
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self, *, weights: bool = True) -> dict[str, torch.Tensor]:
         """CPU copies of all this rank needs to continue bit for bit: weights, reference, optimizer, FP8 scales. Local shards,
         named as in megatron-core's local spec whatever trainer.layers is; in the model's dtype, with their scales beside them
-        where they are kept in FP8."""
-        return {name: value.detach().to("cpu", copy=True) for name, value in self._state()}
+        where they are kept in FP8. Without `weights`, what `load_checkpoint` needs beside files of the weights."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in self._state(weights)}
 
-    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _state(self, weights: bool) -> Iterator[tuple[str, torch.Tensor]]:
         """One tensor at a time: one in FP8 is dequantized at every access."""
         for prefix, table in self._tables().items():
-            weights = Weights(table)
+            held = Weights(table)
             for name, value in table.items():
                 local = self._family.local_name(name)
-                yield f"{prefix}.{local}", weights[name]
+                if weights or prefix == "fp8":
+                    yield f"{prefix}.{local}", held[name]
                 if in_fp8(value):
                     yield f"{prefix}_scale.{local}", scale(value)
         for name, value in self._optimizer.state().items():
@@ -247,16 +278,47 @@ class Policy:
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Continues from what `state` returned on this rank of the same layout; CheckpointError names what differs."""
         for prefix, own in self._tables().items():
-            for name, value in own.items():
-                key = f"{prefix}.{self._family.local_name(name)}"
-                saved = tensors.get(key)
-                if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
-                    raise CheckpointError(
-                        f"trainer state must hold {key} as {list(value.shape)} {value.dtype}; found "
-                        f"{'nothing' if saved is None else f'{list(saved.shape)} {saved.dtype}'}: resume with the "
-                        f"configuration that saved it"
-                    )
-                load(value, saved, tensors.get(f"{prefix}_scale.{self._family.local_name(name)}"))
+            self._load_table(prefix, own, tensors)
+        self._load_optimizer(tensors)
+
+    @torch.no_grad()
+    def load_checkpoint(
+        self, tensors: dict[str, torch.Tensor], policy: HfCheckpoint, reference: HfCheckpoint | None = None
+    ) -> None:
+        """Continues from what `state(weights=False)` returned on this rank of the same layout, and from the policy's and the
+        reference's weights; without the latter the reference stays the model that this policy was made from.
+        CheckpointError names what differs."""
+        self._read("policy", policy, tensors)
+        if reference is not None and self._reference:
+            self._read("reference", reference, tensors)
+        self._load_table("fp8", self._fp8.tensors, tensors)
+        self._load_optimizer(tensors)
+
+    def _read(self, prefix: str, checkpoint: HfCheckpoint, tensors: dict[str, torch.Tensor]) -> None:
+        """Fills a set of weights from a Hugging Face folder; one in FP8 is put together in the host's memory."""
+        table = self._tables()[prefix]
+        places = {
+            name: torch.empty(value.shape, dtype=self.dtype) if in_fp8(value) else value.data for name, value in table.items()
+        }
+        held = layout.pieces(self.shape, self.layout, self.topology.tp_rank, self.topology.pp_rank)
+        build.read_pieces(places, held, layout.tensors(self.shape), checkpoint)
+        for name, value in table.items():
+            if in_fp8(value):
+                load(value, places[name], tensors.get(f"{prefix}_scale.{self._family.local_name(name)}"))
+
+    def _load_table(self, prefix: str, table: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+        for name, value in table.items():
+            key = f"{prefix}.{self._family.local_name(name)}"
+            saved = tensors.get(key)
+            if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
+                raise CheckpointError(
+                    f"trainer state must hold {key} as {list(value.shape)} {value.dtype}; found "
+                    f"{'nothing' if saved is None else f'{list(saved.shape)} {saved.dtype}'}: resume with the "
+                    f"configuration that saved it"
+                )
+            load(value, saved, tensors.get(f"{prefix}_scale.{self._family.local_name(name)}"))
+
+    def _load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
         prefix = "optimizer."
         self._optimizer.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 

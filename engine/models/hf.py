@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from engine.core.errors import CheckpointError, ConfigError
-from engine.core.files import give_umask_mode, staged_folder
+from engine.core.files import staged_folder
 from engine.core.registry import portable
+from engine.core.tensor_files import write_tensors
 from engine.models.base import INERT_FIELDS, PLAIN_FIELDS, ROPE_FIELDS, Family, Llama3Scaling, ModelShape
 from engine.models.registry import AUTO, FAMILIES, family_named
 
@@ -266,34 +267,38 @@ class HfCheckpoint:
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """The tensor in its stored dtype. CheckpointError when it is missing, unreadable or not of `shape`."""
+        value: torch.Tensor = self._read(name, shape, lambda found: found[:])
+        return value
+
+    def part(self, name: str, shape: tuple[int, ...], rows: slice, cols: slice) -> torch.Tensor:
+        """The rectangle of a matrix [M, N] (`cols` of a vector is all of it) in its stored dtype, of which alone the bytes are
+        read. CheckpointError as of `tensor`."""
+        part: torch.Tensor = self._read(name, shape, lambda found: found[rows, cols] if len(shape) == 2 else found[rows])
+        return part
+
+    def _read(self, name: str, shape: tuple[int, ...] | None, take: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """What `take` gives of safetensors' slice of a tensor."""
         if name not in self._files:
             raise CheckpointError(f"{self.path} has no tensor {name}: the checkpoint is incomplete, fetch it again")
         file = self._files[name]
         try:
             with self._open(file) as opened:
-                value: torch.Tensor = opened.get_tensor(name)
+                found = opened.get_slice(name)
+                there = tuple(found.get_shape())
+                if shape is not None and there != shape:
+                    raise CheckpointError(
+                        f"{self.path / file}: tensor {name} must be {list(shape)} by config.json; found {list(there)}: "
+                        f"the two files belong to different models"
+                    )
+                return take(found)
         except SafetensorError as error:
             raise CheckpointError(f"{self.path / file}: {name} cannot be read: {error}; fetch it again") from error
-        if shape is not None and tuple(value.shape) != shape:
-            raise CheckpointError(
-                f"{self.path / file}: tensor {name} must be {list(shape)} by config.json; found {list(value.shape)}: "
-                f"the two files belong to different models"
-            )
-        return value
 
     def _open(self, file: str, framework: str = "pt") -> Any:
         try:
             return safe_open(self.path / file, framework=framework)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path / file} cannot be read: {error}; fetch it again") from error
-
-
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file of contiguous tensors, readable to whom the umask lets read."""
-    from safetensors.torch import save_file
-
-    save_file(dict(tensors), path, metadata=metadata)
-    give_umask_mode(path)
 
 
 def check_destination(directory: str | Path) -> Path:
@@ -313,22 +318,48 @@ def write_hf_checkpoint(
     *,
     end_ids: Iterable[int] = (),
 ) -> None:
-    """Writes a folder that `transformers` and vLLM load, staged beside `directory` and renamed when complete.
-
-    `template` is the folder whose config.json (dtype updated), generation config and tokenizer files come along; where the
-    generation config does not name all of `end_ids`, what ends a response, it is made to.
-    A former checkpoint at `directory` is replaced; a folder that is none raises CheckpointError and is left alone.
+    """Writes a folder that `transformers` and vLLM load, staged beside `directory` and renamed when complete; its files beside
+    the weights are those of `write_companions`. A former checkpoint at `directory` is replaced; a folder that is none raises
+    CheckpointError and is left alone.
     """
     directory = check_destination(directory)
     with staged_folder(directory) as staging:
-        dtype = _write_shards(staging, tensors, max_shard_bytes)
-        config = _read_json(Path(template) / "config.json")
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        _write_json(staging / "config.json", config)
-        for name in COMPANIONS:
-            if (Path(template) / name).exists():
-                shutil.copyfile(Path(template) / name, staging / name)
-        _name_ends(staging, list(end_ids))
+        shards, dtype, num_bytes = _write_shards(staging, tensors, max_shard_bytes)
+        files = shard_names(len(shards))
+        for index, file in enumerate(files):
+            (staging / f"{index}.part").rename(staging / file)
+        write_companions(staging, dict(zip(files, shards, strict=True)), dtype, num_bytes, template, end_ids=end_ids)
+
+
+def shard_names(count: int) -> list[str]:
+    """The names of a folder's `count` files of weights, as transformers has them."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
+
+
+def write_companions(
+    folder: Path,
+    files: Mapping[str, Sequence[str]],
+    dtype: torch.dtype,
+    num_bytes: int,
+    template: str | Path,
+    *,
+    end_ids: Iterable[int] = (),
+) -> None:
+    """Writes what stands beside the weights: the index of several files, config.json with the weights' dtype, generation
+    config and tokenizer files of the folder `template`; where the generation config does not name all of `end_ids`, what ends
+    a response, it is made to. `files`: the names of the tensors in each; `num_bytes`: of all of them."""
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+    config = _read_json(Path(template) / "config.json")
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
+    for name in COMPANIONS:
+        if (Path(template) / name).exists():
+            shutil.copyfile(Path(template) / name, folder / name)
+    _name_ends(folder, list(end_ids))
 
 
 def _name_ends(folder: Path, end_ids: list[int]) -> None:
@@ -340,35 +371,30 @@ def _name_ends(folder: Path, end_ids: list[int]) -> None:
     _write_json(file, said | {"eos_token_id": end_ids})
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> torch.dtype:
-    """Streams tensors into shard files in their order, holding one shard at a time; returns their dtype."""
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
+) -> tuple[list[list[str]], torch.dtype, int]:
+    """Streams tensors into files 0.part, 1.part ... in their order, holding one file's at a time; the names in each, the
+    dtype and the bytes of all."""
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     total = 0
     dtype: torch.dtype | None = None
 
     def flush() -> None:
-        save_tensors(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        write_tensors(folder / f"{len(shards)}.part", pending, {"format": "pt"})
         shards.append(list(pending))
         pending.clear()
 
     for name, value in tensors:
         if pending and sum(held.nbytes for held in pending.values()) + value.nbytes > max_shard_bytes:
             flush()
-        pending[name] = value.detach().cpu().contiguous()
+        pending[name] = value.detach().cpu()
         total += value.nbytes
         dtype = value.dtype
     assert dtype is not None, "a checkpoint without tensors"
     flush()
-    if len(shards) == 1:
-        (folder / "0.part").rename(folder / SINGLE_FILE)
-        return dtype
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for i, file in enumerate(files):
-        (folder / f"{i}.part").rename(folder / file)
-    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return dtype
+    return shards, dtype, total
 
 
 def _write_json(file: Path, tree: dict[str, Any]) -> None:

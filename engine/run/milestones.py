@@ -4,7 +4,9 @@ takes part, although rank 0 alone has the records and the engines. When an evalu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
@@ -13,10 +15,11 @@ from engine.config.load import RunConfig
 from engine.core.errors import NumericsError, PreemptedError, SemionError
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology
-from engine.models.sharding import export_plan
+from engine.models.sharding import export_files, export_plan, tensors
 from engine.run.agreement import Agreement
-from engine.run.checkpoint import Checkpoints, check_prolonged
+from engine.run.checkpoint import check_prolonged
 from engine.run.controller import Controller
+from engine.run.saving import Checkpoints, Snapshot, Weights
 
 
 class Milestones:
@@ -34,6 +37,8 @@ class Milestones:
         """`controller` on rank 0, None on every other."""
         self._config, self._policy, self._topology = config, policy, topology
         self._checkpoints, self._controller, self._agreement = checkpoints, controller, agreement
+        bucket_bytes = config.sync.bucket_mebibytes << 20
+        self._files = export_files(policy.shape, policy.layout, topology.dp_size, policy.dtype, bucket_bytes)
         if controller is not None:
             checkpoints.select(controller.scores(), config)
 
@@ -47,14 +52,39 @@ class Milestones:
         # Nowhere else could a run that was asked to stop be continued.
         stopped = config.schedule.resumable(step) and self._agreement.stop_asked()
         saved = commits(config, step, ends=collapse is not None or stopped)
+        self._checkpoints.check()
         if saved:
+            self._checkpoints.wait()
             records = controller.kept(self._checkpoints.steps()) if controller is not None else None
-            weights = full_weights(config, self._policy, self._topology)
             ends = controller.end_ids if controller is not None else ()
-            self._checkpoints.commit(step, self._policy.state(), weights, config, records, ends)
+            self._checkpoints.commit(step, self._snapshot(step), config, records, ends)
         if end := _early_end(config, step, collapse, stopped=stopped, saved=saved):
+            self.close()
             self._close()
             raise end
+
+    def close(self) -> None:
+        """Returns when this rank's part of the last checkpoint is on disk, and on rank 0 when it is named."""
+        self._checkpoints.wait()
+
+    def _snapshot(self, step: int) -> Snapshot:
+        """This rank's part of the state after `step` steps, in host memory. Collective."""
+        policy, schedule = self._policy, self._config.schedule
+        reference, at, from_seed = None, None, False
+        if policy.has_reference and not schedule.reference_due(step):  # else the resumed run copies it from the policy
+            version = schedule.reference_version(step)
+            from_seed = version == 0
+            at = version if version and self._config.checkpoint_due(version) else None
+            reference = self._weights("reference") if at is None and not from_seed else None
+        state = policy.state(weights=False)
+        return Snapshot(state, policy.dtype, self._weights("policy"), reference, at, from_seed or policy.keeps_seed)
+
+    def _weights(self, which: Literal["policy", "reference"]) -> Weights:
+        policy, plan = self._policy, self._files
+        names = tuple(file.names for file in plan)
+        sizes = tensors(policy.shape)
+        num_bytes = sum(math.prod(size) for size in sizes.values()) * policy.dtype.itemsize
+        return Weights(names, policy.files(plan, of=which), num_bytes)
 
     def evaluate(self, step: int) -> None:
         """Judges the weights after `step` steps on rank 0 while the others wait. Collective."""
@@ -95,7 +125,7 @@ def _early_end(config: RunConfig, step: int, collapse: str | None, *, stopped: b
 
 def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> int:
     """Loads the newest checkpoint into the policy; the step to go on with."""
-    step, state = checkpoints.load(config)
-    check_prolonged(config, step)
-    policy.load_state(state)
-    return step
+    saved = checkpoints.load(config)
+    check_prolonged(config, saved.step)
+    policy.load_checkpoint(saved.state, saved.policy, saved.reference)
+    return saved.step

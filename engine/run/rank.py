@@ -31,10 +31,10 @@ from engine.observe.sinks import MetricsWriter
 from engine.rewards.model import ScoringEngine
 from engine.run import loop
 from engine.run.agreement import Agreement
-from engine.run.checkpoint import Checkpoints
 from engine.run.controller import Controller
 from engine.run.milestones import Milestones, full_weights, resume_policy
 from engine.run.publishers import NoEngines, PoolPublisher
+from engine.run.saving import Checkpoints
 from engine.run.signals import Event
 from engine.run.sources import BroadcastSource, SupervisedSource
 from engine.run.spec import Spec
@@ -70,6 +70,7 @@ class TrainerRank:
             world_size=topology.world_size,
             barrier=dist.barrier,
             digests=spec.digests or None,
+            patience_seconds=config.trainer.timeout_seconds,
         )
         start = resume_policy(config, checkpoints, policy) if resume else 0
         controller: Controller | None = None
@@ -96,6 +97,7 @@ class TrainerRank:
         ):
             for event in controller.finish_step(record) if controller is not None else ():  # Ray's `send` is not a list's
                 yield event
+        milestones.close()
         for event in controller.finish() if controller is not None else ():
             yield event
         topology.close()

@@ -11,7 +11,7 @@ from engine.api.faults.look import Faults, Look, caught
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import CheckpointError, ConfigError
 from engine.models.hf import check_destination
-from engine.run.checkpoint import check_prolonged, latest, other_data, other_options, read_manifest
+from engine.run.checkpoint import check_prolonged, latest, other_data, other_options, read_manifest, reference_folder
 
 
 def directory_faults(look: Look) -> Faults:
@@ -78,3 +78,7 @@ def resume_faults(look: Look, *, reads_data: bool) -> Faults:
         found = (newest / name).stat().st_size if (newest / name).exists() else "none"
         if found != known["bytes"]:
             yield CheckpointError(f"{newest / name} must have {known['bytes']} bytes; found {found}: use another checkpoint")
+    try:
+        reference_folder(newest, manifest)
+    except CheckpointError as error:
+        yield error

@@ -63,6 +63,10 @@ class Schedule(ABC):
             return False
         return self.sync_due(step) if self.reference == "follow" else self.falls_due(self.reference, step)
 
+    def reference_version(self, step: int) -> int:
+        """The weight version that the reference is while `step` trains; 0 is the seed model's."""
+        return next((before for before in range(step, 0, -1) if self.reference_due(before)), 0)
+
     def opens(self, step: int) -> range:
         """The steps whose prompts are submitted for generation just before `step`; empty where none are.
 

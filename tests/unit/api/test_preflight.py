@@ -22,9 +22,9 @@ from engine.api.warnings import warnings
 from engine.config.load import RunConfig, dump_config, override
 from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, StorageError, combined
 from engine.core.files import locked
-from engine.run.checkpoint import Checkpoints
 from engine.run.spec import Spec
 from tests.builders import LLAMA, config, make_model
+from tests.checkpoints import commit, open_folder
 from tests.conftest import CHAT_TEMPLATE
 
 ROW = {"problem": "1+1", "answer": "2", "solution": "It is 2."}
@@ -402,8 +402,8 @@ def test_a_run_directory_of_another_run(made, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_gone_on_from(made, tmp_path):
-    checkpoints = Checkpoints(made.run_directory / "checkpoints", rank=0, world_size=1, barrier=lambda: None)
-    folder = checkpoints.commit(4, {"step": torch.tensor(4)}, iter([("model.norm.weight", torch.ones(3))]), made)
+    checkpoints = open_folder(made.run_directory / "checkpoints")
+    folder = commit(checkpoints, 4, {"step": torch.tensor(4)}, [("model.norm.weight", torch.ones(3))], made)
     assert faults(made, resume=True) == []
     write(tmp_path / "train.jsonl", [ROW | {"problem": "other"}])
     other = override(made, {"run.seed": 3, "algorithm.beta": 0.5, "run.steps": 2})

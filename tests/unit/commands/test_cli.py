@@ -29,10 +29,10 @@ from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion
 from engine.observe.sinks import MetricsWriter
 from engine.rewards.registry import RoutedReward
-from engine.run.checkpoint import Checkpoints
 from engine.run.signals import stop_request
 from tests import builders
 from tests.builders import LLAMA, make_model
+from tests.checkpoints import commit, open_folder
 from tests.unit.inference.test_pool import FakeEngine
 from tests.unit.rollouts.test_rollouts import Parity
 from tools.make_reward_model import make_reward_model
@@ -253,16 +253,16 @@ def test_export_of_a_run_of_a_checkpoint_and_of_nothing(file, tmp_path, complain
     assert "must be a run or a checkpoint; found neither" in complaint(4, "export", tmp_path, tmp_path / "out")
     assert "must be a run or a checkpoint" in complaint(4, "export", tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", rank=0, world_size=1, barrier=lambda: None)
+    checkpoints = open_folder(tmp_path / "run" / "checkpoints")
     weights = [("model.norm.weight", torch.ones(3))]
-    folder = checkpoints.commit(4, {"step": torch.tensor(4)}, iter(weights), load_config(file))
+    folder = commit(checkpoints, 4, {"step": torch.tensor(4)}, weights, load_config(file))
     for source, name in ((tmp_path / "run", "of_run"), (folder, "of_checkpoint")):
         assert cli.main(["export", str(source), str(tmp_path / name)]) == 0
         assert "the policy of step_00000004, verified" in capsys.readouterr().out
         assert (tmp_path / name / "model.safetensors").exists()
     assert "must be new or empty" in complaint(4, "export", folder, tmp_path / "of_run")
     assert "must hold BEST for --best; found none" in complaint(4, "export", tmp_path / "run", tmp_path / "b", "--best")
-    checkpoints.commit(8, {"step": torch.tensor(8)}, iter(weights), load_config(file))
+    commit(checkpoints, 8, {"step": torch.tensor(8)}, weights, load_config(file))
     checkpoints.select({4: 0.5, 8: 0.25}, load_config(file))
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "best"), "--best"]) == 0
     assert "the policy of step_00000004, verified" in capsys.readouterr().out

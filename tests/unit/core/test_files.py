@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from engine.core.errors import StorageError
-from engine.core.files import atomic_write, give_umask_mode, staged_folder, storing, unwritable
+from engine.core.files import atomic_write, staged_folder, storing, unwritable
 from engine.core.jsonl import JsonlLedger
 
 
@@ -66,13 +66,3 @@ def test_both_ways_to_tell_that_a_disk_is_full(tmp_path, code):
         with pytest.raises(StorageError, match="12 bytes needed and"), storing(tmp_path / "new", lambda: 12):
             raise error
     assert unwritable(OSError(errno.ENOENT, "")) is None and unwritable(ValueError("os error 28")) is None
-
-
-def test_a_file_gets_the_mode_that_open_would_give(tmp_path):
-    before = os.umask(0o027)
-    try:
-        (tmp_path / "file").touch(0o600)
-        give_umask_mode(tmp_path / "file")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640

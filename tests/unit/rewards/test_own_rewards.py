@@ -232,7 +232,7 @@ def test_a_reward_that_was_written_anew_is_refused_on_resume_by_name(tmp_path, m
         "data.reward_combine": {"data": {"train": "t.jsonl", "reward": ["math", "x.py:g"], "reward_combine": name}},
     }[source]
     commit(tmp_path, 5, **changes)
-    assert open_checkpoints(tmp_path).load(checkpoint_config(tmp_path, **changes))[0] == 5
+    assert open_checkpoints(tmp_path).load(checkpoint_config(tmp_path, **changes)).step == 5
     file.write_text("raise SystemExit('imported') # another")
     with pytest.raises(CheckpointError, match=f"^{source}.* must be what .* was written with; found other contents"):
         open_checkpoints(tmp_path).load(checkpoint_config(tmp_path, **changes))

@@ -22,15 +22,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from engine.config.load import RunConfig
-from engine.core.errors import CheckpointError, StorageError
+from engine.core.errors import CheckpointError, StorageError, WatchdogError
 from engine.models.hf import HfCheckpoint
 from engine.run.checkpoint import (
     BEST,
     LATEST,
     MANIFEST,
-    Checkpoints,
     _content_digest,
     best,
     data_digests,
@@ -40,7 +40,11 @@ from engine.run.checkpoint import (
     read_manifest,
 )
 from engine.run.milestones import commits, resume_policy
+from engine.run.saving import Checkpoints, Snapshot, Weights
 from tests import builders
+from tests.checkpoints import commit as committed
+from tests.checkpoints import open_folder, snapshot_of
+from tests.checkpoints import weights_of as own_weights
 from tests.unit.core.test_files import files_of_at_most
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -57,7 +61,7 @@ def run_config(root: Path, **changes: dict[str, Any]) -> RunConfig:
 
 
 def open_checkpoints(root: Path) -> Checkpoints:
-    return Checkpoints(root / "run" / "checkpoints", rank=0, world_size=1, barrier=lambda: None)
+    return open_folder(root / "run" / "checkpoints")
 
 
 def state_of(step: int) -> dict[str, torch.Tensor]:
@@ -70,7 +74,7 @@ def weights_of(step: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def commit(root: Path, step: int, **changes: dict[str, Any]) -> Path:
-    return open_checkpoints(root).commit(step, state_of(step), weights_of(step), run_config(root, **changes))
+    return committed(open_checkpoints(root), step, state_of(step), weights_of(step), run_config(root, **changes))
 
 
 def test_a_checkpoint_records_what_the_run_began_with(tmp_path):
@@ -78,15 +82,15 @@ def test_a_checkpoint_records_what_the_run_began_with(tmp_path):
     (tmp_path / "train.jsonl").write_text("one")
     config = run_config(tmp_path, data={"train": str(tmp_path / "train.jsonl")})
     folder = tmp_path / "run" / "checkpoints"
-    checkpoints = Checkpoints(folder, rank=0, world_size=1, barrier=lambda: None, digests=data_digests(config))
+    checkpoints = open_folder(folder, digests=data_digests(config))
     (tmp_path / "train.jsonl").write_text("two")
-    checkpoints.commit(5, state_of(5), weights_of(5), config)
+    committed(checkpoints, 5, state_of(5), weights_of(5), config)
     with pytest.raises(CheckpointError, match=r"data\.train must be what .* was written with"):
         checkpoints.load(config)
     (tmp_path / "train.jsonl").unlink()
-    checkpoints.commit(10, state_of(10), weights_of(10), config)
+    committed(checkpoints, 10, state_of(10), weights_of(10), config)
     (tmp_path / "train.jsonl").write_text("one")
-    assert checkpoints.load(config)[0] == 10
+    assert checkpoints.load(config).step == 10
 
 
 def test_an_option_that_came_later_counts_as_its_default(tmp_path):
@@ -95,7 +99,7 @@ def test_an_option_that_came_later_counts_as_its_default(tmp_path):
     saved = json.loads(manifest.read_text())
     del saved["config"]["model"]["family"], saved["config"]["data"]["reward_combine"], saved["sha256"]
     manifest.write_text(json.dumps(saved | {"sha256": _content_digest(saved)}))
-    assert open_checkpoints(tmp_path).load(run_config(tmp_path))[0] == 5
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path)).step == 5
     with pytest.raises(CheckpointError, match=r"model\.family must be what .* found 'llama' instead of None"):
         open_checkpoints(tmp_path).load(run_config(tmp_path, model={"family": "llama"}))
 
@@ -118,7 +122,7 @@ def test_what_becomes_of_long_responses_and_the_schedule_are_part_of_the_run(tmp
 
 def test_the_policy_of_a_checkpoint_names_all_that_ends_a_response(tmp_path):
     config = run_config(tmp_path)
-    written = open_checkpoints(tmp_path).commit(5, state_of(5), weights_of(5), config, None, (7, 8))
+    written = committed(open_checkpoints(tmp_path), 5, state_of(5), weights_of(5), config, None, (7, 8))
     assert json.loads((written / "policy" / "generation_config.json").read_text()) == {"eos_token_id": [7, 8]}
     export(written, tmp_path / "out")
     assert (tmp_path / "out" / "generation_config.json").exists()
@@ -143,7 +147,7 @@ def test_what_judges_belongs_to_the_run(tmp_path):
     judges |= {"reward_model": {"path": str(model), "timeout_seconds": 5.0}}
     commit(tmp_path, 5, **judges)
     patient = judges | {"reward_model": judges["reward_model"] | {"timeout_seconds": 9.0}}
-    assert open_checkpoints(tmp_path).load(run_config(tmp_path, **patient))[0] == 5
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path, **patient)).step == 5
     (model / "model.safetensors").write_bytes(b"three")
     with pytest.raises(CheckpointError, match=r"^reward_model\.path must be what .* was written with"):
         open_checkpoints(tmp_path).load(run_config(tmp_path, **judges))
@@ -155,8 +159,10 @@ def test_what_judges_belongs_to_the_run(tmp_path):
 
 def assert_whole(root: Path, step: int) -> None:
     """The newest checkpoint loads, is that of `step` in every tensor, and exports."""
-    found, state = open_checkpoints(root).load(run_config(root))
+    saved = open_checkpoints(root).load(run_config(root))
+    found, state = saved.step, saved.state
     assert found == step
+    assert all(torch.equal(saved.policy.tensor(name), tensor) for name, tensor in weights_of(step))
     assert state.keys() == state_of(step).keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in state_of(step).items())
     newest = latest(root / "run" / "checkpoints")
@@ -175,31 +181,120 @@ def test_what_is_committed_comes_back(tmp_path):
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")], "nothing staged is left"
 
 
-def test_several_ranks_each_find_their_own_state(tmp_path):
-    """Two ranks in turn, as their barriers order them: rank 1 writes before rank 0 names the checkpoint."""
-    config, folder = run_config(tmp_path), tmp_path / "run" / "checkpoints"
-    passed: list[int] = []
+def two_ranks(root: Path, patience_seconds: float = 60.0) -> tuple[list[Checkpoints], list[Snapshot]]:
+    """The checkpoints of two ranks, each of which has a file of the weights."""
+    weights = dict(weights_of(5))
+    names, num_bytes = (("embed",), ("norm",)), sum(tensor.nbytes for tensor in weights.values())
+    ranks = [open_folder(root / "run" / "checkpoints", rank, 2, patience_seconds=patience_seconds) for rank in range(2)]
+    states = state_of(5), {"moment": torch.ones(2)}
+    snapshots = [
+        Snapshot(states[rank], torch.bfloat16, Weights(names, {rank: {name: weights[name]}}, num_bytes))
+        for rank, (name,) in enumerate(names)
+    ]
+    return ranks, snapshots
 
-    def barrier() -> None:
-        passed.append(len(passed))
-        if len(passed) == 1:  # rank 0 has made the staging folder
-            drained, other = weights_of(5), Checkpoints(folder, rank=1, world_size=2, barrier=lambda: None)
-            other.commit(5, {"moment": torch.ones(2)}, drained, config)
-            assert list(drained) == [], "a rank without the weights still takes part in streaming them"
 
-    Checkpoints(folder, rank=0, world_size=2, barrier=barrier).commit(5, state_of(5), weights_of(5), config)
-    assert len(passed) == 3
+def test_several_ranks_write_their_own_parts_at_once(tmp_path):
+    config, folder = run_config(tmp_path), tmp_path / "run" / "checkpoints" / "step_00000005"
+    ranks, snapshots = two_ranks(tmp_path)
+    for rank, snapshot in zip(ranks, snapshots, strict=True):
+        rank.commit(5, snapshot, config)
+    for rank in reversed(ranks):
+        rank.wait()
+    assert sorted(path.name for path in (folder / "policy").iterdir()) == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "policy", rank_file(0), rank_file(1)]
     assert_whole(tmp_path, 5)
-    _, state = Checkpoints(folder, rank=1, world_size=2, barrier=lambda: None).load(config)
-    assert torch.equal(state["moment"], torch.ones(2))
+    assert torch.equal(ranks[1].load(config).state["moment"], torch.ones(2))
     with pytest.raises(CheckpointError, match=r"rank_0002\.safetensors is not part of the checkpoint"):
-        Checkpoints(folder, rank=2, world_size=3, barrier=lambda: None).load(config)
+        open_folder(folder.parent, 2, 3).load(config)
+    flip(folder / "policy" / "model-00001-of-00002.safetensors", 99)
+    refused = 0
+    for rank in ranks:  # one of them checks that file
+        try:
+            rank.load(config)
+        except CheckpointError as error:
+            refused += "model-00001-of-00002.safetensors differs from its digest" in str(error)
+    assert refused == 1
+
+
+def test_a_rank_that_does_not_write_or_cannot_is_told_and_nothing_is_named(tmp_path):
+    first = commit(tmp_path, 4)
+    config, folder = run_config(tmp_path), tmp_path / "run" / "checkpoints"
+    (alone, _), (part, _) = two_ranks(tmp_path, patience_seconds=0.3)
+    alone.commit(5, part, config)
+    with pytest.raises(WatchdogError, match=r"trainer rank 1 must write its part .* found nothing new for 0\.3 s"):
+        alone.wait()
+    assert sorted(path.name for path in folder.iterdir()) == [LATEST, first.name]
+    ranks, snapshots = two_ranks(tmp_path)
+    ranks[0].commit(5, snapshots[0], config)
+    with files_of_at_most(100):
+        ranks[1].commit(5, snapshots[1], config)
+        with pytest.raises(StorageError, match="bytes needed and"):
+            ranks[1].wait()
+    with pytest.raises(StorageError, match="cannot be written"):
+        ranks[0].wait()
+    assert sorted(path.name for path in folder.iterdir()) == [LATEST, first.name]
+
+
+def look_again_and_again(checkpoints: Checkpoints) -> None:
+    while True:
+        checkpoints.check()
+        time.sleep(0.001)
+
+
+def test_a_failure_in_the_background_is_raised_at_the_next_look(tmp_path):
+    checkpoints, config = open_checkpoints(tmp_path), run_config(tmp_path)
+    with files_of_at_most(100):
+        checkpoints.commit(5, snapshot_of(state_of(5), weights_of(5)), config)
+        with pytest.raises(StorageError):
+            look_again_and_again(checkpoints)
+    checkpoints.wait()
+    checkpoints.commit(5, snapshot_of(state_of(5), weights_of(5)), config)
+    checkpoints.wait()
+    assert_whole(tmp_path, 5)
+
+
+def test_a_reference_is_read_from_where_it_is(tmp_path):
+    """In the checkpoint, in another one, which is then kept, or in the seed model, which must be the one the run began with."""
+    seed = tmp_path / "seed" / "model.safetensors"
+    config = run_config(tmp_path, checkpoint={"keep": 1})
+    save_file({"w": torch.ones(2)}, seed)
+    checkpoints = open_checkpoints(tmp_path)
+
+    def save(step: int, **reference: Any) -> None:
+        checkpoints.commit(step, snapshot_of(state_of(step), weights_of(step), **reference), config)
+        checkpoints.wait()
+
+    save(5, needs_seed=True)
+    assert checkpoints.load(config).reference is None
+    save_file({"w": torch.zeros(2)}, seed)
+    with pytest.raises(CheckpointError, match=r"model\.path must hold the weights .* found others at .*model\.safetensors"):
+        checkpoints.load(config)
+    save_file({"w": torch.ones(2)}, seed)
+    for step in (10, 15, 20):
+        save(step, reference_step=5)
+        reference = checkpoints.load(config).reference
+        assert reference is not None and torch.equal(reference.tensor("embed"), dict(weights_of(5))["embed"])
+        assert steps_kept(tmp_path) == [5, step]
+    save(25, reference=own_weights(dict(weights_of(7))))
+    reference = checkpoints.load(config).reference
+    assert reference is not None and torch.equal(reference.tensor("embed"), dict(weights_of(7))["embed"])
+    assert steps_kept(tmp_path) == [25], "nobody needs the fifth any more"
+    save(30, reference_step=25)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000025")
+    with pytest.raises(CheckpointError, match="needs step_00000025, whose policy is its reference; found none"):
+        checkpoints.load(config)
 
 
 def test_the_same_step_can_be_saved_twice(tmp_path):
     commit(tmp_path, 5)
-    open_checkpoints(tmp_path).commit(5, state_of(6), weights_of(6), run_config(tmp_path))
-    assert torch.equal(open_checkpoints(tmp_path).load(run_config(tmp_path))[1]["0.step"], torch.tensor(6))
+    committed(open_checkpoints(tmp_path), 5, state_of(6), weights_of(6), run_config(tmp_path))
+    assert torch.equal(open_checkpoints(tmp_path).load(run_config(tmp_path)).state["0.step"], torch.tensor(6))
     commit(tmp_path, 10)
     assert_whole(tmp_path, 10)
 
@@ -209,7 +304,7 @@ def test_what_the_run_says_of_its_records_comes_back_with_the_newest(tmp_path):
     checkpoints, config = open_checkpoints(tmp_path), run_config(tmp_path, checkpoint={"keep": 2})
     for step in (5, 10, 15):
         records = {"bytes": {"metrics": step}, "judged": [{10: 0.1, 9: None}]}
-        checkpoints.commit(step, state_of(step), weights_of(step), config, records)
+        committed(checkpoints, step, state_of(step), weights_of(step), config, records)
     assert checkpoints.records() == {"bytes": {"metrics": 15}, "judged": [{"10": 0.1, "9": None}]}
     assert checkpoints.steps() == {10, 15}
     (tmp_path / "run" / "checkpoints" / "step_00000020").mkdir()
@@ -400,7 +495,7 @@ def test_another_run_is_refused_naming_the_option(tmp_path, section, option, val
 )
 def test_what_does_not_change_a_run_may_differ(tmp_path, section, options):
     commit(tmp_path, 5)
-    assert open_checkpoints(tmp_path).load(run_config(tmp_path, **{section: options}))[0] == 5
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path, **{section: options})).step == 5
 
 
 def test_a_loss_of_the_users_own_must_be_the_one_the_run_began_with(tmp_path):
@@ -410,7 +505,7 @@ def test_a_loss_of_the_users_own_must_be_the_one_the_run_began_with(tmp_path):
     file.write_text(own)
     algorithm = {"loss": f"{file}:Regression"}
     commit(tmp_path, 5, algorithm=algorithm)
-    assert open_checkpoints(tmp_path).load(run_config(tmp_path, algorithm=algorithm))[0] == 5
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path, algorithm=algorithm)).step == 5
     file.write_text(own + "# another\n")
     with pytest.raises(CheckpointError, match=r"algorithm\.loss must be what .*step_00000005 was written with; found other"):
         open_checkpoints(tmp_path).load(run_config(tmp_path, algorithm=algorithm))
@@ -424,7 +519,7 @@ class Loaded:
 
     state: dict[str, torch.Tensor] | None = None
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_checkpoint(self, state: dict[str, torch.Tensor], policy: HfCheckpoint, reference: HfCheckpoint | None) -> None:
         self.state = state
 
 
@@ -546,7 +641,7 @@ def kill_again_and_again(root: Path) -> tuple[list[int], int]:
         time.sleep(draw.uniform(0.5, 10) * seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        newest, _ = open_checkpoints(root).load(run_config(root))
+        newest = open_checkpoints(root).load(run_config(root)).step
         assert_whole(root, newest)
         steps.append(newest)
         staged += any((root / "run" / "checkpoints").glob(".staging-*"))

@@ -1,0 +1,410 @@
+"""Checkpoints written while the run goes on: every trainer rank copies its part into host memory, and a thread of its own
+writes and hashes it while the next steps are trained. Rank 0 names the checkpoint by LATEST once every rank has told that its
+part is on disk. At most one is under way. Reading a checkpoint is checkpoint.py's business.
+
+Each element is written once: weights by the ranks of their stage in turn (models/sharding.py, `export_files`), optimizer state
+by the rank that holds it, a reference that equals the policy, another checkpoint or the seed model not at all. Killed at any
+moment, the folder still holds the last whole checkpoint.
+
+    .staging-step_00000040/                 what becomes step_00000040
+    .staging-step_00000040/parts/rank_0001.json   rank 1's part is on disk: its files' sizes and digests; or why it is not
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.config.load import RunConfig
+from engine.core.errors import CheckpointError, SemionError, StorageError, WatchdogError, combined
+from engine.core.files import atomic_write, storing, sync
+from engine.core.tensor_files import FileRecord, file_record, write_tensors
+from engine.models.hf import HfCheckpoint, shard_names, write_companions
+from engine.run.checkpoint import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    POLICY,
+    REFERENCE,
+    STEPS,
+    best,
+    data_digests,
+    latest,
+    other_data,
+    other_options,
+    rank_file,
+    read_manifest,
+    reference_folder,
+    sealed,
+    verify_file,
+    weight_files,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+PARTS = "parts"  # folder of the ranks' words in a staging folder
+FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.5  # seconds between two looks at the other ranks' words
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A Hugging Face folder of which a rank writes some files."""
+
+    names: tuple[tuple[str, ...], ...]  # of the tensors in each file of the folder, on every rank
+    own: Mapping[int, dict[str, torch.Tensor]]  # by the file's place in `names`, those that this rank writes; on the host
+    num_bytes: int  # of all files' tensors
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a rank writes of a checkpoint, in host memory, which nobody changes any more."""
+
+    state: Mapping[str, torch.Tensor]  # of this rank alone
+    dtype: torch.dtype  # of the weights
+    policy: Weights
+    reference: Weights | None = None  # where the checkpoint must hold one of its own
+    reference_step: int | None = None  # the checkpoint whose policy the reference is; None: `reference`, the seed's, or no need
+    needs_seed: bool = False  # whether a resumed run needs the very seed model: as its reference, or for its engines
+
+    @property
+    def num_bytes(self) -> int:
+        """That this rank writes."""
+        folders = [self.policy, *([self.reference] if self.reference is not None else [])]
+        tensors = [tensor for folder in folders for file in folder.own.values() for tensor in file.values()]
+        return sum(tensor.nbytes for tensor in [*self.state.values(), *tensors])
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What one rank goes on with."""
+
+    step: int
+    state: dict[str, torch.Tensor]  # of this rank alone
+    policy: HfCheckpoint
+    reference: HfCheckpoint | None  # None: the seed model's weights, or not needed
+
+
+@dataclass
+class _Save:
+    """A checkpoint under way."""
+
+    step: int
+    thread: threading.Thread | None = None
+    error: BaseException | None = None
+    files: dict[str, FileRecord] = field(default_factory=dict)  # this rank's, by their place in the checkpoint
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one trainer rank sees them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        barrier: Callable[[], None],
+        digests: Mapping[str, str | None] | None = None,
+        patience_seconds: float = 1200.0,
+    ) -> None:
+        """`barrier` waits for all trainer ranks. `digests`: of data and of what judges, as they were when the run began
+        (`Spec.digests`); a file that changes while the run goes on does not change what the run is made of. Taken at each
+        commit where not given. `patience_seconds`: how long rank 0 waits for other ranks' parts while nothing is added to
+        them."""
+        self._folder = folder
+        self._rank, self._world_size = rank, world_size
+        self._barrier = barrier
+        self._digests = digests
+        self._patience = patience_seconds
+        self._save: _Save | None = None
+        self._seed: dict[str, FileRecord] = {}  # this rank's share of the seed model's files
+        self._pointers = threading.Lock()  # LATEST, BEST and what is removed
+        self._scores: dict[int, float] | None = None  # what BEST is chosen by; None where nobody has said yet
+        self._keep = 1
+
+    def commit(
+        self,
+        step: int,
+        snapshot: Snapshot,
+        config: RunConfig,
+        records: Mapping[str, Any] | None = None,
+        end_ids: Iterable[int] = (),
+    ) -> None:
+        """Begins to write the checkpoint of `step`; collective, after `wait`. `records`, rank 0's, is what a resumed run needs
+        of the run's records (`Records.kept`); `end_ids`: what ends a response of the policy, which its generation config is to
+        name. What fails is raised by the next `check`, `wait` or `commit`: StorageError where the disk is full or not to be
+        written. Then nothing of the checkpoint stays, and the one before does."""
+        self.wait()
+        staging = self._folder / f".staging-step_{step:08d}"
+        if self._rank == 0:
+            self._make_staging(staging)
+        self._barrier()
+        save = self._save = _Save(step)
+        arguments = (save, staging, snapshot, config, records, tuple(end_ids))
+        save.thread = threading.Thread(target=self._write, args=arguments, name=f"checkpoint of step {step}", daemon=True)
+        save.thread.start()
+
+    def check(self) -> None:
+        """Raises what the checkpoint under way has failed with."""
+        save = self._save
+        if save is not None and save.error is not None:
+            self._save = None
+            raise save.error
+
+    def wait(self) -> None:
+        """Returns when this rank's part of the checkpoint under way is on disk; on rank 0, when LATEST names it. Raises what it
+        has failed with."""
+        if self._save is not None and self._save.thread is not None:
+            self._save.thread.join()
+            self.check()
+            self._save = None
+
+    def _make_staging(self, staging: Path) -> None:
+        with storing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for stale in self._folder.glob(".staging-*"):
+                shutil.rmtree(stale)
+            for folder in (staging, staging / POLICY, staging / REFERENCE, staging / PARTS):
+                folder.mkdir()
+
+    def _write(
+        self,
+        save: _Save,
+        staging: Path,
+        snapshot: Snapshot,
+        config: RunConfig,
+        records: Mapping[str, Any] | None,
+        end_ids: tuple[int, ...],
+    ) -> None:
+        """What the thread does."""
+        try:
+            with storing(self._folder, lambda: snapshot.num_bytes):
+                self._write_part(save, staging, snapshot, config)
+                if self._rank == 0:
+                    self._finish(save, staging, snapshot, config, records, end_ids)
+        except BaseException as error:
+            self._tell_failure(staging, error)
+            save.error = error
+
+    def _write_part(self, save: _Save, staging: Path, snapshot: Snapshot, config: RunConfig) -> None:
+        """This rank's files, and then its word that they are on disk."""
+        name = rank_file(self._rank)
+        save.files[name] = write_tensors(staging / name, snapshot.state)
+        for folder, weights in ((POLICY, snapshot.policy), (REFERENCE, snapshot.reference)):
+            if weights is None:
+                continue
+            files = shard_names(len(weights.names))
+            for index, tensors in weights.own.items():
+                ordered = {name: tensors[name] for name in weights.names[index]}
+                record = write_tensors(staging / folder / files[index], ordered, {"format": "pt"})
+                save.files[f"{folder}/{files[index]}"] = record
+        if snapshot.needs_seed and not self._seed:
+            mine = weight_files(Path(config.model.path))[self._rank :: self._world_size]
+            self._seed = {file.name: file_record(file) for file in mine}
+        word = {"files": _as_json(save.files), "seed": _as_json(self._seed)}
+        with atomic_write(staging / PARTS / f"rank_{self._rank:04d}.json", durable=True) as part:
+            part.write_text(json.dumps(word), encoding="utf-8")
+
+    def _tell_failure(self, staging: Path, error: BaseException) -> None:
+        """The other ranks' rank 0 need not wait; rank 0 removes what it can."""
+        if self._rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            return
+        word = {"error": str(error), "storage": isinstance(error, StorageError)}
+        try:
+            with atomic_write(staging / PARTS / f"rank_{self._rank:04d}.json") as part:
+                part.write_text(json.dumps(word), encoding="utf-8")
+        except (OSError, SemionError):
+            return  # nothing can be written: this rank's own error is told
+
+    def _finish(
+        self,
+        save: _Save,
+        staging: Path,
+        snapshot: Snapshot,
+        config: RunConfig,
+        records: Mapping[str, Any] | None,
+        end_ids: tuple[int, ...],
+    ) -> None:
+        """Rank 0: what stands beside the weights, the manifest, and the names by which the checkpoint is found."""
+        for folder, weights in ((POLICY, snapshot.policy), (REFERENCE, snapshot.reference)):
+            if weights is not None:
+                files = dict(zip(shard_names(len(weights.names)), weights.names, strict=True))
+                path, template = staging / folder, config.model.path
+                write_companions(path, files, snapshot.dtype, weights.num_bytes, template, end_ids=end_ids)
+        words = self._await_parts(staging)
+        shutil.rmtree(staging / PARTS)
+        if snapshot.reference is None:
+            (staging / REFERENCE).rmdir()
+        known = {name: found for word in words for name, found in word["files"].items()}
+        rest = [path for path in sorted(staging.rglob("*")) if path.is_file() and str(path.relative_to(staging)) not in known]
+        for path in rest:
+            sync(path)
+        known |= _as_json({str(path.relative_to(staging)): file_record(path) for path in rest})
+        manifest = {
+            "step": save.step,
+            "ranks": self._world_size,
+            "config": json.loads(config.model_dump_json()),
+            "data": data_digests(config) if self._digests is None else dict(self._digests),
+            "files": dict(sorted(known.items())),
+            "reference": _reference(snapshot),
+            "seed": {name: found for word in words for name, found in word["seed"].items()},
+            "records": json.loads(json.dumps(records)),
+        }
+        (staging / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
+        for path in (staging / MANIFEST, staging / POLICY, staging):
+            sync(path)
+        self._name(staging, self._folder / f"step_{save.step:08d}", config.checkpoint.keep)
+
+    def _await_parts(self, staging: Path) -> list[dict[str, Any]]:
+        """Every rank's word, once all have said it. WatchdogError where nothing is added to the parts for too long; a rank's
+        failure is raised as that rank's own would be."""
+        paths = [staging / PARTS / f"rank_{rank:04d}.json" for rank in range(self._world_size)]
+        pause, seen, patient_until = FIRST_PAUSE, -1, 0.0
+        while True:
+            words = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+            for word in words:
+                if "error" in word:
+                    raise StorageError(word["error"]) if word["storage"] else CheckpointError(word["error"])
+            if len(words) == self._world_size:
+                return words
+            size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+            if size != seen:
+                seen, patient_until = size, time.monotonic() + self._patience
+            if time.monotonic() > patient_until:
+                late = [rank for rank, path in enumerate(paths) if not path.exists()]
+                raise WatchdogError(
+                    f"trainer rank {late[0]} must write its part of a checkpoint into {staging}; found nothing new for "
+                    f"{self._patience:g} s: is that folder the same on every node?"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _name(self, staging: Path, final: Path, keep: int) -> None:
+        """Gives the whole checkpoint its name, and LATEST and BEST theirs."""
+        with self._pointers:
+            if final.exists():
+                former = final.with_name(f".staging-former-{final.name}")
+                final.rename(former)
+                shutil.rmtree(former)
+            staging.rename(final)
+            sync(self._folder)
+            self._point(LATEST, final.name)
+            self._keep = keep
+            self._select(final)
+
+    def select(self, scores: Mapping[int, float], config: RunConfig) -> None:
+        """Names by BEST the checkpoint of the highest score, the earliest of equals, among those up to the newest, now and
+        whenever one is added; removes BEST where none has a score. `scores` by step. For rank 0, at any time."""
+        with self._pointers:
+            self._scores, self._keep = dict(scores), config.checkpoint.keep
+            newest = latest(self._folder)
+            if newest is not None:
+                self._select(newest)
+
+    def _select(self, newest: Path) -> None:
+        if self._scores is None:
+            self._prune(newest, best(self._folder))
+            return
+        scores = self._scores
+        folders = {step: self._folder / f"step_{step:08d}" for step in scores}
+        there = [step for step in sorted(folders) if (folders[step] / MANIFEST).exists() and folders[step] <= newest]
+        chosen = folders[max(there, key=lambda step: scores[step])] if there else None
+        if chosen is not None:
+            self._point(BEST, chosen.name)
+        else:
+            (self._folder / BEST).unlink(missing_ok=True)
+        self._prune(newest, chosen)
+
+    def _point(self, pointer: str, name: str) -> None:
+        with atomic_write(self._folder / pointer, durable=True) as part:
+            part.write_text(name, encoding="utf-8")
+
+    def _prune(self, newest: Path, chosen: Path | None) -> None:
+        """Removes all but the best, the `keep` newest, and those that hold their reference. Later steps than the newest are of
+        a run that was killed before it named them; they do not count as kept."""
+        there = sorted(path for path in self._folder.glob(STEPS) if path.is_dir() and path.name <= newest.name)
+        kept = {*there[-self._keep :], *([chosen] if chosen is not None else [])}
+        held = {reference_folder(path) for path in kept if (path / MANIFEST).exists()}
+        kept |= {path.parent for path in held if path is not None}
+        for old in there:
+            if old not in kept:
+                shutil.rmtree(old)
+
+    def load(self, config: RunConfig) -> Saved:
+        """The newest checkpoint. This rank checks its own file and its share of the others against their digests, so that all
+        ranks together check all. Raises CheckpointError when there is none, it is torn or altered, or it belongs to another
+        run. Collective.
+        """
+        newest = latest(self._folder)
+        if newest is None:
+            raise CheckpointError(f"{self._folder} must hold a checkpoint to resume from; found none: start without --resume")
+        manifest = read_manifest(newest)
+        if found := [*other_options(newest, manifest, config), *other_data(newest, manifest, config)]:
+            raise combined(found)
+        own = rank_file(self._rank)
+        verify_file(newest, own, manifest)
+        self._verify_share(newest, manifest)
+        reference = reference_folder(newest, manifest)
+        if reference is not None and reference.parent != newest:
+            self._verify_share(reference.parent, read_manifest(reference.parent))
+        seed = manifest.get("seed", {})
+        for name in sorted(seed)[self._rank :: self._world_size]:
+            verify_seed(Path(config.model.path) / name, seed[name], newest)
+        self._barrier()
+        from safetensors.torch import load_file
+
+        return Saved(
+            step=int(manifest["step"]),
+            state=load_file(newest / own),
+            policy=HfCheckpoint(newest / POLICY),
+            reference=HfCheckpoint(reference) if reference is not None else None,
+        )
+
+    def _verify_share(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
+        """This rank's share of the files that are not one rank's own."""
+        shared = sorted(name for name in manifest["files"] if "/" in name)
+        for name in shared[self._rank :: self._world_size]:
+            verify_file(checkpoint, name, manifest)
+
+    def steps(self) -> set[int]:
+        """The steps of all checkpoints that stand, up to the newest."""
+        newest = latest(self._folder)
+        if newest is None:
+            return set()
+        return {int(path.name.removeprefix("step_")) for path in self._folder.glob(STEPS) if path.name <= newest.name}
+
+    def records(self) -> dict[str, Any] | None:
+        """What the newest checkpoint keeps of the run's records; None without one, or where an older version wrote it."""
+        newest = latest(self._folder)
+        found: dict[str, Any] | None = read_manifest(newest).get("records") if newest is not None else None
+        return found
+
+
+def verify_seed(file: Path, known: Mapping[str, Any], checkpoint: Path) -> None:
+    """CheckpointError where a file of the seed model, which the reference is, is not the one the run began with."""
+    found = file_record(file).as_json() if file.exists() else None
+    if found != known:
+        raise CheckpointError(
+            f"model.path must hold the weights that {checkpoint} was written with, for the run goes on needing them (its "
+            f"reference, or what its engines sample from); found {'none' if found is None else 'others'} at {file}: put back "
+            f"what it was, or start a new run"
+        )
+
+
+def _reference(snapshot: Snapshot) -> dict[str, Any] | None:
+    """Where the reference is, as the manifest has it; None: the seed model's, or not needed."""
+    if snapshot.reference is not None:
+        return {"folder": REFERENCE}
+    return {"step": snapshot.reference_step} if snapshot.reference_step is not None else None
+
+
+def _as_json(files: Mapping[str, FileRecord]) -> dict[str, Any]:
+    return {name: record.as_json() for name, record in files.items()}
