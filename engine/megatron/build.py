@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError
 from engine.megatron.fp8.parameters import fill, in_fp8
-from engine.megatron.topology import Topology
+from engine.megatron.parallel_state import ParallelState
 from engine.models import checks
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
@@ -157,7 +157,9 @@ def megatron_config(shape: ModelShape, trainer: Trainer, dtype: torch.dtype) -> 
     )
 
 
-def build_chunks(shape: ModelShape, config: TransformerConfig, topology: Topology, *, headless: bool = False) -> list[GPTModel]:
+def build_chunks(
+    shape: ModelShape, config: TransformerConfig, parallel: ParallelState, *, headless: bool = False
+) -> list[GPTModel]:
     """This rank's GPTModel chunks, one per virtual stage, ending in vocab-parallel logits, or in hidden states where
     `headless`; weights still random.
 
@@ -166,16 +168,16 @@ def build_chunks(shape: ModelShape, config: TransformerConfig, topology: Topolog
     _check_scaling(shape)
     kind = HeadlessModel if headless else GPTModel
     chunks = []
-    for chunk in range(topology.vpp_size):
-        virtual = chunk if topology.vpp_size > 1 else None
+    for chunk in range(parallel.vpp_size):
+        virtual = chunk if parallel.vpp_size > 1 else None
         chunks.append(
             kind(
                 config=config,
                 transformer_layer_spec=layer_spec(config, virtual),
-                vocab_size=layout.padded_vocab(shape, layout.TrainerLayout(topology.tp_size)),
+                vocab_size=layout.padded_vocab(shape, layout.TrainerLayout(parallel.tp_size)),
                 max_sequence_length=shape.max_positions,
-                pre_process=topology.is_first_stage and chunk == 0,
-                post_process=topology.is_last_stage and chunk == topology.vpp_size - 1,
+                pre_process=parallel.is_first_stage and chunk == 0,
+                post_process=parallel.is_last_stage and chunk == parallel.vpp_size - 1,
                 parallel_output=True,
                 share_embeddings_and_output_weights=shape.tied,
                 position_embedding_type="rope",
@@ -234,28 +236,33 @@ def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]
 
 @torch.no_grad()
 def load_weights(
-    chunk: GPTModel, index: int, shape: ModelShape, spread: layout.TrainerLayout, checkpoint: HfCheckpoint, topology: Topology
+    chunk: GPTModel,
+    index: int,
+    shape: ModelShape,
+    axes: layout.TrainerLayout,
+    checkpoint: HfCheckpoint,
+    parallel: ParallelState,
 ) -> None:
-    """Fills this rank's chunk of that index with its pieces, padding rows with zeros. What is kept in FP8 is put together in
+    """Fills this rank's chunk of that index with its slices, padding rows with zeros. What is kept in FP8 is put together in
     the host's memory, where the optimizer then finds what its fp32 weights begin with. CheckpointError names a tensor that is
     missing or of another shape."""
-    cell = (topology.tp_rank, topology.pp_rank, index)
+    coordinates = (parallel.tp_rank, parallel.pp_rank, index)
     parameters = dict(named_parameters(chunk))
     found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    expected = layout.shard_shapes(shape, spread, *cell)
+    expected = layout.shard_shapes(shape, axes, *coordinates)
     assert found == expected, set(found.items()) ^ set(expected.items())
-    pieces = sorted(layout.pieces(shape, spread, *cell), key=lambda piece: piece.name)
+    slices = sorted(layout.shard_slices(shape, axes, *coordinates), key=lambda part: part.name)
     kept: dict[str, Any] = {name: parameter for name, parameter in parameters.items() if in_fp8(parameter)}
     initial = {name: parameter.get_high_precision_init_val() for name, parameter in kept.items()}
     places = parameters | initial
     for name, parameter in parameters.items():
-        if sum(p.rows * p.cols for p in pieces if p.parameter == name) < parameter.numel():
+        if sum(p.rows * p.cols for p in slices if p.parameter == name) < parameter.numel():
             parameter.zero_()
     full = layout.tensors(shape)
-    for name, group in groupby(pieces, key=lambda piece: piece.name):  # each tensor is read once, one is held at a time
+    for name, group in groupby(slices, key=lambda part: part.name):  # each tensor is read once, one is held at a time
         tensor = checkpoint.tensor(name, full[name])
         for p in group:
-            place = layout.rectangle(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
-            place.copy_(layout.rectangle(tensor, p.row, p.col, p.rows, p.cols))
+            place = layout.matrix_slice(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
+            place.copy_(layout.matrix_slice(tensor, p.row, p.col, p.rows, p.cols))
     for name, parameter in kept.items():
         fill(parameter, initial[name])

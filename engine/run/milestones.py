@@ -11,8 +11,8 @@ import torch
 from engine.bridge.sender import stream_to_first_rank
 from engine.config.load import RunConfig
 from engine.core.errors import NumericsError, PreemptedError, SemionError
+from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
-from engine.megatron.topology import Topology
 from engine.models.sharding import export_plan
 from engine.run.agreement import Agreement
 from engine.run.checkpoint import Checkpoints, check_prolonged
@@ -26,13 +26,13 @@ class Milestones:
         self,
         config: RunConfig,
         policy: Policy,
-        topology: Topology,
+        parallel: ParallelState,
         checkpoints: Checkpoints,
         controller: Controller | None,
         agreement: Agreement,
     ) -> None:
         """`controller` on rank 0, None on every other."""
-        self._config, self._policy, self._topology = config, policy, topology
+        self._config, self._policy, self._parallel = config, policy, parallel
         self._checkpoints, self._controller, self._agreement = checkpoints, controller, agreement
         if controller is not None:
             checkpoints.select(controller.scores(), config)
@@ -49,7 +49,7 @@ class Milestones:
         saved = commits(config, step, ends=collapse is not None or stopped)
         if saved:
             records = controller.kept(self._checkpoints.steps()) if controller is not None else None
-            weights = full_weights(config, self._policy, self._topology)
+            weights = full_weights(config, self._policy, self._parallel)
             ends = controller.end_ids if controller is not None else ()
             self._checkpoints.commit(step, self._policy.state(), weights, config, records, ends)
         if end := _early_end(config, step, collapse, stopped=stopped, saved=saved):
@@ -74,10 +74,10 @@ class Milestones:
         self._agreement.done()
 
 
-def full_weights(config: RunConfig, policy: Policy, topology: Topology) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(config: RunConfig, policy: Policy, parallel: ParallelState) -> Iterator[tuple[str, torch.Tensor]]:
     """The full policy by Hugging Face names, on rank 0; collective, and empty elsewhere."""
     plan = export_plan(policy.shape, policy.layout, policy.dtype, config.sync.bucket_mebibytes << 20)
-    return stream_to_first_rank(policy, topology, plan, policy.dtype)
+    return stream_to_first_rank(policy, parallel, plan, policy.dtype)
 
 
 def commits(config: RunConfig, step: int, *, ends: bool) -> bool:
