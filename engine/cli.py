@@ -1,5 +1,5 @@
 """The `semion` command. It reads options, starts what was asked for, shows progress and turns every typed error into
-one line and an exit code; what is done is done in other rooms.
+one line and an exit code; the work is done by other packages.
 
 Exit codes: 0 done, 1 a failed doctor or a report whose records contradict their regime, 2 configuration, 3 data, 4 checkpoint,
 or what cannot be written, 5 inference, 6 weight sync, 7 numerics, 8 watchdog, 70 a mistake in the code, 75 asked to stop, to be

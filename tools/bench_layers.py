@@ -28,7 +28,7 @@ from engine.config.options import Optimizer, Trainer
 from engine.core.errors import SemionError
 from engine.megatron import build
 from engine.megatron.optimizer import PolicyOptimizer
-from engine.megatron.topology import Topology, open_topology
+from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.models.base import ModelShape
 from tools.bench_ceilings import median_seconds
 
@@ -73,17 +73,17 @@ def flops(shape: ModelShape, num_tokens: int, length: int) -> float:
     return 6.0 * parameters * num_tokens + 6.0 * shape.num_layers * attention * length * num_tokens
 
 
-def build_chunk(shape: ModelShape, options: dict[str, Any], topology: Topology) -> tuple[Any, Any]:
+def build_chunk(shape: ModelShape, options: dict[str, Any], parallel: ParallelState) -> tuple[Any, Any]:
     """(megatron's configuration, the model in random bf16 weights)."""
     config = build.megatron_config(shape, Trainer(**options), torch.bfloat16)
-    (chunk,) = build.build_chunks(shape, config, topology)
-    return config, chunk.to(topology.device)
+    (chunk,) = build.build_chunks(shape, config, parallel)
+    return config, chunk.to(parallel.device)
 
 
-def layer_row(name: str, shape: ModelShape, topology: Topology, tokens: int, length: int, repeats: int) -> dict[str, Any]:
+def layer_row(name: str, shape: ModelShape, parallel: ParallelState, tokens: int, length: int, repeats: int) -> dict[str, Any]:
     """Tokens a second of one variant."""
-    device = topology.device
-    _, chunk = build_chunk(shape, VARIANTS[name], topology)
+    device = parallel.device
+    _, chunk = build_chunk(shape, VARIANTS[name], parallel)
     ids = torch.randint(0, shape.vocab_size, (1, tokens), device=device)
     positions = torch.arange(length, device=device).repeat(tokens // length)[None]
     bounds = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device)
@@ -110,9 +110,9 @@ def layer_row(name: str, shape: ModelShape, topology: Topology, tokens: int, len
     }
 
 
-def optimizer_row(name: str, shape: ModelShape, topology: Topology, repeats: int) -> dict[str, Any]:
+def optimizer_row(name: str, shape: ModelShape, parallel: ParallelState, repeats: int) -> dict[str, Any]:
     """Seconds of one step, the gradient's norm and clipping included, over a bf16 model with fp32 copies and moments."""
-    config, chunk = build_chunk(shape, {}, topology)
+    config, chunk = build_chunk(shape, {}, parallel)
     options = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True)
     wrapped = DistributedDataParallel(config, options, chunk)
     names = {parameter: name for name, parameter in chunk.named_parameters()}
@@ -121,7 +121,7 @@ def optimizer_row(name: str, shape: ModelShape, topology: Topology, repeats: int
     parameters: list[Any] = list(chunk.parameters())
     for parameter in parameters:
         parameter.main_grad.normal_()
-    seconds = median_seconds(optimizer.apply, topology.device.type, repeats)
+    seconds = median_seconds(optimizer.apply, parallel.device.type, repeats)
     count = sum(parameter.numel() for parameter in parameters)
     # Reads the gradient twice (once for its norm), fp32 weight and both moments; writes those three and the bf16 weight.
     own = type(optimizer._optimizer.optimizer)
@@ -157,7 +157,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(f"{folder}/store", 1)
-        topology = open_topology(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
+        parallel = open_parallel_state(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
         torch.manual_seed(0)
         for name in options.only:
             library = LIBRARIES.get(name.split()[-1])
@@ -165,17 +165,17 @@ def main() -> int:
                 if library is not None and find_spec(library) is None:
                     row = {"measured": name, "not run": f"{library} is not installed"}
                 elif name in VARIANTS:
-                    row = layer_row(name, shape, topology, options.tokens, options.length, options.repeats)
+                    row = layer_row(name, shape, parallel, options.tokens, options.length, options.repeats)
                     row["MFU"] = row["TFLOP/s"] / options.ceiling
                 else:
-                    row = optimizer_row(name, shape, topology, options.repeats)
+                    row = optimizer_row(name, shape, parallel, options.repeats)
             except REFUSALS as error:
                 row = {"measured": name, "refused": f"{type(error).__name__}: {error}"[:200]}
             rows.append(row)
             print(row, flush=True)
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        topology.close()
+        parallel.close()
     return int(any("refused" in row for row in rows))
 
 

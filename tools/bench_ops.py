@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from engine.config.options import Trainer
-from engine.megatron.topology import open_topology
+from engine.megatron.parallel_state import open_parallel_state
 from engine.ops import (
     block_digest,
     column_weights,
@@ -277,14 +277,14 @@ def main() -> int:
     figures = Figures(options.repeats, torch.device(options.device))
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(f"{folder}/store", 1)
-        topology = open_topology(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
+        parallel = open_parallel_state(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
         for threads in options.threads or ([1] if options.device == "cuda" else [1, 2]):
             torch.set_num_threads(threads)
             for case in cases(options.cases):
                 case(figures)
                 if options.json:  # after every case: who ends this early keeps what there is
                     Path(options.json).write_text(json.dumps({"machine": machine, "figures": figures.rows}, indent=1), "utf-8")
-        topology.close()
+        parallel.close()
     return 0
 
 

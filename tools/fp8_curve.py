@@ -35,8 +35,8 @@ from engine.config.load import RunConfig
 from engine.config.options import Trainer
 from engine.core.types import Batch, Sequence
 from engine.megatron.packing import make_batch
+from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
-from engine.megatron.topology import Topology, open_topology
 
 VOCABULARY, LENGTH = 512, 128
 SIZES = {
@@ -85,7 +85,7 @@ def draw_batch(step: int, num_sequences: int, trainer: Trainer) -> Batch:
     return make_batch(made, step=step, num_prompts=num_sequences, trainer=trainer, dp_rank=0)
 
 
-def curve(variant: Variant, folder: Path, steps: int, num_sequences: int, topology: Topology) -> list[float]:
+def curve(variant: Variant, folder: Path, steps: int, num_sequences: int, parallel: ParallelState) -> list[float]:
     """The loss of every step."""
     dtype, trainer = variant
     config = RunConfig.model_validate(
@@ -98,7 +98,7 @@ def curve(variant: Variant, folder: Path, steps: int, num_sequences: int, topolo
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 20, "eps": 1e-8},
         }
     )
-    policy = Policy(config, topology, NllLoss(), folder)
+    policy = Policy(config, parallel, NllLoss(), folder)
     return [policy.train_step(draw_batch(step, num_sequences, config.trainer))["loss"] for step in range(steps)]
 
 
@@ -138,18 +138,18 @@ def main() -> int:
         for seed, folder in enumerate(folders):
             write_model(folder, seed, TINY if options.tiny else SIZES)
         store = dist.FileStore(f"{name}/store", 1)
-        topology = open_topology(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
-        curves[reference] = curve(variants[reference], folders[0], options.steps, num_sequences, topology)
+        parallel = open_parallel_state(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
+        curves[reference] = curve(variants[reference], folders[0], options.steps, num_sequences, parallel)
         second = f"{reference}, second seed"
-        curves[second] = curve(variants[reference], folders[1], options.steps, num_sequences, topology)
+        curves[second] = curve(variants[reference], folders[1], options.steps, num_sequences, parallel)
         noise = distance(curves[reference], curves[second])
         for candidate in list(variants)[1:]:
-            curves[candidate] = curve(variants[candidate], folders[0], options.steps, num_sequences, topology)
+            curves[candidate] = curve(variants[candidate], folders[0], options.steps, num_sequences, parallel)
             rows = compare(curves, reference, noise)
             print(rows[-1], flush=True)
             if options.json:
                 options.json.write_text(json.dumps({"figures": rows, "curves": curves}, indent=1) + "\n", encoding="utf-8")
-        topology.close()
+        parallel.close()
     far = [row["curve"] for row in rows if row.get("of_noise", 0) > 1 and row["curve"] != second]
     print(f"{reference}: {rows[0]}; further than chance: {', '.join(far) or 'none'}")
     return int(bool(far))

@@ -1,6 +1,6 @@
-"""Counts the structure of the package: rooms, levels, imports between rooms, circles, loose files, imports inside functions.
-A room is a folder of engine/ or a file directly in it; an arrow is at least one import from one room to another, also inside
-functions.
+"""Counts the structure of engine/: packages, levels, imports between packages, circles, loose files, imports inside functions.
+A package here is a folder of engine/ or a file directly in it; an arrow is at least one import from one package to another,
+also inside functions.
 
     python tools/structure.py [CHECKOUT]
 """
@@ -41,12 +41,12 @@ def reached(start: str, edges: dict[str, set[str]]) -> set[str]:
     return seen
 
 
-def level(room: str, edges: dict[str, set[str]], known: dict[str, int]) -> int:
-    """One above the highest room that it imports."""
-    if room not in known:
-        known[room] = 0
-        known[room] = 1 + max((level(other, edges, known) for other in edges[room]), default=0)
-    return known[room]
+def level(package: str, edges: dict[str, set[str]], known: dict[str, int]) -> int:
+    """One above the highest package that it imports."""
+    if package not in known:
+        known[package] = 0
+        known[package] = 1 + max((level(other, edges, known) for other in edges[package]), default=0)
+    return known[package]
 
 
 def figures(root: Path) -> dict[str, object]:
@@ -56,11 +56,11 @@ def figures(root: Path) -> dict[str, object]:
     names = {path: ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in trees}
     modules = set(names.values())
     files = {names[path]: set(imported(tree, modules)) - {names[path]} for path, tree in trees.items()}
-    room_of = {module: module.split(".")[1] if "." in module else "" for module in modules}
-    rooms: dict[str, set[str]] = {room: set() for room in room_of.values() if room}
+    package_of = {module: module.split(".")[1] if "." in module else "" for module in modules}
+    packages: dict[str, set[str]] = {package: set() for package in package_of.values() if package}
     for module, targets in files.items():
-        if room_of[module]:
-            rooms[room_of[module]] |= {room_of[target] for target in targets} - {room_of[module], ""}
+        if package_of[module]:
+            packages[package_of[module]] |= {package_of[target] for target in targets} - {package_of[module], ""}
     known: dict[str, int] = {}
     inside = sum(
         isinstance(node, (ast.Import, ast.ImportFrom))
@@ -71,11 +71,11 @@ def figures(root: Path) -> dict[str, object]:
     )
     loose = sorted(path.name for path in engine.glob("*.py") if path.stem not in ("__init__", "__main__", "cli"))
     return {
-        "rooms": len(rooms),
-        "levels": max(level(room, rooms, known) for room in rooms),
-        "arrows between rooms": sum(map(len, rooms.values())),
+        "packages": len(packages),
+        "levels": max(level(package, packages, known) for package in packages),
+        "arrows between packages": sum(map(len, packages.values())),
         "loose files beside cli.py": len(loose),
-        "rooms in a circle": circles(rooms),
+        "packages in a circle": circles(packages),
         "files in a circle": circles(files),
         "imports inside functions": inside,
         "files": len(trees),

@@ -68,8 +68,9 @@ class Loss:
         return None
 
     def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:
-        """The rows of a rank with gradients, loss and metrics of the groups split over several of them. `log_probs` [T]
-        are the policy's own of each row as its weights now stand, without gradient."""
+        """For groups that are split over several microbatches: the rank's microbatches, each with the gradient of those
+        groups' loss by its own token log-probs, so that it can backpropagate alone. `log_probs` [T] are the policy's own of
+        each microbatch with its present weights, without gradient."""
         return microbatches
 
     def __call__(
@@ -132,7 +133,7 @@ class Algorithm(Loss):
 
 
 class SumLoss(Loss):
-    """A weighted sum of losses over the same rows. At most one of them couples the sequences of a group."""
+    """A weighted sum of losses over the same microbatches. At most one of them couples the sequences of a group."""
 
     def __init__(self, parts: Many[tuple[float, Loss]]) -> None:
         self.parts = tuple(parts)
@@ -199,22 +200,22 @@ def training_sequence(group: RolloutGroup, rollout: Rollout, /, **more: Any) -> 
 def store_split_groups(
     microbatches: list[Microbatch], leaves: list[torch.Tensor], loss: torch.Tensor, metrics: Parts
 ) -> list[Microbatch]:
-    """The rows with the derivative of the split groups' `loss` by the token log-probs of each (`leaves`, [T] each); the first
-    row carries loss and metrics."""
+    """The microbatches with the derivative of the split groups' `loss` by the token log-probs of each (`leaves`, [T] each); the
+    first one carries loss and metrics."""
     import torch
 
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    rows = []
+    stored = []
     for index, (microbatch, leaf, gradient) in enumerate(zip(microbatches, leaves, gradients, strict=True)):
         known = torch.zeros_like(leaf) if gradient is None else gradient
         first: dict[str, Any] = {"split_loss": loss.detach(), "split_metrics": metrics} if index == 0 else {}
-        rows.append(replace(microbatch, split_gradients=known, **first))
-    return rows
+        stored.append(replace(microbatch, split_gradients=known, **first))
+    return stored
 
 
 def split_groups_loss(log_probs: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-    """What the split groups add to a row's loss: their value on one row, their gradient by the tokens of every row."""
+    """What the split groups add to a microbatch's loss: their value on one, their gradient by the tokens of each."""
     gradients = microbatch.split_gradients
-    assert gradients is not None, "groups that are split over several rows must be precomputed"
+    assert gradients is not None, "groups that are split over several microbatches must be precomputed"
     loss = (gradients * (log_probs - log_probs.detach())).sum()
     return loss if microbatch.split_loss is None else microbatch.split_loss + loss

@@ -112,7 +112,7 @@ class Dpo(Algorithm):
         """See Loss."""
         import torch
 
-        leaves = [row.detach().requires_grad_() for row in log_probs]
+        leaves = [own.detach().requires_grad_() for own in log_probs]
         split_groups = torch.cat([torch.where(m.split, m.groups, -1) for m in microbatches])
         pairs, weights = all_pairs(split_groups.tolist(), torch.cat([m.chosen for m in microbatches]).tolist())
         with torch.enable_grad():

@@ -36,7 +36,7 @@ class EntropyBonus(Loss):
         """See Loss."""
         from engine.ops import sequence_log_probs
 
-        assert entropy is not None, "the entropy of every row must come with the log-probs"
+        assert entropy is not None, "the entropy of every microbatch must come with the log-probs"
         sums = sequence_log_probs(entropy, microbatch.cu_seqlens, microbatch.targets != IGNORED)
         loss = -(sums / response_lengths(microbatch)).sum()
         return loss / denominator(batch, self.reduction), {ENTROPY.name: sums.detach().sum()}

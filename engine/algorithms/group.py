@@ -179,7 +179,7 @@ class GroupLoss(Algorithm):
         """See Loss."""
         import torch
 
-        leaves = [row.detach().requires_grad_() for row in log_probs]
+        leaves = [own.detach().requires_grad_() for own in log_probs]
         with torch.enable_grad():
             loss, metrics = self._total(groups_of(microbatches, leaves, split=True), leaves[0])
         return store_split_groups(microbatches, leaves, loss, metrics)
@@ -253,23 +253,23 @@ class GroupLoss(Algorithm):
         return loss.to(group.rewards.dtype), {name: value.to(group.rewards.dtype) for name, value in scalars.items()}
 
 
-def groups_of(rows: list[Microbatch], log_probs: Many[torch.Tensor], *, split: bool) -> list[Group]:
-    """The groups of these rows by number: those that stand in one row, or those that are split over several."""
+def groups_of(microbatches: list[Microbatch], log_probs: Many[torch.Tensor], *, split: bool) -> list[Group]:
+    """The groups of these microbatches by number: those that stand in one, or those that are split over several."""
     members: dict[int, list[tuple[int, Microbatch, int, dict[str, torch.Tensor]]]] = {}
-    for row, own in zip(rows, log_probs, strict=True):
-        wanted = ((row.groups >= 0) & (row.split == split)).tolist()
+    for microbatch, own in zip(microbatches, log_probs, strict=True):
+        wanted = ((microbatch.groups >= 0) & (microbatch.split == split)).tolist()
         if not any(wanted):
             continue
-        counted = row.targets != IGNORED
-        counts = [int(counted[start:end].sum()) for start, end in pairwise(row.cu_seqlens.tolist())]
-        per_token = {"token_ids": row.targets, "log_probs": own, "rollout_log_probs": row.rollout_log_probs}
-        if row.reference_log_probs is not None:
-            per_token["reference_log_probs"] = row.reference_log_probs
+        counted = microbatch.targets != IGNORED
+        counts = [int(counted[start:end].sum()) for start, end in pairwise(microbatch.cu_seqlens.tolist())]
+        per_token = {"token_ids": microbatch.targets, "log_probs": own, "rollout_log_probs": microbatch.rollout_log_probs}
+        if microbatch.reference_log_probs is not None:
+            per_token["reference_log_probs"] = microbatch.reference_log_probs
         parts = {name: values[counted].split(counts) for name, values in per_token.items()}
-        for b, group in enumerate(row.groups.tolist()):
+        for b, group in enumerate(microbatch.groups.tolist()):
             if wanted[b]:
                 tokens = {name: values[b] for name, values in parts.items()}
-                members.setdefault(group, []).append((int(row.places[b]), row, b, tokens))
+                members.setdefault(group, []).append((int(microbatch.places[b]), microbatch, b, tokens))
     return [_group(index, sorted(members[index], key=lambda member: member[0])) for index in sorted(members)]
 
 
@@ -281,11 +281,13 @@ def _group(index: int, members: list[tuple[int, Microbatch, int, dict[str, torch
 
     return Group(
         index=index,
-        rewards=torch.stack([row.rewards[b] for _, row, b, _ in members]),
-        advantages=torch.stack([row.advantages[b] for _, row, b, _ in members]),
+        rewards=torch.stack([microbatch.rewards[b] for _, microbatch, b, _ in members]),
+        advantages=torch.stack([microbatch.advantages[b] for _, microbatch, b, _ in members]),
         token_ids=per_token("token_ids"),
         log_probs=per_token("log_probs"),
         rollout_log_probs=per_token("rollout_log_probs"),
         reference_log_probs=per_token("reference_log_probs") if "reference_log_probs" in members[0][3] else None,
-        values={name: torch.stack([row.values[name][b] for _, row, b, _ in members]) for name in members[0][1].values},
+        values={
+            name: torch.stack([microbatch.values[name][b] for _, microbatch, b, _ in members]) for name in members[0][1].values
+        },
     )

@@ -1,5 +1,5 @@
 """The proof that an engine holds what the trainer sent: one 64-bit digest for every parameter of an engine's shard, added
-up from the rectangles that make it. Senders add what they send, where it will lie; the receiver digests what its live
+up from the slices that make it. Senders add what they send, where it will lie; the receiver digests what its live
 parameter then holds. They agree only if every element arrived once, in its place, bit for bit. It moves nothing.
 
 It finds faults (a flipped bit, swapped rows or tensors, a missing or stale slice); it is no defence against an adversary.
@@ -28,11 +28,11 @@ class ShardDigest:
         self._parts: list[torch.Tensor] = []
 
     def digest(self, offset: ShardOffset, block: torch.Tensor) -> torch.Tensor:
-        """[1] int64: what a rectangle [rows, cols] adds that lies there."""
+        """[1] int64: what a slice [rows, cols] adds that lies there."""
         return block_digest(block, row=offset.row, col=offset.col, seed=_seed(offset.parameter), columns=self._columns)
 
     def add(self, parameter: str, part: torch.Tensor) -> None:
-        """Adds a rectangle's digest to its parameter's."""
+        """Adds a slice's digest to its parameter's."""
         self._places.append(self._index[parameter])
         self._parts.append(part)
 
@@ -50,7 +50,7 @@ class ShardDigest:
 
 
 def weights_for(buckets: Sequence[Bucket], device: torch.device) -> torch.Tensor:
-    """The column weights that all rectangles of these buckets need, at their destinations."""
+    """The column weights that all slices of these buckets need, at their destinations."""
     widths = [t.target.col + t.cols for bucket in buckets for t in bucket.transfers]
     return column_weights(max(widths, default=0), device)
 

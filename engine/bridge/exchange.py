@@ -20,7 +20,7 @@ from engine.bridge.checksum import ShardDigest, weights_for
 from engine.bridge.plan import Bucket, Message, Role, ShardOffset, ShardPlan, Transfer
 from engine.bridge.transports.base import Deadline, Pending, Transport, TransportError
 from engine.core.errors import UndeliveredError, WeightSyncError
-from engine.models.sharding import rectangle
+from engine.models.sharding import matrix_slice
 
 STAGED = 2  # buckets of a member in staging memory at once
 
@@ -156,13 +156,13 @@ class Receiver:
         if bucket.packed:
             return self._staging.next(bucket, self._dtype)
         (t,) = bucket.transfers
-        return rectangle(shards[t.target.parameter], t.target.row, t.target.col, t.rows, t.cols)
+        return matrix_slice(shards[t.target.parameter], t.target.row, t.target.col, t.rows, t.cols)
 
     def _place(self, bucket: Bucket, buffer: torch.Tensor, shards: Shards) -> None:
         if not bucket.packed:
             return
         for part, t in zip(_parts(buffer, bucket), bucket.transfers, strict=True):
-            rectangle(shards[t.target.parameter], t.target.row, t.target.col, t.rows, t.cols).copy_(part)
+            matrix_slice(shards[t.target.parameter], t.target.row, t.target.col, t.rows, t.cols).copy_(part)
 
     def _digest_complete(self, bucket: Bucket, shards: Shards, held: ShardDigest, missing: Counter[str]) -> None:
         """Digests every parameter that this bucket was the last of, as it now stands in the engine."""
@@ -171,7 +171,7 @@ class Receiver:
             missing[name] -= t.rows * t.cols
             if missing[name] == 0:
                 extent = self._extents[name]
-                held.add(name, held.digest(ShardOffset(name, 0, 0), rectangle(shards[name], 0, 0, extent.rows, extent.cols)))
+                held.add(name, held.digest(ShardOffset(name, 0, 0), matrix_slice(shards[name], 0, 0, extent.rows, extent.cols)))
                 shards.complete(name)
 
     def _verify(self, held: ShardDigest, transport: Transport, deadline: Deadline) -> None:
@@ -281,12 +281,12 @@ def _looked_up(bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def _blocks(bucket: Bucket, shards: Mapping[str, torch.Tensor]) -> Iterator[tuple[Transfer, torch.Tensor]]:
-    """A bucket's rectangles where they lie in the sender's shards."""
+    """A bucket's slices where they lie in the sender's shards."""
     for t in bucket.transfers:
-        yield t, rectangle(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols)
+        yield t, matrix_slice(shards[t.source.parameter], t.source.row, t.source.col, t.rows, t.cols)
 
 
 def _parts(buffer: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:
-    """A packed bucket's rectangles, as views of it."""
+    """A packed bucket's slices, as views of it."""
     sizes = [t.rows * t.cols for t in bucket.transfers]
     return [part.view(t.rows, t.cols) for part, t in zip(buffer.split(sizes), bucket.transfers, strict=True)]

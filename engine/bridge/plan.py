@@ -1,4 +1,4 @@
-"""Which rectangle of which trainer shard goes to which place of which engine shard, in which message, by which path, and in
+"""Which slice of which trainer shard goes where in which engine shard, in which message, by which path, and in
 one order for all: a pure function of layouts and sizes. It moves nothing and talks to nobody: every member computes the same.
 
 A flow is all that the engines' ranks of one tensor rank on one node need of one model-parallel rank of the trainer. It is cut
@@ -22,8 +22,8 @@ from itertools import cycle
 from operator import and_
 from typing import TYPE_CHECKING
 
-from engine.models.base import Place
-from engine.models.sharding import EngineLayout, Piece, Shard, TrainerLayout, stage_layers, template
+from engine.models.base import Section
+from engine.models.sharding import EngineLayout, Shard, ShardSlice, TrainerLayout, stage_layers, template
 
 if TYPE_CHECKING:
     from engine.models.base import ModelShape
@@ -34,7 +34,7 @@ ModelRank = tuple[int, int]  # a model-parallel rank of the trainer: (pipeline r
 
 @dataclass(frozen=True, slots=True)
 class ShardOffset:
-    """A place in a shard: row and column in the parameter's matrix, a vector [n] being [n, 1]."""
+    """Where in a shard: row and column in the parameter's matrix, a vector [n] being [n, 1]."""
 
     parameter: str
     row: int
@@ -43,7 +43,7 @@ class ShardOffset:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A rectangle [rows, cols] of the Hugging Face tensor `name`, from a trainer's shard into an engine's."""
+    """A slice [rows, cols] of the Hugging Face tensor `name`, from a trainer's shard into an engine's."""
 
     name: str
     rows: int
@@ -54,7 +54,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What one message carries: its transfers' rectangles one after another, each row by row."""
+    """What one message carries: its transfers' slices one after another, each row by row."""
 
     model_rank: ModelRank  # of the trainer that holds it
     target: int  # tensor rank of the engines that need it
@@ -163,7 +163,7 @@ def plan(
     `senders` for each of them the trainer ranks that may send to it, every model-parallel rank among them; empty: all to all.
 
     Every element of every engine shard arrives exactly once, straight from a rank that holds it. A bucket has at most
-    `bucket_bytes`, or is a single row of a rectangle. Replicas of a model-parallel rank that may send to the same nodes
+    `bucket_bytes`, or is a single row of a slice. Replicas of a model-parallel rank that may send to the same nodes
     send equal shares, to within one bucket.
     """
     assert sorted(engine for node in nodes for engine in node) == list(range(sum(map(len, nodes)))), nodes
@@ -220,10 +220,10 @@ class _Candidate:
 
 def _flows(shape: ModelShape, source: TrainerLayout, target: EngineLayout) -> dict[tuple[ModelRank, int], list[_Candidate]]:
     """What goes from each model-parallel rank to each tensor rank of the engines, layer by layer."""
-    places: tuple[tuple[Place, int], ...] = (("first", 0), ("layer", 0), ("last", source.pp_size - 1))
+    sections: tuple[tuple[Section, int], ...] = (("first", 0), ("layer", 0), ("last", source.pp_size - 1))
     held = {
-        place: [((pp, tp), s) for tp in range(source.tp_size) for s in template(shape, source, place, tp)]
-        for place, pp in places
+        section: [((pp, tp), s) for tp in range(source.tp_size) for s in template(shape, source, section, tp)]
+        for section, pp in sections
     }
     ends = held["first"] + held["last"]
     flows: dict[tuple[ModelRank, int], list[_Candidate]] = {}
@@ -250,23 +250,25 @@ def _flows(shape: ModelShape, source: TrainerLayout, target: EngineLayout) -> di
 
 
 def _candidates(
-    shape: ModelShape, held: list[tuple[ModelRank, Shard]], target: EngineLayout, place: Place
+    shape: ModelShape, held: list[tuple[ModelRank, Shard]], target: EngineLayout, section: Section
 ) -> Iterator[_Candidate]:
-    """Every overlap of what the engines' ranks need at a place with what model-parallel ranks hold."""
-    holders: dict[str, dict[tuple[int, ...], list[tuple[ModelRank, Shard, Piece]]]] = {}
+    """Every overlap of what the engines' ranks need of a section with what model-parallel ranks hold."""
+    holders: dict[str, dict[tuple[int, ...], list[tuple[ModelRank, Shard, ShardSlice]]]] = {}
     for model_rank, shard in held:
-        for p in shard.pieces:
+        for p in shard.slices:
             holders.setdefault(p.name, {}).setdefault((p.row, p.col, p.rows, p.cols), []).append((model_rank, shard, p))
     for tp_rank in range(target.tp_size):
-        for shard in template(shape, target, place, tp_rank):
-            for needed in shard.pieces:
+        for shard in template(shape, target, section, tp_rank):
+            for needed in shard.slices:
                 for found in holders[needed.name].values():
                     yield from _overlap(found, shard, needed, tp_rank)
 
 
-def _overlap(found: list[tuple[ModelRank, Shard, Piece]], shard: Shard, needed: Piece, tp_rank: int) -> Iterator[_Candidate]:
-    """What one needed piece takes of a rectangle that one or more model-parallel ranks hold. A matrix with several holders,
-    the tied embedding, is shared out among them by rows; a vector is left whole."""
+def _overlap(
+    found: list[tuple[ModelRank, Shard, ShardSlice]], shard: Shard, needed: ShardSlice, tp_rank: int
+) -> Iterator[_Candidate]:
+    """Where a needed slice overlaps one that one or more model-parallel ranks hold. A matrix with several holders, the tied
+    embedding, is shared out among them by rows; a vector is left whole."""
     p = found[0][2]
     row, col = max(needed.row, p.row), max(needed.col, p.col)
     rows = min(needed.row + needed.rows, p.row + p.rows) - row
@@ -274,19 +276,19 @@ def _overlap(found: list[tuple[ModelRank, Shard, Piece]], shard: Shard, needed: 
     if rows <= 0 or cols <= 0:
         return
 
-    def candidate(model_ranks: tuple[ModelRank, ...], holder: Shard, piece: Piece) -> _Candidate:
-        source = ShardOffset(piece.parameter, piece.shard_row + row - piece.row, piece.shard_col + col - piece.col)
-        place = ShardOffset(needed.parameter, needed.shard_row + row - needed.row, needed.shard_col + col - needed.col)
+    def candidate(model_ranks: tuple[ModelRank, ...], holder: Shard, own: ShardSlice) -> _Candidate:
+        source = ShardOffset(own.parameter, own.shard_row + row - own.row, own.shard_col + col - own.col)
+        into = ShardOffset(needed.parameter, needed.shard_row + row - needed.row, needed.shard_col + col - needed.col)
         contiguous = cols == _width(holder) == _width(shard)
-        return _Candidate(model_ranks, tp_rank, Transfer(needed.name, rows, cols, source, place), contiguous)
+        return _Candidate(model_ranks, tp_rank, Transfer(needed.name, rows, cols, source, into), contiguous)
 
     if len(shard.shape) == 1 or len(found) == 1:
         yield candidate(tuple(model_rank for model_rank, _, _ in found), *found[0][1:])
         return
-    for index, (model_rank, holder, piece) in enumerate(found):
+    for index, (model_rank, holder, own) in enumerate(found):
         start, end = (i * rows // len(found) for i in (index, index + 1))
         if start < end:
-            yield candidate((model_rank,), holder, piece).rows(start, end - start)
+            yield candidate((model_rank,), holder, own).rows(start, end - start)
 
 
 def _width(shard: Shard) -> int:

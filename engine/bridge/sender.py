@@ -26,8 +26,8 @@ from engine.config.options import SYNC_ATTEMPTS
 from engine.core.errors import SemionError, UndeliveredError, WeightSyncError
 from engine.models.sharding import ExportBucket
 
-ENGINE_PATIENCE, RANK_PATIENCE = 1.0, 2.0  # seconds beyond the timeout for engines, then ranks, to say what they ran into
-REASON_BYTES = 1024  # of a rank's failure, as the others are told it
+ENGINE_PATIENCE, RANK_PATIENCE = 1.0, 2.0  # seconds beyond the timeout for engines, then ranks, to report their failures
+REASON_BYTES = 1024  # of a rank's failure, as it is sent to the others
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +45,7 @@ class Source(Protocol):
 
 
 class ParallelState(Protocol):
-    """Where this rank stands among the trainer ranks: megatron's Topology."""
+    """This rank among the trainer ranks: engine.megatron's ParallelState."""
 
     @property
     def rank(self) -> int:
@@ -103,10 +103,10 @@ class Failure:
         return (bytes([1 + self.echo]) + self.text.encode())[:REASON_BYTES]
 
     @staticmethod
-    def from_bytes(told: bytes) -> Failure | None:
+    def from_bytes(sent: bytes) -> Failure | None:
         """What `to_bytes` made, with or without zeros behind it; zeros alone are no failure."""
-        told = told.rstrip(b"\0")
-        return Failure(told[1:].decode(errors="ignore"), told[0] == 2) if told else None
+        sent = sent.rstrip(b"\0")
+        return Failure(sent[1:].decode(errors="ignore"), sent[0] == 2) if sent else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class Publisher:
     def __init__(
         self,
         source: Source,
-        place: ParallelState,
+        parallel: ParallelState,
         terms: SyncTerms,
         *,
         host: str,
@@ -135,17 +135,17 @@ class Publisher:
     ) -> None:
         """Opens the rendezvous; collective over the trainer ranks. `pool` is rank 0's, None elsewhere; `host` is the
         address rank 0 listens on, and no other. Engines join at the first sync."""
-        self._source, self._place, self._pool, self._terms = source, place, pool, terms
+        self._source, self._parallel, self._pool, self._terms = source, parallel, pool, terms
         self._timeout = timeout_seconds
         self._plan = terms.plan()
         self._digest, self._terms_json = self._plan.digest, terms.to_json()
-        self._sender = Sender(self._plan, place.rank, terms.torch_dtype, place.device)
+        self._sender = Sender(self._plan, parallel.rank, terms.torch_dtype, parallel.device)
         self._transport: Transport | None = None
         self._epoch = -1
         self._ranks = dist.new_group(backend="gloo")
-        port = torch.zeros(1, dtype=torch.int64, device=place.device)
+        port = torch.zeros(1, dtype=torch.int64, device=parallel.device)
         server = None
-        if place.rank == 0:
+        if parallel.rank == 0:
             server, port[0] = listen(host)
         dist.broadcast(port, 0)
         self._host, self._port = host, int(port)
@@ -166,7 +166,7 @@ class Publisher:
                     self._pool.commit(version)
                 seconds = time.monotonic() - started
                 return SyncReport(version, seconds, self._plan.num_bytes, len(self._plan.messages), attempt)
-            if self._place.rank == 0:
+            if self._parallel.rank == 0:
                 attempts = version, attempt, SYNC_ATTEMPTS
                 log.warning("weight sync of version %d failed (attempt %d of %d): %s", *attempts, failure.text)
         assert failure is not None, SYNC_ATTEMPTS
@@ -184,7 +184,7 @@ class Publisher:
     def _attempt(self, version: int, *, last: bool) -> Failure | None:
         """One try at a whole sync; why it failed, the same on every rank, or None."""
         dist.barrier()  # so that all clocks start together
-        deadline, settled = Deadline(self._timeout), Deadline(self._timeout + RANK_PATIENCE)
+        deadline, agreement = Deadline(self._timeout), Deadline(self._timeout + RANK_PATIENCE)
         failures: list[Failure] = []
         futures = None
         if self._transport is None:
@@ -194,16 +194,16 @@ class Publisher:
         try:
             if self._transport is None:
                 meeting = Rendezvous(self._host, self._port, self._plan.num_members, self._timeout, self._epoch)
-                self._transport = open_transport(self._terms.transport, self._store, self._place.rank, meeting)
+                self._transport = open_transport(self._terms.transport, self._store, self._parallel.rank, meeting)
             self._sender.send(self._source.parameters, self._transport, deadline)
         except (TransportError, WeightSyncError, RuntimeError, OSError) as error:
             echo = isinstance(error, (TransportError, UndeliveredError))
-            failures.append(Failure(f"trainer rank {self._place.rank}: {error}", echo))
+            failures.append(Failure(f"trainer rank {self._parallel.rank}: {error}", echo))
             self._close()
         if self._pool is not None:
             doubtful = self._pool.unverified(version, futures, deadline.remaining() + ENGINE_PATIENCE)
             failures += [Failure(f"engine {engine}: {error}", error.echo) for engine, error in doubtful.items()]
-        failure = self._agreed(most_telling(failures), settled)
+        failure = self._agreed(most_telling(failures), agreement)
         if failure is not None:
             self._close()
         if failure is not None and not last:
@@ -213,7 +213,7 @@ class Publisher:
         return failure
 
     def _call(self) -> dict[str, Any]:
-        """What engines are told of a sync: inference.receiver.SyncCall, but for the engine's number."""
+        """What engines are sent for a sync: inference.receiver.SyncCall, but for the engine's number."""
         return {
             "seconds": self._timeout,
             "terms": self._terms_json,
@@ -228,18 +228,18 @@ class Publisher:
             self._transport.close()
         self._transport = None
 
-    def _agreed(self, failure: Failure | None, settled: Deadline) -> Failure | None:
-        """The most telling of the ranks' failures, told to all: nobody goes on to a collective that others left."""
-        told = failure.to_bytes() if failure is not None else b""
-        mine = torch.frombuffer(bytearray(told.ljust(REASON_BYTES, b"\0")), dtype=torch.uint8)
-        everybodys = [torch.empty_like(mine) for _ in range(self._place.world_size)]
+    def _agreed(self, failure: Failure | None, deadline: Deadline) -> Failure | None:
+        """The most telling of the ranks' failures, on every rank: nobody goes on to a collective that others left."""
+        sent = failure.to_bytes() if failure is not None else b""
+        mine = torch.frombuffer(bytearray(sent.ljust(REASON_BYTES, b"\0")), dtype=torch.uint8)
+        everybodys = [torch.empty_like(mine) for _ in range(self._parallel.world_size)]
         try:
             work = dist.all_gather(everybodys, mine, group=self._ranks, async_op=True)
-            work.wait(timedelta(seconds=settled.remaining()))
+            work.wait(timedelta(seconds=deadline.remaining()))
         except RuntimeError as error:
             why = f"{failure.text}; {first_line(error)}" if failure is not None else first_line(error)
             raise WeightSyncError(f"a trainer rank is gone, or late after a weight sync: {why}") from error
-        heard = [Failure.from_bytes(bytes(told.tolist())) for told in everybodys]
+        heard = [Failure.from_bytes(bytes(sent.tolist())) for sent in everybodys]
         return most_telling([failure for failure in heard if failure is not None])
 
 
@@ -249,21 +249,21 @@ def most_telling(failures: list[Failure]) -> Failure | None:
 
 
 def stream_to_first_rank(
-    source: Source, place: ParallelState, plan: tuple[ExportBucket, ...], dtype: torch.dtype
+    source: Source, parallel: ParallelState, plan: tuple[ExportBucket, ...], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every full tensor in plan order on rank 0, nothing elsewhere; collective, and to be drained on every rank."""
-    leaders = place.stage_leaders()
+    leaders = parallel.stage_leaders()
     for bucket in plan:
         tensors = source.gather(bucket)
         leader = leaders[bucket.stage]
         for index, meta in enumerate(bucket.tensors):
-            if place.rank == leader == 0:
+            if parallel.rank == leader == 0:
                 assert tensors is not None
                 yield meta.name, tensors[index][1]
-            elif place.rank == leader:
+            elif parallel.rank == leader:
                 assert tensors is not None
                 dist.send(tensors[index][1].contiguous(), 0)
-            elif place.rank == 0:
-                received = torch.empty(meta.shape, dtype=dtype, device=place.device)
+            elif parallel.rank == 0:
+                received = torch.empty(meta.shape, dtype=dtype, device=parallel.device)
                 dist.recv(received, leader)
                 yield meta.name, received

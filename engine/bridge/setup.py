@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Run(Protocol):
-    """The run as resolved: engine.run.spec's Spec, which stands above this room."""
+    """The run as resolved: engine.run.spec's Spec, which stands above this package."""
 
     @property
     def config(self) -> RunConfig:
@@ -58,7 +58,7 @@ class Policy(Source, Protocol):
 
 
 class ReplicatedState(ParallelState, Protocol):
-    """Where this rank stands, and how many replicas there are."""
+    """The same, and how many replicas there are."""
 
     @property
     def dp_size(self) -> int:
@@ -74,31 +74,31 @@ class Pool(Engines, Protocol):
         ...
 
 
-def open_publisher(run: Run, policy: Policy, place: ReplicatedState, host: str, pool: Pool | None) -> Publisher:
+def open_publisher(run: Run, policy: Policy, parallel: ReplicatedState, host: str, pool: Pool | None) -> Publisher:
     """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
     config = run.config
-    seen = torch.zeros(config.inference.engines, dtype=torch.int64, device=place.device)  # by rank 0: the machine of each
+    seen = torch.zeros(config.inference.engines, dtype=torch.int64, device=parallel.device)  # by rank 0: the machine of each
     if pool is not None:
         for machine, engines in enumerate(pool.nodes()):
             seen[list(engines)] = machine
     dist.broadcast(seen, 0)
     machines = seen.tolist()
-    choice = choose(config.sync.transport, _setting(run, policy, place, machines))
-    if choice.reason and place.rank == 0:
+    choice = choose(config.sync.transport, _setting(run, policy, parallel, machines))
+    if choice.reason and parallel.rank == 0:
         log.warning(choice.reason)
     nodes, senders = channel(machines, kind_of(choice.name), run.colocated_nodes)
     terms = SyncTerms(
         shape=policy.shape,
         dtype=config.model.dtype,
         trainer=run.trainer,
-        dp_size=place.dp_size,
+        dp_size=parallel.dp_size,
         engine=run.engine,
         nodes=nodes,
         bucket_bytes=config.sync.bucket_mebibytes << 20,
         transport=choice.name,
         senders=senders,
     )
-    return Publisher(policy, place, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
+    return Publisher(policy, parallel, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
 
 
 def channel(machines: list[int], transport: type[Transport], colocated: ColocatedNodes | None) -> tuple[Groups, Groups]:
@@ -111,20 +111,20 @@ def channel(machines: list[int], transport: type[Transport], colocated: Colocate
     return nodes, tuple(colocated.ranks_on_node_of(engines[0]) for engines in nodes) if colocated else ()
 
 
-def _setting(run: Run, policy: Policy, place: ReplicatedState, machines: list[int]) -> Setting:
+def _setting(run: Run, policy: Policy, parallel: ReplicatedState, machines: list[int]) -> Setting:
     """What the transports are asked about: among the rest whether the memory that processes share has room for weight syncs on
     every machine, and the bytes it needs on the fullest; collective."""
     config, colocated = run.config, run.colocated_nodes
-    own = colocated.ranks[place.rank] if colocated else 0
-    needed = torch.zeros(config.cluster.nodes, dtype=torch.int64, device=place.device)
+    own = colocated.ranks[parallel.rank] if colocated else 0
+    needed = torch.zeros(config.cluster.nodes, dtype=torch.int64, device=parallel.device)
     held = () if config.trainer.fp8_parameters else policy.parameters.values()
     needed[own] = config.shared_bytes(sum(p.numel() * p.element_size() for p in held))
     dist.all_reduce(needed)  # stages differ in size
-    has_room = torch.tensor([room_for(int(needed[own]))], dtype=torch.int64, device=place.device)
+    has_room = torch.tensor([room_for(int(needed[own]))], dtype=torch.int64, device=parallel.device)
     dist.all_reduce(has_room, dist.ReduceOp.MIN)
     return setting(
         config,
-        "cpu" if place.device.type == "cpu" else "cuda",
+        "cpu" if parallel.device.type == "cpu" else "cuda",
         has_room=bool(has_room),
         needed_bytes=int(needed.max()),
         engines_on_one_machine=len(set(machines)) == 1,

@@ -1,5 +1,5 @@
 """What trainer ranks and engines must agree on before a weight is moved: the layouts, from which each computes the same
-plan, and the words of it that cross a process boundary as JSON."""
+plan, and its form that crosses a process boundary, JSON."""
 
 from __future__ import annotations
 

@@ -343,10 +343,10 @@ def engine_rank(spec: Spec, channel: Channel) -> Components:
     shape = spec.shape
     i = spec.config.inference
     itemsize = item_bytes(spec.config.model.dtype)
-    spread = layout.EngineLayout(i.tensor_parallel)  # also where a sync reloads full tensors: vLLM then repacks its shards
-    weights = sum(math.prod(size) for size in layout.shard_shapes(shape, spread, 0).values()) * itemsize
+    axes = layout.EngineLayout(i.tensor_parallel)  # also where a sync reloads full tensors: vLLM then repacks its shards
+    weights = sum(math.prod(size) for size in layout.shard_shapes(shape, axes, 0).values()) * itemsize
     forward = i.batched_tokens * (4 * shape.hidden + 3 * shape.ffn_hidden // i.tensor_parallel) * itemsize
-    rows = i.max_concurrent * layout.padded_vocab(shape, spread) * FP32
+    rows = i.max_concurrent * layout.padded_vocab(shape, axes) * FP32
     return {
         "engine: weights": weights,
         "engine: KV cache": i.kv_cache_mebibytes * MIB,  # vLLM's kv_cache_memory_bytes is of each rank

@@ -23,7 +23,7 @@ from engine.config.transport import AUTO, refusal, setting
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
-from engine.models.sharding import Piece, pieces, tensors
+from engine.models.sharding import ShardSlice, shard_slices, tensors
 from engine.run.spec import Spec
 
 
@@ -127,7 +127,7 @@ def channel(made: ShardPlan) -> Channel:
 
 
 def measure(shape: ModelShape, made: ShardPlan, machine: Machine) -> dict[str, Any]:
-    """A plan's figures, counted from its messages and compared with the layouts' own pieces. Bytes unless named otherwise.
+    """A plan's figures, counted from its messages and compared with the layouts' own slices. Bytes unless named otherwise.
 
     `seconds` replays the messages: every link carries its own in the plan's order, one at a time, at full bandwidth; a
     node's fan-out of a message starts when it has arrived. `seconds_at_least` is the busiest link alone.
@@ -188,16 +188,18 @@ def _model_rank(made: ShardPlan, rank: int) -> tuple[int, int]:
 
 def _needed_bytes(shape: ModelShape, made: ShardPlan) -> int:
     """Bytes of Hugging Face elements that all engine shards hold together."""
-    engine = sum(p.rows * p.cols for rank in range(made.target.tp_size) for p in pieces(shape, made.target, rank))
+    engine = sum(p.rows * p.cols for rank in range(made.target.tp_size) for p in shard_slices(shape, made.target, rank))
     return engine * made.dtype_bytes * sum(map(len, made.nodes))
 
 
 def _direct_bytes(shape: ModelShape, made: ShardPlan) -> dict[int, int]:
     """Bytes of each bucket (by id) that lie in its model-parallel rank's shards and belong where they go in the engine's: both
-    sides' pieces must name the same rectangle of the same Hugging Face tensor."""
+    sides' layouts must name the same slice of the same Hugging Face tensor."""
     axes = made.source
-    held = {(pp, tp): _by_parameter(pieces(shape, axes, tp, pp)) for pp in range(axes.pp_size) for tp in range(axes.tp_size)}
-    needed = [_by_parameter(pieces(shape, made.target, rank)) for rank in range(made.target.tp_size)]
+    held = {
+        (pp, tp): _by_parameter(shard_slices(shape, axes, tp, pp)) for pp in range(axes.pp_size) for tp in range(axes.tp_size)
+    }
+    needed = [_by_parameter(shard_slices(shape, made.target, rank)) for rank in range(made.target.tp_size)]
 
     def direct(bucket: Bucket, t: Transfer) -> bool:
         origin = _origin(held[bucket.model_rank], t.source, t)
@@ -209,15 +211,15 @@ def _direct_bytes(shape: ModelShape, made: ShardPlan) -> dict[int, int]:
     }
 
 
-def _by_parameter(held: Iterable[Piece]) -> dict[str, list[Piece]]:
-    found: dict[str, list[Piece]] = {}
-    for piece in held:
-        found.setdefault(piece.parameter, []).append(piece)
+def _by_parameter(held: Iterable[ShardSlice]) -> dict[str, list[ShardSlice]]:
+    found: dict[str, list[ShardSlice]] = {}
+    for part in held:
+        found.setdefault(part.parameter, []).append(part)
     return found
 
 
-def _origin(held: dict[str, list[Piece]], offset: ShardOffset, t: Transfer) -> tuple[str, int, int] | None:
-    """(tensor, row, col) of what a shard holds at an offset, if one of its pieces has all of the transfer's rectangle."""
+def _origin(held: dict[str, list[ShardSlice]], offset: ShardOffset, t: Transfer) -> tuple[str, int, int] | None:
+    """(tensor, row, col) of what a shard holds at an offset, if one of its slices covers all that the transfer takes."""
     for p in held.get(offset.parameter, ()):
         row, col = offset.row - p.shard_row, offset.col - p.shard_col
         if 0 <= row <= p.rows - t.rows and 0 <= col <= p.cols - t.cols:

@@ -1,1 +1,1 @@
-"""What every room may use and what uses nothing of ours: records, typed errors, counted seeds, files."""
+"""What every package may use and what uses nothing of ours: records, typed errors, counted seeds, files."""

@@ -136,19 +136,19 @@ class Microbatch:
     cu_seqlens: torch.Tensor  # [B + 1] int32, row boundaries of the sequences
     advantages: torch.Tensor  # [B] float32
     rewards: torch.Tensor  # [B] float32
-    values: dict[str, torch.Tensor]  # [B] float32 each, by the name that the algorithm gave; none in an empty row
+    values: dict[str, torch.Tensor]  # [B] float32 each, by the name that the algorithm gave; none in an empty microbatch
     rollout_log_probs: torch.Tensor  # [T] float32, 0 where the target is IGNORED
     pairs: torch.Tensor  # [P, 2] int64, (chosen, rejected) as indices into the B sequences, of groups that are all here
     pair_weights: torch.Tensor  # [P] float32, 1 / number of pairs of its group
     groups: torch.Tensor  # [B] int64, the sequence's group, -1 for none
     places: torch.Tensor  # [B] int64, the sequence's place in the step, which orders those of a group; -1 for padding
-    split: torch.Tensor  # [B] bool, whether the sequence's group is split over several rows
+    split: torch.Tensor  # [B] bool, whether the sequence's group is split over several microbatches
     chosen: torch.Tensor  # [B] bool
     # The rest is filled by Policy.score on the last stage
     reference_log_probs: torch.Tensor | None = None  # [T] float32
     split_gradients: torch.Tensor | None = None  # [T] float32, derivative of the split groups' loss by each token log-prob
-    split_loss: torch.Tensor | None = None  # the split groups' loss, on one row
-    split_metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # their metrics, on the same row
+    split_loss: torch.Tensor | None = None  # the split groups' loss, on one microbatch
+    split_metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # their metrics, on the same microbatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from safetensors.torch import load, save
 from engine.config.options import Trainer
 from engine.core.types import Batch, Sequence
 from engine.megatron.packing import Outline, lay_out_batch, make_batch
-from engine.megatron.topology import Topology
+from engine.megatron.parallel_state import ParallelState
 
 VALUE = "value."  # begins the name of a tensor of Sequence.values
 
 
 def broadcast_batch(
-    sequences: list[Sequence] | None, num_prompts: int, step: int, trainer: Trainer, topology: Topology
+    sequences: list[Sequence] | None, num_prompts: int, step: int, trainer: Trainer, parallel: ParallelState
 ) -> Batch:
     """This rank's batch of `step`. `sequences` and `num_prompts` are rank 0's; elsewhere they are not looked at.
 
@@ -28,16 +28,16 @@ def broadcast_batch(
     """
     if trainer.world_size == 1:
         assert sequences is not None
-        return make_batch(sequences, step=step, num_prompts=num_prompts, trainer=trainer, dp_rank=topology.dp_rank)
+        return make_batch(sequences, step=step, num_prompts=num_prompts, trainer=trainer, dp_rank=parallel.dp_rank)
     payload = encode(sequences, num_prompts) if sequences is not None else b""
-    coded = Coded(broadcast_bytes(payload, topology.device))
+    coded = Coded(broadcast_bytes(payload, parallel.device))
     return lay_out_batch(
         coded.outlines,
         coded.sequence,
         step=step,
         num_prompts=coded.num_prompts,
         trainer=trainer,
-        dp_rank=topology.dp_rank,
+        dp_rank=parallel.dp_rank,
     )
 
 

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError
 from engine.megatron.fp8.parameters import fill, in_fp8
-from engine.megatron.topology import Topology
+from engine.megatron.parallel_state import ParallelState
 from engine.models import checks
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
@@ -157,7 +157,9 @@ def megatron_config(shape: ModelShape, trainer: Trainer, dtype: torch.dtype) -> 
     )
 
 
-def build_chunks(shape: ModelShape, config: TransformerConfig, topology: Topology, *, headless: bool = False) -> list[GPTModel]:
+def build_chunks(
+    shape: ModelShape, config: TransformerConfig, parallel: ParallelState, *, headless: bool = False
+) -> list[GPTModel]:
     """This rank's GPTModel chunks, one per virtual stage, ending in vocab-parallel logits, or in hidden states where
     `headless`; weights still random.
 
@@ -166,16 +168,16 @@ def build_chunks(shape: ModelShape, config: TransformerConfig, topology: Topolog
     _check_scaling(shape)
     kind = HeadlessModel if headless else GPTModel
     chunks = []
-    for chunk in range(topology.vpp_size):
-        virtual = chunk if topology.vpp_size > 1 else None
+    for chunk in range(parallel.vpp_size):
+        virtual = chunk if parallel.vpp_size > 1 else None
         chunks.append(
             kind(
                 config=config,
                 transformer_layer_spec=layer_spec(config, virtual),
-                vocab_size=layout.padded_vocab(shape, layout.TrainerLayout(topology.tp_size)),
+                vocab_size=layout.padded_vocab(shape, layout.TrainerLayout(parallel.tp_size)),
                 max_sequence_length=shape.max_positions,
-                pre_process=topology.is_first_stage and chunk == 0,
-                post_process=topology.is_last_stage and chunk == topology.vpp_size - 1,
+                pre_process=parallel.is_first_stage and chunk == 0,
+                post_process=parallel.is_last_stage and chunk == parallel.vpp_size - 1,
                 parallel_output=True,
                 share_embeddings_and_output_weights=shape.tied,
                 position_embedding_type="rope",
@@ -234,44 +236,49 @@ def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]
 
 @torch.no_grad()
 def load_weights(
-    chunk: GPTModel, index: int, shape: ModelShape, spread: layout.TrainerLayout, checkpoint: HfCheckpoint, topology: Topology
+    chunk: GPTModel,
+    index: int,
+    shape: ModelShape,
+    axes: layout.TrainerLayout,
+    checkpoint: HfCheckpoint,
+    parallel: ParallelState,
 ) -> None:
-    """Fills this rank's chunk of that index with its pieces, padding rows with zeros. What is kept in FP8 is put together in
+    """Fills this rank's chunk of that index with its slices, padding rows with zeros. What is kept in FP8 is put together in
     the host's memory, where the optimizer then finds what its fp32 weights begin with. CheckpointError names a tensor that is
     missing or of another shape."""
-    cell = (topology.tp_rank, topology.pp_rank, index)
+    coordinates = (parallel.tp_rank, parallel.pp_rank, index)
     parameters = dict(named_parameters(chunk))
     found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    expected = layout.shard_shapes(shape, spread, *cell)
+    expected = layout.shard_shapes(shape, axes, *coordinates)
     assert found == expected, set(found.items()) ^ set(expected.items())
     kept: dict[str, Any] = {name: parameter for name, parameter in parameters.items() if in_fp8(parameter)}
     initial = {name: parameter.get_high_precision_init_val() for name, parameter in kept.items()}
-    read_pieces(parameters | initial, layout.pieces(shape, spread, *cell), layout.tensors(shape), checkpoint)
+    read_slices(parameters | initial, layout.shard_slices(shape, axes, *coordinates), layout.tensors(shape), checkpoint)
     for name, parameter in kept.items():
         fill(parameter, initial[name])
 
 
 @torch.no_grad()
-def read_pieces(
+def read_slices(
     places: Mapping[str, torch.Tensor],
-    pieces: Iterable[layout.Piece],
+    slices: Iterable[layout.ShardSlice],
     full: Mapping[str, tuple[int, ...]],
     checkpoint: HfCheckpoint,
 ) -> None:
-    """Fills shards by parameter with their pieces of a checkpoint's tensors, what no piece covers with zeros. Of each tensor
+    """Fills shards by parameter with their slices of a checkpoint's tensors, what no slice covers with zeros. Of each tensor
     only the part that the shards hold is read, once. `full`: the shapes by which the tensors are checked."""
-    ordered = sorted(pieces, key=lambda piece: piece.name)
+    ordered = sorted(slices, key=lambda part: part.name)
     covered = dict.fromkeys(places, 0)
-    for piece in ordered:
-        covered[piece.parameter] += piece.rows * piece.cols
+    for part in ordered:
+        covered[part.parameter] += part.rows * part.cols
     for name, place in places.items():
         if covered[name] < place.numel():
             place.zero_()
-    for name, group in groupby(ordered, key=lambda piece: piece.name):  # one is held at a time
+    for name, group in groupby(ordered, key=lambda part: part.name):  # one is held at a time
         held = list(group)
         top, left = min(p.row for p in held), min(p.col for p in held)
         bottom, right = max(p.row + p.rows for p in held), max(p.col + p.cols for p in held)
-        part = checkpoint.part(name, full[name], slice(top, bottom), slice(left, right))
+        box = checkpoint.part(name, full[name], slice(top, bottom), slice(left, right))
         for p in held:
-            into = layout.rectangle(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
-            into.copy_(layout.rectangle(part, p.row - top, p.col - left, p.rows, p.cols))
+            into = layout.matrix_slice(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
+            into.copy_(layout.matrix_slice(box, p.row - top, p.col - left, p.rows, p.cols))

@@ -1,5 +1,5 @@
 """Which library does what in the trainer: the configuration says it, and never what happens to be installed. megatron-core
-takes Transformer Engine's kernels, or else apex's, wherever it can import them; this room names the chosen ones instead, and
+takes Transformer Engine's kernels, or else apex's, wherever it can import them; this module names the chosen ones instead, and
 refuses an option whose library or device is not here. It builds no model and no optimizer.
 """
 

@@ -1,5 +1,5 @@
 """Lays training sequences into packed rows and deals them to data-parallel ranks, always the same way for the same
-sequences. Which sequence stands where follows from lengths and groups alone, so a rank fills only its own rows. It computes no
+sequences. Which sequence stands where follows from lengths and groups alone, so a rank packs only its own rows. It computes no
 loss and asks no process group.
 
 Shape legend: T tokens of a packed row, B sequences of it (a padding segment counts as one).
@@ -66,7 +66,7 @@ def lay_out_batch(
     """
     multiple = trainer.row_multiple
     parts = split_over_ranks(outlines, trainer.data_parallel)
-    rows = [rows_of(part, trainer.microbatch_tokens, multiple) for part in parts]
+    rows = [pack_rows(part, trainer.microbatch_tokens, multiple) for part in parts]
     together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
     count = -(-max(1, *map(len, rows)) // together) * together
     split = split_groups(parts[dp_rank], trainer.microbatch_tokens, multiple)
@@ -97,8 +97,8 @@ def split_over_ranks(outlines: Many[Outline], num_ranks: int) -> list[list[Outli
     return [[outline for i in sorted(indices) for outline in units[i]] for indices in chosen]
 
 
-def rows_of(outlines: Many[Outline], microbatch_tokens: int, multiple: int) -> list[list[Outline]]:
-    """Rows of at most `microbatch_tokens`, first fit in the given order, a group's sequences in one row where they fit.
+def pack_rows(outlines: Many[Outline], microbatch_tokens: int, multiple: int) -> list[list[Outline]]:
+    """Packed rows of at most `microbatch_tokens`, first fit in the given order, a group's sequences in one row where they fit.
     The sequences of a group that is larger than a row are laid out one by one. ConfigError for a sequence that is."""
     room = microbatch_tokens - microbatch_tokens % multiple
     rows: list[list[Outline]] = []

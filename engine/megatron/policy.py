@@ -36,8 +36,8 @@ from engine.megatron.libraries import check_libraries
 from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS, UPDATED
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
+from engine.megatron.parallel_state import ParallelState
 from engine.megatron.timers import Timers
-from engine.megatron.topology import Topology
 from engine.models import sharding as layout
 from engine.models.hf import HfCheckpoint, read_shape
 from engine.models.registry import family_of
@@ -49,12 +49,12 @@ LossOf = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Policy:
-    """A model spread over the topology's ranks, its AdamW, and the reference as a second set of weights."""
+    """A model sharded over the trainer's ranks, its AdamW, and the reference as a second set of weights."""
 
     def __init__(
         self,
         config: RunConfig,
-        topology: Topology,
+        parallel: ParallelState,
         loss: Loss,
         checkpoint_path: str | Path,
         *,
@@ -67,7 +67,7 @@ class Policy:
         CheckpointError for files that do not hold it.
         """
         check_libraries(config.trainer, config.optimizer)
-        self.topology = topology
+        self.parallel = parallel
         self.loss = loss
         self.shape = read_shape(checkpoint_path, family=config.model.family)
         self._family = family_of(self.shape)
@@ -79,16 +79,16 @@ class Policy:
         self._temperature = config.log_prob_temperature
         self._float32_head = config.model.head == "float32"
         open_buffers(config.trainer, self.shape.hidden, self.dtype)
-        models = build.build_chunks(self.shape, self._config, topology, headless=self._headless)
+        models = build.build_chunks(self.shape, self._config, parallel, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
         self.layout = layout.trainer_layout(config.trainer)
         for index, model in enumerate(models):
-            build.load_weights(model, index, self.shape, self.layout, checkpoint, topology)
-        self._held = [self._pieces_of(tp_rank) for tp_rank in range(topology.tp_size)]
+            build.load_weights(model, index, self.shape, self.layout, checkpoint, parallel)
+        self._held = [self._slices_of(tp_rank) for tp_rank in range(parallel.tp_size)]
         distributed = config.trainer.distributed_optimizer
         options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
         self._chunks = [DistributedDataParallel(self._config, options, model) for model in models]
-        self._output_weight = build.output_weight(models[-1]) if topology.is_last_stage else None
+        self._output_weight = build.output_weight(models[-1]) if parallel.is_last_stage else None
         self._fp8 = Fp8Memory(self._config, models)
         self._own = dict(pair for model in models for pair in build.named_parameters(model))
         self.parameters = Weights(self._own)
@@ -129,25 +129,27 @@ class Policy:
 
     def score(self, batch: Batch) -> Batch:
         """The batch with `reference_log_probs` [T] filled on the last stage where the loss needs them. Where groups are split
-        over several rows, the policy scores them too, and the rows carry the gradients precomputed of those groups.
+        over several microbatches, the policy scores them too, and the microbatches carry the precomputed gradients of those
+        groups.
 
         Collective over the pipeline's ranks.
         """
-        rows = batch.microbatches
+        microbatches = batch.microbatches
         reference: list[torch.Tensor] = []
         own: list[torch.Tensor] = []
         if self.loss.needs_reference:
             with self.serving(self._reference), phase(Phase.REFERENCE):
                 reference = self.log_probs(batch)
-        if any(bool(microbatch.split.any()) for microbatch in rows):
+        if any(bool(microbatch.split.any()) for microbatch in microbatches):
             with phase(Phase.SPREAD):
                 own = self.log_probs(batch)
         if reference:  # on the last stage
-            rows = tuple(replace(m, reference_log_probs=row) for m, row in zip(rows, reference, strict=True))
+            pairs = zip(microbatches, reference, strict=True)
+            microbatches = tuple(replace(microbatch, reference_log_probs=scored) for microbatch, scored in pairs)
         if own:
-            on_device = [_to_device(row, self.topology.device) for row in rows]
-            rows = tuple(self.loss.precompute_split_groups(on_device, own))
-        return replace(batch, microbatches=rows)
+            on_device = [_to_device(microbatch, self.parallel.device) for microbatch in microbatches]
+            microbatches = tuple(self.loss.precompute_split_groups(on_device, own))
+        return replace(batch, microbatches=microbatches)
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> list[torch.Tensor]:
@@ -184,9 +186,9 @@ class Policy:
             num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
             return loss, torch.stack([loss.detach(), num_tokens, *(parts[name] for name in names)])
 
-        rows = self.run(batch, lose, forward_only=False)
+        parts = self.run(batch, lose, forward_only=False)
         self._fp8.advance()
-        loss, num_tokens, *totals = self._total(rows).tolist()
+        loss, num_tokens, *totals = self._total(parts).tolist()
         if not math.isfinite(loss):
             raise NumericsError(
                 f"step {batch.step}: the loss must be finite; found {loss}: lower optimizer.learning_rate or raise "
@@ -213,16 +215,16 @@ class Policy:
 
         Collective over the tensor-parallel ranks of that stage in that data-parallel replica; others return at once.
         """
-        here = self.topology
+        here = self.parallel
         if here.pp_rank != bucket.stage or here.dp_rank != bucket.dp_rank:
             return None
         shards = self.parameters if weights is None else Weights(weights)
-        pieces = [[p for meta in bucket.tensors for p in held.get(meta.name, ())] for held in self._held]
-        flat = torch.empty(max(sum(p.rows * p.cols for p in held) for held in pieces), dtype=self.dtype, device=here.device)
-        for name, group in groupby(_parts(pieces[here.tp_rank], flat), key=lambda pair: pair[0].parameter):
+        slices = [[p for meta in bucket.tensors for p in held.get(meta.name, ())] for held in self._held]
+        flat = torch.empty(max(sum(p.rows * p.cols for p in held) for held in slices), dtype=self.dtype, device=here.device)
+        for name, group in groupby(_parts(slices[here.tp_rank], flat), key=lambda pair: pair[0].parameter):
             shard = shards[name]
             for p, part in group:
-                part.copy_(layout.rectangle(shard, p.shard_row, p.shard_col, p.rows, p.cols))
+                part.copy_(layout.matrix_slice(shard, p.shard_row, p.shard_col, p.rows, p.cols))
         gathered = [flat]
         if here.tp_size > 1:
             receives = here.tp_rank == bucket.tp_rank
@@ -231,9 +233,9 @@ class Policy:
         if here.tp_rank != bucket.tp_rank:
             return None
         full = {meta.name: torch.empty(meta.shape, dtype=self.dtype, device=here.device) for meta in bucket.tensors}
-        for held, received in zip(pieces, gathered, strict=True):
+        for held, received in zip(slices, gathered, strict=True):
             for p, part in _parts(held, received):
-                layout.rectangle(full[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
+                layout.matrix_slice(full[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
         return list(full.items())
 
     def files(
@@ -300,8 +302,8 @@ class Policy:
         places = {
             name: torch.empty(value.shape, dtype=self.dtype) if in_fp8(value) else value.data for name, value in table.items()
         }
-        held = layout.pieces(self.shape, self.layout, self.topology.tp_rank, self.topology.pp_rank)
-        build.read_pieces(places, held, layout.tensors(self.shape), checkpoint)
+        held = layout.shard_slices(self.shape, self.layout, self.parallel.tp_rank, self.parallel.pp_rank)
+        build.read_slices(places, held, layout.tensors(self.shape), checkpoint)
         for name, value in table.items():
             if in_fp8(value):
                 load(value, places[name], tensors.get(f"{prefix}_scale.{self._family.local_name(name)}"))
@@ -342,13 +344,14 @@ class Policy:
         The backward adds the gradient of each microbatch's scalar, undivided, into the chunks' gradient buffers.
         """
 
-        def forward_step(rows: Iterator[Microbatch], chunk: Any) -> tuple[torch.Tensor, Any]:
-            row = _to_device(next(rows), self.topology.device)
-            output = chunk(row.token_ids[None], row.position_ids[None], None, packed_seq_params=_packed(row))
-            return output, partial(finish, row)
+        def forward_step(microbatches: Iterator[Microbatch], chunk: Any) -> tuple[torch.Tensor, Any]:
+            microbatch = _to_device(next(microbatches), self.parallel.device)
+            token_ids, position_ids = microbatch.token_ids[None], microbatch.position_ids[None]
+            output = chunk(token_ids, position_ids, None, packed_seq_params=_packed(microbatch))
+            return output, partial(finish, microbatch)
 
-        def finish(row: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            loss, collected = loss_of(output.squeeze(0), row)
+        def finish(microbatch: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            loss, collected = loss_of(output.squeeze(0), microbatch)
             return loss, torch.ones((), dtype=torch.int, device=loss.device), collected
 
         iterators = [iter(batch.microbatches) for _ in self._chunks]
@@ -374,9 +377,9 @@ class Policy:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self._output_weight is not None, "log-probs off the last stage"
         vocabulary: dict[str, Any] = {
-            "vocab_start": self.topology.tp_rank * self._output_weight.size(0),
+            "vocab_start": self.parallel.tp_rank * self._output_weight.size(0),
             "num_valid": self.shape.vocab_size,
-            "group": self.topology.tp_group,
+            "group": self.parallel.tp_group,
             "temperature": self._temperature,
         }
         with phase(Phase.LOG_PROBS):
@@ -393,37 +396,37 @@ class Policy:
             )
             return log_probs, None
 
-    def _total(self, rows: list[torch.Tensor]) -> torch.Tensor:
+    def _total(self, collected: list[torch.Tensor]) -> torch.Tensor:
         """Over microbatches, then over data-parallel ranks, the sum, or of a metric that says so the maximum; the last stage's
         reaches all stages. [2 + K]"""
         largest = [False, False, *(metric.reduce == "max" for metric in self.loss.metrics)]
-        parts = torch.stack(rows) if rows else torch.zeros(0, len(largest), device=self.topology.device)
-        total = torch.zeros(len(largest), dtype=torch.float64, device=self.topology.device)
-        for row in rows:
-            total += row
-        dist.all_reduce(total, group=self.topology.dp_group)
-        dist.all_reduce(total, group=self.topology.pp_group)  # zeros but for the last stage
+        parts = torch.stack(collected) if collected else torch.zeros(0, len(largest), device=self.parallel.device)
+        total = torch.zeros(len(largest), dtype=torch.float64, device=self.parallel.device)
+        for part in collected:
+            total += part
+        dist.all_reduce(total, group=self.parallel.dp_group)
+        dist.all_reduce(total, group=self.parallel.pp_group)  # zeros but for the last stage
         if any(largest):
             most = torch.cat([parts, torch.full_like(total, -math.inf).to(parts).unsqueeze(0)]).amax(0).double()
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.topology.dp_group)
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.topology.pp_group)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.parallel.dp_group)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.parallel.pp_group)
             total = torch.where(torch.tensor(largest, device=total.device), most, total)
         return total
 
-    def _pieces_of(self, tp_rank: int) -> dict[str, list[layout.Piece]]:
+    def _slices_of(self, tp_rank: int) -> dict[str, list[layout.ShardSlice]]:
         """What a tensor-parallel rank of this stage holds of each Hugging Face tensor."""
-        held: dict[str, list[layout.Piece]] = {}
-        for piece in layout.pieces(self.shape, self.layout, tp_rank, self.topology.pp_rank):
-            held.setdefault(piece.name, []).append(piece)
+        held: dict[str, list[layout.ShardSlice]] = {}
+        for part in layout.shard_slices(self.shape, self.layout, tp_rank, self.parallel.pp_rank):
+            held.setdefault(part.name, []).append(part)
         return held
 
 
-def _parts(pieces: Iterable[layout.Piece], flat: torch.Tensor) -> Iterator[tuple[layout.Piece, torch.Tensor]]:
-    """Each piece with its view [rows, cols] of a flat message that holds them one after another."""
+def _parts(slices: Iterable[layout.ShardSlice], flat: torch.Tensor) -> Iterator[tuple[layout.ShardSlice, torch.Tensor]]:
+    """Each slice with its view [rows, cols] of a flat message that holds them one after another."""
     start = 0
-    for piece in pieces:
-        size = piece.rows * piece.cols
-        yield piece, flat[start : start + size].view(piece.rows, piece.cols)
+    for part in slices:
+        size = part.rows * part.cols
+        yield part, flat[start : start + size].view(part.rows, part.cols)
         start += size
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-Place = Literal["first", "layer", "last"]
+Section = Literal["first", "layer", "last"]  # before the layers, one of them, after them
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,15 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One Hugging Face tensor; `{}` stands for the layer's number. Rows of one parameter are fused in it, in order."""
+class TensorMapping:
+    """One Hugging Face tensor and the parameters that hold it in a trainer and in an engine. `{}` stands for the layer's
+    number. Tensors of one parameter are fused in it, in the order of the table."""
 
     name: str
     rows: Literal["vocabulary", "heads", "kv_heads", "ffn", "hidden", "head_dim"]
     cols: Literal["hidden", "heads", "ffn", "one"]  # "one": a vector, such as a norm's weight or a bias
     cut: Literal["vocabulary", "heads", "rows", "columns", "whole"]  # over tensor-parallel ranks
-    place: Place  # the pipeline stage that owns it
+    section: Section  # the pipeline stage that owns it
     trainer: str  # megatron-core's parameter, local spec
     engine: str  # vLLM's parameter
 
@@ -137,7 +138,7 @@ class Family:
 
     model_type: ClassVar[str]  # of config.json
     title: ClassVar[str]  # for messages: "a plain Llama"
-    table: ClassVar[tuple[Row, ...]]  # every tensor, in the order of export
+    table: ClassVar[tuple[TensorMapping, ...]]  # every tensor, in the order of export
     transformer_engine_names: ClassVar[Mapping[str, str]]  # of the table's trainer parameters, where that spec has others
     defaults: ClassVar[Mapping[str, Any]]  # what a size is that config.json does not tell, as in transformers
     plain_fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # besides PLAIN_FIELDS
@@ -152,17 +153,17 @@ class Family:
     @classmethod
     def embedding(cls) -> str:
         """The Hugging Face name of the embedding."""
-        return next(row.name for row in cls.table if row.place == "first" and row.cut == "vocabulary")
+        return next(mapping.name for mapping in cls.table if mapping.section == "first" and mapping.cut == "vocabulary")
 
     @classmethod
     def head(cls) -> str:
         """The Hugging Face name of the output layer, which a tied model does not store."""
-        return next(row.name for row in cls.table if row.place == "last" and row.cut == "vocabulary")
+        return next(mapping.name for mapping in cls.table if mapping.section == "last" and mapping.cut == "vocabulary")
 
     @classmethod
     def has_head_norms(cls) -> bool:
         """Whether queries and keys are normalized head by head."""
-        return any(row.rows == "head_dim" for row in cls.table)
+        return any(mapping.rows == "head_dim" for mapping in cls.table)
 
     @classmethod
     def local_name(cls, parameter: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from engine.models.base import Family, Row
+from engine.models.base import Family, TensorMapping
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -31,18 +31,20 @@ class Llama(Family):
     model_type = "llama"
     title = "a plain Llama"
     table = (
-        Row(EMBEDDING, "vocabulary", "hidden", "vocabulary", "first", "embedding.word_embeddings.weight", EMBEDDING),
-        Row(HF + "self_attn.q_proj.weight", "heads", "hidden", "heads", "layer", TRAINER_QKV, ENGINE_QKV),
-        Row(HF + "self_attn.k_proj.weight", "kv_heads", "hidden", "heads", "layer", TRAINER_QKV, ENGINE_QKV),
-        Row(HF + "self_attn.v_proj.weight", "kv_heads", "hidden", "heads", "layer", TRAINER_QKV, ENGINE_QKV),
-        Row(HF + "self_attn.o_proj.weight", "hidden", "heads", "columns", "layer", TRAINER_PROJ, ENGINE_PROJ),
-        Row(HF + "mlp.gate_proj.weight", "ffn", "hidden", "rows", "layer", TRAINER_FC1, ENGINE_FC1),
-        Row(HF + "mlp.up_proj.weight", "ffn", "hidden", "rows", "layer", TRAINER_FC1, ENGINE_FC1),
-        Row(HF + "mlp.down_proj.weight", "hidden", "ffn", "columns", "layer", TRAINER_FC2, ENGINE_FC2),
-        Row(NORM_1, "hidden", "one", "whole", "layer", MEGATRON + "input_layernorm.weight", NORM_1),
-        Row(NORM_2, "hidden", "one", "whole", "layer", MEGATRON + "pre_mlp_layernorm.weight", NORM_2),
-        Row("model.norm.weight", "hidden", "one", "whole", "last", "decoder.final_layernorm.weight", "model.norm.weight"),
-        Row(HEAD, "vocabulary", "hidden", "vocabulary", "last", "output_layer.weight", HEAD),
+        TensorMapping(EMBEDDING, "vocabulary", "hidden", "vocabulary", "first", "embedding.word_embeddings.weight", EMBEDDING),
+        TensorMapping(HF + "self_attn.q_proj.weight", "heads", "hidden", "heads", "layer", TRAINER_QKV, ENGINE_QKV),
+        TensorMapping(HF + "self_attn.k_proj.weight", "kv_heads", "hidden", "heads", "layer", TRAINER_QKV, ENGINE_QKV),
+        TensorMapping(HF + "self_attn.v_proj.weight", "kv_heads", "hidden", "heads", "layer", TRAINER_QKV, ENGINE_QKV),
+        TensorMapping(HF + "self_attn.o_proj.weight", "hidden", "heads", "columns", "layer", TRAINER_PROJ, ENGINE_PROJ),
+        TensorMapping(HF + "mlp.gate_proj.weight", "ffn", "hidden", "rows", "layer", TRAINER_FC1, ENGINE_FC1),
+        TensorMapping(HF + "mlp.up_proj.weight", "ffn", "hidden", "rows", "layer", TRAINER_FC1, ENGINE_FC1),
+        TensorMapping(HF + "mlp.down_proj.weight", "hidden", "ffn", "columns", "layer", TRAINER_FC2, ENGINE_FC2),
+        TensorMapping(NORM_1, "hidden", "one", "whole", "layer", MEGATRON + "input_layernorm.weight", NORM_1),
+        TensorMapping(NORM_2, "hidden", "one", "whole", "layer", MEGATRON + "pre_mlp_layernorm.weight", NORM_2),
+        TensorMapping(
+            "model.norm.weight", "hidden", "one", "whole", "last", "decoder.final_layernorm.weight", "model.norm.weight"
+        ),
+        TensorMapping(HEAD, "vocabulary", "hidden", "vocabulary", "last", "output_layer.weight", HEAD),
     )
     transformer_engine_names: ClassVar[Mapping[str, str]] = {  # its linear layers hold the norm before them
         MEGATRON + "input_layernorm.weight": MEGATRON + "self_attention.linear_qkv.layer_norm_weight",

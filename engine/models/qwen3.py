@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from engine.models.base import Family, ModelShape, Row
+from engine.models.base import Family, ModelShape, TensorMapping
 from engine.models.llama import HF, MEGATRON, Llama
 
 Q_NORM = HF + "self_attn.q_norm.weight"
@@ -21,8 +21,8 @@ class Qwen3(Family):
     title = "a dense Qwen3"
     table = (
         *Llama.table[:5],
-        Row(Q_NORM, "head_dim", "one", "whole", "layer", MEGATRON + "self_attention.q_layernorm.weight", Q_NORM),
-        Row(K_NORM, "head_dim", "one", "whole", "layer", MEGATRON + "self_attention.k_layernorm.weight", K_NORM),
+        TensorMapping(Q_NORM, "head_dim", "one", "whole", "layer", MEGATRON + "self_attention.q_layernorm.weight", Q_NORM),
+        TensorMapping(K_NORM, "head_dim", "one", "whole", "layer", MEGATRON + "self_attention.k_layernorm.weight", K_NORM),
         *Llama.table[5:],
     )
     transformer_engine_names = Llama.transformer_engine_names

@@ -1,10 +1,10 @@
 """Where a shard of a megatron trainer, of a vLLM engine or a whole model holds the tensors of a family's table. It serves
-import, export, checkpoints and the bridge: names and rectangles only, no process group, no device, no model.
+import, export, checkpoints and the bridge: names and slices only, no process group, no device, no model.
 
-A shard stacks rectangles of Hugging Face tensors by rows. The table says which tensors share a parameter and how each is
+A shard stacks slices of Hugging Face tensors by rows. The table says which tensors share a parameter and how each is
 cut over tensor-parallel ranks; two fusings alone need code: megatron's QKV, whose rows [q.. | k | v] of each query group
 follow one another and are then cut evenly, wherever the cuts fall, and vLLM's, which stacks a rank's own q, k and v and
-repeats a key-value head on several ranks where there are more ranks than heads. A vector [n] is a rectangle [n, 1].
+repeats a key-value head on several ranks where there are more ranks than heads. A vector [n] is a slice [n, 1].
 
 Sources: megatron-core 0.16.1 (transformer/attention.py, transformer/transformer_layer.py, models/gpt/gpt_layer_specs.py) and
 vLLM 0.32 (models/llama.py, layers/linear.py, layers/vocab_parallel_embedding.py).
@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
-from engine.models.base import Family, ModelShape, Place, Row
+from engine.models.base import Family, ModelShape, Section, TensorMapping
 from engine.models.registry import family_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ VLLM_VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to it before it cuts
 
 @dataclass(frozen=True, slots=True)
 class TrainerLayout:
-    """A megatron trainer's axes. A cell (pipeline rank, tensor rank) holds the same weights on every data-parallel rank."""
+    """A megatron trainer's axes. All data-parallel replicas of a model-parallel rank (pipeline rank, tensor rank)
+    hold the same weights."""
 
     tp_size: int = 1
     pp_size: int = 1
@@ -57,8 +58,8 @@ WHOLE = EngineLayout(whole=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A rectangle [rows, cols] of a Hugging Face tensor, from (row, col) on, and where a shard's parameter holds it."""
+class ShardSlice:
+    """A slice [rows, cols] of a Hugging Face tensor, from (row, col) on, and where a shard's parameter holds it."""
 
     name: str
     row: int
@@ -69,19 +70,19 @@ class Piece:
     shard_row: int
     shard_col: int
 
-    def numbered(self, layer: int) -> Piece:
-        """A template's piece in the layer of that number."""
+    def numbered(self, layer: int) -> ShardSlice:
+        """A template's slice in the layer of that number."""
         name, parameter = self.name.replace("{}", str(layer)), self.parameter.replace("{}", str(layer))
-        return Piece(name, self.row, self.col, self.rows, self.cols, parameter, self.shard_row, self.shard_col)
+        return ShardSlice(name, self.row, self.col, self.rows, self.cols, parameter, self.shard_row, self.shard_col)
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A rank's part of one parameter: its shape, and the pieces in it. What they leave uncovered is vocabulary padding."""
+    """A rank's part of one parameter: its shape, and the slices in it. What they leave uncovered is vocabulary padding."""
 
     parameter: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    slices: tuple[ShardSlice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,38 +162,38 @@ def stage_layers(shape: ModelShape, layout: TrainerLayout) -> tuple[tuple[range,
 
 
 @lru_cache(maxsize=1024)
-def template(shape: ModelShape, layout: Layout, place: Place, tp_rank: int) -> tuple[Shard, ...]:
+def template(shape: ModelShape, layout: Layout, section: Section, tp_rank: int) -> tuple[Shard, ...]:
     """A tensor rank's shards at the first stage's start, of any one layer (`{}` in names), or at the last stage's end."""
     family = family_of(shape)
-    rows = [row for row in family.table if row.place == place]
+    mappings = [mapping for mapping in family.table if mapping.section == section]
     shards = []
-    for parameter, sources in groupby(rows, lambda row: _parameter(family, row, layout)):
+    for parameter, sources in groupby(mappings, lambda mapping: _parameter(family, mapping, layout)):
         fused = list(sources)
         if fused[0].name == family.head() and shape.tied:
             if not isinstance(layout, TrainerLayout) or layout.pp_size == 1:
                 continue  # the output layer is the embedding itself
-            fused = [row for row in family.table if row.name == family.embedding()]  # the last stage's copy of it
-        pieces = tuple(_stack(parameter, _rectangles(shape, layout, fused, tp_rank)))
-        row, num_rows = fused[0], sum(piece.rows for piece in pieces)
-        if row.cut == "vocabulary" and not _is_whole(layout):
+            fused = [mapping for mapping in family.table if mapping.name == family.embedding()]  # the last stage's copy of it
+        slices = tuple(_stack(parameter, _tensor_slices(shape, layout, fused, tp_rank)))
+        mapping, num_rows = fused[0], sum(part.rows for part in slices)
+        if mapping.cut == "vocabulary" and not _is_whole(layout):
             num_rows = padded_vocab(shape, layout) // layout.tp_size
-        width = _sizes(shape, row)[1] // (layout.tp_size if row.cut == "columns" and not _is_whole(layout) else 1)
-        shards.append(Shard(parameter, (num_rows,) if row.cols == "one" else (num_rows, width), pieces))
+        width = _sizes(shape, mapping)[1] // (layout.tp_size if mapping.cut == "columns" and not _is_whole(layout) else 1)
+        shards.append(Shard(parameter, (num_rows,) if mapping.cols == "one" else (num_rows, width), slices))
     return tuple(shards)
 
 
-def _parameter(family: type[Family], row: Row, layout: Layout) -> str:
+def _parameter(family: type[Family], mapping: TensorMapping, layout: Layout) -> str:
     if isinstance(layout, EngineLayout):
-        return row.name if layout.whole else row.engine
+        return mapping.name if layout.whole else mapping.engine
     fused = layout.spec == "transformer_engine"
-    return family.transformer_engine_names.get(row.trainer, row.trainer) if fused else row.trainer
+    return family.transformer_engine_names.get(mapping.trainer, mapping.trainer) if fused else mapping.trainer
 
 
 def _is_whole(layout: Layout) -> bool:
     return isinstance(layout, EngineLayout) and layout.whole
 
 
-def _sizes(shape: ModelShape, row: Row) -> tuple[int, int]:
+def _sizes(shape: ModelShape, mapping: TensorMapping) -> tuple[int, int]:
     sizes = {
         "vocabulary": shape.vocab_size,
         "hidden": shape.hidden,
@@ -202,60 +203,62 @@ def _sizes(shape: ModelShape, row: Row) -> tuple[int, int]:
         "head_dim": shape.head_dim,
         "one": 1,
     }
-    return sizes[row.rows], sizes[row.cols]
+    return sizes[mapping.rows], sizes[mapping.cols]
 
 
-_Rectangle = tuple[str, int, int, int, int]  # name, row, col, rows, cols
+_TensorSlice = tuple[str, int, int, int, int]  # name, row, col, rows, cols
 
 
-def _rectangles(shape: ModelShape, layout: Layout, fused: list[Row], tp_rank: int) -> Iterator[_Rectangle]:
+def _tensor_slices(shape: ModelShape, layout: Layout, fused: list[TensorMapping], tp_rank: int) -> Iterator[_TensorSlice]:
     """What a rank's shard holds of the tensors fused in it, from its first row to its last."""
     if fused[0].cut == "heads" and isinstance(layout, TrainerLayout):
         yield from _cut_groups(shape, fused, layout.tp_size, tp_rank)
         return
-    for row in fused:
-        num_rows, num_cols = _sizes(shape, row)
+    for mapping in fused:
+        num_rows, num_cols = _sizes(shape, mapping)
         size = layout.tp_size
-        if row.cut == "whole" or _is_whole(layout):
-            yield row.name, 0, 0, num_rows, num_cols
-        elif row.cut == "columns":
-            yield row.name, 0, tp_rank * num_cols // size, num_rows, num_cols // size
-        elif row.cut == "vocabulary":
+        if mapping.cut == "whole" or _is_whole(layout):
+            yield mapping.name, 0, 0, num_rows, num_cols
+        elif mapping.cut == "columns":
+            yield mapping.name, 0, tp_rank * num_cols // size, num_rows, num_cols // size
+        elif mapping.cut == "vocabulary":
             each = padded_vocab(shape, layout) // size
             start, end = (min(rank * each, num_rows) for rank in (tp_rank, tp_rank + 1))
-            yield row.name, start, 0, end - start, num_cols
+            yield mapping.name, start, 0, end - start, num_cols
         else:
             # Ranks in excess of the heads share one: rank r holds key-value head r // (size // heads).
-            parts = min(size, shape.num_kv_heads) if row.rows == "kv_heads" else size
-            yield row.name, tp_rank * parts // size * (num_rows // parts), 0, num_rows // parts, num_cols
+            parts = min(size, shape.num_kv_heads) if mapping.rows == "kv_heads" else size
+            yield mapping.name, tp_rank * parts // size * (num_rows // parts), 0, num_rows // parts, num_cols
 
 
-def _cut_groups(shape: ModelShape, fused: list[Row], size: int, tp_rank: int) -> Iterator[_Rectangle]:
+def _cut_groups(shape: ModelShape, fused: list[TensorMapping], size: int, tp_rank: int) -> Iterator[_TensorSlice]:
     """megatron's QKV: query groups one after another, a rank holds an even share of all the rows."""
-    each = [_sizes(shape, row)[0] // shape.num_kv_heads for row in fused]
+    each = [_sizes(shape, mapping)[0] // shape.num_kv_heads for mapping in fused]
     share = shape.num_kv_heads * sum(each) // size
     first, end, start = tp_rank * share, (tp_rank + 1) * share, 0
     for group in range(shape.num_kv_heads):
-        for row, rows in zip(fused, each, strict=True):
+        for mapping, rows in zip(fused, each, strict=True):
             low, high = max(first, start), min(end, start + rows)
             if low < high:
-                yield row.name, group * rows + low - start, 0, high - low, _sizes(shape, row)[1]
+                yield mapping.name, group * rows + low - start, 0, high - low, _sizes(shape, mapping)[1]
             start += rows
 
 
-def _stack(parameter: str, rectangles: Iterator[_Rectangle]) -> Iterator[Piece]:
+def _stack(parameter: str, slices: Iterator[_TensorSlice]) -> Iterator[ShardSlice]:
     start = 0
-    for name, row, col, rows, cols in rectangles:
+    for name, row, col, rows, cols in slices:
         if rows:  # a rank may hold nothing but padding
-            yield Piece(name, row, col, rows, cols, parameter, start, 0)
+            yield ShardSlice(name, row, col, rows, cols, parameter, start, 0)
         start += rows
 
 
-def pieces(shape: ModelShape, layout: Layout, tp_rank: int, pp_rank: int = 0, chunk: int | None = None) -> tuple[Piece, ...]:
+def shard_slices(
+    shape: ModelShape, layout: Layout, tp_rank: int, pp_rank: int = 0, chunk: int | None = None
+) -> tuple[ShardSlice, ...]:
     """Everything that a rank holds (of one model chunk only, if given), in the order of the layers."""
-    held: list[Piece] = []
+    held: list[ShardSlice] = []
     for shard, layer in _held(shape, layout, tp_rank, pp_rank, chunk):
-        held += shard.pieces if layer is None else [piece.numbered(layer) for piece in shard.pieces]
+        held += shard.slices if layer is None else [part.numbered(layer) for part in shard.slices]
     return tuple(held)
 
 
@@ -283,7 +286,7 @@ def _held(
         yield from ((shard, None) for shard in template(shape, layout, "last", tp_rank))
 
 
-def rectangle(tensor: torch.Tensor, row: int, col: int, rows: int, cols: int) -> torch.Tensor:
+def matrix_slice(tensor: torch.Tensor, row: int, col: int, rows: int, cols: int) -> torch.Tensor:
     """The view [rows, cols] of a contiguous matrix or vector."""
     return tensor.view(tensor.shape[0], -1)[row : row + rows, col : col + cols]
 

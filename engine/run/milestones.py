@@ -13,13 +13,15 @@ import torch
 from engine.bridge.sender import stream_to_first_rank
 from engine.config.load import RunConfig
 from engine.core.errors import NumericsError, PreemptedError, SemionError
+from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
-from engine.megatron.topology import Topology
 from engine.models.sharding import export_files, export_plan, tensors
 from engine.run.agreement import Agreement
 from engine.run.checkpoint import check_prolonged
 from engine.run.controller import Controller
 from engine.run.saving import Checkpoints, Snapshot, Weights
+
+SETTLE_SECONDS = 1.0  # rank 0 waits so long for a checkpoint between two heartbeats
 
 
 class Milestones:
@@ -29,16 +31,16 @@ class Milestones:
         self,
         config: RunConfig,
         policy: Policy,
-        topology: Topology,
+        parallel: ParallelState,
         checkpoints: Checkpoints,
         controller: Controller | None,
         agreement: Agreement,
     ) -> None:
         """`controller` on rank 0, None on every other."""
-        self._config, self._policy, self._topology = config, policy, topology
+        self._config, self._policy, self._parallel = config, policy, parallel
         self._checkpoints, self._controller, self._agreement = checkpoints, controller, agreement
         bucket_bytes = config.sync.bucket_mebibytes << 20
-        self._files = export_files(policy.shape, policy.layout, topology.dp_size, policy.dtype, bucket_bytes)
+        self._files = export_files(policy.shape, policy.layout, parallel.dp_size, policy.dtype, bucket_bytes)
         if controller is not None:
             checkpoints.select(controller.scores(), config)
 
@@ -54,17 +56,24 @@ class Milestones:
         saved = commits(config, step, ends=collapse is not None or stopped)
         self._checkpoints.check()
         if saved:
-            self._checkpoints.wait()
+            self.settle()
             records = controller.kept(self._checkpoints.steps()) if controller is not None else None
             ends = controller.end_ids if controller is not None else ()
             self._checkpoints.commit(step, self._snapshot(step), config, records, ends)
         if end := _early_end(config, step, collapse, stopped=stopped, saved=saved):
-            self.close()
+            self.settle()
             self._close()
             raise end
 
-    def close(self) -> None:
-        """Returns when this rank's part of the last checkpoint is on disk, and on rank 0 when it is named."""
+    def settle(self) -> None:
+        """Returns when the checkpoint under way is named; raises what it failed with. However long files take, no rank waits
+        longer in one collective than between two heartbeats. Collective."""
+        if self._controller is None:
+            self._agreement.listen()
+        else:
+            while not self._checkpoints.finished(SETTLE_SECONDS):
+                self._agreement.heartbeat()
+            self._agreement.done()
         self._checkpoints.wait()
 
     def _snapshot(self, step: int) -> Snapshot:
@@ -104,10 +113,10 @@ class Milestones:
         self._agreement.done()
 
 
-def full_weights(config: RunConfig, policy: Policy, topology: Topology) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(config: RunConfig, policy: Policy, parallel: ParallelState) -> Iterator[tuple[str, torch.Tensor]]:
     """The full policy by Hugging Face names, on rank 0; collective, and empty elsewhere."""
     plan = export_plan(policy.shape, policy.layout, policy.dtype, config.sync.bucket_mebibytes << 20)
-    return stream_to_first_rank(policy, topology, plan, policy.dtype)
+    return stream_to_first_rank(policy, parallel, plan, policy.dtype)
 
 
 def commits(config: RunConfig, step: int, *, ends: bool) -> bool:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 
 from engine.bridge.sender import Publisher
-from engine.megatron.topology import Topology
+from engine.megatron.parallel_state import ParallelState
 from engine.run.metrics import SYNC_ATTEMPTS, SYNC_MEBIBYTES, SYNC_SECONDS
 
 
 class PoolPublisher:
     """The bridge's publisher, saying what a sync cost in the loop's words."""
 
-    def __init__(self, publisher: Publisher, topology: Topology) -> None:
-        self._publisher, self._topology = publisher, topology
+    def __init__(self, publisher: Publisher, parallel: ParallelState) -> None:
+        self._publisher, self._parallel = publisher, parallel
         self.serves: int | None = 0  # engines load the seed model
 
     def publish(self, version: int) -> dict[str, float]:
         """Sends the policy's weights as `version` to every engine; returns when all have verified them."""
-        if self.serves is None and self._topology.device.type == "cuda":
+        if self.serves is None and self._parallel.device.type == "cuda":
             torch.cuda.empty_cache()  # what the trainer's allocator keeps, the engines need to wake
         report = self._publisher.publish(version)
         self.serves = version

@@ -23,8 +23,8 @@ from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 from engine.data.ends import end_tokens
 from engine.data.templates import policy_tokenizer
 from engine.inference.pool import EngineHandle
+from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
-from engine.megatron.topology import Topology, open_topology
 from engine.models.hf import write_hf_checkpoint
 from engine.observe.profiling.window import Window
 from engine.observe.sinks import MetricsWriter
@@ -61,13 +61,13 @@ class TrainerRank:
         self, port: int, engines: list[EngineHandle] | None, reward_engine: ScoringEngine | None, resume: bool
     ) -> Iterator[Event]:
         """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
-        spec, config, topology = self._spec, self._config, self._join(port)
+        spec, config, parallel = self._spec, self._config, self._join(port)
         loss = make_loss(config.algorithm, sampled=spec.sampled)
-        policy = Policy(config, topology, loss, config.model.path, copies=spec.copies)
+        policy = Policy(config, parallel, loss, config.model.path, copies=spec.copies)
         checkpoints = Checkpoints(
             config.run_directory / "checkpoints",
-            rank=topology.rank,
-            world_size=topology.world_size,
+            rank=parallel.rank,
+            world_size=parallel.world_size,
             barrier=dist.barrier,
             digests=spec.digests or None,
             patience_seconds=config.trainer.timeout_seconds,
@@ -79,10 +79,10 @@ class TrainerRank:
         pool = controller.pool if controller is not None and spec.starts_engines else None
         publisher: loop.Publisher = NoEngines()
         if spec.starts_engines:
-            publisher = PoolPublisher(open_publisher(spec, policy, topology, self._host, pool), topology)
-        agreement = Agreement(config, topology)
-        source = BroadcastSource(config, topology, controller.source if controller is not None else None, agreement)
-        milestones = Milestones(config, policy, topology, checkpoints, controller, agreement)
+            publisher = PoolPublisher(open_publisher(spec, policy, parallel, self._host, pool), parallel)
+        agreement = Agreement(config, parallel)
+        source = BroadcastSource(config, parallel, controller.source if controller is not None else None, agreement)
+        milestones = Milestones(config, policy, parallel, checkpoints, controller, agreement)
         for record in loop.train(
             config.schedule,
             policy,
@@ -97,23 +97,23 @@ class TrainerRank:
         ):
             for event in controller.finish_step(record) if controller is not None else ():  # Ray's `send` is not a list's
                 yield event
-        milestones.close()
+        milestones.settle()
         for event in controller.finish() if controller is not None else ():
             yield event
-        topology.close()
+        parallel.close()
 
     def fine_tune(self, port: int) -> Iterator[Event]:
         """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""
-        config, topology = self._config, self._join(port)
-        source = SupervisedSource(self._spec, topology)
-        policy = Policy(config, topology, NllLoss(), config.model.path)
+        config, parallel = self._config, self._join(port)
+        source = SupervisedSource(self._spec, parallel)
+        policy = Policy(config, parallel, NllLoss(), config.model.path)
         writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
         window = Window(config.profile, config.run_directory, self._rank)
         for record in loop.fine_tune(policy, source, num_steps=config.run.steps, window=window):
             if writer is not None:
                 writer.write(record)
                 yield {"kind": "step"} | record
-        weights = full_weights(config, policy, topology)
+        weights = full_weights(config, policy, parallel)
         if writer is None:
             for _ in weights:
                 pass
@@ -125,15 +125,15 @@ class TrainerRank:
             write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path, end_ids=ends.stop)
             writer.close()
             yield {"kind": "done", "checkpoint": config.sft.checkpoint_out}
-        topology.close()
+        parallel.close()
 
-    def _join(self, port: int) -> Topology:
+    def _join(self, port: int) -> ParallelState:
         trainer, reward_patience = self._config.trainer, self._config.reward_model.patience_seconds
         if self._server is not None:
             store = serve_store(self._server, self._host, trainer.world_size, trainer.timeout_seconds)
         else:
             store = join_store(self._host, port, trainer.world_size, trainer.timeout_seconds)
-        return open_topology(
+        return open_parallel_state(
             trainer,
             rank=self._rank,
             world_size=trainer.world_size,

@@ -158,6 +158,13 @@ class Checkpoints:
             self._save = None
             raise save.error
 
+    def finished(self, seconds: float) -> bool:
+        """Whether nothing is under way, or is done or failed within so many seconds; on rank 0 that all ranks' parts are."""
+        if self._save is None or self._save.thread is None:
+            return True
+        self._save.thread.join(seconds)
+        return not self._save.thread.is_alive()
+
     def wait(self) -> None:
         """Returns when this rank's part of the checkpoint under way is on disk; on rank 0, when LATEST names it. Raises what it
         has failed with."""

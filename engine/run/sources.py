@@ -17,7 +17,7 @@ from engine.data.templates import policy_tokenizer
 from engine.data.tokens import stays_text
 from engine.megatron.broadcast import broadcast_batch
 from engine.megatron.packing import make_batch
-from engine.megatron.topology import Topology
+from engine.megatron.parallel_state import ParallelState
 from engine.rollouts.base import StepSource
 from engine.run.agreement import Agreement
 from engine.run.metrics import TARGET_TOKENS
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 class BroadcastSource:
     """Rank 0 has the rollouts; each rank receives the step's sequences and packs its own part."""
 
-    def __init__(self, config: RunConfig, topology: Topology, rollouts: StepSource | None, agreement: Agreement) -> None:
+    def __init__(self, config: RunConfig, parallel: ParallelState, rollouts: StepSource | None, agreement: Agreement) -> None:
         """`rollouts` on rank 0, None on every other rank."""
-        self._config, self._topology, self._rollouts, self._agreement = config, topology, rollouts, agreement
+        self._config, self._parallel, self._rollouts, self._agreement = config, parallel, rollouts, agreement
 
     def open(self, steps: range) -> None:
         """Submits the rollouts of these steps for sampling."""
@@ -56,26 +56,26 @@ class BroadcastSource:
         else:
             self._agreement.listen()
         sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
-        batch = broadcast_batch(sequences, num_prompts, step, self._config.trainer, self._topology)
+        batch = broadcast_batch(sequences, num_prompts, step, self._config.trainer, self._parallel)
         return batch, metrics | {TARGET_TOKENS.name: float(batch.num_target_tokens)}
 
 
 class SupervisedSource:
     """Worked solutions in the seeded order; every rank reads the file and packs its own part."""
 
-    def __init__(self, spec: Spec, topology: Topology) -> None:
+    def __init__(self, spec: Spec, parallel: ParallelState) -> None:
         """ConfigError when a solution is longer than a microbatch or the model's positions."""
         config = spec.config
-        self._config, self._topology = config, topology
+        self._config, self._parallel = config, parallel
         tokenizer = policy_tokenizer(config)
         unjudged = Judging(verifiable=False, needs_answer=False, wants_row=False)
         loaded = load_prompts(config, config.data, config.data.train, unjudged)
         end = written_end(tokenizer)
         prompts = [prompt for prompt in loaded.prompts if stays_text(tokenizer, prompt.solution, end)]
         num_special = loaded.num_special + len(loaded.prompts) - len(prompts)
-        if topology.rank == 0 and loaded.warning:
+        if parallel.rank == 0 and loaded.warning:
             log.warning("data.train: %s", loaded.warning)
-        if topology.rank == 0 and num_special:
+        if parallel.rank == 0 and num_special:
             log.warning(
                 "data.train: left out: %d rows that spell special tokens, which the tokenizer cannot keep text", num_special
             )
@@ -104,6 +104,6 @@ class SupervisedSource:
             step=step,
             num_prompts=len(sequences),
             trainer=self._config.trainer,
-            dp_rank=self._topology.dp_rank,
+            dp_rank=self._parallel.dp_rank,
         )
         return batch, {TARGET_TOKENS.name: float(batch.num_target_tokens)}

@@ -37,15 +37,15 @@ class Probe(TrainerRank):
     """A trainer rank that trains on noise and asks, after every sync, whether engines and trainer agree."""
 
     def probe(self, port: int, engines: list[Any] | None, num_syncs: int, kill: int, what: str) -> Iterator[Event]:
-        config, topology = self._config, self._join(port)
-        policy = Policy(config, topology, NllLoss(), config.model.path)
+        config, parallel = self._config, self._join(port)
+        policy = Policy(config, parallel, NllLoss(), config.model.path)
         pool = Pool(engines, config.inference.timeout_seconds) if engines is not None else None
-        publisher = open_publisher(self._spec, policy, topology, self._host, pool)
+        publisher = open_publisher(self._spec, policy, parallel, self._host, pool)
         draw = random.Random(3)
         rows = [[draw.randrange(DIGITS) for _ in range(draw.randrange(5, LONGEST))] for _ in range(SEQUENCES)]
         sequences = [Sequence(tuple(row[:1]), tuple(row[1:]), ()) for row in rows]
         for version in range(1, num_syncs + 1):
-            batch = broadcast_batch(sequences if topology.rank == 0 else None, len(rows), version, config.trainer, topology)
+            batch = broadcast_batch(sequences if parallel.rank == 0 else None, len(rows), version, config.trainer, parallel)
             metrics = policy.train_step(batch)
             if pool is not None and version == kill:
                 end(int(pool.describe()[0]["pid"]), what)
@@ -54,7 +54,7 @@ class Probe(TrainerRank):
             (whole,) = make_batch(sequences, step=version, num_prompts=5, trainer=one_rank, dp_rank=0).microbatches
             mine = policy.log_probs(replace(batch, microbatches=(whole,)))
             flat = mine[0] if mine else torch.empty(whole.token_ids.numel())
-            dist.broadcast(flat, topology.world_size - 1)
+            dist.broadcast(flat, parallel.world_size - 1)
             if pool is None:
                 continue
             expected, start = [], 0
@@ -77,7 +77,7 @@ class Probe(TrainerRank):
                 "seconds": report.seconds,
                 "attempts": report.attempts,
             }
-        topology.close()
+        parallel.close()
 
 
 def end(pid: int, what: str) -> None:

@@ -40,7 +40,9 @@ LAYOUTS: dict[str, tuple[str, list[str], str | None]] = {
     ),
 }
 
-ONE_MESSAGE = ("dp2, distributed optimizer, to an engine that repacks its weights",)  # one cell, one engine, a small model
+ONE_MESSAGE = (
+    "dp2, distributed optimizer, to an engine that repacks its weights",
+)  # one model-parallel rank, one engine, a small model
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

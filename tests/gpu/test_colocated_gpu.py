@@ -127,7 +127,7 @@ class World:
         self.pool = Pool([self.handle], 300.0)
         self.shape, self.device = read_shape(config.model.path), device
         trainer = layout.trainer_layout(config.trainer)
-        self._pieces = layout.pieces(self.shape, trainer, 0)
+        self._slices = layout.shard_slices(self.shape, trainer, 0)
         self.parameters = {
             name: torch.zeros(shape, dtype=torch.bfloat16, device=device)
             for name, shape in layout.shard_shapes(self.shape, trainer, 0).items()
@@ -139,9 +139,9 @@ class World:
     def hold(self, model: LlamaForCausalLM) -> None:
         """Gives the trainer this model's weights."""
         tensors = model.state_dict()
-        for p in self._pieces:
-            source = layout.rectangle(tensors[p.name], p.row, p.col, p.rows, p.cols)
-            layout.rectangle(self.parameters[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols).copy_(source)
+        for p in self._slices:
+            source = layout.matrix_slice(tensors[p.name], p.row, p.col, p.rows, p.cols)
+            layout.matrix_slice(self.parameters[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols).copy_(source)
 
 
 def model_of(seed: int) -> LlamaForCausalLM:

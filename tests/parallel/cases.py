@@ -23,8 +23,8 @@ from engine.config.load import RunConfig
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED, Batch, Microbatch
 from engine.megatron.packing import make_batch
+from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
-from engine.megatron.topology import Topology, open_topology
 from engine.models.hf import read_shape
 from engine.models.sharding import export_plan
 from engine.ops import lm_head_log_probs, plain, token_log_probs
@@ -40,7 +40,7 @@ TIMEOUT = timedelta(seconds=60)
 
 
 def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
-    """Opens this rank's topology, runs a case of this file and leaves torch.distributed again."""
+    """Opens this rank's parallel, runs a case of this file and leaves torch.distributed again."""
     cases: dict[str, Case] = {
         "train": train,
         "export": export,
@@ -61,11 +61,11 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
     config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
     store = dist.FileStore(place["store"], place["world_size"])
     rank, world_size = place["rank"], place["world_size"]
-    topology = open_topology(config.trainer, rank=rank, world_size=world_size, store=store, timeout=TIMEOUT)
+    parallel = open_parallel_state(config.trainer, rank=rank, world_size=world_size, store=store, timeout=TIMEOUT)
     try:
-        return cases[name](config, topology, **arguments)
+        return cases[name](config, parallel, **arguments)
     finally:
-        topology.close()
+        parallel.close()
 
 
 def loss_of(name: str) -> Loss:
@@ -82,7 +82,7 @@ def full_tensors(policy: Policy, prefix: str) -> dict[str, torch.Tensor]:
 
 def logits(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
     """Full-vocabulary logits [T, V] by microbatch on the last stage's first tensor rank."""
-    topology = policy.topology
+    parallel = policy.parallel
 
     def collect(local: torch.Tensor, _: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
         return local.sum(), local.detach().clone()
@@ -91,31 +91,31 @@ def logits(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
         rows = policy.run(batch, collect, forward_only=True)
     full = {}
     for index, row in enumerate(rows):
-        shards = [torch.empty_like(row) for _ in range(topology.tp_size)]
-        dist.all_gather(shards, row, group=topology.tp_group)
+        shards = [torch.empty_like(row) for _ in range(parallel.tp_size)]
+        dist.all_gather(shards, row, group=parallel.tp_group)
         full[f"logits.{index}"] = torch.cat(shards, 1)[:, : policy.shape.vocab_size].contiguous()
-    return full if topology.tp_rank == 0 and topology.dp_rank == 0 else {}
+    return full if parallel.tp_rank == 0 and parallel.dp_rank == 0 else {}
 
 
 def collect_gradients(policy: Policy) -> None:
     """Makes every `main_grad` whole after a step under the distributed optimizer, whose reduce-scatter leaves a rank
     with its shard of each bucket and unreduced gradients elsewhere. The next step zeroes them all."""
-    topology = policy.topology
+    parallel = policy.parallel
     buffers = [buffer for chunk in policy._chunks for buffer in chunk.buffers]
     for bucket in [bucket for buffer in buffers for bucket in buffer.buckets]:
-        own = bucket.grad_data.view(topology.dp_size, -1)[topology.dp_rank].clone()
-        dist.all_gather_into_tensor(bucket.grad_data, own, group=topology.dp_group)
+        own = bucket.grad_data.view(parallel.dp_size, -1)[parallel.dp_rank].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, own, group=parallel.dp_group)
 
 
-def train(config: RunConfig, topology: Topology, checkpoint: str, loss: str, output: str) -> list[dict[str, float]]:
+def train(config: RunConfig, parallel: ParallelState, checkpoint: str, loss: str, output: str) -> list[dict[str, float]]:
     """Three steps; leaders write logits before them, gradients of each (as clipped) and weights after. Returns the
     metrics."""
-    policy = Policy(config, topology, loss_of(loss), checkpoint)
+    policy = Policy(config, parallel, loss_of(loss), checkpoint)
     kept: dict[str, torch.Tensor] = {}
     metrics = []
     group_pairs = 2 if loss.startswith(("everything", "own")) else 1
     for step in range(3):
-        batch = batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank, group_pairs)
+        batch = batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank, group_pairs)
         if step == 0 and not config.trainer.fused_lm_head:
             kept |= logits(policy, batch)
         metrics.append(policy.train_step(policy.score(batch)))
@@ -128,36 +128,36 @@ def train(config: RunConfig, topology: Topology, checkpoint: str, loss: str, out
     kept |= full_tensors(policy, "weight.")
     if kept:
         whole = {name: value.contiguous() for name, value in kept.items()}
-        save_file(whole, Path(output) / f"{topology.rank}.safetensors")
+        save_file(whole, Path(output) / f"{parallel.rank}.safetensors")
     return metrics
 
 
-def export(config: RunConfig, topology: Topology, checkpoint: str, output: str) -> int:
+def export(config: RunConfig, parallel: ParallelState, checkpoint: str, output: str) -> int:
     """Leaders write every tensor as it was read; how many they hold."""
-    tensors = full_tensors(Policy(config, topology, NllLoss(), checkpoint), "")
+    tensors = full_tensors(Policy(config, parallel, NllLoss(), checkpoint), "")
     if tensors:
         whole = {name: value.contiguous() for name, value in tensors.items()}
-        save_file(whole, Path(output) / f"{topology.rank}.safetensors")
+        save_file(whole, Path(output) / f"{parallel.rank}.safetensors")
     return len(tensors)
 
 
-def resume(config: RunConfig, topology: Topology, checkpoint: str, output: str) -> dict[str, bool]:
+def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: str) -> dict[str, bool]:
     """Three steps in one go, and the last two again by a second policy from the first one's state on disk."""
 
     def steps(policy: Policy, which: range) -> list[dict[str, float]]:
-        batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in which]
+        batches = [batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank) for step in which]
         return [policy.train_step(policy.score(batch)) for batch in batches]
 
-    file = Path(output) / f"state.{topology.rank}.safetensors"
-    first = Policy(config, topology, make_loss(config.algorithm), checkpoint)
+    file = Path(output) / f"state.{parallel.rank}.safetensors"
+    first = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
     save_file(first.state(), file)
-    untrained = Policy(config, topology, make_loss(config.algorithm), checkpoint)
+    untrained = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
     untrained.load_state(load_file(file))
     steps(first, range(1))
     first.refresh_reference()
     save_file(first.state(), file)
     whole = steps(first, range(1, 3))
-    second = Policy(config, topology, make_loss(config.algorithm), checkpoint)
+    second = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
     second.load_state(load_file(file))
     again = steps(second, range(1, 3))
     ours, theirs = first.state(), second.state()
@@ -165,21 +165,21 @@ def resume(config: RunConfig, topology: Topology, checkpoint: str, output: str) 
         "metrics": whole == again,
         "keys": list(ours) == list(theirs),
         "tensors": all(torch.equal(ours[name], theirs[name]) for name in ours),
-        "from_start": steps(untrained, range(1)) == steps_of_seed(config, topology, checkpoint),
+        "from_start": steps(untrained, range(1)) == steps_of_seed(config, parallel, checkpoint),
     }
 
 
-def steps_of_seed(config: RunConfig, topology: Topology, checkpoint: str) -> list[dict[str, float]]:
+def steps_of_seed(config: RunConfig, parallel: ParallelState, checkpoint: str) -> list[dict[str, float]]:
     """The first step of a policy that was never saved."""
-    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
-    batch = batch_of(0, policy.shape.vocab_size, config.trainer, topology.dp_rank)
+    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    batch = batch_of(0, policy.shape.vocab_size, config.trainer, parallel.dp_rank)
     return [policy.train_step(policy.score(batch))]
 
 
-def curve(config: RunConfig, topology: Topology, checkpoint: str, num_steps: int) -> list[dict[str, float]]:
+def curve(config: RunConfig, parallel: ParallelState, checkpoint: str, num_steps: int) -> list[dict[str, float]]:
     """Metrics of `num_steps` DPO steps over two batches that alternate; scoring must leave the state as it was."""
-    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
-    batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in range(2)]
+    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    batches = [batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank) for step in range(2)]
     metrics = []
     for step in range(num_steps):
         before = policy.state()
@@ -189,16 +189,16 @@ def curve(config: RunConfig, topology: Topology, checkpoint: str, num_steps: int
     return metrics
 
 
-def change_layers(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+def change_layers(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """Two steps with the local spec, then its state through a policy with the configured one and back: whether both hold
     the same bits, and the losses of the third step before, between and after."""
 
     def with_layers(layers: str) -> Policy:
         trainer = config.trainer.model_copy(update={"layers": layers})
-        return Policy(config.model_copy(update={"trainer": trainer}), topology, make_loss(config.algorithm), checkpoint)
+        return Policy(config.model_copy(update={"trainer": trainer}), parallel, make_loss(config.algorithm), checkpoint)
 
     def steps(policy: Policy, which: range) -> float:
-        batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in which]
+        batches = [batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank) for step in which]
         return [policy.train_step(policy.score(batch))["loss"] for batch in batches][-1]
 
     local = with_layers("local")
@@ -215,19 +215,19 @@ def change_layers(config: RunConfig, topology: Topology, checkpoint: str) -> dic
     }
 
 
-def offload(config: RunConfig, topology: Topology, checkpoint: str, output: str) -> dict[str, Any]:
+def offload(config: RunConfig, parallel: ParallelState, checkpoint: str, output: str) -> dict[str, Any]:
     """What `resume` returns with part of the optimizer's state on the host, and how far three steps of it are from three
     without. On a CPU the model's memory plays the GPU's."""
     with nullcontext() if torch.cuda.is_available() else pretended_gpu():
-        found: dict[str, Any] = dict(resume(config, topology, checkpoint, output))
+        found: dict[str, Any] = dict(resume(config, parallel, checkpoint, output))
         states = []
         for share in (config.optimizer.offload_share, 0.0):
             optimizer = config.optimizer.model_copy(update={"offload_share": share})
             policy = Policy(
-                config.model_copy(update={"optimizer": optimizer}), topology, make_loss(config.algorithm), checkpoint
+                config.model_copy(update={"optimizer": optimizer}), parallel, make_loss(config.algorithm), checkpoint
             )
             for step in range(3):
-                policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)))
+                policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank)))
             states.append(policy.state())
             if share:
                 adam = policy._optimizer._optimizer.optimizer
@@ -237,29 +237,29 @@ def offload(config: RunConfig, topology: Topology, checkpoint: str, output: str)
     return found | {"worst": worst, "hosted": hosted / sum(states[1][name].numel() for name in names)}
 
 
-def fp8_moments(config: RunConfig, topology: Topology) -> dict[str, Any]:
+def fp8_moments(config: RunConfig, parallel: ParallelState) -> dict[str, Any]:
     """Two steps of Transformer Engine's AdamW with FP8 moments, on gradients of 0 and of 1."""
     from engine.megatron.te_adam import TeAdam
 
-    weight: Any = torch.nn.Parameter(torch.ones(48, dtype=torch.bfloat16, device=topology.device))
+    weight: Any = torch.nn.Parameter(torch.ones(48, dtype=torch.bfloat16, device=parallel.device))
     narrow = {"exp_avg_dtype": torch.uint8, "exp_avg_sq_dtype": torch.uint8}
     adam = TeAdam([weight], 0.1, master_weights=True, use_decoupled_grad=True, store_param_remainders=True, **narrow)
     found: dict[str, Any] = {}
     for name, gradient in (("zero", 0.0), ("one", 1.0)):
-        weight.decoupled_grad = torch.full((48,), gradient, device=topology.device)
+        weight.decoupled_grad = torch.full((48,), gradient, device=parallel.device)
         adam.step()
         moment = adam.state[weight]["exp_avg"]
         found |= {name: moment.float().tolist(), "transposed": moment._transpose is not None}
     return found | {"finite": bool(weight.isfinite().all())}
 
 
-def without_signal(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+def without_signal(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """A step of pairs, one of none at all, one of a single pair, and the last of them again by a second policy from the state
     after the empty one. What moved: the metric of each step, and the names in the state that the empty step changed."""
-    policy = Policy(config, topology, loss_of("dpo"), checkpoint)
+    policy = Policy(config, parallel, loss_of("dpo"), checkpoint)
     made = [sequences(0, policy.shape.vocab_size), [], sequences(2, policy.shape.vocab_size)[:2]]
     batches = [
-        make_batch(rows, step=step, num_prompts=5, trainer=config.trainer, dp_rank=topology.dp_rank)
+        make_batch(rows, step=step, num_prompts=5, trainer=config.trainer, dp_rank=parallel.dp_rank)
         for step, rows in enumerate(made)
     ]
     steps, states = [], []
@@ -267,7 +267,7 @@ def without_signal(config: RunConfig, topology: Topology, checkpoint: str) -> di
         steps.append(policy.train_step(policy.score(batch)))
         states.append(policy.state())
     changed = [name for name, value in states[1].items() if not torch.equal(value, states[0][name])]
-    second = Policy(config, topology, loss_of("dpo"), checkpoint)
+    second = Policy(config, parallel, loss_of("dpo"), checkpoint)
     second.load_state(states[1])
     again = second.train_step(second.score(batches[2]))
     resumed = again == steps[2] and all(torch.equal(value, states[2][name]) for name, value in second.state().items())
@@ -280,7 +280,7 @@ def without_signal(config: RunConfig, topology: Topology, checkpoint: str) -> di
     }
 
 
-def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bool]:
+def seed(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, bool]:
     """Two steps, the reference moved between them where it may: whether the parameters are the seed model's while
     `as_seed` is entered and the trained ones after it, also in a policy that resumed."""
 
@@ -291,14 +291,14 @@ def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bo
         return all(torch.equal(parameter, wanted[name]) for name, parameter in policy.parameters.items())
 
     loss, copies = make_loss(config.algorithm), assemble(config, read_shape(checkpoint)).copies
-    policy = Policy(config, topology, loss, checkpoint, copies=copies)
+    policy = Policy(config, parallel, loss, checkpoint, copies=copies)
     before = weights(policy)
     for step in range(2):
-        policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank)))
+        policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank)))
         if config.schedule.reference_due(step + 1):
             policy.refresh_reference()
     trained = weights(policy)
-    resumed = Policy(config, topology, loss, checkpoint, copies=copies)
+    resumed = Policy(config, parallel, loss, checkpoint, copies=copies)
     resumed.load_state(policy.state())
     found = {}
     for name, one in (("first", policy), ("resumed", resumed)):
@@ -308,11 +308,11 @@ def seed(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, bo
     return found
 
 
-def distribution(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+def distribution(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """Log-probs of policy and reference of a step by microbatch on the last stage; where the head is fused, their distance
     from float64 products of the same hidden states."""
-    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
-    batch = policy.score(batch_of(0, policy.shape.vocab_size, config.trainer, topology.dp_rank))
+    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    batch = policy.score(batch_of(0, policy.shape.vocab_size, config.trainer, parallel.dp_rank))
     own = policy.log_probs(batch)
     found: dict[str, Any] = {
         "own": [row.tolist() for row in own],
@@ -333,11 +333,11 @@ def distribution(config: RunConfig, topology: Topology, checkpoint: str) -> dict
     return found
 
 
-def infinite(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+def infinite(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """One GRPO step where a single advantage of a single rank is infinite."""
-    policy = Policy(config, topology, loss_of("grpo"), checkpoint)
-    batch = batch_of(7, policy.shape.vocab_size, config.trainer, topology.dp_rank)
-    if topology.dp_rank == topology.dp_size - 1:
+    policy = Policy(config, parallel, loss_of("grpo"), checkpoint)
+    batch = batch_of(7, policy.shape.vocab_size, config.trainer, parallel.dp_rank)
+    if parallel.dp_rank == parallel.dp_size - 1:
         batch.microbatches[0].advantages[0] = float("inf")
     before = policy.state()
     try:
@@ -348,11 +348,11 @@ def infinite(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str
     return {"message": "", "untouched": False}
 
 
-def log_probs(config: RunConfig, topology: Topology, num_valid: int) -> dict[str, Any]:
+def log_probs(config: RunConfig, parallel: ParallelState, num_valid: int) -> dict[str, Any]:
     """Token log-probs and the LM head on this rank's columns against the whole vocabulary on one rank: the largest
     differences of values and gradients, and what the collectives of the first carried."""
     generator = torch.Generator().manual_seed(5)
-    num_tokens, hidden_size, size, here = 9, 16, topology.tp_size, topology.tp_rank
+    num_tokens, hidden_size, size, here = 9, 16, parallel.tp_size, parallel.tp_rank
     width = -(-num_valid // size)
     hidden = torch.randn(num_tokens, hidden_size, generator=generator)
     weight = torch.randn(width * size, hidden_size, generator=generator)
@@ -375,7 +375,7 @@ def log_probs(config: RunConfig, topology: Topology, num_valid: int) -> dict[str
     def worst(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
         return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True) if a.numel())
 
-    mine = {"vocab_start": part.start, "group": topology.tp_group}
+    mine = {"vocab_start": part.start, "group": parallel.tp_group}
     whole = slice(0, width * size)
     with patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers:
         found = token(part, **mine)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
 from engine.core.types import Batch
+from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
-from engine.megatron.topology import Topology
 from engine.models.registry import family_of
 from engine.models.sharding import EngineLayout, export_plan
 from tests.parallel.material import batch_of
@@ -24,13 +24,13 @@ from tests.unit.bridge.world import Case, World
 BLOCK = 128
 
 
-def fp8_parameters(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+def fp8_parameters(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """Three steps with the reference renewed before the last; what holds of the weights before, between and after."""
-    policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
+    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
     kept: dict[str, Any] = {name: tensor for name, tensor in policy._own.items() if hasattr(tensor, "_fp8_dtype")}
-    batches = [batch_of(step, policy.shape.vocab_size, config.trainer, topology.dp_rank) for step in range(3)]
+    batches = [batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank) for step in range(3)]
     plain = config.trainer.model_copy(update={"fp8_parameters": False})
-    seed = Policy(config.model_copy(update={"trainer": plain}), topology, make_loss(config.algorithm), checkpoint)
+    seed = Policy(config.model_copy(update={"trainer": plain}), parallel, make_loss(config.algorithm), checkpoint)
     found: dict[str, Any] = {"kept": len(kept), "begins_with_the_checkpoint": _begins_with(seed, policy, kept)}
     first = _reference_log_probs(policy, batches[0])
     found["reference_is_the_policy"] = _equal(first, policy.log_probs(batches[0]))
@@ -49,22 +49,22 @@ def fp8_parameters(config: RunConfig, topology: Topology, checkpoint: str) -> di
     found["copies_as_counted"] = all(_copies(kept[name]) == 2 and _copies(policy._reference[name]) == 1 for name in kept)
     found["in_fp8"] = sum(tensor.numel() for tensor in kept.values())
     found["of"] = sum(tensor.numel() for tensor in policy._own.values())
-    found["same_on_all_ranks"] = _same(torch.cat([policy.parameters[name].flatten() for name in policy.parameters]), topology)
-    if topology.world_size == 1:
+    found["same_on_all_ranks"] = _same(torch.cat([policy.parameters[name].flatten() for name in policy.parameters]), parallel)
+    if parallel.world_size == 1:
         found["synced"] = _synced(policy)
     return found
 
 
-def change_weights(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, Any]:
+def change_weights(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """Two steps with bfloat16 weights, then the state through a policy that keeps them in FP8 and back: which of its tensors
     are the same bits, and the third step's loss before, between and after."""
 
     def policy(in_fp8: bool) -> Policy:
         trainer = config.trainer.model_copy(update={"fp8_parameters": in_fp8})
-        return Policy(config.model_copy(update={"trainer": trainer}), topology, make_loss(config.algorithm), checkpoint)
+        return Policy(config.model_copy(update={"trainer": trainer}), parallel, make_loss(config.algorithm), checkpoint)
 
     plain, between, back = policy(False), policy(True), policy(False)
-    *before, last = (batch_of(step, plain.shape.vocab_size, config.trainer, topology.dp_rank) for step in range(3))
+    *before, last = (batch_of(step, plain.shape.vocab_size, config.trainer, parallel.dp_rank) for step in range(3))
     for batch in before:
         plain.train_step(plain.score(batch))
     state = plain.state()
@@ -142,10 +142,10 @@ def _by_hand(tensor: Any) -> torch.Tensor:
     return found
 
 
-def _same(mine: torch.Tensor, topology: Topology) -> bool:
+def _same(mine: torch.Tensor, parallel: ParallelState) -> bool:
     """Whether all data-parallel ranks hold the same."""
-    others = [torch.empty_like(mine) for _ in range(topology.dp_size)]
-    dist.all_gather(others, mine.detach(), group=topology.dp_group)
+    others = [torch.empty_like(mine) for _ in range(parallel.dp_size)]
+    dist.all_gather(others, mine.detach(), group=parallel.dp_group)
     return all(torch.equal(one, mine) for one in others)
 
 

@@ -17,17 +17,17 @@ from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
 from engine.core.types import Batch, Sequence
 from engine.megatron.packing import make_batch
+from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
-from engine.megatron.topology import Topology
 
 NUM_ROWS = 3  # microbatches of a rank: one more than wait for their backward on two stages
 
 
-def memory(config: RunConfig, topology: Topology, checkpoint: str) -> dict[str, int]:
+def memory(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, int]:
     """The most bytes at once in a second step, of which what the policy holds from step to step, by component."""
     with Watch() as watch:
-        policy = Policy(config, topology, make_loss(config.algorithm), checkpoint)
-        batch = policy.score(full_rows(config, topology.dp_rank))
+        policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+        batch = policy.score(full_rows(config, parallel.dp_rank))
         policy.train_step(batch)
         watch.most = watch.live()
         policy.train_step(batch)

@@ -75,9 +75,9 @@ def filled(which: layout.Layout, tp_rank: int, version: int) -> dict[str, torch.
     """A rank's shards of a version, padding zero."""
     shards = {name: torch.zeros(shape) for name, shape in layout.shard_shapes(SHAPE, which, tp_rank).items()}
     whole = whole_tensors(version)
-    for p in layout.pieces(SHAPE, which, tp_rank):
-        source = layout.rectangle(whole[p.name], p.row, p.col, p.rows, p.cols)
-        layout.rectangle(shards[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols).copy_(source)
+    for p in layout.shard_slices(SHAPE, which, tp_rank):
+        source = layout.matrix_slice(whole[p.name], p.row, p.col, p.rows, p.cols)
+        layout.matrix_slice(shards[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols).copy_(source)
     return shards
 
 

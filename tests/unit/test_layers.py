@@ -1,4 +1,4 @@
-"""The shape of the house: imports point one way, heavy libraries stay in their rooms, and every file keeps the rules
+"""The shape of the house: imports point one way, heavy libraries stay in their packages, and every file keeps the rules
 (one opening paragraph, no broad except, no guarded import, no global, nothing evaluated or unpickled). Long files and functions
 are places to look, not faults: pytest warns of them.
 """
@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "engine"
 
-# From the ground up. A room (a folder or a module of engine/) imports its own layer and those above it in this list.
+# From the ground up. A package (a folder or a module of engine/) imports its own layer and those above it in this list.
 LAYERS = (
     ("core",),
     ("config",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("api",),
     ("commands", "cli", "__main__"),
 )
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
 # Library -> the only places under engine/ that may import it, at the top of a file or inside a function.
 HEAVY = {
@@ -63,7 +63,7 @@ SOURCES = sources()
 BELOW_THE_TOP = [path for path in SOURCES if path != "__init__.py"]
 
 
-def room_of(path: str) -> str:
+def package_of(path: str) -> str:
     return path.split("/")[0].removesuffix(".py")
 
 
@@ -77,7 +77,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def rooms_imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def packages_imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for line, name in imported(tree):
         package, _, rest = name.partition(".")
         if package == "engine" and rest:
@@ -130,26 +130,26 @@ def caught(handler: ast.ExceptHandler) -> set[str]:
 
 
 @pytest.mark.parametrize("path", BELOW_THE_TOP)
-def test_every_room_has_a_layer_and_imports_only_downwards(path):
-    room = room_of(path)
-    assert room in LEVEL, f"engine/{path}: room {room!r} is in no layer: give it one in LAYERS"
-    for line, target in rooms_imported(SOURCES[path]):
+def test_every_package_has_a_layer_and_imports_only_downwards(path):
+    package = package_of(path)
+    assert package in LEVEL, f"engine/{path}: package {package!r} is in no layer: give it one in LAYERS"
+    for line, target in packages_imported(SOURCES[path]):
         assert target in LEVEL, f"engine/{path}:{line} imports engine.{target}, which is in no layer"
-        assert LEVEL[target] <= LEVEL[room], f"engine/{path}:{line} imports upwards: {room} -> {target}"
+        assert LEVEL[target] <= LEVEL[package], f"engine/{path}:{line} imports upwards: {package} -> {target}"
 
 
-def test_rooms_of_one_layer_do_not_import_each_other_in_a_circle():
-    edges: dict[str, set[str]] = {room: set() for room in LEVEL}
+def test_packages_of_one_layer_do_not_import_each_other_in_a_circle():
+    edges: dict[str, set[str]] = {package: set() for package in LEVEL}
     for path in BELOW_THE_TOP:
-        edges[room_of(path)] |= {target for _, target in rooms_imported(SOURCES[path])} - {room_of(path)}
-    while leaves := [room for room, targets in edges.items() if not targets & edges.keys()]:
-        for room in leaves:
-            del edges[room]
+        edges[package_of(path)] |= {target for _, target in packages_imported(SOURCES[path])} - {package_of(path)}
+    while leaves := [package for package, targets in edges.items() if not targets & edges.keys()]:
+        for package in leaves:
+            del edges[package]
     assert not edges, f"a circle among {sorted(edges)}"
 
 
 @pytest.mark.parametrize("path", BELOW_THE_TOP)
-def test_heavy_libraries_stay_in_their_rooms(path):
+def test_heavy_libraries_stay_in_their_packages(path):
     for line, name in imported(SOURCES[path]):
         homes = HEAVY.get(name.split(".")[0])
         assert homes is None or path.startswith(homes), f"engine/{path}:{line} imports {name}; its place is {homes}"
@@ -208,6 +208,6 @@ def test_the_command_line_configuration_and_observation_need_no_torch():
 
 
 def test_the_two_lowest_layers_drag_in_no_trainer_generator_or_cluster():
-    low = ["engine." + path.removesuffix(".py").replace("/", ".") for path in BELOW_THE_TOP if LEVEL[room_of(path)] < 2]
+    low = ["engine." + path.removesuffix(".py").replace("/", ".") for path in BELOW_THE_TOP if LEVEL[package_of(path)] < 2]
     loaded = modules_after(*(name.removesuffix(".__init__") for name in low))
     assert not loaded & {"megatron", "vllm", "ray", "transformer_engine"}

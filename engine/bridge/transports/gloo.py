@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-LANES = 3  # of a pair over gloo, each with an order of its own
+NUM_TAGS = 3  # of a pair of members; messages of one tag keep their order
 
 
 class Gloo(Transport):
@@ -38,17 +38,17 @@ class Gloo(Transport):
         self._sent: Counter[tuple[int, int]] = Counter()
         self._received: Counter[tuple[int, int]] = Counter()
 
-    def send(self, buffer: torch.Tensor, peer: int, lane: int = 0, *, registered: bool = False) -> Pending:
-        """Starts sending over TCP. Messages of another lane (below LANES) have an order of their own."""
-        self._sent[peer, lane] += 1
-        tag = self._sent[peer, lane] * LANES + lane
-        return started(lambda: self._group.send([buffer], peer, tag))
+    def send(self, buffer: torch.Tensor, peer: int, tag: int = 0, *, registered: bool = False) -> Pending:
+        """Starts sending over TCP. Messages of each `tag` (below NUM_TAGS) have an order of their own."""
+        self._sent[peer, tag] += 1
+        number = self._sent[peer, tag] * NUM_TAGS + tag
+        return started(lambda: self._group.send([buffer], peer, number))
 
-    def receive(self, buffer: torch.Tensor, peer: int, lane: int = 0, *, registered: bool = False) -> Pending:
-        """Starts receiving over TCP, in the order of the lane."""
-        self._received[peer, lane] += 1
-        tag = self._received[peer, lane] * LANES + lane
-        return started(lambda: self._group.recv([buffer], peer, tag))
+    def receive(self, buffer: torch.Tensor, peer: int, tag: int = 0, *, registered: bool = False) -> Pending:
+        """Starts receiving over TCP, in the order of the tag."""
+        self._received[peer, tag] += 1
+        number = self._received[peer, tag] * NUM_TAGS + tag
+        return started(lambda: self._group.recv([buffer], peer, number))
 
     def close(self) -> None:
         """Closes every connection. gloo's `abort` leaves connections open; a wait that times out closes all that still are."""

@@ -1,5 +1,6 @@
 """A transport between members on one machine: the receiver maps the sender's memory and copies out of it, one copy in all. gloo
-carries only control messages about it, many at a time: "they are here" and "taken"; and whatever is too small to be worth it.
+carries the control messages about it, many at a time: where buffers are posted, and that they have been copied; and whatever is
+too small to be worth it.
 On a CPU registered memory, parameters and staging, moves into shared memory (/dev/shm) when it is first sent from. On a GPU it
 is CUDA IPC (unverified on a GPU): so this also joins a trainer and an engine on one GPU, which NCCL cannot. Memory handles are
 valid only on the machine that made them: members on other machines may be there, as long as the plan has nobody send to
@@ -16,15 +17,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from engine.bridge.transports.base import SHARED_FOLDER, Deadline, Pending, Rendezvous, Transport, TransportError, first_line
-from engine.bridge.transports.gloo import LANES, Gloo
+from engine.bridge.transports.gloo import NUM_TAGS, Gloo
 from engine.config.transport import Setting
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-HERE, TAKEN, SMALL = range(LANES)  # lanes of words, and of what is too small for them
-BATCH = 32  # words that travel together at most
+POSTED, ACKNOWLEDGED, INLINE = range(NUM_TAGS)  # two kinds of control message, and data too small for them
+BATCH = 32  # buffers that one control message names at most
 
 
 class Ipc(Transport):
@@ -55,52 +56,52 @@ class Ipc(Transport):
         import torch.distributed as dist
 
         self._store, self._member = store, member
-        self._words = Gloo(dist.PrefixStore("words", store), member, meeting)
+        self._control = Gloo(dist.PrefixStore("control", store), member, meeting)
         self._regions: dict[int, _Region] = {}  # own storages that peers may map, by address
         self._mapped: dict[tuple[int, int], torch.Tensor] = {}  # peers' regions, by their numbers
         self._outboxes: dict[int, _Outbox] = {}
         self._inboxes: dict[int, _Inbox] = {}
 
     def send(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> Pending:
-        """Tells the peer where a registered buffer lies, at the latest when the message is waited for. Anything else goes by
-        gloo, from the host."""
+        """Posts where a registered buffer lies, at the latest when the message is waited for. Anything else goes by gloo, from
+        the host."""
         data = _bytes_of(buffer)
         if not registered:
-            return self._words.send(data.cpu(), peer, SMALL)
+            return self._control.send(data.cpu(), peer, INLINE)
         region, offset = self._place(data)
-        outbox = self._outboxes.setdefault(peer, _Outbox(self._words, peer, data.device))
-        return _Given(self, outbox, outbox.put(region.number, offset))
+        outbox = self._outboxes.setdefault(peer, _Outbox(self._control, peer, data.device))
+        return _Posted(self, outbox, outbox.put(region.number, offset))
 
     def receive(self, buffer: torch.Tensor, peer: int, *, registered: bool = False) -> Pending:
         """A registered buffer is copied by `wait`."""
         data = _bytes_of(buffer)
         if not registered:
-            return _Landing(self._words, data, peer)
-        inbox = self._inboxes.setdefault(peer, _Inbox(self._words, peer))
+            return _Inline(self._control, data, peer)
+        inbox = self._inboxes.setdefault(peer, _Inbox(self._control, peer))
         inbox.expect()
-        return _Taking(self, inbox, data, peer)
+        return _Copying(self, inbox, data, peer)
 
-    def take(self, number: int, offset: int, data: torch.Tensor, peer: int) -> None:
+    def copy_from(self, number: int, offset: int, data: torch.Tensor, peer: int) -> None:
         """Copies from where the peer's message lies."""
         if (peer, number) not in self._mapped:
             self._mapped[peer, number] = opened(json.loads(self._store.get(f"memory {peer} {number}")))
         data.copy_(self._mapped[peer, number][offset : offset + data.numel()], non_blocking=True)
 
-    def tell_others(self, outbox: _Outbox) -> None:
-        """Tells every other peer of what waits to be told. Before a member waits for one: that one may wait for another
-        sender first, and so on round to whoever waits for these words."""
+    def flush_others(self, outbox: _Outbox) -> None:
+        """Posts to every other peer what is held back for it. Called before a member waits for one peer: that one may wait for
+        another sender first, and so on round to whoever waits for what is held back here."""
         for other in self._outboxes.values():
-            if other is not outbox and other.waiting:
+            if other is not outbox and other.held:
                 other.flush()
 
-    def settle(self, data: torch.Tensor, peer: int) -> None:
+    def finish_copies(self, data: torch.Tensor, peer: int) -> None:
         """Waits until every copy from this peer is made, between two GPUs too."""
         for device in {data.device, *(region.device for (other, _), region in self._mapped.items() if other == peer)}:
-            _settle(device)
+            _synchronize(device)
 
     def close(self) -> None:
         """Gives up whatever is under way, and other members' memory."""
-        self._words.close()
+        self._control.close()
         self._regions.clear()
         self._mapped.clear()
 
@@ -137,150 +138,151 @@ def handle(storage: torch.UntypedStorage) -> dict[str, Any]:
     return {"gpu": str(torch.cuda.get_device_properties(device).uuid), "cuda": coded}
 
 
-def opened(told: dict[str, Any]) -> torch.Tensor:
+def opened(where: dict[str, Any]) -> torch.Tensor:
     """A peer's storage, mapped here: [bytes] uint8. OSError where it is gone, or on a GPU that this process does not see."""
     import torch
 
-    if "path" in told:
-        file = os.open(told["path"], os.O_RDWR)
+    if "path" in where:
+        file = os.open(where["path"], os.O_RDWR)
         try:
-            if os.fstat(file).st_ino != told["inode"]:
-                raise OSError(f"{told['path']} is another file now")  # the peer has closed its memory
-            return torch.from_file(f"/proc/self/fd/{file}", shared=True, size=told["num_bytes"], dtype=torch.uint8)
+            if os.fstat(file).st_ino != where["inode"]:
+                raise OSError(f"{where['path']} is another file now")  # the peer has closed its memory
+            return torch.from_file(f"/proc/self/fd/{file}", shared=True, size=where["num_bytes"], dtype=torch.uint8)
         finally:
             os.close(file)
     uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]
-    if told["gpu"] not in uuids:
-        raise OSError(f"GPU {told['gpu']} is not visible here: every process of the machine must see all its GPUs")
-    device = uuids.index(told["gpu"])  # numbers differ between processes
-    fields = [base64.b64decode(field) if isinstance(field, str) else field for field in told["cuda"]]
+    if where["gpu"] not in uuids:
+        raise OSError(f"GPU {where['gpu']} is not visible here: every process of the machine must see all its GPUs")
+    device = uuids.index(where["gpu"])  # numbers differ between processes
+    fields = [base64.b64decode(field) if isinstance(field, str) else field for field in where["cuda"]]
     storage = torch.UntypedStorage._new_shared_cuda(device, *fields)
     return torch.empty(0, dtype=torch.uint8, device=f"cuda:{device}").set_(storage)
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Words on their way, and the answer that all of them are taken."""
+    """A control message under way, and its acknowledgement."""
 
-    end: int  # number of the message after the last of them
-    here: Pending
-    taken: Pending
+    end: int  # number of the buffer after the last that it names
+    posted: Pending
+    acknowledged: Pending
     buffers: tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(slots=True)
 class _Outbox:
-    """What one peer is told. The first words travel alone and then more and more together, so that the peer begins at once and
-    words are few."""
+    """What is posted to one peer. The first buffer is posted alone and then more and more together, so that the peer begins at
+    once and control messages are few."""
 
-    words: Gloo
+    control: Gloo
     peer: int
     device: torch.device  # of what is sent
-    waiting: list[tuple[int, int]] = field(default_factory=list)
+    held: list[tuple[int, int]] = field(default_factory=list)  # back, to be posted with more
     batches: deque[_Batch] = field(default_factory=deque)
     together: int = 1
     num_put: int = 0
     num_flushed: int = 0
-    num_taken: int = 0
+    num_acknowledged: int = 0
 
     def put(self, number: int, offset: int) -> int:
-        """One more message: where it lies. How many there are then."""
-        if self.num_taken == self.num_put:
+        """One more buffer: where it lies. How many there are then."""
+        if self.num_acknowledged == self.num_put:
             self.together = 1
-        self.waiting.append((number, offset))
+        self.held.append((number, offset))
         self.num_put += 1
-        if len(self.waiting) >= self.together:
+        if len(self.held) >= self.together:
             self.flush()
         return self.num_put
 
     def flush(self) -> None:
-        """Tells the peer of what waits to be told; what lies there must be done on its GPU."""
+        """Posts what is held back. Work on the GPU that fills it must be done by then."""
         import torch
 
-        _settle(self.device)
-        word, answer = torch.zeros(1 + 2 * BATCH, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-        word[0] = len(self.waiting)
-        word[1 : 1 + 2 * len(self.waiting)] = torch.tensor(self.waiting).flatten()
-        here = self.words.send(word, self.peer, HERE)
-        self.batches.append(_Batch(self.num_put, here, self.words.receive(answer, self.peer, TAKEN), (word, answer)))
+        _synchronize(self.device)
+        places, answer = torch.zeros(1 + 2 * BATCH, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+        places[0] = len(self.held)
+        places[1 : 1 + 2 * len(self.held)] = torch.tensor(self.held).flatten()
+        posted = self.control.send(places, self.peer, POSTED)
+        acknowledged = self.control.receive(answer, self.peer, ACKNOWLEDGED)
+        self.batches.append(_Batch(self.num_put, posted, acknowledged, (places, answer)))
         self.num_flushed += 1
-        self.waiting.clear()
+        self.held.clear()
         self.together = min(BATCH, 2 * self.together)
 
-    def await_taken(self, count: int, deadline: Deadline) -> None:
-        """Waits until the peer has taken the first `count` messages."""
-        while self.num_taken < count:
+    def await_acknowledged(self, count: int, deadline: Deadline) -> None:
+        """Waits until the peer has copied the first `count` buffers."""
+        while self.num_acknowledged < count:
             if not self.batches:
                 self.flush()
             batch = self.batches[0]
-            batch.here.wait(deadline)
-            batch.taken.wait(deadline)
-            self.num_taken = batch.end
+            batch.posted.wait(deadline)
+            batch.acknowledged.wait(deadline)
+            self.num_acknowledged = batch.end
             self.batches.popleft()
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
-    """A message that its receiver has yet to copy."""
+class _Posted:
+    """A posted buffer that its receiver has yet to copy."""
 
-    channel: Ipc
+    transport: Ipc
     outbox: _Outbox
     count: int
 
     def wait(self, deadline: Deadline) -> None:
-        if self.outbox.num_taken < self.count:
-            self.channel.tell_others(self.outbox)
-            self.outbox.await_taken(self.count, deadline)
+        if self.outbox.num_acknowledged < self.count:
+            self.transport.flush_others(self.outbox)
+            self.outbox.await_acknowledged(self.count, deadline)
 
 
 @dataclass(slots=True)
 class _Inbox:
-    """What one peer has told."""
+    """What one peer has posted."""
 
-    words: Gloo
+    control: Gloo
     peer: int
-    told: deque[tuple[int, int]] = field(default_factory=deque)
-    num_expected: int = 0  # messages, told or not
-    posted: tuple[Pending, torch.Tensor] | None = None
-    answers: deque[Pending] = field(default_factory=lambda: deque(maxlen=4))  # gloo drops a word whose handle is dropped
+    posted: deque[tuple[int, int]] = field(default_factory=deque)
+    num_expected: int = 0  # buffers, posted or not
+    receiving: tuple[Pending, torch.Tensor] | None = None  # the next control message
+    answers: deque[Pending] = field(default_factory=lambda: deque(maxlen=4))  # gloo drops a message whose handle is dropped
 
     def expect(self) -> None:
-        """One more message is wanted."""
+        """One more buffer is wanted."""
         self.num_expected += 1
-        self._post()
+        self._listen()
 
     def next(self, deadline: Deadline) -> tuple[int, int]:
-        """Where the next message lies."""
-        self._post()
-        if not self.told:
-            assert self.posted is not None
-            pending, word = self.posted
+        """Where the next buffer lies."""
+        self._listen()
+        if not self.posted:
+            assert self.receiving is not None
+            pending, message = self.receiving
             pending.wait(deadline)
-            self.posted = None
-            count, *places = word.tolist()
-            self.told.extend(zip(places[: 2 * count : 2], places[1 : 2 * count : 2], strict=True))
+            self.receiving = None
+            count, *places = message.tolist()
+            self.posted.extend(zip(places[: 2 * count : 2], places[1 : 2 * count : 2], strict=True))
         self.num_expected -= 1
-        return self.told.popleft()
+        return self.posted.popleft()
 
-    def answer(self) -> None:
-        """Says that all it was told of is taken."""
+    def acknowledge(self) -> None:
+        """Tells the peer that all it has posted is copied."""
         import torch
 
-        self.answers.append(self.words.send(torch.zeros(1, dtype=torch.int64), self.peer, TAKEN))
+        self.answers.append(self.control.send(torch.zeros(1, dtype=torch.int64), self.peer, ACKNOWLEDGED))
 
-    def _post(self) -> None:
+    def _listen(self) -> None:
         import torch
 
-        if self.posted is None and self.num_expected > len(self.told):
-            word = torch.empty(1 + 2 * BATCH, dtype=torch.int64)
-            self.posted = self.words.receive(word, self.peer, HERE), word
+        if self.receiving is None and self.num_expected > len(self.posted):
+            message = torch.empty(1 + 2 * BATCH, dtype=torch.int64)
+            self.receiving = self.control.receive(message, self.peer, POSTED), message
 
 
 @dataclass(frozen=True, slots=True)
-class _Taking:
+class _Copying:
     """A message that `wait` copies."""
 
-    channel: Ipc
+    transport: Ipc
     inbox: _Inbox
     data: torch.Tensor
     peer: int
@@ -288,22 +290,22 @@ class _Taking:
     def wait(self, deadline: Deadline) -> None:
         number, offset = self.inbox.next(deadline)
         try:
-            self.channel.take(number, offset, self.data, self.peer)
-            if not self.inbox.told:
-                self.channel.settle(self.data, self.peer)
-                self.inbox.answer()
+            self.transport.copy_from(number, offset, self.data, self.peer)
+            if not self.inbox.posted:
+                self.transport.finish_copies(self.data, self.peer)
+                self.inbox.acknowledge()
         except (RuntimeError, OSError) as error:
             raise TransportError(f"the peer's shared memory cannot be used: {first_line(error)}") from error
 
 
-class _Landing:
-    """A message by gloo, which `wait` brings to where it belongs."""
+class _Inline:
+    """A message by gloo, which `wait` copies to where it belongs."""
 
-    def __init__(self, words: Gloo, data: torch.Tensor, peer: int) -> None:
+    def __init__(self, control: Gloo, data: torch.Tensor, peer: int) -> None:
         import torch
 
         self._data, self._host = data, torch.empty(data.shape, dtype=data.dtype)
-        self._pending = words.receive(self._host, peer, SMALL)
+        self._pending = control.receive(self._host, peer, INLINE)
 
     def wait(self, deadline: Deadline) -> None:
         self._pending.wait(deadline)
@@ -316,8 +318,8 @@ def _bytes_of(buffer: torch.Tensor) -> torch.Tensor:
     return buffer.view(-1).view(torch.uint8)
 
 
-def _settle(device: torch.device) -> None:
-    """A GPU's work must be done before the other side is told of it."""
+def _synchronize(device: torch.device) -> None:
+    """Waits for a GPU's work, which must be done before the other side is told of it."""
     import torch
 
     if device.type == "cuda":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-FAILED, POLL_SECONDS = "failed", 0.25  # a word in the store, and how often it is looked for
+FAILED, POLL_SECONDS = "failed", 0.25  # a key in the store, and how often it is looked for
 
 
 class Nccl(Transport):
@@ -26,7 +26,7 @@ class Nccl(Transport):
     All messages of a member run one after another on one stream, in the order in which it names them. That is the plan's
     order, but that an engine names the next message of a trainer before it passes the last one on. Trainers only send, in
     the plan's order; so of all messages not yet run the first in the plan is never behind one whose sender waits for it, and
-    nobody waits in a circle (tests/unit/bridge/test_bridge.py). A peer's failure is noticed by a word in the store. Unverified
+    nobody waits in a circle (tests/unit/bridge/test_bridge.py). A peer's failure is noticed by a key in the store. Unverified
     on a GPU.
     """
 

@@ -22,9 +22,9 @@ MEMORIES = ("scale", "amax_history")  # [scaled tensors of the module], [AMAX_HI
 class Fp8Memory:
     """The scales and past maxima of the layers of this rank's chunks, by module; empty unless trainer.fp8 = 'delayed'.
 
-    They move once an optimizer step, in `advance`. Left to itself Transformer Engine moves them after every pass of a row, with
-    recomputation after every layer's too, and once more or less by what ran before in the process: a history would hold the
-    rows of a step or two, ranks would meet in as many all-reduces, and a resumed run would differ.
+    They move once an optimizer step, in `advance`. Left to itself Transformer Engine moves them after every pass of a
+    microbatch, with recomputation after every layer's too, and once more or less by what ran before in the process: a history
+    would hold the microbatches of a step or two, ranks would meet in as many all-reduces, and a resumed run would differ.
     """
 
     def __init__(self, config: TransformerConfig, models: list[GPTModel]) -> None:
@@ -51,7 +51,7 @@ class Fp8Memory:
                             self.tensors |= {f"{index}.{name}.{direction}.{kind}": getattr(state, kind) for kind in MEMORIES}
 
     def advance(self) -> None:
-        """Makes the next step's scales of the maxima of all rows since the last call, and of those that are remembered.
+        """Makes the next step's scales of the maxima of all microbatches since the last call, and of those that are remembered.
 
         Collective over the ranks that scale alike: tensor and data parallel.
         """

@@ -1,5 +1,5 @@
-"""The transport of one machine between two members in threads of this process: what lasts is read where it lies, words
-about it are few, small things go by gloo, and whatever cannot be mapped is said in words.
+"""The transport of one machine between two members in threads of this process: registered buffers are read where they lie,
+control messages are few, small things go by gloo, and whatever cannot be mapped is said in words.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_messages_arrive_bit_for_bit(ends: tuple[Ipc, Ipc], dtype: torch.dtype, 
         assert torch.equal(carry(ends, part, registered=registered), part)
 
 
-def test_what_lasts_is_read_where_it_lies(ends: tuple[Ipc, Ipc]) -> None:
+def test_registered_memory_is_read_where_it_lies(ends: tuple[Ipc, Ipc]) -> None:
     parameter, digest = torch.ones(100), torch.ones(100)
     assert carry(ends, parameter, registered=True, before=2.0).eq(2.0).all(), "it was copied on the way"
     assert parameter.untyped_storage().is_shared()
@@ -82,7 +82,7 @@ def test_a_storage_is_announced_once_whatever_is_sent_of_it(ends: tuple[Ipc, Ipc
 
 
 @pytest.mark.parametrize("ahead", [1, 3, Ipc.depth])
-def test_many_messages_need_few_words(ends: tuple[Ipc, Ipc], ahead: int) -> None:
+def test_many_buffers_need_few_control_messages(ends: tuple[Ipc, Ipc], ahead: int) -> None:
     """Two syncs of 150 messages, each end with as many under way as it has room for; a digest comes after them."""
     parameters = torch.arange(150 * 20).view(150, 20)
     arrived = torch.zeros_like(parameters)

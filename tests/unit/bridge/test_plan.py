@@ -132,13 +132,13 @@ class Cluster:
             assert message.source % axes.tp_size == model_rank[1]
             for t in message.bucket.transfers:
                 offset = (t.source.row, t.source.col, t.rows, t.cols)
-                sent = layout.rectangle(self.held[model_rank][t.source.parameter], *offset)
+                sent = layout.matrix_slice(self.held[model_rank][t.source.parameter], *offset)
                 for member in self.plan.receivers(message):
                     offset = (t.target.row, t.target.col, t.rows, t.cols)
-                    place = layout.rectangle(self.live[member][t.target.parameter], *offset)
+                    place = layout.matrix_slice(self.live[member][t.target.parameter], *offset)
                     assert place.shape == sent.shape == (t.rows, t.cols)
                     place.copy_(sent)
-                    layout.rectangle(self.written[member][t.target.parameter], *offset).add_(1)
+                    layout.matrix_slice(self.written[member][t.target.parameter], *offset).add_(1)
 
     def check(self) -> None:
         """Every engine shard holds what the layout says, each element written once, padding never."""

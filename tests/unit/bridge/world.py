@@ -1,5 +1,5 @@
 """Trainer ranks and engine ranks of one weight sync as threads: the real Sender and Receiver with real shards over a
-MemoryTransport. What an engine must hold is taken from the layout's pieces, never from the plan.
+MemoryTransport. What an engine must hold is taken from the layout's slices, never from the plan.
 """
 
 from __future__ import annotations
@@ -74,19 +74,19 @@ def random_model(shape: ModelShape, dtype: torch.dtype, seed: int) -> Tensors:
     return {name: room[name].view(dtype).view(size) for name, size in sizes.items()}
 
 
-def cut(shape: ModelShape, which: Layout, model: Tensors, *cell: int) -> Tensors:
-    """The shards of a cell, (tensor rank, pipeline rank) or an engine's tensor rank."""
+def cut(shape: ModelShape, which: Layout, model: Tensors, *ranks: int) -> Tensors:
+    """The shards of a rank, (tensor rank, pipeline rank) or an engine's tensor rank."""
     dtype = next(iter(model.values())).dtype
-    shards = blank(shape, which, dtype, *cell)
-    for p in layout.pieces(shape, which, *cell):
-        source = layout.rectangle(model[p.name], p.row, p.col, p.rows, p.cols)
-        layout.rectangle(shards[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols).copy_(source)
+    shards = blank(shape, which, dtype, *ranks)
+    for p in layout.shard_slices(shape, which, *ranks):
+        source = layout.matrix_slice(model[p.name], p.row, p.col, p.rows, p.cols)
+        layout.matrix_slice(shards[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols).copy_(source)
     return shards
 
 
-def blank(shape: ModelShape, which: Layout, dtype: torch.dtype, *cell: int) -> Tensors:
-    """The shards of a cell before anything was written."""
-    sizes = {name: torch.Size(size) for name, size in layout.shard_shapes(shape, which, *cell).items()}
+def blank(shape: ModelShape, which: Layout, dtype: torch.dtype, *ranks: int) -> Tensors:
+    """The shards of a rank before anything was written."""
+    sizes = {name: torch.Size(size) for name, size in layout.shard_shapes(shape, which, *ranks).items()}
     return {
         name: torch.full((size.numel() * dtype.itemsize,), PADDING, dtype=torch.uint8).view(dtype).view(size)
         for name, size in sizes.items()
@@ -190,6 +190,6 @@ class World:
             assert live.shards.keys() == wanted.keys()
             for name, tensor in wanted.items():
                 assert same_bits(live.shards[name], tensor), (member, name)
-            covered = {p.parameter for p in layout.pieces(self.case.shape, self.case.engine, self.tp_rank(member))}
+            covered = {p.parameter for p in layout.shard_slices(self.case.shape, self.case.engine, self.tp_rank(member))}
             assert sorted(name for name, _ in live.completed) == sorted(covered), "all but those that are only padding"
             assert all(same_bits(seen, wanted[name]) for name, seen in live.completed), "told too early"

@@ -207,7 +207,7 @@ def replace_spot(side: str) -> ShardPlan:
 
 
 def test_a_plan_that_takes_what_is_not_there_is_not_direct():
-    """A source outside its piece, a target outside its piece, a rank of another cell."""
+    """A source outside its slice, a target outside its slice, another model-parallel rank."""
     assert measure(SMALL, SMALL_PLAN, Machine())["direct_fraction"] == 1.0
     wrong_rank = with_first(source=SMALL_PLAN.messages[0].source ^ 1)
     for made in (replace_spot("source"), replace_spot("target"), wrong_rank):

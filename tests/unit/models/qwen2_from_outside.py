@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from engine.models.base import Family, ModelShape, Row
+from engine.models.base import Family, ModelShape, TensorMapping
 from engine.models.llama import HF, MEGATRON, Llama
 
 TRAINER_BIAS, ENGINE_BIAS = MEGATRON + "self_attention.linear_qkv.bias", HF + "self_attn.qkv_proj.bias"
@@ -20,9 +20,9 @@ class Qwen2(Family):
     title = "a dense Qwen2"
     table = (
         *Llama.table[:4],
-        Row(HF + "self_attn.q_proj.bias", "heads", "one", "heads", "layer", TRAINER_BIAS, ENGINE_BIAS),
-        Row(HF + "self_attn.k_proj.bias", "kv_heads", "one", "heads", "layer", TRAINER_BIAS, ENGINE_BIAS),
-        Row(HF + "self_attn.v_proj.bias", "kv_heads", "one", "heads", "layer", TRAINER_BIAS, ENGINE_BIAS),
+        TensorMapping(HF + "self_attn.q_proj.bias", "heads", "one", "heads", "layer", TRAINER_BIAS, ENGINE_BIAS),
+        TensorMapping(HF + "self_attn.k_proj.bias", "kv_heads", "one", "heads", "layer", TRAINER_BIAS, ENGINE_BIAS),
+        TensorMapping(HF + "self_attn.v_proj.bias", "kv_heads", "one", "heads", "layer", TRAINER_BIAS, ENGINE_BIAS),
         *Llama.table[4:],
     )
     transformer_engine_names = Llama.transformer_engine_names

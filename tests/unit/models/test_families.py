@@ -154,17 +154,17 @@ SPREADS: list[Layout] = [
 @pytest.mark.parametrize("spread", SPREADS, ids=str)
 @pytest.mark.parametrize("tree", [CONFIG, QWEN3, QWEN2], ids=lambda tree: tree["model_type"])
 def test_what_is_cut_is_all_there(tree: dict[str, Any], spread: Layout, tmp_path: Path) -> None:
-    """Every element of every tensor is on some rank, where the pieces say; two tensors are never mixed up."""
+    """Every element of every tensor is on some rank, where the slices say; two tensors are never mixed up."""
     shape = shape_of(tree, tmp_path, num_hidden_layers=4)
     model = model_of(shape)
     again = {name: torch.zeros_like(value) for name, value in model.items()}
     for pp_rank in range(spread.pp_size if isinstance(spread, TrainerLayout) else 1):
         for tp_rank in range(spread.tp_size):
-            cell = (tp_rank, pp_rank)
-            shards = fill(shape, spread, model, *cell)
-            for p in layout.pieces(shape, spread, *cell):
-                part = layout.rectangle(shards[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
-                layout.rectangle(again[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
+            ranks = (tp_rank, pp_rank)
+            shards = fill(shape, spread, model, *ranks)
+            for p in layout.shard_slices(shape, spread, *ranks):
+                part = layout.matrix_slice(shards[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
+                layout.matrix_slice(again[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
     assert all(torch.equal(again[name], value) for name, value in model.items())
     if isinstance(spread, TrainerLayout):
         names = {family_of(shape).local_name(name) for name in layout.shard_shapes(shape, spread, 0)}

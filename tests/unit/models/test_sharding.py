@@ -1,4 +1,4 @@
-"""The table of tensors: pieces tile every shard, import and export undo each other, and the shards are those that megatron
+"""The table of tensors: slices tile every shard, import and export undo each other, and the shards are those that megatron
 and vLLM make by their own rules, written out here a second time. Which stage holds a layer is asked of megatron itself.
 """
 
@@ -61,15 +61,15 @@ def model_of(shape: ModelShape) -> Tensors:
     return made
 
 
-def fill(shape: ModelShape, spread: Layout, model: Tensors, *cell: int) -> Tensors:
-    """A cell's shards from its pieces, 0 where none reaches; no element is written twice."""
-    shapes = layout.shard_shapes(shape, spread, *cell)
+def fill(shape: ModelShape, spread: Layout, model: Tensors, *ranks: int) -> Tensors:
+    """A model-parallel rank's shards from its slices, 0 where none reaches; no element is written twice."""
+    shapes = layout.shard_shapes(shape, spread, *ranks)
     shards = {name: torch.zeros(sizes, dtype=torch.int64) for name, sizes in shapes.items()}
-    for p in layout.pieces(shape, spread, *cell):
-        place = layout.rectangle(shards[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
+    for p in layout.shard_slices(shape, spread, *ranks):
+        place = layout.matrix_slice(shards[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
         assert place.shape == (p.rows, p.cols)
         assert not place.any()
-        place.copy_(layout.rectangle(model[p.name], p.row, p.col, p.rows, p.cols))
+        place.copy_(layout.matrix_slice(model[p.name], p.row, p.col, p.rows, p.cols))
     return shards
 
 
@@ -127,7 +127,7 @@ def test_vocabulary_is_padded_then_cut(case: tuple[ModelShape, int], side: str) 
 @given(shapes(), st.integers(1, 3), st.integers(1, 2), st.sampled_from(["local", "transformer_engine"]))
 @settings(max_examples=40, deadline=None)
 def test_export_undoes_import(case: tuple[ModelShape, int], pp_size: int, vpp_size: int, spec: Any) -> None:
-    """All cells' shards give back every element; all but norms and the tied embedding from one cell only."""
+    """All ranks' shards give back every element; all but norms and the tied embedding from one rank only."""
     shape, size = case
     vpp_size = 1 if pp_size == 1 else vpp_size
     shape = replace(shape, num_layers=shape.num_layers * pp_size * vpp_size)
@@ -138,13 +138,13 @@ def test_export_undoes_import(case: tuple[ModelShape, int], pp_size: int, vpp_si
     for pp_rank in range(pp_size):
         for rank in range(size):
             shards = fill(shape, spread, model, rank, pp_rank)
-            held = layout.pieces(shape, spread, rank, pp_rank)
-            by_chunk = [layout.pieces(shape, spread, rank, pp_rank, chunk) for chunk in range(vpp_size)]
-            assert held == tuple(p for pieces in by_chunk for p in pieces)
+            held = layout.shard_slices(shape, spread, rank, pp_rank)
+            by_chunk = [layout.shard_slices(shape, spread, rank, pp_rank, chunk) for chunk in range(vpp_size)]
+            assert held == tuple(p for slices in by_chunk for p in slices)
             for p in held:
-                part = layout.rectangle(shards[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
-                layout.rectangle(found[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
-                layout.rectangle(times[p.name], p.row, p.col, p.rows, p.cols).add_(1)
+                part = layout.matrix_slice(shards[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
+                layout.matrix_slice(found[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
+                layout.matrix_slice(times[p.name], p.row, p.col, p.rows, p.cols).add_(1)
     for name in model:
         assert torch.equal(found[name], model[name])
         copies = size if "norm" in name else 1 + (shape.tied and pp_size > 1 and "embed" in name)
@@ -168,7 +168,7 @@ def test_no_two_pieces_of_a_shard_could_be_one(case: tuple[ModelShape, int]) -> 
     shape, size = case
     for spread in (TrainerLayout(size), EngineLayout(size)):
         for rank in range(size):
-            held = layout.pieces(shape, spread, rank)
+            held = layout.shard_slices(shape, spread, rank)
             for one, next_ in pairwise(held):
                 assert (one.parameter, one.name, one.row + one.rows) != (next_.parameter, next_.name, next_.row)
 
@@ -178,8 +178,8 @@ def test_query_groups_stand_together_and_are_cut_anywhere() -> None:
     layer = "model.layers.0.self_attn."
 
     def held(size: int, rank: int) -> list[tuple[str, int, int]]:
-        pieces = layout.pieces(SMALL, TrainerLayout(size), rank)
-        fused = [p for p in pieces if p.parameter == "decoder.layers.0.self_attention.linear_qkv.weight"]
+        slices = layout.shard_slices(SMALL, TrainerLayout(size), rank)
+        fused = [p for p in slices if p.parameter == "decoder.layers.0.self_attention.linear_qkv.weight"]
         return [(p.name.removeprefix(layer)[0], p.row, p.rows) for p in fused]
 
     assert held(2, 1) == [("q", 2, 2), ("k", 1, 1), ("v", 1, 1)]
@@ -248,7 +248,7 @@ def test_export_plan_covers_every_tensor_once(case: tuple[int, TrainerLayout], m
     assert {meta.name: meta.shape for bucket in plan for meta in bucket.tensors} == layout.tensors(shape)
     assert sum(len(bucket.tensors) for bucket in plan) == len(layout.tensors(shape))
     for bucket in plan:
-        held = {p.name for p in layout.pieces(shape, case[1], 0, bucket.stage)}
+        held = {p.name for p in layout.shard_slices(shape, case[1], 0, bucket.stage)}
         assert held.issuperset(meta.name for meta in bucket.tensors)
         num_bytes = sum(4 * torch.Size(meta.shape).numel() for meta in bucket.tensors)
         assert num_bytes <= max_bytes or len(bucket.tensors) == 1

@@ -38,14 +38,14 @@ def test_ranks_hear_that_rank_0_still_waits(monkeypatch: pytest.MonkeyPatch, tmp
             return SimpleNamespace(sequences=[], num_prompts=1, metrics={})
 
     made = config(tmp_path)
-    topology: Any = SimpleNamespace(world_size=2, device="cpu")
-    first: Any = BroadcastSource(made, topology, Slow(), Agreement(made, topology))  # type: ignore[arg-type]
+    parallel: Any = SimpleNamespace(world_size=2, device="cpu")
+    first: Any = BroadcastSource(made, parallel, Slow(), Agreement(made, parallel))  # type: ignore[arg-type]
     first.drain(range(1)) if method == "drain" else first.next(0)
     assert said == [b"more", b"more", b"over"]
     assert sign_of_life(made).exists(), "the watching command sees it too"
     words = iter(said)
     monkeypatch.setattr(agreement, "broadcast_bytes", lambda *_: next(words))
-    other: Any = BroadcastSource(made, topology, None, Agreement(made, topology))
+    other: Any = BroadcastSource(made, parallel, None, Agreement(made, parallel))
     other.drain(range(1)) if method == "drain" else other.next(0)
     assert next(words, None) is None, "heard to the end"
 

@@ -1,5 +1,5 @@
 """The run, resolved once: it survives JSON, its rules are not checked again by those who are told it, and each fact that used
-to be derived in several rooms is there."""
+to be derived in several packages is there."""
 
 import ast
 import json

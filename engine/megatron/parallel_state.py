@@ -1,4 +1,4 @@
-"""Where a trainer rank stands: its tensor, pipeline and data coordinates and the process groups along each axis. It
+"""The parallel state of a trainer rank: its tensor, pipeline and data-parallel ranks and the process group of each axis. It
 opens and closes torch.distributed and megatron's groups, and builds no model.
 """
 
@@ -17,8 +17,8 @@ from engine.megatron.overlap import close_buffers
 
 
 @dataclass(frozen=True)
-class Topology:
-    """One rank's place. Global rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank."""
+class ParallelState:
+    """One trainer rank. Global rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank."""
 
     tp_size: int
     pp_size: int
@@ -66,9 +66,9 @@ class Topology:
         dist.destroy_process_group()
 
 
-def open_topology(
+def open_parallel_state(
     trainer: Trainer, *, rank: int, world_size: int, store: dist.Store, timeout: timedelta, seed: int = 0
-) -> Topology:
+) -> ParallelState:
     """Joins torch.distributed through `store` (gloo, or NCCL where a GPU is present) and makes megatron's groups.
 
     Collective over all `world_size` ranks. On a CPU machine it installs the CPU stand-in on the calling thread, the
@@ -91,7 +91,7 @@ def open_topology(
     return _make_groups(trainer, device, timeout, seed)
 
 
-def _make_groups(trainer: Trainer, device: torch.device, timeout: timedelta, seed: int) -> Topology:
+def _make_groups(trainer: Trainer, device: torch.device, timeout: timedelta, seed: int) -> ParallelState:
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.initialize_model_parallel(
@@ -103,7 +103,7 @@ def _make_groups(trainer: Trainer, device: torch.device, timeout: timedelta, see
         order="tp-cp-ep-dp-pp",
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    topology = Topology(
+    parallel = ParallelState(
         tp_size=trainer.tensor_parallel,
         pp_size=trainer.pipeline_parallel,
         dp_size=trainer.data_parallel,
@@ -117,5 +117,5 @@ def _make_groups(trainer: Trainer, device: torch.device, timeout: timedelta, see
         dp_group=parallel_state.get_data_parallel_group(),
         trainer=trainer,
     )
-    assert topology.rank == dist.get_rank(), (topology.rank, dist.get_rank())
-    return topology
+    assert parallel.rank == dist.get_rank(), (parallel.rank, dist.get_rank())
+    return parallel
