@@ -439,6 +439,11 @@ class Checkpoint(Section):
     every: Positive | Literal["end"] = Field("end", description="steps between checkpoints; a multiple of sync_interval")
     keep: Positive = Field(2, description="newest checkpoints kept")
     best_by: BestBy | None = Field(None, description="what scores graded sets when the best checkpoint is kept beside those")
+    other_layout: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="whether a run may be resumed with another split over trainer ranks and engines than its checkpoint was "
+        "written with: what follows is equivalent, not bit for bit the same, for sums have another order",
+    )
 
 
 class Evaluation(Section):

@@ -109,6 +109,11 @@ class PolicyOptimizer:
         self._optimizer.step_with_ready_grads()
         return norm, learning_rate, True
 
+    @property
+    def slots(self) -> list[str]:
+        """What it moves: names of parameters, with [start:end] where it has a part of one only."""
+        return [slot.name for slot in self._slots]
+
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's moments, step counts, place in the schedule and fp32 weights apart from the model's, by the names of the
         parameters; live tensors, no copies."""

@@ -37,6 +37,7 @@ from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS, 
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
 from engine.megatron.parallel_state import ParallelState
+from engine.megatron.reshard import SavedOptimizer
 from engine.megatron.timers import Timers
 from engine.models import sharding as layout
 from engine.models.hf import HfCheckpoint, read_shape
@@ -110,7 +111,7 @@ class Policy:
         return bool(self._reference)
 
     @property
-    def keeps_seed(self) -> bool:
+    def holds_seed(self) -> bool:
         """Whether it keeps the seed model's weights, to be published again."""
         return bool(self._seed)
 
@@ -252,6 +253,10 @@ class Policy:
                 for name, full in self.gather(bucket, weights) or ():
                     found.setdefault(index, {})[name] = full.cpu()
         return found
+
+    def state_from(self, saved: SavedOptimizer) -> dict[str, torch.Tensor]:
+        """What `load_checkpoint` takes on this rank, of a state that ranks of another layout wrote."""
+        return saved.state_of(self.layout, self.parallel.tp_rank, self.parallel.pp_rank, self._optimizer.slots)
 
     def _tables(self) -> dict[str, Mapping[str, torch.Tensor]]:
         """The tensors of the state that are there from the start, by what the names in it begin with."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from engine.algorithms.registry import identities as algorithm_identities
 from engine.config.load import RunConfig
+from engine.config.options import Trainer
 from engine.core.errors import CheckpointError
 from engine.core.files import staged_folder
 from engine.core.registry import identity
@@ -40,12 +41,28 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
     "inference": {"placement", "timeout_seconds"},
     "rewards": {"workers", "concurrency"},
     "reward_model": {"timeout_seconds"},
-    "checkpoint": {"keep", "best_by"},
+    "checkpoint": {"keep", "best_by", "other_layout"},
     "evaluation": None,
     "guard": None,
     "cluster": None,  # where processes are changes no bit
     "sft": None,
 }
+LAYOUT = {  # options that may differ beside those with checkpoint.other_layout = "allow"
+    "trainer": {
+        "tensor_parallel",
+        "pipeline_parallel",
+        "virtual_pipeline",
+        "first_stage_layers",
+        "last_stage_layers",
+        "data_parallel",
+        "sequence_parallel",
+        "distributed_optimizer",
+        "recompute",
+        "microbatch_tokens",
+    },
+    "inference": {"engines", "tensor_parallel"},
+}
+AXES = LAYOUT["trainer"] - {"sequence_parallel", "recompute", "microbatch_tokens"}  # what rank holds what
 
 
 def latest(folder: Path) -> Path | None:
@@ -97,6 +114,24 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _content_digest(manifest):
         raise CheckpointError(f"{file} differs from its own digest, so its bits have changed: use another checkpoint")
     return manifest
+
+
+def trainer_of(manifest: Mapping[str, Any]) -> Trainer:
+    """The trainer options that a checkpoint was written with."""
+    return Trainer.model_validate(manifest["config"]["trainer"])
+
+
+def state_rank(trainer: Trainer, rank: int) -> int:
+    """The rank whose file holds a rank's state: without the distributed optimizer data-parallel ranks have the same one, and
+    the first of them writes it."""
+    tp_size, dp_size = trainer.tensor_parallel, trainer.data_parallel
+    stage, tp_rank = rank // (tp_size * dp_size), rank % tp_size
+    return rank if trainer.distributed_optimizer else stage * tp_size * dp_size + tp_rank
+
+
+def same_layout(one: Trainer, other: Trainer) -> bool:
+    """Whether each rank holds the same part of the state under both."""
+    return all(getattr(one, name) == getattr(other, name) for name in AXES)
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +213,11 @@ def other_options(checkpoint: Path, manifest: dict[str, Any], config: RunConfig)
     """An error for each option that makes this another run than the one saved."""
     saved = manifest["config"]
     now = json.loads(config.model_dump_json())
+    moves = config.checkpoint.other_layout == "allow"
     for section, options in now.items():
         free = MAY_CHANGE.get(section, set())
+        if free is not None and moves:
+            free = free | LAYOUT.get(section, set())
         if free is None:
             continue
         for name, value in options.items():
@@ -188,9 +226,11 @@ def other_options(checkpoint: Path, manifest: dict[str, Any], config: RunConfig)
                 continue  # an option that came after the checkpoint was written, left as it was then
             before = known.get(name)
             if before != value:
+                moved = "resume with checkpoint.other_layout=allow, which is not bit for bit"
+                instead = moved if name in LAYOUT.get(section, ()) else "start a new run in another directory"
                 yield CheckpointError(
                     f"{section}.{name} must be what {checkpoint} was written with; found {value!r} instead of "
-                    f"{before!r}: set it back, or start a new run in another directory"
+                    f"{before!r}: set it back, or {instead}"
                 )
 
 

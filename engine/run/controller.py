@@ -5,7 +5,7 @@ its evaluation. It trains nothing and starts no process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,8 +41,10 @@ class Controller:
         reward_engine: ScoringEngine | None,
         start: int,
         kept: Mapping[str, Any] | None,
+        notes: Sequence[str] = (),
     ) -> None:
-        """The run goes on after `start` steps; `kept` as in `Records.open`. What was opened is closed where it raises."""
+        """The run goes on after `start` steps; `kept` as in `Records.open`; `notes` are told first. What was opened is closed
+        where it raises."""
         config = self._config = spec.config
         self._spec = spec
         self.collapse: str | None = None  # what the run is to be stopped for
@@ -54,7 +56,7 @@ class Controller:
         with ExitStack() as opened:  # what was opened last is closed first, whatever the others raise
             self._records = Records.open(config, start, kept)
             opened.callback(self._records.close)
-            for note in self._records.notes:
+            for note in (*notes, *self._records.notes):
                 self._note(note)
             self._held_out = held_out = load_held_out(config, judging_of)
             self._sets = [(part.name, part.prompts) for part in held_out]  # by name; a set's problems are of one kind

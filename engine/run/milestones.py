@@ -12,12 +12,14 @@ import torch
 
 from engine.bridge.sender import stream_to_first_rank
 from engine.config.load import RunConfig
+from engine.config.options import Trainer
 from engine.core.errors import NumericsError, PreemptedError, SemionError
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
-from engine.models.sharding import export_files, export_plan, tensors
+from engine.megatron.reshard import SavedOptimizer
+from engine.models.sharding import export_files, export_plan, tensors, trainer_layout
 from engine.run.agreement import Agreement
-from engine.run.checkpoint import check_prolonged
+from engine.run.checkpoint import check_prolonged, state_rank
 from engine.run.controller import Controller
 from engine.run.saving import Checkpoints, Snapshot, Weights
 
@@ -85,8 +87,9 @@ class Milestones:
             from_seed = version == 0
             at = version if version and self._config.checkpoint_due(version) else None
             reference = self._weights("reference") if at is None and not from_seed else None
-        state = policy.state(weights=False)
-        return Snapshot(state, policy.dtype, self._weights("policy"), reference, at, from_seed or policy.keeps_seed)
+        mine = state_rank(self._config.trainer, self._parallel.rank) == self._parallel.rank
+        state = policy.state(weights=False) if mine else {}
+        return Snapshot(state, policy.dtype, self._weights("policy"), reference, at, from_seed or policy.holds_seed)
 
     def _weights(self, which: Literal["policy", "reference"]) -> Weights:
         policy, plan = self._policy, self._files
@@ -132,9 +135,22 @@ def _early_end(config: RunConfig, step: int, collapse: str | None, *, stopped: b
     return PreemptedError(f"asked to stop: saved after {step} steps, --resume auto goes on") if stopped else None
 
 
-def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> int:
-    """Loads the newest checkpoint into the policy; the step to go on with."""
+def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> tuple[int, str | None]:
+    """Loads the newest checkpoint into the policy; the step to go on with, and what is to be known of it."""
     saved = checkpoints.load(config)
     check_prolonged(config, saved.step)
-    policy.load_checkpoint(saved.state, saved.policy, saved.reference)
-    return saved.step
+    state, note = saved.state, None
+    if state is None:
+        writer = saved.trainer
+        state = policy.state_from(SavedOptimizer(policy.shape, trainer_layout(writer), writer.data_parallel, saved.open_rank))
+        axes = f"{_axes(writer)} -> {_axes(config.trainer)}"
+        note = (
+            f"resumed after {saved.step} steps in another layout than before ({axes}): what follows is equivalent, not bit for "
+            f"bit what the former layout would have made"
+        )
+    policy.load_checkpoint(state, saved.policy, saved.reference)
+    return saved.step, note
+
+
+def _axes(trainer: Trainer) -> str:
+    return f"TP {trainer.tensor_parallel} PP {trainer.pipeline_parallel} DP {trainer.data_parallel}"

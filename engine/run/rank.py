@@ -72,10 +72,11 @@ class TrainerRank:
             digests=spec.digests or None,
             patience_seconds=config.trainer.timeout_seconds,
         )
-        start = resume_policy(config, checkpoints, policy) if resume else 0
+        start, note = resume_policy(config, checkpoints, policy) if resume else (0, None)
         controller: Controller | None = None
         if engines is not None:
-            controller = Controller(spec, engines, reward_engine, start, checkpoints.records() if resume else None)
+            kept = checkpoints.records() if resume else None
+            controller = Controller(spec, engines, reward_engine, start, kept, [note] if note is not None else [])
         pool = controller.pool if controller is not None and spec.starts_engines else None
         publisher: loop.Publisher = NoEngines()
         if spec.starts_engines:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config.load import RunConfig
+from engine.config.options import Trainer
 from engine.core.errors import CheckpointError, SemionError, StorageError, WatchdogError, combined
 from engine.core.files import atomic_write, storing, sync
 from engine.core.tensor_files import FileRecord, file_record, write_tensors
@@ -41,7 +42,10 @@ from engine.run.checkpoint import (
     rank_file,
     read_manifest,
     reference_folder,
+    same_layout,
     sealed,
+    state_rank,
+    trainer_of,
     verify_file,
     weight_files,
 )
@@ -86,9 +90,17 @@ class Saved:
     """What one rank goes on with."""
 
     step: int
-    state: dict[str, torch.Tensor]  # of this rank alone
+    state: dict[str, torch.Tensor] | None  # this rank's; None where another layout wrote the checkpoint
     policy: HfCheckpoint
     reference: HfCheckpoint | None  # None: the seed model's weights, or not needed
+    folder: Path
+    trainer: Trainer  # the options it was written with
+
+    def open_rank(self, rank: int) -> Any:
+        """The state that a rank of the layout which wrote it holds, as safetensors opens a file."""
+        from safetensors import safe_open
+
+        return safe_open(self.folder / rank_file(rank), framework="pt")
 
 
 @dataclass
@@ -350,14 +362,19 @@ class Checkpoints:
         ranks together check all. Raises CheckpointError when there is none, it is torn or altered, or it belongs to another
         run. Collective.
         """
+        from safetensors.torch import load_file
+
         newest = latest(self._folder)
         if newest is None:
             raise CheckpointError(f"{self._folder} must hold a checkpoint to resume from; found none: start without --resume")
         manifest = read_manifest(newest)
         if found := [*other_options(newest, manifest, config), *other_data(newest, manifest, config)]:
             raise combined(found)
-        own = rank_file(self._rank)
-        verify_file(newest, own, manifest)
+        trainer, state = trainer_of(manifest), None
+        if same_layout(trainer, config.trainer):
+            own = rank_file(state_rank(trainer, self._rank))
+            verify_file(newest, own, manifest)
+            state = load_file(newest / own)
         self._verify_share(newest, manifest)
         reference = reference_folder(newest, manifest)
         if reference is not None and reference.parent != newest:
@@ -366,18 +383,12 @@ class Checkpoints:
         for name in sorted(seed)[self._rank :: self._world_size]:
             verify_seed(Path(config.model.path) / name, seed[name], newest)
         self._barrier()
-        from safetensors.torch import load_file
-
-        return Saved(
-            step=int(manifest["step"]),
-            state=load_file(newest / own),
-            policy=HfCheckpoint(newest / POLICY),
-            reference=HfCheckpoint(reference) if reference is not None else None,
-        )
+        policy, other = HfCheckpoint(newest / POLICY), HfCheckpoint(reference) if reference is not None else None
+        return Saved(int(manifest["step"]), state, policy, other, newest, trainer)
 
     def _verify_share(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        """This rank's share of the files that are not one rank's own."""
-        shared = sorted(name for name in manifest["files"] if "/" in name)
+        """This rank's share of all files: every one is some rank's."""
+        shared = sorted(manifest["files"])
         for name in shared[self._rank :: self._world_size]:
             verify_file(checkpoint, name, manifest)
 

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -21,12 +21,13 @@ from engine.algorithms.nll import NllLoss
 from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
 from engine.core.errors import NumericsError
+from engine.core.tensor_files import write_tensors
 from engine.core.types import IGNORED, Batch, Microbatch
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
-from engine.models.hf import read_shape
-from engine.models.sharding import export_plan
+from engine.models.hf import HfCheckpoint, read_shape, shard_names, write_companions
+from engine.models.sharding import export_files, export_plan
 from engine.ops import lm_head_log_probs, plain, token_log_probs
 from engine.run.spec import assemble
 from tests.builders import algorithm_options
@@ -141,8 +142,34 @@ def export(config: RunConfig, parallel: ParallelState, checkpoint: str, output: 
     return len(tensors)
 
 
+def through_files(policy: Policy, checkpoint: str, folder: Path) -> Callable[[Policy], None]:
+    """The policy's state as a checkpoint has it, all ranks writing their files of its weights and its reference's; what
+    another policy takes it with. Collective."""
+    parallel = policy.parallel
+    plan = export_files(policy.shape, policy.layout, parallel.dp_size, policy.dtype, 20_000, min_file_bytes=1)
+    names = dict(zip(shard_names(len(plan)), (file.names for file in plan), strict=True))
+    state = policy.state(weights=False)
+    assert not any(name.startswith(("policy.", "reference.")) for name in state)
+    sets: tuple[Literal["policy"], Literal["reference"]] = ("policy", "reference")
+    num_written = 0
+    for which in sets[: 1 + policy.has_reference]:
+        (folder / which).mkdir(parents=True, exist_ok=True)
+        for index, tensors in policy.files(plan, of=which).items():
+            assert set(tensors) == set(plan[index].names)
+            write_tensors(folder / which / [*names][index], tensors)
+            num_written += 1
+        if parallel.rank == 0:
+            write_companions(folder / which, names, policy.dtype, 0, checkpoint)
+    written = torch.tensor(num_written)
+    dist.all_reduce(written)
+    assert int(written) == len(plan) * (1 + policy.has_reference), "each file is one rank's"
+    read = [HfCheckpoint(folder / which) for which in sets[: 1 + policy.has_reference]]
+    return lambda other: other.load_checkpoint(state, *read)
+
+
 def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: str) -> dict[str, bool]:
-    """Three steps in one go, and the last two again by a second policy from the first one's state on disk."""
+    """Three steps in one go, and the last of them again by policies from the first one's state, as one has it that holds all,
+    and as a checkpoint has it, whose reference is older than its weights."""
 
     def steps(policy: Policy, which: range) -> list[dict[str, float]]:
         batches = [batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank) for step in which]
@@ -154,17 +181,23 @@ def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: 
     untrained = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
     untrained.load_state(load_file(file))
     steps(first, range(1))
-    first.refresh_reference()
+    if first.has_reference:
+        first.refresh_reference()
     save_file(first.state(), file)
-    whole = steps(first, range(1, 3))
+    whole = steps(first, range(1, 2))
+    resume_at_two = through_files(first, checkpoint, Path(output) / "files")
+    whole += steps(first, range(2, 3))
     second = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
     second.load_state(load_file(file))
     again = steps(second, range(1, 3))
-    ours, theirs = first.state(), second.state()
+    third = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    resume_at_two(third)
+    last = steps(third, range(2, 3))
+    ours, theirs, of_files = first.state(), second.state(), third.state()
     return {
-        "metrics": whole == again,
-        "keys": list(ours) == list(theirs),
-        "tensors": all(torch.equal(ours[name], theirs[name]) for name in ours),
+        "metrics": whole == again and whole[1:] == last,
+        "keys": list(ours) == list(theirs) == list(of_files),
+        "tensors": all(torch.equal(ours[name], other[name]) for name in ours for other in (theirs, of_files)),
         "from_start": steps(untrained, range(1)) == steps_of_seed(config, parallel, checkpoint),
     }
 
