@@ -110,9 +110,9 @@ class PolicyOptimizer:
         return norm, learning_rate, True
 
     @property
-    def slots(self) -> list[str]:
-        """What it moves: names of parameters, with [start:end] where it has a part of one only."""
-        return [slot.name for slot in self._slots]
+    def slots(self) -> dict[str, tuple[int, ...]]:
+        """What it moves: names of parameters, with [start:end] where it has a part of one only, and the shape it has it in."""
+        return {slot.name: tuple(slot.key.shape) for slot in self._slots}
 
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's moments, step counts, place in the schedule and fp32 weights apart from the model's, by the names of the

@@ -8,7 +8,7 @@ A state in another layout is equivalent and not bit-equal to one that was never 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -52,10 +52,12 @@ class SavedOptimizer:
     _files: dict[int, Any] = field(default_factory=dict)
     _whole: dict[tuple[int, int, str, str], torch.Tensor] = field(default_factory=dict)  # the last few that were put together
 
-    def state_of(self, layout: TrainerLayout, tp_rank: int, pp_rank: int, slots: Iterable[str]) -> dict[str, torch.Tensor]:
+    def state_of(
+        self, layout: TrainerLayout, tp_rank: int, pp_rank: int, slots: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, torch.Tensor]:
         """The state of a rank of another layout, as `Policy.state(weights=False)` names it. `slots`: what its optimizer moves,
-        by the parameter's name, with [start:end] where it has a part of it only. CheckpointError where the state is of a kind
-        that cannot be cut anew."""
+        by the parameter's name, with [start:end] where it has a part of it only, and in which shape. CheckpointError where the
+        state is of a kind that cannot be cut anew."""
         self._check()
         family = family_of(self.shape)
         slices: dict[str, list[ShardSlice]] = {}
@@ -64,7 +66,7 @@ class SavedOptimizer:
         shapes = {family.local_name(name): size for name, size in shard_shapes(self.shape, layout, tp_rank, pp_rank).items()}
         any_file = self._open(next(iter(self._ranks(0, 0))))
         found = {name: any_file.get_tensor(name) for name in any_file.keys() if name == f"{OPTIMIZER}schedule.step"}  # noqa: SIM118
-        for slot in slots:
+        for slot, size in slots.items():
             name, _, part = slot.partition("[")
             start, end = map(int, part.rstrip("]").split(":")) if part else (0, None)
             for kind in self._kinds(slices[name]):
@@ -72,8 +74,7 @@ class SavedOptimizer:
                     found[f"{OPTIMIZER}{slot}.step"] = self._step(slices[name][0])
                     continue
                 whole = self._assemble(shapes[name], slices[name], kind)
-                cut = whole.flatten()[start:end]
-                found[f"{OPTIMIZER}{slot}.{kind}"] = cut.clone() if part else whole
+                found[f"{OPTIMIZER}{slot}.{kind}"] = whole.flatten()[start:end].view(size).clone()
         return found
 
     def _check(self) -> None:

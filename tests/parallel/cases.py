@@ -14,20 +14,23 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engine.algorithms.base import Loss
 from engine.algorithms.nll import NllLoss
 from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
+from engine.config.options import Trainer
 from engine.core.errors import NumericsError
 from engine.core.tensor_files import write_tensors
 from engine.core.types import IGNORED, Batch, Microbatch
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
+from engine.megatron.reshard import SavedOptimizer
 from engine.models.hf import HfCheckpoint, read_shape, shard_names, write_companions
-from engine.models.sharding import export_files, export_plan
+from engine.models.sharding import export_files, export_plan, trainer_layout
 from engine.ops import lm_head_log_probs, plain, token_log_probs
 from engine.run.spec import assemble
 from tests.builders import algorithm_options
@@ -46,6 +49,8 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "train": train,
         "export": export,
         "resume": resume,
+        "leave": leave,
+        "go_on": go_on,
         "without_signal": without_signal,
         "seed": seed,
         "infinite": infinite,
@@ -167,13 +172,46 @@ def through_files(policy: Policy, checkpoint: str, folder: Path) -> Callable[[Po
     return lambda other: other.load_checkpoint(state, *read)
 
 
+def leave(config: RunConfig, parallel: ParallelState, checkpoint: str, output: str) -> list[dict[str, float]]:
+    """Two steps, a reference that moved after the first, the state as a checkpoint has it, and two more; all metrics."""
+    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    metrics = _steps(policy, config, range(1))
+    policy.refresh_reference()
+    metrics += _steps(policy, config, range(1, 2))
+    through_files(policy, checkpoint, Path(output))
+    save_file(policy.state(weights=False), Path(output) / f"{parallel.rank}.safetensors")
+    return metrics + _steps(policy, config, range(2, 4))
+
+
+def go_on(
+    config: RunConfig, parallel: ParallelState, checkpoint: str, output: str, before: dict[str, Any]
+) -> list[dict[str, float]]:
+    """The last two steps of `leave` in another layout than `before`; their metrics. The state is left as `leave` does."""
+    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    writer = Trainer.model_validate(before)
+    saved = SavedOptimizer(
+        policy.shape,
+        trainer_layout(writer),
+        writer.data_parallel,
+        lambda rank: safe_open(Path(output) / f"{rank}.safetensors", framework="pt"),
+    )
+    state = policy.state_from(saved)
+    policy.load_checkpoint(state, *(HfCheckpoint(Path(output) / which) for which in ("policy", "reference")))
+    assert policy.state(weights=False).keys() == state.keys()
+    return _steps(policy, config, range(2, 4))
+
+
+def _steps(policy: Policy, config: RunConfig, which: range) -> list[dict[str, float]]:
+    batches = [batch_of(step, policy.shape.vocab_size, config.trainer, policy.parallel.dp_rank) for step in which]
+    return [policy.train_step(policy.score(batch)) for batch in batches]
+
+
 def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: str) -> dict[str, bool]:
     """Three steps in one go, and the last of them again by policies from the first one's state, as one has it that holds all,
     and as a checkpoint has it, whose reference is older than its weights."""
 
     def steps(policy: Policy, which: range) -> list[dict[str, float]]:
-        batches = [batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank) for step in which]
-        return [policy.train_step(policy.score(batch)) for batch in batches]
+        return _steps(policy, config, which)
 
     file = Path(output) / f"state.{parallel.rank}.safetensors"
     first = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
