@@ -4,7 +4,7 @@
 // boundaries, some 4 instructions an element); unverified on a GPU.
 #include "digest_kernel.h"
 
-#include "../simt/sums.h"
+#include "../cuda/sums.h"
 #include "digest.h"
 
 namespace semion {

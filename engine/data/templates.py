@@ -92,6 +92,23 @@ def policy_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def model_tokenizer(config: RunConfig, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The same, of a model with `vocab_size` tokens. A process loads it once and passes it on. Raises as `policy_tokenizer` and
+    `check_vocabulary`."""
+    tokenizer = policy_tokenizer(config)
+    check_vocabulary(tokenizer, vocab_size, config.model.path)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: str) -> None:
+    """ConfigError for a tokenizer with more tokens than its model has."""
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"model.path must hold a tokenizer that fits the model; found {len(tokenizer)} tokens for a vocabulary of "
+            f"{vocab_size} in {path}: use the tokenizer that the model was trained with"
+        )
+
+
 def read_chat_template(name: str) -> str | None:
     """What data.chat_template names, for a PromptForm. ConfigError for a file that cannot be read."""
     if name in ("tokenizer", "none"):
