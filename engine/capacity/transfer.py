@@ -14,7 +14,8 @@ import torch
 
 from engine.bridge import setup as opening
 from engine.bridge.exchange import STAGED
-from engine.bridge.plan import Bucket, ShardOffset, ShardPlan, Transfer, plan
+from engine.bridge.plan import plan
+from engine.bridge.shard_plan import Bucket, ShardOffset, ShardPlan, Transfer
 from engine.bridge.transports.base import Transport
 from engine.bridge.transports.registry import kind_of
 from engine.capacity.memory import GIB, Channel, estimate
