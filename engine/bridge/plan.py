@@ -267,15 +267,15 @@ def _waves(
 ) -> list[tuple[tuple[ModelRank, int], int]]:
     """Every (flow's key, node), coloured greedily: in one colour (wave) a model-parallel rank occurs once at most for each
     replica that may send, and a receiver, the ranks of one tensor rank on one node, once an engine."""
-    seats: dict[object, list[int]] = {}  # waves as bits, an integer for each replica of a sender or engine of a receiver
+    used: dict[object, list[int]] = {}  # waves as bits, an integer for each replica of a sender or engine of a receiver
     waves = []
     for model_rank, tp_rank in keys:
         for node, engines in enumerate(nodes):
-            sends = seats.setdefault(model_rank, [0] * dp_size)
-            receives = seats.setdefault((node, tp_rank, "receiver"), [0] * len(engines))
+            sends = used.setdefault(model_rank, [0] * dp_size)
+            receives = used.setdefault((node, tp_rank, "receiver"), [0] * len(engines))
             replicas = able[model_rank, node]
-            taken = reduce(and_, (sends[replica] for replica in replicas)) | reduce(and_, receives)
-            bit = ~taken & (taken + 1)  # the lowest wave in which both have a seat
+            occupied = reduce(and_, (sends[replica] for replica in replicas)) | reduce(and_, receives)
+            bit = ~occupied & (occupied + 1)  # the lowest wave in which both are free
             replica = next(i for i in replicas if not sends[i] & bit)
             sends[replica] |= bit
             receives[next(i for i, bits in enumerate(receives) if not bits & bit)] |= bit

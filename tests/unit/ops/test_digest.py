@@ -1,4 +1,4 @@
-"""The digest of a rectangle of bits: against the reference and against Python's own integers, for every element size, row
+"""The digest of a matrix of bits: against the reference and against Python's own integers, for every element size, row
 stride and place; that pieces add up and faults show; the CUDA kernel thread by thread.
 """
 
@@ -68,7 +68,7 @@ def test_weights_and_digest_by_pythons_integers():
 
 @given(blocks(), st.integers(0, 2**32), SEEDS)
 def test_digests_of_any_cut_add_up(block, cut_seed, seed):
-    """A random cut into rectangles, again and again, each digested at its place."""
+    """A random cut into slices, again and again, each digested at its place."""
     generator = torch.Generator().manual_seed(cut_seed)
 
     def total(piece, row, col, depth):
