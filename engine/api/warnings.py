@@ -23,12 +23,12 @@ from engine.data.templates import LeftOut, fit_prompt
 from engine.run.spec import Spec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from engine.data.templates import Tokenizer
 
 LARGE_BYTES = 64 << 20  # of a longer training file held-out problems are looked for when the run reads it
 
 
-def warnings(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def warnings(spec: Spec, tokenizer: Tokenizer) -> list[str]:
     """Sentences for people, of a run in which the preflight found nothing wrong, with the tokenizer that it loaded."""
     config = spec.config
     disagreement = end_tokens(config.model.path, tokenizer).disagreement
@@ -37,7 +37,7 @@ def warnings(spec: Spec, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [*filter(None, [disagreement]), *_long(config, tokenizer, pairs), *_overlaps(config, trained)]
 
 
-def _long(config: RunConfig, tokenizer: PreTrainedTokenizerBase, pairs: str | None) -> Iterator[str]:
+def _long(config: RunConfig, tokenizer: Tokenizer, pairs: str | None) -> Iterator[str]:
     """Sources of which a sample has many prompts that are too long."""
     bounds = {"train": (config.data.max_prompt_tokens, TRAINED), "held_out": (longest_asked(config), ASKED)}
     for place, source in enumerate(config.data.sources):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from engine.config.load import RunConfig
 
+    Tokenizer = PreTrainedTokenizerBase  # for those who pass one on and may not import transformers
+
 # Figure 4 of arXiv 2506.21495. The paper prints typographic quotes, an effect of its typesetting; ours are plain ASCII.
 FIGURE4 = (
     "Given the following problem, reason and give a final answer to the problem. Problem: {problem}\n"

@@ -27,7 +27,7 @@ from engine.rollouts.ledger import RolloutLedger
 from engine.rollouts.metrics import LENGTH, LENGTH_MAX, STALENESS, WAITED, rollout_metrics, warn_of_endings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from engine.data.templates import Tokenizer
 
 _ROLLOUT, _PAIR = {"step", "prompt_id", "token_ids"}, {"chosen", "rejected"}  # what the first row of each has
 
@@ -169,9 +169,7 @@ def replay_kind(config: RunConfig) -> Literal["rollouts", "preferences"] | None:
     )
 
 
-def open_ledger(
-    config: RunConfig, vocab_size: int, tokenizer: PreTrainedTokenizerBase, end_ids: tuple[int, ...]
-) -> LedgerSource:
+def open_ledger(config: RunConfig, vocab_size: int, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> LedgerSource:
     """The rollouts that data.replay names, with the data they were sampled from, for a model with that vocabulary and end
     tokens."""
     assert config.data.replay is not None
@@ -179,7 +177,7 @@ def open_ledger(
     return LedgerSource(config, RolloutLedger(config.data.replay), mixture, vocab_size, end_ids)
 
 
-def open_preferences(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreferenceSource:
+def open_preferences(config: RunConfig, tokenizer: Tokenizer) -> PreferenceSource:
     """The pairs that data.replay names, which need no other data."""
     path = config.data.replay
     assert path is not None

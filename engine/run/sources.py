@@ -24,7 +24,7 @@ from engine.run.metrics import TARGET_TOKENS
 from engine.run.spec import Spec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from engine.data.templates import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class BroadcastSource:
 class SupervisedSource:
     """Worked solutions in the seeded order; every rank reads the file and packs its own part."""
 
-    def __init__(self, spec: Spec, parallel: ParallelState, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, spec: Spec, parallel: ParallelState, tokenizer: Tokenizer) -> None:
         """`tokenizer`: the run's (model_tokenizer). ConfigError when a solution is longer than a microbatch or the model's
         positions."""
         config = spec.config
