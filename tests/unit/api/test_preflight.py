@@ -50,7 +50,12 @@ def test_a_check_loads_the_tokenizer_once(made, tmp_path, monkeypatch, capsys):
     (tmp_path / "run.toml").write_text(dump_config(made))
     loaded: list[str] = []
     load = templates.load_tokenizer
-    monkeypatch.setattr(templates, "load_tokenizer", lambda path: loaded.append(path) or load(path))
+
+    def counted(path: str) -> Any:
+        loaded.append(path)
+        return load(path)
+
+    monkeypatch.setattr(templates, "load_tokenizer", counted)
     assert cli.main(["check", str(tmp_path / "run.toml")]) == 0
     assert loaded == [made.model.path]
 
