@@ -58,7 +58,7 @@ def cpu_commands(objects: Path) -> list[tuple[Path, list[str]]]:
     includes = ["-isystem", str(torch_folder() / "include")]
     found = []
     for source in sorted(CSRC.rglob("*.cpp")):
-        if source.name == "cuda_bindings.cpp" or "simt" in source.parts:
+        if source.name == "cuda_bindings.cpp":
             continue
         if source.stem.endswith("_cpu"):
             variants = {name: KERNEL_FLAGS + flags for name, flags in INSTRUCTION_SETS.items()}

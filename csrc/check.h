@@ -160,7 +160,7 @@ inline void check_policy(const Tensor& log_probs, const Tensor& old_log_probs,
   if (!(dual_clip > 1)) refuse("dual_clip must be greater than 1, or infinity for none; found ", dual_clip);
 }
 
-// A rectangle of bits at (row, col) of a larger tensor, and the weights of that tensor's columns (reshard/digest.h).
+// A slice of bits at (row, col) of a larger tensor, and the weights of that tensor's columns (reshard/digest.h).
 inline void check_block(const Tensor& block, const Tensor& columns, int64_t row, int64_t col) {
   if (block.dim() != 2) refuse("block must have shape [R, C]; found ", shape_of(block));
   if (block.size(1) > 1 && block.stride(1) != 1)

@@ -30,6 +30,7 @@ from engine.megatron import build
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.models.base import ModelShape
+from engine.models.sharding import trainer_layout
 from tools.bench_ceilings import median_seconds
 
 VARIANTS: dict[str, dict[str, Any]] = {  # trainer options, the plainest first
@@ -75,7 +76,8 @@ def flops(shape: ModelShape, num_tokens: int, length: int) -> float:
 
 def build_chunk(shape: ModelShape, options: dict[str, Any], parallel: ParallelState) -> tuple[Any, Any]:
     """(megatron's configuration, the model in random bf16 weights)."""
-    config = build.megatron_config(shape, Trainer(**options), torch.bfloat16)
+    trainer = Trainer(**options)
+    config = build.megatron_config(shape, trainer_layout(trainer), trainer, torch.bfloat16)
     (chunk,) = build.build_chunks(shape, config, parallel)
     return config, chunk.to(parallel.device)
 

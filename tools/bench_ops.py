@@ -35,10 +35,10 @@ from engine.ops import (
     column_weights,
     grouped_advantages,
     lm_head_log_probs,
-    plain,
     policy_gradient_loss,
     token_log_probs,
 )
+from tests import reference_ops
 
 Work = Callable[[], object]
 SHAPES = ((512, 128256), (8192, 512))  # Llama 3's vocabulary; one that fits a cache
@@ -108,7 +108,7 @@ def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) ->
     def backward(log_probs: torch.Tensor) -> None:
         torch.autograd.grad((weights * log_probs).sum(), logits)
 
-    exact = plain.token_log_probs(base[:32].double(), targets[:32])[0]
+    exact = reference_ops.token_log_probs(base[:32].double(), targets[:32])[0]
 
     def error(found: torch.Tensor) -> float:
         return float((found[:32].double() - exact).abs().max())
@@ -148,7 +148,7 @@ def policy_case(figures: Figures) -> None:
     def eager() -> None:
         grouped = rewards.view(-1, 8)
         advantages = (grouped - grouped.mean(1, keepdim=True)).view(-1)
-        loss, _ = plain.policy_gradient_loss(log_probs, old, reference, advantages, bounds, targets, **options)
+        loss, _ = reference_ops.policy_gradient_loss(log_probs, old, reference, advantages, bounds, targets, **options)
         torch.autograd.grad(loss, log_probs)
 
     inner = 50  # a call takes too little to time alone
@@ -161,7 +161,7 @@ def policy_case(figures: Figures) -> None:
 
 
 def digest_case(figures: Figures, dtype: str) -> None:
-    """A block [4096 x 4096] against a plain read of its bytes (a sum of int64), a copy, and the plain twin."""
+    """A block [4096 x 4096] against a plain read of its bytes (a sum of int64), a copy, and the reference."""
     torch.manual_seed(0)
     block = torch.randn(4096, 4096, device=figures.device).to(DTYPES[dtype])
     columns, words, room = column_weights(4096, block.device), block.view(torch.int64), torch.empty_like(block)
@@ -169,7 +169,7 @@ def digest_case(figures: Figures, dtype: str) -> None:
         "semion": lambda: block_digest(block, row=0, col=0, seed=1, columns=columns),
         "read": words.sum,
         "copy": lambda: room.copy_(block),
-        "plain": lambda: plain.block_digest(block, row=0, col=0, seed=1),
+        "plain": lambda: reference_ops.block_digest(block, row=0, col=0, seed=1),
     }
     name = f"digest [4096 x 4096] {dtype}, {torch.get_num_threads()} threads"
     figures.compare(name, peers, extra={"MB": block.nbytes / 1e6})

@@ -37,6 +37,8 @@ from engine.core.types import Batch, Sequence
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
+from engine.models.hf import read_shape
+from engine.models.sharding import trainer_layout
 
 VOCABULARY, LENGTH = 512, 128
 SIZES = {
@@ -98,7 +100,7 @@ def curve(variant: Variant, folder: Path, steps: int, num_sequences: int, parall
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 20, "eps": 1e-8},
         }
     )
-    policy = Policy(config, parallel, NllLoss(), folder)
+    policy = Policy(config, parallel, NllLoss(), folder, read_shape(folder), trainer_layout(config.trainer))
     return [policy.train_step(draw_batch(step, num_sequences, config.trainer))["loss"] for step in range(steps)]
 
 

@@ -2,7 +2,7 @@
 // Unverified on a GPU.
 #include "advantages_kernel.h"
 
-#include "../simt/sums.h"
+#include "../cuda/sums.h"
 #include "scale.h"
 
 namespace semion {

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../simt/launch.h"
+#include "../cuda/launch.h"
 #include "rows.h"
 
 extern "C" {

@@ -2,7 +2,7 @@
 // for the entropy, of t 2^t, where t = (logit - reference) * rate and rate = log2(e) / temperature. Shares of a row join
 // in an order that the shape alone fixes, so results repeat bit for bit. A NaN stays one. It reads no logits.
 #pragma once
-#include "../simt/elements.h"
+#include "../cuda/elements.h"
 #include "rows.h"
 
 namespace semion {

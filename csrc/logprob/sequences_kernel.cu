@@ -2,7 +2,7 @@
 // atomics. Four bytes a token: its speed is the launch's. Unverified on a GPU.
 #include "sequences_kernel.h"
 
-#include "../simt/sums.h"
+#include "../cuda/sums.h"
 
 namespace semion {
 namespace {

@@ -2,7 +2,7 @@
 // sequences' sums in their order; double sums, no atomics. Its speed is the two launches'. Unverified on a GPU.
 #include "policy_gradient_kernel.h"
 
-#include "../simt/sums.h"
+#include "../cuda/sums.h"
 
 namespace semion {
 namespace {

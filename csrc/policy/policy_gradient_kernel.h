@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../simt/launch.h"
+#include "../cuda/launch.h"
 #include "row.h"
 
 extern "C" {

@@ -1,4 +1,4 @@
-// The digest of a rectangle of bits, on the CPU: what its weights are, and the kernel. Plain pointers; no torch, no
+// The digest of a matrix of bits, on the CPU: what its weights are, and the kernel. Plain pointers; no torch, no
 // threads, no checks. The elements of a block [R, C] are read as unsigned integers v(r, c) of 1, 2, 4 or 8 bytes, and
 //
 //   digest = sum of Rw(seed, row + r) * Cw(col + c) * v(r, c)  modulo 2^64,

@@ -1,10 +1,10 @@
-// The digest of a rectangle of bits on a GPU. A thread keeps the weights of its few columns and goes down the rows of a
+// The digest of a matrix of bits on a GPU. A thread keeps the weights of its few columns and goes down the rows of a
 // tile; the tile's row weights are computed once, in shared memory. Sums modulo 2^64 may be added in any order, so one
 // atomic addition a block joins them. Bound by memory on paper (16 byte loads wherever block and rows lie on 16 byte
 // boundaries, some 4 instructions an element); unverified on a GPU.
 #include "digest_kernel.h"
 
-#include "../simt/sums.h"
+#include "../cuda/sums.h"
 #include "digest.h"
 
 namespace semion {

@@ -1,9 +1,9 @@
-// Launcher of the digest of a rectangle of bits on a GPU (digest.h says what it is), in plain types: no torch, no
+// Launcher of the digest of a matrix of bits on a GPU (digest.h says what it is), in plain types: no torch, no
 // allocation, no check of arguments. Unverified on a GPU so far.
 #pragma once
 #include <cstdint>
 
-#include "../simt/launch.h"
+#include "../cuda/launch.h"
 
 extern "C" {
 

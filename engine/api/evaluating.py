@@ -16,6 +16,7 @@ from engine.config.options import Source
 from engine.core.errors import ConfigError, combined
 from engine.data.mixture import held_out_sources, load_prompts, longest_asked
 from engine.data.rows import has_columns
+from engine.data.templates import model_tokenizer
 from engine.evaluation import accuracy, suites
 from engine.inference.pool import Pool
 from engine.rewards.registry import judging_of, open_rewards
@@ -92,8 +93,10 @@ def _sample(
     verbose: bool,
 ) -> dict[str, Evaluated]:
     """Each set on one start of the engines; written when it is done."""
+    spec = resolve(config, parts_of(config, "eval", due), digests=False)
+    tokenizer, longest = model_tokenizer(config, spec.shape.vocab_size), longest_asked(config)
     prompts = {
-        name: load_prompts(config, source, str(source.held_out), judging_of(config, source), longest=longest_asked(config))
+        name: load_prompts(config, source, str(source.held_out), judging_of(config, source), tokenizer, longest=longest)
         for name, source in due.items()
     }
     for name, found in prompts.items():
@@ -101,7 +104,6 @@ def _sample(
         if found.warning:
             say(f"{name}: warning: {found.warning}")
     done = {}
-    spec = resolve(config, parts_of(config, "eval", due), digests=False)
     with Cluster(spec, verbose=verbose, folder=folder) as cluster:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
         with open_rewards(config, cluster.start_reward_engine(), list(due.values())) as reward:

@@ -53,7 +53,12 @@ def examine(
     the configuration's. `unread`: sections that could not be read (`Reading`), which nothing is said of."""
     if purpose not in get_args(Purpose):
         raise ConfigError(f"purpose must be one of {', '.join(get_args(Purpose))}; found {purpose!r}: choose one")
-    return unique(_all_faults(Look(config, purpose, resume, sets, unread)))
+    return faults_of(Look(config, purpose, resume, sets, unread))
+
+
+def faults_of(look: Look) -> list[SemionError]:
+    """What `examine` returns; the look keeps what was found on the way."""
+    return unique(_all_faults(look))
 
 
 def _all_faults(look: Look) -> list[SemionError]:

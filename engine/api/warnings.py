@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from engine.api.faults.look import Purpose
 from engine.config.load import RunConfig
 from engine.config.options import Source, source_key
 from engine.core.errors import DataError
@@ -19,23 +19,26 @@ from engine.data.preferences import read_pairs
 from engine.data.prompts import ASKED, TRAINED, length_warning
 from engine.data.records import HUB
 from engine.data.rows import Row, read_rows, sample_rows
-from engine.data.templates import LeftOut, fit_prompt, policy_tokenizer
-from engine.rollouts.replay import replay_kind
+from engine.data.templates import LeftOut, fit_prompt
+from engine.run.spec import Spec
+
+if TYPE_CHECKING:
+    from engine.data.templates import Tokenizer
 
 LARGE_BYTES = 64 << 20  # of a longer training file held-out problems are looked for when the run reads it
 
 
-def warnings(config: RunConfig, purpose: Purpose) -> list[str]:
-    """Sentences for people, of a configuration in which the preflight found nothing wrong."""
-    told = end_tokens(config.model.path, policy_tokenizer(config)).disagreement
-    pairs = config.data.replay if purpose == "train" and replay_kind(config) == "preferences" else None
+def warnings(spec: Spec, tokenizer: Tokenizer) -> list[str]:
+    """Sentences for people, of a run in which the preflight found nothing wrong, with the tokenizer that it loaded."""
+    config = spec.config
+    disagreement = end_tokens(config.model.path, tokenizer).disagreement
+    pairs = config.data.replay if spec.source == "preferences" else None
     trained = set(_trained(config, pairs)) if any(source.held_out for source in config.data.sources) else set()
-    return [*filter(None, [told]), *_long(config, pairs), *_overlaps(config, trained)]
+    return [*filter(None, [disagreement]), *_long(config, tokenizer, pairs), *_overlaps(config, trained)]
 
 
-def _long(config: RunConfig, pairs: str | None) -> Iterator[str]:
+def _long(config: RunConfig, tokenizer: Tokenizer, pairs: str | None) -> Iterator[str]:
     """Sources of which a sample has many prompts that are too long."""
-    tokenizer = policy_tokenizer(config)
     bounds = {"train": (config.data.max_prompt_tokens, TRAINED), "held_out": (longest_asked(config), ASKED)}
     for place, source in enumerate(config.data.sources):
         for name, (longest, bound) in bounds.items():

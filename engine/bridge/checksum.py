@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from engine.bridge.plan import Bucket, ShardOffset
+from engine.bridge.shard_plan import Bucket, ShardOffset
 from engine.ops import block_digest, column_weights
 
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from engine.bridge.checksum import ShardDigest, weights_for
-from engine.bridge.plan import Bucket, Message, Role, ShardOffset, ShardPlan, Transfer
+from engine.bridge.shard_plan import Bucket, Message, Role, ShardOffset, ShardPlan, Transfer
 from engine.bridge.transports.base import Deadline, Pending, Transport, TransportError
 from engine.core.errors import UndeliveredError, WeightSyncError
 from engine.models.sharding import matrix_slice

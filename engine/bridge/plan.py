@@ -1,5 +1,5 @@
-"""Which slice of which trainer shard goes where in which engine shard, in which message, by which path, and in
-one order for all: a pure function of layouts and sizes. It moves nothing and talks to nobody: every member computes the same.
+"""Which slice of which trainer shard goes where in which engine shard, in which message, by which path, and in one order for
+all: a pure function of layouts and sizes. It moves nothing and talks to nobody: every member computes the same.
 
 A flow is all that the engines' ranks of one tensor rank on one node need of one model-parallel rank of the trainer. It is cut
 into buckets, the same objects for every node and data-parallel replica. One copy of a bucket enters a node, at an engine that
@@ -10,18 +10,16 @@ itself. Members of the channel are numbered: trainer ranks first, then engine by
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
-from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
-from enum import Enum
+from dataclasses import dataclass
 from functools import reduce
 from itertools import cycle
 from operator import and_
 from typing import TYPE_CHECKING
 
+from engine.bridge.shard_plan import Bucket, Message, ModelRank, ShardOffset, ShardPlan, Transfer
 from engine.models.base import Section
 from engine.models.sharding import EngineLayout, Shard, ShardSlice, TrainerLayout, stage_layers, template
 
@@ -29,124 +27,6 @@ if TYPE_CHECKING:
     from engine.models.base import ModelShape
 
 UNPACKED_BYTES = 1 << 20  # what is contiguous in both shards and at least this large travels alone, without being copied
-ModelRank = tuple[int, int]  # a model-parallel rank of the trainer: (pipeline rank, tensor rank)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardOffset:
-    """Where in a shard: row and column in the parameter's matrix, a vector [n] being [n, 1]."""
-
-    parameter: str
-    row: int
-    col: int
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """A slice [rows, cols] of the Hugging Face tensor `name`, from a trainer's shard into an engine's."""
-
-    name: str
-    rows: int
-    cols: int
-    source: ShardOffset
-    target: ShardOffset
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """What one message carries: its transfers' slices one after another, each row by row."""
-
-    model_rank: ModelRank  # of the trainer that holds it
-    target: int  # tensor rank of the engines that need it
-    transfers: tuple[Transfer, ...]
-    num_bytes: int
-    packed: bool  # False: one transfer, contiguous in both shards, which needs no staging memory
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One sending of a bucket into one node."""
-
-    bucket: Bucket
-    index: int  # in the global order
-    source: int  # trainer rank
-    path: tuple[int, ...]  # the node's engines: the first receives from the source and passes it to the others
-
-
-class Role(Enum):
-    """What a member does in a message."""
-
-    SEND = "send"
-    RECEIVE = "receive"  # from the trainer, for itself alone
-    RECEIVE_AND_FORWARD = "receive and forward"
-    RECEIVE_FROM_ENGINE = "receive from engine"
-
-
-@dataclass(frozen=True, slots=True)
-class ShardPlan:
-    """One weight sync: all messages in the one order in which every member takes its part of them."""
-
-    messages: tuple[Message, ...]
-    source: TrainerLayout
-    dp_size: int
-    target: EngineLayout
-    nodes: tuple[tuple[int, ...], ...]  # engines by node
-    dtype_bytes: int
-
-    @property
-    def trainer_size(self) -> int:
-        """Number of trainer ranks, the first members of the channel."""
-        return self.source.tp_size * self.source.pp_size * self.dp_size
-
-    @property
-    def num_members(self) -> int:
-        """Trainer ranks and all ranks of all engines."""
-        return self.trainer_size + sum(map(len, self.nodes)) * self.target.tp_size
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that leave the trainer: one copy for every node."""
-        return sum(message.bucket.num_bytes for message in self.messages)
-
-    @property
-    def buckets(self) -> tuple[Bucket, ...]:
-        """Every bucket once, in the order of its first sending."""
-        return tuple({id(message.bucket): message.bucket for message in self.messages}.values())
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all that members must agree on, in hexadecimal; equal in every process that has the same plan."""
-        buckets = self.buckets
-        number = {id(bucket): index for index, bucket in enumerate(buckets)}
-        order = array("q")
-        for message in self.messages:
-            order.extend((number[id(message.bucket)], message.source, *message.path))
-        sizes = (astuple(self.source), self.dp_size, astuple(self.target), self.nodes, self.dtype_bytes)
-        return hashlib.sha256(repr((sizes, buckets)).encode() + order.tobytes()).hexdigest()
-
-    def member(self, engine: int, tp_rank: int) -> int:
-        """The number of an engine's tensor rank in the channel."""
-        return self.trainer_size + engine * self.target.tp_size + tp_rank
-
-    def receivers(self, message: Message) -> tuple[int, ...]:
-        """Members that receive the message, the one that passes it on first."""
-        return tuple(self.member(engine, message.bucket.target) for engine in message.path)
-
-    def role(self, message: Message, member: int) -> Role | None:
-        """What the member does in the message, if anything."""
-        if member < self.trainer_size:
-            return Role.SEND if member == message.source else None
-        engine, tp_rank = divmod(member - self.trainer_size, self.target.tp_size)
-        if tp_rank != message.bucket.target or engine not in message.path:
-            return None
-        if engine != message.path[0]:
-            return Role.RECEIVE_FROM_ENGINE
-        return Role.RECEIVE_AND_FORWARD if len(message.path) > 1 else Role.RECEIVE
-
-    def messages_of(self, member: int) -> tuple[tuple[Message, Role], ...]:
-        """The messages in which a member takes part, in order, with its role."""
-        roles = ((message, self.role(message, member)) for message in self.messages)
-        return tuple((message, role) for message, role in roles if role is not None)
 
 
 def plan(
@@ -387,15 +267,15 @@ def _waves(
 ) -> list[tuple[tuple[ModelRank, int], int]]:
     """Every (flow's key, node), coloured greedily: in one colour (wave) a model-parallel rank occurs once at most for each
     replica that may send, and a receiver, the ranks of one tensor rank on one node, once an engine."""
-    seats: dict[object, list[int]] = {}  # waves as bits, an integer for each replica of a sender or engine of a receiver
+    used: dict[object, list[int]] = {}  # waves as bits, an integer for each replica of a sender or engine of a receiver
     waves = []
     for model_rank, tp_rank in keys:
         for node, engines in enumerate(nodes):
-            sends = seats.setdefault(model_rank, [0] * dp_size)
-            receives = seats.setdefault((node, tp_rank, "receiver"), [0] * len(engines))
+            sends = used.setdefault(model_rank, [0] * dp_size)
+            receives = used.setdefault((node, tp_rank, "receiver"), [0] * len(engines))
             replicas = able[model_rank, node]
-            taken = reduce(and_, (sends[replica] for replica in replicas)) | reduce(and_, receives)
-            bit = ~taken & (taken + 1)  # the lowest wave in which both have a seat
+            occupied = reduce(and_, (sends[replica] for replica in replicas)) | reduce(and_, receives)
+            bit = ~occupied & (occupied + 1)  # the lowest wave in which both are free
             replica = next(i for i in replicas if not sends[i] & bit)
             sends[replica] |= bit
             receives[next(i for i, bits in enumerate(receives) if not bits & bit)] |= bit

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from pydantic import TypeAdapter
 
-from engine.bridge.plan import ShardPlan, plan
+from engine.bridge.plan import plan
+from engine.bridge.shard_plan import ShardPlan
 from engine.models.base import ModelShape
 from engine.models.sharding import EngineLayout, TrainerLayout
 

@@ -167,8 +167,8 @@ class TrainerState:
 
     @property
     def saved_bytes(self) -> int:
-        """What a rank writes into a checkpoint: its weights and their copies, and its share of the optimizer's state."""
-        return self.weights + self.copies + self._shard * self._state_bytes
+        """What a rank writes into a checkpoint beside weights: its share of the optimizer's state."""
+        return self._shard * self._state_bytes
 
     @property
     def on_device(self) -> int:

@@ -14,12 +14,12 @@ import torch
 
 from engine.bridge import setup as opening
 from engine.bridge.exchange import STAGED
-from engine.bridge.plan import Bucket, ShardOffset, ShardPlan, Transfer, plan
+from engine.bridge.plan import plan
+from engine.bridge.shard_plan import Bucket, ShardOffset, ShardPlan, Transfer
 from engine.bridge.transports.base import Transport
-from engine.bridge.transports.registry import choose, kind_of
+from engine.bridge.transports.registry import kind_of
 from engine.capacity.memory import GIB, Channel, estimate
-from engine.config.load import RunConfig
-from engine.config.transport import AUTO, refusal, setting
+from engine.config.transport import AUTO, refusal
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
@@ -53,7 +53,7 @@ def plan_run(spec: Spec, machine: Machine) -> dict[str, Any]:
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     _check(machine)
     machines = _machines(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
-    nodes, senders = opening.channel(machines, _transport(config, machines), spec.colocated_nodes)
+    nodes, senders = opening.channel(machines, _transport(spec, machines), spec.colocated_nodes)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
     dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
@@ -62,14 +62,15 @@ def plan_run(spec: Spec, machine: Machine) -> dict[str, Any]:
     return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(spec, made, machine)}
 
 
-def _transport(config: RunConfig, machines: list[int]) -> type[Transport]:
-    """What the configuration names; for 'auto' what GPUs take. ConfigError for what fits nowhere."""
-    on_one = len(set(machines)) == 1
-    if refused := refusal(config, engines_on_one_machine=on_one):
+def _transport(spec: Spec, machines: list[int]) -> type[Transport]:
+    """What carries the syncs on GPUs, or what the configuration names for CPUs alone. ConfigError for what fits nowhere."""
+    asked = spec.config.sync.transport
+    if refused := refusal(spec.config, engines_on_one_machine=len(set(machines)) == 1):
         raise ConfigError(refused)
-    asked = config.sync.transport
-    gpus = setting(config, "cuda", engines_on_one_machine=on_one)
-    return kind_of(choose(asked, gpus).name if asked == AUTO else asked)
+    on_gpus = spec.carrier("cuda")
+    if on_gpus.kind is None and asked == AUTO:
+        raise ConfigError(on_gpus.why)
+    return kind_of(on_gpus.kind or asked)
 
 
 def _check(machine: Machine) -> None:

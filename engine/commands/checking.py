@@ -27,21 +27,21 @@ def check(options: argparse.Namespace) -> None:
         raise combined(found)
     if options.toml and not unread:
         print(dump_config(config), end="")
-    from engine.api.faults.look import parts_of
-    from engine.api.preflight import examine, purpose_of
+    from engine.api.faults.look import Look, parts_of
+    from engine.api.preflight import faults_of, purpose_of
     from engine.api.warnings import warnings
     from engine.observe.progress import print_table
     from engine.observe.sinks import write_json
     from engine.run.spec import resolve
 
     purpose = purpose_of(config)
-    further = examine(config, purpose, resume=options.resume is not None, unread=unread)
-    if faults := unique([*found, *further]):
+    look = Look(config, purpose, options.resume is not None, unread=unread)
+    if faults := unique([*found, *faults_of(look)]):
         raise combined(faults)
     spec = resolve(config, parts_of(config, purpose))
     if not options.toml:
         print_table(f"semion check {options.config}", table(spec))
-        for warning in warnings(config, purpose):
+        for warning in warnings(spec, look.tokenizer):
             print(f"warning: {warning}")
     if options.json:
         write_json(options.json, json.loads(spec.to_json()))

@@ -20,7 +20,7 @@ def rollout(options: argparse.Namespace) -> None:
     from engine.core.jsonl import JsonlLedger
     from engine.data.ends import end_tokens
     from engine.data.mixture import load_mixture
-    from engine.data.templates import policy_tokenizer
+    from engine.data.templates import model_tokenizer
     from engine.inference.pool import Pool
     from engine.observe.sinks import finite
     from engine.rewards.registry import judging_of, open_rewards
@@ -31,7 +31,8 @@ def rollout(options: argparse.Namespace) -> None:
     if output.exists():
         raise ConfigError(f"--output must be a new file; found {options.output}: name another")
     spec = check(config, "rollout")
-    prompts = load_mixture(config, judging_of)
+    tokenizer = model_tokenizer(config, spec.shape.vocab_size)
+    prompts = load_mixture(config, judging_of, tokenizer)
     figures = []
     with ExitStack() as stack:
         part = stack.enter_context(atomic_write(output, durable=True))
@@ -40,7 +41,7 @@ def rollout(options: argparse.Namespace) -> None:
         reward = stack.enter_context(open_rewards(config, cluster.start_reward_engine()))
         ledger = JsonlLedger(part)
         stack.callback(ledger.close)
-        ends = end_tokens(config.model.path, policy_tokenizer(config))
+        ends = end_tokens(config.model.path, tokenizer)
         source = RolloutSource(config, prompts, pool, reward, ledger, ends.stop)
         stack.callback(source.close)
         for step in range(config.run.steps):

@@ -9,17 +9,20 @@ from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.config.load import RunConfig
 from engine.config.options import Source, source_key
-from engine.core.errors import ConfigError, DataError, SemionError
+from engine.core.errors import DataError, SemionError
 from engine.core.seeds import counted_seed
 from engine.core.types import Judging, Prompt
 from engine.data.overlap import prompt_digest
 from engine.data.prompts import ASKED, TRAINED, PromptOrder, PromptSet
 from engine.data.rows import load_rows
-from engine.data.templates import PromptForm, policy_tokenizer, read_chat_template
-from engine.models.hf import read_shape
+from engine.data.templates import PromptForm, read_chat_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 JudgingOf = Callable[[RunConfig, Source], Judging]  # what must be known of a source's rewards (rewards.registry.judging_of)
 
@@ -83,8 +86,9 @@ class Mixture:
         return counted_seed(self.seed, "source", place) if place else self.seed
 
 
-def load_mixture(config: RunConfig, judging_of: JudgingOf) -> Mixture:
-    """Reads and tokenizes all prompts to train on. A problem that an earlier source has is left out and counted.
+def load_mixture(config: RunConfig, judging_of: JudgingOf, tokenizer: PreTrainedTokenizerBase) -> Mixture:
+    """Reads and tokenizes all prompts to train on with the run's tokenizer (model_tokenizer). A problem that an earlier
+    source has is left out and counted.
 
     DataError for rows that cannot be used, or when one prompt id stands for two problems, also of different sources; it
     begins with the option and the file.
@@ -93,7 +97,7 @@ def load_mixture(config: RunConfig, judging_of: JudgingOf) -> Mixture:
     for place, source in enumerate(config.data.sources):
         before = [prompt for earlier in sets for prompt in earlier.prompts]
         with _naming(f"{source_key(place)}.train", source.train):
-            sets.append(load_prompts(config, source, source.train, judging_of(config, source), before))
+            sets.append(load_prompts(config, source, source.train, judging_of(config, source), tokenizer, before))
     return Mixture(config.data.sources, tuple(sets), config.run.seed)
 
 
@@ -105,14 +109,15 @@ def held_out_sources(config: RunConfig) -> dict[str, int]:
     return {source_key(place) if stem in common else stem: place for place, stem in stems.items()}
 
 
-def load_held_out(config: RunConfig, judging_of: JudgingOf) -> tuple[HeldOut, ...]:
+def load_held_out(config: RunConfig, judging_of: JudgingOf, tokenizer: PreTrainedTokenizerBase) -> tuple[HeldOut, ...]:
     """The evaluation set of every source that has one, in the order of the sources."""
     found = []
     for name, place in held_out_sources(config).items():
         source = config.data.sources[place]
         assert source.held_out is not None
         with _naming(f"{source_key(place)}.held_out", source.held_out):
-            prompts = load_prompts(config, source, source.held_out, judging_of(config, source), longest=longest_asked(config))
+            judging, longest = judging_of(config, source), longest_asked(config)
+            prompts = load_prompts(config, source, source.held_out, judging, tokenizer, longest=longest)
             found.append(HeldOut(place, source, prompts, name))
     return tuple(found)
 
@@ -143,19 +148,13 @@ def load_prompts(
     source: Source,
     path: str,
     judging: Judging,
+    tokenizer: PreTrainedTokenizerBase,
     before: Many[Prompt] = (),
     *,
     longest: int | None = None,
 ) -> PromptSet:
-    """The prompts of a file with the run's tokenizer and the source's template and reward, of no more than `longest` tokens
-    (data.max_prompt_tokens). ConfigError when tokenizer and model do not fit; DataError names the file."""
-    tokenizer = policy_tokenizer(config)
-    vocab_size = read_shape(config.model.path, family=config.model.family).vocab_size
-    if len(tokenizer) > vocab_size:
-        raise ConfigError(
-            f"model.path must hold a tokenizer that fits the model; found {len(tokenizer)} tokens for a vocabulary of "
-            f"{vocab_size} in {config.model.path}: use the tokenizer that the model was trained with"
-        )
+    """The prompts of a file with the source's template and reward, of no more than `longest` tokens (data.max_prompt_tokens
+    where not said). DataError names the file."""
     rows = load_rows(path, needs_answer=judging.needs_answer, keep_columns=judging.wants_row, columns=source.columns)
     most, limit = (config.data.max_prompt_tokens, TRAINED) if longest is None else (longest, ASKED)
     form, verifiable = prompt_form(config, source), judging.verifiable

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from engine.config.load import RunConfig
 
+    Tokenizer = PreTrainedTokenizerBase  # for those who pass one on and may not import transformers
+
 # Figure 4 of arXiv 2506.21495. The paper prints typographic quotes, an effect of its typesetting; ours are plain ASCII.
 FIGURE4 = (
     "Given the following problem, reason and give a final answer to the problem. Problem: {problem}\n"
@@ -90,6 +92,23 @@ def policy_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if text is not None:
         tokenizer.chat_template = text or None
     return tokenizer
+
+
+def model_tokenizer(config: RunConfig, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The same, of a model with `vocab_size` tokens. A process loads it once and passes it on. Raises as `policy_tokenizer` and
+    `check_vocabulary`."""
+    tokenizer = policy_tokenizer(config)
+    check_vocabulary(tokenizer, vocab_size, config.model.path)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: str) -> None:
+    """ConfigError for a tokenizer with more tokens than its model has."""
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"model.path must hold a tokenizer that fits the model; found {len(tokenizer)} tokens for a vocabulary of "
+            f"{vocab_size} in {path}: use the tokenizer that the model was trained with"
+        )
 
 
 def read_chat_template(name: str) -> str | None:

@@ -101,12 +101,12 @@ def layer_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlock
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)
 
 
-def megatron_config(shape: ModelShape, trainer: Trainer, dtype: torch.dtype) -> TransformerConfig:
-    """megatron's configuration of a model in this layout. ConfigError for a layout that cannot hold it."""
-    checks.check_layout(shape, layout.trainer_layout(trainer))
+def megatron_config(shape: ModelShape, axes: layout.TrainerLayout, trainer: Trainer, dtype: torch.dtype) -> TransformerConfig:
+    """megatron's configuration of a model in this layout, `trainer`'s. ConfigError for a layout that cannot hold it."""
+    checks.check_layout(shape, axes)
     if trainer.fp8 != "none":
         _check_fp8(shape, trainer)
-    virtual = trainer.virtual_pipeline if trainer.virtual_pipeline > 1 else None
+    virtual = axes.vpp_size if axes.vpp_size > 1 else None
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden,
@@ -114,11 +114,11 @@ def megatron_config(shape: ModelShape, trainer: Trainer, dtype: torch.dtype) -> 
         num_query_groups=shape.num_kv_heads,
         kv_channels=shape.head_dim,
         ffn_hidden_size=shape.ffn_hidden,
-        tensor_model_parallel_size=trainer.tensor_parallel,
-        pipeline_model_parallel_size=trainer.pipeline_parallel,
+        tensor_model_parallel_size=axes.tp_size,
+        pipeline_model_parallel_size=axes.pp_size,
         virtual_pipeline_model_parallel_size=virtual,
-        num_layers_in_first_pipeline_stage=trainer.first_stage_layers,
-        num_layers_in_last_pipeline_stage=trainer.last_stage_layers,
+        num_layers_in_first_pipeline_stage=axes.first_stage_layers,
+        num_layers_in_last_pipeline_stage=axes.last_stage_layers,
         sequence_parallel=trainer.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -40,7 +40,8 @@ from engine.megatron.parallel_state import ParallelState
 from engine.megatron.reshard import SavedOptimizer
 from engine.megatron.timers import Timers
 from engine.models import sharding as layout
-from engine.models.hf import HfCheckpoint, read_shape
+from engine.models.base import ModelShape
+from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
 from engine.observe.profiling.phases import Phase, phase
 from engine.ops import lm_head_log_probs, token_log_probs
@@ -58,11 +59,14 @@ class Policy:
         parallel: ParallelState,
         loss: Loss,
         checkpoint_path: str | Path,
+        shape: ModelShape,
+        axes: layout.TrainerLayout,
         *,
         copies: Collection[Copy] | None = None,
     ) -> None:
-        """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy. `copies`: of its
-        weights that it keeps (`Spec.copies`); where not said, the reference if the loss looks at one.
+        """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy. `shape`, `axes`:
+        of the model there and of the trainer, and `copies`: of its weights that it keeps, as the run's Spec has them; without
+        `copies` the reference if the loss looks at one.
 
         Collective over all ranks. Raises ConfigError for another model, an impossible layout or a missing library,
         CheckpointError for files that do not hold it.
@@ -70,10 +74,10 @@ class Policy:
         check_libraries(config.trainer, config.optimizer)
         self.parallel = parallel
         self.loss = loss
-        self.shape = read_shape(checkpoint_path, family=config.model.family)
+        self.shape, self.layout = shape, axes
         self._family = family_of(self.shape)
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
-        self._config = build.megatron_config(self.shape, config.trainer, self.dtype)
+        self._config = build.megatron_config(self.shape, self.layout, config.trainer, self.dtype)
         self._config.finalize_model_grads_func = _finalize
         self._config.timers = Timers()
         self._headless = config.trainer.fused_lm_head
@@ -82,7 +86,6 @@ class Policy:
         open_buffers(config.trainer, self.shape.hidden, self.dtype)
         models = build.build_chunks(self.shape, self._config, parallel, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
-        self.layout = layout.trainer_layout(config.trainer)
         for index, model in enumerate(models):
             build.load_weights(model, index, self.shape, self.layout, checkpoint, parallel)
         self._held = [self._slices_of(tp_rank) for tp_rank in range(parallel.tp_size)]

@@ -1,7 +1,7 @@
-"""A digest of a rectangle of bits that adds up: digests of the pieces of a tensor sum to the tensor's own, however it is
-cut and whoever holds the pieces. It finds faults; it is no defence against an adversary. No gradient passes.
+"""A digest of a matrix of bits that adds up: digests of the slices of a tensor sum to the tensor's own, however it is
+sliced and whoever holds the slices. It finds faults; it is no defence against an adversary. No gradient passes.
 
-Shape legend: R rows and C columns of the rectangle.
+Shape legend: R rows and C columns of the matrix.
 """
 
 from __future__ import annotations

@@ -7,13 +7,12 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from engine.algorithms.registry import make_algorithm
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, DataError, brief
 from engine.core.types import Sequence
-from engine.data.ends import end_tokens
 from engine.data.forms import Columns, found
 from engine.data.mixture import Mixture, load_mixture, prompt_form
 from engine.data.overlap import prompt_digest
@@ -21,12 +20,14 @@ from engine.data.preferences import PreferenceSet, load_preferences
 from engine.data.prompts import PromptOrder
 from engine.data.records import records
 from engine.data.rows import wanted_fields
-from engine.data.templates import policy_tokenizer
 from engine.rewards.registry import judging_of
 from engine.rollouts.base import StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import RolloutLedger
 from engine.rollouts.metrics import LENGTH, LENGTH_MAX, STALENESS, WAITED, rollout_metrics, warn_of_endings
+
+if TYPE_CHECKING:
+    from engine.data.templates import Tokenizer
 
 _ROLLOUT, _PAIR = {"step", "prompt_id", "token_ids"}, {"chosen", "rejected"}  # what the first row of each has
 
@@ -168,18 +169,19 @@ def replay_kind(config: RunConfig) -> Literal["rollouts", "preferences"] | None:
     )
 
 
-def open_ledger(config: RunConfig, vocab_size: int) -> LedgerSource:
-    """The rollouts that data.replay names, with the data they were sampled from, for a model with that vocabulary."""
+def open_ledger(config: RunConfig, vocab_size: int, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> LedgerSource:
+    """The rollouts that data.replay names, with the data they were sampled from, for a model with that vocabulary and end
+    tokens."""
     assert config.data.replay is not None
-    ends = end_tokens(config.model.path, policy_tokenizer(config)).stop
-    return LedgerSource(config, RolloutLedger(config.data.replay), load_mixture(config, judging_of), vocab_size, ends)
+    mixture = load_mixture(config, judging_of, tokenizer)
+    return LedgerSource(config, RolloutLedger(config.data.replay), mixture, vocab_size, end_ids)
 
 
-def open_preferences(config: RunConfig) -> PreferenceSource:
+def open_preferences(config: RunConfig, tokenizer: Tokenizer) -> PreferenceSource:
     """The pairs that data.replay names, which need no other data."""
     path = config.data.replay
     assert path is not None
-    data, tokenizer = config.data, policy_tokenizer(config)
+    data = config.data
     limits = data.max_prompt_tokens, config.sampling.max_tokens
     form = prompt_form(config, data)
     return PreferenceSource(config, load_preferences(path, tokenizer, form, *limits, data.columns))

@@ -1,5 +1,5 @@
-"""Broadcasts from rank 0 to the other trainer ranks, beside the trainer's own collectives: that it is still at work or done, and
-why a run is to stop. Every method is collective over the trainer ranks. It stops no run.
+"""Broadcasts from rank 0 to the other trainer ranks, beside the trainer's own collectives: that it is still at work or done,
+and why a run is to stop. Every method is collective over the trainer ranks. It stops no run.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Agreement:
     # rank 0 waits between two heartbeats, and the command that watches sees the run live.
 
     def heartbeat(self) -> None:
-        """Rank 0, while it works alone: it broadcasts that it has made progress, so that the other ranks' collectives do not time
-        out."""
+        """Rank 0, while it works alone: it broadcasts that it has made progress, so that the other ranks' collectives do
+        not time out."""
         self._beat(_MORE)
 
     def done(self) -> None:

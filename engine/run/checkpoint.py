@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.algorithms.registry import identities as algorithm_identities
 from engine.config.load import RunConfig
@@ -114,6 +114,18 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _content_digest(manifest):
         raise CheckpointError(f"{file} differs from its own digest, so its bits have changed: use another checkpoint")
     return manifest
+
+
+def reference_place(config: RunConfig, step: int) -> int | Literal["seed", "own"] | None:
+    """Where a checkpoint after `step` steps has the reference: as the policy of the checkpoint of another step, as the seed
+    model or in a folder of its own; None where a resumed run copies it from the policy before the next step."""
+    schedule = config.schedule
+    if schedule.reference_due(step):
+        return None
+    version = schedule.reference_version(step)
+    if version == 0:
+        return "seed"
+    return version if config.checkpoint_due(version) else "own"
 
 
 def trainer_of(manifest: Mapping[str, Any]) -> Trainer:

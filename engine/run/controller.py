@@ -12,7 +12,7 @@ from typing import Any
 from engine.data.ends import end_tokens
 from engine.data.mixture import load_held_out, load_mixture
 from engine.data.overlap import overlap_warning, shared
-from engine.data.templates import policy_tokenizer
+from engine.data.templates import model_tokenizer
 from engine.evaluation.accuracy import evaluate, greedy_samples
 from engine.evaluation.selection import scores
 from engine.inference.pool import EngineHandle, Pool
@@ -49,7 +49,8 @@ class Controller:
         self._spec = spec
         self.collapse: str | None = None  # what the run is to be stopped for
         self._events: list[Event] = []
-        ends = end_tokens(config.model.path, policy_tokenizer(config))
+        self._tokenizer = model_tokenizer(config, spec.shape.vocab_size)
+        ends = end_tokens(config.model.path, self._tokenizer)
         self.end_ids = ends.stop
         if ends.disagreement:
             log.warning(ends.disagreement)
@@ -58,7 +59,7 @@ class Controller:
             opened.callback(self._records.close)
             for note in (*notes, *self._records.notes):
                 self._note(note)
-            self._held_out = held_out = load_held_out(config, judging_of)
+            self._held_out = held_out = load_held_out(config, judging_of, self._tokenizer)
             self._sets = [(part.name, part.prompts) for part in held_out]  # by name; a set's problems are of one kind
             for part in held_out:
                 self._note(f"{part.key}: {part.prompts}")
@@ -74,15 +75,15 @@ class Controller:
     def _open_source(self) -> StepSource:
         """Rollouts sampled now, or what data.replay names."""
         if self._spec.source == "rollouts":
-            prompts = load_mixture(self._config, judging_of)
+            prompts = load_mixture(self._config, judging_of, self._tokenizer)
             self._note(str(prompts))
             self._warn(prompts.warnings, prompts.digests if self._held_out else frozenset())
             return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts, self.end_ids)
         replay: LedgerSource | PreferenceSource
         if self._spec.source == "ledger":
-            replay = open_ledger(self._config, self._spec.shape.vocab_size)
+            replay = open_ledger(self._config, self._spec.shape.vocab_size, self._tokenizer, self.end_ids)
         else:
-            replay = open_preferences(self._config)
+            replay = open_preferences(self._config, self._tokenizer)
         self._note(f"data.replay: {replay}")
         self._warn(replay.warnings, replay.digests)
         return replay

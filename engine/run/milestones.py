@@ -19,7 +19,7 @@ from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer
 from engine.models.sharding import export_files, export_plan, tensors, trainer_layout
 from engine.run.agreement import Agreement
-from engine.run.checkpoint import check_prolonged, state_rank
+from engine.run.checkpoint import check_prolonged, reference_place, state_rank
 from engine.run.controller import Controller
 from engine.run.saving import Checkpoints, Snapshot, Weights
 
@@ -80,16 +80,13 @@ class Milestones:
 
     def _snapshot(self, step: int) -> Snapshot:
         """This rank's part of the state after `step` steps, in host memory. Collective."""
-        policy, schedule = self._policy, self._config.schedule
-        reference, at, from_seed = None, None, False
-        if policy.has_reference and not schedule.reference_due(step):  # else the resumed run copies it from the policy
-            version = schedule.reference_version(step)
-            from_seed = version == 0
-            at = version if version and self._config.checkpoint_due(version) else None
-            reference = self._weights("reference") if at is None and not from_seed else None
+        policy = self._policy
+        place = reference_place(self._config, step) if policy.has_reference else None
+        reference = self._weights("reference") if place == "own" else None
+        at = place if isinstance(place, int) else None
         mine = state_rank(self._config.trainer, self._parallel.rank) == self._parallel.rank
         state = policy.state(weights=False) if mine else {}
-        return Snapshot(state, policy.dtype, self._weights("policy"), reference, at, from_seed or policy.holds_seed)
+        return Snapshot(state, policy.dtype, self._weights("policy"), reference, at, place == "seed" or policy.holds_seed)
 
     def _weights(self, which: Literal["policy", "reference"]) -> Weights:
         policy, plan = self._policy, self._files

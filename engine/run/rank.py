@@ -21,7 +21,7 @@ from engine.algorithms.registry import make_loss
 from engine.bridge.setup import open_publisher
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 from engine.data.ends import end_tokens
-from engine.data.templates import policy_tokenizer
+from engine.data.templates import model_tokenizer
 from engine.inference.pool import EngineHandle
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
@@ -63,7 +63,7 @@ class TrainerRank:
         """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
         spec, config, parallel = self._spec, self._config, self._join(port)
         loss = make_loss(config.algorithm, sampled=spec.sampled)
-        policy = Policy(config, parallel, loss, config.model.path, copies=spec.copies)
+        policy = Policy(config, parallel, loss, config.model.path, spec.shape, spec.trainer, copies=spec.copies)
         checkpoints = Checkpoints(
             config.run_directory / "checkpoints",
             rank=parallel.rank,
@@ -106,8 +106,9 @@ class TrainerRank:
     def fine_tune(self, port: int) -> Iterator[Event]:
         """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""
         config, parallel = self._config, self._join(port)
-        source = SupervisedSource(self._spec, parallel)
-        policy = Policy(config, parallel, NllLoss(), config.model.path)
+        tokenizer = model_tokenizer(config, self._spec.shape.vocab_size)
+        source = SupervisedSource(self._spec, parallel, tokenizer)
+        policy = Policy(config, parallel, NllLoss(), config.model.path, self._spec.shape, self._spec.trainer)
         writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
         window = Window(config.profile, config.run_directory, self._rank)
         for record in loop.fine_tune(policy, source, num_steps=config.run.steps, window=window):
@@ -120,7 +121,7 @@ class TrainerRank:
                 pass
         else:
             assert config.sft.checkpoint_out is not None
-            ends = end_tokens(config.model.path, policy_tokenizer(config))
+            ends = end_tokens(config.model.path, tokenizer)
             if ends.disagreement:
                 log.warning(ends.disagreement)
             write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path, end_ids=ends.stop)

@@ -5,6 +5,7 @@ broadcasts its sequences; supervised training needs no broadcast, since every ra
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError
@@ -13,7 +14,6 @@ from engine.data.ends import written_end
 from engine.data.mixture import load_prompts
 from engine.data.prompts import PromptOrder
 from engine.data.supervised import supervised_sequence
-from engine.data.templates import policy_tokenizer
 from engine.data.tokens import stays_text
 from engine.megatron.broadcast import broadcast_batch
 from engine.megatron.packing import make_batch
@@ -22,6 +22,9 @@ from engine.rollouts.base import StepSource
 from engine.run.agreement import Agreement
 from engine.run.metrics import TARGET_TOKENS
 from engine.run.spec import Spec
+
+if TYPE_CHECKING:
+    from engine.data.templates import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +66,13 @@ class BroadcastSource:
 class SupervisedSource:
     """Worked solutions in the seeded order; every rank reads the file and packs its own part."""
 
-    def __init__(self, spec: Spec, parallel: ParallelState) -> None:
-        """ConfigError when a solution is longer than a microbatch or the model's positions."""
+    def __init__(self, spec: Spec, parallel: ParallelState, tokenizer: Tokenizer) -> None:
+        """`tokenizer`: the run's (model_tokenizer). ConfigError when a solution is longer than a microbatch or the model's
+        positions."""
         config = spec.config
         self._config, self._parallel = config, parallel
-        tokenizer = policy_tokenizer(config)
         unjudged = Judging(verifiable=False, needs_answer=False, wants_row=False)
-        loaded = load_prompts(config, config.data, config.data.train, unjudged)
+        loaded = load_prompts(config, config.data, config.data.train, unjudged, tokenizer)
         end = written_end(tokenizer)
         prompts = [prompt for prompt in loaded.prompts if stays_text(tokenizer, prompt.solution, end)]
         num_special = loaded.num_special + len(loaded.prompts) - len(prompts)

@@ -90,6 +90,10 @@ class Spec:
         """The file that would tell the reward model's sizes, where it is to be started and the file is not there."""
         return str(_reward_file(self.config)) if self.starts_reward_engine and self.reward_shape is None else None
 
+    def carrier(self, device: Literal["cuda", "cpu"]) -> Carrier:
+        """What carries the weight syncs on devices of that type; of a run without any, what would."""
+        return next(carrier for carrier in self.transports or _transports(self.config) if carrier.device == device)
+
     def placed(self, gpus_per_node: int | None = None) -> Placement:
         """Where every process goes on nodes with so many GPUs, as many as configured where not said. ConfigError when they do
         not fit."""

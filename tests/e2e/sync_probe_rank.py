@@ -38,7 +38,7 @@ class Probe(TrainerRank):
 
     def probe(self, port: int, engines: list[Any] | None, num_syncs: int, kill: int, what: str) -> Iterator[Event]:
         config, parallel = self._config, self._join(port)
-        policy = Policy(config, parallel, NllLoss(), config.model.path)
+        policy = Policy(config, parallel, NllLoss(), config.model.path, self._spec.shape, self._spec.trainer)
         pool = Pool(engines, config.inference.timeout_seconds) if engines is not None else None
         publisher = open_publisher(self._spec, policy, parallel, self._host, pool)
         draw = random.Random(3)

@@ -10,7 +10,8 @@ import torch
 
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED
-from engine.ops import grouped_advantages, lm_head_log_probs, plain, policy_gradient_loss, sequence_log_probs, token_log_probs
+from engine.ops import grouped_advantages, lm_head_log_probs, policy_gradient_loss, sequence_log_probs, token_log_probs
+from tests import reference_ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +47,7 @@ def run(logits, targets, weights, with_entropy, inplace=True):
 def test_token_log_probs_equal_float64_and_repeat(num_tokens, num_columns, dtype):
     logits, targets, weights = problem(num_tokens, num_columns, dtype)
     exact = logits.double().requires_grad_()
-    want = plain.token_log_probs(exact, targets)
+    want = reference_ops.token_log_probs(exact, targets)
     (weights[0] * want[0] + weights[1] * want[1]).sum().backward()
     log_probs, entropy, gradient = run(logits, targets, weights, True)
     again = run(logits, targets, weights, True)

@@ -31,12 +31,14 @@ from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer
 from engine.models.hf import HfCheckpoint, read_shape, shard_names, write_companions
 from engine.models.sharding import export_files, export_plan, trainer_layout
-from engine.ops import lm_head_log_probs, plain, token_log_probs
+from engine.ops import lm_head_log_probs, token_log_probs
 from engine.run.spec import assemble
+from tests import reference_ops
 from tests.builders import algorithm_options
 from tests.parallel.fp8_case import change_weights, fp8_parameters
 from tests.parallel.material import ALGORITHMS, batch_of, run_config, sequences
 from tests.parallel.memory_case import memory
+from tests.parallel.policies import make_policy
 from tests.parallel.pretended_gpu import pretended_gpu
 
 Case = Callable[..., Any]
@@ -116,7 +118,7 @@ def collect_gradients(policy: Policy) -> None:
 def train(config: RunConfig, parallel: ParallelState, checkpoint: str, loss: str, output: str) -> list[dict[str, float]]:
     """Three steps; leaders write logits before them, gradients of each (as clipped) and weights after. Returns the
     metrics."""
-    policy = Policy(config, parallel, loss_of(loss), checkpoint)
+    policy = make_policy(config, parallel, loss_of(loss), checkpoint)
     kept: dict[str, torch.Tensor] = {}
     metrics = []
     group_pairs = 2 if loss.startswith(("everything", "own")) else 1
@@ -140,7 +142,7 @@ def train(config: RunConfig, parallel: ParallelState, checkpoint: str, loss: str
 
 def export(config: RunConfig, parallel: ParallelState, checkpoint: str, output: str) -> int:
     """Leaders write every tensor as it was read; how many they hold."""
-    tensors = full_tensors(Policy(config, parallel, NllLoss(), checkpoint), "")
+    tensors = full_tensors(make_policy(config, parallel, NllLoss(), checkpoint), "")
     if tensors:
         whole = {name: value.contiguous() for name, value in tensors.items()}
         save_file(whole, Path(output) / f"{parallel.rank}.safetensors")
@@ -214,9 +216,9 @@ def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: 
         return _steps(policy, config, which)
 
     file = Path(output) / f"state.{parallel.rank}.safetensors"
-    first = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    first = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     save_file(first.state(), file)
-    untrained = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    untrained = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     untrained.load_state(load_file(file))
     steps(first, range(1))
     if first.has_reference:
@@ -242,14 +244,14 @@ def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: 
 
 def steps_of_seed(config: RunConfig, parallel: ParallelState, checkpoint: str) -> list[dict[str, float]]:
     """The first step of a policy that was never saved."""
-    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    policy = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     batch = batch_of(0, policy.shape.vocab_size, config.trainer, parallel.dp_rank)
     return [policy.train_step(policy.score(batch))]
 
 
 def curve(config: RunConfig, parallel: ParallelState, checkpoint: str, num_steps: int) -> list[dict[str, float]]:
     """Metrics of `num_steps` DPO steps over two batches that alternate; scoring must leave the state as it was."""
-    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    policy = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     batches = [batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank) for step in range(2)]
     metrics = []
     for step in range(num_steps):
@@ -266,7 +268,7 @@ def change_layers(config: RunConfig, parallel: ParallelState, checkpoint: str) -
 
     def with_layers(layers: str) -> Policy:
         trainer = config.trainer.model_copy(update={"layers": layers})
-        return Policy(config.model_copy(update={"trainer": trainer}), parallel, make_loss(config.algorithm), checkpoint)
+        return make_policy(config.model_copy(update={"trainer": trainer}), parallel, make_loss(config.algorithm), checkpoint)
 
     def steps(policy: Policy, which: range) -> float:
         batches = [batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank) for step in which]
@@ -294,7 +296,7 @@ def offload(config: RunConfig, parallel: ParallelState, checkpoint: str, output:
         states = []
         for share in (config.optimizer.offload_share, 0.0):
             optimizer = config.optimizer.model_copy(update={"offload_share": share})
-            policy = Policy(
+            policy = make_policy(
                 config.model_copy(update={"optimizer": optimizer}), parallel, make_loss(config.algorithm), checkpoint
             )
             for step in range(3):
@@ -327,7 +329,7 @@ def fp8_moments(config: RunConfig, parallel: ParallelState) -> dict[str, Any]:
 def without_signal(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """A step of pairs, one of none at all, one of a single pair, and the last of them again by a second policy from the state
     after the empty one. What moved: the metric of each step, and the names in the state that the empty step changed."""
-    policy = Policy(config, parallel, loss_of("dpo"), checkpoint)
+    policy = make_policy(config, parallel, loss_of("dpo"), checkpoint)
     made = [sequences(0, policy.shape.vocab_size), [], sequences(2, policy.shape.vocab_size)[:2]]
     batches = [
         make_batch(rows, step=step, num_prompts=5, trainer=config.trainer, dp_rank=parallel.dp_rank)
@@ -338,7 +340,7 @@ def without_signal(config: RunConfig, parallel: ParallelState, checkpoint: str) 
         steps.append(policy.train_step(policy.score(batch)))
         states.append(policy.state())
     changed = [name for name, value in states[1].items() if not torch.equal(value, states[0][name])]
-    second = Policy(config, parallel, loss_of("dpo"), checkpoint)
+    second = make_policy(config, parallel, loss_of("dpo"), checkpoint)
     second.load_state(states[1])
     again = second.train_step(second.score(batches[2]))
     resumed = again == steps[2] and all(torch.equal(value, states[2][name]) for name, value in second.state().items())
@@ -362,14 +364,14 @@ def seed(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[st
         return all(torch.equal(parameter, wanted[name]) for name, parameter in policy.parameters.items())
 
     loss, copies = make_loss(config.algorithm), assemble(config, read_shape(checkpoint)).copies
-    policy = Policy(config, parallel, loss, checkpoint, copies=copies)
+    policy = make_policy(config, parallel, loss, checkpoint, copies=copies)
     before = weights(policy)
     for step in range(2):
         policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank)))
         if config.schedule.reference_due(step + 1):
             policy.refresh_reference()
     trained = weights(policy)
-    resumed = Policy(config, parallel, loss, checkpoint, copies=copies)
+    resumed = make_policy(config, parallel, loss, checkpoint, copies=copies)
     resumed.load_state(policy.state())
     found = {}
     for name, one in (("first", policy), ("resumed", resumed)):
@@ -382,7 +384,7 @@ def seed(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[st
 def distribution(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """Log-probs of policy and reference of a step by microbatch on the last stage; where the head is fused, their distance
     from float64 products of the same hidden states."""
-    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    policy = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     batch = policy.score(batch_of(0, policy.shape.vocab_size, config.trainer, parallel.dp_rank))
     own = policy.log_probs(batch)
     found: dict[str, Any] = {
@@ -395,7 +397,7 @@ def distribution(config: RunConfig, parallel: ParallelState, checkpoint: str) ->
 
         def exact(hidden: torch.Tensor, row: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             valid = weight.detach().double()[: policy.shape.vocab_size]
-            log_probs = plain.lm_head_log_probs(hidden.detach().double(), valid, row.targets, temperature=temperature)
+            log_probs = reference_ops.lm_head_log_probs(hidden.detach().double(), valid, row.targets, temperature=temperature)
             return log_probs.sum(), log_probs
 
         with torch.no_grad():
@@ -406,7 +408,7 @@ def distribution(config: RunConfig, parallel: ParallelState, checkpoint: str) ->
 
 def infinite(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """One GRPO step where a single advantage of a single rank is infinite."""
-    policy = Policy(config, parallel, loss_of("grpo"), checkpoint)
+    policy = make_policy(config, parallel, loss_of("grpo"), checkpoint)
     batch = batch_of(7, policy.shape.vocab_size, config.trainer, parallel.dp_rank)
     if parallel.dp_rank == parallel.dp_size - 1:
         batch.microbatches[0].advantages[0] = float("inf")

@@ -19,6 +19,7 @@ from engine.megatron.policy import Policy
 from engine.models.registry import family_of
 from engine.models.sharding import EngineLayout, export_plan
 from tests.parallel.material import batch_of
+from tests.parallel.policies import make_policy
 from tests.unit.bridge.world import Case, World
 
 BLOCK = 128
@@ -26,11 +27,11 @@ BLOCK = 128
 
 def fp8_parameters(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """Three steps with the reference renewed before the last; what holds of the weights before, between and after."""
-    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    policy = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     kept: dict[str, Any] = {name: tensor for name, tensor in policy._own.items() if hasattr(tensor, "_fp8_dtype")}
     batches = [batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank) for step in range(3)]
     plain = config.trainer.model_copy(update={"fp8_parameters": False})
-    seed = Policy(config.model_copy(update={"trainer": plain}), parallel, make_loss(config.algorithm), checkpoint)
+    seed = make_policy(config.model_copy(update={"trainer": plain}), parallel, make_loss(config.algorithm), checkpoint)
     found: dict[str, Any] = {"kept": len(kept), "begins_with_the_checkpoint": _begins_with(seed, policy, kept)}
     first = _reference_log_probs(policy, batches[0])
     found["reference_is_the_policy"] = _equal(first, policy.log_probs(batches[0]))
@@ -61,7 +62,7 @@ def change_weights(config: RunConfig, parallel: ParallelState, checkpoint: str) 
 
     def policy(in_fp8: bool) -> Policy:
         trainer = config.trainer.model_copy(update={"fp8_parameters": in_fp8})
-        return Policy(config.model_copy(update={"trainer": trainer}), parallel, make_loss(config.algorithm), checkpoint)
+        return make_policy(config.model_copy(update={"trainer": trainer}), parallel, make_loss(config.algorithm), checkpoint)
 
     plain, between, back = policy(False), policy(True), policy(False)
     *before, last = (batch_of(step, plain.shape.vocab_size, config.trainer, parallel.dp_rank) for step in range(3))

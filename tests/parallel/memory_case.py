@@ -19,6 +19,7 @@ from engine.core.types import Batch, Sequence
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
+from tests.parallel.policies import make_policy
 
 NUM_ROWS = 3  # microbatches of a rank: one more than wait for their backward on two stages
 
@@ -26,7 +27,7 @@ NUM_ROWS = 3  # microbatches of a rank: one more than wait for their backward on
 def memory(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, int]:
     """The most bytes at once in a second step, of which what the policy holds from step to step, by component."""
     with Watch() as watch:
-        policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+        policy = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
         batch = policy.score(full_rows(config, parallel.dp_rank))
         policy.train_step(batch)
         watch.most = watch.live()

@@ -88,8 +88,11 @@ def storage_faults(look: Look) -> Faults:
         spec = assemble(config, look.shape)
         kept = config.checkpoint.keep + 1 + (config.checkpoint.best_by is not None)  # the one being written comes on top
         count = min(len(spec.checkpoint_steps), kept)
-        ranks = config.trainer.tensor_parallel * config.trainer.data_parallel
+        trainer = config.trainer
+        ranks = trainer.tensor_parallel * (trainer.data_parallel if trainer.distributed_optimizer else 1)
         states = sum(TrainerState(spec, stage).saved_bytes * ranks for stage in range(spec.trainer.pp_size))
+        if "reference" in spec.copies and any(reference_place(config, step) == "own" for step in spec.checkpoint_steps):
+            states += policy
         folder = config.run_directory / "checkpoints"
         there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
         yield from _room(folder, count * (policy + states) - there, "run.directory", f"{count} checkpoints")

@@ -13,7 +13,7 @@ from engine.config.options import Source
 from engine.core.errors import ConfigError, SemionError
 from engine.data.ends import end_tokens
 from engine.data.mixture import prompt_form
-from engine.data.templates import encode_prompt, policy_tokenizer
+from engine.data.templates import check_vocabulary, encode_prompt, policy_tokenizer
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.headers import weight_faults
 from engine.models.hf import read_shape
@@ -42,11 +42,8 @@ def model_faults(look: Look) -> list[SemionError]:
 def _tokenizer(look: Look) -> Faults:
     """The vocabulary, the chat template, and what ends a response."""
     path, tokenizer, shape = look.config.model.path, look.tokenizer, look.shape
-    if shape is not None and len(tokenizer) > shape.vocab_size:
-        yield ConfigError(
-            f"model.path must hold a tokenizer that fits the model; found {len(tokenizer)} tokens for a vocabulary of "
-            f"{shape.vocab_size} in {path}: use the tokenizer that the model was trained with"
-        )
+    if shape is not None:
+        yield from caught(check_vocabulary, tokenizer, shape.vocab_size, path)
     ends = end_tokens(path, tokenizer)
     if look.samples and not ends.stop:
         yield ConfigError(

@@ -21,7 +21,7 @@ class Phase(StrEnum):
     REWARDS = "rewards"  # in wait, after the last completion: for the rewards alone
     SCORE = "score"  # what the loss needs beside the batch
     REFERENCE = "reference"  # in score: forwards of the reference
-    SPREAD = "spread"  # in score: forwards of the policy, for groups that fit no row
+    SPREAD = "spread"  # in score: forwards of the policy, for groups that fit no microbatch
     TRAIN = "train"  # an optimizer step
     FORWARD = "forward"  # in train, reference and spread: one microbatch, log-probs and loss included
     LOG_PROBS = "log-probs"  # in forward: from logits or hidden states to token log-probs

@@ -15,7 +15,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Basic, MatrixBase, Set, Symbol, Tuple
 from sympy.core.function import AppliedUndef
 
-from engine.rewards.math import forms
+from engine.rewards.math import forms, regions
 from engine.rewards.math.exact import (
     contradict,
     equal_at_integers,
@@ -76,7 +76,7 @@ def equal(gold: str, answer: str, depth: int = 0) -> bool:
     golds, answers = _alternatives(gold), _alternatives(answer)
     if len(golds) != 1 or len(answers) != 1:
         return any(equal(one, other, depth + 1) for one in golds for other in answers)
-    wanted, given = forms.region(gold), forms.region(answer)
+    wanted, given = regions.region(gold), regions.region(answer)
     if wanted is not None and given is not None:
         return _regions_equal(wanted, given)
     return _values_equal(forms.oriented(gold), forms.oriented(answer))
@@ -144,7 +144,7 @@ def _consistent(values: list[str]) -> bool:
     return None not in parsed and not any(contradict(first, second) for first, second in pairwise(parsed))
 
 
-def _regions_equal(gold: forms.Region, answer: forms.Region) -> bool:
+def _regions_equal(gold: regions.Region, answer: regions.Region) -> bool:
     if gold.name is not None and answer.name is not None and key(gold.name).lower() != key(answer.name).lower():
         return False
     return key(gold.latex) == key(answer.latex) or _algebra(gold.latex, answer.latex)

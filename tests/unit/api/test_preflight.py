@@ -22,7 +22,9 @@ from engine.api.warnings import warnings
 from engine.config.load import RunConfig, dump_config, override
 from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, StorageError, combined
 from engine.core.files import locked
-from engine.run.spec import Spec
+from engine.data import templates
+from engine.data.templates import policy_tokenizer
+from engine.run.spec import Spec, resolve
 from tests.builders import LLAMA, config, make_model
 from tests.checkpoints import commit, open_folder
 from tests.conftest import CHAT_TEMPLATE
@@ -42,6 +44,20 @@ def made(tmp_path, tiny_tokenizer) -> RunConfig:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_check_loads_the_tokenizer_once(made, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.toml").write_text(dump_config(made))
+    loaded: list[str] = []
+    load = templates.load_tokenizer
+
+    def counted(path: str) -> Any:
+        loaded.append(path)
+        return load(path)
+
+    monkeypatch.setattr(templates, "load_tokenizer", counted)
+    assert cli.main(["check", str(tmp_path / "run.toml")]) == 0
+    assert loaded == [made.model.path]
 
 
 def faults(made: RunConfig, purpose: Purpose = "train", **more: Any) -> list[str]:
@@ -248,14 +264,14 @@ def test_a_model_without_eos_whose_template_ends_turns_has_an_end_token(made):
     folder = Path(made.model.path)
     no_end(folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    assert faults(made) == [] and warnings(made, "train") == []
+    assert faults(made) == [] and warnings(resolve(made), policy_tokenizer(made)) == []
 
 
 def test_end_tokens_that_differ_are_told_and_are_no_fault(made, tmp_path, capsys):
     """The files name one, the tokenizer and its template another, as Llama 3's first release did."""
     (Path(made.model.path) / "generation_config.json").write_text('{"eos_token_id": 256}')
     assert faults(made) == []
-    (told,) = warnings(made, "train")
+    (told,) = warnings(resolve(made), policy_tokenizer(made))
     assert told == (
         "the model's folder names its end tokens in places that differ (generation_config.json: 256 '<|begin_of_text|>'; "
         "config.json: 259 '<|eot_id|>'; eos_token of the tokenizer: 259 '<|eot_id|>'; the chat template's end of a turn: 259 "

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engine.bridge.exchange import STAGED
-from engine.bridge.plan import Bucket, Message
 from engine.bridge.sender import REASON_BYTES, Failure, most_telling, stream_to_first_rank
+from engine.bridge.shard_plan import Bucket, Message
 from engine.bridge.terms import SyncTerms
 from engine.core.errors import EngineLostError, UndeliveredError, WeightSyncError
 from engine.models.base import Llama3Scaling

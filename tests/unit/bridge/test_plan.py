@@ -18,7 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.bridge.plan import UNPACKED_BYTES, Role, ShardPlan, plan
+from engine.bridge.plan import UNPACKED_BYTES, plan
+from engine.bridge.shard_plan import Role, ShardPlan
 from engine.models import checks
 from engine.models import sharding as layout
 from engine.models.base import ModelShape

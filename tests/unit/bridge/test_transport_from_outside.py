@@ -19,6 +19,7 @@ from engine.capacity.transfer import _transport
 from engine.config.load import RunConfig, load_config
 from engine.config.transport import TRANSPORTS, Setting, setting
 from engine.core.errors import ConfigError
+from tests.builders import spec
 
 POST = '''
 """Messages by way of the store: slow, and enough to prove that anything may carry them."""
@@ -85,7 +86,7 @@ def test_the_rules_the_bridge_and_the_planner_ask_it(name: str, tmp_path: Path) 
     config = configured(name)
     choice = choose(name, setting(config, "cpu"))
     assert choice.name == f"{tmp_path / 'post.py'}:Post", "so that a process elsewhere finds it"
-    assert _transport(config, [0, 1]) is kind_of(name)
+    assert _transport(spec(config), [0, 1]) is kind_of(name)
     assert channel([0, 1, 0], kind_of(name), None) == (((0, 2), (1,)), ())
     with pytest.raises(ConfigError, match=r"^sync\.transport = 'post\.py:Post' is for two CPUs; found 3 nodes: use 'auto'$"):
         configured(name, "cluster.nodes=3")

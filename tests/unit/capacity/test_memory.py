@@ -21,7 +21,7 @@ from engine.config import options
 from engine.config.load import RunConfig, load_config
 from engine.models.base import ModelShape
 from engine.models.hf import read_shape
-from engine.models.sharding import EngineLayout, TrainerLayout
+from engine.models.sharding import EngineLayout, TrainerLayout, trainer_layout
 from engine.ops import lm_head
 from engine.run.spec import Spec
 from tests.builders import spec
@@ -92,7 +92,8 @@ def test_the_feed_forward_keeps_what_is_counted(layers: str):
     from engine.megatron.build import megatron_config
 
     width, config = 12, configured("8b-4x4", f"trainer.layers={layers}")
-    fused = megatron_config(LLAMA_8B, config.trainer, torch.bfloat16).bias_activation_fusion
+    trainer = config.trainer
+    fused = megatron_config(LLAMA_8B, trainer_layout(trainer), trainer, torch.bfloat16).bias_activation_fusion
     assert fused == (layers == "transformer_engine")
     both = torch.randn(config.trainer.microbatch_tokens, 2 * width, generator=torch.Generator().manual_seed(1)).requires_grad_()
     kept: dict[int, int] = {}

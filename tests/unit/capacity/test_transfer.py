@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from engine import cli
-from engine.bridge.plan import ShardPlan, plan
+from engine.bridge.plan import plan
+from engine.bridge.shard_plan import ShardPlan
 from engine.capacity.transfer import Machine, measure
 from engine.config.load import load_config
 from engine.models.base import ModelShape

@@ -148,7 +148,7 @@ def test_sources_keep_their_templates_rewards_and_evaluation_sets(model_folder, 
     chat = {"train": write(model_folder, "chat.jsonl", *CHAT), "reward": "model", "template": "figure5", "prompts_per_step": 1}
     chat |= {"held_out": write(model_folder, "held.jsonl", {"prompt": "Well?"})}
     config = config_of(model_folder, train=write(model_folder, "math.jsonl", *MATHS), prompts_per_step=3, mix=(chat,))
-    made = load_mixture(config, judging_of)
+    made = load_mixture(config, judging_of, tiny_tokenizer)
     maths, others = (part.prompts for part in made.sets)
     assert [(p.problem, p.reward, p.answer) for p in maths] == [("1+1?", "math", "2"), ("1+2?", "math", "3")]
     assert [(p.problem, p.reward, p.answer) for p in others] == [("Hi", "model", ""), ("Sing.", "model", "")]
@@ -159,29 +159,31 @@ def test_sources_keep_their_templates_rewards_and_evaluation_sets(model_folder, 
     system = tiny_tokenizer.encode("<|start_header_id|>system<|end_header_id|>\n\ns<|eot_id|>", add_special_tokens=False)
     assert others[0].token_ids == (alone[0], *system, *alone[1:])
     assert str(made).startswith("data.train: 2 prompts; ") and "data.mix[0].train: 2 prompts; " in str(made)
-    (held_out,) = load_held_out(config, judging_of)
+    (held_out,) = load_held_out(config, judging_of, tiny_tokenizer)
     assert (held_out.place, held_out.key, held_out.source.reward) == (1, "data.mix[0].held_out", "model")
     assert [(p.problem, p.reward) for p in held_out.prompts.prompts] == [("Well?", "model")]
 
 
-def test_one_id_may_not_stand_for_two_problems_of_different_sources(model_folder):
+def test_one_id_may_not_stand_for_two_problems_of_different_sources(model_folder, tiny_tokenizer):
     clash = {"train": write(model_folder, "b.jsonl", {"problem": "4+4?", "answer": "8", "id": "own"})}
     with pytest.raises(DataError, match=r"`id` must name one problem; found 'own' for '1\+2\?' and '4\+4\?'"):
-        load_mixture(config_of(model_folder, train=write(model_folder, "a.jsonl", *MATHS), mix=(clash,)), judging_of)
+        load_mixture(
+            config_of(model_folder, train=write(model_folder, "a.jsonl", *MATHS), mix=(clash,)), judging_of, tiny_tokenizer
+        )
     again = {"train": write(model_folder, "b.jsonl", *MATHS)}
     config = config_of(model_folder, train=write(model_folder, "a.jsonl", *MATHS), mix=(again,))
     with pytest.raises(DataError, match="found 0 longer than 400, 2 that came before and no other"):
-        load_mixture(config, judging_of)
+        load_mixture(config, judging_of, tiny_tokenizer)
 
 
-def test_what_is_wrong_with_a_file_begins_with_its_option_and_name(model_folder):
+def test_what_is_wrong_with_a_file_begins_with_its_option_and_name(model_folder, tiny_tokenizer):
     good, bad = write(model_folder, "a.jsonl", *MATHS), write(model_folder, "b.jsonl", {"problem": "4+4?"})
     long = write(model_folder, "c.jsonl", {"problem": "5" * 5000, "answer": "8"})
     again = write(model_folder, "d.jsonl", *MATHS)
 
     def said(load: Any, **data: Any) -> str:
         with pytest.raises(DataError) as caught:
-            load(config_of(model_folder, **data), judging_of)
+            load(config_of(model_folder, **data), judging_of, tiny_tokenizer)
         return str(caught.value)
 
     wrong = said(load_mixture, train=good, mix=({"train": bad},))

@@ -15,6 +15,7 @@ from engine.data.overlap import overlap_warning, prompt_digest, shared
 from engine.data.preferences import load_preferences
 from engine.data.templates import load_tokenizer
 from engine.rewards.registry import judging_of
+from engine.run.spec import resolve
 from tests.builders import config
 
 SUM = {"problem": "What is $1 + 1$?", "answer": "2"}
@@ -35,6 +36,10 @@ def made(tmp_path, model_folder) -> RunConfig:
     return config(tmp_path / "run", model={"path": str(model_folder)}, data=data)
 
 
+def said(config: RunConfig) -> list[str]:
+    return warnings(resolve(config), load_tokenizer(config.model.path))
+
+
 def test_what_asks_the_same_has_one_digest():
     digest = prompt_digest("What is 1+1?")
     assert prompt_digest("what is $1 + 1$?") == digest != prompt_digest("What is 1-1?")
@@ -44,24 +49,24 @@ def test_what_asks_the_same_has_one_digest():
 
 
 def test_before_a_run_the_overlap_is_told(made):
-    (told,) = warnings(made, "train")
+    (told,) = said(made)
     assert told.startswith("data.held_out: 1 of 3 problems are also trained on, such as 'what is 1+1?': ")
     other = override(made, {"data.held_out": write(Path(made.data.train).parent / "other.jsonl", SUM | {"problem": "c"})})
-    assert warnings(other, "train") == []
+    assert said(other) == []
 
 
 def test_the_digests_of_a_run_are_those_of_its_prompts_or_pairs(made, tmp_path):
-    assert prompt_digest(SUM["problem"]) in load_mixture(made, judging_of).digests
-    path = write(tmp_path / "pairs.jsonl", {"prompt": SUM["problem"], "chosen": "a", "rejected": "b"})
     tokenizer = load_tokenizer(made.model.path)
+    assert prompt_digest(SUM["problem"]) in load_mixture(made, judging_of, tokenizer).digests
+    path = write(tmp_path / "pairs.jsonl", {"prompt": SUM["problem"], "chosen": "a", "rejected": "b"})
     assert load_preferences(path, tokenizer, "{problem}", 99, 9).digests == {prompt_digest(SUM["problem"])}
     replayed = override(made, {"data.replay": path, "sync.sync_interval": "never"})
-    (told,) = warnings(replayed, "train")
+    (told,) = said(replayed)
     assert told.startswith("data.held_out: 1 of 3 problems")
 
 
 def test_before_a_run_many_long_rows_are_told(made, tmp_path):
     rows = [{"problem": "x" * n, "answer": "1"} for n in range(1, 101)]
     long = override(made, {"data.train": write(tmp_path / "long.jsonl", *rows), "data.template": "{problem}"})
-    told = warnings(override(long, {"data.max_prompt_tokens": 90}), "train")
+    told = said(override(long, {"data.max_prompt_tokens": 90}))
     assert len(told) == 1 and told[0].startswith("data.train: ") and "would keep 99%" in told[0]

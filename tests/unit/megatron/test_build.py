@@ -10,6 +10,7 @@ from engine.config.options import Trainer
 from engine.core.errors import ConfigError
 from engine.megatron.build import AMAX_HISTORY, megatron_config
 from engine.models.base import ModelShape
+from engine.models.sharding import trainer_layout
 
 SHAPE = ModelShape(
     num_layers=2,
@@ -27,8 +28,9 @@ SHAPE = ModelShape(
 )
 
 
-def made(**trainer):
-    return megatron_config(SHAPE, Trainer(**trainer), torch.bfloat16)
+def made(shape=SHAPE, **options):
+    trainer = Trainer(**options)
+    return megatron_config(shape, trainer_layout(trainer), trainer, torch.bfloat16)
 
 
 def test_nothing_of_transformer_engine_or_apex_by_default():
@@ -61,7 +63,7 @@ def test_recipes_have_megatrons_names(fp8, formats, recipe):
 )
 def test_sizes_that_fp8_products_refuse_are_refused_at_the_start(changes, size, what):
     shape = replace(SHAPE, **changes)
-    trainer = Trainer(layers="transformer_engine", fp8="current", tensor_parallel=size)
+    options = {"layers": "transformer_engine", "tensor_parallel": size}
     with pytest.raises(ConfigError, match=f"trainer.fp8 needs the model's {what} with trainer.tensor_parallel = {size}: lower"):
-        megatron_config(shape, trainer, torch.bfloat16)
-    megatron_config(shape, trainer.model_copy(update={"fp8": "none"}), torch.bfloat16)
+        made(shape, fp8="current", **options)
+    made(shape, fp8="none", **options)

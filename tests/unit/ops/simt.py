@@ -1,4 +1,4 @@
-"""The CUDA kernels as a library for this processor: compiles the .cu files with the thread by thread machine of csrc/simt,
+"""The CUDA kernels as a library for this processor: compiles the .cu files with the thread by thread machine of simt.h,
 keeps the library in build/ under a digest of its sources, and gives the launchers' arguments their ctypes. No tests.
 """
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
 ELEMENTS = [torch.float32, torch.bfloat16, torch.float16]  # in the order of the launchers' numbers
 pointer, i32, i64, u64, f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 
@@ -19,7 +20,7 @@ pointer, i32, i64, u64, f32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, c
 def digest(*parts: str) -> str:
     """Of the kernels' sources and whatever else decides the result."""
     total = hashlib.sha256("\0".join(parts).encode())
-    for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cu"), ROOT / "tests/unit/ops/simt_driver.cpp"]):
+    for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cu"), *HERE.glob("simt*.*")]):
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
 
@@ -56,7 +57,16 @@ class DigestBlock(ctypes.Structure):
 def compiled() -> Path:
     """The kernels as a library for this processor."""
     compiler = os.environ.get("CXX", "c++")
-    flags = ["-std=c++20", "-O2", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-DSEMION_SIMT", "-Icsrc"]
+    flags = [
+        "-std=c++20",
+        "-O2",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-ffp-contract=off",
+        "-DSEMION_SIMT",
+        "-Icsrc",
+        "-Itests/unit/ops",
+    ]
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     library = ROOT / "build/simt" / f"kernels-{digest(compiler, *flags)}.so"
     if library.exists():
@@ -70,7 +80,7 @@ def compiled() -> Path:
         subprocess.run(command, check=True, cwd=ROOT)
         return str(target)
 
-    sources = [*sorted(ROOT.glob("csrc/**/*_kernel.cu")), ROOT / "tests/unit/ops/simt_driver.cpp"]
+    sources = [*sorted(ROOT.glob("csrc/**/*_kernel.cu")), HERE / "simt_driver.cpp"]
     with ThreadPoolExecutor(2) as threads:
         objects = list(threads.map(build, sources))
     subprocess.run([compiler, "-shared", *objects, "-o", str(work / "whole.so")], check=True)

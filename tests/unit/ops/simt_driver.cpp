@@ -1,6 +1,6 @@
-// What the tests of the CUDA kernels need of the machine of csrc/simt/simt.h besides the launchers: the order in which it
+// What the tests of the CUDA kernels need of the machine of simt.h besides the launchers: the order in which it
 // runs the threads of a block, and kernels with a mistake each, to see that it finds them.
-#include "simt/launch.h"
+#include "cuda/launch.h"
 
 namespace {
 

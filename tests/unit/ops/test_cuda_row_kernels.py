@@ -1,4 +1,4 @@
-"""The smaller CUDA kernels on a machine without a GPU, run thread by thread against the plain twins in float64; that the
+"""The smaller CUDA kernels on a machine without a GPU, run thread by thread against the references in float64; that the
 machine itself finds mistakes; and that nvcc compiles every kernel for every GPU generation without a spill.
 """
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.core.types import IGNORED
-from engine.ops import plain
+from tests import reference_ops
 from tests.unit.ops import simt
 
 EPS = torch.finfo(torch.float32).eps
@@ -45,7 +45,7 @@ def test_sequence_sums_and_their_gradient(kernels):
             return sums, gradient
 
         sums, gradient = simt.in_both_orders(kernels, work)
-        want = plain.sequence_log_probs(values.double(), cu_seqlens, chosen)
+        want = reference_ops.sequence_log_probs(values.double(), cu_seqlens, chosen)
         torch.testing.assert_close(sums.double(), want, atol=1e-7, rtol=EPS)
         counted = torch.ones(1500) if chosen is None else chosen.float()
         assert torch.equal(gradient, counted * torch.repeat_interleave(torch.arange(5.0) + 1, cu_seqlens.diff().long()))
@@ -69,7 +69,7 @@ def test_grouped_advantages(kernels, dtype):
 
     for mode, normalize in enumerate(("mean", "mean_std", "leave_one_out")):
         advantages, no_signal, broken = simt.in_both_orders(kernels, lambda mode=mode: run(rewards, mode))
-        want = plain.grouped_advantages(rewards.double(), cu_groups, normalize=normalize)
+        want = reference_ops.grouped_advantages(rewards.double(), cu_groups, normalize=normalize)
         torch.testing.assert_close(advantages.double(), want[0], atol=0, rtol=2 * EPS if dtype == torch.float32 else 1e-13)
         assert (advantages[:4] == 0).all()
         assert torch.equal(no_signal, want[1])
@@ -79,7 +79,7 @@ def test_grouped_advantages(kernels, dtype):
     scale = 1e-200 if dtype == torch.float64 else 1e-30
     spread[9:] *= scale
     advantages, no_signal, broken = run(spread, 1)
-    want = plain.grouped_advantages(spread.double(), cu_groups, normalize="mean_std")
+    want = reference_ops.grouped_advantages(spread.double(), cu_groups, normalize="mean_std")
     torch.testing.assert_close(advantages.double(), want[0], atol=1e-13, rtol=2 * EPS)
     assert no_signal.tolist() == want[1].tolist() == [True, True, True, True, False]
     assert broken.item() == -1
@@ -131,7 +131,7 @@ def test_policy_gradient(kernels, with_reference, dual_clip):
     leaf = log_probs.double().requires_grad_()
     reference64 = None if chosen is None else chosen.double()
     row64 = leaf, old.nan_to_num().double(), reference64, advantages.double(), cu_seqlens, targets
-    loss, want = plain.policy_gradient_loss(*row64, clip_low=0.2, clip_high=0.3, dual_clip=dual_clip, kl_weight=0.05)
+    loss, want = reference_ops.policy_gradient_loss(*row64, clip_low=0.2, clip_high=0.3, dual_clip=dual_clip, kl_weight=0.05)
     loss.backward()
     torch.testing.assert_close(sums.double(), torch.cat([loss.detach().view(1), want]), atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(gradient.double(), leaf.grad, atol=1e-6, rtol=2e-6)

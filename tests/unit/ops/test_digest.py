@@ -1,4 +1,4 @@
-"""The digest of a rectangle of bits: against the plain twin and against Python's own integers, for every element size, row
+"""The digest of a matrix of bits: against the reference and against Python's own integers, for every element size, row
 stride and place; that pieces add up and faults show; the CUDA kernel thread by thread.
 """
 
@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.ops import block_digest, column_weights, plain
+from engine.ops import block_digest, column_weights
+from tests import reference_ops
 from tests.unit.ops import simt
 
 TYPES = [torch.uint8, torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.complex64]
@@ -33,9 +34,9 @@ def blocks(draw):
 
 
 @given(blocks(), PLACES, st.integers(0, 50), SEEDS)
-def test_equals_the_plain_twin(block, row, col, seed):
+def test_equals_the_reference(block, row, col, seed):
     """Every type, row stride, place and seed, empty blocks, rows longer than a tile; given weights or none."""
-    want = plain.block_digest(block, row=row, col=col, seed=seed)
+    want = reference_ops.block_digest(block, row=row, col=col, seed=seed)
     found = block_digest(block, row=row, col=col, seed=seed)
     assert found.dtype == torch.int64
     assert found.shape == (1,)
@@ -67,7 +68,7 @@ def test_weights_and_digest_by_pythons_integers():
 
 @given(blocks(), st.integers(0, 2**32), SEEDS)
 def test_digests_of_any_cut_add_up(block, cut_seed, seed):
-    """A random cut into rectangles, again and again, each digested at its place."""
+    """A random cut into slices, again and again, each digested at its place."""
     generator = torch.Generator().manual_seed(cut_seed)
 
     def total(piece, row, col, depth):
@@ -107,7 +108,7 @@ def test_what_changes_places_shows():
 def test_the_same_whatever_the_threads():
     block = random_block(700, 1001, torch.float32)
     threads = torch.get_num_threads()
-    want = plain.block_digest(block, row=0, col=0, seed=1)
+    want = reference_ops.block_digest(block, row=0, col=0, seed=1)
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
@@ -135,7 +136,7 @@ def test_wrong_arguments_are_named_with_rule_and_value(block, options, message):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("num_rows", "num_columns", "gap"), [(1, 300, 0), (65, 48, 0), (70, 33, 15), (3, 301, 2), (0, 5, 0)])
-def test_cuda_kernel_equals_the_plain_twin(dtype, num_rows, num_columns, gap):
+def test_cuda_kernel_equals_the_reference(dtype, num_rows, num_columns, gap):
     """On 16 byte boundaries and off them, columns that no vector fills, more rows than a tile, several tiles across."""
     kernels = simt.load()
     num_columns *= 16 if num_rows == 3 else 1
@@ -152,4 +153,4 @@ def test_cuda_kernel_equals_the_plain_twin(dtype, num_rows, num_columns, gap):
         return (digest,)
 
     (found,) = simt.in_both_orders(kernels, work)
-    assert torch.equal(found, plain.block_digest(block, row=row, col=5, seed=seed))
+    assert torch.equal(found, reference_ops.block_digest(block, row=row, col=5, seed=seed))

@@ -1,5 +1,5 @@
-"""Sequence sums with a mask, grouped advantages, the policy-gradient loss and the LM head by chunks against their plain
-twins in float64: values, gradients, the same bits every time, errors.
+"""Sequence sums with a mask, grouped advantages, the policy-gradient loss and the LM head by chunks against their references
+in float64: values, gradients, the same bits every time, errors.
 """
 
 import math
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED
-from engine.ops import grouped_advantages, lm_head_log_probs, plain, policy_gradient_loss, sequence_log_probs
+from engine.ops import grouped_advantages, lm_head_log_probs, policy_gradient_loss, sequence_log_probs
 from engine.ops.policy_gradient import LOG_LIMIT, SUMS
+from tests import reference_ops
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=6)
 
@@ -24,14 +25,14 @@ def bounds_of(lengths):
 
 
 @given(LENGTHS, st.integers(0, 2**32))
-def test_masked_sequence_sums_equal_the_plain_twin(lengths, seed):
+def test_masked_sequence_sums_equal_the_reference(lengths, seed):
     """Sums within one place of fp32, gradients exactly their sequence's, 0 under the mask."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(sum(lengths), generator=generator).requires_grad_()
     mask = torch.rand(sum(lengths), generator=generator) < 0.6
     bounds, weights = bounds_of(lengths), torch.randn(len(lengths), generator=generator)
     sums = sequence_log_probs(values, bounds, mask)
-    want = plain.sequence_log_probs(values.detach().double(), bounds, mask)
+    want = reference_ops.sequence_log_probs(values.detach().double(), bounds, mask)
     torch.testing.assert_close(sums.double(), want, atol=1e-12, rtol=torch.finfo(torch.float32).eps)
     (gradient,) = torch.autograd.grad((sums * weights).sum(), values)
     assert torch.equal(gradient, weights.repeat_interleave(bounds.diff().long()) * mask)
@@ -41,12 +42,12 @@ REWARDS = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(-1e6, 1e6))
 
 
 @given(st.lists(st.lists(REWARDS, max_size=8), max_size=5), st.sampled_from(["mean", "mean_std", "leave_one_out"]))
-def test_advantages_of_groups_equal_the_plain_twin(groups, normalize):
+def test_advantages_of_groups_equal_the_reference(groups, normalize):
     """Empty groups and groups of one included."""
     rewards = torch.tensor([reward for group in groups for reward in group], dtype=torch.float64)
     bounds = bounds_of([len(group) for group in groups])
     advantages, no_signal = grouped_advantages(rewards, bounds, normalize=normalize)
-    want, silent = plain.grouped_advantages(rewards, bounds, normalize=normalize)
+    want, silent = reference_ops.grouped_advantages(rewards, bounds, normalize=normalize)
     assert no_signal.tolist() == silent.tolist()
     parts = (a.split(bounds.diff().tolist()) for a in (advantages, want))
     for group, none, mine, theirs in zip(groups, no_signal.tolist(), *parts, strict=True):
@@ -71,7 +72,7 @@ def test_advantages_by_hand():
     assert found.tolist() == pytest.approx([2 / 3 / root, -1 / 3 / root, -1 / 3 / root, -1, 1])
 
 
-@pytest.mark.parametrize("of", [grouped_advantages, plain.grouped_advantages])
+@pytest.mark.parametrize("of", [grouped_advantages, reference_ops.grouped_advantages])
 def test_mean_std_has_a_floor_relative_to_the_rewards(of):
     """Rewards equal but for rounding give no signal; those that differ do, however large or small they all are."""
 
@@ -95,7 +96,7 @@ def test_advantages_of_huge_and_tiny_rewards_are_in_range(normalize):
     for rewards in ([1.7e308] * 3 + [1.6e308], [1e-320, 3e-320, 2e-320], [1e308, -0.5e308]):
         group = torch.tensor(rewards, dtype=torch.float64), bounds_of([len(rewards)])
         found, _ = grouped_advantages(*group, normalize=normalize)
-        want, _ = plain.grouped_advantages(*group, normalize=normalize)
+        want, _ = reference_ops.grouped_advantages(*group, normalize=normalize)
         torch.testing.assert_close(found, want, atol=1e-322, rtol=1e-12)
         assert found.isfinite().all()
     far = torch.tensor([0.0, 1.0, 1.7e308, -1.7e308, -1.7e308], dtype=torch.float64)
@@ -129,7 +130,7 @@ CLIPS = st.sampled_from([(0.0, 0.0), (0.2, 0.2), (0.2, 0.28), (0.1, 5.0)])
 
 
 @given(policy_problems(), CLIPS, st.sampled_from([math.inf, 1.05, 3.0]), st.sampled_from([0.0, 0.1]))
-def test_policy_gradient_equals_the_plain_twin(problem, clips, dual_clip, kl_weight):
+def test_policy_gradient_equals_the_reference(problem, clips, dual_clip, kl_weight):
     """Loss, sums and gradient. With equal log-probs the ratio is exactly 1 and lies within a clip of 0."""
     log_probs, old, reference, advantages, bounds, targets = problem
     options = {"clip_low": clips[0], "clip_high": clips[1], "dual_clip": dual_clip, "kl_weight": kl_weight}
@@ -139,7 +140,9 @@ def test_policy_gradient_equals_the_plain_twin(problem, clips, dual_clip, kl_wei
     # the ratio meets the clip in fp32: its bounds are rounded there, as are the inputs
     exact = log_probs.double().requires_grad_()
     wide = None if reference is None else reference.double()
-    want, want_sums = plain.policy_gradient_loss(exact, old.double(), wide, advantages.double(), bounds, targets, **options)
+    want, want_sums = reference_ops.policy_gradient_loss(
+        exact, old.double(), wide, advantages.double(), bounds, targets, **options
+    )
     (slope,) = torch.autograd.grad(2 * want, exact)
     scale = max(1.0, float(want_sums.abs().max()))
     torch.testing.assert_close(loss.double(), want, atol=2e-6 * scale, rtol=1e-6)
@@ -155,7 +158,7 @@ ONE, LIMIT = bounds_of([1]), LOG_LIMIT
 
 def one_token(of, log_prob, old, reference, advantage, **options):
     """(loss, gradient, sums by name) of one token."""
-    dtype = torch.float64 if of is plain.policy_gradient_loss else torch.float32
+    dtype = torch.float64 if of is reference_ops.policy_gradient_loss else torch.float32
     leaf = torch.tensor([log_prob], dtype=dtype, requires_grad=True)
     others = (torch.tensor([value], dtype=dtype) for value in (old, reference, advantage))
     fixed = {"clip_low": 0.2, "clip_high": 0.2, "kl_weight": 0.001} | options
@@ -164,7 +167,7 @@ def one_token(of, log_prob, old, reference, advantage, **options):
     return loss.item(), gradient.item(), dict(zip(SUMS[1:], sums.tolist(), strict=True))
 
 
-BOTH = pytest.mark.parametrize("of", [policy_gradient_loss, plain.policy_gradient_loss])
+BOTH = pytest.mark.parametrize("of", [policy_gradient_loss, reference_ops.policy_gradient_loss])
 
 
 @BOTH
@@ -255,7 +258,7 @@ HEAD_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3
 @pytest.mark.parametrize("dtype", HEAD_TOLERANCE)
 @pytest.mark.parametrize("single_pass", [True, False])
 @pytest.mark.parametrize("chunk_rows", [1, 5, 64])
-def test_lm_head_equals_the_plain_twin(dtype, single_pass, chunk_rows):
+def test_lm_head_equals_the_reference(dtype, single_pass, chunk_rows):
     """Chunks that do not divide the rows; padding of the vocabulary gets no gradient; ignored rows neither."""
     torch.manual_seed(4)
     hidden, weight = torch.randn(13, 24).to(dtype).requires_grad_(), (0.3 * torch.randn(5001, 24)).to(dtype).requires_grad_()
@@ -265,7 +268,7 @@ def test_lm_head_equals_the_plain_twin(dtype, single_pass, chunk_rows):
     found = lm_head_log_probs(hidden, weight, targets, num_valid=4990, coefficients=given_coefficients, chunk_rows=chunk_rows)
     gradients = torch.autograd.grad(-0.25 * (coefficients * found).sum(), (hidden, weight))
     exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    want = plain.lm_head_log_probs(*exact, targets, num_valid=4990)
+    want = reference_ops.lm_head_log_probs(*exact, targets, num_valid=4990)
     slopes = torch.autograd.grad(-0.25 * (coefficients * want).sum(), exact)
     assert (found - want).abs().max() <= HEAD_TOLERANCE[dtype]
     for mine, theirs in zip(gradients, slopes, strict=True):
@@ -287,7 +290,7 @@ def test_lm_head_of_half_precision_with_and_without_the_processors_products(monk
     found = lm_head_log_probs(hidden, weight, targets, coefficients=torch.ones(7), chunk_rows=3)
     gradients = torch.autograd.grad(found.sum(), (hidden, weight))
     exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    want = plain.lm_head_log_probs(*exact, targets)
+    want = reference_ops.lm_head_log_probs(*exact, targets)
     slopes = torch.autograd.grad(want.sum(), exact)
     assert (found - want).abs().max() <= (HEAD_TOLERANCE[dtype] if native else 5e-6)
     for mine, theirs in zip(gradients, slopes, strict=True):

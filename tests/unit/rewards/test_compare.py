@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import pytest
 
-from engine.rewards.math import compare, forms
+from engine.rewards.math import compare, forms, regions
 from engine.rewards.math.normal import key, normal
 from engine.rewards.math.numbers import number
 from engine.rewards.math.quantities import compounds_equal, quantity
@@ -99,7 +99,7 @@ def test_choices(text: str, letter: str | None, rest: str | None) -> None:
     ],
 )
 def test_regions(text: str, latex: str | None) -> None:
-    found = forms.region(normal(text))
+    found = regions.region(normal(text))
     assert (found.latex if found else None) == latex
 
 
@@ -194,7 +194,15 @@ def test_text_is_read_in_linear_time() -> None:
     for piece in pieces:
         text = normal((piece * 4000)[:4000])
         key(text)
-        for read in (forms.unlabelled, forms.choice, forms.region, forms.is_name, forms.marks, forms.in_radians, forms.entries):
+        for read in (
+            forms.unlabelled,
+            forms.choice,
+            regions.region,
+            forms.is_name,
+            forms.marks,
+            forms.in_radians,
+            forms.entries,
+        ):
             read(text)
         for convert in (forms.members, forms.oriented, forms.readable, quantity, number):
             convert(text)

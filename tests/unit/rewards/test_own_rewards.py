@@ -20,6 +20,7 @@ from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion, Judging, Prompt, Rollout, RolloutGroup, Score
 from engine.data.mixture import load_mixture
 from engine.data.rows import load_rows
+from engine.data.templates import load_tokenizer
 from engine.rewards.base import Answer, Reward
 from engine.rewards.function import FunctionReward
 from engine.rewards.pool import slots
@@ -192,7 +193,7 @@ def test_a_reward_from_outside_in_one_file_is_trained_with_beside_math(folder, m
     data = {"train": str(tmp_path / "math.jsonl"), "prompts_per_step": 1, "mix": (mix,), "max_prompt_tokens": 400}
     config = run_config(data=data, model={"path": str(model_folder)}, rewards={"deadline_seconds": 30.0})
     check_all(config)
-    prompts = load_mixture(config, judging_of).at(0)
+    prompts = load_mixture(config, judging_of, load_tokenizer(model_folder)).at(0)
     assert [(each.reward, each.verifiable) for each in prompts] == [("math", True), (named, True)]
     assert prompts[0].row == "", "memory is for who asks for it"
     texts = (r"\boxed{7}", "8", "hi there", "well, hi there")

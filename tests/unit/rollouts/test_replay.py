@@ -221,7 +221,7 @@ def preferring(folder: Path, *rows: dict[str, Any], **changes: Any) -> RunConfig
 def test_a_preference_file_gives_pairs_in_the_seeded_order(model_folder, tiny_tokenizer):
     config = preferring(model_folder, *PAIRS)
     assert (replay_kind(config), config.uses_engines) == ("preferences", False)
-    source = open_preferences(config)
+    source = open_preferences(config, tiny_tokenizer)
     assert str(source) == "3 pairs; left out: 0 too long, 0 of equal responses"
     for step in (1, 0, 5):
         data = source.next(step)

@@ -49,9 +49,9 @@ Open = Callable[..., Controller]
 @pytest.fixture
 def open_controller(tmp_path, monkeypatch, tiny_tokenizer):
     """Opens the controller of a run that goes on at `start`, with an engine of that version; all are closed at the end."""
-    mixture = lambda config, judging_of: Mixture(config.data.sources, (PromptSet(SUMS, 0, 0),), 0)  # noqa: E731
-    sums = lambda config, judging_of: (HeldOut(0, config.data, PromptSet(SUMS, 0, 0), "sums"),)  # noqa: E731
-    monkeypatch.setattr(controller_module, "policy_tokenizer", lambda config: tiny_tokenizer)
+    mixture = lambda config, judging_of, tokenizer: Mixture(config.data.sources, (PromptSet(SUMS, 0, 0),), 0)  # noqa: E731
+    sums = lambda config, judging_of, tokenizer: (HeldOut(0, config.data, PromptSet(SUMS, 0, 0), "sums"),)  # noqa: E731
+    monkeypatch.setattr(controller_module, "model_tokenizer", lambda config, vocab_size: tiny_tokenizer)
     monkeypatch.setattr(controller_module, "load_mixture", mixture)
     monkeypatch.setattr(controller_module, "load_held_out", sums)
     monkeypatch.setattr(controller_module, "open_rewards", lambda config, reward_engine: Sixth())

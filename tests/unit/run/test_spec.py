@@ -162,13 +162,19 @@ def test_fewer_gpus_than_configured_are_placed_on_anew():
 # Who may ask for what a Spec says: it alone resolves a run. What only looks whether a run could be resolved (the rules of a
 # configuration, the preflight) is another matter, and so is the trainer that a test or a tool builds without a run.
 RESOLVERS = {
-    "engine.config.placement.place": ("run/spec.py", "api/"),
+    "engine.config.placement.place": ("run/spec.py", "api/faults/machine.py"),
     "engine.config.placement.colocated_nodes": ("run/spec.py", "config/rules.py"),
-    "engine.config.placement.training_parts": ("run/spec.py", "api/"),
-    "engine.models.sharding.trainer_layout": ("run/spec.py", "api/"),
-    "engine.models.sharding.engine_layout": ("run/spec.py", "api/"),
-    "engine.rollouts.replay.replay_kind": ("run/spec.py", "api/"),
-    "engine.bridge.transports.registry.choose": ("run/spec.py", "api/", "bridge/setup.py", "capacity/transfer.py"),
+    "engine.config.placement.training_parts": ("run/spec.py", "api/faults/look.py"),
+    "engine.models.hf.read_shape": ("run/spec.py", "models/", "api/faults/model.py"),
+    "engine.models.sharding.trainer_layout": ("run/spec.py", "api/faults/"),
+    "engine.models.sharding.engine_layout": ("run/spec.py", "api/faults/model.py"),
+    "engine.rollouts.replay.replay_kind": ("run/spec.py", "api/faults/"),
+    "engine.bridge.transports.registry.choose": ("run/spec.py", "api/faults/machine.py", "bridge/setup.py"),  # on real devices
+}
+# Where the policy's tokenizer is loaded: once in each kind of process, and passed on.
+LOADERS = {
+    "engine.data.templates.policy_tokenizer": ("api/faults/model.py", "inference/vllm_engine.py", "benchmarks/open_ended.py"),
+    "engine.data.templates.model_tokenizer": ("run/controller.py", "run/rank.py", "api/evaluating.py", "commands/sampling.py"),
 }
 ATTRIBUTES = {
     "uses_engines": ("config/",),
@@ -181,6 +187,7 @@ def test_a_run_is_resolved_in_one_place():
     for path, tree in SOURCES.items():
         for line, name in imported(tree):
             assert path.startswith(RESOLVERS.get(name, (path,))), f"{path}:{line} asks {name}: ask the Spec"
+            assert path.startswith(LOADERS.get(name, (path,))), f"{path}:{line} loads the tokenizer: have it passed"
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr in ATTRIBUTES:
                 assert path.startswith(ATTRIBUTES[node.attr]), f"{path}:{node.lineno} asks .{node.attr}: ask the Spec"

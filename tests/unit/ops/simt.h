@@ -252,3 +252,16 @@ inline cudaError_t cudaGetLastError() {
 
 #define SEMION_LAUNCH(kernel, grid, block, stream, ...) \
   (static_cast<void>(stream), simt::launch((kernel), dim3(grid), dim3(block) __VA_OPT__(, ) __VA_ARGS__))
+
+// What csrc/cuda/elements.h has of CUDA's conversions.
+namespace semion {
+
+inline uint16_t narrow_bfloat16(float x) { return simt::to_bfloat16(x); }
+inline uint16_t narrow_float16(float x) { return simt::to_float16(x); }
+inline float widen_float16(uint16_t half) { return simt::from_float16(half); }
+inline uint32_t narrow_pair_bfloat16(float a, float b) { return narrow_bfloat16(a) | uint32_t(narrow_bfloat16(b)) << 16; }
+inline uint32_t narrow_pair_float16(float a, float b) { return narrow_float16(a) | uint32_t(narrow_float16(b)) << 16; }
+inline uint32_t float_bits(float x) { return simt::float_bits(x); }
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+}  // namespace semion

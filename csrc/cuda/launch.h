@@ -1,5 +1,5 @@
-// The one door to CUDA for every kernel of csrc: real CUDA under nvcc, the thread by thread machine of simt.h where
-// SEMION_SIMT is defined, and the plain runtime types for files that only call launchers. It holds no kernel.
+// The one door to CUDA for every kernel of csrc: real CUDA under nvcc, the CUDA simulator of the tests
+// (tests/unit/ops/simt.h) where SEMION_SIMT is defined, and the plain runtime types for files that only call launchers. It holds no kernel.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-"""The plain twins: every operator of this folder in ordinary PyTorch, in whatever floating-point type it is given. They
-are what tests and benchmarks compare the kernels with, written to be read; no code of the engine calls them.
+"""The reference implementations: every operator of engine/ops in ordinary PyTorch, in whatever floating-point type it is given.
+They are what tests and benchmarks compare the kernels with, written to be read.
 
 Shape legend: T tokens, V_local vocabulary columns of this rank, H hidden, B sequences (or rewards), G groups.
 """

@@ -1,20 +1,12 @@
 // Elements of a row of logits: bf16, fp16 and fp32 to fp32 and back, one at a time or 16 bytes at a time, and where the
-// 16 byte pieces of an arbitrarily placed row lie. It knows nothing of what the elements mean.
+// 16 byte vectors of an arbitrarily placed row lie. It knows nothing of what the elements mean.
 #pragma once
 #include "../element.h"
 #include "launch.h"
 
 namespace semion {
 
-#ifdef SEMION_SIMT
-inline uint16_t narrow_bfloat16(float x) { return simt::to_bfloat16(x); }
-inline uint16_t narrow_float16(float x) { return simt::to_float16(x); }
-inline float widen_float16(uint16_t half) { return simt::from_float16(half); }
-inline uint32_t narrow_pair_bfloat16(float a, float b) { return narrow_bfloat16(a) | uint32_t(narrow_bfloat16(b)) << 16; }
-inline uint32_t narrow_pair_float16(float a, float b) { return narrow_float16(a) | uint32_t(narrow_float16(b)) << 16; }
-inline uint32_t float_bits(float x) { return simt::float_bits(x); }
-inline float exp2_fast(float x) { return std::exp2(x); }
-#else
+#ifndef SEMION_SIMT  // the simulator has its own
 __device__ __forceinline__ uint16_t narrow_bfloat16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ __forceinline__ uint16_t narrow_float16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 __device__ __forceinline__ float widen_float16(uint16_t half) { return __half2float(__ushort_as_half(half)); }
