@@ -176,7 +176,7 @@ def through_files(policy: Policy, checkpoint: str, folder: Path) -> Callable[[Po
 
 def leave(config: RunConfig, parallel: ParallelState, checkpoint: str, output: str) -> list[dict[str, float]]:
     """Two steps, a reference that moved after the first, the state as a checkpoint has it, and two more; all metrics."""
-    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    policy = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     metrics = _steps(policy, config, range(1))
     policy.refresh_reference()
     metrics += _steps(policy, config, range(1, 2))
@@ -189,7 +189,7 @@ def go_on(
     config: RunConfig, parallel: ParallelState, checkpoint: str, output: str, before: dict[str, Any]
 ) -> list[dict[str, float]]:
     """The last two steps of `leave` in another layout than `before`; their metrics. The state is left as `leave` does."""
-    policy = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    policy = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     writer = Trainer.model_validate(before)
     saved = SavedOptimizer(
         policy.shape,
@@ -227,10 +227,10 @@ def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: 
     whole = steps(first, range(1, 2))
     resume_at_two = through_files(first, checkpoint, Path(output) / "files")
     whole += steps(first, range(2, 3))
-    second = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    second = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     second.load_state(load_file(file))
     again = steps(second, range(1, 3))
-    third = Policy(config, parallel, make_loss(config.algorithm), checkpoint)
+    third = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     resume_at_two(third)
     last = steps(third, range(2, 3))
     ours, theirs, of_files = first.state(), second.state(), third.state()

@@ -22,6 +22,7 @@ from engine.models.base import ModelShape
 from engine.models.headers import num_elements
 from engine.models.sharding import shard_shapes, trainer_layout
 from engine.observe.profiling import nsight
+from engine.run.checkpoint import reference_place
 from engine.run.machine import visible_gpus
 from engine.run.spec import assemble
 
