@@ -17,6 +17,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,8 +109,7 @@ class _Save:
     """A checkpoint under way."""
 
     step: int
-    thread: threading.Thread | None = None
-    error: BaseException | None = None
+    written: Future[None] | None = None
     files: dict[str, FileRecord] = field(default_factory=dict)  # this rank's, by their place in the checkpoint
 
 
@@ -159,31 +159,25 @@ class Checkpoints:
             self._make_staging(staging)
         self._barrier()
         save = self._save = _Save(step)
-        arguments = (save, staging, snapshot, config, records, tuple(end_ids))
-        save.thread = threading.Thread(target=self._write, args=arguments, name=f"checkpoint of step {step}", daemon=True)
-        save.thread.start()
+        with_thread = ThreadPoolExecutor(1, thread_name_prefix=f"checkpoint of step {step}")
+        save.written = with_thread.submit(self._write, save, staging, snapshot, config, records, tuple(end_ids))
+        with_thread.shutdown(wait=False)
 
     def check(self) -> None:
         """Raises what the checkpoint under way has failed with."""
-        save = self._save
-        if save is not None and save.error is not None:
-            self._save = None
-            raise save.error
+        if self.finished(0.0):
+            self.wait()
 
     def finished(self, seconds: float) -> bool:
         """Whether nothing is under way, or is done or failed within so many seconds; on rank 0 that all ranks' parts are."""
-        if self._save is None or self._save.thread is None:
-            return True
-        self._save.thread.join(seconds)
-        return not self._save.thread.is_alive()
+        return self._save is None or self._save.written is None or bool(wait([self._save.written], seconds).done)
 
     def wait(self) -> None:
         """Returns when this rank's part of the checkpoint under way is on disk; on rank 0, when LATEST names it. Raises what it
         has failed with."""
-        if self._save is not None and self._save.thread is not None:
-            self._save.thread.join()
-            self.check()
-            self._save = None
+        save, self._save = self._save, None
+        if save is not None and save.written is not None:
+            save.written.result()
 
     def _make_staging(self, staging: Path) -> None:
         with storing(self._folder):
@@ -210,7 +204,7 @@ class Checkpoints:
                     self._finish(save, staging, snapshot, config, records, end_ids)
         except BaseException as error:
             self._tell_failure(staging, error)
-            save.error = error
+            raise
 
     def _write_part(self, save: _Save, staging: Path, snapshot: Snapshot, config: RunConfig) -> None:
         """This rank's files, and then its word that they are on disk."""

@@ -166,7 +166,11 @@ RESOLVERS = {
     "engine.config.placement.colocated_nodes": ("run/spec.py", "config/rules.py"),
     "engine.config.placement.training_parts": ("run/spec.py", "api/faults/look.py"),
     "engine.models.hf.read_shape": ("run/spec.py", "models/", "api/faults/model.py"),
-    "engine.models.sharding.trainer_layout": ("run/spec.py", "api/faults/"),
+    "engine.models.sharding.trainer_layout": (
+        "run/spec.py",
+        "api/faults/",
+        "run/milestones.py",
+    ),  # of the run that wrote a checkpoint
     "engine.models.sharding.engine_layout": ("run/spec.py", "api/faults/model.py"),
     "engine.rollouts.replay.replay_kind": ("run/spec.py", "api/faults/"),
     "engine.bridge.transports.registry.choose": ("run/spec.py", "api/faults/machine.py", "bridge/setup.py"),  # on real devices
