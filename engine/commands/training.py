@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from engine.commands.common import evaluation_note, print_evaluations, write_figures
 from engine.config.load import RunConfig, load_config
@@ -35,7 +36,7 @@ def train(options: argparse.Namespace) -> None:
     from engine.api.training import train
 
     config = load_config(options.config, options.overrides)
-    with closing(train(config, options.resume, verbose=options.verbose)) as events:
+    with closing(train(config, options.resume, verbose=options.verbose, began_unix=_began())) as events:
         summary = show(config, "train", events, _pace(config), log_every=options.log_every, quiet=options.quiet)
     if summary["evaluations"]:
         print_evaluations(summary["evaluations"])
@@ -47,10 +48,15 @@ def fine_tune(options: argparse.Namespace) -> None:
     from engine.api.training import fine_tune
 
     config = load_config(options.config, options.overrides)
-    with closing(fine_tune(config, verbose=options.verbose)) as events:
+    with closing(fine_tune(config, verbose=options.verbose, began_unix=_began())) as events:
         summary = show(config, "sft", events, log_every=options.log_every, quiet=options.quiet)
     print(f"checkpoint: {config.sft.checkpoint_out}")
     write_figures(dict(summary), options.json)
+
+
+def _began() -> float:
+    """When somebody pressed Enter: the time of day at which this process began."""
+    return psutil.Process().create_time()
 
 
 def _pace(config: RunConfig) -> Pace:
@@ -70,16 +76,14 @@ def show(
     quiet: bool = False,
 ) -> Mapping[str, Any]:
     """Shows a run's events while they come; the summary that the last one has."""
-    from engine.api.events import Done, Evaluation, Note, Restart, Step, Warning
+    from engine.api.events import Activity, Done, Evaluation, Note, Restart, Step, Warning
     from engine.observe.progress import Progress
     from engine.run.metrics import catalogue
 
     summary: Mapping[str, Any] = {}
-    events = iter(events)
-    first = list(islice(events, 1))  # before anything is drawn: what the preflight finds is told alone
     metrics = catalogue(config.algorithm)
     with Progress(config.run.steps, title, metrics, pace=pace, log_every=log_every, quiet=quiet) as progress:
-        for event in chain(first, events):
+        for event in events:
             match event:
                 case Step():
                     progress.update(event.metrics)
@@ -87,6 +91,8 @@ def show(
                     progress.note(evaluation_note(event.figures))
                 case Note(text):
                     progress.note(text)
+                case Activity():
+                    progress.activity(event)
                 case Warning():
                     progress.note(str(event))
                 case Restart(step, text):

@@ -6,8 +6,9 @@ Shape legend: S positions, B rows, T tokens of a packed row, N heads of this ran
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -29,6 +30,7 @@ from engine.models import sharding as layout
 from engine.models.base import ModelShape
 from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
+from engine.observe.telling import BYTES, Doing, activity
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 FP8_FORMATS = {"none": None, "delayed": "hybrid", "current": "hybrid", "blockwise": "e4m3"}  # hybrid: gradients in E5M2
@@ -233,8 +235,30 @@ def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]
 
 
 @torch.no_grad()
+def load_all(
+    chunks: Sequence[GPTModel], shape: ModelShape, spread: layout.TrainerLayout, checkpoint: HfCheckpoint, topology: Topology
+) -> None:
+    """`load_weights` of all chunks of this rank, telling how much of what it reads has been read."""
+    sizes = {name: math.prod(sides) for name, sides in layout.tensors(shape).items()}
+    names = [
+        name
+        for index in range(len(chunks))
+        for name in {piece.name for piece in layout.pieces(shape, spread, topology.tp_rank, topology.pp_rank, index)}
+    ]
+    stored_bytes = checkpoint.tensor(min(names, key=lambda name: (sizes[name], name))).itemsize  # of every one, nearly always
+    with activity("weights", total=stored_bytes * sum(sizes[name] for name in names), unit=BYTES) as reading:
+        for index, chunk in enumerate(chunks):
+            load_weights(chunk, index, shape, spread, checkpoint, topology, reading)
+
+
 def load_weights(
-    chunk: GPTModel, index: int, shape: ModelShape, spread: layout.TrainerLayout, checkpoint: HfCheckpoint, topology: Topology
+    chunk: GPTModel,
+    index: int,
+    shape: ModelShape,
+    spread: layout.TrainerLayout,
+    checkpoint: HfCheckpoint,
+    topology: Topology,
+    reading: Doing,
 ) -> None:
     """Fills this rank's chunk of that index with its pieces, padding rows with zeros. What is kept in FP8 is put together in
     the host's memory, where the optimizer then finds what its fp32 weights begin with. CheckpointError names a tensor that is
@@ -257,5 +281,6 @@ def load_weights(
         for p in group:
             place = layout.rectangle(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
             place.copy_(layout.rectangle(tensor, p.row, p.col, p.rows, p.cols))
+        reading.more(tensor.nbytes)
     for name, parameter in kept.items():
         fill(parameter, initial[name])

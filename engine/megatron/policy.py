@@ -82,8 +82,7 @@ class Policy:
         models = build.build_chunks(self.shape, self._config, topology, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
         self.layout = layout.trainer_layout(config.trainer)
-        for index, model in enumerate(models):
-            build.load_weights(model, index, self.shape, self.layout, checkpoint, topology)
+        build.load_all(models, self.shape, self.layout, checkpoint, topology)
         self._held = [self._pieces_of(tp_rank) for tp_rank in range(topology.tp_size)]
         distributed = config.trainer.distributed_optimizer
         options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)

@@ -14,6 +14,7 @@ from engine.core.errors import NumericsError, PreemptedError, SemionError
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology
 from engine.models.sharding import export_plan
+from engine.observe.telling import activity
 from engine.run.agreement import Agreement
 from engine.run.checkpoint import Checkpoints, check_prolonged
 from engine.run.controller import Controller
@@ -51,7 +52,8 @@ class Milestones:
             records = controller.kept(self._checkpoints.steps()) if controller is not None else None
             weights = full_weights(config, self._policy, self._topology)
             ends = controller.end_ids if controller is not None else ()
-            self._checkpoints.commit(step, self._policy.state(), weights, config, records, ends)
+            with activity("checkpoint", f"of {step} steps"):
+                self._checkpoints.commit(step, self._policy.state(), weights, config, records, ends)
         if end := _early_end(config, step, collapse, stopped=stopped, saved=saved):
             self._close()
             raise end

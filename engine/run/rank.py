@@ -28,6 +28,7 @@ from engine.megatron.topology import Topology, open_topology
 from engine.models.hf import write_hf_checkpoint
 from engine.observe.profiling.window import Window
 from engine.observe.sinks import MetricsWriter
+from engine.observe.telling import activity
 from engine.rewards.model import ScoringEngine
 from engine.run import loop
 from engine.run.agreement import Agreement
@@ -63,7 +64,8 @@ class TrainerRank:
         """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
         spec, config, topology = self._spec, self._config, self._join(port)
         loss = make_loss(config.algorithm, sampled=spec.sampled)
-        policy = Policy(config, topology, loss, config.model.path, copies=spec.copies)
+        with activity("model"):
+            policy = Policy(config, topology, loss, config.model.path, copies=spec.copies)
         checkpoints = Checkpoints(
             config.run_directory / "checkpoints",
             rank=topology.rank,
@@ -71,14 +73,18 @@ class TrainerRank:
             barrier=dist.barrier,
             digests=spec.digests or None,
         )
-        start = resume_policy(config, checkpoints, policy) if resume else 0
+        start = 0
+        if resume:
+            with activity("resume"):
+                start = resume_policy(config, checkpoints, policy)
         controller: Controller | None = None
         if engines is not None:
             controller = Controller(spec, engines, reward_engine, start, checkpoints.records() if resume else None)
         pool = controller.pool if controller is not None and spec.starts_engines else None
         publisher: loop.Publisher = NoEngines()
         if spec.starts_engines:
-            publisher = PoolPublisher(open_publisher(spec, policy, topology, self._host, pool), topology)
+            with activity("connect"):
+                publisher = PoolPublisher(open_publisher(spec, policy, topology, self._host, pool), topology)
         agreement = Agreement(config, topology)
         source = BroadcastSource(config, topology, controller.source if controller is not None else None, agreement)
         milestones = Milestones(config, policy, topology, checkpoints, controller, agreement)
@@ -103,8 +109,10 @@ class TrainerRank:
     def fine_tune(self, port: int) -> Iterator[Event]:
         """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""
         config, topology = self._config, self._join(port)
-        source = SupervisedSource(self._spec, topology)
-        policy = Policy(config, topology, NllLoss(), config.model.path)
+        with activity("prompts"):
+            source = SupervisedSource(self._spec, topology)
+        with activity("model"):
+            policy = Policy(config, topology, NllLoss(), config.model.path)
         writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
         window = Window(config.profile, config.run_directory, self._rank)
         for record in loop.fine_tune(policy, source, num_steps=config.run.steps, window=window):
@@ -120,23 +128,25 @@ class TrainerRank:
             ends = end_tokens(config.model.path, policy_tokenizer(config))
             if ends.disagreement:
                 log.warning(ends.disagreement)
-            write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path, end_ids=ends.stop)
+            with activity("export"):
+                write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path, end_ids=ends.stop)
             writer.close()
             yield {"kind": "done", "checkpoint": config.sft.checkpoint_out}
         topology.close()
 
     def _join(self, port: int) -> Topology:
         trainer, reward_patience = self._config.trainer, self._config.reward_model.patience_seconds
-        if self._server is not None:
-            store = serve_store(self._server, self._host, trainer.world_size, trainer.timeout_seconds)
-        else:
-            store = join_store(self._host, port, trainer.world_size, trainer.timeout_seconds)
-        return open_topology(
-            trainer,
-            rank=self._rank,
-            world_size=trainer.world_size,
-            store=store,
-            # Ranks wait for each other, and while rank 0 waits for an engine they wait for that too.
-            timeout=timedelta(seconds=trainer.timeout_seconds + self._config.inference.timeout_seconds + reward_patience),
-            seed=self._config.run.seed,
-        )
+        with activity("ranks", total=trainer.world_size):
+            if self._server is not None:
+                store = serve_store(self._server, self._host, trainer.world_size, trainer.timeout_seconds)
+            else:
+                store = join_store(self._host, port, trainer.world_size, trainer.timeout_seconds)
+            return open_topology(
+                trainer,
+                rank=self._rank,
+                world_size=trainer.world_size,
+                store=store,
+                # Ranks wait for each other, and while rank 0 waits for an engine they wait for that too.
+                timeout=timedelta(seconds=trainer.timeout_seconds + self._config.inference.timeout_seconds + reward_patience),
+                seed=self._config.run.seed,
+            )
