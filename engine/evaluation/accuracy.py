@@ -19,8 +19,8 @@ from engine.rewards.base import Reward, answer_of
 # All requests of an evaluation decode in one batch; they are waited for, carried and judged this many at a time, so that
 # inference.timeout_seconds need not cover 500 problems with 50 seeds, and the engines sample while answers are judged.
 REQUESTS_PER_TICKET = 4096
-# How often it is told how far it has come, unless the parts are too small. Where answers are right or wrong, what is judged with
-# an answer does not change its mark; a reward model's batch could change its last bits, so it gets as many as ever at once.
+# How often it is told how far it has come, unless the parts are too small. Where answers are right or wrong, what is judged
+# with an answer does not change its mark; a reward model's batch could change its last bits, so it gets all at once, as ever.
 PARTS, PART_PROBLEMS = 16, 8
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.core.metrics import Metric
+from engine.observe.answers import in_a_line
 from engine.observe.pace import Pace
 from engine.observe.telling import Activity
 
@@ -46,6 +47,7 @@ SHOWN: dict[str, tuple[str, bool]] = {
     "wait_seconds": ("{:.2f}", False),
 }
 UNITS = ("s", "MiB", "tokens", "tokens/s")  # that are shown beside a number
+LINE_WIDTH = 120  # of an answer without a terminal
 CELL_WIDTH = 36  # of a metric's title and value on a terminal, with the space between cells
 LINE_SECONDS = 5.0  # without a terminal: the shortest time between two lines, so that a long run's log can be read
 QUIET_SECONDS = 10.0  # without a terminal: the longest time without a line while something is under way
@@ -149,6 +151,14 @@ class Progress:
         self._spoke_seconds = time.monotonic()
         stamp = "" if self._live is not None else f"{time.strftime('%Y-%m-%d %H:%M:%S')}  "
         self._console.print(stamp + text, soft_wrap=True, markup=False, highlight=False)
+
+    def answers(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Prints what was asked and what was said, a line each, cut to the terminal's width."""
+        width = self._console.width if self._console.is_terminal else LINE_WIDTH
+        for asked, said in pairs:
+            for mark, text in (("?", asked), (">", said)):
+                line = Text(f"  {mark} {in_a_line(text, width - 4)}", no_wrap=True, overflow="ellipsis")
+                self._console.print(line, style="dim" if mark == "?" else "", soft_wrap=not self._console.is_terminal)
 
     def _due(self, done: int, now: float) -> bool:
         if done >= self._total_steps:
