@@ -54,7 +54,7 @@ def train(options: argparse.Namespace) -> None:
             config,
             "train",
             events,
-            _pace(config),
+            pace_of(config),
             log_every=options.log_every,
             quiet=options.quiet,
             samples=options.samples or 0,
@@ -95,7 +95,7 @@ def _reader() -> Console:
     return Reader()
 
 
-def _pace(config: RunConfig) -> Pace:
+def pace_of(config: RunConfig) -> Pace:
     """Of a run whose rollouts are sampled by the interval, offline by the chunk, and that is judged now and then."""
     steps, schedule, interval = config.run.steps, config.schedule, config.sync.sync_interval
     together = schedule.offline_chunk if interval == "never" else interval

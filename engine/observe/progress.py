@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -53,6 +53,7 @@ LINE_SECONDS = 5.0  # without a terminal: the shortest time between two lines, s
 QUIET_SECONDS = 10.0  # without a terminal: the longest time without a line while something is under way
 SHORT_SECONDS = 1.0  # what is done sooner than this gets no line of its own
 MILESTONES = ("weights", "engine")  # but these, which people wait for
+UNTOLD = ("imports", "evaluation")  # done before there is a display; has a line with its result
 SHOWN_ACTIVITIES = 3  # on a terminal: how many that are under way are shown, the newest last
 
 
@@ -70,9 +71,11 @@ class Progress:
         pace: Pace | None = None,
         log_every: int | None = None,
         quiet: bool = False,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         """`metrics`: the declarations by name, of which those in SHOWN are shown. `pace` estimates the time left. `log_every`:
-        a line each so many steps instead of every few seconds. `quiet`: neither display nor lines, notes alone."""
+        a line each so many steps instead of every few seconds. `quiet`: neither display nor lines, notes alone. `clock`:
+        seconds, where it is not time.monotonic's."""
         assert total_steps > 0, total_steps
         self._cells = [(metrics[name], form, short) for name, (form, short) in SHOWN.items()]
         self._total_steps = total_steps
@@ -81,8 +84,10 @@ class Progress:
         self._pace = pace or Pace(total_steps)
         self._log_every = log_every
         self._quiet = quiet
+        self._clock = clock or time.monotonic
+        self._drawn = self._console.is_terminal and not self._console.is_dumb_terminal and not quiet  # a display, no lines
         self._record: Mapping[str, float] = {}
-        self._entered_seconds = self._ended_seconds = time.monotonic()
+        self._entered_seconds = self._ended_seconds = self._clock()
         self._told_seconds = -math.inf
         self._fresh = True  # no step is finished since entering or since a restart
         self._live: Live | None = None
@@ -93,7 +98,7 @@ class Progress:
 
     def update(self, record: Mapping[str, float]) -> None:
         """Shows the record of a finished step; on a terminal, the newest value of each metric."""
-        now = time.monotonic()
+        now = self._clock()
         judged = record.get("evaluation_seconds", 0.0)
         # the first step's wall time would count the start of processes: its own measure is taken
         seconds = record.get("step_seconds", math.nan) if self._fresh else now - self._ended_seconds - judged
@@ -103,7 +108,7 @@ class Progress:
         self._record = {**self._record, **record}
         if self._live is not None:
             self._live.refresh()
-        elif not self._quiet and self._due(int(record["step"]) + 1, now):
+        elif not self._drawn and not self._quiet and self._due(int(record["step"]) + 1, now):
             self._told_seconds = now
             self.note(self._line(record))
 
@@ -124,16 +129,16 @@ class Progress:
             self._under_way.pop(key, None)
             last = self._record.get("step", -1) + 1 >= self._total_steps
             worth = told.seconds >= (SHORT_SECONDS if self._fresh or last else LINE_SECONDS) or told.what in MILESTONES
-            if worth and told.what != "evaluation" and not self._quiet:
+            if worth and told.what not in UNTOLD and not self._quiet:
                 self.note(str(told))
         else:
-            self._under_way = {**self._under_way, key: (told, time.monotonic() - told.seconds)}  # the thread may be reading
+            self._under_way = {**self._under_way, key: (told, self._clock() - told.seconds)}  # the thread may be reading
         if self._live is not None:
             self._live.refresh()
 
     def _now(self) -> list[str]:
         """What is under way, in the order in which it began, with the seconds so far."""
-        now = time.monotonic()
+        now = self._clock()
         return [str(replace(told, seconds=now - began)) for told, began in self._under_way.values()]
 
     def _tick(self) -> None:
@@ -143,13 +148,13 @@ class Progress:
 
     def remind(self) -> None:
         """Says what is under way, if there is anything, and nothing was said for as long as `QUIET_SECONDS`."""
-        if self._under_way and time.monotonic() - self._spoke_seconds >= QUIET_SECONDS:
+        if self._under_way and self._clock() - self._spoke_seconds >= QUIET_SECONDS:
             self.note(f"still {'; '.join(self._now()[-SHOWN_ACTIVITIES:])}")
 
     def note(self, text: str) -> None:
         """Prints a line of its own, above the live display where there is one; without one, after the time of day."""
-        self._spoke_seconds = time.monotonic()
-        stamp = "" if self._live is not None else f"{time.strftime('%Y-%m-%d %H:%M:%S')}  "
+        self._spoke_seconds = self._clock()
+        stamp = "" if self._drawn else f"{time.strftime('%Y-%m-%d %H:%M:%S')}  "
         self._console.print(stamp + text, soft_wrap=True, markup=False, highlight=False)
 
     def answers(self, pairs: Iterable[tuple[str, str]]) -> None:
@@ -177,12 +182,13 @@ class Progress:
         done = int(self._record["step"]) + 1 if self._record else 0
         left = self._pace.seconds_left()
         return (
-            f"{done}/{self._total_steps}  {timedelta(seconds=round(time.monotonic() - self._entered_seconds))}, "
+            f"{done}/{self._total_steps}  {timedelta(seconds=round(self._clock() - self._entered_seconds))}, "
             f"left {'-' if left is None else timedelta(seconds=round(left))}"
         )
 
-    def _display(self) -> RenderableType:
-        """As many cells a row as the terminal is wide; a metric that the run has not had yet takes no place."""
+    def display(self) -> RenderableType:
+        """What is drawn over: the head, what is under way, and the newest figures, as many cells a row as the terminal is wide;
+        a metric that the run has not had yet takes no place."""
         done = int(self._record["step"]) + 1 if self._record else 0
         head = Table.grid(padding=(0, 2))
         position = self._position()
@@ -205,9 +211,9 @@ class Progress:
         return Group(head, *under_way, *((body,) if shown else ()))
 
     def __enter__(self) -> Progress:
-        self._entered_seconds = self._ended_seconds = self._spoke_seconds = time.monotonic()
-        if self._console.is_terminal and not self._console.is_dumb_terminal and not self._quiet:
-            self._live = Live(get_renderable=self._display, console=self._console, refresh_per_second=1)
+        self._entered_seconds = self._ended_seconds = self._spoke_seconds = self._clock()
+        if self._drawn:
+            self._live = Live(get_renderable=self.display, console=self._console, refresh_per_second=1)
             self._live.start()
         elif not self._quiet:
             self._over.clear()

@@ -144,12 +144,12 @@ class TestUnderWay:
                 progress.activity(self.told("engine", "begins", where=f"engine {engine}"))
             clock[0] += 12.0
             drawn = [
-                "".join(part.text for part in line).rstrip() for line in console.render_lines(progress._display(), pad=False)
+                "".join(part.text for part in line).rstrip() for line in console.render_lines(progress.display(), pad=False)
             ]
             assert drawn[1:] == ["engine 0 is loading, 12 s", "engine 1 is loading, 12 s", "and 3 more"]
             for engine in range(5):
                 progress.activity(self.told("engine", "done", 12.0, where=f"engine {engine}"))
-            assert len(console.render_lines(progress._display(), pad=False)) == 1
+            assert len(console.render_lines(progress.display(), pad=False)) == 1
         assert text.getvalue().count("engine 4 is up, 12 s") == 1
 
     def test_a_restart_forgets_what_was_under_way(self, clock):
@@ -274,7 +274,7 @@ class TestOnTerminal:
         progress = Progress(5000, "train", METRICS, console)
         with progress:
             progress.update({"step": 4321, **FIGURES})
-            drawn = console.render_lines(progress._display(), pad=False)
+            drawn = console.render_lines(progress.display(), pad=False)
         lines = ["".join(segment.text for segment in line).rstrip() for line in drawn]
         assert len(lines) <= 1 + -(-len(SHOWN) // per_row) <= 24
         assert max(map(len, lines)) <= width
