@@ -61,7 +61,7 @@ def train(
         if not goes_on and begins_again(config, may_start_over=resume == "auto"):
             yield Note("no checkpoint was written before the run was stopped: starting over", time.time())
         timeline.open(directory)
-        yield _starting(spec)
+        yield typed(timeline.add(_starting(spec)))
         with closing(unbroken(config, attempt, resume=goes_on)) as events:
             for event in map(typed, map(timeline.add, events)):
                 stop.worth_saving |= isinstance(event, Step)
@@ -78,7 +78,7 @@ def fine_tune(config: RunConfig, *, verbose: bool = False, began_unix: float | N
         check_fresh(config, may_start_over=False)
         (config.run_directory / "config.toml").write_text(dump_config(config), encoding="utf-8")
         timeline.open(config.run_directory)
-        yield _starting(spec)
+        yield typed(timeline.add(_starting(spec)))
         with closing(_processes(spec, lambda cluster: cluster.fine_tune(), verbose=verbose)) as events:
             for event in map(typed, map(timeline.add, events)):
                 yield _finished(config, event, started) if isinstance(event, Done) else event
@@ -121,14 +121,14 @@ def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
     return False
 
 
-def _starting(spec: Spec) -> Note:
+def _starting(spec: Spec) -> signals.Event:
     t = spec.config.trainer
     engines = spec.config.inference.engines if spec.starts_engines else 0
-    return Note(
+    text = (
         f"starting {t.world_size} trainer ranks (tensor {t.tensor_parallel}, pipeline {t.pipeline_parallel}, data "
-        f"{t.data_parallel}) and {engines} engines; their logs are in {spec.config.run_directory / LOGS}, --verbose shows them",
-        time.time(),
+        f"{t.data_parallel}) and {engines} engines; their logs are in {spec.config.run_directory / LOGS}, --verbose shows them"
     )
+    return {"kind": "note", "text": text, "unix_seconds": time.time()}
 
 
 def _finished(config: RunConfig, done: Done, started: float) -> Done:

@@ -53,7 +53,7 @@ LINE_SECONDS = 5.0  # without a terminal: the shortest time between two lines, s
 QUIET_SECONDS = 10.0  # without a terminal: the longest time without a line while something is under way
 SHORT_SECONDS = 1.0  # what is done sooner than this gets no line of its own
 MILESTONES = ("weights", "engine")  # but these, which people wait for
-UNTOLD = ("imports", "evaluation")  # done before there is a display; has a line with its result
+UNTOLD = ("imports", "evaluation", "engines")  # done before there is a display; told by its result; by each engine
 SHOWN_ACTIVITIES = 3  # on a terminal: how many that are under way are shown, the newest last
 
 
@@ -194,7 +194,15 @@ class Progress:
         position = self._position()
         bar = min(40, self._console.width - len(self._title) - len(position) - 5)
         cells = [Text(self._title), Text(position, no_wrap=True)]
-        head.add_row(*cells if bar < 8 else (cells[0], ProgressBar(self._total_steps, done, width=bar), cells[1]))
+        head.add_row(
+            *cells
+            if bar < 8
+            else (
+                cells[0],
+                ProgressBar(self._total_steps, done, width=bar, complete_style="cyan", finished_style="green"),
+                cells[1],
+            )
+        )
         body = Table.grid(padding=(0, 1))
         per_row = max(1, self._console.width // CELL_WIDTH)
         shown = [(m.title, _shown(self._record, m, form)) for m, form, _ in self._cells if m.name in self._record]
