@@ -5,7 +5,6 @@ directory, restarts after a loss, and the summary. What the events look like on 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -31,7 +30,6 @@ from engine.run.restarts import unbroken
 from engine.run.spec import Spec
 
 STOPPING = "semion: asked to stop: the run will save and end where it can go on from; a second time: at once"
-ENDING = "semion: ending the processes"
 
 
 def train(
@@ -51,7 +49,9 @@ def train(
         raise ConfigError(f"resume must be None or 'auto'; found {resume!r}: choose one")
     directory, started = config.run_directory, time.monotonic()
     timeline = Timeline(time.time() if began_unix is None else began_unix)
-    spec = yield from _checked(config, timeline, began_unix, "train", resume=resume == "auto")
+    with interruptible() as stop:
+        spec = yield from _checked(config, timeline, began_unix, "train", resume=resume == "auto")
+        stop.check()
 
     def attempt(again: bool) -> Iterator[signals.Event]:
         yield from _processes(spec, lambda cluster: cluster.train(resume=again), verbose=verbose)
@@ -64,6 +64,7 @@ def train(
         yield typed(timeline.add(_starting(spec)))
         with closing(unbroken(config, attempt, resume=goes_on)) as events:
             for event in map(typed, map(timeline.add, events)):
+                stop.check()
                 stop.worth_saving |= isinstance(event, Step)
                 stop.over |= isinstance(event, Done)
                 yield _finished(config, event, started) if isinstance(event, Done) else event
@@ -138,11 +139,6 @@ def _finished(config: RunConfig, done: Done, started: float) -> Done:
     return Done(summary, done.checkpoint, done.unix_seconds)
 
 
-def _say(text: str) -> None:
-    """Prints a line from within a handler, in a thread of its own: the signal may have come while this one was printing."""
-    threading.Thread(target=print, args=(text,), kwargs={"file": sys.stderr, "flush": True}).start()
-
-
 @dataclass(slots=True)
 class Stop:
     """What a signal finds of a run, and how often one came."""
@@ -150,7 +146,31 @@ class Stop:
     worth_saving: bool = False  # a step was taken since the command began
     over: bool = False  # all steps are done, and all is saved
     asked: int = 0
-    ending: bool = False  # the processes are ended at once: what comes now is too late to change that
+    at_once: bool = False
+
+    def check(self) -> None:
+        """KeyboardInterrupt where one was raised and some library lost it: in a callback or while it was imported."""
+        if self.at_once:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible() -> Iterator[Stop]:
+    """While entered in the main thread, a Ctrl-C is a KeyboardInterrupt, as ever, and remembered."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def interrupt(number: int, _: object) -> None:
+        stop.at_once = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -166,16 +186,15 @@ def preemptible(config: RunConfig) -> Iterator[Stop]:
         return
 
     def ask(number: int, _: object) -> None:
-        if stop.ending or stop.over:
-            _say(ENDING)
+        if stop.over:
+            signals.say(signals.ENDING)
             return
         stop.asked += 1
         if stop.asked > 1 or (number == signal.SIGINT and not stop.worth_saving):
-            stop.ending = True
-            _say(ENDING)
+            stop.at_once = True
             raise KeyboardInterrupt  # the one exception that comes out of a wait in Ray
         request.touch()
-        _say(STOPPING)
+        signals.say(STOPPING)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

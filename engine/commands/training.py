@@ -81,7 +81,7 @@ def _began() -> float:
     return psutil.Process().create_time()
 
 
-def _reader() -> Console:
+def reader() -> Console:
     """Whoever reads standard output; where nobody does any more (`| head`), that is a Ctrl-C."""
     from rich.console import Console
 
@@ -122,7 +122,7 @@ def show(
 
     summary: Mapping[str, Any] = {}
     metrics = catalogue(config.algorithm)
-    with Progress(config.run.steps, title, metrics, _reader(), pace=pace, log_every=log_every, quiet=quiet) as progress:
+    with Progress(config.run.steps, title, metrics, reader(), pace=pace, log_every=log_every, quiet=quiet) as progress:
         for event in events:
             match event:
                 case Step():

@@ -32,7 +32,7 @@ from engine.run.nodes import (
     remove_leftovers,
     variables_of,
 )
-from engine.run.signals import Event
+from engine.run.signals import Event, undisturbed
 from engine.run.spec import Spec
 from engine.run.watch import TOLD_SECONDS, watch
 
@@ -83,7 +83,7 @@ class Cluster:
     def __exit__(self, *raised: object) -> None:
         import ray
 
-        with self._environment:
+        with self._environment, undisturbed():
             started = descendants()  # asked before too: whoever loses its parent is no descendant any more
             for actor in self._ranks:
                 ray.kill(actor)
