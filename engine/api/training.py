@@ -141,11 +141,11 @@ def _finished(config: RunConfig, done: Done, started: float) -> Done:
 
 @dataclass(slots=True)
 class Stop:
-    """What a signal finds of a run, and how often one came."""
+    """What a signal finds of a run, and what it did."""
 
     worth_saving: bool = False  # a step was taken since the command began
     over: bool = False  # all steps are done, and all is saved
-    asked: int = 0
+    requested: bool = False  # rank 0 is asked to save and end
     at_once: bool = False
 
     def check(self) -> None:
@@ -189,10 +189,10 @@ def preemptible(config: RunConfig) -> Iterator[Stop]:
         if stop.over:
             signals.say(signals.ENDING)
             return
-        stop.asked += 1
-        if stop.asked > 1 or (number == signal.SIGINT and not stop.worth_saving):
+        if stop.requested or (number == signal.SIGINT and not stop.worth_saving):
             stop.at_once = True
             raise KeyboardInterrupt  # the one exception that comes out of a wait in Ray
+        stop.requested = True
         request.touch()
         signals.say(STOPPING)
 
@@ -200,7 +200,7 @@ def preemptible(config: RunConfig) -> Iterator[Stop]:
     try:
         yield stop
     except KeyboardInterrupt as error:
-        if stop.asked < 2:
+        if not stop.requested:
             raise
         newest = latest(config.run_directory / "checkpoints")
         where = f"goes on from {newest.name}" if newest is not None else "starts over, for there is no checkpoint yet"

@@ -55,7 +55,8 @@ def test_of_the_trainer_ranks_the_first_speaks(tmp_path):
 
 
 def test_how_far_it_has_come_is_told_now_and_then(monkeypatch):
-    now, heard = [0.0], []
+    now = [0.0]
+    heard: list[Any] = []
     monkeypatch.setattr(telling.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(telling, "tell", heard.append)
     with telling.activity("evaluation", total=100) as doing:

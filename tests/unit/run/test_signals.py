@@ -63,6 +63,15 @@ def test_an_interrupt_that_a_library_loses_ends_the_command_all_the_same(tmp_pat
             stop.check()
 
 
+def test_a_second_ctrl_c_before_the_first_step_is_as_the_first(tmp_path):
+    """There is nothing to go on from: no word of it."""
+    with pytest.raises(KeyboardInterrupt), preemptible(builders.config(tmp_path)):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_run_that_is_over_is_not_asked_to_stop(tmp_path, capfd):
     config = builders.config(tmp_path)
     with preemptible(config) as stop:
