@@ -65,11 +65,16 @@ def test_an_interrupt_that_a_library_loses_ends_the_command_all_the_same(tmp_pat
 
 def test_a_second_ctrl_c_before_the_first_step_is_as_the_first(tmp_path):
     """There is nothing to go on from: no word of it."""
-    with pytest.raises(KeyboardInterrupt), preemptible(builders.config(tmp_path)):
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-        finally:
-            os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupted_twice() -> None:
+        with preemptible(builders.config(tmp_path)):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_twice()
 
 
 def test_a_run_that_is_over_is_not_asked_to_stop(tmp_path, capfd):
