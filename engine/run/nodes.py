@@ -125,10 +125,15 @@ def _start_ray(verbose: bool) -> list[Node]:
     return [Node(found["NodeID"], HOST, "lo", devices(found["Resources"].get("GPU", 0)))]
 
 
+def ray_folder() -> Path:
+    """Where a Ray of one's own writes, as it chooses it."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
 def remove_leftovers(since_unix: float) -> None:
     """Removes the temporary folders that a Ray of this process's own made since then, once its processes are gone: Ray never
     does. `session_latest` is a link that the newest Ray of a machine makes; it goes where it leads nowhere."""
-    folder = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"  # as Ray chooses it
+    folder = ray_folder()
     for session in folder.glob(f"session_*_{os.getpid()}"):
         if session.stat().st_mtime >= since_unix - 1.0:
             shutil.rmtree(session, ignore_errors=True)
