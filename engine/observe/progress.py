@@ -236,7 +236,9 @@ class Progress:
             self._ticking = None
         if self._live is not None:
             self._under_way = {}
-            self._live.transient = not self._record  # before the first step it says nothing that is worth keeping
+            self._live.transient = (
+                self._record.get("step", -1) < 0
+            )  # before the first step it says nothing that is worth keeping
             self._live.stop()
             self._live = None
 
