@@ -127,7 +127,7 @@ setup(
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildKernels},
     entry_points={
-        "console_scripts": ["semion = engine.cli:main"],
+        "console_scripts": ["semion = engine.__main__:main"],
         "vllm.general_plugins": ["semion = engine.inference.receiver:register"],
     },
 )

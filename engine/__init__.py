@@ -9,7 +9,7 @@ package may change. They are imported when they are first used, so that `import 
 - `load_config(path, overrides)` and `override(config, {"section.key": value})` make configurations.
 - `resolve(config)` says what follows from one (`Spec`), `check(config)` also whether anything can be seen wrong with it.
 - `train(config, resume)` and `fine_tune(config)` run it and yield events: `Step`, `Evaluation`, `Note`, `Warning`,
-  `Restart`, `Done`.
+  `Restart`, `Activity` (something that takes a while begins, goes on or is done), `Done`.
 - `evaluate(config)`, `score(file, reward)` and `plan(config)` give figures.
 - `register(part)` gives the name by which an option chooses a class or function of yours: an `Algorithm` (or a
   `GroupLoss` in plain torch), `Reward`, `Transport` or `Schedule`.
@@ -41,6 +41,7 @@ _PLACES = {  # of every name of the API
     "Note": "engine.api.events",
     "Warning": "engine.api.events",
     "Restart": "engine.api.events",
+    "Activity": "engine.api.events",
     "Done": "engine.api.events",
     "Algorithm": "engine.algorithms.base",
     "GroupLoss": "engine.algorithms.group",

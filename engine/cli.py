@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add_running("train", training.train, "train with DPO or GRPO, offline to online")
     train.add_argument("--resume", choices=["auto"], help="auto: continue from the newest checkpoint, if there is one")
     training.add_flags(train)
+    training.add_samples_flags(train)
     training.add_flags(add_running("sft", training.fine_tune, "supervised fine-tuning on worked solutions"))
     rollout = add_running("rollout", sampling.rollout, "sample rollouts of run.steps steps from model.path, scored, to a file")
     rollout.add_argument("--output", required=True, metavar="FILE", help="JSONL file to make")

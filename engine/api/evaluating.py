@@ -5,6 +5,7 @@ It prints nothing; whoever wants to follow it gives a function that is told of e
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from engine.inference.pool import Pool
 from engine.rewards.registry import judging_of, open_rewards
 from engine.run.processes import Cluster
 from engine.run.spec import resolve
+
+SAY_SECONDS = 10.0  # between two lines on how far an evaluation has come
 
 
 class Evaluated(NamedTuple):
@@ -109,7 +112,10 @@ def _sample(
         with open_rewards(config, cluster.start_reward_engine(), list(due.values())) as reward:
             for name in due:
                 asked = prompts[name]
-                result = accuracy.evaluate(config, asked.prompts, pool, reward, num_too_long=asked.num_dropped)
+                further = _further(name, len(asked.prompts[: config.evaluation.max_problems]), say)
+                result = accuracy.evaluate(
+                    config, asked.prompts, pool, reward, part_done=further, num_too_long=asked.num_dropped
+                )
                 left_out = {"num_duplicates": asked.num_duplicates}
                 figures = {"suite": name, "settings": settings[name]} | result.summary() | left_out
                 done[name] = Evaluated(figures, list(result.records))
@@ -117,3 +123,16 @@ def _sample(
                     suites.save(folder, name, *done[name])
                 told(name, figures)
     return done
+
+
+def _further(name: str, total: int, say: Callable[[str], None]) -> Callable[[int], None]:
+    """Says now and then how many problems of a set are done."""
+    said = time.monotonic()
+
+    def further(num_problems: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= SAY_SECONDS and num_problems < total:
+            said = time.monotonic()
+            say(f"{name}: {num_problems} of {total} problems")
+
+    return further

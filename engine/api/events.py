@@ -1,13 +1,15 @@
 """What a run says while it runs, typed. The processes of a run send small dictionaries ({"kind": "step", ...}); here they
-become the records that `engine.train` yields. It adds nothing to them.
+become the records that `engine.train` yields. It adds nothing to them but the time of day, where they have none.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from engine.observe.telling import Activity
 from engine.run import signals
 
 
@@ -27,6 +29,7 @@ class Evaluation:
     step: int
     set: str
     figures: Mapping[str, Any]
+    unix_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Note:
     """Something to know about the run."""
 
     text: str
+    unix_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class Warning:
     where: str
     text: str
     count: int = 1  # how often so far; equal ones are told again at growing intervals
+    unix_seconds: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
         """The warning as people read it."""
@@ -56,6 +61,7 @@ class Restart:
 
     step: int
     text: str
+    unix_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +71,28 @@ class Done:
 
     summary: Mapping[str, Any]
     checkpoint: str | None = None
+    unix_seconds: float = field(default=0.0, compare=False)
 
 
-Event = Step | Evaluation | Note | Warning | Restart | Done
+Event = Step | Evaluation | Note | Warning | Restart | Activity | Done
 
 
 def typed(event: signals.Event) -> Event:
     """An event of a run's processes as a record; the last one's summary is for whoever has the run's records to add."""
-    kind = event["kind"]
+    kind, now = event["kind"], event.get("unix_seconds", time.time())
+    if kind == "activity":
+        return Activity.of(event)
     rest = {name: value for name, value in event.items() if name != "kind"}
     if kind == "step":
         return Step(int(rest["step"]), rest)
     if kind == "evaluation":
-        return Evaluation(int(rest["step"]), str(rest["set"]), rest)
+        figures = {name: value for name, value in rest.items() if name != "unix_seconds"}
+        return Evaluation(int(rest["step"]), str(rest["set"]), figures, now)
     if kind == "restart":
-        return Restart(int(rest["step"]), rest["text"])
+        return Restart(int(rest["step"]), rest["text"], now)
     if kind == "warning":
-        return Warning(rest["where"], rest["text"], rest["count"])
+        return Warning(rest["where"], rest["text"], rest["count"], now)
     if kind == "note":
-        return Note(rest["text"])
+        return Note(rest["text"], now)
     assert kind == "done", event
-    return Done({"versions": rest.get("engine_versions", {})}, rest.get("checkpoint"))
+    return Done({"versions": rest.get("engine_versions", {})}, rest.get("checkpoint"), now)

@@ -5,10 +5,9 @@ directory, restarts after a loss, and the summary. What the events look like on 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +21,8 @@ from engine.core.files import locked
 from engine.observe.journal import LOGS, WARNINGS
 from engine.observe.sinks import write_json
 from engine.observe.summary import RESTARTS, summarize
+from engine.observe.telling import Doing
+from engine.observe.timeline import EVENTS, STARTUP, Timeline
 from engine.run import signals
 from engine.run.checkpoint import latest
 from engine.run.processes import Cluster
@@ -31,47 +32,83 @@ from engine.run.spec import Spec
 STOPPING = "semion: asked to stop: the run will save and end where it can go on from; a second time: at once"
 
 
-def train(config: RunConfig, resume: Literal["auto"] | None = None, *, verbose: bool = False) -> Generator[Event]:
+def train(
+    config: RunConfig, resume: Literal["auto"] | None = None, *, verbose: bool = False, began_unix: float | None = None
+) -> Generator[Event]:
     """Trains, from the start or with resume="auto" from the newest checkpoint, and again from there where a process is lost.
 
     Nothing happens before the first event is asked for; to leave early, close the iterator, which ends every process. The last
-    event is `Done`, and summary.json is then written. `verbose`: processes print what they log. In the main thread, a first
-    Ctrl-C, SIGTERM or SIGUSR1 has the run save and end with PreemptedError, a second one ends it at once, as does a Ctrl-C
-    before the first step, when there is nothing to save.
+    event is `Done`, and summary.json is then written. `verbose`: processes print what they log. `began_unix`: the time of day
+    from which the start is counted, where that is not now. In the main thread, a first Ctrl-C, SIGTERM or SIGUSR1 has the run
+    save and end with PreemptedError, a second one ends it at once, as does a Ctrl-C before the first step, when there is
+    nothing to save.
 
     Raises the SemionError of what the preflight or the run found.
     """
     if resume not in (None, "auto"):
         raise ConfigError(f"resume must be None or 'auto'; found {resume!r}: choose one")
-    spec = check(config, "train", resume=resume == "auto")
     directory, started = config.run_directory, time.monotonic()
+    timeline = Timeline(time.time() if began_unix is None else began_unix)
+    with interruptible() as stop:
+        spec = yield from _checked(config, timeline, began_unix, "train", resume=resume == "auto")
+        stop.check()
 
     def attempt(again: bool) -> Iterator[signals.Event]:
-        with Cluster(spec, verbose=verbose) as cluster:
-            yield from cluster.train(resume=again)
+        yield from _processes(spec, lambda cluster: cluster.train(resume=again), verbose=verbose)
 
     with locked(directory), preemptible(config) as stop:
         goes_on = resume == "auto" and latest(directory / "checkpoints") is not None
         if not goes_on and begins_again(config, may_start_over=resume == "auto"):
-            yield Note("no checkpoint was written before the run was stopped: starting over")
-        yield _starting(spec)
+            yield Note("no checkpoint was written before the run was stopped: starting over", time.time())
+        timeline.open(directory)
+        yield typed(timeline.add(_starting(spec)))
         with closing(unbroken(config, attempt, resume=goes_on)) as events:
-            for event in map(typed, events):
+            for event in map(typed, map(timeline.add, events)):
+                stop.check()
                 stop.worth_saving |= isinstance(event, Step)
+                stop.over |= isinstance(event, Done)
                 yield _finished(config, event, started) if isinstance(event, Done) else event
 
 
-def fine_tune(config: RunConfig, *, verbose: bool = False) -> Generator[Event]:
+def fine_tune(config: RunConfig, *, verbose: bool = False, began_unix: float | None = None) -> Generator[Event]:
     """Fine-tunes on worked solutions and writes a Hugging Face checkpoint at sft.checkpoint_out; otherwise as `train`, without
     checkpoints to go on from."""
-    spec, started = check(config, "sft"), time.monotonic()
+    started, timeline = time.monotonic(), Timeline(time.time() if began_unix is None else began_unix)
+    spec = yield from _checked(config, timeline, began_unix, "sft", resume=False)
     with locked(config.run_directory):
         check_fresh(config, may_start_over=False)
         (config.run_directory / "config.toml").write_text(dump_config(config), encoding="utf-8")
-        yield _starting(spec)
-        with Cluster(spec, verbose=verbose) as cluster:
-            for event in map(typed, cluster.fine_tune()):
+        timeline.open(config.run_directory)
+        yield typed(timeline.add(_starting(spec)))
+        with closing(_processes(spec, lambda cluster: cluster.fine_tune(), verbose=verbose)) as events:
+            for event in map(typed, map(timeline.add, events)):
                 yield _finished(config, event, started) if isinstance(event, Done) else event
+
+
+def _checked(
+    config: RunConfig, timeline: Timeline, began_unix: float | None, purpose: Literal["train", "sft"], *, resume: bool
+) -> Generator[Event, None, Spec]:
+    """The preflight, and what it cost; the run as resolved."""
+    if began_unix is not None:
+        imports = Doing("imports").event("done")
+        yield typed(timeline.add(imports | {"seconds": imports["unix_seconds"] - began_unix}))
+    checking = Doing("preflight")
+    yield typed(checking.event("begins"))
+    spec = check(config, purpose, resume=resume)
+    yield typed(timeline.add(checking.event("done")))
+    return spec
+
+
+def _processes(spec: Spec, run: Callable[[Cluster], Iterator[signals.Event]], *, verbose: bool) -> Generator[signals.Event]:
+    """The events of a run's processes from the start of Ray to their end."""
+    opening = Doing("ray")
+    yield opening.event("begins")
+    with Cluster(spec, verbose=verbose) as cluster:
+        yield opening.event("done")
+        for event in run(cluster):
+            if event["kind"] == "done":
+                yield Doing("end").event("begins")
+            yield event
 
 
 def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
@@ -80,33 +117,60 @@ def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
     check_fresh(config, may_start_over=may_start_over)
     if has_steps(config.run_directory):
         return True
-    for name in (RESTARTS, WARNINGS):
+    for name in (RESTARTS, WARNINGS, EVENTS, STARTUP):
         (config.run_directory / name).unlink(missing_ok=True)
     return False
 
 
-def _starting(spec: Spec) -> Note:
+def _starting(spec: Spec) -> signals.Event:
     t = spec.config.trainer
     engines = spec.config.inference.engines if spec.starts_engines else 0
-    return Note(
+    text = (
         f"starting {t.world_size} trainer ranks (tensor {t.tensor_parallel}, pipeline {t.pipeline_parallel}, data "
         f"{t.data_parallel}) and {engines} engines; their logs are in {spec.config.run_directory / LOGS}, --verbose shows them"
     )
+    return {"kind": "note", "text": text, "unix_seconds": time.time()}
 
 
 def _finished(config: RunConfig, done: Done, started: float) -> Done:
     """The last event with the summary of the run's records, which is written down too."""
     summary: dict[str, Any] = summarize(config.run_directory) | {"seconds": time.monotonic() - started} | dict(done.summary)
     write_json(config.run_directory / "summary.json", summary)
-    return Done(summary, done.checkpoint)
+    return Done(summary, done.checkpoint, done.unix_seconds)
 
 
 @dataclass(slots=True)
 class Stop:
-    """What a signal finds of a run, and how often one came."""
+    """What a signal finds of a run, and what it did."""
 
     worth_saving: bool = False  # a step was taken since the command began
-    asked: int = 0
+    over: bool = False  # all steps are done, and all is saved
+    requested: bool = False  # rank 0 is asked to save and end
+    at_once: bool = False
+
+    def check(self) -> None:
+        """KeyboardInterrupt where one was raised and some library lost it: in a callback or while it was imported."""
+        if self.at_once:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible() -> Iterator[Stop]:
+    """While entered in the main thread, a Ctrl-C is a KeyboardInterrupt, as ever, and remembered."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def interrupt(number: int, _: object) -> None:
+        stop.at_once = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -122,22 +186,25 @@ def preemptible(config: RunConfig) -> Iterator[Stop]:
         return
 
     def ask(number: int, _: object) -> None:
-        stop.asked += 1
-        if stop.asked > 1 or (number == signal.SIGINT and not stop.worth_saving):
+        if stop.over:
+            signals.say(signals.ENDING)
+            return
+        if stop.requested or (number == signal.SIGINT and not stop.worth_saving):
+            stop.at_once = True
             raise KeyboardInterrupt  # the one exception that comes out of a wait in Ray
+        stop.requested = True
         request.touch()
-        # in a thread of its own, for the signal may have come while this one was printing
-        threading.Thread(target=print, args=(STOPPING,), kwargs={"file": sys.stderr, "flush": True}).start()
+        signals.say(STOPPING)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield stop
     except KeyboardInterrupt as error:
-        if stop.asked < 2:
+        if not stop.requested:
             raise
-        raise PreemptedError(
-            "asked twice to stop: the newest checkpoint stands, and --resume auto goes on from it, or starts over without one"
-        ) from error
+        newest = latest(config.run_directory / "checkpoints")
+        where = f"goes on from {newest.name}" if newest is not None else "starts over, for there is no checkpoint yet"
+        raise PreemptedError(f"asked twice to stop: ended at once; --resume auto {where}") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

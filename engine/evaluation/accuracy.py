@@ -13,12 +13,15 @@ from typing import Any, Literal
 from engine.config.load import RunConfig
 from engine.core.types import Completion, Prompt, Score
 from engine.inference.pool import Pool
-from engine.inference.sampling import sample_requests
+from engine.inference.sampling import SampleRequest, sample_requests
 from engine.rewards.base import Reward, answer_of
 
 # All requests of an evaluation decode in one batch; they are waited for, carried and judged this many at a time, so that
 # inference.timeout_seconds need not cover 500 problems with 50 seeds, and the engines sample while answers are judged.
 REQUESTS_PER_TICKET = 4096
+# How often it is told how far it has come, unless the parts are too small. Where answers are right or wrong, what is judged
+# with an answer does not change its mark; a reward model's batch could change its last bits, so it gets all at once, as ever.
+PARTS, PART_PROBLEMS = 16, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +92,15 @@ def evaluate(
     pool: Pool,
     reward: Reward,
     seed_tokens: float | None = math.nan,
-    part_done: Callable[[], object] = lambda: None,
+    part_done: Callable[[int], object] = lambda num_problems: None,
     *,
     num_too_long: int = 0,
 ) -> Accuracy:
     """Samples evaluation.samples completions a problem and judges them. Sampling seeds do not depend on the version, so
     two versions are compared on equal luck. All of `prompts` are of one kind; `seed_tokens`: the seed model's mean length
-    on them, None where it is the seed model that is judged, NaN where nobody knows it, as outside a run. `part_done` is
-    called after every wait. `num_too_long`: further problems of the set that do not fit an engine; where answers are right or
-    wrong, they count as answered wrongly."""
+    on them, None where it is the seed model that is judged, NaN where nobody knows it, as outside a run. `part_done` is told
+    after every wait how many problems are done. `num_too_long`: further problems of the set that do not fit an engine; where
+    answers are right or wrong, they count as answered wrongly."""
     chosen, n = prompts[: config.evaluation.max_problems], config.evaluation.samples
     completions, scores = _sampled(config, chosen, pool, reward, part_done)
     lengths, statuses = [len(completion.token_ids) for completion in completions], [score.status for score in scores]
@@ -137,7 +140,7 @@ def evaluate(
 
 
 def _sampled(
-    config: RunConfig, prompts: Sequence[Prompt], pool: Pool, reward: Reward, part_done: Callable[[], object]
+    config: RunConfig, prompts: Sequence[Prompt], pool: Pool, reward: Reward, part_done: Callable[[int], object]
 ) -> tuple[list[Completion], list[Score]]:
     """The completions of each prompt in turn, and what they are worth."""
     evaluation, n = config.evaluation, config.evaluation.samples
@@ -151,16 +154,29 @@ def _sampled(
         top_p=evaluation.top_p,
         max_tokens=config.sampling.max_tokens,
     )
-    size = max(1, REQUESTS_PER_TICKET // n) * n  # whole problems
+    tickets = _tickets(requests, n, config.inference.engines, in_parts=all(prompt.verifiable for prompt in prompts))
     completions: list[Completion] = []
     scores: list[Score] = []
-    for ticket in pool.submit([requests[first : first + size] for first in range(0, len(requests), size)]):
+    for ticket in pool.submit(tickets):
         found, _ = pool.gather(ticket)
         places = [place // n for place in range(len(completions), len(completions) + len(found))]
         scores += reward.score([answer_of(prompts[i], completion, i) for i, completion in zip(places, found, strict=True)])
         completions += found
-        part_done()
+        part_done(len(completions) // n)
     return completions, scores
+
+
+def _tickets(requests: Sequence[SampleRequest], n: int, engines: int, *, in_parts: bool) -> list[Sequence[SampleRequest]]:
+    """The requests of whole problems, `n` each, as they are waited for. A part has as many for each engine, so that the pool
+    deals each request to the engine that would have it without parts."""
+    whole = max(1, REQUESTS_PER_TICKET // n) * n
+    problems = max(PART_PROBLEMS, -(-len(requests) // (n * PARTS)))
+    part = n * engines * -(-problems // engines) if in_parts else whole
+    return [
+        requests[start : min(start + part, first + whole)]
+        for first in range(0, len(requests), whole)
+        for start in range(first, min(first + whole, len(requests)), part)
+    ]
 
 
 def _records(

@@ -15,6 +15,7 @@ from engine.config.load import RunConfig
 from engine.core.errors import InferenceError
 from engine.core.types import Message, Score
 from engine.inference.vllm_engine import ENVIRONMENT
+from engine.observe.telling import activity
 
 
 class RewardEngine:
@@ -26,7 +27,8 @@ class RewardEngine:
         os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(config.inference.threads))
         self._conversations = Conversations(config.reward_model)
         try:
-            self._load(config)
+            with activity("engine"):
+                self._load(config)
         except Exception as error:
             why = " ".join(str(error).split())
             raise InferenceError(f"the reward engine could not start from {config.reward_model.path}: {why}") from error

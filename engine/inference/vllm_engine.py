@@ -23,6 +23,7 @@ from engine.data.templates import policy_tokenizer
 from engine.inference.sampling import SampleRequest
 from engine.observe.profiling.phases import Phase, phase
 from engine.observe.profiling.recorder import Recorder, profiled_process
+from engine.observe.telling import activity
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process
@@ -57,7 +58,8 @@ class VllmEngine:
         self._index = index
         os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(config.inference.threads))
         try:
-            self._load()
+            with activity("engine", total=config.inference.engines):
+                self._load()
         except Exception as error:
             why = " ".join(str(error).split())
             raise InferenceError(f"engine {index} could not start from {config.model.path}: {why}") from error

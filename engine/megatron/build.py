@@ -7,7 +7,7 @@ Shape legend: S positions, B rows, T tokens of a packed row, N heads of this ran
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -29,6 +29,7 @@ from engine.models import sharding as layout
 from engine.models.base import ModelShape
 from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
+from engine.observe.telling import BYTES, Doing, activity
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 FP8_FORMATS = {"none": None, "delayed": "hybrid", "current": "hybrid", "blockwise": "e4m3"}  # hybrid: gradients in E5M2
@@ -235,6 +236,21 @@ def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]
 
 
 @torch.no_grad()
+def load_all(
+    chunks: Sequence[GPTModel], shape: ModelShape, axes: layout.TrainerLayout, checkpoint: HfCheckpoint, parallel: ParallelState
+) -> None:
+    """`load_weights` of all chunks of this rank, telling how much of what it reads has been read."""
+    sizes: dict[str, int] = {}
+    for index in range(len(chunks)):
+        for part in layout.shard_slices(shape, axes, parallel.tp_rank, parallel.pp_rank, index):
+            sizes[part.name] = sizes.get(part.name, 0) + part.rows * part.cols
+    smallest = min(sizes, key=lambda name: (sizes[name], name))
+    stored_bytes = checkpoint.tensor(smallest).itemsize  # of every one, nearly always
+    with activity("weights", total=stored_bytes * sum(sizes.values()), unit=BYTES) as reading:
+        for index, chunk in enumerate(chunks):
+            load_weights(chunk, index, shape, axes, checkpoint, parallel, reading)
+
+
 def load_weights(
     chunk: GPTModel,
     index: int,
@@ -242,6 +258,7 @@ def load_weights(
     axes: layout.TrainerLayout,
     checkpoint: HfCheckpoint,
     parallel: ParallelState,
+    reading: Doing,
 ) -> None:
     """Fills this rank's chunk of that index with its slices, padding rows with zeros. What is kept in FP8 is put together in
     the host's memory, where the optimizer then finds what its fp32 weights begin with. CheckpointError names a tensor that is
@@ -253,7 +270,9 @@ def load_weights(
     assert found == expected, set(found.items()) ^ set(expected.items())
     kept: dict[str, Any] = {name: parameter for name, parameter in parameters.items() if in_fp8(parameter)}
     initial = {name: parameter.get_high_precision_init_val() for name, parameter in kept.items()}
-    read_slices(parameters | initial, layout.shard_slices(shape, axes, *coordinates), layout.tensors(shape), checkpoint)
+    read_slices(
+        parameters | initial, layout.shard_slices(shape, axes, *coordinates), layout.tensors(shape), checkpoint, reading
+    )
     for name, parameter in kept.items():
         fill(parameter, initial[name])
 
@@ -264,9 +283,11 @@ def read_slices(
     slices: Iterable[layout.ShardSlice],
     full: Mapping[str, tuple[int, ...]],
     checkpoint: HfCheckpoint,
+    reading: Doing,
 ) -> None:
     """Fills shards by parameter with their slices of a checkpoint's tensors, what no slice covers with zeros. Of each tensor
-    only the part that the shards hold is read, once. `full`: the shapes by which the tensors are checked."""
+    only the part that the shards hold is read, once. `full`: the shapes by which the tensors are checked; `reading`
+    hears of the bytes read."""
     ordered = sorted(slices, key=lambda part: part.name)
     covered = dict.fromkeys(places, 0)
     for part in ordered:
@@ -282,3 +303,4 @@ def read_slices(
         for p in held:
             into = layout.matrix_slice(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
             into.copy_(layout.matrix_slice(box, p.row - top, p.col - left, p.rows, p.cols))
+        reading.more(box.nbytes)

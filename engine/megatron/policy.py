@@ -44,6 +44,7 @@ from engine.models.base import ModelShape
 from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
 from engine.observe.profiling.phases import Phase, phase
+from engine.observe.telling import BYTES, activity
 from engine.ops import lm_head_log_probs, token_log_probs
 
 # What a microbatch gives back on the last stage: (scalar to differentiate, tensor to collect)
@@ -86,8 +87,7 @@ class Policy:
         open_buffers(config.trainer, self.shape.hidden, self.dtype)
         models = build.build_chunks(self.shape, self._config, parallel, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
-        for index, model in enumerate(models):
-            build.load_weights(model, index, self.shape, self.layout, checkpoint, parallel)
+        build.load_all(models, self.shape, self.layout, checkpoint, parallel)
         self._held = [self._slices_of(tp_rank) for tp_rank in range(parallel.tp_size)]
         distributed = config.trainer.distributed_optimizer
         options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
@@ -311,7 +311,9 @@ class Policy:
             name: torch.empty(value.shape, dtype=self.dtype) if in_fp8(value) else value.data for name, value in table.items()
         }
         held = layout.shard_slices(self.shape, self.layout, self.parallel.tp_rank, self.parallel.pp_rank)
-        build.read_slices(places, held, layout.tensors(self.shape), checkpoint)
+        num_bytes = sum(part.rows * part.cols for part in held) * self.dtype.itemsize
+        with activity("weights", f"of the {prefix}", total=num_bytes, unit=BYTES) as reading:
+            build.read_slices(places, held, layout.tensors(self.shape), checkpoint, reading)
         for name, value in table.items():
             if in_fp8(value):
                 load(value, places[name], tensors.get(f"{prefix}_scale.{self._family.local_name(name)}"))

@@ -1,6 +1,7 @@
 """What a run's processes say beside its records. Each writes a log of its own, under its name, in one folder; what our loggers
 warn of also goes, before anything else can happen, to a small file beside it, from which the command collects it into
-warnings.jsonl and shows it. It decides nothing about what is worth a warning.
+warnings.jsonl and shows it; so does what a process tells of its work (telling.py). It decides nothing about what is worth a
+warning.
 
 The folder is on a file system that all nodes share, and every file has one writer.
 """
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.core.jsonl import JsonlLedger, parsed, read_lines
+from engine.observe.telling import LOGGER, TOLD, TellingHandler
 
-LOGGER = "engine"  # the parent of all our loggers
 LOGS = "logs"  # the folder, in the run's directory
 WARNINGS = "warnings.jsonl"  # in the run's directory; no resume cuts it back
 SUFFIX = ".warnings.jsonl"  # of a process's own, until they are collected
@@ -56,6 +57,8 @@ class Journal:
         log = self.log.open("a", encoding="utf-8")
         warnings = WarningsHandler(self.stem.with_suffix(SUFFIX), self.process)
         handlers: list[logging.Handler] = [warnings, logging.StreamHandler(log)]
+        if not self.process.startswith("trainer rank ") or self.process == "trainer rank 0":
+            handlers.append(TellingHandler(self.stem.with_suffix(TOLD), self.process))
         if self.verbose:
             handlers.append(logging.StreamHandler())
         else:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from engine.data.ends import end_tokens
@@ -16,6 +16,7 @@ from engine.data.templates import model_tokenizer
 from engine.evaluation.accuracy import evaluate, greedy_samples
 from engine.evaluation.selection import scores
 from engine.inference.pool import EngineHandle, Pool
+from engine.observe.telling import Doing, activity, tell
 from engine.rewards.math.reward import VERIFIER_VERSION
 from engine.rewards.model import ScoringEngine
 from engine.rewards.registry import RoutedReward, judging_of, open_rewards
@@ -48,9 +49,9 @@ class Controller:
         config = self._config = spec.config
         self._spec = spec
         self.collapse: str | None = None  # what the run is to be stopped for
-        self._events: list[Event] = []
-        self._tokenizer = model_tokenizer(config, spec.shape.vocab_size)
-        ends = end_tokens(config.model.path, self._tokenizer)
+        with activity("tokenizer"):
+            self._tokenizer = model_tokenizer(config, spec.shape.vocab_size)
+            ends = end_tokens(config.model.path, self._tokenizer)
         self.end_ids = ends.stop
         if ends.disagreement:
             log.warning(ends.disagreement)
@@ -58,15 +59,17 @@ class Controller:
             self._records = Records.open(config, start, kept)
             opened.callback(self._records.close)
             for note in (*notes, *self._records.notes):
-                self._note(note)
-            self._held_out = held_out = load_held_out(config, judging_of, self._tokenizer)
+                _note(note)
+            with activity("prompts", "that are held out"):
+                self._held_out = held_out = load_held_out(config, judging_of, self._tokenizer)
             self._sets = [(part.name, part.prompts) for part in held_out]  # by name; a set's problems are of one kind
             for part in held_out:
-                self._note(f"{part.key}: {part.prompts}")
+                _note(f"{part.key}: {part.prompts}")
             self._reward = open_rewards(config, reward_engine) if spec.starts_engines else RoutedReward({})
             opened.callback(self._reward.close)
             self.pool = Pool(engines, config.inference.timeout_seconds)
-            self._versions = _versions(self.pool)
+            with activity("engines") if spec.starts_engines else nullcontext():
+                self._versions = _versions(self.pool)
             opened.callback(self.pool.finish_profile)
             self.source = self._open_source()
             opened.callback(self.source.close)
@@ -75,8 +78,9 @@ class Controller:
     def _open_source(self) -> StepSource:
         """Rollouts sampled now, or what data.replay names."""
         if self._spec.source == "rollouts":
-            prompts = load_mixture(self._config, judging_of, self._tokenizer)
-            self._note(str(prompts))
+            with activity("prompts"):
+                prompts = load_mixture(self._config, judging_of, self._tokenizer)
+            _note(str(prompts))
             self._warn(prompts.warnings, prompts.digests if self._held_out else frozenset())
             return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts, self.end_ids)
         replay: LedgerSource | PreferenceSource
@@ -84,7 +88,7 @@ class Controller:
             replay = open_ledger(self._config, self._spec.shape.vocab_size, self._tokenizer, self.end_ids)
         else:
             replay = open_preferences(self._config, self._tokenizer)
-        self._note(f"data.replay: {replay}")
+        _note(f"data.replay: {replay}")
         self._warn(replay.warnings, replay.digests)
         return replay
 
@@ -95,23 +99,31 @@ class Controller:
             problems = [(prompt.problem, prompt.messages) for prompt in part.prompts.prompts]
             warnings.append(overlap_warning(part.key, len(problems), shared(problems, trained)))
         for warning in filter(None, warnings):
-            self._note(f"warning: {warning}")
+            _note(f"warning: {warning}")
 
     def evaluate(self, step: int, part_done: Callable[[], object]) -> None:
-        """Judges the version that the pool serves on every held-out set; `part_done` is called after every wait."""
+        """Judges the version that the pool serves on every held-out set, telling how far it has come; `part_done` is called
+        after every wait."""
         judged = self._records.judged
         seed_tokens = {row["set"]: row["completion_tokens_mean"] for row in judged if row["step"] == 0}
         for name, found in self._sets:
             prompts, tokens = found.prompts, seed_tokens.get(name)
-            result = evaluate(
-                self._config, prompts, self.pool, self._reward, tokens, part_done=part_done, num_too_long=found.num_dropped
-            )
-            summary = {"step": step, "set": name} | result.summary()
-            self._records.judge(summary, result.records)
-            samples = greedy_samples(self._config, prompts[:NUM_SAMPLES], self.pool)
-            part_done()
+            asked = len(prompts[: self._config.evaluation.max_problems])
+            with activity("evaluation", f"step {step} on {name}", total=asked, unit="problems") as doing:
+
+                def further(num_problems: int, doing: Doing = doing) -> None:
+                    doing.at(num_problems)
+                    part_done()
+
+                result = evaluate(
+                    self._config, prompts, self.pool, self._reward, tokens, part_done=further, num_too_long=found.num_dropped
+                )
+                summary = {"step": step, "set": name} | result.summary()
+                self._records.judge(summary, result.records)
+                samples = greedy_samples(self._config, prompts[:NUM_SAMPLES], self.pool)
+                part_done()
             self._records.samples.append({"step": step, "set": name} | sample for sample in samples)
-            self._events.append({"kind": "evaluation"} | summary)
+            tell({"kind": "evaluation"} | summary)
 
     def scores(self) -> dict[int, float]:
         """What checkpoints are compared by: the score of step 0, of every step judged since the run was last resumed, and of
@@ -123,9 +135,9 @@ class Controller:
         return self._records.kept(checkpoints)
 
     def finish_step(self, record: dict[str, float]) -> list[Event]:
-        """Writes a step down and has the guard look at it; the events up to and including it."""
+        """Writes a step down and has the guard look at it; the step as an event, and what was found."""
         self._records.metrics.write(record)
-        events = [*self._drain(), {"kind": "step"} | record]
+        events: list[Event] = [{"kind": "step"} | record]
         action, findings = self._config.guard.action, self._records.guard.observe(record)
         for finding in findings if action != "off" else ():
             self._records.find(finding)
@@ -137,16 +149,13 @@ class Controller:
         return events
 
     def finish(self) -> list[Event]:
-        """Closes everything, the rewards once nothing judges any more; the last events."""
+        """Closes everything, the rewards once nothing judges any more; the last event."""
         self._opened.close()
-        return [*self._drain(), {"kind": "done", "engine_versions": self._versions}]
+        return [{"kind": "done", "engine_versions": self._versions}]
 
-    def _note(self, text: str) -> None:
-        self._events.append({"kind": "note", "text": text})
 
-    def _drain(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
+def _note(text: str) -> None:
+    tell({"kind": "note", "text": text})
 
 
 def _versions(pool: Pool) -> dict[str, Any]:

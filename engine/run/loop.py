@@ -18,6 +18,7 @@ from engine.config.schedules.base import Schedule
 from engine.core.types import Batch
 from engine.megatron.metrics import NUM_TOKENS
 from engine.observe.profiling.phases import Phase, phase
+from engine.observe.telling import activity
 from engine.rollouts.metrics import GENERATED, GENERATING
 from engine.run.metrics import (
     EVALUATION_SECONDS,
@@ -149,7 +150,8 @@ def train(
         with phase(Phase.CHECKPOINT):
             checkpoint(step + 1)
     window.step(schedule.num_steps)
-    publisher.publish(schedule.num_steps)
+    with activity("last sync"):
+        publisher.publish(schedule.num_steps)
     if evaluation_due(schedule.num_steps):
         evaluate(schedule.num_steps)
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ipaddress
 import os
 import secrets
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.config.load import RunConfig
@@ -34,6 +36,7 @@ RAY_ENVIRONMENT = {  # of every process of Ray
     "RAY_worker_niceness": "0",  # Ray would run trainer and engines at a lower priority than everything else
     "RAY_prestart_worker_first_driver": "0",  # and start processes that no run uses
     "RAY_DEDUP_LOGS": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of a process that was ended: who waited for it has the error, typed
 }
 SET_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # in the process that calls ray.init
 PROCESS_ENVIRONMENT = {  # of every rank and engine
@@ -120,6 +123,23 @@ def _start_ray(verbose: bool) -> list[Node]:
         ) from error
     (found,) = ray.nodes()
     return [Node(found["NodeID"], HOST, "lo", devices(found["Resources"].get("GPU", 0)))]
+
+
+def ray_folder() -> Path:
+    """Where a Ray of one's own writes, as it chooses it."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
+def remove_leftovers(since_unix: float) -> None:
+    """Removes the temporary folders that a Ray of this process's own made since then, once its processes are gone: Ray never
+    does. `session_latest` is a link that the newest Ray of a machine makes; it goes where it leads nowhere."""
+    folder = ray_folder()
+    for session in folder.glob(f"session_*_{os.getpid()}"):
+        if session.stat().st_mtime >= since_unix - 1.0:
+            shutil.rmtree(session, ignore_errors=True)
+    latest = folder / "session_latest"
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink(missing_ok=True)
 
 
 def _join_ray(config: RunConfig, verbose: bool) -> list[Node]:

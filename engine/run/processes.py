@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -15,15 +16,25 @@ from tempfile import mkdtemp
 from typing import Any, Literal
 
 from engine.config.placement import GpuAssignment, Placement
+from engine.core.errors import WatchdogError
 from engine.observe.journal import LOGS, WARNINGS, Journal, Warnings, sentence
 from engine.observe.profiling import nsight
+from engine.observe.telling import Doing, Told
 from engine.run.handles import RayEngine, typed_error
 from engine.run.hosted import ENGINE, RANK, REWARD_ENGINE, Needs, hosting
 from engine.run.machine import descendants, end
-from engine.run.nodes import PROCESS_ENVIRONMENT, Node, check_devices, environment, open_ray, variables_of
-from engine.run.signals import Event
+from engine.run.nodes import (
+    PROCESS_ENVIRONMENT,
+    Node,
+    check_devices,
+    environment,
+    open_ray,
+    remove_leftovers,
+    variables_of,
+)
+from engine.run.signals import Event, undisturbed
 from engine.run.spec import Spec
-from engine.run.watch import watch
+from engine.run.watch import TOLD_SECONDS, watch
 
 
 class Cluster:
@@ -47,6 +58,9 @@ class Cluster:
         self._run_logs = (self._config.run_directory / LOGS).resolve() if "trainer" in spec.parts else None
         self._logs: Path | None = None
         self._warnings: Warnings | None = None
+        self._told: Told | None = None
+        self._entered_unix = time.time()
+        self._keeps_ray_logs = False
         self._environment = ExitStack()  # this process's, while the run lives
 
     def __enter__(self) -> Cluster:
@@ -54,12 +68,14 @@ class Cluster:
         try:
             self._logs = self._run_logs or self._own_logs()
             self._warnings = Warnings(self._logs, self._run_logs.parent / WARNINGS if self._run_logs is not None else None)
+            self._told = Told(self._logs)
             self._nodes = open_ray(self._config, verbose=self._verbose)
             if self._config.cluster.nodes == 1 and self._nodes[0].devices:
                 self._placement = self._spec.placed(len(self._nodes[0].devices))
             if self._placement is not None:
                 check_devices(self._placement, self._nodes, self._config.cluster.gpus_per_node)
-        except BaseException:
+        except BaseException as error:
+            self._keeps_ray_logs = isinstance(error, WatchdogError)  # Ray did not start, and its logs say why
             self.__exit__()
             raise
         return self
@@ -67,7 +83,7 @@ class Cluster:
     def __exit__(self, *raised: object) -> None:
         import ray
 
-        with self._environment:
+        with self._environment, undisturbed():
             started = descendants()  # asked before too: whoever loses its parent is no descendant any more
             for actor in self._ranks:
                 ray.kill(actor)
@@ -77,6 +93,10 @@ class Cluster:
             started = (started | descendants()) - self._others
             ray.shutdown()
             end(started)
+            if self._config.cluster.nodes == 1 and not self._keeps_ray_logs:
+                remove_leftovers(self._entered_unix)
+        if self._told is not None:
+            self._told.close()
         for warning in self._warnings.close() if self._warnings is not None else ():
             sys.stderr.write(f"semion: {sentence(warning)}\n")
         if self._logs is not None and self._run_logs is None and not any(raised):
@@ -138,7 +158,8 @@ class Cluster:
         """Runs a method of every trainer rank with (rendezvous port, *arguments_of(rank)); the events of `watch`."""
         import ray
 
-        assert self._warnings is not None
+        starting = Doing("processes")
+        yield starting.event("begins")
         placed = self._placement
         assignments: Sequence[GpuAssignment | None] = placed.ranks if placed else [None] * self._config.trainer.world_size
         host = self._nodes[0].address  # where rank 0 is
@@ -148,8 +169,11 @@ class Cluster:
             for rank, (assignment, journal) in enumerate(zip(assignments, journals, strict=True))
         ]
         self._ranks += ranks
+        serving, deadline = ranks[0].call.remote("serve"), time.monotonic() + self._config.trainer.timeout_seconds
+        while time.monotonic() < deadline and not ray.wait([serving], timeout=TOLD_SECONDS)[0]:
+            yield from self._fresh()  # engines are loading meanwhile
         try:
-            port = ray.get(ranks[0].call.remote("serve"), timeout=self._config.trainer.timeout_seconds)
+            port = ray.get(serving, timeout=0.0)
         except ray.exceptions.RayError as error:
             raise typed_error(error, journals[0].process, journals[0].log) from error
         streams = [
@@ -158,7 +182,13 @@ class Cluster:
             )
             for rank, actor in enumerate(ranks)
         ]
-        yield from watch(self._config, dict(zip(streams, journals, strict=True)), self._warnings)
+        yield starting.event("done")
+        yield from watch(self._config, dict(zip(streams, journals, strict=True)), self._fresh)
+
+    def _fresh(self) -> list[Event]:
+        """What any process told or warned of since this was last called."""
+        assert self._told is not None and self._warnings is not None, "entered"
+        return [*self._told.fresh(), *self._warnings.fresh()]
 
     def _starter(
         self,

@@ -28,6 +28,7 @@ from engine.megatron.policy import Policy
 from engine.models.hf import write_hf_checkpoint
 from engine.observe.profiling.window import Window
 from engine.observe.sinks import MetricsWriter
+from engine.observe.telling import activity
 from engine.rewards.model import ScoringEngine
 from engine.run import loop
 from engine.run.agreement import Agreement
@@ -63,7 +64,8 @@ class TrainerRank:
         """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
         spec, config, parallel = self._spec, self._config, self._join(port)
         loss = make_loss(config.algorithm, sampled=spec.sampled)
-        policy = Policy(config, parallel, loss, config.model.path, spec.shape, spec.trainer, copies=spec.copies)
+        with activity("model"):
+            policy = Policy(config, parallel, loss, config.model.path, spec.shape, spec.trainer, copies=spec.copies)
         checkpoints = Checkpoints(
             config.run_directory / "checkpoints",
             rank=parallel.rank,
@@ -72,7 +74,10 @@ class TrainerRank:
             digests=spec.digests or None,
             patience_seconds=config.trainer.timeout_seconds,
         )
-        start, note = resume_policy(config, checkpoints, policy) if resume else (0, None)
+        start, note = 0, None
+        if resume:
+            with activity("resume"):
+                start, note = resume_policy(config, checkpoints, policy)
         controller: Controller | None = None
         if engines is not None:
             kept = checkpoints.records() if resume else None
@@ -80,7 +85,8 @@ class TrainerRank:
         pool = controller.pool if controller is not None and spec.starts_engines else None
         publisher: loop.Publisher = NoEngines()
         if spec.starts_engines:
-            publisher = PoolPublisher(open_publisher(spec, policy, parallel, self._host, pool), parallel)
+            with activity("connect"):
+                publisher = PoolPublisher(open_publisher(spec, policy, parallel, self._host, pool), parallel)
         agreement = Agreement(config, parallel)
         source = BroadcastSource(config, parallel, controller.source if controller is not None else None, agreement)
         milestones = Milestones(config, policy, parallel, checkpoints, controller, agreement)
@@ -107,8 +113,10 @@ class TrainerRank:
         """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""
         config, parallel = self._config, self._join(port)
         tokenizer = model_tokenizer(config, self._spec.shape.vocab_size)
-        source = SupervisedSource(self._spec, parallel, tokenizer)
-        policy = Policy(config, parallel, NllLoss(), config.model.path, self._spec.shape, self._spec.trainer)
+        with activity("prompts"):
+            source = SupervisedSource(self._spec, parallel, tokenizer)
+        with activity("model"):
+            policy = Policy(config, parallel, NllLoss(), config.model.path, self._spec.shape, self._spec.trainer)
         writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
         window = Window(config.profile, config.run_directory, self._rank)
         for record in loop.fine_tune(policy, source, num_steps=config.run.steps, window=window):
@@ -124,23 +132,25 @@ class TrainerRank:
             ends = end_tokens(config.model.path, tokenizer)
             if ends.disagreement:
                 log.warning(ends.disagreement)
-            write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path, end_ids=ends.stop)
+            with activity("export"):
+                write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path, end_ids=ends.stop)
             writer.close()
             yield {"kind": "done", "checkpoint": config.sft.checkpoint_out}
         parallel.close()
 
     def _join(self, port: int) -> ParallelState:
         trainer, reward_patience = self._config.trainer, self._config.reward_model.patience_seconds
-        if self._server is not None:
-            store = serve_store(self._server, self._host, trainer.world_size, trainer.timeout_seconds)
-        else:
-            store = join_store(self._host, port, trainer.world_size, trainer.timeout_seconds)
-        return open_parallel_state(
-            trainer,
-            rank=self._rank,
-            world_size=trainer.world_size,
-            store=store,
-            # Ranks wait for each other, and while rank 0 waits for an engine they wait for that too.
-            timeout=timedelta(seconds=trainer.timeout_seconds + self._config.inference.timeout_seconds + reward_patience),
-            seed=self._config.run.seed,
-        )
+        with activity("ranks", total=trainer.world_size):
+            if self._server is not None:
+                store = serve_store(self._server, self._host, trainer.world_size, trainer.timeout_seconds)
+            else:
+                store = join_store(self._host, port, trainer.world_size, trainer.timeout_seconds)
+            return open_parallel_state(
+                trainer,
+                rank=self._rank,
+                world_size=trainer.world_size,
+                store=store,
+                # Ranks wait for each other, and while rank 0 waits for an engine they wait for that too.
+                timeout=timedelta(seconds=trainer.timeout_seconds + self._config.inference.timeout_seconds + reward_patience),
+                seed=self._config.run.seed,
+            )

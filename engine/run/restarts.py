@@ -51,7 +51,7 @@ def unbroken(config: RunConfig, attempt: Callable[[bool], Iterator[Event]], *, r
             number, before, resume = again, after, after > 0
             write_down(config, after, number, error, has_moved=has_moved)
             text = f"lost: {error}; the run {_where(after)}, restart {number} of {config.run.restarts}"
-            yield {"kind": "restart", "step": after, "text": text}
+            yield {"kind": "restart", "step": after, "text": text, "unix_seconds": time.time()}
 
 
 def saved_steps(config: RunConfig) -> int:

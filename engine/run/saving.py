@@ -28,6 +28,7 @@ from engine.core.errors import CheckpointError, SemionError, StorageError, Watch
 from engine.core.files import atomic_write, storing, sync
 from engine.core.tensor_files import FileRecord, file_record, write_tensors
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
+from engine.observe.telling import activity
 from engine.run.checkpoint import (
     BEST,
     LATEST,
@@ -198,7 +199,7 @@ class Checkpoints:
     ) -> None:
         """What the thread does."""
         try:
-            with storing(self._folder, lambda: snapshot.num_bytes):
+            with activity("checkpoint", f"of {save.step} steps"), storing(self._folder, lambda: snapshot.num_bytes):
                 self._write_part(save, staging, snapshot, config)
                 if self._rank == 0:
                     self._finish(save, staging, snapshot, config, records, end_ids)

@@ -5,38 +5,45 @@ any more, and raises, of several errors, the one that says what broke. It starts
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from engine.config.load import RunConfig
 from engine.config.options import SYNC_ATTEMPTS
 from engine.core.errors import SemionError, WatchdogError, telling
-from engine.observe.journal import Journal, Warnings
+from engine.observe.journal import Journal
+from engine.observe.telling import in_order
 from engine.run.handles import typed_error
 from engine.run.signals import Event, sign_of_life
 
-WARNINGS_SECONDS = 2.0  # how long a warning may wait to be shown
+TOLD_SECONDS = 0.5  # how long what a process tells or warns of may wait to be shown
 SETTLE_SECONDS = 2.0  # after a first error, how long to wait for one that says more
 
 
-def watch(config: RunConfig, streams: Mapping[Any, Journal], warnings: Warnings) -> Iterator[Event]:
-    """The events of Ray's `streams`, one a trainer rank, with the rank's journal; and what any process warned of, as
-    {"kind": "warning", "where", "text", "count"}. Returns when all have ended.
+def watch(config: RunConfig, streams: Mapping[Any, Journal], fresh: Callable[[], list[Event]]) -> Iterator[Event]:
+    """The events of Ray's `streams`, one a trainer rank, with the rank's journal; and in its place among them what any process
+    tells or warns of (`fresh`: what came since it was last called). Returns when all have ended.
 
     Raises the error of whichever process failed, a typed one before any other; WatchdogError when all are silent for too long.
     """
+    yield from in_order(fresh, _streamed(config, streams))
+
+
+def _streamed(config: RunConfig, streams: Mapping[Any, Journal]) -> Iterator[Event | None]:
+    """The events of the streams, and None whenever there is none for a moment."""
     import ray
 
     left = list(streams)
     patience = _patience_seconds(config)
     heard = time.monotonic()
     while left:
-        ready, _ = ray.wait(left, num_returns=1, timeout=min(patience, WARNINGS_SECONDS))
-        yield from warnings.fresh()
+        ready, _ = ray.wait(left, num_returns=1, timeout=min(patience, TOLD_SECONDS))
         if ready:
             heard = time.monotonic()
         elif time.monotonic() - heard > patience and not _alive(config, patience):
             raise WatchdogError(f"no trainer rank gave a sign of life for {patience:.0f} s: look for a stopped process")
+        if not ready:
+            yield None
         for stream in ready:
             try:
                 yield ray.get(next(stream))
@@ -45,7 +52,7 @@ def watch(config: RunConfig, streams: Mapping[Any, Journal], warnings: Warnings)
             except ray.exceptions.RayError as error:
                 left.remove(stream)
                 worst = _worst(_error_of(error, streams[stream]), left, streams)
-                yield from warnings.fresh()
+                yield None
                 raise worst from error
 
 

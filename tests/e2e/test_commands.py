@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from engine import cli
 from engine.config.load import RunConfig, dump_config
 from engine.run.checkpoint import latest
+from engine.run.nodes import ray_folder
 from tests.e2e import in_process
 from tests.unit.rollouts.test_metric_names import documented
 
@@ -103,6 +105,36 @@ def test_every_rollout_comes_from_the_version_of_its_interval(semi_online: tuple
     assert [row["staleness"] for row in rows(config, "metrics.jsonl")] == [0, 1, 0, 1]
     assert {row["status"] for row in ledger} == {"ok"}
     assert 0 < sum(row["reward"] for row in ledger) < len(ledger)
+
+
+def test_a_run_tells_what_it_does_while_it_does_it_and_leaves_nothing_of_its_ray(semi_online: tuple[RunConfig, str]) -> None:
+    """Each process speaks for itself, rank 0 for the ranks; the start's phases are on record with their seconds."""
+    config, printed = semi_online
+    told = [row for row in rows(config, "events.jsonl") if row["kind"] == "activity"]
+    done = [(row["where"], row["what"], row["about"]) for row in told]
+    assert len(done) == len(set(done)), "each once"
+    rank = "trainer rank 0"
+    for known in (
+        ("the command", "preflight", ""),
+        ("the command", "ray", ""),
+        ("the command", "processes", ""),
+        *((f"engine {i}", "engine", "") for i in range(2)),
+        *((rank, what, "") for what in ("ranks", "model", "weights", "engines", "connect", "last sync")),
+        *((rank, "evaluation", f"step {step} on held_out") for step in (0, 4)),
+        *((rank, "checkpoint", f"of {step} steps") for step in (2, 4)),
+    ):
+        assert known in done, known
+    (weights,) = [row for row in told if row["what"] == "weights"]
+    assert weights["done"] == weights["total"] > 0 and weights["unit"] == "bytes"
+    (start,) = rows(config, "startup.jsonl")
+    assert start["step"] == 0 and all(0 <= phase["seconds"] <= start["seconds"] for phase in start["phases"])
+    assert {"preflight", "ray", "processes", "ranks", "model", "weights", "engine", "prompts", "evaluation"} <= {
+        phase["name"] for phase in start["phases"]
+    }
+    places = [printed.index(words) for words in ("engine 1 (of 2) is up", "step 0: held-out", "train 1/4", "step 4: held-out")]
+    assert places == sorted(places), "as it happened"
+    assert not list(ray_folder().glob(f"session_*_{os.getpid()}"))
+    assert not list((config.run_directory / "logs").glob("*.jsonl"))
 
 
 def test_metrics_are_what_the_readme_promises(semi_online: tuple[RunConfig, str]) -> None:

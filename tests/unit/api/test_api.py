@@ -12,6 +12,7 @@ from engine.api import evaluating, preflight
 from engine.api.events import Done, Evaluation, Note, Restart, Step, typed
 from engine.config.load import override
 from engine.core.errors import ConfigError
+from engine.observe import telling
 from tests.builders import config
 
 
@@ -47,6 +48,17 @@ def test_events_are_typed():
     assert typed({"kind": "note", "text": "a"}) == Note("a")
     assert typed({"kind": "warning", "where": "engine 0", "text": "a", "count": 9}) == engine.Warning("engine 0", "a", 9)
     assert str(engine.Warning("engine 0", "a", 9)) == "warning, engine 0: a (9 times so far)"
+    told = telling.Doing("evaluation", "step 3 on sums", total=512, unit="problems").event("begins") | {"done": 120}
+    activity = cast("Any", typed(told))
+    assert (activity.what, activity.state, activity.done, activity.unix_seconds) == (
+        "evaluation",
+        "begins",
+        120,
+        told["unix_seconds"],
+    )
+    assert str(activity).startswith("evaluating step 3 on sums: 120 of 512 problems, 0.")
+    for event in (typed({"kind": "note", "text": "a"}), typed({"kind": "evaluation"} | figures | {"unix_seconds": 5.0})):
+        assert cast("Any", event).unix_seconds >= 5.0, "every event has the time of day"
     assert typed({"kind": "done", "engine_versions": {"vllm": "1"}}) == Done({"versions": {"vllm": "1"}}, None)
     assert typed({"kind": "done", "checkpoint": "out"}) == Done({"versions": {}}, "out")
 

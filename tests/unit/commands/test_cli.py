@@ -301,7 +301,9 @@ def test_a_first_signal_leaves_a_request_and_a_second_one_ends_the_run_to_be_con
                 seen.append(stop_request(config).exists())
                 os.kill(os.getpid(), number)
 
-    with pytest.raises(PreemptedError, match="newest checkpoint stands") as caught:
+    with pytest.raises(
+        PreemptedError, match="ended at once; --resume auto starts over, for there is no checkpoint yet"
+    ) as caught:
         signalled_twice()
     assert seen == [False, True]
     assert caught.value.exit_code == 75

@@ -5,6 +5,7 @@ hand, and that two versions are judged on equal luck.
 import math
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from engine.commands.common import evaluation_note
 from engine.config.load import RunConfig
 from engine.core.types import Prompt, Score
+from engine.evaluation import accuracy
 from engine.evaluation.accuracy import evaluate, greedy_samples, length_normalized, mean_pass_at, pass_at_k, standard_error
 from engine.evaluation.selection import scores
 from engine.inference.pool import Pool
@@ -285,3 +287,20 @@ def test_greedy_samples_tell_what_was_asked_and_said():
         "prompt_ids": [4, 5],
         "token_ids": [asked.seed],
     }
+
+
+@pytest.mark.parametrize(("problems", "n", "engines"), [(1, 1, 1), (20, 2, 1), (500, 3, 2), (300, 16, 3), (700, 7, 4)])
+def test_parts_change_neither_the_engine_of_a_request_nor_its_place(monkeypatch, problems, n, engines):
+    """So that an evaluation that tells how far it has come gives the bits of one that does not."""
+    monkeypatch.setattr(accuracy, "REQUESTS_PER_TICKET", 1000)
+
+    def dealt(tickets: list[Any]) -> list[list[int]]:
+        return [[request for ticket in tickets for request in ticket[engine::engines]] for engine in range(engines)]
+
+    requests: Any = list(range(problems * n))
+    whole = accuracy._tickets(requests, n, engines, in_parts=False)
+    parts = accuracy._tickets(requests, n, engines, in_parts=True)
+    assert [request for part in parts for request in part] == requests
+    assert dealt(parts) == dealt(whole)
+    assert all(len(part) % n == 0 for part in parts)
+    assert len(whole) <= len(parts) <= accuracy.PARTS + 2 * len(whole)

@@ -1,16 +1,21 @@
 """What a person sees of a run: lines of a log, a display at the widths that terminals have, and a time left that is right."""
 
 import io
+import json
 import random
 import re
+import threading
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 from rich.console import Console
 
 from engine.observe import progress as progress_module
+from engine.observe.answers import greedy_answers, in_a_line, rollouts
 from engine.observe.pace import Pace
-from engine.observe.progress import LINE_SECONDS, SHOWN, Progress, print_table
+from engine.observe.progress import LINE_SECONDS, QUIET_SECONDS, SHOWN, Progress, print_table
+from engine.observe.telling import Activity, State
 from engine.run.metrics import catalogue
 
 METRICS = catalogue()
@@ -70,6 +75,134 @@ class TestWithoutTerminal:
         with Progress(1, "train", METRICS, Console(file=text, width=20)) as progress:
             progress.note("checkpoint of [bold] step 3 written to a long path")
         assert text.getvalue()[21:] == "checkpoint of [bold] step 3 written to a long path\n"
+
+
+class TestUnderWay:
+    """What takes long is told while it lasts, on a terminal and off it."""
+
+    def told(self, what: str, state: State, seconds: float = 0.0, about: str = "", where: str = "trainer rank 0") -> Activity:
+        return Activity(where, what, state, about, seconds)
+
+    def lines(self, text: io.StringIO) -> list[str]:
+        return [line[21:] for line in text.getvalue().splitlines()]
+
+    def test_no_ten_seconds_pass_without_a_line_at_a_slow_start(self, clock, monkeypatch):
+        monkeypatch.setattr(progress_module.threading, "Thread", mock.Mock())  # the test is the clock
+        text = io.StringIO()
+        with Progress(4, "train", METRICS, Console(file=text)) as progress:
+            progress.activity(self.told("preflight", "begins"))
+            clock[0] += 0.5
+            progress.activity(self.told("preflight", "done", 0.5))
+            progress.activity(self.told("ray", "begins"))
+            progress.activity(self.told("engine", "begins", where="engine 0"))
+            said = clock[0] = 200.0
+            for _ in range(70):
+                clock[0] += 0.5
+                before = len(self.lines(text))
+                progress.remind()
+                said = clock[0] if len(self.lines(text)) > before else said
+                assert clock[0] - said < QUIET_SECONDS
+            progress.activity(self.told("ray", "done", 35.0))
+        assert self.lines(text)[0] == "still starting Ray, 100 s; engine 0 is loading, 100 s"
+        assert self.lines(text)[-1] == "Ray is up, 35 s"
+        assert "checked" not in text.getvalue(), "what took a moment has no line"
+
+    def test_the_thread_that_reminds_ends_with_the_display(self):
+        before = threading.active_count()
+        with Progress(4, "train", METRICS, Console(file=io.StringIO())):
+            assert threading.active_count() == before + 1
+        assert threading.active_count() == before
+
+    def test_between_steps_only_what_took_long_has_a_line_and_at_the_end_more(self, clock):
+        text = io.StringIO()
+        with Progress(3, "train", METRICS, Console(file=text), log_every=100) as progress:
+            progress.activity(self.told("weights", "done", 0.2))
+            progress.update({"step": 0})
+            progress.activity(self.told("checkpoint", "done", 4.0, "of 1 steps"))
+            progress.activity(self.told("checkpoint", "done", 40.0, "of 1 steps"))
+            progress.update({"step": 2})
+            progress.activity(self.told("last sync", "done", 3.0))
+            progress.activity(self.told("evaluation", "done", 30.0, "step 3 on sums"))
+        kept = [line for line in self.lines(text) if not line.startswith("train ")]
+        assert kept == [
+            "the weights are read, 0.2 s",
+            "a checkpoint of 1 steps is saved, 40 s",
+            "the last weights are sent to the engines, 3.0 s",
+        ]
+
+    def test_a_quiet_run_tells_nothing_of_it(self, clock):
+        text = io.StringIO()
+        with Progress(3, "train", METRICS, Console(file=text), quiet=True) as progress:
+            progress.activity(self.told("engine", "done", 50.0))
+        assert text.getvalue() == ""
+
+    def test_a_terminal_shows_what_is_under_way_with_the_seconds(self, clock):
+        text = io.StringIO()
+        console = Console(file=text, width=80, force_terminal=True, color_system=None)
+        with Progress(4, "train", METRICS, console) as progress:
+            for engine in range(5):
+                progress.activity(self.told("engine", "begins", where=f"engine {engine}"))
+            clock[0] += 12.0
+            drawn = [
+                "".join(part.text for part in line).rstrip() for line in console.render_lines(progress.display(), pad=False)
+            ]
+            assert drawn[1:] == ["engine 0 is loading, 12 s", "engine 1 is loading, 12 s", "and 3 more"]
+            for engine in range(5):
+                progress.activity(self.told("engine", "done", 12.0, where=f"engine {engine}"))
+            assert len(console.render_lines(progress.display(), pad=False)) == 1
+        assert text.getvalue().count("engine 4 is up, 12 s") == 1
+
+    def test_a_restart_forgets_what_was_under_way(self, clock):
+        text = io.StringIO()
+        with Progress(4, "train", METRICS, Console(file=text)) as progress:
+            progress.activity(self.told("checkpoint", "begins"))
+            progress.rewind(0)
+            clock[0] += 60.0
+            progress.remind()
+        assert text.getvalue() == ""
+
+
+class TestAnswers:
+    def test_a_long_answer_keeps_its_beginning_and_its_end(self):
+        assert in_a_line("a\n b", 10) == "a b"
+        said = in_a_line("x" * 50 + " The answer is 42.", 30)
+        assert len(said) == 30 and said.startswith("xxxx") and " … " in said and said.endswith(" 42.")
+
+    @pytest.mark.parametrize("width", [40, 80])
+    def test_answers_are_a_line_each_on_a_terminal_and_in_a_file(self, width):
+        pairs = [("How many [bold] metres are 7 km? " * 9, "First, " * 40 + "so 7000"), ("1+1", "2, right: 2")]
+        for terminal in (True, False):
+            text = io.StringIO()
+            console = Console(file=text, width=width, force_terminal=terminal, color_system=None)
+            Progress(4, "train", METRICS, console).answers(pairs)
+            lines = text.getvalue().splitlines()
+            assert len(lines) == 4 and max(map(len, lines)) <= (width if terminal else 120)
+            assert lines[0].startswith("  ? How many [bold] metr") and lines[1].endswith("so 7000")
+            assert lines[2:] == ["  ? 1+1", "  > 2, right: 2"]
+
+    def test_they_are_of_the_evaluation_or_the_step_that_was_told(self, tmp_path):
+        samples = [
+            {"step": step, "set": name, "problem": f"{name} {step}", "answer": "2", "text": f"said {n}"}
+            for step in (0, 4)
+            for name in ("sums", "chats")
+            for n in range(3)
+        ]
+        (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+        found = [(f"sums {4}", f"said {n}, right: 2") for n in range(2)]
+        assert greedy_answers(tmp_path, 4, "sums", 2) == found
+        rows = [
+            {"step": step, "prompt_id": prompt, "reward": 0.5, "status": status, "text": f"{step} {prompt} {n}"}
+            for step in (1, 2, 3)
+            for prompt, status in (("a", "ok"), ("b", "timeout"))
+            for n in range(2)
+        ]
+        (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert rollouts(tmp_path, 2, 3) == [
+            ("a, reward 0.5", "2 a 0"),
+            ("b, not judged: timeout", "2 b 0"),
+            ("a, reward 0.5", "2 a 1"),
+        ]
+        assert rollouts(tmp_path, 9, 3) == [] and greedy_answers(tmp_path / "none", 0, "sums", 1) == []
 
 
 class TestTimeLeft:
@@ -141,7 +274,7 @@ class TestOnTerminal:
         progress = Progress(5000, "train", METRICS, console)
         with progress:
             progress.update({"step": 4321, **FIGURES})
-            drawn = console.render_lines(progress._display(), pad=False)
+            drawn = console.render_lines(progress.display(), pad=False)
         lines = ["".join(segment.text for segment in line).rstrip() for line in drawn]
         assert len(lines) <= 1 + -(-len(SHOWN) // per_row) <= 24
         assert max(map(len, lines)) <= width

@@ -3,6 +3,7 @@ still knows of earlier evaluations, the score of a step, and what the guard make
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ from engine.core.errors import InferenceError
 from engine.core.types import Prompt, Score
 from engine.data.mixture import HeldOut, Mixture
 from engine.data.prompts import PromptSet
+from engine.observe import telling
+from engine.observe.telling import LOGGER
 from engine.rewards.base import Answer, Reward
 from engine.run import controller as controller_module
 from engine.run.controller import Controller
@@ -44,6 +47,33 @@ class Sixth(Reward):
 
 
 Open = Callable[..., Controller]
+
+
+class Hearing(logging.Handler):
+    """What is told in this process, as a journal would hear it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.events: list[dict[str, Any]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (told := getattr(record, "told", None)) is not None:
+            self.events.append(told)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind so far, which are then forgotten."""
+        found = [event for event in self.events if event["kind"] == kind]
+        self.events.clear()
+        return found
+
+
+@pytest.fixture
+def hearing(monkeypatch):
+    logger, handler = logging.getLogger(LOGGER), Hearing()
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -84,7 +114,7 @@ def record(step: int, entropy: float = 1.0) -> dict[str, float]:
     return {"step": step, "rollout_entropy": entropy, "completion_tokens_mean": 9.0, "reward_mean": 0.5}
 
 
-def test_every_set_has_its_row_and_the_scores_are_the_means_over_them(open_controller: Open):
+def test_every_set_has_its_row_and_the_scores_are_the_means_over_them(open_controller: Open, hearing: Hearing):
     """Chats are worth 6: in the seed's length 6, in four times as many tokens 6 / 4. Sums stay right, at any length."""
     controller = open_controller()
     controller._sets.append(("chats", PromptSet(CHATS, 0, 0)))
@@ -99,21 +129,47 @@ def test_every_set_has_its_row_and_the_scores_are_the_means_over_them(open_contr
     later._sets.append(("chats", PromptSet(CHATS, 0, 0)))
     later.evaluate(3, lambda: None)
     assert later.scores() == {0: (1 + 6) / 2, 3: (1 + 6 / 4) / 2}, "a resumed run still knows the seed's length"
-    told = [event for event in later.finish_step(record(3)) if event["kind"] == "evaluation"]
-    assert [(event["set"], event["mean"]) for event in told] == [("sums", 1.0), ("chats", 6.0)]
-    assert "records" not in told[0]
+    told = hearing.of("evaluation")
+    assert [(event["step"], event["set"], event["mean"]) for event in told[2:]] == [(3, "sums", 1.0), (3, "chats", 6.0)]
+    assert "records" not in told[0] and told[0]["unix_seconds"] > 1e9
+    assert later.finish_step(record(3)) == [{"kind": "step"} | record(3)], "what was told is not told again"
     assert open_controller(start=3).scores().keys() == {0, 3}, "what was judged there stands where it is not due again"
     assert open_controller(start=2).scores().keys() == {0}, "what came after the checkpoint is forgotten"
 
 
-def test_a_run_tells_which_held_out_problems_it_trains_on(open_controller: Open):
-    """All of them: both sets are the same here."""
-    notes = [event["text"] for event in open_controller().finish_step(record(1)) if event["kind"] == "note"]
+def test_a_run_tells_which_held_out_problems_it_trains_on(open_controller: Open, hearing: Hearing):
+    """All of them, before its first step: both sets are the same here."""
+    open_controller()
+    notes = [event["text"] for event in hearing.of("note")]
     (warning,) = [note for note in notes if note.startswith("warning: ")]
     assert warning.startswith(f"warning: data.held_out: {len(SUMS)} of {len(SUMS)} problems are also trained on, such as ")
 
 
-def test_what_a_checkpoint_kept_is_what_the_resumed_run_goes_on_from(open_controller: Open):
+def test_an_evaluation_tells_how_far_it_has_come(open_controller: Open, hearing: Hearing, monkeypatch):
+    """In parts of whole problems, which are waited for one after another; and the start what it does."""
+    monkeypatch.setattr(telling, "AGAIN_SECONDS", 0.0)
+    controller = open_controller()
+    assert [event["what"] for event in hearing.of("activity") if event["state"] == "done"] == [
+        "tokenizer",
+        "prompts",
+        "engines",
+        "prompts",
+    ]
+    many = tuple(Prompt(f"m{i}", (i,), f"sum {i}", f"{i}", "", "") for i in range(20))
+    controller._sets = [("many", PromptSet(many, 0, 0))]
+    beats: list[int] = []
+    controller.evaluate(0, lambda: beats.append(1))
+    told = hearing.of("activity")
+    assert {(event["what"], event["about"], event["total"]) for event in told} == {("evaluation", "step 0 on many", 20)}
+    assert [(event["state"], event["done"]) for event in told] == [
+        ("begins", 0),
+        *(("goes on", n) for n in (8, 16, 20)),
+        ("done", 20),
+    ]
+    assert len(beats) == 3 + 1, "after every wait, the one for the greedy answers included"
+
+
+def test_what_a_checkpoint_kept_is_what_the_resumed_run_goes_on_from(open_controller: Open, hearing: Hearing):
     """And where the records are not what it says, the first events tell."""
     first = open_controller()
     first.evaluate(0, lambda: None)
@@ -124,10 +180,11 @@ def test_what_a_checkpoint_kept_is_what_the_resumed_run_goes_on_from(open_contro
     resumed = open_controller(start=4, version=4, kept=kept)
     assert [row["step"] for row in rows(resumed, "metrics.jsonl")] == [0, 1, 2, 3]
     assert resumed.scores() == {0: 1.0}
-    assert not [event for event in resumed.finish_step(record(4)) if "changed" in event.get("text", "")]
+    assert not [event for event in hearing.of("note") if "changed" in event["text"]]
+    resumed.finish_step(record(4))
     (resumed._config.run_directory / "samples.jsonl").write_text("")
-    told = [event for event in open_controller(start=4, version=4, kept=kept).finish_step(record(4)) if event["kind"] == "note"]
-    assert "samples.jsonl was changed" in told[0]["text"]
+    open_controller(start=4, version=4, kept=kept)
+    assert "samples.jsonl was changed" in hearing.of("note")[0]["text"]
 
 
 @pytest.mark.parametrize("action", ["off", "warn", "stop"])
