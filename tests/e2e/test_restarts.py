@@ -1,5 +1,5 @@
-"""A run that loses a process goes on by itself: one loses a real engine while it samples, starts again and ends with the bits of
-an undisturbed one. Nightly: the same run when it loses a trainer rank too, and one that loses its engine once too often."""
+"""A run that loses a process goes on by itself: one loses a real engine while it samples, starts again and ends with the bits
+of an undisturbed one. Nightly: the same run when it loses a trainer rank too, and one that loses its engine once too often."""
 
 from __future__ import annotations
 
