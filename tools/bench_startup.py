@@ -1,6 +1,6 @@
 """What the start of a run costs, process by process: CPU seconds from the command to the first finished step, which a busy
-machine distorts less than seconds on a clock. With --against, another checkout in turn with this one. It judges no figure, and
-changes nothing of the run.
+machine distorts less than seconds on a clock. With --against, another checkout in turn with this one, each in its own folder:
+relative paths in the configuration are of that folder. It judges no figure, and changes nothing of the run.
 
     python tools/bench_startup.py configs/quickstart.toml run.steps=1 [--pairs 3] [--against ../before] [--json FILE]
 """
@@ -72,7 +72,7 @@ def start(tree: Path, config: str, overrides: list[str]) -> dict[str, float]:
     environment = os.environ | {"PYTHONPATH": str(tree)}
     started = time.monotonic()
     with (folder / "log").open("w") as log:
-        run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        run = subprocess.Popen(command, cwd=tree, env=environment, stdout=log, stderr=log)  # its own modules come first
     sampler, metrics = Sampler(psutil.Process(run.pid)), folder / "run" / "metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         sampler.look()
