@@ -105,7 +105,7 @@ class Peers:
 
     def model(self) -> Any:
         """The live module; the engine core runs in this process."""
-        return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        return self._llm.model_executor.driver_worker.worker.model_runner.model
 
     def open(self, port: int) -> None:
         """Meets trainer rank 0."""

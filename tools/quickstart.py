@@ -138,9 +138,29 @@ def summarize(seconds: dict[str, float], equal: int, compared: int) -> dict[str,
         "wait_seconds": totals["wait_seconds"],
         "train_seconds": totals["train_seconds"],
         "greedy_equal_to_transformers": f"{equal} of {compared}",
+        "startup": startup(FOLDER / "train"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in installed()},
     }
+
+
+def startup(run: Path) -> dict[str, Any]:
+    """What the run wrote down of its start in startup.jsonl: seconds to the first finished step, and of each phase in each
+    process, which overlap. Empty where it wrote none."""
+    file = run / "startup.jsonl"
+    return json.loads(file.read_text(encoding="utf-8").splitlines()[0]) if file.exists() else {}
+
+
+def startup_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The phases in the order in which they began, with their seconds and share of the time to the first step."""
+    phases = sorted(found["phases"], key=lambda phase: phase["after_seconds"])
+    return [
+        (
+            " ".join(filter(None, (f"{phase['process']}:", phase["name"], phase["about"]))),
+            f"{phase['seconds']:.1f} s, {phase['seconds'] / found['seconds']:.0%}",
+        )
+        for phase in phases
+    ]
 
 
 def installed() -> list[str]:
@@ -166,6 +186,9 @@ def show(summary: dict[str, Any]) -> None:
         ("seconds in all", f"{summary['total_seconds']:.0f}"),
     ]
     print_table("quickstart", [("what", "found"), *rows])
+    if found := summary["startup"]:
+        title = f"{found['seconds']:.0f} seconds to the first step of the training, by phase; phases overlap"
+        print_table(title, [("process and phase", "seconds, share"), *startup_rows(found)])
     print(f"model: {FOLDER / 'model'}\nsummary: {FOLDER / 'summary.json'}\ncurves: tensorboard --logdir {FOLDER / 'train'}")
 
 

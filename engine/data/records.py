@@ -18,9 +18,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import pyarrow
-import pyarrow.parquet
-
 from engine.core.errors import ConfigError, DataError, SemionError
 from engine.core.jsonl import Fault, objects_in, parsed
 
@@ -215,6 +212,8 @@ def _file_digest(path: Path, size: int, changed: int) -> str:
 
 
 def _parquet_records(path: Path, fields: Collection[str] | None) -> Iterator[Record]:
+    import pyarrow.parquet  # here, for most processes of a run read none
+
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
@@ -243,6 +242,8 @@ def _dataset_records(source: str, dataset: Any, fields: Collection[str] | None) 
 
 
 def _saved_dataset(path: Path) -> Any:
+    import pyarrow
+
     try:
         return _library(str(path)).load_from_disk(str(path))
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:

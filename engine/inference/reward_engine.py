@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from engine.config.load import RunConfig
 from engine.core.errors import InferenceError
+from engine.core.importing import uncollected
 from engine.core.types import Message, Score
 from engine.inference.vllm_engine import ENVIRONMENT
 from engine.observe.telling import activity
@@ -35,10 +36,12 @@ class RewardEngine:
 
     def _load(self, config: RunConfig) -> None:
         import torch
-        from vllm import LLM
-        from vllm.config import PoolerConfig
 
-        from engine.inference import athene
+        with uncollected():
+            from vllm import LLM
+            from vllm.config import PoolerConfig
+
+            from engine.inference import athene
 
         options, on_cpu = config.reward_model, not torch.cuda.is_available()
         torch.set_num_threads(config.inference.threads)

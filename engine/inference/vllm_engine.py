@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, EngineLostError, InferenceError, NumericsError, WeightSyncError
+from engine.core.importing import uncollected
 from engine.core.types import Completion
 from engine.data.ends import end_tokens
 from engine.data.templates import policy_tokenizer
@@ -33,6 +34,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+UNCOMPILED = {"TORCH_COMPILE_DISABLE": "1"}  # on a CPU: else a C++ compiler runs before the first token, for one small function
 IN_DOUBT = -1  # the version of weights that are not, or not yet, proven to be one
 WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps and wakes
 FORGETTING = 2  # vLLM's level of sleep that keeps nothing: a sync sends every byte again, and proves it
@@ -64,7 +66,6 @@ class VllmEngine:
             why = " ".join(str(error).split())
             raise InferenceError(f"engine {index} could not start from {config.model.path}: {why}") from error
         self._check_head()
-        self._core = self._llm.llm_engine
         self._version = 0
         self._asleep: list[str] = []
         self._open: dict[str, tuple[SampleRequest, int]] = {}  # and the version that is to answer it
@@ -74,19 +75,25 @@ class VllmEngine:
 
     def _load(self) -> None:
         import torch
-        from vllm import LLM
-        from vllm.config import WeightTransferConfig
 
-        from engine.inference import receiver as receive
-
-        receive.register()
         config, path = self._config, self._config.model.path
         on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            os.environ |= UNCOMPILED
+        with uncollected():  # the engine itself: vllm.LLM beside it brings the servers' modules, a fifth of the import
+            from vllm.config import WeightTransferConfig
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            from engine.inference import receiver as receive
+
+        receive.register()
         shared = not on_cpu and config.inference.placement == "colocated"
         torch.set_num_threads(config.inference.threads)
         self._tokenizer = policy_tokenizer(config)
         self._end_ids = list(end_tokens(path, self._tokenizer).stop)
-        self._llm = LLM(
+        options = EngineArgs(
             model=path,
             dtype=config.model.dtype,
             load_format=receive.PLAIN_FORMAT if on_cpu and not config.inference.packed_weights else "auto",
@@ -111,6 +118,7 @@ class VllmEngine:
             # The share sizes nothing where the KV cache has a size, but it must be free at the start: a trainer may be there.
             **({"enable_sleep_mode": True, "gpu_memory_utilization": 0.01} if shared else {}),
         )
+        self._llm = LLMEngine.from_engine_args(options, usage_context=UsageContext.LLM_CLASS)
 
     def _check_head(self) -> None:
         """ConfigError where this vLLM, or its platform, leaves the output layer in another type than model.head asks for."""
@@ -157,7 +165,7 @@ class VllmEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             assert request.request_id not in self._open, request.request_id
-            self._core.add_request(request.request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
+            self._llm.add_request(request.request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
             self._open[request.request_id] = request, version
 
     def collect(self, request_ids: Sequence[str]) -> tuple[list[Completion], dict[str, float]]:
@@ -170,7 +178,7 @@ class VllmEngine:
         missing = set(request_ids) - self._done.keys()
         while missing:
             with phase(Phase.DECODE):
-                outputs = self._core.step()
+                outputs = self._llm.step()
             if self._recorder is not None:
                 self._recorder.decoded()
             for output in outputs:
@@ -211,17 +219,23 @@ class VllmEngine:
         """Log-prob, at temperature 1, of each token of each sequence given those before it, but for the first; used to check
         a sync. InferenceError when the engine serves no version, or has requests in flight."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         if self._version == IN_DOUBT or self._open:
             why = self._doubt() if self._version == IN_DOUBT else f"{len(self._open)} requests are in flight"
             raise InferenceError(f"engine {self._index} must serve a version and be idle to score; {why}")
-        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        found: dict[str, Any] = {}
         with phase(Phase.ENGINE_LOG_PROBS):
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+            for index, ids in enumerate(sequences):
+                self._llm.add_request(str(index), {"prompt_token_ids": list(ids)}, parameters)
+            while len(found) < len(sequences):
+                found |= {output.request_id: output.prompt_logprobs for output in self._llm.step() if output.finished}
         return [
-            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
-            for output, ids in zip(outputs, sequences, strict=True)
+            [entry[token].logprob for entry, token in zip(found[str(index)][1:], ids[1:], strict=True)]
+            for index, ids in enumerate(sequences)
         ]
 
     def profile(self, on: bool) -> None:

@@ -6,11 +6,12 @@ in trainer processes, and megatron must be called from the thread that installed
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from engine.megatron.importing import lean
 
 CPU = torch.device("cpu")
 
@@ -37,10 +38,6 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    return function if function is not None else (lambda decorated: decorated)
-
-
 @functools.cache
 def install() -> None:
     """Makes this process a CPU trainer; call once or more, before any megatron call and on the thread that trains."""
@@ -52,11 +49,9 @@ def install() -> None:
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    compiler: Any = torch
-    compile_, compiler.compile = torch.compile, _uncompiled  # megatron compiles at import, which needs a compiler
-    from megatron.core.tensor_parallel import random
+    with lean():
+        from megatron.core.tensor_parallel import random
 
-    compiler.compile = compile_
     state: Any = random
     state._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
     state._set_cuda_rng_state = lambda new, device=-1, graph_safe=False: torch.set_rng_state(new)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, Literal
 
+from engine.core.importing import uncollected
 from engine.observe.journal import Journal, traced
 from engine.run.spec import Spec
 
@@ -29,8 +30,7 @@ class Hosted:
         journal.open()
         with traced(str(kind)):
             if isinstance(kind, str):
-                module, _, name = kind.partition(":")
-                kind = getattr(import_module(module), name)
+                kind = _imported(kind)
             assert isinstance(kind, type)
             spec = Spec.from_json(text)
             self._object = kind(spec if needs == "spec" else spec.config, *arguments)
@@ -44,6 +44,18 @@ class Hosted:
         """What one of its methods yields."""
         with traced(method):
             yield from getattr(self._object, method)(*arguments)
+
+
+def _imported(kind: str) -> type:
+    """The class "module:Class"; a trainer rank's, after megatron-core."""
+    module, _, name = kind.partition(":")
+    with uncollected():
+        if kind == RANK:
+            from engine.megatron.importing import import_trainer
+
+            import_trainer()
+        found: type = getattr(import_module(module), name)
+    return found
 
 
 def hosting(kind: str | type) -> type:

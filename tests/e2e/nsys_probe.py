@@ -10,13 +10,19 @@ from collections.abc import Iterator
 
 from engine.config.load import load_config
 from engine.run.processes import Cluster
-from engine.run.rank import TrainerRank
 from engine.run.signals import Event
-from engine.run.spec import resolve
+from engine.run.spec import Spec, resolve
 
 
-class Probe(TrainerRank):
-    """A trainer rank that trains nothing."""
+class Probe:
+    """In a trainer rank's place, without its libraries: it trains nothing."""
+
+    def __init__(self, spec: Spec, rank: int, host: str) -> None:
+        self._rank = rank
+
+    def serve(self) -> int:
+        """There is nobody to meet."""
+        return 0
 
     def probe(self, port: int) -> Iterator[Event]:
         yield {"rank": self._rank, "pid": os.getpid()}

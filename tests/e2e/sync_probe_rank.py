@@ -16,6 +16,10 @@ if os.environ.get("SEMION_TE_ON_CPU"):
     from tests import te_cpu
 
     te_cpu.install()
+else:
+    from engine.megatron.importing import import_trainer
+
+    import_trainer()
 
 import torch
 import torch.distributed as dist

@@ -1,6 +1,5 @@
-"""A run that loses a process goes on by itself: one loses a real engine while it samples and starts again, then a trainer rank,
-which is once too often: it ends with that rank's exit code, and resumed with the bits of an undisturbed one. Nightly: the
-same run when it may lose both, and one that loses its engine again and again."""
+"""A run that loses a process goes on by itself: one loses a real engine while it samples, starts again and ends with the bits
+of an undisturbed one. Nightly: the same run when it loses a trainer rank too, and one that loses its engine once too often."""
 
 from __future__ import annotations
 
@@ -91,34 +90,28 @@ def restarts(config: RunConfig) -> list[dict[str, Any]]:
     return rows(config, "restarts.jsonl") if (config.run_directory / "restarts.jsonl").exists() else []
 
 
-def test_a_run_starts_again_after_a_lost_engine_and_ends_after_a_lost_rank_as_run_restarts_allows(
+def test_a_run_that_loses_an_engine_starts_again_and_ends_as_if_nothing_had_happened(
     semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
 ) -> None:
     whole, _ = semi_online
-    config = run_config(*SEMI_ONLINE, "run.restarts=1", directory="restarted_once")
-    file = written(config, tmp_path)
-    with Watched(file, tmp_path / "log") as watched:
+    config = run_config(*SEMI_ONLINE, "run.restarts=9", directory="restarted_once")
+    with Watched(written(config, tmp_path), tmp_path / "log") as watched:
         watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
         watched.until(watched.sampling).kill()
-        watched.until(lambda: restarts(config))
-        watched.until(lambda: watched.at("engine 0: collect"))  # the loop runs again
-        watched.until(lambda: watched.at("trainer rank 0: train")).kill()
-        assert watched.ends() == 8, watched.said()[-4000:]
-    (lost,) = restarts(config)
-    assert (lost["step"], lost["restart"], lost["error"]) == (2, 1, "EngineLostError")
-    said = watched.said()
-    assert "the run goes on from the checkpoint of 2 steps, restart 1 of 1" in said
-    last = said[said.rindex("semion: ") :]
-    assert "the process of trainer rank 0 ended" in last and "started again once without reaching a new checkpoint" in last
-    semion("train", file, "--resume", "auto")
+        assert watched.ends() == 0, watched.said()[-4000:]
+    lost = restarts(config)
+    # On a very busy machine Ray may not start within its own deadline: then that is one more, on record as such.
+    (first,) = [row for row in lost if "Ray did not start" not in row["text"]]
+    assert (first["step"], first["restart"], first["error"]) == (2, 1, "EngineLostError")
+    assert "the run goes on from the checkpoint of 2 steps, restart 1 of 9" in watched.said()
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
     ours, theirs = (json.loads((c.run_directory / "summary.json").read_text()) for c in (config, whole))
-    assert (ours["restarts"], theirs["restarts"]) == ([lost], [])
+    assert (ours["restarts"], theirs["restarts"]) == (lost, [])
     assert ours["evaluations"] == theirs["evaluations"]
     proof = semion("report", str(config.run_directory), "--output", str(tmp_path / "report.html"))
-    assert "proven from 144 rollouts of 4 steps; 1 restart" in proof
+    assert f"proven from 144 rollouts of 4 steps; {len(lost)} restart" in proof
     assert "the process of engine" in (tmp_path / "report.html").read_text()
 
 

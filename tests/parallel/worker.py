@@ -20,6 +20,10 @@ def main() -> None:
         from tests import te_cpu
 
         te_cpu.install()
+    else:
+        from engine.megatron.importing import import_trainer
+
+        import_trainer()
     from tests.parallel import cases
 
     torch.set_num_threads(1)

@@ -235,3 +235,15 @@ def test_what_was_opened_is_closed_whatever_fails(open_controller: Open, monkeyp
     with pytest.raises(InferenceError):
         open_controller()
     assert closed == ["profile", "reward", "records"]
+
+
+def test_versions_reach_the_command_as_plain_texts(monkeypatch: pytest.MonkeyPatch):
+    """torch.__version__ is of a class of torch's: whoever reads it from another process would load torch for it."""
+
+    class Version(str):
+        pass
+
+    pool = controller_module.Pool([], 1.0)
+    monkeypatch.setattr(pool, "describe", lambda: [{"host": "h", "pid": "1", "torch": Version("2.13")}])
+    found = controller_module._versions(pool)
+    assert found.keys() == {"torch", "verifier"} and {type(value) for value in found.values()} == {str}

@@ -1,6 +1,7 @@
 """The quickstart takes away what an earlier one made, and nothing else."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,17 @@ def test_a_run_that_it_did_not_make_is_never_deleted(tmp_path):
     with pytest.raises(SystemExit, match="train without its mark"):
         quickstart.clear(tmp_path)
     assert (tmp_path / "train" / "checkpoints").exists() and (tmp_path / "data").exists(), "nothing is taken away"
+
+
+def test_the_start_of_its_run_is_shown_by_phase(tmp_path):
+    assert quickstart.startup(tmp_path) == {}
+    phases = [
+        {"process": "engine 0", "name": "engine", "about": "", "after_seconds": 6.0, "seconds": 12.0},
+        {"process": "the command", "name": "preflight", "about": "", "after_seconds": 0.5, "seconds": 3.0},
+    ]
+    rows = [json.dumps({"step": 0, "seconds": 24.0, "phases": phases}), json.dumps({"step": 30, "seconds": 9.0, "phases": []})]
+    (tmp_path / "startup.jsonl").write_text("\n".join(rows) + "\n")
+    found = quickstart.startup(tmp_path)
+    assert found["step"] == 0, "the first start of all"
+    shown = [("the command: preflight", "3.0 s, 12%"), ("engine 0: engine", "12.0 s, 50%")]
+    assert quickstart.startup_rows(found) == shown
