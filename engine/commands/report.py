@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from engine.commands.common import write_figures
+from engine.api.faults.directory import has_steps
 from engine.config.load import flat, load_config
 from engine.core.errors import DataError
 
@@ -22,6 +23,11 @@ def report(options: argparse.Namespace) -> int:
             raise DataError(
                 f"RUN must be the directory of a run, with config.toml and metrics.jsonl; found neither or one in {directory}: "
                 f"name a run.directory"
+            )
+        if not has_steps(directory):
+            raise DataError(
+                f"RUN must be the directory of a run that took a step; found no step in {directory}/metrics.jsonl: name another, or "
+                f"look into {directory}/logs"
             )
     places = [directory.resolve() for directory in directories]
     if twice := {str(place) for place in places if places.count(place) > 1}:

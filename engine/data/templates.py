@@ -43,6 +43,9 @@ class PromptForm:
     chat_template: str | None = None  # the text of one; None: the tokenizer's own; NO_CHAT: none
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")  # one of which a tokenizer has
+
+
 class LeftOut(NamedTuple):
     """Why a prompt cannot be used."""
 
@@ -56,6 +59,11 @@ def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTo
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{option} must be a folder with a tokenizer; found no folder {path}: check the path")
+    if not any((path / name).exists() for name in TOKENIZERS):  # told without the seconds that the library takes to say so
+        raise ConfigError(
+            f"{option} must hold a tokenizer (tokenizer.json and tokenizer_config.json, beside config.json); found none in "
+            f"{path}: copy the model's files there again"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = _class_of(path).from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the library has no type for a broken file
