@@ -184,7 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu-gibibytes", type=float, default=139.0, help="memory of a GPU (139: H200; 79: H100, A100 of 80 GB)")
     plan.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     export = add("export", _export, "verify a checkpoint and copy its policy as a Hugging Face model", config=False)
-    export.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's directory (its newest checkpoint) or one checkpoint's folder")
+    export.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run's directory (its newest checkpoint) or one checkpoint's folder"
+    )
     export.add_argument("destination", metavar="DESTINATION", help="folder to make")
     export.add_argument(
         "--dtype",

@@ -64,7 +64,9 @@ def check_targets(options: argparse.Namespace) -> None:
         said = getattr(options, name, None) or []
         for file in [said] if isinstance(said, str) else said:
             if file and not CONTROL.search(file):
-                seen[Path(file).absolute()] = f"--{name}" if name in ("against", "questions", "exclude", "suite") else name.upper()
+                seen[Path(file).absolute()] = (
+                    f"--{name}" if name in ("against", "questions", "exclude", "suite") else name.upper()
+                )
     faults = []
     for name in (*TARGETS, *DESTINATIONS):
         said = getattr(options, name, None)

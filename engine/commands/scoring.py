@@ -38,7 +38,9 @@ OF_MODEL = ("reward_model", "max_tokens")
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("file", metavar="FILE", help="JSONL or parquet; a row has answer and completion, and may have problem and expected")
+    parser.add_argument(
+        "file", metavar="FILE", help="JSONL or parquet; a row has answer and completion, and may have problem and expected"
+    )
     own = "path/to/file.py:name or package.module:name"
     parser.add_argument("--reward", required=True, metavar="NAME", help=f"what judges, as data.reward: math, model or {own}")
     parser.add_argument("--unevaluated", choices=["accept", "refuse"], help="expressions left to compute (accept)")

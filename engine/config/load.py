@@ -240,7 +240,9 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
         document = tomllib.loads(f"value = {written}")
     except tomllib.TOMLDecodeError:
         if written.strip()[0] in "\"'":
-            raise ConfigError(f"override {text!r} must close the quote that its value begins with; found none: add it") from None
+            raise ConfigError(
+                f"override {text!r} must close the quote that its value begins with; found none: add it"
+            ) from None
         document = {"value": written}
     except (RecursionError, ValueError) as error:
         raise ConfigError(f"override {brief(text)} must have a value that can be read; found {error}: shorten it") from error

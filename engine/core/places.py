@@ -22,8 +22,8 @@ def hub_name(name: str) -> str | None:
 
 
 def meant(name: str, option: str, hub: str) -> str:
-    """What to do about a name behind which nothing is. `hub`: what to do where it may be one of the Hugging Face hub, with {} for
-    its owner/name."""
+    """What to do about a name behind which nothing is. `hub`: what to do where it may be one of the Hugging Face hub, with {}
+    for its owner/name."""
     if not name.strip():
         return "write a path"
     if name.lower() in ("none", "null", "false", "no"):

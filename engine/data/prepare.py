@@ -59,8 +59,8 @@ def prepare(
         counts, by_source, ranks = _filter(recipe, sources, excluded, kept, sizes.seed)
         if counts["read"] and counts.get("empty") == counts["read"]:
             raise DataError(
-                f"{', '.join(sources)}: rows must have `{recipe.fields[0]}`, as {recipe.name}'s have; found none in {counts['read']} "
-                f"rows: name files of {recipe.name}"
+                f"{', '.join(sources)}: rows must have `{recipe.fields[0]}`, as {recipe.name}'s have; found none in "
+                f"{counts['read']} rows: name files of {recipe.name}"
             )
         files = _split(kept, _parts(ranks, sizes), staging)
         kept.unlink()

@@ -78,11 +78,11 @@ def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTo
 def _class_of(path: Path) -> Any:
     """What loads a folder's tokenizer: the class that its tokenizer_config.json names where that takes tokenizer.json as it
     is, as Llama 3's does, else the one that finds the class by the model, which imports all of them, and torch, for seconds."""
-    try:
-        said = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        said = {}
-    if isinstance(said, dict) and said.get("tokenizer_class") in PLAIN_CLASSES and not said.get("auto_map"):
+    file = path / "tokenizer_config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}  # who calls this tells what cannot be read
+    if not isinstance(said, dict):
+        raise TypeError(f"{file.name} must hold an object; found a {type(said).__name__}")
+    if said.get("tokenizer_class") in PLAIN_CLASSES and not said.get("auto_map"):
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast

@@ -85,7 +85,9 @@ def require_folder(path: str | Path, option: str = POLICY) -> None:
     """CheckpointError where there is no folder with a config.json: what is there instead, and what to do about it."""
     folder = Path(path)
     if not str(path).strip() or not folder.is_dir():
-        found = "an empty name" if not str(path).strip() else f"a file at {path}" if folder.is_file() else f"no folder at {path}"
+        found = (
+            "an empty name" if not str(path).strip() else f"a file at {path}" if folder.is_file() else f"no folder at {path}"
+        )
         if folder.suffix == ".gguf":
             fix = "fetch the checkpoint in safetensors, GGUF cannot be trained on"
         elif folder.is_file():
@@ -355,7 +357,9 @@ def _weight_map(file: Path, option: str) -> dict[str, str]:
     """The file of each tensor, by an index of shards. CheckpointError for an index of another form."""
     found = _read_json(file, option).get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"{file} must have a table weight_map of tensors and their files; found {brief(found)}: fetch it again")
+        raise CheckpointError(
+            f"{file} must have a table weight_map of tensors and their files; found {brief(found)}: fetch it again"
+        )
     for name, shard in found.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(

@@ -26,7 +26,9 @@ def directory_faults(look: Look) -> Faults:
             yield ConfigError(f"{option} must be a folder that can be made and written; found {what}: name another")
             return
         if place.exists() and place.resolve() == Path(config.model.path).resolve():
-            yield ConfigError(f"{option} must not be model.path, whose files it would mix with its own; found both as {name}: name another")
+            yield ConfigError(
+                f"{option} must not be model.path, whose files it would mix with its own; found both as {name}: name another"
+            )
             return
     if lock.exists():
         with lock.open("r") as file:

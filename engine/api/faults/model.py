@@ -71,8 +71,8 @@ def _tokenizer(look: Look) -> Faults:
         prompt = encode_prompt(tokenizer, "1 + 1", prompt_form(look.config, Source(train="", template="{problem}")))
         if "1+1" not in str(tokenizer.decode(list(prompt))).replace(" ", ""):
             yield ConfigError(
-                f"{option} must hold a chat template that writes a user's message; found none of '1 + 1' in what it makes of it "
-                f"in {place}: mend the template"
+                f"{option} must hold a chat template that writes a user's message; found none of '1 + 1' in what it makes of "
+                f"it in {place}: mend the template"
             )
     except TemplateError as error:
         yield ConfigError(

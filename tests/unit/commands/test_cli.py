@@ -129,7 +129,7 @@ def test_what_a_run_needs_is_looked_at_before_any_process_starts(command, file, 
         assert "data.held_out must be a file" in complaint(3, *given, "data.held_out=gone.jsonl")
     if command[0] in ("train", "rollout"):
         assert "data.mix[0].train must be a file" in complaint(3, *given, 'data.mix=[{train = "gone.jsonl"}]')
-    assert "gone/config.json cannot be read" in complaint(4, *given, "model.path=gone")
+    assert "found no folder at gone" in complaint(4, *given, "model.path=gone")
     (tmp_path / "seed" / "config.json").write_text(json.dumps(LLAMA | {"model_type": "qwen2"}))
     said = complaint(2, *given)
     assert "must have model_type = 'llama' or 'qwen3'; found 'qwen2'" in said

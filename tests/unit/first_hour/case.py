@@ -1,5 +1,6 @@
-"""What a case of the first hour is: one mistake, or one state of the machine, that a person meets with a model, data and a reward
-of their own, and what `semion` must answer. The cases stand in one file a group beside this one; test_first_hour.py makes them.
+"""What a case of the first hour is: one mistake, or one state of the machine, that a person meets with a model, data and a
+reward of their own, and what `semion` must answer. The cases stand in one file a group beside this one, and test_first_hour.py
+makes them.
 
 A case is fine when the command ends with the documented exit code, says one plain sentence for each mistake and no traceback,
 starts no engine and no trainer for a run that cannot be, and leaves nothing behind. To add one: a `Case` in the list of its
@@ -106,7 +107,12 @@ def both(*several: Made) -> Made:
 
 def folders(*names: str) -> Made:
     """Empty folders."""
-    return lambda folder: [(folder / name).mkdir(parents=True) for name in names]
+
+    def made(folder: Path) -> None:
+        for name in names:
+            (folder / name).mkdir(parents=True)
+
+    return made
 
 
 def fields(file: str, **changes: Any) -> Made:

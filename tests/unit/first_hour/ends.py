@@ -3,19 +3,26 @@ stop is told by tests/e2e."""
 
 from __future__ import annotations
 
-from tests.unit.first_hour.case import Case, both, shell, text
+from tests.unit.first_hour.case import Case, shell, text
 
 MISTAKE = "semion check run.toml run.steps=0"
 SLEEPS = text(
     "mine.py",
     "import pathlib, time\n\n\ndef f(completion):\n    pathlib.Path('begun').touch()\n    time.sleep(60)\n    return 1.0\n",
 )
-SCORE = "semion score answers.jsonl --reward mine.py:f --deadline-seconds 60 & pid=$!; while [ ! -e begun ]; do sleep 0.05; done; rm begun; "
+SCORE = "semion score answers.jsonl --reward mine.py:f --deadline-seconds 60 & pid=$!; "
+SCORE += "while [ ! -e begun ]; do sleep 0.05; done; rm begun; "
 CASES: list[Case] = [
     shell("| head", "semion check run.toml --toml | head -1; exit ${PIPESTATUS[0]}", 0, "[run]"),
     shell("| true", "semion check run.toml --toml | true; [ ${PIPESTATUS[0]} = 141 ] || [ ${PIPESTATUS[0]} = 0 ]", 0),
     shell("a pipe that nobody reads", "exec 3> >(exec true); sleep 0.2; semion check run.toml >&3", 141),
-    shell("output on a full disk", "semion check run.toml > /dev/full", 4, "standard output cannot be written: the disk is full", sentences=1),
+    shell(
+        "output on a full disk",
+        "semion check run.toml > /dev/full",
+        4,
+        "standard output cannot be written: the disk is full",
+        sentences=1,
+    ),
     shell("no standard output", "semion check run.toml >&-", 0),
     shell("no standard input", "semion check run.toml <&-", 0, "as resolved"),
     shell("no standard error", f"{MISTAKE} 2>&-", 2),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.unit.first_hour.case import Case, accepted, refused, shell, text
+from tests.unit.first_hour.case import Case, accepted, refused, shell
 
 CHECK = "check run.toml"
 OWN = "check run.toml data.reward=rewards.py:right"  # which starts a process
@@ -29,12 +29,26 @@ CASES: list[Case] = [
     accepted("a Ray elsewhere", CHECK, RAY_ADDRESS="ray://gone:10001"),
     accepted("a proxy", CHECK, HTTP_PROXY="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9"),
     accepted("a hub that may be asked, for a model that is here", CHECK, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9"),
-    refused("a mistake on a terminal of one column", CHECK + " run.steps=0", 2, "run.steps: input should be greater than 0", COLUMNS="1"),
+    refused(
+        "a mistake on a terminal of one column",
+        CHECK + " run.steps=0",
+        2,
+        "run.steps: input should be greater than 0",
+        COLUMNS="1",
+    ),
     refused("a mistake with colours", CHECK + " run.steps=0", 2, "run.steps: input should be greater than 0", FORCE_COLOR="1"),
     accepted("doctor without a home folder and a PATH", "doctor", "python", HOME=None, PATH="/usr/bin"),
     accepted("doctor on a dumb terminal of one column", "doctor", "o", TERM="dumb", COLUMNS="1"),
-    shell("the alphabet of C", "LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 semion check 'ü.toml'", 2, "No such file", sentences=1),
+    shell(
+        "the alphabet of C", "LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 semion check 'ü.toml'", 2, "No such file", sentences=1
+    ),
     shell("an output that knows ASCII alone", "PYTHONIOENCODING=ascii semion check run.toml", 0, "as resolved"),
-    shell("a working directory that is gone", "mkdir gone; cd gone; rmdir ../gone; semion check run.toml", 2, "run.toml", sentences=1),
+    shell(
+        "a working directory that is gone",
+        "mkdir gone; cd gone; rmdir ../gone; semion check run.toml",
+        2,
+        "run.toml",
+        sentences=1,
+    ),
     shell("a limit on files", "ulimit -f 1; semion check run.toml --json spec.json; ls", 4, "may not be so large", sentences=1),
 ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 
 from tests.unit.benchmarks.chat_server import Reply, completion
-from tests.unit.first_hour.case import Case, Made, accepted, both, refused, text, usage
+from tests.unit.first_hour.case import Case, Made, both, refused, text, usage
 
 
 def outputs(file: str, generator: str, output: str = "2") -> Made:
@@ -34,7 +34,12 @@ CASES: list[Case] = [
     Case("a judge that says nothing of use", ASK, 0, ("unreadable",), ANSWERS, leaves=("o.jsonl",)),
     *(
         Case(name, ASK, 5, ("--endpoint", f"status {REPLIES[name][0]}"), ANSWERS, leaves=("o.jsonl",))
-        for name in ("a key that is refused", "a judge that may not be asked", "a judge of another name", "an address that has moved")
+        for name in (
+            "a key that is refused",
+            "a judge that may not be asked",
+            "a judge of another name",
+            "an address that has moved",
+        )
     ),
     Case("a request that is refused", ASK, 5, ("1 of 1", "status 400", "too long"), ANSWERS, leaves=("o.jsonl",)),
     refused("an address that is none", LINE + "api.openai.com", 2, "--endpoint", "https://", made=ANSWERS),
@@ -46,7 +51,14 @@ CASES: list[Case] = [
     refused("nobody asked at once", ASK + " --concurrency 0", 2, "--concurrency", "0", made=ANSWERS),
     refused("a deadline of nothing", ASK + " --timeout-seconds 0", 2, "--timeout-seconds", "0", made=ANSWERS),
     refused("a deadline that is no number", ASK + " --timeout-seconds nan", 2, "--timeout-seconds", "nan", made=ANSWERS),
-    refused("replies over the answers", "judge a.json --against b.json --model m --output a.json --endpoint {url}", 2, "--output", "a.json", made=ANSWERS),
+    refused(
+        "replies over the answers",
+        "judge a.json --against b.json --model m --output a.json --endpoint {url}",
+        2,
+        "--output",
+        "a.json",
+        made=ANSWERS,
+    ),
     refused("no answers", ASK, 3, "a.json", made=outputs("b.json", "theirs")),
     refused("empty answers", ASK, 3, "a.json", made=both(ANSWERS, text("a.json", "[]"))),
     refused("broken answers", ASK, 3, "a.json", made=both(ANSWERS, text("a.json", "["))),

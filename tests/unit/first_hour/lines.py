@@ -3,18 +3,28 @@ kind."""
 
 from __future__ import annotations
 
-import json
-
-from tests.unit.first_hour.case import Case, accepted, both, folders, gone, refused, rows, text, usage
+from tests.unit.first_hour.case import Case, accepted, both, gone, refused, rows, text, usage
 
 COMMANDS = ("check", "train", "sft", "rollout", "eval", "generate", "plan")
 PLAIN = ("export", "report", "show", "profile", "score", "prepare", "judge")
 RUN = '[run]\ndirectory = "run"\nsteps = 2\n[model]\npath = "model"\n[data]\ntrain = "train.jsonl"\n'
 ROLLOUT = {
-    "step": 0, "version": 0, "prompt_id": "p", "prompt_tokens": "3", "sample_index": 0, "seed": 1, "reward": 1.0, "status": "ok",
-    "finish_reason": "stop", "text": "2", "token_ids": [1], "log_probs": [-0.5],
-}  # fmt: skip
-RAN = both(text("old/config.toml", RUN), rows("old/metrics.jsonl", {"step": 0}, {"step": 1}), rows("old/rollouts.jsonl", ROLLOUT))
+    "step": 0,
+    "version": 0,
+    "prompt_id": "p",
+    "prompt_tokens": "3",
+    "sample_index": 0,
+    "seed": 1,
+    "reward": 1.0,
+    "status": "ok",
+    "finish_reason": "stop",
+    "text": "2",
+    "token_ids": [1],
+    "log_probs": [-0.5],
+}
+RAN = both(
+    text("old/config.toml", RUN), rows("old/metrics.jsonl", {"step": 0}, {"step": 1}), rows("old/rollouts.jsonl", ROLLOUT)
+)
 
 CASES: list[Case] = [
     usage("no command", "", "COMMAND"),
@@ -48,29 +58,81 @@ CASES: list[Case] = [
     # commands on files
     refused("score of no file", "score gone.jsonl --reward math", 3, "gone.jsonl"),
     refused("score of a folder", "score model --reward math", 3, "model"),
-    refused("score of an empty file", "score empty.jsonl --reward math", 3, "empty.jsonl", "found none", made=text("empty.jsonl", "")),
+    refused(
+        "score of an empty file",
+        "score empty.jsonl --reward math",
+        3,
+        "empty.jsonl",
+        "found none",
+        made=text("empty.jsonl", ""),
+    ),
     refused("score of rows without completions", "score train.jsonl --reward math", 3, "train.jsonl, line 1", "`completion`"),
     refused("score of a number", "score a.jsonl --reward math", 3, "a.jsonl, line 1", "3", made=text("a.jsonl", "3\n")),
-    refused("score with an expectation that is no number", "score a.jsonl --reward math", 3, "`expected`", made=rows("a.jsonl", {"answer": "1", "completion": "1", "expected": "right"})),
+    refused(
+        "score with an expectation that is no number",
+        "score a.jsonl --reward math",
+        3,
+        "`expected`",
+        made=rows("a.jsonl", {"answer": "1", "completion": "1", "expected": "right"}),
+    ),
     refused("score by nothing", "score answers.jsonl --reward maths", 2, "--reward", "'maths'", "math"),
     refused("score by a function that is not named", "score answers.jsonl --reward function", 2, "--function"),
     refused("score by a model that is not named", "score answers.jsonl --reward model", 2, "--reward-model"),
-    refused("score with a flag of another reward", "score answers.jsonl --reward math --function rewards.py:right", 2, "--function", "math"),
+    refused(
+        "score with a flag of another reward",
+        "score answers.jsonl --reward math --function rewards.py:right",
+        2,
+        "--function",
+        "math",
+    ),
     refused("score by no workers", "score answers.jsonl --reward math --workers 0", 2, "--workers", "0"),
-    refused("score with a deadline of nothing", "score answers.jsonl --reward math --deadline-seconds -1", 2, "--deadline-seconds", "-1"),
-    refused("score with a deadline that is no number", "score answers.jsonl --reward math --deadline-seconds nan", 2, "--deadline-seconds", "nan"),
+    refused(
+        "score with a deadline of nothing",
+        "score answers.jsonl --reward math --deadline-seconds -1",
+        2,
+        "--deadline-seconds",
+        "-1",
+    ),
+    refused(
+        "score with a deadline that is no number",
+        "score answers.jsonl --reward math --deadline-seconds nan",
+        2,
+        "--deadline-seconds",
+        "nan",
+    ),
     usage("score by two workers as a word", "score answers.jsonl --reward math --workers two", "--workers", "'two'"),
     usage("score by no reward", "score answers.jsonl", "--reward"),
     refused("report of nothing", "report gone", 3, "RUN", "gone", "run.directory"),
     refused("report of a file", "report run.toml", 3, "RUN", "run.toml"),
     refused("report of the model", "report model", 3, "RUN", "model"),
     refused("report of one run twice", "report old old", 3, "RUN", "old", made=RAN),
-    refused("report of a configuration that is broken", "report old", 2, "old/config.toml", made=both(RAN, text("old/config.toml", "[run"))),
-    refused("report of records that are broken", "report old", 3, "old/metrics.jsonl", "line 2", made=both(RAN, text("old/metrics.jsonl", '{"step": 0}\nx\n{"step": 1}\n'))),
-    refused("report of records that are no objects", "report old", 3, "old/metrics.jsonl", made=both(RAN, text("old/metrics.jsonl", "3\n4\n"))),
+    refused(
+        "report of a configuration that is broken",
+        "report old",
+        2,
+        "old/config.toml",
+        made=both(RAN, text("old/config.toml", "[run")),
+    ),
+    refused(
+        "report of records that are broken",
+        "report old",
+        3,
+        "old/metrics.jsonl",
+        "line 2",
+        made=both(RAN, text("old/metrics.jsonl", '{"step": 0}\nx\n{"step": 1}\n')),
+    ),
+    refused(
+        "report of records that are no objects",
+        "report old",
+        3,
+        "old/metrics.jsonl",
+        made=both(RAN, text("old/metrics.jsonl", "3\n4\n")),
+    ),
     refused("report of a run without a step", "report old", 3, "old", "step", made=both(RAN, text("old/metrics.jsonl", ""))),
     refused("show of nothing", "show gone", 3, "RUN", "gone"),
-    refused("show of a run that did not sample", "show old", 3, "RUN", "rollouts.jsonl", made=both(RAN, gone("old/rollouts.jsonl"))),
+    refused(
+        "show of a run that did not sample", "show old", 3, "RUN", "rollouts.jsonl", made=both(RAN, gone("old/rollouts.jsonl"))
+    ),
     refused("show of a step that is not there", "show old --step 99", 3, "--step", "99", made=RAN),
     refused("show of a step before the first", "show old --step -1", 3, "--step", "-1", made=RAN),
     refused("show of a prompt that is not there", "show old --prompt q", 3, "--prompt", "'q'", "p", made=RAN),
@@ -78,8 +140,20 @@ CASES: list[Case] = [
     usage("show of no prompts", "show old --prompts 0", "--prompts", "0"),
     usage("show of fewer than no answers", "show old --samples -2", "--samples", "-2"),
     usage("show of the worst and the best", "show old --worst --best", "--best"),
-    refused("show of a ledger that is broken", "show old", 3, "old/rollouts.jsonl", made=both(RAN, text("old/rollouts.jsonl", "x\n"))),
-    refused("show of a row that is no rollout", "show old", 3, "old/rollouts.jsonl", made=both(RAN, rows("old/rollouts.jsonl", {"step": 0}))),
+    refused(
+        "show of a ledger that is broken",
+        "show old",
+        3,
+        "old/rollouts.jsonl",
+        made=both(RAN, text("old/rollouts.jsonl", "x\n")),
+    ),
+    refused(
+        "show of a row that is no rollout",
+        "show old",
+        3,
+        "old/rollouts.jsonl",
+        made=both(RAN, rows("old/rollouts.jsonl", {"step": 0})),
+    ),
     refused("export of nothing", "export gone out", 4, "gone"),
     refused("export of a run without a checkpoint", "export old out", 4, "old", made=RAN),
     refused("export of a file", "export run.toml out", 4, "run.toml"),
@@ -93,10 +167,24 @@ CASES: list[Case] = [
     refused("profile of a file of another kind", "profile run.toml", 3, "run.toml"),
     refused("profile of JSON of another kind", "profile a.json", 3, "a.json", made=text("a.json", "[]")),
     refused("profile of a trace without our ranges", "profile a.json", 3, "a.json", made=text("a.json", '{"traceEvents": []}')),
-    refused("profile of a broken database", "profile a.sqlite", 3, "a.sqlite", made=text("a.sqlite", "SQLite format 3\0broken")),
-    refused("plan on a network of nothing", "plan run.toml --network-gigabytes-per-second 0", 2, "--network-gigabytes-per-second", "0"),
+    refused(
+        "profile of a broken database", "profile a.sqlite", 3, "a.sqlite", made=text("a.sqlite", "SQLite format 3\0broken")
+    ),
+    refused(
+        "plan on a network of nothing",
+        "plan run.toml --network-gigabytes-per-second 0",
+        2,
+        "--network-gigabytes-per-second",
+        "0",
+    ),
     refused("plan on memory that is negative", "plan run.toml --gpu-gibibytes -1", 2, "--gpu-gibibytes", "-1"),
-    refused("plan on a link that is no number", "plan run.toml --nvlink-gigabytes-per-second nan", 2, "--nvlink-gigabytes-per-second", "nan"),
+    refused(
+        "plan on a link that is no number",
+        "plan run.toml --nvlink-gigabytes-per-second nan",
+        2,
+        "--nvlink-gigabytes-per-second",
+        "nan",
+    ),
     usage("plan on memory as a word", "plan run.toml --gpu-gibibytes many", "--gpu-gibibytes", "'many'"),
     refused("plan of a model that is not there", "plan run.toml model.path=gone", 4, "model.path", "gone"),
     refused("plan of a layout that cannot be", "plan run.toml trainer.tensor_parallel=3", 2, "trainer.tensor_parallel"),
@@ -108,15 +196,36 @@ CASES: list[Case] = [
     refused("prepare from one file of two", "prepare numinamath train.jsonl gone.jsonl out", 3, "gone.jsonl"),
     refused("prepare from too few rows", "prepare numinamath train.jsonl out", 3, "--validation"),
     refused("prepare of conversations from problems", "prepare wildchat train.jsonl out --validation 2", 3, "conversation"),
-    refused("prepare with a language of another dataset", "prepare numinamath train.jsonl out --language English", 2, "--language"),
+    refused(
+        "prepare with a language of another dataset", "prepare numinamath train.jsonl out --language English", 2, "--language"
+    ),
     refused("prepare without what is not there", "prepare numinamath train.jsonl out --exclude gone.jsonl", 3, "gone.jsonl"),
-    refused("rollouts of a model that is not there", "rollout run.toml --output o.jsonl model.path=gone", 4, "model.path", "gone"),
+    refused(
+        "rollouts of a model that is not there", "rollout run.toml --output o.jsonl model.path=gone", 4, "model.path", "gone"
+    ),
     refused("evaluation of a model that is not there", "eval run.toml --model gone", 4, "gone", "--model"),
     refused("evaluation of a suite twice", "eval run.toml --suite held.jsonl held.jsonl", 2, "--suite", "held.jsonl"),
     refused("evaluation of a suite that is a folder", "eval run.toml --suite model", 3, "--suite", "model"),
     refused("evaluation of a suite that is the configuration", "eval run.toml --suite run.toml", 3, "--suite", "run.toml"),
     usage("evaluation of a suite of nothing", "eval run.toml --suite", "--suite"),
-    refused("answers to no questions", "generate run.toml --questions gone.json --format alpaca_eval --output o.json", 3, "gone.json"),
-    refused("answers to questions of another form", "generate run.toml --questions q.json --format alpaca_eval --output o.json", 3, "q.json", made=text("q.json", "{}")),
-    refused("answers in a file of another suffix", "generate run.toml --questions q.json --format alpaca_eval --output o.jsonl", 2, "--output", ".json"),
+    refused(
+        "answers to no questions",
+        "generate run.toml --questions gone.json --format alpaca_eval --output o.json",
+        3,
+        "gone.json",
+    ),
+    refused(
+        "answers to questions of another form",
+        "generate run.toml --questions q.json --format alpaca_eval --output o.json",
+        3,
+        "q.json",
+        made=text("q.json", "{}"),
+    ),
+    refused(
+        "answers in a file of another suffix",
+        "generate run.toml --questions q.json --format alpaca_eval --output o.jsonl",
+        2,
+        "--output",
+        ".json",
+    ),
 ]

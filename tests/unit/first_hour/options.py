@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.unit.first_hour.case import Case, both, config_lines, folders, refused, accepted, replaced, rows, text
+from tests.unit.first_hour.case import Case, Made, accepted, config_lines, refused, replaced, text
 
 
-def encoded(encoding: str) -> object:
+def encoded(encoding: str) -> Made:
     """run.toml in another encoding, with a letter that shows it."""
 
     def made(folder: Path) -> None:
@@ -26,12 +26,38 @@ def with_line_ends(folder: Path) -> None:
 CHECK = "check run.toml "
 CASES: list[Case] = [
     # names
-    refused("misspelt option", CHECK + "trainer.tensor_paralel=2", 2, "trainer.tensor_paralel", "did you mean trainer.tensor_parallel?"),
+    refused(
+        "misspelt option",
+        CHECK + "trainer.tensor_paralel=2",
+        2,
+        "trainer.tensor_paralel",
+        "did you mean trainer.tensor_parallel?",
+    ),
     refused("misspelt section", CHECK + "modle.path=x", 2, "modle", "did you mean model?"),
-    refused("option of another section", CHECK + "run.learning_rate=1e-4", 2, "run.learning_rate", "did you mean optimizer.learning_rate?"),
-    refused("option without its section", CHECK + "learning_rate=1e-4", 2, "learning_rate=1e-4", "did you mean optimizer.learning_rate"),
-    refused("misspelt option without its section", CHECK + "lerning_rate=1e-4", 2, "lerning_rate=1e-4", "did you mean optimizer.learning_rate"),
-    refused("dashes for underscores", CHECK + "sampling.max-tokens=8", 2, "sampling.max-tokens", "did you mean sampling.max_tokens"),
+    refused(
+        "option of another section",
+        CHECK + "run.learning_rate=1e-4",
+        2,
+        "run.learning_rate",
+        "did you mean optimizer.learning_rate?",
+    ),
+    refused(
+        "option without its section",
+        CHECK + "learning_rate=1e-4",
+        2,
+        "learning_rate=1e-4",
+        "did you mean optimizer.learning_rate",
+    ),
+    refused(
+        "misspelt option without its section",
+        CHECK + "lerning_rate=1e-4",
+        2,
+        "lerning_rate=1e-4",
+        "did you mean optimizer.learning_rate",
+    ),
+    refused(
+        "dashes for underscores", CHECK + "sampling.max-tokens=8", 2, "sampling.max-tokens", "did you mean sampling.max_tokens"
+    ),
     refused("capital letters", CHECK + "Sampling.Max_Tokens=8", 2, "Sampling", "did you mean sampling"),
     refused("option of another trainer", CHECK + "trainer.micro_batch_size=8", 2, "trainer.micro_batch_size is not an option"),
     refused("letters of another alphabet", CHECK + "rün.steps=3", 2, "rün", "did you mean run"),
@@ -45,7 +71,16 @@ CASES: list[Case] = [
     refused("negative index", CHECK + "data.mix[-1].train=x", 2, "data.mix[-1].train=x"),
     refused("index of what is no list", CHECK + "run.steps[0]=3", 2, "run.steps"),
     refused("required option unset", CHECK + "run.steps=", 2, "run.steps is required and missing"),
-    refused("four mistakes at once", CHECK + "run.steps=0 modle.path=x trainer.tensor_paralel=2 data.train=gone.jsonl", 2, "run.steps", "modle", "tensor_paralel", "gone.jsonl", sentences=4),
+    refused(
+        "four mistakes at once",
+        CHECK + "run.steps=0 modle.path=x trainer.tensor_paralel=2 data.train=gone.jsonl",
+        2,
+        "run.steps",
+        "modle",
+        "tensor_paralel",
+        "gone.jsonl",
+        sentences=4,
+    ),
     # types
     refused("word for a number", CHECK + "run.steps=three", 2, "run.steps", "'three'"),
     refused("number as text", CHECK + """'run.steps="3"'""", 2, "run.steps", "'3'", "write 3"),
@@ -105,16 +140,33 @@ CASES: list[Case] = [
     refused("three tensor-parallel engines", CHECK + "inference.tensor_parallel=3", 2, "inference.tensor_parallel"),
     refused("more stages than layers", CHECK + "trainer.pipeline_parallel=4", 2, "layers"),
     refused("no engines", CHECK + "inference.engines=0", 2, "inference.engines", "0"),
-    refused("lengths that do not fit", CHECK + "inference.max_model_tokens=100", 2, "inference.max_model_tokens", "512 + 8 > 100"),
-    refused("longer than the model's positions", CHECK + "inference.max_model_tokens=5000", 2, "inference.max_model_tokens", "4096", "5000"),
+    refused(
+        "lengths that do not fit", CHECK + "inference.max_model_tokens=100", 2, "inference.max_model_tokens", "512 + 8 > 100"
+    ),
+    refused(
+        "longer than the model's positions",
+        CHECK + "inference.max_model_tokens=5000",
+        2,
+        "inference.max_model_tokens",
+        "4096",
+        "5000",
+    ),
     refused("microbatch that holds no sequence", CHECK + "trainer.microbatch_tokens=64", 2, "trainer.microbatch_tokens", "64"),
-    refused("KV cache that holds no request", CHECK + "inference.kv_cache_mebibytes=1 inference.max_model_tokens=4096", 2, "inference.kv_cache_mebibytes", "found 1 MiB"),
+    refused(
+        "KV cache that holds no request",
+        CHECK + "inference.kv_cache_mebibytes=1 inference.max_model_tokens=4096",
+        2,
+        "inference.kv_cache_mebibytes",
+        "found 1 MiB",
+    ),
     refused("fp8 without its library", CHECK + "trainer.fp8=current", 2, "trainer.fp8", "transformer_engine"),
     refused("reward function beside another reward", CHECK + "rewards.function=rewards.py:right", 2, "rewards.function"),
     refused("reward model without a folder", CHECK + "data.reward=model", 2, "reward_model.path"),
     refused("reward that is not there", CHECK + "data.reward=maths", 2, "data.reward", "'maths'", "math"),
     refused("weights without rewards", CHECK + "'data.reward_weights=[1.0, 2.0]'", 2, "data.reward_weights"),
-    refused("replay online", CHECK + "data.replay=train.jsonl", 2, "data.replay", "sync.sync_interval", "`chosen`", sentences=2),
+    refused(
+        "replay online", CHECK + "data.replay=train.jsonl", 2, "data.replay", "sync.sync_interval", "`chosen`", sentences=2
+    ),
     refused("best checkpoint of nothing", CHECK + "data.held_out= checkpoint.best_by=reward", 2, "checkpoint.best_by"),
     refused("supervised output of a training run", "train run.toml sft.checkpoint_out=out", 2, "sft.checkpoint_out"),
     refused("supervised training without an output", "sft run.toml", 2, "sft.checkpoint_out"),
@@ -125,18 +177,59 @@ CASES: list[Case] = [
     refused("no file", "check gone.toml", 2, "gone.toml", "No such file"),
     refused("folder for a file", "check model", 2, "model", "Is a directory"),
     refused("file below a file", "check run.toml/run.toml", 2, "run.toml/run.toml"),
-    refused("empty file", "check run.toml", 2, "section [run]", "section [model]", "section [data]", made=text("run.toml", ""), sentences=3),
+    refused(
+        "empty file",
+        "check run.toml",
+        2,
+        "section [run]",
+        "section [model]",
+        "section [data]",
+        made=text("run.toml", ""),
+        sentences=3,
+    ),
     refused("only comments", "check run.toml", 2, "section [run]", made=text("run.toml", "# to do\n"), sentences=3),
-    refused("section missing", "check run.toml", 2, "section [model] is required", made=replaced("run.toml", '[model]\npath = "model"\n', "")),
-    refused("key twice", "check run.toml", 2, "run.toml", "line 4", made=replaced("run.toml", "steps = 4", "steps = 4\nsteps = 5")),
+    refused(
+        "section missing",
+        "check run.toml",
+        2,
+        "section [model] is required",
+        made=replaced("run.toml", '[model]\npath = "model"\n', ""),
+    ),
+    refused(
+        "key twice", "check run.toml", 2, "run.toml", "line 4", made=replaced("run.toml", "steps = 4", "steps = 4\nsteps = 5")
+    ),
     refused("section twice", "check run.toml", 2, "run.toml", "line", made=config_lines("[run]", "seed = 1")),
     refused("array of tables for a section", "check run.toml", 2, "run", made=replaced("run.toml", "[run]", "[[run]]")),
-    refused("section as a value", "check run.toml", 2, "trainer", made=text("run.toml", "trainer = 3\n" + '[run]\ndirectory = "run"\nsteps = 4\n[model]\npath = "model"\n[data]\ntrain = "train.jsonl"\nmax_prompt_tokens = 512\n[sampling]\nmax_tokens=8')),
+    refused(
+        "section as a value",
+        "check run.toml",
+        2,
+        "trainer",
+        made=lambda folder: text("run.toml", "trainer = 3\n" + (folder / "run.toml").read_text())(folder),
+    ),
     refused("option as a section", "check run.toml", 2, "run.seed", made=config_lines("[run.seed]", "a = 1")),
-    refused("quote that is not closed in the file", "check run.toml", 2, "run.toml", "line", made=replaced("run.toml", 'path = "model"', 'path = "model')),
-    refused("word without quotes in the file", "check run.toml", 2, "run.toml", "line 5", made=replaced("run.toml", 'path = "model"', "path = model")),
-    refused("capital True in the file", "check run.toml", 2, "run.toml", "line", made=config_lines("[trainer]", "recompute = True")),
-    refused("colon for an equals sign", "check run.toml", 2, "run.toml", "line", made=replaced("run.toml", "steps = 4", "steps: 4")),
+    refused(
+        "quote that is not closed in the file",
+        "check run.toml",
+        2,
+        "run.toml",
+        "line",
+        made=replaced("run.toml", 'path = "model"', 'path = "model'),
+    ),
+    refused(
+        "word without quotes in the file",
+        "check run.toml",
+        2,
+        "run.toml",
+        "line 5",
+        made=replaced("run.toml", 'path = "model"', "path = model"),
+    ),
+    refused(
+        "capital True in the file", "check run.toml", 2, "run.toml", "line", made=config_lines("[trainer]", "recompute = True")
+    ),
+    refused(
+        "colon for an equals sign", "check run.toml", 2, "run.toml", "line", made=replaced("run.toml", "steps = 4", "steps: 4")
+    ),
     refused("Latin-1", "check run.toml", 2, "run.toml", "UTF-8", made=encoded("latin-1")),
     refused("UTF-16", "check run.toml", 2, "run.toml", "UTF-8", made=encoded("utf-16")),
     accepted("byte order mark and Windows line ends", "check run.toml", made=with_line_ends),
@@ -145,13 +238,35 @@ CASES: list[Case] = [
     refused("JSON for TOML", "check run.json", 2, "run.json", "TOML", made=text("run.json", '{"run": {"steps": 4}}')),
     refused("YAML for TOML", "check run.yaml", 2, "run.yaml", "TOML", made=text("run.yaml", "run:\n  steps: 4\n")),
     refused("the model's config.json for the run's", "check model/config.json", 2, "model/config.json", "TOML"),
-    accepted("path with a space, a quote and an umlaut", "check 'my \"run\" ü.toml'", made=lambda folder: (folder / "run.toml").rename(folder / 'my "run" ü.toml')),
+    accepted(
+        "path with a space, a quote and an umlaut",
+        "check 'my \"run\" ü.toml'",
+        made=lambda folder: (folder / "run.toml").rename(folder / 'my "run" ü.toml'),
+    ),
     refused("path with a line break", "check 'run\n.toml'", 2, "run", ".toml", "No such file"),
     refused("path longer than a name may be", "check " + "a" * 300, 2, "File name too long"),
     accepted("the last of two values counts", CHECK + "run.steps=0 run.steps=3"),
-    refused("ten thousand unknown options", "check run.toml", 2, "more", made=config_lines("[trainer]", *[f"o{i} = 1" for i in range(10000)]), sentences=21),
-    refused("value of a megabyte", "check run.toml", 2, "model.dtype", made=replaced("run.toml", 'path = "model"', f'path = "model"\ndtype = "{"x" * 1000000}"')),
+    refused(
+        "ten thousand unknown options",
+        "check run.toml",
+        2,
+        "more",
+        made=config_lines("[trainer]", *[f"o{i} = 1" for i in range(10000)]),
+        sentences=21,
+    ),
+    refused(
+        "value of a megabyte",
+        "check run.toml",
+        2,
+        "model.dtype",
+        made=replaced("run.toml", 'path = "model"', f'path = "model"\ndtype = "{"x" * 1000000}"'),
+    ),
     refused("tables within tables", "check run.toml", 2, "run.toml", made=text("run.toml", "a = " + "[" * 5000 + "]" * 5000)),
     refused("an empty overrides argument", "check run.toml ''", 2, "''", "section.key=value"),
-    refused("resumed with nothing to resume that differs", "train run.toml --resume auto run.seed=3 sft.checkpoint_out=x", 2, "sft.checkpoint_out"),
+    refused(
+        "resumed with nothing to resume that differs",
+        "train run.toml --resume auto run.seed=3 sft.checkpoint_out=x",
+        2,
+        "sft.checkpoint_out",
+    ),
 ]

@@ -97,7 +97,9 @@ def in_shell(case: Case, folder: Path) -> tuple[int, str, str]:
     (folder / ".bin" / "semion").write_text(f'#!/bin/sh\nexec {sys.executable} -m engine "$@"\n')
     (folder / ".bin" / "semion").chmod(0o755)
     environment = os.environ | {"PATH": f"{folder / '.bin'}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(["bash", "-c", case.line], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        ["bash", "-c", case.line], cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     shutil.rmtree(folder / ".bin")
     return done.returncode, done.stdout, done.stderr
 
