@@ -27,8 +27,8 @@ from engine.commands import profile as profiles
 from engine.commands import report as reports
 from engine.commands.common import check_targets, write_figures
 from engine.config.load import load_config
-from engine.core.errors import CheckpointError, SemionError
-from engine.core.files import storage_error, unwritable
+from engine.core.errors import CheckpointError, ConfigError, SemionError, StorageError
+from engine.core.files import UNWRITABLE, storage_error, unwritable
 from engine.core.places import CONTROL
 
 CLOSED = 141  # 128 and SIGPIPE, as a shell has it
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = _parsed(arguments)
     try:
+        _require_working_directory()
         check_targets(options)
         code = int(options.command(options) or 0)
         if sys.stdout is not None:
@@ -62,19 +63,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _let_go_of_output()
         return CLOSED
-    except OSError as error:
-        if unwritable(error) is None:
+    except SystemExit as left:
+        if left.code != 1:
             raise
+        return CLOSED  # what rich makes of a broken pipe; no command of ours ends so
+    except OSError as error:
+        code = unwritable(error) or 0
+        if not code:
+            raise
+        if error.filename:
+            return _told(storage_error(Path(str(error.filename)), code))
         _let_go_of_output()
-        return _told(storage_error(Path(str(error.filename or "standard output")), unwritable(error) or 0))
+        return _told(StorageError(f"standard output cannot be written: {UNWRITABLE[code][0]}: write it elsewhere"))
 
 
 def _told(error: SemionError) -> int:
     """Says a line for each fault; the exit code."""
     for fault in error.faults:
         text = CONTROL.sub(lambda found: repr(found[0])[1:-1], str(fault))  # a file's name may hold a line break
-        print(f"semion: {text}", file=sys.stderr)
+        if sys.stderr is not None:
+            with suppress(OSError):  # there is nowhere else to say it
+                print(f"semion: {text}", file=sys.stderr)
     return error.exit_code
+
+
+def _require_working_directory() -> None:
+    """ConfigError where the shell's folder was removed: every relative path would fail in words of its own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the working directory must be there; found that it was removed: change to another one") from error
 
 
 def _let_go_of_output() -> None:

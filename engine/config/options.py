@@ -24,8 +24,17 @@ from engine.core.errors import ConfigError, SemionError
 from engine.core.registry import Registry
 
 MOST = 2**31 - 1  # what no count of anything exceeds, and every library can hold
-Positive = Annotated[int, Field(gt=0, le=MOST)]
-NonNegative = Annotated[int, Field(ge=0, le=MOST)]
+
+
+def _held(number: int) -> int:
+    """The number, where every library can hold it."""
+    if number > MOST:
+        raise PydanticCustomError("too_large", "input should be at most {most}", {"most": MOST})
+    return number
+
+
+Positive = Annotated[int, Field(gt=0), AfterValidator(_held)]
+NonNegative = Annotated[int, Field(ge=0), AfterValidator(_held)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]

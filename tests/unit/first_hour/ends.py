@@ -10,7 +10,7 @@ SLEEPS = text(
     "mine.py",
     "import pathlib, time\n\n\ndef f(completion):\n    pathlib.Path('begun').touch()\n    time.sleep(60)\n    return 1.0\n",
 )
-SCORE = "semion score answers.jsonl --reward mine.py:f --deadline-seconds 60 & pid=$!; "
+SCORE = "env --default-signal=INT semion score answers.jsonl --reward mine.py:f --deadline-seconds 60 & pid=$!; "
 SCORE += "while [ ! -e begun ]; do sleep 0.05; done; rm begun; "
 CASES: list[Case] = [
     shell("| head", "semion check run.toml --toml | head -1; exit ${PIPESTATUS[0]}", 0, "[run]"),
