@@ -271,7 +271,8 @@ def test_a_broken_row_is_told_wherever_it_stands(made, tmp_path):
     write(tmp_path / "train.jsonl", [*rows[:7], {"problem": 3}, *rows[7:], {"answer": "2"}])
     assert faults(made) == [
         f"data.train ({file}), line 8: `problem` must be a text; found 3: write it as text",
-        f"data.train ({file}), line 22: `problem` must be a text that is not empty; found {{'answer': '2'}}: add it",
+        f"data.train ({file}), line 22: `problem` must be a text that is not empty; found {{'answer': '2'}}: add it, or "
+        "name its column by data.columns.problem",
     ]
 
 

@@ -420,7 +420,7 @@ def test_a_reward_model_that_cannot_judge_is_refused_before_any_process_starts(
     (tmp_path / "athene" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     options = ("data.reward=model", "reward_model.max_tokens=512", f"reward_model.path={tmp_path / 'athene'}")
     assert "no cls_token_id in config.json" in complaint(2, "train", file, *options)
-    assert "check reward_model.path" in complaint(4, "eval", file, *options[:2], f"reward_model.path={tmp_path / 'absent'}")
+    assert "reward_model.path must be" in complaint(4, "eval", file, *options[:2], f"reward_model.path={tmp_path / 'absent'}")
 
 
 def test_a_directory_belongs_to_one_run_at_a_time(file, complaint, tmp_path):
