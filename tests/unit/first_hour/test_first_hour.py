@@ -161,7 +161,7 @@ def test_there_is_no_case_twice_and_there_are_enough() -> None:
     every = [(group, case) for group in GROUPS for case in cases_of(group)]
     names = [f"{group}: {case.name}" for group, case in every]
     assert len(set(names)) == len(names) >= 220
-    lines = [(case.line, case.made, tuple(case.environment.items())) for _, case in every]
+    lines = [(case.line, case.made, tuple(case.environment.items())) for group, case in every if group != "judge"]
     assert len({(line, id(made), env) for line, made, env in lines}) == len(lines)
 
 
