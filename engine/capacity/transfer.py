@@ -49,9 +49,9 @@ def plan_run(spec: Spec, machine: Machine) -> dict[str, Any]:
     target = spec.engine
     check_layout(shape, source)
     check_engine_layout(shape, target)
+    _check(machine)
     if _within_nodes(spec):
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
-    _check(machine)
     machines = _machines(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
     nodes, senders = opening.channel(machines, _transport(spec, machines), spec.colocated_nodes)
     dtype: torch.dtype = getattr(torch, config.model.dtype)

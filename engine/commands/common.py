@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.core.errors import ConfigError
+from engine.core.errors import ConfigError, combined
+from engine.core.places import CONTROL, obstacle
 
 TARGETS = ("output", "json", "plots")  # flags of what a command writes
+DESTINATIONS = ("folder", "destination")  # arguments that name a folder to make
+INPUTS = ("config", "file", "answers", "against", "questions", "sources", "exclude", "suite", "paths")  # what a command reads
 
 
 def print_evaluations(evaluations: list[dict[str, Any]]) -> None:
@@ -54,25 +56,43 @@ def shown(evaluation: Mapping[str, Any], name: str) -> str:
 
 
 def check_targets(options: argparse.Namespace) -> None:
-    """ConfigError for a place that a command was told to write to and cannot, before any work is done. A parser names its
+    """ConfigError for places that a command was told to write to and cannot, before any work is done. A parser names its
     flags of folders in `folders`; all others of TARGETS are files."""
-    folders = getattr(options, "folders", ())
+    folders = (*getattr(options, "folders", ()), *DESTINATIONS)
     seen: dict[Path, str] = {}
-    for name in TARGETS:
+    for name in INPUTS:
+        said = getattr(options, name, None) or []
+        for file in [said] if isinstance(said, str) else said:
+            if file and not CONTROL.search(file):
+                seen[Path(file).absolute()] = (
+                    f"--{name}" if name in ("against", "questions", "exclude", "suite") else name.upper()
+                )
+    faults = []
+    for name in (*TARGETS, *DESTINATIONS):
         said = getattr(options, name, None)
-        if said is None:
-            continue
-        flag, path = f"--{name}", Path(said).absolute()
-        kind = "folder" if name in folders else "file"
-        if not said or (path.exists() and path.is_dir() != (kind == "folder")):
-            what = "an empty name" if not said else "a folder" if path.is_dir() else "a file"
-            raise ConfigError(f"{flag} must name a {kind}; found {what} at {said!r}: name another")
-        there = next(place for place in (path, *path.parents) if place.exists())
-        if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
-            what = "a file" if there != path and not there.is_dir() else "no permission to write"
-            raise ConfigError(f"{flag} must be a {kind} that can be written; found {what} at {there}: name another")
-        if (other := seen.setdefault(path, flag)) != flag:
-            raise ConfigError(f"{flag} must be a file of its own; found {said!r}, which is also {other}: name another")
+        if said is not None:
+            flag = f"--{name}" if name in TARGETS else name.upper()
+            faults += _target_faults(flag, said, "folder" if name in folders else "file", seen)
+    if faults:
+        raise combined(faults)
+
+
+def _target_faults(flag: str, said: str, kind: str, seen: dict[Path, str]) -> list[ConfigError]:
+    """The fault of one place to write to. `seen`: the files that the command reads and writes so far, which it joins."""
+    if not said.strip() or CONTROL.search(said):
+        what = "an empty name" if not said.strip() else "a control character"
+        return [ConfigError(f"{flag} must name a {kind}; found {what} at {said!r}: name another")]
+    path = Path(said).absolute()
+    if why := obstacle(path):
+        return [ConfigError(f"{flag} must be a {kind} that can be written; found {why}: name another")]
+    if path.exists() and path.is_dir() != (kind == "folder"):
+        what = "a folder" if path.is_dir() else "a file"
+        return [ConfigError(f"{flag} must name a {kind}; found {what} at {said!r}: name another")]
+    if path.exists() and not path.is_dir() and not path.is_file():
+        return [ConfigError(f"{flag} is replaced when it is written; found a device or a pipe at {said!r}: name a file")]
+    if (other := seen.setdefault(path, flag)) != flag:
+        return [ConfigError(f"{flag} must be a file of its own; found {said!r}, which is also {other}: name another")]
+    return []
 
 
 def write_figures(document: dict[str, Any], *paths: str | Path | None) -> None:

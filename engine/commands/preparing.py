@@ -11,7 +11,7 @@ from engine.core.errors import ConfigError
 
 def add_arguments(parser: Any) -> None:
     """The command's arguments."""
-    parser.add_argument("dataset", choices=["numinamath", "wildchat"], help="which filters to apply")
+    parser.add_argument("dataset", metavar="DATASET", choices=["numinamath", "wildchat"], help="which filters to apply")
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help="JSONL or parquet files, dataset folders, or hf://owner/name"
     )

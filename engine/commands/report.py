@@ -12,6 +12,7 @@ from engine.core.errors import DataError
 
 def report(options: argparse.Namespace) -> int:
     """Writes the page, and the plots and figures that were asked for; 1 when the records contradict a regime."""
+    from engine.api.faults.directory import has_steps
     from engine.observe.report import page, plots, read_run
     from engine.observe.sinks import write_text
     from engine.run.metrics import catalogue
@@ -22,6 +23,11 @@ def report(options: argparse.Namespace) -> int:
             raise DataError(
                 f"RUN must be the directory of a run, with config.toml and metrics.jsonl; found neither or one in {directory}: "
                 f"name a run.directory"
+            )
+        if not has_steps(directory):
+            raise DataError(
+                f"RUN must be the directory of a run that took a step; found no step in {directory}/metrics.jsonl: name "
+                f"another, or look into {directory}/logs"
             )
     places = [directory.resolve() for directory in directories]
     if twice := {str(place) for place in places if places.count(place) > 1}:

@@ -18,7 +18,7 @@ from engine.commands.common import write_figures
 from engine.config.load import RunConfig, validated
 from engine.config.options import RewardModel, Rewards
 from engine.config.rewards import REWARDS
-from engine.core.errors import ConfigError, DataError
+from engine.core.errors import ConfigError, DataError, combined
 from engine.core.files import atomic_write
 
 if TYPE_CHECKING:
@@ -28,13 +28,19 @@ if TYPE_CHECKING:
 
 FIELDS = ("problem", "answer", "completion", "expected", "num_tokens", "finish_reason")
 MAX_SHOWN = 20  # disagreeing rows in the table; the files have all
+UNJUDGED = {  # what a row's status means
+    "timeout": "longer than --deadline-seconds",
+    "died": "its process ended: an exit, a crash, or more than --memory-mebibytes",
+}
 OF_REWARDS = ("unevaluated", "function", "environment", "workers", "concurrency", "deadline_seconds", "memory_mebibytes")
 OF_MODEL = ("reward_model", "max_tokens")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("file", help="JSONL or parquet; a row has answer and completion, and may have problem and expected")
+    parser.add_argument(
+        "file", metavar="FILE", help="JSONL or parquet; a row has answer and completion, and may have problem and expected"
+    )
     own = "path/to/file.py:name or package.module:name"
     parser.add_argument("--reward", required=True, metavar="NAME", help=f"what judges, as data.reward: math, model or {own}")
     parser.add_argument("--unevaluated", choices=["accept", "refuse"], help="expressions left to compute (accept)")
@@ -72,11 +78,18 @@ def score(options: argparse.Namespace) -> None:
     write_figures(figures, None, options.json)
     if figures["mean"] is None:
         statuses = ", ".join(f"{count} {status}" for status, count in figures["statuses"].items())
-        first = next((row["problem"] for row in scored if row["status"] != "ok" and row.get("problem")), "")
+        first = next((row["error"] for row in scored if row["status"] != "ok" and row.get("error")), "")
         raise DataError(
             f"{options.file}: at least one row must be judged; found {statuses}: mend the reward or the rows"
-            + (f"; the first was given up for {' '.join(first.split()[-30:])}" if first else "")
+            + "".join(f" ({status}: {why})" for status, why in UNJUDGED.items() if status in figures["statuses"])
+            + (f"; the first was given up for {brief_error(first)}" if first else "")
         )
+
+
+def brief_error(text: str) -> str:
+    """The last line of a traceback that says something, in a line."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(" ")]
+    return " ".join(lines[-1].split()[:40]) if lines else ""
 
 
 def score_file(file: str, reward: str, **flags: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -112,13 +125,37 @@ def check_flags(reward: str, flags: Mapping[str, Any]) -> None:
 
 def config_of(file: str, reward: str, flags: Mapping[str, Any]) -> RunConfig:
     """The flags as the configuration of a run that only judges. ConfigError names the option that cannot be."""
+    if ":" not in reward and reward not in REWARDS.names:
+        fix = f"write {reward}:NAME, with the function's name" if reward.endswith(".py") else "choose one"
+        raise ConfigError(
+            f"--reward must be one of {', '.join(REWARDS.names)}, or your own as path/to/file.py:name or package.module:name; "
+            f"found {reward!r}: {fix}"
+        )
+    if reward == "function" and "function" not in flags:
+        raise ConfigError("--reward function needs --function; found none: name path/to/file.py:name")
     rewards = {name: flags[name] for name in OF_REWARDS if name in flags}
     reward_model = {key: flags[name] for name, key in (("reward_model", "path"), ("max_tokens", "max_tokens")) if name in flags}
-    validated(Rewards, "rewards", rewards)
-    validated(RewardModel, "reward_model", reward_model)
+    with as_flags("rewards"):
+        validated(Rewards, "rewards", rewards)
+    with as_flags("reward_model"):
+        validated(RewardModel, "reward_model", reward_model)
     unused = {"run": {"directory": "unused", "steps": 1}, "model": {"path": flags.get("reward_model", "unused")}}
     data = {"train": file, "reward": reward}
     return validated(RunConfig, "", unused | {"data": data, "rewards": rewards, "reward_model": reward_model})
+
+
+@contextmanager
+def as_flags(section: str) -> Iterator[None]:
+    """A ConfigError of a section names the flag that its option was given by."""
+    try:
+        yield
+    except ConfigError as error:
+        names = {f"{section}.{name}": f"--{name.replace('_', '-')}" for name in (*OF_REWARDS, *OF_MODEL)}
+        names["reward_model.path"] = "--reward-model"
+        said = [str(fault) for fault in error.faults]
+        raise combined(
+            [ConfigError(names.get(key, key) + text.removeprefix(key)) for text in said for key in [text.partition(":")[0]]]
+        ) from error
 
 
 @contextmanager
@@ -191,7 +228,7 @@ def result_of(given: Score) -> dict[str, Any]:
     if given.parts:
         result["parts"] = dict(given.parts)
     if given.problem:
-        result["problem"] = given.problem
+        result["error"] = given.problem
     return result
 
 

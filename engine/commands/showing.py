@@ -27,8 +27,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--worst", action="store_true", help="prompts with the lowest mean reward first")
     order.add_argument("--best", action="store_true", help="prompts with the highest mean reward first")
-    parser.add_argument("--prompts", type=int, default=3, metavar="N", help="how many prompts are shown (3)")
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="how many answers to each (4)")
+    parser.add_argument("--prompts", type=_count, default=3, metavar="N", help="how many prompts are shown (3)")
+    parser.add_argument("--samples", type=_count, default=4, metavar="N", help="how many answers to each (4)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number, 1 or more; found {text!r}")
+    return int(text)
 
 
 def show(options: argparse.Namespace) -> None:

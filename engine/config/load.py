@@ -21,7 +21,8 @@ from engine.config.options import Options, Section, Source, options_class
 from engine.config.rules import broken_algorithm_rules, broken_rollout_rules, broken_rules
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.registry import schedule_of
-from engine.core.errors import ConfigError, combined
+from engine.core.errors import ConfigError, brief, combined
+from engine.core.places import meant
 
 Table = TypeVar("Table", bound=Section)
 Copy = Literal["reference", "seed"]  # of its weights, beside the policy
@@ -34,6 +35,8 @@ UNREAD = {  # of sections that must be there, what stands for one that cannot be
 }
 KEY = re.compile(r"\w+(\[\d+\])*(\.\w+(\[\d+\])*)+")
 FORM = "must read section.key=value, such as sync.sync_interval=10 or data.mix[0].prompts_per_step=8"
+MAX_TOLD = 20  # mistakes of a file that are told one by one
+MAX_GUESSED = 64  # characters of a word that is compared with those there are
 
 
 class RunConfig(Options):
@@ -139,9 +142,17 @@ def read_config(path: str | Path, overrides: Sequence[str] | None = None) -> Rea
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except OSError as error:
-        return Reading(None, [ConfigError(f"configuration file {path} cannot be read: {error.strerror}; check the path")])
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        why = error.strerror
+        fix = "name the configuration first" if "=" in path.name else meant(str(path), "CONFIG", "check the path")
+        return Reading(None, [ConfigError(f"configuration file {path} cannot be read: {why}; {fix}")])
+    except UnicodeDecodeError as error:
+        found = error.object[error.start : error.start + 1]
+        why = f"must be UTF-8; found byte {found!r} at {error.start}: save it as UTF-8"
+        return Reading(None, [ConfigError(f"configuration file {path} {why}")])
+    except tomllib.TOMLDecodeError as error:
         return Reading(None, [ConfigError(f"configuration file {path} is not TOML: {error}; mend that line")])
+    except (RecursionError, ValueError) as error:  # lists within lists without an end; a NUL in the name of the file
+        return Reading(None, [ConfigError(f"configuration file {path} cannot be read as TOML: {error}; mend it")])
     faults = []
     for text in overrides or []:
         try:
@@ -219,15 +230,22 @@ def _plain(value: Any) -> Any:
 
 def _apply_override(tree: dict[str, Any], text: str) -> None:
     key, equals, written = text.partition("=")
-    if not equals:
-        raise ConfigError(f"override {text!r} {FORM}")
+    if not equals or not key.strip():
+        blank = "; blanks beside the equals sign need quotes around the whole" if key.count(".") or not key.strip() else ""
+        raise ConfigError(f"override {text!r} {FORM}{blank}")
     if not written.strip():
         _unset(tree, key.strip(), text)
         return
     try:
         document = tomllib.loads(f"value = {written}")
     except tomllib.TOMLDecodeError:
+        if written.strip()[0] in "\"'":
+            raise ConfigError(
+                f"override {text!r} must close the quote that its value begins with; found none: add it"
+            ) from None
         document = {"value": written}
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"override {brief(text)} must have a value that can be read; found {error}: shorten it") from error
     if document.keys() != {"value"}:
         raise ConfigError(f"override {text!r} {FORM}")
     value = document["value"]
@@ -237,7 +255,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
 def _set(tree: dict[str, Any], key: str, value: Any, text: str) -> None:
     """Sets the option of that name in the tree. ConfigError quotes `text`."""
     if not KEY.fullmatch(key):
-        raise ConfigError(f"override {text!r} {FORM}")
+        raise ConfigError(f"override {text!r} {FORM}{_guessed(key)}")
     parts = [int(number) if number else name for number, name in re.findall(r"\[(\d+)\]|(\w+)", key)]
     at: Any = tree
     named = ""
@@ -256,6 +274,13 @@ def _set(tree: dict[str, Any], key: str, value: Any, text: str) -> None:
             at[part] = value
         else:
             at = at[part] if isinstance(part, int) else at.setdefault(part, [] if isinstance(following, int) else {})
+
+
+def _guessed(key: str) -> str:
+    """What may be meant by a name that is no section.key, to add to a sentence."""
+    section, dot, option = key.replace("-", "_").rpartition(".")
+    near = f"{section}.{option}" if dot and KEY.fullmatch(f"{section}.{option}") else _elsewhere(option)
+    return f"; did you mean {near}?" if near else ""
 
 
 def _unset(tree: dict[str, Any], key: str, text: str) -> None:
@@ -281,11 +306,13 @@ def _sentences(error: ValidationError, *table: str, tree: Mapping[str, Any] | No
     for complaint in error.errors():
         by_place.setdefault(tuple(_location(*table, *complaint["loc"])), []).append(complaint)
     sentences = []
-    for place, complaints in by_place.items():
+    for place, complaints in [*by_place.items()][:MAX_TOLD]:
         if complaints[0]["type"] == RULES:
             sentences += complaints[0]["ctx"]["sentences"]
         else:
             sentences.append(_sentence(list(place), complaints, tree))
+    if (more := len(by_place) - MAX_TOLD) > 0:
+        sentences.append(f"configuration: {more} more options must be mended; found wrong ones as those above: begin with them")
     return sentences
 
 
@@ -293,7 +320,7 @@ def _sentence(location: list[str], complaints: list[ErrorDetails], tree: Mapping
     first = complaints[0]
     key = ".".join(location) or "configuration"
     if first["type"] == "extra_forbidden":
-        return f"{key} is not an option; found {first['input']!r}: {_meant(location, tree)}"
+        return f"{key} is not an option; found {brief(first['input'])}: {_meant(location, tree)}"
     if first["type"] == "missing" and len(location) == 1:
         return f"section [{key}] is required and missing: add it to the file"
     if first["type"] == "missing":
@@ -303,22 +330,28 @@ def _sentence(location: list[str], complaints: list[ErrorDetails], tree: Mapping
         return str(first["msg"]).removeprefix("Value error, ")
     rules = "; or ".join(dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in complaints))
     fix = _rewritten(complaints) or f"change the value ({_description(location, tree)})"
-    return f"{key}: {rules}; found {first['input']!r}: {fix}"
+    return f"{key}: {rules}; found {brief(first['input'])}: {fix}"
 
 
 def _meant(location: list[str], tree: Mapping[str, Any] | None) -> str:
     """What is offered for a name that is no option: the nearest one of its section or of all, or a list."""
     names = sorted(_table(location, tree).model_fields)
-    if near := get_close_matches(location[-1], names, 1):
+    if near := get_close_matches(location[-1][:MAX_GUESSED].lower(), names, 1):
         return f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+    if found := _elsewhere(location[-1]):
+        return f"did you mean {found}?"
+    return f"the {'options' if len(location) > 1 else 'sections'} there are {', '.join(names)}"
+
+
+def _elsewhere(name: str) -> str:
+    """The options of any section that are called nearly so; empty without one."""
     everywhere: dict[str, list[str]] = {}
     for section, field in RunConfig.model_fields.items():
-        if len(location) > 1 and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            for name in field.annotation.model_fields:
-                everywhere.setdefault(name, []).append(f"{section}.{name}")
-    if near := get_close_matches(location[-1], everywhere, 1, 0.8):
-        return f"did you mean {' or '.join(everywhere[near[0]])}?"
-    return f"the {'options' if len(location) > 1 else 'sections'} there are {', '.join(names)}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            for option in field.annotation.model_fields:
+                everywhere.setdefault(option, []).append(f"{section}.{option}")
+    near = get_close_matches(name[:MAX_GUESSED].lower(), everywhere, 1, 0.8)
+    return " or ".join(everywhere[near[0]]) if near else ""
 
 
 def _rewritten(complaints: list[ErrorDetails]) -> str:
@@ -326,13 +359,21 @@ def _rewritten(complaints: list[ErrorDetails]) -> str:
     found = complaints[0]["input"]
     kinds = {complaint["type"] for complaint in complaints}
     if isinstance(found, str):
+        if kinds & {"int_type", "float_type"} and re.fullmatch(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", found, re.IGNORECASE):
+            return f"write {found} without quotes"
         if kinds & {"bool_type", "bool_parsing"} and found.lower() in ("true", "yes", "on", "false", "no", "off"):
             return f"write {'true' if found.lower() in ('true', 'yes', 'on') else 'false'}"
         allowed = re.findall(
             r"'([^']+)'", " ".join(str(complaint.get("ctx", {}).get("expected", "")) for complaint in complaints)
         )
-        near = [word for word in allowed if word.lower() == found.lower()] or get_close_matches(found.lower(), allowed, 1)
+        near = [word for word in allowed if word.lower() == found.lower()] or get_close_matches(
+            found[:MAX_GUESSED].lower(), allowed, 1
+        )
         return f"write {near[0]!r}" if near else ""
+    if kinds & {"bool_type"} and found in (0, 1) and not isinstance(found, bool):
+        return f"write {'true' if found else 'false'}"
+    if kinds & {"int_type", "int_from_float"} and isinstance(found, float) and found.is_integer():
+        return f"write {int(found)}"
     if kinds == {"string_type"} and isinstance(found, (int, float)):
         text = str(found).lower() if isinstance(found, bool) else str(found)
         return f"write it in quotes, on a command line '\"{text}\"'"

@@ -23,8 +23,18 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from engine.core.errors import ConfigError, SemionError
 from engine.core.registry import Registry
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+MOST = 2**31 - 1  # what no count of anything exceeds, and every library can hold
+
+
+def _held(number: int) -> int:
+    """The number, where every library can hold it."""
+    if number > MOST:
+        raise PydanticCustomError("too_large", "input should be at most {most}", {"most": MOST})
+    return number
+
+
+Positive = Annotated[int, Field(gt=0), AfterValidator(_held)]
+NonNegative = Annotated[int, Field(ge=0), AfterValidator(_held)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -44,7 +54,7 @@ class Run(Section):
 
     directory: str = Field(description="where checkpoints, metrics, rollouts and the summary go")
     seed: NonNegative = 0
-    steps: Positive = Field(description="optimizer steps in all")
+    steps: Annotated[int, Field(gt=0, le=1_000_000)] = Field(description="optimizer steps in all")
     restarts: NonNegative = Field(3, description="after a lost process, in a row without a new checkpoint; 0: none")
 
 

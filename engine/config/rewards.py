@@ -43,9 +43,10 @@ def broken_source_rules(key: str, source: Source) -> list[str]:
     broken = []
     for name in source.rewards:
         if ":" not in name and name not in REWARDS.names:
+            fix = f"write {name}:NAME, with the function's name" if name.endswith(".py") else "choose one"
             broken.append(
                 f"{key}.reward must be one of {', '.join(map(repr, REWARDS.names))}, or your own as path/to/file.py:name or "
-                f"package.module:name; found {name!r}: choose one"
+                f"package.module:name; found {name!r}: {fix}"
             )
     labels = [label(name) for name in source.rewards]
     if len(set(labels)) < len(labels):

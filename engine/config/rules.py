@@ -11,6 +11,7 @@ from engine.config.rewards import broken_reward_rules
 from engine.config.schedules.registry import schedule_of
 from engine.config.transport import refusal
 from engine.core.errors import ConfigError
+from engine.core.places import CONTROL, UNEXPANDED
 from engine.core.registry import called
 
 
@@ -46,6 +47,7 @@ def broken_rules(config: Options) -> list[str]:
             f"trainer.first_stage_layers and trainer.last_stage_layers need trainer.pipeline_parallel > 1; found {ends[0]} "
             f"and {ends[1]} with 1 stage: remove them"
         )
+    broken += broken_name_rules(c)
     broken += broken_placement_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c) + broken_head_rules(c)
     broken += broken_reward_rules(c) + broken_learning_rate_rules(c.optimizer)
@@ -55,6 +57,28 @@ def broken_rules(config: Options) -> list[str]:
             "both: set sync.reference to 'never' or a number of steps"
         )
     return broken + broken_profile_rules(c)
+
+
+def broken_name_rules(c: Options) -> list[str]:
+    """Sentences for names of files that nobody has chosen, and for folders to make that would not be where they seem."""
+    made = {"run.directory": c.run.directory, "sft.checkpoint_out": c.sft.checkpoint_out}
+    named = made | {"model.path": c.model.path, "reward_model.path": c.reward_model.path, **c.data.files}
+    broken = [
+        f"{option} must be a path without control characters; found {name!r}: mend it"
+        for option, name in named.items()
+        if name is not None and CONTROL.search(name)
+    ]
+    broken += [
+        f"{option} must be a folder on a disk; found {name!r}, an address: name a folder, and copy it there afterwards"
+        for option, name in made.items()
+        if name is not None and "://" in name
+    ]
+    broken += [
+        f"{option} must be a path; found {name!r}, in which ~ and variables stay as they are: write the whole path"
+        for option, name in made.items()
+        if name is not None and UNEXPANDED.match(name)
+    ]
+    return broken
 
 
 def broken_profile_rules(c: Options) -> list[str]:

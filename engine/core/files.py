@@ -111,7 +111,7 @@ def locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """A folder to fill beside `final`; when the block ends without an error it is synced and takes `final`'s place.
-    StorageError where it cannot be written; then nothing of it stays."""
+    StorageError where it cannot be written. After an error nothing of it stays."""
     staging, former = (final.with_name(f".{final.name}.{role}") for role in ("staging", "former"))
     try:
         with storing(final.parent):
@@ -126,7 +126,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
                 final.rename(former)
             staging.rename(final)
             sync(final.parent)
-    except StorageError:
+    except BaseException:  # an interrupt too
         shutil.rmtree(staging, ignore_errors=True)
         raise
     shutil.rmtree(former, ignore_errors=True)

@@ -136,8 +136,9 @@ def load_object(reference: str, option: str) -> Any:
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # whatever a user's file does while it is imported
+        why = f"{type(error).__name__}: {error.msg}" if isinstance(error, SyntaxError) else repr(error)
         raise ConfigError(
-            f"{option} must name a module that can be imported; found {place} with {error!r} ({_place_of(error)}): mend it"
+            f"{option} must name a module that can be imported; found {place} with {why} ({_place_of(error)}): mend it"
         ) from error
     found = module
     for part in attribute.split("."):
@@ -184,6 +185,8 @@ def called(
 
 def _place_of(error: BaseException) -> str:
     """File and line that raised it."""
+    if isinstance(error, SyntaxError) and error.filename:  # of a file that was not run
+        return f"{error.filename}, line {error.lineno}"
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -25,7 +25,7 @@ from engine.core.jsonl import line_of
 from engine.core.seeds import counted_seed
 from engine.data.filters import TEXT_FIELDS, Recipe, text_in
 from engine.data.overlap import prompt_digest
-from engine.data.records import file_digest, records, source_digest
+from engine.data.records import check_source, file_digest, records, source_digest
 
 FIELDS_OF_EXCLUDED = (*TEXT_FIELDS, "conversation")
 PARTS = ("train", "validation", "test")
@@ -51,10 +51,17 @@ def prepare(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} must be new or an empty folder; found something in it: name another")
+    for source in (*sources, *exclude):
+        check_source(source)
     excluded = {digest for file in exclude for digest in _problems_of(file)}
     with staged_folder(folder) as staging:
         kept = staging / "kept.jsonl"
         counts, by_source, ranks = _filter(recipe, sources, excluded, kept, sizes.seed)
+        if counts["read"] and counts.get("empty") == counts["read"]:
+            raise DataError(
+                f"{', '.join(sources)}: rows must have `{recipe.fields[0]}`, as {recipe.name}'s have; found none in "
+                f"{counts['read']} rows: name files of {recipe.name}"
+            )
         files = _split(kept, _parts(ranks, sizes), staging)
         kept.unlink()
         manifest = {

@@ -180,9 +180,13 @@ def check_source(source: str | Path) -> None:
     if path.is_dir() and (path / SAVED[1]).exists():
         raise DataError(f"{path}: must be one dataset; found a folder of several splits: name one of them, as {path}/train")
     if path.is_dir() and not (path / SAVED[0]).exists():
+        held = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        name = f"name one file, such as {held[0]}" if held else "name a file"
         raise DataError(
-            f"{path}: a folder must be one that `datasets` saved; found no {SAVED[0]} in it: name a file, or save it anew"
+            f"{path}: a folder must be one that `datasets` saved; found no {SAVED[0]} in it: {name}, or save it anew"
         )
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise DataError(f"{path}: a data file must be a file; found a device or a pipe: write the rows to a file")
     if path.is_file() and not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: a data file must end in {', '.join(SUFFIXES)}; found {path.suffix!r}: convert the file")
 

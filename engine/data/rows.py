@@ -142,7 +142,7 @@ def _row(where: str, record: Any, needs_answer: bool, keep_columns: bool, column
     record = object_of(where, record)
     prompt = asked(where, record, columns)
     if not prompt.text:
-        others = ", or name its column by data.columns.problem" if record.keys() - {*FIELDS} else ""
+        others = ", or name its column by data.columns.problem"
         raise DataError(f"{where}: `problem` must be a text that is not empty; found {brief(record)}: add it{others}")
     solution, column = solution_of(where, record, columns)
     solution = solution or prompt.response

@@ -45,6 +45,9 @@ class PromptForm:
     chat_template: str | None = None  # the text of one; None: the tokenizer's own; NO_CHAT: none
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")  # one of which a tokenizer has
+
+
 class LeftOut(NamedTuple):
     """Why a prompt cannot be used."""
 
@@ -58,6 +61,11 @@ def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTo
     path = Path(path)
     if not path.is_dir():
         raise ConfigError(f"{option} must be a folder with a tokenizer; found no folder {path}: check the path")
+    if not any((path / name).exists() for name in TOKENIZERS):  # told without the seconds that the library takes to say so
+        raise ConfigError(
+            f"{option} must hold a tokenizer (tokenizer.json and tokenizer_config.json, beside config.json); found none in "
+            f"{path}: copy the model's files there again"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = _class_of(path).from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the library has no type for a broken file
@@ -72,11 +80,11 @@ def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTo
 def _class_of(path: Path) -> Any:
     """What loads a folder's tokenizer: the class that its tokenizer_config.json names where that takes tokenizer.json as it
     is, as Llama 3's does, else the one that finds the class by the model, which imports all of them, and torch, for seconds."""
-    try:
-        said = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        said = {}
-    if isinstance(said, dict) and said.get("tokenizer_class") in PLAIN_CLASSES and not said.get("auto_map"):
+    file = path / "tokenizer_config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}  # who calls this tells what cannot be read
+    if not isinstance(said, dict):
+        raise TypeError(f"{file.name} must hold an object; found a {type(said).__name__}")
+    if said.get("tokenizer_class") in PLAIN_CLASSES and not said.get("auto_map"):
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast

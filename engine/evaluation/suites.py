@@ -19,7 +19,7 @@ from engine.config.options import Source
 from engine.core.errors import ConfigError, DataError
 from engine.core.jsonl import read_objects, write_jsonl
 from engine.data.mixture import longest_asked
-from engine.data.records import source_digest
+from engine.data.records import check_source, source_digest
 from engine.data.templates import NAMED, read_chat_template
 from engine.observe.sinks import write_json
 from engine.rewards.registry import identities, uses_engine
@@ -34,6 +34,10 @@ def suite_names(paths: Sequence[str]) -> dict[str, str]:
         name = Path(path).stem
         if not Path(path).is_file():
             raise DataError(f"--suite must name files of problems; found none at {path}: check the path")
+        try:
+            check_source(path)
+        except DataError as error:
+            raise DataError(f"--suite must name files of problems; found {error}") from error
         if name in names:
             raise ConfigError(f"--suite must name files of different names; found {names[name]} and {path}: rename one")
         names[name] = path

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.core.errors import CheckpointError
 from engine.models.base import ModelShape
-from engine.models.hf import HfCheckpoint
+from engine.models.hf import INDEX_FILE, HfCheckpoint
 from engine.models.sharding import tensors
 
 MAX_SHOWN = 3
@@ -37,6 +37,11 @@ def weight_faults(path: str | Path, shape: ModelShape, option: str = "model.path
             yield error
     wanted = tensors(shape)
     missing = [name for name in wanted if name not in found and names.get(name) not in broken]
+    if moved := [name for name in wanted if name in found and found[name][0] != names.get(name)]:
+        yield CheckpointError(
+            f"{Path(path) / INDEX_FILE} must name the file that each tensor is in; found {names.get(moved[0])} for {moved[0]}, "
+            f"which is in {found[moved[0]][0]}: fetch it again"
+        )
     if missing:
         more = f" and {len(missing) - MAX_SHOWN} more" if len(missing) > MAX_SHOWN else ""
         yield CheckpointError(

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.core.errors import CheckpointError, ConfigError
+from engine.core.errors import CheckpointError, ConfigError, brief
 from engine.core.files import staged_folder
+from engine.core.places import meant
 from engine.core.registry import portable
 from engine.core.tensor_files import write_tensors
 from engine.models.base import INERT_FIELDS, PLAIN_FIELDS, ROPE_FIELDS, Family, Llama3Scaling, ModelShape
@@ -26,6 +27,10 @@ POLICY = "model.path"  # the option whose folder must hold a language model; a r
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+ADAPTER = "adapter_config.json"  # what PEFT leaves beside weights that are none of a whole model
+POINTER = b"version https://git-lfs"  # how a file begins that git has not fetched
+DOWNLOAD = "fetch it with `hf download {} --local-dir FOLDER` and name FOLDER, for runs have no network"
+MOST = 2**31 - 1  # of any size
 COMPANIONS = (
     GENERATION_CONFIG,
     "tokenizer.json",
@@ -40,7 +45,8 @@ COMPANIONS = (
 def read_shape(path: str | Path, option: str = POLICY, family: str = AUTO) -> ModelShape:
     """The sizes in `path`/config.json; `family` as model.family names it. ConfigError when the file is not of that family, or
     says what it does not know; CheckpointError when it is unreadable or incomplete; both blame `option`."""
-    file = Path(path) / "config.json"
+    require_folder(path, option)
+    file = Path(path) / CONFIG
     config = _read_json(file, option)
     name, kind = _family(config, family, file, option)
     _check_fields(config, kind, file, option)
@@ -51,7 +57,7 @@ def read_shape(path: str | Path, option: str = POLICY, family: str = AUTO) -> Mo
     try:
         _check_rope(config, kind, file, option)
         heads = int(said["num_attention_heads"])
-        return ModelShape(
+        shape = ModelShape(
             num_layers=int(said["num_hidden_layers"]),
             hidden=int(said["hidden_size"]),
             num_heads=heads,
@@ -66,12 +72,66 @@ def read_shape(path: str | Path, option: str = POLICY, family: str = AUTO) -> Mo
             max_positions=int(said["max_position_embeddings"]),
             family=portable(name),
         )
+        _check_sizes(shape)
+        return shape
     except KeyError as error:
         raise CheckpointError(f"{file} has no {error.args[0]}, which {kind.title} needs: fetch it again") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(
             f"{file} must hold the sizes of {kind.title} as numbers; found {error}: fetch it again"
         ) from error
+
+
+def require_folder(path: str | Path, option: str = POLICY) -> None:
+    """CheckpointError where there is no folder with a config.json: what is there instead, and what to do about it."""
+    folder = Path(path)
+    if not str(path).strip() or not folder.is_dir():
+        found = (
+            "an empty name" if not str(path).strip() else f"a file at {path}" if folder.is_file() else f"no folder at {path}"
+        )
+        if folder.suffix == ".gguf":
+            fix = "fetch the checkpoint in safetensors, GGUF cannot be trained on"
+        elif folder.is_file():
+            fix = "name the folder that it is in"
+        else:
+            fix = meant(str(path), option, DOWNLOAD)
+        raise CheckpointError(f"{option} must be the folder of a Hugging Face model; found {found}: {fix}")
+    if (folder / CONFIG).exists():
+        return
+    snapshots = sorted(folder.glob(f"snapshots/*/{CONFIG}"))
+    if (folder / ADAPTER).exists():
+        found, fix = f"an adapter ({ADAPTER})", "merge it into its base model (PEFT's merge_and_unload) and save that"
+    elif any(folder.glob("*.gguf")):
+        found, fix = "GGUF alone", "fetch the checkpoint in safetensors, GGUF cannot be trained on"
+    elif snapshots:
+        found, fix = "a folder of the hub's cache", f"name its {snapshots[-1].parent}"
+    elif (folder / "checkpoints").is_dir():
+        found, fix = "a run's directory", f"make a model of it with `semion export {path} FOLDER`"
+    elif any(folder.glob("consolidated.*.pth")):
+        found, fix = "the weights as Meta publishes them (consolidated.00.pth)", "fetch the model in Hugging Face's form"
+    elif not any(folder.iterdir()):
+        found, fix = "an empty folder", "check the path, or fetch the model again"
+    else:
+        found, fix = "none", "check the path, or fetch the model again"
+    raise CheckpointError(f"{option} must be the folder of a Hugging Face model, with {CONFIG}; found {found} in {path}: {fix}")
+
+
+def _check_sizes(shape: ModelShape) -> None:
+    """ValueError for sizes that no model has."""
+    sizes = {
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.ffn_hidden,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_positions,
+    }
+    if wrong := [f"{name} = {size}" for name, size in sizes.items() if not 0 < size <= MOST]:
+        raise ValueError(", ".join(wrong))
+    if shape.num_heads % shape.num_kv_heads:
+        raise ValueError(f"num_attention_heads = {shape.num_heads}, no multiple of num_key_value_heads = {shape.num_kv_heads}")
 
 
 SIZES = frozenset(  # fields of config.json that `read_shape` reads
@@ -197,10 +257,17 @@ def _read_json(file: Path, option: str = "model.path") -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}; check {option}") from error
     except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}; fetch it again") from error
+        raise CheckpointError(f"{file} is not JSON: {error}; {_again(file)}") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{file} must hold a JSON object; found a {type(tree).__name__}: fetch it again")
     return tree
+
+
+def _again(file: Path) -> str:
+    """What to do about a file that cannot be read."""
+    with file.open("rb") as opened:
+        is_pointer = opened.read(len(POINTER)) == POINTER
+    return "git has not fetched it: run `git lfs pull` there" if is_pointer else "fetch it again"
 
 
 def read_end_ids(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -213,7 +280,7 @@ def read_end_ids(path: str | Path) -> dict[str, tuple[int, ...]]:
         if found is None:
             continue
         ids = [found] if isinstance(found, int) else found
-        if not (isinstance(ids, list) and all(isinstance(token, int) for token in ids)):
+        if not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
             raise CheckpointError(f"{file} must have eos_token_id as a number or a list of numbers; found {found!r}: mend it")
         named[name] = tuple(ids)
     return named
@@ -242,12 +309,9 @@ class HfCheckpoint:
             with self._open(SINGLE_FILE, framework="numpy") as opened:
                 self._files = dict.fromkeys(opened.keys(), SINGLE_FILE)
         elif (self.path / INDEX_FILE).exists():
-            self._files = dict(_read_json(self.path / INDEX_FILE).get("weight_map", {}))
+            self._files = _weight_map(self.path / INDEX_FILE, option)
         else:
-            raise CheckpointError(
-                f"{self.path} must hold {SINGLE_FILE} or {INDEX_FILE}; found neither: check {option}, or convert the "
-                f"checkpoint to safetensors"
-            )
+            raise _without_weights(self.path, option)
 
     def header(self, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
         """(shape, dtype as safetensors calls it) of every tensor in one of the folder's files. CheckpointError when it cannot
@@ -298,7 +362,35 @@ class HfCheckpoint:
         try:
             return safe_open(self.path / file, framework=framework)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path / file} cannot be read: {error}; fetch it again") from error
+            fix = _again(self.path / file) if (self.path / file).is_file() else "fetch it again"
+            raise CheckpointError(f"{self.path / file} cannot be read: {error}; {fix}") from error
+
+
+def _weight_map(file: Path, option: str) -> dict[str, str]:
+    """The file of each tensor, by an index of shards. CheckpointError for an index of another form."""
+    found = _read_json(file, option).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(
+            f"{file} must have a table weight_map of tensors and their files; found {brief(found)}: fetch it again"
+        )
+    for name, shard in found.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{file} must name files of its own folder in weight_map; found {brief(shard)} for {name}: fetch it again"
+            )
+    return dict(found)
+
+
+def _without_weights(folder: Path, option: str) -> CheckpointError:
+    """The error of a folder without weights that can be read; it says which others are there."""
+    others = [file.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf", ADAPTER) for file in sorted(folder.glob(pattern))]
+    if ADAPTER in others:
+        found, fix = f"an adapter ({ADAPTER})", "merge it into its base model (PEFT's merge_and_unload) and save that"
+    elif others:
+        found, fix = f"neither but {', '.join(others[:3])}", "convert the checkpoint to safetensors"
+    else:
+        found, fix = "neither", "convert the checkpoint to safetensors"
+    return CheckpointError(f"{folder} must hold {SINGLE_FILE} or {INDEX_FILE}; found {found}: check {option}, or {fix}")
 
 
 def check_destination(directory: str | Path) -> Path:

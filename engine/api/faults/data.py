@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.api.faults.look import Faults, Look, caught, tried
 from engine.config.options import Source, source_key
 from engine.core.errors import ConfigError, DataError, SemionError
+from engine.core.places import meant
 from engine.data.forms import Columns
 from engine.data.mixture import longest_asked, naming, prompt_form
 from engine.data.preferences import FIELDS as PAIR_FIELDS
@@ -72,7 +73,8 @@ def _file_faults(look: Look, key: str, path: str, source: Source, ids: dict[str,
                 f"{problem[:60]!r}: change one, or remove the `id` fields"
             )
             break
-    if look.renders:
+    fits_engines = look.config.data.max_prompt_tokens <= longest_asked(look.config)  # else a rule of the configuration says so
+    if look.renders and (trains or fits_engines):
         yield from caught(_length_faults, look, key, path, source, rows, is_whole, needs_answer)
 
 
@@ -147,5 +149,9 @@ def _pair_faults(path: str, columns: Columns | None) -> Faults:
 def _check_file(key: str, path: str) -> None:
     """DataError for a file or folder that is not there, or that no data can be in."""
     if not path.startswith(HUB) and not Path(path).exists():
-        raise DataError(f"{key} must be a file or a dataset's folder; found none at {path}: check the path")
-    check_source(path)
+        fix = meant(path, key, "a dataset of the hub is named as hf://{}")
+        raise DataError(f"{key} must be a file or a dataset's folder; found none at {path}: {fix}")
+    try:
+        check_source(path)
+    except DataError as error:
+        raise naming(key, path, error) from error

@@ -4,12 +4,12 @@ from. It writes nothing."""
 from __future__ import annotations
 
 import fcntl
-import os
 from pathlib import Path
 
 from engine.api.faults.look import Faults, Look, caught
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import CheckpointError, ConfigError
+from engine.core.places import obstacle
 from engine.models.hf import check_destination
 from engine.run.checkpoint import check_prolonged, latest, other_data, other_options, read_manifest, reference_folder
 
@@ -17,12 +17,19 @@ from engine.run.checkpoint import check_prolonged, latest, other_data, other_opt
 def directory_faults(look: Look) -> Faults:
     """Whether another run is at work there, and whether a run that starts anew would take records away."""
     config, lock = look.config, look.config.run_directory / ".lock"
-    whole = config.run_directory.absolute()
-    there = next(place for place in (whole, *whole.parents) if place.exists())
-    if not config.run.directory.strip() or not there.is_dir() or not os.access(there, os.W_OK):
-        what = "an empty name" if not config.run.directory.strip() else "a file" if not there.is_dir() else "no permission"
-        yield ConfigError(f"run.directory must be a folder that can be made and written; found {what} at {there}: name another")
-        return
+    for option, name in (("run.directory", config.run.directory), ("sft.checkpoint_out", config.sft.checkpoint_out)):
+        if name is None:
+            continue
+        place = Path(name)
+        what = "an empty name" if not name.strip() else obstacle(place) or (f"a file at {place}" if place.is_file() else None)
+        if what:
+            yield ConfigError(f"{option} must be a folder that can be made and written; found {what}: name another")
+            return
+        if place.exists() and place.resolve() == Path(config.model.path).resolve():
+            yield ConfigError(
+                f"{option} must not be model.path, whose files it would mix with its own; found both as {name}: name another"
+            )
+            return
     if lock.exists():
         with lock.open("r") as file:
             try:

@@ -16,7 +16,7 @@ from engine.data.mixture import prompt_form
 from engine.data.templates import check_vocabulary, encode_prompt, policy_tokenizer
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.headers import weight_faults
-from engine.models.hf import read_shape
+from engine.models.hf import CONFIG, read_shape
 from engine.models.sharding import engine_layout, trainer_layout
 
 
@@ -26,7 +26,7 @@ def model_faults(look: Look) -> list[SemionError]:
     look.shape, found = tried(partial(read_shape, path, family=look.config.model.family))
     if look.shape is not None:
         found += weight_faults(path, look.shape)
-    if not Path(path).is_dir():  # then its config.json has been missed already
+    if not (Path(path) / CONFIG).exists():  # which has been told
         return found
     # What reads a tokenizer looks at config.json too, and would be blamed for one that is refused
     if look.shape is not None or not (Path(path) / "tokenizer.json").exists():
@@ -42,8 +42,9 @@ def model_faults(look: Look) -> list[SemionError]:
 def _tokenizer(look: Look) -> Faults:
     """The vocabulary, the chat template, and what ends a response."""
     path, tokenizer, shape = look.config.model.path, look.tokenizer, look.shape
-    if shape is not None:
-        yield from caught(check_vocabulary, tokenizer, shape.vocab_size, path)
+    if shape is not None and (too_many := [*caught(check_vocabulary, tokenizer, shape.vocab_size, path)]):
+        yield from too_many
+        return
     ends = end_tokens(path, tokenizer)
     if look.samples and not ends.stop:
         yield ConfigError(
@@ -61,11 +62,16 @@ def _tokenizer(look: Look) -> Faults:
                 f"model.path must name end tokens that are no ordinary text, for responses would be cut off wherever they "
                 f"write it; found {cutting[0]} in {name} of {path}, which is {ends.spelled[cutting[0]]!r}: mend it"
             )
+    own = look.config.data.chat_template == "tokenizer"
+    option, place = ("model.path", path) if own else ("data.chat_template", look.config.data.chat_template)
     try:
-        encode_prompt(tokenizer, "1 + 1", prompt_form(look.config, Source(train="", template="{problem}")))
+        prompt = encode_prompt(tokenizer, "1 + 1", prompt_form(look.config, Source(train="", template="{problem}")))
+        if "1+1" not in str(tokenizer.decode(list(prompt))).replace(" ", ""):
+            yield ConfigError(
+                f"{option} must hold a chat template that writes a user's message; found none of '1 + 1' in what it makes of "
+                f"it in {place}: mend the template"
+            )
     except TemplateError as error:
-        own = look.config.data.chat_template == "tokenizer"
-        option, place = ("model.path", path) if own else ("data.chat_template", look.config.data.chat_template)
         yield ConfigError(
             f"{option} must hold a chat template for a user's message; found that it fails with {str(error)!r} in "
             f"{place}: mend the template"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from engine.api.faults.look import Faults, Look, caught, evaluated, tried
 from engine.api.faults.machine import cache_faults
 from engine.config.options import RewardModel
-from engine.config.rewards import REWARDS
+from engine.config.rewards import broken_reward_rules
 from engine.models.base import ModelShape
 from engine.models.reward_head import read_reward_head
 from engine.rewards.registry import check_pairing, checks, uses_engine
@@ -21,8 +21,8 @@ def reward_faults(look: Look) -> Faults:
     if look.purpose in ("generate", "sft") or not look.reads("data", "rewards", "reward_model"):
         return
     every = [name for source in config.data.sources for name in source.rewards]
-    if any(":" not in name and name not in REWARDS.names for name in every):
-        return  # no such reward: a rule of the configuration says so
+    if broken_reward_rules(config) or ("model" in every and config.reward_model.path is None):
+        return  # no such reward, or not as it must be: a rule of the configuration says so
     sources = evaluated(config, look.sets) if look.purpose == "eval" else config.data.sources
     faults = [fault for check in checks(config, sources) for fault in caught(check)] if look.samples else []
     yield from faults

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from engine.rewards.pool.frames import LENGTH, decoded, frame, read_frame, write_frame
@@ -22,6 +23,7 @@ from engine.rewards.pool.frames import LENGTH, decoded, frame, read_frame, write
 Judge = Callable[..., tuple[Any, str] | Awaitable[tuple[Any, str]]]  # (what it gives, status) of the parts of a request
 
 ANSWERS = 3  # the descriptor on which a worker answers us, and its child the worker
+OURS = Path(__file__).parents[2]  # engine/, whose calls are no news to whoever wrote a function
 MAX_TOLD = 4000  # characters of an error's traceback that are kept, its end
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -125,8 +127,12 @@ def _cpu_clock(pid: int) -> int:
 
 
 def told(error: BaseException) -> str:
-    """The traceback of an error that a judge raised, as people read it."""
-    return "".join(traceback.format_exception(error))[-MAX_TOLD:]
+    """The traceback of an error that a judge raised, as people read it: from their own code on, without the calls of ours that
+    led there. What we refuse of a result has no traceback."""
+    trace = error.__traceback__
+    while trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(OURS):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))[-MAX_TOLD:]
 
 
 def _judge_in_turn(judge: Judge, requests: int, judging: list[int]) -> None:

@@ -94,7 +94,7 @@ def test_all_faults_are_told_at_once_with_the_first_ones_exit_code(made, tmp_pat
     assert [any(name in line for line in lines) for name in named] == [True] * 3
     assert len(lines) == 3
     assert cli.main(["check", str(file), "model.path=/nowhere", "trainer.tensor_parallel=3"]) == 4
-    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["/nowhere/config.json", "data.train"]
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["model.path", "data.train"]
 
 
 def test_every_complaint_of_the_configuration_is_told(tmp_path, capsys):
@@ -287,7 +287,8 @@ def test_a_broken_row_is_told_wherever_it_stands(made, tmp_path):
     write(tmp_path / "train.jsonl", [*rows[:7], {"problem": 3}, *rows[7:], {"answer": "2"}])
     assert faults(made) == [
         f"data.train ({file}), line 8: `problem` must be a text; found 3: write it as text",
-        f"data.train ({file}), line 22: `problem` must be a text that is not empty; found {{'answer': '2'}}: add it",
+        f"data.train ({file}), line 22: `problem` must be a text that is not empty; found {{'answer': '2'}}: add it, or "
+        "name its column by data.columns.problem",
     ]
 
 

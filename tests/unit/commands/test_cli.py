@@ -129,7 +129,7 @@ def test_what_a_run_needs_is_looked_at_before_any_process_starts(command, file, 
         assert "data.held_out must be a file" in complaint(3, *given, "data.held_out=gone.jsonl")
     if command[0] in ("train", "rollout"):
         assert "data.mix[0].train must be a file" in complaint(3, *given, 'data.mix=[{train = "gone.jsonl"}]')
-    assert "gone/config.json cannot be read" in complaint(4, *given, "model.path=gone")
+    assert "found no folder at gone" in complaint(4, *given, "model.path=gone")
     (tmp_path / "seed" / "config.json").write_text(json.dumps(LLAMA | {"model_type": "qwen2"}))
     said = complaint(2, *given)
     assert "must have model_type = 'llama' or 'qwen3'; found 'qwen2'" in said
@@ -422,7 +422,7 @@ def test_a_reward_model_that_cannot_judge_is_refused_before_any_process_starts(
     (tmp_path / "athene" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     options = ("data.reward=model", "reward_model.max_tokens=512", f"reward_model.path={tmp_path / 'athene'}")
     assert "no cls_token_id in config.json" in complaint(2, "train", file, *options)
-    assert "check reward_model.path" in complaint(4, "eval", file, *options[:2], f"reward_model.path={tmp_path / 'absent'}")
+    assert "reward_model.path must be" in complaint(4, "eval", file, *options[:2], f"reward_model.path={tmp_path / 'absent'}")
 
 
 def test_a_directory_belongs_to_one_run_at_a_time(file, complaint, tmp_path):

@@ -95,7 +95,7 @@ def test_a_users_own_by_its_place_sees_rows_and_groups_and_its_error_is_shown(tm
     assert run(file, "--reward", f"{tmp_path}/own.py:share", "--concurrency", 2, "--output", output) == 0
     first, second, third = (json.loads(line) for line in output.read_text().splitlines())
     assert first["score"] == third["score"] == 3.5 and first["parts"] == {"share": 0.5, "tokens": 3.0}
-    assert second["status"] == "invalid" and "ZeroDivisionError" in second["problem"]
+    assert second["status"] == "invalid" and "ZeroDivisionError" in second["error"]
 
 
 @pytest.mark.parametrize(
