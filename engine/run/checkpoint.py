@@ -22,10 +22,12 @@ from engine.algorithms.registry import identities as algorithm_identities
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError, StorageError, combined
 from engine.core.files import atomic_write, staged_folder, storing, sync
+from engine.core.provenance import provenance
 from engine.core.registry import identity
 from engine.data.records import source_digest
 from engine.models.hf import HfCheckpoint, save_tensors, stored_dtype, write_hf_checkpoint
 from engine.rewards.registry import identities as reward_identities
+from engine.run.machine import gpu_name
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +153,7 @@ class Checkpoints:
             "data": data_digests(config) if self._digests is None else dict(self._digests),
             "files": files,
             "records": json.loads(json.dumps(records)),
+            "made_with": provenance() | {"gpu": gpu_name()},
         }
         manifest["sha256"] = _content_digest(manifest)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
