@@ -1,8 +1,8 @@
 """What the documents say, for the tests that hold them to it: their fenced blocks, the commands in these, the pieces of code.
 
 A command is a line of a block without a language that begins with one of `PROGRAMS`. A word in capitals stands for something of
-the reader's, `[...]` may be left out, and `...` for more that is needed. In a table of commands, all of whose lines have a blank
-before column DESCRIBED_AT, what follows there says what they do; elsewhere a run of four blanks or a # begins that.
+the reader's, `[...]` may be left out, and `...` for more that is needed. In a table of commands, all of whose lines have a
+blank before column DESCRIBED_AT, what follows there says what they do; elsewhere a run of four blanks or a # begins that.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The commands of the guides that read a run, as the guides have them, on a run that is there; and the model card's own lines on the
-model that was exported from it."""
+"""The commands of the guides that read a run, as the guides have them, on a run that is there; and the model card's own lines
+on the model that was exported from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEEDS_BEST = "--best"  # of export: the run has no best checkpoint
 
 def of_a_run() -> list[Command]:
     """Every different command that reads a run, of whichever page."""
-    found = {}
+    found: dict[tuple[str, ...], Command] = {}
     for command in semion_commands():
         if command.words[0] in READING and any(map(A_RUN.fullmatch, command.words)):
             found.setdefault(command.words, command)

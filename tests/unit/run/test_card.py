@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engine.config.load import RunConfig
@@ -70,12 +70,13 @@ def make(tmp_path: Path, model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -
             ask = PromptForm(config.data.template, config.data.system)
             prompt = list(encode_prompt(tiny_tokenizer, "1+2", ask))
             sample = {"problem": "1+2", "text": greedy(model, prompt, config), "prompt_ids": prompt}
-            for name, found in {
+            ledgers: dict[str, list[dict[str, Any]]] = {
                 "evaluations": rows,
                 "samples": [sample | {"step": 0, "text": "an old one"}, sample | {"step": STEP}],
                 "metrics": [{"step": step, "unix_seconds": 1764000000.0 + 60 * step} for step in range(6)],
                 "guard": [{"step": 1, "text": "no signal"}, {"step": 5, "text": "later"}],
-            }.items():
+            }
+            for name, found in ledgers.items():
                 ledger = JsonlLedger(run / f"{name}.jsonl")
                 ledger.append(found)
                 ledger.close()
@@ -102,7 +103,7 @@ def asked(card: str) -> str:
 def test_the_card_says_what_the_run_wrote_down(make: Make) -> None:
     config, exported = make()
     card = (exported / CARD).read_text("utf-8")
-    front = yaml.safe_load(card.split("---\n")[1])
+    front = metadata_load(exported / CARD)
     assert front == {
         "base_model": "Small-Llama",
         "library_name": "transformers",
@@ -195,7 +196,7 @@ def test_a_name_from_the_hubs_cache_and_parts_of_the_users_own(make: Make, model
     judge.write_text("def f(completion): return 1.0")
     _, exported = make(model={"path": str(cached)}, data={"reward": f"{judge}:f"}, sync={"sync_interval": 2})
     card = (exported / CARD).read_text("utf-8")
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "owner/Small-Llama"
+    assert (metadata_load(exported / CARD) or {})["base_model"] == "owner/Small-Llama"
     assert "`judge.py:f`" in card and str(tmp_path) not in card
     assert "2, semi-online" in card
 
