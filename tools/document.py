@@ -127,7 +127,10 @@ MEASURED = {  # the same regime in the tiny reproduction: the label of its line 
     "verifiable_grpo": "GRPO",
 }
 REGIMES: dict[str | int, str] = {"never": "all sampled from the weights at the start", 1: "sampled from the newest weights"}
-REFERENCES: dict[str | int, str] = {"never": "the weights at the start", "follow": "copied from the policy at every weight sync"}
+REFERENCES: dict[str | int, str] = {
+    "never": "the weights at the start",
+    "follow": "copied from the policy at every weight sync",
+}
 JUDGES = {"math": "Math-Verify, right or wrong", "model": "the reward model Athene-RM-8B, a number"}
 LLAMA = "configs/models/llama-3.1-8b"  # its sizes, without weights: enough to plan with
 

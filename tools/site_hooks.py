@@ -1,5 +1,5 @@
 """What mkdocs is told beside mkdocs.yml: CONTRIBUTING.md, which lies outside docs/, is a page; and a diagram in Mermaid's
-language, which GitHub draws and the site could only with a script from the network, becomes a list of its arrows.
+language, which GitHub draws and the site could only with a script from the network, becomes the lines of its arrows.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def told(diagram: str) -> str:
-    """A diagram as a list."""
-    return messages(diagram) if diagram.startswith("sequenceDiagram") else arrows(diagram)
+    """A diagram as a block of text."""
+    lines = messages(diagram) if diagram.startswith("sequenceDiagram") else arrows(diagram)
+    return f"```text\n{lines}\n```"
 
 
 def messages(diagram: str) -> str:
@@ -41,24 +42,24 @@ def messages(diagram: str) -> str:
     labels, lines = dict(PARTICIPANT.findall(diagram)), []
     for line in diagram.splitlines():
         if found := MESSAGE.match(line):
-            lines.append(f"1. **{labels[found[1]]}** → **{labels[found[2]]}**: {found[3]}")
+            lines.append(f"{labels[found[1]]} → {labels[found[2]]}: {found[3]}")
         elif found := NOTE.match(line):
-            lines.append(f"1. {found[1]}")
+            lines.append(found[1])
     return "\n".join(lines)
 
 
 def arrows(diagram: str) -> str:
-    """The arrows of a flowchart, one a line of a list, by the labels of its nodes."""
+    """The arrows of a flowchart, one a line, by the labels of its nodes."""
     labels = dict(NODE.findall(diagram))
     lines = []
 
     def shown(side: str) -> str:
         names = [re.sub(r"\[.*\]$", "", name.strip()) for name in side.split("&")]
-        return " and ".join(f"**{labels.get(name, name)}**" for name in names)
+        return " and ".join(labels.get(name, name) for name in names)
 
     for line in diagram.splitlines():
         if found := ARROW.match(line):
             left, arrow, label, right = found.groups()
             sign = "↔" if arrow.startswith("<") else "→"
-            lines.append(f"- {shown(left)} {sign} {shown(right)}" + (f" ({label})" if label else ""))
+            lines.append(f"{shown(left)}  {sign}  {shown(right)}" + (f" ({label})" if label else ""))
     return "\n".join(lines)
