@@ -186,7 +186,7 @@ sbatch --nodes={cluster.nodes} --gpus-per-node={cluster.gpus_per_node} tools/slu
 ```
 
 The model goes into `{config.model.path}`. `semion plan` needs no weights and says what memory and what weight sync the layout
-takes; here it only borrows the sizes of Llama 3.1 8B. [From one GPU to nodes](../to_nodes.md) explains the second line.
+takes; here it only borrows the sizes of Llama 3.1 8B. [From one GPU to nodes](../to_nodes.md) explains the last line.
 
 ## What was measured
 

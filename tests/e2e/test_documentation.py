@@ -15,7 +15,7 @@ from engine.run.card import CARD
 from tests.documented import Command, semion_commands
 from tests.e2e.test_commands import semion
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)  # as the runs that it reads
 
 READING = ("show", "report", "export")
 A_RUN = re.compile(r"RUN|runs/quickstart/train")

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def test_the_site_has_every_page_and_fetches_nothing(built: Path) -> None:
         assert 'class="mermaid"' not in page.read_text("utf-8"), "the theme would fetch Mermaid from the network"
     for sheet in built.rglob("*.css"):
         assert "url(http" not in sheet.read_text("utf-8") and "@import" not in sheet.read_text("utf-8"), sheet
+
+
+def test_what_builds_the_site_is_pinned_and_installed_where_tests_run() -> None:
+    lines = (ROOT / "requirements" / "docs.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert {name: version(name) for name in pins} == pins
+    for name in ("cpu.txt", "cpu_py312.txt"):
+        assert "-r docs.txt" in (ROOT / "requirements" / name).read_text("utf-8").splitlines()
+    assert "requirements/docs.txt" in (ROOT / "tools" / "environment.sh").read_text("utf-8"), "of the packages' digest"
 
 
 def test_a_diagram_is_told_line_by_line_on_the_site() -> None:
