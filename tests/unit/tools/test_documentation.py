@@ -3,6 +3,7 @@ configuration, option, file and message that they name exists. Commands that rea
 
 import ast
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -21,6 +22,7 @@ from engine import cli
 from engine.config.load import RunConfig, load_config, read_config
 from engine.config.options import LOSSES, Options
 from engine.core import errors
+from engine.data.rows import load_rows
 from tests.documented import DOCS, GENERATED, PAGES, ROOT, Command, blocks, commands, semion_commands
 from tools.document import site
 from tools.site_hooks import arrows, messages
@@ -221,6 +223,28 @@ def test_plans_of_the_guides_are_made(command: Command, monkeypatch: pytest.Monk
 
 def test_the_plans_are_not_none() -> None:
     assert len(RUN_HERE) >= 2
+
+
+def test_the_reward_of_the_guide_judges_the_rows_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command, run as it stands there."""
+    page = DOCS / "own_reward.md"
+    (rows,) = (text for language, text in blocks(page) if language == "jsonl")
+    (command,) = semion_commands([page])
+    assert command.words[:2] == ("score", "FILE")
+    (tmp_path / "rows.jsonl").write_text(rows)
+    monkeypatch.chdir(ROOT)
+    figures = tmp_path / "figures.json"
+    with redirect_stdout(io.StringIO()):
+        assert cli.main(["score", str(tmp_path / "rows.jsonl"), *command.words[2:], "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["agreement"] == 1.0
+
+
+@pytest.mark.parametrize("page", ["own_data.md", "own_reward.md"])
+def test_the_rows_of_a_guide_are_rows(page: str, tmp_path: Path) -> None:
+    for number, text in enumerate(text for language, text in blocks(DOCS / page) if language == "jsonl"):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(text)
+        assert len(load_rows(file)) == text.count("\n")
 
 
 def test_the_readme_shows_what_a_mistake_says(monkeypatch: pytest.MonkeyPatch) -> None:
