@@ -136,12 +136,13 @@ def card(made: Made, folder: Path) -> str:
     """The model card; `folder`: where the exported model is, whose chat template is looked at."""
     config, algorithm = made.config, made.config["algorithm"]
     regime = _regime(config["sync"]["sync_interval"])
+    conversational = [] if config["data"].get("chat_template") == "none" else ["conversational"]
     front = {
         "base_model": made.base,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         **_license(Path(config["model"]["path"])),
-        "tags": ["semion", "reinforcement-learning", _name(algorithm["loss"]), regime, "conversational"],
+        "tags": ["semion", "reinforcement-learning", _name(algorithm["loss"]), regime, *conversational],
     }
     head = (
         f"`{made.base}` after {made.step} steps of {regime} reinforcement learning with the loss `{_name(algorithm['loss'])}`"
@@ -169,7 +170,8 @@ def _accuracy(made: Made) -> str:
             graded = row["measure"] == "reward"
             mean, error = (_figure(row[figure], graded=graded) for figure in ("mean", "standard_error"))
             count = f"{row['num_problems']} × {row['num_seeds']}"
-            cells = [name, str(row["step"]), row["measure"], f"{mean} ± {error}", count, _figure(row["truncated"])]
+            shown = f"{mean} ± {error}" if row["standard_error"] else f"{mean} (no spread among the problems)"
+            cells = [name, str(row["step"]), row["measure"], shown, count, _figure(row["truncated"])]
             lines.append(cells)
     if not lines:
         return ""

@@ -71,7 +71,7 @@ def make(tmp_path: Path, model: Path, tiny_tokenizer: PreTrainedTokenizerFast) -
             prompt = list(encode_prompt(tiny_tokenizer, "1+2", ask))
             sample = {"problem": "1+2", "text": greedy(model, prompt, config), "prompt_ids": prompt}
             ledgers: dict[str, list[dict[str, Any]]] = {
-                "evaluations": rows,
+                "evaluations": [*rows, ROW | {"step": STEP, "set": "other", "mean": 0.0, "standard_error": 0.0}],
                 "samples": [sample | {"step": 0, "text": "an old one"}, sample | {"step": STEP}],
                 "metrics": [{"step": step, "unix_seconds": 1764000000.0 + 60 * step} for step in range(6)],
                 "guard": [{"step": 1, "text": "no signal"}, {"step": 5, "text": "later"}],
@@ -115,6 +115,7 @@ def test_the_card_says_what_the_run_wrote_down(make: Make) -> None:
     assert "| held_out | 0 | accuracy | 25.0% ± 6.2% | 5 × 2 | 12.5% |" in card
     assert "| held_out | 4 | accuracy | 50.0% ± 6.2% | 5 × 2 | 12.5% |" in card, "of this checkpoint, not of a later one"
     assert "75.0%" not in card
+    assert "| other | 4 | accuracy | 0.0% (no spread among the problems) | 5 × 2 |" in card
     digest = hashlib.sha256(Path(config.data.train).read_bytes()).hexdigest()
     assert f"| `data.train` | `train.jsonl` | 3 | `{digest}` |" in card
     assert "| s (steps between weight syncs) | 1, online |" in card
@@ -130,7 +131,7 @@ def test_the_card_says_what_the_run_wrote_down(make: Make) -> None:
 
 def test_what_is_on_no_record_is_left_out(make: Make, model: Path) -> None:
     """Only the checkpoint is left: it knows what was judged before it. The data have changed since."""
-    config, exported = make(records=False)
+    config, exported = make(records=False, data={"chat_template": "none"})
     Path(config.data.train).write_text("{}\n")
     complete(exported, config.run_directory / "checkpoints" / f"step_{STEP:08d}")
     card = (exported / CARD).read_text("utf-8")
@@ -138,6 +139,7 @@ def test_what_is_on_no_record_is_left_out(make: Make, model: Path) -> None:
     assert "| `data.train` | `train.jsonl` |  | `" in card
     assert 'problem = "..."' in card and "greedily:" not in card
     assert "| when |" not in card
+    assert "conversational" not in card
 
 
 @pytest.mark.parametrize(
