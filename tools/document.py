@@ -49,67 +49,6 @@ the resolved tree. Rules across options stand in `engine/config/rules.py` and in
 """
 
 
-def metrics_document() -> str:
-    """What docs/metrics.md should hold."""
-    return METRICS_HEAD + table(catalogue())
-
-
-def options_document() -> str:
-    """What docs/options.md should hold."""
-    parts = [OPTIONS_HEAD]
-    for name, field in Options.model_fields.items():
-        section: Any = AlgorithmOptions if name == "algorithm" else field.annotation
-        assert issubclass(section, BaseModel), name
-        parts.append(_section(f"[{name}]", section, set()))
-        if name == "algorithm":
-            parts += [
-                _section(f"[algorithm] with loss = {loss!r}", LOSSES.load(loss).Options, set(AlgorithmOptions.model_fields))
-                for loss in LOSSES.names
-            ]
-    return "\n".join(parts)
-
-
-def _section(title: str, section: type[BaseModel], known: set[str]) -> str:
-    rows = [f"## {title}\n", " ".join((section.__doc__ or "").split()) + "\n", "| option | default | values | what it is |"]
-    rows.append("|---|---|---|---|")
-    for name, field in section.model_fields.items():
-        if name not in known:
-            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-            rows.append(f"| `{name}` | {default} | {_values(field)} | {field.description or ''} |")
-    return "\n".join(rows) + "\n"
-
-
-def _values(field: Any) -> str:
-    """The type of an option and its bounds, as people write them."""
-    bounds = [text for meta in field.metadata if (text := _bound(meta))]
-    return ", ".join([_kind(field.annotation), *bounds])
-
-
-def _kind(annotation: Any) -> str:
-    """A type in words: its values where it lists them."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return ", ".join(f"`{json.dumps(value)}`" for value in inner)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(map(_kind, inner)))
-    if origin is Annotated:
-        return _kind(inner[0])
-    if origin is tuple:
-        return f"list of {_kind(inner[0])}"
-    if origin is dict:
-        return "table"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "table"
-    return {str: "text", int: "integer", float: "number", bool: "true or false", NoneType: "unset"}[annotation]
-
-
-def _bound(meta: Any) -> str:
-    for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-        if (value := getattr(meta, name, None)) is not None:
-            return f"{sign} {value}"
-    return ""
-
-
 PAPER = ROOT / "configs" / "paper"
 ROWS = sorted(path.stem for path in PAPER.glob("*.toml"))
 TABLE_1 = {  # Math500, NuminaMath, AMC23 (%), as the paper has them; the seed model: 47.4, 33.9, 23.7
@@ -265,6 +204,68 @@ there, with the numbers of its table 4, and a page here: what the run does, what
 | page | in the paper | loss | s | reference |
 |---|---|---|---|---|
 """
+
+
+def metrics_document() -> str:
+    """What docs/metrics.md should hold."""
+    return METRICS_HEAD + table(catalogue())
+
+
+def options_document() -> str:
+    """What docs/options.md should hold."""
+    parts = [OPTIONS_HEAD]
+    for name, field in Options.model_fields.items():
+        section: Any = AlgorithmOptions if name == "algorithm" else field.annotation
+        assert issubclass(section, BaseModel), name
+        parts.append(_section(f"[{name}]", section, set()))
+        if name == "algorithm":
+            parts += [
+                _section(f"[algorithm] with loss = {loss!r}", LOSSES.load(loss).Options, set(AlgorithmOptions.model_fields))
+                for loss in LOSSES.names
+            ]
+    return "\n".join(parts)
+
+
+def _section(title: str, section: type[BaseModel], known: set[str]) -> str:
+    rows = [f"## {title}\n", " ".join((section.__doc__ or "").split()) + "\n", "| option | default | values | what it is |"]
+    rows.append("|---|---|---|---|")
+    for name, field in section.model_fields.items():
+        if name not in known:
+            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+            rows.append(f"| `{name}` | {default} | {_values(field)} | {field.description or ''} |")
+    return "\n".join(rows) + "\n"
+
+
+def _values(field: Any) -> str:
+    """The type of an option and its bounds, as people write them."""
+    bounds = [text for meta in field.metadata if (text := _bound(meta))]
+    return ", ".join([_kind(field.annotation), *bounds])
+
+
+def _kind(annotation: Any) -> str:
+    """A type in words: its values where it lists them."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{json.dumps(value)}`" for value in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_kind, inner)))
+    if origin is Annotated:
+        return _kind(inner[0])
+    if origin is tuple:
+        return f"list of {_kind(inner[0])}"
+    if origin is dict:
+        return "table"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "table"
+    return {str: "text", int: "integer", float: "number", bool: "true or false", NoneType: "unset"}[annotation]
+
+
+def _bound(meta: Any) -> str:
+    for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+        if (value := getattr(meta, name, None)) is not None:
+            return f"{sign} {value}"
+    return ""
+
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
     "metrics.md": metrics_document,
