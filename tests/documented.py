@@ -64,8 +64,8 @@ def commands(page: Path) -> Iterator[Command]:
     """The commands of a page, without what may be left out and without what is said behind them."""
     for line in command_lines(page):
         text = re.split(r"(?<=.{14}) {4,}", line)[0].split("  #")[0].split(" # ")[0]
-        text = re.sub(r"\[[^\]]*\]", "", text)
-        yield Command(str(page.relative_to(ROOT)), tuple(shlex.split(text.replace("...", ""))), "..." not in text)
+        for part in re.sub(r"\[[^\]]*\]", "", text).split(" && "):
+            yield Command(str(page.relative_to(ROOT)), tuple(shlex.split(part.replace("...", ""))), "..." not in part)
 
 
 def semion_commands(pages: list[Path] = PAGES) -> list[Command]:

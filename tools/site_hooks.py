@@ -1,10 +1,12 @@
-"""What mkdocs is told beside mkdocs.yml: CONTRIBUTING.md, which lies outside docs/, is a page; and a diagram in Mermaid's
-language, which GitHub draws and the site could only with a script from the network, becomes the lines of its arrows.
+"""What mkdocs is told beside mkdocs.yml: CONTRIBUTING.md, which lies outside docs/, is a page; a new page is in the menu before
+somebody gives it its place there; and a diagram in Mermaid's language, which GitHub draws and the site could only with a script
+from the network, becomes the lines of its arrows.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,22 @@ PARTICIPANT = re.compile(r"participant (\w+) as (.+)")
 MESSAGE = re.compile(r"^\s*(\w+)->>(\w+): (.+)$")
 NOTE = re.compile(r"^\s*Note over [\w,]+: (.+)$")
 ARROW = re.compile(r"^\s*(.+?)\s*(<?-->|-\.->)(?:\|(.+?)\|)?\s*(.+?)\s*$")
+
+
+def on_config(config: Any) -> Any:
+    """Puts a page that the menu of mkdocs.yml does not have at the end of the menu's last part."""
+    listed = set(_listed(config["nav"]))
+    docs = Path(config["docs_dir"])
+    (manuals,) = config["nav"][-1].values()
+    manuals += [name for name in sorted(str(page.relative_to(docs)) for page in docs.rglob("*.md")) if name not in listed]
+    return config
+
+
+def _listed(menu: Any) -> Iterator[str]:
+    if isinstance(menu, str):
+        yield menu
+    for part in menu.values() if isinstance(menu, dict) else menu if isinstance(menu, list) else ():
+        yield from _listed(part)
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -18,7 +18,8 @@ from tests.e2e.test_commands import semion
 pytestmark = pytest.mark.timeout(1800)  # as the runs that it reads
 
 READING = ("show", "report", "export")
-A_RUN = re.compile(r"RUN|runs/quickstart/train")
+A_RUN = re.compile(r"(OTHER_)?RUN|runs/quickstart/train")
+STAYS = "--serve"  # of report: it ends by Ctrl-C alone
 NEEDS_BEST = "--best"  # of export: the run has no best checkpoint
 
 
@@ -26,7 +27,7 @@ def of_a_run() -> list[Command]:
     """Every different command that reads a run, of whichever page."""
     found: dict[tuple[str, ...], Command] = {}
     for command in semion_commands():
-        if command.words[0] in READING and any(map(A_RUN.fullmatch, command.words)):
+        if command.words[0] in READING and any(map(A_RUN.fullmatch, command.words)) and STAYS not in command.words:
             found.setdefault(command.words, command)
     return list(found.values())
 

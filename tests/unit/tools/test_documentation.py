@@ -25,7 +25,7 @@ from engine.core import errors
 from engine.data.rows import load_rows
 from tests.documented import DOCS, GENERATED, PAGES, ROOT, Command, blocks, commands, semion_commands
 from tools.document import site
-from tools.site_hooks import arrows, messages
+from tools.site_hooks import arrows, messages, on_config
 
 ENGINE = ROOT / "engine"
 GAP = "…"
@@ -69,6 +69,14 @@ def test_the_site_has_every_page_and_fetches_nothing(built: Path) -> None:
         assert 'class="mermaid"' not in page.read_text("utf-8"), "the theme would fetch Mermaid from the network"
     for sheet in built.rglob("*.css"):
         assert "url(http" not in sheet.read_text("utf-8") and "@import" not in sheet.read_text("utf-8"), sheet
+
+
+def test_a_page_without_a_place_in_the_menu_gets_one(tmp_path: Path) -> None:
+    for name in ("a.md", "rows/b.md", "new.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    config = {"docs_dir": str(tmp_path), "nav": ["a.md", {"Rows": [{"One": "rows/b.md"}]}, {"Manuals": ["c.md"]}]}
+    assert on_config(config)["nav"][-1] == {"Manuals": ["c.md", "new.md"]}
 
 
 def test_what_builds_the_site_is_pinned_and_installed_where_tests_run() -> None:
