@@ -24,7 +24,8 @@ from engine.config.options import LOSSES, Options
 from engine.core import errors
 from engine.data.rows import load_rows
 from tests.documented import DOCS, GENERATED, PAGES, ROOT, Command, blocks, commands, semion_commands
-from tools.document import site
+from tools.docs import PAGES as ROWS
+from tools.docs import site
 from tools.site_hooks import arrows, messages, on_config
 
 ENGINE = ROOT / "engine"
@@ -302,6 +303,11 @@ def test_troubleshooting_has_every_exit_code() -> None:
     assert codes == {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
 
 
+def test_the_pages_of_the_rows_are_up_to_date() -> None:
+    for name, page in ROWS.items():
+        assert (DOCS / name).read_text("utf-8") == page(), f"{name} differs from configs/paper: run tools/docs.py"
+
+
 def test_every_page_of_a_row_names_its_files() -> None:
     for page in (DOCS / "rows").glob("*_*.md"):
         config = load_config(ROOT / "configs" / "paper" / f"{page.stem}.toml")
@@ -312,5 +318,5 @@ def test_every_page_of_a_row_names_its_files() -> None:
 def test_the_command_builds_the_site_where_git_ignores_it() -> None:
     ignored = subprocess.run(["git", "check-ignore", "build/site"], cwd=ROOT, capture_output=True, check=False)
     assert ignored.returncode == 0
-    help = subprocess.run([sys.executable, "tools/document.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    help = subprocess.run([sys.executable, "tools/docs.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "site" in help.stdout
