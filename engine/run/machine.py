@@ -39,6 +39,13 @@ def visible_gpus() -> int:
     return there if named is None else min(there, len([name for name in named.split(",") if name.strip()]))
 
 
+def gpu_name() -> str | None:
+    """The GPU that this process computes on, as its driver calls it; None where it has opened none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
+
+
 def interface_of(address: str) -> str:
     """The interface of this machine that has the IPv4 address, or into whose network it falls, as 127.0.0.2 into lo's."""
     wanted = ipaddress.ip_address(address)

@@ -26,6 +26,7 @@ from engine.config.load import RunConfig
 from engine.config.options import Trainer
 from engine.core.errors import CheckpointError, SemionError, StorageError, WatchdogError, combined
 from engine.core.files import atomic_write, storing, sync
+from engine.core.provenance import provenance
 from engine.core.tensor_files import FileRecord, file_record, write_tensors
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
 from engine.observe.telling import activity
@@ -51,6 +52,7 @@ from engine.run.checkpoint import (
     verify_file,
     weight_files,
 )
+from engine.run.machine import gpu_name
 
 if TYPE_CHECKING:
     import torch
@@ -271,6 +273,7 @@ class Checkpoints:
             "reference": _reference(snapshot),
             "seed": {name: found for word in words for name, found in word["seed"].items()},
             "records": json.loads(json.dumps(records)),
+            "made_with": provenance() | {"gpu": gpu_name()},
         }
         (staging / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
         for path in (staging / MANIFEST, staging / POLICY, staging):

@@ -152,9 +152,9 @@ def test_a_case_is_fine(
     assert files_in(folder) - before == set(case.leaves), "nothing is left behind"
     assert before - files_in(folder) == set(), "and nothing taken away"
     deadline = time.monotonic() + 5
-    while (left := processes_in(folder)) and time.monotonic() < deadline:
+    while (running := processes_in(folder)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not left
+    assert not running
 
 
 def test_there_is_no_case_twice_and_there_are_enough() -> None:
