@@ -1,6 +1,7 @@
 r"""How many answers a second one process judges, this checkout's verifier beside another's (`--peer`, any checkout with
 `judge`), on the same answers block by block in turn. CPU seconds, so that a busy machine counts little; every process judges
-a few answers before it is measured, so that nothing is set up within. Also where the two disagree. Starts no pool and measures no pipes.
+a few answers before it is measured, so that nothing is set up within. Also where the two disagree. Starts no pool and measures
+no pipes.
 
     python -m tools.bench_verifier --golds FILE.jsonl ... [--hostile 200] [--peer CHECKOUT] [--blocks 5] [--rows N]
                                    [--json PATH] [--disagreements PATH]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 POLICY = "model.path"  # the option whose folder must hold a language model; a reward model's head is told by its tensors
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 COMPANIONS = (
     GENERATION_CONFIG,
     "tokenizer.json",
@@ -32,7 +32,7 @@ COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 
 
@@ -312,11 +312,13 @@ def write_hf_checkpoint(
     max_shard_bytes: int = 5 << 30,
     *,
     end_ids: Iterable[int] = (),
+    chat_template: str | None = None,
 ) -> None:
     """Writes a folder that `transformers` and vLLM load, staged beside `directory` and renamed when complete.
 
     `template` is the folder whose config.json (dtype updated), generation config and tokenizer files come along; where the
-    generation config does not name all of `end_ids`, what ends a response, it is made to.
+    generation config does not name all of `end_ids`, what ends a response, it is made to. `chat_template`: a text in place of
+    the tokenizer's own, as CHAT_TEMPLATE, which transformers and vLLM read first.
     A former checkpoint at `directory` is replaced; a folder that is none raises CheckpointError and is left alone.
     """
     directory = check_destination(directory)
@@ -328,6 +330,8 @@ def write_hf_checkpoint(
         for name in COMPANIONS:
             if (Path(template) / name).exists():
                 shutil.copyfile(Path(template) / name, staging / name)
+        if chat_template:
+            (staging / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         _name_ends(staging, list(end_ids))
 
 

@@ -24,6 +24,7 @@ from engine.core.errors import CheckpointError, StorageError, combined
 from engine.core.files import atomic_write, staged_folder, storing, sync
 from engine.core.registry import identity
 from engine.data.records import source_digest
+from engine.data.templates import read_chat_template
 from engine.models.hf import HfCheckpoint, save_tensors, stored_dtype, write_hf_checkpoint
 from engine.rewards.registry import identities as reward_identities
 
@@ -46,6 +47,9 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
     "cluster": None,  # where processes are changes no bit
     "sft": None,
 }
+
+
+VERIFIER = "the version of the verifier"  # the end of its key among the digests
 
 
 class _Counted:
@@ -129,7 +133,10 @@ class Checkpoints:
         save_tensors({name: tensor.contiguous() for name, tensor in state.items()}, file)
         sync(file)
         if self._rank == 0:
-            write_hf_checkpoint(staging / POLICY, weights, template=config.model.path, end_ids=end_ids)
+            template = read_chat_template(config.data.chat_template)
+            write_hf_checkpoint(
+                staging / POLICY, weights, template=config.model.path, end_ids=end_ids, chat_template=template or None
+            )
         else:
             for _ in weights:
                 pass
@@ -317,7 +324,14 @@ def export(checkpoint: Path, destination: Path, dtype: str = SAVED) -> Path:
 def other_data(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
     """An error for each data file, and each part that judges, that is not the one the run began with."""
     for key, digest in data_digests(config).items():
-        if digest != manifest["data"].get(key):
+        saved = manifest["data"].get(key)
+        if digest != saved and key.endswith(VERIFIER):
+            yield CheckpointError(
+                f"{checkpoint} was written with version {saved} of the verifier, and this Semion has version {digest}, so that the "
+                f"rewards would change in the middle of the run: resume with the Semion that wrote it, or export its policy "
+                f"(semion export) and start a new run with that as model.path"
+            )
+        elif digest != saved:
             yield CheckpointError(
                 f"{key} must be what {checkpoint} was written with; found other contents: put back what it was, or start a "
                 f"new run"
@@ -331,6 +345,14 @@ def other_options(checkpoint: Path, manifest: dict[str, Any], config: RunConfig)
     for section, options in now.items():
         free = MAY_CHANGE.get(section, set())
         if free is None:
+            continue
+        gone = [name for name, value in saved.get(section, {}).items() if name not in {*options, *free} and value]
+        if gone:
+            names = ", ".join(f"{section}.{name}" for name in gone)
+            yield CheckpointError(
+                f"{checkpoint} was written by an older Semion with {names}, which this one no longer has: resume with the "
+                f"Semion that wrote it, or export its policy (semion export) and start a new run with that as model.path"
+            )
             continue
         for name, value in options.items():
             known = saved.get(section, {})

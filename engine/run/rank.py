@@ -21,7 +21,7 @@ from engine.algorithms.registry import make_loss
 from engine.bridge.setup import open_publisher
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 from engine.data.ends import end_tokens
-from engine.data.templates import policy_tokenizer
+from engine.data.templates import policy_tokenizer, read_chat_template
 from engine.inference.pool import EngineHandle
 from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
@@ -107,6 +107,8 @@ class TrainerRank:
         policy = Policy(config, topology, NllLoss(), config.model.path)
         writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
         window = Window(config.profile, config.run_directory, self._rank)
+        if self._rank == 0:
+            yield {"kind": "note", "text": source.told}
         for record in loop.fine_tune(policy, source, num_steps=config.run.steps, window=window):
             if writer is not None:
                 writer.write(record)
@@ -120,7 +122,14 @@ class TrainerRank:
             ends = end_tokens(config.model.path, policy_tokenizer(config))
             if ends.disagreement:
                 log.warning(ends.disagreement)
-            write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path, end_ids=ends.stop)
+            template = read_chat_template(config.data.chat_template) or None
+            write_hf_checkpoint(
+                config.sft.checkpoint_out,
+                weights,
+                template=config.model.path,
+                end_ids=ends.stop,
+                chat_template=template,
+            )
             writer.close()
             yield {"kind": "done", "checkpoint": config.sft.checkpoint_out}
         topology.close()

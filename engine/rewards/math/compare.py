@@ -54,7 +54,9 @@ def equal(gold: str, answer: str, depth: int = 0) -> bool:
     gold, answer = forms.unlabelled(gold), forms.unlabelled(answer)
     if key(gold) == key(answer):
         return True
-    gold, answer = (notation.with_digits(forms.in_radians(notation.without_cis(notation.as_list(text)))) for text in (gold, answer))
+    gold, answer = (
+        notation.with_digits(forms.in_radians(notation.without_cis(notation.as_list(text)))) for text in (gold, answer)
+    )
     if not answer or not gold or depth == DEEPEST:
         return False
     counted = notation.with_one_integer_letter(gold, answer)

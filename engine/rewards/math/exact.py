@@ -138,7 +138,7 @@ def same_number(gold: Any, answer: Any) -> bool:
         values = [N(value, 2 * DIGITS) for value in (gold, answer)]
         if not all(value.is_finite and value.is_number for value in values):
             return False
-        return bool(0 < abs(values[0]) and abs(values[0] - values[1]) <= ROUNDING**2 * abs(values[0]))
+        return bool(abs(values[0]) > 0 and abs(values[0] - values[1]) <= ROUNDING**2 * abs(values[0]))
     except UNDECIDED:
         return False
 

@@ -18,7 +18,16 @@ _SIGNS = {
     **{"≈": r"\approx ", "≃": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne "},
     **{"∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∖": r"\setminus ", "∅": r"\emptyset ", "∣": "|"},
     **{"°": r"^\circ ", "√": r"\sqrt ", "→": r"\to ", "′": "'", "″": "''", "’": "'", "∠": r"\angle ", "∨": r"\lor "},
-    **{"¢": r"\text{ cents}", "Ω": r"\Omega ", "µ": r"\mu ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
+    **{
+        "¢": r"\text{ cents}",
+        "Ω": r"\Omega ",
+        "µ": r"\mu ",
+        "ℝ": r"\mathbb{R}",
+        "ℤ": r"\mathbb{Z}",
+        "ℕ": r"\mathbb{N}",
+        "ℚ": r"\mathbb{Q}",
+        "ℂ": r"\mathbb{C}",
+    },
     **{"α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "θ": r"\theta ", "λ": r"\lambda "},
     **{"μ": r"\mu ", "π": r"\pi ", "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega "},
 }

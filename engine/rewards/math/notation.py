@@ -1,6 +1,5 @@
 r"""Answers of which the notation, not the value, differs: congruences, ratios of several parts, letters for any whole number and
-for constants of integration, vectors, lists that name their entries, several letters of a multiple choice, words. Each function
-takes two normal texts (normal.py) and says whether they are the same, None where it cannot tell, or writes one of them as the
+for constants of integration, vectors, lists that name their entries, several letters of a choice, words. Each function takes two normal texts (normal.py) and says whether they are the same, None where it cannot tell, or writes one of them as the
 other is written. Standard library only, no algebra.
 """
 
@@ -91,7 +90,9 @@ def with_one_integer_letter(gold: str, answer: str) -> tuple[str, str] | None:
         return None
     if found[0] is not None and found[1] is not None and (found[0]["set"] == "N") != (found[1]["set"] == "N"):
         return None
-    texts = [text if clause is None else text[: clause.start()].strip() for text, clause in zip((gold, answer), found, strict=True)]
+    texts = [
+        text if clause is None else text[: clause.start()].strip() for text, clause in zip((gold, answer), found, strict=True)
+    ]
     named: list[str] = []
     for text, clause in zip(texts, found, strict=True):
         if clause is not None:
@@ -266,7 +267,9 @@ def functions_unnamed(gold: str, answer: str) -> tuple[str, str] | None:
     return None
 
 
-_CIS = re.compile(r"\\text\s*\{\s*cis\s*\}\s*|\\operatorname\s*\{\s*cis\s*\}\s*|\\cis(?![a-zA-Z])\s*|(?<![\\a-zA-Z])cis(?![a-zA-Z])\s*")
+_CIS = re.compile(
+    r"\\text\s*\{\s*cis\s*\}\s*|\\operatorname\s*\{\s*cis\s*\}\s*|\\cis(?![a-zA-Z])\s*|(?<![\\a-zA-Z])cis(?![a-zA-Z])\s*"
+)
 _CIS_ARGUMENT = re.compile(
     r"(?P<around>\((?:[^()]|\([^()]*\))*\))|(?P<bare>(?:\\frac\{[^{}]*\}\{[^{}]*\}|\d+(?:\.\d+)?\s*\\pi|\d+(?:\.\d+)?|\\[a-zA-Z]+|[a-zA-Z])"
     r"(?:\s*\^\s*\{\s*\\circ\s*\})?(?:\s*/\s*\d+)?)"
@@ -325,7 +328,9 @@ def _parts_of(said: str) -> list[str]:
     return [joined[0].replace("&", "and") if joined else "", *sorted(_SAID_OTHERWISE.get(part, part) for part in parts if part)]
 
 
-_COUNTED = re.compile(r"(?:,|;|&|\band\b|\s)*(?P<amount>\d+(?:\.\d+)?(?:/\d+)?)\s+(?P<words>(?!and\b|or\b)[a-z]+(?: (?!and\b|or\b)[a-z]+)*)")
+_COUNTED = re.compile(
+    r"(?:,|;|&|\band\b|\s)*(?P<amount>\d+(?:\.\d+)?(?:/\d+)?)\s+(?P<words>(?!and\b|or\b)[a-z]+(?: (?!and\b|or\b)[a-z]+)*)"
+)
 
 
 def counts_equal(gold: str, answer: str) -> bool | None:
@@ -348,7 +353,7 @@ def _counts(text: str) -> dict[str, Fraction] | None:
     return found if len(found) > 1 else None
 
 
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _NUMBER_WORD = re.compile(rf"(?P<sign>(?:negative|minus)\s+)?(?:(?P<word>{'|'.join(_NUMBERS)})|(?P<digits>\d+))", re.IGNORECASE)
 
 

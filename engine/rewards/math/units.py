@@ -1,6 +1,5 @@
 r"""Units with what they are worth: `2 \text{ hours}` is `120 \text{ minutes}` and not `2 \text{ minutes}`, `45^\circ` is
-`\frac{\pi}{4}`. Only where both sides name units that are known in full; what a gold or an answer leaves out or spells otherwise
-is quantities.py's. Reads normal text (normal.py); standard library only.
+`\frac{\pi}{4}`. Only where both sides name units that are known in full; what one leaves out or spells otherwise is quantities.py's. Reads normal text (normal.py); standard library only.
 """
 
 from __future__ import annotations
@@ -58,7 +57,9 @@ _RATES = {"mph": "mile / hour", "kph": "km / hour", "kmph": "km / hour", "kmh": 
 _BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _BEHIND = {"squared": 2, "cubed": 3}
 _FRACTION = re.compile(r"\\frac\s*\{(?P<above>.+)\}\s*\{(?P<below>[^{}]+(?:\{[^{}]*\}[^{}]*)*)\}\s*$")
-_TOKEN = re.compile(r"\s*(?:(?P<word>[a-zA-Zµ]+)\.?|\^\s*\{?\s*(?P<power>-?\d)\s*\}?|(?P<over>/)|(?P<times>\\cdot(?![a-zA-Z])|·))")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<word>[a-zA-Zµ]+)\.?|\^\s*\{?\s*(?P<power>-?\d)\s*\}?|(?P<over>/)|(?P<times>\\cdot(?![a-zA-Z])|·))"
+)
 _SCALE = re.compile(r"\\circ\s*\}\s*(?:\\text\s*\{\s*)?([CFK])(?![a-zA-Z])")
 _DEGREES = re.compile(r"\s*(?:\^\s*\{\s*\\circ\s*\}|(?:\\text\s*\{\s*)?degrees?(?:\s*\})?)\s*$")
 _EQUALS = re.compile(r"\s*(?<![<>!\\])=\s*")
@@ -102,8 +103,9 @@ def unit(text: str) -> Unit | None:
             if parts is None:
                 return None
             names.append(name)
-            last = {part: sign * following * by for part, by in parts.items()}, (
-                (_LITRES[name] if name in _LITRES else _UNITS[name][1]) ** (sign * following)
+            last = (
+                {part: sign * following * by for part, by in parts.items()},
+                ((_LITRES[name] if name in _LITRES else _UNITS[name][1]) ** (sign * following)),
             )
             for part, by in last[0].items():
                 powers[part] = powers.get(part, 0) + by

@@ -100,6 +100,43 @@ def test_an_option_that_came_later_counts_as_its_default(tmp_path):
         open_checkpoints(tmp_path).load(run_config(tmp_path, model={"family": "llama"}))
 
 
+def older(root: Path, **changes: Any) -> None:
+    """Makes the checkpoint of step 5 one that an older Semion wrote."""
+    manifest = root / "run" / "checkpoints" / "step_00000005" / "manifest.json"
+    saved = builders.merged(json.loads(manifest.read_text()), changes)
+    del saved["sha256"]
+    manifest.write_text(json.dumps(saved | {"sha256": _content_digest(saved)}))
+
+
+def test_a_checkpoint_of_an_older_verifier_says_what_to_do(tmp_path):
+    commit(tmp_path, 5)
+    older(tmp_path, data={"the version of the verifier": "3"})
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoints(tmp_path).load(run_config(tmp_path))
+    said = str(raised.value)
+    assert f"version 3 of the verifier, and this Semion has version {VERIFIER_VERSION}" in said
+    assert "resume with the Semion that wrote it, or export its policy (semion export)" in said and "\n" not in said
+
+
+def test_a_checkpoint_with_an_option_that_is_gone_says_what_to_do(tmp_path):
+    """data.mix, of versions before sources; one that says nothing is no hindrance."""
+    commit(tmp_path, 5)
+    older(tmp_path, config={"data": {"mix": None}})
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path))[0] == 5
+    older(tmp_path, config={"data": {"mix": {"math": 0.5}}})
+    with pytest.raises(CheckpointError, match=r"older Semion with data\.mix, which this one no longer has: resume with .*export"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path))
+
+
+def test_what_is_exported_carries_the_chat_template_of_the_run(tmp_path):
+    (tmp_path / "turns.jinja").write_text("{{ messages[0].content }}")
+    checkpoint = commit(tmp_path, 5, data={"chat_template": str(tmp_path / "turns.jinja")})
+    exported = export(checkpoint, tmp_path / "exported")
+    narrow = export(checkpoint, tmp_path / "narrow", "bfloat16")
+    assert [(folder / "chat_template.jinja").read_text() for folder in (exported, narrow)] == ["{{ messages[0].content }}"] * 2
+    assert not (export(commit(tmp_path, 10), tmp_path / "own") / "chat_template.jinja").exists()
+
+
 @pytest.mark.parametrize(
     "change",
     [
