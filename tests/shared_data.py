@@ -1,4 +1,5 @@
-"""Where the public data of the tests lie: `shared/data` beside the checkout, as CI clones it too. It reads nothing; a test that needs them asks for `needs_shared_data`, and is skipped by that reason where they are missing.
+"""Where the public data of the tests lie: `shared/data` beside the checkout, as CI clones it too. It reads nothing. A test
+that needs them asks for `needs_shared_data`, and is skipped by that reason where they are missing.
 """
 
 from __future__ import annotations

@@ -327,9 +327,9 @@ def other_data(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) ->
         saved = manifest["data"].get(key)
         if digest != saved and key.endswith(VERIFIER):
             yield CheckpointError(
-                f"{checkpoint} was written with version {saved} of the verifier, and this Semion has version {digest}, so that the "
-                f"rewards would change in the middle of the run: resume with the Semion that wrote it, or export its policy "
-                f"(semion export) and start a new run with that as model.path"
+                f"{checkpoint} was written with version {saved} of the verifier, this Semion has version {digest}, and rewards "
+                f"would change in the middle of the run: resume with the Semion that wrote it, or export its policy (semion "
+                f"export) and start a new run with that as model.path"
             )
         elif digest != saved:
             yield CheckpointError(
@@ -347,23 +347,37 @@ def other_options(checkpoint: Path, manifest: dict[str, Any], config: RunConfig)
         if free is None:
             continue
         gone = [name for name, value in saved.get(section, {}).items() if name not in {*options, *free} and value]
-        if gone:
-            names = ", ".join(f"{section}.{name}" for name in gone)
-            yield CheckpointError(
-                f"{checkpoint} was written by an older Semion with {names}, which this one no longer has: resume with the "
-                f"Semion that wrote it, or export its policy (semion export) and start a new run with that as model.path"
-            )
+        if gone and section != "algorithm":  # whose options are each loss's own
+            yield _of_an_older_semion(checkpoint, ", ".join(f"{section}.{name}" for name in gone))
             continue
         for name, value in options.items():
             known = saved.get(section, {})
             if name in free or (name not in known and value == _default(config, section, name)):
                 continue  # an option that came after the checkpoint was written, left as it was then
             before = known.get(name)
-            if before != value:
+            if before != value and _lacks_options(before, value):
+                yield _of_an_older_semion(checkpoint, f"another form of {section}.{name}")
+            elif before != value:
                 yield CheckpointError(
                     f"{section}.{name} must be what {checkpoint} was written with; found {value!r} instead of "
                     f"{before!r}: set it back, or start a new run in another directory"
                 )
+
+
+def _of_an_older_semion(checkpoint: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint} was written by an older Semion with {what}, which this one cannot go on with: resume with the Semion "
+        f"that wrote it, or export its policy (semion export) and start a new run with that as model.path"
+    )
+
+
+def _lacks_options(before: Any, now: Any) -> bool:
+    """Whether two lists of tables, as data.mix is one, differ in that the tables have other options."""
+    lists = isinstance(before, list) and isinstance(now, list) and len(before) == len(now)
+    return lists and any(
+        isinstance(old, dict) and isinstance(new, dict) and old.keys() != new.keys()
+        for old, new in zip(before, now, strict=True)
+    )
 
 
 def _default(config: RunConfig, section: str, name: str) -> Any:

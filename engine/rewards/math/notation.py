@@ -1,5 +1,6 @@
-r"""Answers of which the notation, not the value, differs: congruences, ratios of several parts, letters for any whole number and
-for constants of integration, vectors, lists that name their entries, several letters of a choice, words. Each function takes two normal texts (normal.py) and says whether they are the same, None where it cannot tell, or writes one of them as the
+r"""Answers of which the notation, not the value, differs: congruences, ratios of several parts, letters for any whole number
+and for constants of integration, vectors, lists that name their entries, several letters of a choice, words. Each function
+takes two normal texts (normal.py) and says whether they are the same, None where it cannot tell, or writes one of them as the
 other is written. Standard library only, no algebra.
 """
 
@@ -210,8 +211,8 @@ def vectors_equal(gold: str, answer: str, same: Equal) -> bool | None:
 
 
 def named_in_order(gold: str, answer: str, same: Equal) -> bool | None:
-    """The same for a gold that says which value is whose (`a=1, b=2`) and an answer that does not: the order decides. None where
-    the names are one name with indices, or it is no such pair."""
+    """The same for a gold that says which value is whose (`a=1, b=2`) and an answer that does not: the order decides. None
+    where the names are one name with indices, or it is no such pair."""
     if gold.count("=") < 2 or "=" in answer or "\\pm" in gold + answer:
         return None
     sides = [forms.members(entry) for entry in forms.entries(gold)]

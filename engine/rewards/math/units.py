@@ -1,5 +1,6 @@
 r"""Units with what they are worth: `2 \text{ hours}` is `120 \text{ minutes}` and not `2 \text{ minutes}`, `45^\circ` is
-`\frac{\pi}{4}`. Only where both sides name units that are known in full; what one leaves out or spells otherwise is quantities.py's. Reads normal text (normal.py); standard library only.
+`\frac{\pi}{4}`. Only where both sides name units that are known in full; what one leaves out or spells otherwise is
+quantities.py's. Reads normal text (normal.py); standard library only.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def test_the_disk_is_that_of_the_folder_and_what_the_configuration_needs(tmp_pat
 def test_shared_memory_that_cannot_be_written_or_is_not_there_is_named(tmp_path, monkeypatch):
     assert findings()["shared memory"].verdict == "ok"
     real = os.statvfs
-    as_read_only = SimpleNamespace(f_flag=os.ST_RDONLY)
+    whole = real("/dev/shm")
+    as_read_only = SimpleNamespace(**{name: getattr(whole, name) for name in dir(whole) if name.startswith("f_")})
+    as_read_only.f_flag |= os.ST_RDONLY
     monkeypatch.setattr(os, "statvfs", lambda path: as_read_only if str(path) == "/dev/shm" else real(path))
     assert findings()["shared memory"].verdict.startswith("mount /dev/shm writable")
     monkeypatch.setattr(doctor, "SHARED_FOLDER", str(tmp_path / "gone"))

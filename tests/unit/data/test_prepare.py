@@ -291,7 +291,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         prepare(filters.numinamath(), [bad], tmp_path / "out", Sizes(1, 0))
     with pytest.raises(DataError, match="--validation 1, --test 1 and the training rows need 3 rows; found 2"):
         prepare(filters.numinamath(), [good], tmp_path / "out", Sizes(1, 1))
-    with pytest.raises(DataError, match=r"must have one of problem, prompt, .*; found \{'text': 'p'\}"):
+    with pytest.raises(DataError, match=r"must have one of problem, question, .*; found \{'text': 'p'\}"):
         prepare(filters.numinamath(), [good], tmp_path / "out", Sizes(1, 0), [write(tmp_path / "e.jsonl", [{"text": "p"}])])
     assert not (tmp_path / "out").exists()
     prepare(filters.numinamath(), [good], tmp_path / "out", Sizes(1, 0))

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError, StorageError
 from engine.models.hf import HfCheckpoint
+from engine.rewards.math.reward import VERIFIER_VERSION
 from engine.run.checkpoint import (
     BEST,
     LATEST,
@@ -103,8 +104,10 @@ def test_an_option_that_came_later_counts_as_its_default(tmp_path):
 def older(root: Path, **changes: Any) -> None:
     """Makes the checkpoint of step 5 one that an older Semion wrote."""
     manifest = root / "run" / "checkpoints" / "step_00000005" / "manifest.json"
-    saved = builders.merged(json.loads(manifest.read_text()), changes)
+    saved = json.loads(manifest.read_text())
     del saved["sha256"]
+    for part, change in changes.items():
+        saved[part] = builders.merged(saved[part], change) if part == "config" else saved[part] | change
     manifest.write_text(json.dumps(saved | {"sha256": _content_digest(saved)}))
 
 
@@ -114,18 +117,24 @@ def test_a_checkpoint_of_an_older_verifier_says_what_to_do(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         open_checkpoints(tmp_path).load(run_config(tmp_path))
     said = str(raised.value)
-    assert f"version 3 of the verifier, and this Semion has version {VERIFIER_VERSION}" in said
+    assert f"version 3 of the verifier, this Semion has version {VERIFIER_VERSION}" in said
     assert "resume with the Semion that wrote it, or export its policy (semion export)" in said and "\n" not in said
 
 
-def test_a_checkpoint_with_an_option_that_is_gone_says_what_to_do(tmp_path):
-    """data.mix, of versions before sources; one that says nothing is no hindrance."""
+def test_a_checkpoint_with_options_of_another_form_says_what_to_do(tmp_path):
+    """One that is gone, if it said anything; and sources of data.mix from before a source had all its options of today."""
     commit(tmp_path, 5)
-    older(tmp_path, config={"data": {"mix": None}})
+    older(tmp_path, config={"data": {"blend": None}})
     assert open_checkpoints(tmp_path).load(run_config(tmp_path))[0] == 5
-    older(tmp_path, config={"data": {"mix": {"math": 0.5}}})
-    with pytest.raises(CheckpointError, match=r"older Semion with data\.mix, which this one no longer has: resume with .*export"):
+    older(tmp_path, config={"data": {"blend": 0.5}})
+    with pytest.raises(CheckpointError, match=r"older Semion with data\.blend, which .* cannot go on with: resume .*export"):
         open_checkpoints(tmp_path).load(run_config(tmp_path))
+    mixed = {"data": {"mix": [{"train": "other.jsonl", "prompts_per_step": 1}]}}
+    commit(tmp_path, 5, **mixed)
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path, **mixed))[0] == 5
+    older(tmp_path, config={"data": {"mix": [{"train": "other.jsonl", "prompts_per_step": 1}]}})
+    with pytest.raises(CheckpointError, match=r"older Semion with another form of data\.mix, which .*: resume .*export"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, **mixed))
 
 
 def test_what_is_exported_carries_the_chat_template_of_the_run(tmp_path):
