@@ -21,6 +21,7 @@ from engine.data.forms import text_of
 from engine.data.rows import first_turn, last_boxed, problem_id
 
 SYNTHETIC_SOURCES = ("orca_math", "synthetic_amc", "synthetic_math")  # labels of AI-MO/NuminaMath-CoT
+
 Kept = dict[str, str]  # a row to write
 Judge = Callable[[str, dict[str, Any]], Kept | str]  # (where it stands, record) -> the row, or why it is left out
 
