@@ -221,6 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("paths", nargs="+", metavar="RUN|FILE", help="a run's directory, or a trace or exported nsys report")
     profile.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     doctor = add("doctor", _doctor, "say what this machine has and lacks", config=False)
+    doctor.add_argument("--config", metavar="FILE", help="a run's TOML file: is there room for its checkpoints?")
+    doctor.add_argument("--folder", metavar="FOLDER", help="where runs will be written (run.directory, or the current folder)")
     doctor.add_argument("--json", metavar="PATH", help="write the findings to this file too")
     return parser
 
@@ -292,7 +294,16 @@ def _doctor(options: argparse.Namespace) -> int:
     from engine.commands.doctor import examine
     from engine.observe.progress import print_table
 
-    findings = examine()
+    folder, needed = Path(options.folder) if options.folder else None, None
+    if options.config:
+        from engine.api.faults.machine import checkpoint_bytes
+        from engine.config.load import load_config
+        from engine.models.hf import read_shape
+
+        config = load_config(options.config)
+        needed = checkpoint_bytes(config, read_shape(config.model.path, family=config.model.family))
+        folder = folder or config.run_directory
+    findings = examine(folder, needed)
     print_table("semion doctor", [("what", "found", "verdict"), *((f.what, f.found, f.verdict) for f in findings)])
     write_figures({f.what: {"found": f.found, "verdict": f.verdict} for f in findings}, None, options.json)
     return int(any(f.verdict != "ok" for f in findings))

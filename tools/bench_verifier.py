@@ -1,11 +1,14 @@
 r"""How many answers a second one process judges, this checkout's verifier beside another's (`--peer`, any checkout with
 `judge`), on the same answers block by block in turn. CPU seconds, so that a busy machine counts little; every process judges
-the first block once before it is measured. Also where the two disagree. Starts no pool and measures no pipes.
+a few answers before it is measured, so that nothing is set up within. Also where the two disagree. Starts no pool and measures
+no pipes.
 
-    python -m tools.bench_verifier --golds FILE.jsonl [--peer CHECKOUT] [--blocks 5] [--json PATH] [--disagreements PATH]
+    python -m tools.bench_verifier --golds FILE.jsonl ... [--hostile 200] [--peer CHECKOUT] [--blocks 5] [--rows N]
+                                   [--json PATH] [--disagreements PATH]
 
-The rows of FILE hold `answer`. Of each four answers are made: the gold itself, the gold rewritten (same value), a digit changed
-in it, and the gold of another row.
+The rows of FILE hold `answer`, what follows a `####` in it where there is one. Of each four answers are made: the gold itself,
+the gold rewritten (same value), a digit changed in it, and the gold of another row. `--hostile` adds so many answers that are
+made to hang or fool a verifier (tests/unit/rewards/hostile.py).
 """
 
 from __future__ import annotations
@@ -22,32 +25,57 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from engine.config.options import Rewards
+from tests.unit.rewards.hostile import hostile_answers
+
 LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
-KINDS = ("same", "rewritten", "digit", "other")
-DEADLINE_SECONDS = 10.0  # of one answer; what is later counts as such and as so many seconds
+KINDS = ("same", "rewritten", "digit", "other", "hostile")
+DEADLINE_SECONDS = Rewards().deadline_seconds  # of one answer; what is later counts as such and as so many seconds
+CLOCK_SECONDS = 1e-6  # what the clock of a process can tell apart, about
 CHILD = """
-import importlib, json, logging, signal, sys, time
+import importlib, json, logging, os, resource, signal, sys, time
 logging.disable(logging.CRITICAL)
 try:
     judge = importlib.import_module("engine.rewards.math.worker").judge
 except ModuleNotFoundError:
     judge = importlib.import_module("engine.rewards.math_worker").judge
-class Late(BaseException): pass
-def late(*_): raise Late
-signal.signal(signal.SIGPROF, late)
+
+for gold, text in (("1/2", "2/4"), ("x^2+1", "1+x^2"), ("(1,2)", "(1,3)"), ("{1,2}", "2,1"), ("[0,1]", "0<x<1"), ("3 cm", "4")):
+    for form in ("%s", r"$\\frac{%s}{1}$", r"\\begin{pmatrix} %s \\end{pmatrix}"):  # what is set up once
+        judge(form % gold, r"\\boxed{" + form % text + "}", False)
+
+def judged(deadline, items, place, out):
+    # In a child that the signal of its own clock ends, as the pool's children end: no handler waits for one long operation.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+    for gold, text in items[place:]:
+        started = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, deadline)
+        try:
+            value = judge(gold, text, False)[0]
+        except Exception:
+            value = 0.0
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        out.write(json.dumps((value, time.process_time() - started)) + chr(10))
+        out.flush()
+
 for line in sys.stdin:
     deadline, items = json.loads(line)
     found = []
-    for gold, text in items:
-        started = time.process_time()
-        try:
-            signal.setitimer(signal.ITIMER_PROF, deadline)
-            value = judge(gold, text, False)[0]
-        except Late:
-            value = None
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        found.append((value, time.process_time() - started))
+    while len(found) < len(items):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            with os.fdopen(writing, "w") as out:
+                judged(deadline, items, len(found), out)
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as results:
+            found += map(json.loads, results)
+        os.waitpid(child, 0)
+        if len(found) < len(items):
+            found.append((None, deadline))
     print(json.dumps(found), flush=True)
 """
 
@@ -92,24 +120,37 @@ def with_other_digit(gold: str) -> str:
     return re.sub(r"\d(?=\D*$)", lambda found: str((int(found[0]) + 1) % 10), gold) if re.search(r"\d", gold) else gold + "x"
 
 
-def answers(golds: list[str], seed: int = 0) -> list[tuple[str, str, str]]:
+def answers(golds: list[str], num_hostile: int = 0, seed: int = 0) -> list[tuple[str, str, str]]:
     """(kind, gold, completion), in a fixed random order."""
     draw = random.Random(seed)
     made = []
     for gold in golds:
         given = gold, rewritten(gold), with_other_digit(gold), draw.choice(golds)
-        made += [(kind, gold, rf"The final answer is $\boxed{{{text}}}$.") for kind, text in zip(KINDS, given, strict=True)]
+        made += [(kind, gold, rf"The final answer is $\boxed{{{text}}}$.") for kind, text in zip(KINDS[:4], given, strict=True)]
+    made += [("hostile", gold, text) for gold, text in hostile_answers(num_hostile, seed)]
     draw.shuffle(made)
     return made
 
 
+def rates(blocks: list[list[tuple[float | None, float]]]) -> dict[str, float]:
+    """What (value, CPU seconds) by blocks, some of them empty, come to. The clock may read nothing for a few fast answers."""
+    values = [value for block in blocks for value, _ in block]
+    return {
+        "num_answers": len(values),
+        "answers_per_second": statistics.median(
+            len(block) / max(sum(seconds for _, seconds in block), CLOCK_SECONDS) for block in blocks if block
+        ),
+        "share_right": sum(value == 1.0 for value in values) / len(values),
+        "num_late": values.count(None),
+    }
+
+
 def measure(checkouts: dict[str, Path], items: list[tuple[str, str, str]], num_blocks: int) -> dict[str, Any]:
-    """Per checkout and kind: answers a CPU second (median of the blocks), share that scores 1, how many are late."""
+    """Per checkout and kind: answers a CPU second (median of the blocks that hold such), share that scores 1, how many are
+    late. No more blocks than items; kinds without items are left out."""
     verifiers = {name: Verifier(checkout) for name, checkout in checkouts.items()}
-    blocks = [items[start::num_blocks] for start in range(num_blocks)]
+    blocks = [items[start::num_blocks] for start in range(min(num_blocks, len(items)))]
     found: dict[str, list[list[tuple[float | None, float]]]] = {name: [] for name in checkouts}
-    for verifier in verifiers.values():
-        verifier([(gold, text) for _, gold, text in blocks[0][: len(blocks[0]) // 2]])
     for number, block in enumerate(blocks):
         for name in list(verifiers) if number % 2 == 0 else reversed(list(verifiers)):
             found[name].append(verifiers[name]([(gold, text) for _, gold, text in block]))
@@ -117,18 +158,15 @@ def measure(checkouts: dict[str, Path], items: list[tuple[str, str, str]], num_b
         verifier.close()
     figures: dict[str, Any] = {}
     for name, results in found.items():
-        figures[name] = {}
-        for kind in (*KINDS, "all"):
-            rates, values = [], []
-            for block, result in zip(blocks, results, strict=True):
-                chosen = [pair for (of, *_), pair in zip(block, result, strict=True) if kind in (of, "all")]
-                rates.append(len(chosen) / sum(seconds for _, seconds in chosen))
-                values += [value for value, _ in chosen]
-            figures[name][kind] = {
-                "answers_per_second": statistics.median(rates),
-                "share_right": sum(value == 1.0 for value in values) / len(values),
-                "num_late": values.count(None),
-            }
+        judged = [
+            [(kind, *pair) for (kind, *_), pair in zip(block, result, strict=True)]
+            for block, result in zip(blocks, results, strict=True)
+        ]
+        figures[name] = {"all": rates([[row[1:] for row in block] for block in judged])}
+        for kind in KINDS:
+            chosen = [[row[1:] for row in block if row[0] == kind] for block in judged]
+            if any(chosen):
+                figures[name][kind] = rates(chosen)
     figures["disagreements"] = [
         {"kind": kind, "answer": gold, "completion": text, **dict(zip(found, (pair[0] for pair in pairs), strict=True))}
         for number, block in enumerate(blocks)
@@ -140,18 +178,27 @@ def measure(checkouts: dict[str, Path], items: list[tuple[str, str, str]], num_b
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--golds", type=Path, required=True, metavar="FILE", help="JSON lines with `answer`")
+    parser.add_argument("--golds", type=Path, nargs="+", required=True, metavar="FILE", help="JSON lines with `answer`")
+    parser.add_argument("--hostile", type=int, default=0, metavar="N", help="so many hostile answers too")
     parser.add_argument(
         "--peer", type=Path, metavar="CHECKOUT", help="another checkout of the engine, measured in turn with this one"
     )
     parser.add_argument("--blocks", type=int, default=5)
-    parser.add_argument("--rows", type=int, help="only so many rows of the file")
+    parser.add_argument("--rows", type=int, help="only so many rows of each file")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file too")
     parser.add_argument("--disagreements", type=Path, metavar="PATH", help="write the answers judged differently, JSON lines")
     options = parser.parse_args()
-    golds = [str(json.loads(line)["answer"]) for line in options.golds.read_text("utf-8").splitlines()][: options.rows]
+    golds = [
+        str(json.loads(line)["answer"]).rpartition("#### ")[2]
+        for path in options.golds
+        for line in path.read_text("utf-8").splitlines()[: options.rows]
+    ]
+    if not golds:
+        parser.error("the files of --golds hold no rows: give JSON lines with `answer`, and --rows of at least 1")
+    if options.blocks < 1:
+        parser.error(f"--blocks must be at least 1, found {options.blocks}")
     checkouts = {"here": Path(__file__).parents[1]} | ({"peer": options.peer} if options.peer else {})
-    figures = measure(checkouts, answers(golds), options.blocks)
+    figures = measure(checkouts, answers(golds, options.hostile), options.blocks)
     disagreements = figures.pop("disagreements")
     print(f"{'verifier':9}{'answers':11}{'a second':>9}{'score 1':>9}{'late':>6}")
     for name, kinds in figures.items():

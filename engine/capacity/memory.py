@@ -346,12 +346,16 @@ def engine_rank(spec: Spec, channel: Channel) -> Components:
     axes = layout.EngineLayout(i.tensor_parallel)  # also where a sync reloads full tensors: vLLM then repacks its shards
     weights = sum(math.prod(size) for size in layout.shard_shapes(shape, axes, 0).values()) * itemsize
     forward = i.batched_tokens * (4 * shape.hidden + 3 * shape.ffn_hidden // i.tensor_parallel) * itemsize
-    rows = i.max_concurrent * layout.padded_vocab(shape, axes) * FP32
+    vocabulary = layout.padded_vocab(shape, axes)
+    rows = i.max_concurrent * vocabulary * FP32
+    widened = spec.config.model.head == "float32" and itemsize != FP32
     return {
         "engine: weights": weights,
         "engine: KV cache": i.kv_cache_mebibytes * MIB,  # vLLM's kv_cache_memory_bytes is of each rank
         "engine: forward": forward,
         "engine: sampler": SAMPLER_COPIES * rows,
+        # A copy of the output layer's weight that vLLM makes for every product but on CUDA and ROCm devices; counted on all.
+        **({"engine: float32 head": vocabulary // i.tensor_parallel * shape.hidden * FP32} if widened else {}),
         "engine: staging": channel.engine_bytes,
         "engine: CUDA graphs": GRAPH_BYTES,
         "engine: context": CONTEXT_BYTES + (NCCL_BYTES if i.tensor_parallel > 1 else 0),

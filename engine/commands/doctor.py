@@ -27,6 +27,7 @@ BUILT_FOR = ("8.0", "9.0", "10.0")  # compute capabilities of setup.py's CUDA_AR
 MIN_DRIVER = 580  # CUDA 13
 MIN_MEMORY_GIB = 8
 MIN_DISK_GIB = 5
+SHARED_FOLDER = "/dev/shm"
 QUERY = ("name", "memory.total", "compute_cap", "driver_version")
 
 
@@ -49,11 +50,13 @@ class Gpu:
     driver: str
 
 
-def examine() -> list[Finding]:
-    """All findings, in the order to read them. A machine without nvidia-smi is one without a GPU."""
+def examine(folder: Path | None = None, needed_bytes: int | None = None) -> list[Finding]:
+    """All findings, in the order to read them. A machine without nvidia-smi is one without a GPU. `folder`: where runs will be
+    written, the current folder where not said; `needed_bytes`: what will be written there, where a configuration says it."""
     gpus, failure = _gpus()
     install = "install requirements/gpu.txt" if gpus else "run tools/environment.sh"
-    common = [_python(), _compiler(), *_packages(install), _memory(), _disk(), _loopback(), _device(gpus), *failure]
+    common = [_python(), _compiler(), *_packages(install), _memory()]
+    common += [_disk(folder or Path.cwd(), needed_bytes), _shared_memory(), _loopback(), _device(gpus), *failure]
     return [*common, *_gpu_findings(gpus)] if gpus else common
 
 
@@ -89,9 +92,29 @@ def _memory() -> Finding:
     return Finding("free memory", f"{gib:.1f} GiB", "ok" if enough else f"free some: the quickstart wants {MIN_MEMORY_GIB} GiB")
 
 
-def _disk() -> Finding:
-    gib = shutil.disk_usage(Path.cwd()).free / 2**30
-    return Finding("free disk", f"{gib:.0f} GiB", "ok" if gib >= MIN_DISK_GIB else f"free some: {MIN_DISK_GIB} GiB at least")
+def _disk(folder: Path, needed_bytes: int | None) -> Finding:
+    """Room where runs are written: for the checkpoints that a configuration keeps, or for what the quickstart writes."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    needed = MIN_DISK_GIB << 30 if needed_bytes is None else needed_bytes
+    what = "the quickstart wants" if needed_bytes is None else "the run's checkpoints want"
+    found = f"{free / 2**30:.1f} GiB at {there}"
+    if os.statvfs(there).f_flag & os.ST_RDONLY or not os.access(there, os.W_OK):
+        return Finding("free disk", f"{found}, which cannot be written", f"make {there} writable, or name another folder")
+    enough = free >= needed
+    return Finding("free disk", found, "ok" if enough else f"free some: {what} {needed / 2**30:.1f} GiB")
+
+
+def _shared_memory() -> Finding:
+    """Where vLLM, Ray and weight syncs of `ipc` put what processes of a machine share."""
+    folder = Path(SHARED_FOLDER)
+    if not folder.is_dir():
+        return Finding("shared memory", f"no {folder}", f"mount a tmpfs at {folder}: processes of a run share memory there")
+    free = f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB at {folder}"
+    if os.statvfs(folder).f_flag & os.ST_RDONLY or not os.access(folder, os.W_OK):
+        fix = f"mount {folder} writable (docker: --shm-size, without --read-only for it): processes of a run share memory there"
+        return Finding("shared memory", f"{free}, which cannot be written", fix)
+    return Finding("shared memory", free, "ok")
 
 
 def _loopback() -> Finding:

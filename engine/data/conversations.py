@@ -5,6 +5,7 @@ behind them the CLS token where its form wants one. It tokenizes nothing for the
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from engine.config.options import RewardModel
 from engine.core.errors import ConfigError
 from engine.core.types import Message
 from engine.data.templates import TEMPLATE_DATE, load_tokenizer
+from engine.data.tokens import encode_around, special_texts
 from engine.models.reward_head import OPTION, RewardHead, read_reward_head
 
 if TYPE_CHECKING:
@@ -66,11 +68,15 @@ class Conversations:
         Sequence classification: the chat template's tokens. Athene's form: those of the template's text with the CLS token
         behind it, special tokens that the tokenizer adds to any text included, as its model card does it (a Llama 3
         tokenizer so begins twice); up to and including the last CLS, the appended one, whatever the texts hold. A date in
-        the template is the fixed one of prompts.
+        the template is the fixed one of prompts. What the texts themselves spell of special tokens stays text, as in prompts
+        (tokens.py); no ids at all where the tokenizer cannot keep it so.
         """
         before = (("user", message),) if isinstance(message, str) else message
         turns = [{"role": role, "content": text} for role, text in (*before, ("assistant", answer))]
-        if self._cls_id is None:
+        special = special_texts(self._tokenizer)
+        if special is not None and any(special.search(turn["content"]) for turn in turns):
+            ids = self._as_text(turns)
+        elif self._cls_id is None:
             ids = self._tokenizer.apply_chat_template(turns, return_dict=False, date_string=TEMPLATE_DATE)
         else:
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, date_string=TEMPLATE_DATE)
@@ -82,6 +88,20 @@ class Conversations:
                 )
             ids = ids[: len(ids) - ids[::-1].index(self._cls_id)]
         return tuple(ids) if len(ids) <= self._max_tokens else None
+
+    def _as_text(self, turns: list[dict[str, str]]) -> list[int]:
+        """As `encode`, for texts that spell special tokens: those of the template alone are tokens."""
+
+        def render(contents: Sequence[str]) -> str:
+            said = [turn | {"content": content} for turn, content in zip(turns, contents, strict=True)]
+            text: str = self._tokenizer.apply_chat_template(said, tokenize=False, date_string=TEMPLATE_DATE)
+            return text
+
+        ids = encode_around(self._tokenizer, [turn["content"] for turn in turns], render)
+        if ids is None or self._cls_id is None:
+            return [*(ids or ())]
+        begin = self._tokenizer("", verbose=False)["input_ids"][:1]
+        return [*(begin if begin == [self._tokenizer.bos_token_id] else ()), *ids, self._cls_id]
 
 
 def _cls_id(tokenizer: PreTrainedTokenizerBase, path: Path) -> int:

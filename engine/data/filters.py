@@ -21,7 +21,6 @@ from engine.data.forms import text_of
 from engine.data.rows import first_turn, last_boxed, problem_id
 
 SYNTHETIC_SOURCES = ("orca_math", "synthetic_amc", "synthetic_math")  # labels of AI-MO/NuminaMath-CoT
-TEXT_FIELDS = ("problem", "prompt", "question", "instruction")  # what evaluation files call the text of a row
 
 Kept = dict[str, str]  # a row to write
 Judge = Callable[[str, dict[str, Any]], Kept | str]  # (where it stands, record) -> the row, or why it is left out
@@ -88,12 +87,6 @@ def normalized(text: str) -> str:
     """The text without what does not change a problem: case, white space, dollars, LaTeX spacing, compatible characters."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return _SPACING.sub("", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
-
-
-def text_in(where: str, record: dict[str, Any]) -> str:
-    """The text of an evaluation file's row, whatever it is called there; empty where there is none."""
-    texts = (text_of(where, record, field) for field in TEXT_FIELDS)
-    return next(filter(None, texts), "") or text_of(where, first_turn(record), "content")
 
 
 def _numinamath_row(where: str, record: dict[str, Any]) -> Kept | str:

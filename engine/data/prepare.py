@@ -23,11 +23,11 @@ from engine.core.errors import ConfigError, DataError, brief
 from engine.core.files import staged_folder
 from engine.core.jsonl import line_of
 from engine.core.seeds import counted_seed
-from engine.data.filters import TEXT_FIELDS, Recipe, text_in
+from engine.data.filters import Recipe
+from engine.data.forms import PROMPTS, asked
 from engine.data.overlap import prompt_digest
 from engine.data.records import check_source, file_digest, records, source_digest
 
-FIELDS_OF_EXCLUDED = (*TEXT_FIELDS, "conversation")
 PARTS = ("train", "validation", "test")
 
 
@@ -137,11 +137,15 @@ def _split(kept: Path, parts: NDArray[np.int8], folder: Path) -> dict[str, dict[
 
 
 def _problems_of(file: str) -> Iterator[bytes]:
-    """Digests of the problems of an evaluation file."""
-    for where, record in records(file, FIELDS_OF_EXCLUDED):
-        text = text_in(where, record) if isinstance(record, dict) else ""
-        if not text:
-            raise DataError(
-                f"{where}: a row to exclude must have one of {', '.join(FIELDS_OF_EXCLUDED)}; found {brief(record)}: add it"
-            )
-        yield prompt_digest(text)
+    """Digests of the problems of an evaluation file, in any form that training files may have (forms.py)."""
+    for where, record in records(file, None):
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: a row must be a JSON object with named fields; found {brief(record)}: mend it")
+        found = asked(where, record, {})
+        turns = [text for role, text in found.messages if role == "user"]
+        texts = {
+            text for text in (found.text, *turns[:1]) if text
+        }  # of a conversation its first turn too, which WildChat's row is
+        if not texts:
+            raise DataError(f"{where}: a row to exclude must have one of {', '.join(PROMPTS)}; found {brief(record)}: add it")
+        yield from map(prompt_digest, sorted(texts))

@@ -74,15 +74,20 @@ class RewardEngine:
     def score(self, conversations: Sequence[tuple[str | tuple[Message, ...], str]]) -> list[Score]:
         """One score for each (user's message or turns up to it, answer), in order.
 
-        Statuses: `too_long` for more than reward_model.max_tokens tokens, `invalid` where the model's number is not finite;
+        Statuses: `too_long` for more than reward_model.max_tokens tokens, `invalid` where the model's number is not finite, or
+        the tokenizer cannot keep a text that spells special tokens;
         their value is 0.
         """
         encoded = [self._conversations.encode(message, answer) for message, answer in conversations]
-        distinct = sorted({ids for ids in encoded if ids is not None})
+        distinct = sorted({ids for ids in encoded if ids})
         prompts = [{"prompt_token_ids": list(ids)} for ids in distinct]
         outputs = self._llm.classify(prompts, use_tqdm=False) if prompts else []
         values = dict(zip(distinct, (output.outputs.probs for output in outputs), strict=True))
-        return [Score(0.0, "too_long") if ids is None else _score(*values[ids]) for ids in encoded]
+        return [_unjudged(ids) if not ids else _score(*values[ids]) for ids in encoded]
+
+
+def _unjudged(ids: tuple[int, ...] | None) -> Score:
+    return Score(0.0, "too_long" if ids is None else "invalid")
 
 
 def _score(value: float) -> Score:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 POLICY = "model.path"  # the option whose folder must hold a language model; a reward model's head is told by its tensors
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 ADAPTER = "adapter_config.json"  # what PEFT leaves beside weights that are none of a whole model
 POINTER = b"version https://git-lfs"  # how a file begins that git has not fetched
 DOWNLOAD = "fetch it with `hf download {} --local-dir FOLDER` and name FOLDER, for runs have no network"
@@ -38,7 +38,7 @@ COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 
 
@@ -409,6 +409,7 @@ def write_hf_checkpoint(
     max_shard_bytes: int = 5 << 30,
     *,
     end_ids: Iterable[int] = (),
+    chat_template: str | None = None,
 ) -> None:
     """Writes a folder that `transformers` and vLLM load, staged beside `directory` and renamed when complete; its files beside
     the weights are those of `write_companions`. A former checkpoint at `directory` is replaced; a folder that is none raises
@@ -420,7 +421,7 @@ def write_hf_checkpoint(
         files = shard_names(len(shards))
         for index, file in enumerate(files):
             (staging / f"{index}.part").rename(staging / file)
-        write_companions(staging, dict(zip(files, shards, strict=True)), dtype, num_bytes, template, end_ids=end_ids)
+        write_companions(staging, dict(zip(files, shards, strict=True)), dtype, num_bytes, template, end_ids, chat_template)
 
 
 def shard_names(count: int) -> list[str]:
@@ -436,12 +437,13 @@ def write_companions(
     dtype: torch.dtype,
     num_bytes: int,
     template: str | Path,
-    *,
     end_ids: Iterable[int] = (),
+    chat_template: str | None = None,
 ) -> None:
     """Writes what stands beside the weights: the index of several files, config.json with the weights' dtype, generation
     config and tokenizer files of the folder `template`; where the generation config does not name all of `end_ids`, what ends
-    a response, it is made to. `files`: the names of the tensors in each; `num_bytes`: of all of them."""
+    a response, it is made to. `chat_template`: a text in place of the tokenizer's own, as CHAT_TEMPLATE, which transformers and
+    vLLM read first. `files`: the names of the tensors in each; `num_bytes`: of all of them."""
     if len(files) > 1:
         weight_map = {name: file for file, names in files.items() for name in names}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
@@ -451,6 +453,8 @@ def write_companions(
     for name in COMPANIONS:
         if (Path(template) / name).exists():
             shutil.copyfile(Path(template) / name, folder / name)
+    if chat_template:
+        (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     _name_ends(folder, list(end_ids))
 
 

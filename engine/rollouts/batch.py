@@ -26,7 +26,7 @@ SKIPPED = Metric("skipped_prompts", "the same as a count", title="skipped prompt
 ALL_CORRECT = Metric("all_correct_prompts", "verifiable prompts whose judged rollouts are all right", unit="prompts")
 ALL_WRONG = Metric("all_wrong_prompts", "verifiable prompts whose judged rollouts are all wrong", unit="prompts")
 UNJUDGED = Metric("unjudged_prompts", "prompts of which no rollout could be judged", unit="prompts")
-TIED = Metric("tied_prompts", "prompts where a seeded draw chose among equal rewards", unit="prompts")
+TIED = Metric("tied_prompts", "prompts with several rollouts of the highest or lowest reward, cut-off ones too", unit="prompts")
 SPARE_USED = Metric("spare_prompts_used", "with data.spare_prompts: spare ones that filled a place", unit="prompts")
 UNUSED = Metric("unused_prompts", "with data.spare_prompts: with signal, but no place left", unit="prompts")
 CHOSEN_TOKENS = Metric("chosen_tokens_mean", "length of the chosen responses that a loss over pairs compares", unit="tokens")

@@ -63,6 +63,7 @@ LAYOUT = {  # options that may differ beside those with checkpoint.other_layout 
     "inference": {"engines", "tensor_parallel"},
 }
 AXES = LAYOUT["trainer"] - {"sequence_parallel", "recompute", "microbatch_tokens"}  # what rank holds what
+VERIFIER = "the version of the verifier"  # the end of its key among the digests
 
 
 def latest(folder: Path) -> Path | None:
@@ -214,7 +215,14 @@ def export(checkpoint: Path, destination: Path, dtype: str = SAVED) -> Path:
 def other_data(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) -> Iterator[CheckpointError]:
     """An error for each data file, and each part that judges, that is not the one the run began with."""
     for key, digest in data_digests(config).items():
-        if digest != manifest["data"].get(key):
+        saved = manifest["data"].get(key)
+        if digest != saved and key.endswith(VERIFIER):
+            yield CheckpointError(
+                f"{checkpoint} was written with version {saved} of the verifier, this Semion has version {digest}, and rewards "
+                f"would change in the middle of the run: resume with the Semion that wrote it, or export its policy (semion "
+                f"export) and start a new run with that as model.path"
+            )
+        elif digest != saved:
             yield CheckpointError(
                 f"{key} must be what {checkpoint} was written with; found other contents: put back what it was, or start a "
                 f"new run"
@@ -232,18 +240,41 @@ def other_options(checkpoint: Path, manifest: dict[str, Any], config: RunConfig)
             free = free | LAYOUT.get(section, set())
         if free is None:
             continue
+        gone = [name for name, value in saved.get(section, {}).items() if name not in {*options, *free} and value]
+        if gone and section != "algorithm":  # whose options are each loss's own
+            yield older(checkpoint, ", ".join(f"{section}.{name}" for name in gone))
+            continue
         for name, value in options.items():
             known = saved.get(section, {})
             if name in free or (name not in known and value == _default(config, section, name)):
                 continue  # an option that came after the checkpoint was written, left as it was then
             before = known.get(name)
-            if before != value:
+            if before != value and _lacks_options(before, value):
+                yield older(checkpoint, f"another form of {section}.{name}")
+            elif before != value:
                 moved = "resume with checkpoint.other_layout=allow, which is not bit for bit"
                 instead = moved if name in LAYOUT.get(section, ()) else "start a new run in another directory"
                 yield CheckpointError(
                     f"{section}.{name} must be what {checkpoint} was written with; found {value!r} instead of "
                     f"{before!r}: set it back, or {instead}"
                 )
+
+
+def older(checkpoint: Path, what: str) -> CheckpointError:
+    """The error of a checkpoint that an older version wrote, with `what`."""
+    return CheckpointError(
+        f"{checkpoint} was written by an older Semion with {what}, which this one cannot go on with: resume with the Semion "
+        f"that wrote it, or export its policy (semion export) and start a new run with that as model.path"
+    )
+
+
+def _lacks_options(before: Any, now: Any) -> bool:
+    """Whether two lists of tables, as data.mix is one, differ in that the tables have other options."""
+    lists = isinstance(before, list) and isinstance(now, list) and len(before) == len(now)
+    return lists and any(
+        isinstance(old, dict) and isinstance(new, dict) and old.keys() != new.keys()
+        for old, new in zip(before, now, strict=True)
+    )
 
 
 def _default(config: RunConfig, section: str, name: str) -> Any:

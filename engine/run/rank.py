@@ -21,7 +21,7 @@ from engine.algorithms.registry import make_loss
 from engine.bridge.setup import open_publisher
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 from engine.data.ends import end_tokens
-from engine.data.templates import model_tokenizer
+from engine.data.templates import model_tokenizer, read_chat_template
 from engine.inference.pool import EngineHandle
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
@@ -119,6 +119,8 @@ class TrainerRank:
             policy = Policy(config, parallel, NllLoss(), config.model.path, self._spec.shape, self._spec.trainer)
         writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
         window = Window(config.profile, config.run_directory, self._rank)
+        if self._rank == 0:
+            yield {"kind": "note", "text": source.told}
         for record in loop.fine_tune(policy, source, num_steps=config.run.steps, window=window):
             if writer is not None:
                 writer.write(record)
@@ -132,8 +134,10 @@ class TrainerRank:
             ends = end_tokens(config.model.path, tokenizer)
             if ends.disagreement:
                 log.warning(ends.disagreement)
+            template = read_chat_template(config.data.chat_template) or None
+            out, seed = config.sft.checkpoint_out, config.model.path
             with activity("export"):
-                write_hf_checkpoint(config.sft.checkpoint_out, weights, template=config.model.path, end_ids=ends.stop)
+                write_hf_checkpoint(out, weights, template=seed, end_ids=ends.stop, chat_template=template)
             writer.close()
             yield {"kind": "done", "checkpoint": config.sft.checkpoint_out}
         parallel.close()

@@ -28,6 +28,7 @@ from engine.core.errors import CheckpointError, SemionError, StorageError, Watch
 from engine.core.files import atomic_write, storing, sync
 from engine.core.provenance import provenance
 from engine.core.tensor_files import FileRecord, file_record, write_tensors
+from engine.data.templates import read_chat_template
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
 from engine.observe.telling import activity
 from engine.run.checkpoint import (
@@ -40,6 +41,7 @@ from engine.run.checkpoint import (
     best,
     data_digests,
     latest,
+    older,
     other_data,
     other_options,
     rank_file,
@@ -253,8 +255,8 @@ class Checkpoints:
         for folder, weights in ((POLICY, snapshot.policy), (REFERENCE, snapshot.reference)):
             if weights is not None:
                 files = dict(zip(shard_names(len(weights.names)), weights.names, strict=True))
-                path, template = staging / folder, config.model.path
-                write_companions(path, files, snapshot.dtype, weights.num_bytes, template, end_ids=end_ids)
+                path, seed, text = staging / folder, config.model.path, read_chat_template(config.data.chat_template) or None
+                write_companions(path, files, snapshot.dtype, weights.num_bytes, seed, end_ids, text)
         words = self._await_parts(staging)
         shutil.rmtree(staging / PARTS)
         if snapshot.reference is None:
@@ -368,6 +370,8 @@ class Checkpoints:
         manifest = read_manifest(newest)
         if found := [*other_options(newest, manifest, config), *other_data(newest, manifest, config)]:
             raise combined(found)
+        if "seed" not in manifest:
+            raise older(newest, "weights in the ranks' own files")
         trainer, state = trainer_of(manifest), None
         if same_layout(trainer, config.trainer):
             own = rank_file(state_rank(trainer, self._rank))

@@ -82,6 +82,9 @@ class SupervisedSource:
             log.warning(
                 "data.train: left out: %d rows that spell special tokens, which the tokenizer cannot keep text", num_special
             )
+        spell = f", {num_special} that spell special tokens" if num_special else ""
+        left_out = f"{loaded.num_dropped} too long, {loaded.num_duplicates} that came before{spell}"
+        self.told = f"data.train: {len(prompts)} worked solutions; left out: {left_out}"
         self._sequences = [supervised_sequence(prompt, tokenizer) for prompt in prompts]
         limit = min(config.trainer.microbatch_tokens, spec.shape.max_positions)
         for prompt, sequence in zip(prompts, self._sequences, strict=True):

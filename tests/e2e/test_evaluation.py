@@ -17,11 +17,11 @@ from engine import cli
 from engine.config.load import RunConfig
 from engine.evaluation.accuracy import mean_pass_at
 from tests.e2e.test_commands import semion, written
+from tests.shared_data import SHARED_DATA
 from tests.unit.benchmarks.chat_server import ChatServer, completion
 
 pytestmark = pytest.mark.timeout(600)
 
-SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
 NUM_ROWS, NUM_SEEDS = 5, 8
 SIZES = [
     *("inference.max_model_tokens=512", "data.max_prompt_tokens=480", "trainer.microbatch_tokens=512"),

@@ -86,17 +86,27 @@ def storage_faults(look: Look) -> Faults:
     if look.purpose == "sft":
         yield from _room(Path(str(config.sft.checkpoint_out)), policy, "sft.checkpoint_out", "a checkpoint")
     if look.purpose == "train":
-        spec = assemble(config, look.shape)
-        kept = config.checkpoint.keep + 1 + (config.checkpoint.best_by is not None)  # the one being written comes on top
-        count = min(len(spec.checkpoint_steps), kept)
-        trainer = config.trainer
-        ranks = trainer.tensor_parallel * (trainer.data_parallel if trainer.distributed_optimizer else 1)
-        states = sum(TrainerState(spec, stage).saved_bytes * ranks for stage in range(spec.trainer.pp_size))
-        if "reference" in spec.copies and any(reference_place(config, step) == "own" for step in spec.checkpoint_steps):
-            states += policy
         folder = config.run_directory / "checkpoints"
         there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
-        yield from _room(folder, count * (policy + states) - there, "run.directory", f"{count} checkpoints")
+        what = f"{num_checkpoints(config, look.shape)} checkpoints"
+        yield from _room(folder, checkpoint_bytes(config, look.shape) - there, "run.directory", what)
+
+
+def num_checkpoints(config: RunConfig, shape: ModelShape) -> int:
+    """How many checkpoints of a training run lie on the disk at its fullest moment."""
+    kept = config.checkpoint.keep + 1 + (config.checkpoint.best_by is not None)  # the one being written comes on top
+    return min(len(assemble(config, shape).checkpoint_steps), kept)
+
+
+def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """What they take: of each the policy's weights, the optimizer's state of every rank, and a reference that nothing else
+    holds."""
+    spec, trainer = assemble(config, shape), config.trainer
+    ranks = trainer.tensor_parallel * (trainer.data_parallel if trainer.distributed_optimizer else 1)
+    states = sum(TrainerState(spec, stage).saved_bytes * ranks for stage in range(spec.trainer.pp_size))
+    own = "reference" in spec.copies and any(reference_place(config, step) == "own" for step in spec.checkpoint_steps)
+    weights = num_elements(shape) * item_bytes(config.model.dtype) * (2 if own else 1)
+    return num_checkpoints(config, shape) * (weights + states)
 
 
 def _room(folder: Path, num_bytes: int, option: str, what: str) -> Iterator[StorageError]:

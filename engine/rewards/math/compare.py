@@ -15,7 +15,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Basic, MatrixBase, Set, Symbol, Tuple
 from sympy.core.function import AppliedUndef
 
-from engine.rewards.math import forms, regions
+from engine.rewards.math import forms, notation, regions
 from engine.rewards.math.exact import (
     contradict,
     equal_at_integers,
@@ -23,12 +23,14 @@ from engine.rewards.math.exact import (
     members_of,
     objects,
     same_function,
+    same_number,
     solutions_differ,
     with_imaginary_unit,
 )
 from engine.rewards.math.normal import key, split
 from engine.rewards.math.numbers import Number, as_fractions, number, numbers_equal
 from engine.rewards.math.quantities import Quantity, compounds_equal, quantity, scaled, words_agree
+from engine.rewards.math.units import amounts_equal, with_radians
 
 # Math-Verify takes `2t` for 2 tonnes and drops everything from the first word to the last brace: units are quantities.py's.
 _NO_UNITS = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last")
@@ -52,9 +54,14 @@ def equal(gold: str, answer: str, depth: int = 0) -> bool:
     gold, answer = forms.unlabelled(gold), forms.unlabelled(answer)
     if key(gold) == key(answer):
         return True
-    gold, answer = forms.in_radians(gold), forms.in_radians(answer)
+    gold, answer = (
+        notation.with_digits(forms.in_radians(notation.without_cis(notation.as_list(text)))) for text in (gold, answer)
+    )
     if not answer or not gold or depth == DEEPEST:
         return False
+    counted = notation.with_one_integer_letter(gold, answer)
+    if counted is not None:
+        return equal(*counted, depth + 1)
     wanted_for, given_for = forms.quantified(gold), forms.quantified(answer)
     if (wanted_for.text, given_for.text) != (gold, answer):
         other_domain = wanted_for.domain and given_for.domain and wanted_for.domain != given_for.domain
@@ -67,9 +74,9 @@ def equal(gold: str, answer: str, depth: int = 0) -> bool:
         if gold != ratios[0] and answer != ratios[1]:
             return key(ratios[0]) == key(ratios[1])  # it may be a range
         gold, answer = ratios
-    several_units = compounds_equal(gold, answer)
-    if several_units is not None:
-        return several_units
+    notations = _notations_equal(gold, answer, depth)
+    if notations is not None:
+        return notations
     chosen = _choices_equal(gold, answer, depth)
     if chosen is not None:
         return chosen
@@ -79,7 +86,39 @@ def equal(gold: str, answer: str, depth: int = 0) -> bool:
     wanted, given = regions.region(gold), regions.region(answer)
     if wanted is not None and given is not None:
         return _regions_equal(wanted, given)
-    return _values_equal(forms.oriented(gold), forms.oriented(answer))
+    gold, answer = forms.oriented(gold), forms.oriented(answer)
+    return _values_equal(gold, answer) or any(
+        _values_equal(gold, renamed) for renamed in notation.with_the_constants_of(gold, answer)
+    )
+
+
+def _notations_equal(gold: str, answer: str, depth: int) -> bool | None:
+    """The verdict where the notation decides it, None where it does not: cheap, and before any algebra."""
+
+    def same(one: str, other: str) -> bool:
+        return equal(one, other, depth + 1)
+
+    decided = (
+        notation.words_equal(gold, answer),
+        notation.counts_equal(gold, answer),
+        compounds_equal(gold, answer),
+        amounts_equal(gold, answer),
+        notation.ratios_equal(gold, answer),
+        notation.congruences_equal(gold, answer),
+        notation.choices_equal(gold, answer),
+    )
+    for verdict in decided:
+        if verdict is not None:
+            return verdict
+    rewritten = (
+        notation.functions_unnamed(gold, answer),
+        (with_radians(gold, answer), with_radians(answer, gold)),
+    )
+    for pair in rewritten:
+        if pair is not None and pair != (gold, answer):
+            return same(*pair)
+    vectors = notation.vectors_equal(gold, answer, same)
+    return notation.named_in_order(gold, answer, same) if vectors is None else vectors
 
 
 def is_value(answer: str, gold: str) -> bool:
@@ -261,7 +300,8 @@ def _algebra(gold: str, answer: str, *, degrees: bool = False) -> bool:
     if objects(expected, found, degrees=degrees):
         return False
     if not verify(expected, found, timeout_seconds=None):
-        return same_function(_side(expected), _side(found)) and not (members_of(expected) and members_of(found))
+        sides = _side(expected), _side(found)
+        return (same_function(*sides) or same_number(*sides)) and not (members_of(expected) and members_of(found))
     return not solutions_differ(expected, found)
 
 

@@ -129,6 +129,20 @@ def same_function(gold: Any, answer: Any) -> bool:
     return True
 
 
+def same_number(gold: Any, answer: Any) -> bool:
+    """Whether two exact numbers are worth the same to so many digits that only equal ones are: `3^{\\log_2 5}` and
+    `5^{\\log_2 3}`, which no algebra turns into each other."""
+    if not (is_number(gold) and is_number(answer)) or gold.has(Float, UnevaluatedExpr) or answer.has(Float, UnevaluatedExpr):
+        return False
+    try:
+        values = [N(value, 2 * DIGITS) for value in (gold, answer)]
+        if not all(value.is_finite and value.is_number for value in values):
+            return False
+        return bool(abs(values[0]) > 0 and abs(values[0] - values[1]) <= ROUNDING**2 * abs(values[0]))
+    except UNDECIDED:
+        return False
+
+
 def _with_real_roots(expression: Any) -> Any:
     """The expression with odd roots of negative numbers real, as people read them, where sympy takes the complex one."""
     return expression.replace(
@@ -295,7 +309,9 @@ def numbers_differ(a: Any, b: Any, tolerance: float) -> bool:
 def _apart(a: Any, b: Any, tolerance: Any) -> bool:
     """Whether the distance of two values is more than `tolerance` times the larger one."""
     distance = abs(N(a - b, DIGITS))
-    if distance < ROUNDING:  # as small as what rounding leaves of zero: only algebra can tell
+    if distance < ROUNDING:  # as small as what rounding leaves of zero: more digits, or algebra, can tell
+        if not (a.has(Float) or b.has(Float)) and abs(N(a - b, 4 * DIGITS)) < ROUNDING**3:
+            return False
         return (a - b).equals(0) is False
     return bool(distance > tolerance * max(abs(N(a, DIGITS)), abs(N(b, DIGITS))))
 

@@ -18,7 +18,16 @@ _SIGNS = {
     **{"≈": r"\approx ", "≃": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne "},
     **{"∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∖": r"\setminus ", "∅": r"\emptyset ", "∣": "|"},
     **{"°": r"^\circ ", "√": r"\sqrt ", "→": r"\to ", "′": "'", "″": "''", "’": "'", "∠": r"\angle ", "∨": r"\lor "},
-    **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
+    **{
+        "¢": r"\text{ cents}",
+        "Ω": r"\Omega ",
+        "µ": r"\mu ",
+        "ℝ": r"\mathbb{R}",
+        "ℤ": r"\mathbb{Z}",
+        "ℕ": r"\mathbb{N}",
+        "ℚ": r"\mathbb{Q}",
+        "ℂ": r"\mathbb{C}",
+    },
     **{"α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "θ": r"\theta ", "λ": r"\lambda "},
     **{"μ": r"\mu ", "π": r"\pi ", "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ω": r"\omega "},
 }
@@ -162,17 +171,26 @@ _BASE = re.compile(
 )
 _ORDINAL = re.compile(r"(?<=\d)\s*(?:\^\s*\{?\s*)?(?:\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?:st|nd|rd|th)\b)")
 _LETTERS_IN_TEXT = re.compile(r"\\text\{\s*([A-J](?:\s*(?:,|and\b|or\b|&)+\s*[A-J](?![a-zA-Z]))+)\s*\}")
-_NUMBER_IN_TEXT = re.compile(r"\\text\{\s*([-+]?\d(?:[\d.,]*\d)?)(?:\s*([^\d{}.\s][^{}]*))?\}")
+_NUMBER_IN_TEXT = re.compile(r"\\text\{\s*([-+]?\d(?:[\d.,:]*\d)?)(?:\s*([^\d{}.\s][^{}]*))?\}")
 _PERCENT = re.compile(
     r"(?<=[\d}])\s*(?:\\text\s*\{\s*(?:percent|per cent|pct|\\?%)\.?\s*\}|\b(?:percent|pct)\b|\\?%)", re.IGNORECASE
 )
+_HALF_DAY = re.compile(r"(?<=[\d\s{~])([aApP])\.\s?([mM])\b\.?")  # a.m. is am
+_LARGEST_OF = re.compile(r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}")
+_OHM = re.compile(r"(?<=[\d}\s])\s*(?:\\text\s*\{\s*([kM])\s*\}\s*)?\\Omega\s*$")
+_MICRO = re.compile(r"(?<=[\d}\s])\s*\\mu\s*\\text\s*\{\s*(m|s|g|A|V|F|C|L|J|W)\s*\}")
+_INFINITY = re.compile(r"(?<![\\a-zA-Z])([-+]?)\s*(?:\\text\s*\{\s*infinity\s*\}|infinity)(?![a-zA-Z])")
+_MONEY = re.compile(r"\s*(?P<sign>-?)\s*\\\$\s*(?P<amount>-?\d(?:[\d,]|\{,\}|,?\\!)*(?:\.\d+)?)\s*\.?\s*")
 _END = " .,;:"
 
 
 def normal(latex: str) -> str:
     """The answer in one way of writing: delimiters, sizes, spacing and styles gone, one command for each sign, e-notation as
     a power of ten, digits without separators, scripts and arguments in braces, every font command `\\text`."""
-    text = _between_dollars(plain(latex).replace("\\$", " ").strip())
+    text = plain(latex)
+    if (money := _MONEY.fullmatch(text)) is not None:
+        text = rf"{money['sign']}{money['amount']} \text{{ dollars}}"
+    text = _between_dollars(text.replace("\\$", " ").strip())
     text = _with_braces(_with_plain_numbers(_unstyled(text)))
     return unwrapped(_BLANK.sub(" ", text).strip().rstrip(_END))
 
@@ -187,6 +205,8 @@ def _unstyled(text: str) -> str:
     text = _SEPARATED.sub(_digits, _SEPARATED_BY_PAIRS.sub(_digits, text))  # before the commands that separate them are gone
     text = _COMMAND.sub(_command, text.replace("~=", r"\approx ")).replace("~", " ")
     text = _COMPARED.sub(lambda found: _COMPARISONS[found[0]], _DOTS.sub(r"\\ldots ", text))
+    text = _LARGEST_OF.sub(r"\\\1(\2)", _INFINITY.sub(r"\1\\infty ", _HALF_DAY.sub(r"\1\2", text)))
+    text = _MICRO.sub(r" \\text{ u\1}", _OHM.sub(r" \\text{ \1ohm}", text))
     text = _EMPTY_TEXT.sub(" ", _TEXT_SPACE.sub(r"\\text{", text))
     text = _LETTERS_IN_TEXT.sub(r"\1", _EMPTY.sub(r"\\emptyset ", text))
     if (written := _NUMBER_IN_TEXT.fullmatch(text.strip().rstrip(_END))) is not None:

@@ -105,9 +105,9 @@ def quantity(text: str) -> Quantity:
                 shown = _COMPASS.get(shown.strip(), shown)
             words += _LETTERS.findall(_HALF_DAY.sub(r"\1m", shown))
         elif found["unit"] is not None:
-            units.append(_singular(found["unit"].rstrip(".").lower()))
+            units.append(singular(found["unit"].rstrip(".").lower()))
         value = rest
-    named = [_singular(word) for word in words]
+    named = [singular(word) for word in words]
     factor = 1
     for word in named:
         factor *= _MULTIPLIERS.get(word, 1)
@@ -128,7 +128,8 @@ def _is_unit(word: str) -> bool:
     return word in _NAMED_UNITS or word in _UNIT_PARTS
 
 
-def _singular(word: str) -> str:
+def singular(word: str) -> str:
+    """A word without the s of its plural, in small letters."""
     word = word.lower()
     return word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith("ss") else word
 
@@ -211,10 +212,10 @@ def compound(text: str) -> tuple[tuple[Fraction, str], ...]:
         place = piece.end()
     if len({unit for _, unit in parts}) < max(2, len(parts)):  # a unit that comes twice makes a list
         return ()
-    if any(len(unit) == 1 and unit.isalpha() and _singular(unit) not in _UNIT_PARTS for _, unit in parts):
+    if any(len(unit) == 1 and unit.isalpha() and singular(unit) not in _UNIT_PARTS for _, unit in parts):
         return ()
-    signs = _SIGNS_OF_FIRST.get(_singular(parts[0][1]), _SIGNS)
-    return tuple((amount, signs.get(_singular(unit), _singular(unit))) for amount, unit in parts)
+    signs = _SIGNS_OF_FIRST.get(singular(parts[0][1]), _SIGNS)
+    return tuple((amount, signs.get(singular(unit), singular(unit))) for amount, unit in parts)
 
 
 def compounds_equal(gold: str, answer: str) -> bool | None:

@@ -16,8 +16,10 @@ from engine.rewards.pool.workers import Request, WorkerReward
 # objections of exact.py. 3: both sides in one way of writing, so that a gold answer equals itself; numbers, quantities, choices
 # and intervals compared as such (compare.py); what the parser drops is an objection, an unsolved equation is no value. 4:
 # distances, left-out points, fractions of units, quantifiers, digits in groups of two; sums and binomials by exact values.
+# 5: units converted (units.py). Congruences, ratios, vectors, constants of integration, words and letters in lists, named
+# values (notation.py); exact numbers by their digits.
 # Every case of cases.jsonl says since which version it holds.
-VERIFIER_VERSION = "4"
+VERIFIER_VERSION = "5"
 
 MAX_CHARACTERS = 4000  # of an answer, its end
 

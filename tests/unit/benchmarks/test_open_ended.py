@@ -14,9 +14,9 @@ from engine.benchmarks.questions import Question, load_questions
 from engine.core.errors import ConfigError, DataError
 from engine.inference.pool import Pool
 from tests import builders
+from tests.shared_data import SHARED_DATA, needs_shared_data
 from tests.unit.inference.test_pool import FakeEngine
 
-SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
 ALPACA = [
     {"dataset": "helpful_base", "instruction": "Name {problem} three.", "output": "a reference", "generator": "davinci"},
     {"dataset": "koala", "instruction": "And now?", "output": "", "generator": "davinci"},
@@ -55,7 +55,7 @@ def test_questions_of_both_benchmarks(tmp_path):
     assert found == [Question("u1", "Write.", "arena"), Question("u2", "Sum up.", "arena")]
 
 
-@pytest.mark.skipif(not (SHARED_DATA / "arena_hard_v01.jsonl").exists(), reason="public data are not beside the repository")
+@needs_shared_data("arena_hard_v01.jsonl")
 def test_arena_hards_own_file():
     questions = load_questions(SHARED_DATA / "arena_hard_v01.jsonl")
     assert len(questions) == 500

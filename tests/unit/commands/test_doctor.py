@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,25 @@ def test_a_cpu_machine_hears_nothing_of_gpus(monkeypatch):
     found = findings()
     assert found["device"] == doctor.Finding("device", f"CPU, {os.cpu_count()} cores", "ok")
     assert not found.keys() & {"driver", "GPU 0", "NCCL", "CUDA kernels", "nsys", "nvidia-smi"}
+
+
+def test_the_disk_is_that_of_the_folder_and_what_the_configuration_needs(tmp_path):
+    found = {finding.what: finding for finding in examine(tmp_path / "not" / "there", needed_bytes=1)}
+    assert found["free disk"].verdict == "ok" and found["free disk"].found.endswith(f"at {tmp_path}")
+    short = {finding.what: finding for finding in examine(tmp_path, needed_bytes=1 << 60)}["free disk"]
+    assert short.verdict == f"free some: the run's checkpoints want {1 << 30}.0 GiB"
+
+
+def test_shared_memory_that_cannot_be_written_or_is_not_there_is_named(tmp_path, monkeypatch):
+    assert findings()["shared memory"].verdict == "ok"
+    real = os.statvfs
+    whole = real("/dev/shm")
+    as_read_only = SimpleNamespace(**{name: getattr(whole, name) for name in dir(whole) if name.startswith("f_")})
+    as_read_only.f_flag |= os.ST_RDONLY
+    monkeypatch.setattr(os, "statvfs", lambda path: as_read_only if str(path) == "/dev/shm" else real(path))
+    assert findings()["shared memory"].verdict.startswith("mount /dev/shm writable")
+    monkeypatch.setattr(doctor, "SHARED_FOLDER", str(tmp_path / "gone"))
+    assert findings()["shared memory"].verdict.startswith("mount a tmpfs at")
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the words are those of a CPU build of torch")

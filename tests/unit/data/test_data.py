@@ -21,8 +21,7 @@ from engine.data.rows import Row, last_boxed, load_rows
 from engine.data.supervised import supervised_sequence
 from engine.data.templates import FIGURE4, encode_prompt, load_tokenizer
 from engine.rewards.math.worker import judge
-
-SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
+from tests.shared_data import SHARED_DATA, needs_shared_data
 
 
 def jsonl(tmp_path: Path, *lines: str | bytes | dict[str, Any]) -> Path:
@@ -210,7 +209,7 @@ def test_any_object_is_a_row_or_a_data_error(tmp_path_factory: pytest.TempPathFa
     assert good
 
 
-@pytest.mark.skipif(not (SHARED_DATA / "math500.jsonl").exists(), reason="public data are not beside the repository")
+@needs_shared_data("math500.jsonl")
 def test_math500_loads() -> None:
     rows = load_rows(SHARED_DATA / "math500.jsonl")
     assert len(rows) == 500
@@ -219,7 +218,7 @@ def test_math500_loads() -> None:
     assert sum(box == r.answer for box, r in zip(boxes, rows, strict=True)) > 480
 
 
-@pytest.mark.skipif(not (SHARED_DATA / "gsm8k_test.jsonl").exists(), reason="public data are not beside the repository")
+@needs_shared_data("gsm8k_test.jsonl")
 def test_gsm8k_loads_in_its_own_form() -> None:
     rows = load_rows(SHARED_DATA / "gsm8k_test.jsonl")
     assert len(rows) == 1319

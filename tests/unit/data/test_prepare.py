@@ -3,8 +3,10 @@ seed, evaluation files kept out, the manifest, and a folder that is whole or not
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import cli
-from engine.core.errors import ConfigError, DataError
+from engine.core.errors import ConfigError, DataError, StorageError
 from engine.data import filters
 from engine.data.filters import is_multiple_choice, is_proof, normalized
 from engine.data.prepare import Sizes, prepare
 from engine.data.rows import load_rows
-
-SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
+from tests.shared_data import SHARED_DATA, needs_shared_data
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_other_problems_are_no_multiple_choice(problem, answer):
     assert not is_multiple_choice(problem, answer)
 
 
-@pytest.mark.skipif(not (SHARED_DATA / "math500.jsonl").exists(), reason="public data are not beside the repository")
+@needs_shared_data("math500.jsonl")
 def test_on_problems_that_people_checked_the_rules_hardly_err():
     """MATH-500 and GSM8K hold no proofs; three problems of the first do offer options."""
     for name, field, choices in (("math500", "problem", 3), ("gsm8k_train", "question", 0)):
@@ -223,6 +224,36 @@ def test_a_folder_holds_the_parts_and_says_what_became_of_every_row(tmp_path):
     assert not list(tmp_path.glob(".*")), "nothing is left of the making"
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "7 + 7?"}, {"role": "assistant", "content": "14"}]},
+        {"prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": "7 + 7?"}]},
+        {"conversations": [{"from": "human", "value": "7 + 7?"}, {"from": "gpt", "value": "14"}]},
+        {"conversation": [{"role": "user", "content": "7 + 7?"}, {"role": "assistant", "content": "14"}]},
+        {"instruction": "7 + 7?", "output": "14"},
+        {"input": "7 + 7?", "output": "14"},
+    ],
+)
+def test_problems_to_keep_out_may_have_any_form_of_training_data(tmp_path, row):
+    source = write(tmp_path / "a.jsonl", [numina(f"{n} + {n}?", str(2 * n)) for n in range(9)])
+    exclude = write(tmp_path / "eval.jsonl", [row])
+    manifest = prepare(filters.numinamath(), [source], tmp_path / "out", Sizes(0, 0), [exclude])
+    assert manifest["counts"] == {"read": 9, "kept": 8, "excluded": 1}
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    source = write(tmp_path / "a.jsonl", [numina(f"{n} + {n}?", str(2 * n)) for n in range(9)])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("engine.data.prepare.line_of", full)
+    with pytest.raises(StorageError, match=r"cannot be written: .*free at "):
+        prepare(filters.numinamath(), [source], tmp_path / "out", Sizes(0, 0))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.permutations(list(range(24))), st.integers(0, 3), st.integers(0, 8), st.integers(0, 8), st.integers(0, 8))
 def test_parts_are_exact_disjoint_and_follow_the_problem_not_its_place(tmp_path_factory, order, seed, validation, test, train):
@@ -260,7 +291,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         prepare(filters.numinamath(), [bad], tmp_path / "out", Sizes(1, 0))
     with pytest.raises(DataError, match="--validation 1, --test 1 and the training rows need 3 rows; found 2"):
         prepare(filters.numinamath(), [good], tmp_path / "out", Sizes(1, 1))
-    with pytest.raises(DataError, match=r"must have one of problem, prompt, .*; found \{'text': 'p'\}"):
+    with pytest.raises(DataError, match=r"must have one of problem, question, .*; found \{'text': 'p'\}"):
         prepare(filters.numinamath(), [good], tmp_path / "out", Sizes(1, 0), [write(tmp_path / "e.jsonl", [{"text": "p"}])])
     assert not (tmp_path / "out").exists()
     prepare(filters.numinamath(), [good], tmp_path / "out", Sizes(1, 0))

@@ -9,15 +9,14 @@ import json
 import random
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from engine.rewards.math.answers import boxed_answer
 from engine.rewards.math.normal import key, normal
 from engine.rewards.math.worker import judge
+from tests.shared_data import SHARED_DATA, needs_shared_data
 
-DATA = Path(__file__).parents[4] / "shared" / "data"
 Draw = random.Random
 RIGHT = (1.0, "ok")
 
@@ -101,7 +100,7 @@ def generated(count: int, seed: int = 0) -> list[str]:
 def of_shared_data() -> set[str]:
     """The golds of the shared sets, and what their solutions put between dollars, with the dollars and without."""
     golds: set[str] = set()
-    for path in sorted(DATA.glob("*.jsonl")):
+    for path in sorted(SHARED_DATA.glob("*.jsonl")):
         for line in path.read_text("utf-8").splitlines():
             row = json.loads(line)
             answer = str(row.get("answer") or "")
@@ -121,7 +120,7 @@ def test_five_thousand_generated_golds_equal_themselves() -> None:
     assert missed(golds) == []
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the shared data folder is missing: its golds are not checked")
+@needs_shared_data()
 def test_golds_of_the_shared_data_equal_themselves() -> None:
     golds = sorted(of_shared_data())
     assert len(golds) >= 5000

@@ -192,6 +192,17 @@ def test_a_conversation_of_too_many_tokens_is_not_read_and_none_is_cut(make):
         assert exact.encode("abc", "defgh") is short.encode("abc", "defg") is None
 
 
+def test_special_tokens_that_the_texts_spell_stay_text(make):
+    """An answer cannot end its own turn, nor put the place where the reward is read behind something else."""
+    for form in FORMS:
+        folder = make(form, name=form)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        special = sorted(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+        plain, spelled = (read(folder, "abc", text) for text in ("", f"so {''.join(tokenizer.convert_ids_to_tokens(special))}"))
+        assert [number for number in spelled if number in special] == [number for number in plain if number in special]
+        assert len(spelled) > len(plain) + 3
+
+
 def test_a_template_reads_the_same_every_day(make):
     folder = make("classification", template="{{ date_string }}")
     assert AutoTokenizer.from_pretrained(folder).decode(conversations(folder).encode("a", "b")).startswith("26 Jul 2024<|")

@@ -27,13 +27,13 @@ from engine.rewards.math.compare import is_value
 from engine.rewards.math.normal import normal, plain
 from engine.rewards.math.reward import MAX_CHARACTERS, VERIFIER_VERSION, MathReward
 from engine.rewards.math.worker import judge
+from tests.shared_data import SHARED_DATA, needs_shared_data
 from tests.unit.rewards.hostile import hostile_answers
 
 CASES: list[dict[str, Any]] = [
     json.loads(line)
     for line in Path(str(engine.rewards.math.__file__)).with_name("cases.jsonl").read_text("utf-8").splitlines()
 ]
-MATH500 = Path(__file__).parents[4] / "shared" / "data" / "math500.jsonl"
 VERSIONS = [str(version) for version in range(1, int(VERIFIER_VERSION) + 1)]
 KINDS = {"must_be_1": {1}, "must_be_0": {0}, "choice": {1}, "known": {0, 1}}
 RIGHT = Score(1.0, "ok")
@@ -86,11 +86,11 @@ def test_since_says_what_plain_math_verify_makes_of_a_case() -> None:
         assert (value == case["expected"]) == (case["since"] == "1"), case
 
 
-@pytest.mark.skipif(not MATH500.exists(), reason="the shared data folder is missing: MATH-500 is not checked")
+@needs_shared_data("math500.jsonl")
 @pytest.mark.parametrize("kind", ["accepting", "refusing"])
 def test_gold_answers_of_math_500_are_right_answers(kind: str, request: pytest.FixtureRequest) -> None:
     reward: MathReward = request.getfixturevalue(kind)
-    rows = [json.loads(line) for line in MATH500.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (SHARED_DATA / "math500.jsonl").read_text("utf-8").splitlines()]
     says = "The final answer is $\\boxed{%s}$."
     items = [Answer(prompt(row["answer"], row["problem"]), says % row["answer"]) for row in rows]
     missed = [item.prompt.answer for item, score in zip(items, reward.score(items), strict=True) if score != RIGHT]

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError, StorageError, WatchdogError
 from engine.models.hf import HfCheckpoint
+from engine.rewards.math.reward import VERIFIER_VERSION
 from engine.run.checkpoint import (
     BEST,
     LATEST,
@@ -109,6 +110,51 @@ def test_an_option_that_came_later_counts_as_its_default(tmp_path):
     assert open_checkpoints(tmp_path).load(run_config(tmp_path)).step == 5
     with pytest.raises(CheckpointError, match=r"model\.family must be what .* found 'llama' instead of None"):
         open_checkpoints(tmp_path).load(run_config(tmp_path, model={"family": "llama"}))
+
+
+def older(root: Path, **changes: Any) -> None:
+    """Makes the checkpoint of step 5 one that an older Semion wrote."""
+    manifest = root / "run" / "checkpoints" / "step_00000005" / "manifest.json"
+    saved = json.loads(manifest.read_text())
+    del saved["sha256"]
+    for part, change in changes.items():
+        saved[part] = builders.merged(saved[part], change) if part == "config" else saved[part] | change
+    manifest.write_text(json.dumps(saved | {"sha256": _content_digest(saved)}))
+
+
+def test_a_checkpoint_of_an_older_verifier_says_what_to_do(tmp_path):
+    commit(tmp_path, 5)
+    older(tmp_path, data={"the version of the verifier": "3"})
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoints(tmp_path).load(run_config(tmp_path))
+    said = str(raised.value)
+    assert f"version 3 of the verifier, this Semion has version {VERIFIER_VERSION}" in said
+    assert "resume with the Semion that wrote it, or export its policy (semion export)" in said and "\n" not in said
+
+
+def test_a_checkpoint_with_options_of_another_form_says_what_to_do(tmp_path):
+    """One that is gone, if it said anything; and sources of data.mix from before a source had all its options of today."""
+    commit(tmp_path, 5)
+    older(tmp_path, config={"data": {"blend": None}})
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path)).step == 5
+    older(tmp_path, config={"data": {"blend": 0.5}})
+    with pytest.raises(CheckpointError, match=r"older Semion with data\.blend, which .* cannot go on with: resume .*export"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path))
+    mixed = {"data": {"mix": [{"train": "other.jsonl", "prompts_per_step": 1}]}}
+    commit(tmp_path, 5, **mixed)
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path, **mixed)).step == 5
+    older(tmp_path, config={"data": {"mix": [{"train": "other.jsonl", "prompts_per_step": 1}]}})
+    with pytest.raises(CheckpointError, match=r"older Semion with another form of data\.mix, which .*: resume .*export"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, **mixed))
+
+
+def test_what_is_exported_carries_the_chat_template_of_the_run(tmp_path):
+    (tmp_path / "turns.jinja").write_text("{{ messages[0].content }}")
+    checkpoint = commit(tmp_path, 5, data={"chat_template": str(tmp_path / "turns.jinja")})
+    exported = export(checkpoint, tmp_path / "exported")
+    narrow = export(checkpoint, tmp_path / "narrow", "bfloat16")
+    assert [(folder / "chat_template.jinja").read_text() for folder in (exported, narrow)] == ["{{ messages[0].content }}"] * 2
+    assert not (export(commit(tmp_path, 10), tmp_path / "own") / "chat_template.jinja").exists()
 
 
 @pytest.mark.parametrize(
