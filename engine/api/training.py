@@ -24,6 +24,7 @@ from engine.observe.sinks import write_json
 from engine.observe.summary import RESTARTS, summarize
 from engine.run import signals
 from engine.run.checkpoint import latest
+from engine.run.machine import visible_gpus
 from engine.run.processes import Cluster
 from engine.run.restarts import unbroken
 from engine.run.spec import Spec
@@ -88,9 +89,15 @@ def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
 def _starting(spec: Spec) -> Note:
     t = spec.config.trainer
     engines = spec.config.inference.engines if spec.starts_engines else 0
+    cache = ""
+    if spec.kv_cache is not None:
+        is_known = spec.kv_cache.asked_bytes is not None or not visible_gpus()
+        size = spec.kv_cache.told(spec.kv_cache.num_bytes(None)) if is_known else "what its GPU has left, as `semion plan` says"
+        cache = f"; KV cache of an engine: {size}"
     return Note(
         f"starting {t.world_size} trainer ranks (tensor {t.tensor_parallel}, pipeline {t.pipeline_parallel}, data "
-        f"{t.data_parallel}) and {engines} engines; their logs are in {spec.config.run_directory / LOGS}, --verbose shows them"
+        f"{t.data_parallel}) and {engines} engines{cache}; their logs are in {spec.config.run_directory / LOGS}, "
+        f"--verbose shows them"
     )
 
 

@@ -17,14 +17,15 @@ from engine.bridge.exchange import STAGED
 from engine.bridge.plan import Bucket, ShardOffset, ShardPlan, Transfer, plan
 from engine.bridge.transports.base import Transport
 from engine.bridge.transports.registry import choose, kind_of
-from engine.capacity.memory import GIB, Channel, estimate
+from engine.capacity.kv_cache import GIB, require_one_request
+from engine.capacity.memory import Channel, estimate
+from engine.capacity.resolved import Resolved
 from engine.config.load import RunConfig
 from engine.config.transport import AUTO, refusal, setting
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.sharding import Piece, pieces, tensors
-from engine.run.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Machine:
     gpu_gibibytes: float = 139.0  # what torch calls the memory of an H200
 
 
-def plan_run(spec: Spec, machine: Machine) -> dict[str, Any]:
+def plan_run(spec: Resolved, machine: Machine) -> dict[str, Any]:
     """Makes the plan of every weight sync of the run and measures it: the figures of `measure`, `plan_seconds` and, under
     `memory`, those of `weigh`.
 
@@ -49,6 +50,7 @@ def plan_run(spec: Spec, machine: Machine) -> dict[str, Any]:
     target = spec.engine
     check_layout(shape, source)
     check_engine_layout(shape, target)
+    require_one_request("inference", spec.kv_cache)
     if _within_nodes(spec):
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     _check(machine)
@@ -92,7 +94,7 @@ def _machines(num_engines: int, tp_size: int, gpus_per_node: int) -> list[int]:
     return [engine // (gpus_per_node // tp_size) for engine in range(num_engines)]
 
 
-def _within_nodes(spec: Spec) -> bool:
+def _within_nodes(spec: Resolved) -> bool:
     """Whether no weight leaves its node: all is on one, or each serves its engines by itself."""
     config = spec.config
     trainer, engines = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
@@ -100,11 +102,13 @@ def _within_nodes(spec: Spec) -> bool:
     return spec.colocated_nodes is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
 
 
-def weigh(spec: Spec, made: ShardPlan, machine: Machine) -> dict[str, Any]:
+def weigh(spec: Resolved, made: ShardPlan, machine: Machine) -> dict[str, Any]:
     """The memory of each kind of device by component, whether the fullest fits the machine's GPU, and the file for want of
     which the reward engine is not counted. Bytes."""
-    held = estimate(spec, channel(made))
     gpu_bytes = round(machine.gpu_gibibytes * GIB)
+    held = estimate(spec, channel(made), gpu_bytes)
+    cache = spec.kv_cache
+    size = cache.num_bytes(gpu_bytes) if cache is not None else 0
     return {
         "gpu_bytes": gpu_bytes,
         "fullest": held.fullest.name,
@@ -113,6 +117,9 @@ def weigh(spec: Spec, made: ShardPlan, machine: Machine) -> dict[str, Any]:
         "devices": [{"name": d.name, "num_bytes": d.num_bytes, "components": d.components} for d in held.devices],
         "stages": list(held.stages),
         "host_bytes_per_node": held.host_bytes_per_node,
+        "kv_cache": None
+        if cache is None
+        else {"num_bytes": size, "requests": cache.holds(size), "of": cache.max_concurrent, "told": cache.told(size)},
         "not_counted": spec.missing_reward_model,
     }
 
@@ -291,6 +298,8 @@ def verdict(memory: dict[str, Any]) -> str:
         text += f"\ntrainer ranks by stage: {', '.join(f'{size / GIB:.1f}' for size in memory['stages'])} GiB"
     if memory["host_bytes_per_node"]:
         text += f"\noptimizer state in the host's memory: {_gibibytes(memory['host_bytes_per_node'])} a node"
+    if cache := memory["kv_cache"]:
+        text += f"\neach engine's KV cache: {cache['told']}, of {cache['of']} that may run together"
     if memory["not_counted"]:
         text += f"\nthe reward engine is not counted, for there is no {memory['not_counted']}"
     return text

@@ -5,6 +5,7 @@ in engine/config/rules.py, reading and writing files in engine/config/load.py; n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
@@ -370,6 +371,32 @@ class Optimizer(Section):
     offload_share: Share = Field(0.0, description="of the optimizer's state, kept and updated in the host's memory")
 
 
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)")
+UNIT_BYTES = {"MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def size_of(option: str) -> BeforeValidator:
+    """Accepts 'auto', or a number with its unit."""
+
+    def check(value: Any) -> str:
+        if isinstance(value, str) and (value == "auto" or (SIZE.fullmatch(value) and size_bytes(value))):
+            return value
+        number = value if isinstance(value, (int, float)) else 24
+        raise ValueError(
+            f"{option} must be 'auto' or a size with its unit, MiB or GiB, above 0; found {value!r}: write 'auto', or such as "
+            f"'{number} MiB' or '{number} GiB'"
+        )
+
+    return BeforeValidator(check)
+
+
+def size_bytes(text: str) -> int | None:
+    """The bytes of a size such as "24 GiB"; None for "auto"."""
+    if (found := SIZE.fullmatch(text)) is None:
+        return None
+    return round(float(found[1]) * UNIT_BYTES[found[2]])
+
+
 BATCHED_TOKENS = 8192  # vLLM runs at least as many together, where the lengths of single requests allow fewer
 
 
@@ -383,7 +410,11 @@ class Inference(Section):
     tensor_parallel: Positive = Field(1, description="ranks of one engine")
     max_model_tokens: Positive = Field(4096, description="prompt and completion together")
     max_concurrent: Positive = Field(256, description="requests decoded together in one engine")
-    kv_cache_mebibytes: Positive = Field(1024, description="KV cache of each rank of an engine")
+    kv_cache: Annotated[str, size_of("inference.kv_cache")] = Field(
+        "auto",
+        description="KV cache of each rank of an engine, as '24 GiB' or '512 MiB'; 'auto': what max_concurrent requests at "
+        "full length need, or what the engine's GPU has left (on CPUs at most 1 GiB)",
+    )
     threads: Positive = Field(1, description="CPU threads of one engine; a GPU engine ignores it")
     packed_weights: bool = Field(False, description="let vLLM repack weights for speed; a sync then reloads full tensors")
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
@@ -419,7 +450,9 @@ class RewardModel(Section):
     path: str | None = Field(None, description="folder of a Llama with a `score` head, or with Athene's `v_head` and CLS token")
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_tokens: Positive = Field(4096, description="prompt and completion in its chat template; longer ones are not judged")
-    kv_cache_mebibytes: Positive = Field(1024, description="KV cache of its engine")
+    kv_cache: Annotated[str, size_of("reward_model.kv_cache")] = Field(
+        "auto", description="KV cache of its engine, as '16 GiB' or '512 MiB'; 'auto': what it judges at a time needs"
+    )
     timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rewards, an evaluation's or start-up")
 
     @property
