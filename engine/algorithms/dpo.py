@@ -75,7 +75,8 @@ class DpoOptions(PreferenceOptions):
 
     pairing: Pairing = Field(
         "random",
-        description="the pair of a verifiable prompt: 'random', 'best_worst', 'length_matched', or your own as path/to/file.py:name",
+        description="the pair of a verifiable prompt: 'random', 'best_worst', 'length_matched', or your own as "
+        "path/to/file.py:name",
     )
 
 

@@ -51,7 +51,7 @@ class Gpu:
 
 def examine() -> list[Finding]:
     """All findings, in the order to read them. A machine without nvidia-smi is one without a GPU."""
-    gpus, failure = _gpus()
+    gpus, failure = listed_gpus()
     install = "install requirements/gpu.txt" if gpus else "run tools/environment.sh"
     common = [_python(), _compiler(), *_packages(install), _memory(), _disk(), _loopback(), _device(gpus), *failure]
     return [*common, *_gpu_findings(gpus)] if gpus else common
@@ -117,7 +117,7 @@ def _device(gpus: list[Gpu]) -> Finding:
 # -- GPU machines
 
 
-def _gpus() -> tuple[list[Gpu], list[Finding]]:
+def listed_gpus() -> tuple[list[Gpu], list[Finding]]:
     """Every GPU that nvidia-smi lists, and what is to be said where it is there but fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:

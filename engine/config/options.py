@@ -66,7 +66,7 @@ class Run(Section):
 
     directory: str = Field(description="new folder for checkpoints, metrics, rollouts, logs and the summary")
     seed: Annotated[NonNegative, PURE] = Field(0, description="of sampling, of the order of prompts and of random pairs")
-    steps: Steps = Field(description="length of the run: updates of the weights in all")
+    steps: Steps = Field(description="optimizer steps in all: updates of the weights")
     restarts: Annotated[NonNegative, Unit("attempts")] = Field(
         3, description="to go on after a lost process, in a row without a new checkpoint; 0: none"
     )
@@ -414,7 +414,7 @@ class Optimizer(Section):
     warmup_steps: StepsOrNone = Field(0, description="over which the learning rate rises from 0")
     schedule: str = Field(
         "constant",
-        description="how the learning rate goes on after the warm-up: 'constant', 'linear', 'cosine', or your own LearningRate as "
+        description="the learning rate after the warm-up: 'constant', 'linear', 'cosine', or your own LearningRate as "
         "path/to/file.py:Name",
     )
     decay_steps: Steps | None = Field(

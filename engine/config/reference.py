@@ -1,6 +1,6 @@
-"""Every option as a person reads it: its default, allowed values, unit and what it is, from the declarations in options.py and in
-the files of the losses. docs/options.md, `semion options` and the file of `semion init` are made of it; nothing else says what
-an option is. It reads no configuration.
+"""Every option as a person reads it: its default, allowed values, unit and what it is, from the declarations in options.py and
+in the files of the losses. docs/options.md, `semion options` and the file of `semion init` are made of it; nothing else says
+what an option is. It reads no configuration.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Every option is documented: a text, allowed values, and a unit where it is a number; `semion options` prints them."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -8,11 +9,9 @@ from engine.cli import main
 from engine.config.options import LOSSES, AlgorithmOptions, Options
 from engine.config.reference import is_number, sections, units
 
-FIELDS = {
-    f"{section}.{name}": field
-    for section, table in Options.model_fields.items()
-    for name, field in (AlgorithmOptions if section == "algorithm" else table.annotation).model_fields.items()
-} | {f"{loss}.{name}": field for loss in LOSSES.names for name, field in LOSSES.load(loss).Options.model_fields.items()}
+TABLES: dict[str, Any] = {name: table.annotation for name, table in Options.model_fields.items()}
+TABLES |= {"algorithm": AlgorithmOptions} | {loss: LOSSES.load(loss).Options for loss in LOSSES.names}
+FIELDS = {f"{section}.{name}": field for section, table in TABLES.items() for name, field in table.model_fields.items()}
 EVERY = [option for section in sections() for option in section.options]
 
 
