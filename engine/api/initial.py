@@ -5,13 +5,13 @@ estimate of engine/capacity with a margin. It writes no file and asks nobody; in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from engine.capacity.kv_cache import GIB
+from engine.api.initial_values import LOSSES, Found, Layout, Values, Wishes, template_of, values_of
+from engine.capacity.kv_cache import GIB, MIB
 from engine.capacity.memory import STAGING_BUCKETS, Channel, estimate
 from engine.config.load import RunConfig, load_tree
 from engine.core.errors import ConfigError, DataError
@@ -20,16 +20,14 @@ from engine.data.rows import Row, sample_rows
 from engine.data.templates import LeftOut, PromptForm, fit_prompt, load_tokenizer
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
+from engine.models.headers import num_elements
 from engine.models.hf import read_shape
 from engine.models.sharding import engine_layout, trainer_layout
 from engine.run.spec import Spec, assemble
 
 FREE_SHARE = 0.08  # of a GPU that a layout must leave: for fragmentation, and for what the estimate does not see
 ENOUGH_REQUESTS = 32  # at full length that an engine must decode together to be of use
-PROMPT_TOKENS = 1024  # longest prompt of the paper's runs here
-MiB = 1 << 20
-Loss = Literal["dpo", "group_dpo", "grpo"]
-LOSSES: tuple[Loss, ...] = ("dpo", "group_dpo", "grpo")
+LEAST_BYTES = 6  # of a parameter on a trainer rank whatever is saved: bfloat16 weights and float32 gradients
 # What makes a step smaller, in the order in which it is tried: each costs more time than those before it.
 LADDER: tuple[Mapping[str, Any], ...] = (
     {},
@@ -43,63 +41,6 @@ MORE_NODES = (2, 4, 8, 16, 32)  # of 8 GPUs
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What a person wants and has."""
-
-    model: str
-    train: str
-    held_out: str | None = None
-    columns: Mapping[str, str] | None = None
-    gpus_per_node: int = 0  # 0: CPUs
-    nodes: int = 1
-    gpu_gibibytes: float = 139.0
-    loss: Loss = "dpo"
-    interval: int | Literal["never"] = 10
-    reward: str = "math"  # or 'model', or a function as path/to/file.py:name
-    reward_model: str | None = None
-    directory: str = "runs/first"
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What the files say."""
-
-    shape: ModelShape
-    reward_shape: ModelShape | None
-    has_chat_template: bool
-    num_rows: int  # that were looked at
-    is_whole: bool  # whether they are all
-    longest_prompt: int  # tokens, of those
-
-
-class Value(NamedTuple):
-    """A value and why it is that, or its unit."""
-
-    value: Any
-    why: str
-
-
-Values = dict[str, dict[str, Value]]  # by section and option
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Trainer ranks and engines on a machine, and what a step does to fit."""
-
-    placement: Literal["colocated", "disaggregated"]
-    trainer_tp: int
-    data_parallel: int
-    engines: int
-    engine_tp: int
-    savings: Mapping[str, Any]
-
-    @property
-    def trainer_gpus(self) -> int:
-        """GPUs of the trainer."""
-        return self.trainer_tp * self.data_parallel
-
-
-@dataclass(frozen=True, slots=True)
 class Choice:
     """A configuration's values, the run they come to, and how much of the fullest GPU is left."""
 
@@ -107,7 +48,8 @@ class Choice:
     values: Values
     config: RunConfig
     spec: Spec
-    spare_share: float | None  # None on CPUs
+    spare_share: float | None = None  # None on CPUs
+    host_bytes: int = 0  # of a node, for what is offloaded
 
     @property
     def summary(self) -> str:
@@ -125,6 +67,7 @@ class Choice:
             f"{t.world_size} trainer ranks (tensor {t.tensor_parallel}, data {t.data_parallel}) {turns} {i.engines} engines "
             f"(tensor {i.tensor_parallel}) on {self.wishes.nodes} x {self.wishes.gpus_per_node} GPUs of "
             f"{self.wishes.gpu_gibibytes:g} GiB: {self.spare_share:.0%} to spare in training; KV cache: {held}"
+            + (f"; {self.host_bytes / GIB:,.0f} GiB of each machine's memory for the optimizer" if self.host_bytes else "")
         )
 
 
@@ -153,7 +96,7 @@ def look_at(wishes: Wishes) -> Found:
     if wishes.held_out:
         _rows(wishes, wishes.held_out)
     has_template = bool(tokenizer.chat_template)
-    form = PromptForm(_template(wishes), chat_template=None if has_template else "")
+    form = PromptForm(template_of(wishes), chat_template=None if has_template else "")
     fitted = (fit_prompt(tokenizer, row.problem, row.messages, form, shape.max_positions) for row in rows)
     longest = max((len(ids) for ids in fitted if not isinstance(ids, LeftOut)), default=0)
     reward_shape = read_shape(wishes.reward_model, "reward_model.path", "llama") if wishes.reward_model else None
@@ -173,10 +116,27 @@ def choose(wishes: Wishes, found: Found) -> Choice:
     """The values. ConfigError where nothing fits, which says what would."""
     if not wishes.gpus_per_node:
         return _made(wishes, found, None)
-    for layout in layouts(wishes, found.shape):
-        if (choice := _fitting(wishes, found, layout)) is not None:
-            return choice
+    if (choice := _first_fitting(wishes, found)) is not None:
+        return choice
     raise ConfigError(_what_would(wishes, found))
+
+
+def _first_fitting(wishes: Wishes, found: Found) -> Choice | None:
+    """The first layout of the ladder that fits. What the trainer alone has no room for is not tried with other engines."""
+    least = num_elements(found.shape) * LEAST_BYTES / min(8, wishes.gpus_per_node)
+    if least > wishes.gpu_gibibytes * GIB:
+        return None
+    hopeless = set[Hashable]()
+    for layout in layouts(wishes, found.shape):
+        key = (layout.placement, layout.trainer_tp, layout.data_parallel, *layout.savings.items())
+        if key in hopeless:
+            continue
+        fitting = _fitting(wishes, found, layout)
+        if isinstance(fitting, Choice):
+            return fitting
+        if fitting == "trainer":
+            hopeless.add(key)
+    return None
 
 
 def layouts(wishes: Wishes, shape: ModelShape) -> Iterator[Layout]:
@@ -203,25 +163,27 @@ def _divides(shape: ModelShape, size: int) -> bool:
     return shape.num_heads % size == 0 and shape.ffn_hidden % size == 0
 
 
-def _fitting(wishes: Wishes, found: Found, layout: Layout) -> Choice | None:
-    """The configuration of a layout, where it may be and its GPUs hold it."""
+def _fitting(wishes: Wishes, found: Found, layout: Layout) -> Choice | Literal["trainer", "engines"]:
+    """The configuration of a layout, or for whom the GPUs have no room."""
     try:
         choice = _made(wishes, found, layout)
         choice.spec.placed()
         check_layout(found.shape, trainer_layout(choice.config.trainer))
         check_engine_layout(found.shape, engine_layout(choice.config.inference))
-    except ConfigError:
-        return None
+    except ConfigError:  # by a rule: engines that do not stand inside a node, heads that cannot be shared
+        return "engines"
     gpu = round(wishes.gpu_gibibytes * GIB)
-    staged = STAGING_BUCKETS * choice.config.sync.bucket_mebibytes * MiB
+    staged = STAGING_BUCKETS * choice.config.sync.bucket_mebibytes * MIB
     held = estimate(choice.spec, Channel(staged, staged), gpu)
     cache = choice.spec.kv_cache
     assert cache is not None
     enough = cache.holds(cache.num_bytes(gpu)) >= min(ENOUGH_REQUESTS, cache.max_concurrent)
-    others = [device for device in held.devices if "KV cache" not in " ".join(device.components)] or [held.devices[0]]
-    training = max(device.num_bytes for device in (held.devices[0], *others))
-    fits = training <= gpu * (1 - FREE_SHARE) and held.fullest.num_bytes <= gpu
-    return replace(choice, spare_share=1 - training / gpu) if enough and fits else None
+    training = held.devices[0].num_bytes
+    if training > gpu * (1 - FREE_SHARE):
+        return "trainer"
+    if held.fullest.num_bytes > gpu or not enough:
+        return "engines"
+    return replace(choice, spare_share=1 - training / gpu, host_bytes=held.host_bytes_per_node)
 
 
 def _what_would(wishes: Wishes, found: Found) -> str:
@@ -234,28 +196,16 @@ def _what_would(wishes: Wishes, found: Found) -> str:
         *tried,
         *(replace(wishes, gpu_gibibytes=size) for size in (79.0, 139.0, 178.0) if size > wishes.gpu_gibibytes),
     ):
-        fitting = (_fitting(other, found, layout) for layout in layouts(other, found.shape))
-        if (choice := next((choice for choice in fitting if choice is not None), None)) is not None:
+        if (choice := _first_fitting(other, found)) is not None:
             would = f"{other.nodes} x {other.gpus_per_node} GPUs of {other.gpu_gibibytes:g} GiB would do ({choice.summary})"
             break
     else:
-        would = "nor do 256 of them"
+        would = "256 of them do not do by tensor and data parallelism alone: see configs/scale for layouts with a pipeline"
     return f"training {wishes.model} needs more memory than {here} have, with {FREE_SHARE:.0%} to spare; {would}"
 
 
-def _template(wishes: Wishes) -> str:
-    return "figure5" if wishes.reward == "model" else "figure4" if wishes.reward == "math" else "{problem}"
-
-
 def _made(wishes: Wishes, found: Found, layout: Layout | None) -> Choice:
-    from engine.api.initial_values import values_of
-
     values = values_of(wishes, found, layout)
     tree = {section: {name: value.value for name, value in table.items()} for section, table in values.items()}
     config = load_tree(tree)
-    return Choice(wishes, values, config, assemble(config, found.shape, reward_shape=found.reward_shape), None)
-
-
-def is_there(path: str) -> bool:
-    """Whether a file of that name is there already."""
-    return Path(path).exists()
+    return Choice(wishes, values, config, assemble(config, found.shape, reward_shape=found.reward_shape))

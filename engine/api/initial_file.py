@@ -1,12 +1,13 @@
-"""A first configuration as a commented TOML file: the values that are set with their reasons, and beside them every other option
-as a comment with its default, unit and allowed values. It chooses nothing."""
+"""A first configuration as a commented TOML file: the values that are set with their reasons, and beside them every other
+option as a comment with its default, unit and allowed values. It chooses nothing."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
 
-from engine.api.initial import Choice, Value
+from engine.api.initial import Choice
+from engine.api.initial_values import Value
 from engine.config.load import toml
 from engine.config.reference import OptionText, SectionText, sections
 

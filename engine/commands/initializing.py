@@ -1,5 +1,5 @@
 """`semion init`: asks on a terminal, or takes by flags, what a run is to be of, and writes its first configuration. Without a
-terminal nothing is asked: a flag that is missing is named. What is right for a model and a machine stands in engine/api/initial.py.
+terminal nothing is asked: a flag that is missing is named. What is right for a model and a machine is engine/api/initial.py's.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def initialize(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.exists() and not options.force:
         raise ConfigError(f"--output must be a new file; found {output}: name another, or add --force to overwrite it")
-    from engine.api.initial import Wishes, choose, look_at
+    from engine.api.initial import choose, look_at
     from engine.api.initial_file import text_of
+    from engine.api.initial_values import Wishes
 
     wishes = Wishes(
         model=options.model,
@@ -87,9 +88,8 @@ def _ask(options: argparse.Namespace, gpus: int, memory: float | None) -> None:
     if options.loss is None:
         options.loss = question(f"loss ({', '.join(LOSSES)})", "dpo", _loss)
     if options.sync_interval is None:
-        options.sync_interval = question(
-            "s: optimizer steps between weight syncs", 1 if options.loss == "grpo" else 10, _interval
-        )
+        usual = 1 if options.loss == "grpo" else 10  # the paper has GRPO online alone
+        options.sync_interval = question("s: optimizer steps between weight syncs", usual, _interval)
     if options.output is None:
         options.output = question("file to write", "run.toml", str)
 

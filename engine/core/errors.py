@@ -5,6 +5,7 @@ found and the fix; the command line prints it in one line without a traceback. I
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class SemionError(Exception):
@@ -151,3 +152,8 @@ def brief(value: object) -> str:
     """A value as an error sentence can hold it."""
     shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def looked_in(path: str | Path) -> str:
+    """Of a relative path that was not found: where it was looked for, as a clause for a message; else nothing."""
+    return "" if Path(path).is_absolute() else f" (a relative path is looked for from the working directory, {Path.cwd()})"

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow
 import pyarrow.parquet
 
-from engine.core.errors import ConfigError, DataError, SemionError
+from engine.core.errors import ConfigError, DataError, SemionError, looked_in
 from engine.core.jsonl import Fault, objects_in, parsed
 
 Record = tuple[str, Any]  # where it stands, for messages; what it holds
@@ -179,7 +179,7 @@ def check_source(source: str | Path) -> None:
         return
     path = Path(source)
     if not path.exists():
-        raise DataError(f"{path}: a data file must exist; found none there: check the path")
+        raise DataError(f"{path}: a data file must exist; found none there: check the path{looked_in(path)}")
     if path.is_dir() and (path / SAVED[1]).exists():
         raise DataError(f"{path}: must be one dataset; found a folder of several splits: name one of them, as {path}/train")
     if path.is_dir() and not (path / SAVED[0]).exists():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
-from engine.core.errors import ConfigError, DataError
+from engine.core.errors import ConfigError, DataError, looked_in
 from engine.core.types import Message
 from engine.data.tokens import encode_around, fewest_tokens
 
@@ -55,7 +55,9 @@ def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTo
     """The tokenizer of a Hugging Face folder, never from the network. Raises ConfigError naming `option` and the folder."""
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(f"{option} must be a folder with a tokenizer; found no folder {path}: check the path")
+        raise ConfigError(
+            f"{option} must be a folder with a tokenizer; found no folder {path}: check the path{looked_in(path)}"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = _class_of(path).from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the library has no type for a broken file
@@ -101,7 +103,7 @@ def read_chat_template(name: str) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.chat_template must be 'tokenizer', 'none' or a file with a Jinja template; found that {name} cannot be read "
-            f"({error}): check the path"
+            f"({error}): check the path{looked_in(name)}"
         ) from error
     if not text.strip():
         raise ConfigError(f"data.chat_template must be a Jinja template; found nothing in {name}: use 'none' for none")

@@ -5,6 +5,7 @@ folder written so that it appears whole or not at all. It knows no parallel layo
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.core.errors import CheckpointError, ConfigError
+from engine.core.errors import CheckpointError, ConfigError, looked_in
 from engine.core.files import give_umask_mode, staged_folder
 from engine.core.registry import portable
 from engine.models.base import INERT_FIELDS, PLAIN_FIELDS, ROPE_FIELDS, Family, Llama3Scaling, ModelShape
@@ -21,6 +22,7 @@ from engine.models.registry import AUTO, FAMILIES, family_named
 if TYPE_CHECKING:
     import torch
 
+HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")  # of a model: owner/name
 POLICY = "model.path"  # the option whose folder must hold a language model; a reward model's head is told by its tensors
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -194,7 +196,14 @@ def _read_json(file: Path, option: str = "model.path") -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}; check {option}") from error
+        if HUB_NAME.fullmatch(str(file.parent)) and not file.parent.exists():
+            name = str(file.parent)
+            folder = f"models/{file.parent.name}"
+            raise CheckpointError(
+                f"{option} must be a folder of this machine, looked for from {Path.cwd()}; found none at {name}: if that is a "
+                f"model of the Hugging Face hub, fetch it once, `hf download {name} --local-dir {folder}`, and name {folder}"
+            ) from error
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; check {option}{looked_in(file)}") from error
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}; fetch it again") from error
     if not isinstance(tree, dict):

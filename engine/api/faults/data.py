@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.api.faults.look import Faults, Look, caught, tried
 from engine.config.options import Source, source_key
-from engine.core.errors import ConfigError, DataError, SemionError
+from engine.core.errors import ConfigError, DataError, SemionError, looked_in
 from engine.data.forms import Columns
 from engine.data.mixture import longest_asked, naming, prompt_form
 from engine.data.preferences import FIELDS as PAIR_FIELDS
@@ -147,5 +147,5 @@ def _pair_faults(path: str, columns: Columns | None) -> Faults:
 def _check_file(key: str, path: str) -> None:
     """DataError for a file or folder that is not there, or that no data can be in."""
     if not path.startswith(HUB) and not Path(path).exists():
-        raise DataError(f"{key} must be a file or a dataset's folder; found none at {path}: check the path")
+        raise DataError(f"{key} must be a file or a dataset's folder; found none at {path}: check the path{looked_in(path)}")
     check_source(path)
