@@ -45,8 +45,8 @@ def _table(name: str, text: str, options: list[OptionText], values: dict[str, Va
     for option in options:
         if option.name not in values:
             value = "..." if option.default in ("null", "required") else option.default
-            unset = "unset; " if option.default == "null" else ""
-            lines += _line(f"# {option.name} = {value}", f"{unset}{option.text} ({option.allowed})")
+            unset = "unset; " if option.default == "null" and "unset" not in option.text else ""
+            lines += _line(f"# {option.name} = {value}", f"{unset}{option.sentence} ({option.values})")
     return lines
 
 

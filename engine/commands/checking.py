@@ -64,7 +64,7 @@ def table(spec: Spec) -> list[tuple[str, str]]:
         rows.append(("inference engines", f"{c.inference.engines}: tensor {e.tp_size}, {c.inference.placement}"))
     if spec.kv_cache is not None:
         sizes = dict(cache_sizes(spec.kv_cache))
-        rows += [(f"KV cache of each engine rank{where}", spec.kv_cache.told(size)) for where, size in sizes.items()]
+        rows += [(f"KV cache{where}", spec.kv_cache.told(size)) for where, size in sizes.items()]
     if spec.starts_reward_engine:
         rows.append(("reward model", str(c.reward_model.path)))
     rows += [(f"weight syncs on {carrier.device}", f"{carrier.kind or 'none'}: {carrier.why}") for carrier in spec.transports]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from engine.config.options import LOSSES, AlgorithmOptions, Options, Unit
+from engine.config.options import LOSSES, PURE, AlgorithmOptions, Options, Unit
 
 NUMBERS = {int: "integer", float: "number"}
 WORDS: dict[Any, str] = {str: "text", bool: "true or false", NoneType: "unset", **NUMBERS}
@@ -31,6 +31,13 @@ class OptionText:
     values: str  # the type and its bounds, or the values that there are
     unit: str  # of its number; empty where it has none
     text: str  # what it is
+
+    @property
+    def sentence(self) -> str:
+        """What it is, its unit first."""
+        if self.unit in ("", PURE.name):
+            return self.text
+        return f"{'share ' if self.unit == 'of 1' else ''}{self.unit}: {self.text}"
 
     @property
     def allowed(self) -> str:
