@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.config.load import RunConfig
 from engine.config.options import Source
-from engine.core.errors import ConfigError, DataError
+from engine.core.errors import ConfigError, DataError, looked_in
 from engine.core.jsonl import read_objects, write_jsonl
 from engine.data.mixture import longest_asked
 from engine.data.records import source_digest
@@ -33,7 +33,7 @@ def suite_names(paths: Sequence[str]) -> dict[str, str]:
     for path in paths:
         name = Path(path).stem
         if not Path(path).is_file():
-            raise DataError(f"--suite must name files of problems; found none at {path}: check the path")
+            raise DataError(f"--suite must name files of problems; found none at {path}: check the path{looked_in(path)}")
         if name in names:
             raise ConfigError(f"--suite must name files of different names; found {names[name]} and {path}: rename one")
         names[name] = path

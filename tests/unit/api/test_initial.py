@@ -179,6 +179,14 @@ def test_a_name_of_the_hub_and_rows_without_answers_are_answered_with_what_to_do
     assert load_config(tmp_path / "run.toml").data.columns == {"problem": "frage", "answer": "antwort"}
 
 
+def test_a_path_that_is_not_found_is_said_to_be_relative(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*flags, "--train", "nope.jsonl"]) == 3
+    assert f"a relative path is looked for from the working directory, {tmp_path}" in capsys.readouterr().err
+    assert main([*flags, "--train", str(tmp_path / "nope.jsonl")]) == 3
+    assert "working directory" not in capsys.readouterr().err
+
+
 def test_on_a_machine_with_gpus_values_for_cpus_are_warned_of(flags, tmp_path, monkeypatch):
     assert main(flags) == 0
     monkeypatch.setattr("engine.api.warnings.visible_gpus", lambda: 8)
