@@ -121,7 +121,8 @@ def values_of(wishes: Wishes, found: Found, layout: Layout | None) -> Values:
 def lengths(wishes: Wishes, found: Found) -> tuple[int, int]:
     """(longest prompt, longest response) in tokens: the paper's, or what the model has positions for."""
     positions = found.shape.max_positions
-    prompt = min(PROMPT_TOKENS, positions // 3)
+    wanted = max(positions // 3, -(-found.longest_prompt // 32) * 32)  # also what a short model's data need
+    prompt = min(PROMPT_TOKENS, wanted, positions * 3 // 4)
     return prompt, min(_response(wishes), positions - prompt)
 
 

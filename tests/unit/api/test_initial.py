@@ -7,6 +7,7 @@ import builtins
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,14 @@ def test_a_reward_model_has_the_non_verifiable_values_and_a_gpu_of_its_own(tmp_p
 def test_every_loss_and_regime_makes_a_configuration_that_breaks_no_rule(loss, interval, tmp_path):
     wishes = Wishes("m", "t", "h", loss=loss, interval=interval)
     assert written(wishes, found(LLAMA_1B, has_chat_template=False), tmp_path).data.chat_template == "none"
+
+
+def test_a_short_model_has_room_for_the_prompts_of_its_data(tmp_path):
+    """Of 512 positions 300 tokens are needed for prompts, more than a third; a response has the rest."""
+    short = replace(LLAMA_1B, max_positions=512)
+    config = written(Wishes("m", "t"), found(short, longest_prompt=300), tmp_path)
+    assert (config.data.max_prompt_tokens, config.sampling.max_tokens, config.inference.max_model_tokens) == (320, 192, 512)
+    assert written(Wishes("m", "t"), found(short, longest_prompt=900), tmp_path).data.max_prompt_tokens == 384
 
 
 def test_online_takes_turns_and_semi_online_does_not():
