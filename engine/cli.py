@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine.commands import checking, evaluating, preparing, sampling, scoring, showing, training
+from engine.commands import checking, evaluating, explaining, initializing, preparing, sampling, scoring, showing, training
 from engine.commands import profile as profiles
 from engine.commands import report as reports
 from engine.commands.common import check_targets, write_figures
@@ -180,8 +180,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="print what every process logs")
         return sub
 
+    init = add("init", initializing.initialize, "write the first configuration for a model, data and a machine", config=False)
+    initializing.add_flags(init)
     check = add("check", checking.check, "find all that can be seen wrong with a run, and print the run as resolved")
     checking.add_flags(check)
+    explaining.add_flags(add("options", explaining.explain, "say what an option is, its unit and default", config=False))
     train = add_running("train", training.train, "train with DPO or GRPO, offline to online")
     train.add_argument("--resume", choices=["auto"], help="auto: continue from the newest checkpoint, if there is one")
     training.add_flags(train)

@@ -72,7 +72,7 @@ def run_config(folder: Path, trainers: int, dtype: str = "float32") -> Any:
         "data": {"train": "unused", "max_prompt_tokens": 8},
         "sampling": {"max_tokens": 8},
         "trainer": {"tensor_parallel": trainers},
-        "inference": {"max_model_tokens": 64, "kv_cache_mebibytes": 64},
+        "inference": {"max_model_tokens": 64, "kv_cache": "64 MiB"},
         "sync": {"timeout_seconds": TIMEOUT, "bucket_mebibytes": int(os.environ.get("BUCKET", "64"))},
     }
     return RunConfig.model_validate(tree)
@@ -86,8 +86,12 @@ def engine_process(pipe: Connection, folder: Path, dtype: str = "float32") -> No
     import torch
 
     from engine.inference.vllm_engine import VllmEngine
+    from engine.run.spec import resolve
 
-    engine = VllmEngine(run_config(folder, 1, dtype), 0)
+    config = run_config(folder, 1, dtype)
+    cache = resolve(config, digests=False).kv_cache
+    assert cache is not None
+    engine = VllmEngine(config, 0, cache)
     torch.set_num_threads(1)
     peers = Peers(engine)
     while True:

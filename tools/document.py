@@ -8,15 +8,11 @@ docs/options.md from the options.
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import sys
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
-
-from engine.config.options import LOSSES, AlgorithmOptions, Options
+from engine.config.reference import SectionText, sections
 from engine.run.metrics import catalogue, table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -36,8 +32,13 @@ adds its metrics under the names that it declares; `semion report` draws and exp
 OPTIONS_HEAD = """# Options
 
 This file is written by `tools/document.py` from `engine/config/options.py` and the files of the losses. A configuration is a
-TOML file with these tables; `section.key=value` on the command line sets an option anew. `semion check CONFIG --toml` prints
-the resolved tree. Rules across options stand in `engine/config/rules.py` and in each loss's own file.
+TOML file with these tables; `section.key=value` on the command line sets an option anew. `semion init` writes a file with the
+right values for your model and machine and all other options as comments, `semion options trainer optimizer.eps` prints what is
+here, and `semion check CONFIG --toml` prints the resolved tree. Rules across options stand in `engine/config/rules.py` and in
+each loss's own file.
+
+`null` means unset. Paths are relative to the directory that the command is started in, not to the file. A unit of "of 1" is a
+share between 0 and 1; "no unit" is a pure number.
 
 """
 
@@ -49,58 +50,17 @@ def metrics_document() -> str:
 
 def options_document() -> str:
     """What docs/options.md should hold."""
-    parts = [OPTIONS_HEAD]
-    for name, field in Options.model_fields.items():
-        section: Any = AlgorithmOptions if name == "algorithm" else field.annotation
-        assert issubclass(section, BaseModel), name
-        parts.append(_section(f"[{name}]", section, set()))
-        if name == "algorithm":
-            parts += [
-                _section(f"[algorithm] with loss = {loss!r}", LOSSES.load(loss).Options, set(AlgorithmOptions.model_fields))
-                for loss in LOSSES.names
-            ]
-    return "\n".join(parts)
+    return "\n".join([OPTIONS_HEAD, *map(_section, sections())])
 
 
-def _section(title: str, section: type[BaseModel], known: set[str]) -> str:
-    rows = [f"## {title}\n", " ".join((section.__doc__ or "").split()) + "\n", "| option | default | values | what it is |"]
-    rows.append("|---|---|---|---|")
-    for name, field in section.model_fields.items():
-        if name not in known:
-            default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-            rows.append(f"| `{name}` | {default} | {_values(field)} | {field.description or ''} |")
+def _section(section: SectionText) -> str:
+    rows = [f"## {section.title}\n", f"{section.text}\n", "| option | default | values | unit | what it is |"]
+    rows.append("|---|---|---|---|---|")
+    for option in section.options:
+        default = option.default if option.default == "required" else f"`{option.default}`"
+        values = re.sub(r'"[^"]*"', lambda found: f"`{found[0]}`", option.values)
+        rows.append(f"| `{option.name}` | {default} | {values} | {option.unit} | {option.text} |")
     return "\n".join(rows) + "\n"
-
-
-def _values(field: Any) -> str:
-    """The type of an option and its bounds, as people write them."""
-    bounds = [text for meta in field.metadata if (text := _bound(meta))]
-    return ", ".join([_kind(field.annotation), *bounds])
-
-
-def _kind(annotation: Any) -> str:
-    """A type in words: its values where it lists them."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return ", ".join(f"`{json.dumps(value)}`" for value in inner)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(map(_kind, inner)))
-    if origin is Annotated:
-        return _kind(inner[0])
-    if origin is tuple:
-        return f"list of {_kind(inner[0])}"
-    if origin is dict:
-        return "table"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "table"
-    return {str: "text", int: "integer", float: "number", bool: "true or false", NoneType: "unset"}[annotation]
-
-
-def _bound(meta: Any) -> str:
-    for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-        if (value := getattr(meta, name, None)) is not None:
-            return f"{sign} {value}"
-    return ""
 
 
 DOCUMENTS = {"metrics.md": metrics_document, "options.md": options_document}

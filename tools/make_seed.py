@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from engine.data.templates import FIGURE4, encode_prompt
 
@@ -264,6 +265,7 @@ def make_seed(folder: Path, seed: int, sizes: dict[str, int]) -> dict[str, int |
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
     tokenizer = train_tokenizer(splits["sft"])
     model = random_model(tokenizer, seed)
+    disable_progress_bar()
     tokenizer.save_pretrained(folder / "random_model")
     model.save_pretrained(folder / "random_model")
     sample = splits["sft"][:500]

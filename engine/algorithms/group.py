@@ -82,7 +82,7 @@ class GroupOptions(AlgorithmOptions):
     """What losses over groups have; a user's own Options extend it. A loss that does not look at `rollout_log_probs` may say so
     by a property `uses_ratios` that is false; its log-probs are then those of temperature 1."""
 
-    normalize_advantages: Normalization = Field("mean", description="of the group's advantages; see GRPO's")
+    normalize_advantages: Normalization = Field("mean", description="what a reward is compared with in its group, as GRPO's")
 
 
 class GroupLoss(Algorithm):

@@ -14,7 +14,7 @@ from engine.algorithms.dpo import Dpo, PreferenceOptions
 from engine.algorithms.grpo import Grpo, PolicyGradientOptions
 from engine.algorithms.pairs import better_and_worse
 from engine.config.load import RunConfig
-from engine.config.options import NonNegativeFloat
+from engine.config.options import Weight
 from engine.core.metrics import by_name
 from engine.core.types import Batch, Microbatch, RolloutGroup, Sequence
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class GroupDpoOptions(PreferenceOptions, PolicyGradientOptions):
     """GroupDPO's own, and those of the GRPO beside it."""
 
-    alpha: NonNegativeFloat = Field(0.0, description="GRPO's weight beside GroupDPO, over the same group")
+    alpha: Weight = Field(0.0, description="GRPO's weight beside GroupDPO, over the same group; the paper tries 0.01 and 0.001")
 
     @property
     def uses_ratios(self) -> bool:

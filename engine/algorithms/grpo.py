@@ -22,7 +22,7 @@ from engine.algorithms.base import (
     training_sequence,
 )
 from engine.config.load import RunConfig
-from engine.config.options import AlgorithmOptions, NonNegativeFloat, Normalization, PositiveFloat
+from engine.config.options import PURE, AlgorithmOptions, Factor, Normalization, Weight
 from engine.core.metrics import Metric, by_name
 from engine.core.types import IGNORED, Batch, Microbatch, RolloutGroup, Sequence
 
@@ -66,19 +66,21 @@ METRIC_OF_SUM = {"kl": KL, "clipped": CLIPPED, "ratio": RATIO, "gap": ROLLOUT_GA
 class PolicyGradientOptions(AlgorithmOptions):
     """GRPO's own."""
 
-    clip_ratio: PositiveFloat = Field(0.2, description="GRPO's epsilon, of both sides (TRL: epsilon; verl: clip_ratio)")
-    clip_ratio_low: PositiveFloat | None = Field(
+    clip_ratio: Factor = Field(0.2, description="GRPO's epsilon, of both sides (TRL: epsilon; verl: clip_ratio)")
+    clip_ratio_low: Factor | None = Field(
         None, description="of ratios below 1; unset: clip_ratio (TRL: epsilon; verl: clip_ratio_low)"
     )
-    clip_ratio_high: PositiveFloat | None = Field(
+    clip_ratio_high: Factor | None = Field(
         None, description="of ratios above 1; unset: clip_ratio (TRL: epsilon_high; verl: clip_ratio_high)"
     )
-    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+    dual_clip: Annotated[float, Field(gt=1), PURE] | None = Field(
         None, description="largest ratio where the advantage is negative; unset: none (TRL: delta; verl: clip_ratio_c)"
     )
-    kl_weight: NonNegativeFloat = Field(0.001, description="of GRPO's KL to the reference, k3 (TRL: beta; verl: kl_loss_coef)")
+    kl_weight: Weight = Field(0.001, description="of GRPO's KL to the reference, k3 (TRL: beta; verl: kl_loss_coef)")
     normalize_advantages: Normalization = Field(
-        "mean", description="mean, mean_std, leave_one_out, or your own as path/to/file.py:name (TRL: scale_rewards)"
+        "mean",
+        description="what a reward is compared with in its group: 'mean', 'mean_std', 'leave_one_out', or your own as "
+        "path/to/file.py:name (TRL: scale_rewards)",
     )
     normalize_length: bool = Field(False, description="divide GRPO's sum over a response by its number of tokens")
 

@@ -25,6 +25,7 @@ from engine.observe.telling import Doing
 from engine.observe.timeline import EVENTS, STARTUP, Timeline
 from engine.run import signals
 from engine.run.checkpoint import latest
+from engine.run.machine import visible_gpus
 from engine.run.processes import Cluster
 from engine.run.restarts import unbroken
 from engine.run.spec import Spec
@@ -125,9 +126,15 @@ def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
 def _starting(spec: Spec) -> signals.Event:
     t = spec.config.trainer
     engines = spec.config.inference.engines if spec.starts_engines else 0
+    cache = ""
+    if spec.kv_cache is not None:
+        is_known = spec.kv_cache.asked_bytes is not None or not visible_gpus()
+        size = spec.kv_cache.told(spec.kv_cache.num_bytes(None)) if is_known else "what its GPU has left, as `semion plan` says"
+        cache = f"; KV cache of an engine: {size}"
     text = (
         f"starting {t.world_size} trainer ranks (tensor {t.tensor_parallel}, pipeline {t.pipeline_parallel}, data "
-        f"{t.data_parallel}) and {engines} engines; their logs are in {spec.config.run_directory / LOGS}, --verbose shows them"
+        f"{t.data_parallel}) and {engines} engines{cache}; their logs are in {spec.config.run_directory / LOGS}, "
+        f"--verbose shows them"
     )
     return {"kind": "note", "text": text, "unix_seconds": time.time()}
 

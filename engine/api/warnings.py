@@ -1,6 +1,6 @@
 """What a run can go on with but somebody should know before it starts: end tokens that the model's files do not agree on, rows
-that are too long, in a sample, and held-out problems that are trained on. What a run cannot go on with is the preflight's to
-tell; a run itself notes all three, of all its rows.
+that are too long, in a sample, held-out problems that are trained on, and values for CPUs on a machine with GPUs. What a run
+cannot go on with is the preflight's to tell; a run itself notes the first three, of all its rows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from engine.data.prompts import ASKED, TRAINED, length_warning
 from engine.data.records import HUB
 from engine.data.rows import Row, read_rows, sample_rows
 from engine.data.templates import LeftOut, fit_prompt
+from engine.run.machine import visible_gpus
 from engine.run.spec import Spec
 
 if TYPE_CHECKING:
@@ -34,7 +35,24 @@ def warnings(spec: Spec, tokenizer: Tokenizer) -> list[str]:
     disagreement = end_tokens(config.model.path, tokenizer).disagreement
     pairs = config.data.replay if spec.source == "preferences" else None
     trained = set(_trained(config, pairs)) if any(source.held_out for source in config.data.sources) else set()
-    return [*filter(None, [disagreement]), *_long(config, tokenizer, pairs), *_overlaps(config, trained)]
+    told = [*filter(None, [disagreement]), *_slow_on_gpus(config)]
+    return [*told, *_long(config, tokenizer, pairs), *_overlaps(config, trained)]
+
+
+def _slow_on_gpus(config: RunConfig) -> Iterator[str]:
+    """Options that are right on CPUs, where this machine has GPUs. They stay as they are: nobody's numbers change unasked."""
+    if not visible_gpus():
+        return
+    if config.model.dtype == "float32":
+        yield (
+            "model.dtype = 'float32' on a machine with GPUs takes twice the memory and several times the time of 'bfloat16'; "
+            "`semion init` writes what is right for this machine"
+        )
+    elif config.trainer.layers == "local" or config.optimizer.implementation == "torch":
+        yield (
+            f"trainer.layers = {config.trainer.layers!r} and optimizer.implementation = {config.optimizer.implementation!r} "
+            f"on a machine with GPUs: 'transformer_engine' and 'te' are faster"
+        )
 
 
 def _long(config: RunConfig, tokenizer: Tokenizer, pairs: str | None) -> Iterator[str]:

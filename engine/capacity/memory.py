@@ -14,21 +14,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from engine.config.options import RewardModel
+from engine.capacity.kv_cache import GIB, KvCache, item_bytes, kv_bytes_per_token, reward_cache
+from engine.capacity.resolved import Resolved
+from engine.config.options import RewardModel, size_bytes
+from engine.core.errors import ConfigError
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
+from engine.models.checks import check_engine_layout, check_layout
 from engine.models.registry import family_of
-from engine.run.spec import Spec
 
-MIB, GIB = 1 << 20, 1 << 30
 FP32 = 4
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # of model.dtype
 MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 # Of a process on a GPU, beside torch's tensors. Stated, not measured: 1 GiB for the CUDA context, cuBLAS, cuDNN and the code
 # of all kernels, 2 GiB for NCCL's buffers and for what torch's allocator cannot use of its blocks; of vLLM, which keeps it
 # while it sleeps, 1 GiB of CUDA graphs.
 CONTEXT_BYTES, NCCL_BYTES, GRAPH_BYTES = GIB, 2 * GIB, GIB
 SAMPLER_COPIES = 5  # vLLM's float32 rows of the whole vocabulary: logits, log-probs, their sort, probabilities, noise
+STAGING_BUCKETS = 2  # that a weight sync keeps of sync.bucket_mebibytes at most
+H200_BYTES = 139 * GIB  # what torch calls its memory
 OVERLAP_BUFFERS = 8  # Transformer Engine's, [T, H] each: of four linear layers, forward and backward
 
 Turn = Literal["training", "sampling"]
@@ -70,15 +73,15 @@ class Memory:
         return max(self.devices, key=lambda device: device.num_bytes)
 
 
-def estimate(spec: Spec, channel: Channel) -> Memory:
-    """The memory of a run on GPUs. The layouts must fit the model (`check_layout`, `check_engine_layout`). A reward model is
-    counted where its sizes are known."""
+def estimate(spec: Resolved, channel: Channel, gpu_bytes: int = H200_BYTES) -> Memory:
+    """The memory of a run on GPUs of `gpu_bytes` each, which a KV cache of its own size ('auto') follows. The layouts must fit
+    the model (`check_layout`, `check_engine_layout`). A reward model is counted where its sizes are known."""
     config = spec.config
     stages = [trainer_rank(spec, stage, channel) for stage in range(spec.trainer.pp_size)]
     totals = [sum(components.values()) for components in stages]
     worst = max(range(len(stages)), key=totals.__getitem__)
     named = f"stage {worst} of {len(stages)}" if len(stages) > 1 else "trainer rank"
-    engine = engine_rank(spec, channel)
+    engine = engine_rank(spec, channel, gpu_bytes) if spec.starts_engines else {}
     devices: tuple[Device, ...] = (Device(f"{named}, training", stages[worst]),)
     if spec.starts_engines and config.inference.placement == "disaggregated":
         devices += (Device("engine rank", engine),)
@@ -101,17 +104,23 @@ def shared(trainer: Components, engine: Components, turn: Turn) -> Components:
     return {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
 
 
-def trainer_rank(spec: Spec, stage: int, channel: Channel) -> Components:
+def trainer_rank(spec: Resolved, stage: int, channel: Channel) -> Components:
     """A trainer rank of a stage at the fullest moment of a step."""
+    kept = trainer_kept(spec, stage, channel)
+    between = ("weights", "FP8 copies", "reference", "gradients", "optimizer")
+    first = {name: kept.pop(name) for name in between}
+    return {**first, **Step(spec, stage).fullest, **kept}
+
+
+def trainer_kept(spec: Resolved, stage: int, channel: Channel) -> Components:
+    """What a trainer rank of a stage holds from step to step."""
     held = TrainerState(spec, stage)
-    step = Step(spec, stage).fullest
     return {
         "weights": held.weights,
         "FP8 copies": held.fp8_copies,
         "reference": held.copies,
         "gradients": held.gradients,
         "optimizer": held.optimizer,
-        **step,
         "staging": channel.trainer_bytes,
         "context": CONTEXT_BYTES + NCCL_BYTES,
     }
@@ -120,7 +129,7 @@ def trainer_rank(spec: Spec, stage: int, channel: Channel) -> Components:
 class TrainerState:
     """What a rank keeps from step to step. Tensor ranks of a stage hold equal shapes."""
 
-    def __init__(self, spec: Spec, stage: int) -> None:
+    def __init__(self, spec: Resolved, stage: int) -> None:
         self._config = spec.config
         self._num_copies = len(spec.copies)
         self._item = item_bytes(spec.config.model.dtype)
@@ -191,7 +200,7 @@ class TrainerState:
         return 2 * moment + (original if self._item != FP32 else 0)
 
 
-def host_bytes_per_node(spec: Spec) -> int:
+def host_bytes_per_node(spec: Resolved) -> int:
     """Optimizer state in the memory of a node full of the stage that holds most."""
     most = max(TrainerState(spec, stage).host_bytes for stage in range(spec.trainer.pp_size))
     return most * min(spec.config.trainer.world_size, spec.config.cluster.gpus_per_node)
@@ -200,7 +209,7 @@ def host_bytes_per_node(spec: Spec) -> int:
 class Step:
     """What a step makes and frees again: one microbatch's tensors, and how many microbatches wait for their backward."""
 
-    def __init__(self, spec: Spec, stage: int, *, on_gpu: bool = True) -> None:
+    def __init__(self, spec: Resolved, stage: int, *, on_gpu: bool = True) -> None:
         shape, config = spec.shape, spec.config
         self._spec = spec
         self._config = config
@@ -338,8 +347,42 @@ class Step:
         return logits, norm + gathered + rows + (0 if self._trainer.fuse_gradient_accumulation else weight)
 
 
-def engine_rank(spec: Spec, channel: Channel) -> Components:
+def resolve_kv_cache(spec: Resolved) -> KvCache:
+    """The KV cache of each rank of the run's engines. Colocated, the trainer holds its own memory beside it; of what a weight
+    sync stages, which its plan knows, the most that it may be is counted."""
+    i, dtype = spec.config.inference, spec.config.model.dtype
+    staged = STAGING_BUCKETS * (spec.config.sync.bucket_mebibytes << 20) if "trainer" in spec.parts else 0
+    return KvCache(
+        token_bytes=kv_bytes_per_token(spec.shape, i.tensor_parallel, dtype),
+        request_tokens=i.max_model_tokens,
+        max_concurrent=i.max_concurrent,
+        asked_bytes=size_bytes(i.kv_cache),
+        beside_bytes=_beside(spec, Channel(staged, staged)),
+    )
+
+
+def _beside(spec: Resolved, channel: Channel) -> int:
+    """Bytes of an engine's GPU that its KV cache cannot have; none are known of a layout that does not fit the model, which the
+    preflight refuses."""
+    try:
+        check_engine_layout(spec.shape, spec.engine)
+        beside = sum(beside_cache(spec, channel).values())
+        if spec.colocated and "trainer" in spec.parts:
+            check_layout(spec.shape, spec.trainer)
+            beside += max(sum(trainer_kept(spec, stage, channel).values()) for stage in range(spec.trainer.pp_size))
+    except ConfigError:
+        return 0
+    return beside
+
+
+def engine_rank(spec: Resolved, channel: Channel, gpu_bytes: int) -> Components:
     """A rank of an engine while it samples."""
+    assert spec.kv_cache is not None
+    return {"engine: KV cache": spec.kv_cache.num_bytes(gpu_bytes), **beside_cache(spec, channel)}
+
+
+def beside_cache(spec: Resolved, channel: Channel) -> Components:
+    """What a rank of an engine holds beside its KV cache."""
     shape = spec.shape
     i = spec.config.inference
     itemsize = item_bytes(spec.config.model.dtype)
@@ -351,7 +394,6 @@ def engine_rank(spec: Spec, channel: Channel) -> Components:
     widened = spec.config.model.head == "float32" and itemsize != FP32
     return {
         "engine: weights": weights,
-        "engine: KV cache": i.kv_cache_mebibytes * MIB,  # vLLM's kv_cache_memory_bytes is of each rank
         "engine: forward": forward,
         "engine: sampler": SAMPLER_COPIES * rows,
         # A copy of the output layer's weight that vLLM makes for every product but on CUDA and ROCm devices; counted on all.
@@ -370,20 +412,8 @@ def reward_engine(shape: ModelShape, options: RewardModel) -> Components:
     held = {name: size for name, size in layout.shard_shapes(shape, layout.EngineLayout(1), 0).items() if name != head}
     return {
         "engine: weights": sum(math.prod(size) for size in held.values()) * itemsize + shape.hidden * FP32,
-        "engine: KV cache": options.kv_cache_mebibytes * MIB,
+        "engine: KV cache": reward_cache(shape, options).num_bytes(None),
         "engine: forward": options.batched_tokens * (4 * shape.hidden + 3 * shape.ffn_hidden) * itemsize,
         "engine: CUDA graphs": GRAPH_BYTES,
         "engine: context": CONTEXT_BYTES,
     }
-
-
-def item_bytes(dtype: str) -> int:
-    """Bytes of an element of a model.dtype."""
-    return ITEM_BYTES[dtype]
-
-
-def kv_bytes_per_token(shape: ModelShape, tp_size: int, dtype: str) -> int:
-    """Bytes that one token takes in the KV cache of a rank of an engine: keys and values of every layer. Ranks in excess of the
-    key-value heads hold one each."""
-    itemsize = item_bytes(dtype)
-    return 2 * shape.num_layers * max(1, shape.num_kv_heads // tp_size) * shape.head_dim * itemsize

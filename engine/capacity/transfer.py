@@ -18,13 +18,14 @@ from engine.bridge.plan import plan
 from engine.bridge.shard_plan import Bucket, ShardOffset, ShardPlan, Transfer
 from engine.bridge.transports.base import Transport
 from engine.bridge.transports.registry import kind_of
-from engine.capacity.memory import GIB, Channel, estimate
+from engine.capacity.kv_cache import GIB, require_one_request
+from engine.capacity.memory import Channel, estimate
+from engine.capacity.resolved import Resolved
 from engine.config.transport import AUTO, refusal
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.sharding import ShardSlice, shard_slices, tensors
-from engine.run.spec import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Machine:
     gpu_gibibytes: float = 139.0  # what torch calls the memory of an H200
 
 
-def plan_run(spec: Spec, machine: Machine) -> dict[str, Any]:
+def plan_run(spec: Resolved, machine: Machine) -> dict[str, Any]:
     """Makes the plan of every weight sync of the run and measures it: the figures of `measure`, `plan_seconds` and, under
     `memory`, those of `weigh`.
 
@@ -50,6 +51,7 @@ def plan_run(spec: Spec, machine: Machine) -> dict[str, Any]:
     check_layout(shape, source)
     check_engine_layout(shape, target)
     _check(machine)
+    require_one_request("inference", spec.kv_cache)
     if _within_nodes(spec):
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     machines = _machines(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
@@ -62,7 +64,7 @@ def plan_run(spec: Spec, machine: Machine) -> dict[str, Any]:
     return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(spec, made, machine)}
 
 
-def _transport(spec: Spec, machines: list[int]) -> type[Transport]:
+def _transport(spec: Resolved, machines: list[int]) -> type[Transport]:
     """What carries the syncs on GPUs, or what the configuration names for CPUs alone. ConfigError for what fits nowhere."""
     asked = spec.config.sync.transport
     if refused := refusal(spec.config, engines_on_one_machine=len(set(machines)) == 1):
@@ -93,7 +95,7 @@ def _machines(num_engines: int, tp_size: int, gpus_per_node: int) -> list[int]:
     return [engine // (gpus_per_node // tp_size) for engine in range(num_engines)]
 
 
-def _within_nodes(spec: Spec) -> bool:
+def _within_nodes(spec: Resolved) -> bool:
     """Whether no weight leaves its node: all is on one, or each serves its engines by itself."""
     config = spec.config
     trainer, engines = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
@@ -101,11 +103,13 @@ def _within_nodes(spec: Spec) -> bool:
     return spec.colocated_nodes is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
 
 
-def weigh(spec: Spec, made: ShardPlan, machine: Machine) -> dict[str, Any]:
+def weigh(spec: Resolved, made: ShardPlan, machine: Machine) -> dict[str, Any]:
     """The memory of each kind of device by component, whether the fullest fits the machine's GPU, and the file for want of
     which the reward engine is not counted. Bytes."""
-    held = estimate(spec, channel(made))
     gpu_bytes = round(machine.gpu_gibibytes * GIB)
+    held = estimate(spec, channel(made), gpu_bytes)
+    cache = spec.kv_cache
+    size = cache.num_bytes(gpu_bytes) if cache is not None else 0
     return {
         "gpu_bytes": gpu_bytes,
         "fullest": held.fullest.name,
@@ -114,6 +118,9 @@ def weigh(spec: Spec, made: ShardPlan, machine: Machine) -> dict[str, Any]:
         "devices": [{"name": d.name, "num_bytes": d.num_bytes, "components": d.components} for d in held.devices],
         "stages": list(held.stages),
         "host_bytes_per_node": held.host_bytes_per_node,
+        "kv_cache": None
+        if cache is None
+        else {"num_bytes": size, "requests": cache.holds(size), "of": cache.max_concurrent, "told": cache.told(size)},
         "not_counted": spec.missing_reward_model,
     }
 
@@ -294,6 +301,8 @@ def verdict(memory: dict[str, Any]) -> str:
         text += f"\ntrainer ranks by stage: {', '.join(f'{size / GIB:.1f}' for size in memory['stages'])} GiB"
     if memory["host_bytes_per_node"]:
         text += f"\noptimizer state in the host's memory: {_gibibytes(memory['host_bytes_per_node'])} a node"
+    if cache := memory["kv_cache"]:
+        text += f"\neach engine's KV cache: {cache['told']}, of {cache['of']} that may run together"
     if memory["not_counted"]:
         text += f"\nthe reward engine is not counted, for there is no {memory['not_counted']}"
     return text

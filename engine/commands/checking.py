@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from engine.capacity.memory import H200_BYTES
 from engine.config.load import dump_config, read_config
 from engine.core.errors import combined, unique
 
 if TYPE_CHECKING:
+    from engine.capacity.kv_cache import KvCache
     from engine.run.spec import Spec
 
 
@@ -59,6 +62,9 @@ def table(spec: Spec) -> list[tuple[str, str]]:
     ]
     if spec.starts_engines:
         rows.append(("inference engines", f"{c.inference.engines}: tensor {e.tp_size}, {c.inference.placement}"))
+    if spec.kv_cache is not None:
+        sizes = dict(cache_sizes(spec.kv_cache))
+        rows += [(f"KV cache{where}", spec.kv_cache.told(size)) for where, size in sizes.items()]
     if spec.starts_reward_engine:
         rows.append(("reward model", str(c.reward_model.path)))
     rows += [(f"weight syncs on {carrier.device}", f"{carrier.kind or 'none'}: {carrier.why}") for carrier in spec.transports]
@@ -71,6 +77,15 @@ def table(spec: Spec) -> list[tuple[str, str]]:
     rows.append(("checkpoints", f"after steps {_steps(spec.checkpoint_steps)}" if spec.checkpoint_steps else "none"))
     rows += [(f"digest of {name}", (digest or "none")[:16]) for name, digest in spec.digests.items()]
     return rows
+
+
+def cache_sizes(cache: KvCache) -> Iterator[tuple[str, int]]:
+    """Where a KV cache would have which size: bytes."""
+    if cache.asked_bytes is not None:
+        yield "", cache.asked_bytes
+        return
+    yield " on a CPU", cache.num_bytes(None)
+    yield f" on a GPU of {H200_BYTES >> 30} GiB", cache.num_bytes(H200_BYTES)
 
 
 def _steps(steps: tuple[int, ...]) -> str:

@@ -53,7 +53,7 @@ class Gpu:
 def examine(folder: Path | None = None, needed_bytes: int | None = None) -> list[Finding]:
     """All findings, in the order to read them. A machine without nvidia-smi is one without a GPU. `folder`: where runs will be
     written, the current folder where not said; `needed_bytes`: what will be written there, where a configuration says it."""
-    gpus, failure = _gpus()
+    gpus, failure = listed_gpus()
     install = "install requirements/gpu.txt" if gpus else "run tools/environment.sh"
     common = [_python(), _compiler(), *_packages(install), _memory()]
     common += [_disk(folder or Path.cwd(), needed_bytes), _shared_memory(), _loopback(), _device(gpus), *failure]
@@ -140,7 +140,7 @@ def _device(gpus: list[Gpu]) -> Finding:
 # -- GPU machines
 
 
-def _gpus() -> tuple[list[Gpu], list[Finding]]:
+def listed_gpus() -> tuple[list[Gpu], list[Finding]]:
     """Every GPU that nvidia-smi lists, and what is to be said where it is there but fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:

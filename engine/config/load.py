@@ -211,6 +211,14 @@ def validated(section: type[Table], name: str, values: dict[str, Any]) -> Table:
         raise combined([ConfigError(sentence) for sentence in _sentences(error, *([name] if name else []))]) from error
 
 
+def load_tree(tree: dict[str, Any]) -> RunConfig:
+    """The configuration of a tree that no file holds; raises ConfigError as `load_config`."""
+    reading = _validated_tree(tree, [])
+    if reading.config is None or reading.faults:
+        raise combined(reading.faults)
+    return reading.config
+
+
 def _validated_tree(tree: dict[str, Any], faults: list[ConfigError]) -> Reading:
     try:
         return Reading(RunConfig.model_validate(tree), faults)
@@ -431,18 +439,19 @@ def dump_config(config: RunConfig) -> str:
 
 def _pairs(section: dict[str, Any]) -> list[str]:
     single = {key: value for key, value in section.items() if not _holds_tables(value)}
-    return [f"# {key} is unset" if value is None else f"{key} = {_toml(value)}" for key, value in single.items()]
+    return [f"# {key} is unset" if value is None else f"{key} = {toml(value)}" for key, value in single.items()]
 
 
 def _holds_tables(value: Any) -> bool:
     return isinstance(value, tuple) and any(isinstance(element, dict) for element in value)
 
 
-def _toml(value: Any) -> str:
+def toml(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_toml(key)} = {_toml(inner)}' for key, inner in value.items())}}}"
+        return f"{{{', '.join(f'{toml(key)} = {toml(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):

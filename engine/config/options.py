@@ -5,7 +5,9 @@ in engine/config/rules.py, reading and writing files in engine/config/load.py; n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -26,6 +28,13 @@ from engine.core.registry import Registry
 MOST = 2**31 - 1  # what no count of anything exceeds, and every library can hold
 
 
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What the number of an option counts or is measured in; every option that is a number has one."""
+
+    name: str
+
+
 def _held(number: int) -> int:
     """The number, where every library can hold it."""
     if number > MOST:
@@ -33,13 +42,25 @@ def _held(number: int) -> int:
     return number
 
 
+PURE = Unit("no unit")  # a number that is compared with nothing
 Positive = Annotated[int, Field(gt=0), AfterValidator(_held)]
 NonNegative = Annotated[int, Field(ge=0), AfterValidator(_held)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-Probability = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(gt=0, lt=1)]  # of a running mean: at 1 it would never take anything in
+Steps = Annotated[Positive, Unit("optimizer steps")]
+StepsOrNone = Annotated[NonNegative, Unit("optimizer steps")]
+Tokens = Annotated[Positive, Unit("tokens")]
+Prompts = Annotated[Positive, Unit("prompts")]
+Ranks = Annotated[Positive, Unit("ranks")]
+Layers = Annotated[Positive, Unit("layers")]
+Mebibytes = Annotated[Positive, Unit("MiB")]
+Seconds = Annotated[PositiveFloat, Unit("seconds")]
+Factor = Annotated[PositiveFloat, PURE]
+Weight = Annotated[NonNegativeFloat, PURE]
+Temperature = Annotated[NonNegativeFloat, PURE]
+Probability = Annotated[float, Field(gt=0, le=1), Unit("of 1")]
+Share = Annotated[float, Field(ge=0, le=1), Unit("of 1")]
+Decay = Annotated[float, Field(gt=0, lt=1), PURE]  # of a running mean: at 1 it would never take anything in
 BestBy = Literal["reward", "length_normalized_reward"]
 
 
@@ -52,20 +73,26 @@ class Section(BaseModel):
 class Run(Section):
     """What the run is called, how long it is, and its one source of randomness."""
 
-    directory: str = Field(description="where checkpoints, metrics, rollouts and the summary go")
-    seed: NonNegative = 0
-    steps: Annotated[int, Field(gt=0, le=1_000_000)] = Field(description="optimizer steps in all")
-    restarts: NonNegative = Field(3, description="after a lost process, in a row without a new checkpoint; 0: none")
+    directory: str = Field(description="new folder for checkpoints, metrics, rollouts, logs and the summary")
+    seed: Annotated[NonNegative, PURE] = Field(0, description="of sampling, of the order of prompts and of random pairs")
+    steps: Annotated[int, Field(gt=0, le=1_000_000), Unit("optimizer steps")] = Field(
+        description="optimizer steps in all: updates of the weights"
+    )
+    restarts: Annotated[NonNegative, Unit("attempts")] = Field(
+        3, description="to go on after a lost process, in a row without a new checkpoint; 0: none"
+    )
 
 
 class Model(Section):
     """The seed model."""
 
-    path: str = Field(description="folder of a Hugging Face checkpoint")
+    path: str = Field(description="folder of a Hugging Face checkpoint with its tokenizer")
     family: str = Field(
         "auto", description="'llama', 'qwen3', or your own Family as path/to/file.py:Name; 'auto': by model_type in config.json"
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of weights and products, of trainer and engines; bfloat16 is for GPUs"
+    )
     head: Literal["model", "float32"] = Field(
         "model", description="type of the output layer's products and logits, of trainer and engines; 'model': model.dtype"
     )
@@ -80,8 +107,12 @@ class Source(Section):
     train: str = Field(
         description="JSONL or parquet file (or JSON, CSV, .gz), dataset folder, or hf://owner/name[:config][:split]"
     )
-    held_out: str | None = Field(None, description="problems never trained on, for evaluation")
-    template: str = Field("figure4", description="'figure4' or 'figure5' (the paper's), or a text with {problem} in it")
+    held_out: str | None = Field(None, description="the same of problems that are never trained on; unset: no evaluation")
+    template: str = Field(
+        "figure4",
+        description="what the user's message says: 'figure4' (the paper's, asks for \\boxed{}), 'figure5' (the problem alone), "
+        "or a text with {problem} in it",
+    )
     system: str = Field("", description="system message before every prompt; a conversation keeps its own")
     columns: dict[Column, str] | None = Field(
         None, description="what a file's columns are called, as answer = 'reward_model.ground_truth'; unset: by the usual names"
@@ -89,10 +120,16 @@ class Source(Section):
     reward: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
         "math", description="'math', 'model', 'function', your own as path/to/file.py:name, or a list of them"
     )
-    reward_weights: tuple[float, ...] | None = Field(None, strict=False, description="one a reward; unset: 1 each")
-    reward_combine: str = Field("sum", description="of several rewards: sum, product, min, or path/to/file.py:name")
-    prompts_per_step: Positive = 64
-    spare_prompts: NonNegative = Field(0, description="sampled each step to fill the places of those without signal")
+    reward_weights: tuple[Annotated[float, PURE], ...] | None = Field(
+        None, strict=False, description="one for each reward of a list; unset: 1 each"
+    )
+    reward_combine: str = Field(
+        "sum", description="how several rewards become one: 'sum', 'product', 'min', or path/to/file.py:name"
+    )
+    prompts_per_step: Prompts = Field(64, description="batch of one optimizer step; each is answered samples_per_prompt times")
+    spare_prompts: Annotated[NonNegative, Unit("prompts")] = Field(
+        0, description="sampled each step in addition, to fill the places of those without signal"
+    )
 
     @property
     def rewards(self) -> tuple[str, ...]:
@@ -110,8 +147,10 @@ class Source(Section):
 class Data(Source):
     """The first source of prompts, and further ones that every batch holds in exact proportion."""
 
-    mix: tuple[Source, ...] = Field((), strict=False, description="[[data.mix]]: further sources, with their prompts a step")
-    max_prompt_tokens: Positive = 1024
+    mix: tuple[Source, ...] = Field((), strict=False, description="[[data.mix]]: further sources, each with the options above")
+    max_prompt_tokens: Tokens = Field(
+        1024, description="longest prompt that is trained on; longer ones are left out and counted"
+    )
     chat_template: str = Field("tokenizer", description="'tokenizer', 'none' (bare text, for a base model), or a Jinja file")
     replay: str | None = Field(None, description="rollout ledger or preference file to train on instead of sampling")
 
@@ -169,10 +208,12 @@ Normalization = Annotated[str, one_of("algorithm.normalize_advantages", "mean", 
 class AlgorithmOptions(Section):
     """What every loss has. Each loss adds options of its own, in its file of engine/algorithms."""
 
-    loss: str = Field(DEFAULT_LOSS, description="dpo, group_dpo, grpo, or your own as path/to/file.py:Name")
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
-    entropy_weight: NonNegativeFloat = Field(
-        0.0, description="of minus the mean next-token entropy over a response (verl: entropy_coeff)"
+    loss: str = Field(DEFAULT_LOSS, description="'dpo', 'group_dpo', 'grpo', or your own as path/to/file.py:Name")
+    samples_per_prompt: Annotated[int, Field(ge=2), Unit("completions")] = Field(
+        8, description="group size: completions sampled of each prompt (TRL: num_generations)"
+    )
+    entropy_weight: Weight = Field(
+        0.0, description="of minus the mean next-token entropy over a response, added to the loss (verl: entropy_coeff)"
     )
     reduction: Literal["prompts", "pairs", "tokens"] = Field(
         "prompts", description="what the step's loss is divided by: its prompts, those that are compared, or target tokens"
@@ -282,20 +323,25 @@ SYNC_ATTEMPTS = 3  # of one weight sync: a fault that outlives two repetitions i
 class Sync(Section):
     """The regime: how often the generator and the reference take the policy's weights."""
 
-    sync_interval: Positive | Literal["never"] = Field(1, description="s: 1 online, k semi-online, 'never' offline")
-    reference: Positive | Literal["never", "follow"] = "never"
+    sync_interval: Steps | Literal["never"] = Field(
+        1, description="s, between two weight syncs: 1 online, k semi-online, 'never' offline"
+    )
+    reference: Steps | Literal["never", "follow"] = Field(
+        "never",
+        description="when the reference takes the policy's weights: 'never', 'follow' (at every weight sync), or every N",
+    )
     semantics: str = Field(
         "paper",
         description="which steps sync: 'paper', 'fairseq2' (the paper's public code, which counts steps from 1: syncs at 0, "
         "s - 1, 2s - 1, ...), or your own Schedule as path/to/file.py:Name",
     )
-    bucket_mebibytes: Positive = Field(64, description="weights sent together in one message")
+    bucket_mebibytes: Mebibytes = Field(64, description="weights sent together in one message")
     transport: str = Field(
         "auto",
         description="'gloo', 'nccl', 'ipc' (one machine's memory), or your own Transport as path/to/file.py:Name; 'auto': ipc "
         "on one machine's CPU and where colocated, else NCCL or gloo",
     )
-    timeout_seconds: PositiveFloat = Field(120.0, description="longest attempt at a weight sync; there are three")
+    timeout_seconds: Seconds = Field(120.0, description="longest attempt at a weight sync; there are three")
 
 
 LEAST_TEMPERATURE = 0.01  # vLLM samples at this where less is asked for, and greedily at 0
@@ -304,18 +350,22 @@ LEAST_TEMPERATURE = 0.01  # vLLM samples at this where less is asked for, and gr
 class Sampling(Section):
     """How an engine samples rollouts."""
 
-    temperature: NonNegativeFloat = 1.0
-    top_p: Probability = 1.0
-    max_tokens: Positive = 2048
+    temperature: Temperature = Field(
+        1.0, description="of rollouts, at least 0.01; below 1 sharper than the model's own distribution"
+    )
+    top_p: Probability = Field(1.0, description="only the likeliest tokens that make up this share are sampled; 1 with ratios")
+    max_tokens: Tokens = Field(2048, description="longest completion; what is longer is cut off there")
     truncated: Literal["judge", "wrong", "leave_out"] = Field(
         "judge",
         description="a response cut off at max_tokens: judged as any other (as the paper's public code does), wrong "
         "whatever it says, or left out of its group",
     )
-    overlong_buffer: NonNegative = Field(
+    overlong_buffer: Annotated[NonNegative, Unit("tokens")] = Field(
         0, description="last tokens before max_tokens over which the reward falls linearly by overlong_penalty (DAPO); 0: none"
     )
-    overlong_penalty: PositiveFloat = Field(1.0, description="taken from the reward at max_tokens, with overlong_buffer")
+    overlong_penalty: Annotated[PositiveFloat, Unit("of the reward")] = Field(
+        1.0, description="taken from the reward at max_tokens, with overlong_buffer"
+    )
 
 
 FP8_ROWS = {"none": 1, "delayed": 16, "current": 16, "blockwise": 128}  # rows of a matrix that FP8 products ask for
@@ -324,20 +374,30 @@ FP8_ROWS = {"none": 1, "delayed": 16, "current": 16, "blockwise": 128}  # rows o
 class Trainer(Section):
     """Layout of the policy over trainer ranks: world size = tensor * pipeline * data."""
 
-    tensor_parallel: Positive = 1
-    pipeline_parallel: Positive = 1
-    virtual_pipeline: Positive = Field(1, description="model chunks per pipeline stage")
-    first_stage_layers: Positive | None = Field(None, description="layers of the first stage; unset: as the others")
-    last_stage_layers: Positive | None = Field(None, description="layers of the last stage; unset: as the others")
-    data_parallel: Positive = 1
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = False
+    tensor_parallel: Ranks = Field(1, description="that share every matrix; inside one node")
+    pipeline_parallel: Annotated[Positive, Unit("stages")] = Field(1, description="that share the layers, one after another")
+    virtual_pipeline: Annotated[Positive, Unit("chunks")] = Field(1, description="of the model in each pipeline stage")
+    first_stage_layers: Layers | None = Field(None, description="of the first stage; unset: as the others")
+    last_stage_layers: Layers | None = Field(None, description="of the last stage; unset: as the others")
+    data_parallel: Annotated[Positive, Unit("replicas")] = Field(1, description="of the policy, which share each batch")
+    sequence_parallel: bool = Field(
+        False, description="tensor-parallel ranks share the tokens between the matrices; needs tensor_parallel > 1"
+    )
+    distributed_optimizer: bool = Field(
+        False, description="data-parallel ranks share the optimizer's state; saves memory with data_parallel > 1"
+    )
     recompute: bool = Field(False, description="recompute activations in the backward, layer by layer")
     fused_lm_head: bool = Field(False, description="log-probs from hidden states, a few rows of logits at a time")
-    microbatch_tokens: Positive = Field(8192, description="packed tokens in one microbatch at most; larger groups are spread")
-    timeout_seconds: PositiveFloat = Field(600.0, description="longest wait of a trainer rank for another")
-    layers: Literal["local", "transformer_engine"] = Field("local", description="megatron-core's own, or Transformer Engine's")
-    fp8: Literal["none", "delayed", "current", "blockwise"] = Field("none", description="scaling of FP8 products")
+    microbatch_tokens: Tokens = Field(
+        8192, description="packed into one forward and backward at most; larger groups are spread"
+    )
+    timeout_seconds: Seconds = Field(600.0, description="longest wait of a trainer rank for another")
+    layers: Literal["local", "transformer_engine"] = Field(
+        "local", description="megatron-core's own, or Transformer Engine's, which are faster on GPUs and need bfloat16"
+    )
+    fp8: Literal["none", "delayed", "current", "blockwise"] = Field(
+        "none", description="scaling of FP8 products, with layers = 'transformer_engine'; none: no FP8"
+    )
     fp8_parameters: bool = Field(False, description="the layers' matrices kept and gathered in FP8 alone")
     overlap_tensor_parallel: bool = Field(False, description="Transformer Engine's overlap of products and communication")
     fuse_gradient_accumulation: bool = Field(False, description="apex: weight gradients added in fp32 inside the product")
@@ -361,23 +421,53 @@ class Trainer(Section):
 class Optimizer(Section):
     """AdamW with linear warm-up to a learning rate that stays or decays."""
 
-    learning_rate: PositiveFloat = Field(1e-6, description="the highest, after the warm-up")
-    warmup_steps: NonNegative = 0
+    learning_rate: Factor = Field(1e-6, description="the highest, after the warm-up; the paper's is 1e-6")
+    warmup_steps: StepsOrNone = Field(0, description="over which the learning rate rises from 0")
     schedule: str = Field(
         "constant",
-        description="of the learning rate after the warm-up: 'constant', 'linear', 'cosine', or your own LearningRate as "
+        description="the learning rate after the warm-up: 'constant', 'linear', 'cosine', or your own LearningRate as "
         "path/to/file.py:Name",
     )
-    decay_steps: Positive | None = Field(None, description="linear, cosine: step from which on the rate stays at its floor")
+    decay_steps: Steps | None = Field(
+        None, description="linear, cosine, which need it: step from which on the rate stays at its floor"
+    )
     floor_share: Share = Field(0.0, description="linear, cosine: the floor as a share of learning_rate")
-    beta1: Decay = 0.9
-    beta2: Decay = 0.95
-    eps: PositiveFloat = 1e-4
-    weight_decay: NonNegativeFloat = 0.1
-    clip_norm: PositiveFloat = 1.0
-    implementation: Literal["torch", "te", "apex"] = Field("torch", description="whose AdamW; te: Transformer Engine's")
+    beta1: Decay = Field(0.9, description="AdamW's decay of the gradient's running mean")
+    beta2: Decay = Field(0.95, description="AdamW's decay of the squared gradient's running mean")
+    eps: Factor = Field(1e-4, description="AdamW's epsilon; a large one calms DPO (paper: 1e-4 on math, 1e-8 on chat)")
+    weight_decay: Weight = Field(0.1, description="AdamW's; times the learning rate at each step")
+    clip_norm: Factor = Field(1.0, description="largest norm of the gradient of a step; a longer one is scaled down to it")
+    implementation: Literal["torch", "te", "apex"] = Field(
+        "torch", description="whose AdamW; te: Transformer Engine's, the fastest on GPUs"
+    )
     moment_dtype: Literal["float32", "bfloat16", "fp8"] = Field("float32", description="of both moments, kept by te's AdamW")
     offload_share: Share = Field(0.0, description="of the optimizer's state, kept and updated in the host's memory")
+
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)")
+UNIT_BYTES = {"MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def size_of(option: str) -> BeforeValidator:
+    """Accepts 'auto', or a number with its unit."""
+
+    def check(value: Any) -> str:
+        if isinstance(value, str) and (value == "auto" or (SIZE.fullmatch(value) and size_bytes(value))):
+            return value
+        number = value if isinstance(value, (int, float)) else 24
+        raise ValueError(
+            f"{option} must be 'auto' or a size with its unit, MiB or GiB, above 0; found {value!r}: write 'auto', or such as "
+            f"'{number} MiB' or '{number} GiB'"
+        )
+
+    return BeforeValidator(check)
+
+
+def size_bytes(text: str) -> int | None:
+    """The bytes of a size such as "24 GiB"; None for "auto"."""
+    if (found := SIZE.fullmatch(text)) is None:
+        return None
+    return round(float(found[1]) * UNIT_BYTES[found[2]])
 
 
 BATCHED_TOKENS = 8192  # vLLM runs at least as many together, where the lengths of single requests allow fewer
@@ -386,17 +476,21 @@ BATCHED_TOKENS = 8192  # vLLM runs at least as many together, where the lengths 
 class Inference(Section):
     """The pool of vLLM engines."""
 
-    engines: Positive = 1
+    engines: Annotated[Positive, Unit("engines")] = Field(1, description="that share the prompts, each with the whole model")
     placement: Literal["disaggregated", "colocated"] = Field(
         "disaggregated", description="engines on devices of their own, or on the trainer's, taking turns with it"
     )
-    tensor_parallel: Positive = Field(1, description="ranks of one engine")
-    max_model_tokens: Positive = Field(4096, description="prompt and completion together")
-    max_concurrent: Positive = Field(256, description="requests decoded together in one engine")
-    kv_cache_mebibytes: Positive = Field(1024, description="KV cache of each rank of an engine")
-    threads: Positive = Field(1, description="CPU threads of one engine; a GPU engine ignores it")
+    tensor_parallel: Ranks = Field(1, description="of one engine, which share every matrix")
+    max_model_tokens: Tokens = Field(4096, description="prompt and completion together; at least the longest of both")
+    max_concurrent: Annotated[Positive, Unit("requests")] = Field(256, description="decoded together in one engine at most")
+    kv_cache: Annotated[str, size_of("inference.kv_cache")] = Field(
+        "auto",
+        description="KV cache of each rank of an engine, as '24 GiB' or '512 MiB'; 'auto': what max_concurrent requests at "
+        "full length need, or what the engine's GPU has left (on CPUs at most 1 GiB)",
+    )
+    threads: Annotated[Positive, Unit("CPU threads")] = Field(1, description="of one engine on CPUs; a GPU engine ignores it")
     packed_weights: bool = Field(False, description="let vLLM repack weights for speed; a sync then reloads full tensors")
-    timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
+    timeout_seconds: Seconds = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
 
     @property
     def batched_tokens(self) -> int:
@@ -411,26 +505,32 @@ class Rewards(Section):
         "accept", description="an expression left to compute, such as 17*23, where a number was asked; the paper accepts"
     )
     function: str | None = Field(None, description="for a reward 'function': path/to/file.py:name or package.module:name")
-    weights: dict[str, float] | None = Field(None, description="of the named parts that a function returns; 1 each")
+    weights: dict[str, Annotated[float, PURE]] | None = Field(
+        None, description="of the named parts that a function returns, as {format = 0.2}; unset: 1 each"
+    )
     environment: tuple[str, ...] = Field((), strict=False, description="variables that functions may see, such as an API key")
-    workers: Positive = 1
-    concurrency: Positive = Field(1, description="answers at once in each worker: awaited, or in as many processes")
-    deadline_seconds: PositiveFloat = Field(
+    workers: Annotated[Positive, Unit("processes")] = Field(1, description="that judge answers beside each other")
+    concurrency: Annotated[Positive, Unit("answers")] = Field(
+        1, description="judged at once in each worker: awaited, or in as many processes"
+    )
+    deadline_seconds: Seconds = Field(
         2.0,
         description="longest judging of an answer, else a counted timeout: CPU time of 'math', wall-clock time of a function",
     )
-    timeout_seconds: PositiveFloat = Field(600.0, description="longest call of the score of a Reward class of your own")
-    memory_mebibytes: Positive = Field(3072, description="address space of one worker")
+    timeout_seconds: Seconds = Field(600.0, description="longest call of the score of a Reward class of your own")
+    memory_mebibytes: Mebibytes = Field(3072, description="address space of one worker")
 
 
 class RewardModel(Section):
     """The model that judges the sources whose reward is 'model', on a vLLM engine of its own."""
 
     path: str | None = Field(None, description="folder of a Llama with a `score` head, or with Athene's `v_head` and CLS token")
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    max_tokens: Positive = Field(4096, description="prompt and completion in its chat template; longer ones are not judged")
-    kv_cache_mebibytes: Positive = Field(1024, description="KV cache of its engine")
-    timeout_seconds: PositiveFloat = Field(600.0, description="longest wait for a step's rewards, an evaluation's or start-up")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of its weights and products")
+    max_tokens: Tokens = Field(4096, description="prompt and completion in its chat template; longer ones are not judged")
+    kv_cache: Annotated[str, size_of("reward_model.kv_cache")] = Field(
+        "auto", description="KV cache of its engine, as '16 GiB' or '512 MiB'; 'auto': what it judges at a time needs"
+    )
+    timeout_seconds: Seconds = Field(600.0, description="longest wait for a step's rewards, an evaluation's or start-up")
 
     @property
     def batched_tokens(self) -> int:
@@ -446,35 +546,47 @@ class RewardModel(Section):
 class Checkpoint(Section):
     """When the run's state is committed to disk."""
 
-    every: Positive | Literal["end"] = Field("end", description="steps between checkpoints; a multiple of sync_interval")
-    keep: Positive = Field(2, description="newest checkpoints kept")
-    best_by: BestBy | None = Field(None, description="what scores graded sets when the best checkpoint is kept beside those")
+    every: Steps | Literal["end"] = Field(
+        "end", description="between two checkpoints; a multiple of sync_interval; 'end': only one, after the last step"
+    )
+    keep: Annotated[Positive, Unit("checkpoints")] = Field(2, description="that are kept, the newest ones")
+    best_by: BestBy | None = Field(
+        None,
+        description="keep the best checkpoint too: by accuracy where answers are right or wrong, and by this where they are "
+        "graded; unset: not kept",
+    )
     other_layout: Literal["refuse", "allow"] = Field(
         "refuse",
-        description="whether a run may be resumed with another split over trainer ranks and engines than its checkpoint was "
-        "written with: what follows is equivalent, not bit for bit the same, for sums have another order",
+        description="a resume with another split over trainer ranks and engines than the checkpoint's: what follows is "
+        "equivalent, not bit for bit the same, for sums have another order",
     )
 
 
 class Evaluation(Section):
     """Held-out accuracy: the mean over seeds and its standard error."""
 
-    samples: Positive = Field(4, description="completions per problem, one seed each")
-    temperature: NonNegativeFloat = 0.6
-    top_p: Probability = 0.9
-    every: Positive | Literal["ends"] = Field(
-        "ends", description="steps between evaluations, of the newest weights whatever s is; 'ends': before and after only"
+    samples: Annotated[Positive, Unit("completions")] = Field(4, description="of each problem, one seed each (the paper: 50)")
+    temperature: Temperature = Field(0.6, description="of held-out answers (the paper's 0.6); 0: greedy")
+    top_p: Probability = Field(0.9, description="of held-out answers (the paper's 0.9)")
+    every: Steps | Literal["ends"] = Field(
+        "ends", description="between two evaluations, of the newest weights whatever s is; 'ends': before and after only"
     )
-    max_problems: Positive | None = None
+    max_problems: Annotated[Positive, Unit("problems")] | None = Field(
+        None, description="of each held-out set, the first ones; unset: all"
+    )
 
 
 class Guard(Section):
     """What is done when entropy or length collapses, rewards explode or are no numbers, no prompt gives a signal, or too many
     rollouts are cut off or not judged. Where nothing is judged at all the run ends, unless action is "off"."""
 
-    action: Literal["off", "warn", "stop"] = "warn"
-    entropy_share: PositiveFloat = Field(0.1, description="collapse: 5 steps' mean below this share of the first 5 steps'")
-    length_share: PositiveFloat = Field(0.3, description="the same of completion_tokens_mean")
+    action: Literal["off", "warn", "stop"] = Field("warn", description="on a finding: say nothing, say it, or end the run")
+    entropy_share: Annotated[PositiveFloat, Unit("of 1")] = Field(
+        0.1, description="entropy collapses: 5 steps' mean of it below this share of the first 5 steps'"
+    )
+    length_share: Annotated[PositiveFloat, Unit("of 1")] = Field(
+        0.3, description="length collapses: the same of completion_tokens_mean"
+    )
     truncated_share: Probability = Field(0.5, description="told: over 5 steps, more than this share of rollouts is cut off")
     unjudged_share: Probability = Field(0.2, description="told: over 5 steps, more than this share could not be judged")
 
@@ -482,24 +594,30 @@ class Guard(Section):
 class Cluster(Section):
     """The machines of the run. More than one: `semion` runs inside a Ray cluster that is already there (tools/slurm)."""
 
-    nodes: Positive = 1
-    gpus_per_node: Positive = Field(8, description="where there are GPUs; trainer ranks and engines fill nodes in order")
+    nodes: Annotated[Positive, Unit("machines")] = Field(1, description="of the run, each with gpus_per_node GPUs")
+    gpus_per_node: Annotated[Positive, Unit("GPUs")] = Field(
+        8, description="of each machine, where there are any; trainer ranks and engines fill nodes in order"
+    )
 
 
 class Profile(Section):
     """A profile of a window of steps, by phase; `tools/nsys` sets it."""
 
-    tool: Literal["off", "torch", "nsys"] = "off"
-    first_step: NonNegative = 5
-    num_steps: Positive = 3
-    ranks: tuple[NonNegative, ...] = Field((0,), strict=False, description="trainer ranks that are profiled")
-    engines: tuple[NonNegative, ...] = Field((0,), strict=False, description="engines that are profiled")
+    tool: Literal["off", "torch", "nsys"] = Field("off", description="what records: torch's profiler, or Nsight Systems")
+    first_step: StepsOrNone = Field(5, description="number of the first step that is profiled, from 0")
+    num_steps: Steps = Field(3, description="that are profiled")
+    ranks: tuple[Annotated[NonNegative, Unit("rank numbers")], ...] = Field(
+        (0,), strict=False, description="trainer ranks that are profiled, from 0"
+    )
+    engines: tuple[Annotated[NonNegative, Unit("engine numbers")], ...] = Field(
+        (0,), strict=False, description="engines that are profiled, from 0"
+    )
 
 
 class Supervised(Section):
     """`semion sft`: NLL on worked solutions."""
 
-    sequences_per_step: Positive = 64
+    sequences_per_step: Annotated[Positive, Unit("sequences")] = Field(64, description="batch of one optimizer step")
     checkpoint_out: str | None = Field(None, description="folder for the Hugging Face checkpoint; makes the run supervised")
 
 

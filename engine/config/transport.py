@@ -32,6 +32,15 @@ class Setting:
     engines_on_one_machine: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """What would carry the weight syncs on devices of a type; `kind` is None where nothing that was asked for can."""
+
+    device: Literal["cuda", "cpu"]
+    kind: str | None
+    why: str
+
+
 def setting(config: Options, device: Literal["cpu", "cuda"], **known: Any) -> Setting:
     """What the configuration says of it, and what else is `known`."""
     return Setting(device, config.inference.placement == "colocated", config.cluster.nodes, **known)

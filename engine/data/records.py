@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 
 from engine.core.errors import ConfigError, DataError, SemionError
 from engine.core.jsonl import Fault, objects_in, parsed
+from engine.core.places import meant
 
 Record = tuple[str, Any]  # where it stands, for messages; what it holds
 HUB = "hf://"
@@ -176,7 +177,7 @@ def check_source(source: str | Path) -> None:
         return
     path = Path(source)
     if not path.exists():
-        raise DataError(f"{path}: a data file must exist; found none there: check the path")
+        raise DataError(f"{path}: a data file must exist; found none there: {meant(str(path), '', 'check the path')}")
     if path.is_dir() and (path / SAVED[1]).exists():
         raise DataError(f"{path}: must be one dataset; found a folder of several splits: name one of them, as {path}/train")
     if path.is_dir() and not (path / SAVED[0]).exists():

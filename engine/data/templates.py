@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from engine.core.errors import ConfigError, DataError
+from engine.core.places import meant
 from engine.core.types import Message
 from engine.data.tokens import encode_around, fewest_tokens
 
@@ -60,7 +61,9 @@ def load_tokenizer(path: str | Path, option: str = "model.path") -> PreTrainedTo
     """The tokenizer of a Hugging Face folder, never from the network. Raises ConfigError naming `option` and the folder."""
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(f"{option} must be a folder with a tokenizer; found no folder {path}: check the path")
+        raise ConfigError(
+            f"{option} must be a folder with a tokenizer; found no folder {path}: {meant(str(path), option, 'check the path')}"
+        )
     if not any((path / name).exists() for name in TOKENIZERS):  # told without the seconds that the library takes to say so
         raise ConfigError(
             f"{option} must hold a tokenizer (tokenizer.json and tokenizer_config.json, beside config.json); found none in "
@@ -128,7 +131,7 @@ def read_chat_template(name: str) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.chat_template must be 'tokenizer', 'none' or a file with a Jinja template; found that {name} cannot be read "
-            f"({error}): check the path"
+            f"({error}): {meant(str(name), '', 'check the path')}"
         ) from error
     if not text.strip():
         raise ConfigError(f"data.chat_template must be a Jinja template; found nothing in {name}: use 'none' for none")

@@ -18,6 +18,7 @@ from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.core.errors import ConfigError, DataError
 from engine.core.jsonl import read_objects, write_jsonl
+from engine.core.places import meant
 from engine.data.mixture import longest_asked
 from engine.data.records import check_source, source_digest
 from engine.data.templates import NAMED, read_chat_template
@@ -33,7 +34,9 @@ def suite_names(paths: Sequence[str]) -> dict[str, str]:
     for path in paths:
         name = Path(path).stem
         if not Path(path).is_file():
-            raise DataError(f"--suite must name files of problems; found none at {path}: check the path")
+            raise DataError(
+                f"--suite must name files of problems; found none at {path}: {meant(path, '--suite', 'check the path')}"
+            )
         try:
             check_source(path)
         except DataError as error:

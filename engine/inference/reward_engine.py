@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 
+from engine.capacity.kv_cache import reward_cache
 from engine.config.load import RunConfig
 from engine.core.errors import InferenceError
 from engine.core.importing import uncollected
@@ -60,7 +61,7 @@ class RewardEngine:
             enforce_eager=on_cpu,
             max_model_len=options.max_tokens,
             max_num_batched_tokens=options.batched_tokens,
-            kv_cache_memory_bytes=options.kv_cache_mebibytes << 20,
+            kv_cache_memory_bytes=reward_cache(self._conversations.head.shape, options).num_bytes(None),
             block_size=32 if on_cpu else None,
             enable_chunked_prefill=False,
             enable_prefix_caching=False,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.capacity.kv_cache import KvCache
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, EngineLostError, InferenceError, NumericsError, WeightSyncError
 from engine.core.importing import uncollected
@@ -54,8 +55,9 @@ def require_finite(log_probs: Sequence[float], engine: int, version: int) -> Non
 class VllmEngine:
     """vLLM with one Llama, weights of one version, and requests in flight."""
 
-    def __init__(self, config: RunConfig, index: int) -> None:
+    def __init__(self, config: RunConfig, index: int, kv_cache: KvCache) -> None:
         self._config = config
+        self._kv_cache = kv_cache
         self._timeout = config.inference.timeout_seconds
         self._index = index
         os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(config.inference.threads))
@@ -89,6 +91,7 @@ class VllmEngine:
             from engine.inference import receiver as receive
 
         receive.register()
+        gpu_bytes = None if on_cpu else torch.cuda.get_device_properties(0).total_memory
         shared = not on_cpu and config.inference.placement == "colocated"
         torch.set_num_threads(config.inference.threads)
         self._tokenizer = policy_tokenizer(config)
@@ -103,7 +106,7 @@ class VllmEngine:
             enforce_eager=on_cpu,
             max_model_len=config.inference.max_model_tokens,
             max_num_seqs=config.inference.max_concurrent,
-            kv_cache_memory_bytes=config.inference.kv_cache_mebibytes << 20,
+            kv_cache_memory_bytes=self._kv_cache.num_bytes(gpu_bytes),
             block_size=32 if on_cpu else None,
             # A chunk of a prompt draws from the sample's generator and takes it back, which a CPU generator cannot.
             enable_chunked_prefill=not on_cpu,

@@ -125,7 +125,8 @@ class Cluster:
         engines = []
         for i, assignment in enumerate(assignments):
             journal = self._journal(f"engine {i}")
-            start = self._starter(assignment, journal, ENGINE, "config", i, profiled=self._profiled("engine", i))
+            profiled, cache = self._profiled("engine", i), self._spec.kv_cache
+            start = self._starter(assignment, journal, ENGINE, "config", i, cache, profiled=profiled)
             engines.append(RayEngine(journal, start))
         self._engines += engines
         return engines

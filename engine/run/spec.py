@@ -6,7 +6,7 @@ nothing, looks at no device, and does not say whether the run can work (prefligh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,10 +14,12 @@ from pydantic import TypeAdapter
 
 from engine.algorithms.registry import make_loss
 from engine.bridge.transports.registry import choose
+from engine.capacity.kv_cache import KvCache
+from engine.capacity.memory import resolve_kv_cache
 from engine.config.load import CHECKED, Copy, RunConfig
 from engine.config.options import source_key
 from engine.config.placement import ColocatedNodes, Part, Placement, colocated_nodes, place, training_parts
-from engine.config.transport import AUTO, setting
+from engine.config.transport import AUTO, Carrier, setting
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
 from engine.models.hf import read_shape
@@ -25,15 +27,6 @@ from engine.models.reward_head import FAMILY, OPTION
 from engine.models.sharding import EngineLayout, TrainerLayout, engine_layout, trainer_layout
 
 SourceKind = Literal["rollouts", "ledger", "preferences", "supervised"]
-
-
-@dataclass(frozen=True, slots=True)
-class Carrier:
-    """What would carry the weight syncs on devices of a type; `kind` is None where nothing that was asked for can."""
-
-    device: Literal["cuda", "cpu"]
-    kind: str | None
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +56,7 @@ class Spec:
     evaluation_sets: tuple[EvaluationSet, ...]
     evaluation_steps: tuple[int, ...]  # numbers of steps done
     checkpoint_steps: tuple[int, ...]
+    kv_cache: KvCache | None  # of each rank of an engine; None where none is started
     digests: Mapping[str, str | None]  # of every data file by its option and of what judges; empty where not asked for
 
     @property
@@ -149,7 +143,7 @@ def assemble(
     kind: SourceKind = source or ("ledger" if config.data.replay is not None else _sampled(config))
     trains, steps = "trainer" in parts, range(config.run.steps + 1)
     starts_reward_engine = "reward_engine" in parts and config.reward_model.path is not None
-    return Spec(
+    spec = Spec(
         config=config,
         shape=shape,
         reward_shape=reward_shape if starts_reward_engine else None,
@@ -164,8 +158,10 @@ def assemble(
         evaluation_sets=_evaluation_sets(config) if "engines" in parts else (),
         evaluation_steps=tuple(step for step in steps if trains and "engines" in parts and config.evaluation_due(step)),
         checkpoint_steps=tuple(step for step in steps if trains and kind != "supervised" and config.checkpoint_due(step)),
+        kv_cache=None,
         digests=digests or {},
     )
+    return replace(spec, kv_cache=resolve_kv_cache(spec)) if spec.starts_engines else spec
 
 
 def source_kind(config: RunConfig) -> SourceKind:

@@ -48,7 +48,7 @@ learning_rate = 1e-3
 eps = 1e-8
 [inference]
 max_model_tokens = 128
-kv_cache_mebibytes = 64
+kv_cache = "64 MiB"
 [rewards]
 deadline_seconds = 30.0
 [evaluation]

@@ -84,7 +84,7 @@ def test_a_classifier_gives_what_torch_gives_whatever_the_order(
     conversations = [*itertools.pairwise(texts), ("twice", "the same"), ("twice", "the same")]
     config = run_config(
         *("data.reward=model", f"reward_model.path={folder}", f"reward_model.max_tokens={longest}"),
-        "reward_model.kv_cache_mebibytes=64",
+        "reward_model.kv_cache=64 MiB",
     )
     (tmp_path / "conversations.json").write_text(json.dumps(conversations))
     script = [sys.executable, str(Path(__file__).with_name("reward_probe.py")), written(config, tmp_path)]
@@ -132,7 +132,7 @@ def test_athenes_form_trains_a_policy_and_survives_the_death_of_its_engine(
     longest = len(judge.ids("0+5", "$5$ "))  # some first rollouts are longer
     config = run_config(
         *("data.reward=model", f"reward_model.path={folder}", f"reward_model.max_tokens={longest}"),
-        *("reward_model.kv_cache_mebibytes=64", "run.steps=6", "evaluation.max_problems=2"),
+        *("reward_model.kv_cache=64 MiB", "run.steps=6", "evaluation.max_problems=2"),
     )
     with log_file.open("w+") as log:
         run = subprocess.Popen(command("train", written(config, tmp_path)), stdout=log, stderr=log)

@@ -29,7 +29,7 @@ from engine.inference.pool import Pool
 from engine.inference.sampling import SampleRequest
 from engine.models import sharding as layout
 from engine.models.hf import read_shape
-from engine.run.spec import assemble
+from engine.run.spec import assemble, resolve
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,7 +69,7 @@ microbatch_tokens = 256
 placement = "colocated"
 max_model_tokens = 256
 max_concurrent = 16
-kv_cache_mebibytes = {kv_cache}
+kv_cache = "{kv_cache} MiB"
 """
 DRAW = random.Random(5)
 ROWS = [[DRAW.randrange(SIZES["vocab_size"]) for _ in range(DRAW.randrange(5, 60))] for _ in range(6)]
@@ -79,7 +79,10 @@ def engine_process(pipe: Connection, config_json: str) -> None:
     """The engine, answering one call after another."""
     from engine.inference.vllm_engine import VllmEngine
 
-    engine = VllmEngine(RunConfig.model_validate_json(config_json), 0)
+    config = RunConfig.model_validate_json(config_json)
+    cache = resolve(config, digests=False).kv_cache
+    assert cache is not None
+    engine = VllmEngine(config, 0, cache)
     while True:
         try:
             method, arguments = pipe.recv()

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from engine.bridge.sender import Publisher
 from engine.bridge.terms import SyncTerms
 from engine.bridge.transports import base as transport
+from engine.capacity.kv_cache import KvCache
 from engine.config.load import RunConfig
 from engine.core.errors import EngineLostError
 from engine.inference.receiver import Inbox, SyncWorker
@@ -231,6 +232,9 @@ class TestEngine(VllmEngine):
     """The real engine's bookkeeping over FakeLlm."""
 
     __test__ = False
+
+    def __init__(self, config: RunConfig, index: int) -> None:
+        super().__init__(config, index, KvCache(1, 1, 1, 1, 0))
 
     def _load(self) -> None:
         self._llm: Any = FakeLlm()

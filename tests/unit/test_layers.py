@@ -21,10 +21,10 @@ LAYERS = (
     ("config",),
     ("ops", "models", "observe"),
     ("algorithms", "bridge", "data"),
+    ("capacity",),
     ("inference", "megatron", "rewards"),
     ("rollouts", "evaluation", "benchmarks"),
     ("run",),
-    ("capacity",),
     ("api",),
     ("commands", "cli", "__main__"),
 )

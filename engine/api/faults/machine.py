@@ -12,11 +12,12 @@ from typing import Literal
 from engine.api.faults.look import Faults, Look, caught, tried
 from engine.bridge.transports.base import room_for
 from engine.bridge.transports.registry import choose
-from engine.capacity.memory import MIB, TrainerState, item_bytes, kv_bytes_per_token
+from engine.capacity.kv_cache import item_bytes, require_one_request
+from engine.capacity.memory import TrainerState
 from engine.config.load import RunConfig
 from engine.config.placement import place
 from engine.config.transport import setting
-from engine.core.errors import ConfigError, StorageError
+from engine.core.errors import StorageError
 from engine.megatron.libraries import check_installed
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
@@ -25,8 +26,6 @@ from engine.observe.profiling import nsight
 from engine.run.checkpoint import reference_place
 from engine.run.machine import visible_gpus
 from engine.run.spec import assemble
-
-KV_BLOCK = 16  # tokens that vLLM keeps together at least
 
 
 def machine_faults(look: Look, *, layouts_fit: bool) -> Faults:
@@ -59,23 +58,8 @@ def _transport(config: RunConfig, device: Literal["cuda", "cpu"], shape: ModelSh
 def engine_cache_faults(look: Look) -> Faults:
     """Whether an engine's KV cache holds one request at full length."""
     assert look.shape is not None
-    dtype, i = look.config.model.dtype, look.config.inference
     if look.samples:
-        length, size = i.max_model_tokens, i.kv_cache_mebibytes
-        yield from cache_faults("inference", look.shape, i.tensor_parallel, dtype, length, size)
-
-
-def cache_faults(
-    section: str, shape: ModelShape, tp_size: int, dtype: str, max_tokens: int, kv_cache_mebibytes: int
-) -> Iterator[ConfigError]:
-    """A fault where the KV cache of a section's engine does not hold one request at full length."""
-    option = "max_model_tokens" if section == "inference" else "max_tokens"
-    needed = -(-max_tokens // KV_BLOCK) * KV_BLOCK * kv_bytes_per_token(shape, tp_size, dtype)
-    if needed > kv_cache_mebibytes * MIB:
-        yield ConfigError(
-            f"{section}.kv_cache_mebibytes must hold one request of {section}.{option} = {max_tokens} tokens; found "
-            f"{kv_cache_mebibytes} MiB for {needed / MIB:.1f}: raise it to {-(-needed // MIB)}, or lower {section}.{option}"
-        )
+        yield from caught(require_one_request, "inference", assemble(look.config, look.shape, parts=look.parts).kv_cache)
 
 
 def storage_faults(look: Look) -> Faults:

@@ -4,7 +4,7 @@ worker of its own; no engine is started."""
 from __future__ import annotations
 
 from engine.api.faults.look import Faults, Look, caught, evaluated, tried
-from engine.api.faults.machine import cache_faults
+from engine.capacity.kv_cache import require_one_request, reward_cache
 from engine.config.options import RewardModel
 from engine.config.rewards import broken_reward_rules
 from engine.models.base import ModelShape
@@ -32,8 +32,7 @@ def reward_faults(look: Look) -> Faults:
     if look.samples and uses_engine(sources) and options.path is not None:
         shape, _ = tried(_shape_of, options)
         if shape is not None:
-            length, size = options.max_tokens, options.kv_cache_mebibytes
-            yield from cache_faults("reward_model", shape, 1, options.dtype, length, size)
+            yield from caught(require_one_request, "reward_model", reward_cache(shape, options))
 
 
 def _shape_of(options: RewardModel) -> ModelShape:

@@ -359,9 +359,12 @@ def test_a_ledger_and_pairs_are_looked_at(made, tmp_path):
 
 def test_the_kv_cache_holds_one_request(made):
     """Two layers of 2 * 4 * 8 numbers in float32 are 512 bytes a token."""
-    long = override(made, {"inference.max_model_tokens": 4096, "inference.kv_cache_mebibytes": 1})
-    assert "must hold one request of inference.max_model_tokens = 4096 tokens; found 1 MiB for 2.0: raise it to 2" in only(long)
-    assert faults(override(long, {"inference.kv_cache_mebibytes": 2})) == []
+    long = override(made, {"inference.max_model_tokens": 4096, "inference.kv_cache": "1 MiB"})
+    sentence = only(long)
+    assert "must hold one request of inference.max_model_tokens = 4096 tokens; found 1 MiB for 2.0" in sentence
+    assert "raise it to '2 MiB', set 'auto', or lower" in sentence
+    for enough in ("2 MiB", "auto"):
+        assert faults(override(long, {"inference.kv_cache": enough})) == []
 
 
 def test_layouts_positions_and_devices(made, monkeypatch):

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.bridge.plan import plan
-from engine.capacity.memory import ASLEEP, GIB, TRANSIENT, Channel, Memory, Step, TrainerState, estimate, kv_bytes_per_token
+from engine.capacity.kv_cache import kv_bytes_per_token
+from engine.capacity.memory import ASLEEP, GIB, TRANSIENT, Channel, Memory, Step, TrainerState, estimate
 from engine.capacity.transfer import channel
 from engine.config import options
 from engine.config.load import RunConfig, load_config
@@ -190,12 +191,12 @@ def test_the_reward_models_engine_by_hand():
     assert colocated.devices[2] == apart.devices[2], "it stands alone either way, and no weight sync stages anything there"
     assert apart.devices[2].components == {
         "engine: weights": 2 * (PARAMETERS - 128256 * 4096) + 4 * 4096,
-        "engine: KV cache": GIB,
+        "engine: KV cache": (2 * 8192 + 32) * 128 << 10,
         "engine: forward": 8192 * (4 * 4096 + 3 * 14336) * 2,
         "engine: CUDA graphs": GIB,
         "engine: context": GIB,
     }
-    longer = configured("8b-4x4", *JUDGED, "reward_model.max_tokens=16384", "reward_model.kv_cache_mebibytes=131072")
+    longer = configured("8b-4x4", *JUDGED, "reward_model.max_tokens=16384", "reward_model.kv_cache=128 GiB")
     held = estimate(spec(longer, LLAMA_8B, reward_shape=LLAMA_8B), Channel())
     assert held.devices[2].components["engine: forward"] == 2 * apart.devices[2].components["engine: forward"]
     assert held.fullest == held.devices[2], "it can be what does not fit"

@@ -138,7 +138,7 @@ def test_the_reward_model_is_a_device_of_its_own(planned):
     assert figures["memory"]["devices"][:-1] == plain["memory"]["devices"]
     assert figures["memory"]["devices"][-1]["name"] == "reward engine" and "reward engine" in said
     assert figures["memory"]["not_counted"] is plain["memory"]["not_counted"] is None and "not counted" not in said
-    larger = ("reward_model.path=configs/models/llama-3.1-70b", "reward_model.kv_cache_mebibytes=16384")
+    larger = ("reward_model.path=configs/models/llama-3.1-70b", "reward_model.kv_cache=16 GiB")
     large, said = planned("8b-4x4", *JUDGED, *larger)
     assert (large["memory"]["fullest"], large["memory"]["fits"]) == ("reward engine", False)
     assert "too much on reward engine" in said

@@ -142,7 +142,10 @@ def test_the_options_are_the_reviewed_ones():
         ('data.mix=[{train = "b"}, {reward = "math"}]', ("data.mix[1].train is required and missing: set it in the file",)),
         ('data.mix=[{train = "b", reward = "maths"}]', ("data.mix[0].reward must be one of", "'maths'", "your own as")),
         ('data.mix=[{train = "b"}, {train = 3}]', ("data.mix[1].train: ", "string", "found 3", "write it in quotes")),
-        ('data.mix=[{train = "b", prompts_per_step = 0}]', ("data.mix[0].prompts_per_step: ", "found 0", "section [data]")),
+        (
+            'data.mix=[{train = "b", prompts_per_step = 0}]',
+            ("data.mix[0].prompts_per_step: ", "found 0", "samples_per_prompt"),
+        ),
         ("model=3", ("'model=3'", "section.key=value")),
         ("run.steps.more=3", ("'run.steps.more=3'", "run.steps is not a section", "section.key=value")),
         ("data.mix[0].train=a", ("'data.mix[0].train=a'", "one of the list's", "0 tables in data.mix")),

@@ -43,3 +43,33 @@ def test_the_start_of_its_run_is_shown_by_phase(tmp_path):
     assert found["step"] == 0, "the first start of all"
     shown = [("the command: preflight", "3.0 s, 12%"), ("engine 0: engine", "12.0 s, 50%")]
     assert quickstart.startup_rows(found) == shown
+
+
+def test_it_ends_with_answers_before_and_after_those_that_changed_first(tmp_path):
+    rows = [
+        {"step": step, "problem": problem, "answer": "5", "text": text}
+        for step, problem, text in [
+            *((0, "same", "5"), (0, "better", "2"), (0, "wordless", "5")),
+            *((30, "same", "no"), (60, "same", "5"), (60, "better", "4 + 1\n5"), (60, "wordless", "")),
+        ]
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = quickstart.examples(tmp_path, 2)
+    assert shown.split("\n\n")[0] == "\n".join(
+        ["problem: better", "right answer: 5", "  before:", "    2", "  after:", "    4 + 1", "    5"]
+    )
+    assert "same" not in shown and "(nothing)" in shown
+
+
+def test_its_phases_have_their_share():
+    seconds = {"make problems": 10.0, quickstart.TRAIN: 80.0}
+    summary = {"seconds": seconds, "total_seconds": 100.0, "train_seconds": 30.0, "wait_seconds": 20.0, "sync_seconds": 1.0}
+    assert quickstart.phases(summary) == [
+        ("make problems", "10", "10%"),
+        (quickstart.TRAIN, "80", "80%"),
+        ("  of it steps: training", "30", "30%"),
+        ("  of it steps: waiting for rollouts", "20", "20%"),
+        ("  of it steps: weight syncs", "1", "1%"),
+        ("  of it start, evaluations, saving", "29", "29%"),
+        ("in all", "100", "100%"),
+    ]
