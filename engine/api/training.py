@@ -4,6 +4,7 @@ directory, restarts after a loss, and the summary. What the events look like on 
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import threading
@@ -16,14 +17,18 @@ from typing import Any, Literal
 from engine.api.events import Done, Event, Note, Step, typed
 from engine.api.faults.directory import check_fresh, has_steps
 from engine.api.preflight import check
-from engine.config.load import RunConfig, dump_config
+from engine.config.load import RunConfig, dump_config, flat
 from engine.core.errors import ConfigError, PreemptedError
 from engine.core.files import locked
 from engine.observe.journal import LOGS, WARNINGS
-from engine.observe.sinks import write_json
+from engine.observe.sinks.base import End
+from engine.observe.sinks.follow import FOLDER
+from engine.observe.sinks.followers import Followers
 from engine.observe.summary import RESTARTS, summarize
+from engine.observe.writing import write_json
 from engine.run import signals
 from engine.run.checkpoint import latest
+from engine.run.metrics import catalogue
 from engine.run.processes import Cluster
 from engine.run.restarts import unbroken
 from engine.run.spec import Spec
@@ -55,10 +60,13 @@ def train(config: RunConfig, resume: Literal["auto"] | None = None, *, verbose: 
         if not goes_on and begins_again(config, may_start_over=resume == "auto"):
             yield Note("no checkpoint was written before the run was stopped: starting over")
         yield _starting(spec)
-        with closing(unbroken(config, attempt, resume=goes_on)) as events:
-            for event in map(typed, events):
+        with (
+            closing(unbroken(config, attempt, resume=goes_on)) as events,
+            closing(_followed(config, map(typed, events), started, verbose=verbose)) as followed,
+        ):
+            for event in followed:
                 stop.worth_saving |= isinstance(event, Step)
-                yield _finished(config, event, started) if isinstance(event, Done) else event
+                yield event
 
 
 def fine_tune(config: RunConfig, *, verbose: bool = False) -> Generator[Event]:
@@ -70,8 +78,22 @@ def fine_tune(config: RunConfig, *, verbose: bool = False) -> Generator[Event]:
         (config.run_directory / "config.toml").write_text(dump_config(config), encoding="utf-8")
         yield _starting(spec)
         with Cluster(spec, verbose=verbose) as cluster:
-            for event in map(typed, cluster.fine_tune()):
-                yield _finished(config, event, started) if isinstance(event, Done) else event
+            yield from _followed(config, map(typed, cluster.fine_tune()), started, verbose=verbose)
+
+
+def _followed(config: RunConfig, events: Iterator[Event], started: float, *, verbose: bool) -> Generator[Event]:
+    """The events of a run that its sinks are told of, and what those warn of; the last one is `Done`, with the summary."""
+    metrics = {m.name: {"unit": m.unit, "help": m.help, "title": m.title} for m in catalogue(config.algorithm).values()}
+    options = flat(config.model_dump(mode="json"))
+    with Followers(config.run.sinks, config.run_directory, options, metrics, verbose=verbose) as sinks:
+        for event in events:
+            if not isinstance(event, Done):
+                yield event
+                yield from map(typed, sinks.fresh())
+                continue
+            done = _finished(config, event, started)
+            yield from map(typed, sinks.end(End("finished")))
+            yield done
 
 
 def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
@@ -82,6 +104,7 @@ def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
         return True
     for name in (RESTARTS, WARNINGS):
         (config.run_directory / name).unlink(missing_ok=True)
+    shutil.rmtree(config.run_directory / FOLDER, ignore_errors=True)
     return False
 
 

@@ -13,7 +13,7 @@ from engine.core.errors import DataError
 def report(options: argparse.Namespace) -> int:
     """Writes the page, and the plots and figures that were asked for; 1 when the records contradict a regime."""
     from engine.observe.report import page, plots, read_run
-    from engine.observe.sinks import write_text
+    from engine.observe.writing import write_text
     from engine.run.metrics import catalogue
 
     directories = [Path(run) for run in options.runs]

@@ -46,6 +46,12 @@ class Run(Section):
     seed: NonNegative = 0
     steps: Positive = Field(description="optimizer steps in all")
     restarts: NonNegative = Field(3, description="after a lost process, in a row without a new checkpoint; 0: none")
+    sinks: tuple[str, ...] = Field(
+        ("tensorboard",),
+        strict=False,
+        description="other programs that are told of the run: 'tensorboard', 'wandb', 'mlflow', or your own Sink as "
+        "path/to/file.py:Name",
+    )
 
 
 class Model(Section):

@@ -1,5 +1,5 @@
 """What a person sees of a run: a live display on a terminal, a short line every few seconds elsewhere, and a table of
-results at the end. It keeps no figures and writes no files (sinks.py does).
+results at the end. It keeps no figures and writes no files (writing.py does).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ SAVED, SEED = "saved", "seed"  # dtypes of an export beside those that have a na
 STEPS = "step_" + "[0-9]" * 8  # folders of ours; a copy of another name is somebody's own
 MANIFEST, LATEST, BEST, POLICY = "manifest.json", "LATEST", "BEST", "policy"
 MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
-    "run": {"steps", "directory", "restarts"},
+    "run": {"steps", "directory", "restarts", "sinks"},
     "sync": {"timeout_seconds", "bucket_mebibytes"},
     "trainer": {"timeout_seconds"},
     "inference": {"placement", "timeout_seconds"},

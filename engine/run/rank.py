@@ -27,7 +27,7 @@ from engine.megatron.policy import Policy
 from engine.megatron.topology import Topology, open_topology
 from engine.models.hf import write_hf_checkpoint
 from engine.observe.profiling.window import Window
-from engine.observe.sinks import MetricsWriter
+from engine.observe.writing import MetricsWriter
 from engine.rewards.model import ScoringEngine
 from engine.run import loop
 from engine.run.agreement import Agreement
