@@ -49,13 +49,15 @@ class Tail:
         if (seen := (status.st_size, status.st_mtime_ns)) == self._seen:
             return Fresh(0, [])
         withdrawn = self._withdraw(status.st_size)
-        rows: list[dict[str, Any]] = []
+        rows, marks = list[dict[str, Any]](), list[tuple[int, int]]()
         for line in read_lines(self.path, self._end):
             if most is not None and len(rows) == most:
-                return Fresh(withdrawn, rows)  # the file counts as unseen: there is more in it
+                seen = (-1, -1)  # there is more in it
+                break
             rows.append(row_of(line))
-            self._marks.append((line.end, crc32(line.data)))
+            marks.append((line.end, crc32(line.data)))
             self.bytes_read += len(line.data)
+        self._marks += marks  # once all could be read: what was before a broken line comes again with what is after it
         self._seen = seen
         return Fresh(withdrawn, rows)
 
