@@ -166,7 +166,8 @@ def show(summary: dict[str, Any]) -> None:
         ("seconds in all", f"{summary['total_seconds']:.0f}"),
     ]
     print_table("quickstart", [("what", "found"), *rows])
-    print(f"model: {FOLDER / 'model'}\nsummary: {FOLDER / 'summary.json'}\ncurves: tensorboard --logdir {FOLDER / 'train'}")
+    print(f"model: {FOLDER / 'model'}\nsummary: {FOLDER / 'summary.json'}")
+    print(f"curves: semion report {FOLDER / 'train'}, or tensorboard --logdir {FOLDER / 'train'}")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def _curve(line: Line, places: Sequence[tuple[float, float, float, float]]) -> l
         if lower != upper:
             bar = f"M{x:.1f} {lower:.1f}V{upper:.1f}M{x - 3:.1f} {lower:.1f}h6M{x - 3:.1f} {upper:.1f}h6"
             parts.append(f'<path d="{bar}" stroke="{colour}" fill="none"/>')
-        if len(places) <= 40:
+        if len(places) < SMOOTHED_FROM or (not line.smooth and len(places) <= 40):
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>')
     return parts
 

@@ -100,10 +100,8 @@ def content(
         ("", _further(runs, metrics, groups or {})),
         ("Problems", "".join(map(_problems, runs))),
         ("Answers, before and after", _answers(runs)),
-        (
-            "Metrics",
-            f"<details><summary>What the names mean</summary>{_table(METRICS, explained)}</details>" if explained else "",
-        ),
+        ("Options", _all_options(told)),
+        ("Metrics", _folded("What the names mean", METRICS, explained)),
     ]
     return "\n".join((f"<h2>{heading}</h2>{text}" if heading else text) for heading, text in sections if text)
 
@@ -118,6 +116,18 @@ def differing(options: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 def _options(runs: Sequence[RunRecords]) -> str:
     differ = differing([run.options for run in runs])
     return _table(("option", *(run.name for run in runs)), differ) if differ else ""
+
+
+def _all_options(runs: Sequence[RunRecords]) -> str:
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    rows = [(name, *(run.options.get(name, "-") for run in runs)) for name in names]
+    heading = ("option", *(run.name for run in runs))
+    return _folded("The whole configuration", heading, rows)
+
+
+def _folded(title: str, heading: Iterable[str], rows: Sequence[Iterable[Any]]) -> str:
+    """A long table behind its title."""
+    return f"<details><summary>{title}</summary>{_table(heading, rows, whole=True)}</details>" if rows else ""
 
 
 def _thinned(runs: Sequence[RunRecords]) -> str:
@@ -264,9 +274,9 @@ def _verdict(run: RunRecords) -> str:
     return f"<li{wrong}><b>{escape(run.name)}</b>: {said}; {run.metrics.num_steps} steps on record</li>"
 
 
-def _table(heading: Iterable[str], rows: Sequence[Iterable[Any]]) -> str:
-    """A table of texts; of very many rows the first and the last, with what was left out between."""
-    left_out = len(rows) - MOST_ROWS if len(rows) > MOST_ROWS + 1 else 0
+def _table(heading: Iterable[str], rows: Sequence[Iterable[Any]], *, whole: bool = False) -> str:
+    """A table of texts; of very many rows, unless `whole`, the first and the last, with what was left out between."""
+    left_out = len(rows) - MOST_ROWS if len(rows) > MOST_ROWS + 1 and not whole else 0
     cells = [[escape(str(cell)) for cell in row] for row in rows]
     if left_out:
         half = MOST_ROWS // 2

@@ -26,6 +26,7 @@ class Tail:
         self.path = path
         self._marks: list[tuple[int, int]] = []  # of each row given: the byte after it, and the checksum of its line
         self._start = start
+        self._withdrawn = 0  # and not told yet
         self._seen = (-1, -1)  # size and time of the file at the last look
         self.bytes_read = 0
 
@@ -43,12 +44,12 @@ class Tail:
         """The rows that came since the last look, `most` at most; none where there is no file. DataError for a line that is no
         row."""
         if not self.path.exists():
-            withdrawn, self._marks = len(self._marks), []
-            return Fresh(withdrawn, [])
+            self._withdrawn, self._marks = self._withdrawn + len(self._marks), []
+            return self._told([])
         status = self.path.stat()
         if (seen := (status.st_size, status.st_mtime_ns)) == self._seen:
             return Fresh(0, [])
-        withdrawn = self._withdraw(status.st_size)
+        self._withdrawn += self._withdraw(status.st_size)
         rows, marks = list[dict[str, Any]](), list[tuple[int, int]]()
         for line in read_lines(self.path, self._end):
             if most is not None and len(rows) == most:
@@ -59,6 +60,10 @@ class Tail:
             self.bytes_read += len(line.data)
         self._marks += marks  # once all could be read: what was before a broken line comes again with what is after it
         self._seen = seen
+        return self._told(rows)
+
+    def _told(self, rows: list[dict[str, Any]]) -> Fresh:
+        withdrawn, self._withdrawn = self._withdrawn, 0
         return Fresh(withdrawn, rows)
 
     @property

@@ -3,6 +3,7 @@ this machine is answered.
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -137,3 +138,20 @@ def test_ctrl_c_ends_the_command_cleanly(ledger):
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_real_browser_renews_the_page_by_itself(ledger, address, monkeypatch):
+    """The script, under its content security policy: a step that comes after the page was given is seen without a reload."""
+    ledger.append([metrics_of(0)])
+    given = LivePage.whole
+
+    def whole(page):
+        text = given(page)
+        ledger.append([metrics_of(1)])
+        return text
+
+    monkeypatch.setattr(LivePage, "whole", whole)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000", "--dump-dom"]
+    done = subprocess.run(["chromium", *flags, f"{address}/"], capture_output=True, text=True, timeout=240)
+    assert "live: 2 steps" in done.stdout and "live: 1 steps" not in done.stdout, done.stdout[:2000] + done.stderr[-2000:]

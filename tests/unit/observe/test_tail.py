@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.core.errors import DataError
 from engine.core.jsonl import JsonlLedger, read_rows
 from engine.observe.tail import Tail
 
@@ -27,6 +29,14 @@ def test_every_row_comes_once_and_a_half_written_one_later(tmp_path):
         assert tail.fresh() == (0, [])
         file.write(b"}\n")
     assert tail.fresh() == (0, [{"step": 2}])
+    ledger.cut(ledger.find(1))
+    with path.open("ab") as file:
+        file.write(b"broken\n")
+    with pytest.raises(DataError, match="must be one JSON object"):
+        tail.fresh()
+    ledger.cut(0)
+    ledger.append([row(0, 1)])
+    assert tail.fresh() == (3, [row(0, 1)]), "what was withdrawn before the broken line is told now"
 
 
 def test_a_look_reads_what_was_added_and_one_row_to_be_sure(tmp_path):
