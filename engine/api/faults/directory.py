@@ -11,7 +11,6 @@ from engine.api.faults.look import Faults, Look, caught
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import CheckpointError, ConfigError
 from engine.models.hf import check_destination
-from engine.observe.sinks.registry import check_sinks
 from engine.run.checkpoint import check_prolonged, latest, other_data, other_options, read_manifest
 
 
@@ -34,7 +33,6 @@ def directory_faults(look: Look) -> Faults:
                     f"wait for it, or name another directory"
                 )
                 return
-    yield from check_sinks(config.run.sinks)
     if config.sft.checkpoint_out is not None:
         check_destination(config.sft.checkpoint_out)
     if look.is_whole and (not look.resume or latest(config.run_directory / "checkpoints") is None):
