@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from engine.core.errors import PreemptedError
 from engine.core.jsonl import JsonlLedger
 from engine.observe.journal import LOGS, SUFFIX, WARNINGS, Warnings
@@ -27,6 +29,7 @@ from engine.observe.sinks.registry import label
 
 ROOT = Path(__file__).resolve().parents[3]  # where this package lies
 FINISH_SECONDS = 60.0  # that sinks are given to send the rest of a run that has finished
+STARTED_AGAIN = 3  # how often a sink whose process died gets another
 GRACE_SECONDS = 5.0  # beyond those, to say that they were not enough
 
 
@@ -50,7 +53,8 @@ class Followers:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logs = directory / LOGS / FOLDER
         self._warnings: Warnings | None = None
-        self._gone: set[str] = set()
+        self._losses: dict[str, int] = {}  # by name, how often its process was lost
+        self._ending = False
 
     def __enter__(self) -> Followers:
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -80,15 +84,22 @@ class Followers:
         self._say(process, document)
 
     def fresh(self) -> list[dict[str, Any]]:
-        """{"kind": "warning", "where", "text", "count"} of what sinks warned of since the last call and is to be told."""
-        for name, process in self._processes.items():
-            if process.poll() is not None and process.returncode and name not in self._gone:
-                self._lost(name, f"ended with code {process.returncode}")
+        """{"kind": "warning", "where", "text", "count"} of what sinks warned of since the last call and is to be told. A sink
+        whose process has died gets another, a few times, which goes on where it stood."""
+        for name, process in list(self._processes.items()):
+            if process.poll() is None or not process.returncode:
+                continue
+            self._kill(self._processes.pop(name))
+            self._lost(name, f"ended with code {process.returncode}")
+            if self._losses[name] <= STARTED_AGAIN and not self._ending:
+                self._start(name)
         assert self._warnings is not None
         return self._warnings.fresh()
 
     def end(self, end: End) -> list[dict[str, Any]]:
         """Says how the run ended, waits until all sinks know all of it, ends those that take longer; what they warned of."""
+        before = self.fresh()
+        self._ending = True
         seconds = self._finish_seconds if end.state == "finished" else min(STOP_SECONDS, self._finish_seconds)
         for process in self._processes.values():
             self._say(process, asdict(End(end.state, redacted(end.text))))
@@ -99,7 +110,7 @@ class Followers:
                     process.wait(max(0.0, last - time.monotonic()))
                 except subprocess.TimeoutExpired:
                     self._lost(name, f"had not sent all of the run after {seconds:.0f} s, and was ended")
-            found = self.fresh()
+            found = [*before, *self.fresh()]
         finally:
             for process in self._processes.values():
                 self._kill(process)
@@ -115,13 +126,12 @@ class Followers:
         self.end(End(state, "" if error is None else str(error) or type(error).__name__))
 
     def _lost(self, name: str, what: str) -> None:
-        """Has the loss of a sink told and written down, once."""
-        self._gone.add(name)
-        text = (
-            f"{what}: the run goes on without it, {self._logs / f'sink_{label(name)}.log'} says why, --resume auto tries again"
-        )
+        """Has the loss of a sink told and written down."""
+        count = self._losses[name] = self._losses.get(name, 0) + 1
+        log = self._logs / f"sink_{label(name)}.log"
+        text = f"{what}, and the run goes on; {log} says why. It is started again {STARTED_AGAIN} times, and by --resume auto"
         ledger = JsonlLedger(self._logs / f"command_{label(name)}{SUFFIX}")
-        ledger.append([{"unix_seconds": time.time(), "process": f"sink {label(name)}", "text": text, "count": 1}])
+        ledger.append([{"unix_seconds": time.time(), "process": f"sink {label(name)}", "text": text, "count": count}])
         ledger.close()
 
     def _say(self, process: subprocess.Popen[bytes], document: Mapping[str, Any]) -> None:
@@ -131,9 +141,15 @@ class Followers:
             process.stdin.flush()
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
-        """Ends what is left of the process and of those that it started."""
+        """Ends what is left of the process and of those that it started, some of which have sessions of their own."""
+        started: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid).children(recursive=True)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for child in started:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         process.wait()
         assert process.stdin is not None
         with suppress(BrokenPipeError):

@@ -33,7 +33,7 @@ class WeightsAndBiases(Sink):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        self.failures = (OSError, wandb.Error)
+        self.failures = (wandb.Error,)  # an OSError: its own process has died, and only a new process of ours gets another
         self._table, self._texts = wandb.Table, list[str]()
         name = run.known or secrets.token_hex(4)
         self._run = wandb.init(

@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -24,6 +25,7 @@ from engine.observe.sinks.redact import redacted
 from engine.observe.sinks.registry import SINKS, check_sinks, label
 from engine.observe.sinks.tensorboard import TensorBoard
 from engine.observe.sinks.wandb import WeightsAndBiases
+from engine.run.machine import descendants, families, runs
 
 OPTIONS = {"run.steps": 4, "model.path": "models/llama"}
 METRICS = {"loss": {"unit": "nats", "help": "what is minimised", "title": "loss"}}
@@ -184,12 +186,49 @@ def test_a_broken_sink_is_told_of_once_without_its_secrets(ledgers, tmp_path, ow
     monkeypatch.setenv("OWN_SINK", "breaks")
     monkeypatch.setenv("OWN_API_KEY", "very-secret")
     with sinks([own], tmp_path) as followers:
-        (warning,) = followers.end(End("finished"))
-    assert warning["where"] == "sink mine_Own" and "ended with code 1" in warning["text"]
-    (written,) = [json.loads(line) for line in (tmp_path / "run" / "warnings.jsonl").read_text().splitlines()]
-    assert written["text"] == warning["text"]
+        told, deadline = list[dict[str, Any]](), time.monotonic() + 120
+        while followers._processes and time.monotonic() < deadline:
+            told += followers.fresh()
+            time.sleep(0.1)
+        assert followers._losses == {own: 4}, "started again three times"
+        told += followers.end(End("finished"))
+    (warning,) = told
+    assert warning["where"] == "sink mine_Own" and "ended with code 1, and the run goes on" in warning["text"]
+    written = [json.loads(line) for line in (tmp_path / "run" / "warnings.jsonl").read_text().splitlines()]
+    assert [(row["text"], row["count"]) for row in written] == [(warning["text"], 1), (warning["text"], 4)]
     log = (tmp_path / "run" / "logs" / "sinks" / "sink_mine_Own.log").read_text()
     assert "ValueError: broken with ***" in log and "very-secret" not in log
+
+
+def test_a_sink_that_dies_once_goes_on_where_it_stood(ledgers, tmp_path, own):
+    with sinks([own], tmp_path) as followers:
+        (process,) = followers._processes.values()
+        process.kill()
+        process.wait()
+        assert "ended with code -9" in followers.fresh()[0]["text"]
+        followers.end(End("finished"))
+    assert (tmp_path / "run" / "own.txt").read_text() == "0\n1\n2\nfinished \n"
+
+
+def test_what_a_sink_starts_is_not_taken_for_a_process_of_the_run(ledgers, tmp_path):
+    """As W&B's own process is, which lives in a session of its own."""
+    file = tmp_path / "starts.py"
+    file.write_text(
+        "import subprocess, time\nfrom engine.observe.sinks.base import Sink\nclass Starts(Sink):\n"
+        "    def open(self, run):\n"
+        "        self.other = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        "        (run.directory / 'pid').write_text(str(self.other.pid))\n        return 'x'\n"
+        "    def metrics(self, rows):\n        pass\n"
+        "    def close(self, end):\n        time.sleep(600)\n"
+    )
+    with sinks([f"{file}:Starts"], tmp_path, seconds=1.0) as followers:
+        others = descendants()
+        while not (tmp_path / "run" / "pid").exists() or not (tmp_path / "run" / "pid").read_text():
+            time.sleep(0.05)
+        started = psutil.Process(int((tmp_path / "run" / "pid").read_text()))
+        assert started in descendants() - others and started in families(others)
+        followers.end(End("stopped"))
+    assert not runs(started), "and it is ended with a sink that is"
 
 
 def test_a_hanging_sink_is_ended_at_the_deadline(ledgers, tmp_path, own, monkeypatch):
