@@ -43,7 +43,11 @@ td pre { min-width: 16em } details > summary { cursor: pointer; margin: .8em 0; 
 #raw:checked ~ main .raw { stroke-opacity: 1 } #raw:checked ~ main .smooth { display: none }
 #more:checked ~ main .smooth { display: none } #more:checked ~ main .smoother { display: inline }
 .paper { fill: #ffffff }
-@media (max-width: 600px) { body { margin: 1em auto; padding: 0 .6em } h1 { font-size: 1.4em } svg text { font-size: 13px } }
+@media (max-width: 600px) {
+  body { margin: 1em auto; padding: 0 .6em } h1 { font-size: 1.4em } svg text { font-size: 14px }
+  th, td { font-size: .85em; padding-right: .6em } th { white-space: normal } td { overflow-wrap: anywhere; min-width: 3.3em }
+  td pre { min-width: 11em }
+}
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #161616 } tr { border-color: #3a3a3a } .wrong { color: #ff6b7d } .note { color: #9a9a9a }
   svg .paper { fill: #161616 } svg text { fill: #ddd } svg .grid { stroke: #333 } svg .axis { stroke: #999 }
@@ -242,7 +246,7 @@ def _picture(problems: Sequence[Problem]) -> str:
         parts.append(f"<g><title>{escape(problem.text[:300])}\n{values}</title>{''.join(cells)}</g>")
     left_out = f"; {len(shown)} of {len(problems)} problems, evenly chosen" if len(shown) < len(problems) else ""
     fewer = f"; {len(chosen)} of {len(steps)} evaluations" if len(chosen) < len(steps) else ""
-    legend = "A row is a problem, the hardest at the top; a column is an evaluation, by its step; the darker, the better"
+    legend = "A row is a problem, the hardest at the top; a column is an evaluation, by its step; the stronger its colour, the better"
     note = f"{legend}{left_out}{fewer}."
     return "".join([*parts, "</svg>", f'<p class="note">{note}</p>'])
 
