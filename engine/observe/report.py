@@ -246,7 +246,8 @@ def _picture(problems: Sequence[Problem]) -> str:
         parts.append(f"<g><title>{escape(problem.text[:300])}\n{values}</title>{''.join(cells)}</g>")
     left_out = f"; {len(shown)} of {len(problems)} problems, evenly chosen" if len(shown) < len(problems) else ""
     fewer = f"; {len(chosen)} of {len(steps)} evaluations" if len(chosen) < len(steps) else ""
-    legend = "A row is a problem, the hardest at the top; a column is an evaluation, by its step; the stronger its colour, the better"
+    legend = "A row is a problem, the hardest at the top; a column is an evaluation, by its step"
+    legend += "; the stronger its colour, the better"
     note = f"{legend}{left_out}{fewer}."
     return "".join([*parts, "</svg>", f'<p class="note">{note}</p>'])
 
