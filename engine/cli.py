@@ -219,6 +219,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="FILE", help="HTML file to write (report.html in the first RUN)")
     report.add_argument("--json", metavar="PATH", help="write regimes, evaluations and the guard's findings to this file")
     report.add_argument("--plots", metavar="FOLDER", help="write every plot as an SVG file too")
+    report.add_argument("--serve", action="store_true", help="show the page in a browser while the runs go on; Ctrl-C ends it")
+    report.add_argument("--port", type=int, default=6007, metavar="N", help="with --serve (6007); 0: one that is free")
+    report.add_argument(
+        "--host", default="127.0.0.1", metavar="NAME", help="with --serve: where to listen (127.0.0.1: here alone)"
+    )
     showing.add_flags(add("show", showing.show, "print rollouts of a run beside their problems", config=False))
     profile = add("profile", profiles.profile, "say where the time of a profiled run went, by process and phase", config=False)
     profile.add_argument("paths", nargs="+", metavar="RUN|FILE", help="a run's directory, or a trace or exported nsys report")

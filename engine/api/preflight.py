@@ -21,6 +21,7 @@ from engine.api.faults.rewards import reward_faults
 from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.core.errors import ConfigError, SemionError, combined, unique
+from engine.observe.sinks.registry import check_sinks
 from engine.run.spec import Spec, resolve
 
 
@@ -71,7 +72,7 @@ def _all_faults(look: Look) -> list[SemionError]:
     directory: list[SemionError] = []
     if look.purpose in ("train", "sft") and look.reads("run"):
         directory = caught(directory_faults, look)
-        found += directory
+        found += directory + list(check_sinks(look.config.run.sinks))
         if not directory and look.is_whole:
             found += caught(partial(resume_faults, reads_data=not (data or rewards)), look)
     if not look.is_whole:  # what is left compares options with what they find, and some of them are unknown

@@ -4,6 +4,7 @@ directory, restarts after a loss, and the summary. What the events look like on 
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 import time
@@ -15,17 +16,21 @@ from typing import Any, Literal
 from engine.api.events import Done, Event, Note, Step, typed
 from engine.api.faults.directory import check_fresh, has_steps
 from engine.api.preflight import check
-from engine.config.load import RunConfig, dump_config
+from engine.config.load import RunConfig, dump_config, flat
 from engine.core.errors import ConfigError, PreemptedError
 from engine.core.files import locked
 from engine.observe.journal import LOGS, WARNINGS
-from engine.observe.sinks import write_json
+from engine.observe.sinks.base import End
+from engine.observe.sinks.follow import FOLDER
+from engine.observe.sinks.followers import Followers
 from engine.observe.summary import RESTARTS, summarize
 from engine.observe.telling import Doing
 from engine.observe.timeline import EVENTS, STARTUP, Timeline
+from engine.observe.writing import write_json
 from engine.run import signals
 from engine.run.checkpoint import latest
 from engine.run.machine import visible_gpus
+from engine.run.metrics import catalogue
 from engine.run.processes import Cluster
 from engine.run.restarts import unbroken
 from engine.run.spec import Spec
@@ -63,12 +68,15 @@ def train(
             yield Note("no checkpoint was written before the run was stopped: starting over", time.time())
         timeline.open(directory)
         yield typed(timeline.add(_starting(spec)))
-        with closing(unbroken(config, attempt, resume=goes_on)) as events:
-            for event in map(typed, map(timeline.add, events)):
+        with (
+            closing(unbroken(config, attempt, resume=goes_on)) as events,
+            closing(_followed(config, map(typed, map(timeline.add, events)), started, verbose=verbose)) as followed,
+        ):
+            for event in followed:
                 stop.check()
                 stop.worth_saving |= isinstance(event, Step)
                 stop.over |= isinstance(event, Done)
-                yield _finished(config, event, started) if isinstance(event, Done) else event
+                yield event
 
 
 def fine_tune(config: RunConfig, *, verbose: bool = False, began_unix: float | None = None) -> Generator[Event]:
@@ -82,8 +90,22 @@ def fine_tune(config: RunConfig, *, verbose: bool = False, began_unix: float | N
         timeline.open(config.run_directory)
         yield typed(timeline.add(_starting(spec)))
         with closing(_processes(spec, lambda cluster: cluster.fine_tune(), verbose=verbose)) as events:
-            for event in map(typed, map(timeline.add, events)):
-                yield _finished(config, event, started) if isinstance(event, Done) else event
+            yield from _followed(config, map(typed, map(timeline.add, events)), started, verbose=verbose)
+
+
+def _followed(config: RunConfig, events: Iterator[Event], started: float, *, verbose: bool) -> Generator[Event]:
+    """The events of a run that its sinks are told of, and what those warn of; the last one is `Done`, with the summary."""
+    metrics = {m.name: {"unit": m.unit, "help": m.help, "title": m.title} for m in catalogue(config.algorithm).values()}
+    options = flat(config.model_dump(mode="json"))
+    with Followers(config.run.sinks, config.run_directory, options, metrics, verbose=verbose) as sinks:
+        for event in events:
+            if not isinstance(event, Done):
+                yield event
+                yield from map(typed, sinks.fresh())
+                continue
+            done = _finished(config, event, started)
+            yield from map(typed, sinks.end(End("finished")))
+            yield done
 
 
 def _checked(
@@ -120,6 +142,7 @@ def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
         return True
     for name in (RESTARTS, WARNINGS, EVENTS, STARTUP):
         (config.run_directory / name).unlink(missing_ok=True)
+    shutil.rmtree(config.run_directory / FOLDER, ignore_errors=True)
     return False
 
 

@@ -19,7 +19,7 @@ from engine.benchmarks.published import load_json_records, text_field
 from engine.benchmarks.questions import Question, instruction_id
 from engine.core.errors import ConfigError, DataError
 from engine.core.jsonl import write_jsonl
-from engine.observe.sinks import write_json
+from engine.observe.writing import write_json
 
 Format = Literal["alpaca_eval", "arena_hard"]
 SUFFIX: dict[Format, str] = {"alpaca_eval": ".json", "arena_hard": ".jsonl"}

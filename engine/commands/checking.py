@@ -34,7 +34,7 @@ def check(options: argparse.Namespace) -> None:
     from engine.api.preflight import faults_of, purpose_of
     from engine.api.warnings import warnings
     from engine.observe.progress import print_table
-    from engine.observe.sinks import write_json
+    from engine.observe.writing import write_json
     from engine.run.spec import resolve
 
     purpose = purpose_of(config)

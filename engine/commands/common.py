@@ -97,7 +97,7 @@ def _target_faults(flag: str, said: str, kind: str, seen: dict[Path, str]) -> li
 
 def write_figures(document: dict[str, Any], *paths: str | Path | None) -> None:
     """Writes the figures as JSON to every path that was asked for."""
-    from engine.observe.sinks import write_json
+    from engine.observe.writing import write_json
 
     for path in paths:
         if path is not None:

@@ -22,7 +22,7 @@ def rollout(options: argparse.Namespace) -> None:
     from engine.data.mixture import load_mixture
     from engine.data.templates import model_tokenizer
     from engine.inference.pool import Pool
-    from engine.observe.sinks import finite
+    from engine.observe.writing import finite
     from engine.rewards.registry import judging_of, open_rewards
     from engine.rollouts.source import RolloutSource
     from engine.run.processes import Cluster

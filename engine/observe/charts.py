@@ -1,5 +1,5 @@
-"""Line charts as SVG text, complete in themselves: axes, ticks, legend, error bars, a smoothed line over many points, and
-values that a browser shows under the pointer. They know nothing of runs or metrics, and write no file.
+"""Line charts as SVG text, complete in themselves: axes, ticks, legend, error bars, smoothed lines over many points, marks on
+the axis, and values that a browser shows under the pointer. They know nothing of runs or metrics, and write no file.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from html import escape
 
 WIDTH, PLOT_HEIGHT = 560, 220  # pixels; the legend adds to the height
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 30, 40
-MOST_POINTS = 800  # of a line; more are averaged in equal blocks
+MOST_POINTS = 400  # of a line; more are averaged in equal blocks
 MOST_SPOTS = 120  # points of a line that tell their value
-SMOOTHED_FROM = 60  # points; a line of so many gets a smoothed one over it, the mean of a thirtieth of the points
+SMOOTHED_FROM = 30  # points; a line of so many gets smoothed ones over it
+# class of a smoothed line: a mean of how large a part of all points; the second one is drawn where a page's style shows it
+SMOOTHED = {"smooth": 1 / 30, "smoother": 1 / 8}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")  # told apart by all eyes
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 2")
 
@@ -38,8 +40,27 @@ class Line:
     smooth: bool = True  # whether many points get a smoothed line over them
 
 
-def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step") -> str:
-    """An SVG document; `lines` may be empty or have no points. Every value must be finite."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Something that happened at a place on the axis."""
+
+    x: float
+    text: str
+    loss: bool = False  # something was lost there, rather than found
+    colour: int = 0  # of COLOURS
+
+
+def chart(
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    x_label: str = "step",
+    *,
+    marks: Sequence[Mark] = (),
+    about: str = "",
+) -> str:
+    """An SVG document; `lines` may be empty or have no points. Every value must be finite. `about`: what a browser tells of the
+    title under the pointer."""
     shown = [replace(line, points=_thinned(line.points)) for line in lines if line.points]
     points = [point for line in shown for point in line.points]
     left, right = _range([point.x for point in points], margin=0.0)
@@ -55,18 +76,21 @@ def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step") -
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'font-family="sans-serif" font-size="11" role="img" aria-label="{escape(title)}">',
         f'<rect class="paper" width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-        _text(LEFT, 16, f"{title} ({unit})" if unit else title, weight="bold"),
+        _titled(about, _text(LEFT, 16, f"{title} ({unit})" if unit else title, weight="bold")),
         _text((LEFT + WIDTH - RIGHT) / 2, PLOT_HEIGHT - 6, x_label, anchor="middle"),
     ]
     for value in _ticks(low, high):
         _, y = place(left, value)
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#e5e5e5"/>')
         parts.append(_text(LEFT - 6, y + 4, f"{value:g}", anchor="end"))
-    for value in _ticks(left, right):
+    for value in (tick for tick in _ticks(left, right) if x_label != "step" or tick == round(tick)):
         x, y = place(value, low)
         parts.append(f'<line class="axis" x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{y + 4:.1f}" stroke="#555555"/>')
         parts.append(_text(x, y + 16, f"{value:g}", anchor="middle"))
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{PLOT_HEIGHT - BOTTOM}H{WIDTH - RIGHT}" fill="none" stroke="#555555"/>')
+    for mark in marks:
+        if left <= mark.x <= right and shown:
+            parts.append(_mark(mark, place(mark.x, low)[0]))
     for line in shown:
         ends = ((place(p.x, p.y - p.error)[1], place(p.x, p.y + p.error)[1]) for p in line.points)
         places = [(*place(p.x, p.y), *end) for p, end in zip(line.points, ends, strict=True)]
@@ -79,27 +103,28 @@ def _curve(line: Line, places: Sequence[tuple[float, float, float, float]]) -> l
     """A curve through (x, y, lower end, upper end of the error bar) in pixels; a dot for each point where they are few."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y, *_ in places)
     smoothed = line.smooth and len(places) >= SMOOTHED_FROM
-    pale = ' stroke-opacity="0.3"' if smoothed else ""
+    pale = ' class="raw" stroke-opacity="0.3"' if smoothed else ""
     parts = [f'<path d="M{path}" fill="none" stroke-width="1.5"{pale} {_stroke(line)}/>']
-    if smoothed:
-        middle = "L".join(f"{x:.1f} {y:.1f}" for x, y in _smooth(places))
-        parts.append(f'<path d="M{middle}" fill="none" stroke-width="2" {_stroke(line)}/>')
+    for kind, share in SMOOTHED.items() if smoothed else ():
+        middle = "L".join(f"{x:.1f} {y:.1f}" for x, y in _smooth(places, share))
+        hidden = "" if kind == "smooth" else ' display="none"'
+        parts.append(f'<path class="{kind}" d="M{middle}" fill="none" stroke-width="2"{hidden} {_stroke(line)}/>')
     colour = COLOURS[line.colour % len(COLOURS)]
     for x, y, lower, upper in places:
         if lower != upper:
             bar = f"M{x:.1f} {lower:.1f}V{upper:.1f}M{x - 3:.1f} {lower:.1f}h6M{x - 3:.1f} {upper:.1f}h6"
             parts.append(f'<path d="{bar}" stroke="{colour}" fill="none"/>')
-        if len(places) <= 40:
+        if len(places) < SMOOTHED_FROM or (not line.smooth and len(places) <= 40):
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>')
     return parts
 
 
-def _smooth(places: Sequence[tuple[float, float, float, float]]) -> list[tuple[float, float]]:
-    """The mean height of each place and its neighbours, as many on either side."""
+def _smooth(places: Sequence[tuple[float, float, float, float]], share: float) -> list[tuple[float, float]]:
+    """The mean height of each place and its neighbours, as many on either side: of a share of all places."""
     sums = [0.0]
     for _, y, *_ in places:
         sums.append(sums[-1] + y)
-    made, reach = [], max(1, len(places) // 60)
+    made, reach = [], max(1, round(len(places) * share / 2))
     for index, (x, *_) in enumerate(places):
         around = min(reach, index, len(places) - 1 - index)
         first, last = index - around, index + around + 1
@@ -116,6 +141,21 @@ def _spots(line: Line, places: Sequence[tuple[float, float, float, float]], x_la
         spot = f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" fill-opacity="0"/>'
         made.append(f"<g><title>{escape(told)}</title>{spot}</g>")
     return made
+
+
+def _mark(mark: Mark, x: float) -> str:
+    """A line from top to bottom with a triangle on the axis, which stands on its head for a loss."""
+    bottom, colour = PLOT_HEIGHT - BOTTOM, COLOURS[mark.colour % len(COLOURS)]
+    corner = (
+        f"M{x - 5:.1f} {bottom - 8}h10L{x:.1f} {bottom}z" if mark.loss else f"M{x - 5:.1f} {bottom}h10L{x:.1f} {bottom - 8}z"
+    )
+    line = f'<path d="M{x:.1f} {TOP}V{bottom}" stroke="{colour}" stroke-opacity="0.6" stroke-dasharray="1 3" fill="none"/>'
+    return _titled(mark.text, f'{line}<path class="mark" d="{corner}" fill="{colour}"/>')
+
+
+def _titled(text: str, parts: str) -> str:
+    """Elements of which a browser tells this under the pointer."""
+    return f"<g><title>{escape(text)}</title>{parts}</g>" if text else parts
 
 
 def _legend(lines: Sequence[Line]) -> tuple[list[str], int]:

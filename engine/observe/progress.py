@@ -1,6 +1,6 @@
 """What a person sees of a run: a live display on a terminal, a short line every few seconds elsewhere, and a table of
 results at the end. While something is under way that takes long (the start, an evaluation, a checkpoint, the end), both say
-what. It keeps no figures and writes no files (sinks.py does).
+what. It keeps no figures and writes no files (writing.py does).
 """
 
 from __future__ import annotations

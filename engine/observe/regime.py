@@ -4,7 +4,7 @@ schedule of its configuration. It reads records and trusts none of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,15 @@ class Proof:
         return f"{self.regime}: staleness {low}..{high}, proven from {self.num_rollouts} rollouts of {self.num_steps} steps"
 
 
-def prove(directory: Path, schedule: Schedule, replayed: str | None = None) -> Proof:
+def prove(directory: Path, schedule: Schedule, replayed: str | None = None, rollouts_per_step: int | None = None) -> Proof:
     """Checks rollouts.jsonl and metrics.jsonl of a run, which may still be going on; DataError for a line that is no row.
-    A run without rollouts.jsonl, such as a supervised one, has nothing to prove, nor one that replayed a file."""
+    `rollouts_per_step`: so many every step must have that is in metrics.jsonl, for its rollouts are written before it is
+    trained on. A run without rollouts.jsonl, such as a supervised one, has nothing to prove, nor one that replayed a file."""
     metrics = list(read_rows(directory / "metrics.jsonl"))  # first: a run goes on while its rollouts are read
     if replayed is not None or not (directory / "rollouts.jsonl").exists():
         return Proof(schedule.regime, len(metrics), 0, None, None, replayed)
     contradictions = [fault for number, row in enumerate(metrics) for fault in _of_step(row, number, schedule)][:1]
-    num_rollouts, steps, ages = 0, list[int](), set[int]()
+    num_rollouts, steps, counts, ages = 0, list[int](), list[int](), set[int]()
     for number, row in enumerate(read_rows(directory / "rollouts.jsonl"), start=1):
         num_rollouts += 1
         if fault := _of_rollout(row, f"rollouts.jsonl line {number}", schedule):
@@ -57,15 +58,29 @@ def prove(directory: Path, schedule: Schedule, replayed: str | None = None) -> P
         ages.add(row["step"] - row["version"])
         if not steps or steps[-1] != row["step"]:
             steps.append(row["step"])
+            counts.append(0)
+        counts[-1] += 1
     if not contradictions and (steps != list(range(len(steps))) or len(steps) < len(metrics)):
         odd = next((step for place, step in enumerate(steps) if step != place), len(steps))
         contradictions.append(
             f"rollouts.jsonl must hold the rollouts of steps 0..{len(metrics) - 1}, one step after another; found "
             f"{'them end before' if odd == len(steps) else 'out of its place'} step {odd}"
         )
+    if not contradictions and rollouts_per_step is not None:
+        contradictions += _of_counts(counts[: len(metrics)], rollouts_per_step)
     staleness = (min(ages), max(ages)) if ages else None
     first = contradictions[0] if contradictions else None
     return Proof(schedule.regime, len(metrics), num_rollouts, staleness, first)
+
+
+def _of_counts(counts: Sequence[int], due: int) -> list[str]:
+    """Whether every step that was trained on has all its rollouts; a ledger that lost rows has not."""
+    return [
+        f"rollouts.jsonl must hold {due} rollouts of each of {len(counts)} steps, {due * len(counts)} in all; found {count} of "
+        f"step {step}, {sum(counts)} in all"
+        for step, count in enumerate(counts)
+        if count != due
+    ][:1]
 
 
 def _of_rollout(row: dict[str, Any], where: str, schedule: Schedule) -> str:

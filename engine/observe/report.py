@@ -1,94 +1,55 @@
 """A run, or several laid over each other, as a page to read: what was run and how runs differ, the regime proven from the
-records, curves, evaluations, answers before and after, what the guard found, what was lost and warned of on the way. One HTML
-file without scripts, and the same as data. It reads records; it starts and judges nothing.
+records, curves, evaluations and what each problem came to, answers before and after, what the guard found, what was lost and
+warned of on the way. One HTML file without scripts; live.py serves the same while a run goes on. It starts and judges nothing.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
 from html import escape
-from itertools import count
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from engine.config.schedules.base import Schedule
-from engine.core.errors import DataError
-from engine.core.jsonl import read_rows
 from engine.core.metrics import Metric
-from engine.observe.charts import Line, Point, chart
-from engine.observe.journal import WARNINGS, read_warnings
-from engine.observe.regime import Proof, prove
-from engine.observe.summary import RESTARTS
+from engine.observe.curves import further_plots, plots
+from engine.observe.problems import Problem, difference
+from engine.observe.reading import RunRecords
 
-# file name: title of several curves, (label, metric) of each; what no run has on record is left out. One curve has its metric's
-# title, and all have the unit of their first metric
-CURVES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
-    "reward": ("", (("", "reward_mean"),)),
-    "accuracy": ("", (("", "accuracy"),)),
-    "entropy": ("", (("", "rollout_entropy"),)),
-    "lengths": (
-        "length of rollouts",
-        (("all", "completion_tokens_mean"), ("correct", "correct_tokens_mean"), ("incorrect", "incorrect_tokens_mean")),
-    ),
-    "length_percentiles": (
-        "length of rollouts, percentiles",
-        (("50 %", "completion_tokens_p50"), ("90 %", "completion_tokens_p90"), ("99 %", "completion_tokens_p99")),
-    ),
-    "pair_lengths": (
-        "length of what is compared",
-        (("chosen", "chosen_tokens_mean"), ("rejected", "rejected_tokens_mean")),
-    ),
-    "log_probs": (
-        "log-probs of what is compared",
-        (("chosen", "chosen_log_prob_mean"), ("rejected", "rejected_log_prob_mean")),
-    ),
-    "loss": ("", (("", "loss"),)),
-    "margin": ("", (("", "margin_mean"),)),
-    "preferred": ("", (("", "preferred_share"),)),
-    "kl": ("", (("", "kl_mean"),)),
-    "ratio": ("", (("", "ratio_mean"),)),
-    "clipped": ("", (("", "clipped_share"),)),
-    "gap": ("", (("", "log_prob_gap_mean"),)),
-    "learning_rate": ("", (("", "learning_rate"),)),
-    "grad_norm": ("", (("", "grad_norm"),)),
-    "lost": (
-        "share without use: of prompts without signal, of rollouts cut off or not judged",
-        (("no signal", "skipped_share"), ("cut off", "truncated"), ("not judged", "unjudged_share")),
-    ),
-    "staleness": ("", (("", "staleness"),)),
-    "sync": ("", (("", "sync_seconds"),)),
-    "seconds": ("a step", (("whole", "step_seconds"), ("waiting for rollouts", "wait_seconds"))),
-    "speed": ("throughput", (("generation", "generation_tokens_per_second"), ("training", "training_tokens_per_second"))),
-}
-AS_THEY_ARE = ("staleness", "learning_rate")  # metrics that follow a rule: a mean would hide it
-# file name: metric, what it is drawn over instead of steps
-OVER: dict[str, tuple[str, str]] = {
-    "reward_over_hours": ("reward_mean", "hours"),
-    "reward_over_tokens": ("reward_mean", "million tokens sampled"),
-}
-# file name: title, unit, what the sets are measured by, figure of the evaluation
-VALIDATION: dict[str, tuple[str, str, str, str]] = {
-    "validation_accuracy": ("Validation accuracy", "mean ± standard error", "accuracy", "mean"),
-    "validation_reward": ("Validation reward", "mean ± standard error", "reward", "mean"),
-    "validation_length_normalized": ("Validation reward, length-normalised", "mean", "reward", "length_normalized_reward"),
-}
+Item = TypeVar("Item")
+NEVER_WITHIN = ("run.directory",)  # options that say nothing of what a run is
+MOST_ROWS = 60  # of a table of findings, restarts or warnings: the first and the last of more
+MOST_PROBLEMS, MOST_EVALUATIONS = 100, 20  # of the picture of all problems
+MOST_WRONG = 8  # problems that are shown with an answer
+METRICS = ("name", "unit", "meaning")
 RESTARTED = ("run", "went on after step", "steps done again", "what was lost")
 WARNED = ("run", "process", "times, at least", "what it warned of")
-EVALUATED = ("run", "step", "set", "mean", "± s.e.", "tokens")
-NUM_ANSWERS = 4  # problems of which a run's answers are shown
+SMOOTHING = (("raw", "as recorded"), ("some", "smoothed"), ("more", "smoothed more"))
 STYLE = """
 :root { color-scheme: light dark }
-body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em; color: #222; background: #fff }
-table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
-th, td { padding: .25em .9em .25em 0; text-align: left; vertical-align: top } td { overflow-wrap: anywhere }
-tr { border-bottom: 1px solid #ddd } .charts { display: flex; flex-wrap: wrap; gap: 1em } .wrong { color: #b00020 }
-svg { max-width: 100%; height: auto } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
-@media (max-width: 600px) { body { margin: 1em auto; padding: 0 .6em } h1 { font-size: 1.4em } }
+* { box-sizing: border-box }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em }
+body { color: #222; background: #fff }
+h1 { margin: 0 0 .6em; overflow-wrap: anywhere } h2 { margin: 1.8em 0 .4em; font-size: 1.25em }
+h3 { font-size: 1em; margin: 1.2em 0 .3em }
+p { margin: .4em 0 } .note { color: #666; font-size: .9em }
+table { border-collapse: collapse; margin: .6em 0 1em; display: block; overflow-x: auto; max-width: 100% }
+th, td { padding: .25em .9em .25em 0; text-align: left; vertical-align: top } td { overflow-wrap: break-word; max-width: 40em }
+th { font-weight: 600; white-space: nowrap }
+tr { border-bottom: 1px solid #ddd } .wrong { color: #b00020 }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); gap: 1em }
+svg { width: 100%; max-width: 620px; height: auto; display: block } svg g title + text { cursor: help }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; max-height: 16em; overflow-y: auto; font-size: .9em }
+td pre { min-width: 16em } details > summary { cursor: pointer; margin: .8em 0; font-weight: 600 }
+.smoothing label { margin-right: 1em }
+#raw:checked ~ main .raw { stroke-opacity: 1 } #raw:checked ~ main .smooth { display: none }
+#more:checked ~ main .smooth { display: none } #more:checked ~ main .smoother { display: inline }
+.paper { fill: #ffffff }
+@media (max-width: 600px) {
+  body { margin: 1em auto; padding: 0 .6em } h1 { font-size: 1.4em } svg text { font-size: 14px }
+  th, td { font-size: .85em; padding-right: .6em } th { white-space: normal } td { overflow-wrap: anywhere; min-width: 3.3em }
+  td pre { min-width: 11em }
+}
 @media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #161616 } tr { border-color: #3a3a3a } .wrong { color: #ff6b7d }
+  body { color: #ddd; background: #161616 } tr { border-color: #3a3a3a } .wrong { color: #ff6b7d } .note { color: #9a9a9a }
   svg .paper { fill: #161616 } svg text { fill: #ddd } svg .grid { stroke: #333 } svg .axis { stroke: #999 }
   svg [stroke="#000000"] { stroke: #fff } svg [fill="#000000"] { fill: #fff } svg [stroke="#0072b2"] { stroke: #4aa8e0 }
   svg [fill="#0072b2"] { fill: #4aa8e0 }
@@ -96,198 +57,242 @@ svg { max-width: 100%; height: auto } pre { white-space: pre-wrap; overflow-wrap
 """
 
 
-@dataclass(frozen=True, slots=True)
-class RunRecords:
-    """What a run wrote down, but for the texts of its rollouts."""
-
-    name: str
-    proof: Proof
-    metrics: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    findings: list[dict[str, Any]]
-    restarts: list[dict[str, Any]]
-    warnings: list[dict[str, Any]]
-    answers: list[dict[str, Any]]  # greedy ones to some problems, at the first and the last evaluation
-    options: Mapping[str, Any]  # of its configuration, by their full names
-    versions: Mapping[str, str]  # of libraries, once the run has ended
-
-    @property
-    def facts(self) -> list[tuple[str, str]]:
-        """What it was, for people who have not seen it before."""
-        times = [row["unix_seconds"] for row in self.metrics if row.get("unix_seconds")]
-        began = f"{datetime.fromtimestamp(times[0], UTC):%Y-%m-%d %H:%M} UTC" if times else "-"
-        lasted = str(timedelta(seconds=round(times[-1] - times[0]))) if times else "-"
-        sampled = sum(row.get("generation_tokens") or 0 for row in self.metrics)
-        names = (
-            "model.path",
-            "data.train",
-            "algorithm.loss",
-            "sync.sync_interval",
-            "sync.reference",
-            "optimizer.learning_rate",
-        )
-        return [
-            *((name, str(self.options[name])) for name in names if name in self.options),
-            ("steps done", f"{len(self.metrics)} of {self.options.get('run.steps', '?')}"),
-            ("first step done", began),
-            ("from the first step to the last", lasted),
-            ("tokens sampled", f"{sampled:,.0f}"),
-            ("versions", ", ".join(f"{name} {number}" for name, number in self.versions.items()) or "-"),
-        ]
-
-    def document(self) -> dict[str, Any]:
-        """The same as JSON holds it, the steps' records left out."""
-        regime = asdict(self.proof) | {"holds": self.proof.holds, "sentence": self.proof.sentence()}
-        kept = {"evaluations": self.evaluations, "guard": self.findings, "restarts": self.restarts, "warnings": self.warnings}
-        return {"run": self.name, "regime": regime, "steps": len(self.metrics)} | kept
-
-
-def read_run(
-    directory: Path,
-    name: str,
-    schedule: Schedule,
-    replayed: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> RunRecords:
-    """The records of a run, which may still be going on, and the `options` of its configuration by their full names; DataError
-    for a line that is no row."""
-    evaluations = [
-        {key: value for key, value in row.items() if key != "records"} for row in read_rows(directory / "evaluations.jsonl")
-    ]
-    metrics, findings, restarts = (list(read_rows(directory / file)) for file in ("metrics.jsonl", "guard.jsonl", RESTARTS))
-    warnings = read_warnings(directory / WARNINGS)
-    return RunRecords(
-        name=name,
-        proof=prove(directory, schedule, replayed),
-        metrics=metrics,
-        evaluations=evaluations,
-        findings=findings,
-        restarts=restarts,
-        warnings=warnings,
-        answers=_first_and_last(read_rows(directory / "samples.jsonl")),
-        options=options or {},
-        versions=_versions(directory / "summary.json"),
+def page(
+    runs: Sequence[RunRecords],
+    metrics: Mapping[str, Metric],
+    groups: Mapping[str, Sequence[str]] | None = None,
+    *,
+    head: str = "",
+    inside: str | None = None,
+) -> str:
+    """The HTML document. `metrics`: the declarations of what is on record; `groups`: their names under the headings that
+    further curves have. `head`: what else stands in the document's head; `inside`: its content, where that is made already."""
+    title = escape(", ".join(run.name for run in runs))
+    meta = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
+    buttons = "".join(
+        f'<input type="radio" name="smoothing" id="{name}"{" checked" if name == "some" else ""}> '
+        f'<label for="{name}">{text}</label> '
+        for name, text in SMOOTHING
+    )
+    main = content(runs, metrics, groups) if inside is None else inside
+    return (
+        f'<!doctype html><html lang="en"><head>{meta}<style>{STYLE}</style>{head}</head>\n<body><h1>{title}</h1>\n'
+        f"Curves of many points: {buttons}\n<main>\n{main}\n</main></body></html>\n"
     )
 
 
-def _versions(summary: Path) -> dict[str, str]:
-    if not summary.exists():
-        return {}
-    try:
-        versions = json.loads(summary.read_text("utf-8")).get("versions", {})
-    except ValueError as error:
-        raise DataError(f"{summary} must be JSON; found {error}: mend or remove it") from error
-    return {name: str(number) for name, number in versions.items()}
-
-
-def _first_and_last(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each problem the answers at the first and the last evaluation of its set, of NUM_ANSWERS problems a set."""
-    by_problem: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    of_set: dict[str, int] = {}
-    for row in rows:
-        key = (row["set"], row["problem"])
-        if key not in by_problem:
-            of_set[row["set"]] = of_set.get(row["set"], 0) + 1
-            if of_set[row["set"]] > NUM_ANSWERS:
-                by_problem[key] = []
-                continue
-            by_problem[key] = [row]
-        elif by_problem[key]:
-            by_problem[key][1:] = [row]
-    return [row for kept in by_problem.values() for row in kept]
-
-
-def plots(runs: Sequence[RunRecords], metrics: Mapping[str, Metric], further: Iterable[str] = ()) -> dict[str, str]:
-    """SVG documents by file name, all runs in each. With several runs a colour is a run, else it is a curve. `metrics`: the
-    declarations of what is on record; `further`: names that have a curve beside those of CURVES, as a user's own loss has."""
-    made = {}
-    for file, (title, series) in (CURVES | {name: ("", (("", name),)) for name in further}).items():
-        curves = [[(label, _points(run.metrics, metric)) for label, metric in series] for run in runs]
-        first = metrics[series[0][1]]
-        name = title or first.title or first.name
-        lines = [replace(line, smooth=first.name not in AS_THEY_ARE) for line in _lines(runs, curves)]
-        made[file] = (name[:1].upper() + name[1:], first.unit, lines)
-    for file, (title, unit, measure, figure) in VALIDATION.items():
-        curves = [_of_sets([row for row in run.evaluations if row["measure"] == measure], figure) for run in runs]
-        made[file] = (title, unit, _lines(runs, curves))
-    charts = {file: chart(title, unit, lines) for file, (title, unit, lines) in made.items() if lines}
-    for file, (name, axis) in OVER.items():
-        over = [[("", _points_over(run.metrics, name, axis))] for run in runs]
-        if lines := _lines(runs, over):
-            charts[file] = chart((metrics[name].title or name).capitalize(), metrics[name].unit, lines, axis)
-    return charts
-
-
-def page(runs: Sequence[RunRecords], metrics: Mapping[str, Metric], further: Iterable[str] = ()) -> str:
-    """The HTML document; `metrics` and `further` as for `plots`."""
-    title = escape(", ".join(run.name for run in runs))
+def content(
+    runs: Sequence[RunRecords], metrics: Mapping[str, Metric], groups: Mapping[str, Sequence[str]] | None = None
+) -> str:
+    """What stands below the page's title: all that changes while a run goes on."""
+    told = [run for run in runs if run.options]
+    facts = [(name, *(dict(run.facts).get(name, "-") for run in told)) for name in dict(told[0].facts)] if told else []
     findings = [(run.name, row["step"], row["text"]) for run in runs for row in run.findings]
     restarts = [(run.name, row["step"], row["lost_steps"], row["text"]) for run in runs for row in run.restarts]
     warnings = [(run.name, row["process"], row["count"], row["text"]) for run in runs for row in run.warnings]
-    recorded = {name for run in runs for row in run.metrics for name in row}
+    recorded = {name for run in runs for name in run.metrics.names}
     explained = [(m.name, m.unit, m.help) for m in metrics.values() if m.name in recorded]
-    evaluated = [
-        (run.name, row["step"], row["set"], *_shown(row), f"{row['completion_tokens_mean']:.1f}")
-        for run in runs
-        for row in run.evaluations
+    sections = [
+        ("", _table(("", *(run.name for run in told)), facts) if told else ""),
+        ("What differs", _options(runs)),
+        ("Regime", "<ul>" + "".join(map(_verdict, runs)) + "</ul>" if any(run.proof for run in runs) else ""),
+        ("Guard", _table(("run", "step", "what it found"), findings) if findings else ""),
+        ("Restarts", _table(RESTARTED, restarts) if restarts else ""),
+        ("Warnings", _table(WARNED, warnings) if warnings else ""),
+        ("Evaluations", _evaluations(runs)),
+        ("Curves", _thinned(runs) + f'<div class="charts">{"".join(plots(runs, metrics).values())}</div>'),
+        ("", _further(runs, metrics, groups or {})),
+        ("Problems", "".join(map(_problems, runs))),
+        ("Answers, before and after", _answers(runs)),
+        ("Options", _all_options(told)),
+        ("Metrics", _folded("What the names mean", METRICS, explained)),
     ]
-    told = [run for run in runs if run.options]
-    facts = [(name, *(dict(run.facts).get(name, "-") for run in told)) for name in dict(told[0].facts)] if told else []
-    differ, answers = differing([run.options for run in runs]), _answers(runs)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-    return "\n".join(
-        [
-            f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>',
-            f"<body><h1>{title}</h1>",
-            *([_table(("", *(run.name for run in told)), facts)] if told else []),
-            *(["<h2>What differs</h2>", _table(("option", *(run.name for run in runs)), differ)] if differ else []),
-            "<h2>Regime</h2><ul>",
-            *(_verdict(run) for run in runs),
-            "</ul>",
-            *(["<h2>Guard</h2>", _table(("run", "step", "what it found"), findings)] if findings else []),
-            *(["<h2>Restarts</h2>", _table(RESTARTED, restarts)] if restarts else []),
-            *(["<h2>Warnings</h2>", _table(WARNED, warnings)] if warnings else []),
-            '<h2>Curves</h2><div class="charts">',
-            *plots(runs, metrics, further).values(),
-            "</div>",
-            *(["<h2>Metrics</h2>", _table(("name", "unit", "meaning"), explained)] if explained else []),
-            *(["<h2>Evaluations</h2>", _table(EVALUATED, evaluated)] if evaluated else []),
-            *(["<h2>Answers, before and after</h2>", answers] if answers else []),
-            "</body></html>\n",
-        ]
-    )
+    return "\n".join((f"<h2>{heading}</h2>{text}" if heading else text) for heading, text in sections if text)
 
 
 def differing(options: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The options that are not the same in all runs, with the value of each; where a run writes to is no difference."""
-    names = dict.fromkeys(name for each in options for name in each if name != "run.directory")
+    names = dict.fromkeys(name for each in options for name in each if name not in NEVER_WITHIN)
     rows = [(name, *(str(each.get(name, "-")) for each in options)) for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
+def _options(runs: Sequence[RunRecords]) -> str:
+    differ = differing([run.options for run in runs])
+    return _table(("option", *(run.name for run in runs)), differ) if differ else ""
+
+
+def _all_options(runs: Sequence[RunRecords]) -> str:
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    rows = [(name, *(run.options.get(name, "-") for run in runs)) for name in names]
+    heading = ("option", *(run.name for run in runs))
+    return _folded("The whole configuration", heading, rows)
+
+
+def _folded(title: str, heading: Iterable[str], rows: Sequence[Iterable[Any]]) -> str:
+    """A long table behind its title."""
+    return f"<details><summary>{title}</summary>{_table(heading, rows, whole=True)}</details>" if rows else ""
+
+
+def _thinned(runs: Sequence[RunRecords]) -> str:
+    """What was done to long runs to keep the page small."""
+    said = [f"{run.name}: {run.metrics.num_steps:,} steps" for run in runs if run.metrics.per > 1]
+    return f'<p class="note">Many steps are drawn as means of neighbours ({escape("; ".join(said))}).</p>' if said else ""
+
+
+def _further(runs: Sequence[RunRecords], metrics: Mapping[str, Metric], groups: Mapping[str, Sequence[str]]) -> str:
+    """The curves of all other metrics, each group folded away under its heading; those of no group are a user's own."""
+    charts = further_plots(runs, metrics)
+    grouped = {name for names in groups.values() for name in names}
+    own = [name for name in charts if name not in grouped]
+    parts = []
+    for heading, names in {"The user's own": own, **groups}.items():
+        found = [charts[name] for name in names if name in charts]
+        if found:
+            label = f"{escape(heading)}: {len(found)} further curve{'s'[: len(found) > 1]}"
+            opened = " open" if names is own else ""
+            parts.append(f'<details{opened}><summary>{label}</summary><div class="charts">{"".join(found)}</div></details>')
+    return "".join(parts)
+
+
+def _evaluations(runs: Sequence[RunRecords]) -> str:
+    """One table: every evaluation with what it has gained since the set's first, and at the end against the first run."""
+    rows = []
+    for run in runs:
+        of_set: dict[str, list[dict[str, Any]]] = {}
+        for row in run.evaluations:
+            of_set.setdefault(row["set"], []).append(row)
+        for name, all_of_it in of_set.items():
+            first, last = all_of_it[0], all_of_it[-1]
+            for row in all_of_it:
+                gained = _gain(run, first, run, row) if row is not first else ""
+                base = next((e for e in reversed(runs[0].evaluations) if e["set"] == name), None)
+                against = _gain(runs[0], base, run, row) if run is not runs[0] and row is last and base is not None else ""
+                mean, error = _shown(row)
+                tokens = f"{row['completion_tokens_mean']:.1f}"
+                rows.append((run.name, row["step"], name, mean, error, gained, *([against] if len(runs) > 1 else []), tokens))
+    if not rows:
+        return ""
+    versus = [f"last, against {runs[0].name}"] if len(runs) > 1 else []
+    heading = ("run", "after step", "set", "mean", "± s.e.", "since the first", *versus, "tokens")
+    note = "± is a standard error over problems; of a difference, each problem is compared with itself"
+    return f'{_table(heading, rows)}<p class="note">{note}.</p>'
+
+
+def _gain(base: RunRecords, before: Mapping[str, Any], run: RunRecords, after: Mapping[str, Any]) -> str:
+    """The difference of two evaluations of a set, with its error where problems are on record."""
+    found = difference(base.problems, before["step"], run.problems, after["step"], after["set"])
+    if found is None and None not in (before["mean"], after["mean"]):
+        found = after["mean"] - before["mean"], None
+    if found is None:
+        return "-"
+    scale, unit = (1.0, "") if after["measure"] == "reward" else (100.0, " points")
+    form = "{:.3f}" if after["measure"] == "reward" else "{:.1f}"
+    gained = f"{'+' if found[0] >= 0 else '-'}{form.format(abs(found[0]) * scale)}"
+    return gained + (f" ± {form.format(found[1] * scale)}" if found[1] is not None else "") + unit
+
+
+def _problems(run: RunRecords) -> str:
+    """Of each set: a picture of every problem over the evaluations, and those most often answered wrong with an answer."""
+    parts = []
+    for name in run.problems.sets:
+        problems = run.problems.hardest(name)
+        if not problems:
+            continue
+        parts.append(f"<h3>{escape(run.name)}: {escape(name)}</h3>{_picture(problems)}")
+        steps = sorted({step for problem in problems for step in problem.means})
+        wrong = [problem for problem in problems if problem.mean < 1][:MOST_WRONG]
+        rows = [
+            (
+                f"<pre>{escape(problem.text)}</pre>",
+                escape(problem.answer),
+                *(f"{problem.means[step]:.2f}" if step in problem.means else "-" for step in (steps[0], steps[-1])),
+                f"{problem.mean:.2f}",
+                f"<pre>{escape(problem.worst)}</pre>",
+            )
+            for problem in wrong
+        ]
+        heading = ("problem", "right answer", "first", "last", "mean", "worst answer of the last evaluation")
+        if rows:
+            parts.append(f"<p>Most often wrong; mean reward over seeds:</p>{_cells(heading, rows)}")
+    return "".join(parts)
+
+
+def _picture(problems: Sequence[Problem]) -> str:
+    """A row for each problem, the hardest at the top, a column for each evaluation, darker the better it was answered."""
+    steps = sorted({step for problem in problems for step in problem.means})
+    chosen = _spread(steps, MOST_EVALUATIONS)
+    shown = _spread(problems, MOST_PROBLEMS)
+    low = min(0.0, *(value for problem in shown for value in problem.means.values()))
+    high = max(1.0, *(value for problem in shown for value in problem.means.values()))
+    width, left, top = max(14, min(40, 480 // len(chosen))), 8, 18
+    height = max(3, min(14, 420 // len(shown)))
+    across, down = left + width * len(chosen) + 8, top + height * len(shown) + 4
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across} {down}" style="width:{across}px;max-width:100%" '
+        f'font-family="sans-serif" font-size="10" role="img" aria-label="every problem at every evaluation">'
+    ]
+    for column, step in enumerate(chosen):
+        if column % -(-len(chosen) * 30 // (width * len(chosen))) == 0:
+            parts.append(f'<text x="{left + width * column}" y="12" fill="#222222">{step}</text>')
+    for row, problem in enumerate(shown):
+        cells = [
+            f'<rect x="{left + width * column}" y="{top + height * row}" width="{width - 1}" height="{height - (height > 4)}" '
+            f'fill="#0072b2" fill-opacity="{0.08 + 0.92 * (problem.means[step] - low) / (high - low):.2f}"/>'
+            for column, step in enumerate(chosen)
+            if step in problem.means
+        ]
+        values = ", ".join(f"{step}: {problem.means[step]:.2f}" for step in chosen if step in problem.means)
+        parts.append(f"<g><title>{escape(problem.text[:300])}\n{values}</title>{''.join(cells)}</g>")
+    left_out = f"; {len(shown)} of {len(problems)} problems, evenly chosen" if len(shown) < len(problems) else ""
+    fewer = f"; {len(chosen)} of {len(steps)} evaluations" if len(chosen) < len(steps) else ""
+    legend = "A row is a problem, the hardest at the top; a column is an evaluation, by its step"
+    legend += "; the stronger its colour, the better"
+    note = f"{legend}{left_out}{fewer}."
+    return "".join([*parts, "</svg>", f'<p class="note">{note}</p>'])
+
+
+def _spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of them, the first and the last among them, as evenly as may be."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
 def _answers(runs: Sequence[RunRecords]) -> str:
     rows = [
-        "<tr>"
-        + "".join(f"<td>{escape(str(cell))}</td>" for cell in (run.name, row["set"], row["step"], row.get("answer", "")))
-        + "".join(f"<td><pre>{escape(str(row[name]))}</pre></td>" for name in ("problem", "text"))
-        + "</tr>"
+        (
+            *(escape(str(cell)) for cell in (run.name, row["set"], row["step"], row.get("answer", ""))),
+            *(f"<pre>{escape(str(row[name])[:4000])}</pre>" for name in ("problem", "text")),
+        )
         for run in runs
-        for row in run.answers
+        for row in run.answers.rows()
     ]
-    heading = "".join(
-        f"<th>{name}</th>" for name in ("run", "set", "step", "right answer", "problem", "answer at temperature 0")
-    )
-    return f"<table><tr>{heading}</tr>{''.join(rows)}</table>" if rows else ""
+    return _cells(("run", "set", "step", "right answer", "problem", "answer at temperature 0"), rows) if rows else ""
 
 
 def _verdict(run: RunRecords) -> str:
+    if run.proof is None:
+        return ""
     wrong = ' class="wrong"' if run.proof.contradiction is not None else ""
-    return f"<li{wrong}><b>{escape(run.name)}</b>: {escape(run.proof.sentence())}; {len(run.metrics)} steps on record</li>"
+    said = escape(run.proof.sentence())
+    return f"<li{wrong}><b>{escape(run.name)}</b>: {said}; {run.metrics.num_steps} steps on record</li>"
 
 
-def _table(heading: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def _table(heading: Iterable[str], rows: Sequence[Iterable[Any]], *, whole: bool = False) -> str:
+    """A table of texts; of very many rows, unless `whole`, the first and the last, with what was left out between."""
+    left_out = len(rows) - MOST_ROWS if len(rows) > MOST_ROWS + 1 and not whole else 0
+    cells = [[escape(str(cell)) for cell in row] for row in rows]
+    if left_out:
+        half = MOST_ROWS // 2
+        cells = [*cells[:half], [f"… {left_out:,} more …"], *cells[-half:]]
+    return _cells(heading, cells)
+
+
+def _cells(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of what is HTML already."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heading)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
@@ -296,47 +301,3 @@ def _shown(row: Mapping[str, Any]) -> tuple[str, str]:
     form = "{:.3f}" if row["measure"] == "reward" else "{:.1%}"
     mean, error = (form.format(row[key]) if row[key] is not None else "-" for key in ("mean", "standard_error"))
     return mean, error
-
-
-Curves = list[tuple[str, tuple[Point, ...]]]  # of one run: label and points
-
-
-def _lines(runs: Sequence[RunRecords], curves: Sequence[Curves]) -> list[Line]:
-    """The runs' curves as lines of one chart, each label the same in every run."""
-    numbers: dict[str, int] = {}
-    fresh = count()
-    lines = []
-    for place, (run, own) in enumerate(zip(runs, curves, strict=True)):
-        for label, points in own:
-            if not points:
-                continue
-            number = numbers[label] if label in numbers else numbers.setdefault(label, next(fresh))
-            if len(runs) == 1:
-                lines.append(Line(label or run.name, points, colour=number))
-            else:
-                lines.append(Line(f"{run.name} {label}".strip(), points, colour=place, dash=number))
-    return lines
-
-
-def _points(rows: Iterable[Mapping[str, Any]], key: str, error: str = "") -> tuple[Point, ...]:
-    known = (row for row in rows if row.get(key) is not None)
-    return tuple(Point(float(row["step"]), float(row[key]), float(row.get(error) or 0.0)) for row in known)
-
-
-def _points_over(rows: Sequence[Mapping[str, Any]], key: str, axis: str) -> tuple[Point, ...]:
-    """The metric over the hours since the first step was done, or over the tokens sampled so far. Restarts count."""
-    points, tokens, began = [], 0.0, None
-    for row in rows:
-        tokens += row.get("generation_tokens") or 0.0
-        began = row.get("unix_seconds") if began is None else began
-        if row.get(key) is None or began is None:
-            continue
-        x = (row["unix_seconds"] - began) / 3600 if axis == "hours" else tokens / 1e6
-        points.append(Point(x, float(row[key])))
-    return tuple(points)
-
-
-def _of_sets(evaluations: list[dict[str, Any]], figure: str) -> Curves:
-    sets = dict.fromkeys(row["set"] for row in evaluations)
-    error = "standard_error" if figure == "mean" else ""
-    return [(name, _points([row for row in evaluations if row["set"] == name], figure, error)) for name in sets]

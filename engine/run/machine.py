@@ -66,6 +66,15 @@ def descendants() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
+def families(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
+    """These processes that still run, and everything that they have started, directly or not."""
+    found = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found |= {process, *process.children(recursive=True)}
+    return found
+
+
 def end(processes: Iterable[psutil.Process], grace_seconds: float = GRACE_SECONDS) -> None:
     """Waits until these processes are gone, and kills those that stay: a stopped one ends by nothing else, and whoever starts
     next needs its GPU."""

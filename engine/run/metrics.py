@@ -71,6 +71,19 @@ def catalogue(options: AlgorithmOptions | None = None) -> dict[str, Metric]:
     return found
 
 
+def groups() -> dict[str, list[str]]:
+    """The names of `catalogue()` by what they tell of, under the headings of a report."""
+    of_losses = [metric for name in LOSSES.names for metric in LOSSES.load(name)(LOSSES.load(name).Options(loss=name)).metrics]
+    parts = {
+        "Rollouts": of_rollouts.METRICS,
+        "Prompts and pairs": (*of_batch.METRICS, GROUPS),
+        "Loss": (*of_losses, *EntropyBonus.metrics, *NllLoss.metrics),
+        "Optimizer and batches": of_policy.METRICS,
+        "Time and speed": METRICS,
+    }
+    return {heading: list(dict.fromkeys(metric.name for metric in metrics)) for heading, metrics in parts.items()}
+
+
 def table(metrics: dict[str, Metric]) -> str:
     """The metrics as a table in Markdown."""
     rows = ["| name | unit | meaning | elsewhere |", "|---|---|---|---|"]

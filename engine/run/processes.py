@@ -22,7 +22,7 @@ from engine.observe.profiling import nsight
 from engine.observe.telling import Doing, Told
 from engine.run.handles import RayEngine, typed_error
 from engine.run.hosted import ENGINE, RANK, REWARD_ENGINE, Needs, hosting
-from engine.run.machine import descendants, end
+from engine.run.machine import descendants, end, families
 from engine.run.nodes import (
     PROCESS_ENVIRONMENT,
     Node,
@@ -85,12 +85,13 @@ class Cluster:
 
         with self._environment, undisturbed():
             started = descendants()  # asked before too: whoever loses its parent is no descendant any more
+            spared = families(self._others)  # a sink may have started processes meanwhile, which are not the run's
             for actor in self._ranks:
                 ray.kill(actor)
             for engine in self._engines:
                 engine.stop()
             nsight.await_reports(self._config.profile)
-            started = (started | descendants()) - self._others
+            started = (started | descendants()) - self._others - spared - families(self._others)
             ray.shutdown()
             end(started)
             if self._config.cluster.nodes == 1 and not self._keeps_ray_logs:

@@ -27,8 +27,8 @@ from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
 from engine.models.hf import write_hf_checkpoint
 from engine.observe.profiling.window import Window
-from engine.observe.sinks import MetricsWriter
 from engine.observe.telling import activity
+from engine.observe.writing import MetricsWriter
 from engine.rewards.model import ScoringEngine
 from engine.run import loop
 from engine.run.agreement import Agreement

@@ -17,7 +17,7 @@ from engine.config.load import RunConfig, dump_config
 from engine.core.errors import CheckpointError
 from engine.core.jsonl import JsonlLedger, read_lines, row_of, step_of
 from engine.observe.guard import Finding, Guard
-from engine.observe.sinks import MetricsWriter, write_text
+from engine.observe.writing import MetricsWriter, write_text
 
 JUDGED = ("evaluations", "samples")  # what an evaluation adds to, after the checkpoint of its step
 
@@ -75,7 +75,6 @@ class Records:
         if kept is None or not self.guard.restore(kept["guard"]):  # other options: it looks at the run anew
             for row in _rows(self.metrics.ledger, 0, ends["metrics"]):
                 self.guard.observe(row)
-        self.metrics.cut(ends.pop("metrics"), step)
         for name, end in ends.items():
             self._ledgers[name].cut(end)
 

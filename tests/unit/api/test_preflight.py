@@ -512,3 +512,9 @@ def test_the_tokenizer_is_not_blamed_for_a_config_that_is_refused(made):
     assert "model_type" in only(made)
     (Path(made.model.path) / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     assert "model_type" in only(made)
+
+
+def test_a_sink_that_cannot_work_is_told_before_a_run(made):
+    assert "run.sinks must be one of mlflow, tensorboard, wandb" in only(override(made, {"run.sinks": ["tensorbord"]}))
+    assert faults(override(made, {"run.sinks": ["tensorbord"]}), "eval") == [], "which tells nobody"
+    assert faults(override(made, {"run.sinks": []})) == []

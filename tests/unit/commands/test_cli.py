@@ -27,7 +27,7 @@ from engine.core.errors import InferenceError, PreemptedError
 from engine.core.files import locked
 from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion
-from engine.observe.sinks import MetricsWriter
+from engine.observe.writing import MetricsWriter
 from engine.rewards.registry import RoutedReward
 from engine.run.signals import stop_request
 from tests import builders

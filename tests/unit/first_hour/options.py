@@ -154,9 +154,9 @@ CASES: list[Case] = [
     refused("microbatch that holds no sequence", CHECK + "trainer.microbatch_tokens=64", 2, "trainer.microbatch_tokens", "64"),
     refused(
         "KV cache that holds no request",
-        CHECK + "inference.kv_cache_mebibytes=1 inference.max_model_tokens=4096",
+        CHECK + "inference.kv_cache='1 MiB' inference.max_model_tokens=4096",
         2,
-        "inference.kv_cache_mebibytes",
+        "inference.kv_cache",
         "found 1 MiB",
     ),
     refused("fp8 without its library", CHECK + "trainer.fp8=current", 2, "trainer.fp8", "transformer_engine"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.config import options
 from engine.core.jsonl import read_rows
 from engine.observe.guard import WINDOW, Finding, Guard
-from engine.observe.sinks import MetricsWriter
+from engine.observe.writing import MetricsWriter
 
 Row = dict[str, Any]
 

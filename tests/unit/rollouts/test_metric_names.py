@@ -14,8 +14,8 @@ from engine.core.errors import ConfigError
 from engine.core.metrics import Metric, by_name
 from engine.inference.pool import Usage
 from engine.megatron import metrics as of_policy
+from engine.observe.curves import CURVES
 from engine.observe.progress import SHOWN
-from engine.observe.report import CURVES
 from engine.rollouts.batch import compared_tokens, step_data
 from engine.rollouts.metrics import rollout_metrics
 from engine.run.loop import _finished

@@ -1,0 +1,90 @@
+"""The rows of a ledger as they come, for those who look on while a run writes: each is read once, so that a look costs what was
+added since the last one and not the run's age. A run that is resumed cuts its ledgers back; the looker-on is told how many of
+the rows it was given no longer stand. It writes nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from engine.core.jsonl import read_backwards, read_lines, row_of, step_of
+
+
+class Fresh(NamedTuple):
+    """What a look found."""
+
+    withdrawn: int  # of the rows given before, the last so many are gone
+    rows: list[dict[str, Any]]
+
+
+class Tail:
+    """Reads a ledger from the byte `start` on, where a line begins."""
+
+    def __init__(self, path: Path, start: int = 0) -> None:
+        self.path = path
+        self._marks: list[tuple[int, int]] = []  # of each row given: the byte after it, and the checksum of its line
+        self._start = start
+        self._withdrawn = 0  # and not told yet
+        self._seen = (-1, -1)  # size and time of the file at the last look
+        self.bytes_read = 0
+
+    @classmethod
+    def of_step(cls, path: Path, step: int) -> Tail:
+        """From the first row of `step` or later on, looked for from the end. DataError for a line without a step."""
+        start = 0
+        for line in read_backwards(path) if path.exists() else ():
+            if step_of(line) < step:
+                start = line.end
+                break
+        return cls(path, start)
+
+    def fresh(self, most: int | None = None) -> Fresh:
+        """The rows that came since the last look, `most` at most; none where there is no file. DataError for a line that is no
+        row."""
+        if not self.path.exists():
+            self._withdrawn, self._marks = self._withdrawn + len(self._marks), []
+            return self._told([])
+        status = self.path.stat()
+        if (seen := (status.st_size, status.st_mtime_ns)) == self._seen:
+            return Fresh(0, [])
+        self._withdrawn += self._withdraw(status.st_size)
+        rows, marks = list[dict[str, Any]](), list[tuple[int, int]]()
+        for line in read_lines(self.path, self._end):
+            if most is not None and len(rows) == most:
+                seen = (-1, -1)  # there is more in it
+                break
+            rows.append(row_of(line))
+            marks.append((line.end, crc32(line.data)))
+            self.bytes_read += len(line.data)
+        self._marks += marks  # once all could be read: what was before a broken line comes again with what is after it
+        self._seen = seen
+        return self._told(rows)
+
+    def _told(self, rows: list[dict[str, Any]]) -> Fresh:
+        withdrawn, self._withdrawn = self._withdrawn, 0
+        return Fresh(withdrawn, rows)
+
+    @property
+    def _end(self) -> int:
+        return self._marks[-1][0] if self._marks else self._start
+
+    def _withdraw(self, size: int) -> int:
+        """Forgets rows from the last one back to one that still stands where it stood; how many."""
+        count = len(self._marks)
+        if size < self._start:
+            self._start, self._marks = 0, []
+            return count
+        with self.path.open("rb") as file:
+            while self._marks:
+                end, checksum = self._marks[-1]
+                begin = self._marks[-2][0] if len(self._marks) > 1 else self._start
+                if end <= size:
+                    file.seek(begin)
+                    data = file.read(end - begin)
+                    self.bytes_read += len(data)
+                    if crc32(data) == checksum:
+                        break
+                self._marks.pop()
+        return count - len(self._marks)
