@@ -171,7 +171,7 @@ def test_an_engine_rank_has_its_part_of_the_weights_and_a_whole_kv_cache():
 
 def test_a_wider_output_layer_is_counted_as_a_copy_of_each_engine_rank():
     """Made by vLLM for every product where the device cannot widen within it."""
-    options = "model.head=float32", "inference.packed_weights=false"
+    options = "model.head=float32", "inference.packed_weights=false", "trainer.fused_lm_head=true"
     one, two = (of_8b(f"inference.tensor_parallel={ranks}", *options).devices[1].components for ranks in (1, 2))
     assert one["engine: float32 head"] == 2 * two["engine: float32 head"] >= 4 * 4096 * 128256
     assert "engine: float32 head" not in of_8b().devices[1].components
