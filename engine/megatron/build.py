@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from engine.config.options import Trainer
-from engine.core.errors import ConfigError
+from engine.core.errors import CheckpointError, ConfigError
 from engine.megatron.fp8.parameters import fill, in_fp8
 from engine.megatron.parallel_state import ParallelState
 from engine.models import checks
@@ -300,6 +300,10 @@ def read_slices(
         top, left = min(p.row for p in held), min(p.col for p in held)
         bottom, right = max(p.row + p.rows for p in held), max(p.col + p.cols for p in held)
         box = checkpoint.part(name, full[name], slice(top, bottom), slice(left, right))
+        if not bool(torch.isfinite(box).all()):
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} must hold finite numbers; found others: fetch the model again"
+            )
         for p in held:
             into = layout.matrix_slice(places[p.parameter], p.shard_row, p.shard_col, p.rows, p.cols)
             into.copy_(layout.matrix_slice(box, p.row - top, p.col - left, p.rows, p.cols))

@@ -255,6 +255,27 @@ def test_export_plan_covers_every_tensor_once(case: tuple[int, TrainerLayout], m
     assert plan[0].stage == 0
 
 
+@given(pipelines(), st.integers(1, 4), st.integers(1, 400), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_files_are_shared_by_the_ranks_of_each_stage(case: tuple[int, TrainerLayout], dp: int, most: int, tied: bool) -> None:
+    """Every tensor once and in order, each file of one writer of the stage that holds it, and no rank with two files more than
+    another of its stage; a small model is one file a stage."""
+    shape, spread = replace(SMALL, num_layers=case[0], tied=tied), replace(case[1], tp_size=2)
+    files = layout.export_files(shape, spread, dp, torch.float32, most, min_file_bytes=1)
+    assert [name for file in files for name in file.names] == [*layout.tensors(shape)]
+    for file in files:
+        assert {(b.stage, b.dp_rank, b.tp_rank) for b in file.buckets} == {file.writer}
+        held = {p.name for tp_rank in range(2) for p in layout.shard_slices(shape, spread, tp_rank, file.writer[0])}
+        assert held.issuperset(file.names)
+    if spread.vpp_size == 1:
+        for stage in range(spread.pp_size):
+            writers = [file.writer for file in files if file.writer[0] == stage]
+            assert len(writers) == len(set(writers)), "one file each"
+            assert len(writers) > 1 or 2 * dp == 1, "and not all by one"
+        small = layout.export_files(shape, spread, dp, torch.float32, most)
+        assert [file.writer for file in small] == [(stage, 0, 0) for stage in range(spread.pp_size)]
+
+
 @pytest.mark.parametrize(
     ("spread", "rule"),
     [
