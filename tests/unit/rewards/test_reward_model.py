@@ -138,16 +138,17 @@ def test_classification_reads_the_chat_templates_own_tokens(make, tiny_tokenizer
 
 @given(message=st.text(max_size=20), answer=st.text(max_size=20), place=st.integers(0, 3))
 def test_athenes_form_reads_what_its_model_card_reads_and_ends_with_the_appended_cls(made_athene, message, answer, place):
-    """A CLS token in the texts is not the one that is read."""
+    """A CLS token that the texts spell is text, and the card's own tokens stay those of the texts without it."""
     found, folder = made_athene
-    message, answer = (message + CLS if place & 1 else message), (answer + CLS if place & 2 else answer)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     turns = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
     expected = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False) + tokenizer.cls_token)["input_ids"]
-    ids = found.encode(message, answer)
-    assert list(ids) == expected
+    assert list(found.encode(message, answer)) == expected
+    ids = found.encode(message + CLS * (place & 1), answer + CLS * (place >> 1))
     assert ids[-1] == tokenizer.cls_token_id == 260
-    assert ids.count(260) == 1 + (place & 1) + (place >> 1)
+    assert ids.count(260) == 1
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert [n for n in ids if n in special] == [n for n in expected if n in special]
 
 
 @pytest.fixture(scope="session")
