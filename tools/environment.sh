@@ -27,7 +27,7 @@ esac
 
 # Digests of what the two installations depend on. The root counts: a virtual environment cannot be moved.
 packages_digest() {
-  { echo "$root" "$te"; cat requirements/common.txt requirements/{docs,tracking}.txt "requirements/$requirements.txt"; } | sha256sum | cut -d' ' -f1
+  { echo "$root" "$te"; cat requirements/common.txt requirements/docs.txt requirements/tracking.txt "requirements/$requirements.txt"; } | sha256sum | cut -d' ' -f1
 }
 engine_digest() {
   { cat setup.py; [ ! -d csrc ] || find csrc -type f -exec sha256sum {} + | LC_ALL=C sort; } | sha256sum | cut -d' ' -f1

@@ -112,16 +112,19 @@ def judge(options: argparse.Namespace) -> None:
     names = {"model": answers[0].generator, "baseline": baseline[0].generator, "judge": options.model}
     games = games_of(answers, baseline, endpoint)
     judged, failed = judge(games, endpoint, Path(options.output), options.concurrency, names)
+    missing = InferenceError(
+        f"{len(games) - len(judged)} of {len(games)} comparisons have no reply and count nowhere, the first because "
+        f"{next(iter(failed), 'none was made')}; run the command again to ask for those only"
+    )
+    if failed and not judged:
+        raise missing
     figures = names | win_rate.win_rates(judged) | {"num_failed": len(games) - len(judged)}
     if options.length_controlled:
         figures |= win_rate.length_controlled(judged, answers, baseline, options.model)
     _print_win_rates(figures)
     write_figures(figures, options.json)
     if failed:
-        raise InferenceError(
-            f"{len(games) - len(judged)} of {len(games)} comparisons have no reply and count nowhere, the first because "
-            f"{failed[0]}; run the command again to ask for those only"
-        )
+        raise missing
 
 
 def _check_ledger(options: argparse.Namespace) -> None:

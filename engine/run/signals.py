@@ -29,7 +29,7 @@ def stop_request(config: RunConfig) -> Path:
 
 def say(text: str) -> None:
     """Prints a line from within a signal's handler, in a thread of its own: the signal may have come while this one printed."""
-    threading.Thread(target=print, args=(text,), kwargs={"file": sys.stderr, "flush": True}).start()
+    threading.Thread(target=print, args=(text + "\n",), kwargs={"file": sys.stderr, "end": "", "flush": True}).start()
 
 
 @contextmanager

@@ -125,6 +125,7 @@ def is_value(answer: str, gold: str) -> bool:
     """Whether the last member of a normal text is a number as it is written down, where the gold answer is one too: digits, a
     decimal or mixed number, a power of ten with a factor before it, and, unless the gold answer is a whole number, a ratio
     of two numbers. True where the gold answer is no such number: then nothing can be said."""
+    answer = notation.with_digits(answer)
     sides = forms.members(forms.oriented(gold))
     if len(forms.entries(gold)) > 1 or (len(sides) > 1 and not forms.is_name(sides[0])):
         return True

@@ -181,7 +181,7 @@ def test_on_a_terminal_what_no_flag_says_is_asked(flags, tmp_path, capsys, monke
 def test_a_name_of_the_hub_and_rows_without_answers_are_answered_with_what_to_do(flags, tmp_path, capsys):
     assert main([*flags, "--model", "meta-llama/Llama-3.1-8B-Instruct"]) == 4
     said = capsys.readouterr().err
-    assert "hf download meta-llama/Llama-3.1-8B-Instruct --local-dir models/Llama-3.1-8B-Instruct" in said
+    assert "hf download meta-llama/Llama-3.1-8B-Instruct --local-dir FOLDER" in said
     (tmp_path / "train.jsonl").write_text('{"problem": "Write a poem."}\n')
     assert main(flags) == 3
     assert "--reward FILE.py:NAME" in capsys.readouterr().err

@@ -101,12 +101,12 @@ def test_a_users_own_by_its_place_sees_rows_and_groups_and_its_error_is_shown(tm
 @pytest.mark.parametrize(
     ("code", "arguments", "text", "parts"),
     [
-        (2, ("--reward", "function"), None, ("rewards.function", "found none")),
-        (2, ("--reward", "maths"), None, ("data.reward must be one of", "'maths'", "path/to/file.py:name")),
+        (2, ("--reward", "function"), None, ("--function", "found none")),
+        (2, ("--reward", "maths"), None, ("--reward must be one of", "'maths'", "path/to/file.py:name")),
         (2, ("--reward", "function", "--function", "nowhere.py:f"), None, ("rewards.function", "nowhere.py")),
         (2, ("--reward", "model"), None, ("--reward-model", "found none")),
-        (2, ("--reward", "math", "--workers", "0"), None, ("rewards.workers", "found 0")),
-        (2, ("--reward", "math", "--output", "{file}"), None, ("--output", "new file")),
+        (2, ("--reward", "math", "--workers", "0"), None, ("--workers", "found 0")),
+        (2, ("--reward", "math", "--output", "{file}"), None, ("--output", "also FILE")),
         (2, ("--reward", "math", "--reward-model", "m"), None, ("--reward-model is of --reward model", "--reward math")),
         (2, ("--reward", "math", "--function", "f.py:f"), None, ("--function is of --reward function", "--reward math")),
         (2, ("--reward", "function", "--max-tokens", "9"), None, ("--max-tokens is of --reward model",)),

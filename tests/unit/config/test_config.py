@@ -372,7 +372,7 @@ def test_what_is_possible_is_accepted(path, overrides):
         ("[run]\ndirectory = 'a'\n", ("run.steps is required", "set it")),
         ("run = 3\n", ("run: ", "found 3")),
         ("[run\n", ("run.toml is not TOML", "line 1")),
-        ("x = '\udce9'", ("run.toml is not TOML",)),
+        ("x = '\udce9'", ("run.toml must be UTF-8", "found byte")),
     ],
 )
 def test_a_wrong_file_is_one_sentence(path, text, parts):

@@ -30,8 +30,8 @@ REPLIES: dict[str, Reply] = {  # what the server says, by the name of the case
     "a request that is refused": (400, {}, b'{"error": "too long"}'),
 }
 CASES: list[Case] = [
-    Case("a judge that answers", ASK, 0, ("win rate",), ANSWERS, leaves=("o.jsonl",)),
-    Case("a judge that says nothing of use", ASK, 0, ("unreadable",), ANSWERS, leaves=("o.jsonl",)),
+    Case("a judge that answers", ASK, 0, ("win rate",), ANSWERS, sentences=0, leaves=("o.jsonl",)),
+    Case("a judge that says nothing of use", ASK, 3, ("verdict", "found none in 2", "--output"), ANSWERS, leaves=("o.jsonl",)),
     *(
         Case(name, ASK, 5, ("--endpoint", f"status {REPLIES[name][0]}"), ANSWERS, leaves=("o.jsonl",))
         for name in (
@@ -41,7 +41,7 @@ CASES: list[Case] = [
             "an address that has moved",
         )
     ),
-    Case("a request that is refused", ASK, 5, ("1 of 1", "status 400", "too long"), ANSWERS, leaves=("o.jsonl",)),
+    Case("a request that is refused", ASK, 5, ("2 of 2", "status 400", "too long"), ANSWERS, leaves=("o.jsonl",)),
     refused("an address that is none", LINE + "api.openai.com", 2, "--endpoint", "https://", made=ANSWERS),
     refused("an address of another kind", LINE + "ftp://host/v1", 2, "--endpoint", made=ANSWERS),
     refused("a password in the address", LINE + "https://me:secret@host/v1", 2, "--endpoint", "--key-env", made=ANSWERS),

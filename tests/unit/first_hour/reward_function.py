@@ -28,7 +28,7 @@ CASES: list[Case] = [
     # told before anything starts
     refused("no such file", "check run.toml data.reward=gone.py:f", 2, "data.reward", "gone.py"),
     refused("no such module", "check run.toml data.reward=gone.module:f", 2, "data.reward", "gone.module"),
-    refused("no colon", "check run.toml data.reward=rewards.py", 2, "data.reward", "rewards.py:right"),
+    refused("no colon", "check run.toml data.reward=rewards.py", 2, "data.reward", "rewards.py:NAME"),
     refused("no name behind the colon", "check run.toml data.reward=rewards.py:", 2, "data.reward", "rewards.py:"),
     refused("another name", CHECK, 2, "data.reward", "no f", "g", made=code("def g(completion): return 1")),
     refused("a folder", "check run.toml data.reward=model:f", 2, "data.reward", "model"),

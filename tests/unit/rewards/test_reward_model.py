@@ -117,7 +117,7 @@ def test_a_folder_has_one_head_that_gives_one_number(make, tensors, found):
 def test_what_is_wrong_with_the_folder_is_said_of_reward_model_path(make, tmp_path):
     with pytest.raises(ConfigError, match=r"^reward_model\.path must be a plain Llama: .* found 'mistral'"):
         read_reward_head(changed(make("classification"), "config.json", model_type="mistral"))
-    with pytest.raises(CheckpointError, match=r"check reward_model\.path"):
+    with pytest.raises(CheckpointError, match=r"reward_model\.path must be the folder of .* model; found no folder"):
         read_reward_head(tmp_path / "absent")
     folder = make("classification", name="torn")
     (folder / "model.safetensors").unlink()

@@ -205,15 +205,16 @@ def test_a_name_from_the_hubs_cache_and_parts_of_the_users_own(make: Make, model
     assert "2, semi-online" in card
 
 
-def test_a_chat_template_of_the_runs_own_is_named_where_the_export_does_not_have_it(make: Make, tmp_path: Path) -> None:
+def test_a_chat_template_of_the_runs_own_goes_along_and_is_named_where_it_does_not(make: Make, tmp_path: Path) -> None:
     file = tmp_path / "plain.jinja"
     file.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     config, exported = make(data={"chat_template": str(file)})
     checkpoint = config.run_directory / "checkpoints" / f"step_{STEP:08d}"
-    assert 'chat_template=open("plain.jinja").read()' in (exported / CARD).read_text("utf-8")
-    (exported / "chat_template.jinja").write_bytes(file.read_bytes())
-    complete(exported, checkpoint)
+    assert (exported / "chat_template.jinja").read_bytes() == file.read_bytes()
     assert "chat_template=" not in (exported / CARD).read_text("utf-8")
+    (exported / "chat_template.jinja").unlink()
+    complete(exported, checkpoint)
+    assert 'chat_template=open("plain.jinja").read()' in (exported / CARD).read_text("utf-8")
 
 
 def test_a_commit_is_told_where_a_checkout_says_it(tmp_path: Path) -> None:

@@ -68,12 +68,14 @@ class Hearing(logging.Handler):
 
 
 @pytest.fixture
-def hearing(monkeypatch):
+def hearing():
     logger, handler = logging.getLogger(LOGGER), Hearing()
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    level = logger.level
+    logger.setLevel(logging.INFO)  # which also forgets what levels it knows to be off
     logger.addHandler(handler)
     yield handler
     logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -165,13 +165,13 @@ RESOLVERS = {
     "engine.config.placement.place": ("run/spec.py", "api/faults/machine.py"),
     "engine.config.placement.colocated_nodes": ("run/spec.py", "config/rules.py"),
     "engine.config.placement.training_parts": ("run/spec.py", "api/faults/look.py"),
-    "engine.models.hf.read_shape": ("run/spec.py", "models/", "api/faults/model.py"),
+    "engine.models.hf.read_shape": ("run/spec.py", "models/", "api/faults/model.py", "api/initial.py"),
     "engine.models.sharding.trainer_layout": (
         "run/spec.py",
         "api/faults/",
         "run/milestones.py",
     ),  # of the run that wrote a checkpoint
-    "engine.models.sharding.engine_layout": ("run/spec.py", "api/faults/model.py"),
+    "engine.models.sharding.engine_layout": ("run/spec.py", "api/faults/model.py", "api/initial.py"),
     "engine.rollouts.replay.replay_kind": ("run/spec.py", "api/faults/"),
     "engine.bridge.transports.registry.choose": ("run/spec.py", "api/faults/machine.py", "bridge/setup.py"),  # on real devices
 }
@@ -223,7 +223,7 @@ def test_when_is_evaluated_and_saved():
 
 
 def test_what_cannot_be_read_is_refused(tmp_path, made):
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.path must be the folder of a Hugging Face model; found no folder"):
         resolve(config(tmp_path))
     (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(ConfigError, match="must be of a model family that is known"):
