@@ -12,7 +12,18 @@ from engine.core.places import CONTROL, obstacle
 
 TARGETS = ("output", "json", "plots")  # flags of what a command writes
 DESTINATIONS = ("folder", "destination")  # arguments that name a folder to make
-INPUTS = ("config", "file", "answers", "against", "questions", "sources", "exclude", "suite", "paths")  # what a command reads
+INPUTS = (
+    "config",
+    "file",
+    "answers",
+    "against",
+    "questions",
+    "sources",
+    "exclude",
+    "suite",
+    "paths",
+    "checkpoint",
+)  # what a command reads
 
 
 def print_evaluations(evaluations: list[dict[str, Any]]) -> None:

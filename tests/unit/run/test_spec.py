@@ -169,6 +169,7 @@ RESOLVERS = {
     "engine.models.sharding.trainer_layout": (
         "run/spec.py",
         "api/faults/",
+        "api/initial.py",
         "run/milestones.py",
     ),  # of the run that wrote a checkpoint
     "engine.models.sharding.engine_layout": ("run/spec.py", "api/faults/model.py", "api/initial.py"),
