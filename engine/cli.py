@@ -305,11 +305,10 @@ def _doctor(options: argparse.Namespace) -> int:
     folder, needed = Path(options.folder) if options.folder else None, None
     if options.config:
         from engine.api.faults.machine import checkpoint_bytes
-        from engine.config.load import load_config
-        from engine.models.hf import read_shape
+        from engine.run.spec import resolve
 
         config = load_config(options.config)
-        needed = checkpoint_bytes(config, read_shape(config.model.path, family=config.model.family))
+        needed = checkpoint_bytes(config, resolve(config, digests=False).shape)
         folder = folder or config.run_directory
     findings = examine(folder, needed)
     print_table("semion doctor", [("what", "found", "verdict"), *((f.what, f.found, f.verdict) for f in findings)])
