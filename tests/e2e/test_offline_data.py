@@ -13,7 +13,7 @@ import pytest
 from engine.config.load import RunConfig
 from engine.data.rows import problem_id
 from tests.e2e.conftest import FURTHER
-from tests.e2e.test_commands import FINAL, TIMES, rows, semion, written
+from tests.e2e.test_commands import TIMES, final, rows, semion, written
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -43,7 +43,7 @@ def test_a_ledger_replayed_without_engines_trains_the_same_weights(
     assert "and 0 engines" in printed
     assert "data.replay: rollouts of 4 steps" in " ".join(printed.split())
     assert learned(again) == learned(offline)
-    assert (again.run_directory / FINAL).read_bytes() == (offline.run_directory / FINAL).read_bytes()
+    assert final(again) == final(offline)
     assert [file.name for file in (again.run_directory / "profile").iterdir()] == ["rank-0.json"]
     assert rows(again, "rollouts.jsonl") == [] == rows(again, "evaluations.jsonl")
 

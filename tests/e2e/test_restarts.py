@@ -16,10 +16,10 @@ import pytest
 
 from engine.config.load import RunConfig
 from tests.e2e.test_commands import (
-    FINAL,
     SEMI_ONLINE,
     Make,
     command,
+    final,
     rows,
     semion,
     sent_alike,
@@ -106,7 +106,7 @@ def test_a_run_that_loses_an_engine_starts_again_and_ends_as_if_nothing_had_happ
     assert "the run goes on from the checkpoint of 2 steps, restart 1 of 9" in watched.said()
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
-    assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
+    assert final(config) == final(whole)
     ours, theirs = (json.loads((c.run_directory / "summary.json").read_text()) for c in (config, whole))
     assert (ours["restarts"], theirs["restarts"]) == (lost, [])
     assert ours["evaluations"] == theirs["evaluations"]
@@ -138,7 +138,7 @@ def test_a_run_that_loses_an_engine_and_then_a_rank_ends_as_if_nothing_had_happe
     assert "the run goes on from the checkpoint of 2 steps, restart 1 of 9" in watched.said()
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
     assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
-    assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
+    assert final(config) == final(whole)
     ours, theirs = (json.loads((c.run_directory / "summary.json").read_text()) for c in (config, whole))
     assert (ours["restarts"], theirs["restarts"]) == (lost, [])
     assert ours["evaluations"] == theirs["evaluations"]

@@ -16,7 +16,7 @@ import pytest
 
 from engine.config.load import RunConfig
 from tests.e2e import fake_slurm
-from tests.e2e.test_commands import FINAL, ONLINE, SEMI_ONLINE, Make, rows, sent_alike, tensors, untimed, written
+from tests.e2e.test_commands import ONLINE, SEMI_ONLINE, Make, final, rows, sent_alike, tensors, untimed, written
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tools/slurm/train.sbatch"
@@ -55,7 +55,7 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     assert len(record.read_text().splitlines()) == 1, "a finished job is not requeued"
     assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
-    assert (config.run_directory / FINAL).read_bytes() == (whole.run_directory / FINAL).read_bytes()
+    assert final(config) == final(whole)
 
 
 @pytest.mark.nightly  # of what is in it, tests/e2e/test_commands.py has engines in turn, the test above two nodes
