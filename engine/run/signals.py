@@ -14,6 +14,7 @@ from typing import Any
 from engine.config.load import RunConfig
 
 Event = dict[str, Any]
+SAYING = "what a signal is answered with"  # the name of the thread that prints it
 ENDING = "semion: ending the processes, which takes seconds"
 
 
@@ -29,7 +30,9 @@ def stop_request(config: RunConfig) -> Path:
 
 def say(text: str) -> None:
     """Prints a line from within a signal's handler, in a thread of its own: the signal may have come while this one printed."""
-    threading.Thread(target=print, args=(text + "\n",), kwargs={"file": sys.stderr, "end": "", "flush": True}).start()
+    threading.Thread(
+        name=SAYING, target=print, args=(text + "\n",), kwargs={"file": sys.stderr, "end": "", "flush": True}
+    ).start()
 
 
 @contextmanager

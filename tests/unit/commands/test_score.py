@@ -33,6 +33,7 @@ def run(*arguments: object) -> int:
     return cli.main(["score", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_figures_the_table_and_the_rows(file: Path, tmp_path: Path, capsys: Any) -> None:
     output, figures = tmp_path / "scored.jsonl", tmp_path / "figures.json"
     assert run(file, "--reward", "math", "--deadline-seconds", "30", "--output", output, "--json", figures) == 0
@@ -50,6 +51,7 @@ def test_the_figures_the_table_and_the_rows(file: Path, tmp_path: Path, capsys: 
     assert "0.6667" in shown and "33.33% of 3" in shown and "[/red]" in shown and "\x1b" not in shown
 
 
+@pytest.mark.slow
 def test_parquet_and_the_switch(tmp_path: Path, capsys: Any) -> None:
     path, figures = tmp_path / "rows.parquet", tmp_path / "figures.json"
     table = {"answer": ["391", "391"], "completion": [r"\boxed{17\cdot 23}", r"\boxed{391}"], "expected": [0, 1]}
@@ -59,6 +61,7 @@ def test_parquet_and_the_switch(tmp_path: Path, capsys: Any) -> None:
     assert "disagree" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_row_without_a_verdict_neither_agrees_nor_disagrees(file: Path, tmp_path: Path, capsys: Any) -> None:
     """Its score is 0 like a wrong answer's."""
     figures = tmp_path / "figures.json"

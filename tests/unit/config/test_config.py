@@ -453,6 +453,7 @@ def test_a_part_of_the_users_own_is_refused_by_its_name(path, overrides, parts):
         assert part in sentence
 
 
+@pytest.mark.slow
 def test_a_configuration_reaches_a_process_that_has_not_read_the_users_file(path):
     """As Ray sends it; by the user's class alone it could not be read there."""
     config = load_config(path, [f"algorithm.loss={OWN_LOSS}:Regression", "algorithm.temperature=0.5"])

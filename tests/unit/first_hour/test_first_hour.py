@@ -34,7 +34,7 @@ GROUPS = {  # as docs/results.md calls them
     "judge": "the judge's endpoint",
     "lines": "command lines of every command",
 }
-SLOW = ("reward_function", "ends")  # groups of seconds a case
+SLOW = ("reward_function", "ends", "data", "model_folder", "places")  # groups of many seconds in all
 LONGEST = 700  # characters of a sentence that a person reads
 REPOSITORY = Path(engine.__file__).parents[1]
 OF_OURS = re.compile(rf'File "{re.escape(str(REPOSITORY / "engine"))}|File "[^"]*site-packages')

@@ -18,6 +18,7 @@ def double(value: int) -> int:
     return 2 * value
 
 
+@pytest.mark.slow
 def test_a_rank_on_cpus_loads_no_compiler_and_no_sink():
     code = (
         "import sys, torch\nfrom engine.megatron.importing import import_trainer\ncompile_ = torch.compile\nimport_trainer()\n"

@@ -140,6 +140,7 @@ def test_ctrl_c_ends_the_command_cleanly(ledger):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_real_browser_renews_the_page_by_itself(ledger, address, monkeypatch):
     """The script, under its content security policy: a step that comes after the page was given is seen without a reload."""

@@ -210,6 +210,7 @@ def test_a_sink_that_dies_once_goes_on_where_it_stood(ledgers, tmp_path, own):
     assert (tmp_path / "run" / "own.txt").read_text() == "0\n1\n2\nfinished \n"
 
 
+@pytest.mark.slow
 def test_what_a_sink_starts_is_not_taken_for_a_process_of_the_run(ledgers, tmp_path):
     """As W&B's own process is, which lives in a session of its own."""
     file = tmp_path / "starts.py"
@@ -231,6 +232,7 @@ def test_what_a_sink_starts_is_not_taken_for_a_process_of_the_run(ledgers, tmp_p
     assert not runs(started), "and it is ended with a sink that is"
 
 
+@pytest.mark.slow
 def test_a_hanging_sink_is_ended_at_the_deadline(ledgers, tmp_path, own, monkeypatch):
     monkeypatch.setenv("OWN_SINK", "hangs")
     monkeypatch.setattr("engine.observe.sinks.followers.GRACE_SECONDS", 0.5)
@@ -336,6 +338,7 @@ def logged(data):
             held = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_one_run_over_a_resume(ledgers, tmp_path, monkeypatch):
     """In processes of their own, as W&B works; its files are read back as they lie on disk."""
     records = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="wandb is not installed")
@@ -365,6 +368,7 @@ def test_wandb_offline_keeps_one_run_over_a_resume(ledgers, tmp_path, monkeypatc
     assert ids == {json.loads((tmp_path / "run" / "sinks" / "wandb.json").read_text())["known"]}
 
 
+@pytest.mark.slow
 def test_mlflow_in_a_folder_keeps_one_run_over_a_resume(ledgers, tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="mlflow-skinny is not installed")
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):

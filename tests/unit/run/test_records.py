@@ -99,6 +99,7 @@ def moved_by(action: Any) -> tuple[int, int]:
     return after[0] - before[0], after[1] - before[1]
 
 
+@pytest.mark.slow
 def test_what_a_resume_reads_and_writes_does_not_grow_with_the_age_of_the_run(tmp_path):
     sizes = []
     costs = []

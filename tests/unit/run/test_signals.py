@@ -12,7 +12,7 @@ import pytest
 
 from engine.api.training import interruptible, preemptible
 from engine.run.nodes import remove_leftovers
-from engine.run.signals import ENDING, stop_request, undisturbed
+from engine.run.signals import ENDING, SAYING, stop_request, undisturbed
 from tests import builders
 
 
@@ -31,7 +31,7 @@ def test_what_ends_processes_is_not_interrupted(number, capfd):
 def await_words() -> None:
     """A handler prints in a thread of its own."""
     for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
+        if thread.name == SAYING:
             thread.join(5.0)
 
 
