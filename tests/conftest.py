@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,11 @@ from engine.run.nodes import RAY_ENVIRONMENT
 # Ray reads how it authenticates when it is imported: as the engine has it before it imports Ray, for the runs that tests/e2e
 # starts in this process.
 os.environ.update(RAY_ENVIRONMENT)
+
+# What starts a suite in the background has its processes ignore Ctrl-C, and theirs; tests of Ctrl-C need the usual.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CHAT_TEMPLATE = (
