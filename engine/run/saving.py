@@ -278,7 +278,8 @@ class Checkpoints:
             "made_with": provenance() | {"gpu": gpu_name()},
         }
         (staging / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
-        for path in (staging / MANIFEST, staging / POLICY, staging):
+        folders = [staging / POLICY, *([staging / REFERENCE] if snapshot.reference is not None else []), staging]
+        for path in (staging / MANIFEST, *folders):
             sync(path)
         self._name(staging, self._folder / f"step_{save.step:08d}", config.checkpoint.keep)
 

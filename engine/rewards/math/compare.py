@@ -105,7 +105,7 @@ def _notations_equal(gold: str, answer: str, depth: int) -> bool | None:
         amounts_equal(gold, answer),
         notation.ratios_equal(gold, answer),
         notation.congruences_equal(gold, answer),
-        notation.choices_equal(gold, answer),
+        notation.letters_equal(gold, answer),
     )
     for verdict in decided:
         if verdict is not None:

@@ -230,7 +230,7 @@ _LETTER_LIST = re.compile(r"\(?[A-H]\)?(?:\s*(?:,|;|&|\band\b|\s)\s*\(?[A-H]\)?)
 _LETTERS_TOGETHER = re.compile(r"[A-H]{2,6}")
 
 
-def choices_equal(gold: str, answer: str) -> bool | None:
+def letters_equal(gold: str, answer: str) -> bool | None:
     """The same for several letters of a multiple choice, as a list or written together (`AC`)."""
     shown = [re.sub(r"\s+", " ", without_text(text)).strip() for text in (gold, answer)]
     together = [text for text in shown if _LETTERS_TOGETHER.fullmatch(text)]
