@@ -343,7 +343,10 @@ def test_supervised_training_makes_a_checkpoint_that_answers(run_config: Make, t
         *("optimizer.learning_rate=0.003", "optimizer.weight_decay=0.0"),  # at 0.005 the loss ends in spikes
         directory="sft",
     )
-    semion("sft", written(config, tmp_path))
+    twice = tmp_path / "sums.jsonl"  # every row comes again, and is left out
+    twice.write_text(Path(config.data.train).read_text() * 2)
+    said = semion("sft", written(config, tmp_path), f"data.train={twice}")
+    assert "data.train: 20 worked solutions; left out: 0 too long, 20 that came before" in said
     metrics = rows(config, "metrics.jsonl")
     assert metrics[-1]["nll_mean"] < 0.1 * metrics[0]["nll_mean"]
     result = tmp_path / "eval.json"

@@ -329,6 +329,13 @@ def fp8_moments(config: RunConfig, parallel: ParallelState) -> dict[str, Any]:
 def without_signal(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     """A step of pairs, one of none at all, one of a single pair, and the last of them again by a second policy from the state
     after the empty one. What moved: the metric of each step, and the names in the state that the empty step changed."""
+    if config.optimizer.offload_share and not torch.cuda.is_available():
+        with pretended_gpu():
+            return _without_signal(config, parallel, checkpoint)
+    return _without_signal(config, parallel, checkpoint)
+
+
+def _without_signal(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
     policy = make_policy(config, parallel, loss_of("dpo"), checkpoint)
     made = [sequences(0, policy.shape.vocab_size), [], sequences(2, policy.shape.vocab_size)[:2]]
     batches = [

@@ -320,6 +320,28 @@ def test_small_moments_stay_near_full_ones(moments, pool, checkpoint):
     assert found == pytest.approx(wanted, rel=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("trainer", "optimizer"),
+    [
+        (TE | {"distributed_optimizer": True}, {"implementation": "te"}),
+        (TE | {"distributed_optimizer": True}, {"implementation": "te", "moment_dtype": "fp8"}),
+        (TE | {"distributed_optimizer": True, "fp8": "current"}, {}),
+        (FP8_PARAMETERS | {"fp8": "current"}, {"implementation": "te"}),
+        ({"distributed_optimizer": True}, {"offload_share": 0.5}),
+        pytest.param({"distributed_optimizer": True}, {"implementation": "apex"}, marks=needs_apex),
+    ],
+    ids=["te", "fp8_moments", "fp8", "fp8_parameters", "offloaded", "apex"],
+)
+def test_a_step_without_any_signal_moves_nothing(trainer, optimizer, pool, checkpoint):
+    """As in test_policy.py, where weights, moments or products are not torch's own: nothing but the place in the schedule moves,
+    and the run goes on from there bit for bit."""
+    options = BF16 | {"optimizer": optimizer}
+    (found,) = pool.run("without_signal", 1, trainer=trainer, options=options, checkpoint=str(checkpoint("wide")))
+    assert found["updated"] == [1.0, 0.0, 1.0] and found["norm"] == 0.0
+    assert found["changed"] == ["optimizer.schedule.step"]
+    assert found["resumed"]
+
+
 def test_fp8_moments_of_zero_gradients_are_zero(pool):
     """The first step's, then those of gradients of 1; one byte each."""
     (found,) = pool.run("fp8_moments", 1, trainer={})
