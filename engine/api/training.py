@@ -155,9 +155,9 @@ def _starting(spec: Spec) -> signals.Event:
         size = spec.kv_cache.told(spec.kv_cache.num_bytes(None)) if is_known else "what its GPU has left, as `semion plan` says"
         cache = f"; KV cache of an engine: {size}"
     text = (
-        f"starting {t.world_size} trainer ranks (tensor {t.tensor_parallel}, pipeline {t.pipeline_parallel}, data "
-        f"{t.data_parallel}) and {engines} engines{cache}; their logs are in {spec.config.run_directory / LOGS}, "
-        f"--verbose shows them"
+        f"starting {t.world_size} trainer rank{'s' * (t.world_size > 1)} (tensor {t.tensor_parallel}, pipeline "
+        f"{t.pipeline_parallel}, data {t.data_parallel}) and {engines} engine{'s' * (engines != 1)}{cache}; their logs are in "
+        f"{spec.config.run_directory / LOGS}, --verbose shows them"
     )
     return {"kind": "note", "text": text, "unix_seconds": time.time()}
 

@@ -155,7 +155,8 @@ class Progress:
         """Prints a line of its own, above the live display where there is one; without one, after the time of day."""
         self._spoke_seconds = self._clock()
         stamp = "" if self._drawn else f"{time.strftime('%Y-%m-%d %H:%M:%S')}  "
-        self._console.print(stamp + text, soft_wrap=True, markup=False, highlight=False)
+        # A terminal's line breaks between words; elsewhere a line stays one, whatever reads it.
+        self._console.print(stamp + text, soft_wrap=not self._console.is_terminal, markup=False, highlight=False)
 
     def answers(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Prints what was asked and what was said, a line each, cut to the terminal's width."""

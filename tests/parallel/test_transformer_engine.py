@@ -333,8 +333,8 @@ def test_small_moments_stay_near_full_ones(moments, pool, checkpoint):
     ids=["te", "fp8_moments", "fp8", "fp8_parameters", "offloaded", "apex"],
 )
 def test_a_step_without_any_signal_moves_nothing(trainer, optimizer, pool, checkpoint):
-    """As in test_policy.py, where weights, moments or products are not torch's own: nothing but the place in the schedule moves,
-    and the run goes on from there bit for bit."""
+    """As in test_policy.py, where weights, moments or products are not torch's own: nothing but the place in the schedule
+    moves, and the run goes on from there bit for bit."""
     options = BF16 | {"optimizer": optimizer}
     (found,) = pool.run("without_signal", 1, trainer=trainer, options=options, checkpoint=str(checkpoint("wide")))
     assert found["updated"] == [1.0, 0.0, 1.0] and found["norm"] == 0.0

