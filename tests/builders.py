@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from engine.config.load import RunConfig
 from engine.config.options import AlgorithmOptions, options_class
 from engine.models.base import ModelShape
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.models.sharding import tensors
 from engine.run.spec import Spec, assemble
 

@@ -100,7 +100,7 @@ def rank_process(end: Connection, rank: int, ranks: int, folder: Path, repeats: 
     from engine.megatron.packing import make_batch
     from engine.megatron.parallel_state import open_parallel_state
     from engine.megatron.policy import Policy
-    from engine.models.hf import read_shape
+    from engine.models.config_file import read_shape
     from engine.models.sharding import trainer_layout
 
     torch.set_num_threads(1)

@@ -199,7 +199,7 @@ def open_rank(
     from engine.bridge.sender import Publisher
     from engine.bridge.terms import SyncTerms
     from engine.models import sharding as layout
-    from engine.models.hf import read_shape
+    from engine.models.config_file import read_shape
     from engine.models.sharding import EngineLayout
 
     torch.set_num_threads(1)

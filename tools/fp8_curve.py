@@ -37,7 +37,7 @@ from engine.core.types import Batch, Sequence
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.models.sharding import trainer_layout
 
 VOCABULARY, LENGTH = 512, 128

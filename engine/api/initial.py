@@ -20,8 +20,8 @@ from engine.data.rows import Row, sample_rows
 from engine.data.templates import LeftOut, PromptForm, fit_prompt, load_tokenizer
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
+from engine.models.config_file import read_shape
 from engine.models.headers import num_elements
-from engine.models.hf import read_shape
 from engine.models.sharding import engine_layout, trainer_layout
 from engine.run.spec import Spec, assemble
 

@@ -155,7 +155,7 @@ def _print_win_rates(f: dict[str, Any]) -> None:
 
 def _take_model(options: argparse.Namespace) -> None:
     if options.model is not None:
-        from engine.models.hf import require_folder
+        from engine.models.config_file import require_folder
 
         require_folder(options.model, "--model")
         options.overrides.append(f"model.path={json.dumps(options.model, ensure_ascii=False)}")

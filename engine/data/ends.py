@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from engine.data.templates import TEMPLATE_DATE
-from engine.models.hf import CONFIG, GENERATION_CONFIG, read_end_ids
+from engine.models.config_file import CONFIG, GENERATION_CONFIG, read_end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

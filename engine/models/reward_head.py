@@ -14,7 +14,8 @@ from typing import Literal
 
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
-from engine.models.hf import HfCheckpoint, read_shape
+from engine.models.config_file import read_shape
+from engine.models.hf import HfCheckpoint
 
 OPTION = "reward_model.path"
 FAMILY = "llama"  # the one that the reward engine can serve with a head

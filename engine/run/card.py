@@ -20,7 +20,7 @@ from engine.core.files import atomic_write
 from engine.core.jsonl import read_rows
 from engine.data.records import HUB, records, source_digest
 from engine.data.templates import NAMED, NO_CHAT, TEMPLATE_DATE, PromptForm, encode_prompt, load_tokenizer, read_chat_template
-from engine.models.hf import CONFIG, GENERATION_CONFIG, read_end_ids
+from engine.models.config_file import CONFIG, GENERATION_CONFIG, read_end_ids
 from engine.run.checkpoint import BEST, best, read_manifest
 
 CARD, TEMPLATE_FILE = "README.md", "chat_template.jinja"

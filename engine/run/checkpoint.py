@@ -27,7 +27,8 @@ from engine.core.files import staged_folder
 from engine.core.registry import identity
 from engine.core.tensor_files import file_record
 from engine.data.records import source_digest
-from engine.models.hf import HfCheckpoint, stored_dtype, write_hf_checkpoint
+from engine.models.config_file import stored_dtype
+from engine.models.hf import HfCheckpoint, write_hf_checkpoint
 from engine.rewards.registry import identities as reward_identities
 
 SAVED, SEED = "saved", "seed"  # dtypes of an export beside those that have a name

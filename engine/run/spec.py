@@ -22,7 +22,7 @@ from engine.config.placement import ColocatedNodes, Part, Placement, colocated_n
 from engine.config.transport import AUTO, Carrier, setting
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.models.reward_head import FAMILY, OPTION
 from engine.models.sharding import EngineLayout, TrainerLayout, engine_layout, trainer_layout
 

@@ -28,7 +28,7 @@ from engine.core.errors import InferenceError, SemionError
 from engine.inference.pool import Pool
 from engine.inference.sampling import SampleRequest
 from engine.models import sharding as layout
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.run.spec import assemble, resolve
 
 pytestmark = [

@@ -29,7 +29,8 @@ from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer
-from engine.models.hf import HfCheckpoint, read_shape, shard_names, write_companions
+from engine.models.config_file import read_shape
+from engine.models.hf import HfCheckpoint, shard_names, write_companions
 from engine.models.sharding import export_files, export_plan, trainer_layout
 from engine.ops import lm_head_log_probs, token_log_probs
 from engine.run.spec import assemble

@@ -11,7 +11,7 @@ from engine.algorithms.base import Loss
 from engine.config.load import Copy, RunConfig
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.models.sharding import trainer_layout
 
 

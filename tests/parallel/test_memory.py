@@ -12,7 +12,7 @@ import pytest
 
 from engine.capacity.memory import Step, TrainerState
 from engine.models.base import ModelShape
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.run.spec import assemble
 from tests.parallel.material import run_config
 from tests.parallel.pool import WorkerPool

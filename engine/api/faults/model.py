@@ -15,8 +15,8 @@ from engine.data.ends import end_tokens
 from engine.data.mixture import prompt_form
 from engine.data.templates import check_vocabulary, encode_prompt, policy_tokenizer
 from engine.models.checks import check_engine_layout, check_layout
+from engine.models.config_file import CONFIG, read_shape
 from engine.models.headers import weight_faults
-from engine.models.hf import CONFIG, read_shape
 from engine.models.sharding import engine_layout, trainer_layout
 
 

@@ -23,7 +23,7 @@ from engine.config.load import RunConfig, load_config
 from engine.core.errors import ConfigError
 from engine.data.templates import model_tokenizer
 from engine.models.base import ModelShape
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.run.spec import resolve
 from tests.builders import make_model
 

@@ -15,7 +15,7 @@ from engine.capacity.transfer import Machine, plan_run, verdict
 from engine.config.load import load_config
 from engine.config.options import size_bytes
 from engine.core.errors import ConfigError
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.run.spec import Spec
 from tests.builders import config, spec
 

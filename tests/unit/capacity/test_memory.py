@@ -21,7 +21,7 @@ from engine.capacity.transfer import channel
 from engine.config import options
 from engine.config.load import RunConfig, load_config
 from engine.models.base import ModelShape
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.models.sharding import EngineLayout, TrainerLayout, trainer_layout
 from engine.ops import lm_head
 from engine.run.spec import Spec

@@ -18,7 +18,7 @@ from engine.capacity.transfer import Machine, measure
 from engine.config.load import load_config
 from engine.models.base import ModelShape
 from engine.models.checks import check_engine_layout, check_layout
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.models.sharding import EngineLayout, TrainerLayout
 from engine.run.spec import resolve
 

@@ -11,7 +11,7 @@ from engine.api.planning import plan
 from engine.config.load import RunConfig, load_config
 from engine.config.placement import place, training_parts
 from engine.core.errors import ConfigError
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 
 ROOT = Path(__file__).resolve().parents[3]
 PAPER, TINY = ({path.stem: path for path in (ROOT / "configs" / name).glob("*.toml")} for name in ("paper", "tiny"))

@@ -81,14 +81,14 @@ CSV = 'problem,answer,extra\r\n1 + 1?,2,\r\n"a, ""b""\nand ü?",007,x\r\n'.encod
 FILES = {
     "rows.jsonl": LINES,
     "bom.jsonl": codecs.BOM_UTF8 + LINES,
-    "rows.jsonl.gz": gzip.compress(LINES),
+    "rows.jsonl.gz": gzip.compress(LINES, mtime=0),
     "rows.json": ARRAY,
     "bom.json": codecs.BOM_UTF8 + b"\n " + ARRAY,
-    "rows.json.gz": gzip.compress(ARRAY),
+    "rows.json.gz": gzip.compress(ARRAY, mtime=0),
     "lines.json": LINES,
     "rows.csv": CSV,
     "bom.csv": codecs.BOM_UTF8 + CSV,
-    "rows.csv.gz": gzip.compress(codecs.BOM_UTF8 + CSV),
+    "rows.csv.gz": gzip.compress(codecs.BOM_UTF8 + CSV, mtime=0),
 }
 LINE_BY_LINE = ("rows.jsonl", "bom.jsonl", "rows.jsonl.gz", "lines.json")
 
@@ -119,7 +119,7 @@ def test_a_cell_of_csv_may_be_long(tmp_path):
         ("a.csv", b"problem,answer\n\xff,2\n", r"must be UTF-8; found byte b'\\xff'"),
         ("a.csv", b"", "at least one row"),
         ("a.jsonl.gz", b"{}", "must be a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "must be a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "must be a whole gzip file"),
         ("a.json", b"[{}", "must be one JSON object; .*: write an array of objects"),
         ("a.json", b"[1]", "row 1: a row must be a JSON object"),
         ("a.json", b"[]", "at least one row"),

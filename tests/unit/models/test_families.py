@@ -16,7 +16,7 @@ from engine.bridge.terms import SyncTerms
 from engine.core.errors import ConfigError
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.models.registry import FAMILIES, family_of
 from engine.models.sharding import WHOLE, EngineLayout, Layout, TrainerLayout
 from tests.unit.models.test_hf import CONFIG, SCALING

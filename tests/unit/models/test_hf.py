@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from engine.core.errors import CheckpointError, ConfigError
 from engine.models.base import Llama3Scaling
-from engine.models.hf import HfCheckpoint, read_shape, write_hf_checkpoint
+from engine.models.config_file import read_shape
+from engine.models.hf import HfCheckpoint, write_hf_checkpoint
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

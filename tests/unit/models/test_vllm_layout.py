@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.capacity.memory import reward_engine
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from engine.models.sharding import EngineLayout
 from tests import builders
 from tests.unit.models.test_sharding import fill, model_of

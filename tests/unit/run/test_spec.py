@@ -165,7 +165,7 @@ RESOLVERS = {
     "engine.config.placement.place": ("run/spec.py", "api/faults/machine.py"),
     "engine.config.placement.colocated_nodes": ("run/spec.py", "config/rules.py"),
     "engine.config.placement.training_parts": ("run/spec.py", "api/faults/look.py"),
-    "engine.models.hf.read_shape": ("run/spec.py", "models/", "api/faults/model.py", "api/initial.py"),
+    "engine.models.config_file.read_shape": ("run/spec.py", "models/", "api/faults/model.py", "api/initial.py"),
     "engine.models.sharding.trainer_layout": (
         "run/spec.py",
         "api/faults/",
