@@ -1,5 +1,5 @@
-"""DPO: the preference loss of the paper (equation 3) over one pair a prompt. GroupDPO (group_dpo.py) has the same loss over
-all pairs of a group.
+"""DPO: the preference loss of the paper (equation 3) over one pair a prompt, and its variants: IPO, smoothed labels, log-probs
+averaged over the response. GroupDPO (group_dpo.py) has the same loss over all pairs of a group.
 
 Shape legend: T tokens of the microbatch, B sequences of it, P pairs of it.
 """
@@ -7,7 +7,7 @@ Shape legend: T tokens of the microbatch, B sequences of it, P pairs of it.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,13 +18,14 @@ from engine.algorithms.base import (
     Result,
     denominator,
     mismatch,
+    response_lengths,
     split_groups_loss,
     store_split_groups,
     training_sequence,
 )
 from engine.algorithms.pairs import all_pairs, pairing_function, preference_pair
 from engine.config.load import RunConfig
-from engine.config.options import AlgorithmOptions, Factor, Pairing, Weight
+from engine.config.options import AlgorithmOptions, Factor, Pairing, Unit, Weight
 from engine.core.metrics import Metric
 from engine.core.types import Batch, Microbatch, RolloutGroup, Sequence
 
@@ -61,6 +62,19 @@ class PreferenceOptions(AlgorithmOptions):
     beta: Factor = Field(
         0.1, description="DPO's inverse temperature; the paper's: 0.1 on math, 0.01 with a reward model (TRL: beta)"
     )
+    preference_loss: Literal["sigmoid", "ipo"] = Field(
+        "sigmoid",
+        description="of the difference of a pair's log-ratios: 'sigmoid' (DPO), or 'ipo', its squared distance from 1 / (2 beta) "
+        "(TRL: loss_type)",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5), Unit("of 1")] = Field(
+        0.0, description="how often a pair is thought to be the wrong way round, with 'sigmoid' (cDPO)"
+    )
+    average_log_probs: bool = Field(
+        False,
+        description="divide the log-ratio of a response by its number of tokens; beta is then larger, as Tulu 3's 5 (TRL: "
+        "loss_type = 'sigmoid_norm', and of its 'ipo')",
+    )
     nll_weight: Weight = Field(0.0, description="of the NLL of the chosen response (TRL: rpo_alpha)")
     choose_truncated: bool = Field(False, description="whether a response cut off at sampling.max_tokens may be the chosen one")
 
@@ -85,6 +99,11 @@ class Dpo(Algorithm):
     of that over all pairs of a prompt, of which DPO has one.
 
     l is the sum of token log-probs over the response, EOS included, not divided by length. Paper, equation 3.
+
+    With h the difference of log-ratios, [..], average_log_probs divides each of both by its response's tokens first (Tulu 3,
+    arXiv 2411.15124). label_smoothing = e makes the first term (1 - e) * (-log sigmoid(beta h)) + e * (-log
+    sigmoid(-beta h)) (cDPO, Mitchell 2023), preference_loss = "ipo" makes it (h - 1 / (2 beta))^2 (IPO, arXiv 2310.12036,
+    equation 17).
     """
 
     Options: ClassVar[type[PreferenceOptions]] = DpoOptions
@@ -106,7 +125,13 @@ class Dpo(Algorithm):
     @classmethod
     def broken_rules(cls, config: RunConfig) -> list[str]:
         """See Algorithm."""
-        a, broken = config.algorithm, super().broken_rules(config)
+        a: Any = config.algorithm
+        broken = super().broken_rules(config)
+        if a.label_smoothing and a.preference_loss != "sigmoid":
+            broken.append(
+                f"algorithm.label_smoothing needs algorithm.preference_loss = 'sigmoid'; found {a.label_smoothing} with "
+                f"{a.preference_loss!r}: set it to 0"
+            )
         if isinstance(a, DpoOptions):
             pairing_function(a.pairing)  # a user's own must be there
         return broken
@@ -120,16 +145,16 @@ class Dpo(Algorithm):
         pairs, weights = all_pairs(split_groups.tolist(), torch.cat([m.chosen for m in microbatches]).tolist())
         with torch.enable_grad():
             sums = [self._sums(leaf, m) for leaf, m in zip(leaves, microbatches, strict=True)]
-            policy, reference = (torch.cat(parts) for parts in zip(*sums, strict=True))
-            loss, metrics = self._compare(policy, reference, pairs.to(policy.device), weights.to(policy.device))
+            policy, log_ratio = (torch.cat(parts) for parts in zip(*sums, strict=True))
+            loss, metrics = self._compare(policy, log_ratio, pairs.to(policy.device), weights.to(policy.device))
         return store_split_groups(microbatches, leaves, loss, metrics)
 
     def __call__(
         self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch, entropy: torch.Tensor | None = None
     ) -> Result:
         """See Loss."""
-        policy, reference = self._sums(log_probs, microbatch)
-        loss, metrics = self._compare(policy, reference, microbatch.pairs, microbatch.pair_weights)
+        policy, log_ratio = self._sums(log_probs, microbatch)
+        loss, metrics = self._compare(policy, log_ratio, microbatch.pairs, microbatch.pair_weights)
         if microbatch.split_gradients is not None:
             loss = loss + split_groups_loss(log_probs, microbatch)
             metrics = {name: value + microbatch.split_metrics.get(name, 0.0) for name, value in metrics.items()}
@@ -138,21 +163,29 @@ class Dpo(Algorithm):
         return loss / denominator(batch, self.options.reduction), metrics
 
     def _sums(self, log_probs: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The policy's and the reference's log-prob of each response, [B] each."""
+        """Of each response the policy's log-prob, and that minus the reference's, averaged if asked for, [B] each."""
         assert microbatch.reference_log_probs is not None, "the reference must score a microbatch before DPO's loss"
         from engine.ops import sequence_log_probs
 
         bounds = microbatch.cu_seqlens.to(log_probs.device)
-        return sequence_log_probs(log_probs, bounds), sequence_log_probs(microbatch.reference_log_probs, bounds)
+        policy = sequence_log_probs(log_probs, bounds)
+        log_ratio = policy - sequence_log_probs(microbatch.reference_log_probs, bounds)
+        return policy, log_ratio / response_lengths(microbatch) if self.options.average_log_probs else log_ratio
 
-    def _compare(self, policy: torch.Tensor, reference: torch.Tensor, pairs: torch.Tensor, weights: torch.Tensor) -> Result:
+    def _compare(self, policy: torch.Tensor, log_ratio: torch.Tensor, pairs: torch.Tensor, weights: torch.Tensor) -> Result:
         """(weighted sum over pairs of the loss, its metrics but those of the mismatch)."""
         from torch.nn.functional import logsigmoid
 
         chosen, rejected = pairs.unbind(-1)
-        log_ratio = policy - reference
-        margin = self.beta * (log_ratio[chosen] - log_ratio[rejected])
-        loss = -(weights * logsigmoid(margin)).sum()
+        difference = log_ratio[chosen] - log_ratio[rejected]
+        margin = self.beta * difference
+        smoothing = self.options.label_smoothing
+        if self.options.preference_loss == "ipo":
+            loss = (weights * (difference - 1 / (2 * self.beta)).square()).sum()
+        elif smoothing:
+            loss = -(weights * ((1 - smoothing) * logsigmoid(margin) + smoothing * logsigmoid(-margin))).sum()
+        else:
+            loss = -(weights * logsigmoid(margin)).sum()
         if self.nll_weight:
             loss = loss - self.nll_weight * (weights * policy[chosen]).sum()
         metrics: Parts = {

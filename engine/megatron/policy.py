@@ -28,6 +28,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from engine.algorithms.base import Loss
 from engine.config.load import Copy, RunConfig
 from engine.core.errors import CheckpointError, NumericsError
+from engine.core.metrics import part_reductions
 from engine.core.types import Batch, Microbatch
 from engine.megatron import build
 from engine.megatron.fp8.delayed_scaling import Fp8Memory
@@ -103,6 +104,7 @@ class Policy:
         )
         forget_initial(self._own.values())
         self._reference: dict[str, torch.Tensor] = {}
+        self._reference_mix = config.sync.reference_mix
         if loss.needs_reference if copies is None else "reference" in copies:
             self.refresh_reference()
         still = self._reference if config.sync.reference == "never" else {}  # one that never moves is the seed's weights too
@@ -119,9 +121,15 @@ class Policy:
         return bool(self._seed)
 
     def refresh_reference(self) -> None:
-        """Makes the reference a copy of the policy as it is now."""
+        """Makes the reference a copy of the policy as it is now, or with sync.reference_mix = m its own weights times 1 - m plus
+        the policy's times m, in place, each number rounded once."""
         assert self.loss.needs_reference, "a reference nobody needs"
-        self._reference = self._copy()
+        if self._reference and self._reference_mix < 1:
+            with torch.no_grad():
+                for name, parameter in self._own.items():
+                    self._reference[name].lerp_(parameter.detach(), self._reference_mix)
+        else:
+            self._reference = self._copy()
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: copied(parameter) for name, parameter in self._own.items()}
@@ -181,7 +189,7 @@ class Policy:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-        names = [metric.name for metric in self.loss.metrics]
+        names = list(part_reductions(self.loss.metrics))
 
         def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             coefficients = self.loss.coefficients(microbatch)
@@ -409,7 +417,7 @@ class Policy:
     def _total(self, collected: list[torch.Tensor]) -> torch.Tensor:
         """Over microbatches, then over data-parallel ranks, the sum, or of a metric that says so the maximum; the last stage's
         reaches all stages. [2 + K]"""
-        largest = [False, False, *(metric.reduce == "max" for metric in self.loss.metrics)]
+        largest = [False, False, *(reduce == "max" for reduce in part_reductions(self.loss.metrics).values())]
         parts = torch.stack(collected) if collected else torch.zeros(0, len(largest), device=self.parallel.device)
         total = torch.zeros(len(largest), dtype=torch.float64, device=self.parallel.device)
         for part in collected:
