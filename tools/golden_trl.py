@@ -1,8 +1,9 @@
-"""Runs TRL's own DPO, GRPO and CISPO losses, DPO's variants and GRPO's corrections among them, on made-up log-probs and writes inputs, losses and gradients, in float64, to
-tests/unit/algorithms/golden_trl.json, which test_golden_trl.py beside it holds our losses against. TRL is no dependency of
-ours: run this where `trl` and what it imports (accelerate, datasets, pandas) are installed. No model is run: the trainers' loss
-functions are given the log-probs that a model would return. The importance weights of its corrections have no function of
-their own there: those lines of its trainer's method are cut out and run as they are.
+"""Runs TRL's own DPO, GRPO and CISPO losses, DPO's variants and GRPO's corrections among them, on made-up log-probs and writes
+inputs, losses and gradients, in float64, to tests/unit/algorithms/golden_trl.json, which test_golden_trl.py beside it holds
+our losses against. TRL is no dependency of ours: run this where `trl` and what it imports (accelerate, datasets, pandas)
+are installed. No model is run: the trainers' loss functions are given the log-probs that a model would return. The
+importance weights of its corrections have no function of their own there: those lines of its trainer's method are cut out
+and run as they are.
 
     python tools/golden_trl.py [FILE]
 """
@@ -68,7 +69,9 @@ def main() -> None:
         "gspo": [grpo(policy, reference, rollout, advantages, "grpo", kl, level="sequence") for kl in (0.0, 0.3)],
         "cispo": [grpo(policy, reference, rollout, advantages, "cispo", kl, epsilon_high=1.2) for kl in (0.0, 0.3)],
         "corrected": [
-            corrected(policy, reference, rollout, advantages, kl, *correction) for correction in CORRECTIONS for kl in (0.0, 0.3)
+            corrected(policy, reference, rollout, advantages, kl, *correction)
+            for correction in CORRECTIONS
+            for kl in (0.0, 0.3)
         ],
     }
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else FILE
@@ -81,7 +84,7 @@ def dpo(policy: Rows, reference: Rows, beta: float, loss_type: str = "sigmoid", 
     """A loss of pairs (0, 1), (2, 3), ...: even rows are chosen. Each pair by itself where TRL's sorts the batch."""
     pairs = [[i, i + 1] for i in range(0, NUM_SEQUENCES, 2)]
     batches = pairs if loss_type == "aot" else [[i for i, _ in pairs] + [j for _, j in pairs]]  # all chosen, all rejected
-    loss, gradients = 0.0, {}
+    loss, gradients = 0.0, dict[int, list[float]]()
     for order in batches:
         part, slopes = dpo_batch(policy, reference, order, beta, loss_type, smoothing)
         loss += part / len(batches)
@@ -181,7 +184,7 @@ def corrected(
     low: float | None,
     high: float | None,
 ) -> dict[str, Any]:
-    """"luspo", the mean over responses of their sums, with TRL's weights of the policy against the rollouts."""
+    """ "luspo", the mean over responses of their sums, with TRL's weights of the policy against the rollouts."""
     begin, end = WEIGHTED
     lines = inspect.getsource(GRPOTrainer._generate_and_score_completions).split(end)[0].rpartition(begin)[2]
     options = {"mode": mode, "clip_min": low, "clip_max": high}

@@ -69,9 +69,9 @@ def advantages_of(function: Advantages, group: RolloutGroup) -> list[float]:
 
 
 def scale_by_batch(sequences: Sequence[TrainingSequence], groups: Sequence[RolloutGroup]) -> list[TrainingSequence]:
-    """For BATCH: the step's sequences with their advantages, each minus its group's mean so far, divided by the root of the mean
-    square of all judged rollouts of the step's `groups` (arXiv 2501.03262, its baseline variant, whose mean over the batch is
-    0 already). A step without a signal is left as it is, and so is one whose root is only rounding (LEAST_DEVIATION)."""
+    """For BATCH: the step's sequences with their advantages, each minus its group's mean so far, divided by the root of the
+    mean square of all judged rollouts of the step's `groups` (arXiv 2501.03262, its baseline variant, whose mean over the batch
+    is 0 already). A step without a signal is left as it is, and so is one whose root is only rounding (LEAST_DEVIATION)."""
     from engine.ops.advantages import LEAST_DEVIATION
 
     every = [a for group in groups for a in advantages_of(grouped_advantages, group)]

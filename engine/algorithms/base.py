@@ -185,8 +185,8 @@ def denominator(batch: Batch, reduction: str) -> int:
 
 def mismatch(log_probs: torch.Tensor, microbatch: Microbatch) -> Parts:
     """The parts of MISMATCH. With r = policy probability / rollout probability of a target token: the sum of |log r|, the sum
-    of r - log r - 1 (log r held at LOG_LIMIT), the largest r (0 without a token). With R = the product of r over a response, its
-    logarithm held likewise: the sums of R, of R squared and of responses."""
+    of r - log r - 1 (log r held at LOG_LIMIT), the largest r (0 without a token). With R = the product of r over a response,
+    its logarithm held likewise: the sums of R, of R squared and of responses."""
     import torch
 
     from engine.ops import sequence_log_probs

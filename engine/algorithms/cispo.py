@@ -29,7 +29,8 @@ class CispoOptions(AdvantageOptions):
         None, description="smallest weight of a token, the paper's 1 - epsilon_low; unset: none, as the paper runs it"
     )
     weight_high: Factor = Field(
-        5.0, description="largest weight of a token, the paper's 1 + epsilon_high (TRL: epsilon_high, which is the bound itself)"
+        5.0,
+        description="largest weight of a token, the paper's 1 + epsilon_high (TRL: epsilon_high, which is the bound itself)",
     )
 
 
@@ -50,7 +51,8 @@ class Cispo(PolicyGradient):
         broken = super().broken_rules(config)
         if a.weight_low is not None and a.weight_low >= a.weight_high:
             broken.append(
-                f"algorithm.weight_low must be less than algorithm.weight_high; found {a.weight_low} and {a.weight_high}: lower it"
+                f"algorithm.weight_low must be less than algorithm.weight_high; found {a.weight_low} and {a.weight_high}: "
+                f"lower it"
             )
         return broken
 

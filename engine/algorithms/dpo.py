@@ -64,8 +64,8 @@ class PreferenceOptions(AlgorithmOptions):
     )
     preference_loss: Literal["sigmoid", "ipo"] = Field(
         "sigmoid",
-        description="of the difference of a pair's log-ratios: 'sigmoid' (DPO), or 'ipo', its squared distance from 1 / (2 beta) "
-        "(TRL: loss_type)",
+        description="of the difference of a pair's log-ratios: 'sigmoid' (DPO), or 'ipo', its squared distance from 1 / (2 "
+        "beta) (TRL: loss_type)",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5), Unit("of 1")] = Field(
         0.0, description="how often a pair is thought to be the wrong way round, with 'sigmoid' (cDPO)"

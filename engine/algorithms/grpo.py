@@ -66,9 +66,9 @@ def broken_clip_rules(options: PolicyGradientOptions) -> list[str]:
     if clips == (0.2, None, None, None, "token"):
         return []
     return [
-        f"algorithm.correction = {options.correction!r} bounds the ratio itself, so that the clip, against the policy before the "
-        f"step, never acts; found clip_ratio = {clips[0]}, clip_ratio_low = {clips[1]}, clip_ratio_high = {clips[2]}, dual_clip "
-        f"= {clips[3]} and ratio_level = {clips[4]!r}: remove them, or set correction = 'none'"
+        f"algorithm.correction = {options.correction!r} bounds the ratio itself, so that the clip, against the policy before "
+        f"the step, never acts; found clip_ratio = {clips[0]}, clip_ratio_low = {clips[1]}, clip_ratio_high = {clips[2]}, "
+        f"dual_clip = {clips[3]} and ratio_level = {clips[4]!r}: remove them, or set correction = 'none'"
     ]
 
 

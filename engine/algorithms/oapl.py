@@ -83,7 +83,7 @@ class Oapl(Algorithm):
         from engine.ops import sequence_log_probs
 
         bounds, advantages = microbatch.cu_seqlens, microbatch.advantages
-        shares = microbatch.values.get(SHARE, advantages.new_zeros(()))  # an empty microbatch has no values
+        shares = microbatch.values[SHARE] if microbatch.values else advantages.new_zeros(())  # an empty one has none
         gain = sequence_log_probs(log_probs, bounds) - sequence_log_probs(microbatch.rollout_log_probs, bounds)
         squares = (self.options.ratio_beta * gain - advantages).square()
         loss = (shares * squares).sum() / denominator(batch, self.options.reduction)

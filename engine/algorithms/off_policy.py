@@ -54,8 +54,8 @@ class CorrectionOptions(AlgorithmOptions):
 
     correction: Literal["none", "truncate", "mask"] = Field(
         "none",
-        description="what weighs the policy gradient off policy: 'none', the clipped ratio alone; 'truncate', the ratio held at "
-        "the bounds (TIS); 'mask', the ratio inside them, 0 outside (TRL: vllm_importance_sampling_mode)",
+        description="what weighs the policy gradient off policy: 'none', the clipped ratio alone; 'truncate', the ratio held "
+        "at the bounds (TIS); 'mask', the ratio inside them, 0 outside (TRL: vllm_importance_sampling_mode)",
     )
     correction_level: Level = Field(
         "token",
@@ -76,8 +76,8 @@ def broken_correction_rules(options: CorrectionOptions) -> list[str]:
         if (low, high, options.correction_level) == (None, None, "token"):
             return []
         return [
-            f"algorithm.correction_low, correction_high and correction_level need algorithm.correction; found {low}, {high} and "
-            f"{options.correction_level!r} with 'none': set correction to 'truncate' or 'mask', or remove them"
+            f"algorithm.correction_low, correction_high and correction_level need algorithm.correction; found {low}, {high} "
+            f"and {options.correction_level!r} with 'none': set correction to 'truncate' or 'mask', or remove them"
         ]
     if high is None and (kind == "truncate" or low is None):
         return [

@@ -58,8 +58,8 @@ class AdvantageOptions(AlgorithmOptions):
     kl_weight: Weight = Field(0.001, description="of the KL to the reference, k3 (TRL: beta; verl: kl_loss_coef)")
     normalize_advantages: Normalization = Field(
         "mean",
-        description="what a reward is compared with in its group: 'mean', 'mean_std', 'leave_one_out', 'batch_std', or your own "
-        "as path/to/file.py:name (TRL: scale_rewards)",
+        description="what a reward is compared with in its group: 'mean', 'mean_std', 'leave_one_out', 'batch_std', or your "
+        "own as path/to/file.py:name (TRL: scale_rewards)",
     )
     normalize_length: bool = Field(False, description="divide the sum over a response by its number of tokens")
 
@@ -95,8 +95,8 @@ class PolicyGradient(Algorithm):
         broken = super().broken_rules(config)
         if config.algorithm.reduction == "pairs":
             broken.append(
-                f"algorithm.reduction = 'pairs' needs algorithm.loss with pairs; found {config.algorithm.loss!r}: use 'prompts' "
-                f"or 'tokens'"
+                f"algorithm.reduction = 'pairs' needs algorithm.loss with pairs; found {config.algorithm.loss!r}: use "
+                f"'prompts' or 'tokens'"
             )
         return broken
 

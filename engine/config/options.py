@@ -214,7 +214,9 @@ Normalization = Annotated[str, one_of("algorithm.normalize_advantages", "mean", 
 class AlgorithmOptions(Section):
     """What every loss has. Each loss adds options of its own, in its file of engine/algorithms."""
 
-    loss: str = Field(DEFAULT_LOSS, description="'dpo', 'group_dpo', 'grpo', 'cispo', 'oapl', or your own as path/to/file.py:Name")
+    loss: str = Field(
+        DEFAULT_LOSS, description="'dpo', 'group_dpo', 'grpo', 'cispo', 'oapl', or your own as path/to/file.py:Name"
+    )
     samples_per_prompt: Annotated[int, Field(ge=2), Unit("completions")] = Field(
         8, description="group size: completions sampled of each prompt (TRL: num_generations)"
     )
@@ -338,8 +340,8 @@ class Sync(Section):
     )
     reference_mix: Annotated[float, Field(gt=0, le=1), Unit("of 1")] = Field(
         1.0,
-        description="of the policy in the reference when that takes its weights: 1 copies them; less leaves the rest as it was, "
-        "with reference = 1 a running mean (TR-DPO; TRL: ref_model_mixup_alpha, ref_model_sync_steps)",
+        description="of the policy in the reference when that takes its weights: 1 copies them; less leaves the rest as it "
+        "was, with reference = 1 a running mean (TR-DPO; TRL: ref_model_mixup_alpha, ref_model_sync_steps)",
     )
     semantics: str = Field(
         "paper",

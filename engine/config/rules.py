@@ -69,13 +69,14 @@ def broken_reference_rules(c: Options) -> list[str]:
         return broken
     if c.sync.reference == "never":
         broken.append(
-            f"sync.reference_mix is of the policy in a reference that takes its weights, and sync.reference = 'never' takes none; "
-            f"found {mix}: set sync.reference to 1, 'follow' or a number of steps, or remove reference_mix"
+            f"sync.reference_mix is of the policy in a reference that takes its weights, and sync.reference = 'never' takes "
+            f"none; found {mix}: set sync.reference to 1, 'follow' or a number of steps, or remove reference_mix"
         )
     if c.model.dtype == "bfloat16" and mix < LEAST_MIX_OF_BFLOAT16:
         broken.append(
-            f"sync.reference_mix must be at least {LEAST_MIX_OF_BFLOAT16} with model.dtype = 'bfloat16', in which a smaller part "
-            f"of a policy that has moved little is rounded away; found {mix}: raise it, and mix less often (sync.reference)"
+            f"sync.reference_mix must be at least {LEAST_MIX_OF_BFLOAT16} with model.dtype = 'bfloat16', in which a smaller "
+            f"part of a policy that has moved little is rounded away; found {mix}: raise it, and mix less "
+            f"often (sync.reference)"
         )
     if c.trainer.fp8_parameters:
         broken.append(

@@ -121,8 +121,8 @@ class Policy:
         return bool(self._seed)
 
     def refresh_reference(self) -> None:
-        """Makes the reference a copy of the policy as it is now, or with sync.reference_mix = m its own weights times 1 - m plus
-        the policy's times m, in place, each number rounded once."""
+        """Makes the reference a copy of the policy as it is now, or with sync.reference_mix = m its own weights times 1 - m
+        plus the policy's times m, in place, each number rounded once."""
         assert self.loss.needs_reference, "a reference nobody needs"
         if self._reference and self._reference_mix < 1:
             with torch.no_grad():

@@ -221,8 +221,15 @@ def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: 
     untrained = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     untrained.load_state(load_file(file))
     steps(first, range(1))
+    mixed = True
     if first.has_reference:
+        mix, before = config.sync.reference_mix, first.state()
         first.refresh_reference()
+        for name, now in first.state().items():
+            if name.startswith("reference."):
+                own, old = before[name.replace("reference.", "policy.", 1)], before[name]
+                between = torch.allclose(now, old + mix * (own - old), rtol=1e-6, atol=1e-8) and not torch.equal(now, old)
+                mixed &= between if mix < 1 else torch.equal(now, own)
     save_file(first.state(), file)
     whole = steps(first, range(1, 2))
     resume_at_two = through_files(first, checkpoint, Path(output) / "files")
@@ -238,6 +245,7 @@ def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: 
         "metrics": whole == again and whole[1:] == last,
         "keys": list(ours) == list(theirs) == list(of_files),
         "tensors": all(torch.equal(ours[name], other[name]) for name in ours for other in (theirs, of_files)),
+        "mixed": mixed,
         "from_start": steps(untrained, range(1)) == steps_of_seed(config, parallel, checkpoint),
     }
 

@@ -109,8 +109,8 @@ class Step:
         return found
 
     def mismatch(self) -> dict[str, float]:
-        """Of policy against rollout log-probs: sum of |log r|, sum of r - log r - 1, largest r; of the ratios of whole responses
-        their sum, the sum of their squares and their number."""
+        """Of policy against rollout log-probs: sum of |log r|, sum of r - log r - 1, largest r; of the ratios of whole
+        responses their sum, the sum of their squares and their number."""
         responses = [
             [p - q for p, q in zip(policy, sequence.rollout_log_probs, strict=True)]
             for sequence, policy in zip(self.sequences, self.policy, strict=True)

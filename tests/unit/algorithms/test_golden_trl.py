@@ -1,5 +1,6 @@
-"""Our DPO, GRPO and CISPO, with DPO's variants and GRPO's corrections, against TRL's own loss functions, losses and gradients by log-prob: golden_trl.json was written by TRL
-1.16.0 (tools/golden_trl.py) in float64 on made-up log-probs, whose ratios lie on both sides of the clip.
+"""Our DPO, GRPO and CISPO, with DPO's variants and GRPO's corrections, against TRL's own loss functions, losses and gradients
+by log-prob: golden_trl.json was written by TRL 1.16.0 (tools/golden_trl.py) in float64 on made-up log-probs, whose ratios
+lie on both sides of the clip.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""What stale data does to the losses that look at ratios: corrections of every level and kind, GSPO's ratio, CISPO and OAPL, the
-variants of DPO, against plain formulas in float64 whose gradients torch takes; the metrics of the mismatch; and segments
+"""What stale data does to the losses that look at ratios: corrections of every level and kind, GSPO's ratio, CISPO and OAPL,
+the variants of DPO, against plain formulas in float64 whose gradients torch takes; the metrics of the mismatch; and segments
 without a target, which no loss may see.
 """
 
@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 
-from engine.algorithms.base import ESS, MISMATCH
+from engine.algorithms.base import ESS, MISMATCH, Loss
 from engine.algorithms.oapl import SHARE, optimal_advantages
 from engine.algorithms.registry import make_algorithm, make_loss
 from engine.config.load import CHECKED, RunConfig
@@ -84,7 +84,7 @@ def check(step, made, per_response, divisor=NUM_PROMPTS, **layout):
 @pytest.mark.parametrize("by_length", [False, True])
 @pytest.mark.parametrize(("kind", "level", "low"), product(KINDS, LEVELS, (None, LOW)))
 def test_corrections_are_their_formulas(kind, level, low, by_length, layout):
-    """The gradient of a token is minus its weight times its advantage; what is outside is counted; no token's weight has one."""
+    """The gradient of a token is minus its weight times its advantage; what is outside is counted; no weight has one."""
     step, outside, weights = stale_step(), 0, 0.0
 
     def per_response(policy, rollout, reference, advantage):
@@ -152,7 +152,7 @@ def test_cispo_clips_the_weight_and_keeps_the_gradient(low, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_oapl_is_a_regression_on_the_optimal_advantage(layout):
-    """Groups of 3, 1 and 2, equal rewards among them, against equations 2 and 3; at any layout, for nothing couples its rows."""
+    """Groups of 3, 1 and 2, equal rewards among them, against equations 2 and 3; nothing couples its rows."""
     value_beta, ratio_beta = 0.5, 0.3
     algorithm = make_algorithm(algorithm_options({"loss": "oapl", "value_beta": value_beta, "ratio_beta": ratio_beta}))
     step, rewards, residuals = Step(4, num_pairs=0), [[1.0, 0.0, 0.25], [0.7], [1.0, 1.0]], 0.0
@@ -164,7 +164,9 @@ def test_oapl_is_a_regression_on_the_optimal_advantage(layout):
             step.sequences[-1] = replace(step.sequences[-1], values=sequence.values)
     counts = [len(group) for group in rewards for _ in group]
     values = [
-        value_beta * math.log(math.fsum(math.exp(r / value_beta) for r in group) / len(group)) for group in rewards for _ in group
+        value_beta * math.log(math.fsum(math.exp(r / value_beta) for r in group) / len(group))
+        for group in rewards
+        for _ in group
     ]
     targets = iter(zip(counts, values, [r for group in rewards for r in group], strict=True))
 
@@ -206,7 +208,7 @@ def test_variants_of_dpo_are_their_formulas(options, loss, layout):
         ratio = leaves[i].sum() - sum(step.reference[i])
         return ratio / len(leaves[i]) if averaged else ratio
 
-    wanted, margins = 0.0, 0.0
+    wanted, margins = torch.zeros((), dtype=torch.float64), 0.0
     for chosen, rejected, weight in step.pairs():
         h = gain(chosen) - gain(rejected)
         sigmoid = (1 - smoothing) * (1 + (-beta * h).exp()).log() + smoothing * (1 + (beta * h).exp()).log()
@@ -225,9 +227,7 @@ def test_the_effective_sample_size_falls_with_the_spread_of_the_ratios():
     """By the definition, over the whole step; 1 where policy and rollouts agree; NaN without a response."""
     step = Step(6)
     _, sums, _, _ = step.run(loss_of(loss="cispo", kl_weight=0.0), **LAYOUTS[2])
-    ratios = [
-        math.exp(math.fsum(p) - math.fsum(s.rollout_log_probs)) for p, s in zip(step.policy, step.sequences, strict=True)
-    ]
+    ratios = [math.exp(math.fsum(p) - math.fsum(s.rollout_log_probs)) for p, s in zip(step.policy, step.sequences, strict=True)]
     wanted = math.fsum(ratios) ** 2 / (len(ratios) * math.fsum(r * r for r in ratios))
     assert 0.1 < wanted < 0.95
     assert ESS.value(sums[ESS.name], sums) == pytest.approx(wanted, rel=CLOSE)
@@ -235,6 +235,39 @@ def test_the_effective_sample_size_falls_with_the_spread_of_the_ratios():
     _, sums, _, _ = step.run(loss_of(loss="cispo", kl_weight=0.0))
     assert ESS.value(sums[ESS.name], sums) == pytest.approx(1.0)
     assert math.isnan(ESS.value(0.0, dict.fromkeys(part_reductions(MISMATCH), 0.0)))
+
+
+class Prefixed(Loss):
+    """A loss that sees rows with such a segment at their head."""
+
+    def __init__(self, loss):
+        self.loss, self.metrics = loss, loss.metrics
+
+    def __call__(self, log_probs, microbatch, batch, entropy=None):
+        def token(values, fill):
+            return torch.cat([torch.full((5,), fill, dtype=values.dtype), values])
+
+        def sequence(values, fill):
+            return torch.cat([torch.full((1,), fill, dtype=values.dtype), values])
+
+        wide = replace(
+            microbatch,
+            token_ids=token(microbatch.token_ids, 3),
+            targets=token(microbatch.targets, IGNORED),
+            position_ids=token(microbatch.position_ids, 0),
+            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), microbatch.cu_seqlens + 5]),
+            rollout_log_probs=token(microbatch.rollout_log_probs, 0.0),
+            reference_log_probs=token(microbatch.reference_log_probs, 0.0),
+            advantages=sequence(microbatch.advantages, 0.0),
+            rewards=sequence(microbatch.rewards, 0.0),
+            groups=sequence(microbatch.groups, -1),
+            places=sequence(microbatch.places, -1),
+            split=sequence(microbatch.split, False),
+            chosen=sequence(microbatch.chosen, False),
+            pairs=microbatch.pairs + 1,
+            values={name: sequence(values, 0.0) for name, values in microbatch.values.items()},
+        )
+        return self.loss(token(log_probs, 0.0), wide, batch, entropy)
 
 
 @pytest.mark.parametrize(
@@ -256,36 +289,7 @@ def test_segments_without_a_target_change_nothing(options):
     step, made = Step(8), loss_of(**options)
     step.sequences = [replace(s, values={SHARE: 0.25}) for s in step.sequences]
     plain = step.run(made)
-    prompt = 5  # tokens
-
-    def widened(log_probs, microbatch, batch, entropy=None):
-        def token(values, fill):
-            return None if values is None else torch.cat([torch.full((prompt,), fill, dtype=values.dtype), values])
-
-        def sequence(values, fill):
-            return torch.cat([torch.full((1,), fill, dtype=values.dtype), values])
-
-        wide = replace(
-            microbatch,
-            token_ids=token(microbatch.token_ids, 3),
-            targets=token(microbatch.targets, IGNORED),
-            position_ids=token(microbatch.position_ids, 0),
-            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), microbatch.cu_seqlens + prompt]),
-            rollout_log_probs=token(microbatch.rollout_log_probs, 0.0),
-            reference_log_probs=token(microbatch.reference_log_probs, 0.0),
-            advantages=sequence(microbatch.advantages, 0.0),
-            rewards=sequence(microbatch.rewards, 0.0),
-            groups=sequence(microbatch.groups, -1),
-            places=sequence(microbatch.places, -1),
-            split=sequence(microbatch.split, False),
-            chosen=sequence(microbatch.chosen, False),
-            pairs=microbatch.pairs + 1,
-            values={name: sequence(values, 0.0) for name, values in microbatch.values.items()},
-        )
-        return made(token(log_probs, 0.0), wide, batch, entropy)
-
-    widened.metrics, widened.needs_entropy = made.metrics, False
-    found = step.run(widened)
+    found = step.run(Prefixed(made))
     assert found[0] == pytest.approx(plain[0], rel=1e-6)
     assert found[1] == pytest.approx(plain[1], rel=1e-6)
     assert found[2] == plain[2]

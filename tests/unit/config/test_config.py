@@ -125,7 +125,10 @@ def test_the_options_are_the_reviewed_ones():
         ("run.steps=true", ("run.steps: ", "integer", "found True", "optimizer steps")),
         ("run.seed=-1", ("run.seed: ", "greater than or equal to 0", "found -1")),
         ("trainer.sequence_parallel=1", ("trainer.sequence_parallel: ", "boolean", "found 1")),
-        ("algorithm.loss=ppo", ("algorithm.loss must be one of cispo, dpo, group_dpo, grpo, oapl, or", "found 'ppo'", "choose one")),
+        (
+            "algorithm.loss=ppo",
+            ("algorithm.loss must be one of cispo, dpo, group_dpo, grpo, oapl, or", "found 'ppo'", "choose one"),
+        ),
         ("algorithm.samples_per_prompt=1", ("algorithm.samples_per_prompt: ", "equal to 2", "found 1")),
         ("optimizer.learning_rate=inf", ("optimizer.learning_rate: ", "finite", "found inf")),
         ("optimizer.learning_rate=fast", ("optimizer.learning_rate: ", "number", "found 'fast'")),
