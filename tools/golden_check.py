@@ -227,6 +227,7 @@ class Run:
             "algorithm.preference_loss": (self.algorithm.get("preference_loss", "sigmoid"), ("sigmoid",)),
             "algorithm.label_smoothing": (self.algorithm.get("label_smoothing", 0.0), (0.0,)),
             "algorithm.average_log_probs": (self.algorithm.get("average_log_probs", False), (False,)),
+            "algorithm.weight_pairs": (self.algorithm.get("weight_pairs", False), (False,)),
             "sync.reference_mix": (sync.get("reference_mix", 1.0), (1.0,)),
             "sync.semantics": (sync.get("semantics", "paper"), ("paper",)),
             "sampling.top_p": (self.config["sampling"]["top_p"], (1.0,)),

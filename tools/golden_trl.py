@@ -40,7 +40,7 @@ CORRECTIONS = (  # mode, smallest and largest weight
     ("sequence_truncate", None, 1.5),
     ("sequence_mask", 0.5, 1.5),
 )
-KINDS = ("dpo", "grpo", "dpo_variants", "gspo", "cispo", "corrected")
+KINDS = ("dpo", "grpo", "dpo_variants", "wpo", "gspo", "cispo", "corrected")
 WEIGHTED = ("use_vllm and self.vllm_importance_sampling_correction:\n", "# Compute the per-token log probabilities for the ref")
 Rows = list[list[float]]
 
@@ -52,6 +52,7 @@ def main() -> None:
     policy = [[p + draw.uniform(-0.5, 0.5) for p in row] for row in rollout]  # ratios on both sides of the clip
     reference = [[p + draw.uniform(-0.5, 0.5) for p in row] for row in rollout]
     advantages = [draw.uniform(-1.5, 1.5) for _ in lengths]
+    squares = [[draw.uniform(-2.0, -0.1) for _ in row] for row in rollout]  # logs of sums of squared probabilities
     golden: dict[str, Any] = {
         "made_by": {"trl": trl.__version__, "torch": torch.__version__, "seed": SEED},
         "rollout": rollout,
@@ -66,6 +67,8 @@ def main() -> None:
         "dpo_variants": [
             dpo(policy, reference, beta, loss_type, smoothing) for loss_type, smoothing in VARIANTS for beta in BETAS
         ],
+        "squares": squares,
+        "wpo": [dpo(policy, reference, beta, squares=squares) for beta in BETAS],
         "gspo": [grpo(policy, reference, rollout, advantages, "grpo", kl, level="sequence") for kl in (0.0, 0.3)],
         "cispo": [grpo(policy, reference, rollout, advantages, "cispo", kl, epsilon_high=1.2) for kl in (0.0, 0.3)],
         "corrected": [
@@ -80,13 +83,20 @@ def main() -> None:
     print(f"{file}: {', '.join(f'{len(v)} of {k}' for k, v in golden.items() if k in KINDS)}, by TRL {trl.__version__}")
 
 
-def dpo(policy: Rows, reference: Rows, beta: float, loss_type: str = "sigmoid", smoothing: float = 0.0) -> dict[str, Any]:
+def dpo(
+    policy: Rows,
+    reference: Rows,
+    beta: float,
+    loss_type: str = "sigmoid",
+    smoothing: float = 0.0,
+    squares: Rows | None = None,
+) -> dict[str, Any]:
     """A loss of pairs (0, 1), (2, 3), ...: even rows are chosen. Each pair by itself where TRL's sorts the batch."""
     pairs = [[i, i + 1] for i in range(0, NUM_SEQUENCES, 2)]
     batches = pairs if loss_type == "aot" else [[i for i, _ in pairs] + [j for _, j in pairs]]  # all chosen, all rejected
     loss, gradients = 0.0, dict[int, list[float]]()
     for order in batches:
-        part, slopes = dpo_batch(policy, reference, order, beta, loss_type, smoothing)
+        part, slopes = dpo_batch(policy, reference, order, beta, loss_type, smoothing, squares)
         loss += part / len(batches)
         gradients |= {i: [slope / len(batches) for slope in row] for i, row in zip(order, slopes, strict=True)}
     more = {} if loss_type == "sigmoid" else {"loss_type": loss_type, "label_smoothing": smoothing}
@@ -94,7 +104,13 @@ def dpo(policy: Rows, reference: Rows, beta: float, loss_type: str = "sigmoid", 
 
 
 def dpo_batch(
-    policy: Rows, reference: Rows, order: list[int], beta: float, loss_type: str, smoothing: float
+    policy: Rows,
+    reference: Rows,
+    order: list[int],
+    beta: float,
+    loss_type: str,
+    smoothing: float,
+    squares: Rows | None,
 ) -> tuple[float, Rows]:
     """(loss, gradients in this order) of a batch of TRL's."""
     half = len(order) // 2
@@ -103,6 +119,7 @@ def dpo_batch(
     mask_with_prompt = torch.cat([torch.zeros(len(order), 1, dtype=torch.int64), mask], 1)
     sums = torch.tensor([sum(reference[i]) for i in order], dtype=torch.float64)
     outputs = SimpleNamespace(log_probs=log_probs, entropy=log_probs, mean_logits=log_probs, is_top1=mask.bool())
+    outputs.log_sum_sq_probs = None if squares is None else padded([squares[i] for i in order])[0]
     trainer = SimpleNamespace(
         **surroundings(),
         ld_alpha=None,
@@ -112,7 +129,7 @@ def dpo_batch(
         label_smoothing=smoothing,
         loss_weights=[1.0],
         beta=beta,
-        use_weighting=False,
+        use_weighting=squares is not None,
         _total_train_tokens=0,
     )
     inputs = {

@@ -74,6 +74,7 @@ class Loss:
     metrics: tuple[Metric, ...] = ()
     needs_reference = False  # whether the loss looks at reference log-probs
     needs_entropy = False  # whether it looks at the entropy of the next token
+    needs_squares = False  # whether it looks at `log_square_probs`, which come without gradient
 
     def coefficients(self, microbatch: Microbatch) -> torch.Tensor | None:
         """What the loss multiplies each log-prob by, up to one factor, [T] float32; None where that depends on them."""
@@ -158,6 +159,7 @@ class SumLoss(Loss):
         self.metrics = tuple(by_name(metric for _, part in parts for metric in part.metrics).values())
         self.needs_reference = any(part.needs_reference for _, part in parts)
         self.needs_entropy = any(part.needs_entropy for _, part in parts)
+        self.needs_squares = any(part.needs_squares for _, part in parts)
 
     def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:
         """See Loss."""

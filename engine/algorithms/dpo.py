@@ -27,7 +27,7 @@ from engine.algorithms.pairs import all_pairs, pairing_function, preference_pair
 from engine.config.load import RunConfig
 from engine.config.options import AlgorithmOptions, Factor, Pairing, Unit, Weight
 from engine.core.metrics import Metric
-from engine.core.types import Batch, Microbatch, RolloutGroup, Sequence
+from engine.core.types import IGNORED, Batch, Microbatch, RolloutGroup, Sequence
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ CHOSEN = _of_pairs(
     "nats a response",
     TRL="logps/chosen",
 )
+PAIR_WEIGHT = _of_pairs("pair_weight_mean", "with algorithm.weight_pairs: of a pair, 1 as the policy itself writes", "")
 REJECTED = _of_pairs("rejected_log_prob_mean", "the same of the rejected response", "nats a response", TRL="logps/rejected")
 
 
@@ -74,6 +75,11 @@ class PreferenceOptions(AlgorithmOptions):
         False,
         description="divide the log-ratio of a response by its number of tokens; beta is then larger, as Tulu 3's 5 (TRL: "
         "loss_type = 'sigmoid_norm', and of its 'ipo')",
+    )
+    weight_pairs: bool = Field(
+        False,
+        description="weigh each pair by how likely the policy is to write its responses, compared with what it would write "
+        "itself (WPO; TRL: use_weighting)",
     )
     nll_weight: Weight = Field(0.0, description="of the NLL of the chosen response (TRL: rpo_alpha)")
     choose_truncated: bool = Field(False, description="whether a response cut off at sampling.max_tokens may be the chosen one")
@@ -103,7 +109,9 @@ class Dpo(Algorithm):
     With h the difference of log-ratios, [..], average_log_probs divides each of both by its response's tokens first (Tulu 3,
     arXiv 2411.15124). label_smoothing = e makes the first term (1 - e) * (-log sigmoid(beta h)) + e * (-log
     sigmoid(-beta h)) (cDPO, Mitchell 2023), preference_loss = "ipo" makes it (h - 1 / (2 beta))^2 (IPO, arXiv 2310.12036,
-    equation 17).
+    equation 17). weight_pairs multiplies it with w(chosen) * w(rejected), a constant, where log w is the mean over the response
+    of the token's log-prob minus the log of the sum of all tokens' squared probabilities (WPO, arXiv 2406.11827, with its
+    sampled alignment). The NLL is neither averaged nor weighed.
     """
 
     Options: ClassVar[type[PreferenceOptions]] = DpoOptions
@@ -113,7 +121,9 @@ class Dpo(Algorithm):
     def __init__(self, options: PreferenceOptions, *, sampled: bool = True) -> None:
         super().__init__(options, sampled=sampled)
         self.beta, self.nll_weight = options.beta, options.nll_weight
-        self.metrics = (PAIRS, MARGIN, PREFERRED, CHOSEN, REJECTED, *(MISMATCH if sampled else ()))
+        self.needs_squares = options.weight_pairs
+        weighted = (PAIR_WEIGHT,) if options.weight_pairs else ()
+        self.metrics = (PAIRS, MARGIN, PREFERRED, CHOSEN, REJECTED, *weighted, *(MISMATCH if sampled else ()))
 
     def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:
         """The group's one pair; a prompt without a pair is dropped."""
@@ -132,6 +142,11 @@ class Dpo(Algorithm):
                 f"algorithm.label_smoothing needs algorithm.preference_loss = 'sigmoid'; found {a.label_smoothing} with "
                 f"{a.preference_loss!r}: set it to 0"
             )
+        if a.weight_pairs and config.trainer.fused_lm_head:
+            broken.append(
+                "algorithm.weight_pairs needs the logits, which trainer.fused_lm_head never makes; found both true: set one to "
+                "false"
+            )
         if isinstance(a, DpoOptions):
             pairing_function(a.pairing)  # a user's own must be there
         return broken
@@ -145,16 +160,16 @@ class Dpo(Algorithm):
         pairs, weights = all_pairs(split_groups.tolist(), torch.cat([m.chosen for m in microbatches]).tolist())
         with torch.enable_grad():
             sums = [self._sums(leaf, m) for leaf, m in zip(leaves, microbatches, strict=True)]
-            policy, log_ratio = (torch.cat(parts) for parts in zip(*sums, strict=True))
-            loss, metrics = self._compare(policy, log_ratio, pairs.to(policy.device), weights.to(policy.device))
+            policy, log_ratio, alignment = (torch.cat(parts) for parts in zip(*sums, strict=True))
+            loss, metrics = self._compare(policy, log_ratio, alignment, pairs.to(policy.device), weights.to(policy.device))
         return store_split_groups(microbatches, leaves, loss, metrics)
 
     def __call__(
         self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch, entropy: torch.Tensor | None = None
     ) -> Result:
         """See Loss."""
-        policy, log_ratio = self._sums(log_probs, microbatch)
-        loss, metrics = self._compare(policy, log_ratio, microbatch.pairs, microbatch.pair_weights)
+        policy, log_ratio, alignment = self._sums(log_probs, microbatch)
+        loss, metrics = self._compare(policy, log_ratio, alignment, microbatch.pairs, microbatch.pair_weights)
         if microbatch.split_gradients is not None:
             loss = loss + split_groups_loss(log_probs, microbatch)
             metrics = {name: value + microbatch.split_metrics.get(name, 0.0) for name, value in metrics.items()}
@@ -162,30 +177,50 @@ class Dpo(Algorithm):
             metrics |= mismatch(log_probs, microbatch)
         return loss / denominator(batch, self.options.reduction), metrics
 
-    def _sums(self, log_probs: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each response the policy's log-prob, and that minus the reference's, averaged if asked for, [B] each."""
+    def _sums(self, log_probs: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each response the policy's log-prob, that minus the reference's, averaged if asked for, and its weight in pairs,
+        without gradient; [B] each."""
         assert microbatch.reference_log_probs is not None, "the reference must score a microbatch before DPO's loss"
+        import torch
+
         from engine.ops import sequence_log_probs
 
         bounds = microbatch.cu_seqlens.to(log_probs.device)
         policy = sequence_log_probs(log_probs, bounds)
         log_ratio = policy - sequence_log_probs(microbatch.reference_log_probs, bounds)
-        return policy, log_ratio / response_lengths(microbatch) if self.options.average_log_probs else log_ratio
+        if self.options.average_log_probs:
+            log_ratio = log_ratio / response_lengths(microbatch)
+        alignment = torch.ones_like(policy)
+        if self.needs_squares:
+            assert microbatch.log_square_probs is not None, "the policy must score a microbatch before its pairs are weighed"
+            aligned = log_probs.detach() - microbatch.log_square_probs
+            sums = sequence_log_probs(aligned, bounds, microbatch.targets != IGNORED)
+            alignment = (sums / response_lengths(microbatch)).exp()
+        return policy, log_ratio, alignment
 
-    def _compare(self, policy: torch.Tensor, log_ratio: torch.Tensor, pairs: torch.Tensor, weights: torch.Tensor) -> Result:
+    def _compare(
+        self,
+        policy: torch.Tensor,
+        log_ratio: torch.Tensor,
+        alignment: torch.Tensor,
+        pairs: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> Result:
         """(weighted sum over pairs of the loss, its metrics but those of the mismatch)."""
         from torch.nn.functional import logsigmoid
 
         chosen, rejected = pairs.unbind(-1)
         difference = log_ratio[chosen] - log_ratio[rejected]
         margin = self.beta * difference
+        of_pairs = alignment.detach()[chosen] * alignment.detach()[rejected]
+        compared = weights * of_pairs if self.needs_squares else weights
         smoothing = self.options.label_smoothing
         if self.options.preference_loss == "ipo":
-            loss = (weights * (difference - 1 / (2 * self.beta)).square()).sum()
+            loss = (compared * (difference - 1 / (2 * self.beta)).square()).sum()
         elif smoothing:
-            loss = -(weights * ((1 - smoothing) * logsigmoid(margin) + smoothing * logsigmoid(-margin))).sum()
+            loss = -(compared * ((1 - smoothing) * logsigmoid(margin) + smoothing * logsigmoid(-margin))).sum()
         else:
-            loss = -(weights * logsigmoid(margin)).sum()
+            loss = -(compared * logsigmoid(margin)).sum()
         if self.nll_weight:
             loss = loss - self.nll_weight * (weights * policy[chosen]).sum()
         metrics: Parts = {
@@ -195,4 +230,6 @@ class Dpo(Algorithm):
             CHOSEN.name: policy[chosen].sum().detach(),
             REJECTED.name: policy[rejected].sum().detach(),
         }
+        if self.needs_squares:
+            metrics[PAIR_WEIGHT.name] = of_pairs.sum()
         return loss, metrics

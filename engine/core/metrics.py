@@ -35,7 +35,7 @@ class Metric:
         """The step's value from the sum (or maximum) over all parts."""
         if self.reduce == "effective":
             below = math.prod(record.get(name, math.nan) for name in self.sums)
-            return total * total / below if below else math.nan
+            return min(1.0, total * total / below) if below else math.nan  # the parts are rounded to float32
         if self.reduce != "mean":
             return total
         count = record.get(self.per, math.nan)

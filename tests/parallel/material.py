@@ -20,7 +20,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {  # by short name; NLL and KL are large
     "grpo": {"loss": "grpo", "kl_weight": 0.1},
     "everything": {
         **{"loss": "group_dpo", "alpha": 0.3, "entropy_weight": 0.05},  # every term there is
-        **{"nll_weight": 0.1, "kl_weight": 0.1},
+        **{"nll_weight": 0.1, "kl_weight": 0.1, "label_smoothing": 0.1, "weight_pairs": True},
     },
     "corrected": {  # GRPO's weights by response, many of them at a bound
         **{"loss": "grpo", "kl_weight": 0.1, "correction": "truncate", "correction_level": "geometric"},

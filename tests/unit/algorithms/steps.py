@@ -35,6 +35,7 @@ class Step:
         self.policy: Tokens = []
         self.reference: Tokens = []
         self.entropy: Tokens = []
+        self.squares: Tokens = []  # logs of the sums of squared probabilities; of a loss that looks at them
         for pair in range(num_pairs):
             for chosen in (True, False):
                 self.add(pair, chosen, self._draw.choice([0.0, self._draw.uniform(-1, 1)]))
@@ -68,6 +69,8 @@ class Step:
             batch = make_batch(self.sequences, step=0, num_prompts=num_prompts, trainer=trainer, dp_rank=dp_rank)
             rows = [self.lay_out(microbatch, self.policy)[0] for microbatch in batch.microbatches]
             scored = [replace(m, reference_log_probs=self.lay_out(m, self.reference)[0]) for m in batch.microbatches]
+            if loss_function.needs_squares:
+                scored = [replace(m, log_square_probs=self.lay_out(m, self.squares, elsewhere=3.0)[0]) for m in scored]
             if any(m.split.any() for m in scored):
                 scored = loss_function.precompute_split_groups(scored, rows)
             for row, microbatch in zip(rows, scored, strict=True):

@@ -80,6 +80,17 @@ def test_variants_of_dpo_are_trls(golden, layout):
     assert_equal(loss, gradients, golden, 1.0)
 
 
+@pytest.mark.parametrize("golden", GOLDEN["wpo"], ids=lambda golden: f"{golden['beta']}")
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+def test_weighted_pairs_are_trls(golden, layout):
+    """TRL: use_weighting."""
+    step = golden_step(paired=True)
+    step.squares = GOLDEN["squares"]
+    options = {"loss": "dpo", "beta": golden["beta"], "reduction": "pairs", "weight_pairs": True}
+    loss, _, gradients, _ = step.run(make_loss(algorithm_options(options)), **layout)
+    assert_equal(loss, gradients, golden, 1.0)
+
+
 @pytest.mark.parametrize("golden", GOLDEN["gspo"], ids=lambda golden: f"{golden['kl_weight']}")
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_grpo_with_the_geometric_mean_is_trls_gspo(golden, layout):

@@ -192,6 +192,7 @@ def test_oapl_is_a_regression_on_the_optimal_advantage(layout):
         {"preference_loss": "ipo", "average_log_probs": True},
         {"label_smoothing": 0.2},
         {"average_log_probs": True, "nll_weight": 0.3},
+        {"weight_pairs": True, "nll_weight": 0.3},
     ],
     ids=str,
 )
@@ -202,23 +203,33 @@ def test_variants_of_dpo_are_their_formulas(options, loss, layout):
         for member in range(count):
             step.add(group, member % 2 == 0, 0.0)
     leaves = [row[0] for row in tensors(step)]
+    step.squares = [[-0.1 - 0.2 * (i + t) for t in range(len(row))] for i, row in enumerate(step.policy)]
     averaged, smoothing = options.get("average_log_probs", False), options.get("label_smoothing", 0.0)
 
     def gain(i):
         ratio = leaves[i].sum() - sum(step.reference[i])
         return ratio / len(leaves[i]) if averaged else ratio
 
-    wanted, margins = torch.zeros((), dtype=torch.float64), 0.0
+    def alignment(i):
+        if "weight_pairs" not in options:
+            return 1.0
+        return math.exp(math.fsum(p - q for p, q in zip(step.policy[i], step.squares[i], strict=True)) / len(step.policy[i]))
+
+    wanted, margins, aligned = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     for chosen, rejected, weight in step.pairs():
         h = gain(chosen) - gain(rejected)
         sigmoid = (1 - smoothing) * (1 + (-beta * h).exp()).log() + smoothing * (1 + (beta * h).exp()).log()
         term = (h - 1 / (2 * beta)) ** 2 if "preference_loss" in options else sigmoid
-        wanted = wanted + weight * (term - options.get("nll_weight", 0.0) * leaves[chosen].sum())
+        nll = -options.get("nll_weight", 0.0) * leaves[chosen].sum()
+        aligned += alignment(chosen) * alignment(rejected)
+        wanted = wanted + weight * (alignment(chosen) * alignment(rejected) * term + nll)
         margins += beta * h.item()
     (wanted / NUM_PROMPTS).backward()
     found, sums, gradients, _ = step.run(loss_of(loss=loss, beta=beta, **options), **layout)
     assert found == pytest.approx(wanted.item() / NUM_PROMPTS, rel=CLOSE)
     assert sums["margin_mean"] == pytest.approx(margins, rel=CLOSE, abs=CLOSE)
+    if "weight_pairs" in options:
+        assert sums["pair_weight_mean"] == pytest.approx(aligned, rel=CLOSE)
     for mine, leaf in zip(gradients, leaves, strict=True):
         assert mine == pytest.approx(leaf.grad.tolist(), rel=CLOSE, abs=CLOSE)
 

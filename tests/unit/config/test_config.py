@@ -283,6 +283,10 @@ COMBINATIONS = [
         *("algorithm.entropy_weight", "trainer.fused_lm_head", "found 0.0001 and true", "false"),
     ),
     (
+        ["algorithm.weight_pairs=true", "trainer.fused_lm_head=true"],
+        *("algorithm.weight_pairs", "trainer.fused_lm_head", "found both true", "set one to false"),
+    ),
+    (
         ["algorithm.loss=grpo", "algorithm.reduction=pairs"],
         *("algorithm.reduction = 'pairs'", "algorithm.loss", "found 'grpo'", "use 'prompts'"),
     ),
