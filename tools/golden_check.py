@@ -222,6 +222,13 @@ class Run:
                 self.algorithm.get("normalize_advantages", "mean"),
                 ("mean", "mean_std", "leave_one_out"),
             ),
+            "algorithm.correction": (self.algorithm.get("correction", "none"), ("none",)),
+            "algorithm.ratio_level": (self.algorithm.get("ratio_level", "token"), ("token",)),
+            "algorithm.preference_loss": (self.algorithm.get("preference_loss", "sigmoid"), ("sigmoid",)),
+            "algorithm.label_smoothing": (self.algorithm.get("label_smoothing", 0.0), (0.0,)),
+            "algorithm.average_log_probs": (self.algorithm.get("average_log_probs", False), (False,)),
+            "algorithm.weight_pairs": (self.algorithm.get("weight_pairs", False), (False,)),
+            "sync.reference_mix": (sync.get("reference_mix", 1.0), (1.0,)),
             "sync.semantics": (sync.get("semantics", "paper"), ("paper",)),
             "sampling.top_p": (self.config["sampling"]["top_p"], (1.0,)),
         }

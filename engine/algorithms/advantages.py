@@ -3,18 +3,22 @@ no division by the standard deviation) unless the configuration asks for another
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.core.errors import NumericsError
 from engine.core.registry import called, load_function
 from engine.core.types import RolloutGroup
+from engine.core.types import Sequence as TrainingSequence
 
 if TYPE_CHECKING:
     from engine.ops.advantages import Normalize
 
 OPTION = "algorithm.normalize_advantages"
+BATCH = "batch_std"  # reward minus its group's mean, over the root mean square of that in the step (REINFORCE++-baseline)
 LARGEST = (2 - 2**-23) * 2.0**127  # that float32 holds
 Advantages = Callable[[Sequence[float]], list[float]]  # rewards of one group to advantages of the same length
 
@@ -24,6 +28,8 @@ def advantage_function(name: str) -> Advantages:
 
     What a user's own returns must be one finite number a reward; anything else is a NumericsError that names it.
     """
+    if name == BATCH:  # the rest is done with the whole step's groups, by scale_by_batch
+        return grouped_advantages
     if ":" not in name:
         return partial(grouped_advantages, normalize=cast("Normalize", name))
     function = load_function(name, OPTION, "rewards")
@@ -60,6 +66,20 @@ def advantages_of(function: Advantages, group: RolloutGroup) -> list[float]:
         return function([rollout.score.value for rollout in group.judged])
     except NumericsError as error:
         raise NumericsError(f"step {group.step}, prompt {group.prompt.id}: {error}") from error
+
+
+def scale_by_batch(sequences: Sequence[TrainingSequence], groups: Sequence[RolloutGroup]) -> list[TrainingSequence]:
+    """For BATCH: the step's sequences with their advantages, each minus its group's mean so far, divided by the root of the
+    mean square of all judged rollouts of the step's `groups` (arXiv 2501.03262, its baseline variant, whose mean over the batch
+    is 0 already). A step without a signal is left as it is, and so is one whose root is only rounding (LEAST_DEVIATION)."""
+    from engine.ops.advantages import LEAST_DEVIATION
+
+    every = [a for group in groups for a in advantages_of(grouped_advantages, group)]
+    largest = max((abs(rollout.score.value) for group in groups for rollout in group.judged), default=0.0)
+    root = math.sqrt(math.fsum(a * a for a in every) / max(1, len(every)))
+    if root <= LEAST_DEVIATION * largest:
+        return list(sequences)
+    return [replace(sequence, advantage=sequence.advantage / root) for sequence in sequences]
 
 
 def _checked(name: str, found: Any, count: int) -> list[float]:

@@ -18,6 +18,7 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from engine.algorithms.advantages import BATCH, scale_by_batch
 from engine.config.load import RunConfig
 from engine.config.options import AlgorithmOptions
 from engine.core.errors import ConfigError
@@ -53,7 +54,18 @@ RATIO_MAX = Metric(
     reduce="max",
     peers={"TRL": "sampling/importance_sampling_ratio/max"},
 )
-MISMATCH = (ROLLOUT_GAP, ROLLOUT_KL, RATIO_MAX)  # what a loss over rollouts says of trainer against sampler
+RESPONSES, RATIO_SQUARES = "num_responses", "response_ratio_squares"  # sums over the step that records do not have
+ESS = Metric(
+    "ess_share",
+    "effective sample size of the responses trained on, each weighed by its probability under the policy over that under the "
+    "weights that sampled it, as a share of their number: 1 where all weigh the same",
+    title="effective sample size",
+    unit="share",
+    reduce="effective",
+    sums=(RATIO_SQUARES, RESPONSES),
+    peers={"verl": "rollout_corr/rollout_is_eff_sample_size"},
+)
+MISMATCH = (ROLLOUT_GAP, ROLLOUT_KL, RATIO_MAX, ESS)  # what a loss over rollouts says of trainer against sampler
 
 
 class Loss:
@@ -62,6 +74,7 @@ class Loss:
     metrics: tuple[Metric, ...] = ()
     needs_reference = False  # whether the loss looks at reference log-probs
     needs_entropy = False  # whether it looks at the entropy of the next token
+    needs_squares = False  # whether it looks at `log_square_probs`, which come without gradient
 
     def coefficients(self, microbatch: Microbatch) -> torch.Tensor | None:
         """What the loss multiplies each log-prob by, up to one factor, [T] float32; None where that depends on them."""
@@ -96,6 +109,12 @@ class Algorithm(Loss):
         """(what the loss trains on of this prompt, whether it gives a signal: a pair, an advantage). `index` is the group's
         number in the step. Rollouts that could not be judged are left out."""
         raise NotImplementedError
+
+    def of_step(self, sequences: list[Sequence], groups: Many[RolloutGroup]) -> list[Sequence]:
+        """The step's sequences as they are trained on, once all its groups are known; advantages may depend on all of them."""
+        if getattr(self.options, "normalize_advantages", "") != BATCH:
+            return sequences
+        return scale_by_batch(sequences, groups)
 
     @classmethod
     def require_parts(cls, name: str) -> None:
@@ -140,6 +159,7 @@ class SumLoss(Loss):
         self.metrics = tuple(by_name(metric for _, part in parts for metric in part.metrics).values())
         self.needs_reference = any(part.needs_reference for _, part in parts)
         self.needs_entropy = any(part.needs_entropy for _, part in parts)
+        self.needs_squares = any(part.needs_squares for _, part in parts)
 
     def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:
         """See Loss."""
@@ -167,19 +187,27 @@ def denominator(batch: Batch, reduction: str) -> int:
 
 def mismatch(log_probs: torch.Tensor, microbatch: Microbatch) -> Parts:
     """The parts of MISMATCH. With r = policy probability / rollout probability of a target token: the sum of |log r|, the sum
-    of r - log r - 1 (log r held at LOG_LIMIT), the largest r (0 without a token)."""
+    of r - log r - 1 (log r held at LOG_LIMIT), the largest r (0 without a token). With R = the product of r over a response,
+    its logarithm held likewise: the sums of R, of R squared and of responses."""
     import torch
 
+    from engine.ops import sequence_log_probs
     from engine.ops.policy_gradient import LOG_LIMIT
 
     counted = microbatch.targets != IGNORED
     gap = log_probs.detach() - microbatch.rollout_log_probs
     held = torch.where(counted, gap, 0.0).clamp(max=LOG_LIMIT)
     ratio = torch.where(counted, held.exp(), 0.0)
+    bounds = microbatch.cu_seqlens.to(gap.device)
+    trained = sequence_log_probs(counted.float(), bounds) > 0  # not padding, nor a prompt that stands by itself
+    of_response = sequence_log_probs(gap, bounds, counted).clamp(max=LOG_LIMIT).exp() * trained
     return {
         ROLLOUT_GAP.name: (gap.abs() * counted).sum(),
         ROLLOUT_KL.name: (held.expm1() - held).sum(),
         RATIO_MAX.name: ratio.amax() if ratio.numel() else ratio.sum(),
+        ESS.name: of_response.sum(),
+        RATIO_SQUARES: of_response.square().sum(),
+        RESPONSES: trained.sum().to(gap),
     }
 
 

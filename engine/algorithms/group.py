@@ -41,7 +41,7 @@ from engine.algorithms.base import (
 )
 from engine.config.options import AlgorithmOptions, Normalization
 from engine.core.errors import ConfigError, NumericsError
-from engine.core.metrics import Metric
+from engine.core.metrics import Metric, part_reductions
 from engine.core.registry import called
 from engine.core.types import IGNORED, Batch, Microbatch, RolloutGroup, Sequence
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     import torch
 
 GROUPS = Metric("groups", "prompts whose rollouts a loss of the user's own compared", unit="prompts", reduce="sum")
+REDUCTIONS = ("sum", "mean", "max")  # that a metric of a user's loss may have
 PerToken = tuple["torch.Tensor", ...]  # N tensors [L] of float32
 
 
@@ -97,7 +98,7 @@ class GroupLoss(Algorithm):
         super().__init__(options, sampled=sampled)
         self._own = {metric.name: metric for metric in type(self).metrics}
         for metric in self._own.values():
-            if metric.reduce == "last" or metric.name in (GROUPS.name, *(one.name for one in MISMATCH)):
+            if metric.reduce not in REDUCTIONS or metric.sums or metric.name in (GROUPS.name, *part_reductions(MISMATCH)):
                 raise ConfigError(
                     f"algorithm.loss = {options.loss!r} must declare metrics with reduce = 'sum', 'mean' or 'max' and names of "
                     f"its own; found {metric.name!r} with {metric.reduce!r}: mend the declaration"

@@ -11,7 +11,8 @@ from pydantic import Field
 from engine.algorithms.advantages import advantages_of
 from engine.algorithms.base import Result, training_sequence
 from engine.algorithms.dpo import Dpo, PreferenceOptions
-from engine.algorithms.grpo import Grpo, PolicyGradientOptions
+from engine.algorithms.grpo import Grpo, PolicyGradientOptions, broken_clip_rules
+from engine.algorithms.off_policy import broken_correction_rules
 from engine.algorithms.pairs import better_and_worse
 from engine.config.load import RunConfig
 from engine.config.options import Weight
@@ -74,7 +75,12 @@ class GroupDpo(Dpo):
                 f"algorithm.normalize_advantages and algorithm.normalize_length are GRPO's; found {a.normalize_advantages!r} "
                 f"and {a.normalize_length} with {a.loss!r} and algorithm.alpha = 0: leave them at 'mean' and false"
             )
-        return broken
+        if not a.alpha and not a.is_plain:
+            broken.append(
+                f"algorithm.correction and algorithm.ratio_level are GRPO's; found {a.correction!r} and {a.ratio_level!r} with "
+                f"{a.loss!r} and algorithm.alpha = 0: leave them at 'none' and 'token'"
+            )
+        return broken + broken_correction_rules(a) + broken_clip_rules(a)
 
     def __call__(
         self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch, entropy: torch.Tensor | None = None

@@ -1,4 +1,5 @@
-"""GRPO: the clipped policy-gradient loss of the paper (equation 1) with a KL term to the reference.
+"""GRPO: the clipped policy-gradient loss of the paper (equation 1) with a KL term to the reference. With algorithm.ratio_level
+its ratio is a response's (GSPO), with algorithm.correction its weight is that of off_policy.py.
 
 Shape legend: T tokens of the microbatch, B sequences of it.
 """
@@ -6,64 +7,27 @@ Shape legend: T tokens of the microbatch, B sequences of it.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from engine.algorithms.advantages import advantage_function, advantages_of
-from engine.algorithms.base import (
-    MISMATCH,
-    ROLLOUT_GAP,
-    Algorithm,
-    Result,
-    denominator,
-    mismatch,
-    response_lengths,
-    training_sequence,
-)
+from engine.algorithms.base import MISMATCH, ROLLOUT_GAP, Parts, Result, denominator, mismatch, response_lengths
+from engine.algorithms.off_policy import METRICS as OF_CORRECTION
+from engine.algorithms.off_policy import CorrectionOptions, broken_correction_rules, log_ratios, spread, weights
+from engine.algorithms.policy_gradient import CLAMPED, CLIPPED, KL, RATIO, WITH_SIGNAL, AdvantageOptions, PolicyGradient
 from engine.config.load import RunConfig
-from engine.config.options import PURE, AlgorithmOptions, Factor, Normalization, Weight
-from engine.core.metrics import Metric, by_name
-from engine.core.types import IGNORED, Batch, Microbatch, RolloutGroup, Sequence
+from engine.config.options import PURE, Factor
+from engine.core.metrics import by_name
+from engine.core.types import IGNORED, Batch, Microbatch
 
 if TYPE_CHECKING:
     import torch
 
-WITH_SIGNAL = Metric("with_signal", "sequences with an advantage other than 0", unit="sequences", reduce="sum")
-KL = Metric(
-    "kl_mean",
-    "KL to the reference (k3), over the tokens trained on",
-    unit="nats a token",
-    reduce="mean",
-    per="target_tokens",
-    peers={"TRL": "kl", "verl": "actor/kl_loss"},
-)
-CLIPPED = Metric(
-    "clipped_share",
-    "tokens trained on where the clip acts",
-    unit="share",
-    reduce="mean",
-    per="target_tokens",
-    peers={"TRL": "clip_ratio/region_mean", "verl": "actor/pg_clipfrac"},
-)
-RATIO = Metric(
-    "ratio_mean",
-    "probability of a token under the policy over that under the weights that sampled it, over the tokens trained on",
-    reduce="mean",
-    per="target_tokens",
-    peers={"TRL": "sampling/importance_sampling_ratio/mean"},
-)
-CLAMPED = Metric(
-    "clamped_tokens",
-    "tokens trained on whose log-ratio to the rollout or the reference is above 20: taken for 20, without gradient",
-    unit="tokens",
-    reduce="sum",
-)
 # By the operator's own names
 METRIC_OF_SUM = {"kl": KL, "clipped": CLIPPED, "ratio": RATIO, "gap": ROLLOUT_GAP, "beyond": CLAMPED}
 
 
-class PolicyGradientOptions(AlgorithmOptions):
+class PolicyGradientOptions(CorrectionOptions, AdvantageOptions):
     """GRPO's own."""
 
     clip_ratio: Factor = Field(0.2, description="GRPO's epsilon, of both sides (TRL: epsilon; verl: clip_ratio)")
@@ -76,13 +40,11 @@ class PolicyGradientOptions(AlgorithmOptions):
     dual_clip: Annotated[float, Field(gt=1), PURE] | None = Field(
         None, description="largest ratio where the advantage is negative; unset: none (TRL: delta; verl: clip_ratio_c)"
     )
-    kl_weight: Weight = Field(0.001, description="of GRPO's KL to the reference, k3 (TRL: beta; verl: kl_loss_coef)")
-    normalize_advantages: Normalization = Field(
-        "mean",
-        description="what a reward is compared with in its group: 'mean', 'mean_std', 'leave_one_out', or your own as "
-        "path/to/file.py:name (TRL: scale_rewards)",
+    ratio_level: Literal["token", "geometric"] = Field(
+        "token",
+        description="of the clipped ratio: of each token, or the geometric mean over the response (GSPO; TRL: "
+        "importance_sampling_level = 'sequence')",
     )
-    normalize_length: bool = Field(False, description="divide GRPO's sum over a response by its number of tokens")
 
     @property
     def clips(self) -> dict[str, float]:
@@ -90,8 +52,27 @@ class PolicyGradientOptions(AlgorithmOptions):
         low, high = (self.clip_ratio if own is None else own for own in (self.clip_ratio_low, self.clip_ratio_high))
         return {"clip_low": low, "clip_high": high, "dual_clip": math.inf if self.dual_clip is None else self.dual_clip}
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the paper's equation 1, which has a kernel."""
+        return self.correction == "none" and self.ratio_level == "token"
 
-class Grpo(Algorithm):
+
+def broken_clip_rules(options: PolicyGradientOptions) -> list[str]:
+    """Sentences for clips and levels that a correction leaves nothing to do."""
+    if options.correction == "none":
+        return []
+    clips = (options.clip_ratio, options.clip_ratio_low, options.clip_ratio_high, options.dual_clip, options.ratio_level)
+    if clips == (0.2, None, None, None, "token"):
+        return []
+    return [
+        f"algorithm.correction = {options.correction!r} bounds the ratio itself, so that the clip, against the policy before "
+        f"the step, never acts; found clip_ratio = {clips[0]}, clip_ratio_low = {clips[1]}, clip_ratio_high = {clips[2]}, "
+        f"dual_clip = {clips[3]} and ratio_level = {clips[4]!r}: remove them, or set correction = 'none'"
+    ]
+
+
+class Grpo(PolicyGradient):
     """-sum over tokens of min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), plus kl_weight * KL(policy, reference).
 
     ratio = exp(log-prob - rollout log-prob), A is the sequence's advantage, KL is k3: exp(d) - d - 1 with
@@ -102,32 +83,17 @@ class Grpo(Algorithm):
 
     Options = PolicyGradientOptions
     metrics = (WITH_SIGNAL, *by_name((*METRIC_OF_SUM.values(), *MISMATCH)).values())
-    without_reference = " and algorithm.kl_weight = 0"
 
-    def __init__(self, options: PolicyGradientOptions, *, sampled: bool = True) -> None:
+    def __init__(self, options: Any, *, sampled: bool = True) -> None:
         super().__init__(options, sampled=sampled)
-        self.needs_reference = options.kl_weight > 0
-        self.advantages = advantage_function(options.normalize_advantages)
-
-    def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:
-        """Every judged rollout with its advantage. Where all are 0 the prompt is kept for the KL term, which still sees it,
-        and dropped where there is none."""
-        advantages = advantages_of(self.advantages, group)
-        has_signal = any(advantages)
-        if not has_signal and not self.options.kl_weight:
-            return [], False
-        pairs = zip(group.judged, advantages, strict=True)
-        return [training_sequence(group, rollout, advantage=advantage) for rollout, advantage in pairs], has_signal
+        if options.correction != "none":  # nothing is clipped
+            self.metrics = (*(metric for metric in type(self).metrics if metric is not CLIPPED), *OF_CORRECTION)
 
     @classmethod
     def broken_rules(cls, config: RunConfig) -> list[str]:
         """See Algorithm."""
-        broken = super().broken_rules(config)
-        if config.algorithm.reduction == "pairs":
-            broken.append(
-                "algorithm.reduction = 'pairs' needs algorithm.loss with pairs; found 'grpo': use 'prompts' or 'tokens'"
-            )
-        return broken
+        options: Any = config.algorithm
+        return super().broken_rules(config) + broken_correction_rules(options) + broken_clip_rules(options)
 
     def __call__(
         self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch, entropy: torch.Tensor | None = None
@@ -138,9 +104,11 @@ class Grpo(Algorithm):
         from engine.ops import policy_gradient_loss, sequence_log_probs
         from engine.ops.policy_gradient import LOG_LIMIT, SUMS
 
-        options = self.options
-        reference = microbatch.reference_log_probs if self.needs_reference else None
-        assert reference is not None or not self.needs_reference, "the reference must score before GRPO's KL"
+        options, reference = self.options, self.reference(microbatch)
+        if not options.is_plain:
+            terms, parts = (self._geometric if options.correction == "none" else self._corrected)(log_probs, microbatch)
+            loss, metrics = self.summed(terms, log_probs, microbatch, batch)
+            return loss, metrics | parts
         advantages, fused_reference = microbatch.advantages, reference
         if options.normalize_length:  # the fused KL knows no weight of a sequence
             advantages, fused_reference = advantages / response_lengths(microbatch), None
@@ -167,3 +135,32 @@ class Grpo(Algorithm):
             metrics[KL.name] = kl.detach().sum()
         metrics[WITH_SIGNAL.name] = (microbatch.advantages != 0).sum().to(sums)
         return loss / denominator(batch, options.reduction), metrics
+
+    def _corrected(self, log_probs: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Parts]:
+        """-weight * A * ratio of each token [T], where the ratio is to the policy before the step: a step takes one update, so
+        it is 1, and its gradient is the log-prob's."""
+        o = self.options
+        bounds = {"low": o.correction_low, "high": o.correction_high}
+        weight, parts = weights(log_probs, microbatch, kind=o.correction, level=o.correction_level, **bounds)
+        return -weight * spread(microbatch.advantages, microbatch) * (log_probs - log_probs.detach()).exp(), parts
+
+    def _geometric(self, log_probs: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Parts]:
+        """-min(s A, clip(s) A) of each token [T], with s the geometric mean of the response's ratios. Its gradient by a
+        response's log-probs is that of the response's one term, times its length (GSPO, section 4.3), which normalize_length
+        divides by."""
+        import torch
+
+        from engine.ops.policy_gradient import LOG_LIMIT
+
+        clips, counted = self.options.clips, microbatch.targets != IGNORED
+        held = log_ratios(log_probs, microbatch, "geometric")
+        own = torch.where(held > LOG_LIMIT, 0.0, log_probs - log_probs.detach())  # beyond it there is no gradient
+        ratio = held.clamp(max=LOG_LIMIT).exp() * own.exp()
+        advantage = spread(microbatch.advantages, microbatch)
+        clipped = ratio.clamp(1 - clips["clip_low"], 1 + clips["clip_high"])
+        objective = torch.min(ratio * advantage, clipped * advantage)
+        least = torch.where(advantage < 0, clips["dual_clip"] * advantage, -math.inf)
+        open_ = torch.where(advantage >= 0, ratio <= 1 + clips["clip_high"], ratio >= 1 - clips["clip_low"])
+        open_ &= (advantage >= 0) | (ratio <= clips["dual_clip"])
+        parts = {CLIPPED.name: (counted & ~open_ & (advantage != 0)).sum().to(ratio)}
+        return -torch.maximum(least, objective), parts

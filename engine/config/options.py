@@ -188,7 +188,7 @@ LOSSES: Registry[Any] = Registry(
     "algorithm.loss",
     "engine.algorithms",
     "engine.algorithms.base:Algorithm",
-    support={"advantages", "entropy", "group", "nll", "pairs", "registry"},
+    support={"advantages", "entropy", "group", "nll", "off_policy", "pairs", "policy_gradient", "registry"},
 )
 DEFAULT_LOSS = "dpo"
 
@@ -208,13 +208,15 @@ def one_of(option: str, *names: str) -> AfterValidator:
 
 
 Pairing = Annotated[str, one_of("algorithm.pairing", "random", "best_worst", "length_matched")]
-Normalization = Annotated[str, one_of("algorithm.normalize_advantages", "mean", "mean_std", "leave_one_out")]
+Normalization = Annotated[str, one_of("algorithm.normalize_advantages", "mean", "mean_std", "leave_one_out", "batch_std")]
 
 
 class AlgorithmOptions(Section):
     """What every loss has. Each loss adds options of its own, in its file of engine/algorithms."""
 
-    loss: str = Field(DEFAULT_LOSS, description="'dpo', 'group_dpo', 'grpo', or your own as path/to/file.py:Name")
+    loss: str = Field(
+        DEFAULT_LOSS, description="'dpo', 'group_dpo', 'grpo', 'cispo', 'oapl', or your own as path/to/file.py:Name"
+    )
     samples_per_prompt: Annotated[int, Field(ge=2), Unit("completions")] = Field(
         8, description="group size: completions sampled of each prompt (TRL: num_generations)"
     )
@@ -335,6 +337,11 @@ class Sync(Section):
     reference: Steps | Literal["never", "follow"] = Field(
         "never",
         description="when the reference takes the policy's weights: 'never', 'follow' (at every weight sync), or every N",
+    )
+    reference_mix: Annotated[float, Field(gt=0, le=1), Unit("of 1")] = Field(
+        1.0,
+        description="of the policy in the reference when that takes its weights: 1 copies them; less leaves the rest as it "
+        "was, with reference = 1 a running mean (TR-DPO; TRL: ref_model_mixup_alpha, ref_model_sync_steps)",
     )
     semantics: str = Field(
         "paper",

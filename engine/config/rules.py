@@ -47,7 +47,7 @@ def broken_rules(config: Options) -> list[str]:
             f"trainer.first_stage_layers and trainer.last_stage_layers need trainer.pipeline_parallel > 1; found {ends[0]} "
             f"and {ends[1]} with 1 stage: remove them"
         )
-    broken += broken_name_rules(c)
+    broken += broken_name_rules(c) + broken_reference_rules(c)
     broken += broken_placement_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c) + broken_head_rules(c)
     broken += broken_reward_rules(c) + broken_learning_rate_rules(c.optimizer)
@@ -57,6 +57,33 @@ def broken_rules(config: Options) -> list[str]:
             "both: set sync.reference to 'never' or a number of steps"
         )
     return broken + broken_profile_rules(c)
+
+
+LEAST_MIX_OF_BFLOAT16 = 0.5  # 8 bits do not hold the sum of a weight and less than half of its last bit
+
+
+def broken_reference_rules(c: Options) -> list[str]:
+    """Sentences for a reference that is to be mixed and cannot be."""
+    mix, broken = c.sync.reference_mix, list[str]()
+    if mix == 1:
+        return broken
+    if c.sync.reference == "never":
+        broken.append(
+            f"sync.reference_mix is of the policy in a reference that takes its weights, and sync.reference = 'never' takes "
+            f"none; found {mix}: set sync.reference to 1, 'follow' or a number of steps, or remove reference_mix"
+        )
+    if c.model.dtype == "bfloat16" and mix < LEAST_MIX_OF_BFLOAT16:
+        broken.append(
+            f"sync.reference_mix must be at least {LEAST_MIX_OF_BFLOAT16} with model.dtype = 'bfloat16', in which a smaller "
+            f"part of a policy that has moved little is rounded away; found {mix}: raise it, and mix less "
+            f"often (sync.reference)"
+        )
+    if c.trainer.fp8_parameters:
+        broken.append(
+            f"sync.reference_mix below 1 needs trainer.fp8_parameters = false, for weights in FP8 are copied, not added; found "
+            f"{mix} and true: set one of both"
+        )
+    return broken
 
 
 def broken_name_rules(c: Options) -> list[str]:

@@ -146,6 +146,7 @@ class Microbatch:
     chosen: torch.Tensor  # [B] bool
     # The rest is filled by Policy.score on the last stage
     reference_log_probs: torch.Tensor | None = None  # [T] float32
+    log_square_probs: torch.Tensor | None = None  # [T] float32: log of the sum of the policy's squared probabilities
     split_gradients: torch.Tensor | None = None  # [T] float32, derivative of the split groups' loss by each token log-prob
     split_loss: torch.Tensor | None = None  # the split groups' loss, on one microbatch
     split_metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # their metrics, on the same microbatch

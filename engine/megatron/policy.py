@@ -28,6 +28,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from engine.algorithms.base import Loss
 from engine.config.load import Copy, RunConfig
 from engine.core.errors import CheckpointError, NumericsError
+from engine.core.metrics import part_reductions
 from engine.core.types import Batch, Microbatch
 from engine.megatron import build
 from engine.megatron.fp8.delayed_scaling import Fp8Memory
@@ -45,7 +46,7 @@ from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
 from engine.observe.profiling.phases import Phase, phase
 from engine.observe.telling import BYTES, activity
-from engine.ops import lm_head_log_probs, token_log_probs
+from engine.ops import lm_head_log_probs, log_square_probs, token_log_probs
 
 # What a microbatch gives back on the last stage: (scalar to differentiate, tensor to collect)
 LossOf = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, torch.Tensor]]
@@ -103,6 +104,7 @@ class Policy:
         )
         forget_initial(self._own.values())
         self._reference: dict[str, torch.Tensor] = {}
+        self._reference_mix = config.sync.reference_mix
         if loss.needs_reference if copies is None else "reference" in copies:
             self.refresh_reference()
         still = self._reference if config.sync.reference == "never" else {}  # one that never moves is the seed's weights too
@@ -119,9 +121,15 @@ class Policy:
         return bool(self._seed)
 
     def refresh_reference(self) -> None:
-        """Makes the reference a copy of the policy as it is now."""
+        """Makes the reference a copy of the policy as it is now, or with sync.reference_mix = m its own weights times 1 - m
+        plus the policy's times m, in place, each number rounded once."""
         assert self.loss.needs_reference, "a reference nobody needs"
-        self._reference = self._copy()
+        if self._reference and self._reference_mix < 1:
+            with torch.no_grad():
+                for name, parameter in self._own.items():
+                    self._reference[name].lerp_(parameter.detach(), self._reference_mix)
+        else:
+            self._reference = self._copy()
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: copied(parameter) for name, parameter in self._own.items()}
@@ -146,26 +154,29 @@ class Policy:
                 reference = self.log_probs(batch)
         if any(bool(microbatch.split.any()) for microbatch in microbatches):
             with phase(Phase.SPREAD):
-                own = self.log_probs(batch)
+                own = self.log_probs(batch, with_squares=self.loss.needs_squares)
         if reference:  # on the last stage
             pairs = zip(microbatches, reference, strict=True)
             microbatches = tuple(replace(microbatch, reference_log_probs=scored) for microbatch, scored in pairs)
         if own:
             on_device = [_to_device(microbatch, self.parallel.device) for microbatch in microbatches]
+            if self.loss.needs_squares:
+                on_device = [replace(m, log_square_probs=both[1]) for m, both in zip(on_device, own, strict=True)]
+                own = [both[0] for both in own]
             microbatches = tuple(self.loss.precompute_split_groups(on_device, own))
         return replace(batch, microbatches=microbatches)
 
     @torch.no_grad()
-    def log_probs(self, batch: Batch) -> list[torch.Tensor]:
+    def log_probs(self, batch: Batch, *, with_squares: bool = False) -> list[torch.Tensor]:
         """Token log-probs [T] (float32, 0 where the target is IGNORED) of every microbatch, at the configuration's
-        log_prob_temperature; empty off the last stage.
+        log_prob_temperature; empty off the last stage. `with_squares`: [2, T], with `log_square_probs` below them.
 
         Collective over the pipeline's ranks.
         """
 
         def collect(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             log_probs, _ = self._token_log_probs(output, microbatch)
-            return log_probs.sum(), log_probs
+            return log_probs.sum(), torch.stack([log_probs, self._log_square_probs(output)]) if with_squares else log_probs
 
         return self.run(batch, collect, forward_only=True)
 
@@ -181,10 +192,12 @@ class Policy:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-        names = [metric.name for metric in self.loss.metrics]
+        names = list(part_reductions(self.loss.metrics))
 
         def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             coefficients = self.loss.coefficients(microbatch)
+            if self.loss.needs_squares:
+                microbatch = replace(microbatch, log_square_probs=self._log_square_probs(output))
             log_probs, entropy = self._token_log_probs(output, microbatch, coefficients, with_entropy=self.loss.needs_entropy)
             loss, parts = self.loss(log_probs, microbatch, batch, entropy)
             num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
@@ -385,13 +398,8 @@ class Policy:
         coefficients: torch.Tensor | None = None,
         with_entropy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert self._output_weight is not None, "log-probs off the last stage"
-        vocabulary: dict[str, Any] = {
-            "vocab_start": self.parallel.tp_rank * self._output_weight.size(0),
-            "num_valid": self.shape.vocab_size,
-            "group": self.parallel.tp_group,
-            "temperature": self._temperature,
-        }
+        vocabulary = self._vocabulary
+        assert self._output_weight is not None
         with phase(Phase.LOG_PROBS):
             if not self._headless:
                 return token_log_probs(output, microbatch.targets, with_entropy=with_entropy, **vocabulary)
@@ -406,10 +414,26 @@ class Policy:
             )
             return log_probs, None
 
+    def _log_square_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        assert not self._headless, "the configuration allows no weights of pairs with trainer.fused_lm_head"
+        with phase(Phase.LOG_PROBS):
+            return log_square_probs(logits, **self._vocabulary)
+
+    @property
+    def _vocabulary(self) -> dict[str, Any]:
+        """Which columns of the logits this rank has, and what they are divided by."""
+        assert self._output_weight is not None, "log-probs off the last stage"
+        return {
+            "vocab_start": self.parallel.tp_rank * self._output_weight.size(0),
+            "num_valid": self.shape.vocab_size,
+            "group": self.parallel.tp_group,
+            "temperature": self._temperature,
+        }
+
     def _total(self, collected: list[torch.Tensor]) -> torch.Tensor:
         """Over microbatches, then over data-parallel ranks, the sum, or of a metric that says so the maximum; the last stage's
         reaches all stages. [2 + K]"""
-        largest = [False, False, *(metric.reduce == "max" for metric in self.loss.metrics)]
+        largest = [False, False, *(reduce == "max" for reduce in part_reductions(self.loss.metrics).values())]
         parts = torch.stack(collected) if collected else torch.zeros(0, len(largest), device=self.parallel.device)
         total = torch.zeros(len(largest), dtype=torch.float64, device=self.parallel.device)
         for part in collected:

@@ -10,7 +10,7 @@ from engine.ops.digest import block_digest, column_weights
 from engine.ops.lm_head import lm_head_log_probs
 from engine.ops.policy_gradient import policy_gradient_loss
 from engine.ops.sequence import sequence_log_probs
-from engine.ops.token_log_probs import token_log_probs
+from engine.ops.token_log_probs import log_square_probs, token_log_probs
 
 _library.load()
 
@@ -19,6 +19,7 @@ __all__ = [
     "column_weights",
     "grouped_advantages",
     "lm_head_log_probs",
+    "log_square_probs",
     "policy_gradient_loss",
     "sequence_log_probs",
     "token_log_probs",

@@ -107,7 +107,7 @@ def training_sequences(groups: Many[RolloutGroup], config: RunConfig) -> tuple[l
         counts[ALL_WRONG.name] += group.prompt.verifiable and bool(wrong) and not correct
         counts[UNJUDGED.name] += not group.judged
         counts[TIED.name] += best != worst and len(best) + len(worst) > 2
-    return sequences, counts
+    return algorithm.of_step(sequences, groups), counts
 
 
 def compared_tokens(sequences: Many[Sequence]) -> dict[str, float]:

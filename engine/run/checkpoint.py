@@ -120,8 +120,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def reference_place(config: RunConfig, step: int) -> int | Literal["seed", "own"] | None:
     """Where a checkpoint after `step` steps has the reference: as the policy of the checkpoint of another step, as the seed
-    model or in a folder of its own; None where a resumed run copies it from the policy before the next step."""
+    model or in a folder of its own; None where a resumed run copies it from the policy before the next step. One that is mixed
+    is no policy's: the seed model until it has been mixed for the first time, and its own from then on."""
     schedule = config.schedule
+    if config.sync.reference_mix < 1:
+        return "own" if schedule.reference_version(step - 1) else "seed"
     if schedule.reference_due(step):
         return None
     version = schedule.reference_version(step)

@@ -46,7 +46,7 @@ class Policy(Protocol):
         ...
 
     def refresh_reference(self) -> None:
-        """Copies the policy into the reference."""
+        """Copies the policy into the reference, or mixes it in."""
         ...
 
     def as_seed(self) -> AbstractContextManager[None]:

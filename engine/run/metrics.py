@@ -4,6 +4,7 @@ may hold. Declarations alone: importing this starts nothing.
 
 from __future__ import annotations
 
+from engine.algorithms.dpo import PAIR_WEIGHT
 from engine.algorithms.entropy import EntropyBonus
 from engine.algorithms.group import GROUPS
 from engine.algorithms.nll import NllLoss
@@ -60,7 +61,7 @@ def catalogue(options: AlgorithmOptions | None = None) -> dict[str, Metric]:
     for name in LOSSES.names:
         algorithm = LOSSES.load(name)
         ours |= by_name(algorithm(algorithm.Options(loss=name)).metrics)
-    more = (*EntropyBonus.metrics, *NllLoss.metrics, GROUPS, *of_policy.METRICS)
+    more = (*EntropyBonus.metrics, *NllLoss.metrics, PAIR_WEIGHT, GROUPS, *of_policy.METRICS)
     found = by_name((*METRICS, *of_rollouts.METRICS, *of_batch.METRICS, *ours.values(), *more))
     for metric in make_loss(options).metrics if options is not None else ():
         if found.setdefault(metric.name, metric) != metric:
@@ -77,7 +78,7 @@ def groups() -> dict[str, list[str]]:
     parts = {
         "Rollouts": of_rollouts.METRICS,
         "Prompts and pairs": (*of_batch.METRICS, GROUPS),
-        "Loss": (*of_losses, *EntropyBonus.metrics, *NllLoss.metrics),
+        "Loss": (*of_losses, PAIR_WEIGHT, *EntropyBonus.metrics, *NllLoss.metrics),
         "Optimizer and batches": of_policy.METRICS,
         "Time and speed": METRICS,
     }

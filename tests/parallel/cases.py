@@ -32,7 +32,7 @@ from engine.megatron.reshard import SavedOptimizer
 from engine.models.config_file import read_shape
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
 from engine.models.sharding import export_files, export_plan, trainer_layout
-from engine.ops import lm_head_log_probs, token_log_probs
+from engine.ops import lm_head_log_probs, log_square_probs, token_log_probs
 from engine.run.spec import assemble
 from tests import reference_ops
 from tests.builders import algorithm_options
@@ -222,8 +222,15 @@ def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: 
     untrained = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     untrained.load_state(load_file(file))
     steps(first, range(1))
+    mixed = True
     if first.has_reference:
+        mix, before = config.sync.reference_mix, first.state()
         first.refresh_reference()
+        for name, now in first.state().items():
+            if name.startswith("reference."):
+                own, old = before[name.replace("reference.", "policy.", 1)], before[name]
+                between = torch.allclose(now, old + mix * (own - old), rtol=1e-6, atol=1e-8) and not torch.equal(now, old)
+                mixed &= between if mix < 1 else torch.equal(now, own)
     save_file(first.state(), file)
     whole = steps(first, range(1, 2))
     resume_at_two = through_files(first, checkpoint, Path(output) / "files")
@@ -239,6 +246,7 @@ def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: 
         "metrics": whole == again and whole[1:] == last,
         "keys": list(ours) == list(theirs) == list(of_files),
         "tensors": all(torch.equal(ours[name], other[name]) for name in ours for other in (theirs, of_files)),
+        "mixed": mixed,
         "from_start": steps(untrained, range(1)) == steps_of_seed(config, parallel, checkpoint),
     }
 
@@ -456,15 +464,19 @@ def log_probs(config: RunConfig, parallel: ParallelState, num_valid: int) -> dic
     def worst(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
         return max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True) if a.numel())
 
-    mine = {"vocab_start": part.start, "group": parallel.tp_group}
+    mine: dict[str, Any] = {"vocab_start": part.start, "group": parallel.tp_group}
     whole = slice(0, width * size)
     with patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers:
         found = token(part, **mine)
     wanted = token(whole)
+    logits = hidden @ weight.t()
+    squares = log_square_probs(logits[:, part], num_valid=num_valid, temperature=0.7, **mine)
+    of_all = (logits.double()[:, :num_valid] / 0.7).softmax(-1).square().sum(-1).log().float()
     single, once = head(part, coefficients=weights[0], **mine), head(part, **mine)
     full = head(whole)
     return {
         "token": worst(found, [*wanted[:2], wanted[2][:, part]]),
+        "squares": worst([squares], [of_all]),
         "single_pass": worst(single, [*full[:2], full[2][part]]),
         "recomputed": worst(once, [*full[:2], full[2][part]]),
         "bytes_a_row": [call.args[1].nbytes / num_tokens for call in gathers.call_args_list],

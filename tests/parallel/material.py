@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from engine.algorithms.oapl import SHARE
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
 from engine.core.types import Batch, Sequence
@@ -19,8 +20,14 @@ ALGORITHMS: dict[str, dict[str, Any]] = {  # by short name; NLL and KL are large
     "grpo": {"loss": "grpo", "kl_weight": 0.1},
     "everything": {
         **{"loss": "group_dpo", "alpha": 0.3, "entropy_weight": 0.05},  # every term there is
-        **{"nll_weight": 0.1, "kl_weight": 0.1},
+        **{"nll_weight": 0.1, "kl_weight": 0.1, "label_smoothing": 0.1, "weight_pairs": True},
     },
+    "corrected": {  # GRPO's weights by response, many of them at a bound
+        **{"loss": "grpo", "kl_weight": 0.1, "correction": "truncate", "correction_level": "geometric"},
+        **{"correction_low": 0.9, "correction_high": 1.1},
+    },
+    "cispo": {"loss": "cispo", "kl_weight": 0.1, "weight_high": 1.1},
+    "oapl": {"loss": "oapl", "ratio_beta": 0.1},
     "own": {"loss": f"{OWN_LOSS}:Regression", "temperature": 0.7},
     "own_with_entropy": {"loss": f"{OWN_LOSS}:ReferenceRegression", "temperature": 0.7, "entropy_weight": 0.05},
 }
@@ -57,7 +64,7 @@ def sequences(step: int, vocab_size: int, group_pairs: int = 1) -> list[Sequence
             completion = tokens(draw.randint(1, 24))
             log_probs = tuple(-4.0 - draw.random() for _ in completion)
             credit = draw.uniform(-1, 1)
-            marks: dict[str, Any] = {"reward": float(chosen), "values": {"length": float(len(completion))}}
+            marks: dict[str, Any] = {"reward": float(chosen), "values": {"length": float(len(completion)), SHARE: 0.5}}
             made.append(Sequence(prompt, completion, log_probs, credit, pair // group_pairs, chosen, **marks))
     return made
 

@@ -76,6 +76,11 @@ EVERYTHING: dict[str, tuple[str, str, dict[str, Any]]] = {  # groups of two pair
     "own_loss_tp2": ("odd", "own", {"tensor_parallel": 2, "sequence_parallel": True}),
     "own_loss_with_entropy_pp2_dp2": ("odd", "own_with_entropy", {"pipeline_parallel": 2, "data_parallel": 2}),
 }
+OFF_POLICY: dict[str, tuple[str, str, dict[str, Any]]] = {  # what is weighed or regressed on by response or token
+    "corrected_tp2": ("odd", "corrected", {"tensor_parallel": 2, "sequence_parallel": True}),
+    "cispo_fused_head_tp2": ("odd", "cispo", {"fused_lm_head": True, "tensor_parallel": 2}),
+    "oapl_pp2_dp2": ("odd", "oapl", {"pipeline_parallel": 2, "data_parallel": 2}),
+}
 CLIP_NORM = 0.5  # below the gradient norm of every step of every loss
 CLIPPED = ("tp2", "tp2_sequence_parallel_recompute", "pp2_tied", "dp2_distributed_optimizer")
 Checkpoint = Callable[[str], Path]
@@ -126,12 +131,15 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize(
     ("name", "clip_norm"),
-    [*((name, material.UNCLIPPED) for name in [*LAYOUTS, *HEADLESS, *EVERYTHING]), *((name, CLIP_NORM) for name in CLIPPED)],
-    ids=[*LAYOUTS, *HEADLESS, *EVERYTHING, *(f"{name}-clipped" for name in CLIPPED)],
+    [
+        *((name, material.UNCLIPPED) for name in [*LAYOUTS, *HEADLESS, *EVERYTHING, *OFF_POLICY]),
+        *((name, CLIP_NORM) for name in CLIPPED),
+    ],
+    ids=[*LAYOUTS, *HEADLESS, *EVERYTHING, *OFF_POLICY, *(f"{name}-clipped" for name in CLIPPED)],
 )
 def test_layout_equals_one_rank(name: str, clip_norm: float, train: Train) -> None:
     """Three optimizer steps: metrics equal on all ranks; losses and gradients within 1e-5 of one rank, weights 2e-5."""
-    variant, loss, trainer = (LAYOUTS | HEADLESS | EVERYTHING)[name]
+    variant, loss, trainer = (LAYOUTS | HEADLESS | EVERYTHING | OFF_POLICY)[name]
     found, expected = train(variant, loss, trainer, clip_norm), train(variant, loss, {}, clip_norm)
     assert all(metrics == found.metrics[0] for metrics in found.metrics)
     for step, wanted in zip(found.metrics[0], expected.metrics[0], strict=True):
@@ -241,8 +249,9 @@ def test_one_rank_equals_transformers(variant: str, clip_norm: float, train: Tra
         ({"tensor_parallel": 2}, {"model": {"dtype": "bfloat16"}}),
         ({"pipeline_parallel": 2, "virtual_pipeline": 2}, {}),
         ({"data_parallel": 2}, {"algorithm": material.ALGORITHMS["own_with_entropy"]}),
+        ({"tensor_parallel": 2}, {"sync": {"reference": 1, "reference_mix": 0.25}}),
     ],
-    ids=["tp2", "dp2_distributed", "dp2_distributed_bf16", "tp2_bf16", "pp2_virtual2", "dp2_own_loss"],
+    ids=["tp2", "dp2_distributed", "dp2_distributed_bf16", "tp2_bf16", "pp2_virtual2", "dp2_own_loss", "tp2_mixed"],
 )
 def test_resumed_policy_continues_bit_for_bit(
     trainer: dict[str, Any], options: dict[str, Any], pool: WorkerPool, checkpoint: Checkpoint, tmp_path: Path
@@ -250,7 +259,7 @@ def test_resumed_policy_continues_bit_for_bit(
     """State through a safetensors file into a fresh policy, before the first step and after it, reference moved."""
     where = {"checkpoint": str(checkpoint("plain")), "output": str(tmp_path)}
     for rank in pool.run("resume", 2, trainer=trainer, options=options, **where):
-        assert rank == {"metrics": True, "keys": True, "tensors": True, "from_start": True}
+        assert rank == {"metrics": True, "keys": True, "tensors": True, "from_start": True, "mixed": True}
 
 
 LAYOUTS_IN_TURN = {  # (written by, gone on by)

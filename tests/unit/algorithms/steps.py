@@ -13,6 +13,7 @@ import torch
 
 from engine.algorithms.base import Loss
 from engine.config.options import Trainer
+from engine.core.metrics import part_reductions
 from engine.core.types import Microbatch, Sequence
 from engine.megatron.packing import make_batch
 
@@ -34,6 +35,7 @@ class Step:
         self.policy: Tokens = []
         self.reference: Tokens = []
         self.entropy: Tokens = []
+        self.squares: Tokens = []  # logs of the sums of squared probabilities; of a loss that looks at them
         for pair in range(num_pairs):
             for chosen in (True, False):
                 self.add(pair, chosen, self._draw.choice([0.0, self._draw.uniform(-1, 1)]))
@@ -59,13 +61,16 @@ class Step:
         """(sum of the losses, sums of the metrics, gradients by log-prob, gradients by entropy) over ranks and rows."""
         trainer = Trainer(data_parallel=data_parallel, microbatch_tokens=microbatch_tokens)
         loss = 0.0
-        sums = {metric.name: -math.inf if metric.reduce == "max" else 0.0 for metric in loss_function.metrics}
-        join = {metric.name: max if metric.reduce == "max" else operator.add for metric in loss_function.metrics}
+        reductions = part_reductions(loss_function.metrics)
+        sums = {name: -math.inf if reduce == "max" else 0.0 for name, reduce in reductions.items()}
+        join = {name: max if reduce == "max" else operator.add for name, reduce in reductions.items()}
         gradients, slopes = ([[float("nan")]] * len(self.sequences) for _ in range(2))
         for dp_rank in range(data_parallel):
             batch = make_batch(self.sequences, step=0, num_prompts=num_prompts, trainer=trainer, dp_rank=dp_rank)
             rows = [self.lay_out(microbatch, self.policy)[0] for microbatch in batch.microbatches]
             scored = [replace(m, reference_log_probs=self.lay_out(m, self.reference)[0]) for m in batch.microbatches]
+            if loss_function.needs_squares:
+                scored = [replace(m, log_square_probs=self.lay_out(m, self.squares, elsewhere=3.0)[0]) for m in scored]
             if any(m.split.any() for m in scored):
                 scored = loss_function.precompute_split_groups(scored, rows)
             for row, microbatch in zip(rows, scored, strict=True):
@@ -107,14 +112,19 @@ class Step:
         return found
 
     def mismatch(self) -> dict[str, float]:
-        """Of policy against rollout log-probs: sum of |log r|, sum of r - log r - 1, largest r."""
-        logs = [
-            p - q
+        """Of policy against rollout log-probs: sum of |log r|, sum of r - log r - 1, largest r; of the ratios of whole
+        responses their sum, the sum of their squares and their number."""
+        responses = [
+            [p - q for p, q in zip(policy, sequence.rollout_log_probs, strict=True)]
             for sequence, policy in zip(self.sequences, self.policy, strict=True)
-            for p, q in zip(policy, sequence.rollout_log_probs, strict=True)
         ]
+        logs = [x for response in responses for x in response]
+        products = [math.exp(math.fsum(response)) for response in responses]
         return {
             "log_prob_gap_mean": sum(map(abs, logs)),
             "rollout_kl_mean": sum(math.exp(x) - x - 1 for x in logs),
             "ratio_max": max(map(math.exp, logs), default=0.0),
+            "ess_share": sum(products),
+            "response_ratio_squares": sum(x * x for x in products),
+            "num_responses": len(products),
         }

@@ -34,7 +34,7 @@ from tests.builders import config
 
 OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 130
+MAX_OPTIONS = 150
 
 REQUIRED = """
 [run]
@@ -125,7 +125,10 @@ def test_the_options_are_the_reviewed_ones():
         ("run.steps=true", ("run.steps: ", "integer", "found True", "optimizer steps")),
         ("run.seed=-1", ("run.seed: ", "greater than or equal to 0", "found -1")),
         ("trainer.sequence_parallel=1", ("trainer.sequence_parallel: ", "boolean", "found 1")),
-        ("algorithm.loss=ppo", ("algorithm.loss must be one of dpo, group_dpo, grpo, or", "found 'ppo'", "choose one")),
+        (
+            "algorithm.loss=ppo",
+            ("algorithm.loss must be one of cispo, dpo, group_dpo, grpo, oapl, or", "found 'ppo'", "choose one"),
+        ),
         ("algorithm.samples_per_prompt=1", ("algorithm.samples_per_prompt: ", "equal to 2", "found 1")),
         ("optimizer.learning_rate=inf", ("optimizer.learning_rate: ", "finite", "found inf")),
         ("optimizer.learning_rate=fast", ("optimizer.learning_rate: ", "number", "found 'fast'")),
@@ -188,6 +191,15 @@ COMBINATIONS = [
     (["trainer.virtual_pipeline=2"], "trainer.virtual_pipeline", "trainer.pipeline_parallel", "found 2", "set it to 1"),
     (["trainer.last_stage_layers=2"], "trainer.first_stage_layers", "trainer.pipeline_parallel", "None and 2", "remove"),
     (["sync.sync_interval=never", "sync.reference=follow"], "sync.reference", "sync.sync_interval", "both", "'never'"),
+    (["sync.reference_mix=0.5"], "sync.reference_mix", "sync.reference = 'never'", "found 0.5", "set sync.reference to 1"),
+    (
+        ["sync.reference=1", "sync.reference_mix=0.1", "model.dtype=bfloat16"],
+        *("sync.reference_mix", "model.dtype = 'bfloat16'", "found 0.1", "mix less often"),
+    ),
+    (
+        ["sync.reference=1", "sync.reference_mix=0.5", *FP8_PARAMETERS],
+        *("sync.reference_mix", "trainer.fp8_parameters = false", "found 0.5 and true", "set one"),
+    ),
     (
         ["inference.placement=colocated", "cluster.nodes=2", "trainer.pipeline_parallel=3", "cluster.gpus_per_node=2"],
         *("inference.placement = 'colocated'", "trainer.tensor_parallel * trainer.pipeline_parallel"),
@@ -269,6 +281,10 @@ COMBINATIONS = [
     (
         ["algorithm.entropy_weight=1e-4", "trainer.fused_lm_head=true"],
         *("algorithm.entropy_weight", "trainer.fused_lm_head", "found 0.0001 and true", "false"),
+    ),
+    (
+        ["algorithm.weight_pairs=true", "trainer.fused_lm_head=true"],
+        *("algorithm.weight_pairs", "trainer.fused_lm_head", "found both true", "set one to false"),
     ),
     (
         ["algorithm.loss=grpo", "algorithm.reduction=pairs"],
@@ -586,7 +602,7 @@ def test_a_loss_that_is_not_there_hides_nothing():
     with pytest.raises(ConfigError) as raised:
         override(config(), {"algorithm.loss": "dppo", "run.steps": 0, "sync.semantics": "papr"})
     said = [str(fault) for fault in raised.value.faults]
-    assert len(said) == 2 and said[0].startswith("run.steps") and said[1].startswith("algorithm.loss must be one of dpo")
+    assert len(said) == 2 and said[0].startswith("run.steps") and said[1].startswith("algorithm.loss must be one of cispo")
     with pytest.raises(ConfigError) as raised:
         override(config(), {"sync.semantics": "papr", "trainer.sequence_parallel": True})
     assert [str(fault).split()[0] for fault in raised.value.faults] == ["sync.semantics", "trainer.sequence_parallel"]

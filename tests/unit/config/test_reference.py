@@ -48,7 +48,7 @@ def test_options_are_printed_by_section_and_by_name(capsys):
     assert "[trainer] Layout of the policy" in capsys.readouterr().out
     assert main(["options", "algorithm", "optimizer.eps"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "algorithm.kl_weight: of GRPO's KL" in printed and "[algorithm] with loss = 'grpo'" in printed
+    assert "algorithm.kl_weight: of the KL to the reference" in printed and "[algorithm] with loss = 'grpo'" in printed
     assert "optimizer.eps: AdamW's epsilon" in printed and "number, > 0, no unit; default 0.0001" in printed
     assert "optimizer.beta1" not in printed
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED
-from engine.ops import grouped_advantages, lm_head_log_probs, policy_gradient_loss, sequence_log_probs
+from engine.ops import grouped_advantages, lm_head_log_probs, log_square_probs, policy_gradient_loss, sequence_log_probs
 from engine.ops.policy_gradient import LOG_LIMIT, SUMS
 from tests import reference_ops
 
@@ -318,3 +318,14 @@ def test_lm_head_names_wrong_arguments(shapes, options, message):
     hidden, weight, targets = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         lm_head_log_probs(hidden, weight, targets.long(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "num_valid"), [(1, 1), (64, 40), (65, 37), (0, 40)])
+def test_log_square_probs_equal_softmax_in_float64(dtype, num_tokens, num_valid):
+    """Rows around a chunk's end, padding columns, large logits, a stride, a temperature; nothing is differentiated."""
+    logits = 30 * torch.randn(num_tokens, 80, generator=torch.Generator().manual_seed(1)).to(dtype)[:, :40]
+    found = log_square_probs(logits.requires_grad_(), num_valid=num_valid, temperature=0.6)
+    wanted = (logits.detach().double()[:, :num_valid] / 0.6).softmax(-1).square().sum(-1).log()
+    torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=2e-6)
+    assert not found.requires_grad

@@ -279,6 +279,21 @@ def test_group_dpo_compares_above_and_below_the_mean_where_nothing_is_right_or_w
 MIXED = [group([1, 1], 0), group([1, 0, 0, 0], 1), group([0, 0], 2), group([0, 1], 3)]
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 0.001])
+def test_advantages_may_be_scaled_by_the_steps_own_deviation(kl_weight):
+    """By the root mean square over all judged rollouts, also of prompts that are dropped; 0 where nothing differs."""
+    late = group([1, 0, 5], 4, ["ok", "ok", "timeout"])
+    algorithm = {"loss": "grpo", "kl_weight": kl_weight, "normalize_advantages": "batch_std"}
+    sequences, counts = training_sequences([*MIXED, late], run_config(algorithm=algorithm))
+    root = math.sqrt((0.75**2 + 3 * 0.25**2 + 2 * 0.5**2 + 2 * 0.5**2) / 12)
+    plain, others = training_sequences([*MIXED, late], run_config(algorithm=algorithm | {"normalize_advantages": "mean"}))
+    assert counts == others
+    assert [s.advantage for s in sequences] == pytest.approx([s.advantage / root for s in plain])
+    assert [replace(s, advantage=0) for s in sequences] == [replace(s, advantage=0) for s in plain]
+    equal, _ = training_sequences([MIXED[0]], run_config(algorithm=algorithm))
+    assert [s.advantage for s in equal] == [0.0] * (2 if kl_weight else 0)
+
+
 def test_what_could_not_be_judged_is_no_evidence():
     """A timeout is neither rejected nor part of the group's mean."""
     late = group([1, 0, 0], 0, ["ok", "timeout", "ok"])

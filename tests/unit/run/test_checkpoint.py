@@ -40,6 +40,7 @@ from engine.run.checkpoint import (
     latest,
     rank_file,
     read_manifest,
+    reference_place,
 )
 from engine.run.milestones import commits, resume_policy
 from engine.run.saving import Checkpoints, Snapshot, Weights
@@ -310,6 +311,16 @@ def test_a_failure_in_the_background_is_raised_at_the_next_look(tmp_path):
     checkpoints.commit(5, snapshot_of(state_of(5), weights_of(5)), config)
     checkpoints.wait()
     assert_whole(tmp_path, 5)
+
+
+def test_a_mixed_reference_is_the_seed_model_and_then_its_own(tmp_path):
+    """Of what is due before the next step the checkpoint has not seen anything: a resumed run mixes it anew. One that is copied
+    is none of its own where a checkpoint has it, or is copied anew."""
+    sync = {"sync_interval": 2, "reference": 2}
+    mixed = run_config(tmp_path, run={"steps": 8}, sync=sync | {"reference_mix": 0.5}, checkpoint={"every": 2})
+    copied = run_config(tmp_path, run={"steps": 8}, sync=sync, checkpoint={"every": 2})
+    assert [reference_place(mixed, step) for step in (1, 2, 3, 4, 8)] == ["seed", "seed", "own", "own", "own"]
+    assert [reference_place(copied, step) for step in (1, 2, 3, 4, 8)] == ["seed", None, 2, None, None]
 
 
 def test_a_reference_is_read_from_where_it_is(tmp_path):
