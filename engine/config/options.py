@@ -397,6 +397,11 @@ class Trainer(Section):
     microbatch_tokens: Tokens = Field(
         8192, description="packed into one forward and backward at most; larger groups are spread"
     )
+    share_prompts: Literal["auto"] | bool = Field(
+        "auto",
+        description="compute a prompt once for all its samples in a microbatch; 'auto': with layers = 'local', whose attention "
+        "can do it",
+    )
     timeout_seconds: Seconds = Field(600.0, description="longest wait of a trainer rank for another")
     layers: Literal["local", "transformer_engine"] = Field(
         "local", description="megatron-core's own, or Transformer Engine's, which are faster on GPUs and need bfloat16"
@@ -412,6 +417,11 @@ class Trainer(Section):
     def world_size(self) -> int:
         """Number of trainer ranks."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether rows hold a prompt once for all its samples in them."""
+        return self.layers == "local" if self.share_prompts == "auto" else self.share_prompts
 
     @property
     def row_block(self) -> int:

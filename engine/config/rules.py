@@ -41,6 +41,11 @@ def broken_rules(config: Options) -> list[str]:
             f"trainer.virtual_pipeline needs trainer.pipeline_parallel > 1; found {c.trainer.virtual_pipeline} "
             f"with 1 stage: set it to 1"
         )
+    if c.trainer.share_prompts is True and c.trainer.layers != "local":
+        broken.append(
+            f"trainer.share_prompts needs trainer.layers = 'local': Transformer Engine's attention has no segments that several "
+            f"others go on from; found true with {c.trainer.layers!r}: set it to 'auto' or false, or trainer.layers to 'local'"
+        )
     ends = (c.trainer.first_stage_layers, c.trainer.last_stage_layers)
     if ends != (None, None) and c.trainer.pipeline_parallel == 1:
         broken.append(

@@ -1,7 +1,7 @@
 """The policy on this trainer rank: scores batches with the reference, takes optimizer steps through megatron's
 schedules, and hands out its weights and its state. It draws no data, samples nothing and writes no file.
 
-Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank, H hidden, K metrics of the loss.
+Shape legend: T tokens of a packed row, L of them with a target, V_local vocabulary columns of this rank, H hidden, K metrics of the loss.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from engine.algorithms.base import Loss
@@ -30,10 +29,11 @@ from engine.config.load import Copy, RunConfig
 from engine.core.errors import CheckpointError, NumericsError
 from engine.core.types import Batch, Microbatch
 from engine.megatron import build
+from engine.megatron.attention import row_of
 from engine.megatron.fp8.delayed_scaling import Fp8Memory
 from engine.megatron.fp8.parameters import Weights, behind, copied, forget_initial, in_fp8, load, scale
 from engine.megatron.libraries import check_libraries
-from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS, UPDATED
+from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS, SHARED, UPDATED
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
 from engine.megatron.parallel_state import ParallelState
@@ -171,7 +171,7 @@ class Policy:
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on a scored batch; a gradient of 0 moves nothing. Returns loss, gradient norm before clipping,
-        learning rate, whether the weights moved, packed tokens and the loss's metrics by name, over all microbatches and
+        learning rate, whether the weights moved, tokens computed and saved, and the loss's metrics by name, over all microbatches and
         data-parallel ranks, equal on every rank.
 
         Collective over all ranks. NumericsError on every rank, with the weights untouched, when the loss or the
@@ -206,6 +206,7 @@ class Policy:
             LEARNING_RATE.name: learning_rate,
             UPDATED.name: float(updated),
             NUM_TOKENS.name: num_tokens,
+            SHARED.name: batch.num_saved_tokens / max(1, batch.num_sequence_tokens),
         }
         known = dict(zip(names, totals, strict=True)) | {"target_tokens": float(batch.num_target_tokens)}
         return metrics | {metric.name: metric.value(known[metric.name], known) for metric in self.loss.metrics}
@@ -348,16 +349,17 @@ class Policy:
 
     def run(self, batch: Batch, loss_of: LossOf, *, forward_only: bool) -> list[torch.Tensor]:
         """Drives megatron's schedule over the microbatches; what `loss_of(output, microbatch)` collects comes back in
-        order on the last stage, nothing elsewhere. The output is logits [T, V_local], or with trainer.fused_lm_head
-        hidden states [T, H]. Collective over the pipeline's ranks.
+        order on the last stage, nothing elsewhere. The output is that of the microbatch's `target_positions`: logits
+        [L, V_local], or with trainer.fused_lm_head hidden states [L, H]. Collective over the pipeline's ranks.
 
         The backward adds the gradient of each microbatch's scalar, undivided, into the chunks' gradient buffers.
         """
 
         def forward_step(microbatches: Iterator[Microbatch], chunk: Any) -> tuple[torch.Tensor, Any]:
-            microbatch = _to_device(next(microbatches), self.parallel.device)
+            given = next(microbatches)
+            microbatch = _to_device(given, self.parallel.device)
             token_ids, position_ids = microbatch.token_ids[None], microbatch.position_ids[None]
-            output = chunk(token_ids, position_ids, None, packed_seq_params=_packed(microbatch))
+            output = chunk(token_ids, position_ids, None, packed_seq_params=row_of(microbatch, given))
             return output, partial(finish, microbatch)
 
         def finish(microbatch: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -385,6 +387,7 @@ class Policy:
         coefficients: torch.Tensor | None = None,
         with_entropy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(log-probs [T], 0 where the target is IGNORED, entropy [T] likewise) of the model's output at `target_positions`."""
         assert self._output_weight is not None, "log-probs off the last stage"
         vocabulary: dict[str, Any] = {
             "vocab_start": self.parallel.tp_rank * self._output_weight.size(0),
@@ -392,19 +395,22 @@ class Policy:
             "group": self.parallel.tp_group,
             "temperature": self._temperature,
         }
+        positions = microbatch.target_positions
+        targets = microbatch.targets[positions]
         with phase(Phase.LOG_PROBS):
             if not self._headless:
-                return token_log_probs(output, microbatch.targets, with_entropy=with_entropy, **vocabulary)
+                log_probs, entropy = token_log_probs(output, targets, with_entropy=with_entropy, **vocabulary)
+                return _spread(log_probs, microbatch), None if entropy is None else _spread(entropy, microbatch)
             assert not with_entropy, "the configuration allows no entropy with trainer.fused_lm_head"
             log_probs = lm_head_log_probs(
                 output,
                 self._output_weight,
-                microbatch.targets,
-                coefficients=coefficients,
+                targets,
+                coefficients=None if coefficients is None else coefficients[positions],
                 float32_logits=self._float32_head,
                 **vocabulary,
             )
-            return log_probs, None
+            return _spread(log_probs, microbatch), None
 
     def _total(self, collected: list[torch.Tensor]) -> torch.Tensor:
         """Over microbatches, then over data-parallel ranks, the sum, or of a metric that says so the maximum; the last stage's
@@ -445,15 +451,10 @@ def _finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **optio
     finalize_model_grads(chunks, None, **options)
 
 
-def _packed(microbatch: Microbatch) -> PackedSeqParams:
-    longest = int(microbatch.cu_seqlens.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=microbatch.cu_seqlens,
-        cu_seqlens_kv=microbatch.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+def _spread(values: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+    """Values [L] at the positions with a target, 0 at all others: [T]."""
+    row = torch.zeros(microbatch.targets.shape, dtype=values.dtype, device=values.device)
+    return row.index_copy(0, microbatch.target_positions, values)
 
 
 def _to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:

@@ -89,7 +89,7 @@ def full_tensors(policy: Policy, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def logits(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
-    """Full-vocabulary logits [T, V] by microbatch on the last stage's first tensor rank."""
+    """Full-vocabulary logits [L, V] of the positions with a target, by microbatch, on the last stage's first tensor rank."""
     parallel = policy.parallel
 
     def collect(local: torch.Tensor, _: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -397,11 +397,13 @@ def distribution(config: RunConfig, parallel: ParallelState, checkpoint: str) ->
 
         def exact(hidden: torch.Tensor, row: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             valid = weight.detach().double()[: policy.shape.vocab_size]
-            log_probs = reference_ops.lm_head_log_probs(hidden.detach().double(), valid, row.targets, temperature=temperature)
+            targets = row.targets[row.target_positions]
+            log_probs = reference_ops.lm_head_log_probs(hidden.detach().double(), valid, targets, temperature=temperature)
             return log_probs.sum(), log_probs
 
         with torch.no_grad():
             wanted = policy.run(batch, exact, forward_only=True)
+        own = [row[microbatch.target_positions] for row, microbatch in zip(own, batch.microbatches, strict=True)]
         found["distance"] = max(float((a - b).abs().max()) for a, b in zip(own, wanted, strict=True))
     return found
 
@@ -411,7 +413,8 @@ def infinite(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dic
     policy = make_policy(config, parallel, loss_of("grpo"), checkpoint)
     batch = batch_of(7, policy.shape.vocab_size, config.trainer, parallel.dp_rank)
     if parallel.dp_rank == parallel.dp_size - 1:
-        batch.microbatches[0].advantages[0] = float("inf")
+        row = batch.microbatches[0]
+        row.advantages[row.places.argmax()] = float("inf")
     before = policy.state()
     try:
         policy.train_step(policy.score(batch))
