@@ -11,7 +11,6 @@ measures no generation, no weight sync and no GPU.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import random
@@ -122,9 +121,7 @@ def serve(case: Case, model: Path, options: list[str], folder: Path) -> None:
     spec = assemble(config, read_shape(model))
     store = dist.FileStore(str(folder / f"store{os.getpid()}"), 1)
     parallel = open_parallel_state(config.trainer, rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
-    known = {"copies": spec.copies, "reference_log_probs": getattr(spec, "reference_log_probs", None)}
-    taken = {name: value for name, value in known.items() if name in inspect.signature(Policy.__init__).parameters}
-    policy = Policy(config, parallel, make_loss(config.algorithm), model, spec.shape, spec.trainer, **taken)
+    policy = Policy(config, parallel, make_loss(config.algorithm), model, spec.shape, spec.trainer, copies=spec.copies)
     for step, _ in enumerate(sys.stdin):
         made = sequences(case, step)
         batch = make_batch(made, step=step, num_prompts=case.prompts, trainer=config.trainer, dp_rank=0)

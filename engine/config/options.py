@@ -336,6 +336,11 @@ class Sync(Section):
         "never",
         description="when the reference takes the policy's weights: 'never', 'follow' (at every weight sync), or every N",
     )
+    reference_log_probs: Literal["computed", "rollouts"] = Field(
+        "computed",
+        description="'rollouts': take those that the rollouts were sampled with, where the same weights are the reference: no "
+        "pass and no second copy, but the engine's rounding in place of the trainer's",
+    )
     semantics: str = Field(
         "paper",
         description="which steps sync: 'paper', 'fairseq2' (the paper's public code, which counts steps from 1: syncs at 0, "

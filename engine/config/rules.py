@@ -8,6 +8,7 @@ from engine.config.learning_rates.registry import broken_learning_rate_rules
 from engine.config.options import LEAST_TEMPERATURE, LOSSES, Options, source_key
 from engine.config.placement import colocated_nodes
 from engine.config.rewards import broken_reward_rules
+from engine.config.schedules.base import Schedule
 from engine.config.schedules.registry import schedule_of
 from engine.config.transport import refusal
 from engine.core.errors import ConfigError
@@ -22,6 +23,7 @@ def broken_rules(config: Options) -> list[str]:
     never_syncs, broken = False, list[str]()
     try:
         schedule = schedule_of(c)
+        broken += broken_reference_rules(c, schedule)
         never_syncs = schedule.never_syncs
         broken += schedule.broken_rules(every)
     except ConfigError as error:
@@ -43,8 +45,8 @@ def broken_rules(config: Options) -> list[str]:
         )
     if c.trainer.share_prompts is True and c.trainer.layers != "local":
         broken.append(
-            f"trainer.share_prompts needs trainer.layers = 'local': Transformer Engine's attention has no segments that several "
-            f"others go on from; found true with {c.trainer.layers!r}: set it to 'auto' or false, or trainer.layers to 'local'"
+            f"trainer.share_prompts needs trainer.layers = 'local', for Transformer Engine's attention cannot go on from a "
+            f"segment that others share; found true with {c.trainer.layers!r}: set it to 'auto' or false, or use local layers"
         )
     ends = (c.trainer.first_stage_layers, c.trainer.last_stage_layers)
     if ends != (None, None) and c.trainer.pipeline_parallel == 1:
@@ -62,6 +64,25 @@ def broken_rules(config: Options) -> list[str]:
             "both: set sync.reference to 'never' or a number of steps"
         )
     return broken + broken_profile_rules(c)
+
+
+def broken_reference_rules(c: Options, schedule: Schedule) -> list[str]:
+    """Sentences for reference log-probs that the rollouts do not have."""
+    needed, broken = "sync.reference_log_probs = 'rollouts' needs", list[str]()
+    if c.sync.reference_log_probs == "computed":
+        return broken
+    if c.data.replay is not None:
+        broken.append(
+            f"{needed} rollouts that this run's reference sampled; found data.replay = {c.data.replay!r}: set it to 'computed'"
+        )
+    apart = next((t for t in range(c.run.steps) if schedule.reference_version(t) != schedule.version(t)), None)
+    if apart is not None:
+        broken.append(
+            f"{needed} the reference to be what samples, at every step; found sync.reference = {c.sync.reference!r}: at step "
+            f"{apart} it is version {schedule.reference_version(apart)}, and version {schedule.version(apart)} samples: set it "
+            f"to 'follow', or reference_log_probs to 'computed'"
+        )
+    return broken
 
 
 def broken_name_rules(c: Options) -> list[str]:

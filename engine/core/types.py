@@ -4,8 +4,8 @@ sequences are packed into microbatches. Nothing here computes; every record is f
 Worked example: prompt "3 + 4 = ?" with N = 2 samples. Rollout 0 says 7 (reward 1), rollout 1 says 8 (reward 0).
 DPO makes one pair = two `Sequence`s with `group=0`, one `chosen`; GRPO makes two `Sequence`s with advantages +0.5, -0.5.
 
-Shape legend: T tokens of a packed row, L of them with a target, B segments of it, P pairs of it. A segment is a sequence, or what
-belongs to none: padding, or a prompt that several sequences share (engine/megatron/packing.py has a picture).
+Shape legend: T tokens of a packed row, L of them with a target, B segments of it, P pairs of it. A segment is a sequence, or
+what belongs to none: padding, or a prompt that several sequences share (engine/megatron/packing.py has a picture).
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Attention inside the sequences of a packed row, where samples of one prompt may share its tokens: every sample attends to itself,
-causally, and to the whole of the prompt's segment that it continues. It lays out no row (packing.py) and builds no model.
+"""Attention inside the sequences of a packed row, where samples of one prompt may share its tokens: every sample attends to
+itself, causally, and to the whole of the prompt's segment that it goes on from. It lays out no row (packing.py) and builds no
+model.
 
-Two attentions of a sample, over its own tokens and over the prompt's, are merged exactly by their log-sum-exps; the backward of each
-takes the merged output and log-sum-exp for its own, which makes its gradients those of the whole (as in ring attention, Liu et al.
-2023, arXiv 2310.01889). So no key is copied, no mask is made and nothing is padded: memory and work grow with the tokens of the row.
+Two attentions of a sample, over its own tokens and over the prompt's, are merged exactly by their log-sum-exps; the backward of
+each takes the merged output and log-sum-exp for its own, which makes its gradients those of the whole (as in ring attention,
+Liu et al. 2023, arXiv 2310.01889). So no key is copied, no mask is made and nothing is padded: memory and work grow with the
+tokens of the row.
 
 Shape legend: T tokens of a packed row, N heads of this rank, M of its key-value heads, D head dim, L queries, S keys.
 """
@@ -27,7 +29,7 @@ LARGEST_FLASH_HEAD = 256  # head dim of torch's flash attention on GPUs
 
 
 class Shared:
-    """The prompts of a row that several samples share, one after another, and the tokens of the samples, which follow theirs."""
+    """The prompts of a row that several samples share, and the samples, which follow theirs."""
 
     def __init__(self, prompts: list[slice], samples: list[slice], num_tokens: int, device: torch.device) -> None:
         self._cuts: list[tuple[list[int], slice]] = []
@@ -51,7 +53,7 @@ class Shared:
 
 @dataclass
 class Row(PackedSeqParams):
-    """What layers are told of a packed row: megatron-core's bounds, and what attention and the output layer need beside them."""
+    """What layers are told of a packed row: megatron-core's bounds, and what attention and output layer need beside them."""
 
     lengths: list[int] = field(default_factory=list)  # of the segments, on the host
     shared: Shared | None = None  # None where every sequence has a prompt of its own
@@ -195,8 +197,8 @@ class Kernel:
     """Attention of L queries [1, N, L, D] over S keys and values [1, M, S, D], causal where L = S, or whole.
 
     forward: (q, k, v, causal, scale) -> (output [1, N, L, D], log-sum-exps [1, N, L] in float32 or wider).
-    backward: (gradient, q, k, v, output, log-sum-exps, causal, scale) -> gradients of q, k and v. Output and log-sum-exps may be
-    those of an attention over more keys: the gradients are then this part's of it.
+    backward: (gradient, q, k, v, output, log-sum-exps, causal, scale) -> gradients of q, k and v. Output and log-sum-exps
+    may be those of an attention over more keys: the gradients are then this part's of it.
     """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]

@@ -67,7 +67,7 @@ class Policy:
     ) -> None:
         """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy. `shape`, `axes`:
         of the model there and of the trainer, and `copies`: of its weights that it keeps, as the run's Spec has them; without
-        `copies` the reference if the loss looks at one.
+        `copies` the reference if the loss needs a pass with it (RunConfig.reference_source).
 
         Collective over all ranks. Raises ConfigError for another model, an impossible layout or a missing library,
         CheckpointError for files that do not hold it.
@@ -103,8 +103,10 @@ class Policy:
         )
         forget_initial(self._own.values())
         self._reference: dict[str, torch.Tensor] = {}
-        if loss.needs_reference if copies is None else "reference" in copies:
-            self.refresh_reference()
+        self._reference_source = config.reference_source
+        needs_pass = loss.needs_reference and self._reference_source == "pass"
+        if needs_pass if copies is None else "reference" in copies:
+            self._reference = self._copy()
         still = self._reference if config.sync.reference == "never" else {}  # one that never moves is the seed's weights too
         self._seed = self._copy() if copies is not None and "seed" in copies else still
 
@@ -119,9 +121,9 @@ class Policy:
         return bool(self._seed)
 
     def refresh_reference(self) -> None:
-        """Makes the reference a copy of the policy as it is now."""
-        assert self.loss.needs_reference, "a reference nobody needs"
-        self._reference = self._copy()
+        """Makes the reference, where one is kept, a copy of the policy as it is now."""
+        if self._reference:
+            self._reference = self._copy()
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: copied(parameter) for name, parameter in self._own.items()}
@@ -132,21 +134,26 @@ class Policy:
         return self.serving(self._seed)
 
     def score(self, batch: Batch) -> Batch:
-        """The batch with `reference_log_probs` [T] filled on the last stage where the loss needs them. Where groups are split
-        over several microbatches, the policy scores them too, and the microbatches carry the precomputed gradients of those
-        groups.
+        """The batch with `reference_log_probs` [T] filled on the last stage where the loss needs them and they are not the
+        policy's own, which `train_step` then takes. Where groups are split over several microbatches, the policy scores them
+        too, and the microbatches carry the precomputed gradients of those groups.
 
         Collective over the pipeline's ranks.
         """
         microbatches = batch.microbatches
         reference: list[torch.Tensor] = []
         own: list[torch.Tensor] = []
-        if self.loss.needs_reference:
+        needs_reference = self.loss.needs_reference
+        if needs_reference and self._reference_source == "pass":
             with self.serving(self._reference), phase(Phase.REFERENCE):
                 reference = self.log_probs(batch)
         if any(bool(microbatch.split.any()) for microbatch in microbatches):
             with phase(Phase.SPREAD):
                 own = self.log_probs(batch)
+        if needs_reference and self._reference_source == "rollouts":
+            reference = [microbatch.rollout_log_probs for microbatch in microbatches]
+        elif needs_reference and self._reference_source == "policy":
+            reference = own
         if reference:  # on the last stage
             pairs = zip(microbatches, reference, strict=True)
             microbatches = tuple(replace(microbatch, reference_log_probs=scored) for microbatch, scored in pairs)
@@ -182,10 +189,13 @@ class Policy:
         self._optimizer.zero_grad()
 
         names = [metric.name for metric in self.loss.metrics]
+        from_policy = self.loss.needs_reference and self._reference_source == "policy"
 
         def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             coefficients = self.loss.coefficients(microbatch)
             log_probs, entropy = self._token_log_probs(output, microbatch, coefficients, with_entropy=self.loss.needs_entropy)
+            if from_policy and microbatch.reference_log_probs is None:
+                microbatch = replace(microbatch, reference_log_probs=log_probs.detach())
             loss, parts = self.loss(log_probs, microbatch, batch, entropy)
             num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
             return loss, torch.stack([loss.detach(), num_tokens, *(parts[name] for name in names)])

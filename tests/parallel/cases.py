@@ -64,6 +64,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "change_weights": change_weights,
         "log_probs": log_probs,
         "distribution": distribution,
+        "without_reference": without_reference,
         "memory": memory,
     }
     config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
@@ -406,6 +407,42 @@ def distribution(config: RunConfig, parallel: ParallelState, checkpoint: str) ->
         own = [row[microbatch.target_positions] for row, microbatch in zip(own, batch.microbatches, strict=True)]
         found["distance"] = max(float((a - b).abs().max()) for a, b in zip(own, wanted, strict=True))
     return found
+
+
+def without_reference(config: RunConfig, parallel: ParallelState, checkpoint: str, loss: str) -> dict[str, bool]:
+    """Three steps of a policy whose reference is the policy itself, and of one that keeps a copy, copied before every step, and
+    makes the pass; then a step of one whose reference is what sampled. What the second knows of a reference is left out by
+    the others, and nothing else."""
+    batches = [batch_of(step, 67, config.trainer, parallel.dp_rank, 2) for step in range(3)]
+    policies = [make_policy(config, parallel, loss_of(loss), checkpoint)]
+    for source in ("pass", "rollouts"):
+        with patch.object(RunConfig, "reference_source", source):
+            policies.append(make_policy(config, parallel, loss_of(loss), checkpoint))
+    without, keeps, of_rollouts = policies
+    found = []
+    for batch in batches:
+        keeps.refresh_reference()
+        without.refresh_reference()
+        found.append(without.train_step(without.score(batch)) == keeps.train_step(keeps.score(batch)))
+    ours, theirs = without.state(), keeps.state()
+    kept = {name for name in theirs if name.startswith("reference")}
+    keeps.refresh_reference()
+    known = keeps.score(batches[0]).microbatches  # as if the reference had sampled them, to the bit
+    if known[0].reference_log_probs is not None:
+        rows = [
+            replace(row, rollout_log_probs=scored.reference_log_probs) for row, scored in zip(batches[0].microbatches, known)
+        ]
+        batch = replace(batches[0], microbatches=tuple(rows))
+    else:
+        batch = batches[0]
+    of_rollouts.load_state({name: value for name, value in theirs.items() if name not in kept})
+    again = [policy.train_step(policy.score(batch)) for policy in (of_rollouts, keeps)]
+    return {
+        "metrics": all(found),
+        "state": ours.keys() == theirs.keys() - kept and all(torch.equal(ours[name], theirs[name]) for name in ours),
+        "copies": [policy.has_reference for policy in policies] == [False, True, False] and bool(kept),
+        "rollouts": again[0] == again[1],
+    }
 
 
 def infinite(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:

@@ -281,6 +281,28 @@ def test_a_policy_goes_on_in_another_layout(
 
 
 @pytest.mark.parametrize(
+    ("loss", "trainer"),
+    [
+        ("everything", {}),  # with groups that are split over rows
+        ("grpo", {"tensor_parallel": 2, "sequence_parallel": True, "recompute": True}),
+        ("grpo", {"fused_lm_head": True}),
+        ("dpo", {"pipeline_parallel": 2}),
+        ("own_with_entropy", {"data_parallel": 2}),
+    ],
+)
+def test_a_reference_that_is_the_policy_needs_no_copy_and_no_pass(
+    loss: str, trainer: dict[str, Any], pool: WorkerPool, checkpoint: Checkpoint
+) -> None:
+    """Bit for bit what a copy and a pass give, and what rollouts give that the reference sampled."""
+    size = math.prod(trainer.get(f"{axis}_parallel", 1) for axis in ("tensor", "pipeline", "data"))
+    options = {"sync": {"reference": "follow"}, "algorithm": material.ALGORITHMS[loss]}
+    for rank in pool.run(
+        "without_reference", size, trainer=trainer, options=options, loss=loss, checkpoint=str(checkpoint("odd"))
+    ):
+        assert rank == {"metrics": True, "state": True, "copies": True, "rollouts": True}
+
+
+@pytest.mark.parametrize(
     ("reference", "trainer"),
     [
         ("never", {"tensor_parallel": 2}),  # the reference is the seed's copy
