@@ -1,6 +1,6 @@
-"""What a training step costs, scoring with the reference included, of random rollouts on one trainer rank: the seconds, the CPU's
-seconds of the process, the tokens that its rows hold, and the loss and gradient norm, by which the sides are compared. The sides
-are processes that take turns, step by step, so that a busy machine slows all of them: read the ratios.
+"""What a training step costs, scoring with the reference included, of random rollouts on one trainer rank: the seconds, the
+CPU's seconds of the process, the tokens that its rows hold, and the loss and gradient norm, by which the sides are compared.
+The sides are processes that take turns, step by step, so that a busy machine slows all of them: read the ratios.
 
     .venv/bin/python tools/bench_step.py [--against CHECKOUT] [--case NAME] [--steps 6] [--set trainer.recompute=true]
 

@@ -59,9 +59,7 @@ class RowModel(GPTModel):
         self._headless = headless
         self._rotates_in_attention = self.config.transformer_impl == "local"
         if self._rotates_in_attention:
-            self.position_embedding_type = (
-                "none"  # megatron-core would ask the device for every sequence's length, in each layer
-            )
+            self.position_embedding_type = "none"  # megatron-core's asks the device for all lengths, in every layer
         if self.post_process and self.config.sequence_parallel:  # the sequence is gathered before, to take positions of it
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1

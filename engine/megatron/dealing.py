@@ -1,8 +1,8 @@
 """Deals the training sequences of a step to data-parallel ranks and to packed rows, always the same way for the same lengths,
 groups and prompts. It sees outlines, no tokens; packing.py then writes the rows.
 
-What is dealt is a unit: the sequences of a group, whose loss couples them, or, where prompts are shared, all that have one prompt.
-A unit without a group may be cut where that balances better; its prompt is then computed once in every part.
+What is dealt is a unit: the sequences of a group, whose loss couples them, or, where prompts are shared, all that have one
+prompt. A unit without a group may be cut where that balances better; its prompt is then computed once in every part.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def split_over_ranks(outlines: Many[Outline], num_ranks: int, costs: Costs) -> l
 
 
 def pack_rows(parts: Many[Many[Outline]], trainer: Trainer, costs: Costs) -> list[list[list[Outline]]]:
-    """The packed rows of every data-parallel rank, of at most trainer.microbatch_tokens, equally many on each; a rank with fewer
-    sequences has empty ones. A group's sequences stand in one row where they fit. ConfigError for a sequence that is larger than
-    a row.
+    """The packed rows of every data-parallel rank, of at most trainer.microbatch_tokens, equally many on each; a rank with
+    fewer sequences has empty ones. A group's sequences stand in one row where they fit. ConfigError for a sequence that is
+    larger than a row.
 
     Without a pipeline rows are as few as first fit makes them. A pipeline idles less with more, of equal work: there are
     ROWS_PER_STAGE a stage where each has LEAST_ROW_TOKENS, unless every row is padded to its largest length.

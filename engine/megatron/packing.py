@@ -1,8 +1,8 @@
-"""Lays training sequences into the packed rows of a data-parallel rank. Which sequence stands where follows from lengths, groups
-and prompts alone (dealing.py), so a rank packs only its own rows. It computes no loss and asks no process group.
+"""Lays training sequences into the packed rows of a data-parallel rank. Which sequence stands where follows from lengths,
+groups and prompts alone (dealing.py), so a rank packs only its own rows. It computes no loss and asks no process group.
 
-A row is a list of segments. A sequence is one, prompt and completion; samples that share a row and a prompt have one for the prompt
-without its last token, and one each that begins with that token and goes on with their completion, without its last token:
+A row is a list of segments. A sequence is one, prompt and completion; samples that share a row and a prompt have one for the
+prompt without its last token, and one each that begins with that token and goes on with their completion, without its last:
 
     tokens     q q q q | q a a a | q b b | q c c c c | r r r d d
     segment    prompt    sample    sample  sample      a sequence that shares with nobody
@@ -134,11 +134,16 @@ def _fill(outlines: Many[Outline], sequences: Many[Sequence], multiple: int, spl
             segments.add(prompt[:-1])
         for i in indices:
             one = sequences[i]
-            told = {"of": i, "targets": one.completion_ids, "log_probs": one.rollout_log_probs}
-            if len(indices) == 1:  # the last token of the prompt predicts the first of the completion
-                segments.add(one.prompt_ids + one.completion_ids, first=len(prompt) - 1, **told)
-            else:
-                segments.add((prompt[-1], *one.completion_ids[:-1]), start=len(prompt) - 1, parent=parent, **told)
+            alone = len(indices) == 1  # and whole; the last token of its prompt predicts the first of its completion
+            segments.add(
+                one.prompt_ids + one.completion_ids if alone else (prompt[-1], *one.completion_ids[:-1]),
+                of=i,
+                targets=one.completion_ids,
+                log_probs=one.rollout_log_probs,
+                first=len(prompt) - 1 if alone else 0,
+                start=0 if alone else len(prompt) - 1,
+                parent=parent,
+            )
     if padding := -segments.bounds[-1] % multiple if sequences else multiple:
         segments.add([PADDING_TOKEN] * padding)
     groups = [-1 if i is None else sequences[i].group for i in segments.of]
@@ -149,8 +154,8 @@ def _fill(outlines: Many[Outline], sequences: Many[Sequence], multiple: int, spl
     targets = torch.tensor(segments.targets, dtype=torch.int64)
     target_positions = (targets != IGNORED).nonzero().squeeze(1)
 
-    def column(value: Callable[[Sequence], float]) -> torch.Tensor:
-        return torch.tensor([0.0 if i is None else value(sequences[i]) for i in segments.of], dtype=torch.float32)
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor([0.0 if i is None else values[i] for i in segments.of], dtype=torch.float32)
 
     return Microbatch(
         token_ids=torch.tensor(segments.token_ids, dtype=torch.int64),
@@ -159,9 +164,9 @@ def _fill(outlines: Many[Outline], sequences: Many[Sequence], multiple: int, spl
         position_ids=torch.tensor(segments.position_ids, dtype=torch.int64),
         cu_seqlens=torch.tensor(segments.bounds, dtype=torch.int32),
         parents=torch.tensor(segments.parents, dtype=torch.int64),
-        advantages=column(lambda sequence: sequence.advantage),
-        rewards=column(lambda sequence: sequence.reward),
-        values={name: column(lambda sequence, name=name: sequence.values[name]) for name in names},
+        advantages=column([sequence.advantage for sequence in sequences]),
+        rewards=column([sequence.reward for sequence in sequences]),
+        values={name: column([sequence.values[name] for sequence in sequences]) for name in names},
         rollout_log_probs=torch.tensor(segments.rollout_log_probs, dtype=torch.float32),
         pairs=pairs,
         pair_weights=pair_weights,

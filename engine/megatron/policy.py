@@ -1,7 +1,8 @@
 """The policy on this trainer rank: scores batches with the reference, takes optimizer steps through megatron's
 schedules, and hands out its weights and its state. It draws no data, samples nothing and writes no file.
 
-Shape legend: T tokens of a packed row, L of them with a target, V_local vocabulary columns of this rank, H hidden, K metrics of the loss.
+Shape legend: T tokens of a packed row, L of them with a target, V_local vocabulary columns of this rank, H hidden, K metrics of
+the loss.
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ class Policy:
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on a scored batch; a gradient of 0 moves nothing. Returns loss, gradient norm before clipping,
-        learning rate, whether the weights moved, tokens computed and saved, and the loss's metrics by name, over all microbatches and
-        data-parallel ranks, equal on every rank.
+        learning rate, whether the weights moved, tokens computed and saved, and the loss's metrics by name, over all
+        microbatches and data-parallel ranks, equal on every rank.
 
         Collective over all ranks. NumericsError on every rank, with the weights untouched, when the loss or the
         gradient norm is not finite.

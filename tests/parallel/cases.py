@@ -427,14 +427,11 @@ def without_reference(config: RunConfig, parallel: ParallelState, checkpoint: st
     ours, theirs = without.state(), keeps.state()
     kept = {name for name in theirs if name.startswith("reference")}
     keeps.refresh_reference()
-    known = keeps.score(batches[0]).microbatches  # as if the reference had sampled them, to the bit
-    if known[0].reference_log_probs is not None:
-        rows = [
-            replace(row, rollout_log_probs=scored.reference_log_probs) for row, scored in zip(batches[0].microbatches, known)
-        ]
-        batch = replace(batches[0], microbatches=tuple(rows))
-    else:
-        batch = batches[0]
+    rows = []  # as if the reference had sampled them, to the bit
+    for row, scored in zip(batches[0].microbatches, keeps.score(batches[0]).microbatches, strict=True):
+        known = scored.reference_log_probs  # on the last stage
+        rows.append(row if known is None else replace(row, rollout_log_probs=known))
+    batch = replace(batches[0], microbatches=tuple(rows))
     of_rollouts.load_state({name: value for name, value in theirs.items() if name not in kept})
     again = [policy.train_step(policy.score(batch)) for policy in (of_rollouts, keeps)]
     return {

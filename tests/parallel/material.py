@@ -46,7 +46,9 @@ def members(row: Microbatch) -> list[Member]:
     segments = [slice(start, end) for start, end in pairwise(row.cu_seqlens.tolist())]
     counts = [int((row.targets[segment] != IGNORED).sum()) for segment in segments]
     found = []
-    for segment, parent, num_before, count in zip(segments, row.parents.tolist(), accumulate(counts, initial=0), counts):
+    for segment, parent, num_before, count in zip(
+        segments, row.parents.tolist(), accumulate(counts, initial=0), counts, strict=False
+    ):
         if not count:
             continue
         before = segments[parent] if parent >= 0 else slice(0, 0)

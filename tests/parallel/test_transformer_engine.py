@@ -125,7 +125,7 @@ def curve(pool, folder, num_steps, trainer, options):
 
 
 def reference(folder, trainer, dtype):
-    """transformers' logits by row where something is predicted, and the gradients of the first step's NLL, in `dtype` on the GPU."""
+    """transformers' logits by row where something is predicted, and the gradients of the first NLL, in `dtype`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
     batch = material.batch_of(0, model.config.vocab_size, material.run_config(trainer, BF16).trainer, 0)
     logits, loss = {}, torch.zeros((), device=DEVICE)
