@@ -22,11 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from engine.config.options import Optimizer, Trainer
 from engine.core.errors import SemionError
 from engine.megatron import build
+from engine.megatron.attention import Row
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.models.base import ModelShape
@@ -89,8 +89,14 @@ def layer_row(name: str, shape: ModelShape, parallel: ParallelState, tokens: int
     ids = torch.randint(0, shape.vocab_size, (1, tokens), device=device)
     positions = torch.arange(length, device=device).repeat(tokens // length)[None]
     bounds = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device)
-    packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=length, max_seqlen_kv=length
+    packed = Row(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+        lengths=[length] * (tokens // length),
+        target_positions=torch.arange(tokens, device=device),
     )
     slope = torch.randn(1, tokens, shape.vocab_size, device=device).to(torch.bfloat16)
 

@@ -26,6 +26,8 @@ from engine.core.places import meant
 
 Table = TypeVar("Table", bound=Section)
 Copy = Literal["reference", "seed"]  # of its weights, beside the policy
+# Where reference log-probs come from: a pass with the reference's weights, the policy's own of the same step, or the rollouts
+ReferenceSource = Literal["pass", "policy", "rollouts"]
 CHECKED = {"rules": "checked"}  # pydantic's context for a tree whose rules have been checked before
 RULES = "broken_rules"  # pydantic's type of the complaint that carries every broken rule
 UNREAD = {  # of sections that must be there, what stands for one that cannot be used
@@ -64,6 +66,15 @@ class RunConfig(Options):
         """Whether some evaluation judges weights that the generator does not sample with."""
         steps = range(1, self.run.steps)
         return any(self.evaluation_due(step) and not self.schedule.sync_due(step) for step in steps)
+
+    @property
+    def reference_source(self) -> ReferenceSource:
+        """Where reference log-probs come from. Where the reference is copied from the policy before every step, they are the
+        policy's own before it moves, exactly: no second set of weights and no pass is needed."""
+        schedule, steps = self.schedule, range(1, max(2, self.run.steps))  # at step 0 both are the seed model anyway
+        if self.sync.reference_mix == 1 and all(schedule.reference_due(step) for step in steps):
+            return "policy"
+        return "rollouts" if self.sync.reference_log_probs == "rollouts" else "pass"
 
     @property
     def keeps_seed(self) -> bool:

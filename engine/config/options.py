@@ -343,6 +343,11 @@ class Sync(Section):
         description="of the policy in the reference when that takes its weights: 1 copies them; less leaves the rest as it "
         "was, with reference = 1 a running mean (TR-DPO; TRL: ref_model_mixup_alpha, ref_model_sync_steps)",
     )
+    reference_log_probs: Literal["computed", "rollouts"] = Field(
+        "computed",
+        description="'rollouts': take those that the rollouts were sampled with, where the same weights are the reference: no "
+        "pass and no second copy, but the engine's rounding in place of the trainer's",
+    )
     semantics: str = Field(
         "paper",
         description="which steps sync: 'paper', 'fairseq2' (the paper's public code, which counts steps from 1: syncs at 0, "
@@ -404,6 +409,11 @@ class Trainer(Section):
     microbatch_tokens: Tokens = Field(
         8192, description="packed into one forward and backward at most; larger groups are spread"
     )
+    share_prompts: Literal["auto"] | bool = Field(
+        "auto",
+        description="compute a prompt once for all its samples in a microbatch; 'auto': with layers = 'local', whose attention "
+        "can do it",
+    )
     timeout_seconds: Seconds = Field(600.0, description="longest wait of a trainer rank for another")
     layers: Literal["local", "transformer_engine"] = Field(
         "local", description="megatron-core's own, or Transformer Engine's, which are faster on GPUs and need bfloat16"
@@ -419,6 +429,11 @@ class Trainer(Section):
     def world_size(self) -> int:
         """Number of trainer ranks."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether rows hold a prompt once for all its samples in them."""
+        return self.layers == "local" if self.share_prompts == "auto" else self.share_prompts
 
     @property
     def row_block(self) -> int:

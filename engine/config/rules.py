@@ -8,6 +8,7 @@ from engine.config.learning_rates.registry import broken_learning_rate_rules
 from engine.config.options import LEAST_TEMPERATURE, LOSSES, Options, source_key
 from engine.config.placement import colocated_nodes
 from engine.config.rewards import broken_reward_rules
+from engine.config.schedules.base import Schedule
 from engine.config.schedules.registry import schedule_of
 from engine.config.transport import refusal
 from engine.core.errors import ConfigError
@@ -22,6 +23,7 @@ def broken_rules(config: Options) -> list[str]:
     never_syncs, broken = False, list[str]()
     try:
         schedule = schedule_of(c)
+        broken += broken_reference_source_rules(c, schedule)
         never_syncs = schedule.never_syncs
         broken += schedule.broken_rules(every)
     except ConfigError as error:
@@ -40,6 +42,11 @@ def broken_rules(config: Options) -> list[str]:
         broken.append(
             f"trainer.virtual_pipeline needs trainer.pipeline_parallel > 1; found {c.trainer.virtual_pipeline} "
             f"with 1 stage: set it to 1"
+        )
+    if c.trainer.share_prompts is True and c.trainer.layers != "local":
+        broken.append(
+            f"trainer.share_prompts needs trainer.layers = 'local', for Transformer Engine's attention cannot go on from a "
+            f"segment that others share; found true with {c.trainer.layers!r}: set it to 'auto' or false, or use local layers"
         )
     ends = (c.trainer.first_stage_layers, c.trainer.last_stage_layers)
     if ends != (None, None) and c.trainer.pipeline_parallel == 1:
@@ -82,6 +89,30 @@ def broken_reference_rules(c: Options) -> list[str]:
         broken.append(
             f"sync.reference_mix below 1 needs trainer.fp8_parameters = false, for weights in FP8 are copied, not added; found "
             f"{mix} and true: set one of both"
+        )
+    return broken
+
+
+def broken_reference_source_rules(c: Options, schedule: Schedule) -> list[str]:
+    """Sentences for reference log-probs that the rollouts do not have."""
+    needed, broken = "sync.reference_log_probs = 'rollouts' needs", list[str]()
+    if c.sync.reference_log_probs == "computed":
+        return broken
+    if c.sync.reference_mix < 1:
+        broken.append(
+            f"{needed} a reference that copies the policy; found sync.reference_mix = {c.sync.reference_mix}: set it to 1, or "
+            f"reference_log_probs to 'computed'"
+        )
+    if c.data.replay is not None:
+        broken.append(
+            f"{needed} rollouts that this run's reference sampled; found data.replay = {c.data.replay!r}: set it to 'computed'"
+        )
+    apart = next((t for t in range(c.run.steps) if schedule.reference_version(t) != schedule.version(t)), None)
+    if apart is not None:
+        broken.append(
+            f"{needed} the reference to be what samples, at every step; found sync.reference = {c.sync.reference!r}: at step "
+            f"{apart} it is version {schedule.reference_version(apart)}, and version {schedule.version(apart)} samples: set it "
+            f"to 'follow', or reference_log_probs to 'computed'"
         )
     return broken
 

@@ -4,7 +4,8 @@ sequences are packed into microbatches. Nothing here computes; every record is f
 Worked example: prompt "3 + 4 = ?" with N = 2 samples. Rollout 0 says 7 (reward 1), rollout 1 says 8 (reward 0).
 DPO makes one pair = two `Sequence`s with `group=0`, one `chosen`; GRPO makes two `Sequence`s with advantages +0.5, -0.5.
 
-Shape legend: T tokens of a packed row, B sequences of it, P pairs of it.
+Shape legend: T tokens of a packed row, L of them with a target, B segments of it, P pairs of it. A segment is a sequence, or
+what belongs to none: padding, or a prompt that several sequences share (engine/megatron/packing.py has a picture).
 """
 
 from __future__ import annotations
@@ -128,20 +129,22 @@ class Sequence:
 
 @dataclass(slots=True)
 class Microbatch:
-    """One packed row of sequences. Position t predicts `targets[t]`; only completion tokens are targets."""
+    """One packed row of segments. Position t predicts `targets[t]`; only completion tokens are targets."""
 
     token_ids: torch.Tensor  # [T] int64
     targets: torch.Tensor  # [T] int64, IGNORED where nothing is learned
-    position_ids: torch.Tensor  # [T] int64, restarting at every sequence
-    cu_seqlens: torch.Tensor  # [B + 1] int32, row boundaries of the sequences
+    target_positions: torch.Tensor  # [L] int64, rising: where there is a target; in a row without one, position 0
+    position_ids: torch.Tensor  # [T] int64, from 0 in every sequence; a sample goes on where the prompt that it shares ended
+    cu_seqlens: torch.Tensor  # [B + 1] int32, row boundaries of the segments
+    parents: torch.Tensor  # [B] int64, the segment of the shared prompt that a segment goes on from, -1 for none
     advantages: torch.Tensor  # [B] float32
     rewards: torch.Tensor  # [B] float32
     values: dict[str, torch.Tensor]  # [B] float32 each, by the name that the algorithm gave; none in an empty microbatch
     rollout_log_probs: torch.Tensor  # [T] float32, 0 where the target is IGNORED
-    pairs: torch.Tensor  # [P, 2] int64, (chosen, rejected) as indices into the B sequences, of groups that are all here
+    pairs: torch.Tensor  # [P, 2] int64, (chosen, rejected) as indices into the B segments, of groups that are all here
     pair_weights: torch.Tensor  # [P] float32, 1 / number of pairs of its group
     groups: torch.Tensor  # [B] int64, the sequence's group, -1 for none
-    places: torch.Tensor  # [B] int64, the sequence's place in the step, which orders those of a group; -1 for padding
+    places: torch.Tensor  # [B] int64, the sequence's place in the step, which orders those of a group; -1 for no sequence
     split: torch.Tensor  # [B] bool, whether the sequence's group is split over several microbatches
     chosen: torch.Tensor  # [B] bool
     # The rest is filled by Policy.score on the last stage
@@ -161,3 +164,5 @@ class Batch:
     num_prompts: int  # all prompts of the step, skipped ones included
     num_groups: int  # prompts that have a pair, or more
     num_target_tokens: int
+    num_sequence_tokens: int = 0  # prompts and completions, a prompt counted for each of its samples
+    num_saved_tokens: int = 0  # of them, what rows do not hold since samples share prompts

@@ -13,7 +13,8 @@ from safetensors.torch import load, save
 
 from engine.config.options import Trainer
 from engine.core.types import Batch, Sequence
-from engine.megatron.packing import Outline, lay_out_batch, make_batch
+from engine.megatron.dealing import Outline, outlines_of
+from engine.megatron.packing import lay_out_batch, make_batch
 from engine.megatron.parallel_state import ParallelState
 
 VALUE = "value."  # begins the name of a tensor of Sequence.values
@@ -70,6 +71,7 @@ def encode(sequences: Many[Sequence], num_prompts: int) -> bytes:
             "advantages": column([s.advantage for s in sequences]),
             "rewards": column([s.reward for s in sequences]),
             "groups": torch.tensor([(s.group, int(s.chosen)) for s in sequences], dtype=torch.int64).view(-1, 2),
+            "prompts": torch.tensor([outline.prompt for outline in outlines_of(sequences)], dtype=torch.int64),
             **{VALUE + name: column([s.values[name] for s in sequences]) for name in names},
         }
     )
@@ -89,8 +91,11 @@ class Coded:
     @property
     def outlines(self) -> list[Outline]:
         """What decides where each is laid."""
-        rows = zip(self._lengths, self._groups, strict=True)
-        return [Outline(i, prompt, completion, group) for i, ((prompt, completion, _), (group, _)) in enumerate(rows)]
+        rows = zip(self._lengths, self._groups, self._tensors["prompts"].tolist(), strict=True)
+        return [
+            Outline(i, prompt, completion, group, number)
+            for i, ((prompt, completion, _), (group, _), number) in enumerate(rows)
+        ]
 
     def sequence(self, place: int) -> Sequence:
         """The sequence at a place of the step."""

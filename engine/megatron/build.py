@@ -1,14 +1,14 @@
 """Builds this rank's chunks of a model as megatron-core's GPTModel and fills them from a Hugging Face checkpoint. The
 layer spec is chosen in one function, by trainer.layers; everything else is sizes. It trains nothing.
 
-Shape legend: S positions, B rows, T tokens of a packed row, N heads of this rank, D head dim.
+Shape legend: T tokens of a packed row, L of them with a target, H hidden, V_local vocabulary columns of this rank.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from engine.config.options import Trainer
 from engine.core.errors import CheckpointError, ConfigError
+from engine.megatron.attention import PackedAttention, Row, rotary_of
 from engine.megatron.fp8.parameters import fill, in_fp8
 from engine.megatron.parallel_state import ParallelState
 from engine.models import checks
@@ -49,38 +49,44 @@ class RMSNorm(torch.nn.RMSNorm):
         weight.sequence_parallel = config.sequence_parallel
 
 
-class PackedAttention(MegatronModule):
-    """Causal grouped-query attention by torch's SDPA, inside each sequence of a packed row: [T, N, D] -> [T, N * D]."""
+class RowModel(GPTModel):
+    """A GPTModel that takes packed rows (`Row`) and ends in the logits [1, L, V_local] of the positions with a target, or where
+    `headless` in their hidden states [1, L, H], whose log-probs take a few rows of logits at a time. Under either every
+    tensor-parallel rank gets the whole gradient of the hidden states."""
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
-        super().__init__(config=config)
-        self.scale = softmax_scale
+    def __init__(self, *arguments: Any, headless: bool, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._headless = headless
+        self._rotates_in_attention = self.config.transformer_impl == "local"
+        if self._rotates_in_attention:
+            self.position_embedding_type = "none"  # megatron-core's asks the device for all lengths, in every layer
+        if self.post_process and self.config.sequence_parallel:  # the sequence is gathered before, to take positions of it
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, packed_seq_params: Any, **__: Any
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, *arguments: Any, packed_seq_params: Row, **options: Any
     ) -> torch.Tensor:
-        """Attends within the boundaries of `packed_seq_params.cu_seqlens_q`."""
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [1, N, T, D]
-        gqa = query.size(-2) != key.size(-2)
-        outputs = []
-        for start, end in pairwise(bounds):
-            one_q, one_k, one_v = (x[:, :, start:end] for x in (q, k, v))
-            outputs.append(
-                F.scaled_dot_product_attention(one_q, one_k, one_v, is_causal=True, scale=self.scale, enable_gqa=gqa)
-            )
-        return torch.cat(outputs, 2)[0].transpose(0, 1).flatten(1)
+        """See GPTModel."""
+        if self._rotates_in_attention:
+            dtype = self.config.params_dtype
+            packed_seq_params.rotary = rotary_of(self.rotary_pos_emb.inv_freq, position_ids[0], dtype)
+        output: torch.Tensor = super().forward(
+            input_ids, position_ids, *arguments, packed_seq_params=packed_seq_params, **options
+        )
+        return output
 
-
-class HeadlessModel(GPTModel):
-    """A GPTModel that ends in final hidden states [B, S, H]: its output weight is there, and log-probs that take a few
-    rows of logits at a time multiply by it. Their backward gives every tensor-parallel rank the whole gradient."""
-
-    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, packed_seq_params: Row, **__: Any) -> torch.Tensor:
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        assert packed_seq_params.target_positions is not None
+        hidden_states = hidden_states.index_select(0, packed_seq_params.target_positions)
+        if not self._headless:
+            tied = self.share_embeddings_and_output_weights
+            weight = self.shared_embedding_or_output_weight() if tied else None
+            hidden_states, _bias = self.output_layer(hidden_states, weight=weight)
         return hidden_states.transpose(0, 1).contiguous()
 
 
@@ -161,18 +167,18 @@ def megatron_config(shape: ModelShape, axes: layout.TrainerLayout, trainer: Trai
 def build_chunks(
     shape: ModelShape, config: TransformerConfig, parallel: ParallelState, *, headless: bool = False
 ) -> list[GPTModel]:
-    """This rank's GPTModel chunks, one per virtual stage, ending in vocab-parallel logits, or in hidden states where
-    `headless`; weights still random.
+    """This rank's chunks, one per virtual stage, the last ending in vocab-parallel logits of the positions with a target, or in
+    their hidden states where `headless`; weights still random.
 
     Raises ConfigError for a rotary scaling that megatron cannot do.
     """
     _check_scaling(shape)
-    kind = HeadlessModel if headless else GPTModel
     chunks = []
     for chunk in range(parallel.vpp_size):
         virtual = chunk if parallel.vpp_size > 1 else None
         chunks.append(
-            kind(
+            RowModel(
+                headless=headless,
                 config=config,
                 transformer_layer_spec=layer_spec(config, virtual),
                 vocab_size=layout.padded_vocab(shape, layout.TrainerLayout(parallel.tp_size)),

@@ -17,6 +17,16 @@ LEARNING_RATE = Metric(
     title="learning rate",
     peers={"TRL": "learning_rate", "verl": "actor/lr"},
 )
-NUM_TOKENS = Metric("num_tokens", "packed in all microbatches, prompts and padding included", unit="tokens", reduce="sum")
+NUM_TOKENS = Metric(
+    "num_tokens",
+    "computed: of all packed rows, prompts and padding included, a prompt that samples of a row share once",
+    unit="tokens",
+    reduce="sum",
+)
+SHARED = Metric(
+    "shared_token_share",
+    "of the prompts and completions trained on, tokens that were not computed since samples shared their prompt",
+    unit="share",
+)
 UPDATED = Metric("updated", "1 where AdamW moved the weights, 0 where the gradient was 0 and the step moved nothing")
-METRICS = (LOSS, GRAD_NORM, LEARNING_RATE, UPDATED, NUM_TOKENS)
+METRICS = (LOSS, GRAD_NORM, LEARNING_RATE, UPDATED, NUM_TOKENS, SHARED)

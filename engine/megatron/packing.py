@@ -1,51 +1,49 @@
-"""Lays training sequences into packed rows and deals them to data-parallel ranks, always the same way for the same
-sequences. Which sequence stands where follows from lengths and groups alone, so a rank packs only its own rows. It computes no
-loss and asks no process group.
+"""Lays training sequences into the packed rows of a data-parallel rank. Which sequence stands where follows from lengths,
+groups and prompts alone (dealing.py), so a rank packs only its own rows. It computes no loss and asks no process group.
 
-Shape legend: T tokens of a packed row, B sequences of it (a padding segment counts as one).
+A row is a list of segments. A sequence is one, prompt and completion; samples that share a row and a prompt have one for the
+prompt without its last token, and one each that begins with that token and goes on with their completion, without its last:
+
+    tokens     q q q q | q a a a | q b b | q c c c c | r r r d d
+    segment    prompt    sample    sample  sample      a sequence that shares with nobody
+    positions  0 1 2 3 | 4 5 6 7 | 4 5 6 | 4 5 6 7 8 | 0 1 2 3 4
+    targets    . . . . | a a a a | b b b | c c c c c | . . d d .
+    parents    -1      | 0       | 0     | 0         | -1
+
+A sample attends to itself and to the segment that its parent is. What a prompt's segment and padding have of everything that
+belongs to a sequence (advantage, group, place) is that of no sequence.
+
+Shape legend: T tokens of a packed row, B segments of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 
 import torch
 
 from engine.algorithms.pairs import all_pairs
 from engine.config.options import Trainer
-from engine.core.errors import ConfigError
 from engine.core.types import IGNORED, Batch, Microbatch, Sequence
+from engine.megatron.dealing import Costs, Outline, outlines_of, pack_rows, split_groups, split_over_ranks
 
 PADDING_TOKEN = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """What of a sequence decides where it is laid."""
-
-    place: int  # in the step
-    num_prompt: int
-    num_completion: int
-    group: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of prompt and completion together."""
-        return self.num_prompt + self.num_completion
-
-
-def outlines_of(sequences: Many[Sequence]) -> list[Outline]:
-    """The outlines of sequences in hand."""
-    return [Outline(i, len(s.prompt_ids), len(s.completion_ids), s.group) for i, s in enumerate(sequences)]
-
-
-def make_batch(sequences: Many[Sequence], *, step: int, num_prompts: int, trainer: Trainer, dp_rank: int) -> Batch:
+def make_batch(
+    sequences: Many[Sequence], *, step: int, num_prompts: int, trainer: Trainer, dp_rank: int, attention: float = 0.0
+) -> Batch:
     """One step's batch for a data-parallel rank; see `lay_out_batch`."""
     return lay_out_batch(
-        outlines_of(sequences), sequences.__getitem__, step=step, num_prompts=num_prompts, trainer=trainer, dp_rank=dp_rank
+        outlines_of(sequences),
+        sequences.__getitem__,
+        step=step,
+        num_prompts=num_prompts,
+        trainer=trainer,
+        dp_rank=dp_rank,
+        attention=attention,
     )
 
 
@@ -57,144 +55,123 @@ def lay_out_batch(
     num_prompts: int,
     trainer: Trainer,
     dp_rank: int,
+    attention: float = 0.0,
 ) -> Batch:
     """The batch of one data-parallel rank: all ranks have equal counts and equally many microbatches. `sequence` gives the
-    sequence at a place of the step, and is asked for this rank's only.
+    sequence at a place of the step, and is asked for this rank's only. `attention`: see Costs.
 
     `num_prompts` counts all prompts of the step, skipped ones included. ConfigError when a sequence exceeds
     trainer.microbatch_tokens.
     """
-    multiple = trainer.row_multiple
-    parts = split_over_ranks(outlines, trainer.data_parallel)
-    rows = [pack_rows(part, trainer.microbatch_tokens, multiple) for part in parts]
-    together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
-    count = -(-max(1, *map(len, rows)) // together) * together
-    split = split_groups(parts[dp_rank], trainer.microbatch_tokens, multiple)
-    own = [_fill(row, [sequence(outline.place) for outline in row], multiple, split) for row in rows[dp_rank]]
-    own += [empty_microbatch(multiple) for _ in range(count - len(own))]
+    costs, multiple = Costs(trainer.shares_prompts, attention), trainer.row_multiple
+    parts = split_over_ranks(outlines, trainer.data_parallel, costs)
+    rows = pack_rows(parts, trainer, costs)
+    split = split_groups(parts[dp_rank], trainer, costs)
+    own = [
+        _fill(row, [sequence(one.place) for one in row], multiple, split, costs) if row else empty_microbatch(multiple)
+        for row in rows[dp_rank]
+    ]
+    num_tokens = sum(outline.num_tokens for outline in outlines)
     return Batch(
         step=step,
         microbatches=tuple(own),
         num_prompts=num_prompts,
         num_groups=len({outline.group for outline in outlines} - {-1}),
         num_target_tokens=sum(outline.num_completion for outline in outlines),
+        num_sequence_tokens=num_tokens,
+        num_saved_tokens=num_tokens - sum(costs.num_tokens(row) for of_rank in rows for row in of_rank),
     )
-
-
-def split_over_ranks(outlines: Many[Outline], num_ranks: int) -> list[list[Outline]]:
-    """Deals sequences to ranks, all of a group to one rank, the largest unit to the least loaded rank first.
-
-    Every rank's sequences keep the given order; ties go to the lower rank.
-    """
-    units = _units(outlines)
-    largest_first = sorted(range(len(units)), key=lambda i: (-_num_tokens(units[i]), i))
-    chosen: list[list[int]] = [[] for _ in range(num_ranks)]
-    load = [0] * num_ranks
-    for i in largest_first:
-        rank = load.index(min(load))
-        chosen[rank].append(i)
-        load[rank] += _num_tokens(units[i])
-    return [[outline for i in sorted(indices) for outline in units[i]] for indices in chosen]
-
-
-def pack_rows(outlines: Many[Outline], microbatch_tokens: int, multiple: int) -> list[list[Outline]]:
-    """Packed rows of at most `microbatch_tokens`, first fit in the given order, a group's sequences in one row where they fit.
-    The sequences of a group that is larger than a row are laid out one by one. ConfigError for a sequence that is."""
-    room = microbatch_tokens - microbatch_tokens % multiple
-    rows: list[list[Outline]] = []
-    used: list[int] = []
-    split = split_groups(outlines, microbatch_tokens, multiple)
-    parts = [[[one] for one in unit] if unit[0].group in split else [unit] for unit in _units(outlines)]
-    for unit in chain.from_iterable(parts):
-        size = _num_tokens(unit)
-        if size > room:
-            raise ConfigError(
-                f"trainer.microbatch_tokens must hold a sequence; found {room} < {size}: raise it "
-                f"to {-(-size // multiple) * multiple}, or shorten data.max_prompt_tokens or sampling.max_tokens"
-            )
-        row = next((i for i, taken in enumerate(used) if taken + size <= room), len(rows))
-        if row == len(rows):
-            rows.append([])
-            used.append(0)
-        rows[row] += unit
-        used[row] += size
-    return rows
-
-
-def split_groups(outlines: Many[Outline], microbatch_tokens: int, multiple: int) -> set[int]:
-    """The groups that are larger than a row, and so are split over several."""
-    room = microbatch_tokens - microbatch_tokens % multiple
-    return {unit[0].group for unit in _units(outlines) if _num_tokens(unit) > room} - {-1}
 
 
 def empty_microbatch(multiple: int) -> Microbatch:
     """A row of nothing but padding, for a rank with nothing left to do; it adds 0 to every loss."""
-    return _fill([], [], multiple, set())
+    return _fill([], [], multiple, set(), Costs(False))
 
 
-def _num_tokens(unit: Iterable[Outline]) -> int:
-    return sum(outline.num_tokens for outline in unit)
+@dataclass
+class _Segments:
+    """The segments of a row as they are written, one after another."""
+
+    token_ids: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    rollout_log_probs: list[float] = field(default_factory=list)
+    bounds: list[int] = field(default_factory=lambda: [0])
+    parents: list[int] = field(default_factory=list)
+    of: list[int | None] = field(default_factory=list)  # which of the row's sequences each is; None for what is no sequence
+
+    def add(
+        self,
+        token_ids: Many[int],
+        *,
+        of: int | None = None,
+        targets: Many[int] = (),
+        log_probs: Many[float] = (),
+        first: int = 0,
+        start: int = 0,
+        parent: int = -1,
+    ) -> None:
+        """A segment whose tokens stand at positions from `start` on, and predict `targets` from its `first` token on; rollout
+        log-probs of the targets where there are any."""
+        count = len(token_ids)
+        self.token_ids += token_ids
+        self.targets += [*[IGNORED] * first, *targets, *[IGNORED] * (count - first - len(targets))]
+        self.rollout_log_probs += [*[0.0] * first, *log_probs, *[0.0] * (count - first - len(log_probs))]
+        self.position_ids += range(start, start + count)
+        self.bounds.append(self.bounds[-1] + count)
+        self.parents.append(parent)
+        self.of.append(of)
 
 
-def _units(outlines: Many[Outline]) -> list[list[Outline]]:
-    """What belongs together: single sequences, and groups at the place of their first sequence."""
-    units: list[list[Outline]] = []
-    groups: dict[int, list[Outline]] = {}
-    for outline in outlines:
-        assert outline.num_prompt and outline.num_completion, "a sequence needs a prompt and a completion"
-        if outline.group in groups:
-            groups[outline.group].append(outline)
-            continue
-        units.append([outline])
-        if outline.group >= 0:
-            groups[outline.group] = units[-1]
-    return units
-
-
-def _fill(outlines: Many[Outline], sequences: Many[Sequence], multiple: int, split: set[int]) -> Microbatch:
-    length = _num_tokens(outlines)
-    padding = -length % multiple if sequences else multiple
-    token_ids = torch.full((length + padding,), PADDING_TOKEN, dtype=torch.int64)
-    targets = torch.full((length + padding,), IGNORED, dtype=torch.int64)
-    position_ids = torch.zeros(length + padding, dtype=torch.int64)
-    rollout_log_probs = torch.zeros(length + padding)
-    bounds = [0]
-    for sequence in sequences:
-        start, end = bounds[-1], bounds[-1] + sequence.num_tokens
-        first = start + len(sequence.prompt_ids) - 1  # the last prompt token predicts the first of the completion
-        token_ids[start:end] = torch.tensor(sequence.prompt_ids + sequence.completion_ids)
-        targets[first : end - 1] = torch.tensor(sequence.completion_ids)
-        position_ids[start:end] = torch.arange(end - start)
-        if sequence.rollout_log_probs:
-            rollout_log_probs[first : end - 1] = torch.tensor(sequence.rollout_log_probs)
-        bounds.append(end)
-    if padding:
-        position_ids[length:] = torch.arange(padding)
-        bounds.append(length + padding)
-    none = [0] * bool(padding)  # what the padding segment has of everything
-    nowhere = [-1] * bool(padding)
-    groups = [sequence.group for sequence in sequences] + nowhere
-    chosen = torch.tensor([sequence.chosen for sequence in sequences] + none, dtype=torch.bool)
+def _fill(outlines: Many[Outline], sequences: Many[Sequence], multiple: int, split: set[int], costs: Costs) -> Microbatch:
+    segments = _Segments()
+    place_in_row = {outline.place: i for i, outline in enumerate(outlines)}
+    for members in costs.by_prompt(outlines):
+        indices = [place_in_row[outline.place] for outline in members]
+        prompt, parent = sequences[indices[0]].prompt_ids, -1
+        if len(indices) > 1 and len(prompt) > 1:
+            parent = len(segments.parents)
+            segments.add(prompt[:-1])
+        for i in indices:
+            one = sequences[i]
+            alone = len(indices) == 1  # and whole; the last token of its prompt predicts the first of its completion
+            segments.add(
+                one.prompt_ids + one.completion_ids if alone else (prompt[-1], *one.completion_ids[:-1]),
+                of=i,
+                targets=one.completion_ids,
+                log_probs=one.rollout_log_probs,
+                first=len(prompt) - 1 if alone else 0,
+                start=0 if alone else len(prompt) - 1,
+                parent=parent,
+            )
+    if padding := -segments.bounds[-1] % multiple if sequences else multiple:
+        segments.add([PADDING_TOKEN] * padding)
+    groups = [-1 if i is None else sequences[i].group for i in segments.of]
+    chosen = [i is not None and sequences[i].chosen for i in segments.of]
     names = sequences[0].values.keys() if sequences else ()
     assert all(sequence.values.keys() == names for sequence in sequences), "sequences of one step have the same values"
-    pairs, pair_weights = all_pairs([-1 if group in split else group for group in groups], chosen.tolist())
+    pairs, pair_weights = all_pairs([-1 if group in split else group for group in groups], chosen)
+    targets = torch.tensor(segments.targets, dtype=torch.int64)
+    target_positions = (targets != IGNORED).nonzero().squeeze(1)
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values + none, dtype=torch.float32)
+        return torch.tensor([0.0 if i is None else values[i] for i in segments.of], dtype=torch.float32)
 
     return Microbatch(
-        token_ids=token_ids,
+        token_ids=torch.tensor(segments.token_ids, dtype=torch.int64),
         targets=targets,
-        position_ids=position_ids,
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        target_positions=target_positions if sequences else torch.zeros(1, dtype=torch.int64),
+        position_ids=torch.tensor(segments.position_ids, dtype=torch.int64),
+        cu_seqlens=torch.tensor(segments.bounds, dtype=torch.int32),
+        parents=torch.tensor(segments.parents, dtype=torch.int64),
         advantages=column([sequence.advantage for sequence in sequences]),
         rewards=column([sequence.reward for sequence in sequences]),
         values={name: column([sequence.values[name] for sequence in sequences]) for name in names},
-        rollout_log_probs=rollout_log_probs,
+        rollout_log_probs=torch.tensor(segments.rollout_log_probs, dtype=torch.float32),
         pairs=pairs,
         pair_weights=pair_weights,
         groups=torch.tensor(groups, dtype=torch.int64),
-        places=torch.tensor([outline.place for outline in outlines] + nowhere, dtype=torch.int64),
+        places=torch.tensor([-1 if i is None else outlines[i].place for i in segments.of], dtype=torch.int64),
         split=torch.tensor([group in split for group in groups], dtype=torch.bool),
-        chosen=chosen,
+        chosen=torch.tensor(chosen, dtype=torch.bool),
     )

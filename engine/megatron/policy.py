@@ -1,7 +1,8 @@
 """The policy on this trainer rank: scores batches with the reference, takes optimizer steps through megatron's
 schedules, and hands out its weights and its state. It draws no data, samples nothing and writes no file.
 
-Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank, H hidden, K metrics of the loss.
+Shape legend: T tokens of a packed row, L of them with a target, V_local vocabulary columns of this rank, H hidden, K metrics of
+the loss.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from engine.algorithms.base import Loss
@@ -31,10 +31,11 @@ from engine.core.errors import CheckpointError, NumericsError
 from engine.core.metrics import part_reductions
 from engine.core.types import Batch, Microbatch
 from engine.megatron import build
+from engine.megatron.attention import row_of
 from engine.megatron.fp8.delayed_scaling import Fp8Memory
 from engine.megatron.fp8.parameters import Weights, behind, copied, forget_initial, in_fp8, load, scale
 from engine.megatron.libraries import check_libraries
-from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS, UPDATED
+from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS, SHARED, UPDATED
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
 from engine.megatron.parallel_state import ParallelState
@@ -68,7 +69,7 @@ class Policy:
     ) -> None:
         """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy. `shape`, `axes`:
         of the model there and of the trainer, and `copies`: of its weights that it keeps, as the run's Spec has them; without
-        `copies` the reference if the loss looks at one.
+        `copies` the reference if the loss needs a pass with it (RunConfig.reference_source).
 
         Collective over all ranks. Raises ConfigError for another model, an impossible layout or a missing library,
         CheckpointError for files that do not hold it.
@@ -105,8 +106,10 @@ class Policy:
         forget_initial(self._own.values())
         self._reference: dict[str, torch.Tensor] = {}
         self._reference_mix = config.sync.reference_mix
-        if loss.needs_reference if copies is None else "reference" in copies:
-            self.refresh_reference()
+        self._reference_source = config.reference_source
+        needs_pass = loss.needs_reference and self._reference_source == "pass"
+        if needs_pass if copies is None else "reference" in copies:
+            self._reference = self._copy()
         still = self._reference if config.sync.reference == "never" else {}  # one that never moves is the seed's weights too
         self._seed = self._copy() if copies is not None and "seed" in copies else still
 
@@ -121,10 +124,11 @@ class Policy:
         return bool(self._seed)
 
     def refresh_reference(self) -> None:
-        """Makes the reference a copy of the policy as it is now, or with sync.reference_mix = m its own weights times 1 - m
-        plus the policy's times m, in place, each number rounded once."""
-        assert self.loss.needs_reference, "a reference nobody needs"
-        if self._reference and self._reference_mix < 1:
+        """Makes the reference, where one is kept, a copy of the policy as it is now, or with sync.reference_mix = m its own
+        weights times 1 - m plus the policy's times m, in place, each number rounded once."""
+        if not self._reference:
+            return
+        if self._reference_mix < 1:
             with torch.no_grad():
                 for name, parameter in self._own.items():
                     self._reference[name].lerp_(parameter.detach(), self._reference_mix)
@@ -140,21 +144,26 @@ class Policy:
         return self.serving(self._seed)
 
     def score(self, batch: Batch) -> Batch:
-        """The batch with `reference_log_probs` [T] filled on the last stage where the loss needs them. Where groups are split
-        over several microbatches, the policy scores them too, and the microbatches carry the precomputed gradients of those
-        groups.
+        """The batch with `reference_log_probs` [T] filled on the last stage where the loss needs them and they are not the
+        policy's own, which `train_step` then takes. Where groups are split over several microbatches, the policy scores them
+        too, and the microbatches carry the precomputed gradients of those groups.
 
         Collective over the pipeline's ranks.
         """
         microbatches = batch.microbatches
         reference: list[torch.Tensor] = []
         own: list[torch.Tensor] = []
-        if self.loss.needs_reference:
+        needs_reference = self.loss.needs_reference
+        if needs_reference and self._reference_source == "pass":
             with self.serving(self._reference), phase(Phase.REFERENCE):
                 reference = self.log_probs(batch)
         if any(bool(microbatch.split.any()) for microbatch in microbatches):
             with phase(Phase.SPREAD):
                 own = self.log_probs(batch, with_squares=self.loss.needs_squares)
+        if needs_reference and self._reference_source == "rollouts":
+            reference = [microbatch.rollout_log_probs for microbatch in microbatches]
+        elif needs_reference and self._reference_source == "policy":
+            reference = [both[0] for both in own] if self.loss.needs_squares else own
         if reference:  # on the last stage
             pairs = zip(microbatches, reference, strict=True)
             microbatches = tuple(replace(microbatch, reference_log_probs=scored) for microbatch, scored in pairs)
@@ -176,14 +185,16 @@ class Policy:
 
         def collect(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             log_probs, _ = self._token_log_probs(output, microbatch)
-            return log_probs.sum(), torch.stack([log_probs, self._log_square_probs(output)]) if with_squares else log_probs
+            return log_probs.sum(), torch.stack(
+                [log_probs, self._log_square_probs(output, microbatch)]
+            ) if with_squares else log_probs
 
         return self.run(batch, collect, forward_only=True)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on a scored batch; a gradient of 0 moves nothing. Returns loss, gradient norm before clipping,
-        learning rate, whether the weights moved, packed tokens and the loss's metrics by name, over all microbatches and
-        data-parallel ranks, equal on every rank.
+        learning rate, whether the weights moved, tokens computed and saved, and the loss's metrics by name, over all
+        microbatches and data-parallel ranks, equal on every rank.
 
         Collective over all ranks. NumericsError on every rank, with the weights untouched, when the loss or the
         gradient norm is not finite.
@@ -193,12 +204,15 @@ class Policy:
         self._optimizer.zero_grad()
 
         names = list(part_reductions(self.loss.metrics))
+        from_policy = self.loss.needs_reference and self._reference_source == "policy"
 
         def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             coefficients = self.loss.coefficients(microbatch)
             if self.loss.needs_squares:
-                microbatch = replace(microbatch, log_square_probs=self._log_square_probs(output))
+                microbatch = replace(microbatch, log_square_probs=self._log_square_probs(output, microbatch))
             log_probs, entropy = self._token_log_probs(output, microbatch, coefficients, with_entropy=self.loss.needs_entropy)
+            if from_policy and microbatch.reference_log_probs is None:
+                microbatch = replace(microbatch, reference_log_probs=log_probs.detach())
             loss, parts = self.loss(log_probs, microbatch, batch, entropy)
             num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
             return loss, torch.stack([loss.detach(), num_tokens, *(parts[name] for name in names)])
@@ -219,6 +233,7 @@ class Policy:
             LEARNING_RATE.name: learning_rate,
             UPDATED.name: float(updated),
             NUM_TOKENS.name: num_tokens,
+            SHARED.name: batch.num_saved_tokens / max(1, batch.num_sequence_tokens),
         }
         known = dict(zip(names, totals, strict=True)) | {"target_tokens": float(batch.num_target_tokens)}
         return metrics | {metric.name: metric.value(known[metric.name], known) for metric in self.loss.metrics}
@@ -361,16 +376,17 @@ class Policy:
 
     def run(self, batch: Batch, loss_of: LossOf, *, forward_only: bool) -> list[torch.Tensor]:
         """Drives megatron's schedule over the microbatches; what `loss_of(output, microbatch)` collects comes back in
-        order on the last stage, nothing elsewhere. The output is logits [T, V_local], or with trainer.fused_lm_head
-        hidden states [T, H]. Collective over the pipeline's ranks.
+        order on the last stage, nothing elsewhere. The output is that of the microbatch's `target_positions`: logits
+        [L, V_local], or with trainer.fused_lm_head hidden states [L, H]. Collective over the pipeline's ranks.
 
         The backward adds the gradient of each microbatch's scalar, undivided, into the chunks' gradient buffers.
         """
 
         def forward_step(microbatches: Iterator[Microbatch], chunk: Any) -> tuple[torch.Tensor, Any]:
-            microbatch = _to_device(next(microbatches), self.parallel.device)
+            given = next(microbatches)
+            microbatch = _to_device(given, self.parallel.device)
             token_ids, position_ids = microbatch.token_ids[None], microbatch.position_ids[None]
-            output = chunk(token_ids, position_ids, None, packed_seq_params=_packed(microbatch))
+            output = chunk(token_ids, position_ids, None, packed_seq_params=row_of(microbatch, given))
             return output, partial(finish, microbatch)
 
         def finish(microbatch: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -398,26 +414,30 @@ class Policy:
         coefficients: torch.Tensor | None = None,
         with_entropy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(log-probs [T], 0 where the target is IGNORED, entropy [T] likewise) of the model's output at `target_positions`."""
+        assert self._output_weight is not None, "log-probs off the last stage"
         vocabulary = self._vocabulary
-        assert self._output_weight is not None
+        positions = microbatch.target_positions
+        targets = microbatch.targets[positions]
         with phase(Phase.LOG_PROBS):
             if not self._headless:
-                return token_log_probs(output, microbatch.targets, with_entropy=with_entropy, **vocabulary)
+                log_probs, entropy = token_log_probs(output, targets, with_entropy=with_entropy, **vocabulary)
+                return _spread(log_probs, microbatch), None if entropy is None else _spread(entropy, microbatch)
             assert not with_entropy, "the configuration allows no entropy with trainer.fused_lm_head"
             log_probs = lm_head_log_probs(
                 output,
                 self._output_weight,
-                microbatch.targets,
-                coefficients=coefficients,
+                targets,
+                coefficients=None if coefficients is None else coefficients[positions],
                 float32_logits=self._float32_head,
                 **vocabulary,
             )
-            return log_probs, None
+            return _spread(log_probs, microbatch), None
 
-    def _log_square_probs(self, logits: torch.Tensor) -> torch.Tensor:
+    def _log_square_probs(self, logits: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
         assert not self._headless, "the configuration allows no weights of pairs with trainer.fused_lm_head"
         with phase(Phase.LOG_PROBS):
-            return log_square_probs(logits, **self._vocabulary)
+            return _spread(log_square_probs(logits, **self._vocabulary), microbatch)
 
     @property
     def _vocabulary(self) -> dict[str, Any]:
@@ -469,15 +489,10 @@ def _finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **optio
     finalize_model_grads(chunks, None, **options)
 
 
-def _packed(microbatch: Microbatch) -> PackedSeqParams:
-    longest = int(microbatch.cu_seqlens.diff().max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=microbatch.cu_seqlens,
-        cu_seqlens_kv=microbatch.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+def _spread(values: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+    """Values [L] at the positions with a target, 0 at all others: [T]."""
+    row = torch.zeros(microbatch.targets.shape, dtype=values.dtype, device=values.device)
+    return row.index_copy(0, microbatch.target_positions, values)
 
 
 def _to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:

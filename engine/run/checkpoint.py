@@ -60,10 +60,11 @@ LAYOUT = {  # options that may differ beside those with checkpoint.other_layout 
         "distributed_optimizer",
         "recompute",
         "microbatch_tokens",
+        "share_prompts",
     },
     "inference": {"engines", "tensor_parallel"},
 }
-AXES = LAYOUT["trainer"] - {"sequence_parallel", "recompute", "microbatch_tokens"}  # what rank holds what
+AXES = LAYOUT["trainer"] - {"sequence_parallel", "recompute", "microbatch_tokens", "share_prompts"}  # what rank holds what
 VERIFIER = "the version of the verifier"  # the end of its key among the digests
 
 
@@ -120,12 +121,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def reference_place(config: RunConfig, step: int) -> int | Literal["seed", "own"] | None:
     """Where a checkpoint after `step` steps has the reference: as the policy of the checkpoint of another step, as the seed
-    model or in a folder of its own; None where a resumed run copies it from the policy before the next step. One that is mixed
-    is no policy's: the seed model until it has been mixed for the first time, and its own from then on."""
+    model or in a folder of its own; None where a resumed run copies it from the policy before the next step, or needs none. One
+    that is mixed is no policy's: the seed model until it has been mixed for the first time, and its own from then on."""
     schedule = config.schedule
     if config.sync.reference_mix < 1:
         return "own" if schedule.reference_version(step - 1) else "seed"
-    if schedule.reference_due(step):
+    if schedule.reference_due(step) or config.reference_source != "pass":
         return None
     version = schedule.reference_version(step)
     if version == 0:

@@ -33,7 +33,10 @@ TRAIN_SECONDS = Metric("train_seconds", "reference, forward, backward and optimi
 UNIX_SECONDS = Metric("unix_seconds", "when the step was done, since 1970 (UTC)", unit="s", peers={"W&B": "_timestamp"})
 STEP_SECONDS = Metric("step_seconds", "all of a step but evaluations", title="step", unit="s", peers={"TRL": "step_time"})
 TRAINING_TOKENS_PER_SECOND = Metric(
-    "training_tokens_per_second", "num_tokens over train_seconds", title="training", unit="tokens/s"
+    "training_tokens_per_second",
+    "num_tokens over train_seconds: what was computed, so a prompt that samples shared counts once",
+    title="training",
+    unit="tokens/s",
 )
 GENERATION_TOKENS_PER_SECOND = Metric(
     "generation_tokens_per_second", "generation_tokens over generation_seconds", title="generation", unit="tokens/s"

@@ -182,8 +182,10 @@ def _sampled(config: RunConfig) -> SourceKind:
 
 
 def _copies(config: RunConfig, kind: SourceKind) -> tuple[Copy, ...]:
-    """A reference that never moves is the seed's weights too, and is kept once."""
+    """A reference is kept where a pass with its weights is what tells its log-probs. One that never moves is the seed's weights
+    too, and is kept once."""
     needs_reference = kind != "supervised" and make_loss(config.algorithm, sampled=kind != "preferences").needs_reference
+    needs_reference = needs_reference and config.reference_source == "pass"
     shared = needs_reference and config.sync.reference == "never"
     kept: dict[Copy, bool] = {"reference": needs_reference, "seed": config.keeps_seed and not shared}
     return tuple(name for name, is_kept in kept.items() if is_kept)

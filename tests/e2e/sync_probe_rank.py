@@ -54,7 +54,7 @@ class Probe(TrainerRank):
             if pool is not None and version == kill:
                 end(int(pool.describe()[0]["pid"]), what)
             report = publisher.publish(version)
-            one_rank = config.trainer.model_copy(update={"data_parallel": 1})
+            one_rank = config.trainer.model_copy(update={"data_parallel": 1, "share_prompts": False})
             (whole,) = make_batch(sequences, step=version, num_prompts=5, trainer=one_rank, dp_rank=0).microbatches
             mine = policy.log_probs(replace(batch, microbatches=(whole,)))
             flat = mine[0] if mine else torch.empty(whole.token_ids.numel())

@@ -65,6 +65,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "change_weights": change_weights,
         "log_probs": log_probs,
         "distribution": distribution,
+        "without_reference": without_reference,
         "memory": memory,
     }
     config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
@@ -90,7 +91,7 @@ def full_tensors(policy: Policy, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def logits(policy: Policy, batch: Batch) -> dict[str, torch.Tensor]:
-    """Full-vocabulary logits [T, V] by microbatch on the last stage's first tensor rank."""
+    """Full-vocabulary logits [L, V] of the positions with a target, by microbatch, on the last stage's first tensor rank."""
     parallel = policy.parallel
 
     def collect(local: torch.Tensor, _: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -413,13 +414,48 @@ def distribution(config: RunConfig, parallel: ParallelState, checkpoint: str) ->
 
         def exact(hidden: torch.Tensor, row: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             valid = weight.detach().double()[: policy.shape.vocab_size]
-            log_probs = reference_ops.lm_head_log_probs(hidden.detach().double(), valid, row.targets, temperature=temperature)
+            targets = row.targets[row.target_positions]
+            log_probs = reference_ops.lm_head_log_probs(hidden.detach().double(), valid, targets, temperature=temperature)
             return log_probs.sum(), log_probs
 
         with torch.no_grad():
             wanted = policy.run(batch, exact, forward_only=True)
+        own = [row[microbatch.target_positions] for row, microbatch in zip(own, batch.microbatches, strict=True)]
         found["distance"] = max(float((a - b).abs().max()) for a, b in zip(own, wanted, strict=True))
     return found
+
+
+def without_reference(config: RunConfig, parallel: ParallelState, checkpoint: str, loss: str) -> dict[str, bool]:
+    """Three steps of a policy whose reference is the policy itself, and of one that keeps a copy, copied before every step, and
+    makes the pass; then a step of one whose reference is what sampled. What the second knows of a reference is left out by
+    the others, and nothing else."""
+    batches = [batch_of(step, 67, config.trainer, parallel.dp_rank, 2) for step in range(3)]
+    policies = [make_policy(config, parallel, loss_of(loss), checkpoint)]
+    for source in ("pass", "rollouts"):
+        with patch.object(RunConfig, "reference_source", source):
+            policies.append(make_policy(config, parallel, loss_of(loss), checkpoint))
+    without, keeps, of_rollouts = policies
+    found = []
+    for batch in batches:
+        keeps.refresh_reference()
+        without.refresh_reference()
+        found.append(without.train_step(without.score(batch)) == keeps.train_step(keeps.score(batch)))
+    ours, theirs = without.state(), keeps.state()
+    kept = {name for name in theirs if name.startswith("reference")}
+    keeps.refresh_reference()
+    rows = []  # as if the reference had sampled them, to the bit
+    for row, scored in zip(batches[0].microbatches, keeps.score(batches[0]).microbatches, strict=True):
+        known = scored.reference_log_probs  # on the last stage
+        rows.append(row if known is None else replace(row, rollout_log_probs=known))
+    batch = replace(batches[0], microbatches=tuple(rows))
+    of_rollouts.load_state({name: value for name, value in theirs.items() if name not in kept})
+    again = [policy.train_step(policy.score(batch)) for policy in (of_rollouts, keeps)]
+    return {
+        "metrics": all(found),
+        "state": ours.keys() == theirs.keys() - kept and all(torch.equal(ours[name], theirs[name]) for name in ours),
+        "copies": [policy.has_reference for policy in policies] == [False, True, False] and bool(kept),
+        "rollouts": again[0] == again[1],
+    }
 
 
 def infinite(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:
@@ -427,7 +463,8 @@ def infinite(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dic
     policy = make_policy(config, parallel, loss_of("grpo"), checkpoint)
     batch = batch_of(7, policy.shape.vocab_size, config.trainer, parallel.dp_rank)
     if parallel.dp_rank == parallel.dp_size - 1:
-        batch.microbatches[0].advantages[0] = float("inf")
+        row = batch.microbatches[0]
+        row.advantages[row.places.argmax()] = float("inf")
     before = policy.state()
     try:
         policy.train_step(policy.score(batch))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from engine.algorithms.oapl import SHARE
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
-from engine.core.types import Batch, Sequence
+from engine.core.types import IGNORED, Batch, Microbatch, Sequence
 from engine.megatron.packing import make_batch
 from tests import builders
 
@@ -31,6 +35,36 @@ ALGORITHMS: dict[str, dict[str, Any]] = {  # by short name; NLL and KL are large
     "own": {"loss": f"{OWN_LOSS}:Regression", "temperature": 0.7},
     "own_with_entropy": {"loss": f"{OWN_LOSS}:ReferenceRegression", "temperature": 0.7, "entropy_weight": 0.05},
 }
+
+
+@dataclass(frozen=True)
+class Member:
+    """A sequence of a row as a model that knows no rows takes it, and where the row has it."""
+
+    tokens: torch.Tensor  # [L]
+    targets: torch.Tensor  # [L], IGNORED where there is none
+    predicting: slice  # of its positions, those with a target
+    span: slice  # the same positions in the row
+    among: slice  # the same among the row's positions with a target
+
+
+def members(row: Microbatch) -> list[Member]:
+    """The sequences of a row, each with the whole of its prompt."""
+    segments = [slice(start, end) for start, end in pairwise(row.cu_seqlens.tolist())]
+    counts = [int((row.targets[segment] != IGNORED).sum()) for segment in segments]
+    found = []
+    for segment, parent, num_before, count in zip(
+        segments, row.parents.tolist(), accumulate(counts, initial=0), counts, strict=False
+    ):
+        if not count:
+            continue
+        before = segments[parent] if parent >= 0 else slice(0, 0)
+        tokens, targets = (torch.cat([x[before], x[segment]]) for x in (row.token_ids, row.targets))
+        first = int((targets != IGNORED).nonzero()[0])
+        start = segment.start + first - (before.stop - before.start)
+        places = (slice(first, first + count), slice(start, start + count), slice(num_before, num_before + count))
+        found.append(Member(tokens, targets, *places))
+    return found
 
 
 def run_config(trainer: dict[str, Any], options: dict[str, Any]) -> RunConfig:

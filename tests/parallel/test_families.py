@@ -6,7 +6,6 @@ layouts against one rank; export bit for bit; both specs of megatron-core.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +89,10 @@ def test_three_steps_equal_transformers(
     model = AutoModelForCausalLM.from_pretrained(made(case))
     placed = material.batch_of(0, model.config.vocab_size, Trainer(**{"microbatch_tokens": 64, **trainer}), 0)
     for index, row in enumerate(placed.microbatches):
-        for start, end in pairwise(row.cu_seqlens.tolist()):
+        for member in material.members(row):
             with torch.no_grad():
-                wanted = model(row.token_ids[None, start:end]).logits[0]
-            assert (tensors[f"logits.{index}"][start:end] - wanted).abs().max() <= 1e-4
+                wanted = model(member.tokens[None]).logits[0, member.predicting]
+            assert (tensors[f"logits.{index}"][member.among] - wanted).abs().max() <= 1e-4
     decayed = [{"params": [p for p in model.parameters() if (p.ndim > 1) is wide]} for wide in (True, False)]
     adamw = torch.optim.AdamW(decayed, betas=(options.beta1, options.beta2), eps=options.eps)
     for step, metrics in enumerate(told[0]):
@@ -101,9 +100,9 @@ def test_three_steps_equal_transformers(
         adamw.zero_grad()
         loss = torch.zeros(())
         for row in batch.microbatches:
-            for start, end in pairwise(row.cu_seqlens.tolist()):
-                logits = model(row.token_ids[None, start:end]).logits[0]
-                loss = loss + F.cross_entropy(logits, row.targets[start:end], ignore_index=IGNORED, reduction="sum")
+            for member in material.members(row):
+                logits = model(member.tokens[None]).logits[0]
+                loss = loss + F.cross_entropy(logits, member.targets, ignore_index=IGNORED, reduction="sum")
         (loss / batch.num_target_tokens).backward()
         assert metrics["loss"] == pytest.approx(loss.item() / batch.num_target_tokens, abs=1e-5)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), material.UNCLIPPED).item()
@@ -165,8 +164,8 @@ def test_transformer_engines_spec_gives_the_same_logits(
     model = AutoModelForCausalLM.from_pretrained(made("qwen3"))
     batch = material.batch_of(0, model.config.vocab_size, Trainer(**{"microbatch_tokens": 64, **trainer}), 0)
     for index, row in enumerate(batch.microbatches):
-        for start, end in pairwise(row.cu_seqlens.tolist()):
+        for member in material.members(row):
             with torch.no_grad():
-                wanted = model(row.token_ids[None, start:end]).logits[0]
-            error = (tensors[f"logits.{index}"][start:end].float() - wanted).norm() / wanted.norm()
+                wanted = model(member.tokens[None]).logits[0, member.predicting]
+            error = (tensors[f"logits.{index}"][member.among].float() - wanted).norm() / wanted.norm()
             assert error <= TE_ERROR

@@ -9,7 +9,6 @@ are those of tests/te_cpu.
 import functools
 import math
 from importlib.util import find_spec
-from itertools import pairwise
 
 import pytest
 import torch
@@ -126,21 +125,20 @@ def curve(pool, folder, num_steps, trainer, options):
 
 
 def reference(folder, trainer, dtype):
-    """transformers' logits by row, and the gradients of the first step's NLL, in `dtype` on the GPU."""
+    """transformers' logits by row where something is predicted, and the gradients of the first NLL, in `dtype`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
     batch = material.batch_of(0, model.config.vocab_size, material.run_config(trainer, BF16).trainer, 0)
     logits, loss = {}, torch.zeros((), device=DEVICE)
     for index, row in enumerate(batch.microbatches):
         parts = []
-        for start, end in pairwise(row.cu_seqlens.tolist()):
-            parts.append(model(row.token_ids[None, start:end].to(DEVICE)).logits[0].float())
-            targets = row.targets[start:end].to(DEVICE)
-            loss = loss + F.cross_entropy(parts[-1], targets, ignore_index=IGNORED, reduction="sum")
+        for member in material.members(row):
+            whole = model(member.tokens[None].to(DEVICE)).logits[0].float()
+            parts.append(whole[member.predicting])
+            loss = loss + F.cross_entropy(whole, member.targets.to(DEVICE), ignore_index=IGNORED, reduction="sum")
         logits[f"logits.{index}"] = torch.cat(parts)
     (loss / batch.num_target_tokens).backward()
     gradients = {f"gradient.0.{name}": p.grad for name, p in model.named_parameters()}
-    real = {f"logits.{i}": (row.targets != IGNORED) for i, row in enumerate(batch.microbatches)}
-    return {name: value.detach()[real[name].to(DEVICE)] for name, value in logits.items()} | gradients, real
+    return {name: value.detach() for name, value in logits.items()} | gradients
 
 
 def error(found, wanted):
@@ -149,11 +147,10 @@ def error(found, wanted):
     return math.sqrt(apart / sum(float(value.float().square().sum()) for value in wanted.values()))
 
 
-def errors(found, exact, real):
-    """Of logits where something is predicted, and of the first step's gradients."""
-    kept = {name: value[real[name].to(value.device)] if name in real else value for name, value in found.items()}
+def errors(found, exact):
+    """Of logits and of the first step's gradients."""
     parts = [{n: v for n, v in exact.items() if n.startswith(prefix)} for prefix in ("logits.", "gradient.")]
-    return [error(kept, part) for part in parts]
+    return [error(found, part) for part in parts]
 
 
 @pytest.mark.parametrize("variant", ["plain", "odd", "tied"])
@@ -161,11 +158,11 @@ def errors(found, exact, real):
 def test_both_layer_specs_are_as_near_to_fp32_as_transformers(layers, variant, pool, checkpoint, tmp_path):
     """bf16 logits and gradients: at most twice as far from transformers in fp32 as transformers in bf16, plus 0.2 %."""
     trainer = {"layers": layers}
-    exact, real = reference(checkpoint(variant), trainer, torch.float32)
-    half, _ = reference(checkpoint(variant), trainer, torch.bfloat16)
+    exact = reference(checkpoint(variant), trainer, torch.float32)
+    half = reference(checkpoint(variant), trainer, torch.bfloat16)
     _, found = trained(pool, checkpoint(variant), tmp_path, trainer, BF16)
-    theirs = errors(half, exact, {})
-    for ours, limit in zip(errors(found, exact, real), theirs, strict=True):
+    theirs = errors(half, exact)
+    for ours, limit in zip(errors(found, exact), theirs, strict=True):
         assert ours <= 2 * limit + 2e-3, (ours, limit)
 
 
@@ -173,10 +170,10 @@ def test_both_layer_specs_are_as_near_to_fp32_as_transformers(layers, variant, p
 def test_fp8_stays_near_fp32(recipe, pool, checkpoint, tmp_path):
     """Logits within FP8_LOGITS_ERROR of transformers in fp32, and not those of bf16 either: FP8 was used."""
     trainer = TE | {"fp8": recipe}
-    exact, real = reference(checkpoint("wide"), trainer, torch.float32)
-    half, _ = reference(checkpoint("wide"), trainer, torch.bfloat16)
+    exact = reference(checkpoint("wide"), trainer, torch.float32)
+    half = reference(checkpoint("wide"), trainer, torch.bfloat16)
     metrics, found = trained(pool, checkpoint("wide"), tmp_path, trainer, BF16)
-    ours, theirs = errors(found, exact, real)[0], errors(half, exact, {})[0]
+    ours, theirs = errors(found, exact)[0], errors(half, exact)[0]
     assert theirs < ours <= FP8_LOGITS_ERROR
     assert all(math.isfinite(step["grad_norm"]) for step in metrics)
 

@@ -8,6 +8,7 @@ import math
 import operator
 import random
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -18,16 +19,17 @@ from engine.core.types import Microbatch, Sequence
 from engine.megatron.packing import make_batch
 
 Tokens = list[list[float]]  # a value a completion token, by sequence
-LAYOUTS = [
-    {"data_parallel": 1, "microbatch_tokens": 400},  # one row
-    {"data_parallel": 1, "microbatch_tokens": 24},  # several rows; a group of more than two may not fit
-    {"data_parallel": 3, "microbatch_tokens": 24},  # several ranks, some with empty rows
-    {"data_parallel": 2, "microbatch_tokens": 10},  # hardly two sequences together: pairs and groups are spread
+LAYOUTS: list[dict[str, Any]] = [
+    {"data_parallel": 1, "microbatch_tokens": 400},  # one row, a prompt once for all its samples
+    {"data_parallel": 1, "microbatch_tokens": 16},  # several rows; a group of more than two may not fit
+    {"data_parallel": 3, "microbatch_tokens": 16},  # several ranks, some with empty rows
+    # hardly two sequences together, each with its prompt: pairs and groups are spread
+    {"data_parallel": 2, "microbatch_tokens": 10, "share_prompts": False},
 ]
 
 
 class Step:
-    """Sequences of at most 10 tokens, each known by its first token."""
+    """Sequences of at most 10 tokens. Those of a group have one prompt, and so have some without a group."""
 
     def __init__(self, seed: int, num_pairs: int = 4) -> None:
         self._draw = random.Random(seed)
@@ -44,7 +46,7 @@ class Step:
         """One more sequence."""
         uniform, length = self._draw.uniform, self._draw.randint(1, 6)
         rollout = tuple(uniform(-4, -0.1) for _ in range(length))
-        prompt = (len(self.sequences) + 1, *range(9, 9 + self._draw.randint(0, 3)))
+        prompt = (group, *range(9, 10 + group % 3)) if group >= 0 else (50 + len(self.sequences) // 3, 9)
         self.sequences.append(Sequence(prompt, tuple(range(length)), rollout, advantage, group, chosen))
         self.policy.append([p + uniform(-0.5, 0.5) for p in rollout])
         self.reference.append([p + uniform(-0.5, 0.5) for p in rollout])
@@ -56,10 +58,16 @@ class Step:
         return sum(len(s.completion_ids) for s in self.sequences)
 
     def run(
-        self, loss_function: Loss, *, num_prompts: int = 7, data_parallel: int = 1, microbatch_tokens: int = 400
+        self,
+        loss_function: Loss,
+        *,
+        num_prompts: int = 7,
+        data_parallel: int = 1,
+        microbatch_tokens: int = 400,
+        share_prompts: bool = True,
     ) -> tuple[float, dict[str, float], Tokens, Tokens]:
         """(sum of the losses, sums of the metrics, gradients by log-prob, gradients by entropy) over ranks and rows."""
-        trainer = Trainer(data_parallel=data_parallel, microbatch_tokens=microbatch_tokens)
+        trainer = Trainer(data_parallel=data_parallel, microbatch_tokens=microbatch_tokens, share_prompts=share_prompts)
         loss = 0.0
         reductions = part_reductions(loss_function.metrics)
         sums = {name: -math.inf if reduce == "max" else 0.0 for name, reduce in reductions.items()}
@@ -93,10 +101,10 @@ class Step:
     def lay_out(self, microbatch: Microbatch, values: Tokens, elsewhere: float = 0.0) -> tuple[torch.Tensor, dict[int, slice]]:
         """Values in their places of the row, and the slice of each sequence's completion tokens."""
         row, spans = torch.full((microbatch.token_ids.numel(),), elsewhere), {}
-        for start in microbatch.cu_seqlens[:-1].tolist():
-            index = int(microbatch.token_ids[start]) - 1
+        starts, positions = microbatch.cu_seqlens[:-1].tolist(), microbatch.position_ids.tolist()
+        for start, index in zip(starts, microbatch.places.tolist(), strict=True):
             if index >= 0:
-                first = start + len(self.sequences[index].prompt_ids) - 1
+                first = start + len(self.sequences[index].prompt_ids) - 1 - positions[start]
                 spans[index] = slice(first, first + len(values[index]))
                 row[spans[index]] = torch.tensor(values[index])
         return row, spans

@@ -256,7 +256,7 @@ def test_gradients_reach_the_logits_packed_as_sequence_by_sequence():
     (wanted / NUM_PROMPTS).backward()
 
     for tokens in (400, 24, 10):
-        trainer = Trainer(microbatch_tokens=tokens, sequence_parallel=True, tensor_parallel=2)
+        trainer = Trainer(microbatch_tokens=tokens, sequence_parallel=True, tensor_parallel=2, share_prompts=False)
         batch = make_batch(step.sequences, step=0, num_prompts=NUM_PROMPTS, trainer=trainer, dp_rank=0)
         tables = [torch.cat([*(logits[i] for i in members(row)), torch.ones(8, vocab)]) for row in batch.microbatches]
         tables = [t[: row.targets.numel()].requires_grad_() for t, row in zip(tables, batch.microbatches, strict=True)]
@@ -280,8 +280,7 @@ def test_gradients_reach_the_logits_packed_as_sequence_by_sequence():
 
 def members(row):
     """The sequences of a row, padding left out."""
-    found = [int(row.token_ids[start]) - 1 for start in row.cu_seqlens[:-1].tolist()]
-    return [index for index in found if index >= 0]
+    return [place for place in row.places.tolist() if place >= 0]
 
 
 @pytest.mark.parametrize(

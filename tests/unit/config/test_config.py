@@ -25,6 +25,7 @@ from engine.config.rules import (
     broken_library_rules,
     broken_placement_rules,
     broken_profile_rules,
+    broken_reference_rules,
     broken_rollout_rules,
     broken_rules,
     broken_sampling_rules,
@@ -188,6 +189,18 @@ COMBINATIONS = [
         *(*BEST_BY, "'a.jsonl', 4 and 3", "remove best_by"),
     ),
     (["trainer.sequence_parallel=true"], "trainer.sequence_parallel", "trainer.tensor_parallel", "found 1", "false"),
+    (
+        ["trainer.share_prompts=true", "trainer.layers=transformer_engine", "model.dtype=bfloat16"],
+        *("trainer.share_prompts", "trainer.layers = 'local'", "true with 'transformer_engine'", "'auto' or false"),
+    ),
+    (
+        ["sync.reference_log_probs=rollouts", "sync.reference=follow", "sync.sync_interval=2", "data.replay=a.jsonl"],
+        *("sync.reference_log_probs", "this run's reference", "data.replay = 'a.jsonl'", "'computed'"),
+    ),
+    (
+        ["sync.reference_log_probs=rollouts", "sync.sync_interval=2"],
+        *("sync.reference_log_probs", "sync.reference = 'never'", "step 2 it is version 0, and version 2", "'follow'"),
+    ),
     (["trainer.virtual_pipeline=2"], "trainer.virtual_pipeline", "trainer.pipeline_parallel", "found 2", "set it to 1"),
     (["trainer.last_stage_layers=2"], "trainer.first_stage_layers", "trainer.pipeline_parallel", "None and 2", "remove"),
     (["sync.sync_interval=never", "sync.reference=follow"], "sync.reference", "sync.sync_interval", "both", "'never'"),
@@ -334,7 +347,7 @@ def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
     losses = [Algorithm.broken_rules, *(LOSSES.load(name).broken_rules for name in LOSSES.names)]
     tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, broken_head_rules, *losses)
-    tables += (broken_sampling_rules,)
+    tables += (broken_sampling_rules, broken_reference_rules)
     rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules, broken_reward_rules)))
     rules += inspect.getsource(broken_source_rules)
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"

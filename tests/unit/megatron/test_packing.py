@@ -15,13 +15,8 @@ from hypothesis import strategies as st
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError
 from engine.core.types import IGNORED, Batch, Microbatch, Sequence
-from engine.megatron.packing import (
-    empty_microbatch,
-    lay_out_batch,
-    make_batch,
-    outlines_of,
-    split_over_ranks,
-)
+from engine.megatron.dealing import Costs, outlines_of, split_over_ranks
+from engine.megatron.packing import empty_microbatch, lay_out_batch, make_batch
 
 PAIR = [
     Sequence((1, 2), (3, 4, 5), (-0.1, -0.2, -0.3), advantage=0.5, group=0, chosen=False),
@@ -29,10 +24,11 @@ PAIR = [
 ]
 
 
-def pack(sequences: list[Sequence], microbatch_tokens: int, multiple: int) -> tuple[Microbatch, ...]:
+def pack(sequences: list[Sequence], microbatch_tokens: int, multiple: int, share: bool = True) -> tuple[Microbatch, ...]:
     """The rows of a single rank, whose lengths are a multiple of `multiple`."""
     tensor_parallel = {"tensor_parallel": multiple, "sequence_parallel": True} if multiple > 1 else {}
-    trainer = Trainer.model_validate({"microbatch_tokens": microbatch_tokens, **tensor_parallel})
+    options = {"microbatch_tokens": microbatch_tokens, "share_prompts": share, **tensor_parallel}
+    trainer = Trainer.model_validate(options)
     return make_batch(sequences, step=0, num_prompts=1, trainer=trainer, dp_rank=0).microbatches
 
 
@@ -44,38 +40,55 @@ def make_batches(sequences: list[Sequence], *, step: int, num_prompts: int, trai
 
 @st.composite
 def sequence_lists(draw: st.DrawFn) -> list[Sequence]:
-    """Single sequences and pairs in any order, the two of a pair not always neighbours; all tokens distinct."""
+    """Single sequences, and pairs whose two are not always neighbours, in any order; few prompts, and completions that are all
+    different."""
     made: list[Sequence] = []
-    next_token = iter(range(1, 100_000))
+    next_token = iter(range(100, 100_000))
+    prompts = [tuple(range(10 * i, 10 * i + draw(st.integers(1, 5)))) for i in range(4)]
 
-    def add(pair: int, chosen: bool) -> None:
-        prompt = tuple(next(next_token) for _ in range(draw(st.integers(1, 5))))
+    def add(pair: int, chosen: bool, prompt: tuple[int, ...]) -> None:
         completion = tuple(next(next_token) for _ in range(draw(st.integers(1, 7))))
         made.append(Sequence(prompt, completion, tuple(-float(t) for t in completion), 0.0, pair, chosen))
 
     for pair in range(draw(st.integers(0, 6))):
+        prompt = draw(st.sampled_from(prompts))
         for chosen in (True, False) if draw(st.booleans()) else (False, True):
-            add(pair, chosen)
+            add(pair, chosen, prompt)
     for _ in range(draw(st.integers(0, 6))):
-        add(-1, False)
+        add(-1, False, draw(st.sampled_from(prompts)))
     return draw(st.permutations(made))
 
 
-def contents(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(tokens, targets) of every segment that has a target."""
-    found = []
-    for row in batch.microbatches:
-        bounds = row.cu_seqlens.tolist()
-        for start, end in pairwise(bounds):
-            targets = tuple(row.targets[start:end].tolist())
-            if set(targets) != {IGNORED}:
-                found.append((tuple(row.token_ids[start:end].tolist()), targets))
+def read(row: Microbatch) -> list[tuple[tuple[int, ...], tuple[int, ...]] | None]:
+    """(prompt, completion) of every segment, as layers see it, None for a segment that is no sequence. What a sample's tokens
+    stand at, attend to and predict is checked on the way."""
+    found: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = []
+    segments = [slice(start, end) for start, end in pairwise(row.cu_seqlens.tolist())]
+    assert row.target_positions.tolist() == [t for t, target in enumerate(row.targets.tolist()) if target != IGNORED] or [0]
+    for segment, parent in zip(segments, row.parents.tolist(), strict=True):
+        before = segments[parent] if parent >= 0 else slice(0, 0)
+        tokens = row.token_ids[before].tolist() + row.token_ids[segment].tolist()
+        assert row.position_ids[before].tolist() + row.position_ids[segment].tolist() == list(range(len(tokens)))
+        targets = row.targets[before].tolist() + row.targets[segment].tolist()
+        first = next((i for i, target in enumerate(targets) if target != IGNORED), None)
+        if first is None:
+            found.append(None)
+            continue
+        completion = [target for target in targets if target != IGNORED]
+        assert targets[first : first + len(completion)] == completion
+        assert [*tokens, completion[-1]][first + 1 :][: len(completion)] == completion
+        found.append((tuple(tokens[: first + 1]), tuple(completion)))
     return found
+
+
+def contents(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(prompt, completion) of every sequence of a rank."""
+    return [one for row in batch.microbatches for one in read(row) if one is not None]
 
 
 def test_worked_example() -> None:
     """A pair in one row of a multiple of 4: the last prompt token predicts the first completion token; padding last."""
-    (row,) = pack(PAIR, 16, 4)
+    (row,) = pack(PAIR, 16, 4, share=False)
     assert row.token_ids.tolist()[:8] == [1, 2, 3, 4, 5, 1, 2, 6]
     assert row.targets.tolist() == [IGNORED, 3, 4, 5, IGNORED, IGNORED, 6, IGNORED]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
@@ -83,18 +96,38 @@ def test_worked_example() -> None:
     assert row.advantages.tolist() == [0.5, -0.5]
     assert row.pairs.tolist() == [[1, 0]]
     torch.testing.assert_close(row.rollout_log_probs, torch.tensor([0, -0.1, -0.2, -0.3, 0, 0, -0.4, 0]))
-    (padded,) = pack(PAIR, 16, 3)
+    (padded,) = pack(PAIR, 16, 3, share=False)
     assert padded.cu_seqlens.tolist() == [0, 5, 8, 9]
     assert padded.targets[8].item() == IGNORED
     assert padded.advantages.tolist() == [0.5, -0.5, 0.0]
 
 
-@given(sequence_lists(), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans())
-@settings(max_examples=80, deadline=None)
+def test_worked_example_of_a_shared_prompt() -> None:
+    """The same pair, and a sequence with a prompt of its own: the prompt once without its last token, then each sample from
+    that token on, without its last; a sequence alone is whole."""
+    (row,) = pack([*PAIR, Sequence((7, 8), (9,), (-0.5,))], 16, 3)
+    assert row.cu_seqlens.tolist() == [0, 1, 4, 5, 8, 9]
+    assert row.token_ids.tolist() == [1, 2, 3, 4, 2, 7, 8, 9, 0]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 1, 0, 1, 2, 0]
+    assert row.targets.tolist() == [IGNORED, 3, 4, 5, 6, IGNORED, 9, IGNORED, IGNORED]
+    assert row.parents.tolist() == [-1, 0, 0, -1, -1]
+    assert row.target_positions.tolist() == [1, 2, 3, 4, 6]
+    assert row.advantages.tolist() == [0.0, 0.5, -0.5, 0.0, 0.0]
+    assert row.groups.tolist() == [-1, 0, 0, -1, -1]
+    assert row.places.tolist() == [-1, 0, 1, 2, -1]
+    assert row.pairs.tolist() == [[2, 1]]
+    torch.testing.assert_close(row.rollout_log_probs, torch.tensor([0, -0.1, -0.2, -0.3, -0.4, 0, -0.5, 0, 0]))
+    batch = make_batch([*PAIR, Sequence((7, 8), (9,), ())], step=0, num_prompts=2, trainer=Trainer(), dp_rank=0)
+    assert (batch.num_sequence_tokens, batch.num_saved_tokens) == (11, 3)
+
+
+@given(sequence_lists(), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=100, deadline=None)
 def test_every_sequence_lands_once(
-    sequences: list[Sequence], dp_size: int, pp_size: int, virtual: bool, sequence_parallel: bool
+    sequences: list[Sequence], dp_size: int, pp_size: int, virtual: bool, sequence_parallel: bool, share: bool
 ) -> None:
-    """Over all ranks: nothing lost or doubled, pairs in one row, limits kept, equal numbers of rows, deterministic."""
+    """Over all ranks: nothing lost or doubled, pairs in one row, limits kept, equal numbers of rows, deterministic; a prompt
+    stands at most once in a row."""
     tp_size = 2 if sequence_parallel else 1
     trainer = Trainer(
         tensor_parallel=tp_size,
@@ -103,31 +136,78 @@ def test_every_sequence_lands_once(
         data_parallel=dp_size,
         sequence_parallel=sequence_parallel,
         microbatch_tokens=25,
+        share_prompts=share,
     )
     batches = make_batches(sequences, step=3, num_prompts=9, trainer=trainer)
-    expected = sorted(
-        (s.prompt_ids + s.completion_ids, (IGNORED,) * (len(s.prompt_ids) - 1) + s.completion_ids + (IGNORED,))
-        for s in sequences
-    )
-    assert sorted(segment for batch in batches for segment in contents(batch)) == expected
+    expected = sorted((s.prompt_ids, s.completion_ids) for s in sequences)
+    assert sorted(one for batch in batches for one in contents(batch)) == expected
     assert len({len(batch.microbatches) for batch in batches}) == 1
     assert trainer.virtual_pipeline == 1 or len(batches[0].microbatches) % pp_size == 0
-    num_pairs = 0
-    by_first_token = {(s.prompt_ids + s.completion_ids)[0]: s for s in sequences}
+    num_pairs, num_tokens = 0, 0
+    by_completion = {s.completion_ids: s for s in sequences}
     for row in (row for batch in batches for row in batch.microbatches):
         assert 0 < row.token_ids.numel() <= 25
         assert row.token_ids.numel() % tp_size == 0
-        assert row.advantages.numel() == row.cu_seqlens.numel() - 1
+        assert row.advantages.numel() == row.parents.numel() == row.cu_seqlens.numel() - 1
+        segments = read(row)
+        known = [by_completion[one[1]] if one else None for one in segments]
+        assert row.groups.tolist() == [s.group if s else -1 for s in known]
+        assert row.places.tolist() == [sequences.index(s) if s else -1 for s in known]
         for both in row.pairs.tolist():
-            chosen, rejected = (by_first_token[int(row.token_ids[row.cu_seqlens[index]])] for index in both)
-            assert chosen.group == rejected.group >= 0
-            assert chosen.chosen
-            assert not rejected.chosen
+            chosen, rejected = (known[index] for index in both)
+            assert chosen and rejected and chosen.group == rejected.group >= 0
+            assert chosen.chosen and not rejected.chosen
             num_pairs += 1
+        prompts = [one[0] for one in segments if one and len(one[0]) > 1]
+        parents = [parent for parent in row.parents.tolist() if parent >= 0]
+        shared = [prompt for prompt in set(prompts) if prompts.count(prompt) > 1]
+        assert len(set(parents)) == (len(shared) if share else 0)
+        assert len(parents) == (sum(map(prompts.count, shared)) if share else 0)
+        last = row.cu_seqlens[-2:].diff().item() if segments[-1] is None and parents.count(len(segments) - 1) == 0 else 0
+        num_tokens += row.token_ids.numel() - int(last)
     assert num_pairs == batches[0].num_groups == sum(s.chosen for s in sequences)
     assert batches[0].num_target_tokens == sum(len(s.completion_ids) for s in sequences)
+    assert batches[0].num_sequence_tokens == sum(s.num_tokens for s in sequences)
+    assert batches[0].num_sequence_tokens - batches[0].num_saved_tokens == num_tokens
     again = make_batches(sequences, step=3, num_prompts=9, trainer=trainer)
     assert [contents(batch) for batch in again] == [contents(batch) for batch in batches]
+
+
+def test_a_prompt_is_computed_on_few_ranks_and_cut_where_that_balances() -> None:
+    """Eight prompts of eight samples: two ranks get four prompts each, whole; sixteen ranks half of one each."""
+    sequences = [Sequence((p,) * 5, (100 + 8 * p + i,) * 10, ()) for p in range(8) for i in range(8)]
+    for num_ranks, copies in ((2, 8), (16, 16)):
+        dealt = split_over_ranks(outlines_of(sequences), num_ranks, Costs(True))
+        assert {len(part) for part in dealt} == {64 // num_ranks}
+        assert sum(len({one.prompt for one in part}) for part in dealt) == copies
+    dealt = split_over_ranks(outlines_of(sequences), 16, Costs(False))
+    assert {len(part) for part in dealt} == {4}
+
+
+def test_work_counts_what_a_token_attends_to() -> None:
+    """One sequence of 100 tokens and four of 30: by tokens the long one goes alone, by work with `attention` too, and it weighs
+    as much as they together where a look costs a hundredth of a token."""
+    lengths = (100, 30, 30, 30, 30)
+    outlines = outlines_of([Sequence((i,), (1,) * (length - 1), ()) for i, length in enumerate(lengths)])
+    assert [len(part) for part in split_over_ranks(outlines, 2, Costs(True))] == [1, 4]
+    assert [len(part) for part in split_over_ranks([*outlines, *outlines[1:3]], 2, Costs(True))] == [2, 5]
+    assert [len(part) for part in split_over_ranks([*outlines, *outlines[1:3]], 2, Costs(True, 0.02))] == [1, 6]
+
+
+def test_a_pipeline_has_more_rows_of_equal_work() -> None:
+    """Four stages and 80 sequences of 400 tokens: 8 rows of 4,096 are enough, four a stage idle less; not below a thousand
+    tokens each."""
+    sequences = [Sequence((i, i), (1,) * 398, ()) for i in range(80)]
+    one, four = (
+        make_batch(sequences, step=0, num_prompts=80, trainer=Trainer(pipeline_parallel=p, microbatch_tokens=4096), dp_rank=0)
+        for p in (1, 4)
+    )
+    assert [row.token_ids.numel() for row in one.microbatches] == [4000] * 8
+    assert [row.token_ids.numel() for row in four.microbatches] == [2000] * 16
+    few = make_batch(
+        sequences[:20], step=0, num_prompts=20, trainer=Trainer(pipeline_parallel=4, microbatch_tokens=4096), dp_rank=0
+    )
+    assert [row.token_ids.numel() for row in few.microbatches] == [1200, 1200, 1200, 1200, 1200, 1200, 800]
 
 
 SEQUENCE_PARALLEL = {"tensor_parallel": 2, "sequence_parallel": True}
@@ -143,7 +223,7 @@ ROWS = [  # trainer options, what every row's length is a multiple of; rows of 5
 @pytest.mark.parametrize(("options", "multiple"), ROWS)
 def test_fp8_and_overlap_pad_every_row_and_nothing_else(options: dict[str, Any], multiple: int) -> None:
     """Rows of whole blocks, or all of one length, also the empty ones; what is trained on is the same."""
-    sequences = [Sequence((1,), tuple(range(count)), ()) for count in (300, 40, 260, 7, 511)]
+    sequences = [Sequence((i,), tuple(range(count)), ()) for i, count in enumerate((300, 40, 260, 7, 511))]
     (plain,) = make_batches(sequences, step=0, num_prompts=5, trainer=Trainer(microbatch_tokens=512))
     trainer = Trainer.model_validate({"microbatch_tokens": 512, **options})
     (padded,) = make_batches(sequences, step=0, num_prompts=5, trainer=trainer)
@@ -157,16 +237,16 @@ def test_fp8_and_overlap_pad_every_row_and_nothing_else(options: dict[str, Any],
 def test_ranks_are_balanced_and_ties_go_to_the_lower() -> None:
     """Largest first: 5, 4, 3, 2 tokens deal as 5 + 2 and 4 + 3, each rank in the given order."""
     sizes = (2, 4, 3, 5)
-    sequences = [Sequence((1,), tuple(range(size - 1)), ()) for size in sizes]
-    dealt = [[sequence.num_tokens for sequence in part] for part in split_over_ranks(outlines_of(sequences), 2)]
+    sequences = [Sequence((size,), tuple(range(size - 1)), ()) for size in sizes]
+    dealt = [[sequence.num_tokens for sequence in part] for part in split_over_ranks(outlines_of(sequences), 2, Costs(True))]
     assert dealt == [[2, 5], [4, 3]]
-    assert split_over_ranks([], 2) == [[], []]
+    assert split_over_ranks([], 2, Costs(True)) == [[], []]
 
 
 def test_a_rank_asks_for_its_own_sequences_only() -> None:
     """Each sequence is asked for by one of two ranks; the counts are the whole step's on both."""
-    sequences = [*PAIR, *(Sequence((1,), tuple(range(2 + i)), ()) for i in range(5))]
-    trainer = Trainer(data_parallel=2, microbatch_tokens=16)
+    sequences = [*PAIR, *(Sequence((i,), tuple(range(2 + i)), ()) for i in range(5))]
+    trainer = Trainer(data_parallel=2, microbatch_tokens=12)
     asked: list[list[int]] = [[], []]
 
     def sequence_for(rank: int) -> Callable[[int], Sequence]:
@@ -188,7 +268,7 @@ def test_a_rank_asks_for_its_own_sequences_only() -> None:
 def test_rewards_and_named_values_stand_beside_their_sequence() -> None:
     """And 0 for padding; an empty row has no names."""
     named = [replace(s, reward=float(i + 1), values={"quality": i / 2}) for i, s in enumerate(PAIR)]
-    (row,) = pack(named, 16, 3)
+    (row,) = pack(named, 16, 3, share=False)
     assert row.rewards.tolist() == [1.0, 2.0, 0.0]
     assert {name: values.tolist() for name, values in row.values.items()} == {"quality": [0.0, 0.5, 0.0]}
     assert empty_microbatch(4).values == {}
@@ -205,7 +285,7 @@ def test_empty_row_adds_nothing() -> None:
 
 def test_a_pair_larger_than_a_row_is_split_and_marked() -> None:
     """8 tokens together do not fit 7: a row each, no pair in either, both marked with their group."""
-    rows = pack([*PAIR, Sequence((8,), (9,), ())], 7, 2)
+    rows = pack([*PAIR, Sequence((8,), (9,), ())], 7, 2, share=False)
     assert [row.pairs.numel() for row in rows] == [0, 0]
     assert [row.split.tolist() for row in rows] == [[True, False], [True, False, False]]
     assert [row.groups.tolist() for row in rows] == [[0, -1], [0, -1, -1]]

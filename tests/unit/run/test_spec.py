@@ -92,7 +92,10 @@ def test_the_source_is_told_by_the_first_row_of_what_is_replayed(tmp_path):
     ("tables", "copies"),
     [
         ({}, ("reference",)),
-        ({"sync": {"reference": "follow"}}, ("reference",)),
+        ({"sync": {"reference": "follow"}}, ()),  # at s = 1 it is the policy
+        ({"sync": {"reference": 1}}, ()),
+        ({"sync": {"reference": "follow", "sync_interval": 2}}, ("reference",)),
+        ({"sync": {"reference": "follow", "sync_interval": 2, "reference_log_probs": "rollouts"}}, ()),
         ({"algorithm": {"loss": "grpo", "kl_weight": 0.0}}, ()),
         ({"sft": {"checkpoint_out": "out"}}, ()),
         ({"sync": OFFLINE, "inference": {"placement": "colocated"}, "run": {"steps": 40}}, ("reference",)),

@@ -1,0 +1,263 @@
+"""Deals the training sequences of a step to data-parallel ranks and to packed rows, always the same way for the same lengths,
+groups and prompts. It sees outlines, no tokens; packing.py then writes the rows.
+
+What is dealt is a unit: the sequences of a group, whose loss couples them, or, where prompts are shared, all that have one
+prompt. A unit without a group may be cut where that balances better; its prompt is then computed once in every part.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+from engine.config.options import Trainer
+from engine.core.errors import ConfigError
+from engine.core.types import Sequence
+
+ROWS_PER_STAGE = 4  # a pipeline of p stages idles (p - 1) / (rows + p - 1) of its time: a fifth or less with four rows a stage
+LEAST_ROW_TOKENS = 1024  # fewer make a row's products inefficient, and cost more than the pipeline gains
+WORTH_CUTTING = 0.99  # of the largest share of the work: what a cut must bring it below
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What of a sequence decides where it is laid."""
+
+    place: int  # in the step
+    num_prompt: int
+    num_completion: int
+    group: int
+    prompt: int  # equal where the prompt's tokens are
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and completion together."""
+        return self.num_prompt + self.num_completion
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a row costs: whether prompts are shared, and what a query's look at a key costs next to the products of a token."""
+
+    shares_prompts: bool
+    attention: float = 0.0
+
+    def num_tokens(self, outlines: Iterable[Outline]) -> int:
+        """Tokens of a row with these sequences. A shared prompt counts once, without its last token, which every sample begins
+        with; the last token of a sample that shares predicts nothing and is left out."""
+        return sum(self.tokens_of(members) for members in self.by_prompt(outlines))
+
+    def tokens_of(self, members: Many[Outline]) -> int:
+        """Tokens of sequences that `by_prompt` put together."""
+        if len(members) == 1:
+            return members[0].num_tokens
+        return members[0].num_prompt - 1 + sum(one.num_completion for one in members)
+
+    def by_prompt(self, outlines: Iterable[Outline]) -> list[list[Outline]]:
+        """The sequences of a row that share a prompt together, in the order of their first; one by one where none is shared."""
+        if not self.shares_prompts:
+            return [[one] for one in outlines]
+        found: dict[int, list[Outline]] = {}
+        for one in outlines:
+            found.setdefault(one.prompt, []).append(one)
+        return list(found.values())
+
+    def work(self, outlines: Iterable[Outline]) -> float:
+        """What a row with these sequences costs, in tokens of short sequences."""
+        total = 0.0
+        for members in self.by_prompt(outlines):
+            total += self.tokens_of(members)
+            if len(members) == 1:
+                looks = members[0].num_tokens ** 2 / 2
+            else:
+                prompt = members[0].num_prompt - 1
+                looks = prompt**2 / 2 + sum(one.num_completion * (prompt + one.num_completion / 2) for one in members)
+            total += self.attention * looks
+        return total
+
+
+def outlines_of(sequences: Many[Sequence]) -> list[Outline]:
+    """The outlines of sequences in hand."""
+    prompts: dict[tuple[int, ...], int] = {}
+    return [
+        Outline(i, len(s.prompt_ids), len(s.completion_ids), s.group, prompts.setdefault(s.prompt_ids, len(prompts)))
+        for i, s in enumerate(sequences)
+    ]
+
+
+def split_over_ranks(outlines: Many[Outline], num_ranks: int, costs: Costs) -> list[list[Outline]]:
+    """Deals sequences to ranks, all of a group to one rank, the largest unit to the least loaded rank first.
+
+    Every rank's sequences keep the given order; ties go to the lower rank.
+    """
+    dealt = _deal(units_of(outlines, costs), num_ranks, costs)
+    assert dealt is not None, "a rank has room for everything"
+    return dealt
+
+
+def pack_rows(parts: Many[Many[Outline]], trainer: Trainer, costs: Costs) -> list[list[list[Outline]]]:
+    """The packed rows of every data-parallel rank, of at most trainer.microbatch_tokens, equally many on each; a rank with
+    fewer sequences has empty ones. A group's sequences stand in one row where they fit. ConfigError for a sequence that is
+    larger than a row.
+
+    Without a pipeline rows are as few as first fit makes them. A pipeline idles less with more, of equal work: there are
+    ROWS_PER_STAGE a stage where each has LEAST_ROW_TOKENS, unless every row is padded to its largest length.
+    """
+    rows = [_first_fit(part, trainer, costs) for part in parts]
+    together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
+    num_rows = max(1, *map(len, rows))
+    if trainer.pipeline_parallel > 1 and trainer.row_multiple < trainer.microbatch_tokens:
+        largest = max(costs.num_tokens(part) for part in parts)
+        num_rows = max(num_rows, min(ROWS_PER_STAGE * trainer.pipeline_parallel, largest // LEAST_ROW_TOKENS))
+        num_rows = -(-num_rows // together) * together
+        rows = [_equal_rows(part, num_rows, trainer, costs) or few for part, few in zip(parts, rows, strict=True)]
+    num_rows = -(-num_rows // together) * together
+    return [own + [[] for _ in range(num_rows - len(own))] for own in rows]
+
+
+def split_groups(outlines: Many[Outline], trainer: Trainer, costs: Costs) -> set[int]:
+    """The groups that are larger than a row, and so are split over several."""
+    groups: dict[int, list[Outline]] = {}
+    for one in outlines:
+        if one.group >= 0:
+            groups.setdefault(one.group, []).append(one)
+    return {group for group, members in groups.items() if costs.num_tokens(members) > room_of(trainer)}
+
+
+def room_of(trainer: Trainer) -> int:
+    """The most tokens of a row, which is a multiple of trainer.row_multiple."""
+    return trainer.microbatch_tokens - trainer.microbatch_tokens % trainer.row_multiple
+
+
+def units_of(outlines: Many[Outline], costs: Costs) -> list[list[Outline]]:
+    """What is dealt together, at the place of its first sequence."""
+    units: dict[tuple[str, int], list[Outline]] = {}
+    of_prompt = {one.prompt: ("group", one.group) for one in reversed(outlines) if one.group >= 0}
+    for one in outlines:
+        assert one.num_prompt and one.num_completion, "a sequence needs a prompt and a completion"
+        if one.group >= 0:
+            key = ("group", one.group)
+        elif costs.shares_prompts:
+            key = of_prompt.get(one.prompt, ("prompt", one.prompt))
+        else:
+            key = ("place", one.place)
+        units.setdefault(key, []).append(one)
+    return list(units.values())
+
+
+def _parts(unit: list[Outline], most: int) -> list[list[Outline]]:
+    """A unit cut into at most so many parts, its group never."""
+    coupled, alone = ([one for one in unit if (one.group >= 0) is wanted] for wanted in (True, False))
+    if most == 1 or not alone:
+        return [unit]
+    size = -(-len(alone) // most)
+    parts = [alone[start : start + size] for start in range(0, len(alone), size)]
+    return [coupled, *parts] if coupled else parts
+
+
+def _deal(units: list[list[Outline]], num_bins: int, costs: Costs, room: int | None = None) -> list[list[Outline]] | None:
+    """Deals units to bins, the largest to the least loaded first, with the fewest cuts that balance the work; None where bins
+    of `room` tokens each are too few. Every bin keeps the given order."""
+    best, least = None, float("inf")
+    most = max((sum(one.group < 0 for one in unit) for unit in units), default=1)
+    cuts = [1]
+    while cuts[-1] < most and num_bins > 1:
+        cuts.append(2 * cuts[-1])
+    for cut in cuts:
+        dealt, largest = _largest_first([part for unit in units for part in _parts(unit, cut)], num_bins, costs, room)
+        if dealt is not None and largest < WORTH_CUTTING * least:
+            best, least = dealt, largest
+    return best
+
+
+def _largest_first(
+    parts: list[list[Outline]], num_bins: int, costs: Costs, room: int | None
+) -> tuple[list[list[Outline]] | None, float]:
+    """(bins, the work of the fullest)."""
+    sizes = [(costs.work(part), costs.num_tokens(part)) for part in parts]
+    chosen: list[list[int]] = [[] for _ in range(num_bins)]
+    used = [0] * num_bins
+    loads = [(0.0, place) for place in range(num_bins)]
+    for i in sorted(range(len(parts)), key=lambda i: (-sizes[i][0], i)):
+        work, tokens = sizes[i]
+        full = []
+        while loads and room is not None and used[loads[0][1]] + tokens > room:
+            full.append(heapq.heappop(loads))
+        if not loads:
+            return None, 0.0
+        load, place = heapq.heappop(loads)
+        chosen[place].append(i)
+        used[place] += tokens
+        for entry in (*full, (load + work, place)):
+            heapq.heappush(loads, entry)
+    return [[one for i in sorted(indices) for one in parts[i]] for indices in chosen], max(load for load, _ in loads)
+
+
+@dataclass
+class _Open:
+    """A row that takes more."""
+
+    outlines: list[Outline] = field(default_factory=list)
+    used: int = 0
+    prompts: dict[int, list[Outline]] = field(default_factory=dict)
+
+    def growth(self, unit: list[Outline], costs: Costs) -> int:
+        """Tokens that it grows by."""
+        if not costs.shares_prompts:
+            return costs.num_tokens(unit)
+        total = 0
+        for members in costs.by_prompt(unit):
+            there = self.prompts.get(members[0].prompt, [])
+            total += costs.tokens_of(there + members) - (costs.tokens_of(there) if there else 0)
+        return total
+
+    def take(self, unit: list[Outline], costs: Costs) -> None:
+        """Adds the unit."""
+        self.used += self.growth(unit, costs)
+        self.outlines += unit
+        for one in unit:
+            self.prompts.setdefault(one.prompt, []).append(one)
+
+
+def _first_fit(outlines: Many[Outline], trainer: Trainer, costs: Costs) -> list[list[Outline]]:
+    """As few rows as first fit in the given order makes. The sequences of a unit that is larger than a row are laid out one by
+    one, those of a group that is not together."""
+    rows: list[_Open] = []
+    room, split = room_of(trainer), split_groups(outlines, trainer, costs)
+
+    def place(unit: list[Outline]) -> None:
+        row = next((row for row in rows if row.used + row.growth(unit, costs) <= room), None)
+        if row is None:
+            rows.append(row := _Open())
+        row.take(unit, costs)
+
+    for unit in units_of(outlines, costs):
+        if (size := costs.num_tokens(unit)) <= room:
+            place(unit)
+            continue
+        for part in _whole_groups(unit, split):
+            if len(part) == 1 and part[0].num_tokens > room:
+                multiple, size = trainer.row_multiple, part[0].num_tokens
+                raise ConfigError(
+                    f"trainer.microbatch_tokens must hold a sequence; found {room} < {size}: raise it "
+                    f"to {-(-size // multiple) * multiple}, or shorten data.max_prompt_tokens or sampling.max_tokens"
+                )
+            place(part)
+    return [row.outlines for row in rows]
+
+
+def _whole_groups(unit: list[Outline], split: set[int]) -> list[list[Outline]]:
+    """The sequences of a unit one by one, those of a group that is not split together."""
+    together = [one for one in unit if one.group >= 0 and one.group not in split]
+    return ([together] if together else []) + [[one] for one in unit if one.group < 0 or one.group in split]
+
+
+def _equal_rows(outlines: Many[Outline], num_rows: int, trainer: Trainer, costs: Costs) -> list[list[Outline]] | None:
+    """So many rows of about equal work; None where they are too few for that."""
+    room, split = room_of(trainer), split_groups(outlines, trainer, costs)
+    parts = []
+    for unit in units_of(outlines, costs):
+        parts += [unit] if costs.num_tokens(unit) <= room else _whole_groups(unit, split)
+    return _deal(parts, num_rows, costs, room)

@@ -1,0 +1,148 @@
+"""Attention of rows where samples share prompts, against a mask over the whole row in float64: values and gradients, of torch's
+flash attention and of the plain kernel; that nothing as large as a mask or a copy of the prompt is made; rotary positions."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine.config.options import Trainer
+from engine.core.types import Microbatch, Sequence
+from engine.megatron import attention
+from engine.megatron.attention import ON_CPU, ON_CUDA, PLAIN, Kernel, PackedAttention, Row, row_of
+from engine.megatron.packing import make_batch
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.06)]
+
+
+def row_with(draw: random.Random, num_prompts: int, samples: int, prompt: int, completion: int) -> Microbatch:
+    """Samples of up to so many tokens, of some prompts one; a row that ends in padding."""
+    made = []
+    for number in range(num_prompts):
+        ids = (number, *[1] * draw.randint(0, prompt - 1))
+        made += [Sequence(ids, (2,) * draw.randint(1, completion), ()) for _ in range(draw.choice([1, samples, samples]))]
+    trainer = Trainer(microbatch_tokens=4096, sequence_parallel=True, tensor_parallel=4)
+    (row,) = make_batch(made, step=0, num_prompts=num_prompts, trainer=trainer, dp_rank=0).microbatches
+    return row
+
+
+def mask_of(microbatch: Microbatch) -> torch.Tensor:
+    """Which token of a row attends to which, by the definition."""
+    size = microbatch.token_ids.numel()
+    seen = torch.zeros(size, size, dtype=torch.bool)
+    segments = [slice(start, end) for start, end in pairwise(microbatch.cu_seqlens.tolist())]
+    for segment, parent in zip(segments, microbatch.parents.tolist(), strict=True):
+        seen[segment, segment] = torch.ones(segment.stop - segment.start, segment.stop - segment.start).tril().bool()
+        if parent >= 0:
+            seen[segment, segments[parent]] = True
+    return seen
+
+
+def by_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+    scores = torch.einsum("lnd,snd->nls", q, k) / HEAD_DIM**0.5
+    return torch.einsum("nls,snd->lnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v).flatten(1)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: Row) -> torch.Tensor:
+    """The layers' attention, without rotation."""
+    one, zero = torch.ones(q.size(0), 1, HEAD_DIM // 2, dtype=q.dtype), torch.zeros(q.size(0), 1, HEAD_DIM // 2, dtype=q.dtype)
+    row.rotary = (one, zero)
+    core: Any = SimpleNamespace(scale=None)
+    return PackedAttention.forward(core, q, k, v, packed_seq_params=row)
+
+
+def tensors(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(num_tokens)
+    return [
+        torch.randn(num_tokens, heads, HEAD_DIM, dtype=torch.float64).to(dtype).requires_grad_()
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+@pytest.mark.parametrize("kernel", [ON_CPU, PLAIN], ids=["flash", "plain"])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=str)
+@given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
+@settings(max_examples=12, deadline=None)
+def test_a_shared_prompt_is_attended_to_as_one_of_its_own(
+    dtype: torch.dtype,
+    tolerance: float,
+    kernel: Kernel,
+    seed: int,
+    num_prompts: int,
+    samples: int,
+    prompt: int,
+    completion: int,
+) -> None:
+    """Outputs and the gradients of queries, keys and values, prompts included, within the type's rounding."""
+    microbatch = row_with(random.Random(seed), num_prompts, samples, prompt, completion)
+    row, inputs = row_of(microbatch, microbatch), tensors(microbatch.token_ids.numel(), dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = by_mask(*exact, mask_of(microbatch))
+    slope = torch.randn_like(wanted)
+    with patch.object(attention, "kernel_of", return_value=kernel):
+        found = attend(*inputs, row)
+        gradients = torch.autograd.grad(found, inputs, slope.to(dtype))
+    for ours, theirs in zip((found, *gradients), (wanted, *torch.autograd.grad(wanted, exact, slope)), strict=True):
+        assert (ours.double() - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max()))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that was made while it is entered."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.most = max(self.most, *sizes, 0)
+        return result
+
+
+def test_a_long_prompt_with_samples_of_all_lengths_makes_nothing_larger_than_the_row() -> None:
+    """A prompt of 700 tokens, sixteen samples of 5 to 200: no mask, no padding, no copy of the prompt's keys for a sample."""
+    made = [Sequence((1,) * 700, (2,) * (5 + 13 * i), ()) for i in range(16)]
+    (microbatch,) = make_batch(made, step=0, num_prompts=1, trainer=Trainer(), dp_rank=0).microbatches
+    row, inputs = row_of(microbatch, microbatch), tensors(microbatch.token_ids.numel(), torch.float32)
+    with Largest() as largest:
+        attend(*inputs, row).sum().backward()
+    assert microbatch.token_ids.numel() == 699 + sum(5 + 13 * i for i in range(16))
+    assert largest.most == inputs[0].numel()
+
+
+def test_the_kernel_of_gpus_takes_and_gives_what_torch_declares() -> None:
+    """No GPU is needed for shapes and types: torch's own rules for them, of tensors without contents."""
+    with FakeTensorMode():
+        q = torch.empty(1, HEADS, 7, 64, dtype=torch.bfloat16, device="meta")
+        k, v = (torch.empty(1, KV_HEADS, 5, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+        output, sums = ON_CUDA.forward(q, k, v, False, 0.125)
+        assert (output.shape, sums.shape, sums.dtype) == (q.shape, (1, HEADS, 7), torch.float32)
+        found = ON_CUDA.backward(output, q, k, v, output, sums, False, 0.125)
+        assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
+
+
+def test_positions_go_on_from_the_prompt() -> None:
+    """Rotated queries of a sample are those of the whole sequence, to the bit megatron-core's."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    positions, frequencies = torch.tensor([0, 1, 2, 2, 3]), torch.tensor([1.0, 0.3, 0.01, 0.002])
+    x = torch.randn(5, HEADS, HEAD_DIM, requires_grad=True)
+    cosines, sines = attention.rotary_of(frequencies, positions, torch.float32)
+    angles = torch.outer(positions.float(), frequencies)
+    wanted = _apply_rotary_pos_emb_bshd(x.unsqueeze(1), torch.cat((angles, angles), -1)[:, None, None]).squeeze(1)
+    found = attention._Rotated.apply(x, cosines, sines)
+    slope = torch.randn_like(x)
+    assert torch.equal(found, wanted)
+    assert torch.equal(*(torch.autograd.grad(y, x, slope)[0] for y in (found, wanted)))
