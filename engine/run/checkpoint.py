@@ -7,6 +7,7 @@ digests and exported. How it is written is saving.py's business. It reads no pic
                                             is, size and SHA-256 of every file and of itself
     checkpoints/step_00000040/policy/       the policy as a Hugging Face folder, each file written by one trainer rank
     checkpoints/step_00000040/reference/    the reference likewise, where nothing else holds it
+    checkpoints/step_00000040/ahead.jsonl   with sync.lookahead, the rollouts that were sampled for steps after it
     checkpoints/step_00000040/rank_0000.safetensors   what this trainer rank needs beside the weights: optimizer, scales
 """
 
@@ -16,6 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,8 +87,8 @@ def _named_by(pointer: Path) -> Path | None:
     return named
 
 
-def check_prolonged(config: RunConfig, step: int) -> None:
-    """CheckpointError when a run of `config` cannot go on from a checkpoint of `step` steps."""
+def check_prolonged(config: RunConfig, step: int, num_steps: int) -> None:
+    """CheckpointError when a run of `config` cannot go on from a checkpoint of `step` steps, of a run of `num_steps`."""
     if step > config.run.steps:
         raise CheckpointError(
             f"run.steps must not be less than the {step} steps already done; found {config.run.steps}: raise it"
@@ -97,6 +99,15 @@ def check_prolonged(config: RunConfig, step: int) -> None:
             f"run.steps cannot be raised from {step}: that checkpoint is not at a sync boundary, so the run cannot be extended "
             f"from it; found {config.run.steps}: the last that it can be extended from is one of "
             f"{schedule.last_resumable(step)} steps"
+        )
+    wanted, kept = schedule.in_flight(step), replace(schedule, num_steps=num_steps).in_flight(step)
+    if wanted.stop > kept.stop:
+        whole = [done for done in range(step) if schedule.resumable(done) and schedule.in_flight(done).stop <= num_steps]
+        raise CheckpointError(
+            f"run.steps cannot be raised from {num_steps} after {step} steps: with sync.lookahead = {schedule.lookahead} the "
+            f"rollouts of steps {wanted.start} to {wanted.stop - 1} come from weights before that checkpoint's, and it keeps "
+            f"{f'those up to step {kept.stop - 1}' if kept else 'none'}; found {config.run.steps}: the last that the run can "
+            f"be extended from is one of {max(whole, default=0)} steps"
         )
 
 

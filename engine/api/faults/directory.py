@@ -80,7 +80,7 @@ def resume_faults(look: Look, *, reads_data: bool) -> Faults:
     yield from other_options(newest, manifest, look.config)
     if reads_data:
         yield from other_data(newest, manifest, look.config)
-    yield from caught(check_prolonged, look.config, int(manifest["step"]))
+    yield from caught(check_prolonged, look.config, int(manifest["step"]), int(manifest["config"]["run"]["steps"]))
     for name, known in manifest["files"].items():
         found = (newest / name).stat().st_size if (newest / name).exists() else "none"
         if found != known["bytes"]:

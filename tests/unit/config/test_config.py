@@ -187,6 +187,14 @@ COMBINATIONS = [
     (["trainer.sequence_parallel=true"], "trainer.sequence_parallel", "trainer.tensor_parallel", "found 1", "false"),
     (["trainer.virtual_pipeline=2"], "trainer.virtual_pipeline", "trainer.pipeline_parallel", "found 2", "set it to 1"),
     (["trainer.last_stage_layers=2"], "trainer.first_stage_layers", "trainer.pipeline_parallel", "None and 2", "remove"),
+    (
+        ["sync.sync_interval=never", "sync.lookahead=1"],
+        "sync.lookahead",
+        "sync.sync_interval = 'never'",
+        "found 1",
+        "lookahead = 0",
+    ),
+    (["sync.lookahead=2", "inference.placement=colocated"], "sync.lookahead", "'colocated'", "found 2", "'disaggregated'"),
     (["sync.sync_interval=never", "sync.reference=follow"], "sync.reference", "sync.sync_interval", "both", "'never'"),
     (
         ["inference.placement=colocated", "cluster.nodes=2", "trainer.pipeline_parallel=3", "cluster.gpus_per_node=2"],
