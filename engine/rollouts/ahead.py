@@ -25,13 +25,18 @@ class Ahead:
 
     steps: Mapping[int, tuple[list[RolloutGroup], Usage]]
 
+    @property
+    def kept(self) -> range:
+        """Those steps, which follow one another."""
+        return range(min(self.steps), max(self.steps) + 1) if self.steps else range(0)
+
     def write(self, folder: Path) -> None:
         """Writes the file into the folder of a checkpoint, where there is anything to keep."""
         if not self.steps:
             return
         ledger = JsonlLedger(folder / AHEAD)
         try:
-            for step in sorted(self.steps):
+            for step in self.kept:
                 ledger.append(self._rows(step))
             ledger.sync()
         finally:

@@ -17,7 +17,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,8 +86,14 @@ def _named_by(pointer: Path) -> Path | None:
     return named
 
 
-def check_prolonged(config: RunConfig, step: int, num_steps: int) -> None:
-    """CheckpointError when a run of `config` cannot go on from a checkpoint of `step` steps, of a run of `num_steps`."""
+def ahead_of(manifest: Mapping[str, Any]) -> range:
+    """The steps that a checkpoint keeps rollouts of; those of older versions keep none."""
+    return range(*(manifest.get("ahead") or (0, 0)))
+
+
+def check_prolonged(config: RunConfig, step: int, ahead: range) -> None:
+    """CheckpointError when a run of `config` cannot go on from a checkpoint of `step` steps, which keeps rollouts of the steps
+    `ahead`."""
     if step > config.run.steps:
         raise CheckpointError(
             f"run.steps must not be less than the {step} steps already done; found {config.run.steps}: raise it"
@@ -100,14 +105,14 @@ def check_prolonged(config: RunConfig, step: int, num_steps: int) -> None:
             f"from it; found {config.run.steps}: the last that it can be extended from is one of "
             f"{schedule.last_resumable(step)} steps"
         )
-    wanted, kept = schedule.in_flight(step), replace(schedule, num_steps=num_steps).in_flight(step)
-    if wanted.stop > kept.stop:
-        whole = [done for done in range(step) if schedule.resumable(done) and schedule.in_flight(done).stop <= num_steps]
+    wanted = schedule.in_flight(step)
+    if not set(wanted) <= set(ahead):
         raise CheckpointError(
-            f"run.steps cannot be raised from {num_steps} after {step} steps: with sync.lookahead = {schedule.lookahead} the "
-            f"rollouts of steps {wanted.start} to {wanted.stop - 1} come from weights before that checkpoint's, and it keeps "
-            f"{f'those up to step {kept.stop - 1}' if kept else 'none'}; found {config.run.steps}: the last that the run can "
-            f"be extended from is one of {max(whole, default=0)} steps"
+            f"run.steps = {config.run.steps} cannot be reached from the checkpoint of {step} steps: with sync.lookahead = "
+            f"{schedule.lookahead} the rollouts of steps {wanted.start} to {wanted.stop - 1} come from weights before that "
+            f"checkpoint's; found {f'those of {ahead.start} to {ahead.stop - 1}' if ahead else 'none'} in it, for the run was "
+            f"to end there: leave run.steps as it was, or export its policy (semion export) and start a new run with that as "
+            f"model.path"
         )
 
 

@@ -141,7 +141,7 @@ def _early_end(config: RunConfig, step: int, collapse: str | None, *, stopped: b
 def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> tuple[int, str | None]:
     """Loads the newest checkpoint into the policy; the step to go on with, and what is to be known of it."""
     saved = checkpoints.load(config)
-    check_prolonged(config, saved.step, saved.num_steps)
+    check_prolonged(config, saved.step, saved.ahead)
     state, note = saved.state, None
     if state is None:
         writer = saved.trainer

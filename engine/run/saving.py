@@ -39,6 +39,7 @@ from engine.run.checkpoint import (
     POLICY,
     REFERENCE,
     STEPS,
+    ahead_of,
     best,
     data_digests,
     latest,
@@ -102,7 +103,7 @@ class Saved:
     reference: HfCheckpoint | None  # None: the seed model's weights, or not needed
     folder: Path
     trainer: Trainer  # the options it was written with
-    num_steps: int  # run.steps then
+    ahead: range  # the steps that it keeps rollouts of
 
     def open_rank(self, rank: int) -> Any:
         """The state that a rank of the layout which wrote it holds, as safetensors opens a file."""
@@ -283,6 +284,7 @@ class Checkpoints:
             "reference": _reference(snapshot),
             "seed": {name: found for word in words for name, found in word["seed"].items()},
             "records": json.loads(json.dumps(records)),
+            "ahead": [ahead.kept.start, ahead.kept.stop] if ahead is not None else None,
             "made_with": provenance() | {"gpu": gpu_name()},
         }
         (staging / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
@@ -395,8 +397,7 @@ class Checkpoints:
             verify_seed(Path(config.model.path) / name, seed[name], newest)
         self._barrier()
         policy, other = HfCheckpoint(newest / POLICY), HfCheckpoint(reference) if reference is not None else None
-        num_steps = int(manifest["config"]["run"]["steps"])
-        return Saved(int(manifest["step"]), state, policy, other, newest, trainer, num_steps)
+        return Saved(int(manifest["step"]), state, policy, other, newest, trainer, ahead_of(manifest))
 
     def _verify_share(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
         """This rank's share of all files: every one is some rank's."""

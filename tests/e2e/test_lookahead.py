@@ -1,6 +1,7 @@
-"""Runs that sample ahead (sync.lookahead): the version of every rollout is the one that the schedule says, and a run that is
-killed and goes on from a checkpoint ends with every bit of one that nobody disturbed, although the rollouts of its next steps
-come from weights which that checkpoint does not hold. Nightly: other intervals, and two intervals ahead."""
+"""Runs that sample ahead (sync.lookahead): the version of every rollout is the one that the schedule says, and its log-probs
+are of those weights, recomputed in float64. A run that is killed and goes on from a checkpoint ends with every bit of an undisturbed
+one, although the rollouts of its next steps come from weights which that checkpoint does not hold. Nightly: other intervals, and
+two intervals ahead."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_commands import Make, rows, semion, started, tensors, until, untimed, written
+from tests.e2e.test_golden_check import agreed
 
 pytestmark = pytest.mark.timeout(1800)
 NIGHTLY = pytest.mark.nightly
@@ -30,7 +32,7 @@ def test_a_run_that_samples_ahead_is_proven_and_resumes_bit_for_bit(
     options = [
         *(f"sync.sync_interval={interval}", f"sync.lookahead={lookahead}", "sync.reference=follow"),
         *(f"run.steps={num_steps}", f"checkpoint.every={interval}", f"evaluation.every={interval + 1}"),
-        *("inference.engines=2", "algorithm.nll_weight=0.2"),
+        *("checkpoint.keep=9", "inference.engines=2", "algorithm.nll_weight=0.2"),
     ]
     whole, other = run_config(*options, directory="whole"), run_config(*options, directory="killed")
     semion("train", written(whole, tmp_path))
@@ -39,6 +41,8 @@ def test_a_run_that_samples_ahead_is_proven_and_resumes_bit_for_bit(
     proof = semion("report", str(whole.run_directory), "--output", str(tmp_path / "report.html"))
     oldest = max(step - version for step, version in enumerate(versions))
     assert f"sampled {lookahead} interval" in proof and f"staleness 0..{oldest}, proven from {len(ledger)} rollouts" in proof
+    recomputed = agreed(whole, *range(0, num_steps, interval))
+    assert max(recomputed["rollout log-probs"]) < 1e-4, "the older weights, which are on disk, are those that sampled"
     file, log = written(other, tmp_path), tmp_path / "log"
     with started(file, log) as run:
         saved = other.run_directory / "checkpoints" / "LATEST"
