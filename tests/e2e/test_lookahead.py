@@ -1,7 +1,7 @@
 """Runs that sample ahead (sync.lookahead): the version of every rollout is the one that the schedule says, and its log-probs
-are of those weights, recomputed in float64. A run that is killed and goes on from a checkpoint ends with every bit of an undisturbed
-one, although the rollouts of its next steps come from weights which that checkpoint does not hold. Nightly: other intervals, and
-two intervals ahead."""
+are of those weights, recomputed in float64. A run that is killed and goes on from a checkpoint ends with every bit of an
+undisturbed one, although the rollouts of its next steps come from weights which that checkpoint does not hold. Nightly: other
+intervals, and two intervals ahead."""
 
 from __future__ import annotations
 
