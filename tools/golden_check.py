@@ -211,6 +211,7 @@ class Run:
             row = json.loads(line)
             self.ledger.setdefault(row["step"], []).append(row)
         self.interval = self.config["sync"]["sync_interval"]
+        self.lookahead: int = self.config["sync"].get("lookahead", 0)
         self._require()
 
     def _require(self) -> None:
@@ -287,16 +288,21 @@ class Run:
         folder = self.directory / "checkpoints" / f"step_{step:08d}" / "policy" if step else Path(self.config["model"]["path"])
         return folder if (folder / "config.json").exists() else None
 
-    def version(self, step: int) -> int:
-        """The steps in the weights that sample for `step`: those of the last sync, due where t % s == 0."""
+    def synced(self, step: int) -> int:
+        """The steps in the weights that engines took last before `step`: a sync is due where t % s == 0."""
         return 0 if self.interval == "never" else step // int(self.interval) * int(self.interval)
+
+    def version(self, step: int) -> int:
+        """The steps in the weights that sample for `step`: those of the last sync, or of so many before it as are sampled
+        ahead."""
+        return 0 if self.interval == "never" else max(0, self.synced(step) - self.lookahead * int(self.interval))
 
     def reference_step(self, step: int) -> int:
         """The steps in the reference's weights at `step`."""
         reference = self.config["sync"]["reference"]
         if reference == "never":
             return 0
-        return self.version(step) if reference == "follow" else step // int(reference) * int(reference)
+        return self.synced(step) if reference == "follow" else step // int(reference) * int(reference)
 
     def groups(self, step: int) -> list[list[Sample]]:
         """The step's rollouts by prompt, in the ledger's order."""

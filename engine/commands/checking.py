@@ -60,6 +60,9 @@ def table(spec: Spec) -> list[tuple[str, str]]:
         ("trainer ranks", f"{c.trainer.world_size}: tensor {t.tp_size}, pipeline {t.pp_size}, data {c.trainer.data_parallel}"),
         ("kept beside the policy", ", ".join(spec.copies) or "no copy of its weights"),
     ]
+    if spec.source == "rollouts":
+        oldest = max(map(c.schedule.staleness, range(c.run.steps)))
+        rows.append(("regime", f"{c.schedule.regime}: answers at most {oldest} steps old"))
     if spec.starts_engines:
         rows.append(("inference engines", f"{c.inference.engines}: tensor {e.tp_size}, {c.inference.placement}"))
     if spec.kv_cache is not None:

@@ -14,7 +14,8 @@ from engine.core.files import atomic_write
 
 def rollout(options: argparse.Namespace) -> None:
     """Samples and scores the rollouts of run.steps steps into a ledger, which is there when it is whole."""
-    options.overrides += ["sync.sync_interval=never", "sync.reference=never"]  # the weights of model.path, for every step
+    # The weights of model.path, for every step.
+    options.overrides += ["sync.sync_interval=never", "sync.reference=never", "sync.lookahead=0"]
     config = load_config(options.config, options.overrides)
     from engine.api.preflight import check
     from engine.core.jsonl import JsonlLedger

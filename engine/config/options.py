@@ -353,6 +353,11 @@ class Sync(Section):
         description="which steps sync: 'paper', 'fairseq2' (the paper's public code, which counts steps from 1: syncs at 0, "
         "s - 1, 2s - 1, ...), or your own Schedule as path/to/file.py:Name",
     )
+    lookahead: Annotated[NonNegative, Unit("sync intervals")] = Field(
+        0,
+        description="L, sampled ahead: engines sample while the trainer trains, from the weights of L syncs before, so that "
+        "answers are L * s to (L + 1) * s - 1 steps old; 0: the paper's",
+    )
     bucket_mebibytes: Mebibytes = Field(64, description="weights sent together in one message")
     transport: str = Field(
         "auto",
@@ -413,6 +418,11 @@ class Trainer(Section):
         "auto",
         description="compute a prompt once for all its samples in a microbatch; 'auto': with layers = 'local', whose attention "
         "can do it",
+    )
+    threads: Annotated[Positive, Unit("CPU threads")] = Field(
+        1,
+        description="of one rank: of all that it computes on CPUs, and on GPUs of AdamW with optimizer.offload_share; another "
+        "number may round sums otherwise",
     )
     timeout_seconds: Seconds = Field(600.0, description="longest wait of a trainer rank for another")
     layers: Literal["local", "transformer_engine"] = Field(

@@ -63,6 +63,16 @@ def broken_rules(config: Options) -> list[str]:
             "sync.reference = 'follow' copies the policy at weight syncs, and sync.sync_interval = 'never' has none; found "
             "both: set sync.reference to 'never' or a number of steps"
         )
+    if c.sync.lookahead and never_syncs:
+        broken.append(
+            f"sync.lookahead needs weight syncs to look ahead of; found {c.sync.lookahead} in a run without any "
+            f"(sync.sync_interval = {c.sync.sync_interval!r}), whose answers all come from the seed model: set lookahead = 0"
+        )
+    if c.sync.lookahead and c.inference.placement == "colocated":
+        broken.append(
+            f"sync.lookahead needs engines that sample while the trainer trains, and with inference.placement = 'colocated' "
+            f"they sleep then; found {c.sync.lookahead} with it: set lookahead = 0, or placement = 'disaggregated'"
+        )
     return broken + broken_profile_rules(c)
 
 

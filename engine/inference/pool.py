@@ -1,7 +1,7 @@
 """All engines as one: deals requests to them, gathers completions, and commits a weight version only when every engine
 has verified it. It starts no process; it is given handles and sees engines through them.
 
-Requests are dealt by position, so which engine samples what is fixed by the configuration. Each engine answers its calls
+Requests are dealt by prompt (`deal`), so which engine samples what is fixed by the configuration. Each engine answers its calls
 in the order they were made: a `collect` queued behind a `submit` needs nobody's attention while the trainer trains.
 """
 
@@ -43,7 +43,7 @@ class Usage:
     """What the engines did since the last collection, over all engines."""
 
     num_tokens: int  # sampled
-    busy_seconds: float  # the longest time any engine spent decoding
+    busy_seconds: float  # the longest time any engine spent on it: queueing, decoding, handing over
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,32 @@ class Ticket:
     places: tuple[tuple[int, ...], ...]
 
 
+def deal(batches: Sequence[Sequence[SampleRequest]], num_engines: int) -> list[list[list[int]]]:
+    """For each batch, the positions of the requests of each engine, in order.
+
+    All requests of a prompt go to one engine, whose prefix cache then computes the prompt once: to the one with the fewest so
+    far, over all batches. No engine gets more than its part of them, rounded up; so of the last prompts, where they do not come
+    out even, the requests are shared by a few engines.
+    """
+    loads, num_dealt = [0] * num_engines, 0
+    shares: list[list[list[int]]] = []
+    for batch in batches:
+        share: list[list[int]] = [[] for _ in range(num_engines)]
+        num_dealt += len(batch)
+        most = -(-num_dealt // num_engines)
+        prompts: dict[str, list[int]] = {}
+        for place, request in enumerate(batch):
+            prompts.setdefault(request.prompt_id, []).append(place)
+        for places in prompts.values():
+            while places:
+                engine = min(range(num_engines), key=loads.__getitem__)
+                given, places = places[: most - loads[engine]], places[most - loads[engine] :]
+                share[engine] += given
+                loads[engine] += len(given)
+        shares.append([sorted(places) for places in share])
+    return shares
+
+
 class Pool:
     """The engines, and the one weight version that all of them serve."""
 
@@ -63,6 +89,8 @@ class Pool:
         self._timeout = timeout_seconds
         self._lost: list[int] = []
         self._profiling: list[tuple[int, Future]] = []  # what engines were last told about a profile
+        self._busy_seconds = 0.0  # of all engines together, since `_lap_began`
+        self._lap_began: float | None = None
         self._version: int | None = 0  # engines load the seed model; None while they sleep, a sync is under way or has failed
 
     def describe(self) -> list[dict[str, str]]:
@@ -90,8 +118,7 @@ class Pool:
 
     def submit(self, batches: Sequence[Sequence[SampleRequest]]) -> list[Ticket]:
         """Queues several steps' requests at once, so that they decode together; one ticket a step, in order."""
-        version, count = self.version, len(self._engines)
-        shares = [[range(engine, len(batch), count) for engine in range(count)] for batch in batches]
+        version, shares = self.version, deal(batches, len(self._engines))
         submitted = tuple(
             handle.call(
                 "submit",
@@ -118,11 +145,21 @@ class Pool:
             completions, usage = self._result(future, engine, "collect")
             found.update(zip(places, completions, strict=True))
             tokens, seconds = tokens + usage["tokens"], max(seconds, usage["seconds"])
+            self._busy_seconds += usage["seconds"]
         return [found[place] for place in range(len(found))], Usage(int(tokens), seconds)
 
     def generate(self, requests: Sequence[SampleRequest]) -> tuple[list[Completion], Usage]:
         """Submits and waits."""
         return self.gather(self.submit([requests])[0])
+
+    def idle_share(self) -> float | None:
+        """The share of the time since the last call for which engines sampled nothing, over all engines and of what has been
+        gathered; None at the first call."""
+        now, began, busy = time.monotonic(), self._lap_began, self._busy_seconds
+        self._lap_began, self._busy_seconds = now, 0.0
+        if began is None or not self._engines:
+            return None
+        return max(0.0, 1.0 - busy / max(1e-9, (now - began) * len(self._engines)))
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[list[float]]]:
         """Every engine's log-probs of the same sequences (see VllmEngine.log_probs), engine by engine."""

@@ -151,6 +151,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        started = time.monotonic()
         if self._version != version:
             serves = f"no version: {self._doubt()}" if self._version == IN_DOUBT else f"version {self._version}"
             raise InferenceError(f"engine {self._index} must serve version {version} to answer; it serves {serves}")
@@ -170,9 +171,10 @@ class VllmEngine:
             assert request.request_id not in self._open, request.request_id
             self._llm.add_request(request.request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
             self._open[request.request_id] = request, version
+        self._busy_seconds += time.monotonic() - started
 
     def collect(self, request_ids: Sequence[str]) -> tuple[list[Completion], dict[str, float]]:
-        """Decodes until `request_ids` are done; (their completions in that order, seconds decoding and tokens sampled
+        """Decodes until `request_ids` are done; (their completions in that order, seconds of work and tokens sampled
         since the last call). InferenceError when they take longer than inference.timeout_seconds."""
         started = time.monotonic()
         unknown = [request_id for request_id in request_ids if request_id not in self._open]

@@ -32,6 +32,10 @@ class StepSource(Protocol):
         """Lets `steps` be made ready."""
         ...
 
+    def finish(self, step: int, waiting: Waiting = nothing) -> None:
+        """Waits until no engine works for `step`, whose rollouts may still be judged."""
+        ...
+
     def drain(self, step: int, waiting: Waiting = nothing) -> None:
         """Waits until nothing that `step` needs is under way; `next` still hands it out."""
         ...

@@ -58,7 +58,13 @@ TIMEOUTS = Metric("reward_timeouts", "rollouts not judged in time", title="rewar
 FAILURES = Metric("reward_failures", "rollouts not judged for another reason", title="failed rewards", unit="rollouts")
 TOO_LONG = Metric("reward_too_long", "rollouts too long for the reward model", unit="rollouts")
 GENERATED = Metric("generation_tokens", "sampled while this step was collected, whichever step's", unit="tokens")
-GENERATING = Metric("generation_seconds", "for which engines were busy meanwhile", unit="s")
+GENERATING = Metric("generation_seconds", "for which the engine that worked longest on them was busy", unit="s")
+ENGINES_IDLE_SHARE = Metric(
+    "engines_idle_share",
+    "where prompts are submitted: of the time since they last were, for which engines sampled nothing; over all engines",
+    title="engines idle",
+    unit="share",
+)
 ACCURACY = Metric("accuracy", "judged rollouts of verifiable prompts with a reward above 0", title="accuracy", unit="share")
 CORRECT_LENGTH = Metric("correct_tokens_mean", "length of the judged rollouts with a reward above 0", unit="tokens")
 INCORRECT_LENGTH = Metric("incorrect_tokens_mean", "length of the others", unit="tokens")
@@ -105,6 +111,7 @@ METRICS = (
     WAITED,
     GENERATED,
     GENERATING,
+    ENGINES_IDLE_SHARE,
 )
 
 

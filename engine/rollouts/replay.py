@@ -67,6 +67,9 @@ class LedgerSource:
     def open(self, steps: range) -> None:
         """Nothing to open: a step is read when it is asked for."""
 
+    def finish(self, step: int, waiting: Waiting = nothing) -> None:
+        """No engine is at work."""
+
     def drain(self, step: int, waiting: Waiting = nothing) -> None:
         """Nothing is under way."""
 
@@ -124,6 +127,9 @@ class PreferenceSource:
 
     def open(self, steps: range) -> None:
         """Nothing to open."""
+
+    def finish(self, step: int, waiting: Waiting = nothing) -> None:
+        """No engine is at work."""
 
     def drain(self, step: int, waiting: Waiting = nothing) -> None:
         """Nothing is under way."""

@@ -1,8 +1,8 @@
 """From prompts to training sequences: asks the pool for an interval's rollouts at once, has them scored, makes pairs or
 advantages, and keeps the ledger of every rollout. It trains nothing and touches no process group.
 
-Waiting: `open` never waits. One helper thread gathers and scores the opened steps in order while the trainer trains;
-`next` waits for that thread, and the thread for the engines, whose own deadline it passes on.
+Waiting: `open` never waits. One helper thread gathers the opened steps in order while the trainer trains, another one scores
+what is gathered; `next` waits for both, and the first for the engines, whose own deadline it passes on.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from engine.inference.pool import Pool, Usage
 from engine.inference.sampling import sample_requests
 from engine.observe.profiling.phases import Phase, phase
 from engine.rewards.base import Reward, answer_of
+from engine.rollouts.ahead import Ahead
 from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import ledger_rows
-from engine.rollouts.metrics import STALENESS, WAITED, rollout_metrics, warn_of_endings
+from engine.rollouts.metrics import ENGINES_IDLE_SHARE, STALENESS, WAITED, rollout_metrics, warn_of_endings
 
 Result = TypeVar("Result")
 
@@ -41,15 +42,21 @@ class RolloutSource:
         reward: Reward,
         ledger: JsonlLedger | None,
         end_ids: Collection[int] = (),
+        ahead: Ahead | None = None,
     ) -> None:
-        """`end_ids`: the tokens that end a response, which are looked for inside rollouts."""
+        """`end_ids`: the tokens that end a response, which are looked for inside rollouts. `ahead`: what a checkpoint kept,
+        which need not be opened again."""
         self._end_ids = end_ids
         self._config, self._prompts, self._pool, self._reward, self._ledger = config, prompts, pool, reward, ledger
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._gathering = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._judging = ThreadPoolExecutor(1, thread_name_prefix="rewards")  # a sync waits for engines alone (`finish`)
         self._scoring = Lock()  # held while the reward judges
         self._closed = False
         self._sampling: dict[int, Future[tuple[list[Completion], Usage]]] = {}
         self._coming: dict[int, Future[tuple[list[RolloutGroup], Usage]]] = {}
+        self._idle: dict[str, float] = {}  # what is known of the engines since the last opening
+        for step, known in (ahead.steps if ahead is not None else {}).items():
+            self._sampling[step], self._coming[step] = _done(([], known[1])), _done(known)
 
     def open(self, steps: range) -> None:
         """Submits every prompt of `steps`; they all may be sampled from now on."""
@@ -68,13 +75,23 @@ class RolloutSource:
             )
             for step in steps
         ]
+        if (idle := self._pool.idle_share()) is not None:
+            self._idle = {ENGINES_IDLE_SHARE.name: idle}
         for step, ticket in zip(steps, self._pool.submit(batches), strict=True):
-            self._sampling[step] = self._thread.submit(self._pool.gather, ticket)
-            self._coming[step] = self._thread.submit(self._groups, step, prompts[step], self._sampling[step])
+            self._sampling[step] = self._gathering.submit(self._pool.gather, ticket)
+            self._coming[step] = self._judging.submit(self._groups, step, prompts[step], self._sampling[step])
+
+    def finish(self, step: int, waiting: Waiting = nothing) -> None:
+        """Waits until engines have sampled the step; it may still be judged."""
+        _awaited(self._sampling[step], waiting)
 
     def drain(self, step: int, waiting: Waiting = nothing) -> None:
         """Waits as `next` does, which still hands the step out."""
         _awaited(self._coming[step], waiting)
+
+    def ahead(self, steps: range) -> Ahead:
+        """What stands ready for these steps, all of which are drained."""
+        return Ahead({step: self._coming[step].result(timeout=0) for step in steps})
 
     def next(self, step: int, waiting: Waiting = nothing) -> StepData:
         """Waits until the groups of `step` are complete and scored. Raises what an engine or the reward raised."""
@@ -82,7 +99,8 @@ class RolloutSource:
         _awaited(self._sampling.pop(step), waiting)
         with phase(Phase.REWARDS):
             groups, usage = _awaited(self._coming.pop(step), waiting)
-        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, usage, self._end_ids)
+        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, usage, self._end_ids) | self._idle
+        self._idle = {}
         warn_of_endings(metrics, self._config.sampling.max_tokens)
         version = self._config.schedule.version(step)
         found = {rollout.completion.version for group in groups for rollout in group.rollouts}
@@ -94,9 +112,10 @@ class RolloutSource:
         return data
 
     def close(self) -> None:
-        """Stops the helper thread; what was under way is dropped. When it returns nothing judges any more, so that the reward
+        """Stops the helper threads; what was under way is dropped. When it returns nothing judges any more, so that the reward
         may be closed; engines are not waited for."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._gathering, self._judging):
+            thread.shutdown(wait=False, cancel_futures=True)
         with self._scoring:
             self._closed = True
 
@@ -108,6 +127,12 @@ class RolloutSource:
             if self._closed:
                 raise CancelledError
             return score_groups(step, prompts, completions, self._reward), usage
+
+
+def _done(result: Result) -> Future[Result]:
+    future: Future[Result] = Future()
+    future.set_result(result)
+    return future
 
 
 def _awaited(future: Future[Result], waiting: Waiting) -> Result:

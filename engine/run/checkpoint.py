@@ -7,6 +7,7 @@ digests and exported. How it is written is saving.py's business. It reads no pic
                                             is, size and SHA-256 of every file and of itself
     checkpoints/step_00000040/policy/       the policy as a Hugging Face folder, each file written by one trainer rank
     checkpoints/step_00000040/reference/    the reference likewise, where nothing else holds it
+    checkpoints/step_00000040/ahead.jsonl   with sync.lookahead, the rollouts that were sampled for steps after it
     checkpoints/step_00000040/rank_0000.safetensors   what this trainer rank needs beside the weights: optimizer, scales
 """
 
@@ -87,8 +88,14 @@ def _named_by(pointer: Path) -> Path | None:
     return named
 
 
-def check_prolonged(config: RunConfig, step: int) -> None:
-    """CheckpointError when a run of `config` cannot go on from a checkpoint of `step` steps."""
+def ahead_of(manifest: Mapping[str, Any]) -> range:
+    """The steps that a checkpoint keeps rollouts of; those of older versions keep none."""
+    return range(*(manifest.get("ahead") or (0, 0)))
+
+
+def check_prolonged(config: RunConfig, step: int, ahead: range) -> None:
+    """CheckpointError when a run of `config` cannot go on from a checkpoint of `step` steps, which keeps rollouts of the steps
+    `ahead`."""
     if step > config.run.steps:
         raise CheckpointError(
             f"run.steps must not be less than the {step} steps already done; found {config.run.steps}: raise it"
@@ -99,6 +106,15 @@ def check_prolonged(config: RunConfig, step: int) -> None:
             f"run.steps cannot be raised from {step}: that checkpoint is not at a sync boundary, so the run cannot be extended "
             f"from it; found {config.run.steps}: the last that it can be extended from is one of "
             f"{schedule.last_resumable(step)} steps"
+        )
+    wanted = schedule.in_flight(step)
+    if not set(wanted) <= set(ahead):
+        raise CheckpointError(
+            f"run.steps = {config.run.steps} cannot be reached from the checkpoint of {step} steps: with sync.lookahead = "
+            f"{schedule.lookahead} the rollouts of steps {wanted.start} to {wanted.stop - 1} come from weights before that "
+            f"checkpoint's; found {f'those of {ahead.start} to {ahead.stop - 1}' if ahead else 'none'} in it, for the run was "
+            f"to end there: leave run.steps as it was, or export its policy (semion export) and start a new run with that as "
+            f"model.path"
         )
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 from engine.data.ends import end_tokens
-from engine.data.mixture import load_held_out, load_mixture
+from engine.data.mixture import Mixture, load_held_out, load_mixture
 from engine.data.overlap import overlap_warning, shared
 from engine.data.templates import model_tokenizer
 from engine.evaluation.accuracy import evaluate, greedy_samples
@@ -20,6 +21,7 @@ from engine.observe.telling import Doing, activity, tell
 from engine.rewards.math.reward import VERIFIER_VERSION
 from engine.rewards.model import ScoringEngine
 from engine.rewards.registry import RoutedReward, judging_of, open_rewards
+from engine.rollouts.ahead import Ahead, read_ahead
 from engine.rollouts.base import StepSource
 from engine.rollouts.replay import LedgerSource, PreferenceSource, open_ledger, open_preferences
 from engine.rollouts.source import RolloutSource
@@ -43,9 +45,10 @@ class Controller:
         start: int,
         kept: Mapping[str, Any] | None,
         notes: Sequence[str] = (),
+        ahead: Path | None = None,
     ) -> None:
-        """The run goes on after `start` steps; `kept` as in `Records.open`; `notes` are told first. What was opened is closed
-        where it raises."""
+        """The run goes on after `start` steps; `kept` as in `Records.open`; `notes` are told first; `ahead`: the file of
+        rollouts that the checkpoint kept for later steps. What was opened is closed where it raises."""
         config = self._config = spec.config
         self._spec = spec
         self.collapse: str | None = None  # what the run is to be stopped for
@@ -71,18 +74,19 @@ class Controller:
             with activity("engines") if spec.starts_engines else nullcontext():
                 self._versions = _versions(self.pool)
             opened.callback(self.pool.finish_profile)
-            self.source = self._open_source()
+            self.source = self._open_source(start, ahead)
             opened.callback(self.source.close)
             self._opened = opened.pop_all()
 
-    def _open_source(self) -> StepSource:
+    def _open_source(self, start: int, ahead: Path | None) -> StepSource:
         """Rollouts sampled now, or what data.replay names."""
         if self._spec.source == "rollouts":
             with activity("prompts"):
                 prompts = load_mixture(self._config, judging_of, self._tokenizer)
             _note(str(prompts))
             self._warn(prompts.warnings, prompts.digests if self._held_out else frozenset())
-            return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts, self.end_ids)
+            known = self._known_ahead(start, ahead, prompts)
+            return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts, self.end_ids, known)
         replay: LedgerSource | PreferenceSource
         if self._spec.source == "ledger":
             replay = open_ledger(self._config, self._spec.shape.vocab_size, self._tokenizer, self.end_ids)
@@ -91,6 +95,13 @@ class Controller:
         _note(f"data.replay: {replay}")
         self._warn(replay.warnings, replay.digests)
         return replay
+
+    def _known_ahead(self, start: int, file: Path | None, prompts: Mixture) -> Ahead:
+        """The rollouts of the steps from `start` on that were sampled before it. A run that is shorter now needs fewer."""
+        wanted = self._config.schedule.in_flight(start)
+        known = read_ahead(file, prompts, self._config.algorithm.samples_per_prompt).steps if wanted and file else {}
+        assert known.keys() >= set(wanted), (sorted(known), wanted)  # check_prolonged
+        return Ahead({step: known[step] for step in wanted})
 
     def _warn(self, warnings: list[str], trained: Collection[bytes]) -> None:
         """Notes what is wrong with the data as far as a run can go on: much left out, held-out problems that are trained on."""
@@ -133,6 +144,10 @@ class Controller:
     def kept(self, checkpoints: Collection[int]) -> dict[str, Any]:
         """What a checkpoint made now keeps of the records, beside those of these steps."""
         return self._records.kept(checkpoints)
+
+    def ahead(self, steps: range) -> Ahead | None:
+        """What a checkpoint made now keeps of these steps, which are drained; None where nothing is sampled."""
+        return self.source.ahead(steps) if isinstance(self.source, RolloutSource) else None
 
     def finish_step(self, record: dict[str, float]) -> list[Event]:
         """Writes a step down and has the guard look at it; the step as an event, and what was found."""

@@ -2,8 +2,9 @@
 publisher, and a few things to do on the way. Every trainer rank runs it in step with the others.
 
 Consumes: the batch of each step. Produces: one record a step, yielded as soon as the step is done. Waits for: the
-rollouts of the step (`source.next`), at a sync for every engine to verify the new weights (`publisher.publish`), and where
-engines and trainer share devices for the engines to sleep (`publisher.sleep`).
+rollouts of the step (`source.next`), before a sync for the engines to complete what they sample ahead (`source.finish`, with
+sync.lookahead), at a sync for every engine to verify the new weights (`publisher.publish`), and where engines and trainer share
+devices for the engines to sleep (`publisher.sleep`).
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from engine.core.types import Batch
 from engine.megatron.metrics import NUM_TOKENS
 from engine.observe.profiling.phases import Phase, phase
 from engine.observe.telling import activity
-from engine.rollouts.metrics import GENERATED, GENERATING
+from engine.rollouts.metrics import GENERATED, GENERATING, WAITED
 from engine.run.metrics import (
     EVALUATION_SECONDS,
+    FINISH_SECONDS,
     GENERATION_TOKENS_PER_SECOND,
     ROLLOUT_SECONDS,
     STEP,
     STEP_SECONDS,
     TRAIN_SECONDS,
+    TRAINER_IDLE_SHARE,
     TRAINING_TOKENS_PER_SECOND,
     UNIX_SECONDS,
 )
@@ -59,6 +62,11 @@ class Source(Protocol):
 
     def open(self, steps: range) -> None:
         """Lets the rollouts of `steps` be sampled from the weights that the pool now serves."""
+        ...
+
+    def finish(self, steps: range) -> None:
+        """Waits until engines have sampled the rollouts of these opened steps, which may still be judged; `next` still hands
+        them out."""
         ...
 
     def drain(self, steps: range) -> None:
@@ -121,21 +129,25 @@ def train(
         window.step(step)
         started = time.monotonic()
         record: Record = {STEP.name: step}
+        ahead = schedule.in_flight(step)
         if schedule.sync_due(step):
+            record |= _finish_ahead(ahead, source)
             with phase(Phase.PUBLISH):
                 record |= publisher.publish(step)
         if evaluation_due(step):
             paused = time.monotonic()
             with phase(Phase.EVALUATION):
+                _drain(ahead, source)
                 if not schedule.sync_due(step):
-                    _publish_between_syncs(step, schedule, source, publisher)
+                    with phase(Phase.PUBLISH):
+                        publisher.publish(step)
                 evaluate(step)
             record[EVALUATION_SECONDS.name] = time.monotonic() - paused
             started += record[EVALUATION_SECONDS.name]  # an evaluation is no part of a step's time
         if schedule.reference_due(step):
             policy.refresh_reference()
         if steps := schedule.opens(step):
-            if publisher.serves != schedule.version(step):  # offline: newer weights were judged, or the engines rest
+            if publisher.serves != schedule.version(steps.start):  # offline: newer weights were judged, or the engines rest
                 with policy.as_seed(), phase(Phase.PUBLISH):
                     publisher.publish(0)
             source.open(steps)
@@ -165,14 +177,23 @@ def _learn(policy: Policy, batch: Batch) -> Record:
     return record | {TRAIN_SECONDS.name: time.monotonic() - started}
 
 
-def _publish_between_syncs(step: int, schedule: Schedule, source: Source, publisher: Publisher) -> None:
-    """Publishes the newest weights for an evaluation between syncs. No rollout changes by it: those of the interval are
-    complete before, and the next ones are asked for after the sync that ends the interval, or offline after the seed's weights
-    are back."""
+def _finish_ahead(ahead: range, source: Source) -> Record:
+    """Before a sync the engines complete what they sample from older weights; with lookahead 0 there is nothing."""
+    if not ahead:
+        return {}
+    started = time.monotonic()
     with phase(Phase.WAIT):
-        source.drain(schedule.in_flight(step))
-    with phase(Phase.PUBLISH):
-        publisher.publish(step)
+        source.finish(ahead)
+    return {FINISH_SECONDS.name: time.monotonic() - started}
+
+
+def _drain(ahead: range, source: Source) -> None:
+    """Before an evaluation nothing is sampled or judged any more, so that no rollout changes by it: those of steps opened are
+    complete, and the next ones are asked for after the sync that ends the interval, or offline after the seed's weights are
+    back."""
+    if ahead:
+        with phase(Phase.WAIT):
+            source.drain(ahead)
 
 
 def _drain_and_sleep(opened: range, source: Source, publisher: Publisher) -> Record:
@@ -205,4 +226,7 @@ def _finished(record: Record) -> Record:
     if GENERATING.name in record:
         seconds, tokens = record[GENERATING.name], record[GENERATED.name]
         record[GENERATION_TOKENS_PER_SECOND.name] = tokens / seconds if tokens else math.nan
+    if WAITED.name in record and STEP_SECONDS.name in record:
+        waited = record[WAITED.name] + record.get(FINISH_SECONDS.name, 0.0) + record.get(ROLLOUT_SECONDS.name, 0.0)
+        record[TRAINER_IDLE_SHARE.name] = min(1.0, waited / max(record[STEP_SECONDS.name], 1e-9))
     return record

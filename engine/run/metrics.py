@@ -28,10 +28,21 @@ ROLLOUT_SECONDS = Metric(
     "colocated: until the rollouts of all steps opened are judged and the engines sleep; only there",
     unit="s",
 )
+FINISH_SECONDS = Metric(
+    "finish_seconds",
+    "with sync.lookahead: before a weight sync, until engines have completed what they sample ahead; only there",
+    unit="s",
+)
 EVALUATION_SECONDS = Metric("evaluation_seconds", "the evaluation before the step, where there was one", unit="s")
 TRAIN_SECONDS = Metric("train_seconds", "reference, forward, backward and optimizer", unit="s")
 UNIX_SECONDS = Metric("unix_seconds", "when the step was done, since 1970 (UTC)", unit="s", peers={"W&B": "_timestamp"})
 STEP_SECONDS = Metric("step_seconds", "all of a step but evaluations", title="step", unit="s", peers={"TRL": "step_time"})
+TRAINER_IDLE_SHARE = Metric(
+    "trainer_idle_share",
+    "of step_seconds, waiting for rollouts: wait_seconds, finish_seconds and rollout_seconds",
+    title="trainer idle",
+    unit="share",
+)
 TRAINING_TOKENS_PER_SECOND = Metric(
     "training_tokens_per_second",
     "num_tokens over train_seconds: what was computed, so a prompt that samples shared counts once",
@@ -39,7 +50,10 @@ TRAINING_TOKENS_PER_SECOND = Metric(
     unit="tokens/s",
 )
 GENERATION_TOKENS_PER_SECOND = Metric(
-    "generation_tokens_per_second", "generation_tokens over generation_seconds", title="generation", unit="tokens/s"
+    "generation_tokens_per_second",
+    "generation_tokens over generation_seconds: the pace of engines while they sample, not of the run",
+    title="generation",
+    unit="tokens/s",
 )
 METRICS = (
     STEP,
@@ -47,10 +61,12 @@ METRICS = (
     SYNC_SECONDS,
     SYNC_MEBIBYTES,
     SYNC_ATTEMPTS,
+    FINISH_SECONDS,
     ROLLOUT_SECONDS,
     EVALUATION_SECONDS,
     TRAIN_SECONDS,
     STEP_SECONDS,
+    TRAINER_IDLE_SHARE,
     UNIX_SECONDS,
     GENERATION_TOKENS_PER_SECOND,
     TRAINING_TOKENS_PER_SECOND,

@@ -21,6 +21,7 @@ from engine.models.sharding import export_files, export_plan, tensors, trainer_l
 from engine.run.agreement import Agreement
 from engine.run.checkpoint import check_prolonged, reference_place, state_rank
 from engine.run.controller import Controller
+from engine.run.loop import Source
 from engine.run.saving import Checkpoints, Snapshot, Weights
 
 SETTLE_SECONDS = 1.0  # rank 0 waits so long for a checkpoint between two heartbeats
@@ -37,10 +38,12 @@ class Milestones:
         checkpoints: Checkpoints,
         controller: Controller | None,
         agreement: Agreement,
+        source: Source,
     ) -> None:
-        """`controller` on rank 0, None on every other."""
+        """`controller` on rank 0, None on every other; `source`: of the loop's batches."""
         self._config, self._policy, self._parallel = config, policy, parallel
         self._checkpoints, self._controller, self._agreement = checkpoints, controller, agreement
+        self._source = source
         bucket_bytes = config.sync.bucket_mebibytes << 20
         self._files = export_files(policy.shape, policy.layout, parallel.dp_size, policy.dtype, bucket_bytes)
         if controller is not None:
@@ -59,9 +62,12 @@ class Milestones:
         self._checkpoints.check()
         if saved:
             self.settle()
+            opened = config.schedule.in_flight(step)
+            self._source.drain(opened)
+            ahead = controller.ahead(opened) if controller is not None and opened else None
             records = controller.kept(self._checkpoints.steps()) if controller is not None else None
             ends = controller.end_ids if controller is not None else ()
-            self._checkpoints.commit(step, self._snapshot(step), config, records, ends)
+            self._checkpoints.commit(step, self._snapshot(step), config, records, ends, ahead)
         if end := _early_end(config, step, collapse, stopped=stopped, saved=saved):
             self.settle()
             self._close()
@@ -135,7 +141,7 @@ def _early_end(config: RunConfig, step: int, collapse: str | None, *, stopped: b
 def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> tuple[int, str | None]:
     """Loads the newest checkpoint into the policy; the step to go on with, and what is to be known of it."""
     saved = checkpoints.load(config)
-    check_prolonged(config, saved.step)
+    check_prolonged(config, saved.step, saved.ahead)
     state, note = saved.state, None
     if state is None:
         writer = saved.trainer

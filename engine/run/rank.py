@@ -48,7 +48,7 @@ class TrainerRank:
 
     def __init__(self, spec: Spec, rank: int, host: str) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        torch.set_num_threads(1)
+        torch.set_num_threads(spec.config.trainer.threads)
         self._spec, self._config = spec, spec.config
         self._rank, self._host = rank, host
         self._server: socket.socket | None = None
@@ -81,7 +81,8 @@ class TrainerRank:
         controller: Controller | None = None
         if engines is not None:
             kept = checkpoints.records() if resume else None
-            controller = Controller(spec, engines, reward_engine, start, kept, [note] if note is not None else [])
+            notes, ahead = [note] if note is not None else [], checkpoints.ahead() if resume else None
+            controller = Controller(spec, engines, reward_engine, start, kept, notes, ahead)
         pool = controller.pool if controller is not None and spec.starts_engines else None
         publisher: loop.Publisher = NoEngines()
         if spec.starts_engines:
@@ -89,7 +90,7 @@ class TrainerRank:
                 publisher = PoolPublisher(open_publisher(spec, policy, parallel, self._host, pool), parallel)
         agreement = Agreement(config, parallel)
         source = BroadcastSource(config, parallel, controller.source if controller is not None else None, agreement)
-        milestones = Milestones(config, policy, parallel, checkpoints, controller, agreement)
+        milestones = Milestones(config, policy, parallel, checkpoints, controller, agreement, source)
         for record in loop.train(
             config.schedule,
             policy,

@@ -31,6 +31,7 @@ from engine.core.tensor_files import FileRecord, file_record, write_tensors
 from engine.data.templates import read_chat_template
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
 from engine.observe.telling import activity
+from engine.rollouts.ahead import AHEAD, Ahead
 from engine.run.checkpoint import (
     BEST,
     LATEST,
@@ -38,6 +39,7 @@ from engine.run.checkpoint import (
     POLICY,
     REFERENCE,
     STEPS,
+    ahead_of,
     best,
     data_digests,
     latest,
@@ -101,6 +103,7 @@ class Saved:
     reference: HfCheckpoint | None  # None: the seed model's weights, or not needed
     folder: Path
     trainer: Trainer  # the options it was written with
+    ahead: range  # the steps that it keeps rollouts of
 
     def open_rank(self, rank: int) -> Any:
         """The state that a rank of the layout which wrote it holds, as safetensors opens a file."""
@@ -153,11 +156,13 @@ class Checkpoints:
         config: RunConfig,
         records: Mapping[str, Any] | None = None,
         end_ids: Iterable[int] = (),
+        ahead: Ahead | None = None,
     ) -> None:
         """Begins to write the checkpoint of `step`; collective, after `wait`. `records`, rank 0's, is what a resumed run needs
         of the run's records (`Records.kept`); `end_ids`: what ends a response of the policy, which its generation config is to
-        name. What fails is raised by the next `check`, `wait` or `commit`: StorageError where the disk is full or not to be
-        written. Then nothing of the checkpoint stays, and the one before does."""
+        name; `ahead`, rank 0's: rollouts of later steps, which are kept with it. What fails is raised by the next `check`,
+        `wait` or `commit`: StorageError where the disk is full or not to be written. Then nothing of the checkpoint stays, and
+        the one before does."""
         self.wait()
         staging = self._folder / f".staging-step_{step:08d}"
         if self._rank == 0:
@@ -165,7 +170,7 @@ class Checkpoints:
         self._barrier()
         save = self._save = _Save(step)
         with_thread = ThreadPoolExecutor(1, thread_name_prefix=f"checkpoint of step {step}")
-        save.written = with_thread.submit(self._write, save, staging, snapshot, config, records, tuple(end_ids))
+        save.written = with_thread.submit(self._write, save, staging, snapshot, config, records, tuple(end_ids), ahead)
         with_thread.shutdown(wait=False)
 
     def check(self) -> None:
@@ -200,13 +205,14 @@ class Checkpoints:
         config: RunConfig,
         records: Mapping[str, Any] | None,
         end_ids: tuple[int, ...],
+        ahead: Ahead | None,
     ) -> None:
         """What the thread does."""
         try:
             with activity("checkpoint", f"of {save.step} steps"), storing(self._folder, lambda: snapshot.num_bytes):
                 self._write_part(save, staging, snapshot, config)
                 if self._rank == 0:
-                    self._finish(save, staging, snapshot, config, records, end_ids)
+                    self._finish(save, staging, snapshot, config, records, end_ids, ahead)
         except BaseException as error:
             self._tell_failure(staging, error)
             raise
@@ -250,6 +256,7 @@ class Checkpoints:
         config: RunConfig,
         records: Mapping[str, Any] | None,
         end_ids: tuple[int, ...],
+        ahead: Ahead | None,
     ) -> None:
         """Rank 0: what stands beside the weights, the manifest, and the names by which the checkpoint is found."""
         for folder, weights in ((POLICY, snapshot.policy), (REFERENCE, snapshot.reference)):
@@ -257,6 +264,8 @@ class Checkpoints:
                 files = dict(zip(shard_names(len(weights.names)), weights.names, strict=True))
                 path, seed, text = staging / folder, config.model.path, read_chat_template(config.data.chat_template) or None
                 write_companions(path, files, snapshot.dtype, weights.num_bytes, seed, end_ids, text)
+        if ahead is not None:
+            ahead.write(staging)
         words = self._await_parts(staging)
         shutil.rmtree(staging / PARTS)
         if snapshot.reference is None:
@@ -275,6 +284,7 @@ class Checkpoints:
             "reference": _reference(snapshot),
             "seed": {name: found for word in words for name, found in word["seed"].items()},
             "records": json.loads(json.dumps(records)),
+            "ahead": [ahead.kept.start, ahead.kept.stop] if ahead is not None else None,
             "made_with": provenance() | {"gpu": gpu_name()},
         }
         (staging / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
@@ -387,7 +397,7 @@ class Checkpoints:
             verify_seed(Path(config.model.path) / name, seed[name], newest)
         self._barrier()
         policy, other = HfCheckpoint(newest / POLICY), HfCheckpoint(reference) if reference is not None else None
-        return Saved(int(manifest["step"]), state, policy, other, newest, trainer)
+        return Saved(int(manifest["step"]), state, policy, other, newest, trainer, ahead_of(manifest))
 
     def _verify_share(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
         """This rank's share of all files: every one is some rank's."""
@@ -401,6 +411,11 @@ class Checkpoints:
         if newest is None:
             return set()
         return {int(path.name.removeprefix("step_")) for path in self._folder.glob(STEPS) if path.name <= newest.name}
+
+    def ahead(self) -> Path | None:
+        """The file of rollouts that the newest checkpoint keeps for steps after it; None where it keeps none."""
+        newest = latest(self._folder)
+        return newest / AHEAD if newest is not None and AHEAD in read_manifest(newest)["files"] else None
 
     def records(self) -> dict[str, Any] | None:
         """What the newest checkpoint keeps of the run's records; None without one, or where an older version wrote it."""

@@ -5,7 +5,8 @@ broadcasts its sequences; supervised training needs no broadcast, since every ra
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError
@@ -18,7 +19,7 @@ from engine.data.tokens import stays_text
 from engine.megatron.broadcast import broadcast_batch
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState
-from engine.rollouts.base import StepSource
+from engine.rollouts.base import StepSource, Waiting
 from engine.run.agreement import Agreement
 from engine.run.metrics import TARGET_TOKENS
 from engine.run.spec import Spec
@@ -26,6 +27,7 @@ from engine.run.spec import Spec
 if TYPE_CHECKING:
     from engine.data.templates import Tokenizer
 
+Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
 
@@ -41,26 +43,31 @@ class BroadcastSource:
         if self._rollouts is not None:
             self._rollouts.open(steps)
 
+    def finish(self, steps: range) -> None:
+        """Waits until engines have sampled these steps."""
+        for step in steps:
+            self._await(step, lambda rollouts, step, waiting: rollouts.finish(step, waiting))
+
     def drain(self, steps: range) -> None:
         """Waits until these steps are complete."""
         for step in steps:
-            if self._rollouts is not None:
-                self._rollouts.drain(step, self._agreement.heartbeat)
-                self._agreement.done()
-            else:
-                self._agreement.listen()
+            self._await(step, lambda rollouts, step, waiting: rollouts.drain(step, waiting))
 
     def next(self, step: int) -> tuple[Batch, dict[str, float]]:
         """This rank's microbatches of the step, and on rank 0 what was measured of its rollouts."""
-        data = None
-        if self._rollouts is not None:
-            data = self._rollouts.next(step, self._agreement.heartbeat)
-            self._agreement.done()
-        else:
-            self._agreement.listen()
+        data = self._await(step, lambda rollouts, step, waiting: rollouts.next(step, waiting))
         sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
         batch = broadcast_batch(sequences, num_prompts, step, self._config.trainer, self._parallel)
         return batch, metrics | {TARGET_TOKENS.name: float(batch.num_target_tokens)}
+
+    def _await(self, step: int, ask: Callable[[StepSource, int, Waiting], Answer]) -> Answer | None:
+        """What rank 0 asks of its rollouts, while the other ranks wait; None there."""
+        if self._rollouts is None:
+            self._agreement.listen()
+            return None
+        answer = ask(self._rollouts, step, self._agreement.heartbeat)
+        self._agreement.done()
+        return answer
 
 
 class SupervisedSource:
@@ -98,6 +105,9 @@ class SupervisedSource:
 
     def open(self, steps: range) -> None:
         """Nothing to open."""
+
+    def finish(self, steps: range) -> None:
+        """Nothing to wait for."""
 
     def drain(self, steps: range) -> None:
         """Nothing to wait for."""

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.timeout(1800)  # a run is half a minute of work, on a m
 PATIENCE_SECONDS = 600
 
 Make = Callable[..., RunConfig]
-TIMES = ("_seconds", "_per_second")  # metrics that two equal runs may have otherwise
+TIMES = ("_seconds", "_per_second", "_idle_share")  # metrics that two equal runs may have otherwise
 SEMI_ONLINE = [
     "trainer.tensor_parallel=2",
     "sync.sync_interval=2",

@@ -15,16 +15,19 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """The regime of a run: one weight version for each step, that of the last sync at or before it.
+    """The regime of a run: one weight version for each step, that of the last sync at or before it, or of an earlier one.
 
     `sync_interval` is s: 1 is online, k semi-online, "never" offline (one sync, at step 0).
     `offline_chunk`: steps generated together when s is "never", where no sync bounds the interval.
+    `lookahead` is L: the rollouts between two syncs come from the sync L syncs before, and are sampled L intervals ahead; so
+    engines sample interval k + L while the trainer trains interval k. A step's answers are then L s to (L + 1) s - 1 steps old.
     """
 
     sync_interval: int | Literal["never"]
     reference: int | Literal["never", "follow"]
     num_steps: int
     offline_chunk: int
+    lookahead: int = 0
 
     @abstractmethod
     def sync_due(self, step: int) -> bool:
@@ -33,7 +36,7 @@ class Schedule(ABC):
     @property
     def regime(self) -> str:
         """The regime in a few words, for reports."""
-        return f"{type(self).__name__} with s = {self.sync_interval}"
+        return f"{type(self).__name__} with s = {self.sync_interval}{self.ahead}"
 
     def counted(self, step: int) -> int:
         """The number of `step` by which intervals count; syncs, checkpoints, evaluations and a reference of its own interval
@@ -50,11 +53,13 @@ class Schedule(ABC):
         return self.sync_interval == "never"
 
     def version(self, step: int) -> int:
-        """The weight version that samples the rollouts of `step`: that of the last sync, k * s, or 0 offline."""
-        return self._syncs[bisect_right(self._syncs, step) - 1]
+        """The weight version that samples the rollouts of `step`: that of the last sync, k * s, or with a lookahead of the sync
+        so many before it; 0 where there is none, as in an offline run."""
+        last = bisect_right(self._syncs, step) - 1
+        return self._syncs[max(0, last - self.lookahead)]
 
     def staleness(self, step: int) -> int:
-        """Optimizer steps between the weights that sampled a rollout and those that train on it: t - k * s."""
+        """Optimizer steps between the weights that sampled a rollout and those that train on it."""
         return step - self.version(step)
 
     def reference_due(self, step: int) -> bool:
@@ -64,26 +69,29 @@ class Schedule(ABC):
         return self.sync_due(step) if self.reference == "follow" else self.falls_due(self.reference, step)
 
     def reference_version(self, step: int) -> int:
-        """The weight version that the reference is while `step` trains; 0 is the seed model's."""
+        """The weight version that the reference is while `step` trains; 0 is the seed model's. One that follows is what the
+        engines took at the last sync: with a lookahead not what sampled the step's rollouts, which `version` says."""
         return next((before for before in range(step, 0, -1) if self.reference_due(before)), 0)
 
     def opens(self, step: int) -> range:
         """The steps whose prompts are submitted for generation just before `step`; empty where none are.
 
-        The whole interval at a sync; offline, a chunk of the endless interval at a time.
+        The whole interval at a sync, or with a lookahead the interval so many later (before step 0 all up to that one);
+        offline, a chunk of the endless interval at a time.
         """
         place = bisect_left(self._openings, step)
         if self._openings[place : place + 1] != (step,):
             return range(0)
-        return range(step, self._next_opening(step + 1))
+        return range(self._opening(place + self.lookahead) if place else 0, self._opening(place + self.lookahead + 1))
 
     def in_flight(self, step: int) -> range:
         """The steps submitted earlier that have not been trained on before `step`: their rollouts may be under way."""
-        return range(0) if step == 0 else range(step, self._next_opening(step))
+        return range(0) if step == 0 else range(step, self._opening(bisect_left(self._openings, step) + self.lookahead))
 
     def resumable(self, step: int) -> bool:
-        """Whether a run that ended after `step` steps can be continued bit for bit: no rollouts are under way there."""
-        return bool(self.opens(step))
+        """Whether a run that ended after `step` steps can be continued bit for bit: the weights are those that engines sample
+        from next, and no rollouts are under way but those of `in_flight`, which can be completed and kept."""
+        return self._openings[bisect_left(self._openings, step) :][:1] == (step,)
 
     def last_resumable(self, step: int) -> int:
         """The last number of steps, at most `step`, after which the run can be continued."""
@@ -101,6 +109,11 @@ class Schedule(ABC):
     def reopens(self) -> bool:
         """Whether prompts are submitted without a sync, to the seed's weights, after step 0: offline, chunk by chunk."""
         return any(not self.sync_due(step) for step in self._openings)
+
+    @property
+    def ahead(self) -> str:
+        """The lookahead in a few words, for `regime`; empty without."""
+        return "" if not self.lookahead else f", sampled {self.lookahead} interval{'s' * (self.lookahead > 1)} ahead"
 
     def broken_rules(self, checkpoint_every: int | Literal["end"]) -> list[str]:
         """What cannot be asked of this regime beside these options: key, rule, value found and fix, a sentence each."""
@@ -136,7 +149,6 @@ class Schedule(ABC):
             return self._syncs
         return tuple(step for step in range(max(1, self.num_steps)) if step == 0 or self.falls_due(self.offline_chunk, step))
 
-    def _next_opening(self, step: int) -> int:
-        """The first step from `step` on before which prompts are submitted, or the end of the run."""
-        place = bisect_left(self._openings, step)
+    def _opening(self, place: int) -> int:
+        """The step of an opening by its place, or the end of the run."""
         return self._openings[place] if place < len(self._openings) else self.num_steps

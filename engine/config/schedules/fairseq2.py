@@ -15,4 +15,4 @@ class Fairseq2(Paper):
     @property
     def regime(self) -> str:
         """The paper's, and whose count it is."""
-        return f"s = {self.sync_interval} ({self._name}, counted as in fairseq2)"
+        return f"s = {self.sync_interval} ({self._name}, counted as in fairseq2){self.ahead}"

@@ -8,7 +8,7 @@ from engine.config.schedules.base import Schedule
 
 
 class Paper(Schedule):
-    """Syncs at 0, s, 2 s and so on; so staleness at step t is t % s, at most s - 1."""
+    """Syncs at 0, s, 2 s and so on; so staleness at step t is t % s, at most s - 1; with a lookahead L, up to L s more."""
 
     def sync_due(self, step: int) -> bool:
         """Every s steps, counted from 0."""
@@ -17,7 +17,7 @@ class Paper(Schedule):
     @property
     def regime(self) -> str:
         """s, and the paper's name for it."""
-        return f"s = {self.sync_interval} ({self._name})"
+        return f"s = {self.sync_interval} ({self._name}){self.ahead}"
 
     @property
     def _name(self) -> str:

@@ -19,14 +19,20 @@ def schedule_of(config: Options) -> Schedule:
     """The regime of a run. Offline generates as many steps at once as a checkpoint spans, 16 by default. ConfigError for a
     name without a class, and for a class that contradicts itself."""
     chunk = 16 if config.checkpoint.every == "end" else config.checkpoint.every
-    return _made(config.sync.semantics, config.sync.sync_interval, config.sync.reference, config.run.steps, chunk)
+    sync = config.sync
+    return _made(sync.semantics, sync.sync_interval, sync.reference, config.run.steps, chunk, sync.lookahead)
 
 
 @lru_cache(maxsize=64)
 def _made(
-    name: str, interval: int | Literal["never"], reference: int | Literal["never", "follow"], num_steps: int, chunk: int
+    name: str,
+    interval: int | Literal["never"],
+    reference: int | Literal["never", "follow"],
+    num_steps: int,
+    chunk: int,
+    lookahead: int,
 ) -> Schedule:
-    schedule = SCHEDULES.load(name)(interval, reference, num_steps, chunk)
+    schedule = SCHEDULES.load(name)(interval, reference, num_steps, chunk, lookahead)
     if ":" in name and (faults := schedule.contradictions()):
         raise ConfigError(f"sync.semantics must be a regime that the loop can follow; found {name!r} with {faults[0]}: mend it")
     return schedule

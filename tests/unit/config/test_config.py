@@ -203,6 +203,14 @@ COMBINATIONS = [
     ),
     (["trainer.virtual_pipeline=2"], "trainer.virtual_pipeline", "trainer.pipeline_parallel", "found 2", "set it to 1"),
     (["trainer.last_stage_layers=2"], "trainer.first_stage_layers", "trainer.pipeline_parallel", "None and 2", "remove"),
+    (
+        ["sync.sync_interval=never", "sync.lookahead=1"],
+        "sync.lookahead",
+        "sync.sync_interval = 'never'",
+        "found 1",
+        "lookahead = 0",
+    ),
+    (["sync.lookahead=2", "inference.placement=colocated"], "sync.lookahead", "'colocated'", "found 2", "'disaggregated'"),
     (["sync.sync_interval=never", "sync.reference=follow"], "sync.reference", "sync.sync_interval", "both", "'never'"),
     (["sync.reference_mix=0.5"], "sync.reference_mix", "sync.reference = 'never'", "found 0.5", "set sync.reference to 1"),
     (

@@ -18,6 +18,9 @@ references = st.one_of(st.sampled_from(["never", "follow"]), st.integers(1, 40))
 kinds = st.sampled_from([Paper, Fairseq2])
 fields = st.one_of(st.just("never"), intervals), references, step_counts, chunks
 schedules = st.one_of(st.builds(Paper, *fields), st.builds(Fairseq2, *fields))
+ahead = st.one_of(
+    *(st.builds(kind, intervals, references, step_counts, chunks, st.integers(0, 3)) for kind in (Paper, Fairseq2))
+)
 
 
 @given(intervals, references, step_counts, chunks)
@@ -78,6 +81,43 @@ def test_what_is_due_every_multiple_of_s_falls_on_syncs(schedule, times):
     """So that checkpoints stand where no rollouts are under way, and evaluations may stand with them."""
     width = schedule.offline_chunk if schedule.never_syncs else schedule.sync_interval
     assert all(schedule.opens(t) for t in range(1, schedule.num_steps) if schedule.falls_due(times * width, t))
+
+
+@given(ahead)
+def test_a_lookahead_is_what_a_simulation_of_it_does(schedule):
+    """Step by step, as the option says it: at sync j the engines take the weights, and are then asked for interval j + L, at
+    the first sync for all up to interval L. A queue of what was asked for; nothing of the class but when syncs are."""
+    starts = [t for t in range(schedule.num_steps) if schedule.sync_due(t)]
+    bounds = [*starts, *[schedule.num_steps] * (schedule.lookahead + 2)]
+    asked: dict[int, int] = {}  # step -> version, of what was asked for and not trained on
+    for t in range(schedule.num_steps):
+        assert list(schedule.in_flight(t)) == list(asked)
+        opened: list[int] = []
+        if t in starts:
+            sync = starts.index(t)
+            for interval in [sync + schedule.lookahead] if sync else range(schedule.lookahead + 1):
+                opened += range(bounds[interval], bounds[interval + 1])
+            asked |= dict.fromkeys(opened, t)
+        assert list(schedule.opens(t)) == opened
+        assert schedule.resumable(t) is (t in starts)
+        assert schedule.version(t) == asked[t]
+        assert schedule.staleness(t) == t - asked.pop(t)
+    assert asked == {}, "nothing is sampled in vain"
+    assert not schedule.resumable(schedule.num_steps) and schedule.contradictions() == []
+    assert list(schedule.in_flight(schedule.num_steps)) == []
+
+
+@given(ahead)
+def test_with_a_lookahead_answers_are_an_interval_older_each(schedule):
+    """Between L s and (L + 1) s - 1 steps once the first intervals are over; syncs, the reference and checkpoints stay."""
+    plain, s = replace(schedule, lookahead=0), schedule.sync_interval
+    for t in range(schedule.num_steps):
+        assert schedule.staleness(t) < (schedule.lookahead + 1) * s
+        if type(schedule) is Paper:
+            assert schedule.staleness(t) == min(t, schedule.lookahead * s + t % s)
+        assert (schedule.sync_due(t), schedule.reference_due(t)) == (plain.sync_due(t), plain.reference_due(t))
+        assert schedule.reference_version(t) == plain.reference_version(t)
+        assert schedule.checkpoint_due(s, t) == plain.checkpoint_due(s, t)
 
 
 @given(schedules)
@@ -141,6 +181,11 @@ def test_the_three_regimes_of_a_run_of_six_steps():
     shifted = Fairseq2(3, "follow", 9, 4)
     assert [shifted.staleness(t) for t in range(9)] == [0, 1, 0, 1, 2, 0, 1, 2, 0]
     assert [list(shifted.opens(t)) for t in range(9)] == [[0, 1], [], [2, 3, 4], [], [], [5, 6, 7], [], [], [8]]
+    early = Paper(2, "follow", 6, 4, lookahead=1)
+    assert [early.version(t) for t in range(6)] == [0, 0, 0, 0, 2, 2]
+    assert [early.staleness(t) for t in range(6)] == [0, 1, 2, 3, 2, 3]
+    assert [list(early.opens(t)) for t in range(6)] == [[0, 1, 2, 3], [], [4, 5], [], [], []]
+    assert early.regime == "s = 2 (semi-online), sampled 1 interval ahead"
     online, semi, offline = (Paper(s, "follow", 6, 4) for s in (1, 3, "never"))
     assert [online.staleness(t) for t in range(6)] == [0, 0, 0, 0, 0, 0]
     assert [semi.staleness(t) for t in range(6)] == [0, 1, 2, 0, 1, 2]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.core.errors import EngineLostError, InferenceError, WatchdogError, WeightSyncError
 from engine.core.types import Completion
-from engine.inference.pool import Pool, Usage
+from engine.inference.pool import Pool, Usage, deal
 from engine.inference.sampling import SampleRequest
 
 
@@ -104,22 +104,66 @@ def pool_at(version: int, *engines: FakeEngine) -> Pool:
 
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 12), min_size=1, max_size=4))
-def test_requests_are_dealt_by_position_and_completions_come_back_in_order(num_engines, sizes):
-    """Engine i of n gets positions i, i + n, ... of every step; each step's completions are in its requests' order."""
+def test_requests_are_dealt_and_completions_come_back_in_order(num_engines, sizes):
+    """Each engine is given its part of every step, and then asked for it step by step; each step's completions are in its
+    requests' order."""
     engines = [FakeEngine(seconds=float(i)) for i in range(num_engines)]
     pool = Pool(engines, 5.0)
     steps = [requests(size, step) for step, size in enumerate(sizes)]
+    shares = deal(steps, num_engines)
     tickets = pool.submit(steps)
     for index, engine in enumerate(engines):
+        own = [[step[place] for place in share[index]] for step, share in zip(steps, shares, strict=True)]
         assert engine.methods == ["submit"] + ["collect"] * len(steps), "all is submitted before anything is collected"
-        assert engine.calls[0][1][0] == [request for step in steps for request in step[index::num_engines]]
-        assert [arguments[0] for _, arguments in engine.calls[1:]] == [
-            [request.request_id for request in step[index::num_engines]] for step in steps
-        ]
+        assert engine.calls[0][1][0] == [request for step in own for request in step]
+        assert [arguments[0] for _, arguments in engine.calls[1:]] == [[request.request_id for request in step] for step in own]
     for step, ticket in zip(steps, tickets, strict=True):
         completions, usage = pool.gather(ticket)
         assert [completion.seed for completion in completions] == [request.seed for request in step]
         assert usage == Usage(num_tokens=len(step), busy_seconds=num_engines - 1), "tokens add up, time is the longest"
+
+
+def grouped(num_prompts: int, samples: int, step: int) -> list[SampleRequest]:
+    """As a step asks: the samples of a prompt one after another."""
+    return [
+        SampleRequest(f"{step}:{p}:{i}", f"p{p}", i, 0, (p,), 1.0, 1.0, 8) for p in range(num_prompts) for i in range(samples)
+    ]
+
+
+@given(st.integers(1, 9), st.integers(1, 8), st.lists(st.integers(1, 20), min_size=1, max_size=6))
+def test_a_prompt_is_dealt_to_one_engine_as_far_as_all_have_as_much_to_do(num_engines, samples, sizes):
+    """After every step no engine has more than its part of all requests so far, rounded up. Of a step at most as many prompts
+    are cut as there are engines, and one only where whole prompts do not come out even; all are asked for, in their order."""
+    batches = [grouped(size, samples, step) for step, size in enumerate(sizes)]
+    loads, num_requests = [0] * num_engines, 0
+    for batch, share in zip(batches, deal(batches, num_engines), strict=True):
+        assert sorted(place for places in share for place in places) == list(range(len(batch)))
+        assert all(places == sorted(places) for places in share)
+        num_requests += len(batch)
+        loads = [load + len(places) for load, places in zip(loads, share, strict=True)]
+        assert max(loads) <= -(-num_requests // num_engines)
+        homes = [{engine for engine in range(num_engines) if place in share[engine]} for place in range(len(batch))]
+        prompts = [set.union(*homes[first : first + samples]) for first in range(0, len(batch), samples)]
+        assert sum(len(engines) - 1 for engines in prompts) < num_engines
+    assert deal(batches, 1) == [[list(range(len(batch)))] for batch in batches], "one engine is asked as if nothing were dealt"
+
+
+def test_how_a_step_is_dealt_number_by_number():
+    """Six prompts of four samples on four engines: four whole prompts, and the last two are shared by all. Two prompts on three
+    engines: no engine waits while another samples eight."""
+    six = deal([grouped(6, 4, 0)], 4)[0]
+    assert six == [[0, 1, 2, 3, 16, 17], [4, 5, 6, 7, 18, 19], [8, 9, 10, 11, 20, 21], [12, 13, 14, 15, 22, 23]]
+    assert deal([grouped(2, 4, 0)], 3)[0] == [[0, 1, 2], [3, 7], [4, 5, 6]]
+    assert deal([grouped(2, 2, 0), grouped(2, 2, 1)], 3) == [[[0, 1], [2, 3], []], [[2], [3], [0, 1]]]
+
+
+def test_the_engines_idle_share_is_what_their_work_leaves_of_the_time():
+    pool = Pool([FakeEngine(seconds=0.0), FakeEngine(seconds=1e9)], 5.0)
+    assert pool.idle_share() is None, "there is nothing to compare with"
+    assert pool.idle_share() == 1.0
+    pool.generate(requests(2))
+    assert pool.idle_share() == 0.0
+    assert pool.idle_share() == 1.0, "counted from call to call"
 
 
 def test_steps_may_be_gathered_in_any_order():

@@ -174,7 +174,8 @@ def write_run(folder: Path, schedule: Schedule = SCHEDULE, steps: int = 12) -> P
 
 intervals = st.one_of(st.just("never"), st.integers(1, 6))
 schedule_fields = intervals, st.just("never"), st.integers(1, 15), st.integers(1, 5)
-schedules = st.one_of(st.builds(Paper, *schedule_fields), st.builds(Fairseq2, *schedule_fields))
+ahead = st.builds(Paper, st.integers(1, 6), *schedule_fields[1:], st.integers(1, 3))
+schedules = st.one_of(st.builds(Paper, *schedule_fields), st.builds(Fairseq2, *schedule_fields), ahead)
 
 
 @given(schedules, st.data())

@@ -31,7 +31,10 @@ ALGORITHMS: list[dict[str, Any]] = [
     {"loss": "grpo"},
 ]
 # What the code computes only beside engines; tests/e2e holds real rows against the catalogue
-ELSEWHERE = {"staleness", "wait_seconds", "reward_mean_NAME", "reward_PART_mean", "groups", *(one.name for one in METRICS)}
+ELSEWHERE = {
+    *("staleness", "wait_seconds", "engines_idle_share", "reward_mean_NAME", "reward_PART_mean", "groups"),
+    *(one.name for one in METRICS),
+}
 RECORDED = {  # what the figures on record and their readers depend on
     *("step", "loss", "grad_norm", "learning_rate", "reward_mean", "accuracy", "rollout_entropy", "completion_tokens_mean"),
     *("margin_mean", "preferred_share", "chosen_log_prob_mean", "rejected_log_prob_mean", "log_prob_gap_mean", "kl_mean"),

@@ -5,6 +5,7 @@ seeds, pairs, advantages, skipped prompts, metrics worked out by hand, the ledge
 import json
 import math
 import threading
+import time
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from engine.data.mixture import Mixture
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.inference.pool import Pool, Usage
 from engine.rewards.base import Answer, Reward
+from engine.rollouts.ahead import AHEAD, Ahead, read_ahead
 from engine.rollouts.batch import compared_tokens, training_sequences
 from engine.rollouts.ledger import ledger_rows
 from engine.rollouts.metrics import percentile, rollout_metrics, warn_of_endings
@@ -64,10 +66,16 @@ def open_source():
     """Makes sources that are closed at the end."""
     sources: list[RolloutSource] = []
 
-    def make(config: RunConfig, *engines: FakeEngine, reward: Parity | None = None, ledger: JsonlLedger | None = None):
+    def make(
+        config: RunConfig,
+        *engines: FakeEngine,
+        reward: Parity | None = None,
+        ledger: JsonlLedger | None = None,
+        ahead: Ahead | None = None,
+    ):
         pool = Pool(engines or (FakeEngine(),), 5.0)
         prompts = Mixture(config.data.sources, (PROMPTS,), config.run.seed)
-        sources.append(RolloutSource(config, prompts, pool, reward or Parity(), ledger))
+        sources.append(RolloutSource(config, prompts, pool, reward or Parity(), ledger, ahead=ahead))
         return sources[-1]
 
     yield make
@@ -126,6 +134,57 @@ def test_opening_waits_for_nobody_and_next_waits_for_the_reward(open_source):
     threading.Timer(0.2, reward.allowed.set).start()
     assert source.next(0).metrics["wait_seconds"] > 0.1
     assert source.next(1).metrics["wait_seconds"] < 0.1
+
+
+def test_what_was_sampled_ahead_goes_on_from_its_file_as_if_nothing_had_happened(open_source, tmp_path):
+    """Versions, log-probs, rewards, metrics and the ledger: one source reads what another wrote."""
+    config = run_config(sync={"sync_interval": 2, "lookahead": 1})
+    whole = open_source(config, ledger=JsonlLedger(tmp_path / "whole.jsonl"))
+    whole.open(range(0, 4))
+    whole.finish(3)
+    whole.drain(2)
+    whole.drain(3)
+    whole.ahead(range(2, 4)).write(tmp_path)
+    mixture = Mixture(config.data.sources, (PROMPTS,), config.run.seed)
+    read = read_ahead(tmp_path / AHEAD, mixture, config.algorithm.samples_per_prompt)
+    resumed = open_source(config, FakeEngine(version=2), ledger=JsonlLedger(tmp_path / "resumed.jsonl"), ahead=read)
+    resumed.open(range(4, 6))
+    for step in range(6):
+        expected = whole.next(step) if step < 4 else None
+        if step >= 2:
+            found = resumed.next(step)
+            assert found.metrics["staleness"] == (step if step < 4 else step - 2)
+            assert expected is None or found.sequences == expected.sequences
+            told = expected.metrics if expected is not None else {}
+            untimed = {"wait_seconds", "engines_idle_share"}
+            assert {name: found.metrics[name] for name in told if name not in untimed} == {
+                name: value for name, value in told.items() if name not in untimed
+            }
+    rows = (tmp_path / "whole.jsonl").read_text().splitlines()
+    assert (tmp_path / "resumed.jsonl").read_text().splitlines()[:48] == rows[48:]
+    whole.ahead(range(0)).write(tmp_path / "nothing")  # writes no file, and asks for no folder
+
+
+def test_engines_may_have_finished_a_step_that_is_still_judged(open_source):
+    """A weight sync waits for the first, an evaluation for the second."""
+    reward = Parity()
+    reward.allowed.clear()
+    source = open_source(run_config(), reward=reward)
+    source.open(range(0, 2))
+    source.finish(1)
+    threading.Timer(0.2, reward.allowed.set).start()
+    started = time.monotonic()
+    source.drain(1)
+    assert time.monotonic() - started > 0.1
+
+
+def test_the_engines_idle_share_is_told_with_the_step_that_asks_for_more(open_source):
+    source = open_source(run_config(sync={"sync_interval": 4}), FakeEngine(seconds=0.0))
+    source.open(range(0, 2))
+    told = [source.next(step).metrics for step in range(2)]
+    source.open(range(2, 4))
+    told += [source.next(step).metrics for step in range(2, 4)]
+    assert [metrics.get("engines_idle_share") for metrics in told] == [None, None, 1.0, None]
 
 
 def test_what_an_engine_raises_is_raised_by_next(open_source):

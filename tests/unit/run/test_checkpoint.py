@@ -27,8 +27,10 @@ from safetensors.torch import save_file
 
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError, StorageError, WatchdogError
+from engine.inference.pool import Usage
 from engine.models.hf import HfCheckpoint
 from engine.rewards.math.reward import VERIFIER_VERSION
+from engine.rollouts.ahead import AHEAD, Ahead
 from engine.run.checkpoint import (
     BEST,
     LATEST,
@@ -49,6 +51,7 @@ from tests.checkpoints import commit as committed
 from tests.checkpoints import open_folder, snapshot_of
 from tests.checkpoints import weights_of as own_weights
 from tests.unit.core.test_files import files_of_at_most
+from tests.unit.rollouts.test_rollouts import group
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS = 15
@@ -246,6 +249,22 @@ def two_ranks(root: Path, patience_seconds: float = 60.0) -> tuple[list[Checkpoi
         for rank, (name,) in enumerate(names)
     ]
     return ranks, snapshots
+
+
+def test_rollouts_sampled_ahead_are_a_file_of_the_checkpoint(tmp_path):
+    """Under a digest, as every other; the manifest says of which steps. Without any, there is none."""
+    config, folder = run_config(tmp_path), tmp_path / "run" / "checkpoints" / "step_00000005"
+    checkpoints = open_checkpoints(tmp_path)
+    ahead = Ahead({step: ([group([1.0, 0.0])], Usage(3, 0.5)) for step in (5, 6)})
+    checkpoints.commit(5, snapshot_of(state_of(5), weights_of(5)), config, ahead=ahead)
+    checkpoints.wait()
+    assert checkpoints.ahead() == folder / AHEAD
+    assert checkpoints.load(config).ahead == range(5, 7)
+    flip(folder / AHEAD, 40)
+    with pytest.raises(CheckpointError, match=r"ahead\.jsonl differs from its digest"):
+        checkpoints.load(config)
+    commit(tmp_path, 10)
+    assert checkpoints.ahead() is None and checkpoints.load(config).ahead == range(0)
 
 
 def test_several_ranks_write_their_own_parts_at_once(tmp_path):

@@ -27,14 +27,15 @@ class World:
         self.steps_done = 0
         self.serves: int | None = 0  # version in the pool
         self.held: int | None = None  # version that stands in for the policy's own weights
-        self.drained: set[int] = set()  # opened steps whose rollouts are complete
+        self.finished: set[int] = set()  # opened steps whose rollouts are sampled
+        self.drained: set[int] = set()  # and those whose rollouts are judged too
         self.judged: dict[int, int] = {}  # step -> version that was evaluated
         self.sampled: dict[int, int] = {}  # step -> version that samples its rollouts
         self.staleness: dict[int, int] = {}
 
     def publish(self, version: int) -> dict[str, float]:
         assert version == (self.steps_done if self.held is None else self.held), "what is sent is what the policy holds"
-        assert self.sampled.keys() <= self.drained, "an engine refuses a sync with requests in flight"
+        assert self.sampled.keys() <= self.finished, "an engine refuses a sync with requests in flight"
         self.log.append(f"publish {version}")
         self.serves = version
         return {"sync_seconds": 0.5}
@@ -53,10 +54,16 @@ class World:
         self.log.append(f"open {steps.start}-{steps.stop - 1}")
         self.sampled |= dict.fromkeys(steps, self.serves)
 
+    def finish(self, steps: range) -> None:
+        assert set(steps) == self.sampled.keys(), "what is in flight is what has been opened and not trained on"
+        self.log.append(f"finish {len(steps)}")
+        self.finished |= set(steps)
+
     def drain(self, steps: range) -> None:
         assert set(steps) == self.sampled.keys(), "what is in flight is what has been opened and not trained on"
         self.log.append(f"drain {len(steps)}")
         self.drained |= set(steps)
+        self.finished |= set(steps)
 
     @contextmanager
     def as_seed(self) -> Iterator[None]:
@@ -90,11 +97,16 @@ class World:
     def evaluate(self, step: int) -> None:
         self.log.append(f"evaluate {step}")
         assert self.serves is not None, "engines that rest refuse requests"
+        assert self.sampled.keys() <= self.drained, "the reward judges one thing at a time"
         self.judged[step] = self.serves
 
     def run(self, schedule: Schedule, start: int = 0, due: Callable[[int], bool] | None = None) -> list[dict[str, float]]:
         """Evaluates where `due` says; at every sync and at the end without it."""
         self.steps_done = start
+        kept = schedule.in_flight(start)  # by the checkpoint
+        self.sampled |= {step: schedule.version(step) for step in kept}
+        self.finished |= set(kept)
+        self.drained |= set(kept)
         world: Any = self
         steps = train(
             schedule,
@@ -214,11 +226,38 @@ def test_offline_the_seed_comes_back_after_an_evaluation():
     world.run(Paper("never", "never", num_steps=4, offline_chunk=2), due=lambda step: step in (0, 2, 3))
     assert world.log == [
         *sync_of(0), "open 0-1", *step_of(0), *step_of(1),
-        "drain 0", "publish 2", "evaluate 2", "publish 0", "open 2-3", *step_of(2),
+        "publish 2", "evaluate 2", "publish 0", "open 2-3", *step_of(2),
         "drain 1", "publish 3", "evaluate 3", *step_of(3),
         "publish 4",
     ]  # fmt: skip
     assert world.judged == {0: 0, 2: 2, 3: 3}
+
+
+def test_ahead_of_the_trainer_engines_sample_the_next_interval():
+    """Both first intervals are asked for at step 0. Before a sync the engines complete what they sample from older weights; the
+    last interval asks for nothing."""
+    world = World()
+    records = world.run(Paper(2, "follow", num_steps=5, offline_chunk=16, lookahead=1))
+    assert world.log == [
+        *sync_of(0), "open 0-3", *step_of(0), *step_of(1),
+        "finish 2", "publish 2", "drain 2", "evaluate 2", "reference", "open 4-4", *step_of(2), *step_of(3),
+        "finish 1", "publish 4", "drain 1", "evaluate 4", "reference", *step_of(4),
+        *sync_of(5),
+    ]  # fmt: skip
+    assert world.staleness == {0: 0, 1: 1, 2: 2, 3: 3, 4: 2}
+    assert ["finish_seconds" in record for record in records] == [False, False, True, False, True]
+
+
+def test_a_resumed_run_that_samples_ahead_has_its_next_interval():
+    world = World()
+    world.run(Paper(2, "never", num_steps=6, offline_chunk=16, lookahead=1), start=2, due=lambda step: step == 3)
+    assert world.log == [
+        "finish 2", "publish 2", "open 4-5", *step_of(2),
+        "drain 3", "publish 3", "evaluate 3", *step_of(3),
+        "finish 2", "publish 4", *step_of(4), *step_of(5),
+        "publish 6",
+    ]  # fmt: skip
+    assert world.staleness == {2: 2, 3: 3, 4: 2, 5: 3}
 
 
 def test_engines_on_the_trainers_devices_rest_while_it_trains():
@@ -263,17 +302,20 @@ regimes = st.one_of(st.just("never"), st.integers(1, 12))
 kinds = st.sampled_from([Paper, Fairseq2])
 
 
-@given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(1, 9), kinds, st.booleans())
-def test_evaluations_judge_the_newest_weights_and_change_nothing_else(interval, num_steps, chunk, every, kind, turns):
-    """Whatever s is, and whether or not engines rest: the steps' calls and the versions that sample are those of a run that
-    evaluates nothing on devices of its own."""
-    schedule = kind(interval, "never", num_steps, chunk)
+@given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(1, 9), kinds, st.booleans(), st.integers(0, 3))
+def test_evaluations_judge_the_newest_weights_and_change_nothing_else(
+    interval, num_steps, chunk, every, kind, turns, lookahead
+):
+    """Whatever s and the lookahead are, and whether or not engines rest: the steps' calls and the versions that sample are
+    those of a run that evaluates nothing on devices of its own."""
+    lookahead = 0 if turns or interval == "never" else lookahead
+    schedule = kind(interval, "never", num_steps, chunk, lookahead)
     plain, watched = World(), World(colocated=turns)
     plain.run(schedule, due=lambda step: False)
     records = watched.run(schedule, due=lambda step: step % every == 0)
     assert watched.judged == {step: step for step in range(0, num_steps + 1, every)}
     assert watched.staleness == plain.staleness == {step: schedule.staleness(step) for step in range(num_steps)}
-    unwatched = ("publish", "drain", "evaluate", "sleep")
+    unwatched = ("publish", "drain", "finish", "evaluate", "sleep")
     assert [entry for entry in watched.log if not entry.startswith(unwatched)] == [
         entry for entry in plain.log if not entry.startswith(unwatched)
     ]
@@ -301,18 +343,21 @@ def test_a_record_comes_before_the_steps_checkpoint():
     assert "checkpoint 1" in world.log
 
 
-@given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(0, 5))
-def test_staleness_is_the_schedules_and_never_above_its_bound(interval, num_steps, chunk, resumed_at):
-    """Measured from the versions that sampled, for any regime and length, and from any checkpoint."""
-    world, schedule = World(), Paper(interval, "never", num_steps, chunk)
+@given(regimes, st.integers(1, 30), st.integers(1, 8), st.integers(0, 5), st.integers(0, 3))
+def test_staleness_is_the_schedules_and_never_above_its_bound(interval, num_steps, chunk, resumed_at, lookahead):
+    """Measured from the versions that sampled, for any regime, lookahead and length, and from any checkpoint."""
+    lookahead = 0 if interval == "never" else lookahead
+    world, schedule = World(), Paper(interval, "never", num_steps, chunk, lookahead)
     width = chunk if interval == "never" else interval
     start = min(resumed_at * width, num_steps)
     if start % width:
         start = 0
     world.run(schedule, start)
-    expected = {step: step if interval == "never" else step % interval for step in range(start, num_steps)}
+    ages = {step: step if interval == "never" else lookahead * interval + step % interval for step in range(start, num_steps)}
+    expected = {step: min(age, step) for step, age in ages.items()}  # the seed model is the oldest there is
     assert world.staleness == expected == {step: schedule.staleness(step) for step in range(start, num_steps)}
-    assert max(world.staleness.values(), default=0) < (num_steps if interval == "never" else interval)
+    bound = num_steps if interval == "never" else (lookahead + 1) * interval
+    assert max(world.staleness.values(), default=0) < bound
     assert world.sampled == {}, "nothing was sampled in vain"
     assert world.serves == num_steps
 
@@ -334,6 +379,8 @@ def test_tokens_and_seconds_become_rates():
     finished = _finished(other | generation)
     assert abs(finished.pop("unix_seconds") - time.time()) < 60
     assert finished == other | generation | rates
+    waited = {"step": 3, "train_seconds": 1.5, "wait_seconds": 0.5, "finish_seconds": 0.25, "step_seconds": 3.0}
+    assert _finished(waited)["trainer_idle_share"] == 0.25
     idle = _finished({"step": 0, "train_seconds": 0.0, "generation_seconds": 0.0, "generation_tokens": 0.0})
     assert idle["training_tokens_per_second"] == 0
     assert math.isnan(idle["generation_tokens_per_second"])

@@ -75,9 +75,16 @@ def test_the_rules_and_what_is_due_ask_it(tmp_path):
     assert config.evaluates_between_syncs
     assert not config.keeps_seed, "only offline are the seed's weights wanted again"
     assert [step for step in range(1, 21) if commits(config, step, ends=True)] == [1, 3, 7, 15, 20]
-    check_prolonged(config, 15)
+    check_prolonged(config, 15, range(0))
     with pytest.raises(CheckpointError, match=r"cannot be raised from 12: .* is one of 7 steps"):
-        check_prolonged(config, 12)
+        check_prolonged(config, 12, range(0))
+    ahead = configured(tmp_path, DOUBLING, "sync.lookahead=1")
+    check_prolonged(ahead, 7, range(7, 15))
+    check_prolonged(ahead, 3, range(3, 15))  # of a run with a longer interval there, or one that was longer
+    with pytest.raises(CheckpointError, match=r"lookahead = 1 .* steps 7 to 14 .* found those of 7 to 11 in it"):
+        check_prolonged(ahead, 7, range(7, 12))
+    with pytest.raises(CheckpointError, match=r"run\.steps = 20 .* of 7 steps: .* found none in it"):
+        check_prolonged(ahead, 7, range(0))
     with pytest.raises(ConfigError, match=r"data\.replay needs sync\.sync_interval = 'never'"):
         configured(tmp_path, DOUBLING, "data.replay=rollouts.jsonl")
     (tmp_path / "again.toml").write_text(dump_config(config), encoding="utf-8")

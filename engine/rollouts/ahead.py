@@ -1,0 +1,66 @@
+"""Rollouts that were sampled and judged ahead of the steps that train on them (sync.lookahead), as a checkpoint keeps them:
+rows of a ledger, of which the first one of a step also says what sampling it took. It samples nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.core.jsonl import JsonlLedger, parsed, read_lines
+from engine.core.types import RolloutGroup
+from engine.data.mixture import Mixture
+from engine.inference.pool import Usage
+from engine.rollouts.ledger import RolloutLedger, ledger_rows
+
+AHEAD = "ahead.jsonl"  # its name in a checkpoint
+_USAGE = "usage"
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What stands ready for some steps, by step."""
+
+    steps: Mapping[int, tuple[list[RolloutGroup], Usage]]
+
+    @property
+    def kept(self) -> range:
+        """Those steps, which follow one another."""
+        return range(min(self.steps), max(self.steps) + 1) if self.steps else range(0)
+
+    def write(self, folder: Path) -> None:
+        """Writes the file into the folder of a checkpoint, where there is anything to keep."""
+        if not self.steps:
+            return
+        ledger = JsonlLedger(folder / AHEAD)
+        try:
+            for step in self.kept:
+                ledger.append(self._rows(step))
+            ledger.sync()
+        finally:
+            ledger.close()
+
+    def _rows(self, step: int) -> Iterator[dict[str, Any]]:
+        groups, usage = self.steps[step]
+        told: dict[str, Any] = {_USAGE: {"num_tokens": usage.num_tokens, "busy_seconds": usage.busy_seconds}}
+        for group in groups:
+            for row in ledger_rows(group):
+                yield row | told
+                told = {}
+
+
+def read_ahead(path: Path, prompts: Mixture, samples: int) -> Ahead:
+    """What `write` wrote, with the prompts that it was sampled for. DataError where it does not fit the run."""
+    ledger, usages = RolloutLedger(path), dict[int, Usage]()
+    for line in read_lines(path):
+        row = parsed(line.where, line.data)
+        if _USAGE in row:
+            usages[row["step"]] = Usage(**row[_USAGE])
+    found = {}
+    for step in ledger.steps:
+        asked = prompts.at(step)
+        groups = ledger.groups(step, {prompt.id: prompt for prompt in asked}, len(asked), samples)
+        found[step] = groups, usages[step]
+    return Ahead(found)
