@@ -32,9 +32,7 @@ def row_with(draw: random.Random, num_prompts: int, samples: int, prompt: int, c
     made = []
     for number in range(num_prompts):
         ids = (number, *[1] * draw.randint(0, prompt - 1))
-        made += [
-            Sequence(ids, (2,) * draw.randint(1, completion), ()) for _ in range(draw.choice([1, samples, samples]))
-        ]
+        made += [Sequence(ids, (2,) * draw.randint(1, completion), ()) for _ in range(draw.choice([1, samples, samples]))]
     trainer = Trainer(microbatch_tokens=4096, sequence_parallel=True, tensor_parallel=4)
     (row,) = make_batch(made, step=0, num_prompts=num_prompts, trainer=trainer, dp_rank=0).microbatches
     return row
@@ -79,7 +77,14 @@ def tensors(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
 @given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
 @settings(max_examples=12, deadline=None)
 def test_a_shared_prompt_is_attended_to_as_one_of_its_own(
-    dtype: torch.dtype, tolerance: float, kernel: Kernel, seed: int, num_prompts: int, samples: int, prompt: int, completion: int
+    dtype: torch.dtype,
+    tolerance: float,
+    kernel: Kernel,
+    seed: int,
+    num_prompts: int,
+    samples: int,
+    prompt: int,
+    completion: int,
 ) -> None:
     """Outputs and the gradients of queries, keys and values, prompts included, within the type's rounding."""
     microbatch = row_with(random.Random(seed), num_prompts, samples, prompt, completion)
@@ -107,7 +112,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_a_long_prompt_with_samples_of_all_lengths_makes_nothing_larger_than_the_row() -> None:
-    """A prompt of 700 tokens and sixteen samples of 5 to 200: no mask, no copy of the prompt's keys for a sample, no padding."""
+    """700 tokens of a prompt, sixteen samples of 5 to 200: no mask, no copy of the prompt's keys for a sample, no padding."""
     made = [Sequence((1,) * 700, (2,) * (5 + 13 * i), ()) for i in range(16)]
     (microbatch,) = make_batch(made, step=0, num_prompts=1, trainer=Trainer(), dp_rank=0).microbatches
     row, inputs = row_of(microbatch, microbatch), tensors(microbatch.token_ids.numel(), torch.float32)
