@@ -254,11 +254,13 @@ class Step:
 
     @property
     def _attention(self) -> int:
-        """Fused queries, keys and values; both after rotation, with its cosines and sines; the output, which our own
-        attention has once by sequence and once whole."""
+        """Fused queries, keys and values; both after rotation, with its cosines and sines where each layer makes them; the
+        output, which torch's attention, sequence by sequence, has once so and once whole."""
         e, local = self._e, self._trainer.layers == "local"
-        rotated = 2 * self._Q + 3 * self._K + 4 * self._D
-        output = self._Q * e * (2 if local else 1) + (self._Q * self._into_linear if self._into_linear != e else 0)
+        rotated = 2 * self._Q + 3 * self._K + (0 if local else 4 * self._D)
+        output = self._Q * e * (2 if local and not self._trainer.shares_prompts else 1) + (
+            self._Q * self._into_linear if self._into_linear != e else 0
+        )
         return self._T * (rotated * e + output + self._heads * FP32)
 
     @property
@@ -272,7 +274,8 @@ class Step:
     def kept(self) -> int:
         """Of one model chunk and microbatch until its backward: all, or with recomputation each layer's input."""
         each = self._T_own * self._H * self._e if self._trainer.recompute else self.layer
-        return self._layers * each
+        rotary = self._T * self._D * self._e if self._trainer.layers == "local" else 0  # cosines and sines, once a row
+        return self._layers * each + rotary
 
     @property
     def in_flight(self) -> int:

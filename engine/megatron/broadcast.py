@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,15 +22,22 @@ VALUE = "value."  # begins the name of a tensor of Sequence.values
 
 
 def broadcast_batch(
-    sequences: list[Sequence] | None, num_prompts: int, step: int, trainer: Trainer, parallel: ParallelState
+    sequences: list[Sequence] | None,
+    num_prompts: int,
+    step: int,
+    trainer: Trainer,
+    parallel: ParallelState,
+    attention: float = 0.0,
 ) -> Batch:
-    """This rank's batch of `step`. `sequences` and `num_prompts` are rank 0's; elsewhere they are not looked at.
+    """This rank's batch of `step`. `sequences` and `num_prompts` are rank 0's; elsewhere they are not looked at. `attention`:
+    see Costs.
 
     Collective over all trainer ranks.
     """
     if trainer.world_size == 1:
         assert sequences is not None
-        return make_batch(sequences, step=step, num_prompts=num_prompts, trainer=trainer, dp_rank=parallel.dp_rank)
+        layout: dict[str, Any] = {"trainer": trainer, "dp_rank": parallel.dp_rank, "attention": attention}
+        return make_batch(sequences, step=step, num_prompts=num_prompts, **layout)
     payload = encode(sequences, num_prompts) if sequences is not None else b""
     coded = Coded(broadcast_bytes(payload, parallel.device))
     return lay_out_batch(
@@ -39,6 +47,7 @@ def broadcast_batch(
         num_prompts=coded.num_prompts,
         trainer=trainer,
         dp_rank=parallel.dp_rank,
+        attention=attention,
     )
 
 

@@ -40,6 +40,15 @@ class ModelShape:
     max_positions: int
     family: str = "llama"  # by name, or a user's own as every process finds it
 
+    @property
+    def attention_cost(self) -> float:
+        """What a query's look at a key costs (4 operations an element of its heads) next to a token's products with all
+        matrices (2 a parameter): of Llama 3.1 8B 1 / 28,600, so that half the work of a sequence of 57,000 tokens is attention.
+        """
+        width = self.num_heads * self.head_dim
+        layer = 2 * self.hidden * (width + self.num_kv_heads * self.head_dim) + 3 * self.hidden * self.ffn_hidden
+        return 2 * self.num_layers * width / (self.num_layers * layer + self.vocab_size * self.hidden)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorMapping:

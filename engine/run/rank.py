@@ -89,7 +89,8 @@ class TrainerRank:
             with activity("connect"):
                 publisher = PoolPublisher(open_publisher(spec, policy, parallel, self._host, pool), parallel)
         agreement = Agreement(config, parallel)
-        source = BroadcastSource(config, parallel, controller.source if controller is not None else None, agreement)
+        rollouts = controller.source if controller is not None else None
+        source = BroadcastSource(config, parallel, rollouts, agreement, spec.shape.attention_cost)
         milestones = Milestones(config, policy, parallel, checkpoints, controller, agreement, source)
         for record in loop.train(
             config.schedule,

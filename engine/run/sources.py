@@ -34,9 +34,18 @@ log = logging.getLogger(__name__)
 class BroadcastSource:
     """Rank 0 has the rollouts; each rank receives the step's sequences and packs its own part."""
 
-    def __init__(self, config: RunConfig, parallel: ParallelState, rollouts: StepSource | None, agreement: Agreement) -> None:
-        """`rollouts` on rank 0, None on every other rank."""
+    def __init__(
+        self,
+        config: RunConfig,
+        parallel: ParallelState,
+        rollouts: StepSource | None,
+        agreement: Agreement,
+        attention: float = 0.0,
+    ) -> None:
+        """`rollouts` on rank 0, None on every other rank. `attention`: the model's ModelShape.attention_cost, by which long
+        sequences weigh more when they are dealt."""
         self._config, self._parallel, self._rollouts, self._agreement = config, parallel, rollouts, agreement
+        self._attention = attention
 
     def open(self, steps: range) -> None:
         """Submits the rollouts of these steps for sampling."""
@@ -57,7 +66,7 @@ class BroadcastSource:
         """This rank's microbatches of the step, and on rank 0 what was measured of its rollouts."""
         data = self._await(step, lambda rollouts, step, waiting: rollouts.next(step, waiting))
         sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
-        batch = broadcast_batch(sequences, num_prompts, step, self._config.trainer, self._parallel)
+        batch = broadcast_batch(sequences, num_prompts, step, self._config.trainer, self._parallel, self._attention)
         return batch, metrics | {TARGET_TOKENS.name: float(batch.num_target_tokens)}
 
     def _await(self, step: int, ask: Callable[[StepSource, int, Waiting], Answer]) -> Answer | None:
@@ -78,6 +87,7 @@ class SupervisedSource:
         positions."""
         config = spec.config
         self._config, self._parallel = config, parallel
+        self._attention = spec.shape.attention_cost
         unjudged = Judging(verifiable=False, needs_answer=False, wants_row=False)
         loaded = load_prompts(config, config.data, config.data.train, unjudged, tokenizer)
         end = written_end(tokenizer)
@@ -121,5 +131,6 @@ class SupervisedSource:
             num_prompts=len(sequences),
             trainer=self._config.trainer,
             dp_rank=self._parallel.dp_rank,
+            attention=self._attention,
         )
         return batch, {TARGET_TOKENS.name: float(batch.num_target_tokens)}

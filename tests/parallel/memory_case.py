@@ -68,12 +68,12 @@ class Watch(TorchDispatchMode):
 
 
 def full_rows(config: RunConfig, dp_rank: int) -> Batch:
-    """Microbatches for this rank, each a pair that fills it to the last token."""
-    half = config.trainer.microbatch_tokens // 2
-    prompt, completion = (1,) * (half // 4), (2,) * (half - half // 4)
+    """Microbatches for this rank, each a pair of one short prompt that fills it to the last token: nearly all have a target."""
+    completion = (2,) * ((config.trainer.microbatch_tokens - 2) // 2)
     count = 2 * NUM_ROWS * config.trainer.data_parallel
     sequences = [
-        Sequence(prompt, completion, (-1.0,) * len(completion), 1.0, index // 2, index % 2 == 0) for index in range(count)
+        Sequence((3 + index // 2,) * 3, completion, (-1.0,) * len(completion), 1.0, index // 2, index % 2 == 0)
+        for index in range(count)
     ]
     return make_batch(sequences, step=0, num_prompts=4, trainer=config.trainer, dp_rank=dp_rank)
 

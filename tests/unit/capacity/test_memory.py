@@ -235,7 +235,8 @@ NO_REFERENCE = ("algorithm.loss=grpo", "algorithm.kl_weight=0", "sync.sync_inter
         (COLOCATED, ("reference", "seed")),
         ((*COLOCATED[:1], "sync.reference=never"), ("reference",)),
         (NO_REFERENCE, ("seed",)),
-        ((), ("reference",)),
+        (("sync.sync_interval=2", "checkpoint.every=2"), ("reference",)),
+        ((), ()),  # online, the reference that follows is the policy itself
     ],
 )
 def test_a_colocated_run_counts_the_seed_that_its_policy_keeps(overrides, copies):

@@ -112,7 +112,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_a_long_prompt_with_samples_of_all_lengths_makes_nothing_larger_than_the_row() -> None:
-    """A prompt of 700 tokens, sixteen samples of 5 to 200: no mask, no padding, no copy of the prompt's keys for a sample."""
+    """700 tokens of a prompt, sixteen samples of 5 to 200: no mask, no copy of the prompt's keys for a sample, no padding."""
     made = [Sequence((1,) * 700, (2,) * (5 + 13 * i), ()) for i in range(16)]
     (microbatch,) = make_batch(made, step=0, num_prompts=1, trainer=Trainer(), dp_rank=0).microbatches
     row, inputs = row_of(microbatch, microbatch), tensors(microbatch.token_ids.numel(), torch.float32)
