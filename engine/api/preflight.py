@@ -94,5 +94,22 @@ def _purpose_faults(look: Look) -> Faults:
         yield ConfigError("sft.checkpoint_out is required by `semion sft` and missing: name the folder to make")
     if look.purpose == "rollout" and replay is not None:
         yield ConfigError(f"data.replay is for `semion train`; found {replay!r}: remove it to sample rollouts")
+    if look.purpose == "rollout":
+        yield from _unkept_faults(look.config)
     if look.purpose == "eval" and not evaluated(look.config, look.sets):
         yield ConfigError("data.held_out is required by `semion eval` and missing: name a file of problems, or --suite")
+
+
+def _unkept_faults(config: RunConfig) -> Faults:
+    """What `semion rollout` writes is there to be trained on, so nothing of it may be left out."""
+    records = config.records
+    for name, is_whole, fix in (
+        ("tokens", records.tokens, "true"),
+        ("log_probs", records.log_probs, "true"),
+        ("keep_steps", records.keep_steps is None, "unset"),
+    ):
+        if not is_whole:
+            yield ConfigError(
+                f"records.{name} must be {fix} for `semion rollout`, whose rollouts are there to be trained on; found "
+                f"{getattr(records, name)}: remove it"
+            )

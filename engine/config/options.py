@@ -158,7 +158,9 @@ class Data(Source):
         1024, description="longest prompt that is trained on; longer ones are left out and counted"
     )
     chat_template: str = Field("tokenizer", description="'tokenizer', 'none' (bare text, for a base model), or a Jinja file")
-    replay: str | None = Field(None, description="rollout ledger or preference file to train on instead of sampling")
+    replay: str | None = Field(
+        None, description="a run's rollouts (its folder rollouts/, or a .jsonl file) or a preference file to train on instead"
+    )
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -606,6 +608,19 @@ class Cluster(Section):
     )
 
 
+class RolloutRecords(Section):
+    """What is kept of rollouts on disk; nothing of it changes what is trained."""
+
+    text: bool = Field(
+        True, description="whether what they say is kept, to be read; their rewards, versions and lengths always are"
+    )
+    tokens: bool = Field(True, description="whether their token ids are kept, which training from them again needs")
+    log_probs: bool = Field(True, description="whether the log-probs of their tokens are kept, which the same needs")
+    keep_steps: Steps | None = Field(
+        None, description="the rollouts of so many last steps stay, with up to 64 MiB of older ones; unset: all stay"
+    )
+
+
 class Profile(Section):
     """A profile of a window of steps, by phase; `tools/nsys` sets it."""
 
@@ -642,6 +657,7 @@ class Options(Section):
     rewards: Rewards = Rewards()
     reward_model: RewardModel = RewardModel()
     checkpoint: Checkpoint = Checkpoint()
+    records: RolloutRecords = RolloutRecords()
     evaluation: Evaluation = Evaluation()
     guard: Guard = Guard()
     cluster: Cluster = Cluster()

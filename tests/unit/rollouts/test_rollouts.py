@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from engine.config.load import RunConfig
 from engine.core.errors import InferenceError
-from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
 from engine.data.mixture import Mixture
 from engine.data.prompts import PromptOrder, PromptSet
@@ -25,6 +24,7 @@ from engine.rollouts.batch import compared_tokens, training_sequences
 from engine.rollouts.ledger import ledger_rows
 from engine.rollouts.metrics import percentile, rollout_metrics, warn_of_endings
 from engine.rollouts.source import RolloutSource, score_groups
+from engine.rollouts.writer import RolloutFile, RolloutWriter
 from tests import builders
 from tests.unit.inference.test_pool import FakeEngine
 
@@ -64,10 +64,10 @@ def open_source():
     """Makes sources that are closed at the end."""
     sources: list[RolloutSource] = []
 
-    def make(config: RunConfig, *engines: FakeEngine, reward: Parity | None = None, ledger: JsonlLedger | None = None):
+    def make(config: RunConfig, *engines: FakeEngine, reward: Parity | None = None, records: RolloutWriter | None = None):
         pool = Pool(engines or (FakeEngine(),), 5.0)
         prompts = Mixture(config.data.sources, (PROMPTS,), config.run.seed)
-        sources.append(RolloutSource(config, prompts, pool, reward or Parity(), ledger))
+        sources.append(RolloutSource(config, prompts, pool, reward or Parity(), records))
         return sources[-1]
 
     yield make
@@ -76,8 +76,8 @@ def open_source():
 
 
 def test_a_step_holds_the_prompts_of_the_order_and_pairs_of_right_and_wrong(open_source, tmp_path):
-    config, ledger = run_config(), JsonlLedger(tmp_path / "rollouts.jsonl")
-    source = open_source(config, FakeEngine(), FakeEngine(), ledger=ledger)
+    config, records = run_config(), RolloutWriter(RolloutFile(tmp_path / "rollouts.jsonl"))
+    source = open_source(config, FakeEngine(), FakeEngine(), records=records)
     source.open(range(0, 2))
     for step in (0, 1):
         data = source.next(step)
@@ -390,6 +390,7 @@ def test_a_row_of_the_ledger_tells_everything_of_a_rollout():
         "reward": 0,
         "status": "unparsable",
         "finish_reason": "length",
+        "num_tokens": 2,
         "text": "answer 1",
         "token_ids": [0, 1],
         "log_probs": [-1.0, -1.0],
