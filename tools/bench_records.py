@@ -4,8 +4,8 @@ written where the step waits, which is written out here as the peer. Prints tabl
 
     python tools/bench_records.py --texts answers.jsonl --json FILE
 
-Texts are the `answer` of each row of --texts, split into tokens by a byte-level BPE that is trained on them; without, words that
-are drawn by Zipf's law. Log-probs are float32, of tokens drawn from softmaxes of which three quarters are peaked, as a trained
+Texts are the `answer` of each row of --texts, split into tokens by a byte-level BPE that is trained on them; without, words
+drawn by Zipf's law. Log-probs are float32, of tokens drawn from softmaxes of which three quarters are peaked, as a trained
 model's are. No model runs.
 """
 

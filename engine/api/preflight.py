@@ -103,13 +103,13 @@ def _purpose_faults(look: Look) -> Faults:
 def _unkept_faults(config: RunConfig) -> Faults:
     """What `semion rollout` writes is there to be trained on, so nothing of it may be left out."""
     records = config.records
-    for name, is_whole, fix in (
-        ("tokens", records.tokens, "true"),
-        ("log_probs", records.log_probs, "true"),
-        ("keep_steps", records.keep_steps is None, "unset"),
-    ):
-        if not is_whole:
-            yield ConfigError(
-                f"records.{name} must be {fix} for `semion rollout`, whose rollouts are there to be trained on; found "
-                f"{getattr(records, name)}: remove it"
-            )
+    if not (records.tokens and records.log_probs):
+        yield ConfigError(
+            f"records.rollouts must name 'tokens' and 'log_probs' for `semion rollout`, whose rollouts are there to be trained "
+            f"on; found {list(records.rollouts)}: add what is missing"
+        )
+    if records.keep_steps is not None:
+        yield ConfigError(
+            f"records.keep_steps must be unset for `semion rollout`, whose rollouts are there to be trained on; found "
+            f"{records.keep_steps}: remove it"
+        )

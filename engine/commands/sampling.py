@@ -30,7 +30,7 @@ def rollout(options: argparse.Namespace) -> None:
 
     output = Path(options.output)
     if output.exists():
-        raise ConfigError(f"--output must be new; found {options.output}: name another")
+        raise ConfigError(f"--output must be a new file or folder; found {options.output}: name another")
     spec = check(config, "rollout")
     tokenizer = model_tokenizer(config, spec.shape.vocab_size)
     prompts = load_mixture(config, judging_of, tokenizer)

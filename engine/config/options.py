@@ -611,14 +611,29 @@ class Cluster(Section):
 class RolloutRecords(Section):
     """What is kept of rollouts on disk; nothing of it changes what is trained."""
 
-    text: bool = Field(
-        True, description="whether what they say is kept, to be read; their rewards, versions and lengths always are"
+    rollouts: tuple[Literal["text", "tokens", "log_probs"], ...] = Field(
+        ("text", "tokens", "log_probs"),
+        strict=False,
+        description="kept beside rewards, versions and lengths; to train from them again needs tokens and log_probs",
     )
-    tokens: bool = Field(True, description="whether their token ids are kept, which training from them again needs")
-    log_probs: bool = Field(True, description="whether the log-probs of their tokens are kept, which the same needs")
     keep_steps: Steps | None = Field(
         None, description="the rollouts of so many last steps stay, with up to 64 MiB of older ones; unset: all stay"
     )
+
+    @property
+    def text(self) -> bool:
+        """Whether what rollouts say is kept."""
+        return "text" in self.rollouts
+
+    @property
+    def tokens(self) -> bool:
+        """Whether their token ids are kept."""
+        return "tokens" in self.rollouts
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether the log-probs of their tokens are kept."""
+        return "log_probs" in self.rollouts
 
 
 class Profile(Section):

@@ -11,7 +11,7 @@ from typing import Any
 from engine.core.jsonl import read_backwards, row_of
 from engine.observe.rollouts import rollouts_of, rows_of_step
 
-NOT_KEPT = "(what it says is not kept: records.text = false)"
+NOT_KEPT = "(what it says is not kept: no 'text' in records.rollouts)"
 
 
 def greedy_answers(directory: Path, step: int, name: str, number: int) -> list[tuple[str, str]]:

@@ -77,7 +77,7 @@ def prove(
     if keep_steps is not None and steps:
         first = min(steps[0], max(0, len(metrics) - keep_steps))
     if not contradictions and (steps != list(range(first, first + len(steps))) or first + len(steps) < len(metrics)):
-        odd = next((step for step, found in enumerate(steps, start=first) if step != found), first + len(steps))
+        odd = next((step for place, step in enumerate(steps, start=first) if step != place), first + len(steps))
         contradictions.append(
             f"{place.name} must hold the rollouts of steps {first}..{len(metrics) - 1}, one step after another; found "
             f"{'them end before' if odd == first + len(steps) else 'out of its place'} step {odd}"

@@ -158,11 +158,11 @@ class RolloutLedger:
         for place, (where, value) in enumerate(values):
             if isinstance(value, dict):
                 value |= {name: found[place].tolist() for name, found in columns.items()}
-                for name, option in (("token_ids", "records.tokens"), ("log_probs", "records.log_probs")):
+                for name, kind in (("token_ids", "tokens"), ("log_probs", "log_probs")):
                     if name not in value and self.path.is_dir():
                         raise DataError(
-                            f"{where}: `{name}` must be on record, for a replay needs them; found none: they were sampled with "
-                            f"{option} = false; sample with both on"
+                            f"{where}: `{name}` must be on record, for a replay needs them; found none: the run did not keep "
+                            f"them; sample with {kind!r} in records.rollouts"
                         )
             yield where, value
 

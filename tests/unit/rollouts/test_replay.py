@@ -145,10 +145,10 @@ def test_of_a_folder_one_segment_is_read_for_a_step_and_a_gap_is_seen_by_names(t
 @pytest.mark.parametrize(("name", "column"), [("tokens", "token_ids"), ("log_probs", "log_probs")])
 def test_rollouts_without_what_a_replay_needs_are_refused_by_the_option_and_can_be_read(tmp_path, name, column):
     path = tmp_path / "rollouts"
-    live(path, records={name: False, "text": False})
+    live(path, records={"rollouts": tuple({"tokens", "log_probs"} - {name})})
     config, prompts = offline(path)
     assert replay_kind(config) == "rollouts"
-    with pytest.raises(DataError, match=rf"`{column}` must be on record, .* sampled with records\.{name} = false"):
+    with pytest.raises(DataError, match=rf"`{column}` must be on record, .* sample with '{name}' in records\.rollouts"):
         LedgerSource(config, RolloutLedger(path), prompts, VOCAB_SIZE).next(0)
     assert {(row.num_tokens, row.text) for row in RolloutLedger(path).read(0)} == {(1, None)}
 
