@@ -247,6 +247,8 @@ def test_a_run_that_is_stopped_then_killed_and_judged_at_every_step_ends_with_ev
         run.kill()  # SIGKILL
     semion("train", file, "--resume", "auto")
     assert rollouts(config) == rollouts(whole)
+    written_down, undisturbed = (sorted((one.run_directory / "rollouts").iterdir()) for one in (config, whole))
+    assert [(one.name, one.read_bytes()) for one in written_down] == [(one.name, one.read_bytes()) for one in undisturbed]
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
     judged = rows(config, "evaluations.jsonl")

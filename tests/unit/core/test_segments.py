@@ -245,6 +245,8 @@ def test_a_writer_killed_at_any_operation_leaves_what_a_checkpoint_of_before_nam
                 except KilledError:
                     continue
         assert resume(folder, 7, known).note is None
+        rows = [path.name[:8] for path in folder.glob("*.jsonl*")]
+        assert len(set(rows)) == len(rows) and not list(folder.glob("*.part"))
         write(folder, range(7, 14), keep_steps=3)
         assert files(folder) == files(tmp_path / "whole"), number
         if ended:
