@@ -190,8 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     training.add_flags(train)
     training.add_samples_flags(train)
     training.add_flags(add_running("sft", training.fine_tune, "supervised fine-tuning on worked solutions"))
-    rollout = add_running("rollout", sampling.rollout, "sample rollouts of run.steps steps from model.path, scored, to a file")
-    rollout.add_argument("--output", required=True, metavar="FILE", help="JSONL file to make")
+    rollout = add_running("rollout", sampling.rollout, "sample rollouts of run.steps steps from model.path, scored, to disk")
+    rollout.add_argument(
+        "--output", required=True, metavar="PLACE", help="folder to make, or where it ends in .jsonl one file of JSON lines"
+    )
     _add_evaluating(add, add_running)
     scoring.add_flags(add("score", scoring.score, "judge the rows of a file with a reward, without training", config=False))
     prepare = add("prepare", preparing.prepare, "filter and split NuminaMath or WildChat into training data", config=False)

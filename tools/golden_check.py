@@ -26,6 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
@@ -197,6 +198,28 @@ class Prompt:
     verifiable: bool | None
 
 
+def rollouts(place: Path) -> dict[int, list[dict[str, Any]]]:
+    """Rows by step, with tokens and log-probs: of a file of JSON lines that has them in each, or of a run's folder, where they
+    stand beside the rows in Arrow streams, a batch a step."""
+    if not place.exists():
+        raise CannotCheckError(f"rollouts must be on record; found none at {place}")
+    files = [place] if place.is_file() else sorted([*place.glob("*.jsonl"), *place.glob("*.jsonl.zst")])
+    found: dict[int, list[dict[str, Any]]] = {}
+    for file in files:
+        with pa.input_stream(str(file)) as stream:  # unpacks what ends in .zst
+            lines = stream.read().decode("utf-8").splitlines()
+        for row in map(json.loads, lines):
+            found.setdefault(row["step"], []).append(row)
+        columns = file.with_name(f"{file.name[:8]}.arrows")
+        for batch in pa.ipc.open_stream(pa.OSFile(str(columns))) if columns.exists() else ():
+            step = batch.column("step")[0].as_py()
+            for row, columns_of_row in zip(found.get(step, ()), batch.to_pylist(), strict=True):
+                row |= columns_of_row
+    if any(not row.keys() >= {"token_ids", "log_probs"} for rows in found.values() for row in rows):
+        raise CannotCheckError(f"{place} must hold tokens and log-probs; found rows without: the run did not keep them")
+    return found
+
+
 class Run:
     """A run's directory."""
 
@@ -205,11 +228,8 @@ class Run:
         self.config: dict[str, Any] = tomllib.loads((directory / "config.toml").read_text("utf-8"))
         self.algorithm: dict[str, Any] = self.config["algorithm"]
         self.metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines()]
-        ledger = Path(self.config["data"].get("replay") or directory / "rollouts.jsonl")
-        self.ledger: dict[int, list[dict[str, Any]]] = {}
-        for line in ledger.read_text("utf-8").splitlines():
-            row = json.loads(line)
-            self.ledger.setdefault(row["step"], []).append(row)
+        there = [place for place in (directory / "rollouts", directory / "rollouts.jsonl") if place.exists()]
+        self.ledger = rollouts(Path(self.config["data"].get("replay") or (there or [directory / "rollouts"])[0]))
         self.interval = self.config["sync"]["sync_interval"]
         self.lookahead: int = self.config["sync"].get("lookahead", 0)
         self._require()

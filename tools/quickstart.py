@@ -142,10 +142,12 @@ def greedy_samples(run: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
 def summarize(seconds: dict[str, float], equal: int, compared: int) -> dict[str, Any]:
     """What summary.json holds."""
+    from engine.core.segments import segments_of
+
     train = json.loads((FOLDER / "train" / "summary.json").read_text())
     before, after = train["evaluations"][0], train["evaluations"][-1]
     totals = train["totals"]
-    rollouts = sum(1 for _ in (FOLDER / "train" / "rollouts.jsonl").open())
+    rollouts = sum(1 for segment in segments_of(FOLDER / "train" / "rollouts") for _ in segment.lines())
     return {
         "seed_accuracy": before["mean"],
         "seed_accuracy_standard_error": before["standard_error"],

@@ -94,5 +94,22 @@ def _purpose_faults(look: Look) -> Faults:
         yield ConfigError("sft.checkpoint_out is required by `semion sft` and missing: name the folder to make")
     if look.purpose == "rollout" and replay is not None:
         yield ConfigError(f"data.replay is for `semion train`; found {replay!r}: remove it to sample rollouts")
+    if look.purpose == "rollout":
+        yield from _unkept_faults(look.config)
     if look.purpose == "eval" and not evaluated(look.config, look.sets):
         yield ConfigError("data.held_out is required by `semion eval` and missing: name a file of problems, or --suite")
+
+
+def _unkept_faults(config: RunConfig) -> Faults:
+    """What `semion rollout` writes is there to be trained on, so nothing of it may be left out."""
+    records = config.records
+    if not (records.tokens and records.log_probs):
+        yield ConfigError(
+            f"records.rollouts must name 'tokens' and 'log_probs' for `semion rollout`, whose rollouts are there to be trained "
+            f"on; found {list(records.rollouts)}: add what is missing"
+        )
+    if records.keep_steps is not None:
+        yield ConfigError(
+            f"records.keep_steps must be unset for `semion rollout`, whose rollouts are there to be trained on; found "
+            f"{records.keep_steps}: remove it"
+        )

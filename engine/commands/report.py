@@ -31,7 +31,7 @@ def report(options: argparse.Namespace) -> int:
     if options.serve:
         return _serve(options, directories, names, told, metrics)
     runs = [
-        read_run(directory, name, config.schedule, config.data.replay, own, config.rollouts_per_step)
+        read_run(directory, name, config.schedule, config.data.replay, own, config.rollouts_per_step, config.records.keep_steps)
         for directory, name, config, own in zip(directories, names, configs, told, strict=True)
     ]
     if empty := [str(directory) for directory, run in zip(directories, runs, strict=True) if not run.metrics.num_steps]:

@@ -16,7 +16,9 @@ from rich.text import Text
 from engine.config.load import RunConfig, load_config
 from engine.core.errors import DataError
 from engine.data.rows import Row, identity, problem_id, read_rows
-from engine.rollouts.ledger import LedgerRow, RolloutLedger
+from engine.observe.answers import NOT_KEPT
+from engine.observe.rollouts import rollouts_of
+from engine.rollouts.ledger import RolloutLedger, RolloutRow
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,19 +42,20 @@ def _count(text: str) -> int:
 def show(options: argparse.Namespace) -> None:
     """Prints the rollouts of a step by prompt."""
     directory = Path(options.run)
-    if not (directory / "config.toml").is_file() or not (directory / "rollouts.jsonl").is_file():
+    place = rollouts_of(directory)
+    if not (directory / "config.toml").is_file() or place is None:
         raise DataError(
-            f"RUN must be the directory of a run that sampled, with config.toml and rollouts.jsonl; found neither or one in "
+            f"RUN must be the directory of a run that sampled, with config.toml and rollouts; found neither or one in "
             f"{directory}: name a run.directory"
         )
     config = load_config(directory / "config.toml")
-    ledger = RolloutLedger(directory / "rollouts.jsonl")
+    ledger = RolloutLedger(place)
     step = options.step if options.step is not None else max(ledger.steps, default=0)
     if step not in ledger:
         found = f"steps {ledger.steps.start}..{ledger.steps.stop - 1}" if ledger.steps else "no step"
         raise DataError(f"--step must be on record in {ledger.path}; found {found} and not {step}: name another")
-    groups: dict[str, list[LedgerRow]] = {}
-    for row in ledger.rows(step):
+    groups: dict[str, list[RolloutRow]] = {}
+    for row in ledger.read(step):
         groups.setdefault(row.prompt_id, []).append(row)
     if options.prompt is not None and options.prompt not in groups:
         raise DataError(f"--prompt must be one of step {step}; found {options.prompt!r}: they are {', '.join(groups)}")
@@ -65,7 +68,7 @@ def show(options: argparse.Namespace) -> None:
     console.print(Text(f"step {step}: {len(chosen)} of {len(groups)} prompts{'; --prompts N shows more' if left else ''}"))
 
 
-def _ordered(groups: dict[str, list[LedgerRow]], options: argparse.Namespace) -> list[str]:
+def _ordered(groups: dict[str, list[RolloutRow]], options: argparse.Namespace) -> list[str]:
     if not options.worst and not options.best:
         return list(groups)
     judged = {name: [row.reward for row in rows if row.status == "ok"] for name, rows in groups.items()}
@@ -87,7 +90,7 @@ def _asked(config: RunConfig, wanted: set[str]) -> dict[str, Row]:
     return found
 
 
-def _group(prompt_id: str, row: Row | None, rollouts: Iterable[LedgerRow], samples: int) -> Panel:
+def _group(prompt_id: str, row: Row | None, rollouts: Iterable[RolloutRow], samples: int) -> Panel:
     """A prompt and some answers to it. Nothing of what a file or a model says is taken for markup."""
     parts: list[Text | Rule] = []
     if row is None:
@@ -100,10 +103,8 @@ def _group(prompt_id: str, row: Row | None, rollouts: Iterable[LedgerRow], sampl
     for rollout in shown[:samples]:
         verdict = f"reward {rollout.reward:g}" if rollout.status == "ok" else f"not judged: {rollout.status}"
         cut = ", cut off at sampling.max_tokens" if rollout.finish_reason == "length" else ""
-        parts.append(
-            Rule(Text(f"answer {rollout.sample_index}: {verdict}, {len(rollout.token_ids)} tokens{cut}"), align="left")
-        )
-        parts.append(Text(rollout.text))
+        parts.append(Rule(Text(f"answer {rollout.sample_index}: {verdict}, {rollout.num_tokens} tokens{cut}"), align="left"))
+        parts.append(Text(rollout.text if rollout.text is not None else NOT_KEPT))
     if len(shown) > samples:
         parts.append(Rule(Text(f"{len(shown) - samples} more; --samples N shows them"), align="left"))
     return Panel(Group(*parts), title=Text(f"prompt {prompt_id}"), title_align="left")

@@ -158,7 +158,9 @@ class Data(Source):
         1024, description="longest prompt that is trained on; longer ones are left out and counted"
     )
     chat_template: str = Field("tokenizer", description="'tokenizer', 'none' (bare text, for a base model), or a Jinja file")
-    replay: str | None = Field(None, description="rollout ledger or preference file to train on instead of sampling")
+    replay: str | None = Field(
+        None, description="a run's rollouts (its folder rollouts/, or a .jsonl file) or a preference file to train on instead"
+    )
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -638,6 +640,34 @@ class Cluster(Section):
     )
 
 
+class RolloutRecords(Section):
+    """What is kept of rollouts on disk; nothing of it changes what is trained."""
+
+    rollouts: tuple[Literal["text", "tokens", "log_probs"], ...] = Field(
+        ("text", "tokens", "log_probs"),
+        strict=False,
+        description="kept beside rewards, versions and lengths; to train from them again needs tokens and log_probs",
+    )
+    keep_steps: Steps | None = Field(
+        None, description="the rollouts of so many last steps stay, with up to 64 MiB of older ones; unset: all stay"
+    )
+
+    @property
+    def text(self) -> bool:
+        """Whether what rollouts say is kept."""
+        return "text" in self.rollouts
+
+    @property
+    def tokens(self) -> bool:
+        """Whether their token ids are kept."""
+        return "tokens" in self.rollouts
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether the log-probs of their tokens are kept."""
+        return "log_probs" in self.rollouts
+
+
 class Profile(Section):
     """A profile of a window of steps, by phase; `tools/nsys` sets it."""
 
@@ -674,6 +704,7 @@ class Options(Section):
     rewards: Rewards = Rewards()
     reward_model: RewardModel = RewardModel()
     checkpoint: Checkpoint = Checkpoint()
+    records: RolloutRecords = RolloutRecords()
     evaluation: Evaluation = Evaluation()
     guard: Guard = Guard()
     cluster: Cluster = Cluster()

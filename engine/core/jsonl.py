@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from engine.core.errors import DataError, SemionError, brief
 from engine.core.files import atomic_write, storing
@@ -40,15 +40,19 @@ class Line(NamedTuple):
 
 def read_lines(path: str | Path, start: int = 0) -> Iterator[Line]:
     """The whole lines of a ledger from the byte `start` on, where a line begins. OSError where there is no file."""
-    path = Path(path)
-    with path.open("rb") as file:
-        file.seek(start)
-        offset = start
-        for number, data in enumerate(file, start=1):
-            if not data.endswith(b"\n"):
-                return
-            yield Line(f"{path}, byte {offset}" if start else f"{path}, line {number}", offset, data)
-            offset += len(data)
+    with Path(path).open("rb") as file:
+        yield from lines_in(file, path, start)
+
+
+def lines_in(file: BinaryIO, path: str | Path, start: int = 0) -> Iterator[Line]:
+    """As `read_lines`, of an opened file; `path`: what messages call it."""
+    file.seek(start)
+    offset = start
+    for number, data in enumerate(file, start=1):
+        if not data.endswith(b"\n"):
+            return
+        yield Line(f"{path}, byte {offset}" if start else f"{path}, line {number}", offset, data)
+        offset += len(data)
 
 
 def read_backwards(path: str | Path, end: int | None = None) -> Iterator[Line]:
@@ -152,6 +156,29 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
         file.writelines(line_of(row) for row in rows)
 
 
+def step_begins(path: Path, step: int, error: type[SemionError] = DataError) -> int:
+    """Where the rows of `step` and later begin, read from the end: the cost is that of the rows after. `error` names a line on
+    the way that has no step."""
+    for line in read_backwards(path):
+        if step_of(line, error) < step:
+            return line.end
+    return 0
+
+
+def splits_at(path: Path, offset: int, step: int, error: type[SemionError] = DataError) -> bool:
+    """Whether a row of an earlier step ends at `offset`, or the file begins there, and none but those of `step` and later
+    follow, as far as the two rows beside it tell. `error` as `step_begins`."""
+    if offset > path.stat().st_size:
+        return False
+    before = next(read_backwards(path, offset), None)
+    if (before.end if before is not None else 0) != offset:
+        return False
+    if before is not None and step_of(before, error) >= step:
+        return False
+    after = next(read_lines(path, offset), None)
+    return after is None or step_of(after, error) >= step
+
+
 class JsonlLedger:
     """A file that rows are appended to, in the order of their `step` where they have one.
 
@@ -193,25 +220,12 @@ class JsonlLedger:
         os.fsync(self._file.fileno())
 
     def find(self, step: int, error: type[SemionError] = DataError) -> int:
-        """Where the rows of `step` and later begin, read from the end: the cost is that of the rows after. `error` names a line
-        on the way that has no step."""
-        for line in read_backwards(self.path):
-            if step_of(line, error) < step:
-                return line.end
-        return 0
+        """As `step_begins`, of this file."""
+        return step_begins(self.path, step, error)
 
     def splits(self, offset: int, step: int, error: type[SemionError] = DataError) -> bool:
-        """Whether a row of an earlier step ends at `offset`, or the file begins there, and none but those of `step` and later
-        follow, as far as the two rows beside it tell. `error` as `find`."""
-        if offset > self.num_bytes:
-            return False
-        before = next(read_backwards(self.path, offset), None)
-        if (before.end if before is not None else 0) != offset:
-            return False
-        if before is not None and step_of(before, error) >= step:
-            return False
-        after = next(read_lines(self.path, offset), None)
-        return after is None or step_of(after, error) >= step
+        """As `splits_at`, of this file."""
+        return splits_at(self.path, offset, step, error)
 
     def close(self) -> None:
         """Closes the file; the rows are in it already."""

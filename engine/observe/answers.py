@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.core.jsonl import read_backwards, row_of
+from engine.observe.rollouts import rollouts_of, rows_of_step
+
+NOT_KEPT = "(what it says is not kept: no 'text' in records.rollouts)"
 
 
 def greedy_answers(directory: Path, step: int, name: str, number: int) -> list[tuple[str, str]]:
@@ -22,11 +25,12 @@ def rollouts(directory: Path, step: int, number: int) -> list[tuple[str, str]]:
     """(prompt's id and reward, what is said) of a step's rollouts, of as many prompts as there are, then further ones."""
     seen: dict[str, int] = {}
     ordered = []
-    for row in _rows_of(directory / "rollouts.jsonl", step):
+    place = rollouts_of(directory)
+    for row in rows_of_step(place, step) if place is not None else ():
         turn = seen[row["prompt_id"]] = seen.get(row["prompt_id"], 0) + 1
         ordered.append((turn, row))
     chosen = [row for _, row in sorted(ordered, key=lambda pair: pair[0])[:number]]
-    return [(f"{row['prompt_id']}, {_verdict(row)}", row["text"]) for row in chosen]
+    return [(f"{row['prompt_id']}, {_verdict(row)}", row.get("text", NOT_KEPT)) for row in chosen]
 
 
 def _verdict(row: dict[str, Any]) -> str:

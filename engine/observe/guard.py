@@ -92,11 +92,9 @@ class Guard:
             "told": sorted(self._told),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> bool:
-        """Goes on from `state`; False, and nothing changes, where it was made under other shares: what has been told then
-        depends on them, and the guard must be fed all records anew."""
-        if state["shares"] != self.state()["shares"]:
-            return False
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`. Where it was made under another share, what was told by that share counts as not told: it is
+        told once more if it goes on."""
         for what, known in state["series"].items():
             self._series[what].first[:] = known["first"]
             self._series[what].last.clear()
@@ -105,8 +103,8 @@ class Guard:
             self._recent[what].clear()
             self._recent[what].extend(values)
         self._ever_judged, self._without_verdict = state["ever_judged"], state["without_verdict"]
-        self._told = set(state["told"])
-        return True
+        shares = self.state()["shares"]
+        self._told = {what for what in state["told"] if state["shares"].get(what) == shares.get(what)}
 
     def _watches(self, what: str, metric: str, record: Mapping[str, Any]) -> bool:
         """Whether there is something to judge; a run that has no such metric (replayed pairs have no reward) has nothing."""

@@ -146,10 +146,12 @@ def read_run(
     replayed: str | None = None,
     options: Mapping[str, Any] | None = None,
     rollouts_per_step: int | None = None,
+    keep_steps: int | None = None,
 ) -> RunRecords:
     """The records of a run, which may still be going on, and the `options` of its configuration by their full names; DataError
-    for a line that is no row. `rollouts_per_step` as for `prove`."""
-    records = RunRecords(name, options or {}, proof=prove(directory, schedule, replayed, rollouts_per_step))
+    for a line that is no row. `rollouts_per_step` and `keep_steps` as for `prove`."""
+    proof = prove(directory, schedule, replayed, rollouts_per_step, keep_steps)
+    records = RunRecords(name, options or {}, proof=proof)
     fill(
         records,
         metrics=read_rows(directory / "metrics.jsonl"),

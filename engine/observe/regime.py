@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.config.schedules.base import Schedule
 from engine.core.jsonl import read_rows
+from engine.observe.rollouts import Head, heads, rollouts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Proof:
     staleness: tuple[int, int] | None  # least and largest of all rollouts; None without any
     contradiction: str | None  # the first row that the schedule does not allow
     replayed: str | None = None  # what the run trained on instead of rollouts of its own
+    first_step: int = 0  # of the rollouts on record; older ones are not kept where records.keep_steps says so
 
     @property
     def holds(self) -> bool:
@@ -38,53 +40,67 @@ class Proof:
         if self.staleness is None:
             return f"{self.regime}: no rollouts on record"
         low, high = self.staleness
-        return f"{self.regime}: staleness {low}..{high}, proven from {self.num_rollouts} rollouts of {self.num_steps} steps"
+        steps = f"{self.num_steps} steps"
+        if self.first_step:
+            steps = f"{self.num_steps - self.first_step} steps; those of the first {self.first_step} are not kept"
+        return f"{self.regime}: staleness {low}..{high}, proven from {self.num_rollouts} rollouts of {steps}"
 
 
-def prove(directory: Path, schedule: Schedule, replayed: str | None = None, rollouts_per_step: int | None = None) -> Proof:
-    """Checks rollouts.jsonl and metrics.jsonl of a run, which may still be going on; DataError for a line that is no row.
-    `rollouts_per_step`: so many every step must have that is in metrics.jsonl, for its rollouts are written before it is
-    trained on. A run without rollouts.jsonl, such as a supervised one, has nothing to prove, nor one that replayed a file."""
+def prove(
+    directory: Path,
+    schedule: Schedule,
+    replayed: str | None = None,
+    rollouts_per_step: int | None = None,
+    keep_steps: int | None = None,
+) -> Proof:
+    """Checks the rollouts and metrics.jsonl of a run, which may still be going on; DataError for a line that is no row.
+    `rollouts_per_step`: so many every step must have that is in metrics.jsonl, for its rollouts are written before that.
+    `keep_steps`: of so many last steps they must be there; None: of all. A run without rollouts, such as a supervised one, has
+    nothing to prove, nor one that replayed a file."""
     metrics = list(read_rows(directory / "metrics.jsonl"))  # first: a run goes on while its rollouts are read
-    if replayed is not None or not (directory / "rollouts.jsonl").exists():
+    place = rollouts_of(directory)
+    if replayed is not None or place is None:
         return Proof(schedule.regime, len(metrics), 0, None, None, replayed)
     contradictions = [fault for number, row in enumerate(metrics) for fault in _of_step(row, number, schedule)][:1]
     num_rollouts, steps, counts, ages = 0, list[int](), list[int](), set[int]()
-    for number, row in enumerate(read_rows(directory / "rollouts.jsonl"), start=1):
+    for head in heads(place):
         num_rollouts += 1
-        if fault := _of_rollout(row, f"rollouts.jsonl line {number}", schedule):
+        if fault := _of_rollout(head, schedule):
             contradictions.insert(0, fault)
             break
-        ages.add(row["step"] - row["version"])
-        if not steps or steps[-1] != row["step"]:
-            steps.append(row["step"])
+        ages.add(head.step - head.version)
+        if not steps or steps[-1] != head.step:
+            steps.append(head.step)
             counts.append(0)
         counts[-1] += 1
-    if not contradictions and (steps != list(range(len(steps))) or len(steps) < len(metrics)):
-        odd = next((step for place, step in enumerate(steps) if step != place), len(steps))
+    first = 0
+    if keep_steps is not None and steps:
+        first = min(steps[0], max(0, len(metrics) - keep_steps))
+    if not contradictions and (steps != list(range(first, first + len(steps))) or first + len(steps) < len(metrics)):
+        odd = next((step for place, step in enumerate(steps, start=first) if step != place), first + len(steps))
         contradictions.append(
-            f"rollouts.jsonl must hold the rollouts of steps 0..{len(metrics) - 1}, one step after another; found "
-            f"{'them end before' if odd == len(steps) else 'out of its place'} step {odd}"
+            f"{place.name} must hold the rollouts of steps {first}..{len(metrics) - 1}, one step after another; found "
+            f"{'them end before' if odd == first + len(steps) else 'out of its place'} step {odd}"
         )
     if not contradictions and rollouts_per_step is not None:
-        contradictions += _of_counts(counts[: len(metrics)], rollouts_per_step)
+        contradictions += _of_counts(place.name, counts[: len(metrics) - first], first, rollouts_per_step)
     staleness = (min(ages), max(ages)) if ages else None
-    first = contradictions[0] if contradictions else None
-    return Proof(schedule.regime, len(metrics), num_rollouts, staleness, first)
+    contradiction = contradictions[0] if contradictions else None
+    return Proof(schedule.regime, len(metrics), num_rollouts, staleness, contradiction, first_step=first)
 
 
-def _of_counts(counts: Sequence[int], due: int) -> list[str]:
+def _of_counts(name: str, counts: Sequence[int], first: int, due: int) -> list[str]:
     """Whether every step that was trained on has all its rollouts; a ledger that lost rows has not."""
     return [
-        f"rollouts.jsonl must hold {due} rollouts of each of {len(counts)} steps, {due * len(counts)} in all; found {count} of "
+        f"{name} must hold {due} rollouts of each of {len(counts)} steps, {due * len(counts)} in all; found {count} of "
         f"step {step}, {sum(counts)} in all"
-        for step, count in enumerate(counts)
+        for step, count in enumerate(counts, start=first)
         if count != due
     ][:1]
 
 
-def _of_rollout(row: dict[str, Any], where: str, schedule: Schedule) -> str:
-    step, version = row["step"], row.get("version")
+def _of_rollout(head: Head, schedule: Schedule) -> str:
+    where, step, version = head
     if not 0 <= step < schedule.num_steps:
         return f"{where} must be of steps 0..{schedule.num_steps - 1}; found step {step}"
     if version != schedule.version(step):

@@ -1,24 +1,29 @@
-"""Reads a rollout ledger back, a step at a time: what `semion rollout` writes, or a run's rollouts.jsonl. A ledger may be
-larger than memory, so only where each step lies is kept. It decides nothing about what is trained on.
+"""Reads rollouts back, a step at a time: those that `semion rollout` wrote, or a run's. They may be larger than memory, so
+only where the steps of one segment lie is kept. It decides nothing about what is trained on.
+
+Two forms: a folder of segments (core/segments.py), of which names and one segment are read, however many there are; or a file
+of JSON lines with the tokens and log-probs in each, as older runs have it, which is read once to find its steps.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from itertools import takewhile
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.core.errors import DataError
-from engine.core.jsonl import Line, parsed, read_lines, step_of
+from engine.core.jsonl import lines_in, parsed, step_of
+from engine.core.segments import Batch, Segment, read_batches, read_columns, segments_of
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score, Status
 
 
-class LedgerRow(BaseModel):
-    """One rollout of a ledger; further fields are ignored."""
+class RolloutRow(BaseModel):
+    """One rollout as people read it; further fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -30,13 +35,19 @@ class LedgerRow(BaseModel):
     reward: float
     status: Status
     finish_reason: Literal["stop", "length"]
-    text: str
-    token_ids: list[int] = Field(min_length=1)
-    log_probs: list[float]
+    text: str | None = None  # where the run keeps it
+    num_tokens: int = Field(ge=1)
     reward_parts: dict[str, float] = {}  # the named ones that the reward was made of
     correct: bool | None = None  # where several rewards made it: what the first, verifiable one says
     temperature: float = Field(1.0, gt=0)  # of the log-probs
     prompt_tokens: str | None = None  # `token_digest` of the prompt; ledgers of before it was written have none
+
+
+class LedgerRow(RolloutRow):
+    """One rollout with all that a replay needs."""
+
+    token_ids: list[int] = Field(min_length=1)
+    log_probs: list[float]
 
     def rollout(self) -> Rollout:
         """The rollout as it was sampled and judged."""
@@ -47,7 +58,7 @@ class LedgerRow(BaseModel):
             version=self.version,
             token_ids=tuple(self.token_ids),
             log_probs=tuple(self.log_probs),
-            text=self.text,
+            text=self.text or "",
             finish_reason=self.finish_reason,
             temperature=self.temperature,
         )
@@ -60,43 +71,100 @@ def token_digest(token_ids: Iterable[int]) -> str:
 
 
 class RolloutLedger:
-    """A ledger's steps. A last line without its newline is what a killed process leaves, and does not count."""
+    """The steps of a folder or a file. A last line without its newline is what a killed process leaves, and does not count."""
 
     def __init__(self, path: str | Path) -> None:
-        """Reads the file once to find its steps; DataError where a line has none, or a step is not in one piece."""
+        """Looks at the names of segments; DataError where a segment does not follow the one before, or in a file a line has no
+        step, or a step is not in one piece."""
         self.path = Path(path)
-        self._spans: dict[int, tuple[int, int, int]] = {}  # first byte, byte after the last, number of the first line
-        last = -1
-        for number, line in enumerate(read_lines(self.path), start=1):
-            step = step_of(line)
-            if step < last:
-                raise DataError(f"{line.where}: steps must be in order; found {step} after {last}: sort the lines")
-            start, _, first = self._spans.get(step, (line.offset, 0, number))
-            self._spans[step] = start, line.end, first
-            last = step
+        self._segments = segments_of(self.path)
+        self._firsts = [segment.first for segment in self._segments]
+        self._index: _Index | None = None
+        if not self.path.is_dir() and self._segments:
+            self._index = _Index(self._segments[0])
 
     @property
     def steps(self) -> range:
         """From the first step to the last; `rows` says when one between them is missing."""
-        return range(min(self._spans), max(self._spans) + 1) if self._spans else range(0)
+        return range(self._firsts[0], self._segments[-1].last_step() + 1) if self._segments else range(0)
 
     def __contains__(self, step: int) -> bool:
-        return step in self._spans
+        index = self._index_of(step)
+        return index is not None and step in index.spans
 
     def check_steps(self, num_steps: int) -> None:
-        """DataError when a step below run.steps = `num_steps` is missing."""
-        lacking = next((step for step in range(num_steps) if step not in self), None)
+        """DataError when a step below run.steps = `num_steps` is missing; of a folder as far as its segments' ends tell."""
+        lacking = next((step for step in self._lacking() if step < num_steps), None)
         if lacking is not None:
             raise DataError(
                 f"{self.path}: must hold every step below run.steps = {num_steps}; found no step {lacking}, and "
                 f"{len(self.steps)} from {self.steps.start}: lower run.steps, or sample more with `semion rollout`"
             )
 
+    def _lacking(self) -> Iterator[int]:
+        """Steps that are missing: before the first, between two, after the last."""
+        if not self._segments:
+            yield 0
+            return
+        if self._index is not None and not self.path.is_dir():
+            yield from (step for step in range(self.steps.stop + 1) if step not in self._index.spans)
+            return
+        yield from range(self._firsts[0])
+        for one, other in pairwise(self._segments):
+            yield from range(one.last_step() + 1, other.first)
+        yield self.steps.stop
+
+    def read(self, step: int) -> list[RolloutRow]:
+        """The rows of a step in their order, as people read them; DataError names a line that is no rollout."""
+        return [_row(RolloutRow, value, where) for where, value in self._values(step)]
+
     def rows(self, step: int) -> list[LedgerRow]:
-        """The rows of a step in their order; DataError names a line that is no rollout."""
-        start, end, first = self._spans[step]
-        lines = takewhile(lambda line: line.end <= end, read_lines(self.path, start))
-        return [_row(line, f"{self.path}, line {number}") for number, line in enumerate(lines, start=first)]
+        """The same with tokens and log-probs; DataError also where they are not on record."""
+        found = [(where, _row(LedgerRow, value, where)) for where, value in self._with_columns(step)]
+        for where, row in found:
+            if len(row.token_ids) != len(row.log_probs):
+                raise DataError(
+                    f"{where}: `log_probs` must be one a token; found {len(row.log_probs)} for {len(row.token_ids)} tokens: "
+                    f"replay a ledger as it was written"
+                )
+        return [row for _, row in found]
+
+    def _index_of(self, step: int) -> _Index | None:
+        """Where the steps of the segment lie that `step` would be in; None before the first."""
+        place = bisect_right(self._firsts, step) - 1
+        if place < 0:
+            return None
+        if self._index is None or self._index.segment is not self._segments[place]:
+            self._index = _Index(self._segments[place])
+        return self._index
+
+    def _values(self, step: int) -> list[tuple[str, Any]]:
+        """(where, what it says) of the lines of a step."""
+        index = self._index_of(step)
+        if index is None or step not in index.spans:
+            raise DataError(f"{self.path}: must hold step {step}; found none of it: use a ledger as it was written")
+        return index.values(step)
+
+    def _with_columns(self, step: int) -> Iterator[tuple[str, Any]]:
+        values, index = self._values(step), self._index
+        assert index is not None
+        columns = index.columns(step)
+        for name, found in columns.items():
+            if len(found) != len(values):
+                raise DataError(
+                    f"{index.segment.columns}, step {step}: `{name}` must be one list a rollout; found {len(found)} for "
+                    f"{len(values)} rows: replay rollouts as they were written"
+                )
+        for place, (where, value) in enumerate(values):
+            if isinstance(value, dict):
+                value |= {name: found[place].tolist() for name, found in columns.items()}
+                for name, kind in (("token_ids", "tokens"), ("log_probs", "log_probs")):
+                    if name not in value and self.path.is_dir():
+                        raise DataError(
+                            f"{where}: `{name}` must be on record, for a replay needs them; found none: the run did not keep "
+                            f"them; sample with {kind!r} in records.rollouts"
+                        )
+            yield where, value
 
     def groups(self, step: int, prompts: Mapping[str, Prompt], num_prompts: int, samples: int) -> list[RolloutGroup]:
         """The step's groups with the prompts they were sampled for. DataError when it does not hold `samples` rollouts of
@@ -142,10 +210,56 @@ class RolloutLedger:
                 )
 
 
-def _row(line: Line, where: str) -> LedgerRow:
+class _Index:
+    """Where the steps of one segment lie."""
+
+    def __init__(self, segment: Segment) -> None:
+        """Reads it once; DataError as `RolloutLedger`."""
+        self.segment = segment
+        self.spans: dict[int, tuple[int, int, int]] = {}  # first byte, byte after the last, number of the first line
+        self._file = segment.open()
+        last = segment.first
+        for number, line in enumerate(lines_in(self._file, segment.rows), start=1):
+            step = step_of(line)
+            if step < last:
+                raise DataError(f"{line.where}: steps must be in order; found {step} after {last}: sort the lines")
+            start, _, first = self.spans.get(step, (line.offset, 0, number))
+            self.spans[step] = start, line.end, first
+            last = step
+        self._batches: dict[int, Batch] | None = None
+
+    def values(self, step: int) -> list[tuple[str, Any]]:
+        """(where, what it says) of each line of a step."""
+        start, end, first = self.spans[step]
+        self._file.seek(start)
+        lines = self._file.read(end - start).splitlines(keepends=True)
+        places = [f"{self.segment.rows}, line {number}" for number in range(first, first + len(lines))]
+        values = [(where, parsed(where, line)) for where, line in zip(places, lines, strict=True)]
+        for _, value in values:
+            if isinstance(value, dict) and "num_tokens" not in value and isinstance(value.get("token_ids"), list):
+                value["num_tokens"] = len(value["token_ids"])  # as older versions have it
+        return values
+
+    def columns(self, step: int) -> dict[str, list[Any]]:
+        """A step's columns by name; none where the segment has none beside its rows."""
+        if self.segment.columns is None:
+            return {}
+        if self._batches is None:
+            self._batches = {batch.step: batch for batch in read_batches(self.segment.columns)}
+        if step not in self._batches:
+            raise DataError(
+                f"{self.segment.columns}: must hold the tokens of step {step}; found none: replay rollouts as they were written"
+            )
+        return dict(read_columns(self.segment.columns, self._batches[step]))
+
+
+Form = TypeVar("Form", bound=RolloutRow)
+
+
+def _row(form: type[Form], value: Any, where: str) -> Form:
     """The rollout that a line holds; DataError where it is none."""
     try:
-        row = LedgerRow.model_validate(parsed(where, line.data))
+        return form.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "row"
@@ -153,16 +267,11 @@ def _row(line: Line, where: str) -> LedgerRow:
             f"{where}: `{field}` must be as a ledger has it ({first['msg'][0].lower() + first['msg'][1:]}); found "
             f"{str(first['input'])[:60]!r}: replay a file that `semion rollout` or a run wrote"
         ) from error
-    if len(row.token_ids) != len(row.log_probs):
-        raise DataError(
-            f"{where}: `log_probs` must be one a token; found {len(row.log_probs)} for {len(row.token_ids)} tokens: replay "
-            f"a ledger as it was written"
-        )
-    return row
 
 
-def ledger_rows(group: RolloutGroup) -> list[dict[str, object]]:
-    """One JSON row a rollout: what was asked, sampled and judged, and which weights sampled it."""
+def rollout_rows(group: RolloutGroup, *, text: bool = True) -> list[dict[str, object]]:
+    """One JSON row a rollout as people read it: what was asked, sampled and judged, and which weights sampled it; what is said
+    where `text`."""
     prompt_tokens = token_digest(group.prompt.token_ids)
     return [
         {
@@ -175,13 +284,20 @@ def ledger_rows(group: RolloutGroup) -> list[dict[str, object]]:
             "reward": rollout.score.value,
             "status": rollout.score.status,
             "finish_reason": rollout.completion.finish_reason,
-            "text": rollout.completion.text,
-            "token_ids": list(rollout.completion.token_ids),
-            "log_probs": list(rollout.completion.log_probs),
+            "num_tokens": len(rollout.completion.token_ids),
+            **({"text": rollout.completion.text} if text else {}),
             **_temperature(rollout.completion),
             **_parts(rollout.score),
         }
         for rollout in group.rollouts
+    ]
+
+
+def ledger_rows(group: RolloutGroup) -> list[dict[str, object]]:
+    """The same with tokens and log-probs, as a file of JSON lines has them."""
+    return [
+        row | {"token_ids": list(rollout.completion.token_ids), "log_probs": list(rollout.completion.log_probs)}
+        for row, rollout in zip(rollout_rows(group), group.rollouts, strict=True)
     ]
 
 

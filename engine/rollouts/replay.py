@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from engine.algorithms.registry import make_algorithm
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, DataError, brief
+from engine.core.segments import is_folder_of_segments
 from engine.core.types import Sequence
 from engine.data.forms import Columns, found
 from engine.data.mixture import Mixture, load_mixture, prompt_form
@@ -20,6 +21,7 @@ from engine.data.preferences import PreferenceSet, load_preferences
 from engine.data.prompts import PromptOrder
 from engine.data.records import records
 from engine.data.rows import wanted_fields
+from engine.observe.rollouts import ROLLOUTS, ROLLOUTS_FILE, rollouts_of
 from engine.rewards.registry import judging_of
 from engine.rollouts.base import StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
@@ -158,13 +160,18 @@ def replay_kind(config: RunConfig) -> Literal["rollouts", "preferences"] | None:
     path = config.data.replay
     if path is None:
         return None
+    place, own = Path(path), config.run_directory
+    if place.resolve() in ((own / ROLLOUTS_FILE).resolve(), (own / ROLLOUTS).resolve()):
+        raise ConfigError(f"data.replay must not be the run's own rollouts; found {path}: name another run.directory")
+    if is_folder_of_segments(place):
+        return "rollouts"
+    if place.is_dir() and (inside := rollouts_of(place)) is not None:
+        raise DataError(f"data.replay must be the rollouts of a run; found the folder of a whole run, {path}: name {inside}")
     columns: Columns = config.data.columns or {}
     pair = {columns.get(name, name) for name in _PAIR}
     where, first = next(iter(records(path, wanted_fields(_ROLLOUT | _PAIR, columns))), (path, None))
     names = first.keys() if isinstance(first, dict) else set()
     if names >= _ROLLOUT and Path(path).suffix == ".jsonl":
-        if Path(path).resolve() == (config.run_directory / "rollouts.jsonl").resolve():
-            raise ConfigError(f"data.replay must not be the run's own ledger; found {path}: name another run.directory")
         return "rollouts"
     if isinstance(first, dict) and all(name in first or found(first, name) is not None for name in pair):
         _check_preferences(config)

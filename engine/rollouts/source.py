@@ -1,5 +1,5 @@
 """From prompts to training sequences: asks the pool for an interval's rollouts at once, has them scored, makes pairs or
-advantages, and keeps the ledger of every rollout. It trains nothing and touches no process group.
+advantages, and hands every rollout over to be written down. It trains nothing and touches no process group.
 
 Waiting: `open` never waits. One helper thread gathers the opened steps in order while the trainer trains, another one scores
 what is gathered; `next` waits for both, and the first for the engines, whose own deadline it passes on.
@@ -15,7 +15,6 @@ from threading import Lock
 from typing import TypeVar
 
 from engine.config.load import RunConfig
-from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup
 from engine.data.mixture import Mixture
 from engine.inference.pool import Pool, Usage
@@ -25,8 +24,8 @@ from engine.rewards.base import Reward, answer_of
 from engine.rollouts.ahead import Ahead
 from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
-from engine.rollouts.ledger import ledger_rows
 from engine.rollouts.metrics import ENGINES_IDLE_SHARE, STALENESS, WAITED, rollout_metrics, warn_of_endings
+from engine.rollouts.writer import RolloutWriter
 
 Result = TypeVar("Result")
 
@@ -40,14 +39,14 @@ class RolloutSource:
         prompts: Mixture,
         pool: Pool,
         reward: Reward,
-        ledger: JsonlLedger | None,
+        records: RolloutWriter | None,
         end_ids: Collection[int] = (),
         ahead: Ahead | None = None,
     ) -> None:
         """`end_ids`: the tokens that end a response, which are looked for inside rollouts. `ahead`: what a checkpoint kept,
         which need not be opened again."""
         self._end_ids = end_ids
-        self._config, self._prompts, self._pool, self._reward, self._ledger = config, prompts, pool, reward, ledger
+        self._config, self._prompts, self._pool, self._reward, self._records = config, prompts, pool, reward, records
         self._gathering = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._judging = ThreadPoolExecutor(1, thread_name_prefix="rewards")  # a sync waits for engines alone (`finish`)
         self._scoring = Lock()  # held while the reward judges
@@ -107,8 +106,8 @@ class RolloutSource:
         assert found == {version}, f"step {step} must train on rollouts of version {version}, found {found}"
         metrics[STALENESS.name] = float(self._config.schedule.staleness(step))
         data = step_data(groups, self._prompts.shares, metrics, self._config)
-        if self._ledger is not None:
-            self._ledger.append(row for group in groups for row in ledger_rows(group))
+        if self._records is not None:
+            self._records.append(step, groups)
         return data
 
     def close(self) -> None:

@@ -44,6 +44,7 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
     "rewards": {"workers", "concurrency"},
     "reward_model": {"timeout_seconds"},
     "checkpoint": {"keep", "best_by", "other_layout"},
+    "records": None,
     "evaluation": None,
     "guard": None,
     "cluster": None,  # where processes are changes no bit

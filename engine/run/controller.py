@@ -151,7 +151,7 @@ class Controller:
 
     def finish_step(self, record: dict[str, float]) -> list[Event]:
         """Writes a step down and has the guard look at it; the step as an event, and what was found."""
-        self._records.metrics.write(record)
+        self._records.finish_step(record)
         events: list[Event] = [{"kind": "step"} | record]
         action, findings = self._config.guard.action, self._records.guard.observe(record)
         for finding in findings if action != "off" else ():

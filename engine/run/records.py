@@ -1,10 +1,11 @@
 """The records of a run, which rank 0 appends to in run.directory: opened at the step that the run goes on from, cut back to it,
 and described for the next checkpoint. It measures and judges nothing.
 
-A checkpoint of step k keeps how long each ledger was when it held the rows of all steps before k. A resumed run cuts each
-there: what that costs depends on the rows since the checkpoint and not on the age of the run. Where a ledger is not what the
-checkpoint says (somebody edited it, or an older version wrote the checkpoint), the place is found by reading back from its end,
-with a note; a line on the way that is no row, or one of those that stay and are read, is a CheckpointError before any is cut.
+A checkpoint of step k keeps how long each ledger was when it held the rows of all steps before k, and the same of the segment
+of rollouts that was written then. A resumed run cuts each there and drops later segments: what that costs depends on the rows
+since the checkpoint and not on the age of the run. Where a ledger is not what the checkpoint says (somebody edited it, or an
+older version wrote the checkpoint), the place is found by reading back from its end, with a note; a line on the way that is no
+row, or one of those that stay and are read, is a CheckpointError before any is cut.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from typing import Any
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import CheckpointError
 from engine.core.jsonl import JsonlLedger, read_lines, row_of, step_of
+from engine.core.segments import adopt, cut_back, find_cut
 from engine.observe.guard import Finding, Guard
+from engine.observe.rollouts import ROLLOUTS, ROLLOUTS_FILE
 from engine.observe.writing import MetricsWriter, write_text
+from engine.rollouts.writer import RolloutFolder, RolloutWriter
 
 JUDGED = ("evaluations", "samples")  # what an evaluation adds to, after the checkpoint of its step
 
@@ -25,19 +29,19 @@ JUDGED = ("evaluations", "samples")  # what an evaluation adds to, after the che
 class Records:
     """The ledgers, the guard that watches the metrics, and what was judged so far."""
 
+    rollouts: RolloutWriter  # opened once they are cut back
+
     def __init__(self, directory: Path, guard: Guard) -> None:
         self._directory = directory
         self.guard = guard
         self.metrics = MetricsWriter(directory)
         self.evaluations = JsonlLedger(directory / "evaluations.jsonl")
         self.samples = JsonlLedger(directory / "samples.jsonl")
-        self.rollouts = JsonlLedger(directory / "rollouts.jsonl")
         self._findings = JsonlLedger(directory / "guard.jsonl")
         self._ledgers = {
             "metrics": self.metrics.ledger,
             "evaluations": self.evaluations,
             "samples": self.samples,
-            "rollouts": self.rollouts,
             "guard": self._findings,
         }
         self.judged: list[dict[str, Any]] = []  # rows of evaluations.jsonl without their `records`; see `kept`
@@ -54,8 +58,9 @@ class Records:
         try:
             records._go_on(step, kept, judges_again=step == 0 or config.evaluation_due(step))
         except BaseException:
-            records.close()
+            records._close_ledgers()
             raise
+        records.rollouts = RolloutWriter(RolloutFolder(directory / ROLLOUTS, config.records))
         return records
 
     def _go_on(self, step: int, kept: Mapping[str, Any] | None, *, judges_again: bool) -> None:
@@ -72,9 +77,17 @@ class Records:
         }
         ends = begins | ({} if judges_again else {name: _end(self._ledgers[name], begins[name], step) for name in JUDGED})
         self._recall(begins["evaluations"], ends["evaluations"], kept)
-        if kept is None or not self.guard.restore(kept["guard"]):  # other options: it looks at the run anew
+        if kept is not None:
+            self.guard.restore(kept["guard"])
+        else:
             for row in _rows(self.metrics.ledger, 0, ends["metrics"]):
                 self.guard.observe(row)
+        folder = self._directory / ROLLOUTS
+        adopt(self._directory / ROLLOUTS_FILE, folder)
+        cut = find_cut(folder, step, _rollouts_of(kept), CheckpointError)
+        if cut.note is not None:
+            self.notes.append(cut.note)
+        cut_back(folder, cut)
         for name, end in ends.items():
             self._ledgers[name].cut(end)
 
@@ -98,10 +111,11 @@ class Records:
         self.judged = [{name: value for name, value in row.items() if name != "records"} for row in (*known, *rows)]
 
     def kept(self, checkpoints: Collection[int]) -> dict[str, Any]:
-        """What the next checkpoint keeps of the records, as JSON holds it: every ledger's length, once it is on disk; the
-        guard's state; and what was judged at step 0 and at the steps of `checkpoints`, which later ones are held against.
-        """
+        """What the next checkpoint keeps of the records, as JSON holds it: every ledger's length and where the rollouts end,
+        once they are on disk; the guard's state; and what was judged at step 0 and at the steps of `checkpoints`, which later
+        ones are held against."""
         return {
+            "rollouts": self.rollouts.sync(),
             "bytes": {name: ledger.sync() for name, ledger in self._ledgers.items()},
             "guard": self.guard.state(),
             "judged": [row for row in self.judged if row["step"] == 0 or row["step"] in checkpoints],
@@ -116,11 +130,29 @@ class Records:
         """Writes down what the guard found."""
         self._findings.append([{"step": finding.step, "what": finding.what, "text": finding.text}])
 
+    def finish_step(self, record: Mapping[str, float]) -> None:
+        """Writes a step's metrics down, once its rollouts are: a step on record has them."""
+        self.rollouts.settle()
+        self.metrics.write(record)
+
     def close(self) -> None:
-        """Closes all files."""
+        """Closes all files, once what was handed over is written; raises what could not be."""
+        try:
+            self.rollouts.close()
+        finally:
+            self._close_ledgers()
+
+    def _close_ledgers(self) -> None:
         self.metrics.close()
         for ledger in self._ledgers.values():
             ledger.close()
+
+
+def _rollouts_of(kept: Mapping[str, Any] | None) -> Mapping[str, int] | None:
+    """Where the rollouts of a checkpoint end, as `find_cut` is given it; older versions wrote one file of them."""
+    if kept is None or "rollouts" in kept:
+        return None if kept is None else kept["rollouts"]
+    return {"segment": 0, "rows": kept["bytes"]["rollouts"]}
 
 
 def _end(ledger: JsonlLedger, begin: int, step: int) -> int:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from engine.config.load import RunConfig
-from tests.e2e.test_commands import SEMI_ONLINE, Make, final, rows, written
+from tests.e2e.test_commands import SEMI_ONLINE, Make, final, rollouts, rows, written
 from tests.e2e.test_slurm import ROOT, SCRIPT, sent_alike
 
 pytestmark = pytest.mark.timeout(1800)
@@ -84,7 +84,7 @@ def seen(job: Job) -> None:
 
 def equal(config: RunConfig, whole: RunConfig) -> None:
     """That a run is bit for bit the whole one."""
-    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
+    assert rollouts(config) == rollouts(whole)
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
 

@@ -21,6 +21,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from engine import cli
 from engine.config.load import RunConfig, dump_config
+from engine.observe.rollouts import rollouts_of
+from engine.rollouts.ledger import RolloutLedger
 from engine.run.checkpoint import latest
 from engine.run.nodes import ray_folder
 from tests.e2e import in_process
@@ -93,6 +95,15 @@ def rows(config: RunConfig, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (config.run_directory / name).read_text().splitlines()]
 
 
+def rollouts(config: RunConfig) -> list[dict[str, Any]]:
+    """All that the run wrote down of its rollouts, tokens and log-probs with them."""
+    place = rollouts_of(config.run_directory)
+    if place is None:
+        return []
+    ledger = RolloutLedger(place)
+    return [row.model_dump(exclude_unset=True) for step in ledger.steps for row in ledger.rows(step)]
+
+
 def untimed(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not any(part in k for part in TIMES)} for row in metrics]
 
@@ -105,7 +116,7 @@ def sent_alike(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_every_rollout_comes_from_the_version_of_its_interval(semi_online: tuple[RunConfig, str]) -> None:
     config, _ = semi_online
-    ledger = rows(config, "rollouts.jsonl")
+    ledger = rollouts(config)
     assert len(ledger) == config.run.steps * config.data.prompts_per_step * config.algorithm.samples_per_prompt
     assert {(row["step"], row["version"]) for row in ledger} == {(0, 0), (1, 0), (2, 2), (3, 2)}
     assert len({row["seed"] for row in ledger}) == len(ledger), "every sample has a seed of its own"
@@ -235,7 +246,9 @@ def test_a_run_that_is_stopped_then_killed_and_judged_at_every_step_ends_with_ev
         until(lambda: (config.run_directory / "metrics.jsonl").read_text().count("\n") > 2, run, log)
         run.kill()  # SIGKILL
     semion("train", file, "--resume", "auto")
-    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
+    assert rollouts(config) == rollouts(whole)
+    written_down, undisturbed = (sorted((one.run_directory / "rollouts").iterdir()) for one in (config, whole))
+    assert [(one.name, one.read_bytes()) for one in written_down] == [(one.name, one.read_bytes()) for one in undisturbed]
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
     judged = rows(config, "evaluations.jsonl")
@@ -257,7 +270,7 @@ def test_engines_that_take_turns_with_the_trainer_change_no_bit(
     assert sent_alike(metrics) == sent_alike(theirs)
     assert ["rollout_seconds" in row for row in metrics] == [True, False, True, False]
     assert not any("rollout_seconds" in row for row in theirs)
-    assert rows(config, "rollouts.jsonl") == rows(apart, "rollouts.jsonl")
+    assert rollouts(config) == rollouts(apart)
     assert [(row["step"], row["version"]) for row in rows(config, "evaluations.jsonl")] == [(0, 0), (3, 3), (4, 4)]
     assert final(config) == final(apart)
 
@@ -301,10 +314,10 @@ def test_offline_over_pipeline_stages_keeps_the_seed_weights_and_can_be_prolonge
     file = written(other, tmp_path)
     semion("train", file, "run.steps=2")
     semion("train", file, "--resume", "auto")
-    assert rows(other, "rollouts.jsonl") == rows(offline, "rollouts.jsonl")
+    assert rollouts(other) == rollouts(offline)
     assert untimed(rows(other, "metrics.jsonl")) == untimed(rows(offline, "metrics.jsonl"))
     assert final(other) == final(offline)
-    assert {row["version"] for row in rows(offline, "rollouts.jsonl")} == {0}
+    assert {row["version"] for row in rollouts(offline)} == {0}
     judged = [(row["step"], row["version"]) for row in rows(other, "evaluations.jsonl")]
     assert judged == [(step, step) for step in range(5)], "between its ends it evaluates newer weights than the seed's"
     metrics = rows(offline, "metrics.jsonl")
@@ -313,12 +326,12 @@ def test_offline_over_pipeline_stages_keeps_the_seed_weights_and_can_be_prolonge
 
 
 def test_online_grpo_over_data_parallel_ranks_is_never_stale(online: RunConfig) -> None:
-    assert {(row["step"], row["version"]) for row in rows(online, "rollouts.jsonl")} == {(0, 0), (1, 1), (2, 2)}
+    assert {(row["step"], row["version"]) for row in rollouts(online)} == {(0, 0), (1, 1), (2, 2)}
     metrics = rows(online, "metrics.jsonl")
     assert all(row["staleness"] == 0 and row["log_prob_gap_mean"] < 1e-5 for row in metrics)
     assert all(abs(row["ratio_mean"] - 1) < 1e-4 for row in metrics), "strictly on policy the ratio is 1"
     assert all(abs(row["ratio_max"] - 1) < 1e-4 and abs(row["rollout_kl_mean"]) < 1e-8 for row in metrics)
-    ledger = rows(online, "rollouts.jsonl")
+    ledger = rollouts(online)
     assert {row["temperature"] for row in ledger} == {0.7}, "log-probs are of what was sampled, and so are the trainer's"
 
 

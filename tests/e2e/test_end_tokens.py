@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.config.load import RunConfig
-from tests.e2e.test_commands import rows, semion, written
+from tests.e2e.test_commands import rollouts, rows, semion, written
 
 pytestmark = pytest.mark.timeout(900)
 BEGIN, END = 256, 259  # of the tests' tokenizer; only the second ends a turn
@@ -28,9 +28,9 @@ def test_a_run_stops_at_an_end_token_that_only_the_tokenizer_names(
         (seed / name).write_text(json.dumps(said | {"eos_token_id": BEGIN}))
     config = run_config(f"model.path={seed}", "run.steps=2", "sampling.truncated=leave_out", "evaluation.samples=1")
     semion("train", written(config, tmp_path))
-    rollouts = rows(config, "rollouts.jsonl")
-    assert any(row["finish_reason"] == "stop" and row["token_ids"][-1] == END for row in rollouts)
-    assert not any(END in row["token_ids"][:-1] for row in rollouts)
+    sampled = rollouts(config)
+    assert any(row["finish_reason"] == "stop" and row["token_ids"][-1] == END for row in sampled)
+    assert not any(END in row["token_ids"][:-1] for row in sampled)
     assert all(row["end_tokens_inside"] == 0 and row["updated"] == 1 for row in rows(config, "metrics.jsonl"))
     told = [row["text"] for row in rows(config, "warnings.jsonl")]
     assert any("names its end tokens in places that differ" in text for text in told), told

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.config.load import RunConfig
+from engine.observe.rollouts import heads
 from tests.e2e.test_commands import written
 
 pytestmark = pytest.mark.timeout(900)
@@ -43,10 +44,7 @@ def test_a_sweep_over_s(run_config: Callable[..., RunConfig], tmp_path: Path) ->
         assert f"s = {s}: 2 steps" in said
         folder = Path(f"{config.run.directory}-s{s}")
         assert json.loads((folder / "summary.json").read_text())["steps"] == 2
-    versions = [
-        {json.loads(line)["version"] for line in Path(f"{config.run.directory}-s{s}/rollouts.jsonl").read_text().splitlines()}
-        for s in ("1", "never")
-    ]
+    versions = [{head.version for head in heads(Path(f"{config.run.directory}-s{s}") / "rollouts")} for s in ("1", "never")]
     assert versions == [{0, 1}, {0}]
 
 
@@ -54,14 +52,15 @@ def test_a_reward_of_ones_own(run_config: Callable[..., RunConfig], tmp_path: Pa
     config = run_config()
     said = example("own_reward", str(tmp_path / "base.toml"), "run.steps=2")
     assert "step 1: reward " in said
-    rewards = {json.loads(line)["reward"] for line in (config.run_directory / "rollouts.jsonl").read_text().splitlines()}
+    lines = (config.run_directory / "rollouts" / "00000000.jsonl").read_text().splitlines()
+    rewards = {json.loads(line)["reward"] for line in lines}
     assert len(rewards) > 1 and rewards <= {0.0, 0.1, 1.0, 1.1}
 
 
 def test_a_loss_of_ones_own(semi_online: tuple[RunConfig, str], run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """On rollouts that are there already, so that nothing is sampled."""
     run_config()
-    base, ledger = tmp_path / "base.toml", semi_online[0].run_directory / "rollouts.jsonl"
+    base, ledger = tmp_path / "base.toml", semi_online[0].run_directory / "rollouts"
     base.write_text("".join(line for line in base.read_text().splitlines(True) if not line.startswith("held_out")))
     replay = ["sync.sync_interval=never", f"data.replay={ledger}"]
     said = example("own_loss", str(base), "run.steps=2", *replay)  # a file that sets no option of another loss

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.config.load import RunConfig
-from tests.e2e.test_commands import rows, semion_apart, tensors, untimed, written
+from tests.e2e.test_commands import rollouts, rows, semion_apart, tensors, untimed, written
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -62,7 +62,7 @@ def test_a_loss_and_a_reward_from_outside_train_and_resume(
     regime = ["sync.sync_interval=2", "sync.reference=follow", "checkpoint.every=2"]
     whole = run_config(*own, *layout, *regime, directory="whole")
     semion_apart("train", written(whole, tmp_path))
-    metrics, ledger = rows(whole, "metrics.jsonl"), rows(whole, "rollouts.jsonl")
+    metrics, ledger = rows(whole, "metrics.jsonl"), rollouts(whole)
     assert {row["groups"] for row in metrics} == {whole.data.prompts_per_step + 2}
     assert all(0 < row["residual_mean"] <= row["residual_max"] for row in metrics)
     judged = [row for row in ledger if "reward_parts" in row]
@@ -81,5 +81,5 @@ def test_a_loss_and_a_reward_from_outside_train_and_resume(
     shutil.copy(LOSS, outside / "losses.py")
     semion_apart("train", file, "--resume", "auto")
     assert untimed(rows(parted, "metrics.jsonl")) == untimed(metrics)
-    assert rows(parted, "rollouts.jsonl") == ledger
+    assert rollouts(parted) == ledger
     assert tensors(parted) == tensors(whole)

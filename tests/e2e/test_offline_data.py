@@ -13,7 +13,7 @@ import pytest
 from engine.config.load import RunConfig
 from engine.data.rows import problem_id
 from tests.e2e.conftest import FURTHER
-from tests.e2e.test_commands import TIMES, final, rows, semion, written
+from tests.e2e.test_commands import TIMES, final, rollouts, rows, semion, written
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -30,12 +30,12 @@ def learned(config: RunConfig) -> list[dict[str, Any]]:
 def test_a_ledger_replayed_without_engines_trains_the_same_weights(
     offline: RunConfig, make_offline: Make, tmp_path: Path
 ) -> None:
-    ledger = rows(offline, "rollouts.jsonl")
+    ledger = rollouts(offline)
     assert len(ledger) == offline.run.steps * (4 + 2 + 2) * offline.algorithm.samples_per_prompt
     further = {problem_id(f"{a}+{a}") for a in FURTHER}
     of_further = [row["step"] for row in ledger if row["prompt_id"] in further]
     assert of_further == [step for step in range(4) for _ in range(2 * 6)], "exactly its prompts in every batch"
-    replay = f"data.replay={offline.run_directory / 'rollouts.jsonl'}"
+    replay = f"data.replay={offline.run_directory / 'rollouts'}"
     profile = ["profile.tool=torch", "profile.first_step=1"]  # of the trainer: there is no engine to profile
     again = make_offline(tmp_path, replay, *profile, directory="replayed")
     again = again.model_copy(update={"data": again.data.model_copy(update={"held_out": None})})
@@ -45,7 +45,7 @@ def test_a_ledger_replayed_without_engines_trains_the_same_weights(
     assert learned(again) == learned(offline)
     assert final(again) == final(offline)
     assert [file.name for file in (again.run_directory / "profile").iterdir()] == ["rank-0.json"]
-    assert rows(again, "rollouts.jsonl") == [] == rows(again, "evaluations.jsonl")
+    assert rollouts(again) == [] == rows(again, "evaluations.jsonl")
 
 
 def test_a_preference_file_is_trained_on_with_evaluations(run_config: Make, tmp_path: Path) -> None:

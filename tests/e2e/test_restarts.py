@@ -20,6 +20,7 @@ from tests.e2e.test_commands import (
     Make,
     command,
     final,
+    rollouts,
     rows,
     semion,
     sent_alike,
@@ -104,7 +105,7 @@ def test_a_run_that_loses_an_engine_starts_again_and_ends_as_if_nothing_had_happ
     (first,) = [row for row in lost if "Ray did not start" not in row["text"]]
     assert (first["step"], first["restart"], first["error"]) == (2, 1, "EngineLostError")
     assert "the run goes on from the checkpoint of 2 steps, restart 1 of 9" in watched.said()
-    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
+    assert rollouts(config) == rollouts(whole)
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
     ours, theirs = (json.loads((c.run_directory / "summary.json").read_text()) for c in (config, whole))
@@ -136,7 +137,7 @@ def test_a_run_that_loses_an_engine_and_then_a_rank_ends_as_if_nothing_had_happe
     engine, rank = [row for row in lost if "Ray did not start" not in row["text"]]
     assert engine["error"] == "EngineLostError" and rank["error"] == "ProcessLostError"
     assert "the run goes on from the checkpoint of 2 steps, restart 1 of 9" in watched.said()
-    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
+    assert rollouts(config) == rollouts(whole)
     assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
     ours, theirs = (json.loads((c.run_directory / "summary.json").read_text()) for c in (config, whole))

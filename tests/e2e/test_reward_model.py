@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
 from engine.config.load import RunConfig
-from tests.e2e.test_commands import command, rows, semion, written
+from tests.e2e.test_commands import command, rollouts, rows, semion, written
 from tools.make_reward_model import make_reward_model
 
 pytestmark = pytest.mark.timeout(900)  # as tests/e2e/test_commands.py
@@ -145,7 +145,7 @@ def test_athenes_form_trains_a_policy_and_survives_the_death_of_its_engine(
             assert run.wait(timeout=300) == 0, log_file.read_text()[-2000:]
         finally:
             run.terminate()
-    asked, ledger = problems(config), rows(config, "rollouts.jsonl")
+    asked, ledger = problems(config), rollouts(config)
     assert len(ledger) == config.run.steps * config.data.prompts_per_step * config.algorithm.samples_per_prompt
     for row in ledger:
         if len(judge.ids(asked[row["prompt_id"]], row["text"])) > longest:

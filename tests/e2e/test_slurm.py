@@ -16,7 +16,7 @@ import pytest
 
 from engine.config.load import RunConfig
 from tests.e2e import fake_slurm
-from tests.e2e.test_commands import ONLINE, SEMI_ONLINE, Make, final, rows, sent_alike, tensors, untimed, written
+from tests.e2e.test_commands import ONLINE, SEMI_ONLINE, Make, final, rollouts, rows, sent_alike, tensors, untimed, written
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tools/slurm/train.sbatch"
@@ -53,7 +53,7 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     assert (config.run_directory / "checkpoints" / "LATEST").read_text() == "step_00000002"
     assert submit().wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     assert len(record.read_text().splitlines()) == 1, "a finished job is not requeued"
-    assert rows(config, "rollouts.jsonl") == rows(whole, "rollouts.jsonl")
+    assert rollouts(config) == rollouts(whole)
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
 
@@ -69,7 +69,7 @@ def test_nodes_that_serve_their_own_engines_in_turn_change_no_bit(online: RunCon
     with log.open("wb") as said:
         job = subprocess.run(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT, timeout=400)
     assert job.returncode == 0, log.read_text()[-4000:]
-    assert rows(config, "rollouts.jsonl") == rows(online, "rollouts.jsonl")
+    assert rollouts(config) == rollouts(online)
     metrics = rows(config, "metrics.jsonl")
     assert untimed(metrics) == untimed(rows(online, "metrics.jsonl"))
     assert all("rollout_seconds" in row for row in metrics), "they took turns"

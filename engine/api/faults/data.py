@@ -9,6 +9,7 @@ from engine.api.faults.look import Faults, Look, caught, tried
 from engine.config.options import Source, source_key
 from engine.core.errors import ConfigError, DataError, SemionError
 from engine.core.places import meant
+from engine.core.segments import is_folder_of_segments
 from engine.data.forms import Columns
 from engine.data.mixture import longest_asked, naming, prompt_form
 from engine.data.preferences import FIELDS as PAIR_FIELDS
@@ -19,6 +20,7 @@ from engine.data.rows import Row, identity, load_rows, sample_rows, wanted_field
 from engine.data.supervised import completion_tokens
 from engine.data.templates import LeftOut, PromptForm, fit_prompt
 from engine.data.tokens import stays_text
+from engine.observe.rollouts import rollouts_of
 from engine.rewards.registry import judging_of
 from engine.rollouts.ledger import RolloutLedger
 from engine.rollouts.replay import replay_kind
@@ -32,7 +34,10 @@ def data_faults(look: Look) -> Faults:
     data = look.config.data
     kind = None
     if data.replay is not None and look.purpose == "train":
-        faults = caught(_check_file, "data.replay", data.replay)
+        is_of_run = Path(data.replay).is_dir() and (
+            is_folder_of_segments(Path(data.replay)) or rollouts_of(Path(data.replay)) is not None
+        )  # which `replay_kind` looks at
+        faults = [] if is_of_run else caught(_check_file, "data.replay", data.replay)
         if not faults:
             kind, faults = tried(replay_kind, look.config)
         yield from faults
@@ -128,8 +133,8 @@ def _solution_faults(look: Look, key: str, path: str, rows: list[Row], form: Pro
 
 
 def _ledger_faults(look: Look, path: str) -> None:
-    """The steps of a ledger, and its first rows."""
-    if Path(path).stat().st_size > LARGE_LEDGER_BYTES:
+    """The steps of rollouts on disk, and the first rows."""
+    if Path(path).is_file() and Path(path).stat().st_size > LARGE_LEDGER_BYTES:
         return
     ledger = RolloutLedger(path)
     if look.reads("run"):

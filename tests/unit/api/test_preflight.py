@@ -22,6 +22,7 @@ from engine.api.warnings import warnings
 from engine.config.load import RunConfig, dump_config, override
 from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, StorageError, combined
 from engine.core.files import locked
+from engine.core.segments import SegmentWriter
 from engine.data import templates
 from engine.data.templates import policy_tokenizer
 from engine.run.spec import Spec, resolve
@@ -355,6 +356,21 @@ def test_a_ledger_and_pairs_are_looked_at(made, tmp_path):
     assert "replay.jsonl, line 1" in only(override(made, offline)), "a row that is no rollout"
     write(tmp_path / "replay.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a"}])
     assert "line 2: `rejected` must be a text that is not empty" in only(override(made, offline))
+
+
+def test_rollouts_of_a_run_are_looked_at_in_whatever_form_and_those_to_train_on_are_kept_whole(made, tmp_path):
+    offline = {"sync.sync_interval": "never", "data.replay": str(tmp_path / "other" / "rollouts")}
+    writer = SegmentWriter(tmp_path / "other" / "rollouts", {}, segment_bytes=1)
+    for step in range(3):
+        writer.append(step, [{"step": step, "version": 0}], {})
+    writer.close()
+    assert "found no step 3, and 3 from 0" in only(override(made, offline))
+    whole = override(made, offline | {"data.replay": str(tmp_path / "other")})
+    assert "found the folder of a whole run" in only(whole)
+    assert f"name {tmp_path}/other/rollouts" in only(whole)
+    assert faults(override(made, {"records.rollouts": (), "records.keep_steps": 3})) == []
+    assert "must name 'tokens' and 'log_probs'" in only(override(made, {"records.rollouts": ("text", "tokens")}), "rollout")
+    assert "must be unset for `semion rollout`" in only(override(made, {"records.keep_steps": 3}), "rollout")
 
 
 def test_the_kv_cache_holds_one_request(made):

@@ -191,7 +191,7 @@ def test_rollouts_that_failed_half_way_leave_no_output_and_can_be_made_again(
             closed.append(True)
             super().close()
 
-    monkeypatch.setattr("engine.core.jsonl.JsonlLedger", Ledger)
+    monkeypatch.setattr("engine.rollouts.writer.JsonlLedger", Ledger)
     monkeypatch.setattr("engine.run.processes.Cluster", lambda config, **_: cluster)
     monkeypatch.setattr("engine.rewards.registry.open_rewards", lambda config, engine: RoutedReward({"math": Parity()}))
     cluster.__exit__.return_value = False

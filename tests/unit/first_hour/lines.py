@@ -130,9 +130,7 @@ CASES: list[Case] = [
     ),
     refused("report of a run without a step", "report old", 3, "old", "step", made=both(RAN, text("old/metrics.jsonl", ""))),
     refused("show of nothing", "show gone", 3, "RUN", "gone"),
-    refused(
-        "show of a run that did not sample", "show old", 3, "RUN", "rollouts.jsonl", made=both(RAN, gone("old/rollouts.jsonl"))
-    ),
+    refused("show of a run that did not sample", "show old", 3, "RUN", "rollouts", made=both(RAN, gone("old/rollouts.jsonl"))),
     refused("show of a step that is not there", "show old --step 99", 3, "--step", "99", made=RAN),
     refused("show of a step before the first", "show old --step -1", 3, "--step", "-1", made=RAN),
     refused("show of a prompt that is not there", "show old --prompt q", 3, "--prompt", "'q'", "p", made=RAN),

@@ -33,7 +33,7 @@ class Answer:
 class FakeEngine:
     """Answers every call at once, as VllmEngine would in the order of the calls; `failing` maps a method to its error.
 
-    A completion is one token, the request's seed; its text is the seed in decimal.
+    A completion is one token, the last 31 bits of the request's seed; its text is the seed in decimal.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class FakeEngine:
             sample_index=request.sample_index,
             seed=request.seed,
             version=self.version,
-            token_ids=(request.seed,),
+            token_ids=(request.seed % 2**31,),
             log_probs=(-0.5,),
             text=str(request.seed),
             finish_reason="stop",

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
+from engine.core.segments import SegmentWriter
 from engine.observe import progress as progress_module
 from engine.observe.answers import greedy_answers, in_a_line, rollouts
 from engine.observe.pace import Pace
@@ -202,6 +203,12 @@ class TestAnswers:
             ("b, not judged: timeout", "2 b 0"),
             ("a, reward 0.5", "2 a 1"),
         ]
+        writer = SegmentWriter(tmp_path / "rollouts", {}, segment_bytes=1)
+        for step in (1, 2, 3):  # full segments are packed
+            kept = [{name: value for name, value in row.items() if name != "text"} for row in rows if row["step"] == step]
+            writer.append(step, kept, {})
+        writer.close()
+        assert rollouts(tmp_path, 2, 1) == [("a, reward 0.5", "(what it says is not kept: no 'text' in records.rollouts)")]
         assert rollouts(tmp_path, 9, 3) == [] and greedy_answers(tmp_path / "none", 0, "sums", 1) == []
 
 

@@ -24,6 +24,7 @@ from engine.config.schedules.paper import Paper
 from engine.core.errors import DataError
 from engine.core.jsonl import read_rows
 from engine.core.metrics import Metric
+from engine.core.segments import SegmentWriter, segments_of
 from engine.observe import charts
 from engine.observe.charts import Line, Mark, Point, chart
 from engine.observe.curves import further_plots, plots
@@ -468,6 +469,26 @@ def test_a_ledger_that_lost_rows_proves_nothing_whichever_they_are(tmp_path):
     write(run / "metrics.jsonl", metrics[:11])
     write(run / "rollouts.jsonl", rollouts[:34])
     assert prove(run, SCHEDULE, None, 3).contradiction is None, "the rollouts of a step under way are being written"
+
+
+def test_a_run_that_keeps_its_last_steps_is_proven_from_them_and_must_have_them(tmp_path):
+    """In segments, of which full ones are packed."""
+    run = write_run(tmp_path / "run")
+    rollouts, _ = records(SCHEDULE, 12)
+    (run / "rollouts.jsonl").unlink()
+    writer = SegmentWriter(run / "rollouts", {}, segment_bytes=100)
+    for step in range(12):
+        writer.append(step, [row for row in rollouts if row["step"] == step], {})
+    writer.close()
+    there = segments_of(run / "rollouts")
+    assert len(there) > 3 and there[0].is_packed
+    assert prove(run, SCHEDULE, None, 3).sentence().endswith("proven from 36 rollouts of 12 steps")
+    there[0].rows.unlink()
+    lacking = there[1].first
+    assert "must hold the rollouts of steps 0..11" in str(prove(run, SCHEDULE, None, 3).contradiction)
+    told = f"proven from {36 - 3 * lacking} rollouts of {12 - lacking} steps; those of the first {lacking} are not kept"
+    assert prove(run, SCHEDULE, None, 3, keep_steps=12 - lacking).sentence().endswith(told)
+    assert "steps 0..11" in str(prove(run, SCHEDULE, None, 3, keep_steps=12).contradiction)
 
 
 def test_the_report_holds_the_count_against_the_configuration(run, capsys):

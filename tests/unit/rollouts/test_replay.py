@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.algorithms.registry import make_loss
+from engine.config import options
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, DataError
-from engine.core.jsonl import JsonlLedger
+from engine.core.segments import SegmentWriter, segments_of
 from engine.core.types import Completion, Rollout, RolloutGroup, Score, Status
 from engine.data.mixture import Mixture
 from engine.data.preferences import load_preferences
@@ -25,9 +27,10 @@ from engine.data.templates import encode_prompt
 from engine.inference.pool import Pool
 from engine.rewards.base import Answer
 from engine.rollouts.base import StepData
-from engine.rollouts.ledger import RolloutLedger, ledger_rows
+from engine.rollouts.ledger import RolloutLedger
 from engine.rollouts.replay import LedgerSource, open_preferences, replay_kind
 from engine.rollouts.source import RolloutSource
+from engine.rollouts.writer import RolloutFile, RolloutFolder, RolloutWriter
 from tests.builders import algorithm_options
 from tests.unit.algorithms.steps import Step
 from tests.unit.data.test_mixture import prompt_set, write
@@ -38,7 +41,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 STATUSES = st.sampled_from(get_args(Status))
 OF_SAMPLING = ("wait_seconds", "generation_tokens", "generation_seconds")  # what a replay cannot know, or takes otherwise
 STEPS = 4
-VOCAB_SIZE = 2**63  # a fake engine's only token is its seed
+VOCAB_SIZE = 2**31  # a fake engine's only token is of its seed
 
 
 def offline(path: Path, **changes: dict[str, Any]) -> tuple[RunConfig, Mixture]:
@@ -61,12 +64,12 @@ class Failing(Parity):
 
 def live(path: Path, reward: Parity | None = None, **changes: dict[str, Any]) -> list[StepData]:
     config, prompts = offline(path, **changes)
-    ledger = JsonlLedger(path)
-    source = RolloutSource(config, prompts, Pool([FakeEngine(), FakeEngine()], 5.0), reward or Parity(), ledger)
+    records = RolloutWriter(RolloutFile(path) if path.suffix else RolloutFolder(path, config.records))
+    source = RolloutSource(config, prompts, Pool([FakeEngine(), FakeEngine()], 5.0), reward or Parity(), records)
     source.open(range(STEPS))
     steps = [source.next(step) for step in range(STEPS)]
     source.close()
-    ledger.close()
+    records.close()
     return steps
 
 
@@ -75,12 +78,15 @@ def known(data: StepData) -> StepData:
     return StepData(data.sequences, data.num_prompts, {k: v for k, v in data.metrics.items() if k not in OF_SAMPLING})
 
 
+@pytest.mark.parametrize("form", ["rollouts.jsonl", "rollouts", "rollouts of one step a segment"])
 @pytest.mark.parametrize(
     "algorithm",
     [{}, {"pairing": "best_worst"}, {"loss": "grpo"}, {"loss": "group_dpo", "alpha": 0.1, "kl_weight": 0.0}],
 )
-def test_a_replayed_ledger_is_the_live_run_bit_for_bit(tmp_path, algorithm):
-    path = tmp_path / "rollouts.jsonl"
+def test_a_replayed_ledger_is_the_live_run_bit_for_bit(tmp_path, monkeypatch, algorithm, form):
+    path = tmp_path / form
+    if "segment" in form:
+        monkeypatch.setattr("engine.rollouts.writer.SegmentWriter", partial(SegmentWriter, segment_bytes=1))
     wanted = live(path, Failing(), algorithm=algorithm)
     config, prompts = offline(path, algorithm=algorithm)
     source = LedgerSource(config, RolloutLedger(path), prompts, VOCAB_SIZE)
@@ -93,16 +99,17 @@ def test_a_replayed_ledger_is_the_live_run_bit_for_bit(tmp_path, algorithm):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(-1e300, 0), min_size=1, max_size=6), st.floats(-1e300, 1e300), TEXTS, STATUSES)
+@given(st.lists(st.floats(-(2.0**99), 0, width=32), min_size=1, max_size=6), st.floats(-1e300, 1e300), TEXTS, STATUSES)
 def test_any_rollout_survives_the_ledger(tmp_path_factory, log_probs, reward, text, status):
     tokens = tuple(range(len(log_probs)))
     completion = Completion("p0", 0, 2**62 + 1, 0, tokens, tuple(log_probs), text, "stop")
     made = RolloutGroup(group([1]).prompt, 0, (Rollout(completion, Score(reward, status)),))
-    path = tmp_path_factory.mktemp("any") / "ledger.jsonl"
-    ledger = JsonlLedger(path)
-    ledger.append(ledger_rows(made))
-    ledger.close()
-    assert [row.rollout() for row in RolloutLedger(path).rows(0)] == list(made.rollouts)
+    folder = tmp_path_factory.mktemp("any")
+    for records in (RolloutFile(folder / "ledger.jsonl"), RolloutFolder(folder / "rollouts", options.RolloutRecords())):
+        records.append(0, [made])
+        records.close()
+    for path in (folder / "ledger.jsonl", folder / "rollouts"):
+        assert [row.rollout() for row in RolloutLedger(path).rows(0)] == list(made.rollouts)
 
 
 def test_a_ledger_is_read_a_step_at_a_time(tmp_path):
@@ -116,6 +123,48 @@ def test_a_ledger_is_read_a_step_at_a_time(tmp_path):
     assert len(ledger.rows(2)) == 7 * 6
     with pytest.raises(DataError, match=r"line 1: must be one JSON object"):
         ledger.rows(0)
+
+
+def test_of_a_folder_one_segment_is_read_for_a_step_and_a_gap_is_seen_by_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.rollouts.writer.SegmentWriter", partial(SegmentWriter, segment_bytes=1))
+    path = tmp_path / "rollouts"
+    live(path)
+    there = segments_of(path)
+    assert len(there) == STEPS and there[2].is_packed
+    there[0].rows.write_bytes(b"spoiled")
+    ledger = RolloutLedger(path)
+    assert (list(ledger.steps), 9 in ledger, 2 in ledger) == ([0, 1, 2, 3], False, True)
+    assert len(ledger.rows(2)) == 7 * 6
+    with pytest.raises(DataError, match=r"00000000\.jsonl\.zst: must be packed rows"):
+        ledger.rows(0)
+    there[1].rows.unlink()
+    with pytest.raises(DataError, match=r"must hold every step below run\.steps = 4; found no step 1"):
+        RolloutLedger(path).check_steps(STEPS)
+
+
+@pytest.mark.parametrize(("name", "column"), [("tokens", "token_ids"), ("log_probs", "log_probs")])
+def test_rollouts_without_what_a_replay_needs_are_refused_by_the_option_and_can_be_read(tmp_path, name, column):
+    path = tmp_path / "rollouts"
+    live(path, records={"rollouts": tuple({"tokens", "log_probs"} - {name})})
+    config, prompts = offline(path)
+    assert replay_kind(config) == "rollouts"
+    with pytest.raises(DataError, match=rf"`{column}` must be on record, .* sample with '{name}' in records\.rollouts"):
+        LedgerSource(config, RolloutLedger(path), prompts, VOCAB_SIZE).next(0)
+    assert {(row.num_tokens, row.text) for row in RolloutLedger(path).read(0)} == {(1, None)}
+
+
+def test_rollouts_of_which_columns_are_missing_are_refused(tmp_path):
+    path = tmp_path / "rollouts"
+    live(path)
+    config, prompts = offline(path)
+    columns = path / "00000000.arrows"
+    data = columns.read_bytes()
+    for kept, words in ((len(data) - 9, "must hold the tokens of step 3; found none"), (0, "step 3; found none")):
+        columns.write_bytes(data[:kept])
+        with pytest.raises(DataError, match=words):
+            LedgerSource(config, RolloutLedger(path), prompts, VOCAB_SIZE).next(3)
+    with pytest.raises(DataError, match=r"found the folder of a whole run, .*: name .*rollouts"):
+        replay_kind(offline(tmp_path)[0])
 
 
 def test_rollouts_of_another_template_or_tokenizer_are_refused_and_older_ledgers_are_not(tmp_path):
@@ -154,7 +203,7 @@ def one(rows: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
         (lambda rows: [row | {"prompt_id": "gone"} for row in rows[:6]] + rows[6:], "name a prompt of data.train .*'gone'"),
         (lambda rows: [row | {"version": 1} for row in rows], r"step 0: `version` must be one, .* found \[1\]"),
         (lambda rows: one(rows, log_probs=[]), "line 1: `log_probs` must be one a token; found 0 for 1"),
-        (lambda rows: one(rows, token_ids=[2**63]), f"`token_ids` must be of the model's {2**63} tokens; found {2**63}"),
+        (lambda rows: one(rows, token_ids=[2**31]), f"`token_ids` must be of the model's {2**31} tokens; found {2**31}"),
         (lambda rows: one(rows, reward="high"), "line 1: `reward` must be as a ledger has it .*; found 'high'"),
         (lambda rows: one(rows, status="fine"), "line 1: `status` must be"),
         (lambda rows: [row | {"step": -1} for row in rows], "line 1: `step` must be"),
@@ -265,7 +314,7 @@ def test_what_is_replayed_is_seen_by_its_first_row(tmp_path):
     live(path)
     config, _ = offline(path)
     assert replay_kind(config) == "rollouts"
-    with pytest.raises(ConfigError, match="must not be the run's own ledger"):
+    with pytest.raises(ConfigError, match="must not be the run's own rollouts"):
         replay_kind(config.model_copy(update={"run": config.run.model_copy(update={"directory": str(tmp_path)})}))
     for text in ('{"problem": "p", "answer": "1"}\n', "", "[]\n"):
         path.write_text(text)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from engine.config.load import RunConfig
 from engine.core.errors import InferenceError
-from engine.core.jsonl import JsonlLedger
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
 from engine.data.mixture import Mixture
 from engine.data.prompts import PromptOrder, PromptSet
@@ -27,6 +26,7 @@ from engine.rollouts.batch import compared_tokens, training_sequences
 from engine.rollouts.ledger import ledger_rows
 from engine.rollouts.metrics import percentile, rollout_metrics, warn_of_endings
 from engine.rollouts.source import RolloutSource, score_groups
+from engine.rollouts.writer import RolloutFile, RolloutWriter
 from tests import builders
 from tests.unit.inference.test_pool import FakeEngine
 
@@ -70,12 +70,12 @@ def open_source():
         config: RunConfig,
         *engines: FakeEngine,
         reward: Parity | None = None,
-        ledger: JsonlLedger | None = None,
+        records: RolloutWriter | None = None,
         ahead: Ahead | None = None,
     ):
         pool = Pool(engines or (FakeEngine(),), 5.0)
         prompts = Mixture(config.data.sources, (PROMPTS,), config.run.seed)
-        sources.append(RolloutSource(config, prompts, pool, reward or Parity(), ledger, ahead=ahead))
+        sources.append(RolloutSource(config, prompts, pool, reward or Parity(), records, ahead=ahead))
         return sources[-1]
 
     yield make
@@ -84,8 +84,8 @@ def open_source():
 
 
 def test_a_step_holds_the_prompts_of_the_order_and_pairs_of_right_and_wrong(open_source, tmp_path):
-    config, ledger = run_config(), JsonlLedger(tmp_path / "rollouts.jsonl")
-    source = open_source(config, FakeEngine(), FakeEngine(), ledger=ledger)
+    config, records = run_config(), RolloutWriter(RolloutFile(tmp_path / "rollouts.jsonl"))
+    source = open_source(config, FakeEngine(), FakeEngine(), records=records)
     source.open(range(0, 2))
     for step in (0, 1):
         data = source.next(step)
@@ -139,7 +139,8 @@ def test_opening_waits_for_nobody_and_next_waits_for_the_reward(open_source):
 def test_what_was_sampled_ahead_goes_on_from_its_file_as_if_nothing_had_happened(open_source, tmp_path):
     """Versions, log-probs, rewards, metrics and the ledger: one source reads what another wrote."""
     config = run_config(sync={"sync_interval": 2, "lookahead": 1})
-    whole = open_source(config, ledger=JsonlLedger(tmp_path / "whole.jsonl"))
+    records, rest = (RolloutWriter(RolloutFile(tmp_path / name)) for name in ("whole.jsonl", "resumed.jsonl"))
+    whole = open_source(config, records=records)
     whole.open(range(0, 4))
     whole.finish(3)
     whole.drain(2)
@@ -147,7 +148,7 @@ def test_what_was_sampled_ahead_goes_on_from_its_file_as_if_nothing_had_happened
     whole.ahead(range(2, 4)).write(tmp_path)
     mixture = Mixture(config.data.sources, (PROMPTS,), config.run.seed)
     read = read_ahead(tmp_path / AHEAD, mixture, config.algorithm.samples_per_prompt)
-    resumed = open_source(config, FakeEngine(version=2), ledger=JsonlLedger(tmp_path / "resumed.jsonl"), ahead=read)
+    resumed = open_source(config, FakeEngine(version=2), records=rest, ahead=read)
     resumed.open(range(4, 6))
     for step in range(6):
         expected = whole.next(step) if step < 4 else None
@@ -160,6 +161,8 @@ def test_what_was_sampled_ahead_goes_on_from_its_file_as_if_nothing_had_happened
             assert {name: found.metrics[name] for name in told if name not in untimed} == {
                 name: value for name, value in told.items() if name not in untimed
             }
+    records.settle()
+    rest.settle()
     rows = (tmp_path / "whole.jsonl").read_text().splitlines()
     assert (tmp_path / "resumed.jsonl").read_text().splitlines()[:48] == rows[48:]
     whole.ahead(range(0)).write(tmp_path / "nothing")  # writes no file, and asks for no folder
@@ -464,6 +467,7 @@ def test_a_row_of_the_ledger_tells_everything_of_a_rollout():
         "reward": 0,
         "status": "unparsable",
         "finish_reason": "length",
+        "num_tokens": 2,
         "text": "answer 1",
         "token_ids": [0, 1],
         "log_probs": [-1.0, -1.0],

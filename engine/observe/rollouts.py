@@ -1,0 +1,63 @@
+"""Where a run's directory has its rollouts, and their rows for those who look on, newest or oldest first. Tokens and log-probs
+are read by whoever trains on them (rollouts/ledger.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine.core.jsonl import Line, row_of
+from engine.core.segments import is_folder_of_segments, segments_of
+
+ROLLOUTS = "rollouts"  # a folder of segments, in the run's directory
+ROLLOUTS_FILE = "rollouts.jsonl"  # which older versions wrote instead
+_HEAD = re.compile(rb'\{"step": (\d+), "version": (\d+)[,}]')  # how a row begins as we write it; others are parsed whole
+
+
+class Head(NamedTuple):
+    """Which step and which weights a rollout is of."""
+
+    where: str  # file and line
+    step: int
+    version: Any  # an integer, unless somebody changed it
+
+
+def rollouts_of(directory: Path) -> Path | None:
+    """The folder of a run's rollouts, or the file of an older run; None where it has neither."""
+    folder, file = directory / ROLLOUTS, directory / ROLLOUTS_FILE
+    if is_folder_of_segments(folder) or (folder.is_dir() and not file.exists()):
+        return folder
+    return file if file.exists() else None
+
+
+def heads(place: Path) -> Iterator[Head]:
+    """Of all rollouts, in order; DataError for a line that is no row."""
+    for segment in segments_of(place):
+        name = segment.rows.relative_to(place.parent)
+        for number, line in enumerate(segment.lines(), start=1):
+            where, found = f"{name} line {number}", _HEAD.match(line.data)
+            if found:
+                yield Head(where, int(found[1]), int(found[2]))
+            else:
+                row = row_of(line)
+                yield Head(where, row["step"], row.get("version"))
+
+
+def rows_of_step(place: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of a step, in their order, whose cost is that of the segments from its own on."""
+
+    def backwards() -> Iterator[Line]:
+        for segment in reversed(segments_of(place)):
+            yield from segment.newest_lines()
+
+    found = []
+    for line in backwards():
+        row = row_of(line)
+        if row["step"] < step:
+            break
+        if row["step"] == step:
+            found.append(row)
+    return found[::-1]
