@@ -41,18 +41,25 @@ class Proof:
         return f"{self.regime}: staleness {low}..{high}, proven from {self.num_rollouts} rollouts of {self.num_steps} steps"
 
 
-def prove(directory: Path, schedule: Schedule, replayed: str | None = None, rollouts_per_step: int | None = None) -> Proof:
+def prove(
+    directory: Path,
+    schedule: Schedule,
+    replayed: str | None = None,
+    rollouts_per_step: int | None = None,
+    first_step: int = 0,
+) -> Proof:
     """Checks rollouts.jsonl and metrics.jsonl of a run, which may still be going on; DataError for a line that is no row.
     `rollouts_per_step`: so many every step must have that is in metrics.jsonl, for its rollouts are written before it is
-    trained on. A run without rollouts.jsonl, such as a supervised one, has nothing to prove, nor one that replayed a file."""
+    trained on. A run without rollouts.jsonl, such as a supervised one, has nothing to prove, nor one that replayed a file.
+    `first_step`: the first on record, of a run that was forked off another."""
     metrics = list(read_rows(directory / "metrics.jsonl"))  # first: a run goes on while its rollouts are read
     if replayed is not None or not (directory / "rollouts.jsonl").exists():
         return Proof(schedule.regime, len(metrics), 0, None, None, replayed)
-    contradictions = [fault for number, row in enumerate(metrics) for fault in _of_step(row, number, schedule)][:1]
+    contradictions = [fault for number, row in enumerate(metrics) for fault in _of_step(row, number, schedule, first_step)][:1]
     num_rollouts, steps, counts, ages = 0, list[int](), list[int](), set[int]()
     for number, row in enumerate(read_rows(directory / "rollouts.jsonl"), start=1):
         num_rollouts += 1
-        if fault := _of_rollout(row, f"rollouts.jsonl line {number}", schedule):
+        if fault := _of_rollout(row, f"rollouts.jsonl line {number}", schedule, first_step):
             contradictions.insert(0, fault)
             break
         ages.add(row["step"] - row["version"])
@@ -60,40 +67,41 @@ def prove(directory: Path, schedule: Schedule, replayed: str | None = None, roll
             steps.append(row["step"])
             counts.append(0)
         counts[-1] += 1
-    if not contradictions and (steps != list(range(len(steps))) or len(steps) < len(metrics)):
-        odd = next((step for place, step in enumerate(steps) if step != place), len(steps))
+    if not contradictions and (steps != list(range(first_step, first_step + len(steps))) or len(steps) < len(metrics)):
+        end = first_step + len(steps)
+        odd = next((step for place, step in enumerate(steps, first_step) if step != place), end)
         contradictions.append(
-            f"rollouts.jsonl must hold the rollouts of steps 0..{len(metrics) - 1}, one step after another; found "
-            f"{'them end before' if odd == len(steps) else 'out of its place'} step {odd}"
+            f"rollouts.jsonl must hold the rollouts of steps {first_step}..{first_step + len(metrics) - 1}, one step after "
+            f"another; found {'them end before' if odd == end else 'out of its place'} step {odd}"
         )
     if not contradictions and rollouts_per_step is not None:
-        contradictions += _of_counts(counts[: len(metrics)], rollouts_per_step)
+        contradictions += _of_counts(counts[: len(metrics)], rollouts_per_step, first_step)
     staleness = (min(ages), max(ages)) if ages else None
     first = contradictions[0] if contradictions else None
     return Proof(schedule.regime, len(metrics), num_rollouts, staleness, first)
 
 
-def _of_counts(counts: Sequence[int], due: int) -> list[str]:
+def _of_counts(counts: Sequence[int], due: int, first_step: int) -> list[str]:
     """Whether every step that was trained on has all its rollouts; a ledger that lost rows has not."""
     return [
         f"rollouts.jsonl must hold {due} rollouts of each of {len(counts)} steps, {due * len(counts)} in all; found {count} of "
         f"step {step}, {sum(counts)} in all"
-        for step, count in enumerate(counts)
+        for step, count in enumerate(counts, first_step)
         if count != due
     ][:1]
 
 
-def _of_rollout(row: dict[str, Any], where: str, schedule: Schedule) -> str:
+def _of_rollout(row: dict[str, Any], where: str, schedule: Schedule, first_step: int) -> str:
     step, version = row["step"], row.get("version")
-    if not 0 <= step < schedule.num_steps:
-        return f"{where} must be of steps 0..{schedule.num_steps - 1}; found step {step}"
+    if not first_step <= step < schedule.num_steps:
+        return f"{where} must be of steps {first_step}..{schedule.num_steps - 1}; found step {step}"
     if version != schedule.version(step):
         return f"{where} must have version {schedule.version(step)} at step {step}; found {version}"
     return ""
 
 
-def _of_step(row: dict[str, Any], step: int, schedule: Schedule) -> Iterator[str]:
-    where = f"metrics.jsonl line {step + 1}"
+def _of_step(row: dict[str, Any], number: int, schedule: Schedule, first_step: int) -> Iterator[str]:
+    step, where = first_step + number, f"metrics.jsonl line {number + 1}"
     if row["step"] != step:
         yield f"{where} must be of step {step}; found step {row['step']}"
     elif row.get("staleness") != schedule.staleness(step):

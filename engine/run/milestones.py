@@ -81,7 +81,7 @@ class Milestones:
     def _snapshot(self, step: int) -> Snapshot:
         """This rank's part of the state after `step` steps, in host memory. Collective."""
         policy = self._policy
-        place = reference_place(self._config, step) if policy.has_reference else None
+        place = reference_place(self._config, step, self._checkpoints.origin) if policy.has_reference else None
         reference = self._weights("reference") if place == "own" else None
         at = place if isinstance(place, int) else None
         mine = state_rank(self._config.trainer, self._parallel.rank) == self._parallel.rank

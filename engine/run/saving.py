@@ -30,6 +30,7 @@ from engine.core.provenance import provenance
 from engine.core.tensor_files import FileRecord, file_record, write_tensors
 from engine.data.templates import read_chat_template
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
+from engine.observe.origin import read_origin
 from engine.observe.telling import activity
 from engine.run.checkpoint import (
     BEST,
@@ -140,6 +141,7 @@ class Checkpoints:
         self._barrier = barrier
         self._digests = digests
         self._patience = patience_seconds
+        self.origin = read_origin(folder.parent)  # of a run that was forked off another
         self._save: _Save | None = None
         self._seed: dict[str, FileRecord] = {}  # this rank's share of the seed model's files
         self._pointers = threading.Lock()  # LATEST, BEST and what is removed
@@ -276,6 +278,7 @@ class Checkpoints:
             "seed": {name: found for word in words for name, found in word["seed"].items()},
             "records": json.loads(json.dumps(records)),
             "made_with": provenance() | {"gpu": gpu_name()},
+            **({"fork": self.origin.as_json()} if self.origin is not None else {}),
         }
         (staging / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
         folders = [staging / POLICY, *([staging / REFERENCE] if snapshot.reference is not None else []), staging]
