@@ -561,6 +561,11 @@ class Checkpoint(Section):
         description="keep the best checkpoint too: by accuracy where answers are right or wrong, and by this where they are "
         "graded; unset: not kept",
     )
+    on_failure: Literal["end", "continue"] = Field(
+        "end",
+        description="where a checkpoint cannot be written, as on a full disk: end the run, or tell it and go on to the next "
+        "one; the last whole checkpoint stands either way",
+    )
     other_layout: Literal["refuse", "allow"] = Field(
         "refuse",
         description="a resume with another split over trainer ranks and engines than the checkpoint's: what follows is "

@@ -42,7 +42,7 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
     "inference": {"placement", "timeout_seconds"},
     "rewards": {"workers", "concurrency"},
     "reward_model": {"timeout_seconds"},
-    "checkpoint": {"keep", "best_by", "other_layout"},
+    "checkpoint": {"keep", "best_by", "other_layout", "on_failure"},
     "evaluation": None,
     "guard": None,
     "cluster": None,  # where processes are changes no bit

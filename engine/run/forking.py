@@ -112,10 +112,10 @@ def planned(checkpoint: Path, config: RunConfig, *, needs_reference: bool) -> Fo
     it would go on with is not on disk, ConfigError where it cannot be kept."""
     manifest = read_manifest(checkpoint)
     place, folder = _reference(checkpoint, manifest, config) if needs_reference else (None, None)
-    if place == "own" and config.sync.reference == "never" and config.keeps_seed:
+    if place == "own" and config.sync.reference == "never" and config.schedule.never_syncs:
         raise ConfigError(
-            f"sync.reference = 'never' must begin with the seed model's weights where an offline run samples from them again; "
-            f"found {checkpoint}, whose reference has moved: set sync.reference, or leave out evaluations between its ends"
+            f"sync.reference = 'never' must be the seed model in an offline run, whose engines sample from it; found "
+            f"{checkpoint}, whose reference has moved: set sync.reference to a number of steps, or choose another checkpoint"
         )
     there, here = flat(manifest["config"]), flat(json.loads(config.model_dump_json()))
     names = [name for name in (*there, *(name for name in here if name not in there)) if name != "run.directory"]
