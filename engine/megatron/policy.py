@@ -64,10 +64,12 @@ class Policy:
         axes: layout.TrainerLayout,
         *,
         copies: Collection[Copy] | None = None,
+        shares_device: bool = False,
     ) -> None:
         """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy. `shape`, `axes`:
         of the model there and of the trainer, and `copies`: of its weights that it keeps, as the run's Spec has them; without
-        `copies` the reference if the loss looks at one.
+        `copies` the reference if the loss looks at one. `shares_device`: with engines, which may be there already: gradients
+        have memory only from the first training step on.
 
         Collective over all ranks. Raises ConfigError for another model, an impossible layout or a missing library,
         CheckpointError for files that do not hold it.
@@ -90,8 +92,17 @@ class Policy:
         build.load_all(models, self.shape, self.layout, checkpoint, parallel)
         self._held = [self._slices_of(tp_rank) for tp_rank in range(parallel.tp_size)]
         distributed = config.trainer.distributed_optimizer
-        options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+        options = DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed,
+            grad_reduce_in_fp32=config.trainer.gradient_dtype == "float32",
+            overlap_grad_reduce=config.trainer.overlap_gradients,
+        )
         self._chunks = [DistributedDataParallel(self._config, options, model) for model in models]
+        if shares_device:
+            self.give_back_gradients()
+        if config.trainer.overlap_gradients:
+            (chunk,) = self._chunks
+            self._config.no_sync_func, self._config.grad_sync_func = chunk.no_sync, chunk.start_grad_sync
         self._output_weight = build.output_weight(models[-1]) if parallel.is_last_stage else None
         self._fp8 = Fp8Memory(self._config, models)
         self._own = dict(pair for model in models for pair in build.named_parameters(model))
@@ -103,6 +114,7 @@ class Policy:
         )
         forget_initial(self._own.values())
         self._reference: dict[str, torch.Tensor] = {}
+        self._reference_on_host = config.trainer.reference_memory == "host"
         if loss.needs_reference if copies is None else "reference" in copies:
             self.refresh_reference()
         still = self._reference if config.sync.reference == "never" else {}  # one that never moves is the seed's weights too
@@ -121,7 +133,26 @@ class Policy:
     def refresh_reference(self) -> None:
         """Makes the reference a copy of the policy as it is now."""
         assert self.loss.needs_reference, "a reference nobody needs"
-        self._reference = self._copy()
+        if not self._reference_on_host:
+            self._reference = self._copy()
+            return
+        pinned = self.parallel.device.type == "cuda"
+        for name, parameter in self._own.items():
+            place = self._reference.get(name)
+            if place is None:
+                place = self._reference[name] = torch.empty_like(parameter.data, device="cpu", pin_memory=pinned)
+            place.copy_(parameter.data)
+
+    def _reference_to_serve(self) -> dict[str, torch.Tensor]:
+        """The reference on the device: itself, or a copy for as long as somebody has it."""
+        if not self._reference_on_host:
+            return self._reference
+        return {name: tensor.to(self.parallel.device, copy=True) for name, tensor in self._reference.items()}
+
+    def give_back_gradients(self) -> None:
+        """Lets the memory of the gradient buffers go until the next training step, as for engines on the same device."""
+        for chunk in self._chunks:
+            chunk.offload_grad_buffers(synchronize=self.parallel.device.type == "cuda", empty_cache=False)
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: copied(parameter) for name, parameter in self._own.items()}
@@ -142,7 +173,7 @@ class Policy:
         reference: list[torch.Tensor] = []
         own: list[torch.Tensor] = []
         if self.loss.needs_reference:
-            with self.serving(self._reference), phase(Phase.REFERENCE):
+            with self.serving(self._reference_to_serve()), phase(Phase.REFERENCE):
                 reference = self.log_probs(batch)
         if any(bool(microbatch.split.any()) for microbatch in microbatches):
             with phase(Phase.SPREAD):
@@ -178,6 +209,7 @@ class Policy:
         gradient norm is not finite.
         """
         for chunk in self._chunks:
+            chunk.restore_grad_buffers(synchronize=False)  # where they were given back
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 

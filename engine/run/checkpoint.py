@@ -38,7 +38,7 @@ POLICY, REFERENCE = "policy", "reference"
 MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
     "run": {"steps", "directory", "restarts", "sinks"},
     "sync": {"timeout_seconds", "bucket_mebibytes"},
-    "trainer": {"timeout_seconds"},
+    "trainer": {"timeout_seconds", "reference_memory"},
     "inference": {"placement", "timeout_seconds"},
     "rewards": {"workers", "concurrency"},
     "reward_model": {"timeout_seconds"},

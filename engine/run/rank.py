@@ -64,7 +64,9 @@ class TrainerRank:
         spec, config, parallel = self._spec, self._config, self._join(port)
         loss = make_loss(config.algorithm, sampled=spec.sampled)
         with activity("model"):
-            policy = Policy(config, parallel, loss, config.model.path, spec.shape, spec.trainer, copies=spec.copies)
+            sizes = spec.shape, spec.trainer
+            shared = spec.colocated and spec.starts_engines
+            policy = Policy(config, parallel, loss, config.model.path, *sizes, copies=spec.copies, shares_device=shared)
         checkpoints = Checkpoints(
             config.run_directory / "checkpoints",
             rank=parallel.rank,
@@ -86,7 +88,8 @@ class TrainerRank:
         publisher: loop.Publisher = NoEngines()
         if spec.starts_engines:
             with activity("connect"):
-                publisher = PoolPublisher(open_publisher(spec, policy, parallel, self._host, pool), parallel)
+                bridge = open_publisher(spec, policy, parallel, self._host, pool)
+                publisher = PoolPublisher(bridge, parallel, policy.give_back_gradients)
         agreement = Agreement(config, parallel)
         source = BroadcastSource(config, parallel, controller.source if controller is not None else None, agreement)
         milestones = Milestones(config, policy, parallel, checkpoints, controller, agreement)
