@@ -168,7 +168,7 @@ class Disk:
             raise Killed
         opened = OPEN(file, mode, *arguments, **more)
         if is_new:
-            self._undoable(path, lambda: os.path.exists(path) and REMOVE(path))
+            self._undoable(path, lambda: REMOVE(path))
         self._synced.setdefault(path, 0 if "w" in mode or is_new else os.path.getsize(path))
         return _File(self, opened, path)
 
