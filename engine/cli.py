@@ -22,7 +22,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine.commands import checking, evaluating, explaining, initializing, preparing, sampling, scoring, showing, training
+from engine.commands import (
+    checking,
+    evaluating,
+    explaining,
+    forking,
+    initializing,
+    preparing,
+    sampling,
+    scoring,
+    showing,
+    training,
+)
 from engine.commands import profile as profiles
 from engine.commands import report as reports
 from engine.commands.common import check_targets, write_figures
@@ -203,6 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--nvlink-gigabytes-per-second", type=float, default=350.0, help="of one GPU, inside a node (350)")
     plan.add_argument("--gpu-gibibytes", type=float, default=139.0, help="memory of a GPU (139: H200; 79: H100, A100 of 80 GB)")
     plan.add_argument("--json", metavar="PATH", help="write the figures to this file too")
+    forking.add_flags(
+        add("fork", forking.fork, "start a new run from a checkpoint of another, with other options", config=False)
+    )
     export = add("export", _export, "verify a checkpoint and copy its policy as a Hugging Face model", config=False)
     export.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a run's directory (its newest checkpoint) or one checkpoint's folder"

@@ -33,7 +33,7 @@ def of_now(policy: Any, folder: Path, config: Any, step: int, barrier: Callable[
     from engine.run.saving import Checkpoints, Snapshot, Weights
 
     parallel = policy.parallel
-    checkpoints = Checkpoints(folder, rank=parallel.rank, world_size=parallel.world_size, barrier=barrier, digests={})
+    checkpoints = Checkpoints(folder, rank=parallel.rank, world_size=parallel.world_size, host=parallel.host, digests={})
     plan = export_files(policy.shape, policy.layout, parallel.dp_size, policy.dtype, config.sync.bucket_mebibytes << 20)
     barrier()
     started = time.perf_counter()

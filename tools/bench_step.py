@@ -113,7 +113,7 @@ def serve(case: Case, model: Path, options: list[str], folder: Path) -> None:
     from engine.megatron.packing import make_batch
     from engine.megatron.parallel_state import open_parallel_state
     from engine.megatron.policy import Policy
-    from engine.models.hf import read_shape
+    from engine.models.config_file import read_shape
     from engine.run.spec import assemble
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

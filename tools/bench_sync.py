@@ -180,6 +180,7 @@ class Rank:
     world_size: int
     parameters: dict[str, Any]
     device: Any  # torch.device
+    host: Any  # HostGroup
 
     def stage_leaders(self) -> tuple[int, ...]:
         """One stage."""
@@ -196,6 +197,7 @@ def open_rank(
     import torch
     import torch.distributed as dist
 
+    from engine.bridge.host_group import HostGroup
     from engine.bridge.sender import Publisher
     from engine.bridge.terms import SyncTerms
     from engine.models import sharding as layout
@@ -212,7 +214,9 @@ def open_rank(
     shards = {name: torch.randn(size, **drawn) for name, size in layout.shard_shapes(shape, where, rank).items()}
     bucket_bytes = config.sync.bucket_mebibytes << 20
     terms = SyncTerms(shape, dtype, where, 1, EngineLayout(1), ((0,),), bucket_bytes, transport)
-    place = Rank(rank, trainers, shards, torch.device(device))
+    words = dist.FileStore(f"{folder}/words{trainers}", trainers)
+    host = HostGroup(words, rank, trainers, patience_seconds=TIMEOUT)
+    place = Rank(rank, trainers, shards, torch.device(device), host)
     return Publisher(place, place, terms, host=HOST, timeout_seconds=TIMEOUT, pool=pool), shape
 
 

@@ -20,6 +20,7 @@ from engine.config.load import RunConfig, dump_config, flat
 from engine.core.errors import ConfigError, PreemptedError
 from engine.core.files import locked
 from engine.observe.journal import LOGS, WARNINGS
+from engine.observe.origin import FORK
 from engine.observe.sinks.base import End
 from engine.observe.sinks.follow import FOLDER
 from engine.observe.sinks.followers import Followers
@@ -140,7 +141,7 @@ def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:
     check_fresh(config, may_start_over=may_start_over)
     if has_steps(config.run_directory):
         return True
-    for name in (RESTARTS, WARNINGS, EVENTS, STARTUP):
+    for name in (RESTARTS, WARNINGS, EVENTS, STARTUP, FORK):
         (config.run_directory / name).unlink(missing_ok=True)
     shutil.rmtree(config.run_directory / FOLDER, ignore_errors=True)
     return False

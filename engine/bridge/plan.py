@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import gc
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from heapq import heapreplace
 from itertools import cycle
 from operator import and_
 from typing import TYPE_CHECKING
@@ -219,11 +221,12 @@ def _able(
 ) -> dict[tuple[ModelRank, int], tuple[int, ...]]:
     """The replicas of every model-parallel rank that may send to every node, by its number; all where no senders are named."""
     found = {}
+    everyone = tuple(range(dp_size))
     for node, named in enumerate(senders):
         may = frozenset(named)
         for pp, tp in model_ranks:
-            replicas = (dp for dp in range(dp_size) if not may or (pp * dp_size + dp) * tp_size + tp in may)
-            found[(pp, tp), node] = tuple(replicas)
+            replicas = (dp for dp in everyone if (pp * dp_size + dp) * tp_size + tp in may)
+            found[(pp, tp), node] = tuple(replicas) if may else everyone
             assert found[(pp, tp), node], f"no sender to node {node} holds model-parallel rank {(pp, tp)}: {named}"
     return found
 
@@ -239,45 +242,111 @@ def _order(
     travel at once. Of the replicas that may, the one with the least to send so far sends; the entry into a node goes round."""
     model_ranks = dict.fromkeys(model_rank for model_rank, _ in buckets)
     ranks = {(pp, tp): [(pp * dp_size + dp) * tp_size + tp for dp in range(dp_size)] for pp, tp in model_ranks}
-    loads = {model_rank: [0] * dp_size for model_rank in model_ranks}  # bytes sent by each replica
+    senders = _senders(dp_size, able)
     targets = sorted({tp_rank for _, tp_rank in buckets})
     turns = [[node[i:] + node[:i] for i in range(len(node))] for node in nodes]
     paths = {(node, tp_rank): cycle(turns[node]) for node in range(len(nodes)) for tp_rank in targets}
     waiting = [
-        (buckets[model_rank, tp_rank], loads[model_rank], ranks[model_rank], able[model_rank, node], paths[node, tp_rank])
-        for (model_rank, tp_rank), node in _waves(list(buckets), dp_size, nodes, able)
+        (buckets[model_rank, tp_rank], senders[model_rank, node], ranks[model_rank], paths[node, tp_rank])
+        for (model_rank, tp_rank), node in _waves(list(buckets), nodes, senders)
     ]
     messages: list[Message] = []
     k = 0
     while waiting := [flow for flow in waiting if len(flow[0]) > k]:
-        for flow, sent, holders, replicas, path in waiting:
+        for flow, replicas, holders, path in waiting:
             bucket = flow[k]
-            replica = min(replicas, key=sent.__getitem__)
-            sent[replica] += bucket.num_bytes
-            messages.append(Message(bucket, len(messages), holders[replica], next(path)))
+            messages.append(Message(bucket, len(messages), holders[replicas.send(bucket.num_bytes)], next(path)))
         k += 1
     return tuple(messages)
 
 
+class _Turns:
+    """Who of several is next, each once in a wave, the first of those that are free. A number for each of them and wave would
+    make a plan's time grow with the square of the GPUs; as they go in order, how many went in a wave is enough."""
+
+    def __init__(self, members: Iterable[int]) -> None:
+        self._members = tuple(members)
+        self._gone: Counter[int] = Counter()  # by wave, as a bit
+        self.occupied = 0  # waves, as bits, in which all have gone
+
+    def take(self, wave: int) -> int:
+        """The one that goes in this wave."""
+        number = self._gone[wave]
+        self._gone[wave] += 1
+        if number + 1 == len(self._members):
+            self.occupied |= wave
+        return self._members[number]
+
+
+class _Replicas(_Turns):
+    """The replicas of a model-parallel rank that may send to some nodes, and to no others that one of them may send to: their
+    waves, and who of them has sent the fewest bytes so far, the first of equals."""
+
+    def __init__(self, members: Iterable[int]) -> None:
+        super().__init__(members)
+        self._sent = [(0, member) for member in self._members]  # a heap
+
+    def send(self, num_bytes: int) -> int:
+        """The one that sends so many more."""
+        sent, member = self._sent[0]
+        heapreplace(self._sent, (sent + num_bytes, member))
+        return member
+
+
+class _Overlapping:
+    """The same where sets of replicas have some in common and not all: `waves` and `sent` are theirs together, by replica."""
+
+    def __init__(self, members: tuple[int, ...], waves: list[int], sent: list[int]) -> None:
+        self._members, self._waves, self._sent = members, waves, sent
+
+    @property
+    def occupied(self) -> int:
+        """See _Turns."""
+        return reduce(and_, (self._waves[member] for member in self._members))
+
+    def take(self, wave: int) -> int:
+        """See _Turns."""
+        member = next(member for member in self._members if not self._waves[member] & wave)
+        self._waves[member] |= wave
+        return member
+
+    def send(self, num_bytes: int) -> int:
+        """See _Replicas."""
+        member = min(self._members, key=self._sent.__getitem__)
+        self._sent[member] += num_bytes
+        return member
+
+
+Senders = dict[tuple[ModelRank, int], _Replicas | _Overlapping]
+
+
+def _senders(dp_size: int, able: dict[tuple[ModelRank, int], tuple[int, ...]]) -> Senders:
+    """The replicas of every model-parallel rank that may send to every node; nodes with the same ones share them."""
+    sets: dict[ModelRank, dict[tuple[int, ...], None]] = {}
+    for (model_rank, _), replicas in able.items():
+        sets.setdefault(model_rank, {})[replicas] = None
+    made: dict[tuple[ModelRank, tuple[int, ...]], _Replicas | _Overlapping] = {}
+    for model_rank, found in sets.items():
+        apart = sum(map(len, found)) == len({replica for replicas in found for replica in replicas})
+        waves, sent = [0] * dp_size, [0] * dp_size
+        for replicas in found:
+            made[model_rank, replicas] = _Replicas(replicas) if apart else _Overlapping(replicas, waves, sent)
+    return {(model_rank, node): made[model_rank, replicas] for (model_rank, node), replicas in able.items()}
+
+
 def _waves(
-    keys: list[tuple[ModelRank, int]],
-    dp_size: int,
-    nodes: tuple[tuple[int, ...], ...],
-    able: dict[tuple[ModelRank, int], tuple[int, ...]],
+    keys: list[tuple[ModelRank, int]], nodes: tuple[tuple[int, ...], ...], senders: Senders
 ) -> list[tuple[tuple[ModelRank, int], int]]:
     """Every (flow's key, node), coloured greedily: in one colour (wave) a model-parallel rank occurs once at most for each
     replica that may send, and a receiver, the ranks of one tensor rank on one node, once an engine."""
-    used: dict[object, list[int]] = {}  # waves as bits, an integer for each replica of a sender or engine of a receiver
+    receivers: dict[tuple[int, int], _Turns] = {}
     waves = []
     for model_rank, tp_rank in keys:
         for node, engines in enumerate(nodes):
-            sends = used.setdefault(model_rank, [0] * dp_size)
-            receives = used.setdefault((node, tp_rank, "receiver"), [0] * len(engines))
-            replicas = able[model_rank, node]
-            occupied = reduce(and_, (sends[replica] for replica in replicas)) | reduce(and_, receives)
+            sends = senders[model_rank, node]
+            receives = receivers.setdefault((node, tp_rank), _Turns(range(len(engines))))
+            occupied = sends.occupied | receives.occupied
             bit = ~occupied & (occupied + 1)  # the lowest wave in which both are free
-            replica = next(i for i in replicas if not sends[i] & bit)
-            sends[replica] |= bit
-            receives[next(i for i, bits in enumerate(receives) if not bits & bit)] |= bit
-            waves.append((bit, replica, (model_rank, tp_rank), node))
+            waves.append((bit, sends.take(bit), (model_rank, tp_rank), node))
+            receives.take(bit)
     return [(key, node) for _, _, key, node in sorted(waves)]

@@ -11,19 +11,19 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from engine.bridge.exchange import Sender
+from engine.bridge.host_group import HostGroup
 from engine.bridge.terms import SyncTerms
-from engine.bridge.transports.base import Deadline, Rendezvous, Transport, TransportError, first_line
+from engine.bridge.transports.base import Deadline, Rendezvous, Transport, TransportError
 from engine.bridge.transports.registry import open_transport
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 from engine.config.options import SYNC_ATTEMPTS
-from engine.core.errors import SemionError, UndeliveredError, WeightSyncError
+from engine.core.errors import SemionError, UndeliveredError, WatchdogError, WeightSyncError
 from engine.models.sharding import ExportBucket
 
 ENGINE_PATIENCE, RANK_PATIENCE = 1.0, 2.0  # seconds beyond the timeout for engines, then ranks, to report their failures
@@ -60,6 +60,11 @@ class ParallelState(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
+        ...
+
+    @property
+    def host(self) -> HostGroup:
+        """Words between the trainer ranks; who waits there holds no GPU."""
         ...
 
     def stage_leaders(self) -> tuple[int, ...]:
@@ -104,8 +109,7 @@ class Failure:
 
     @staticmethod
     def from_bytes(sent: bytes) -> Failure | None:
-        """What `to_bytes` made, with or without zeros behind it; zeros alone are no failure."""
-        sent = sent.rstrip(b"\0")
+        """What `to_bytes` made; nothing is no failure."""
         return Failure(sent[1:].decode(errors="ignore"), sent[0] == 2) if sent else None
 
 
@@ -142,13 +146,8 @@ class Publisher:
         self._sender = Sender(self._plan, parallel.rank, terms.torch_dtype, parallel.device)
         self._transport: Transport | None = None
         self._epoch = -1
-        self._ranks = dist.new_group(backend="gloo")
-        port = torch.zeros(1, dtype=torch.int64, device=parallel.device)
-        server = None
-        if parallel.rank == 0:
-            server, port[0] = listen(host)
-        dist.broadcast(port, 0)
-        self._host, self._port = host, int(port)
+        server, port = listen(host) if parallel.rank == 0 else (None, 0)
+        self._host, self._port = host, int(parallel.host.broadcast(str(port).encode()))
         if server is not None:
             self._store = serve_store(server, host, self._plan.num_members, timeout_seconds)
         else:
@@ -179,11 +178,11 @@ class Publisher:
         memory is free. The channel stays."""
         if self._pool is not None:
             self._pool.sleep()
-        dist.barrier()
+        self._parallel.host.barrier()
 
     def _attempt(self, version: int, *, last: bool) -> Failure | None:
         """One try at a whole sync; why it failed, the same on every rank, or None."""
-        dist.barrier()  # so that all clocks start together
+        self._parallel.host.barrier()  # so that all clocks start together
         deadline, agreement = Deadline(self._timeout), Deadline(self._timeout + RANK_PATIENCE)
         failures: list[Failure] = []
         futures = None
@@ -209,7 +208,7 @@ class Publisher:
         if failure is not None and not last:
             if self._pool is not None:
                 self._pool.replace_lost()
-            dist.barrier()  # an engine may need minutes to start: the others wait here, not at the next rendezvous
+            self._parallel.host.barrier()  # an engine may need minutes to start: not waited for at the next rendezvous
         return failure
 
     def _call(self) -> dict[str, Any]:
@@ -230,17 +229,18 @@ class Publisher:
 
     def _agreed(self, failure: Failure | None, deadline: Deadline) -> Failure | None:
         """The most telling of the ranks' failures, on every rank: nobody goes on to a collective that others left."""
+
+        def judged(words: list[bytes]) -> bytes:
+            heard = [Failure.from_bytes(word) for word in words]
+            telling = most_telling([failure for failure in heard if failure is not None])
+            return telling.to_bytes() if telling is not None else b""
+
         sent = failure.to_bytes() if failure is not None else b""
-        mine = torch.frombuffer(bytearray(sent.ljust(REASON_BYTES, b"\0")), dtype=torch.uint8)
-        everybodys = [torch.empty_like(mine) for _ in range(self._parallel.world_size)]
         try:
-            work = dist.all_gather(everybodys, mine, group=self._ranks, async_op=True)
-            work.wait(timedelta(seconds=deadline.remaining()))
-        except RuntimeError as error:
-            why = f"{failure.text}; {first_line(error)}" if failure is not None else first_line(error)
+            return Failure.from_bytes(self._parallel.host.agreed(sent, judged, deadline.remaining()))
+        except WatchdogError as error:
+            why = f"{failure.text}; {error}" if failure is not None else str(error)
             raise WeightSyncError(f"a trainer rank is gone, or late after a weight sync: {why}") from error
-        heard = [Failure.from_bytes(bytes(sent.tolist())) for sent in everybodys]
-        return most_telling([failure for failure in heard if failure is not None])
 
 
 def most_telling(failures: list[Failure]) -> Failure | None:

@@ -4,11 +4,9 @@ and which trainer ranks may send to them. It sends nothing; sender.py does.
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Protocol
-
-import torch
-import torch.distributed as dist
 
 from engine.bridge.sender import Engines, ParallelState, Publisher, Source
 from engine.bridge.terms import SyncTerms
@@ -77,12 +75,11 @@ class Pool(Engines, Protocol):
 def open_publisher(run: Run, policy: Policy, parallel: ReplicatedState, host: str, pool: Pool | None) -> Publisher:
     """The bridge from this policy to the pool's engines; collective, `pool` is rank 0's."""
     config = run.config
-    seen = torch.zeros(config.inference.engines, dtype=torch.int64, device=parallel.device)  # by rank 0: the machine of each
-    if pool is not None:
-        for machine, engines in enumerate(pool.nodes()):
-            seen[list(engines)] = machine
-    dist.broadcast(seen, 0)
-    machines = seen.tolist()
+    found = [-1] * config.inference.engines  # the machine of each
+    for machine, engines in enumerate(pool.nodes() if pool is not None else ()):
+        for engine in engines:
+            found[engine] = machine
+    machines = json.loads(parallel.host.broadcast(json.dumps(found).encode()))  # rank 0 waits for engines to start
     choice = choose(config.sync.transport, _setting(run, policy, parallel, machines))
     if choice.reason and parallel.rank == 0:
         log.warning(choice.reason)
@@ -116,16 +113,21 @@ def _setting(run: Run, policy: Policy, parallel: ReplicatedState, machines: list
     every machine, and the bytes it needs on the fullest; collective."""
     config, colocated = run.config, run.colocated_nodes
     own = colocated.ranks[parallel.rank] if colocated else 0
-    needed = torch.zeros(config.cluster.nodes, dtype=torch.int64, device=parallel.device)
     held = () if config.trainer.fp8_parameters else policy.parameters.values()
-    needed[own] = config.shared_bytes(sum(p.numel() * p.element_size() for p in held))
-    dist.all_reduce(needed)  # stages differ in size
-    has_room = torch.tensor([room_for(int(needed[own]))], dtype=torch.int64, device=parallel.device)
-    dist.all_reduce(has_room, dist.ReduceOp.MIN)
+    mine = config.shared_bytes(sum(p.numel() * p.element_size() for p in held))
+
+    def summed(words: list[bytes]) -> bytes:
+        sums = [0] * config.cluster.nodes
+        for node, num_bytes in map(json.loads, words):  # stages differ in size
+            sums[node] += num_bytes
+        return json.dumps(sums).encode()
+
+    needed = json.loads(parallel.host.agreed(json.dumps([own, mine]).encode(), summed))
+    has_room = parallel.host.agreed(b"yes" if room_for(needed[own]) else b"no", lambda words: min(words))  # of "no" and "yes"
     return setting(
         config,
         "cpu" if parallel.device.type == "cpu" else "cuda",
-        has_room=bool(has_room),
-        needed_bytes=int(needed.max()),
+        has_room=has_room == b"yes",
+        needed_bytes=max(needed),
         engines_on_one_machine=len(set(machines)) == 1,
     )

@@ -65,7 +65,7 @@ class Memory:
 
     devices: tuple[Device, ...]
     stages: tuple[int, ...]  # bytes of a rank of each pipeline stage while it trains
-    host_bytes_per_node: int  # optimizer state kept in the host's memory
+    host_bytes_per_node: int  # optimizer state and reference kept in the host's memory
 
     @property
     def fullest(self) -> Device:
@@ -98,10 +98,17 @@ TRANSIENT = ("activations", "recomputed layer", "logits", "workspace")  # what a
 
 def shared(trainer: Components, engine: Components, turn: Turn) -> Components:
     """Trainer and engine on one device. In the training turn the engine sleeps: its weights and KV cache are gone. In the
-    sampling turn the trainer holds all but what a step makes and frees."""
+    sampling turn the trainer holds all but its gradients (`while_sampling`) and what a step makes and frees."""
     if turn == "training":
         return trainer | {name: size for name, size in engine.items() if name in ASLEEP}
-    return {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
+    return {name: size for name, size in while_sampling(trainer).items() if name not in TRANSIENT} | engine
+
+
+def while_sampling(trainer: Components) -> Components:
+    """What a trainer on an engine's device holds while that samples. Its gradients have no memory then. But they are made, and
+    given back, before optimizer and reference are, when an engine may be there already: what they exceed those by counts."""
+    later = sum(trainer[name] for name in ("FP8 copies", "reference", "optimizer"))
+    return trainer | {"gradients": max(0, trainer["gradients"] - later)}
 
 
 def trainer_rank(spec: Resolved, stage: int, channel: Channel) -> Components:
@@ -131,7 +138,8 @@ class TrainerState:
 
     def __init__(self, spec: Resolved, stage: int) -> None:
         self._config = spec.config
-        self._num_copies = len(spec.copies)
+        self._reference_on_host = spec.config.trainer.reference_memory == "host" and "reference" in spec.copies
+        self._num_copies = len(spec.copies) - self._reference_on_host
         self._item = item_bytes(spec.config.model.dtype)
         t = spec.config.trainer
         shards = layout.shard_shapes(spec.shape, spec.trainer, 0, stage)
@@ -166,8 +174,18 @@ class TrainerState:
 
     @property
     def gradients(self) -> int:
-        """megatron's buffer, in float32 and whole on every data-parallel rank."""
-        return FP32 * self.num_parameters
+        """megatron's buffer, whole on every data-parallel rank."""
+        return (FP32 if self._config.trainer.gradient_dtype == "float32" else self._item) * self.num_parameters
+
+    @property
+    def widened_gradients(self) -> int:
+        """In float32, of what this rank updates: made for the update where they are summed in less."""
+        return FP32 * self._shard if self._config.trainer.gradient_dtype != "float32" else 0
+
+    @property
+    def scored_with(self) -> int:
+        """The reference on the device while it scores, where it is kept in the host's memory."""
+        return self.weights if self._reference_on_host else 0
 
     @property
     def optimizer(self) -> int:
@@ -187,8 +205,8 @@ class TrainerState:
     @property
     def host_bytes(self) -> int:
         """What is offloaded, with the gradients that the host's update reads, before torch rounds pinned blocks up to powers
-        of two."""
-        return (self._shard - self.on_device) * (self._state_bytes + FP32)
+        of two; and a reference that is kept there."""
+        return (self._shard - self.on_device) * (self._state_bytes + FP32) + self.scored_with
 
     @property
     def _state_bytes(self) -> int:
@@ -201,7 +219,7 @@ class TrainerState:
 
 
 def host_bytes_per_node(spec: Resolved) -> int:
-    """Optimizer state in the memory of a node full of the stage that holds most."""
+    """Optimizer state and reference in the memory of a node full of the stage that holds most."""
     most = max(TrainerState(spec, stage).host_bytes for stage in range(spec.trainer.pp_size))
     return most * min(spec.config.trainer.world_size, spec.config.cluster.gpus_per_node)
 
@@ -296,6 +314,9 @@ class Step:
         if self._is_first:
             moments.append((waiting - self.kept, 0, 0, self._shape.hidden * self._V * self._e))
         moments.append((0, 0, 0, self._update))
+        if copied := TrainerState(self._spec, self._stage).scored_with:
+            logits, rest = self._head if self._is_last else (0, 0)
+            moments.append((0, self.layer, logits, rest + copied))
         fullest = max(moments, key=sum)
         return dict(zip(TRANSIENT, (*fullest[:3], fullest[3] + self._buffers), strict=True))
 
@@ -308,7 +329,8 @@ class Step:
         on_device = state.on_device
         if adam.moment_dtype != "float32":
             return 2 * FP32 * on_device
-        return max(state.cast, FP32 * on_device if self._on_gpu and adam.implementation == "torch" else 0)
+        root = FP32 * on_device if self._on_gpu and adam.implementation == "torch" else 0
+        return max(state.cast, root + state.widened_gradients)
 
     @property
     def _layer_backward(self) -> int:
@@ -372,7 +394,8 @@ def _beside(spec: Resolved, channel: Channel) -> int:
         beside = sum(beside_cache(spec, channel).values())
         if spec.colocated and "trainer" in spec.parts:
             check_layout(spec.shape, spec.trainer)
-            beside += max(sum(trainer_kept(spec, stage, channel).values()) for stage in range(spec.trainer.pp_size))
+            stages = (while_sampling(trainer_kept(spec, stage, channel)) for stage in range(spec.trainer.pp_size))
+            beside += max(sum(kept.values()) for kept in stages)
     except ConfigError:
         return 0
     return beside

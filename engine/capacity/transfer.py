@@ -300,7 +300,7 @@ def verdict(memory: dict[str, Any]) -> str:
     if len(memory["stages"]) > 1:
         text += f"\ntrainer ranks by stage: {', '.join(f'{size / GIB:.1f}' for size in memory['stages'])} GiB"
     if memory["host_bytes_per_node"]:
-        text += f"\noptimizer state in the host's memory: {_gibibytes(memory['host_bytes_per_node'])} a node"
+        text += f"\noptimizer state and reference in the host's memory: {_gibibytes(memory['host_bytes_per_node'])} a node"
     if cache := memory["kv_cache"]:
         text += f"\neach engine's KV cache: {cache['told']}, of {cache['of']} that may run together"
     if memory["not_counted"]:

@@ -436,6 +436,18 @@ class Trainer(Section):
     fp8_parameters: bool = Field(False, description="the layers' matrices kept and gathered in FP8 alone")
     overlap_tensor_parallel: bool = Field(False, description="Transformer Engine's overlap of products and communication")
     fuse_gradient_accumulation: bool = Field(False, description="apex: weight gradients added in fp32 inside the product")
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="in which gradients are summed over microbatches and data-parallel ranks; bfloat16 halves their memory and "
+        "traffic, and rounds every sum",
+    )
+    overlap_gradients: bool = Field(
+        False, description="data-parallel ranks sum gradients while the last backward of a step still runs"
+    )
+    reference_memory: Literal["device", "host"] = Field(
+        "device",
+        description="where the reference's weights are; host: copied to the device for each step's scoring, the same bits",
+    )
 
     @property
     def world_size(self) -> int:
@@ -594,6 +606,11 @@ class Checkpoint(Section):
         None,
         description="keep the best checkpoint too: by accuracy where answers are right or wrong, and by this where they are "
         "graded; unset: not kept",
+    )
+    on_failure: Literal["end", "continue"] = Field(
+        "end",
+        description="where a checkpoint cannot be written, as on a full disk: end the run, or tell it and go on to the next "
+        "one; the last whole checkpoint stands either way",
     )
     other_layout: Literal["refuse", "allow"] = Field(
         "refuse",

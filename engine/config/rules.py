@@ -240,6 +240,32 @@ def broken_library_rules(c: Options) -> list[str]:
             f"trainer.overlap_tensor_parallel needs trainer.layers = 'transformer_engine' and trainer.sequence_parallel; found "
             f"{t.layers!r} and {t.sequence_parallel}: set both, or overlap_tensor_parallel = false"
         )
+    if t.gradient_dtype == "bfloat16" and (c.model.dtype != "bfloat16" or t.fp8_parameters or o.moment_dtype != "float32"):
+        broken.append(
+            f"trainer.gradient_dtype = 'bfloat16' needs model.dtype = 'bfloat16', trainer.fp8_parameters = false and "
+            f"optimizer.moment_dtype = 'float32'; found {c.model.dtype!r}, {t.fp8_parameters} and {o.moment_dtype!r}: set all "
+            f"three, or gradient_dtype = 'float32'"
+        )
+    if t.gradient_dtype == "bfloat16" and o.offload_share:
+        broken.append(
+            f"trainer.gradient_dtype = 'bfloat16' needs optimizer.offload_share = 0, for the host's AdamW reads gradients in "
+            f"float32; found {o.offload_share}: set one of them otherwise"
+        )
+    if t.overlap_gradients and (t.data_parallel == 1 or t.virtual_pipeline > 1):
+        broken.append(
+            f"trainer.overlap_gradients needs trainer.data_parallel > 1, whose ranks sum gradients, and "
+            f"trainer.virtual_pipeline = 1; found {t.data_parallel} and {t.virtual_pipeline}: set overlap_gradients = false"
+        )
+    if t.reference_memory == "host" and t.fp8_parameters:
+        broken.append(
+            "trainer.reference_memory = 'host' needs trainer.fp8_parameters = false, whose copies have a form of their own; "
+            "found true: set one of them otherwise"
+        )
+    if t.reference_memory == "host" and c.sync.reference == "never" == c.sync.sync_interval:
+        broken.append(
+            "trainer.reference_memory = 'host' needs sync.sync_interval or sync.reference other than 'never': an offline run "
+            "may send its reference to the engines as the seed model; found both 'never': set reference_memory = 'device'"
+        )
     if t.overlap_tensor_parallel and t.fp8 == "blockwise":
         broken.append(
             "trainer.overlap_tensor_parallel has no buffers for trainer.fp8 = 'blockwise'; found both: set trainer.fp8 = "

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from engine.bridge.host_group import HostGroup
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError
 from engine.megatron import cpu_device
@@ -32,6 +33,7 @@ class ParallelState:
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     trainer: Trainer
+    host: HostGroup  # for every wait for something that is no GPU's work
 
     @property
     def rank(self) -> int:
@@ -61,19 +63,28 @@ class ParallelState:
         """Destroys megatron's groups and leaves torch.distributed."""
         from megatron.core import parallel_state
 
+        self.host.close()
         close_buffers(self.trainer)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def open_parallel_state(
-    trainer: Trainer, *, rank: int, world_size: int, store: dist.Store, timeout: timedelta, seed: int = 0
+    trainer: Trainer,
+    *,
+    rank: int,
+    world_size: int,
+    store: dist.Store,
+    timeout: timedelta,
+    seed: int = 0,
+    words: dist.Store | None = None,
 ) -> ParallelState:
     """Joins torch.distributed through `store` (gloo, or NCCL where a GPU is present) and makes megatron's groups.
 
     Collective over all `world_size` ranks. On a CPU machine it installs the CPU stand-in on the calling thread, the
-    only one that may call megatron afterwards. `timeout` bounds every later wait of one rank for another.
-    Raises ConfigError when the layout does not fill `world_size`.
+    only one that may call megatron afterwards. `timeout` bounds every later wait of one rank for another inside a step, and how
+    long one may give no sign of life outside. `words`: a connection to the store for the host group alone, the same one where
+    not given. Raises ConfigError when the layout does not fill `world_size`.
     """
     if trainer.world_size != world_size:
         raise ConfigError(
@@ -88,10 +99,12 @@ def open_parallel_state(
         device = cpu_device.CPU
         cpu_device.install()
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return _make_groups(trainer, device, timeout, seed)
+    told = dist.PrefixStore("host", words if words is not None else store)
+    host = HostGroup(told, rank, world_size, patience_seconds=timeout.total_seconds())
+    return _make_groups(trainer, device, timeout, seed, host)
 
 
-def _make_groups(trainer: Trainer, device: torch.device, timeout: timedelta, seed: int) -> ParallelState:
+def _make_groups(trainer: Trainer, device: torch.device, timeout: timedelta, seed: int, host: HostGroup) -> ParallelState:
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.initialize_model_parallel(
@@ -116,6 +129,7 @@ def _make_groups(trainer: Trainer, device: torch.device, timeout: timedelta, see
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         trainer=trainer,
+        host=host,
     )
     assert parallel.rank == dist.get_rank(), (parallel.rank, dist.get_rank())
     return parallel

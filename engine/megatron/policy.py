@@ -66,10 +66,12 @@ class Policy:
         axes: layout.TrainerLayout,
         *,
         copies: Collection[Copy] | None = None,
+        shares_device: bool = False,
     ) -> None:
         """Builds this rank's chunks and fills them from a Hugging Face folder; the reference starts as a copy. `shape`, `axes`:
         of the model there and of the trainer, and `copies`: of its weights that it keeps, as the run's Spec has them; without
-        `copies` the reference if the loss needs a pass with it (RunConfig.reference_source).
+        `copies` the reference if the loss needs a pass with it (RunConfig.reference_source). `shares_device`: with engines,
+        which may be there already: gradients have memory only from the first training step on.
 
         Collective over all ranks. Raises ConfigError for another model, an impossible layout or a missing library,
         CheckpointError for files that do not hold it.
@@ -92,8 +94,17 @@ class Policy:
         build.load_all(models, self.shape, self.layout, checkpoint, parallel)
         self._held = [self._slices_of(tp_rank) for tp_rank in range(parallel.tp_size)]
         distributed = config.trainer.distributed_optimizer
-        options = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+        options = DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed,
+            grad_reduce_in_fp32=config.trainer.gradient_dtype == "float32",
+            overlap_grad_reduce=config.trainer.overlap_gradients,
+        )
         self._chunks = [DistributedDataParallel(self._config, options, model) for model in models]
+        if shares_device:
+            self.give_back_gradients()
+        if config.trainer.overlap_gradients:
+            (chunk,) = self._chunks
+            self._config.no_sync_func, self._config.grad_sync_func = chunk.no_sync, chunk.start_grad_sync
         self._output_weight = build.output_weight(models[-1]) if parallel.is_last_stage else None
         self._fp8 = Fp8Memory(self._config, models)
         self._own = dict(pair for model in models for pair in build.named_parameters(model))
@@ -106,10 +117,11 @@ class Policy:
         forget_initial(self._own.values())
         self._reference: dict[str, torch.Tensor] = {}
         self._reference_mix = config.sync.reference_mix
+        self._reference_on_host = config.trainer.reference_memory == "host"
         self._reference_source = config.reference_source
         needs_pass = loss.needs_reference and self._reference_source == "pass"
         if needs_pass if copies is None else "reference" in copies:
-            self._reference = self._copy()
+            self._reference = self._reference_of_policy()
         still = self._reference if config.sync.reference == "never" else {}  # one that never moves is the seed's weights too
         self._seed = self._copy() if copies is not None and "seed" in copies else still
 
@@ -131,9 +143,33 @@ class Policy:
         if self._reference_mix < 1:
             with torch.no_grad():
                 for name, parameter in self._own.items():
-                    self._reference[name].lerp_(parameter.detach(), self._reference_mix)
+                    reference = self._reference[name]
+                    reference.lerp_(parameter.detach().to(reference.device), self._reference_mix)
         else:
-            self._reference = self._copy()
+            self._reference = self._reference_of_policy()
+
+    def _reference_of_policy(self) -> dict[str, torch.Tensor]:
+        """A copy of the policy where the reference stands; on the host in the memory of the one before."""
+        if not self._reference_on_host:
+            return self._copy()
+        pinned = self.parallel.device.type == "cuda"
+        places = dict(self._reference)
+        for name, parameter in self._own.items():
+            if name not in places:
+                places[name] = torch.empty_like(parameter.data, device="cpu", pin_memory=pinned)
+            places[name].copy_(parameter.data)
+        return places
+
+    def _reference_to_serve(self) -> dict[str, torch.Tensor]:
+        """The reference on the device: itself, or a copy for as long as somebody has it."""
+        if not self._reference_on_host:
+            return self._reference
+        return {name: tensor.to(self.parallel.device, copy=True) for name, tensor in self._reference.items()}
+
+    def give_back_gradients(self) -> None:
+        """Lets the memory of the gradient buffers go until the next training step, as for engines on the same device."""
+        for chunk in self._chunks:
+            chunk.offload_grad_buffers(synchronize=self.parallel.device.type == "cuda", empty_cache=False)
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: copied(parameter) for name, parameter in self._own.items()}
@@ -155,7 +191,7 @@ class Policy:
         own: list[torch.Tensor] = []
         needs_reference = self.loss.needs_reference
         if needs_reference and self._reference_source == "pass":
-            with self.serving(self._reference), phase(Phase.REFERENCE):
+            with self.serving(self._reference_to_serve()), phase(Phase.REFERENCE):
                 reference = self.log_probs(batch)
         if any(bool(microbatch.split.any()) for microbatch in microbatches):
             with phase(Phase.SPREAD):
@@ -200,6 +236,7 @@ class Policy:
         gradient norm is not finite.
         """
         for chunk in self._chunks:
+            chunk.restore_grad_buffers(synchronize=False)  # where they were given back
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 

@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 from engine.core.errors import ConfigError, DataError
 from engine.core.metrics import Metric
 from engine.observe.journal import WARNINGS, read_warnings
+from engine.observe.origin import read_origin
 from engine.observe.reading import RunRecords, fill, versions_of
 from engine.observe.report import content, page
 from engine.observe.summary import RESTARTS
@@ -54,7 +55,7 @@ class LiveRun:
 
     def __init__(self, directory: Path, name: str, options: Mapping[str, Any]) -> None:
         self.directory = directory
-        self.records = RunRecords(name, options)
+        self.records = RunRecords(name, options, origin=read_origin(directory))
         files = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "guard.jsonl", RESTARTS)
         self._tails = {file: Tail(directory / file) for file in files}
         self._seen: dict[str, float] = {}  # when files that are read whole, for they are small, had changed

@@ -15,6 +15,7 @@ from engine.config.schedules.base import Schedule
 from engine.core.errors import DataError
 from engine.core.jsonl import read_rows
 from engine.observe.journal import WARNINGS, read_warnings
+from engine.observe.origin import Origin, read_origin
 from engine.observe.problems import Problems
 from engine.observe.regime import Proof, prove
 from engine.observe.summary import RESTARTS
@@ -108,6 +109,7 @@ class RunRecords:
     warnings: list[dict[str, Any]] = field(default_factory=list)
     answers: Answers = field(default_factory=Answers)
     versions: Mapping[str, str] = field(default_factory=dict)  # of libraries, once the run has ended
+    origin: Origin | None = None  # of a run that was forked off another
 
     def add_evaluation(self, row: Mapping[str, Any]) -> None:
         """Takes a row of evaluations.jsonl, in the place of one of the same set and step."""
@@ -123,6 +125,7 @@ class RunRecords:
         began = f"{datetime.fromtimestamp(first, UTC):%Y-%m-%d %H:%M} UTC" if first is not None else "-"
         lasted = str(timedelta(seconds=round(last - first))) if first is not None and last is not None else "-"
         return [
+            *(_told_of(self.origin) if self.origin is not None else ()),
             *((name, str(self.options[name])) for name in NAMED if name in self.options),
             ("steps done", f"{self.metrics.num_steps} of {self.options.get('run.steps', '?')}"),
             ("first step done", began),
@@ -136,7 +139,12 @@ class RunRecords:
         assert self.proof is not None
         regime = asdict(self.proof) | {"holds": self.proof.holds, "sentence": self.proof.sentence()}
         kept = {"evaluations": self.evaluations, "guard": self.findings, "restarts": self.restarts, "warnings": self.warnings}
-        return {"run": self.name, "regime": regime, "steps": self.metrics.num_steps} | kept
+        fork = {"fork": self.origin.as_json()} if self.origin is not None else {}
+        return {"run": self.name, "regime": regime, "steps": self.metrics.num_steps} | fork | kept
+
+
+def _told_of(origin: Origin) -> list[tuple[str, str]]:
+    return [("forked from", origin.sentence()), ("changed from it", origin.differences())]
 
 
 def read_run(
@@ -150,8 +158,10 @@ def read_run(
 ) -> RunRecords:
     """The records of a run, which may still be going on, and the `options` of its configuration by their full names; DataError
     for a line that is no row. `rollouts_per_step` and `keep_steps` as for `prove`."""
-    proof = prove(directory, schedule, replayed, rollouts_per_step, keep_steps)
-    records = RunRecords(name, options or {}, proof=proof)
+    origin = read_origin(directory)
+    first_step = origin.step if origin is not None else 0
+    proof = prove(directory, schedule, replayed, rollouts_per_step, keep_steps, first_step)
+    records = RunRecords(name, options or {}, proof=proof, origin=origin)
     fill(
         records,
         metrics=read_rows(directory / "metrics.jsonl"),

@@ -24,7 +24,7 @@ class Proof:
     staleness: tuple[int, int] | None  # least and largest of all rollouts; None without any
     contradiction: str | None  # the first row that the schedule does not allow
     replayed: str | None = None  # what the run trained on instead of rollouts of its own
-    first_step: int = 0  # of the rollouts on record; older ones are not kept where records.keep_steps says so
+    num_dropped: int = 0  # steps whose rollouts are no longer on record, where records.keep_steps says so
 
     @property
     def holds(self) -> bool:
@@ -41,8 +41,8 @@ class Proof:
             return f"{self.regime}: no rollouts on record"
         low, high = self.staleness
         steps = f"{self.num_steps} steps"
-        if self.first_step:
-            steps = f"{self.num_steps - self.first_step} steps; those of the first {self.first_step} are not kept"
+        if self.num_dropped:
+            steps = f"{self.num_steps - self.num_dropped} steps; those of the first {self.num_dropped} are not kept"
         return f"{self.regime}: staleness {low}..{high}, proven from {self.num_rollouts} rollouts of {steps}"
 
 
@@ -52,20 +52,21 @@ def prove(
     replayed: str | None = None,
     rollouts_per_step: int | None = None,
     keep_steps: int | None = None,
+    first_step: int = 0,
 ) -> Proof:
     """Checks the rollouts and metrics.jsonl of a run, which may still be going on; DataError for a line that is no row.
     `rollouts_per_step`: so many every step must have that is in metrics.jsonl, for its rollouts are written before that.
-    `keep_steps`: of so many last steps they must be there; None: of all. A run without rollouts, such as a supervised one, has
-    nothing to prove, nor one that replayed a file."""
+    `keep_steps`: of so many last steps they must be there; None: of all. `first_step`: the first on record, of a run that was
+    forked off another. A run without rollouts, such as a supervised one, has nothing to prove, nor one that replayed a file."""
     metrics = list(read_rows(directory / "metrics.jsonl"))  # first: a run goes on while its rollouts are read
     place = rollouts_of(directory)
     if replayed is not None or place is None:
         return Proof(schedule.regime, len(metrics), 0, None, None, replayed)
-    contradictions = [fault for number, row in enumerate(metrics) for fault in _of_step(row, number, schedule)][:1]
+    contradictions = [fault for number, row in enumerate(metrics) for fault in _of_step(row, number, schedule, first_step)][:1]
     num_rollouts, steps, counts, ages = 0, list[int](), list[int](), set[int]()
     for head in heads(place):
         num_rollouts += 1
-        if fault := _of_rollout(head, schedule):
+        if fault := _of_rollout(head, schedule, first_step):
             contradictions.insert(0, fault)
             break
         ages.add(head.step - head.version)
@@ -73,20 +74,20 @@ def prove(
             steps.append(head.step)
             counts.append(0)
         counts[-1] += 1
-    first = 0
+    first, end = first_step, first_step + len(metrics)  # of the rollouts that must be there, and of all steps on record
     if keep_steps is not None and steps:
-        first = min(steps[0], max(0, len(metrics) - keep_steps))
-    if not contradictions and (steps != list(range(first, first + len(steps))) or first + len(steps) < len(metrics)):
+        first = min(steps[0], max(first_step, end - keep_steps))
+    if not contradictions and (steps != list(range(first, first + len(steps))) or first + len(steps) < end):
         odd = next((step for place, step in enumerate(steps, start=first) if step != place), first + len(steps))
         contradictions.append(
-            f"{place.name} must hold the rollouts of steps {first}..{len(metrics) - 1}, one step after another; found "
+            f"{place.name} must hold the rollouts of steps {first}..{end - 1}, one step after another; found "
             f"{'them end before' if odd == first + len(steps) else 'out of its place'} step {odd}"
         )
     if not contradictions and rollouts_per_step is not None:
-        contradictions += _of_counts(place.name, counts[: len(metrics) - first], first, rollouts_per_step)
+        contradictions += _of_counts(place.name, counts[: end - first], first, rollouts_per_step)
     staleness = (min(ages), max(ages)) if ages else None
     contradiction = contradictions[0] if contradictions else None
-    return Proof(schedule.regime, len(metrics), num_rollouts, staleness, contradiction, first_step=first)
+    return Proof(schedule.regime, len(metrics), num_rollouts, staleness, contradiction, num_dropped=first - first_step)
 
 
 def _of_counts(name: str, counts: Sequence[int], first: int, due: int) -> list[str]:
@@ -99,17 +100,17 @@ def _of_counts(name: str, counts: Sequence[int], first: int, due: int) -> list[s
     ][:1]
 
 
-def _of_rollout(head: Head, schedule: Schedule) -> str:
+def _of_rollout(head: Head, schedule: Schedule, first_step: int) -> str:
     where, step, version = head
-    if not 0 <= step < schedule.num_steps:
-        return f"{where} must be of steps 0..{schedule.num_steps - 1}; found step {step}"
+    if not first_step <= step < schedule.num_steps:
+        return f"{where} must be of steps {first_step}..{schedule.num_steps - 1}; found step {step}"
     if version != schedule.version(step):
         return f"{where} must have version {schedule.version(step)} at step {step}; found {version}"
     return ""
 
 
-def _of_step(row: dict[str, Any], step: int, schedule: Schedule) -> Iterator[str]:
-    where = f"metrics.jsonl line {step + 1}"
+def _of_step(row: dict[str, Any], number: int, schedule: Schedule, first_step: int) -> Iterator[str]:
+    step, where = first_step + number, f"metrics.jsonl line {number + 1}"
     if row["step"] != step:
         yield f"{where} must be of step {step}; found step {row['step']}"
     elif row.get("staleness") != schedule.staleness(step):

@@ -86,7 +86,8 @@ def content(
 ) -> str:
     """What stands below the page's title: all that changes while a run goes on."""
     told = [run for run in runs if run.options]
-    facts = [(name, *(dict(run.facts).get(name, "-") for run in told)) for name in dict(told[0].facts)] if told else []
+    names = dict.fromkeys(name for run in told for name, _ in run.facts)
+    facts = [(name, *(dict(run.facts).get(name, "-") for run in told)) for name in names]
     findings = [(run.name, row["step"], row["text"]) for run in runs for row in run.findings]
     restarts = [(run.name, row["step"], row["lost_steps"], row["text"]) for run in runs for row in run.restarts]
     warnings = [(run.name, row["process"], row["count"], row["text"]) for run in runs for row in run.warnings]

@@ -1,53 +1,40 @@
-"""Broadcasts from rank 0 to the other trainer ranks, beside the trainer's own collectives: that it is still at work or done,
-and why a run is to stop. Every method is collective over the trainer ranks. It stops no run.
+"""What rank 0 tells the other trainer ranks between two steps, and how they wait for it: that its work is done, and whether the
+run is to end. All of it goes over the host group, so nobody who waits holds a GPU. Every method but `heartbeat` is collective
+over the trainer ranks. It stops no run.
 """
 
 from __future__ import annotations
 
+import json
+
 from engine.bridge.sender import ParallelState
 from engine.config.load import RunConfig
-from engine.megatron.broadcast import broadcast_bytes
 from engine.run.signals import sign_of_life, stop_request
-
-_OVER, _MORE, _STOP = b"over", b"more", b"stop"  # the messages
 
 
 class Agreement:
-    """One trainer rank's end of these broadcasts."""
+    """One trainer rank's end of these words."""
 
     def __init__(self, config: RunConfig, state: ParallelState) -> None:
         self._config, self._state = config, state
 
-    # However long engines, rewards and evaluations take within their own deadlines, no rank waits longer in one collective than
-    # rank 0 waits between two heartbeats, and the command that watches sees the run live.
-
     def heartbeat(self) -> None:
-        """Rank 0, while it works alone: it broadcasts that it has made progress, so that the other ranks' collectives do
-        not time out."""
-        self._beat(_MORE)
+        """Rank 0, while it works alone: it has made progress, so that the command that watches sees the run live. The other
+        ranks need no such word: they wait for as long as rank 0's process lives."""
+        sign_of_life(self._config).touch()
 
     def done(self) -> None:
         """Rank 0: its work is done; `listen` returns on every other rank."""
-        self._beat(_OVER)
+        self.heartbeat()
+        self._state.host.broadcast(b"")
 
     def listen(self) -> None:
         """Every other rank: waits until rank 0 is `done`."""
-        while self._broadcast(b"") != _OVER:
-            pass
+        self._state.host.broadcast(b"")
 
-    def reason(self, mine: str | None) -> str | None:
-        """Broadcasts the guard's reason to stop the run for; None: the run goes on. `mine` is rank 0's."""
-        return self._broadcast((mine or "").encode()).decode() or None
-
-    def stop_asked(self) -> bool:
-        """Whether the command had asked the run to stop when rank 0 looked."""
-        asked = self._state.rank == 0 and stop_request(self._config).exists()
-        return self._broadcast(_STOP if asked else b"") == _STOP
-
-    def _beat(self, message: bytes) -> None:
-        sign_of_life(self._config).touch()
-        self._broadcast(message)
-
-    def _broadcast(self, message: bytes) -> bytes:
-        """Rank 0's message, on every rank."""
-        return broadcast_bytes(message, self._state.device) if self._state.world_size > 1 else message
+    def early_end(self, collapse: str | None, *, resumable: bool) -> tuple[str | None, bool]:
+        """(the guard's reason to stop the run for, whether the command has asked it to stop), as rank 0 sees them. `collapse`
+        is rank 0's reason; only where the run is `resumable` is the command's request looked for."""
+        asked = self._state.rank == 0 and resumable and stop_request(self._config).exists()
+        reason, stopped = json.loads(self._state.host.broadcast(json.dumps([collapse, asked]).encode()))
+        return reason, stopped

@@ -21,6 +21,7 @@ from engine.core.jsonl import read_rows
 from engine.data.records import HUB, records, source_digest
 from engine.data.templates import NAMED, NO_CHAT, TEMPLATE_DATE, PromptForm, encode_prompt, load_tokenizer, read_chat_template
 from engine.models.config_file import CONFIG, GENERATION_CONFIG, read_end_ids
+from engine.observe.origin import Origin
 from engine.run.checkpoint import BEST, best, read_manifest
 
 CARD, TEMPLATE_FILE = "README.md", "chat_template.jinja"
@@ -64,6 +65,7 @@ class Made:
     findings: Sequence[Mapping[str, Any]]  # of the guard, before `step`
     times: tuple[float, float] | None  # Unix seconds of the first and the last step
     chosen: bool  # as the best of several
+    fork: Origin | None = None  # where its run comes from, if from another
 
     @classmethod
     def read(cls, checkpoint: Path) -> Made:
@@ -75,7 +77,10 @@ class Made:
             inside = checkpoint.parent.name == "checkpoints" and (run / name).exists()
             return read_rows(run / name) if inside else iter(())
 
-        judged = list(rows("evaluations.jsonl")) or (manifest.get("records") or {}).get("judged", [])
+        own, before = list(rows("evaluations.jsonl")), (manifest.get("records") or {}).get("judged", [])
+        fork = Origin.from_json(manifest["fork"]) if "fork" in manifest else None
+        # A fork's own records begin where it does; what its checkpoint knows of before is its origin's.
+        judged = [row for row in before if not own or (fork is not None and row["step"] < fork.step)] + own
         seconds = [row["unix_seconds"] for row in rows("metrics.jsonl") if row["step"] < step and "unix_seconds" in row]
         pointer = checkpoint.parent / BEST
         return cls(
@@ -89,6 +94,7 @@ class Made:
             findings=[row for row in rows("guard.jsonl") if row["step"] < step],
             times=(seconds[0], seconds[-1]) if seconds else None,
             chosen=pointer.exists() and best(checkpoint.parent) == checkpoint,
+            fork=fork,
         )
 
     @property
@@ -285,6 +291,9 @@ def _training(made: Made) -> str:
         ["weights while training", config["model"]["dtype"]],
         ["seed", str(config["run"]["seed"])],
     ]
+    if made.fork is not None:
+        named = f"`{Path(made.fork.run).name}` after {made.fork.step} steps, checkpoint `{made.fork.checkpoint}`"
+        rows += [["forked from", named], ["changed from it", made.fork.differences()]]
     if config["data"].get("replay"):
         rows.append(["trained on", f"`{_place(config['data']['replay'])}`, replayed"])
     return "## Training\n\n" + _table(["", ""], rows)

@@ -30,6 +30,7 @@ from engine.core.tensor_files import file_record
 from engine.data.records import source_digest
 from engine.models.config_file import stored_dtype
 from engine.models.hf import HfCheckpoint, write_hf_checkpoint
+from engine.observe.origin import Origin
 from engine.rewards.registry import identities as reward_identities
 
 SAVED, SEED = "saved", "seed"  # dtypes of an export beside those that have a name
@@ -39,11 +40,11 @@ POLICY, REFERENCE = "policy", "reference"
 MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
     "run": {"steps", "directory", "restarts", "sinks"},
     "sync": {"timeout_seconds", "bucket_mebibytes"},
-    "trainer": {"timeout_seconds"},
+    "trainer": {"timeout_seconds", "reference_memory"},
     "inference": {"placement", "timeout_seconds"},
     "rewards": {"workers", "concurrency"},
     "reward_model": {"timeout_seconds"},
-    "checkpoint": {"keep", "best_by", "other_layout"},
+    "checkpoint": {"keep", "best_by", "other_layout", "on_failure"},
     "records": None,
     "evaluation": None,
     "guard": None,
@@ -136,24 +137,33 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def reference_place(config: RunConfig, step: int) -> int | Literal["seed", "own"] | None:
+def manifest_digest(checkpoint: Path) -> str:
+    """The SHA-256 that a checkpoint's manifest has of itself, which names the checkpoint's contents: it holds their digests."""
+    return _content_digest(read_manifest(checkpoint))
+
+
+def reference_place(config: RunConfig, step: int, origin: Origin | None = None) -> int | Literal["seed", "own"] | None:
     """Where a checkpoint after `step` steps has the reference: as the policy of the checkpoint of another step, as the seed
     model or in a folder of its own; None where a resumed run copies it from the policy before the next step, or needs none. One
-    that is mixed is no policy's: the seed model until it has been mixed for the first time, and its own from then on."""
+    that is mixed is no policy's: the seed model until it has been mixed for the first time, and its own from then on. `origin`:
+    of a run that was forked, whose reference is what it began with until it is next copied."""
     schedule = config.schedule
     if config.sync.reference_mix < 1:
-        return "own" if schedule.reference_version(step - 1) else "seed"
+        moved = schedule.reference_version(step - 1) > 0 or (origin is not None and origin.reference == "own")
+        return "own" if moved else "seed"
     if schedule.reference_due(step) or config.reference_source != "pass":
         return None
     version = schedule.reference_version(step)
+    if origin is not None and version <= origin.step:
+        return version if version == origin.step else origin.reference
     if version == 0:
         return "seed"
     return version if config.checkpoint_due(version) else "own"
 
 
 def trainer_of(manifest: Mapping[str, Any]) -> Trainer:
-    """The trainer options that a checkpoint was written with."""
-    return Trainer.model_validate(manifest["config"]["trainer"])
+    """The trainer options that a checkpoint's ranks were written with; those of its configuration, but for a fork's."""
+    return Trainer.model_validate(manifest.get("trainer") or manifest["config"]["trainer"])
 
 
 def state_rank(trainer: Trainer, rank: int) -> int:

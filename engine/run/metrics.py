@@ -35,6 +35,12 @@ FINISH_SECONDS = Metric(
 )
 EVALUATION_SECONDS = Metric("evaluation_seconds", "the evaluation before the step, where there was one", unit="s")
 TRAIN_SECONDS = Metric("train_seconds", "reference, forward, backward and optimizer", unit="s")
+FAILED_CHECKPOINTS = Metric(
+    "failed_checkpoints",
+    "that could not be written since the run was last started, with checkpoint.on_failure = 'continue', where there are any",
+    title="checkpoints that failed",
+    unit="checkpoints",
+)
 UNIX_SECONDS = Metric("unix_seconds", "when the step was done, since 1970 (UTC)", unit="s", peers={"W&B": "_timestamp"})
 STEP_SECONDS = Metric("step_seconds", "all of a step but evaluations", title="step", unit="s", peers={"TRL": "step_time"})
 TRAINER_IDLE_SHARE = Metric(
@@ -67,6 +73,7 @@ METRICS = (
     TRAIN_SECONDS,
     STEP_SECONDS,
     TRAINER_IDLE_SHARE,
+    FAILED_CHECKPOINTS,
     UNIX_SECONDS,
     GENERATION_TOKENS_PER_SECOND,
     TRAINING_TOKENS_PER_SECOND,

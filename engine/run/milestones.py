@@ -4,8 +4,10 @@ takes part, although rank 0 alone has the records and the engines. When an evalu
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -13,7 +15,7 @@ import torch
 from engine.bridge.sender import stream_to_first_rank
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
-from engine.core.errors import NumericsError, PreemptedError, SemionError
+from engine.core.errors import NumericsError, PreemptedError, SemionError, StorageError
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer
@@ -22,7 +24,10 @@ from engine.run.agreement import Agreement
 from engine.run.checkpoint import check_prolonged, reference_place, state_rank
 from engine.run.controller import Controller
 from engine.run.loop import Source
+from engine.run.metrics import FAILED_CHECKPOINTS
 from engine.run.saving import Checkpoints, Snapshot, Weights
+
+log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 1.0  # rank 0 waits so long for a checkpoint between two heartbeats
 
@@ -45,6 +50,7 @@ class Milestones:
         self._checkpoints, self._controller, self._agreement = checkpoints, controller, agreement
         self._source = source
         bucket_bytes = config.sync.bucket_mebibytes << 20
+        self._num_failed = 0
         self._files = export_files(policy.shape, policy.layout, parallel.dp_size, policy.dtype, bucket_bytes)
         if controller is not None:
             checkpoints.select(controller.scores(), config)
@@ -53,29 +59,58 @@ class Milestones:
         """Saves the state after `step` steps where that is due. Raises what ends the run there: NumericsError for a collapse
         that the guard stops it for, PreemptedError where the command asked. Collective."""
         config, controller = self._config, self._controller
-        collapse = None
-        if config.guard.action != "off":
-            collapse = self._agreement.reason(controller.collapse if controller is not None else None)
-        # Nowhere else could a run that was asked to stop be continued.
-        stopped = config.schedule.resumable(step) and self._agreement.stop_asked()
-        saved = commits(config, step, ends=collapse is not None or stopped)
-        self._checkpoints.check()
+        collapse, stopped, resumable = None, False, config.schedule.resumable(step)
+        if config.guard.action != "off" or resumable:  # nowhere else could a run that was asked to stop be continued
+            own = controller.collapse if controller is not None and config.guard.action != "off" else None
+            collapse, stopped = self._agreement.early_end(own, resumable=resumable)
+        ends = collapse is not None or stopped
+        saved = commits(config, step, ends=ends)
+        with self._tolerant():
+            self._checkpoints.check()
         if saved:
-            self.settle()
-            opened = config.schedule.in_flight(step)
-            self._source.drain(opened)
-            ahead = controller.ahead(opened) if controller is not None and opened else None
-            records = controller.kept(self._checkpoints.steps()) if controller is not None else None
-            ends = controller.end_ids if controller is not None else ()
-            self._checkpoints.commit(step, self._snapshot(step), config, records, ends, ahead)
+            with self._tolerant():
+                self.settle()
+            with self._tolerant() if step < config.run.steps and not ends else nullcontext():
+                self._commit(step)
         if end := _early_end(config, step, collapse, stopped=stopped, saved=saved):
             self.settle()
             self._close()
             raise end
 
+    def told(self) -> dict[str, float]:
+        """What a step's record has of checkpoints: how many could not be written, where any could not."""
+        return {FAILED_CHECKPOINTS.name: float(self._num_failed)} if self._num_failed else {}
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """With checkpoint.on_failure = "continue", a checkpoint that cannot be written is told here and the run goes on: the
+        last whole one stands, and the next one that is due is tried again. An error on one rank alone is told by rank 0 too,
+        which waited for it."""
+        try:
+            yield
+        except StorageError as error:
+            if self._config.checkpoint.on_failure == "end":
+                raise
+            self._num_failed += 1
+            if self._controller is not None:
+                log.warning("a checkpoint was not written, and the run goes on without it: %s", error)
+
+    def _commit(self, step: int) -> None:
+        """Begins to write the state after `step` steps, with the rollouts that were sampled ahead. The others wait for rank 0's
+        records to be on disk. Collective."""
+        opened = self._config.schedule.in_flight(step)
+        self._source.drain(opened)
+        records, end_ids, ahead = None, tuple[int, ...](), None
+        if self._controller is not None:
+            ahead = self._controller.ahead(opened) if opened else None
+            records, end_ids = self._controller.kept(self._checkpoints.steps()), self._controller.end_ids
+            self._agreement.done()
+        else:
+            self._agreement.listen()
+        self._checkpoints.commit(step, self._snapshot(step), self._config, records, end_ids, ahead)
+
     def settle(self) -> None:
-        """Returns when the checkpoint under way is named; raises what it failed with. However long files take, no rank waits
-        longer in one collective than between two heartbeats. Collective."""
+        """Returns when the checkpoint under way is named; raises what it failed with. Collective."""
         if self._controller is None:
             self._agreement.listen()
         else:
@@ -87,7 +122,7 @@ class Milestones:
     def _snapshot(self, step: int) -> Snapshot:
         """This rank's part of the state after `step` steps, in host memory. Collective."""
         policy = self._policy
-        place = reference_place(self._config, step) if policy.has_reference else None
+        place = reference_place(self._config, step, self._checkpoints.origin) if policy.has_reference else None
         reference = self._weights("reference") if place == "own" else None
         at = place if isinstance(place, int) else None
         mine = state_rank(self._config.trainer, self._parallel.rank) == self._parallel.rank

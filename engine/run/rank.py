@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
 from engine.algorithms.nll import NllLoss
 from engine.algorithms.registry import make_loss
@@ -65,15 +64,18 @@ class TrainerRank:
         spec, config, parallel = self._spec, self._config, self._join(port)
         loss = make_loss(config.algorithm, sampled=spec.sampled)
         with activity("model"):
-            policy = Policy(config, parallel, loss, config.model.path, spec.shape, spec.trainer, copies=spec.copies)
+            sizes = spec.shape, spec.trainer
+            shared = spec.colocated and spec.starts_engines
+            policy = Policy(config, parallel, loss, config.model.path, *sizes, copies=spec.copies, shares_device=shared)
         checkpoints = Checkpoints(
             config.run_directory / "checkpoints",
             rank=parallel.rank,
             world_size=parallel.world_size,
-            barrier=dist.barrier,
+            host=parallel.host,
             digests=spec.digests or None,
             patience_seconds=config.trainer.timeout_seconds,
         )
+        parallel.host.barrier()  # all have read their weights, however long files took
         start, note = 0, None
         if resume:
             with activity("resume"):
@@ -87,12 +89,13 @@ class TrainerRank:
         publisher: loop.Publisher = NoEngines()
         if spec.starts_engines:
             with activity("connect"):
-                publisher = PoolPublisher(open_publisher(spec, policy, parallel, self._host, pool), parallel)
+                bridge = open_publisher(spec, policy, parallel, self._host, pool)
+                publisher = PoolPublisher(bridge, parallel, policy.give_back_gradients)
         agreement = Agreement(config, parallel)
         rollouts = controller.source if controller is not None else None
         source = BroadcastSource(config, parallel, rollouts, agreement, spec.shape.attention_cost)
         milestones = Milestones(config, policy, parallel, checkpoints, controller, agreement, source)
-        for record in loop.train(
+        records = loop.train(
             config.schedule,
             policy,
             source,
@@ -103,7 +106,9 @@ class TrainerRank:
             evaluation_due=config.evaluation_due,
             evaluate=milestones.evaluate,
             window=Window(config.profile, config.run_directory, self._rank, pool, config.schedule),
-        ):
+        )
+        for record in records:
+            record |= milestones.told()
             for event in controller.finish_step(record) if controller is not None else ():  # Ray's `send` is not a list's
                 yield event
         milestones.settle()
@@ -119,6 +124,7 @@ class TrainerRank:
             source = SupervisedSource(self._spec, parallel, tokenizer)
         with activity("model"):
             policy = Policy(config, parallel, NllLoss(), config.model.path, self._spec.shape, self._spec.trainer)
+        parallel.host.barrier()  # all have read their weights
         writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
         window = Window(config.profile, config.run_directory, self._rank)
         if self._rank == 0:
@@ -145,18 +151,20 @@ class TrainerRank:
         parallel.close()
 
     def _join(self, port: int) -> ParallelState:
-        trainer, reward_patience = self._config.trainer, self._config.reward_model.patience_seconds
+        trainer = self._config.trainer
         with activity("ranks", total=trainer.world_size):
             if self._server is not None:
                 store = serve_store(self._server, self._host, trainer.world_size, trainer.timeout_seconds)
+                port = store.port
             else:
                 store = join_store(self._host, port, trainer.world_size, trainer.timeout_seconds)
+            words = join_store(self._host, port, trainer.world_size, trainer.timeout_seconds)
             return open_parallel_state(
                 trainer,
                 rank=self._rank,
                 world_size=trainer.world_size,
                 store=store,
-                # Ranks wait for each other, and while rank 0 waits for an engine they wait for that too.
-                timeout=timedelta(seconds=trainer.timeout_seconds + self._config.inference.timeout_seconds + reward_patience),
+                timeout=timedelta(seconds=trainer.timeout_seconds),
                 seed=self._config.run.seed,
+                words=words,
             )

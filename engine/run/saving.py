@@ -16,11 +16,12 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
@@ -30,6 +31,7 @@ from engine.core.provenance import provenance
 from engine.core.tensor_files import FileRecord, file_record, write_tensors
 from engine.data.templates import read_chat_template
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
+from engine.observe.origin import read_origin
 from engine.observe.telling import activity
 from engine.rollouts.ahead import AHEAD, Ahead
 from engine.run.checkpoint import (
@@ -63,6 +65,18 @@ if TYPE_CHECKING:
 
 PARTS = "parts"  # folder of the ranks' words in a staging folder
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.5  # seconds between two looks at the other ranks' words
+
+
+class Words(Protocol):
+    """The trainer ranks' words, which hold no GPU: bridge.host_group's HostGroup."""
+
+    def broadcast(self, word: bytes) -> bytes:
+        """Rank 0's word, on every rank."""
+        ...
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -130,19 +144,20 @@ class Checkpoints:
         *,
         rank: int,
         world_size: int,
-        barrier: Callable[[], None],
+        host: Words,
         digests: Mapping[str, str | None] | None = None,
         patience_seconds: float = 1200.0,
     ) -> None:
-        """`barrier` waits for all trainer ranks. `digests`: of data and of what judges, as they were when the run began
+        """`host`: the trainer ranks' words. `digests`: of data and of what judges, as they were when the run began
         (`Spec.digests`); a file that changes while the run goes on does not change what the run is made of. Taken at each
         commit where not given. `patience_seconds`: how long rank 0 waits for other ranks' parts while nothing is added to
         them."""
         self._folder = folder
         self._rank, self._world_size = rank, world_size
-        self._barrier = barrier
+        self._host = host
         self._digests = digests
         self._patience = patience_seconds
+        self.origin = read_origin(folder.parent)  # of a run that was forked off another
         self._save: _Save | None = None
         self._seed: dict[str, FileRecord] = {}  # this rank's share of the seed model's files
         self._pointers = threading.Lock()  # LATEST, BEST and what is removed
@@ -160,14 +175,19 @@ class Checkpoints:
     ) -> None:
         """Begins to write the checkpoint of `step`; collective, after `wait`. `records`, rank 0's, is what a resumed run needs
         of the run's records (`Records.kept`); `end_ids`: what ends a response of the policy, which its generation config is to
-        name; `ahead`, rank 0's: rollouts of later steps, which are kept with it. What fails is raised by the next `check`,
-        `wait` or `commit`: StorageError where the disk is full or not to be written. Then nothing of the checkpoint stays, and
-        the one before does."""
+        name; `ahead`, rank 0's: rollouts of later steps, which are kept with it. StorageError, on every rank, where the disk is
+        full or not to be written; what fails later is raised by the next `check`, `wait` or `commit`. Then nothing of the
+        checkpoint stays, and the one before does."""
         self.wait()
-        staging = self._folder / f".staging-step_{step:08d}"
+        staging, failure = self._folder / f".staging-step_{step:08d}", ""
         if self._rank == 0:
-            self._make_staging(staging)
-        self._barrier()
+            try:
+                self._make_staging(staging)
+            except StorageError as error:
+                failure = str(error)
+                shutil.rmtree(staging, ignore_errors=True)
+        if failure := self._host.broadcast(failure.encode()).decode():
+            raise StorageError(failure)
         save = self._save = _Save(step)
         with_thread = ThreadPoolExecutor(1, thread_name_prefix=f"checkpoint of step {step}")
         save.written = with_thread.submit(self._write, save, staging, snapshot, config, records, tuple(end_ids), ahead)
@@ -242,11 +262,14 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             return
         word = {"error": str(error), "storage": isinstance(error, StorageError)}
+        part = staging / PARTS / f"rank_{self._rank:04d}.json"
         try:
-            with atomic_write(staging / PARTS / f"rank_{self._rank:04d}.json") as part:
-                part.write_text(json.dumps(word), encoding="utf-8")
+            (staging / rank_file(self._rank)).unlink(missing_ok=True)  # so that there is room for a word
+            with atomic_write(part) as whole:
+                whole.write_text(json.dumps(word), encoding="utf-8")
         except (OSError, SemionError):
-            return  # nothing can be written: this rank's own error is told
+            with suppress(OSError):  # nothing can be written: this rank's own error is told
+                part.touch()
 
     def _finish(
         self,
@@ -286,6 +309,7 @@ class Checkpoints:
             "records": json.loads(json.dumps(records)),
             "ahead": [ahead.kept.start, ahead.kept.stop] if ahead is not None else None,
             "made_with": provenance() | {"gpu": gpu_name()},
+            **({"fork": self.origin.as_json()} if self.origin is not None else {}),
         }
         (staging / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
         folders = [staging / POLICY, *([staging / REFERENCE] if snapshot.reference is not None else []), staging]
@@ -299,7 +323,7 @@ class Checkpoints:
         paths = [staging / PARTS / f"rank_{rank:04d}.json" for rank in range(self._world_size)]
         pause, seen, patient_until = FIRST_PAUSE, -1, 0.0
         while True:
-            words = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+            words = [_word(path) for path in paths if path.exists()]
             for word in words:
                 if "error" in word:
                     raise StorageError(word["error"]) if word["storage"] else CheckpointError(word["error"])
@@ -395,7 +419,7 @@ class Checkpoints:
         seed = manifest.get("seed", {})
         for name in sorted(seed)[self._rank :: self._world_size]:
             verify_seed(Path(config.model.path) / name, seed[name], newest)
-        self._barrier()
+        self._host.barrier()
         policy, other = HfCheckpoint(newest / POLICY), HfCheckpoint(reference) if reference is not None else None
         return Saved(int(manifest["step"]), state, policy, other, newest, trainer, ahead_of(manifest))
 
@@ -440,6 +464,13 @@ def _reference(snapshot: Snapshot) -> dict[str, Any] | None:
     if snapshot.reference is not None:
         return {"folder": REFERENCE}
     return {"step": snapshot.reference_step} if snapshot.reference_step is not None else None
+
+
+def _word(path: Path) -> dict[str, Any]:
+    """What a rank said of its part; an empty file is all that a full disk takes."""
+    text = path.read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text) if text else {"error": f"{path.stem} cannot be written", "storage": True}
+    return found
 
 
 def _as_json(files: Mapping[str, FileRecord]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from engine import cli
-from engine.config.load import RunConfig, dump_config
+from engine.config.load import RunConfig, dump_config, load_config
 from engine.observe.rollouts import rollouts_of
 from engine.rollouts.ledger import RolloutLedger
 from engine.run.checkpoint import latest
@@ -287,6 +287,27 @@ def test_resume_refuses_another_run_and_altered_bits(semi_online: tuple[RunConfi
     data[-1] ^= 1
     weights.write_bytes(data)
     assert "model.safetensors differs from its digest" in semion("export", str(altered), str(tmp_path / "out"), expect=4)
+
+
+def test_a_fork_in_another_layout_goes_on_from_the_same_weights(semi_online: tuple[RunConfig, str], tmp_path: Path) -> None:
+    """Two tensor-parallel ranks become two data-parallel ones that share the optimizer's state: what the engines sample from
+    the forked weights is the same to the last bit, and what is trained from it is but for the order of sums."""
+    config, _ = semi_online
+    directory = tmp_path / "fork"
+    layout = ["trainer.tensor_parallel=1", "trainer.data_parallel=2", "trainer.distributed_optimizer=true"]
+    changes = [f"run.directory={directory}", *layout, "checkpoint.other_layout=allow", "profile.tool=off"]
+    told = semion("fork", str(config.run_directory), *changes, "--at", "2")
+    assert f"semion train {directory / 'config.toml'} --resume auto" in told
+    said = semion("train", str(directory / "config.toml"), "--resume", "auto")
+    assert "resumed after 2 steps in another layout than before (TP 2 PP 1 DP 1 -> TP 1 PP 1 DP 2)" in said
+    fork = load_config(directory / "config.toml")
+    assert rows(fork, "rollouts.jsonl") == [row for row in rows(config, "rollouts.jsonl") if row["step"] >= 2]
+    theirs, ours = rows(config, "metrics.jsonl")[2:], rows(fork, "metrics.jsonl")
+    assert [row["step"] for row in ours] == [2, 3]
+    for before, now in zip(theirs, ours, strict=True):
+        for name in ("loss", "grad_norm", "reward_mean", "margin_mean", "target_tokens", "learning_rate"):
+            assert now[name] == pytest.approx(before[name], rel=1e-4, abs=1e-7), name
+    assert "staleness 0..1, proven from 72 rollouts of 2 steps" in semion("report", str(directory))
 
 
 def test_the_exported_policy_generates_in_transformers_what_the_pool_generates(

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from engine.bridge.host_group import HostGroup
 from engine.bridge.setup import open_publisher
 from engine.config.load import RunConfig, load_config
 from engine.core.errors import InferenceError, SemionError
@@ -135,7 +136,8 @@ class World:
             name: torch.zeros(shape, dtype=torch.bfloat16, device=device)
             for name, shape in layout.shard_shapes(self.shape, trainer, 0).items()
         }
-        place: Any = SimpleNamespace(rank=0, world_size=1, dp_size=1, device=device, stage_leaders=lambda: (0,))
+        alone = HostGroup(None, 0, 1, patience_seconds=60.0)
+        place: Any = SimpleNamespace(rank=0, world_size=1, dp_size=1, device=device, host=alone, stage_leaders=lambda: (0,))
         policy: Any = SimpleNamespace(shape=self.shape, parameters=self.parameters)
         self.publisher = open_publisher(assemble(config, self.shape), policy, place, HOST, self.pool)
 

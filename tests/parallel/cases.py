@@ -67,6 +67,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "distribution": distribution,
         "without_reference": without_reference,
         "memory": memory,
+        "same_steps": same_steps,
     }
     config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
     store = dist.FileStore(place["store"], place["world_size"])
@@ -270,6 +271,34 @@ def curve(config: RunConfig, parallel: ParallelState, checkpoint: str, num_steps
         assert all(torch.equal(before[name], value) for name, value in policy.state().items()), "scoring moved the state"
         metrics.append(policy.train_step(replace(scored, step=step)))
     return metrics
+
+
+def same_steps(config: RunConfig, parallel: ParallelState, checkpoint: str, other: dict[str, Any]) -> dict[str, Any]:
+    """Three steps, before the last of which the reference moves, with the configuration and with `other` trainer options, where
+    gradients are given back in between: whether metrics and states have the same bits, and how far the weights are apart."""
+
+    def run(changes: dict[str, Any]) -> tuple[list[dict[str, float]], Policy]:
+        trainer = config.trainer.model_copy(update=changes)
+        made = config.model_copy(update={"trainer": trainer})
+        policy = make_policy(made, parallel, make_loss(config.algorithm), checkpoint)
+        metrics = _steps(policy, config, range(2))
+        if changes:
+            policy.give_back_gradients()
+            assert not any(buffer.grad_data.untyped_storage().nbytes() for chunk in policy._chunks for buffer in chunk.buffers)
+        policy.refresh_reference()
+        return metrics + _steps(policy, config, range(2, 3)), policy
+
+    (metrics, plain), (others, policy) = run({}), run(other)
+    one, two = plain.state(), policy.state()
+    weights = [name for name in one if name.startswith("policy.")]
+    return {
+        "metrics": metrics == others,
+        "tensors": list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one),
+        "apart": max(float((one[name].float() - two[name].float()).abs().max()) for name in weights),
+        "moved": max(abs(row["grad_norm"]) for row in others),
+        "dtypes": sorted({str(buffer.grad_data.dtype) for chunk in policy._chunks for buffer in chunk.buffers}),
+        "norms": [(row["grad_norm"], own["grad_norm"]) for row, own in zip(metrics, others, strict=True)],
+    }
 
 
 def change_layers(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from engine.bridge.host_group import HostGroup
 from engine.bridge.sender import Publisher
 from engine.bridge.terms import SyncTerms
 from engine.bridge.transports import base as transport
@@ -334,6 +335,7 @@ class World:
     parameters: dict[str, torch.Tensor]
     world_size: int = TRAINERS
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    host: HostGroup = field(default_factory=lambda: HostGroup(None, 0, 1, patience_seconds=60.0))
 
     def stage_leaders(self) -> tuple[int, ...]:
         """One stage."""
@@ -346,7 +348,8 @@ class World:
 def open_publisher(rank: int, store: str, timeout_seconds: float, transport: Any, pool: Any) -> tuple[World, Publisher]:
     """Joins the trainer ranks and opens the bridge."""
     dist.init_process_group("gloo", store=dist.FileStore(store, TRAINERS), rank=rank, world_size=TRAINERS)
-    world = World(rank, filled(TERMS.trainer, rank, 0))
+    host = HostGroup(dist.FileStore(store + " of words", TRAINERS), rank, TRAINERS, patience_seconds=60.0)
+    world = World(rank, filled(TERMS.trainer, rank, 0), host=host)
     nodes = tuple((engine,) for engine in range(ENGINES)) if transport == "ipc" else TERMS.nodes  # as a run has it
     terms = replace(TERMS, transport=transport, nodes=nodes)
     return world, Publisher(world, world, terms, host=HOST, timeout_seconds=timeout_seconds, pool=pool)

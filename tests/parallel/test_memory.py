@@ -53,6 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (PLAIN, "bfloat16", NO_REFERENCE),
         (FUSED, "float32", {}),
         (SHARDED, "bfloat16", {}),
+        (SHARDED | {"gradient_dtype": "bfloat16"}, "bfloat16", NO_REFERENCE),
         (SEQUENCE, "bfloat16", {}),
         (SEQUENCE | RECOMPUTE | FUSED, "float32", NO_REFERENCE),
         (PIPELINE, "float32", {}),

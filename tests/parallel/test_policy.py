@@ -265,6 +265,44 @@ def test_resumed_policy_continues_bit_for_bit(
         assert rank == {"metrics": True, "keys": True, "tensors": True, "from_start": True, "mixed": True}
 
 
+DP2, SHARED = {"data_parallel": 2}, {"data_parallel": 2, "distributed_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "other", "dtype"),
+    [
+        (SHARED, {"reference_memory": "host"}, "bfloat16"),
+        ({"pipeline_parallel": 2}, {"reference_memory": "host"}, "float32"),
+        (DP2, {"overlap_gradients": True}, "float32"),
+        (SHARED, {"overlap_gradients": True, "reference_memory": "host"}, "bfloat16"),
+        ({"pipeline_parallel": 2, **SHARED}, {"overlap_gradients": True}, "float32"),
+    ],
+    ids=str,
+)
+def test_where_the_reference_is_and_when_gradients_are_summed_change_no_bit(
+    trainer: dict[str, Any], other: dict[str, Any], dtype: str, pool: WorkerPool, checkpoint: Checkpoint
+) -> None:
+    """Nor that gradients have no memory between two steps."""
+    size = trainer.get("data_parallel", 1) * trainer.get("pipeline_parallel", 1)
+    options = {"model": {"dtype": dtype}}
+    for rank in pool.run(
+        "same_steps", size, trainer=trainer, options=options, other=other, checkpoint=str(checkpoint("plain"))
+    ):
+        assert rank["metrics"] and rank["tensors"] and rank["moved"] > 0, rank
+
+
+def test_gradients_in_bfloat16_are_near_and_go_on_bit_for_bit(pool: WorkerPool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A gradient is rounded to 8 bits once a sum; AdamW's first steps are of the size of the learning rate in any case."""
+    where, options = {"checkpoint": str(checkpoint("plain"))}, {"model": {"dtype": "bfloat16"}}
+    for rank in pool.run("same_steps", 2, trainer=SHARED, options=options, other={"gradient_dtype": "bfloat16"}, **where):
+        assert rank["dtypes"] == ["torch.bfloat16"] and not rank["tensors"]
+        assert all(one == pytest.approx(other, rel=0.02) for one, other in rank["norms"]), rank
+        assert 0 < rank["apart"] < 0.02
+    trainer = SHARED | {"gradient_dtype": "bfloat16"}
+    for rank in pool.run("resume", 2, trainer=trainer, options=options, output=str(tmp_path), **where):
+        assert rank == {"metrics": True, "keys": True, "tensors": True, "from_start": True}
+
+
 LAYOUTS_IN_TURN = {  # (written by, gone on by)
     "tp2_to_dp2": ({"tensor_parallel": 2}, {"data_parallel": 2, "distributed_optimizer": True}),
     "dp2_to_pp2": ({"data_parallel": 2, "distributed_optimizer": True}, {"pipeline_parallel": 2}),

@@ -313,8 +313,8 @@ def test_a_causes_words_win_over_its_echoes() -> None:
     assert most_telling([other_echo, echo]) == other_echo
     assert most_telling([cause, Failure("engine 2: another cause"), echo]) == cause
     for failure in (echo, cause):
-        assert Failure.from_bytes(failure.to_bytes()) == Failure.from_bytes(failure.to_bytes() + bytes(9)) == failure
-    assert Failure.from_bytes(bytes(9)) is None
+        assert Failure.from_bytes(failure.to_bytes()) == failure
+    assert Failure.from_bytes(b"") is None
     long = Failure("ä" * REASON_BYTES, echo=True)
     assert Failure.from_bytes(long.to_bytes()) == Failure("ä" * ((REASON_BYTES - 1) // 2), echo=True)
 

@@ -18,12 +18,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.bridge import plan as plan_module
 from engine.bridge.plan import UNPACKED_BYTES, plan
 from engine.bridge.shard_plan import Role, ShardPlan
 from engine.models import checks
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
 from engine.models.sharding import EngineLayout, TrainerLayout
+from tests.unit.bridge import plain_order
 from tests.unit.models.test_sharding import Tensors, fill, model_of
 
 Nodes = tuple[tuple[int, ...], ...]
@@ -106,6 +108,17 @@ def divided(draw: st.DrawFn) -> Case:
     homes = [node if node < len(case.nodes) else others[node] for node in draw(st.permutations(range(dp_size)))]
     ranks = range(case.source.tp_size * case.source.pp_size * dp_size)
     on = [tuple(r for r in ranks if homes[r // case.source.tp_size % dp_size] == node) for node in range(len(case.nodes))]
+    return replace(case, dp_size=dp_size, senders=tuple(on))
+
+
+@st.composite
+def overlapping(draw: st.DrawFn) -> Case:
+    """The same, where nodes may be served by some of the same replicas and by others besides."""
+    case = draw(cases())
+    dp_size = draw(st.integers(2, 4))
+    ranks = range(case.source.tp_size * case.source.pp_size * dp_size)
+    able = [draw(st.sets(st.integers(0, dp_size - 1), min_size=1)) for _ in case.nodes]
+    on = [tuple(r for r in ranks if r // case.source.tp_size % dp_size in replicas) for replicas in able]
     return replace(case, dp_size=dp_size, senders=tuple(on))
 
 
@@ -368,3 +381,28 @@ def test_what_many_hold_is_sent_by_one_and_in_turns(tp_size: int, engine_size: i
     assert max(norms.values()) == min(norms.values())
     assert abs(embedding[0] - embedding[1]) <= tp_size * engine_size
     assert {(b.model_rank, b.target) for b in made.buckets for t in b.transfers if "layernorm" in t.name} <= matrices
+
+
+@given(st.one_of(cases(), divided(), overlapping()))
+@settings(max_examples=150, deadline=None)
+def test_the_order_is_that_of_looking_at_every_replica_for_every_message(case: Case) -> None:
+    """Message for message, whoever may send to whom."""
+    fast = plan(*case.arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "_order", plain_order.order)
+        plain = plan(*case.arguments)
+    assert fast.messages == plain.messages and fast.digest == plain.digest
+
+
+@given(st.one_of(cases(), divided()))
+@settings(max_examples=30, deadline=None)
+def test_no_message_looks_at_every_replica_where_nodes_have_the_same_or_others(case: Case) -> None:
+    """Else a plan's time grows with the square of the GPUs."""
+
+    def scanned(*_: object) -> None:
+        raise AssertionError("every replica was looked at")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module._Overlapping, "send", scanned)
+        patch.setattr(plan_module._Overlapping, "take", scanned)
+        plan(*case.arguments)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from engine.bridge import setup as opening
+from engine.bridge.host_group import HostGroup
 from engine.bridge.setup import channel
 from engine.bridge.transports.registry import Choice, choose, kind_of
 from engine.config.placement import ColocatedNodes
@@ -89,19 +89,11 @@ def test_who_passes_on_to_whom_and_who_may_send(machines, transport, turns, node
     assert channel(machines, kind_of(transport), turns) == (nodes, senders)
 
 
-@pytest.fixture
-def one_rank():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("free_mebibytes", "transport", "nodes"), [(3, "ipc", ((0,), (1,), (2,))), (1, "gloo", ((0, 2), (1,)))]
 )
 def test_a_bridge_over_two_nodes_is_told_who_serves_whom(
-    free_mebibytes: int, transport: str, nodes: tuple, monkeypatch: pytest.MonkeyPatch, one_rank: None, caplog: Any
+    free_mebibytes: int, transport: str, nodes: tuple, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """Rank 0 of three, the first two on node 0. Its own node's memory must have room for what its ranks share: two buckets of a
     mebibyte, and the weights; the others' ranks are not in this process."""
@@ -116,7 +108,9 @@ def test_a_bridge_over_two_nodes_is_told_who_serves_whom(
     monkeypatch.setattr(opening, "Publisher", lambda policy, place, terms, **known: terms)
     shapes = shard_shapes(small_shape(), trainer_layout(made.trainer), 0, 0)
     policy: Any = SimpleNamespace(shape=small_shape(), parameters={name: torch.zeros(size) for name, size in shapes.items()})
-    place: Any = SimpleNamespace(rank=0, dp_size=3, device=torch.device("cpu"))
+    place: Any = SimpleNamespace(
+        rank=0, dp_size=3, device=torch.device("cpu"), host=HostGroup(None, 0, 1, patience_seconds=1.0)
+    )
     pool: Any = SimpleNamespace(nodes=lambda: ((0, 1, 2),))
     with caplog.at_level(logging.WARNING):
         terms: Any = opening.open_publisher(run, policy, place, "127.0.0.1", pool)

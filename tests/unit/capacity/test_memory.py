@@ -71,6 +71,25 @@ def test_bytes_of_the_optimizer_by_its_options(overrides, on_device, on_host):
     assert held.host_bytes_per_node == pytest.approx(on_host * PARAMETERS)
 
 
+def test_gradients_in_bfloat16_are_half_and_are_widened_for_the_update():
+    """Where recomputation leaves little else: 4 bytes of each of a rank's quarter."""
+    held = of_8b("trainer.gradient_dtype=bfloat16", "trainer.recompute=true", "trainer.fused_lm_head=true").devices[0]
+    assert held.components["gradients"] == 2 * PARAMETERS
+    assert held.components["workspace"] >= PARAMETERS
+
+
+def test_a_reference_in_the_hosts_memory_is_on_the_device_only_while_it_scores():
+    """Of a node's four ranks each has its own on the host; a step's fullest moment is then the backward or the scoring."""
+    here, there = of_8b(), of_8b("trainer.reference_memory=host")
+    first, second = here.devices[0].components, there.devices[0].components
+    assert (first["reference"], second["reference"]) == (2 * PARAMETERS, 0)
+    assert there.host_bytes_per_node == here.host_bytes_per_node + 4 * 2 * PARAMETERS
+    saved = here.devices[0].num_bytes - there.devices[0].num_bytes
+    assert saved == 2 * PARAMETERS, "the backward is the fullest moment either way"
+    lean = "trainer.recompute=true", "trainer.fused_lm_head=true", "trainer.reference_memory=host"
+    assert of_8b(*lean).devices[0].components["workspace"] >= 2 * PARAMETERS
+
+
 def test_fp8_adds_copies_of_the_layers_matrices_and_shrinks_what_products_save():
     plain, fp8 = of_8b().devices[0].components, of_8b("trainer.fp8=current").devices[0].components
     assert fp8["FP8 copies"] == 2 * MATRICES
@@ -147,12 +166,18 @@ def test_an_offline_run_that_evaluates_keeps_the_seed_too():
 
 
 def test_colocated_devices_take_turns():
-    """Training: the engine keeps its context and graphs. Sampling: the trainer keeps all but the step's own tensors."""
+    """Training: the engine keeps its context and graphs. Sampling: the trainer keeps all but the step's own tensors and its
+    gradients, of which what exceeds optimizer and reference counts, for they are made before those when a run starts."""
     training, sampling = estimate(spec_of("8b-colocated"), Channel(GIB, GIB)).devices
     apart = estimate(spec_of("8b-colocated", "inference.placement=disaggregated"), Channel(GIB, GIB))
     trainer, engine = (device.components for device in apart.devices)
     assert training.components == trainer | {name: engine[name] for name in ASLEEP}
-    assert sampling.components == {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
+    kept = {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
+    assert kept["gradients"] == 4 * PARAMETERS
+    left = 4 * PARAMETERS - 2 * PARAMETERS - trainer["optimizer"]
+    assert sampling.components == kept | {"gradients": left} and 0 < left < 5 * GIB
+    narrow = estimate(spec_of("8b-colocated", "trainer.gradient_dtype=bfloat16"), Channel(GIB, GIB)).devices[1]
+    assert narrow.components["gradients"] == 0
     assert "engine: KV cache" not in training.components and "activations" not in sampling.components
 
 

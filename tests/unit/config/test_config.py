@@ -35,7 +35,7 @@ from tests.builders import config
 
 OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 150
+MAX_OPTIONS = 160
 
 REQUIRED = """
 [run]
@@ -270,6 +270,12 @@ COMBINATIONS = [
         *("trainer.fp8_parameters", "optimizer.offload_share = 0", "found 'blockwise', True and 0.5", "set all three"),
     ),
     ([*OVERLAP, "trainer.fp8=blockwise"], "trainer.overlap_tensor_parallel", "'blockwise'", "found both", "'current'"),
+    (["trainer.gradient_dtype=bfloat16"], "trainer.gradient_dtype", "model.dtype = 'bfloat16'", "found 'float32'", "set all"),
+    (["trainer.overlap_gradients=true"], "trainer.overlap_gradients", "trainer.data_parallel > 1", "found 1", "= false"),
+    (
+        ["trainer.reference_memory=host", "sync.sync_interval=never"],
+        *("trainer.reference_memory", "sync.reference other than", "found both 'never'", "= 'device'"),
+    ),
     (
         [*OVERLAP, "trainer.fp8=delayed", "trainer.microbatch_tokens=8208"],
         *("trainer.microbatch_tokens", "trainer.overlap_tensor_parallel", "found 8208", "use 8224"),
@@ -388,6 +394,8 @@ def test_every_rule_on_combinations_has_a_case():
         ["inference.placement=colocated", "cluster.nodes=2", "trainer.pipeline_parallel=4", "trainer.data_parallel=4"],
         [*TRANSFORMER_ENGINE, "trainer.fp8=blockwise", "trainer.fuse_gradient_accumulation=true"],
         [*OVERLAP, "trainer.fp8=delayed"],
+        ["trainer.gradient_dtype=bfloat16", "model.dtype=bfloat16", "trainer.reference_memory=host"],
+        ["trainer.overlap_gradients=true", "trainer.data_parallel=2", "checkpoint.on_failure=continue"],
         SMALL_MOMENTS,
         FP8_PARAMETERS,
         [*FP8_PARAMETERS, *SMALL_MOMENTS],

@@ -1,4 +1,4 @@
-"""What trainer ranks tell each other: rank 0's word is everybody's, whether one process or several."""
+"""What trainer ranks tell each other: rank 0's word is everybody's, whether one process or several, and over the host alone."""
 
 from __future__ import annotations
 
@@ -8,35 +8,48 @@ from typing import Any
 
 import pytest
 
-from engine.run import agreement
 from engine.run.agreement import Agreement
-from engine.run.signals import stop_request
+from engine.run.signals import sign_of_life, stop_request
 from tests.builders import config
 
 
-def of(folder: Path, rank: int, world_size: int) -> Agreement:
-    ranks: Any = SimpleNamespace(rank=rank, world_size=world_size, device="cpu")
+class Wire:
+    """A host group whose words are kept, to be heard by another."""
+
+    def __init__(self) -> None:
+        self.said: list[bytes] = []
+
+    def of(self, rank: int) -> Any:
+        return SimpleNamespace(broadcast=(lambda word: self.said.append(word) or word) if rank == 0 else self.heard)
+
+    def heard(self, _: bytes) -> bytes:
+        return self.said.pop(0)
+
+
+def of(folder: Path, rank: int, wire: Wire) -> Agreement:
+    ranks: Any = SimpleNamespace(rank=rank, host=wire.of(rank))
     return Agreement(config(folder), ranks)
 
 
 @pytest.mark.parametrize("reason", [None, "step 3: entropy collapsed to 0.01"])
 @pytest.mark.parametrize("asked", [False, True])
-def test_every_rank_hears_what_the_run_is_stopped_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: str | None, asked: bool
-) -> None:
+@pytest.mark.parametrize("resumable", [False, True])
+def test_every_rank_hears_what_the_run_is_stopped_for(tmp_path: Path, reason: str | None, asked: bool, resumable: bool) -> None:
     if asked:
         stop_request(config(tmp_path)).touch()
-    said: list[bytes] = []
+    wire = Wire()
+    expected = reason, asked and resumable
+    assert of(tmp_path, 0, wire).early_end(reason, resumable=resumable) == expected
+    other = of(tmp_path / "elsewhere", 1, wire)
+    assert other.early_end("what another rank thinks is not asked", resumable=resumable) == expected
+    assert wire.said == []
 
-    def broadcast(word: bytes, device: object) -> bytes:
-        said.append(word)
-        return word
 
-    monkeypatch.setattr(agreement, "broadcast_bytes", broadcast)
-    first = of(tmp_path, 0, 2)
-    assert (first.reason(reason), first.stop_asked()) == (reason, asked)
-    monkeypatch.setattr(agreement, "broadcast_bytes", lambda word, device: said.pop(0))
-    other = of(tmp_path / "elsewhere", 1, 2)
-    assert (other.reason(None), other.stop_asked()) == (reason, asked)
-    alone = of(tmp_path, 0, 1)
-    assert (alone.reason(reason), alone.stop_asked(), said) == (reason, asked, []), "nobody is told"
+def test_who_listens_hears_that_rank_0_is_done_and_the_command_that_it_lives(tmp_path: Path) -> None:
+    wire = Wire()
+    first, other = of(tmp_path, 0, wire), of(tmp_path, 1, wire)
+    first.heartbeat()
+    assert sign_of_life(config(tmp_path)).exists() and wire.said == [], "nobody has to hear it to go on waiting"
+    first.done()
+    other.listen()
+    assert wire.said == []

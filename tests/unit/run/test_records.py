@@ -50,9 +50,10 @@ def live(records: Records, steps: range) -> None:
             records.find(finding)
 
 
-def rollouts_of(step: int) -> RolloutGroup:
-    """Two rollouts of a step."""
-    completions = [Completion("p", place, step, step, (step, place), (-0.5, -0.25), TEXT, "stop") for place in range(2)]
+def rollouts_of(step: int, version: int | None = None) -> RolloutGroup:
+    """Two rollouts of a step, by the weights of that step or of another one."""
+    version = step if version is None else version
+    completions = [Completion("p", place, step, version, (step, place), (-0.5, -0.25), TEXT, "stop") for place in range(2)]
     prompt = Prompt("p", (1,), "", "", "", "")
     return RolloutGroup(prompt, step, tuple(Rollout(completion, Score(1.0, "ok")) for completion in completions))
 

@@ -1,0 +1,232 @@
+"""A new run that starts from a checkpoint of another one with other options (`semion fork`): what may change, and the files it
+begins with. The other run's directory is read and not touched; what is trained from there on is the loop's business, which
+goes on from the checkpoint in the new directory as after any interruption.
+
+    DIRECTORY/fork.json                     where it comes from: run, step, digest of the checkpoint, options that differ
+    DIRECTORY/config.toml                   the options of the new run
+    DIRECTORY/checkpoints/step_00000040/    the checkpoint's files (hard links where the disk has them), under a new manifest
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.config.load import RunConfig, dump_config, flat
+from engine.core.errors import CheckpointError, ConfigError, SemionError
+from engine.core.files import atomic_write, locked, storing, sync
+from engine.observe.origin import FORK, Origin
+from engine.run.checkpoint import (
+    AXES,
+    LATEST,
+    MANIFEST,
+    POLICY,
+    REFERENCE,
+    STEPS,
+    ahead_of,
+    data_digests,
+    latest,
+    manifest_digest,
+    read_manifest,
+    reference_folder,
+    sealed,
+    trainer_of,
+)
+
+KEPT = {  # options that a fork has as the checkpoint: its weights and its optimizer's state have their form
+    "model": ("path", "family", "dtype"),
+    "trainer": ("fp8", "fp8_parameters"),
+    "optimizer": ("implementation", "moment_dtype", "offload_share"),
+}
+JUDGING = ("data.", "evaluation.", "reward", "model.")  # begin the names of options that decide how held-out answers score
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A fork that has been found possible."""
+
+    checkpoint: Path
+    manifest: Mapping[str, Any]  # of `checkpoint`
+    config: RunConfig  # of the new run
+    origin: Origin
+    reference: Path | None  # the Hugging Face folder that the new run's reference begins as, in a folder of its own
+
+
+def checkpoint_at(run: Path, step: int | None) -> Path:
+    """The checkpoint of a run after so many steps, the newest where not said; CheckpointError names those that stand."""
+    folder = run / "checkpoints"
+    newest = latest(folder)
+    if newest is None:
+        raise CheckpointError(f"{run} must be the directory of a run with a checkpoint; found none: name another")
+    if step is None:
+        return newest
+    found = folder / f"step_{step:08d}"
+    if not (found / MANIFEST).exists():
+        there = ", ".join(str(int(path.name.removeprefix("step_"))) for path in sorted(folder.glob(STEPS)))
+        raise CheckpointError(f"--at must be the step of a checkpoint in {folder}; found {step}: there are {there}")
+    return found
+
+
+def fork_faults(checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[SemionError]:
+    """Why a run of `config` cannot begin with the checkpoint, but for what a look at the configuration alone tells."""
+    step, saved, directory = int(manifest["step"]), manifest["config"], config.run_directory
+    if latest(directory / "checkpoints") is not None:
+        yield ConfigError(f"run.directory must be new; found checkpoints in {directory}: name another one")
+    for section, names in KEPT.items():
+        for name in names:
+            before, now = saved[section].get(name), getattr(getattr(config, section), name)
+            if name in saved[section] and before != now:
+                yield ConfigError(
+                    f"{section}.{name} must be what {checkpoint} was written with, for a fork goes on with its weights and its "
+                    f"optimizer's state; found {now!r} instead of {before!r}: set it back, or export its policy (semion "
+                    f"export) and start a new run with that as model.path"
+                )
+    writer = trainer_of(manifest)
+    if config.checkpoint.other_layout == "refuse":
+        for name in sorted(AXES):
+            before, now = getattr(writer, name), getattr(config.trainer, name)
+            if before != now:
+                yield ConfigError(
+                    f"trainer.{name} must be what {checkpoint} was written with; found {now!r} instead of {before!r}: set it "
+                    f"back, or add checkpoint.other_layout=allow, which is not bit for bit"
+                )
+    schedule = config.schedule
+    if step >= config.run.steps:
+        yield ConfigError(
+            f"run.steps must be more than the {step} steps that {checkpoint} has done; found {config.run.steps}: raise it"
+        )
+    elif not schedule.resumable(step):
+        yield ConfigError(
+            f"a run can begin with {checkpoint} only where prompts are submitted after its {step} steps; found "
+            f"{schedule.regime}, where the last such step is {schedule.last_resumable(step)}: name a checkpoint of such a step "
+            f"with --at, or choose an interval that divides {step}"
+        )
+    else:
+        wanted, ahead = schedule.in_flight(step), ahead_of(manifest)
+        if not set(wanted) <= set(ahead):
+            yield ConfigError(
+                f"sync.lookahead = {config.sync.lookahead} asks for the rollouts of steps {wanted.start} to {wanted.stop - 1} from "
+                f"weights before {checkpoint}; found {f'those of {ahead.start} to {ahead.stop - 1}' if ahead else 'none'} in it: "
+                f"set it to 0, or as that run had it"
+            )
+
+
+def planned(checkpoint: Path, config: RunConfig, *, needs_reference: bool) -> Fork:
+    """What is to be made. `needs_reference`: whether the new run's loss looks at one. CheckpointError where the reference that
+    it would go on with is not on disk, ConfigError where it cannot be kept."""
+    manifest = read_manifest(checkpoint)
+    place, folder = _reference(checkpoint, manifest, config) if needs_reference else (None, None)
+    if place == "own" and config.sync.reference == "never" and config.schedule.never_syncs:
+        raise ConfigError(
+            f"sync.reference = 'never' must be the seed model in an offline run, whose engines sample from it; found "
+            f"{checkpoint}, whose reference has moved: set sync.reference to a number of steps, or choose another checkpoint"
+        )
+    there, here = flat(manifest["config"]), flat(json.loads(config.model_dump_json()))
+    names = [name for name in (*there, *(name for name in here if name not in there)) if name != "run.directory"]
+    changed = {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
+    run = str(checkpoint.parent.parent)
+    origin = Origin(run, int(manifest["step"]), manifest_digest(checkpoint), changed, place)
+    return Fork(checkpoint, manifest, config, origin, folder)
+
+
+def _reference(
+    checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig
+) -> tuple[Literal["seed", "own"] | None, Path | None]:
+    """What the reference begins as, and the folder that has it: as it was when the checkpoint's run trained its next step,
+    unless the new run takes it from the policy there."""
+    step, saved = int(manifest["step"]), RunConfig.model_validate_json(json.dumps(manifest["config"]))
+    if config.schedule.reference_due(step) and config.sync.reference_mix == 1:
+        return None, None
+    folder = reference_folder(checkpoint, manifest)
+    if folder is not None:
+        return "own", folder
+    if saved.schedule.reference_due(step):
+        return "own", checkpoint / POLICY
+    if saved.schedule.reference_version(step) == 0:
+        return "seed", None
+    raise CheckpointError(
+        f"{checkpoint} must hold the reference that the new loss compares with; found none, for the loss of its run looked at "
+        f"none: choose --at or sync.reference so that the reference is taken from the policy there"
+    )
+
+
+def make(fork: Fork) -> None:
+    """Writes the new run's directory; nobody else may be at work there. Killed on the way, it leaves a directory without a
+    checkpoint, which another fork may fill. StorageError where it cannot be written."""
+    directory, step = fork.config.run_directory, fork.origin.step
+    with locked(directory), storing(directory):
+        folder = directory / "checkpoints"
+        staging, final = folder / f".staging-step_{step:08d}", folder / f"step_{step:08d}"
+        for stale in (staging, final):
+            shutil.rmtree(stale, ignore_errors=True)
+        files = _files(fork)
+        for name, (source, _) in files.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            _placed(source, staging / name)
+        manifest = dict(fork.manifest) | {
+            "config": json.loads(fork.config.model_dump_json()),
+            "data": data_digests(fork.config),
+            "files": {name: known for name, (_, known) in sorted(files.items())},
+            "reference": {"folder": REFERENCE} if fork.reference is not None else None,
+            "records": _records(fork),
+            "trainer": json.loads(trainer_of(fork.manifest).model_dump_json()),
+            "fork": fork.origin.as_json(),
+        }
+        (staging / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
+        for path in (staging / MANIFEST, *(path for path in staging.iterdir() if path.is_dir()), staging):
+            sync(path)
+        with atomic_write(directory / FORK, durable=True) as part:
+            part.write_text(json.dumps(fork.origin.as_json(), indent=1), encoding="utf-8")
+        with atomic_write(directory / "config.toml", durable=True) as part:
+            part.write_text(dump_config(fork.config), encoding="utf-8")
+        staging.rename(final)
+        sync(folder)
+        with atomic_write(folder / LATEST, durable=True) as part:
+            part.write_text(final.name, encoding="utf-8")
+
+
+def _files(fork: Fork) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+    """Every file of the new checkpoint but its manifest: where it is now, and what is known of it. CheckpointError for one that
+    is not there in its size; their digests are compared when the run goes on, by all ranks together."""
+    checkpoint, known = fork.checkpoint, fork.manifest["files"]
+    found = {name: (checkpoint / name, known[name]) for name in known if not name.startswith(f"{REFERENCE}/")}
+    if fork.reference is not None:
+        holder, folder = fork.reference.parent, fork.reference.name
+        of_holder = known if holder == checkpoint else read_manifest(holder)["files"]
+        for name in of_holder:
+            if name.startswith(f"{folder}/"):
+                found[f"{REFERENCE}/{name.removeprefix(f'{folder}/')}"] = (holder / name, of_holder[name])
+    for source, record in found.values():
+        size = source.stat().st_size if source.exists() else "none"
+        if size != record["bytes"]:
+            raise CheckpointError(f"{source} must have {record['bytes']} bytes; found {size}: use another checkpoint")
+    return found
+
+
+def _placed(source: Path, target: Path) -> None:
+    """The file's bytes under another name: no copy of them where the disk is the same. Nobody writes into a file of a
+    checkpoint that has a name."""
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
+        sync(target)
+
+
+def _records(fork: Fork) -> dict[str, Any] | None:
+    """What the new run's records begin as: empty, under the guard's state, and with what held-out sets were judged before where
+    they are judged in the same way."""
+    kept = fork.manifest.get("records")
+    if kept is None:
+        return None
+    judges_alike = not any(name.startswith(JUDGING) for name in fork.origin.changed)
+    return dict(kept) | {
+        "rollouts": None,
+        "bytes": dict.fromkeys(kept["bytes"], 0),
+        "judged": kept["judged"] if judges_alike else [],
+    }

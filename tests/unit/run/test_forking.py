@@ -1,0 +1,212 @@
+"""A fork begins with the very bits of another run's checkpoint under other options, says where it comes from wherever the run
+is told of, leaves the other run alone, and is refused where its options make no sense of those bits.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import cli
+from engine.config.load import RunConfig, dump_config, load_config
+from engine.core.jsonl import JsonlLedger
+from engine.models.hf import HfCheckpoint
+from engine.observe.origin import read_origin
+from engine.observe.reading import read_run
+from engine.observe.regime import prove
+from engine.run.card import complete
+from engine.run.checkpoint import data_digests, export, latest, manifest_digest, read_manifest, reference_place
+from engine.run.records import Records
+from tests.builders import config, make_model
+from tests.checkpoints import open_folder, snapshot_of
+from tests.unit.run.test_records import rollouts_of
+
+ROW = {"problem": "1+1", "answer": "2", "solution": "It is 2."}
+SYNC = {"sync_interval": 2, "reference": 6}
+JUDGED = {"step": 0, "set": "held_out", "mean": 0.25, "measure": "accuracy", "standard_error": 0.0, "truncated": 0.0}
+JUDGED |= {"num_problems": 1, "num_seeds": 2}
+STATE = {"0.exp_avg": torch.arange(6.0), "schedule.step": torch.tensor(8)}
+
+
+@pytest.fixture
+def source(tmp_path: Path, tiny_tokenizer: Any) -> RunConfig:
+    """A run of eight steps with checkpoints after 4, 6 and 8, of which the last needs the sixth for its reference."""
+    make_model(tmp_path / "model", tiny_tokenizer)
+    for name in ("train", "held_out", "other"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROW | {"problem": name}) + "\n")
+    data = {"train": str(tmp_path / "train.jsonl"), "held_out": str(tmp_path / "held_out.jsonl"), "max_prompt_tokens": 512}
+    made = config(
+        tmp_path / "a",
+        model={"path": str(tmp_path / "model")},
+        data=data,
+        run={"steps": 8},
+        sync=SYNC,
+        checkpoint={"every": 2, "keep": 3},
+    )
+    checkpoints = open_folder(made.run_directory / "checkpoints", digests=data_digests(made))
+    records = Records.open(made, 0, None)
+    records.judge(JUDGED, [])
+    for step in range(8):
+        records.metrics.write({"step": step})
+        records.rollouts.append(step, [rollouts_of(step, version=step - step % 2)])
+    for step in (4, 6, 8):
+        weights = HfCheckpoint(made.model.path)
+        tensors = {name: torch.full_like(weights.tensor(name), float(step)) for name in weights.files}
+        place = reference_place(made, step)
+        about = {"reference_step": place} if isinstance(place, int) else {"needs_seed": place == "seed"}
+        checkpoints.commit(step, snapshot_of(STATE, tensors.items(), **about), made, records.kept({step}))
+        checkpoints.wait()
+    records.close()
+    return made
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def fork(source: RunConfig, *arguments: str, expect: int = 0) -> Path:
+    directory = source.run_directory.with_name("b")
+    before = listing(source.run_directory)
+    assert cli.main(["fork", str(source.run_directory), f"run.directory={directory}", *arguments]) == expect
+    assert listing(source.run_directory) == before, "the other run is not touched"
+    return directory
+
+
+def loaded(directory: Path) -> tuple[RunConfig, Any]:
+    made = load_config(directory / "config.toml")
+    return made, open_folder(directory / "checkpoints").load(made)
+
+
+def test_a_fork_begins_with_the_bits_of_the_newest_checkpoint(source: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = fork(source, "run.steps=20", "algorithm.beta=0.5", "optimizer.learning_rate=1e-5")
+    made, saved = loaded(directory)
+    assert (saved.step, made.algorithm.beta, made.run.steps) == (8, 0.5, 20)  # type: ignore[attr-defined]
+    assert saved.state.keys() == STATE.keys()
+    assert all(torch.equal(saved.state[name], value) for name, value in STATE.items())
+    there = source.run_directory / "checkpoints" / "step_00000008"
+    theirs = HfCheckpoint(there / "policy")
+    assert all(torch.equal(saved.policy.tensor(name), theirs.tensor(name)) for name in theirs.files)
+    assert saved.reference is not None and float(saved.reference.tensor("model.norm.weight")[0]) == 6.0
+    origin = read_origin(directory)
+    assert origin is not None
+    assert (origin.run, origin.step, origin.checkpoint) == (str(source.run_directory), 8, manifest_digest(there))
+    assert origin.changed == {"run.steps": (8, 20), "algorithm.beta": (0.1, 0.5), "optimizer.learning_rate": (1e-6, 1e-5)}
+    said = capsys.readouterr().out
+    assert "after 8 steps" in said and "algorithm.beta 0.1 -> 0.5" in said
+    assert f"semion train {directory}/config.toml --resume auto" in said
+    assert cli.main(["check", str(directory / "config.toml"), "--resume", "auto"]) == 0
+
+
+def test_its_records_begin_with_it_and_every_checkpoint_says_where_it_comes_from(source: RunConfig, tmp_path: Path) -> None:
+    directory = fork(source, "run.steps=20", "--at", "6")
+    made, saved = loaded(directory)
+    checkpoints = open_folder(directory / "checkpoints")
+    records = Records.open(made, saved.step, checkpoints.records())
+    assert records.notes == [] and records.judged == [JUDGED]
+    for step in (6, 7):
+        records.metrics.write({"step": step, "staleness": step - 6, **({"sync_seconds": 1.0} if step == 6 else {})})
+        records.rollouts.append(step, [rollouts_of(step, version=6)])
+    weights = {name: saved.policy.tensor(name) for name in saved.policy.files}
+    assert reference_place(made, 8, checkpoints.origin) == 6, "its first checkpoint holds the policy of step 6"
+    checkpoints.commit(8, snapshot_of(STATE, weights.items(), reference_step=6), made, records.kept({8}))
+    checkpoints.wait()
+    records.close()
+    newest = latest(directory / "checkpoints")
+    assert newest is not None and read_manifest(newest)["fork"]["step"] == 6
+    assert float(open_folder(directory / "checkpoints").load(made).reference.tensor("model.norm.weight")[0]) == 6.0  # type: ignore[union-attr]
+    run = read_run(directory, "b", made.schedule)
+    assert run.proof is not None and run.proof.holds, run.proof
+    assert not prove(directory, made.schedule).holds, "its first step is not 0"
+    facts = dict(run.facts)
+    assert "after 6 steps" in facts["forked from"] and "run.steps 8 -> 20" in facts["changed from it"]
+    assert run.document()["fork"]["step"] == 6
+    complete(export(newest, tmp_path / "out"), newest)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| forked from | `a` after 6 steps, checkpoint `" in card and "run.steps 8 -> 20" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "at", "place", "value"),
+    [
+        (["sync.reference=6"], "4", "seed", None),
+        (["sync.reference=6"], "6", None, None),  # copied before its first step
+        (["sync.reference=6"], "8", "own", 6.0),  # of another checkpoint, which the fork has not
+        (["sync.reference=never"], "6", "own", 6.0),  # the other run copied it there
+        (["sync.reference=follow"], "8", None, None),
+    ],
+)
+def test_the_reference_is_what_it_was_until_it_is_next_copied(
+    source: RunConfig, changes: list[str], at: str, place: str | None, value: float | None
+) -> None:
+    directory = fork(source, "run.steps=40", *changes, "--at", at)
+    made, saved = loaded(directory)
+    origin = read_origin(directory)
+    assert origin is not None and origin.reference == place
+    assert (None if saved.reference is None else float(saved.reference.tensor("model.norm.weight")[0])) == value
+    step = int(at) + 2 if place is not None and not made.schedule.reference_due(int(at) + 2) else None
+    if step is not None:
+        assert reference_place(made, step, origin) == place, "and later checkpoints hold it too"
+    assert reference_place(made, 38, origin) in (36, None, place)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        (["model.dtype=bfloat16", "run.steps=20"], 2, "model.dtype must be what"),
+        (["optimizer.moment_dtype=bfloat16", "optimizer.implementation=te", "run.steps=20"], 2, "optimizer.moment_dtype must"),
+        (["trainer.data_parallel=2", "run.steps=20"], 2, "trainer.data_parallel must be what"),
+        (["run.steps=8"], 2, "run.steps must be more than the 8 steps"),
+        (["sync.sync_interval=3", "checkpoint.every=3", "run.steps=20"], 2, "prompts are submitted after its 8 steps"),
+        (["run.steps=20", "--at", "5"], 4, "--at must be the step of a checkpoint in"),
+        (["run.steps=20", "algorithm.gamma=1"], 2, "algorithm.gamma is not an option"),
+        (["run.steps=20", "data.train=gone.jsonl"], 3, "data.train must be a file"),
+        (["run.steps=20", "sync.reference=never", "sync.sync_interval=never", "evaluation.every=1"], 2, "has moved"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_nothing_is_written(
+    source: RunConfig, capsys: pytest.CaptureFixture[str], changes: list[str], code: int, words: str
+) -> None:
+    directory = fork(source, *changes, expect=code)
+    assert words in capsys.readouterr().err
+    assert not directory.exists()
+
+
+def test_another_model_or_no_new_directory_is_refused(
+    source: RunConfig, tmp_path: Path, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model(tmp_path / "wider", tiny_tokenizer)
+    fork(source, f"model.path={tmp_path / 'wider'}", "run.steps=20", expect=2)
+    assert "model.path must be what" in capsys.readouterr().err
+    assert cli.main(["fork", str(source.run_directory), "run.steps=20"]) == 2
+    assert "add run.directory=FOLDER" in capsys.readouterr().err
+    assert cli.main(["fork", str(source.run_directory), f"run.directory={source.run_directory}", "run.steps=20"]) == 2
+    assert "run.directory must be new" in capsys.readouterr().err
+    fork(source, "run.steps=20")
+    fork(source, "run.steps=20", expect=2)
+    assert "run.directory must be new; found checkpoints" in capsys.readouterr().err
+    assert cli.main(["fork", str(tmp_path), "run.directory=x"]) == 2
+    assert "RUN must be the directory of a run" in capsys.readouterr().err
+
+
+def test_another_layout_is_read_by_those_of_the_ranks_that_wrote_it(source: RunConfig) -> None:
+    directory = fork(source, "run.steps=20", "trainer.data_parallel=2", "checkpoint.other_layout=allow")
+    made, saved = loaded(directory)
+    assert (made.trainer.data_parallel, saved.trainer.data_parallel, saved.state) == (2, 1, None)
+    assert saved.open_rank(0).get_tensor("schedule.step") == 8
+    assert dump_config(made) == (directory / "config.toml").read_text()
+
+
+def test_a_fork_that_was_killed_on_the_way_is_made_again(source: RunConfig) -> None:
+    directory = fork(source, "run.steps=20")
+    (directory / "checkpoints" / "LATEST").unlink()
+    fork(source, "run.steps=30")
+    assert loaded(directory)[0].run.steps == 30
+    ledger = JsonlLedger(directory / "metrics.jsonl")
+    ledger.append([{"step": 8}])
+    ledger.close()
+    (directory / "checkpoints" / "LATEST").unlink()
+    fork(source, "run.steps=20", expect=2)  # there are steps on record
