@@ -109,10 +109,10 @@ def fork_faults(checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig
     else:
         wanted, ahead = schedule.in_flight(step), ahead_of(manifest)
         if not set(wanted) <= set(ahead):
+            found = f"those of {ahead.start} to {ahead.stop - 1}" if ahead else "none"
             yield ConfigError(
-                f"sync.lookahead = {config.sync.lookahead} asks for the rollouts of steps {wanted.start} to {wanted.stop - 1} from "
-                f"weights before {checkpoint}; found {f'those of {ahead.start} to {ahead.stop - 1}' if ahead else 'none'} in it: "
-                f"set it to 0, or as that run had it"
+                f"sync.lookahead = {config.sync.lookahead} asks for the rollouts of steps {wanted.start} to {wanted.stop - 1} "
+                f"from weights before {checkpoint}; found {found} in it: set it to 0, or as that run had it"
             )
 
 

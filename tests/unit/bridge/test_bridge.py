@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engine.bridge.exchange import STAGED
+from engine.bridge.host_group import HostGroup
 from engine.bridge.sender import REASON_BYTES, Failure, most_telling, stream_to_first_rank
 from engine.bridge.shard_plan import Bucket, Message
 from engine.bridge.terms import SyncTerms
@@ -377,6 +378,10 @@ class OneStage:
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
+
+    @property
+    def host(self) -> HostGroup:
+        raise AssertionError("nobody waits here")
 
     def stage_leaders(self) -> tuple[int, ...]:
         return (0,)

@@ -20,7 +20,11 @@ class Wire:
         self.said: list[bytes] = []
 
     def of(self, rank: int) -> Any:
-        return SimpleNamespace(broadcast=(lambda word: self.said.append(word) or word) if rank == 0 else self.heard)
+        return SimpleNamespace(broadcast=self.say if rank == 0 else self.heard)
+
+    def say(self, word: bytes) -> bytes:
+        self.said.append(word)
+        return word
 
     def heard(self, _: bytes) -> bytes:
         return self.said.pop(0)
