@@ -53,7 +53,7 @@ def main() -> None:
     source = Source(options.texts)
     steps = [source.step(step, options.prompts, options.samples, options.tokens) for step in range(options.steps)]
     with tempfile.TemporaryDirectory() as folder:
-        found = {"writing": writing(Path(folder), steps), "machine": machine()}
+        found: dict[str, Any] = {"writing": writing(Path(folder), steps), "machine": machine()}
         found["restart"] = [restart(Path(folder) / f"age{age}", source, age) for age in options.ages]
     show(found)
     if options.json:
@@ -153,7 +153,12 @@ def writing(folder: Path, steps: Sequence[Sequence[RolloutGroup]]) -> dict[str, 
     now, _ = timed(hand_over)
     writer.settle()
     again = RolloutFolder(folder / "thread", RolloutRecords())
-    in_thread, with_others = timed(lambda: [again.append(step, groups) for step, groups in enumerate(steps)])
+
+    def write() -> None:
+        for step, groups in enumerate(steps):
+            again.append(step, groups)
+
+    in_thread, with_others = timed(write)
     again.close()
     writer.close()
     packed = folder / "packed"

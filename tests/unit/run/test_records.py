@@ -160,7 +160,8 @@ def test_what_a_resume_reads_and_writes_does_not_grow_with_the_age_of_the_run(tm
             writer.append(step, *columns_of_step(step))
         writer.close()
         sizes.append(sum(num_bytes.values()) + sum(path.stat().st_size for path in folder.iterdir()))
-        config, kept = config_of(tmp_path), {"bytes": num_bytes, "guard": guard, "judged": [], "rollouts": known}
+        config = config_of(tmp_path)
+        kept: dict[str, Any] = {"bytes": num_bytes, "guard": guard, "judged": [], "rollouts": known}
         costs.append(moved_by(lambda c=config, s=saved, k=kept: Records.open(c, s, k).close()))
         assert {(tmp_path / f"{name}.jsonl").stat().st_size for name in LEDGERS} == {num_bytes["metrics"]}
         assert segments_of(folder)[-1].last_step() == saved - 1
