@@ -62,8 +62,9 @@ def broken_clip_rules(options: PolicyGradientOptions) -> list[str]:
     """Sentences for clips and levels that a correction leaves nothing to do."""
     if options.correction == "none":
         return []
-    clips = (options.clip_ratio, options.clip_ratio_low, options.clip_ratio_high, options.dual_clip, options.ratio_level)
-    if clips == (0.2, None, None, None, "token"):
+    names = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "dual_clip", "ratio_level")
+    clips = [getattr(options, name) for name in names]
+    if clips == [PolicyGradientOptions.model_fields[name].default for name in names]:
         return []
     return [
         f"algorithm.correction = {options.correction!r} bounds the ratio itself, so that the clip, against the policy before "
