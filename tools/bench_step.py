@@ -113,12 +113,11 @@ def serve(case: Case, model: Path, options: list[str], folder: Path) -> None:
     from engine.megatron.packing import make_batch
     from engine.megatron.parallel_state import open_parallel_state
     from engine.megatron.policy import Policy
-    from engine.models.config_file import read_shape
-    from engine.run.spec import assemble
+    from engine.run.spec import resolve
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     config = configuration(case, model, options)
-    spec = assemble(config, read_shape(model))
+    spec = resolve(config, digests=False)
     store = dist.FileStore(str(folder / f"store{os.getpid()}"), 1)
     parallel = open_parallel_state(config.trainer, rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
     policy = Policy(config, parallel, make_loss(config.algorithm), model, spec.shape, spec.trainer, copies=spec.copies)

@@ -90,10 +90,10 @@ def test_a_shared_prompt_is_attended_to_as_one_of_its_own(
     microbatch = row_with(random.Random(seed), num_prompts, samples, prompt, completion)
     row, inputs = row_of(microbatch, microbatch), tensors(microbatch.token_ids.numel(), dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    wanted = by_mask(*exact, mask_of(microbatch))
+    wanted = by_mask(exact[0], exact[1], exact[2], mask_of(microbatch))
     slope = torch.randn_like(wanted)
     with patch.object(attention, "kernel_of", return_value=kernel):
-        found = attend(*inputs, row)
+        found = attend(inputs[0], inputs[1], inputs[2], row)
         gradients = torch.autograd.grad(found, inputs, slope.to(dtype))
     for ours, theirs in zip((found, *gradients), (wanted, *torch.autograd.grad(wanted, exact, slope)), strict=True):
         assert (ours.double() - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max()))
@@ -117,7 +117,7 @@ def test_a_long_prompt_with_samples_of_all_lengths_makes_nothing_larger_than_the
     (microbatch,) = make_batch(made, step=0, num_prompts=1, trainer=Trainer(), dp_rank=0).microbatches
     row, inputs = row_of(microbatch, microbatch), tensors(microbatch.token_ids.numel(), torch.float32)
     with Largest() as largest:
-        attend(*inputs, row).sum().backward()
+        attend(inputs[0], inputs[1], inputs[2], row).sum().backward()
     assert microbatch.token_ids.numel() == 699 + sum(5 + 13 * i for i in range(16))
     assert largest.most == inputs[0].numel()
 
