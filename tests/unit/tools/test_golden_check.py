@@ -37,7 +37,7 @@ def test_nothing_of_the_engine_is_imported() -> None:
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in imported} == {
         *("__future__", "argparse", "collections", "dataclasses", "functools", "hashlib", "json", "math", "pathlib", "random"),
-        *("sys", "tomllib", "typing", "safetensors", "torch", "transformers"),
+        *("sys", "tomllib", "typing", "pyarrow", "safetensors", "torch", "transformers"),
     }
 
 
