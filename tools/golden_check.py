@@ -2,7 +2,7 @@
 Llama in plain torch, and the paper's equations again. It imports nothing of the engine (tests/unit/tools holds that), samples
 nothing, judges nothing and takes no optimizer step: rewards and tokens are those of the ledger.
 
-    tools/golden_check.py RUN_DIRECTORY [--tolerance 1e-6]
+    tools/golden_check.py RUN_DIRECTORY [--tolerance 2e-6]
 
 Checked is every step whose weights are on disk: the seed model's at step 0, then those of checkpoints/ (`checkpoint.every` and
 `checkpoint.keep` decide which are there), and of the reference alike. For each: the loss, its gradient's norm by autograd, and
@@ -32,7 +32,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 Tensor = torch.Tensor
-LOSS_TOLERANCE = 1e-6  # of the loss itself
+LOSS_TOLERANCE = 2e-6  # of the loss itself
 # Of everything else that float32 computes: relative to the figure, absolute below 1
 TOLERANCES = {"grad_norm": 1e-5, "rollout log-probs": 1e-4}
 OTHERS = 1e-5
