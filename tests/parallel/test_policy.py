@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from engine.algorithms.oapl import SHARE
 from engine.core.types import IGNORED, Sequence
 from engine.megatron.broadcast import Coded, encode
 from engine.megatron.dealing import outlines_of
@@ -399,7 +400,7 @@ def test_groups_are_split_over_rows_of_one_rank_and_whole_in_larger_ones(train: 
 
 def test_sequences_survive_the_broadcast() -> None:
     """Groups, marks, advantages, rewards, named values and empty rollout log-probs included."""
-    made = [*material.sequences(0, 67, group_pairs=2), Sequence((1,), (2, 3), (), values={"length": 0.1})]
+    made = [*material.sequences(0, 67, group_pairs=2), Sequence((1,), (2, 3), (), values={"length": 0.1, SHARE: 0.5})]
     coded = Coded(encode(made, 5))
     assert [coded.sequence(place) for place in range(len(made))] == made
     assert coded.outlines == outlines_of(made)
