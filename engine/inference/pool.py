@@ -55,6 +55,11 @@ class Ticket:
     places: tuple[tuple[int, ...], ...]
 
 
+def deal(batches: Sequence[Sequence[SampleRequest]], num_engines: int) -> list[list[Sequence[int]]]:
+    """For each batch, the positions of the requests of each engine, in order: by position, in turns."""
+    return [[range(engine, len(batch), num_engines) for engine in range(num_engines)] for batch in batches]
+
+
 class Pool:
     """The engines, and the one weight version that all of them serve."""
 
@@ -90,8 +95,7 @@ class Pool:
 
     def submit(self, batches: Sequence[Sequence[SampleRequest]]) -> list[Ticket]:
         """Queues several steps' requests at once, so that they decode together; one ticket a step, in order."""
-        version, count = self.version, len(self._engines)
-        shares = [[range(engine, len(batch), count) for engine in range(count)] for batch in batches]
+        version, shares = self.version, deal(batches, len(self._engines))
         submitted = tuple(
             handle.call(
                 "submit",

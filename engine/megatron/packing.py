@@ -7,6 +7,7 @@ Shape legend: T tokens of a packed row, B sequences of it (a padding segment cou
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -65,13 +66,12 @@ def lay_out_batch(
     trainer.microbatch_tokens.
     """
     multiple = trainer.row_multiple
-    parts = split_over_ranks(outlines, trainer.data_parallel)
-    rows = [pack_rows(part, trainer.microbatch_tokens, multiple) for part in parts]
-    together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
-    count = -(-max(1, *map(len, rows)) // together) * together
-    split = split_groups(parts[dp_rank], trainer.microbatch_tokens, multiple)
-    own = [_fill(row, [sequence(outline.place) for outline in row], multiple, split) for row in rows[dp_rank]]
-    own += [empty_microbatch(multiple) for _ in range(count - len(own))]
+    rows = lay_out_rows(outlines, trainer)[dp_rank]
+    split = split_groups(list(chain.from_iterable(rows)), trainer.microbatch_tokens, multiple)
+    own = [
+        _fill(row, [sequence(outline.place) for outline in row], multiple, split) if row else empty_microbatch(multiple)
+        for row in rows
+    ]
     return Batch(
         step=step,
         microbatches=tuple(own),
@@ -79,6 +79,16 @@ def lay_out_batch(
         num_groups=len({outline.group for outline in outlines} - {-1}),
         num_target_tokens=sum(outline.num_completion for outline in outlines),
     )
+
+
+def lay_out_rows(outlines: Many[Outline], trainer: Trainer) -> list[list[list[Outline]]]:
+    """The rows of every data-parallel rank, equally many on each; a rank with nothing left to do has empty ones. ConfigError
+    when a sequence exceeds trainer.microbatch_tokens."""
+    parts = split_over_ranks(outlines, trainer.data_parallel)
+    rows = [pack_rows(part, trainer.microbatch_tokens, trainer.row_multiple) for part in parts]
+    together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
+    count = -(-max(1, *map(len, rows)) // together) * together
+    return [own + [[] for _ in range(count - len(own))] for own in rows]
 
 
 def split_over_ranks(outlines: Many[Outline], num_ranks: int) -> list[list[Outline]]:
@@ -89,11 +99,11 @@ def split_over_ranks(outlines: Many[Outline], num_ranks: int) -> list[list[Outli
     units = _units(outlines)
     largest_first = sorted(range(len(units)), key=lambda i: (-_num_tokens(units[i]), i))
     chosen: list[list[int]] = [[] for _ in range(num_ranks)]
-    load = [0] * num_ranks
+    loads = [(0, rank) for rank in range(num_ranks)]
     for i in largest_first:
-        rank = load.index(min(load))
+        load, rank = heapq.heappop(loads)
         chosen[rank].append(i)
-        load[rank] += _num_tokens(units[i])
+        heapq.heappush(loads, (load + _num_tokens(units[i]), rank))
     return [[outline for i in sorted(indices) for outline in units[i]] for indices in chosen]
 
 
