@@ -208,6 +208,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare = add("prepare", preparing.prepare, "filter and split NuminaMath or WildChat into training data", config=False)
     preparing.add_arguments(prepare)
     planning.add_flags(add("plan", planning.plan, "say what a run moves, holds and takes, and what binds; starts nothing"))
+    calibrating = add("calibrate", planning.calibrate, "measure this machine's constants for `semion plan`", config=False)
+    planning.add_calibrate_flags(calibrating)
     export = add("export", _export, "verify a checkpoint and copy its policy as a Hugging Face model", config=False)
     export.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a run's directory (its newest checkpoint) or one checkpoint's folder"

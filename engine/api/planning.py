@@ -59,23 +59,25 @@ def planned(
         "network_gigabytes_per_second": machine.network_gigabytes_per_second,
     }
     constants = known.constants.model_copy(update=links)
-    forecasts: list[Forecast] = []
-    own: Forecast | None = None
-    if spec.source == "rollouts" and spec.starts_engines:
-        given = inputs(spec, constants, workload, figures["seconds"], machine)
-        forecaster = Forecaster(given)
-        own = forecaster.forecast()
-        schedule = config.schedule
-        chosen = _in_order({*intervals, config.sync.sync_interval})
-        forecasts = [
-            own if s == config.sync.sync_interval else forecaster.forecast(other_interval(schedule, s))
-            for s in chosen
-            if isinstance(s, str) or s <= config.run.steps
-        ]
+    given = inputs(spec, constants, workload, figures["seconds"], machine)
+    own, forecasts = _forecasts(given, intervals)
     figures["forecast"] = as_figures(own, config) if own else None
     figures["intervals"] = [as_figures(one, config) for one in forecasts]
     figures["constants"] = [asdict(row) for row in rows(constants, known.measured)]
     return Plan(figures, own, tuple(forecasts))
+
+
+def _forecasts(given: Inputs, intervals: Many[int | str]) -> tuple[Forecast | None, list[Forecast]]:
+    """(the run's own forecast, those of several s); none where nothing is sampled."""
+    spec = given.spec
+    if spec.source != "rollouts" or not spec.starts_engines:
+        return None, []
+    config, forecaster = spec.config, Forecaster(given)
+    own = forecaster.forecast()
+    chosen = [s for s in _in_order({*intervals, config.sync.sync_interval}) if isinstance(s, str) or s <= config.run.steps]
+    return own, [
+        own if s == config.sync.sync_interval else forecaster.forecast(other_interval(config.schedule, s)) for s in chosen
+    ]
 
 
 @dataclass(frozen=True, slots=True)

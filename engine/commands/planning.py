@@ -98,9 +98,35 @@ def _optimize(options: argparse.Namespace, config: RunConfig, machine: Any, know
     if options.write:
         chosen = made.best[own][0]
         head = f"# Chosen by `semion plan --optimize --gpus {options.gpus}`: {chosen.layout}.\n"
-        atomic_write(Path(options.write), head + dump_config(chosen.config))
+        with atomic_write(options.write) as part:
+            part.write_text(head + dump_config(chosen.config), "utf-8")
         print(f"{options.write}: {chosen.layout}; look at it with `semion plan {options.write}`")
     write_figures(made.figures, None, options.json)
+
+
+def add_calibrate_flags(parser: Any) -> None:
+    """The options of `semion calibrate`."""
+    parser.add_argument(
+        "--config", metavar="CONFIG", help="a run's TOML file: measure an engine and a policy with its model too"
+    )
+    parser.add_argument("--output", default="calibration.json", metavar="FILE", help="file to make (calibration.json)")
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Measures this machine and writes the file."""
+    from engine.forecast.calibration import calibrated, write_calibration
+    from engine.forecast.measuring import calibrate as measure
+    from engine.forecast.telling import constants_table
+    from engine.observe.progress import print_table
+
+    config = load_config(options.config) if options.config else None
+    target = Path(options.output)
+    found = measure(config, target.absolute().parent, lambda text: print(f"measuring {text} ..."))
+    write_calibration(target, found)
+    known = calibrated(found)
+    heading, *table = constants_table(known.constants, known.measured)
+    print_table(found.machine, [heading, *(row for row in table if row[0] in known.measured)])
+    print(f"{target}: give it to `semion plan CONFIG --calibration {target}`")
 
 
 def _workload(options: argparse.Namespace, config: RunConfig) -> Any:

@@ -14,13 +14,14 @@ from engine.capacity.kv_cache import GIB, item_bytes
 from engine.capacity.memory import STAGING_BUCKETS, Channel, estimate
 from engine.capacity.transfer import Machine
 from engine.config.load import RunConfig, override
+from engine.config.options import Trainer
 from engine.config.schedules.base import Schedule
 from engine.core.errors import ConfigError
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import Engines, speed_of
 from engine.forecast.lengths import Workload, draw_steps
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, other_interval
-from engine.forecast.training import Training, mean_step
+from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.headers import num_elements
 from engine.models.sharding import engine_layout, trainer_layout
@@ -32,6 +33,7 @@ TRIED = 8  # that are forecast in full, of each s
 SLOTS = (64, 256, 1024)  # requests that an engine decodes together, beside the configuration's
 ALIKE = 0.01  # of a step: of layouts so close, the one with fewer GPUs comes first
 STEPS = 2  # that the trainer's layouts are compared by
+MANY = 64  # GPUs, above which less is tried: rows as the configuration has them, no handful of GPUs
 KEPT = 4  # of the trainer's layouts of so many GPUs
 MOST_ASKED = 2_000  # requests of an engine that are replayed to compare layouts; what follows goes on as fast
 Placement = Literal["disaggregated", "colocated"]
@@ -99,6 +101,7 @@ class Search:
         self._gpu_bytes = round(machine.gpu_gibibytes * GIB)
         self._weight_bytes = num_elements(spec.shape) * item_bytes(spec.config.model.dtype)
         self.works = draw_steps(spec.config, workload, spec.config.run.steps)
+        self._trained: dict[Trainer, Many[TrainingStep]] = {}
         self.tried = 0
 
     def best(self) -> dict[int | str, list[Found]]:
@@ -165,6 +168,8 @@ class Search:
     def _microbatches(self) -> list[int]:
         """Tokens of a row: the configuration's, and half and twice as many where a whole sequence fits."""
         own, config = self._config.trainer.microbatch_tokens, self._config
+        if self._gpus > MANY:
+            return [own]
         longest = config.data.max_prompt_tokens + config.sampling.max_tokens
         return [tokens for tokens in (own // 2, own, 2 * own) if tokens >= longest or tokens == own]
 
@@ -193,7 +198,8 @@ class Search:
                     if held > self._gpu_bytes * (1 - FREE_SHARE):
                         continue
                     training = Training(spec, self._constants)
-                    step = mean_step([training.step(work.outlines) for work in self.works[:STEPS]])
+                    compared = 1 if self._gpus > MANY else STEPS
+                    step = mean_step([training.step(work.outlines) for work in self.works[:compared]])
                 except ConfigError:
                     return None
                 return TrainerChoice(size, chosen, step.seconds.total, held)
@@ -332,9 +338,11 @@ class Search:
         transfer = self._transfer(i.engines * i.tensor_parallel, i.tensor_parallel, t.world_size)
         given = Inputs(spec, self._constants, self._workload, transfer, self._gpu_bytes)
         try:
-            forecast = Forecaster(given, self.works, only=4).forecast(self._schedule(interval))
+            forecaster = Forecaster(given, self.works, 4, self._trained.get(t))
+            forecast = forecaster.forecast(self._schedule(interval))
         except ConfigError:  # a sequence that is longer than a row
             return None
+        self._trained[t] = forecaster.trained
         return Found(config, forecast, spare)
 
     # -- what all of them need
@@ -345,7 +353,7 @@ class Search:
         step = 1
         while step * 2 <= (self._gpus + self._judges) / 10:
             step *= 2
-        sizes = {size for size in range(step, self._gpus + 1, step)} | {1, 2, 4, self._gpus}
+        sizes = {*range(step, self._gpus + 1, step), self._gpus} | ({1, 2, 4} if self._gpus <= MANY else set())
         return sorted(size for size in sizes if size <= self._gpus)
 
     def _powers(self, most: int) -> list[int]:

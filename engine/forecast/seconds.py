@@ -86,17 +86,32 @@ class Forecast:
 class Forecaster:
     """Forecasts of one configuration under several schedules: what they share is worked out once."""
 
-    def __init__(self, given: Inputs, works: Many[StepWork] | None = None, only: int | None = None) -> None:
-        """`works`: steps that were drawn before, of the same data and algorithm. `only`: replays that many engines."""
+    def __init__(
+        self,
+        given: Inputs,
+        works: Many[StepWork] | None = None,
+        only: int | None = None,
+        trained: Many[TrainingStep] | None = None,
+    ) -> None:
+        """`works`: steps that were drawn before, of the same data and algorithm. `only`: replays that many engines. `trained`:
+        the steps of a trainer of the same layout."""
         self.given = given
         self._config = given.spec.config
         self._only = only
         self.works = works or draw_steps(self._config, given.workload, self._config.run.steps)
-        training = Training(given.spec, given.constants)
-        distinct = min(len(self.works), max(1, MOST_TRAINED * 256 // max(256, self._config.trainer.world_size)))
-        self._training = [training.step(work.outlines) for work in self.works[:distinct]]
+        self._training = trained or self._trained()
         samples = given.spec.starts_engines and given.spec.source == "rollouts"
         self._speed: Speed | None = speed_of(given.spec.shape, self._config, given.constants) if samples else None
+
+    def _trained(self) -> list[TrainingStep]:
+        training = Training(self.given.spec, self.given.constants)
+        distinct = min(len(self.works), max(1, MOST_TRAINED * 256 // max(256, self._config.trainer.world_size)))
+        return [training.step(work.outlines) for work in self.works[:distinct]]
+
+    @property
+    def trained(self) -> Many[TrainingStep]:
+        """Optimizer steps as replayed, for another forecast with this trainer."""
+        return self._training
 
     def forecast(self, schedule: Schedule | None = None) -> Forecast:
         """Of the run's own schedule, or of another."""

@@ -171,7 +171,7 @@ def intervals_table(found: Many[Forecast], own: int | str) -> list[tuple[str, ..
 def best_table(found: Many[Found]) -> list[tuple[str, ...]]:
     """Layouts, the best first, with what binds each."""
     heading = ("layout", "GPUs", "s a step", "trainer waits", "engines idle", "GPU-hours", "GiB to spare", "binds")
-    body = [
+    body: list[tuple[str, ...]] = [
         (
             one.layout,
             str(one.forecast.gpus),

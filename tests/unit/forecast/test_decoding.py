@@ -64,7 +64,8 @@ def plain(speed: Speed, slots: int, room: int, requests: list[tuple[int, int]]) 
     clock, preempted = 0.0, 0
     done = [0.0] * len(requests)
     made = [0] * len(requests)
-    waiting, running = deque(range(len(requests))), []
+    waiting: deque[int] = deque(range(len(requests)))
+    running: list[int] = []
 
     def held() -> int:
         return sum(requests[i][0] + made[i] for i in running)

@@ -23,7 +23,9 @@ from engine.forecast.calibration import (
     write_calibration,
 )
 from engine.forecast.constants import Constants, rows
+from engine.forecast.decoding import Speed
 from engine.forecast.lengths import LogNormal, Workload, draw_steps, recorded_lengths
+from engine.forecast.measuring import Decoded, Trained, decoding_constants, training_constants
 from engine.forecast.search import Search
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, other_interval
 from engine.run.spec import resolve
@@ -176,6 +178,33 @@ def test_a_runs_metrics_recalibrate_training():
     assert fitted([(1, 1.0), (2, 2.0), (4, 3.9)]).fixed >= 0
 
 
+def test_measured_times_become_constants():
+    """An iteration of 5 ms and 1 ms a request beside what the model's reads take; steps of 10 ms, 6 ms a row, 1 GFLOP/s."""
+    speed = Speed(fixed=0, request=0, weights=0.002, products=0.0, context=1e-5, prompt=0.0)
+    batches = [
+        Decoded(40 * (0.005 + 0.002) + size * 40 * 0.001 + 1e-5 * size * 100, 40, 40 * size, 100 * size, 8)
+        for size in (1, 4, 16)
+    ]
+    found = decoding_constants(batches, speed, Constants())
+    assert found["iteration_seconds"].value == pytest.approx(0.005)
+    assert found["request_iteration_seconds"].value == pytest.approx(0.001)
+    steps = [
+        Trained(0.01 + 0.006 * count + flops / 1e9, count, flops) for count, flops in ((1, 1e6), (1, 9e6), (4, 3e6), (4, 9e7))
+    ]
+    trained = training_constants(steps, Constants(peak_teraflops=0.002), 2)
+    assert trained["step_seconds"].value == pytest.approx(0.01)
+    assert trained["layer_row_seconds"].value == pytest.approx(0.001)
+    assert trained["train_peak_share"].value == pytest.approx(0.5)
+
+
+def test_calibrate_measures_the_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("engine.forecast.measuring.WRITTEN", 1 << 22)
+    assert cli.main(["calibrate", "--output", str(tmp_path / "c.json")]) == 0
+    found = read_calibration(tmp_path / "c.json")
+    assert found.constants.keys() == {"peak_teraflops", "memory_gigabytes_per_second", "disk_gigabytes_per_second"}
+    assert "--calibration" in capsys.readouterr().out
+
+
 # -- commands
 
 
@@ -237,6 +266,20 @@ def test_flags_that_cannot_be_used_are_told(arguments, told, monkeypatch, capsys
 
 
 # -- the search
+
+
+def test_optimize_writes_a_configuration_that_can_be_planned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+    small = ["run.steps=1", "sync.sync_interval=1", "checkpoint.every=end", "data.prompts_per_step=4"]
+    arguments = ["--optimize", "--gpus", "4", "--write", str(tmp_path / "best.toml"), "--json", str(tmp_path / "best.json")]
+    assert cli.main(["plan", "configs/scale/llama-3.1-8b-4x4.toml", *arguments, *small]) == 0
+    said, figures = capsys.readouterr().out, json.loads((tmp_path / "best.json").read_text())
+    chosen = load_config(tmp_path / "best.toml")
+    best = [one for one in figures["best"] if one["sync_interval"] == 1]
+    assert best[0]["layout"] in said and best[0]["gpus"] <= 4 and "seconds against staleness" in said
+    assert f"{chosen.inference.engines} engines TP{chosen.inference.tensor_parallel}" in best[0]["layout"]
+    assert chosen.cluster.gpus_per_node == 4 and resolve(chosen, digests=False).placement is not None
 
 
 def small_search(num_gpus: int, **changes: Any) -> Search:
