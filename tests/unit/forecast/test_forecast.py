@@ -195,6 +195,8 @@ def test_measured_times_become_constants():
     assert trained["step_seconds"].value == pytest.approx(0.01)
     assert trained["layer_row_seconds"].value == pytest.approx(0.001)
     assert trained["train_peak_share"].value == pytest.approx(0.5)
+    busy = training_constants(steps, Constants(peak_teraflops=0.0005), 2)
+    assert (busy["train_peak_share"].value, busy["peak_teraflops"].value) == pytest.approx((1.0, 0.001))
 
 
 def test_calibrate_measures_the_machine(tmp_path, monkeypatch, capsys):

@@ -39,9 +39,17 @@ def test_unequal_rows_by_hand():
     assert replay(2, 2, 1, cost) == 19.0
 
 
+def test_the_warm_up_is_megatrons():
+    """get_pp_rank_microbatches: p - r - 1 forwards, with v chunks 2 (p - r - 1) + (v - 1) p; one more before a backward."""
+    for stage in range(4):
+        behind = 4 - stage - 1
+        for chunks, warm_up in ((1, behind), (2, 2 * behind + 4), (3, 2 * behind + 8)):
+            operations = order(stage, 4, 16, chunks)
+            assert next(place for place, op in enumerate(operations) if op.backward) == warm_up + 1
+
+
 def test_a_stage_computes_everything_once():
     for stage in range(4):
         operations = order(stage, 4, 8, 2)
         assert len(operations) == len(set(operations)) == 2 * 8 * 2
         assert all(operations.index(op._replace(backward=False)) < operations.index(op) for op in operations if op.backward)
-    assert sum(not op.backward for op in order(0, 4, 8, 1)[:4]) == 4  # warm-up of three and one more
