@@ -11,7 +11,7 @@ import pytest
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import Engine, Engines, Speed, _Request, speed_of
 from engine.forecast.lengths import LogNormal, Workload, draw_steps
-from engine.models.hf import read_shape
+from engine.models.config_file import read_shape
 from tests import builders
 
 SECOND = Speed(fixed=1.0, request=0.0, weights=0.0, products=0.0, context=0.0, prompt=0.0)
