@@ -18,7 +18,7 @@ from engine.config.options import Trainer
 from engine.config.schedules.base import Schedule
 from engine.core.errors import ConfigError
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import Engines, speed_of
+from engine.forecast.decoding import Engines, Speed, speed_of
 from engine.forecast.lengths import Workload, draw_steps
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, other_interval
 from engine.forecast.training import Training, TrainingStep, mean_step
@@ -260,7 +260,7 @@ class Search:
                 engines = Engines(spec.config, speed, room, self.works, 1)
                 engines.open(0.0, range(replayed))
                 sampled = [engines.sampled(step) for step in range(replayed)]
-                later = (sampled[-1] - sampled[0]) / max(1, replayed - 1)
+                later = max((sampled[-1] - sampled[0]) / max(1, replayed - 1), self._full_engine(spec, speed, room))
                 until, times = 0.0, []
                 for step in range(count):
                     ready = sampled[step] if step < replayed else sampled[-1] + later * (step + 1 - replayed)
@@ -269,6 +269,14 @@ class Search:
                 found[count] = tuple(times)
             shown[interval] = found[count]
         return shown
+
+    def _full_engine(self, spec: Spec, speed: Speed, room: int) -> float:
+        """Seconds a step of an engine that is never short of requests."""
+        work, i = self.works[0], spec.config.inference
+        requests = sum(map(len, work.completions))
+        held = sum(work.prompts) // len(work.prompts) + work.num_sampled // requests // 2  # of a request, half of it sampled
+        together = max(1, min(i.max_concurrent, room // held))
+        return work.num_sampled / i.engines / together * speed.iterations(1, together, together * held)
 
     def _judge(self, spec: Spec) -> Any:
         given = Inputs(spec, self._constants, self._workload, 0.0, self._gpu_bytes)
