@@ -28,6 +28,7 @@ from engine.commands import (
     explaining,
     forking,
     initializing,
+    planning,
     preparing,
     sampling,
     scoring,
@@ -209,14 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_flags(add("score", scoring.score, "judge the rows of a file with a reward, without training", config=False))
     prepare = add("prepare", preparing.prepare, "filter and split NuminaMath or WildChat into training data", config=False)
     preparing.add_arguments(prepare)
-    plan = add("plan", _plan, "say what a weight sync will move and how fast, and what memory a run takes; starts nothing")
-    plan.add_argument("--network-gigabytes-per-second", type=float, default=45.0, help="of one GPU, between nodes (45)")
-    plan.add_argument("--nvlink-gigabytes-per-second", type=float, default=350.0, help="of one GPU, inside a node (350)")
-    plan.add_argument("--gpu-gibibytes", type=float, default=139.0, help="memory of a GPU (139: H200; 79: H100, A100 of 80 GB)")
-    plan.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     forking.add_flags(
         add("fork", forking.fork, "start a new run from a checkpoint of another, with other options", config=False)
     )
+    planning.add_flags(add("plan", planning.plan, "say what a run moves, holds and takes, and what binds; starts nothing"))
+    calibrating = add("calibrate", planning.calibrate, "measure this machine's constants for `semion plan`", config=False)
+    planning.add_calibrate_flags(calibrating)
     export = add("export", _export, "verify a checkpoint and copy its policy as a Hugging Face model", config=False)
     export.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a run's directory (its newest checkpoint) or one checkpoint's folder"
@@ -276,20 +275,6 @@ def _add_evaluating(add: Callable[..., Any], add_running: Callable[..., Any]) ->
     judge.add_argument("--length-controlled", action="store_true", help="AlpacaEval's length-controlled win rate too")
     judge.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     judge.add_argument("--verbose", action="store_true", help="print where an error came from")
-
-
-def _plan(options: argparse.Namespace) -> None:
-    config = load_config(options.config, options.overrides)
-    from engine.api.planning import plan
-    from engine.capacity.transfer import Machine, memory_table, table, verdict
-    from engine.observe.progress import print_table
-
-    machine = Machine(options.network_gigabytes_per_second, options.nvlink_gigabytes_per_second, options.gpu_gibibytes)
-    figures = plan(config, machine)
-    print_table(f"semion plan {options.config}", table(figures))
-    print_table("", memory_table(figures["memory"]))
-    print(verdict(figures["memory"]))
-    write_figures(figures, None, options.json)
 
 
 def _export(options: argparse.Namespace) -> None:

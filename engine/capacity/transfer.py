@@ -61,7 +61,12 @@ def plan_run(spec: Resolved, machine: Machine) -> dict[str, Any]:
     dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
     made = plan(shape, dtype.itemsize, source, dp_size, target, nodes, bucket_bytes, senders)
     seconds = time.perf_counter() - started
-    return {"plan_seconds": seconds, **measure(shape, made, machine), "memory": weigh(spec, made, machine)}
+    return {
+        "plan_seconds": seconds,
+        **measure(shape, made, machine),
+        "machines": len(set(spec.colocated_nodes.engines if spec.colocated_nodes else machines)),
+        "memory": weigh(spec, made, machine),
+    }
 
 
 def _transport(spec: Resolved, machines: list[int]) -> type[Transport]:
@@ -169,12 +174,12 @@ def measure(shape: ModelShape, made: ShardPlan, machine: Machine) -> dict[str, A
         "trainer_ranks": made.trainer_size,
         "engines": len(node_of),
         "engine_ranks": len(arrived),
-        "nodes": len(made.nodes),
+        "copies": len(made.nodes),
         "sent_by_trainer_rank": _spread(sent),
         "received_by_engine_rank": _spread(arrived),
-        "received_by_node": _spread(node_bytes),
-        "trainer_to_node_bytes": entering,
-        "within_node_bytes": leaving,
+        "received_by_copy": _spread(node_bytes),
+        "from_trainer_bytes": entering,
+        "passed_on_bytes": leaving,
         "staging_of_trainer_rank": max(staging[: made.trainer_size]),
         "staging_of_engine_rank": max(staging[made.trainer_size :]),
         "num_transfers": sum(len(bucket.transfers) for bucket in made.buckets),
@@ -258,14 +263,17 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         return _gigabytes(figures[key]["max"]), _gigabytes(figures[key]["mean"])
 
     f = figures
+    takers = f"{f['copies']} node{'s' if f['copies'] > 1 else ''}"
+    if f["copies"] != f["machines"]:  # each reads the trainer's memory by itself
+        takers = f"{f['copies']} engines, on {f['machines']} node{'s' if f['machines'] > 1 else ''}"
     return [
         ("what", "max or total", "mean"),
         ("weights, once", _gigabytes(f["num_bytes"]), ""),
         (f"sent by each of {f['trainer_ranks']} trainer ranks", *spread("sent_by_trainer_rank")),
         (f"received by each of {f['engine_ranks']} engine ranks", *spread("received_by_engine_rank")),
-        (f"received by each of {f['nodes']} nodes", *spread("received_by_node")),
-        ("link: trainer to node", _gigabytes(f["trainer_to_node_bytes"]), ""),
-        ("link: within a node", _gigabytes(f["within_node_bytes"]), ""),
+        (f"received from the trainer by each of {takers}", *spread("received_by_copy")),
+        ("from the trainer", _gigabytes(f["from_trainer_bytes"]), ""),
+        ("passed on by engines", _gigabytes(f["passed_on_bytes"]), ""),
         ("one staging buffer of a trainer rank", _gigabytes(f["staging_of_trainer_rank"]), ""),
         ("one staging buffer of an engine rank", _gigabytes(f["staging_of_engine_rank"]), ""),
         ("transfers, buckets, messages", f"{f['num_transfers']:,}, {f['num_buckets']:,}, {f['num_messages']:,}", ""),

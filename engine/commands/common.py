@@ -10,7 +10,7 @@ from typing import Any
 from engine.core.errors import ConfigError, combined
 from engine.core.places import CONTROL, obstacle
 
-TARGETS = ("output", "json", "plots")  # flags of what a command writes
+TARGETS = ("output", "json", "plots", "write")  # flags of what a command writes
 DESTINATIONS = ("folder", "destination")  # arguments that name a folder to make
 INPUTS = (
     "config",
@@ -23,6 +23,8 @@ INPUTS = (
     "suite",
     "paths",
     "checkpoint",
+    "calibration",
+    "lengths",
 )  # what a command reads
 
 
@@ -76,7 +78,9 @@ def check_targets(options: argparse.Namespace) -> None:
         for file in [said] if isinstance(said, str) else said:
             if file and not CONTROL.search(file):
                 seen[Path(file).absolute()] = (
-                    f"--{name}" if name in ("against", "questions", "exclude", "suite") else name.upper()
+                    f"--{name}"
+                    if name in ("against", "questions", "exclude", "suite", "calibration", "lengths")
+                    else name.upper()
                 )
     faults = []
     for name in (*TARGETS, *DESTINATIONS):

@@ -68,14 +68,15 @@ class Costs:
         """What a row with these sequences costs, in tokens of short sequences."""
         total = 0.0
         for members in self.by_prompt(outlines):
-            total += self.tokens_of(members)
-            if len(members) == 1:
-                looks = members[0].num_tokens ** 2 / 2
-            else:
-                prompt = members[0].num_prompt - 1
-                looks = prompt**2 / 2 + sum(one.num_completion * (prompt + one.num_completion / 2) for one in members)
-            total += self.attention * looks
+            total += self.tokens_of(members) + self.attention * self.looks_of(members)
         return total
+
+    def looks_of(self, members: Many[Outline]) -> float:
+        """Pairs of a token and one that it attends to, of sequences that `by_prompt` put together."""
+        if len(members) == 1:
+            return members[0].num_tokens ** 2 / 2
+        prompt = members[0].num_prompt - 1
+        return prompt**2 / 2 + sum(one.num_completion * (prompt + one.num_completion / 2) for one in members)
 
 
 def outlines_of(sequences: Many[Sequence]) -> list[Outline]:

@@ -301,7 +301,7 @@ def test_gradients_in_bfloat16_are_near_and_go_on_bit_for_bit(pool: WorkerPool, 
         assert 0 < rank["apart"] < 0.02
     trainer = SHARED | {"gradient_dtype": "bfloat16"}
     for rank in pool.run("resume", 2, trainer=trainer, options=options, output=str(tmp_path), **where):
-        assert rank == {"metrics": True, "keys": True, "tensors": True, "from_start": True}
+        assert all(rank.values()), rank
 
 
 LAYOUTS_IN_TURN = {  # (written by, gone on by)

@@ -25,6 +25,7 @@ LAYERS = (
     ("inference", "megatron", "rewards"),
     ("rollouts", "evaluation", "benchmarks"),
     ("run",),
+    ("forecast",),
     ("api",),
     ("commands", "cli", "__main__"),
 )

@@ -13,17 +13,16 @@ from engine.api.faults.look import Faults, Look, caught, tried
 from engine.bridge.transports.base import room_for
 from engine.bridge.transports.registry import choose
 from engine.capacity.kv_cache import item_bytes, require_one_request
-from engine.capacity.memory import TrainerState
 from engine.config.load import RunConfig
 from engine.config.placement import place
 from engine.config.transport import setting
 from engine.core.errors import StorageError
+from engine.forecast import disk
 from engine.megatron.libraries import check_installed
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
 from engine.models.sharding import shard_shapes, trainer_layout
 from engine.observe.profiling import nsight
-from engine.run.checkpoint import reference_place
 from engine.run.machine import visible_gpus
 from engine.run.spec import assemble
 
@@ -72,25 +71,14 @@ def storage_faults(look: Look) -> Faults:
     if look.purpose == "train":
         folder = config.run_directory / "checkpoints"
         there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
-        what = f"{num_checkpoints(config, look.shape)} checkpoints"
+        what = f"{disk.num_checkpoints(assemble(config, look.shape))} checkpoints"
         yield from _room(folder, checkpoint_bytes(config, look.shape) - there, "run.directory", what)
 
 
-def num_checkpoints(config: RunConfig, shape: ModelShape) -> int:
-    """How many checkpoints of a training run lie on the disk at its fullest moment."""
-    kept = config.checkpoint.keep + 1 + (config.checkpoint.best_by is not None)  # the one being written comes on top
-    return min(len(assemble(config, shape).checkpoint_steps), kept)
-
-
 def checkpoint_bytes(config: RunConfig, shape: ModelShape) -> int:
-    """What they take: of each the policy's weights, the optimizer's state of every rank, and a reference that nothing else
-    holds."""
-    spec, trainer = assemble(config, shape), config.trainer
-    ranks = trainer.tensor_parallel * (trainer.data_parallel if trainer.distributed_optimizer else 1)
-    states = sum(TrainerState(spec, stage).saved_bytes * ranks for stage in range(spec.trainer.pp_size))
-    own = "reference" in spec.copies and any(reference_place(config, step) == "own" for step in spec.checkpoint_steps)
-    weights = num_elements(shape) * item_bytes(config.model.dtype) * (2 if own else 1)
-    return num_checkpoints(config, shape) * (weights + states)
+    """What the checkpoints of a training run take at the disk's fullest moment."""
+    spec = assemble(config, shape)
+    return disk.num_checkpoints(spec) * disk.checkpoint_bytes(spec)
 
 
 def _room(folder: Path, num_bytes: int, option: str, what: str) -> Iterator[StorageError]:

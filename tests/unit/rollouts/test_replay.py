@@ -337,7 +337,8 @@ def test_pairs_have_no_use_for_rewards_or_other_sources(model_folder, changes, w
 
 
 def test_without_rollouts_the_loss_is_the_same_and_their_gap_is_no_metric():
-    step, of_rollouts = Step(4), {"log_prob_gap_mean", "rollout_kl_mean", "ratio_max"}
+    step, of_rollouts = Step(4), {"log_prob_gap_mean", "rollout_kl_mean", "ratio_max", "ess_share"}
+    of_rollouts |= {"num_responses", "response_ratio_squares"}  # what that share is made of
     whole, sums, gradients, _ = step.run(make_loss(algorithm_options({})))
     bare, fewer, same, _ = step.run(make_loss(algorithm_options({}), sampled=False))
     assert (bare, same) == (whole, gradients)

@@ -91,6 +91,7 @@ def test_a_step_holds_the_prompts_of_the_order_and_pairs_of_right_and_wrong(open
         data = source.next(step)
         prompts = [PROMPTS.prompts[i] for i in PromptOrder(9, 3).at(step, 4)]
         assert data.num_prompts == 4
+        records.settle()
         rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()][step * 24 :]
         assert [(row["step"], row["version"]) for row in rows] == [(step, 0)] * 24
         assert [(row["prompt_id"], row["sample_index"]) for row in rows] == [(p.id, n) for p in prompts for n in range(6)]

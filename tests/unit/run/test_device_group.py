@@ -27,6 +27,7 @@ CALLS = {
 ALLOWED = {
     ("ops/lm_head.py", "all_reduce"): "the gradient of a chunk of hidden states, in the backward of a step",
     ("ops/token_log_probs.py", "all_gather"): "parts of the log-probs of a vocabulary's shards, in the forward of a step",
+    ("ops/token_log_probs.py", "all_reduce"): "sums over a vocabulary's shards of what weighs pairs, in the same forward",
     ("megatron/policy.py", "gather"): "weights on their way into a checkpoint's host copy, which every rank makes at once",
     ("megatron/policy.py", "all_reduce"): "the sums of a step's metrics, after its backward",
     ("megatron/broadcast.py", "broadcast"): "a step's sequences, once rank 0 has told that it has them",

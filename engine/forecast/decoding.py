@@ -1,0 +1,244 @@
+"""How long engines sample: a replay of continuous batching, from completion to completion, with the requests dealt as the pool
+deals them. Requests wait first come, first served for one of an engine's slots and for room in its KV cache; where growing
+answers fill the cache, the newest one gives its room back and is computed again later, as vLLM has it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+from engine.capacity.kv_cache import item_bytes, kv_bytes_per_token
+from engine.config.load import RunConfig
+from engine.forecast.constants import Constants
+from engine.forecast.lengths import StepWork
+from engine.inference.pool import deal
+from engine.models.base import ModelShape
+from engine.models.headers import num_elements
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Seconds of an engine's work. One iteration decodes one token of each running request."""
+
+    fixed: float  # an iteration, whatever it decodes
+    request: float  # an iteration for each request, beside its products
+    weights: float  # an iteration reads the weights ...
+    products: float  # ... while it multiplies them for each request; the longer of both counts
+    context: float  # an iteration for each token that the requests attend to
+    prompt: float  # a token of a prompt
+
+    def iterations(self, count: int, batch: int, context: int) -> float:
+        """So many iterations of a batch that holds `context` tokens at first, and grows by one each an iteration."""
+        each = self.fixed + self.request * batch + max(self.weights, self.products * batch)
+        return count * each + self.context * (count * context + batch * count * (count - 1) / 2)
+
+
+def speed_of(shape: ModelShape, config: RunConfig, constants: Constants) -> Speed:
+    """An engine's speed by the model's sizes, its tensor parallelism and the constants."""
+    c, tp = constants, config.inference.tensor_parallel
+    matrices = num_elements(shape) - (0 if shape.tied else shape.vocab_size * shape.hidden)  # the embedding is only looked up
+    bandwidth = c.memory_gigabytes_per_second * 1e9 * c.decode_memory_share
+    peak = c.peak_teraflops * 1e12
+    together = 2 * shape.num_layers * c.collective_seconds if tp > 1 else 0.0
+    return Speed(
+        fixed=c.iteration_seconds + together,
+        request=c.request_iteration_seconds,
+        weights=matrices * item_bytes(config.model.dtype) / tp / bandwidth,
+        products=2 * matrices / tp / (peak * c.decode_peak_share),
+        context=kv_bytes_per_token(shape, tp, config.model.dtype) / bandwidth,
+        prompt=2 * matrices / tp / (peak * c.prefill_peak_share),
+    )
+
+
+@dataclass(slots=True)
+class _Request:
+    step: int
+    prompt: tuple[int, int]  # (step, place), whose tokens are computed once where they are still there
+    num_prompt: int
+    left: int  # tokens to sample
+    made: int = 0
+    admitted: int = 0  # the iteration at which it began to run
+    running: bool = False
+    again: bool = False  # its room was given back: prompt and answer so far are computed anew
+
+
+@dataclass(slots=True)
+class Engine:
+    """One engine. `slots`: requests that run together at most; `room`: tokens that its KV cache holds."""
+
+    speed: Speed
+    slots: int
+    room: int
+    clock: float = 0.0
+    busy: float = 0.0
+    preempted: int = 0
+    most: int = 0  # requests that ran together
+    finished: dict[int, float] = field(default_factory=dict)  # of each step, when its last request was done so far
+    _left: dict[int, int] = field(default_factory=dict)
+    _waiting: deque[_Request] = field(default_factory=deque)
+    _heap: list[tuple[int, int, _Request]] = field(default_factory=list)  # by the iteration at which each is done
+    _newest: list[_Request] = field(default_factory=list)
+    _count: int = 0  # that run
+    _number: int = 0
+    _iteration: int = 0
+    _context: int = 0
+    _known: set[tuple[int, int]] = field(default_factory=set)
+
+    def submit(self, now: float, requests: Many[_Request]) -> None:
+        """Queues requests at a time that is not before any of earlier calls."""
+        while self._go_on(now):
+            pass
+        if not self._count and not self._waiting:
+            self.clock = max(self.clock, now)
+            self._known.clear()
+        self._waiting.extend(requests)
+        for request in requests:
+            self._left[request.step] = self._left.get(request.step, 0) + 1
+
+    def done(self, step: int, submitted: float) -> float:
+        """When the last request of a step is done; `submitted` where it has none here."""
+        while self._left.get(step):
+            self._go_on(float("inf"))
+        return self.finished.get(step, submitted)
+
+    def _go_on(self, until: float) -> bool:
+        """Works up to the next completion, or as far as `until`; False where there is nothing more to do by then."""
+        if self.clock >= until:
+            return False
+        self._admit()
+        if not self._count:
+            return False
+        count = self._first()[0] - self._iteration
+        left = (self.room - self._context) // self._count
+        if left <= 0 and self._count > 1:
+            self._give_back()
+            return True
+        count = min(count, max(1, left))
+        seconds = self.speed.iterations(count, self._count, self._context)
+        if self.clock + seconds > until:
+            count = self._fitting(count, until - self.clock)
+            if not count:
+                return False
+            seconds = self.speed.iterations(count, self._count, self._context)
+        self.clock += seconds
+        self.busy += seconds
+        self._iteration += count
+        self._context += count * self._count
+        self._complete()
+        return True
+
+    def _fitting(self, most: int, seconds: float) -> int:
+        """How many iterations fit into a time."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.speed.iterations(middle, self._count, self._context) <= seconds:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _first(self) -> tuple[int, int, _Request]:
+        """The request that is done first."""
+        while not self._heap[0][2].running or self._heap[0][2].admitted + self._heap[0][2].left != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0]
+
+    def _admit(self) -> None:
+        while self._waiting and self._count < self.slots:
+            request = self._waiting[0]
+            held = request.num_prompt + request.made
+            if self._count and self._context + held + self._count + 1 > self.room:  # none to spare for an iteration
+                return
+            self._waiting.popleft()
+            tokens = held if request.again or request.prompt not in self._known else 1
+            self._known.add(request.prompt)
+            self.clock += tokens * self.speed.prompt
+            self.busy += tokens * self.speed.prompt
+            request.running, request.admitted = True, self._iteration
+            self._number += 1
+            heapq.heappush(self._heap, (self._iteration + request.left, self._number, request))
+            self._newest.append(request)
+            self._count += 1
+            self._context += held
+        self.most = max(self.most, self._count)
+
+    def _give_back(self) -> None:
+        """The newest request waits again, before all others."""
+        while not self._newest[-1].running:
+            self._newest.pop()
+        request = self._newest.pop()
+        ran = self._iteration - request.admitted
+        self._context -= request.num_prompt + request.made + ran
+        request.made, request.left = request.made + ran, request.left - ran
+        request.running, request.again = False, True
+        self._count -= 1
+        self.preempted += 1
+        self._waiting.appendleft(request)
+
+    def _complete(self) -> None:
+        while self._count and self._first()[0] == self._iteration:
+            request = heapq.heappop(self._heap)[2]
+            request.running = False
+            self._context -= request.num_prompt + request.made + request.left
+            self._count -= 1
+            self._left[request.step] -= 1
+            self.finished[request.step] = self.clock
+
+
+class Engines:
+    """All engines of a run: what is asked of them, and when the steps' answers are in."""
+
+    def __init__(self, config: RunConfig, speed: Speed, room: int, works: Many[StepWork], only: int | None = None) -> None:
+        """`works`: the steps' requests, repeated from the first where a run has more. `room`: tokens that the KV cache of an
+        engine holds. `only`: that so many engines are replayed, the first ones, for an estimate."""
+        self._count = config.inference.engines
+        self._works = works
+        self.engines = [
+            Engine(speed, config.inference.max_concurrent, room) for _ in range(min(self._count, only or self._count))
+        ]
+        self._requests = [work.requests for work in works]
+        self._submitted: dict[int, float] = {}
+
+    def open(self, now: float, steps: range) -> None:
+        """Submits the prompts of these steps."""
+        batches = [self._requests[step % len(self._works)] for step in steps]
+        shares = deal(batches, self._count)
+        for step in steps:
+            self._submitted[step] = now
+        for place, engine in enumerate(self.engines):
+            asked: list[_Request] = []
+            for step, share in zip(steps, shares, strict=True):
+                work = self._works[step % len(self._works)]
+                samples = len(work.completions[0])
+                for i in share[place]:
+                    prompt, sample = divmod(i, samples)
+                    asked.append(_Request(step, (step, prompt), work.prompts[prompt], work.completions[prompt][sample]))
+            engine.submit(now, asked)
+
+    def sampled(self, step: int) -> float:
+        """When the last response of an opened step is in."""
+        return max(engine.done(step, self._submitted[step]) for engine in self.engines)
+
+    def catch_up(self, now: float) -> None:
+        """Works up to a time."""
+        for engine in self.engines:
+            engine.submit(now, ())
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of the engines that are replayed, in the mean."""
+        return sum(engine.busy for engine in self.engines) / len(self.engines)
+
+    @property
+    def preempted(self) -> int:
+        """Requests whose room in a cache was given back."""
+        return sum(engine.preempted for engine in self.engines)
+
+    @property
+    def most(self) -> int:
+        """Requests that any engine decoded together."""
+        return max(engine.most for engine in self.engines)

@@ -1,0 +1,281 @@
+"""The forecast of a run: seconds a step by part, rates, idle shares, hours and bytes, put together from sampling, training and
+the replay of the loop. What binds is said in telling.py; no process is started and no device is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.config.schedules.base import Schedule
+from engine.forecast import disk
+from engine.forecast.constants import Constants
+from engine.forecast.decoding import Engines, Speed, speed_of
+from engine.forecast.lengths import LogNormal, StepWork, Workload, draw_steps
+from engine.forecast.replay import Costs, Played, play, window
+from engine.forecast.training import Training, TrainingStep, mean_step
+from engine.models.headers import num_elements
+from engine.run.spec import Spec
+
+Interval = int | str
+MOST_REPLAYED = 12_000  # requests that are replayed, of so many engines as have them; the others are taken to be like these
+LEAST_ENGINES = 2
+MOST_TRAINED = 6  # different steps whose rows are laid out; further ones repeat them
+SHARE_OF_CAP, SIGMA = 0.35, 0.6  # of sampling.max_tokens, the mean length of responses of which nothing is known; their spread
+PROMPT_TOKENS = 150  # of a prompt of which nothing is known
+
+
+def assumed_workload(spec: Spec) -> Workload:
+    """Lengths of which nothing is known but their limits. They are a guess."""
+    config = spec.config
+    cap = config.sampling.max_tokens
+    prompts = min(PROMPT_TOKENS, config.data.max_prompt_tokens)
+    return Workload(LogNormal(SHARE_OF_CAP * cap, SIGMA, cap), LogNormal(prompts, 0.0, config.data.max_prompt_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a forecast of one configuration takes for given."""
+
+    spec: Spec
+    constants: Constants
+    workload: Workload
+    transfer_seconds: float  # of a weight sync, by its plan
+    gpu_bytes: int  # of a device, which a KV cache of its own size ('auto') follows
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A run's time and bytes."""
+
+    regime: str
+    sync_interval: Interval
+    staleness_mean: float  # optimizer steps, over the run
+    staleness_max: int
+    step_seconds: float
+    parts: dict[str, float]  # of a step; they add up to step_seconds
+    train_parts: dict[str, float]  # of its training
+    trainer_waits: float  # share of the time
+    engines_idle: float  # share of the time; colocated, of that in which no device works
+    sampled_tokens_per_second: float
+    trained_tokens_per_second: float
+    mfu: float  # of the trainer's devices, over the whole step
+    mfu_training: float  # while they train
+    gpus: int
+    most_concurrent: int  # requests that an engine decoded together
+    preempted: int
+    training: TrainingStep
+    start_seconds: float
+    evaluation_seconds: float | None  # each; None where the problems are not there to count
+    num_evaluations: int
+    checkpoint_seconds: float  # for which the trainer stands still, each
+    checkpoint_disk_seconds: float  # until it is written, beside training
+    num_checkpoints: int
+    checkpoint_bytes: int  # of each
+    checkpoints_kept_bytes: int
+    ledger_bytes_per_day: float
+    run_seconds: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all GPUs of the run."""
+        return self.run_seconds * self.gpus / 3600
+
+
+class Forecaster:
+    """Forecasts of one configuration under several schedules: what they share is worked out once."""
+
+    def __init__(
+        self,
+        given: Inputs,
+        works: Many[StepWork] | None = None,
+        only: int | None = None,
+        trained: Many[TrainingStep] | None = None,
+    ) -> None:
+        """`works`: steps that were drawn before, of the same data and algorithm. `only`: replays that many engines. `trained`:
+        the steps of a trainer of the same layout."""
+        self.given = given
+        self._config = given.spec.config
+        self._only = only
+        self.works = works or draw_steps(self._config, given.workload, self._config.run.steps)
+        self._training = trained or self._trained()
+        samples = given.spec.starts_engines and given.spec.source == "rollouts"
+        self._speed: Speed | None = speed_of(given.spec.shape, self._config, given.constants) if samples else None
+
+    def _trained(self) -> list[TrainingStep]:
+        training = Training(self.given.spec, self.given.constants)
+        distinct = min(len(self.works), max(1, MOST_TRAINED * 256 // max(256, self._config.trainer.world_size)))
+        return [training.step(work.outlines) for work in self.works[:distinct]]
+
+    @property
+    def trained(self) -> Many[TrainingStep]:
+        """Optimizer steps as replayed, for another forecast with this trainer."""
+        return self._training
+
+    def forecast(self, schedule: Schedule | None = None) -> Forecast:
+        """Of the run's own schedule, or of another."""
+        schedule = schedule or self._config.schedule
+        played = self.play(schedule)
+        return self._summary(schedule, played)
+
+    def play(self, schedule: Schedule) -> Played:
+        """The loop, replayed."""
+        num_steps, first = window(schedule, self._config.rollouts_per_step)
+        engines = self._engines(num_steps)
+        played = play(schedule, num_steps, first, engines, self._costs())
+        self._seen = (engines.most, engines.preempted) if engines else (0, 0)
+        return played
+
+    @property
+    def room(self) -> int:
+        """Tokens that the KV cache of an engine holds."""
+        cache = self.given.spec.kv_cache
+        assert cache is not None
+        return cache.num_bytes(self.given.gpu_bytes) // cache.token_bytes
+
+    def _engines(self, num_steps: int) -> Engines | None:
+        if self._speed is None:
+            return None
+        engines = self._config.inference.engines
+        most = max(LEAST_ENGINES, MOST_REPLAYED * engines // (num_steps * self._config.rollouts_per_step))
+        return Engines(self._config, self._speed, self.room, self.works, min(self._only or most, most))
+
+    def _costs(self) -> Costs:
+        c = self.given.constants
+        trained = [step.seconds.total for step in self._training]
+        hosts = [
+            (c.sampled_megatoken_seconds * work.num_sampled + c.trained_megatoken_seconds * work.num_trained) / 1e6
+            for work in self.works
+        ]
+        judged = [self.judging(work) for work in self.works]
+        colocated = self.given.spec.colocated
+        return Costs(
+            train=lambda step: trained[step % len(trained)],
+            judge=lambda step: judged[step % len(judged)],
+            host=lambda step: hosts[step % len(hosts)],
+            sync=self.given.transfer_seconds + c.sync_seconds if self._speed is not None else 0.0,
+            turn=c.sleep_seconds if colocated else 0.0,
+            colocated=colocated,
+        )
+
+    def judging(self, work: StepWork) -> float:
+        """Seconds for which a step's answers are judged, all of them after the last one is in."""
+        c, config, spec = self.given.constants, self._config, self.given.spec
+        answers = sum(map(len, work.completions))
+        if spec.reward_shape is not None:
+            tokens = work.num_sampled + sum(p * len(of) for p, of in zip(work.prompts, work.completions, strict=True))
+            flops = 2 * num_elements(spec.reward_shape) * tokens
+            return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share)
+        if config.data.rewards == ("math",):
+            return answers / (c.verified_per_second * config.rewards.workers)
+        return answers / (c.function_per_second * config.rewards.workers * config.rewards.concurrency)
+
+    def _summary(self, schedule: Schedule, played: Played) -> Forecast:
+        c, spec, config = self.given.constants, self.given.spec, self._config
+        step = mean_step(self._training)
+        seconds = played.step_seconds
+        stale = [schedule.staleness(number) for number in range(config.run.steps)]
+        sampled = sum(work.num_sampled for work in self.works) / len(self.works)
+        trained = sum(work.num_trained for work in self.works) / len(self.works)
+        ranks, engine_ranks = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
+        gpus = max(ranks, engine_ranks) if spec.colocated else ranks + (engine_ranks if spec.starts_engines else 0)
+        gpus += spec.starts_reward_engine
+        peak = c.peak_teraflops * 1e12 * ranks
+        parts = {
+            "rollouts": played.mean("waited") + played.mean("finish") - played.mean("judged"),
+            "rewards": played.mean("judged"),
+            "host": played.mean("host"),
+            "training": played.mean("train"),
+            "weight sync": played.mean("sync"),
+        }
+        idle = 1 - played.engine_seconds / played.duration
+        if spec.colocated:
+            idle -= played.mean("train") / seconds
+        evaluation = self._evaluation(schedule)
+        saved = disk.checkpoint_bytes(spec)
+        snapshot = disk.snapshot_bytes(spec) / (c.host_copy_gigabytes_per_second * 1e9)
+        written = saved / (c.disk_gigabytes_per_second * 1e9)
+        num_checkpoints, num_evaluations = len(spec.checkpoint_steps), len(spec.evaluation_steps)
+        between = config.run.steps / max(1, num_checkpoints) * seconds
+        standing = snapshot + max(0.0, written - between)  # the next one waits for the last
+        run = c.start_seconds + config.run.steps * seconds + num_checkpoints * standing + written
+        run += num_evaluations * (evaluation or 0.0)
+        return Forecast(
+            regime=schedule.regime,
+            sync_interval=schedule.sync_interval,
+            staleness_mean=sum(stale) / len(stale),
+            staleness_max=max(stale),
+            step_seconds=seconds,
+            parts=parts,
+            train_parts={name: getattr(step.seconds, name) for name in TRAIN_PARTS},
+            trainer_waits=(played.mean("waited") + played.mean("finish")) / seconds,
+            engines_idle=max(0.0, idle) if self._speed is not None else 0.0,
+            sampled_tokens_per_second=sampled / seconds if self._speed is not None else 0.0,
+            trained_tokens_per_second=trained / seconds,
+            mfu=step.model_flops / (peak * seconds),
+            mfu_training=step.model_flops / (peak * played.mean("train")),
+            gpus=gpus,
+            most_concurrent=self._seen[0],
+            preempted=self._seen[1],
+            training=step,
+            start_seconds=c.start_seconds,
+            evaluation_seconds=evaluation,
+            num_evaluations=num_evaluations,
+            checkpoint_seconds=standing,
+            checkpoint_disk_seconds=written,
+            num_checkpoints=num_checkpoints,
+            checkpoint_bytes=saved,
+            checkpoints_kept_bytes=saved * disk.num_checkpoints(spec),
+            ledger_bytes_per_day=sampled * c.ledger_token_bytes * 86400 / seconds if self._speed is not None else 0.0,
+            run_seconds=run,
+        )
+
+    def _evaluation(self, schedule: Schedule) -> float | None:
+        """Seconds of an evaluation: all held-out problems sampled at once. None where their number cannot be seen."""
+        spec, config = self.given.spec, self._config
+        if not spec.evaluation_sets:
+            return 0.0
+        problems = [_problems(one.path, config.evaluation.max_problems) for one in spec.evaluation_sets]
+        counts = [count for count in problems if count is not None]
+        if len(counts) < len(problems):
+            return None
+        work, samples = self.works[0], config.evaluation.samples
+        lengths = [length for of in work.completions for length in of]
+        total = sum(counts)
+        asked = StepWork(
+            tuple(work.prompts[i % len(work.prompts)] for i in range(total)),
+            tuple(tuple(lengths[(i * samples + k) % len(lengths)] for k in range(samples)) for i in range(total)),
+            (),
+        )
+        engines = Engines(config, speed_of(spec.shape, config, self.given.constants), self.room, [asked], 4)
+        engines.open(0.0, range(1))
+        return engines.sampled(0) + self.judging(asked)
+
+
+TRAIN_PARTS = (
+    "reference",
+    "again",
+    "compute",
+    "imbalance",
+    "pipeline",
+    "tensor_parallel",
+    "gradients",
+    "optimizer",
+    "fixed",
+)
+
+
+def _problems(path: str, most: int | None) -> int | None:
+    """Rows of a JSONL file on this machine, at most so many; `most` where the file cannot be counted."""
+    file = Path(path)
+    if file.suffix != ".jsonl" or not file.is_file():
+        return most
+    with file.open("rb") as lines:
+        count = sum(bool(line.strip()) for line in lines)
+    return count if most is None else min(most, count)
+
+
+def other_interval(schedule: Schedule, interval: int | str) -> Schedule:
+    """The same regime with another s."""
+    return replace(schedule, sync_interval=interval)  # type: ignore[arg-type]

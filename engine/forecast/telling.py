@@ -1,0 +1,240 @@
+"""The forecast in tables and sentences: where the time goes, what binds, what to change, and how far the figures may be
+trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from dataclasses import asdict
+from typing import Any
+
+from engine.capacity.kv_cache import GIB
+from engine.config.load import RunConfig
+from engine.forecast.constants import Constants, Row, rows
+from engine.forecast.search import Found
+from engine.forecast.seconds import TRAIN_PARTS, Forecast
+
+WORTH_TELLING = 0.05  # of a step: what is less is not told
+NAMES = {
+    "reference": "reference's forward",
+    "again": "policy's forward for split groups",
+    "compute": "forward and backward",
+    "imbalance": "uneven data-parallel ranks",
+    "pipeline": "pipeline stages waiting",
+    "tensor_parallel": "tensor-parallel sums",
+    "gradients": "gradients, parameters gathered",
+    "optimizer": "optimizer",
+    "fixed": "the same for any step",
+}
+KEYS = {  # of what JSON has under "seconds"
+    "rollouts": "waiting for responses",
+    "rewards": "waiting for rewards",
+    "host": "rank 0: records, packing",
+    "training": "training",
+    "weight sync": "weight sync, engines asleep and awake",
+}
+
+
+def binding(found: Forecast, config: RunConfig) -> list[tuple[float, str]]:
+    """(share of a step, what takes it and what would change that), the largest first."""
+    seconds, parts, t = found.step_seconds, found.parts, config.trainer
+    told: list[tuple[float, str]] = [
+        (parts["rollouts"] / seconds, _rollouts(found, config)),
+        (
+            parts["rewards"] / seconds,
+            f"rewards come after the step's last response: raise rewards.workers (now {config.rewards.workers})"
+            if config.reward_model.path is None
+            else "the reward model judges after the step's last response: a smaller one, or shorter responses",
+        ),
+        (parts["host"] / seconds, "rank 0 writes records and packs between steps: fewer sampled tokens a step"),
+        (parts["weight sync"] / seconds, "weight syncs: a larger sync.sync_interval, or engines on fewer nodes"),
+    ]
+    changes = {
+        "reference": "the reference scores every step: a loss without one, or more trainer ranks",
+        "again": f"groups larger than a row are scored twice: raise trainer.microbatch_tokens (now {t.microbatch_tokens})",
+        "compute": "forward and backward: more trainer ranks" + (", or trainer.recompute = false" if t.recompute else ""),
+        "imbalance": f"uneven data-parallel ranks: a smaller trainer.data_parallel (now {t.data_parallel}), or more prompts",
+        "pipeline": f"stages wait for each other: more rows a step by a smaller trainer.microbatch_tokens (now "
+        f"{t.microbatch_tokens}), or a smaller trainer.pipeline_parallel (now {t.pipeline_parallel})",
+        "tensor_parallel": f"tensor-parallel sums: a smaller trainer.tensor_parallel (now {t.tensor_parallel})",
+        "gradients": "gradients are summed after the last backward: a smaller trainer.data_parallel, or more prompts a step",
+        "optimizer": "the optimizer: trainer.distributed_optimizer"
+        + (
+            f", or a smaller optimizer.offload_share (now {config.optimizer.offload_share:g})"
+            if config.optimizer.offload_share
+            else ""
+        ),
+        "fixed": "what a step costs whatever it trains on: more prompts a step",
+    }
+    told += [(found.train_parts[name] / seconds, changes[name]) for name in TRAIN_PARTS]
+    if found.preempted:
+        told.append(
+            (
+                WORTH_TELLING,
+                "answers outgrow the KV cache and are computed again: a larger inference.kv_cache, or a smaller "
+                f"inference.max_concurrent (now {config.inference.max_concurrent})",
+            )
+        )
+    return sorted((one for one in told if one[0] >= WORTH_TELLING), key=lambda one: -one[0])
+
+
+def _rollouts(found: Forecast, config: RunConfig) -> str:
+    """Why the trainer waits: for the longest response, or for all of them."""
+    i = config.inference
+    if config.inference.placement == "colocated":
+        return "trainer and engines take turns: inference.placement = 'disaggregated' lets them overlap, where s > 1"
+    if found.most_concurrent < i.max_concurrent:
+        return (
+            f"the longest response decides, for an engine samples all that it is asked at once ({found.most_concurrent} "
+            f"together): a larger s, or sampling further ahead; more engines change little"
+        )
+    return (
+        f"engines are full ({i.max_concurrent} together): more engines (now {i.engines}), or a larger inference.max_concurrent "
+        f"with its KV cache"
+    )
+
+
+def parts_table(found: Forecast) -> list[tuple[str, str, str]]:
+    """Where a step's seconds go: heading, then a row each."""
+    body = [("a step", "seconds", "share")]
+    for name, label in KEYS.items():
+        if name == "training":
+            continue
+        body.append((label, *_cells(found.parts[name], found.step_seconds)))
+    body.append((KEYS["training"], *_cells(found.parts["training"], found.step_seconds)))
+    body += [
+        (f"  {NAMES[name]}", *_cells(found.train_parts[name], found.step_seconds))
+        for name in TRAIN_PARTS
+        if found.train_parts[name] > 0
+    ]
+    return [*body, ("in all", f"{found.step_seconds:.2f}", "100%")]
+
+
+def _cells(seconds: float, whole: float) -> tuple[str, str]:
+    return f"{seconds:.3f}", f"{seconds / whole:.0%}"
+
+
+def run_table(found: Forecast) -> list[tuple[str, str]]:
+    """Rates, idle shares, hours and bytes of the run."""
+    step, days = found.training, found.run_seconds / 86400
+    evaluations = "not counted: no file of problems here"
+    if found.evaluation_seconds is not None:
+        evaluations = f"{found.num_evaluations} of {found.evaluation_seconds:,.0f} s"
+    return [
+        ("the run", found.regime),
+        ("sampled", f"{found.sampled_tokens_per_second:,.0f} tokens/s"),
+        ("trained", f"{found.trained_tokens_per_second:,.0f} tokens/s"),
+        ("MFU of the trainer", f"{found.mfu:.1%}; {found.mfu_training:.1%} while it trains"),
+        ("trainer waits", f"{found.trainer_waits:.0%} of the time"),
+        ("engines idle", f"{found.engines_idle:.0%} of the time"),
+        ("rows", f"{step.num_rows} a rank, {step.row_fill:.0%} full, {step.empty_rows:.0%} empty"),
+        ("fullest data-parallel rank", f"{step.imbalance:.3f} of the mean's work"),
+        ("in all", f"{_span(found.run_seconds)} = {found.gpu_hours:,.0f} GPU-hours on {found.gpus} GPUs ({days:.2f} days)"),
+        ("evaluations", evaluations),
+        (
+            "checkpoints",
+            f"{found.num_checkpoints} of {found.checkpoint_bytes / 1e9:,.1f} GB; each stops the trainer for "
+            f"{found.checkpoint_seconds:,.1f} s and is written after {found.checkpoint_disk_seconds:,.0f} s",
+        ),
+        ("disk for checkpoints", f"{found.checkpoints_kept_bytes / 1e9:,.0f} GB at the fullest"),
+        ("records", f"{found.ledger_bytes_per_day / 1e9:,.1f} GB a day"),
+    ]
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"
+
+
+def intervals_table(found: Many[Forecast], own: int | str) -> list[tuple[str, ...]]:
+    """Staleness and seconds for several s; the run's own is marked."""
+    heading = ("s", "staleness, mean", "most", "s a step", "trainer waits", "engines idle", "tokens/s", "GPU-hours")
+    return [
+        heading,
+        *(
+            (
+                f"{one.sync_interval}{' *' if one.sync_interval == own else ''}",
+                f"{one.staleness_mean:.1f}",
+                str(one.staleness_max),
+                f"{one.step_seconds:.2f}",
+                f"{one.trainer_waits:.0%}",
+                f"{one.engines_idle:.0%}",
+                f"{one.sampled_tokens_per_second:,.0f}",
+                f"{one.gpu_hours:,.0f}",
+            )
+            for one in found
+        ),
+    ]
+
+
+def best_table(found: Many[Found]) -> list[tuple[str, ...]]:
+    """Layouts, the best first, with what binds each."""
+    heading = ("layout", "GPUs", "s a step", "trainer waits", "engines idle", "GPU-hours", "GiB to spare", "binds")
+    body: list[tuple[str, ...]] = [
+        (
+            one.layout,
+            str(one.forecast.gpus),
+            f"{one.forecast.step_seconds:.2f}",
+            f"{one.forecast.trainer_waits:.0%}",
+            f"{one.forecast.engines_idle:.0%}",
+            f"{one.forecast.gpu_hours:,.0f}",
+            f"{one.spare_bytes / GIB:.0f}",
+            binding(one.forecast, one.config)[0][1].partition(":")[0],
+        )
+        for one in found
+    ]
+    return [heading, *(body or [("none fits", *[""] * (len(heading) - 1))])]
+
+
+def frontier_table(best: Mapping[int | str, Many[Found]], own: int | str) -> list[tuple[str, ...]]:
+    """The best of each s: seconds and GPU-hours against staleness."""
+    heading = ("s", "staleness, mean", "s a step", "GPUs", "GPU-hours", "layout")
+    return [
+        heading,
+        *(
+            (
+                f"{interval}{' *' if interval == own else ''}",
+                f"{found[0].forecast.staleness_mean:.1f}",
+                f"{found[0].forecast.step_seconds:.2f}",
+                str(found[0].forecast.gpus),
+                f"{found[0].forecast.gpu_hours:,.0f}",
+                found[0].layout,
+            )
+            for interval, found in best.items()
+            if found
+        ),
+    ]
+
+
+def trust(constants: Constants, measured: dict[str, str], workload: str, nodes: int) -> str:
+    """How far the figures may be trusted."""
+    table = rows(constants, measured)
+    guesses = [row for row in table if row.kind == "guess"]
+    text = f"responses: {workload}"
+    if guesses:
+        text += (
+            f"\n{len(guesses)} of {len(table)} constants are guesses that no GPU has verified: the order of layouts is worth "
+            f"more than the seconds; `semion calibrate` measures some of them, `--constants` lists them"
+        )
+    if nodes > 1:
+        text += "\ncommunication between nodes is arithmetic on bandwidths and has never been compared with a measurement"
+    return text
+
+
+def constants_table(constants: Constants, measured: dict[str, str]) -> list[tuple[str, ...]]:
+    """All constants with their sources."""
+    heading = ("constant", "value", "unit", "source", "what it is")
+    return [heading, *((row.name, f"{row.value:g}", row.unit, _source(row), row.meaning) for row in rows(constants, measured))]
+
+
+def _source(row: Row) -> str:
+    return f"{row.kind}: {row.source}"
+
+
+def as_figures(found: Forecast, config: RunConfig) -> dict[str, Any]:
+    """A forecast for the JSON file."""
+    figures: dict[str, Any] = json.loads(json.dumps(asdict(found)))
+    figures["gpu_hours"] = found.gpu_hours
+    figures["binds"] = [{"share": share, "what": text} for share, text in binding(found, config)]
+    return figures

@@ -1,0 +1,243 @@
+"""How long an optimizer step takes: floating-point operations of the rows as they are packed, through the pipeline's schedule,
+and what all ranks do together after the last backward. Nothing runs; the model's sizes, the layout and the constants decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, fields
+
+from engine.capacity.kv_cache import item_bytes
+from engine.capacity.memory import TrainerState
+from engine.capacity.resolved import Resolved
+from engine.forecast.constants import Constants
+from engine.forecast.pipeline import Operation, replay, replay_forward
+from engine.forecast.rows import RankRows, RowSize, rows_of_step
+from engine.megatron.dealing import Outline
+from engine.models.headers import num_elements
+from engine.models.sharding import stage_layers
+
+FORWARD_AND_BACKWARD = 3  # forwards: a backward is two
+REPLAYED_RANKS = 4  # of most work, of which the slowest is sought
+COLLECTIVES = 2  # sums of a layer's forward over tensor-parallel ranks
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """What an optimizer step is made of; seconds that add up to the step. Compute is what the mean rank computes."""
+
+    reference: float = 0.0  # the reference's forward
+    again: float = 0.0  # the policy's own forward first, where a group is split over rows
+    compute: float = 0.0  # forward and backward
+    imbalance: float = 0.0  # by which the fullest data-parallel rank computes longer than the mean
+    pipeline: float = 0.0  # stages wait for each other
+    tensor_parallel: float = 0.0  # sums over tensor-parallel ranks that nothing hides
+    gradients: float = 0.0  # reduced, and parameters gathered
+    optimizer: float = 0.0
+    fixed: float = 0.0  # what a step costs whatever its rows
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStep:
+    """A step as replayed."""
+
+    seconds: StepSeconds
+    model_flops: float  # of forward and backward of its tokens, over all ranks, nothing computed twice
+    row_fill: float  # tokens of the rows over what they would hold
+    num_rows: int  # of each rank, empty ones too
+    empty_rows: float  # share of all rows
+    imbalance: float  # work of the fullest data-parallel rank over the mean
+
+
+class Training:
+    """The trainer of a run, for any step of it."""
+
+    def __init__(self, spec: Resolved, constants: Constants) -> None:
+        self._spec, self._constants = spec, constants
+        self._trainer = t = spec.config.trainer
+        shape, self._layers = spec.shape, stage_layers(spec.shape, spec.trainer)
+        self._head = shape.vocab_size * shape.hidden
+        embedding = 0 if shape.tied else self._head
+        self._per_layer = (num_elements(shape) - embedding - self._head) / shape.num_layers
+        self._peak = constants.peak_teraflops * 1e12 * constants.train_peak_share * t.tensor_parallel
+        self._fp8 = constants.fp8_factor if t.fp8 != "none" else 1.0
+        self._item = item_bytes(spec.config.model.dtype)
+        self._num_stages, self._num_chunks = t.pipeline_parallel, t.virtual_pipeline
+        self._needs_reference = "reference" in spec.copies
+
+    def step(self, outlines: Many[Outline]) -> TrainingStep:
+        """Of these training sequences. ConfigError when one exceeds trainer.microbatch_tokens."""
+        ranks = rows_of_step(outlines, self._trainer, self._spec.shape.attention_cost)
+        work = [sum(map(self._forward_flops, rank.rows)) for rank in ranks]
+        mean = sum(work) / len(work)
+        fullest = sorted(range(len(ranks)), key=lambda rank: -work[rank])[:REPLAYED_RANKS]
+        found = {rank: self._of_rank(ranks[rank]) for rank in fullest}
+        place = max(found, key=lambda rank: found[rank].total)
+        slowest, passes = found[place], FORWARD_AND_BACKWARD + self._trainer.recompute
+        own = passes * self._busy(ranks[place])
+        mean_ideal = passes * sum(map(self._busy, ranks)) / len(ranks)
+        rows = [row for rank in ranks for row in rank.rows]
+        held, targets, looks = (sum(getattr(row, name) for row in rows) for name in ("held", "targets", "looks"))
+        seconds = StepSeconds(
+            reference=slowest.reference,
+            again=slowest.again,
+            compute=mean_ideal,
+            imbalance=own - mean_ideal,
+            pipeline=slowest.both - own - slowest.collectives,
+            tensor_parallel=slowest.collectives,
+            gradients=self._gradients(),
+            optimizer=self._optimizer(),
+            fixed=self._constants.step_seconds,
+        )
+        return TrainingStep(
+            seconds=seconds,
+            model_flops=FORWARD_AND_BACKWARD * self._flops(held, targets, looks),
+            row_fill=held / (len(rows) * self._trainer.microbatch_tokens),
+            num_rows=len(ranks[0].rows),
+            empty_rows=sum(row.is_empty for row in rows) / len(rows),
+            imbalance=max(work) / mean if mean else 1.0,
+        )
+
+    # -- of a data-parallel rank
+
+    def _of_rank(self, rank: RankRows) -> _RankSeconds:
+        """Its passes through the pipeline."""
+        rows, hop = rank.rows, self._hop(rank.rows)
+        forward = [[[self._seconds(row, s, c) for c in range(self._num_chunks)] for s in self._stages] for row in rows]
+        sums = [[[self._collective(row, s, c) for c in range(self._num_chunks)] for s in self._stages] for row in rows]
+        recompute = 1.0 if self._trainer.recompute else 0.0
+
+        def seconds(stage: int, operation: Operation) -> float:
+            one, together = forward[operation.row][stage][operation.chunk], sums[operation.row][stage][operation.chunk]
+            times = 2.0 + recompute if operation.backward else 1.0
+            return times * one + (1.0 + recompute if operation.backward else 1.0) * together
+
+        scored = 0.0
+        if self._needs_reference or rank.splits:
+            scored = replay_forward(self._num_stages, len(rows), self._num_chunks, seconds, hop)
+        both = replay(self._num_stages, len(rows), self._num_chunks, seconds, hop)
+        mean_sums = sum(together for row in sums for stage in row for together in stage) / self._num_stages
+        return _RankSeconds(
+            reference=scored if self._needs_reference else 0.0,
+            again=scored if rank.splits else 0.0,
+            both=both,
+            collectives=(2.0 + recompute) * mean_sums,
+        )
+
+    @property
+    def _stages(self) -> range:
+        return range(self._num_stages)
+
+    def _busy(self, rank: RankRows) -> float:
+        """Seconds of a forward of its rows on the mean stage."""
+        chunks = range(self._num_chunks)
+        each = (self._seconds(row, s, c) for row in rank.rows for s in self._stages for c in chunks)
+        return sum(each) / self._num_stages
+
+    def _forward_flops(self, row: RowSize) -> float:
+        return self._flops(row.tokens, row.targets, row.looks)
+
+    def _flops(self, tokens: float, targets: float, looks: float) -> float:
+        """Of a forward: two for each parameter of a product and token, of the output layer for each target only; four for each
+        pair of tokens and element of a head."""
+        shape = self._spec.shape
+        products = 2 * (self._per_layer * shape.num_layers * tokens + self._head * targets)
+        return products + 4 * shape.num_layers * shape.num_heads * shape.head_dim * looks
+
+    def _seconds(self, row: RowSize, stage: int, chunk: int) -> float:
+        """Of a row's forward through a model chunk, on each of its tensor-parallel ranks."""
+        shape, count = self._spec.shape, len(self._layers[stage][chunk])
+        is_last = stage == self._num_stages - 1 and chunk == self._num_chunks - 1
+        flops = 2 * self._per_layer * count * row.tokens / self._fp8 + (2 * self._head * row.targets if is_last else 0)
+        flops += 4 * count * shape.num_heads * shape.head_dim * row.looks
+        return flops / self._peak + count * self._constants.layer_row_seconds
+
+    def _collective(self, row: RowSize, stage: int, chunk: int) -> float:
+        """Of the sums over tensor-parallel ranks in it, that computing does not hide."""
+        t, count = self._trainer, len(self._layers[stage][chunk])
+        if t.tensor_parallel == 1:
+            return 0.0
+        moved = 2 * (t.tensor_parallel - 1) / t.tensor_parallel * row.tokens * self._spec.shape.hidden * self._item
+        hidden = self._constants.overlap_share if t.overlap_tensor_parallel else 0.0
+        return COLLECTIVES * count * moved / (self._constants.nvlink_gigabytes_per_second * 1e9) * (1 - hidden)
+
+    def _hop(self, rows: Many[RowSize]) -> float:
+        """Of a row's hidden states from stage to stage; of rows of unequal length the mean."""
+        if self._num_stages == 1:
+            return 0.0
+        t, c = self._trainer, self._constants
+        within = t.world_size <= self._spec.config.cluster.gpus_per_node
+        link = c.nvlink_gigabytes_per_second if within else c.network_gigabytes_per_second
+        tokens = sum(row.tokens for row in rows) / len(rows) / (t.tensor_parallel if t.sequence_parallel else 1)
+        return c.hop_seconds + tokens * self._spec.shape.hidden * self._item / (link * 1e9)
+
+    # -- of all ranks together
+
+    def _gradients(self) -> float:
+        """Float32 gradients summed over data-parallel ranks, then parameters gathered, of the fullest stage, at the bandwidth
+        that a group's members on one node have together."""
+        t = self._trainer
+        if t.data_parallel == 1:
+            return 0.0
+        held = max(TrainerState(self._spec, stage).num_parameters for stage in self._stages)
+        part = (t.data_parallel - 1) / t.data_parallel
+        item = 1 if t.fp8_parameters else self._item
+        moved = held * (4 + item) if t.distributed_optimizer else 2 * held * 4
+        return part * moved / (self._bus() * 1e9)
+
+    def _bus(self) -> float:
+        """GB/s of a data-parallel group's ring: NVLink inside a node; between nodes the network cards of its members on one."""
+        t, c, gpus = self._trainer, self._constants, self._spec.config.cluster.gpus_per_node
+        spread_out = t.tensor_parallel * t.data_parallel > gpus
+        if not spread_out:
+            return c.nvlink_gigabytes_per_second
+        members = max(1, gpus // t.tensor_parallel)
+        return min(c.nvlink_gigabytes_per_second, members * c.network_gigabytes_per_second)
+
+    def _optimizer(self) -> float:
+        """AdamW reads and writes its state, the gradients and the weights once; what is offloaded on the host."""
+        c, share = self._constants, self._spec.config.optimizer.offload_share
+        states = [TrainerState(self._spec, stage) for stage in self._stages]
+        on_device = max(2 * state.optimizer + (4 + 2 * self._item) * state.on_device for state in states)
+        seconds = on_device / (c.memory_gigabytes_per_second * 1e9)
+        if share:
+            devices = min(self._trainer.world_size, self._spec.config.cluster.gpus_per_node)
+            hosted = max(state.host_bytes for state in states) * devices
+            seconds += 2 * hosted / (c.host_memory_gigabytes_per_second * 1e9)
+        return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _RankSeconds:
+    reference: float
+    again: float
+    both: float  # forward and backward
+    collectives: float
+
+    @property
+    def total(self) -> float:
+        return self.reference + self.again + self.both
+
+
+def mean_step(steps: Many[TrainingStep]) -> TrainingStep:
+    """Of several steps."""
+    count = len(steps)
+
+    def mean(name: str) -> float:
+        return math.fsum(getattr(step, name) for step in steps) / count
+
+    parts = {part.name: math.fsum(getattr(step.seconds, part.name) for step in steps) / count for part in fields(StepSeconds)}
+    return TrainingStep(
+        StepSeconds(**parts),
+        mean("model_flops"),
+        mean("row_fill"),
+        max(step.num_rows for step in steps),
+        mean("empty_rows"),
+        mean("imbalance"),
+    )

@@ -1,0 +1,118 @@
+"""The loop, replayed with engines that take what they are told: waits, overlap and turns by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from engine.config.schedules.base import Schedule
+from engine.config.schedules.paper import Paper
+from engine.forecast.replay import Costs, play, window
+
+
+@dataclass
+class Steady:
+    """Engines that sample a step's responses in `seconds`, one step after another."""
+
+    seconds: float
+    free: float = 0.0
+    ready: dict[int, float] = field(default_factory=dict)
+    busy_seconds: float = 0.0
+
+    def open(self, now: float, steps: range) -> None:
+        self.free = max(self.free, now)
+        for step in steps:
+            self.free += self.seconds
+            self.ready[step] = self.free
+            self.busy_seconds += self.seconds
+
+    def sampled(self, step: int) -> float:
+        return self.ready[step]
+
+    def catch_up(self, now: float) -> None:
+        pass
+
+
+def costs(train: float, *, judge: float = 0.0, host: float = 0.0, sync: float = 0.0, **more: object) -> Costs:
+    return Costs(lambda step: train, lambda step: judge, lambda step: host, sync, **more)  # type: ignore[arg-type]
+
+
+def test_online_nothing_overlaps():
+    schedule = Paper(1, "never", 4, 16)
+    played = play(schedule, 4, 0, Steady(3.0), costs(2.0, judge=0.5, host=0.25, sync=1.0))
+    assert played.step_seconds == 1 + 3 + 0.5 + 0.25 + 2
+    assert [(s.sync, s.waited, s.judged, s.host, s.train) for s in played.steps] == [(1.0, 3.5, 0.5, 0.25, 2.0)] * 4
+    assert played.engine_seconds == 12.0
+
+
+def test_semi_online_engines_sample_while_the_trainer_trains():
+    """Steps of 3 s to sample and 2 s to train, s = 4: wait 3, then 1 each: 3 + 3 * 3 + 2 = 14 s for four."""
+    played = play(Paper(4, "never", 8, 16), 8, 0, Steady(3.0), costs(2.0))
+    assert played.step_seconds == 14 / 4
+    assert [step.waited for step in played.steps] == [3, 1, 1, 1] * 2
+    faster = play(Paper(4, "never", 8, 16), 8, 0, Steady(1.0), costs(2.0))
+    assert faster.step_seconds == (1 + 4 * 2) / 4
+
+
+def test_rewards_are_given_in_order_by_one_thread():
+    """Two steps sampled at 1 and 2, each judged in 3: done at 4 and 7."""
+    played = play(Paper(2, "never", 2, 16), 2, 0, Steady(1.0), costs(0.5, judge=3.0))
+    assert [step.end for step in played.steps] == [4.5, 7.5]
+
+
+def test_who_takes_turns_waits_for_the_whole_interval():
+    played = play(Paper(2, "never", 2, 16), 2, 0, Steady(3.0), costs(2.0, turn=0.5, colocated=True))
+    assert played.steps[-1].end == 3 * 2 + 2 * 2 + 0.5
+
+
+def test_offline_chunks_follow_each_other_without_a_sync():
+    played = play(Paper("never", "never", 4, 2), 4, 0, Steady(1.0), costs(0.5, sync=9.0))
+    assert [step.sync for step in played.steps] == [9.0, 0, 0, 0]
+    assert [step.waited for step in played.steps] == [1, 0.5, 1, 0.5]
+
+
+@pytest.mark.parametrize("interval", [1, 3, 10, "never"])
+@pytest.mark.parametrize("train", [0.1, 1.0, 5.0])
+def test_parts_add_up_and_nothing_is_faster_than_its_parts(interval, train):
+    played = play(Paper(interval, "never", 30, 10), 30, 0, Steady(0.7), costs(train, judge=0.1, sync=0.2))
+    assert played.steps[-1].end == pytest.approx(sum(step.seconds for step in played.steps))
+    assert played.duration >= max(30 * train, 30 * 0.7)
+
+
+def test_a_larger_interval_is_never_slower():
+    found = [play(Paper(s, "never", 40, 10), 40, 0, Steady(0.7), costs(0.5, sync=0.2)).duration for s in (1, 2, 4, 8, 20)]
+    assert found == sorted(found, reverse=True)
+
+
+@dataclass(frozen=True)
+class Ahead(Schedule):
+    """Opens an interval of 4 before the one that it belongs to is trained."""
+
+    def sync_due(self, step: int) -> bool:
+        return step % 4 == 0
+
+    def opens(self, step: int) -> range:
+        if step == 0:
+            return range(8)
+        return range(min(step + 4, self.num_steps), min(step + 8, self.num_steps)) if step % 4 == 0 else range(0)
+
+    def in_flight(self, step: int) -> range:
+        return range(step, min(step + 4, self.num_steps)) if step and step % 4 == 0 else range(0)
+
+
+def test_a_schedule_that_samples_ahead_overlaps_everything():
+    """Sampling 3 s and training 2 s a step: a step takes 3 s, where the strict schedule takes 3.5."""
+    schedule = Ahead(4, "never", 80, 16)
+    num_steps, first = window(schedule, 10)
+    assert first >= 4, "the head start does not count"
+    played = play(schedule, num_steps, first, Steady(3.0), costs(2.0))
+    assert played.step_seconds == pytest.approx(3.0)
+
+
+def test_windows_are_whole_intervals():
+    assert window(Paper(10, "never", 4000, 16), 512) == (20, 0)
+    assert window(Paper(100, "never", 4000, 16), 512) == (100, 0)
+    assert window(Paper(1, "never", 5, 16), 512) == (5, 0)
+    assert window(Paper(100, "never", 4000, 16), 65_536) == (100, 0), "an interval is not cut"
+    assert window(Paper("never", "never", 4000, 16), 512) == (32, 0)

@@ -1,0 +1,122 @@
+"""Seconds of an optimizer step: rows are those that the trainer makes, floating-point operations by hand."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from engine.config.load import RunConfig
+from engine.core.types import Sequence
+from engine.forecast.constants import Constants
+from engine.forecast.rows import rows_of_step
+from engine.forecast.training import Training
+from engine.megatron.dealing import Outline, outlines_of
+from engine.megatron.packing import make_batch
+from engine.models.headers import num_elements
+from tests import builders
+from tests.builders import SMALL
+
+FREE = {"step_seconds": 0.0, "layer_row_seconds": 0.0, "hop_seconds": 0.0, "train_peak_share": 1.0, "peak_teraflops": 1e-9}
+
+
+def outline(place: int, num_prompt: int, num_completion: int, group: int = -1) -> Outline:
+    return outlines_of([Sequence((place,) * num_prompt, (1,) * num_completion, (), group=group)])[0]
+
+
+def training(trainer: dict[str, Any], constants: dict[str, float] | None = None, **tables: Any) -> Training:
+    config = with_trainer(trainer, algorithm={"loss": "grpo", "kl_weight": 0.0}, **tables)
+    return Training(builders.spec(config), Constants(**FREE | (constants or {})))
+
+
+def with_trainer(trainer: dict[str, Any], **tables: Any) -> RunConfig:
+    """A configuration whose rows may be shorter than the longest sequence that it allows."""
+    config = builders.config(**tables)
+    return config.model_copy(update={"trainer": config.trainer.model_copy(update=trainer)})
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"data_parallel": 3, "microbatch_tokens": 64},
+    {"data_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline": 2, "microbatch_tokens": 64},
+    {"data_parallel": 2, "tensor_parallel": 2, "sequence_parallel": True, "microbatch_tokens": 65},
+]
+
+
+@pytest.mark.parametrize("trainer", LAYOUTS)
+def test_rows_are_those_of_the_trainer(trainer):
+    draw = random.Random(1)
+    sequences = [
+        Sequence((i,) * draw.randint(1, 9), (1,) * draw.randint(1, 40), (), group=i // 2 if i < 20 else -1, chosen=i % 2 == 0)
+        for i in range(40)
+    ]
+    options = with_trainer(trainer).trainer
+    for dp_rank, rank in enumerate(rows_of_step(outlines_of(sequences), options, 0.0)):
+        batch = make_batch(sequences, step=0, num_prompts=40, trainer=options, dp_rank=dp_rank)
+        assert [row.tokens for row in rank.rows] == [len(m.token_ids) for m in batch.microbatches]
+        assert [row.is_empty for row in rank.rows] == [bool((m.places < 0).all()) for m in batch.microbatches]
+        assert rank.splits == any(bool(m.split.any()) for m in batch.microbatches)
+
+
+def test_operations_by_hand():
+    """A sequence of 10 tokens, 6 of them targets, for which alone the output layer is computed: six for each parameter that
+    multiplies, twelve for each pair of tokens and element of a head."""
+    step = training({}).step([outlines_of([Sequence((1,) * 4, (1,) * 6, ())])[0]])
+    embedding = SMALL.vocab_size * SMALL.hidden
+    flops: float = 6 * (num_elements(SMALL) - 2 * embedding) * 10 + 6 * embedding * 6
+    flops += 12 * SMALL.num_layers * SMALL.num_heads * SMALL.head_dim * 100 / 2
+    assert step.model_flops == pytest.approx(flops)
+    assert step.seconds.compute == pytest.approx(flops / 1e3)
+    assert step.seconds.total == pytest.approx(step.seconds.compute, rel=1e-3)  # the rest is AdamW
+
+
+def test_the_fullest_rank_decides():
+    """Three equal sequences on two ranks: two against one, so a third of the time is lost on the other."""
+    sequences = [Sequence((i, 0), (1,) * 8, ()) for i in range(3)]
+    step = training({"data_parallel": 2}).step(outlines_of(sequences))
+    assert step.imbalance == pytest.approx(2 / 1.5)
+    # A rank with one row runs an empty row of one token beside nothing: rows are equally many only where one has several.
+    assert step.seconds.imbalance / step.seconds.compute == pytest.approx(1 / 3, rel=0.01)
+
+
+def test_more_passes_take_longer():
+    sequences = outlines_of([Sequence((1,), (1,) * 9, ())])
+    plain = training({}).step(sequences).seconds
+    again = training({"recompute": True}).step(sequences).seconds
+    config = builders.config(algorithm={"loss": "grpo", "kl_weight": 0.1})
+    judged = Training(builders.spec(config), Constants(**FREE)).step(sequences).seconds
+    assert again.compute == pytest.approx(plain.compute * 4 / 3)
+    assert judged.reference == pytest.approx(plain.compute / 3) and plain.reference == 0
+
+
+def test_a_group_that_is_split_is_scored_first():
+    sequences = outlines_of([Sequence((1,) * 4, (1,) * 20, (), group=0, chosen=i == 0) for i in range(2)])
+    whole, split = (training({"microbatch_tokens": tokens}).step(sequences).seconds for tokens in (64, 32))
+    assert whole.again == 0 and split.again == pytest.approx(split.compute / 3)
+
+
+def test_gradients_travel_by_the_slowest_link_of_their_ring():
+    """Twice 4 bytes a parameter, or with the distributed optimizer 4 and the parameter; eight network cards a node together."""
+    sequences = outlines_of([Sequence((i, 0), (1,) * 8, ()) for i in range(32)])
+    links = {"nvlink_gigabytes_per_second": 100.0, "network_gigabytes_per_second": 10.0}
+    size = num_elements(SMALL)
+
+    def seconds(trainer: dict[str, Any], nodes: int) -> float:
+        return training(trainer, links, cluster={"nodes": nodes}).step(sequences).seconds.gradients
+
+    assert seconds({"data_parallel": 8}, 1) == pytest.approx(7 / 8 * size * 8 / 100e9)
+    assert seconds({"data_parallel": 16}, 2) == pytest.approx(15 / 16 * size * 8 / 80e9)
+    shared = {"data_parallel": 16, "distributed_optimizer": True}
+    assert seconds(shared, 2) == pytest.approx(15 / 16 * size * (4 + 4) / 80e9)  # the model is in float32
+    assert seconds({}, 1) == 0
+
+
+def test_a_pipeline_loses_what_its_schedule_loses():
+    """Four equal rows on two equal stages without a vocabulary to speak of: a quarter on top."""
+    from dataclasses import replace
+
+    shape = replace(SMALL, vocab_size=1, num_layers=64)
+    config = with_trainer({"pipeline_parallel": 2, "microbatch_tokens": 10}, algorithm={"loss": "grpo", "kl_weight": 0.0})
+    sequences = outlines_of([Sequence((i,), (1,) * 9, ()) for i in range(4)])
+    seconds = Training(builders.spec(config, shape), Constants(**FREE)).step(sequences).seconds
+    assert seconds.pipeline / seconds.compute == pytest.approx(1 / 4, rel=0.01)
