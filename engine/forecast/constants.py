@@ -83,7 +83,7 @@ class Constants(Section):
     sync_seconds: Cost = _constant(0.05, "guess", UNVERIFIED, "of a weight sync beside its transfers: messages, checksums")
     sleep_seconds: Cost = _constant(1.0, "guess", UNVERIFIED, "colocated: for the engines to sleep and to wake, both together")
     sampled_megatoken_seconds: Cost = _constant(
-        0.9, "measured", "one core of a server", "rank 0 spends on a million sampled tokens: ledger, metrics"
+        0.04, "measured", "one core of a server", "rank 0 spends on a million sampled tokens: metrics; a thread writes records"
     )
     trained_megatoken_seconds: Cost = _constant(
         0.45, "measured", "one core of a server", "of handing out and packing a million training tokens"
@@ -100,7 +100,7 @@ class Constants(Section):
     start_seconds: Cost = _constant(180.0, "guess", UNVERIFIED, "from the command to the first step")
     # -- bytes
     ledger_token_bytes: Annotated[PositiveFloat, Unit("bytes")] = _constant(
-        33.0, "measured", "rollouts.jsonl of long synthetic rows", "of a sampled token in the run's records"
+        5.7, "measured", "docs/results.md, the larger of two kinds of text", "of a sampled token in the run's records"
     )
 
 

@@ -15,11 +15,13 @@ from typing import Any
 
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError
-from engine.core.jsonl import read_objects
+from engine.core.jsonl import read_objects, row_of
 from engine.core.seeds import counted_seed
+from engine.core.segments import is_folder_of_segments, segments_of
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
 from engine.inference.sampling import SampleRequest
 from engine.megatron.dealing import Outline, outlines_of
+from engine.observe.rollouts import rollouts_of
 from engine.rollouts.batch import step_data
 
 STANDARD = NormalDist()
@@ -65,19 +67,23 @@ Lengths = LogNormal | Recorded
 
 
 def recorded_lengths(path: str | Path, cap: int) -> Recorded:
-    """The lengths in a run's directory or its rollouts.jsonl, or in a JSONL file of rows with a number `tokens`. ConfigError
-    where there are none."""
-    file = Path(path) / "rollouts.jsonl" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
+    """The lengths in a run's directory or its rollouts, or in a JSONL file of rows with a number `tokens`. ConfigError where
+    there are none."""
+    place = rollouts_of(Path(path)) or Path(path)
+    if is_folder_of_segments(place):
+        rows = (row_of(line) for segment in segments_of(place) for line in segment.lines())
+    elif place.is_file():
+        rows = (row for _, row in read_objects(place))
+    else:
         raise ConfigError(f"--lengths {path} must be a run's directory or a JSONL file; found none there: name another")
-    found = sorted(length for _, row in read_objects(file) if (length := _length(row)))
+    found = sorted(length for row in rows if (length := _length(row)))
     if not found:
         raise ConfigError(f"--lengths {path} must hold rollouts, or rows with a number `tokens`; found none: name another")
     return Recorded(tuple(found), cap, str(path))
 
 
 def _length(row: Any) -> int | None:
-    for name in ("completion_tokens", "tokens", "token_ids"):
+    for name in ("num_tokens", "completion_tokens", "tokens", "token_ids"):
         value = row.get(name)
         if isinstance(value, list):
             return len(value)

@@ -31,7 +31,7 @@ NAMES = {
 KEYS = {  # of what JSON has under "seconds"
     "rollouts": "waiting for responses",
     "rewards": "waiting for rewards",
-    "host": "rank 0: records, packing",
+    "host": "rank 0: handing out, packing",
     "training": "training",
     "weight sync": "weight sync, engines asleep and awake",
 }
@@ -48,7 +48,7 @@ def binding(found: Forecast, config: RunConfig) -> list[tuple[float, str]]:
             if config.reward_model.path is None
             else "the reward model judges after the step's last response: a smaller one, or shorter responses",
         ),
-        (parts["host"] / seconds, "rank 0 writes records and packs between steps: fewer sampled tokens a step"),
+        (parts["host"] / seconds, "rank 0 hands a step's sequences out and every rank packs: fewer sampled tokens a step"),
         (parts["weight sync"] / seconds, "weight syncs: a larger sync.sync_interval, or engines on fewer nodes"),
     ]
     changes = {

@@ -12,6 +12,7 @@ from engine import cli
 from engine.capacity.kv_cache import GIB
 from engine.capacity.transfer import Machine
 from engine.config.load import load_config, override
+from engine.config.options import RolloutRecords
 from engine.core.errors import ConfigError
 from engine.forecast.calibration import (
     Calibration,
@@ -28,8 +29,10 @@ from engine.forecast.lengths import LogNormal, Workload, draw_steps, recorded_le
 from engine.forecast.measuring import Decoded, Trained, decoding_constants, training_constants
 from engine.forecast.search import Search
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, other_interval
+from engine.rollouts.writer import RolloutFolder, RolloutWriter
 from engine.run.spec import resolve
 from tests import builders
+from tests.unit.run.test_records import rollouts_of
 
 ROOT = Path(__file__).parents[3]
 # 8 ms + 25 us a request for an iteration, 400 TFLOP/s in training, nothing else: the constants of the worked examples, in which
@@ -118,6 +121,10 @@ def test_lengths_of_records(tmp_path):
     file.write_text("".join(json.dumps({"tokens": length}) + "\n" for length in (5, 1, 9, 100)))
     found = recorded_lengths(file, 50)
     assert [found.draw(share) for share in (0.0, 0.3, 0.6, 0.99)] == [1, 5, 9, 50]
+    records = RolloutWriter(RolloutFolder(tmp_path / "run" / "rollouts", RolloutRecords(rollouts=("text",))))
+    records.append(0, [rollouts_of(0)])
+    records.close()
+    assert recorded_lengths(tmp_path / "run", 50).lengths == (2, 2), "of a run that keeps no tokens"
     with pytest.raises(ConfigError, match=r"--lengths .* must be a run's directory or a JSONL file"):
         recorded_lengths(tmp_path / "nothing", 50)
 
