@@ -161,6 +161,7 @@ def test_the_reference_is_what_it_was_until_it_is_next_copied(
         (["trainer.data_parallel=2", "run.steps=20"], 2, "trainer.data_parallel must be what"),
         (["run.steps=8"], 2, "run.steps must be more than the 8 steps"),
         (["sync.sync_interval=3", "checkpoint.every=3", "run.steps=20"], 2, "prompts are submitted after its 8 steps"),
+        (["sync.lookahead=1", "run.steps=20"], 2, "sync.lookahead = 1 asks for the rollouts of steps 8 to 9 "),
         (["run.steps=20", "--at", "5"], 4, "--at must be the step of a checkpoint in"),
         (["run.steps=20", "algorithm.gamma=1"], 2, "algorithm.gamma is not an option"),
         (["run.steps=20", "data.train=gone.jsonl"], 3, "data.train must be a file"),
