@@ -174,8 +174,10 @@ RESOLVERS = {
         "api/faults/",
         "api/initial.py",
         "run/milestones.py",
+        "forecast/search.py",
     ),  # of the run that wrote a checkpoint
-    "engine.models.sharding.engine_layout": ("run/spec.py", "api/faults/model.py", "api/initial.py"),
+    # forecast/search.py looks which of many runs could be
+    "engine.models.sharding.engine_layout": ("run/spec.py", "api/faults/model.py", "api/initial.py", "forecast/search.py"),
     "engine.rollouts.replay.replay_kind": ("run/spec.py", "api/faults/"),
     "engine.bridge.transports.registry.choose": ("run/spec.py", "api/faults/machine.py", "bridge/setup.py"),  # on real devices
 }
