@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_commands import Make, rows, semion, started, tensors, until, untimed, written
+from tests.e2e.test_commands import Make, rollouts, rows, semion, started, tensors, until, untimed, written
 from tests.e2e.test_golden_check import agreed
 
 pytestmark = pytest.mark.timeout(1800)
@@ -36,7 +36,7 @@ def test_a_run_that_samples_ahead_is_proven_and_resumes_bit_for_bit(
     ]
     whole, other = run_config(*options, directory="whole"), run_config(*options, directory="killed")
     semion("train", written(whole, tmp_path))
-    ledger, versions = rows(whole, "rollouts.jsonl"), [max(0, t // interval - lookahead) * interval for t in range(num_steps)]
+    ledger, versions = rollouts(whole), [max(0, t // interval - lookahead) * interval for t in range(num_steps)]
     assert [(row["step"], row["version"]) for row in ledger[:: len(ledger) // num_steps]] == list(enumerate(versions))
     proof = semion("report", str(whole.run_directory), "--output", str(tmp_path / "report.html"))
     oldest = max(step - version for step, version in enumerate(versions))
@@ -53,7 +53,7 @@ def test_a_run_that_samples_ahead_is_proven_and_resumes_bit_for_bit(
     done = int(checkpoint.name.removeprefix("step_"))
     assert sorted(set(kept)) == list(range(done, min(done + lookahead * interval, num_steps)))
     semion("train", file, "--resume", "auto")
-    assert rows(other, "rollouts.jsonl") == ledger
+    assert rollouts(other) == ledger
     assert untimed(rows(other, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
     assert rows(other, "evaluations.jsonl") == rows(whole, "evaluations.jsonl")
     assert tensors(other) == tensors(whole)
