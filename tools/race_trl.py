@@ -45,7 +45,7 @@ def main() -> None:
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    plain_engine(options.max_model_tokens, eager=options.eager)
+    plain_engine(options.loss, options.max_model_tokens, eager=options.eager)
     trainer = (make_grpo if options.loss == "grpo" else make_online_dpo)(options, processes)
     clock = stopwatch()
     trainer.add_callback(clock)
@@ -62,19 +62,22 @@ def main() -> None:
         Path(options.output).write_text(json.dumps(found), encoding="utf-8")
 
 
-def plain_engine(max_model_tokens: int, *, eager: bool) -> None:
+def plain_engine(loss: str, max_model_tokens: int, *, eager: bool) -> None:
     """Has TRL make its vLLM with the options of ENGINE."""
-    from trl.generation import vllm_generation
+    if loss == "grpo":
+        from trl.generation import vllm_generation as maker
+    else:
+        from trl.experimental.online_dpo import online_dpo_trainer as maker
 
     from engine.inference import receiver
 
     receiver.register()
-    engine = vllm_generation.LLM
+    engine = maker.LLM
 
     def made(**options: Any) -> Any:
         return engine(**options | ENGINE | {"max_model_len": max_model_tokens, "enforce_eager": eager})
 
-    vllm_generation.LLM = made
+    maker.LLM = made
 
 
 def rows_of(options: argparse.Namespace) -> Any:
@@ -148,7 +151,6 @@ def make_online_dpo(options: argparse.Namespace, processes: int) -> Any:
         **shared_options(options),
         per_device_train_batch_size=options.prompts // processes,
         max_new_tokens=options.max_tokens,
-        vllm_max_model_length=options.max_model_tokens,
         beta=0.1,
     )
     from transformers import AutoTokenizer
