@@ -229,6 +229,9 @@ def test_what_a_sink_starts_is_not_taken_for_a_process_of_the_run(ledgers, tmp_p
         started = psutil.Process(int((tmp_path / "run" / "pid").read_text()))
         assert started in descendants() - others and started in families(others)
         followers.end(End("stopped"))
+    deadline = time.monotonic() + 20.0
+    while runs(started) and time.monotonic() < deadline:  # killed, and gone as soon as the kernel has a moment for it
+        time.sleep(0.05)
     assert not runs(started), "and it is ended with a sink that is"
 
 

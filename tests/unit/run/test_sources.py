@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +49,12 @@ def test_ranks_wait_for_the_word_that_rank_0_is_done(monkeypatch: pytest.MonkeyP
 def test_who_waits_for_rollouts_is_told_every_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollouts, "HEARTBEAT_SECONDS", 0.01)
     future: Any = rollouts.Future()
-    threading.Timer(0.2, future.set_result, ["done"]).start()
     told: list[None] = []
-    assert rollouts._awaited(future, lambda: told.append(None)) == "done"
-    assert len(told) > 3
+
+    def waiting() -> None:
+        told.append(None)
+        if len(told) == 4:
+            future.set_result("done")
+
+    assert rollouts._awaited(future, waiting) == "done"
+    assert len(told) == 4
