@@ -2,13 +2,14 @@
 Llama in plain torch, and the paper's equations again. It imports nothing of the engine (tests/unit/tools holds that), samples
 nothing, judges nothing and takes no optimizer step: rewards and tokens are those of the ledger.
 
-    tools/golden_check.py RUN_DIRECTORY [--tolerance 2e-6]
+    tools/golden_check.py RUN_DIRECTORY [--tolerance 4e-7] [--float32]
 
 Checked is every step whose weights are on disk: the seed model's at step 0, then those of checkpoints/ (`checkpoint.every` and
 `checkpoint.keep` decide which are there), and of the reference alike. For each: the loss, its gradient's norm by autograd, and
 the metrics of its row of metrics.jsonl that depend on log-probs; and the sampled tokens' log-probs that the ledger records.
-The exit status is 1 where a loss differs by more than --tolerance of itself, or another figure by more than its line says, 2
-where the run cannot be recomputed.
+The exit status is 1 where a loss differs by more than --tolerance of the sizes of the terms that it is a sum of, or another
+figure by more than its line says, 2 where the run cannot be recomputed. --float32 computes everything once more with this
+file's own model in float32: how far that is off is what float32 can do, whoever computes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import random
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 Tensor = torch.Tensor
-LOSS_TOLERANCE = 2e-6  # of the loss itself
+# Of the sizes of a loss's terms, which are the loss itself unless they cancel: on policy all ratios of GRPO are 1 and
+# advantages add up to 0, so that the terms may be many times the loss, and with responses of one length nothing but rounding
+# is left of it, though much of its gradient. What float32 adds up is wrong by a share of the terms, not of what remains
+LOSS_TOLERANCE = 4e-7
 # Of everything else that float32 computes: relative to the figure, absolute below 1
 TOLERANCES = {"grad_norm": 1e-5, "rollout log-probs": 1e-4}
 OTHERS = 1e-5
 TINY = 1e-300
-# A loss below this share of the sizes of GRPO's terms is compared relative to that: on policy all ratios are 1, advantages
-# add up to 0, and with responses of one length nothing is left of the loss but rounding, though much of its gradient
-CANCELLED = 0.1
 TEMPLATES = {  # the paper's figures 4 and 5
     "figure4": "Given the following problem, reason and give a final answer to the problem. Problem: {problem}\n"
     "Your response should end with 'The final answer is $\\boxed{[answer]}$. I hope it is correct.' "
@@ -79,10 +80,10 @@ class Comparison:
 
 
 class Llama:
-    """A Llama of a Hugging Face folder in float64: embedding, blocks of RMS norm, rotary grouped-query attention and SwiGLU,
-    RMS norm, head."""
+    """A Llama of a Hugging Face folder: embedding, blocks of RMS norm, rotary grouped-query attention and SwiGLU, RMS norm,
+    head."""
 
-    def __init__(self, folder: Path, *, with_gradient: bool = False) -> None:
+    def __init__(self, folder: Path, *, with_gradient: bool = False, dtype: torch.dtype = torch.float64) -> None:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
         if self.config["model_type"] != "llama":
             raise CannotCheckError(f"{folder}: model_type must be 'llama'; found {self.config['model_type']!r}")
@@ -90,7 +91,7 @@ class Llama:
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:
                 names = tensors.keys()
-                self.weights |= {name: tensors.get_tensor(name).double().requires_grad_(with_gradient) for name in names}
+                self.weights |= {name: tensors.get_tensor(name).to(dtype).requires_grad_(with_gradient) for name in names}
         self.head = self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
         if self.config.get("tie_word_embeddings"):
             self.head = self.weights["model.embed_tokens.weight"]
@@ -144,7 +145,8 @@ class Llama:
         elif kind != "default":
             raise CannotCheckError(f"rope_type must be 'default' or 'llama3'; found {kind!r}")
         angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-        return torch.cat([angles, angles], 1).cos(), torch.cat([angles, angles], 1).sin()
+        angles = torch.cat([angles, angles], 1)
+        return angles.cos().to(self.head.dtype), angles.sin().to(self.head.dtype)
 
 
 def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class Sample:
         tokens = tuple(self.row["token_ids"])
         logits = model.logits([*self.prompt, *tokens])[len(self.prompt) - 1 : -1] / temperature
         every = logits.log_softmax(-1)
-        return every.gather(1, torch.tensor(tokens)[:, None])[:, 0], -(every.exp() * every).sum(1)
+        return every.gather(1, torch.tensor(tokens)[:, None])[:, 0].double(), -(every.exp() * every).sum(1).double()
 
 
 @dataclass(frozen=True)
@@ -486,18 +488,20 @@ def policy_gradient_terms(options: Mapping[str, Any], trained: Trained) -> tuple
 
 
 def objective(run: Run, trained: Trained, num_prompts: int) -> tuple[Tensor, float, dict[str, float]]:
-    """(the step's loss, the size of GRPO's terms in it, figures that metrics.jsonl has too)."""
+    """(the step's loss, the sum of the sizes of its terms, figures that metrics.jsonl has too)."""
     options, figures = run.algorithm, dict[str, float]()
     total, size = torch.zeros((), dtype=torch.float64), 0.0
     if options["loss"] != "grpo":
         loss, more = preference_terms(options, trained)
-        total, figures = total + loss, figures | more
+        total, size, figures = total + loss, float(loss.detach().abs()), figures | more
     if trained.credited:
-        loss, size, more = policy_gradient_terms(options, trained)
-        total, figures = total + options.get("alpha", 1.0) * loss, figures | more
+        loss, sizes, more = policy_gradient_terms(options, trained)
+        weight = options.get("alpha", 1.0)
+        total, size, figures = total + weight * loss, size + weight * sizes, figures | more
     num_tokens = sum(len(s.policy) for s in trained.sequences)
     if options["entropy_weight"]:
-        total = total - options["entropy_weight"] * sum((s.entropy.mean() for s in trained.sequences), torch.zeros(()))
+        bonus = options["entropy_weight"] * sum((s.entropy.mean() for s in trained.sequences), torch.zeros(()))
+        total, size = total - bonus, size + float(bonus.detach())
         figures["entropy_mean"] = sum(float(s.entropy.detach().sum()) for s in trained.sequences) / max(1, num_tokens)
     counts = {"prompts": num_prompts, "pairs": len(trained.pairs), "tokens": num_tokens}
     divisor = max(1, counts[options["reduction"]])
@@ -507,39 +511,46 @@ def objective(run: Run, trained: Trained, num_prompts: int) -> tuple[Tensor, flo
 # -- the check
 
 
-def check(directory: Path, tolerance: float = LOSS_TOLERANCE) -> list[Comparison]:
-    """Every figure of every step whose weights are on disk. CannotCheckError where nothing could be compared."""
+def check(directory: Path, tolerance: float = LOSS_TOLERANCE, dtype: torch.dtype = torch.float64) -> list[Comparison]:
+    """Every figure of every step whose weights are on disk, recomputed in `dtype`. CannotCheckError where nothing could be
+    compared."""
     run, found = Run(directory), list[Comparison]()
     for record in run.metrics:
         step = int(record["step"])
         policy, reference = run.weights(step), run.weights(run.reference_step(step))
         if policy is not None and (reference is not None or not run.needs_reference):
-            found += compare(run, step, record, policy, reference, tolerance)
+            found += compare(run, step, record, policy, reference, tolerance, dtype)
     if not found:
         raise CannotCheckError(f"{directory}: the weights of no step are on disk; set checkpoint.every and checkpoint.keep")
     return found
 
 
 def compare(
-    run: Run, step: int, record: Mapping[str, float], policy: Path, reference: Path | None, tolerance: float
+    run: Run,
+    step: int,
+    record: Mapping[str, float],
+    policy: Path,
+    reference: Path | None,
+    tolerance: float,
+    dtype: torch.dtype,
 ) -> Iterator[Comparison]:
     """One step."""
     groups = run.groups(step)
     sampler = run.weights(run.version(step)) if not run.config["data"].get("replay") else None
     if sampler is not None:  # the log-probs that engines gave, under the weights that they are said to have had
-        model = Llama(sampler)
+        model = Llama(sampler, dtype=dtype)
         gaps = [(s.sampled - s.log_probs(model, run.temperature)[0]).abs().max() for group in groups for s in group]
         versions = {s.row["version"] for group in groups for s in group}
         yield Comparison(step, "version", float(max(versions)), float(run.version(step)), 0.0)
         yield Comparison(step, "rollout log-probs", 0.0, float(max(gaps)), TOLERANCES["rollout log-probs"])
-    what, model = trained(run, step, groups), Llama(policy, with_gradient=True)
-    other = Llama(reference) if reference is not None and run.needs_reference else None
+    what, model = trained(run, step, groups), Llama(policy, with_gradient=True, dtype=dtype)
+    other = Llama(reference, dtype=dtype) if reference is not None and run.needs_reference else None
     for sample in what.sequences:
         sample.policy, sample.entropy = sample.log_probs(model, run.temperature)
         if other is not None:
             sample.reference, _ = sample.log_probs(other, run.temperature)
     loss, size, figures = objective(run, what, sum(places for _, places in run.shares))
-    yield Comparison(step, "loss", record["loss"], float(loss.detach()), tolerance, max(CANCELLED * size, TINY))
+    yield Comparison(step, "loss", record["loss"], float(loss.detach()), tolerance, max(size, TINY))
     if loss.requires_grad:
         gradients = torch.autograd.grad(loss, list(model.weights.values()), allow_unused=True)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
@@ -552,20 +563,24 @@ def compare(
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="of a finished run")
-    parser.add_argument("--tolerance", type=float, default=LOSS_TOLERANCE, help="of a loss, relative to it")
+    parser.add_argument("--tolerance", type=float, default=LOSS_TOLERANCE, help="of a loss, relative to its terms")
+    parser.add_argument("--float32", action="store_true", help="show how far plain float32 is off")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
         found = check(options.directory, options.tolerance)
+        plain = check(options.directory, dtype=torch.float32) if options.float32 else []
     except (CannotCheckError, OSError) as error:
         print(f"golden_check: {error}", file=sys.stderr)
         return 2
-    print(f"{'step':>4}  {'figure':<18} {'recorded':>16} {'in float64':>16} {'difference':>11}")
-    for one in found:
+    heading = f" {'float32 too':>11}" if plain else ""
+    print(f"{'step':>4}  {'figure':<18} {'recorded':>16} {'in float64':>16} {'difference':>11}{heading}")
+    for i, one in enumerate(found):
         mark = "" if one.agrees else f"   more than {one.tolerance:g}"
-        print(f"{one.step:>4}  {one.name:<18} {one.recorded:>16.9g} {one.recomputed:>16.9g} {one.difference:>11.1e}{mark}")
+        off = f" {replace(one, recorded=plain[i].recomputed).difference:>11.1e}" if plain else ""
+        print(f"{one.step:>4}  {one.name:<18} {one.recorded:>16.9g} {one.recomputed:>16.9g} {one.difference:>11.1e}{off}{mark}")
     losses = [one.difference for one in found if one.name == "loss"]
-    print(f"largest relative difference of {len(losses)} losses: {max(losses):.1e}")
+    print(f"largest difference of {len(losses)} losses, relative to their terms: {max(losses):.1e}")
     return 0 if all(one.agrees for one in found) else 1
 
 
