@@ -1,22 +1,25 @@
 """Everything that only a GPU can prove, one section after another, each in a process of its own with a deadline: what fails or
 is late stops nothing else, and the report is whole after every section, whatever ends this program. Never run on a GPU so far.
 
-    tools/gpu_check [--only NAME ...] [--budget-seconds 540] [--output FOLDER] [--offline-stack FOLDER]
+    tools/gpu_check [--call 1|2|3] [--only NAME ...] [--budget-seconds S] [--output FOLDER] [--offline-stack FOLDER]
+    tools/gpu_check --carry FOLDER         what each call takes along, and its size; needs no GPU
 
-Leaves report.json, report.md and details.zip (each section's log and figures) in the output folder ($OUT, or runs/gpu_check),
-and the report in docs/results/gpu-DATE.md too. What is not installed is named before the first section, by the requirement that
-would bring it; a section that lacks something is not run. `machine` fails where the doctor misses anything, Ray too.
+A machine that is lent for fifteen minutes is used in two calls, `--call 1` and then `--call 2`; the third is for one that is
+there longer. Without --call all sections run, as far as the budget goes. What an earlier call passed is not run again: its
+figures, what was unpacked, the model that was written stay in runs/gpu_check (--fresh forgets them). Some sections run beside
+another: tests of what is right while an engine compiles. A section that cannot run says why and is no failure.
+
+Leaves report.json, report.md, details.zip (each section's log and figures) and calibration.json (for `semion plan
+--calibration`) in the output folder ($OUT, or runs/gpu_check), and the report in docs/results/gpu-DATE.md too. What is not
+installed is named before the first section, by the requirement that would bring it.
 
 A machine without a network needs python3 3.12 with torch 2.11 for CUDA 13, transformers, psutil and pytest, and nvcc 13; then
-
-    tools/gpu_check --offline-stack FOLDER
-
-is the whole command. The archives (*.tar.xz of a site folder) and wheels in FOLDER are unpacked outside the repository.
-They bring megatron-core, Transformer Engine's three packages and vLLM, and of these what the machine has not, in the versions
-of requirements/: for megatron-core and the engine pydantic, pydantic_core, annotated-types, typing-inspection, rich,
-markdown-it-py, mdurl, Pygments; for Transformer Engine onnxscript, onnx_ir, onnx, ml-dtypes, protobuf, einops; for turns on
-one GPU tensorboard, absl-py; for vLLM what it requires. The quickstart also takes Ray and Math-Verify. PYTHONPATH, CUDNN_HOME
-and the like are set here; LD_LIBRARY_PATH need not be.
+`--offline-stack FOLDER` unpacks the archives (*.tar.xz of a site folder) and wheels in FOLDER. They bring megatron-core,
+Transformer Engine's three packages and vLLM, and of these what the machine has not, in the versions of requirements/: for
+megatron-core and the engine pydantic, pydantic_core, annotated-types, typing-inspection, rich, markdown-it-py, mdurl, Pygments;
+for Transformer Engine onnxscript, onnx_ir, onnx, ml-dtypes, protobuf, einops; for turns on one GPU tensorboard, absl-py; for
+vLLM what it requires. The second call also takes Ray and Math-Verify. PYTHONPATH, CUDNN_HOME and the like are set here;
+LD_LIBRARY_PATH need not be.
 
 Exit codes: 0 nothing failed, 1 a section failed, 2 no GPU, torch sees none, or a wrong option. This file needs the standard
 library alone, but for the list of sections in tools/gpu_sections.py.
@@ -36,22 +39,25 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from tools.gpu_sections import SECTIONS, Section
+from tools.gpu_sections import CALLS, SECTIONS, Section
 
 ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "runs" / "gpu_check"  # what one call leaves for the next; no call carries it
 NAMES = {"PIL": "pillow", "cpuinfo": "py-cpuinfo"}  # of distributions, where a module's name does not say it
 MIN_SECONDS = 5.0  # left of the budget, or a section is not begun
+POLL_SECONDS = 0.05
 TAIL_LINES = 6
+CARRIED_MIB = 64.0  # that one call takes along, the checkout included
 ABSENT = """
 import importlib.util, sys
 def there(name):
@@ -84,7 +90,14 @@ class Report:
         self.about = about
         self.outcomes = {s.name: Outcome(s.name, s.proves, shown(s)) for s in sections}
         self._targets = targets
-        self.write()
+
+    def go_on(self, path: Path) -> None:
+        """Takes over what an earlier call found, as report.json has it."""
+        if not path.exists():
+            return
+        for row in json.loads(path.read_text("utf-8"))["sections"]:
+            if row["name"] in self.outcomes and row["verdict"] != "NOT RUN":
+                self.outcomes[row["name"]] = Outcome(**row)
 
     def write(self) -> None:
         """Every target, each appearing whole."""
@@ -118,7 +131,7 @@ class Report:
 
 def shown(section: Section) -> str:
     """Its command for people."""
-    return f"python {' '.join(section.command)}".replace("{json}", "FILE").replace("{junit}", "FILE")
+    return re.sub(r"\{\w+\}", "FILE", f"python {' '.join(section.command)}")
 
 
 def cell(value: Any) -> str:
@@ -165,32 +178,50 @@ def requirement(module: str) -> str:
     return next((line[0] for line in found if line), module)
 
 
-def run_section(section: Section, outcome: Outcome, details: Path, environment: dict[str, str], seconds: float) -> None:
-    """Runs it for at most so many seconds, ends whatever it has started in its process group, and fills the outcome."""
-    figures, junit = details / f"{section.name}.json", details / f"{section.name}.xml"
-    parts = [part.replace("{json}", str(figures)).replace("{junit}", str(junit)) for part in section.command]
-    command = [sys.executable, *parts]
-    log = details / f"{section.name}.log"
-    for stale in (figures, junit):
-        stale.unlink(missing_ok=True)
-    started = time.monotonic()
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
-        )
-        try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # the whole group is gone
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    outcome.seconds = time.monotonic() - started
-    outcome.verdict = "PASS" if code == 0 else "FAIL"
-    tail = " / ".join(log.read_text("utf-8", "replace").splitlines()[-TAIL_LINES:])[-600:]
-    outcome.reason = "" if code == 0 else f"late after {seconds:.0f} s: {tail}" if code is None else f"exit code {code}: {tail}"
-    read_figures(outcome, figures, junit)
+class Running:
+    """A section's process, and its deadline."""
+
+    def __init__(self, section: Section, outcome: Outcome, details: Path, environment: dict[str, str], seconds: float) -> None:
+        self._outcome, self._seconds = outcome, seconds
+        self._figures, self._junit = details / f"{section.name}.json", details / f"{section.name}.xml"
+        self._log = details / f"{section.name}.log"
+        for stale in (self._figures, self._junit):
+            stale.unlink(missing_ok=True)
+        kept = {"kept": details.parent, "report": details.parent / "report.json"}
+        places = kept | {"json": self._figures, "junit": self._junit}
+        parts = [re.sub(r"\{(\w+)\}", lambda found: str(places[found[1]]), part) for part in section.command]
+        self._started = time.monotonic()
+        with self._log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, *parts],
+                cwd=ROOT,
+                env=environment | dict(section.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+
+    def finished(self) -> bool:
+        """Whether it has ended, or is late."""
+        return self._process.poll() is not None or time.monotonic() - self._started >= self._seconds
+
+    def kill(self) -> None:
+        """Ends whatever it has started in its process group."""
+        with contextlib.suppress(ProcessLookupError):  # the whole group is gone
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def end(self) -> None:
+        """Ends it, and fills the outcome."""
+        outcome, code = self._outcome, self._process.poll()
+        self.kill()
+        outcome.seconds = time.monotonic() - self._started
+        outcome.verdict = "PASS" if code == 0 else "FAIL"
+        tail = " / ".join(self._log.read_text("utf-8", "replace").splitlines()[-TAIL_LINES:])[-600:]
+        late = f"late after {self._seconds:.0f} s: {tail}"
+        outcome.reason = "" if code == 0 else late if code is None else f"exit code {code}: {tail}"
+        read_figures(outcome, self._figures, self._junit)
 
 
 def read_figures(outcome: Outcome, figures: Path, junit: Path) -> None:
@@ -215,30 +246,55 @@ def read_figures(outcome: Outcome, figures: Path, junit: Path) -> None:
             outcome.verdict, outcome.reason = "NOT RUN", "every test was skipped"
 
 
+def groups(sections: Sequence[Section]) -> list[list[Section]]:
+    """The sections that run at the same time, in order."""
+    found: list[list[Section]] = []
+    for section in sections:
+        if section.beside and found and found[-1][0].name == section.beside:
+            found[-1].append(section)
+        else:
+            found.append([section])
+    return found
+
+
 def run_sections(sections: Sequence[Section], report: Report, environment: dict[str, str], budget_seconds: float) -> int:
     """Runs them in order within the budget, writing the report after each; returns the exit code."""
     end = time.monotonic() + budget_seconds
     lacking = {section.name: missing(section, environment) for section in sections}
+    report.write()
     for name, lack in lacking.items():
         if lack is not None:
             print(f"gpu_check: {name} will not run: {lack}", flush=True)
-    for section in sections:
-        outcome, left = report.outcomes[section.name], end - time.monotonic()
-        lack = lacking[section.name]
-        if lack is not None:
-            outcome.reason = lack
-        elif left < MIN_SECONDS:
-            outcome.reason = f"the budget of {budget_seconds:.0f} s was spent"
-        else:
-            print(f"== {section.name}: {section.proves}", flush=True)
-            try:
-                run_section(section, outcome, report.details, environment, min(section.seconds, left))
-            finally:
-                report.write()  # its log too, where this program is asked to end
-        print(f"{outcome.verdict} {section.name} [{outcome.seconds:.0f} s] {outcome.reason}", flush=True)
-        report.about["seconds"] = round(budget_seconds - (end - time.monotonic()))
-        report.write()
-    return int(any(outcome.verdict == "FAIL" for outcome in report.outcomes.values()))
+    for group in groups(sections):
+        running: dict[str, Running] = {}
+        for section in group:
+            outcome, left = report.outcomes[section.name], end - time.monotonic()
+            before = report.outcomes.get(section.after)
+            if (lack := lacking[section.name]) is not None:
+                outcome.reason = lack
+            elif before is not None and before.verdict == "FAIL":
+                outcome.reason = f"{section.after} failed"
+            elif left < MIN_SECONDS:
+                outcome.reason = f"the budget of {budget_seconds:.0f} s was spent"
+            else:
+                print(f"== {section.name}: {section.proves}", flush=True)
+                running[section.name] = Running(section, outcome, report.details, environment, min(section.seconds, left))
+                continue
+            print(f"NOT RUN {section.name} {outcome.reason}", flush=True)
+        try:
+            while running:
+                for name in [name for name, one in running.items() if one.finished()]:
+                    running.pop(name).end()
+                    outcome = report.outcomes[name]
+                    print(f"{outcome.verdict} {name} [{outcome.seconds:.0f} s] {outcome.reason}", flush=True)
+                    report.write()
+                time.sleep(POLL_SECONDS)
+        finally:
+            for one in running.values():  # where this program is asked to end
+                one.kill()
+            report.about["seconds"] = round(budget_seconds - (end - time.monotonic()))
+            report.write()  # their logs too
+    return int(any(report.outcomes[section.name].verdict == "FAIL" for section in sections))
 
 
 def section_environment(site: Path | None) -> dict[str, str]:
@@ -252,7 +308,6 @@ def section_environment(site: Path | None) -> dict[str, str]:
         "OMP_NUM_THREADS": "8",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron's tensor parallelism orders its kernels by it
         "CUDNN_HOME": str(cudnn),
         "NVTE_CUDA_INCLUDE_DIR": "/usr/local/cuda/include",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # both would compile at run time
@@ -262,15 +317,45 @@ def section_environment(site: Path | None) -> dict[str, str]:
 
 
 def unpack(stack: Path, site: Path) -> list[str]:
-    """Archives and wheels of a folder into one site folder; returns their names."""
-    archives, wheels = sorted(stack.glob("*.tar.xz")), sorted(stack.glob("*.whl"))
-    for archive in archives:
-        with tarfile.open(archive) as packed:
-            packed.extractall(site, filter="data")
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as packed_wheel:
-            packed_wheel.extractall(site)
-    return [path.name for path in (*archives, *wheels)]
+    """Archives and wheels of a folder into one site folder, all at once, but for those that are there from an earlier call;
+    returns their names."""
+    found = [*sorted(stack.glob("*.tar.xz")), *sorted(stack.glob("*.whl"))]
+    noted = site / ".unpacked.json"
+    there: dict[str, int] = json.loads(noted.read_text("utf-8")) if noted.exists() else {}
+    site.mkdir(parents=True, exist_ok=True)
+
+    def extract(path: Path) -> None:
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as wheel:
+                wheel.extractall(site)
+        elif shutil.which("tar") and shutil.which("xz"):  # several times as fast as the module
+            subprocess.run(["tar", "-xJf", str(path), "-C", str(site)], check=True)
+        else:
+            with tarfile.open(path) as archive:
+                archive.extractall(site, filter="data")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(extract, [path for path in found if there.get(path.name) != path.stat().st_size]))
+    noted.write_text(json.dumps(there | {path.name: path.stat().st_size for path in found}), encoding="utf-8")
+    return [path.name for path in found]
+
+
+def carried(stack: Path, checkout_mib: float) -> tuple[list[str], bool]:
+    """(what each call takes along of a folder, in lines; whether every one fits)."""
+    lines, fits = [], True
+    for number, call in CALLS.items():
+        sizes = {path.name: path.stat().st_size / 2**20 for pattern in call.carry for path in sorted(stack.rglob(pattern))}
+        total = sum(sizes.values()) + checkout_mib
+        fits = fits and total <= CARRIED_MIB and bool(sizes)
+        names = ", ".join(f"{name} ({size:.1f})" for name, size in sizes.items()) or f"nothing that is named {call.carry[0]}"
+        lines.append(f"call {number}, {call.seconds:.0f} s, {call.proves}: {names}; {total:.1f} of {CARRIED_MIB:.0f} MiB")
+    return lines, fits
+
+
+def checkout_mib() -> float:
+    """Of the files that travel with the repository."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\0")
+    return sum((ROOT / name).stat().st_size for name in listed if name and (ROOT / name).is_file()) / 2**20
 
 
 def gpus() -> list[str]:
@@ -296,40 +381,58 @@ def stop(number: int, _: FrameType | None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [section.name for section in SECTIONS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--budget-seconds", type=float, default=540.0, help="for everything, unpacking included")
-    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or ROOT / "runs" / "gpu_check"))
+    parser.add_argument("--call", type=int, choices=CALLS, help="the sections of one call (all)")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"these, once more: {', '.join(names)}")
+    parser.add_argument("--budget-seconds", type=float, help="for everything, unpacking included (the call's own)")
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or KEPT))
     parser.add_argument("--offline-stack", type=Path, metavar="FOLDER", help="archives and wheels to unpack; see above")
+    parser.add_argument("--fresh", action="store_true", help="forget what earlier calls found")
+    parser.add_argument("--carry", type=Path, metavar="FOLDER", help="print what each call takes along of it, and end")
     options = parser.parse_args()
+    for flag, folder in (("--offline-stack", options.offline_stack), ("--carry", options.carry)):
+        if folder is not None and not folder.is_dir():
+            print(f"gpu_check: {flag} must be a folder; found {folder}: name one", file=sys.stderr)
+            return 2
+    if options.carry is not None:
+        lines, fits = carried(options.carry, checkout_mib())
+        print("\n".join(lines))
+        return int(not fits)
     started, now = time.monotonic(), datetime.datetime.now(datetime.UTC)
     found = gpus()
     if not found:
         print("gpu_check: an NVIDIA GPU must be here; nvidia-smi found none: run it on a GPU machine", file=sys.stderr)
         return 2
-    if options.offline_stack is not None and not options.offline_stack.is_dir():
-        print(f"gpu_check: --offline-stack must be a folder; found {options.offline_stack}: name one", file=sys.stderr)
-        return 2
     signal.signal(signal.SIGTERM, stop)
     output: Path = options.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
+    site = None if options.offline_stack is None else KEPT / "site"
+    environment = section_environment(site)
+    if not torch_sees_one(environment):
+        print(f"gpu_check: torch must see the GPU; {sys.executable}'s sees none: name another in PYTHON", file=sys.stderr)
+        return 2
+    if options.fresh:
+        shutil.rmtree(KEPT, ignore_errors=True)
+    for folder in (output, KEPT / "details"):
+        folder.mkdir(parents=True, exist_ok=True)
+    calls = [options.call] if options.call else list(CALLS)
+    budget: float = options.budget_seconds or sum(CALLS[call].seconds for call in calls)
     about: dict[str, Any] = {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "GPUs": "; ".join(found)}
-    about |= {"Python": sys.version.split()[0], "budget, s": options.budget_seconds}
-    sections = [section for section in SECTIONS if section.name in options.only]
+    about |= {"Python": sys.version.split()[0], "budget, s": budget}
     published = ROOT / "docs" / "results" / f"gpu-{now:%Y-%m-%d}.md"
-    with tempfile.TemporaryDirectory(prefix="gpu_check_") as scratch:
-        site = None if options.offline_stack is None else Path(scratch) / "site"
-        details = Path(scratch) / "details"
-        details.mkdir()
-        environment = section_environment(site)
-        if not torch_sees_one(environment):
-            print(f"gpu_check: torch must see the GPU; {sys.executable}'s sees none: name another in PYTHON", file=sys.stderr)
-            return 2
-        targets = (output / "report.json", output / "report.md", output / "details.zip", published)
-        report = Report(sections, targets, about, details)
-        if site is not None:
-            about["offline stack"] = ", ".join(unpack(options.offline_stack, site))
-        left = options.budget_seconds - (time.monotonic() - started)
-        code = run_sections(sections, report, environment, left)
+    targets = {KEPT / "report.json", output / "report.json", output / "report.md", output / "details.zip", published}
+    report = Report(SECTIONS, sorted(targets), about, KEPT / "details")
+    report.go_on(KEPT / "report.json")
+    asked = options.only or [section.name for section in SECTIONS if section.call in calls]
+    sections = [
+        section
+        for section in SECTIONS
+        if section.name in asked and (options.only or report.outcomes[section.name].verdict != "PASS")
+    ]
+    if options.offline_stack is not None:
+        about["offline stack"] = ", ".join(unpack(options.offline_stack, KEPT / "site"))
+    code = run_sections(sections, report, environment, budget - (time.monotonic() - started))
+    calibration = KEPT / "calibration.json"
+    if calibration.exists() and calibration.parent != output:
+        shutil.copy(calibration, output)
     print(report.markdown())
     return code
 

@@ -219,14 +219,78 @@ def test_a_gpu_that_torch_does_not_see_is_not_enough(tmp_path):
     done = subprocess.run(command, cwd=gpu_check.ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "torch must see the GPU" in done.stderr
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
-def test_the_real_sections_name_files_that_are_there_and_fit_their_budget():
+def test_sections_run_beside_another_until_each_has_ended(tmp_path):
+    waits = "import pathlib, sys, time; end = time.monotonic() + 15\nwhile not pathlib.Path(sys.argv[1]).exists(): "
+    waits += "time.sleep(0.05); assert time.monotonic() < end"
+    makes = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"
+    flag = str(tmp_path / "flag")
+    sections = [
+        section("leader", waits, flag),
+        section("beside", makes, flag, beside="leader"),
+        section("late", "import time; time.sleep(60)", seconds=1.0, beside="leader"),
+        section("alone", "", beside="nobody"),
+    ]
+    code, found, _ = run(tmp_path, sections)
+    verdicts = {name: row["verdict"] for name, row in found.items()}
+    assert (code, verdicts) == (1, {"leader": "PASS", "beside": "PASS", "late": "FAIL", "alone": "PASS"})
+    assert [[s.name for s in group] for group in gpu_check.groups(sections)] == [["leader", "beside", "late"], ["alone"]]
+
+
+def test_what_stands_on_a_failure_is_not_tried(tmp_path):
+    sections = [section("probe", "raise SystemExit(1)"), section("colocated", "", after="probe"), section("other", "")]
+    _, found, _ = run(tmp_path, sections)
+    assert (found["colocated"]["verdict"], found["colocated"]["reason"]) == ("NOT RUN", "probe failed")
+    assert found["other"]["verdict"] == "PASS"
+    _, found, _ = run(tmp_path, [section("colocated", "", after="probe")])
+    assert found["colocated"]["verdict"] == "PASS", "what has not been tried is no failure"
+
+
+def test_a_second_call_goes_on_where_the_first_ended(tmp_path):
+    run(tmp_path, [section("first", WRITE.format(figures=[{"a": 1}]), "{json}"), section("broken", "raise SystemExit(3)")])
+    sections = [section("first", "raise SystemExit('never again')"), section("broken", ""), section("second", "")]
+    report = Report(sections, [tmp_path / "report.json"], {"date": "today"}, tmp_path)
+    report.go_on(tmp_path / "report.json")
+    assert [outcome.verdict for outcome in report.outcomes.values()] == ["PASS", "FAIL", "NOT RUN"]
+    assert run_sections([s for s in sections if report.outcomes[s.name].verdict != "PASS"], report, ENVIRONMENT, 60) == 0
+    assert [outcome.verdict for outcome in report.outcomes.values()] == ["PASS", "PASS", "PASS"]
+    assert report.outcomes["first"].figures == [{"a": 1}]
+
+
+def test_an_archive_is_unpacked_once(tmp_path):
+    (tmp_path / "stack").mkdir()
+    (tmp_path / "module.py").write_text("value = 1\n")
+    archive = tmp_path / "stack" / "site_stack.tar.xz"
+    with tarfile.open(archive, "w:xz") as packed:
+        packed.add(tmp_path / "module.py", "module.py")
+    site = tmp_path / "site"
+    gpu_check.unpack(tmp_path / "stack", site)
+    (site / "module.py").write_text("value = 2\n")
+    gpu_check.unpack(tmp_path / "stack", site)
+    assert (site / "module.py").read_text() == "value = 2\n"
+
+
+def test_what_each_call_takes_along_is_told(tmp_path):
+    for name, size in (("a_stack_x.tar.xz", 40), ("ray.tar.xz", 30), ("math.whl", 1)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size << 20)
+    lines, fits = gpu_check.carried(tmp_path, 5.0)
+    assert fits and [line[:7] for line in lines] == ["call 1,", "call 2,", "call 3,"]
+    assert lines[0].endswith("a_stack_x.tar.xz (40.0); 45.0 of 64 MiB")
+    assert lines[1].endswith("ray.tar.xz (30.0), math.whl (1.0); 36.0 of 64 MiB")
+    assert not gpu_check.carried(tmp_path, 25.0)[1]
+
+
+def test_the_real_sections_name_files_that_are_there_and_fit_their_calls():
     modules = [part for s in gpu_check.SECTIONS for part in s.command if part.startswith("tools.")]
     tools = [f"{module.replace('.', '/')}.py" for module in modules] + ["tools/quickstart.py", "setup.py"]
-    assert len(modules) == 5 and all((gpu_check.ROOT / tool).exists() for tool in tools), tools
-    assert len({s.name for s in gpu_check.SECTIONS}) == len(gpu_check.SECTIONS)
+    assert len(set(modules)) == 9 and all((gpu_check.ROOT / tool).exists() for tool in tools), tools
+    names = [s.name for s in gpu_check.SECTIONS]
+    assert len(set(names)) == len(names)
     asked = {module for s in gpu_check.SECTIONS for module in s.modules}
     assert [module for module in asked if "==" not in gpu_check.requirement(module)] == []
-    assert sum(s.seconds for s in gpu_check.SECTIONS[:5]) < 540, "the cheap sections alone must fit"
+    assert {name for s in gpu_check.SECTIONS for name in (s.beside, s.after) if name} <= set(names)
+    assert [s.call for s in gpu_check.SECTIONS] == sorted(s.call for s in gpu_check.SECTIONS)
+    assert sum(gpu_check.CALLS[call].seconds for call in (1, 2)) <= 15 * 60 - 120, "two calls and the start of a machine"

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tools import bench_ceilings, bench_layers, fp8_curve
+from engine.forecast.calibration import read_calibration
+from tools import bench_ceilings, bench_layers, fp8_curve, gpu_calibration
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="twins on a CPU; tools/gpu_check is for GPUs")
@@ -52,6 +53,70 @@ def test_an_8b_layer_has_the_parameters_and_operations_it_should():
     assert layer == 218_103_808
     attention = 3 * (2 * 2 * 4096 * 2048) / 2  # a token's: two products, forward and twice backward, the causal half
     assert bench_layers.flops(shape, 1, 2048) == 6 * (layer + 1024 * 4096) + attention
+
+
+def test_a_process_maps_anothers_memory_and_the_probe_says_what_a_spinning_one_leaves(tmp_path):
+    memory, spinning = figures(tmp_path, "gpu_probe", "--seconds", "0.2", "--size", "128")
+    assert memory == {"probe": "another process maps this one's memory", "bytes": 128 * 128, "equal": True}
+    assert 0 < spinning["share"] == pytest.approx(spinning["TFLOP/s"] / spinning["TFLOP/s alone"])
+
+
+def test_whole_steps_of_the_trainer_and_their_calibration(tmp_path):
+    arguments = ("--tiny", "--rows", "1", "2", "--repeats", "1", "--only", "te", "local", "local, fused lm head")
+    first, *rows = figures(tmp_path, "bench_steps_gpu", *arguments)
+    assert first == {"variant": "te", "not run": "transformer_engine is not installed"}
+    assert [(row["variant"], row["rows"]) for row in rows] == [
+        ("local", 1),
+        ("local", 2),
+        ("local, fused lm head", 1),
+        ("local, fused lm head", 2),
+    ]
+    assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-6)
+    assert rows[1]["grad_norm"] == pytest.approx(rows[3]["grad_norm"], rel=1e-4)
+    assert rows[1]["tokens"] == 480 and rows[1]["TFLOP/s"] * 1e12 == pytest.approx(
+        rows[1]["flops"] * 4 / 3 / (rows[1]["score_seconds"] + rows[1]["train_seconds"])
+    )
+
+
+def test_generation_has_what_the_planner_wants(tmp_path):
+    start, equal, *decoded = figures(tmp_path, "bench_generation", "--tiny", "--at", "2", "4", "--tokens", "8")
+    assert start["seconds"] > 0 and equal == {"what": "equal seeds", "requests": 4, "equal_tokens": True}
+    assert [(row["at_once"], row["iterations"], row["prompts"]) for row in decoded] == [(2, 8, 24), (4, 8, 48)]
+    assert decoded[1]["context"] == 4 * (12 * 8 + 8 * 7 // 2)
+
+
+def test_figures_of_the_sections_become_constants(tmp_path):
+    """Figures as an H200 might have them, by arithmetic: an iteration of 20 ms at 64 and 26 ms at 256 requests."""
+    decoded = [
+        {"what": "decode", "seconds": 2.0, "iterations": 100, "tokens": 6400, "context": 0, "prompts": 0},
+        {"what": "decode", "seconds": 2.6, "iterations": 100, "tokens": 25600, "context": 0, "prompts": 0},
+    ]
+    turns = [{"what": "turn", "sleep_seconds": 9.0, "wake_weights_seconds": 9.0, "wake_kv_cache_seconds": 9.0}]
+    turns += [{"what": "turn", "sleep_seconds": 0.5, "wake_weights_seconds": 0.2, "wake_kv_cache_seconds": 0.1}]
+    steps = [
+        {"variant": "te", "tokens": 8192 * rows, "train_seconds": 0.1 + rows * 0.5, "flops": rows * 2e14} for rows in (1, 4)
+    ]
+    sections = {
+        "ceilings": [
+            {"ceiling": "copy", "of": "1 GiB", "TB/s": 4.2},
+            {"ceiling": "bf16 product", "of": "8192^3", "TFLOP/s": 800.0},
+        ],
+        "generation": [*decoded, *turns],
+        "steps": [{"variant": "te, fp8 current", "refused": "no"}, *steps],
+        "sync": [{"sync ms": 30.0, "copy ms": 10.0}],
+    }
+    found = {name: one.value for name, one in gpu_calibration.constants_of(sections).items()}
+    assert found["memory_gigabytes_per_second"] == 4200 and found["sleep_seconds"] == pytest.approx(0.8)
+    assert found["sync_seconds"] == pytest.approx(0.02)
+    # 16 GB of weights are read in 5.1 ms; 256 requests are bound by the products, 12.0 ms, 64 by the reading
+    assert 0.01 < found["iteration_seconds"] < 0.0149 and 0 <= found["request_iteration_seconds"] < 3e-5
+    assert found["train_peak_share"] == pytest.approx(2e14 / 0.5 / 800e12)
+    assert (found["step_seconds"], found["layer_row_seconds"]) == (pytest.approx(0.1), 0.0)
+    report = {"about": {"GPUs": "a card"}, "sections": [{"name": name, "figures": rows} for name, rows in sections.items()]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    figures(tmp_path, "gpu_calibration", str(tmp_path / "report.json"), "--output", str(tmp_path / "calibration.json"))
+    read = read_calibration(tmp_path / "calibration.json")
+    assert read.machine == "a card" and {name: one.value for name, one in read.constants.items()} == found
 
 
 def test_a_candidate_is_judged_beside_chance():
