@@ -96,7 +96,7 @@ def test_figures_of_the_sections_become_constants(tmp_path):
     steps = [
         {"variant": "te", "tokens": 8192 * rows, "train_seconds": 0.1 + rows * 0.5, "flops": rows * 2e14} for rows in (1, 4)
     ]
-    sections = {
+    sections: dict[str, list[dict[str, Any]]] = {
         "ceilings": [
             {"ceiling": "copy", "of": "1 GiB", "TB/s": 4.2},
             {"ceiling": "bf16 product", "of": "8192^3", "TFLOP/s": 800.0},
