@@ -13,6 +13,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 from engine.config.options import Trainer
+from engine.core.arrays import TokenIds
 from engine.core.errors import ConfigError
 from engine.core.types import Sequence
 
@@ -81,10 +82,44 @@ class Costs:
 
 def outlines_of(sequences: Many[Sequence]) -> list[Outline]:
     """The outlines of sequences in hand."""
-    prompts: dict[tuple[int, ...], int] = {}
+    prompts: dict[TokenIds, int] = {}
     return [
         Outline(i, len(s.prompt_ids), len(s.completion_ids), s.group, prompts.setdefault(s.prompt_ids, len(prompts)))
         for i, s in enumerate(sequences)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one data-parallel rank is dealt of a step, with the counts of the whole step."""
+
+    step: int
+    rows: tuple[tuple[Outline, ...], ...]  # packed rows, equally many on every rank; some may be empty
+    split: frozenset[int]  # groups of this rank that are split over several rows
+    num_prompts: int  # all prompts of the step, skipped ones included
+    num_groups: int
+    num_target_tokens: int
+    num_sequence_tokens: int  # a prompt counted for each of its samples
+    num_saved_tokens: int  # of them, what rows do not hold since samples share prompts
+
+
+def deal_step(outlines: Many[Outline], *, step: int, num_prompts: int, trainer: Trainer, attention: float = 0.0) -> list[Share]:
+    """The share of every data-parallel rank, from what decides it alone. `attention`: see Costs. ConfigError when a sequence
+    exceeds trainer.microbatch_tokens."""
+    costs = Costs(trainer.shares_prompts, attention)
+    parts = split_over_ranks(outlines, trainer.data_parallel, costs)
+    rows = pack_rows(parts, trainer, costs)
+    num_tokens = sum(outline.num_tokens for outline in outlines)
+    counts = {
+        "num_prompts": num_prompts,
+        "num_groups": len({outline.group for outline in outlines} - {-1}),
+        "num_target_tokens": sum(outline.num_completion for outline in outlines),
+        "num_sequence_tokens": num_tokens,
+        "num_saved_tokens": num_tokens - sum(costs.num_tokens(row) for of_rank in rows for row in of_rank),
+    }
+    return [
+        Share(step, tuple(map(tuple, own)), frozenset(split_groups(part, trainer, costs)), **counts)
+        for part, own in zip(parts, rows, strict=True)
     ]
 
 

@@ -17,12 +17,13 @@ import psutil
 import pytest
 
 from engine.config.options import Rewards
-from engine.core.types import Prompt, Score
+from engine.core.types import Score
 from engine.rewards.base import Answer
 from engine.rewards.function import FunctionReward
 from engine.rewards.math.reward import MathReward
 from engine.rewards.pool import workers
 from engine.rewards.pool.workers import Request, WorkerReward
+from tests.rollouts import make_prompt
 
 RIGHT, LATE = Score(1.0, "ok"), Score(0.0, "timeout")
 
@@ -45,7 +46,7 @@ class Waiting(Computing):
 
 
 def answers(*texts: str) -> list[Answer]:
-    return [Answer(Prompt("id", (1,), "", "", "", ""), text) for text in texts]
+    return [Answer(make_prompt("id", (1,), "", "", "", ""), text) for text in texts]
 
 
 @contextmanager
