@@ -26,7 +26,7 @@ import torch
 
 from engine.algorithms.pairs import all_pairs
 from engine.config.options import Trainer
-from engine.core.arrays import NO_LOG_PROBS, NO_TOKENS, LogProbs, TokenIds
+from engine.core.arrays import NO_LOG_PROBS, NO_TOKENS
 from engine.core.types import IGNORED, Batch, Microbatch, Sequence
 from engine.megatron.dealing import Costs, Outline, Share, deal_step, outlines_of
 
@@ -67,14 +67,16 @@ def empty_microbatch(multiple: int) -> Microbatch:
 
 
 class _Segments:
-    """The segments of a row of so many tokens as they are written, one after another."""
+    """The segments of a row as they are put down, one after another: parts of its columns, which `np.concatenate` joins."""
 
-    def __init__(self, num_tokens: int) -> None:
-        self.token_ids = np.full(num_tokens, PADDING_TOKEN, np.int64)
-        self.targets = np.full(num_tokens, IGNORED, np.int64)
-        self.position_ids = np.zeros(num_tokens, np.int64)
-        self.rollout_log_probs = np.zeros(num_tokens, np.float32)
+    def __init__(self, most: int) -> None:
+        """`most`: tokens of the longest segment."""
+        self._ignored, self._zeros = np.full(most, IGNORED, np.int32), np.zeros(most, np.float32)
+        self.token_ids: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
+        self.rollout_log_probs: list[np.ndarray] = []
         self.bounds = [0]
+        self.starts: list[int] = []  # positions of the segments' first tokens
         self.parents: list[int] = []
         self.of: list[int | None] = []  # which of the row's sequences each is; None for what is no sequence
 
@@ -82,24 +84,31 @@ class _Segments:
         self,
         *token_ids: np.ndarray,
         of: int | None = None,
-        targets: TokenIds = NO_TOKENS,
-        log_probs: LogProbs = NO_LOG_PROBS,
+        targets: np.ndarray = NO_TOKENS.array,
+        log_probs: np.ndarray = NO_LOG_PROBS.array,
         first: int = 0,
         start: int = 0,
         parent: int = -1,
     ) -> None:
         """A segment whose tokens, which come in parts, stand at positions from `start` on, and predict `targets` from its
         `first` token on; rollout log-probs of the targets where there are any."""
-        begin = end = self.bounds[-1]
-        for part in token_ids:
-            self.token_ids[end : end + part.size] = part
-            end += part.size
-        self.position_ids[begin:end] = np.arange(start, start + end - begin)
-        self.targets[begin + first : begin + first + len(targets)] = targets.array
-        self.rollout_log_probs[begin + first : begin + first + len(log_probs)] = log_probs.array
-        self.bounds.append(end)
+        count = sum(part.size for part in token_ids)
+        self.token_ids += token_ids
+        self.targets += (self._ignored[:first], targets, self._ignored[: count - first - targets.size])
+        self.rollout_log_probs += (self._zeros[:first], log_probs, self._zeros[: count - first - log_probs.size])
+        self.bounds.append(self.bounds[-1] + count)
+        self.starts.append(start)
         self.parents.append(parent)
         self.of.append(of)
+
+    def column(self, parts: list[np.ndarray]) -> torch.Tensor:
+        """A column [T] int64 of its parts."""
+        return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
+
+    def position_ids(self) -> torch.Tensor:
+        """[T] int64, from its start on in every segment."""
+        bounds = np.array(self.bounds)
+        return torch.from_numpy(np.arange(bounds[-1]) + np.repeat(np.array(self.starts) - bounds[:-1], np.diff(bounds)))
 
 
 def _fill(
@@ -116,43 +125,42 @@ def _fill(
             parent = len(segments.parents)
             segments.add(prompt[:-1])
         for i in indices:
-            one = sequences[i]
-            completion = one.completion_ids.array
+            completion = sequences[i].completion_ids.array
             alone = len(indices) == 1  # and whole; the last token of its prompt predicts the first of its completion
             segments.add(
                 *((prompt, completion) if alone else (prompt[-1:], completion[:-1])),
                 of=i,
-                targets=one.completion_ids,
-                log_probs=one.rollout_log_probs,
+                targets=completion,
+                log_probs=sequences[i].rollout_log_probs.array,
                 first=prompt.size - 1 if alone else 0,
                 start=0 if alone else prompt.size - 1,
                 parent=parent,
             )
     assert segments.bounds[-1] == num_tokens, (segments.bounds, num_tokens)
     if padding:
-        segments.add(np.full(padding, PADDING_TOKEN))
+        segments.add(np.full(padding, PADDING_TOKEN, np.int32))
     groups = [-1 if i is None else sequences[i].group for i in segments.of]
     chosen = [i is not None and sequences[i].chosen for i in segments.of]
     names = sequences[0].values.keys() if sequences else ()
     assert all(sequence.values.keys() == names for sequence in sequences), "sequences of one step have the same values"
     pairs, pair_weights = all_pairs([-1 if group in split else group for group in groups], chosen)
-    targets = torch.from_numpy(segments.targets)
-    target_positions = (targets != IGNORED).nonzero().squeeze(1)
+    targets = segments.column(segments.targets)
+    target_positions = torch.from_numpy(np.flatnonzero(targets.numpy() != IGNORED))
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor([0.0 if i is None else values[i] for i in segments.of], dtype=torch.float32)
 
     return Microbatch(
-        token_ids=torch.from_numpy(segments.token_ids),
+        token_ids=segments.column(segments.token_ids),
         targets=targets,
         target_positions=target_positions if sequences else torch.zeros(1, dtype=torch.int64),
-        position_ids=torch.from_numpy(segments.position_ids),
+        position_ids=segments.position_ids(),
         cu_seqlens=torch.tensor(segments.bounds, dtype=torch.int32),
         parents=torch.tensor(segments.parents, dtype=torch.int64),
         advantages=column([sequence.advantage for sequence in sequences]),
         rewards=column([sequence.reward for sequence in sequences]),
         values={name: column([sequence.values[name] for sequence in sequences]) for name in names},
-        rollout_log_probs=torch.from_numpy(segments.rollout_log_probs),
+        rollout_log_probs=torch.from_numpy(np.concatenate(segments.rollout_log_probs)),
         pairs=pairs,
         pair_weights=pair_weights,
         groups=torch.tensor(groups, dtype=torch.int64),

@@ -1,26 +1,26 @@
 """Rank 0 has the step's sequences and deals them; each data-parallel rank is sent its own share and packs it. One scatter of
-safetensors bytes a step, nothing pickled; no rank learns where the sequences come from, nor what the others have.
+bytes a step, nothing pickled; no rank learns where the sequences come from, nor what the others have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from array import array
 from collections.abc import Sequence as Many
 from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.numpy import load, save
 
 from engine.config.options import Trainer
-from engine.core.arrays import LogProbs, TokenIds
+from engine.core.arrays import ITEM_BYTES, LogProbs, TokenIds
 from engine.core.types import Batch, Sequence
 from engine.megatron.dealing import Outline, Share, deal_step, outlines_of
 from engine.megatron.packing import fill_batch, make_batch
 from engine.megatron.parallel_state import ParallelState
 
-VALUE = "value."  # begins the name of a column of Sequence.values
 COUNTS = ("step", "num_prompts", "num_groups", "num_target_tokens", "num_sequence_tokens", "num_saved_tokens")
 
 
@@ -79,68 +79,82 @@ def _padded(payload: bytes, like: torch.Tensor) -> torch.Tensor:
 
 
 def encode(share: Share, sequences: Many[Sequence]) -> bytes:
-    """A share with its sequences as safetensors bytes, exactly, each prompt once; `sequences` are those of the step."""
+    """A share with its sequences as bytes, exactly, each prompt once; `sequences` are those of the step. `Coded` says what the
+    bytes are."""
     outlines = [one for row in share.rows for one in row]
     own = [sequences[one.place] for one in outlines]
     prompts = {one.prompt: sequence.prompt_ids for one, sequence in zip(outlines, own, strict=True)}
-    names = own[0].values.keys() if own else ()
-    assert all(sequence.values.keys() == names for sequence in own), "sequences of one step have the same values"
-    table = [
-        (one.place, one.prompt, len(sequence.completion_ids), len(sequence.rollout_log_probs), one.group, sequence.chosen)
-        for one, sequence in zip(outlines, own, strict=True)
-    ]
-
-    def column(values: list[float]) -> np.ndarray:
-        return np.array(values, np.float64)
-
-    return save(
-        {
-            "counts": np.array([getattr(share, name) for name in COUNTS], np.int64),
-            "rows": np.array([len(row) for row in share.rows], np.int64),
-            "split": np.array(sorted(share.split), np.int64),
-            "table": np.array(table, np.int64).reshape(-1, 6),
-            "prompts": np.array([(number, len(ids)) for number, ids in prompts.items()], np.int64).reshape(-1, 2),
-            "prompt_ids": TokenIds.joined(prompts.values()).array,
-            "completion_ids": TokenIds.joined(sequence.completion_ids for sequence in own).array,
-            "log_probs": LogProbs.joined(sequence.rollout_log_probs for sequence in own).array,
-            "advantages": column([sequence.advantage for sequence in own]),
-            "rewards": column([sequence.reward for sequence in own]),
-            **{VALUE + name: column([sequence.values[name] for sequence in own]) for name in names},
-        }
+    names = list(own[0].values) if own else []
+    assert all(sequence.values.keys() == set(names) for sequence in own), "sequences of one step have the same values"
+    told = json.dumps(names).encode()
+    whole = [len(share.rows), len(share.split), len(prompts), len(own), len(names), len(told)]
+    whole += [getattr(share, name) for name in COUNTS]
+    whole += [len(row) for row in share.rows]
+    whole += sorted(share.split)
+    for number, ids in prompts.items():
+        whole += number, len(ids)
+    for one, sequence in zip(outlines, own, strict=True):
+        lengths = len(sequence.completion_ids), len(sequence.rollout_log_probs)
+        whole += one.place, one.prompt, one.group, sequence.chosen, *lengths
+    marks = [mark for one in own for mark in (one.advantage, one.reward, *(one.values[name] for name in names))]
+    return b"".join(
+        [
+            array("q", whole).tobytes(),
+            array("d", marks).tobytes(),
+            told,
+            *(ids.data for ids in prompts.values()),
+            *(sequence.completion_ids.data for sequence in own),
+            *(sequence.rollout_log_probs.data for sequence in own),
+        ]
     )
 
 
 class Coded:
-    """A share and its sequences as `encode` wrote them."""
+    """A share and its sequences as `encode` wrote them, in the machines' byte order, one after another:
+
+    int64: the numbers of rows, split groups, prompts, sequences, values, and bytes of their names; the share's counts; of each
+    row its sequences; the split groups; of each prompt its number and length; of each sequence its place, prompt, group,
+    whether it is chosen, and the lengths of its completion and of its log-probs. float64: of each sequence advantage, reward
+    and values. The values' names as JSON. int32: the tokens of the prompts, then of the completions. float32: the log-probs.
+    """
 
     def __init__(self, payload: bytes) -> None:
-        tensors = load(payload)
-        table, lengths = tensors["table"].tolist(), tensors["prompts"].tolist()
-        texts = TokenIds.copied(tensors["prompt_ids"]).parted(length for _, length in lengths)
-        prompts = {number: ids for (number, _), ids in zip(lengths, texts, strict=True)}
-        completions = TokenIds.copied(tensors["completion_ids"]).parted(row[2] for row in table)
-        log_probs = LogProbs.copied(tensors["log_probs"]).parted(row[3] for row in table)
-        advantages, rewards = tensors["advantages"].tolist(), tensors["rewards"].tolist()
-        values = {name.removeprefix(VALUE): column.tolist() for name, column in tensors.items() if name.startswith(VALUE)}
+        self._payload, self._place = payload, 0
+        num_rows, num_split, num_prompts, num_sequences, num_values, num_bytes = self._numbers(np.int64, 6).tolist()
+        counts: dict[str, int] = dict(zip(COUNTS, self._numbers(np.int64, len(COUNTS)).tolist(), strict=True))
+        bounds = list(accumulate(self._numbers(np.int64, num_rows).tolist(), initial=0))
+        split = frozenset(self._numbers(np.int64, num_split).tolist())
+        known = self._numbers(np.int64, num_prompts, 2).tolist()
+        table = self._numbers(np.int64, num_sequences, 6).tolist()
+        marks = self._numbers(np.float64, num_sequences, 2 + num_values).tolist()
+        names = json.loads(self._bytes(num_bytes))
+        prompts = {number: TokenIds(self._bytes(length * ITEM_BYTES)) for number, length in known}
+        completions = [TokenIds(self._bytes(row[4] * ITEM_BYTES)) for row in table]
+        log_probs = [LogProbs(self._bytes(row[5] * ITEM_BYTES)) for row in table]
+        assert self._place == len(payload), (self._place, len(payload))
         outlines = []
         self.sequences: dict[int, Sequence] = {}  # by their place in the step
-        for i, (place, prompt, num_completion, _, group, chosen) in enumerate(table):
+        for i, (place, prompt, group, chosen, num_completion, _) in enumerate(table):
             outlines.append(Outline(place, len(prompts[prompt]), num_completion, group, prompt))
+            advantage, reward, *values = marks[i]
             self.sequences[place] = Sequence(
                 prompts[prompt],
                 completions[i],
                 log_probs[i],
-                advantage=advantages[i],
+                advantage=advantage,
                 group=group,
                 chosen=bool(chosen),
-                reward=rewards[i],
-                values={name: column[i] for name, column in values.items()},
+                reward=reward,
+                values=dict(zip(names, values, strict=True)),
             )
-        self.share = _share(tensors, outlines)
+        rows = tuple(tuple(outlines[start:end]) for start, end in pairwise(bounds))
+        self.share = Share(rows=rows, split=split, **counts)
 
+    def _bytes(self, count: int) -> bytes:
+        """The next ones."""
+        start, self._place = self._place, self._place + count
+        return self._payload[start : self._place]
 
-def _share(tensors: Mapping[str, np.ndarray], outlines: Many[Outline]) -> Share:
-    counts: dict[str, int] = dict(zip(COUNTS, tensors["counts"].tolist(), strict=True))
-    bounds = pairwise(accumulate(tensors["rows"].tolist(), initial=0))
-    rows = tuple(tuple(outlines[start:end]) for start, end in bounds)
-    return Share(rows=rows, split=frozenset(tensors["split"].tolist()), **counts)
+    def _numbers(self, kind: type[np.generic], *shape: int) -> np.ndarray:
+        """The next numbers, of 8 bytes each."""
+        return np.frombuffer(self._bytes(8 * math.prod(shape)), kind).reshape(shape)
