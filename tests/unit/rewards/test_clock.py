@@ -91,7 +91,7 @@ def test_verdicts_are_the_same_on_a_busy_machine() -> None:
 
 def test_an_answer_over_its_cpu_time_is_late_however_late_that_is_seen() -> None:
     """The worker sleeps (as on a busy machine) while its child uses up more than its time, and answers."""
-    with Computing(Rewards(deadline_seconds=0.5)) as reward:
+    with Computing(Rewards(workers=1, deadline_seconds=0.5)) as reward:
         reward.start()
         (worker,) = reward._workers
         process = psutil.Process(worker.process.pid)
@@ -115,7 +115,7 @@ def test_an_answer_over_its_cpu_time_is_late_however_late_that_is_seen() -> None
 
 def test_a_stopped_child_meets_the_wall_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MIN_WALL_SECONDS", 0.3)
-    with Computing(Rewards(deadline_seconds=0.01)) as reward:
+    with Computing(Rewards(workers=1, deadline_seconds=0.01)) as reward:
         reward.start()
         (child,) = psutil.Process(reward._workers[0].process.pid).children()
         child.suspend()

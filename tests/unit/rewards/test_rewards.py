@@ -114,6 +114,15 @@ def test_memory_is_bounded() -> None:
     assert bomb.value == 0.0 and honest == RIGHT  # the status depends on who notices: Math-Verify or we
 
 
+@pytest.mark.parametrize(("cores", "wanted"), [(1, 1), (7, 1), (16, 4), (192, 16)])
+def test_so_many_workers_as_fit_the_machine_where_none_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, cores: int, wanted: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert workers.num_workers(Rewards()) == wanted
+    assert workers.num_workers(Rewards(workers=3)) == 3
+
+
 def test_two_workers_keep_the_order() -> None:
     slow = BOX % "9!!!!!"
     items = [Answer(prompt(str(i % 3)), slow if i == 4 else BOX % i) for i in range(30)]
@@ -285,7 +294,7 @@ def test_whatever_a_users_function_does_is_a_status_and_the_next_answer_is_judge
         **{"hang": Score(0.0, "timeout"), "kill": Score(0.0, "died"), "memory": Score(0.0, "died")},
         **{"true": Score(1.0, "ok"), "eat": Score(0.0, "ok"), "fine": fine},
     }
-    with FunctionReward(Rewards(function=f"{functions}:wild", deadline_seconds=1.0, memory_mebibytes=1024)) as user:
+    with FunctionReward(Rewards(function=f"{functions}:wild", workers=1, deadline_seconds=1.0, memory_mebibytes=1024)) as user:
         (worker,) = user._workers
         for text, score in expected.items():
             assert user.score([Answer(prompt("7"), text), Answer(prompt("7"), "fine")]) == [score, fine], text
