@@ -4,7 +4,6 @@ tokens in whole units, and beside rows that are as few and as full as first fit 
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,10 +85,9 @@ def by_tokens(outlines: Sequence[Outline], trainer: Trainer) -> Dealt:
     return [rows + [[] for _ in range(most - len(rows))] for rows in dealt]
 
 
-def imbalance(dealt: Dealt, costs: Costs) -> float:
-    """The work of the fullest rank over the mean."""
-    work = [sum(map(costs.work, rows)) for rows in dealt]
-    return max(work) / fmean(work)
+def works(dealt: Dealt, costs: Costs) -> list[float]:
+    """The work of every rank."""
+    return [sum(map(costs.work, rows)) for rows in dealt]
 
 
 def over_ideal(dealt: Dealt, costs: Costs, num_stages: int) -> float:
@@ -105,24 +103,17 @@ def over_ideal(dealt: Dealt, costs: Costs, num_stages: int) -> float:
     return max(map(seconds, work)) / (3.0 * fmean(map(sum, work)) / num_stages)
 
 
-def both(case: Case, lengths: LogNormal, num_draws: int) -> list[tuple[float, float]]:
-    """Of each draw (by tokens, as dealt now): imbalance, or with a pipeline the step over the ideal one."""
+def dealt_twice(case: Case, lengths: LogNormal, number: int) -> tuple[tuple[Dealt, Costs], tuple[Dealt, Costs]]:
+    """A draw as the peer deals it and as it is dealt now."""
     trainer = Trainer(
         data_parallel=case.data_parallel,
         pipeline_parallel=case.pipeline_parallel,
         microbatch_tokens=ROW_TOKENS[lengths],
     )
-    found = []
-    for number in range(num_draws):
-        outlines = drawn(case, lengths, random.Random(number))
-        shares = deal_step(outlines, step=0, num_prompts=0, trainer=trainer, attention=ATTENTION)
-        now = [list(map(list, share.rows)) for share in shares]
-        pair = []
-        for dealt, costs in ((by_tokens(outlines, trainer), Costs(False, ATTENTION)), (now, Costs(True, ATTENTION))):
-            stages = case.pipeline_parallel
-            pair.append(imbalance(dealt, costs) if stages == 1 else over_ideal(dealt, costs, stages))
-        found.append((pair[0], pair[1]))
-    return found
+    outlines = drawn(case, lengths, random.Random(number))
+    shares = deal_step(outlines, step=0, num_prompts=0, trainer=trainer, attention=ATTENTION)
+    now = [list(map(list, share.rows)) for share in shares]
+    return (by_tokens(outlines, trainer), Costs(False, ATTENTION)), (now, Costs(True, ATTENTION))
 
 
 def bound(case: Case, lengths: LogNormal, num_draws: int) -> float:
@@ -138,25 +129,29 @@ def bound(case: Case, lengths: LogNormal, num_draws: int) -> float:
 
 def balance(num_draws: int) -> dict[str, list[dict[str, Any]]]:
     """Prints and returns both tables, means over the draws."""
-    print("work of the fullest data-parallel rank over the mean; by tokens in whole units, as it is dealt, and the bound")
-    print("loss       sequences  ranks |  700 tokens: by tokens    now  bound |  4,000 tokens: by tokens    now  bound")
-    tables: dict[str, list[dict[str, Any]]] = {"balance": [], "pipeline": []}
+    draws, tables = range(num_draws), dict[str, list[dict[str, Any]]](balance=[], pipeline=[])
+    print(
+        "work of the fullest data-parallel rank over the mean: by tokens in whole units without shared prompts, as it is dealt,"
+    )
+    print("what whole groups and sequences allow; and the fullest rank's work as it is dealt over the peer's")
+    names = "".join(f" | {lengths.mean:>6.0f} tokens: peer    now  bound   work" for lengths in (SHORT, LONG))
+    print(f"loss       sequences  ranks{names}")
     for case in BALANCE:
         row: dict[str, Any] = {"loss": case.loss, "sequences": case.num_sequences, "ranks": case.data_parallel}
         text = f"{case.loss:10s} {case.num_sequences:9d} {case.data_parallel:6d}"
         for lengths in (SHORT, LONG):
-            pairs = both(case, lengths, num_draws)
-            before, now, least = fmean(a for a, _ in pairs), fmean(b for _, b in pairs), bound(case, lengths, num_draws)
-            row[f"{lengths.mean:.0f}"] = {"by_tokens": before, "now": now, "bound": least}
-            text += f" | {before:23.3f} {now:6.3f} {least:6.3f}"
+            pairs = [[works(*dealt) for dealt in dealt_twice(case, lengths, number)] for number in draws]
+            before, now = (fmean(max(pair[side]) / fmean(pair[side]) for pair in pairs) for side in (0, 1))
+            least, less = bound(case, lengths, num_draws), fmean(max(pair[1]) / max(pair[0]) for pair in pairs)
+            row[f"{lengths.mean:.0f}"] = {"by_tokens": before, "now": now, "bound": least, "fullest_over_fullest": less}
+            text += f" | {before:19.3f} {now:6.3f} {least:6.3f} {less:6.3f}"
         tables["balance"].append(row)
         print(text)
-    print("\na pipeline's step over one in which nobody waits; rows as few as first fit makes, and as they are made")
+    print("\na pipeline's step over one in which nobody waits: rows as few as first fit makes, and as they are made")
     for case, lengths in PIPELINES:
-        pairs = both(case, lengths, num_draws)
-        before, now = fmean(a for a, _ in pairs), fmean(b for _, b in pairs)
+        twice = [dealt_twice(case, lengths, number) for number in draws]
+        before, now = (fmean(over_ideal(*both[side], case.pipeline_parallel) for both in twice) for side in (0, 1))
         name = f"{case.loss} {case.num_sequences} sequences of {lengths.mean:.0f}, {case.data_parallel} ranks"
         print(f"{name}, {case.pipeline_parallel} stages: {before:.2f} {now:.2f}")
         tables["pipeline"].append({"case": name, "stages": case.pipeline_parallel, "by_tokens": before, "now": now})
-    assert all(math.isfinite(row["now"]) for row in tables["pipeline"])
     return tables

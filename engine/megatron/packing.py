@@ -70,13 +70,13 @@ class _Segments:
     """The segments of a row as they are put down, one after another: parts of its columns, which `np.concatenate` joins."""
 
     def __init__(self, most: int) -> None:
-        """`most`: tokens of the longest segment."""
-        self._ignored, self._zeros = np.full(most, IGNORED, np.int32), np.zeros(most, np.float32)
+        """`most`: tokens of the row, which no position of it exceeds."""
+        self._ignored, self._zeros, self._rising = np.full(most, IGNORED), np.zeros(most, np.float32), np.arange(most)
         self.token_ids: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
         self.rollout_log_probs: list[np.ndarray] = []
+        self.position_ids: list[np.ndarray] = []
         self.bounds = [0]
-        self.starts: list[int] = []  # positions of the segments' first tokens
         self.parents: list[int] = []
         self.of: list[int | None] = []  # which of the row's sequences each is; None for what is no sequence
 
@@ -96,19 +96,15 @@ class _Segments:
         self.token_ids += token_ids
         self.targets += (self._ignored[:first], targets, self._ignored[: count - first - targets.size])
         self.rollout_log_probs += (self._zeros[:first], log_probs, self._zeros[: count - first - log_probs.size])
+        self.position_ids.append(self._rising[start : start + count])
         self.bounds.append(self.bounds[-1] + count)
-        self.starts.append(start)
         self.parents.append(parent)
         self.of.append(of)
 
-    def column(self, parts: list[np.ndarray]) -> torch.Tensor:
+    @staticmethod
+    def column(parts: list[np.ndarray]) -> torch.Tensor:
         """A column [T] int64 of its parts."""
         return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
-
-    def position_ids(self) -> torch.Tensor:
-        """[T] int64, from its start on in every segment."""
-        bounds = np.array(self.bounds)
-        return torch.from_numpy(np.arange(bounds[-1]) + np.repeat(np.array(self.starts) - bounds[:-1], np.diff(bounds)))
 
 
 def _fill(
@@ -154,7 +150,7 @@ def _fill(
         token_ids=segments.column(segments.token_ids),
         targets=targets,
         target_positions=target_positions if sequences else torch.zeros(1, dtype=torch.int64),
-        position_ids=segments.position_ids(),
+        position_ids=segments.column(segments.position_ids),
         cu_seqlens=torch.tensor(segments.bounds, dtype=torch.int32),
         parents=torch.tensor(segments.parents, dtype=torch.int64),
         advantages=column([sequence.advantage for sequence in sequences]),
