@@ -169,7 +169,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own(folder: Path, name: str, **options: Any) -> FunctionReward:
-    return FunctionReward(Rewards(**{"workers": 1, "deadline_seconds": 30.0} | options), f"{folder}/mine.py:{name}", "data.reward")
+    tables = {"workers": 1, "deadline_seconds": 30.0} | options
+    return FunctionReward(Rewards(**tables), f"{folder}/mine.py:{name}", "data.reward")
 
 
 def prompt(name: str = "id", row: Any = None, reward: str = "math") -> Prompt:
