@@ -96,6 +96,7 @@ def rank_process(end: Connection, rank: int, ranks: int, folder: Path, repeats: 
 
     from engine.algorithms.nll import NllLoss
     from engine.config.load import RunConfig
+    from engine.core.arrays import TokenIds
     from engine.core.types import Sequence
     from engine.megatron.packing import make_batch
     from engine.megatron.parallel_state import open_parallel_state
@@ -117,7 +118,7 @@ def rank_process(end: Connection, rank: int, ranks: int, folder: Path, repeats: 
     parallel = open_parallel_state(config.trainer, rank=rank, world_size=ranks, store=store, timeout=TIMEOUT)
     axes = trainer_layout(config.trainer)
     policy = Policy(config, parallel, NllLoss(), config.model.path, read_shape(config.model.path), axes)
-    made = [Sequence((3,), tuple(range(4, 4 + LENGTH - 1)), (), 0.0, -1, False) for _ in range(ranks)]
+    made = [Sequence(TokenIds.of([3]), TokenIds.of(range(4, 4 + LENGTH - 1))) for _ in range(ranks)]
     policy.train_step(make_batch(made, step=0, num_prompts=ranks, trainer=config.trainer, dp_rank=parallel.dp_rank))
     found: dict[str, list[tuple[float, float, int]]] = {"as before": [], "now": []}
     for _ in range(repeats):

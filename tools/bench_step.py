@@ -67,21 +67,21 @@ def write_model(folder: Path, sizes: dict[str, int]) -> None:
 def sequences(case: Case, step: int) -> list[Any]:
     """The step's rollouts: prompts and completions of random tokens, log-probs of -0.3, an advantage of either sign; of DPO a
     pair a prompt."""
+    from engine.core.arrays import LogProbs, TokenIds
     from engine.core.types import Sequence
 
     draw, made, pairs = random.Random(step), [], case.options["algorithm.loss"] == "dpo"
 
-    def tokens(mean: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(3, case.model["vocab_size"]) for _ in range(max(4, round(draw.gauss(mean, 4)))))
+    def tokens(mean: int) -> TokenIds:
+        return TokenIds.of(draw.randrange(3, case.model["vocab_size"]) for _ in range(max(4, round(draw.gauss(mean, 4)))))
 
     for group in range(case.prompts):
         prompt = tokens(case.prompt)
         for sample in range(case.samples):
             completion = tokens(case.completion)
             credit = 0.5 if sample % 2 else -0.5
-            made.append(
-                Sequence(prompt, completion, (-0.3,) * len(completion), credit, group if pairs else -1, bool(sample % 2))
-            )
+            log_probs = LogProbs.of([-0.3] * len(completion))
+            made.append(Sequence(prompt, completion, log_probs, credit, group if pairs else -1, bool(sample % 2)))
     return made
 
 

@@ -33,6 +33,7 @@ if "--stand-in" in sys.argv:
 from engine.algorithms.nll import NllLoss
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
+from engine.core.arrays import TokenIds
 from engine.core.types import Batch, Sequence
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
@@ -83,7 +84,7 @@ def draw_batch(step: int, num_sequences: int, trainer: Trainer) -> Batch:
         tokens = [draw.randrange(VOCABULARY)]
         while len(tokens) < LENGTH:
             tokens.append(draw.randrange(VOCABULARY) if draw.random() < 0.2 else (tokens[-1] * 5 + 17) % VOCABULARY)
-        made.append(Sequence(tuple(tokens[:1]), tuple(tokens[1:]), (), 0.0, -1, False))
+        made.append(Sequence(TokenIds.of(tokens[:1]), TokenIds.of(tokens[1:])))
     return make_batch(made, step=step, num_prompts=num_sequences, trainer=trainer, dp_rank=0)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from engine.benchmarks.questions import Question
 from engine.config.load import RunConfig
+from engine.core.arrays import TokenIds
 from engine.core.errors import DataError
 from engine.core.types import Completion, Prompt
 from engine.data.templates import encode_prompt, policy_tokenizer
@@ -25,7 +26,7 @@ def prompts_of(config: RunConfig, questions: Sequence[Question]) -> list[Prompt]
                 f"question {question.id} must fit data.max_prompt_tokens = {limit}; found {len(token_ids)} tokens: raise it, "
                 f"and inference.max_model_tokens with it"
             )
-        prompts.append(Prompt(question.id, token_ids, question.instruction, "", "", question.dataset))
+        prompts.append(Prompt(question.id, TokenIds.of(token_ids), question.instruction, "", "", question.dataset))
     return prompts
 
 

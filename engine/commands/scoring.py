@@ -18,6 +18,7 @@ from engine.commands.common import write_figures
 from engine.config.load import RunConfig, validated
 from engine.config.options import RewardModel, Rewards
 from engine.config.rewards import REWARDS
+from engine.core.arrays import NO_TOKENS
 from engine.core.errors import ConfigError, DataError, combined
 from engine.core.files import atomic_write
 
@@ -217,7 +218,7 @@ def answers_of(config: RunConfig, records: list[dict[str, Any]], rows: list[dict
     for record, row in zip(records, rows, strict=True):
         group = first.setdefault((row["problem"], row["answer"]), row["row"])
         texts = row["problem"], row["answer"], "", ""
-        prompt = Prompt(str(group), (), *texts, config.data.judge, row=row["columns"])
+        prompt = Prompt(str(group), NO_TOKENS, *texts, config.data.judge, row=row["columns"])
         answers.append(Answer(prompt, row["completion"], record.get("num_tokens"), record.get("finish_reason"), group))
     return answers
 

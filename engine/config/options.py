@@ -561,7 +561,9 @@ class Rewards(Section):
         None, description="of the named parts that a function returns, as {format = 0.2}; unset: 1 each"
     )
     environment: tuple[str, ...] = Field((), strict=False, description="variables that functions may see, such as an API key")
-    workers: Annotated[Positive, Unit("processes")] = Field(1, description="that judge answers beside each other")
+    workers: Annotated[Positive, Unit("processes")] | None = Field(
+        None, description="that judge answers beside each other; unset: one for every four cores, 16 at most"
+    )
     concurrency: Annotated[Positive, Unit("answers")] = Field(
         1, description="judged at once in each worker: awaited, or in as many processes"
     )

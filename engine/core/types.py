@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from engine.core.arrays import NO_LOG_PROBS, LogProbs, TokenIds
+
 if TYPE_CHECKING:  # what only names rewards or prompts starts without it
     import torch
 
@@ -30,7 +32,7 @@ class Prompt:
     """One problem, tokenized once."""
 
     id: str  # stable across runs: a digest of the problem's text, or the row's own id
-    token_ids: tuple[int, ...]  # the chat template applied, generation prompt included
+    token_ids: TokenIds  # the chat template applied, generation prompt included
     problem: str  # the problem as the file gives it
     answer: str  # gold answer
     solution: str  # worked solution; empty where the file has none
@@ -58,8 +60,8 @@ class Completion:
     sample_index: int  # 0 .. N-1; N .. 2N-1 where the prompt comes twice in a step
     seed: int  # the sampling seed, a pure function of (run seed, step, prompt id, sample index)
     version: int  # optimizer steps in the weights that sampled it
-    token_ids: tuple[int, ...]  # EOS included when it was sampled
-    log_probs: tuple[float, ...]  # of each sampled token, natural log, of softmax(logits / temperature)
+    token_ids: TokenIds  # EOS included when it was sampled
+    log_probs: LogProbs  # of each sampled token, natural log, of softmax(logits / temperature)
     text: str
     finish_reason: Literal["stop", "length"]
     temperature: float = 1.0  # of the log-probs: what was sampled at, or 1 where the loss asks for the model's own distribution
@@ -112,9 +114,9 @@ class RolloutGroup:
 class Sequence:
     """One training sequence: prompt and completion, with what its loss needs."""
 
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-    rollout_log_probs: tuple[float, ...]  # one a completion token; empty for supervised data
+    prompt_ids: TokenIds
+    completion_ids: TokenIds
+    rollout_log_probs: LogProbs = NO_LOG_PROBS  # one a completion token; none for supervised data
     advantage: float = 0.0
     group: int = -1  # whom it is compared with: every chosen with every rejected of the same number; -1: nobody
     chosen: bool = False  # in its group

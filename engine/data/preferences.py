@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from engine.core.arrays import TokenIds
 from engine.core.errors import DataError, brief
 from engine.core.types import Message
 from engine.data.ends import written_end
@@ -31,9 +32,9 @@ FIELDS = heads(*PROMPTS, "chosen", "rejected", "id")
 class PreferencePair:
     """A prompt's tokens with those of two responses, each with the end token."""
 
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    rejected_ids: TokenIds
 
 
 class PairTexts(NamedTuple):
@@ -126,7 +127,8 @@ def _encoded(
         raise DataError(f"{where}: {error}") from error
     if isinstance(prompt_ids, LeftOut):
         return prompt_ids
-    pair = PreferencePair(prompt_ids, *(completion_tokens(tokenizer, response) for response in responses))
+    answers = (TokenIds.of(completion_tokens(tokenizer, response)) for response in responses)
+    pair = PreferencePair(TokenIds.of(prompt_ids), *answers)
     return pair if max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_tokens else LeftOut("too_long")
 
 

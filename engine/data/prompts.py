@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.core.arrays import TokenIds
 from engine.core.errors import DataError
 from engine.core.seeds import counted_seed
 from engine.core.types import Prompt
@@ -92,7 +93,7 @@ class PromptSet:
                 left_out.append(token_ids)
                 continue
             texts = row.problem, row.answer, row.solution, row.source
-            prompts.append(Prompt(prompt_id, token_ids, *texts, reward, verifiable, row.columns, row.messages))
+            prompts.append(Prompt(prompt_id, TokenIds.of(token_ids), *texts, reward, verifiable, row.columns, row.messages))
         long = [found for found in left_out if found.why == "too_long"]
         num_special = len(left_out) - len(long)
         if not prompts:

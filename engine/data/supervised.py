@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from engine.core.arrays import TokenIds
 from engine.core.errors import ConfigError, DataError
 from engine.core.types import Prompt, Sequence
 from engine.data.ends import response_end, written_end
@@ -20,7 +21,7 @@ def supervised_sequence(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> S
     """
     if not prompt.solution:
         raise DataError(f"prompt {prompt.id}: `solution` must not be empty for supervised training; found none: add it")
-    return Sequence(prompt.token_ids, completion_tokens(tokenizer, prompt.solution), rollout_log_probs=())
+    return Sequence(prompt.token_ids, TokenIds.of(completion_tokens(tokenizer, prompt.solution)))
 
 
 def completion_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -86,7 +86,7 @@ class Constants(Section):
         0.04, "measured", "one core of a server", "rank 0 spends on a million sampled tokens: metrics; a thread writes records"
     )
     trained_megatoken_seconds: Cost = _constant(
-        0.45, "measured", "one core of a server", "of handing out and packing a million training tokens"
+        0.06, "measured", "one core of a server, docs/results.md", "of dealing, sending and packing a million training tokens"
     )
     verified_per_second: Annotated[PositiveFloat, Unit("answers/s")] = _constant(
         240.0, "measured", "one core of a server, docs/results.md", "that one worker of `rewards.workers` judges with 'math'"

@@ -8,6 +8,8 @@ from engine.models.headers import num_elements
 from engine.run.checkpoint import reference_place
 from engine.run.spec import Spec
 
+AHEAD_TOKEN_BYTES = 40  # JSON of a token's id and log-prob, and its text
+
 
 def num_checkpoints(spec: Spec) -> int:
     """How many checkpoints of a training run lie on the disk at its fullest moment."""
@@ -17,13 +19,24 @@ def num_checkpoints(spec: Spec) -> int:
 
 
 def checkpoint_bytes(spec: Spec) -> int:
-    """What one takes: the policy's weights, the optimizer's state of every rank, and a reference that nothing else holds."""
+    """What one takes: the policy's weights, the optimizer's state of every rank, a reference that nothing else holds, and
+    rollouts of later steps."""
     trainer, shape = spec.config.trainer, spec.shape
     ranks = trainer.tensor_parallel * (trainer.data_parallel if trainer.distributed_optimizer else 1)
     states = sum(TrainerState(spec, stage).saved_bytes * ranks for stage in range(spec.trainer.pp_size))
     own = "reference" in spec.copies and any(reference_place(spec.config, step) == "own" for step in spec.checkpoint_steps)
     weights = num_elements(shape) * item_bytes(spec.config.model.dtype) * (2 if own else 1)
-    return weights + states
+    return weights + states + ahead_bytes(spec)
+
+
+def ahead_bytes(spec: Spec) -> int:
+    """What the rollouts take at most that a checkpoint keeps for later steps (sync.lookahead): all of them as long as they may
+    be, as rows of JSON."""
+    config = spec.config
+    if spec.source != "rollouts":
+        return 0
+    steps = max((len(config.schedule.in_flight(step)) for step in spec.checkpoint_steps), default=0)
+    return steps * config.rollouts_per_step * config.sampling.max_tokens * AHEAD_TOKEN_BYTES
 
 
 def snapshot_bytes(spec: Spec) -> int:

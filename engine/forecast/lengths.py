@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import Any
 
 from engine.config.load import RunConfig
+from engine.core.arrays import NO_LOG_PROBS, NO_TOKENS
 from engine.core.errors import ConfigError
 from engine.core.jsonl import read_objects, row_of
 from engine.core.seeds import counted_seed
@@ -123,7 +124,7 @@ class StepWork:
     def requests(self) -> list[SampleRequest]:
         """As the pool is asked, for it to deal them."""
         return [
-            SampleRequest("", f"p{place}", index, 0, (), 1.0, 1.0, 1)
+            SampleRequest("", f"p{place}", index, 0, NO_TOKENS, 1.0, 1.0, 1)
             for place, lengths in enumerate(self.completions)
             for index in range(len(lengths))
         ]
@@ -166,7 +167,7 @@ def _group(place: int, step: int, num_prompt: int, lengths: Many[int], has_signa
     rollouts = []
     for index, (length, reward) in enumerate(zip(lengths, rewards, strict=True)):
         answer: Any = range(length)
-        completion = Completion(f"p{place}", index, 0, 0, answer, (), "", "stop")
+        completion = Completion(f"p{place}", index, 0, 0, answer, NO_LOG_PROBS, "", "stop")
         rollouts.append(Rollout(completion, Score(reward, "ok")))
     prompt = Prompt(f"p{place}", tokens, "", "", "", "")
     return RolloutGroup(prompt, step, tuple(rollouts))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.config.load import RunConfig, override
+from engine.core.arrays import TokenIds
 from engine.core.types import Sequence
 from engine.forecast.calibration import Calibration, Measured
 from engine.forecast.constants import Constants
@@ -214,7 +215,7 @@ def _decode(config: RunConfig) -> list[Decoded]:
                 f"p{i}",
                 0,
                 i,
-                tuple(draw.randrange(spec.shape.vocab_size) for _ in range(PROMPT)),
+                TokenIds.of(draw.randrange(spec.shape.vocab_size) for _ in range(PROMPT)),
                 1.0,
                 1.0,
                 most,
@@ -250,8 +251,8 @@ def _train(config: RunConfig) -> list[Trained]:
         if tokens > min(trainer.microbatch_tokens, spec.shape.max_positions):
             continue
         options = trainer.model_copy(update={"microbatch_tokens": max(tokens, trainer.row_multiple)})
-        ids = tuple(draw.randrange(spec.shape.vocab_size) for _ in range(tokens))
-        sequences = [Sequence(ids[: tokens // 4], ids[tokens // 4 :], ()) for _ in range(rows)]
+        ids = TokenIds.of(draw.randrange(spec.shape.vocab_size) for _ in range(tokens))
+        sequences = [Sequence(ids[: tokens // 4], ids[tokens // 4 :]) for _ in range(rows)]
         best = float("inf")
         for step in range(REPEATS):
             batch = make_batch(sequences, step=step, num_prompts=rows, trainer=options, dp_rank=0)

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from engine.config.options import Trainer
-from engine.megatron.dealing import Costs, Outline, pack_rows, split_groups, split_over_ranks
+from engine.megatron.dealing import Costs, Outline, deal_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,9 @@ def rows_of_step(outlines: Many[Outline], trainer: Trainer, attention_cost: floa
     """Of every data-parallel rank; `attention_cost`: ModelShape's. ConfigError when a sequence exceeds
     trainer.microbatch_tokens."""
     costs = Costs(trainer.shares_prompts, attention_cost)
-    parts = split_over_ranks(outlines, trainer.data_parallel, costs)
     return [
-        RankRows(tuple(_size(row, trainer.row_multiple, costs) for row in rows), bool(split_groups(part, trainer, costs)))
-        for part, rows in zip(parts, pack_rows(parts, trainer, costs), strict=True)
+        RankRows(tuple(_size(row, trainer.row_multiple, costs) for row in share.rows), bool(share.split))
+        for share in deal_step(outlines, step=0, num_prompts=0, trainer=trainer, attention=attention_cost)
     ]
 
 

@@ -16,6 +16,7 @@ from engine.forecast.lengths import LogNormal, StepWork, Workload, draw_steps
 from engine.forecast.replay import Costs, Played, play, window
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
+from engine.rewards.pool.workers import num_workers
 from engine.run.spec import Spec
 
 Interval = int | str
@@ -168,8 +169,8 @@ class Forecaster:
             flops = 2 * num_elements(spec.reward_shape) * tokens
             return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share)
         if config.data.rewards == ("math",):
-            return answers / (c.verified_per_second * config.rewards.workers)
-        return answers / (c.function_per_second * config.rewards.workers * config.rewards.concurrency)
+            return answers / (c.verified_per_second * num_workers(config.rewards))
+        return answers / (c.function_per_second * num_workers(config.rewards) * config.rewards.concurrency)
 
     def _summary(self, schedule: Schedule, played: Played) -> Forecast:
         c, spec, config = self.given.constants, self.given.spec, self._config

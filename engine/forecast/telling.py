@@ -15,6 +15,7 @@ from engine.config.load import RunConfig
 from engine.forecast.constants import Constants, Row, rows
 from engine.forecast.search import Found
 from engine.forecast.seconds import TRAIN_PARTS, Forecast
+from engine.rewards.pool.workers import num_workers
 
 WORTH_TELLING = 0.05  # of a step: what is less is not told
 NAMES = {
@@ -44,7 +45,7 @@ def binding(found: Forecast, config: RunConfig) -> list[tuple[float, str]]:
         (parts["rollouts"] / seconds, _rollouts(found, config)),
         (
             parts["rewards"] / seconds,
-            f"rewards come after the step's last response: raise rewards.workers (now {config.rewards.workers})"
+            f"rewards come after the step's last response: raise rewards.workers (now {num_workers(config.rewards)})"
             if config.reward_model.path is None
             else "the reward model judges after the step's last response: a smaller one, or shorter responses",
         ),

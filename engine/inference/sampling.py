@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from engine.core.arrays import TokenIds
 from engine.core.seeds import counted_seed
 from engine.core.types import Prompt
 
@@ -18,7 +19,7 @@ class SampleRequest:
     prompt_id: str
     sample_index: int
     seed: int
-    token_ids: tuple[int, ...]  # of the prompt
+    token_ids: TokenIds  # of the prompt
     temperature: float
     top_p: float
     max_tokens: int

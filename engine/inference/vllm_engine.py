@@ -8,15 +8,17 @@ result, depend on the order of calls alone and never on timing.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.capacity.kv_cache import KvCache
 from engine.config.load import RunConfig
+from engine.core.arrays import LogProbs, TokenIds
 from engine.core.errors import ConfigError, EngineLostError, InferenceError, NumericsError, WeightSyncError
 from engine.core.importing import uncollected
 from engine.core.types import Completion
@@ -41,14 +43,15 @@ WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps and wak
 FORGETTING = 2  # vLLM's level of sleep that keeps nothing: a sync sends every byte again, and proves it
 
 
-def require_finite(log_probs: Sequence[float], engine: int, version: int) -> None:
+def require_finite(log_probs: LogProbs, engine: int, version: int) -> None:
     """NumericsError where the log-probs of sampled tokens are not finite: the weights that sampled them are broken."""
-    found = next((value for value in log_probs if not math.isfinite(value)), None)
-    if found is not None:
+    values = log_probs.array
+    wrong = values[~np.isfinite(values)]
+    if wrong.size:
         whose = "model.path holds weights" if version == 0 else f"the policy after {version} steps has weights"
         raise NumericsError(
-            f"engine {engine}'s log-probs must be finite; found {found}: {whose} that are not, or too large for model.dtype: "
-            f"look at them, or name another model"
+            f"engine {engine}'s log-probs must be finite; found {wrong[0]}: {whose} that are not, or too large for model.dtype:"
+            f" look at them, or name another model"
         )
 
 
@@ -164,6 +167,7 @@ class VllmEngine:
                 max_tokens=request.max_tokens,
                 seed=request.seed,
                 logprobs=0,
+                flat_logprobs=True,  # lists of numbers, and no object a token
                 stop_token_ids=self._end_ids,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -204,19 +208,19 @@ class VllmEngine:
 
     def _completion(self, request_id: str) -> Completion:
         (request, version), output = self._open.pop(request_id), self._done.pop(request_id)
-        token_ids = tuple(output.token_ids)
         assert version == self._version, (request_id, version, self._version)  # no sync begins while a request is open
-        log_probs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True))
+        assert output.logprobs.token_ids == output.token_ids, "one log-prob a sampled token, and its own"
+        log_probs = LogProbs.of(output.logprobs.logprobs)
         require_finite(log_probs, self._index, version)
         return Completion(
             prompt_id=request.prompt_id,
             sample_index=request.sample_index,
             seed=request.seed,
             version=version,
-            token_ids=token_ids,
+            token_ids=TokenIds.of(output.token_ids),
             log_probs=log_probs,
             temperature=self._config.log_prob_temperature,
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            text=self._tokenizer.decode(output.token_ids, skip_special_tokens=True),
             finish_reason="stop" if output.finish_reason == "stop" else "length",
         )
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 from engine.config.options import Trainer
+from engine.core.arrays import TokenIds
 from engine.core.errors import ConfigError
 from engine.core.types import Sequence
 
@@ -66,10 +67,16 @@ class Costs:
 
     def work(self, outlines: Iterable[Outline]) -> float:
         """What a row with these sequences costs, in tokens of short sequences."""
-        total = 0.0
+        return self.size(outlines)[0]
+
+    def size(self, outlines: Iterable[Outline]) -> tuple[float, int]:
+        """(work, tokens) of a row with these sequences."""
+        work, num_tokens = 0.0, 0
         for members in self.by_prompt(outlines):
-            total += self.tokens_of(members) + self.attention * self.looks_of(members)
-        return total
+            tokens = self.tokens_of(members)
+            work += tokens + self.attention * self.looks_of(members)
+            num_tokens += tokens
+        return work, num_tokens
 
     def looks_of(self, members: Many[Outline]) -> float:
         """Pairs of a token and one that it attends to, of sequences that `by_prompt` put together."""
@@ -81,10 +88,44 @@ class Costs:
 
 def outlines_of(sequences: Many[Sequence]) -> list[Outline]:
     """The outlines of sequences in hand."""
-    prompts: dict[tuple[int, ...], int] = {}
+    prompts: dict[TokenIds, int] = {}
     return [
         Outline(i, len(s.prompt_ids), len(s.completion_ids), s.group, prompts.setdefault(s.prompt_ids, len(prompts)))
         for i, s in enumerate(sequences)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one data-parallel rank is dealt of a step, with the counts of the whole step."""
+
+    step: int
+    rows: tuple[tuple[Outline, ...], ...]  # packed rows, equally many on every rank; some may be empty
+    split: frozenset[int]  # groups of this rank that are split over several rows
+    num_prompts: int  # all prompts of the step, skipped ones included
+    num_groups: int
+    num_target_tokens: int
+    num_sequence_tokens: int  # a prompt counted for each of its samples
+    num_saved_tokens: int  # of them, what rows do not hold since samples share prompts
+
+
+def deal_step(outlines: Many[Outline], *, step: int, num_prompts: int, trainer: Trainer, attention: float = 0.0) -> list[Share]:
+    """The share of every data-parallel rank, from what decides it alone. `attention`: see Costs. ConfigError when a sequence
+    exceeds trainer.microbatch_tokens."""
+    costs = Costs(trainer.shares_prompts, attention)
+    parts = split_over_ranks(outlines, trainer.data_parallel, costs)
+    rows = pack_rows(parts, trainer, costs)
+    num_tokens = sum(outline.num_tokens for outline in outlines)
+    counts = {
+        "num_prompts": num_prompts,
+        "num_groups": len({outline.group for outline in outlines} - {-1}),
+        "num_target_tokens": sum(outline.num_completion for outline in outlines),
+        "num_sequence_tokens": num_tokens,
+        "num_saved_tokens": num_tokens - sum(costs.num_tokens(row) for of_rank in rows for row in of_rank),
+    }
+    return [
+        Share(step, tuple(map(tuple, own)), frozenset(split_groups(part, trainer, costs)), **counts)
+        for part, own in zip(parts, rows, strict=True)
     ]
 
 
@@ -177,7 +218,7 @@ def _largest_first(
     parts: list[list[Outline]], num_bins: int, costs: Costs, room: int | None
 ) -> tuple[list[list[Outline]] | None, float]:
     """(bins, the work of the fullest)."""
-    sizes = [(costs.work(part), costs.num_tokens(part)) for part in parts]
+    sizes = [costs.size(part) for part in parts]
     chosen: list[list[int]] = [[] for _ in range(num_bins)]
     used = [0] * num_bins
     loads = [(0.0, place) for place in range(num_bins)]
@@ -204,19 +245,19 @@ class _Open:
     used: int = 0
     prompts: dict[int, list[Outline]] = field(default_factory=dict)
 
-    def growth(self, unit: list[Outline], costs: Costs) -> int:
-        """Tokens that it grows by."""
-        if not costs.shares_prompts:
-            return costs.num_tokens(unit)
+    def growth(self, unit: list[Outline], size: int, costs: Costs) -> int:
+        """Tokens that it grows by; `size`: what the unit takes by itself."""
+        if not costs.shares_prompts or self.prompts.keys().isdisjoint([one.prompt for one in unit]):
+            return size
         total = 0
         for members in costs.by_prompt(unit):
             there = self.prompts.get(members[0].prompt, [])
             total += costs.tokens_of(there + members) - (costs.tokens_of(there) if there else 0)
         return total
 
-    def take(self, unit: list[Outline], costs: Costs) -> None:
+    def take(self, unit: list[Outline], size: int, costs: Costs) -> None:
         """Adds the unit."""
-        self.used += self.growth(unit, costs)
+        self.used += self.growth(unit, size, costs)
         self.outlines += unit
         for one in unit:
             self.prompts.setdefault(one.prompt, []).append(one)
@@ -228,15 +269,17 @@ def _first_fit(outlines: Many[Outline], trainer: Trainer, costs: Costs) -> list[
     rows: list[_Open] = []
     room, split = room_of(trainer), split_groups(outlines, trainer, costs)
 
-    def place(unit: list[Outline]) -> None:
-        row = next((row for row in rows if row.used + row.growth(unit, costs) <= room), None)
+    def place(unit: list[Outline], size: int) -> None:
+        least = sum(one.num_completion - 1 for one in unit)  # where the prompts are there already
+        fitting = (row for row in rows if row.used + least <= room and row.used + row.growth(unit, size, costs) <= room)
+        row = next(fitting, None)
         if row is None:
             rows.append(row := _Open())
-        row.take(unit, costs)
+        row.take(unit, size, costs)
 
     for unit in units_of(outlines, costs):
         if (size := costs.num_tokens(unit)) <= room:
-            place(unit)
+            place(unit, size)
             continue
         for part in _whole_groups(unit, split):
             if len(part) == 1 and part[0].num_tokens > room:
@@ -245,7 +288,7 @@ def _first_fit(outlines: Many[Outline], trainer: Trainer, costs: Costs) -> list[
                     f"trainer.microbatch_tokens must hold a sequence; found {room} < {size}: raise it "
                     f"to {-(-size // multiple) * multiple}, or shorten data.max_prompt_tokens or sampling.max_tokens"
                 )
-            place(part)
+            place(part, costs.num_tokens(part))
     return [row.outlines for row in rows]
 
 

@@ -18,16 +18,17 @@ Shape legend: T tokens of a packed row, B segments of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from engine.algorithms.pairs import all_pairs
 from engine.config.options import Trainer
+from engine.core.arrays import NO_LOG_PROBS, NO_TOKENS
 from engine.core.types import IGNORED, Batch, Microbatch, Sequence
-from engine.megatron.dealing import Costs, Outline, outlines_of, pack_rows, split_groups, split_over_ranks
+from engine.megatron.dealing import Costs, Outline, Share, deal_step, outlines_of
 
 PADDING_TOKEN = 0
 
@@ -35,139 +36,127 @@ PADDING_TOKEN = 0
 def make_batch(
     sequences: Many[Sequence], *, step: int, num_prompts: int, trainer: Trainer, dp_rank: int, attention: float = 0.0
 ) -> Batch:
-    """One step's batch for a data-parallel rank; see `lay_out_batch`."""
-    return lay_out_batch(
-        outlines_of(sequences),
-        sequences.__getitem__,
-        step=step,
-        num_prompts=num_prompts,
-        trainer=trainer,
-        dp_rank=dp_rank,
-        attention=attention,
-    )
+    """One step's batch for a data-parallel rank that has all sequences of it; see `deal_step`."""
+    outlines = outlines_of(sequences)
+    share = deal_step(outlines, step=step, num_prompts=num_prompts, trainer=trainer, attention=attention)[dp_rank]
+    return fill_batch(share, sequences.__getitem__, trainer)
 
 
-def lay_out_batch(
-    outlines: Many[Outline],
-    sequence: Callable[[int], Sequence],
-    *,
-    step: int,
-    num_prompts: int,
-    trainer: Trainer,
-    dp_rank: int,
-    attention: float = 0.0,
-) -> Batch:
-    """The batch of one data-parallel rank: all ranks have equal counts and equally many microbatches. `sequence` gives the
-    sequence at a place of the step, and is asked for this rank's only. `attention`: see Costs.
-
-    `num_prompts` counts all prompts of the step, skipped ones included. ConfigError when a sequence exceeds
-    trainer.microbatch_tokens.
-    """
-    costs, multiple = Costs(trainer.shares_prompts, attention), trainer.row_multiple
-    parts = split_over_ranks(outlines, trainer.data_parallel, costs)
-    rows = pack_rows(parts, trainer, costs)
-    split = split_groups(parts[dp_rank], trainer, costs)
+def fill_batch(share: Share, sequence: Callable[[int], Sequence], trainer: Trainer) -> Batch:
+    """The batch of the data-parallel rank whose share it is. `sequence` gives the sequence at a place of the step, and is asked
+    for those of the share only."""
+    costs, multiple = Costs(trainer.shares_prompts), trainer.row_multiple
     own = [
-        _fill(row, [sequence(one.place) for one in row], multiple, split, costs) if row else empty_microbatch(multiple)
-        for row in rows[dp_rank]
+        _fill(row, [sequence(one.place) for one in row], multiple, share.split, costs) if row else empty_microbatch(multiple)
+        for row in share.rows
     ]
-    num_tokens = sum(outline.num_tokens for outline in outlines)
     return Batch(
-        step=step,
+        step=share.step,
         microbatches=tuple(own),
-        num_prompts=num_prompts,
-        num_groups=len({outline.group for outline in outlines} - {-1}),
-        num_target_tokens=sum(outline.num_completion for outline in outlines),
-        num_sequence_tokens=num_tokens,
-        num_saved_tokens=num_tokens - sum(costs.num_tokens(row) for of_rank in rows for row in of_rank),
+        num_prompts=share.num_prompts,
+        num_groups=share.num_groups,
+        num_target_tokens=share.num_target_tokens,
+        num_sequence_tokens=share.num_sequence_tokens,
+        num_saved_tokens=share.num_saved_tokens,
     )
 
 
 def empty_microbatch(multiple: int) -> Microbatch:
     """A row of nothing but padding, for a rank with nothing left to do; it adds 0 to every loss."""
-    return _fill([], [], multiple, set(), Costs(False))
+    return _fill([], [], multiple, (), Costs(False))
 
 
-@dataclass
 class _Segments:
-    """The segments of a row as they are written, one after another."""
+    """The segments of a row as they are put down, one after another: parts of its columns, which `np.concatenate` joins."""
 
-    token_ids: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    position_ids: list[int] = field(default_factory=list)
-    rollout_log_probs: list[float] = field(default_factory=list)
-    bounds: list[int] = field(default_factory=lambda: [0])
-    parents: list[int] = field(default_factory=list)
-    of: list[int | None] = field(default_factory=list)  # which of the row's sequences each is; None for what is no sequence
+    def __init__(self, most: int) -> None:
+        """`most`: tokens of the row, which no position of it exceeds."""
+        self._ignored, self._zeros, self._rising = np.full(most, IGNORED), np.zeros(most, np.float32), np.arange(most)
+        self.token_ids: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
+        self.rollout_log_probs: list[np.ndarray] = []
+        self.position_ids: list[np.ndarray] = []
+        self.bounds = [0]
+        self.parents: list[int] = []
+        self.of: list[int | None] = []  # which of the row's sequences each is; None for what is no sequence
 
     def add(
         self,
-        token_ids: Many[int],
-        *,
+        *token_ids: np.ndarray,
         of: int | None = None,
-        targets: Many[int] = (),
-        log_probs: Many[float] = (),
+        targets: np.ndarray = NO_TOKENS.array,
+        log_probs: np.ndarray = NO_LOG_PROBS.array,
         first: int = 0,
         start: int = 0,
         parent: int = -1,
     ) -> None:
-        """A segment whose tokens stand at positions from `start` on, and predict `targets` from its `first` token on; rollout
-        log-probs of the targets where there are any."""
-        count = len(token_ids)
+        """A segment whose tokens, which come in parts, stand at positions from `start` on, and predict `targets` from its
+        `first` token on; rollout log-probs of the targets where there are any."""
+        count = sum(part.size for part in token_ids)
         self.token_ids += token_ids
-        self.targets += [*[IGNORED] * first, *targets, *[IGNORED] * (count - first - len(targets))]
-        self.rollout_log_probs += [*[0.0] * first, *log_probs, *[0.0] * (count - first - len(log_probs))]
-        self.position_ids += range(start, start + count)
+        self.targets += (self._ignored[:first], targets, self._ignored[: count - first - targets.size])
+        self.rollout_log_probs += (self._zeros[:first], log_probs, self._zeros[: count - first - log_probs.size])
+        self.position_ids.append(self._rising[start : start + count])
         self.bounds.append(self.bounds[-1] + count)
         self.parents.append(parent)
         self.of.append(of)
 
+    @staticmethod
+    def column(parts: list[np.ndarray]) -> torch.Tensor:
+        """A column [T] int64 of its parts."""
+        return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
 
-def _fill(outlines: Many[Outline], sequences: Many[Sequence], multiple: int, split: set[int], costs: Costs) -> Microbatch:
-    segments = _Segments()
+
+def _fill(
+    outlines: Many[Outline], sequences: Many[Sequence], multiple: int, split: Collection[int], costs: Costs
+) -> Microbatch:
+    num_tokens = costs.num_tokens(outlines)
+    padding = -num_tokens % multiple if sequences else multiple
+    segments = _Segments(num_tokens + padding)
     place_in_row = {outline.place: i for i, outline in enumerate(outlines)}
     for members in costs.by_prompt(outlines):
         indices = [place_in_row[outline.place] for outline in members]
-        prompt, parent = sequences[indices[0]].prompt_ids, -1
-        if len(indices) > 1 and len(prompt) > 1:
+        prompt, parent = sequences[indices[0]].prompt_ids.array, -1
+        if len(indices) > 1 and prompt.size > 1:
             parent = len(segments.parents)
             segments.add(prompt[:-1])
         for i in indices:
-            one = sequences[i]
+            completion = sequences[i].completion_ids.array
             alone = len(indices) == 1  # and whole; the last token of its prompt predicts the first of its completion
             segments.add(
-                one.prompt_ids + one.completion_ids if alone else (prompt[-1], *one.completion_ids[:-1]),
+                *((prompt, completion) if alone else (prompt[-1:], completion[:-1])),
                 of=i,
-                targets=one.completion_ids,
-                log_probs=one.rollout_log_probs,
-                first=len(prompt) - 1 if alone else 0,
-                start=0 if alone else len(prompt) - 1,
+                targets=completion,
+                log_probs=sequences[i].rollout_log_probs.array,
+                first=prompt.size - 1 if alone else 0,
+                start=0 if alone else prompt.size - 1,
                 parent=parent,
             )
-    if padding := -segments.bounds[-1] % multiple if sequences else multiple:
-        segments.add([PADDING_TOKEN] * padding)
+    assert segments.bounds[-1] == num_tokens, (segments.bounds, num_tokens)
+    if padding:
+        segments.add(np.full(padding, PADDING_TOKEN, np.int32))
     groups = [-1 if i is None else sequences[i].group for i in segments.of]
     chosen = [i is not None and sequences[i].chosen for i in segments.of]
     names = sequences[0].values.keys() if sequences else ()
     assert all(sequence.values.keys() == names for sequence in sequences), "sequences of one step have the same values"
     pairs, pair_weights = all_pairs([-1 if group in split else group for group in groups], chosen)
-    targets = torch.tensor(segments.targets, dtype=torch.int64)
-    target_positions = (targets != IGNORED).nonzero().squeeze(1)
+    targets = segments.column(segments.targets)
+    target_positions = torch.from_numpy(np.flatnonzero(targets.numpy() != IGNORED))
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor([0.0 if i is None else values[i] for i in segments.of], dtype=torch.float32)
 
     return Microbatch(
-        token_ids=torch.tensor(segments.token_ids, dtype=torch.int64),
+        token_ids=segments.column(segments.token_ids),
         targets=targets,
         target_positions=target_positions if sequences else torch.zeros(1, dtype=torch.int64),
-        position_ids=torch.tensor(segments.position_ids, dtype=torch.int64),
+        position_ids=segments.column(segments.position_ids),
         cu_seqlens=torch.tensor(segments.bounds, dtype=torch.int32),
         parents=torch.tensor(segments.parents, dtype=torch.int64),
         advantages=column([sequence.advantage for sequence in sequences]),
         rewards=column([sequence.reward for sequence in sequences]),
         values={name: column([sequence.values[name] for sequence in sequences]) for name in names},
-        rollout_log_probs=torch.tensor(segments.rollout_log_probs, dtype=torch.float32),
+        rollout_log_probs=torch.from_numpy(np.concatenate(segments.rollout_log_probs)),
         pairs=pairs,
         pair_weights=pair_weights,
         groups=torch.tensor(groups, dtype=torch.int64),

@@ -12,14 +12,19 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
+from engine.core.arrays import LogProbs, Numbers, TokenIds
 from engine.core.errors import DataError
 from engine.core.jsonl import lines_in, parsed, step_of
 from engine.core.segments import Batch, Segment, read_batches, read_columns, segments_of
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score, Status
+
+KINDS: dict[str, type[Numbers[Any]]] = {"token_ids": TokenIds, "log_probs": LogProbs}  # of the columns, by their names
+_INTEGERS = TypeAdapter(list[Annotated[int, Field(ge=-(2**31), lt=2**31)]], config=ConfigDict(strict=True))
+_FLOATS = TypeAdapter(list[float], config=ConfigDict(strict=True))
 
 
 class RolloutRow(BaseModel):
@@ -43,11 +48,29 @@ class RolloutRow(BaseModel):
     prompt_tokens: str | None = None  # `token_digest` of the prompt; ledgers of before it was written have none
 
 
+def _token_ids(found: Any) -> TokenIds:
+    """At least one, as columns hold them or as a list."""
+    made = found if isinstance(found, TokenIds) else TokenIds.of(_INTEGERS.validate_python(found))
+    if not made:
+        raise ValueError("it must not be empty")
+    return made
+
+
+def _log_probs(found: Any) -> LogProbs:
+    """Finite ones, as columns hold them or as a list."""
+    import numpy as np
+
+    made = found if isinstance(found, LogProbs) else LogProbs.of(_FLOATS.validate_python(found))
+    if not np.isfinite(made.array).all():
+        raise ValueError("it must hold finite numbers")
+    return made
+
+
 class LedgerRow(RolloutRow):
     """One rollout with all that a replay needs."""
 
-    token_ids: list[int] = Field(min_length=1)
-    log_probs: list[float]
+    token_ids: Annotated[TokenIds, PlainValidator(_token_ids)]
+    log_probs: Annotated[LogProbs, PlainValidator(_log_probs)]
 
     def rollout(self) -> Rollout:
         """The rollout as it was sampled and judged."""
@@ -56,8 +79,8 @@ class LedgerRow(RolloutRow):
             sample_index=self.sample_index,
             seed=self.seed,
             version=self.version,
-            token_ids=tuple(self.token_ids),
-            log_probs=tuple(self.log_probs),
+            token_ids=self.token_ids,
+            log_probs=self.log_probs,
             text=self.text or "",
             finish_reason=self.finish_reason,
             temperature=self.temperature,
@@ -157,7 +180,7 @@ class RolloutLedger:
                 )
         for place, (where, value) in enumerate(values):
             if isinstance(value, dict):
-                value |= {name: found[place].tolist() for name, found in columns.items()}
+                value |= {name: KINDS[name].copied(found[place]) for name, found in columns.items()}
                 for name, kind in (("token_ids", "tokens"), ("log_probs", "log_probs")):
                     if name not in value and self.path.is_dir():
                         raise DataError(

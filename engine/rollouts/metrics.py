@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection
 from collections.abc import Sequence as Many
 
+from engine.core.arrays import TokenIds, exact_sum
 from engine.core.metrics import Metric
 from engine.core.types import Rollout, RolloutGroup
 from engine.inference.pool import Usage
@@ -128,19 +129,18 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None, end_ids: Co
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
     judged = [rollout for group in groups for rollout in group.judged]
     statuses = [rollout.score.status for rollout in rollouts]
-    ends = set(end_ids)
     metrics = {
         REWARD.name: mean([rollout.score.value for rollout in judged]),
         **_metrics_by_reward(groups),
         **_metrics_of_parts(judged),
-        ENTROPY.name: -math.fsum(p for r in rollouts for p in r.completion.log_probs) / sum(lengths),
+        ENTROPY.name: -exact_sum(rollout.completion.log_probs for rollout in rollouts) / sum(lengths),
         LENGTH.name: sum(lengths) / len(lengths),
         LENGTH_P50.name: percentile(lengths, 50),
         LENGTH_P90.name: percentile(lengths, 90),
         LENGTH_P99.name: percentile(lengths, 99),
         LENGTH_MAX.name: float(max(lengths)),
         TRUNCATED.name: sum(r.completion.truncated for r in rollouts) / len(rollouts),
-        END_INSIDE.name: float(sum(not ends.isdisjoint(r.completion.token_ids[:-1]) for r in rollouts)),
+        END_INSIDE.name: float(_num_with_ends_inside([rollout.completion.token_ids for rollout in rollouts], end_ids)),
         TIMEOUTS.name: float(statuses.count("timeout")),
         FAILURES.name: float(sum(statuses.count(why) for why in ("died", "unparsable", "invalid"))),
         TOO_LONG.name: float(statuses.count("too_long")),
@@ -149,6 +149,19 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None, end_ids: Co
     if usage is not None:  # what was sampled while this step was waited for, whichever step's
         metrics |= {GENERATED.name: float(usage.num_tokens), GENERATING.name: usage.busy_seconds}
     return metrics
+
+
+def _num_with_ends_inside(rows: Many[TokenIds], end_ids: Collection[int]) -> int:
+    """How many hold one of the tokens before their last."""
+    import numpy as np
+
+    token_ids = np.concatenate([row.array for row in rows])
+    ends = np.cumsum([len(row) for row in rows])
+    found = np.zeros(token_ids.size, bool)
+    for end in end_ids:
+        found |= token_ids == end
+    found[ends - 1] = False
+    return int(np.unique(np.searchsorted(ends, found.nonzero()[0], side="right")).size)
 
 
 def _metrics_by_reward(groups: Many[RolloutGroup]) -> dict[str, float]:

@@ -81,7 +81,7 @@ class LedgerSource:
         num_prompts, samples = sum(sampled for sampled, _ in self._shares), self._config.algorithm.samples_per_prompt
         groups = self._ledger.groups(step, self._by_id, num_prompts, samples)
         version = groups[0].rollouts[0].completion.version
-        highest = max(token for group in groups for r in group.rollouts for token in r.completion.token_ids)
+        highest = max(int(r.completion.token_ids.array.max()) for group in groups for r in group.rollouts)
         if highest >= self._vocab_size:
             raise DataError(
                 f"{self._ledger.path}, step {step}: `token_ids` must be of the model's {self._vocab_size} tokens; found "
@@ -140,7 +140,7 @@ class PreferenceSource:
         """The pairs of `step`, each a group of its own; they have no rollout log-probs, and no metric needs them."""
         pairs = [self._pairs.pairs[index] for index in self._order.at(step, self._num_pairs)]
         sequences = [
-            Sequence(pair.prompt_ids, response, rollout_log_probs=(), group=group, chosen=chosen)
+            Sequence(pair.prompt_ids, response, group=group, chosen=chosen)
             for group, pair in enumerate(pairs)
             for response, chosen in ((pair.chosen_ids, True), (pair.rejected_ids, False))
         ]

@@ -66,7 +66,7 @@ class RolloutFolder:
         self._segments = SegmentWriter(folder, columns, keep_steps=options.keep_steps)
 
     def append(self, step: int, groups: Sequence[RolloutGroup]) -> None:
-        """Adds a step. OverflowError for a token that 32 bits do not hold."""
+        """Adds a step."""
         rows = [row for group in groups for row in rollout_rows(group, text=self._options.text)]
         self._segments.append(step, rows, columns_of(groups, self._options))
 
@@ -122,15 +122,10 @@ class RolloutWriter:
 
 def columns_of(groups: Sequence[RolloutGroup], options: RolloutRecords) -> dict[str, list[Any]]:
     """Tokens [T] int32 and log-probs [T] float32 of every rollout, as far as they are kept."""
-    import numpy as np
-
     completions = [rollout.completion for group in groups for rollout in group.rollouts]
     columns: dict[str, list[Any]] = {}
     if options.tokens:
-        columns[TOKENS] = [np.array(completion.token_ids, np.int32) for completion in completions]
+        columns[TOKENS] = [completion.token_ids.array for completion in completions]
     if options.log_probs:
-        exact = [np.array(completion.log_probs, np.float64) for completion in completions]
-        columns[LOG_PROBS] = [values.astype(np.float32) for values in exact]
-        for values, kept in zip(exact, columns[LOG_PROBS], strict=True):
-            assert (kept == values).all(), "an engine's log-probs are float32, which is how they are kept"
+        columns[LOG_PROBS] = [completion.log_probs.array for completion in completions]
     return columns

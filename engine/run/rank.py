@@ -36,7 +36,7 @@ from engine.run.milestones import Milestones, full_weights, resume_policy
 from engine.run.publishers import NoEngines, PoolPublisher
 from engine.run.saving import Checkpoints
 from engine.run.signals import Event
-from engine.run.sources import BroadcastSource, SupervisedSource
+from engine.run.sources import DealtSource, SupervisedSource
 from engine.run.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class TrainerRank:
                 publisher = PoolPublisher(bridge, parallel, policy.give_back_gradients)
         agreement = Agreement(config, parallel)
         rollouts = controller.source if controller is not None else None
-        source = BroadcastSource(config, parallel, rollouts, agreement, spec.shape.attention_cost)
+        source = DealtSource(config, parallel, rollouts, agreement, spec.shape.attention_cost)
         milestones = Milestones(config, policy, parallel, checkpoints, controller, agreement, source)
         records = loop.train(
             config.schedule,

@@ -1,5 +1,5 @@
 """The training loop's source of batches, as every trainer rank has it. Rank 0 asks the run's `StepSource` for a step and
-broadcasts its sequences; supervised training needs no broadcast, since every rank reads the file.
+deals its sequences, of which each data-parallel rank is sent its own; in supervised training every rank reads the file.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from engine.data.mixture import load_prompts
 from engine.data.prompts import PromptOrder
 from engine.data.supervised import supervised_sequence
 from engine.data.tokens import stays_text
-from engine.megatron.broadcast import broadcast_batch
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState
+from engine.megatron.scatter import scatter_batch
 from engine.rollouts.base import StepSource, Waiting
 from engine.run.agreement import Agreement
 from engine.run.metrics import TARGET_TOKENS
@@ -31,8 +31,8 @@ Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
 
-class BroadcastSource:
-    """Rank 0 has the rollouts; each rank receives the step's sequences and packs its own part."""
+class DealtSource:
+    """Rank 0 has the rollouts and deals them; each rank receives and packs its own part of the step."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class BroadcastSource:
         """This rank's microbatches of the step, and on rank 0 what was measured of its rollouts."""
         data = self._await(step, lambda rollouts, step, waiting: rollouts.next(step, waiting))
         sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
-        batch = broadcast_batch(sequences, num_prompts, step, self._config.trainer, self._parallel, self._attention)
+        batch = scatter_batch(sequences, num_prompts, step, self._config.trainer, self._parallel, self._attention)
         return batch, metrics | {TARGET_TOKENS.name: float(batch.num_target_tokens)}
 
     def _await(self, step: int, ask: Callable[[StepSource, int, Waiting], Answer]) -> Answer | None:

@@ -26,13 +26,13 @@ import torch.distributed as dist
 
 from engine.algorithms.nll import NllLoss
 from engine.bridge.setup import open_publisher
-from engine.core.types import Sequence
 from engine.inference.pool import Pool
-from engine.megatron.broadcast import broadcast_batch
 from engine.megatron.packing import make_batch
 from engine.megatron.policy import Policy
+from engine.megatron.scatter import scatter_batch
 from engine.run.rank import TrainerRank
 from engine.run.signals import Event
+from tests.rollouts import make_sequence
 
 SEQUENCES, LONGEST, DIGITS = 5, 30, 200
 
@@ -47,9 +47,9 @@ class Probe(TrainerRank):
         publisher = open_publisher(self._spec, policy, parallel, self._host, pool)
         draw = random.Random(3)
         rows = [[draw.randrange(DIGITS) for _ in range(draw.randrange(5, LONGEST))] for _ in range(SEQUENCES)]
-        sequences = [Sequence(tuple(row[:1]), tuple(row[1:]), ()) for row in rows]
+        sequences = [make_sequence(tuple(row[:1]), tuple(row[1:]), ()) for row in rows]
         for version in range(1, num_syncs + 1):
-            batch = broadcast_batch(sequences if parallel.rank == 0 else None, len(rows), version, config.trainer, parallel)
+            batch = scatter_batch(sequences if parallel.rank == 0 else None, len(rows), version, config.trainer, parallel)
             metrics = policy.train_step(batch)
             if pool is not None and version == kill:
                 end(int(pool.describe()[0]["pid"]), what)

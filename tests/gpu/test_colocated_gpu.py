@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from engine.bridge.host_group import HostGroup
 from engine.bridge.setup import open_publisher
 from engine.config.load import RunConfig, load_config
+from engine.core.arrays import TokenIds
 from engine.core.errors import InferenceError, SemionError
 from engine.inference.pool import Pool
 from engine.inference.sampling import SampleRequest
@@ -205,7 +206,7 @@ def test_asleep_the_engine_gives_its_memory_back_and_a_sync_wakes_it_with_the_tr
         assert asleep - awake > 0.9 * (KV_CACHE + num_mebibytes)
         with pytest.raises(InferenceError, match="the engines sleep"):
             assert world.pool.version
-        request = SampleRequest("r", "p", 0, 1, (1,), 1.0, 1.0, 1)
+        request = SampleRequest("r", "p", 0, 1, TokenIds.of([1]), 1.0, 1.0, 1)
         with pytest.raises(InferenceError, match="it sleeps until the next weight sync"):
             world.handle.call("submit", [request], version - 1).result(60)
         report = world.publisher.publish(version)

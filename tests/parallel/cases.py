@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer
+from engine.megatron.scatter import scatter_batch
 from engine.models.config_file import read_shape
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
 from engine.models.sharding import export_files, export_plan, trainer_layout
@@ -68,6 +69,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "without_reference": without_reference,
         "memory": memory,
         "same_steps": same_steps,
+        "scattered": scattered,
     }
     config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
     store = dist.FileStore(place["store"], place["world_size"])
@@ -397,6 +399,35 @@ def _without_signal(config: RunConfig, parallel: ParallelState, checkpoint: str)
         "changed": changed,
         "resumed": resumed,
     }
+
+
+def scattered(config: RunConfig, parallel: ParallelState, steps: list[int]) -> list[bool]:
+    """Whether the batch that rank 0 deals and sends this rank is what the rank makes of all sequences itself, of steps of so
+    many sequences."""
+    found = []
+    for step, count in enumerate(steps):
+        made = sequences(step, 67)[:count]
+        received = scatter_batch(made if parallel.rank == 0 else None, 5, step, config.trainer, parallel, 1e-3)
+        layout: dict[str, Any] = {"trainer": config.trainer, "dp_rank": parallel.dp_rank, "attention": 1e-3}
+        found.append(_equal_batches(received, make_batch(made, step=step, num_prompts=5, **layout)))
+    return found
+
+
+def _equal_batches(one: Batch, other: Batch) -> bool:
+    """Bit for bit, dtypes too."""
+    if replace(one, microbatches=()) != replace(other, microbatches=()) or len(one.microbatches) != len(other.microbatches):
+        return False
+    columns = [
+        (getattr(a, field.name), getattr(b, field.name))
+        for a, b in zip(one.microbatches, other.microbatches, strict=True)
+        for field in fields(Microbatch)
+    ]
+    tensors = [(a, b) for a, b in columns if isinstance(a, torch.Tensor)]
+    rest = [(a, b) for a, b in columns if not isinstance(a, torch.Tensor)]
+    tensors += [(a[name], b[name]) for a, b in rest if isinstance(a, dict) and a.keys() == b.keys() for name in a]
+    return all(a.keys() == b.keys() if isinstance(a, dict) else a is b for a, b in rest) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in tensors
+    )
 
 
 def seed(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, bool]:

@@ -16,6 +16,7 @@ from engine.config.options import Trainer
 from engine.core.types import IGNORED, Batch, Microbatch, Sequence
 from engine.megatron.packing import make_batch
 from tests import builders
+from tests.rollouts import make_sequence
 
 OWN_LOSS = Path(__file__).resolve().parents[1] / "own_loss.py"
 UNCLIPPED = 1e9  # a clip_norm far above every gradient
@@ -99,7 +100,7 @@ def sequences(step: int, vocab_size: int, group_pairs: int = 1) -> list[Sequence
             log_probs = tuple(-4.0 - draw.random() for _ in completion)
             credit = draw.uniform(-1, 1)
             marks: dict[str, Any] = {"reward": float(chosen), "values": {"length": float(len(completion)), SHARE: 0.5}}
-            made.append(Sequence(prompt, completion, log_probs, credit, pair // group_pairs, chosen, **marks))
+            made.append(make_sequence(prompt, completion, log_probs, credit, pair // group_pairs, chosen, **marks))
     return made
 
 

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
-from engine.core.types import Batch, Sequence
+from engine.core.types import Batch
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
 from tests.parallel.policies import make_policy
+from tests.rollouts import make_sequence
 
 NUM_ROWS = 3  # microbatches of a rank: one more than wait for their backward on two stages
 
@@ -72,7 +73,7 @@ def full_rows(config: RunConfig, dp_rank: int) -> Batch:
     completion = (2,) * ((config.trainer.microbatch_tokens - 2) // 2)
     count = 2 * NUM_ROWS * config.trainer.data_parallel
     sequences = [
-        Sequence((3 + index // 2,) * 3, completion, (-1.0,) * len(completion), 1.0, index // 2, index % 2 == 0)
+        make_sequence((3 + index // 2,) * 3, completion, (-1.0,) * len(completion), 1.0, index // 2, index % 2 == 0)
         for index in range(count)
     ]
     return make_batch(sequences, step=0, num_prompts=4, trainer=config.trainer, dp_rank=dp_rank)

@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from engine.algorithms.oapl import SHARE
-from engine.core.types import IGNORED, Sequence
-from engine.megatron.broadcast import Coded, encode
-from engine.megatron.dealing import outlines_of
+from engine.config.options import Trainer
+from engine.core.types import IGNORED
+from engine.megatron.dealing import deal_step, outlines_of
+from engine.megatron.scatter import Coded, encode
 from engine.models.hf import HfCheckpoint
 from tests.parallel import material
 from tests.parallel.pool import WorkerPool
+from tests.rollouts import make_sequence
 
 LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: checkpoint, loss, trainer options
     "prompts_not_shared": ("plain", "dpo", {"share_prompts": False}),
@@ -398,14 +400,31 @@ def test_groups_are_split_over_rows_of_one_rank_and_whole_in_larger_ones(train: 
     assert [metrics["pairs"] for metrics in train("odd", "everything", {}).metrics[0]] == [8.0] * 3
 
 
-def test_sequences_survive_the_broadcast() -> None:
-    """Groups, marks, advantages, rewards, named values and empty rollout log-probs included."""
-    made = [*material.sequences(0, 67, group_pairs=2), Sequence((1,), (2, 3), (), values={"length": 0.1, SHARE: 0.5})]
-    coded = Coded(encode(made, 5))
-    assert [coded.sequence(place) for place in range(len(made))] == made
-    assert coded.outlines == outlines_of(made)
-    assert coded.num_prompts == 5
-    assert Coded(encode([], 5)).outlines == []
+def test_a_share_and_its_sequences_survive_the_scatter() -> None:
+    """Groups, marks, advantages, rewards, named values and empty rollout log-probs included, and shares of nothing."""
+    made = [*material.sequences(0, 67, group_pairs=2), make_sequence((1,), (2, 3), (), values={"length": 0.1, SHARE: 0.5})]
+    for num_ranks in (1, 3, 64):
+        trainer = Trainer(data_parallel=num_ranks, microbatch_tokens=64)
+        shares = deal_step(outlines_of(made), step=7, num_prompts=5, trainer=trainer)
+        coded = [Coded(encode(share, made)) for share in shares]
+        assert [one.share for one in coded] == shares
+        assert dict(sorted(pair for one in coded for pair in one.sequences.items())) == dict(enumerate(made))
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {},
+        {"data_parallel": 4},
+        {"data_parallel": 2, "tensor_parallel": 2},
+        {"data_parallel": 2, "pipeline_parallel": 2},
+        {"tensor_parallel": 2, "pipeline_parallel": 2},
+    ],
+)
+def test_a_rank_is_sent_what_it_would_deal_itself(pool: WorkerPool, trainer: dict[str, int]) -> None:
+    """On every layout; of full steps, one of fewer sequences than ranks, and one of none."""
+    num_ranks = math.prod(trainer.values())
+    assert pool.run("scattered", num_ranks, trainer=trainer, steps=[8, 1, 0, 8]) == [[True] * 4] * num_ranks
 
 
 def test_export_is_the_checkpoint(train: Train, checkpoint: Checkpoint) -> None:

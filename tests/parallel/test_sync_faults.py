@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from engine.core.arrays import TokenIds
 from engine.core.errors import EngineLostError, InferenceError, WeightSyncError
 from engine.inference.pool import Pool
 from engine.inference.sampling import SampleRequest
@@ -74,7 +75,7 @@ class Clients:
                     self._ask(engine, version, str(count))
 
     def _ask(self, engine: Handle, version: int, name: str) -> None:
-        request = SampleRequest(name, "p", 0, 1, (1,), 1.0, 1.0, 1)
+        request = SampleRequest(name, "p", 0, 1, TokenIds.of([1]), 1.0, 1.0, 1)
         try:
             submitted, collected = engine.call("submit", [request], version), engine.call("collect", [name])
             submitted.result(20)
@@ -82,7 +83,7 @@ class Clients:
         except (InferenceError, TimeoutError):
             self.answers.refused += 1
             return
-        if completion.version == version and completion.token_ids == (self._expected[version],):
+        if completion.version == version and list(completion.token_ids) == [self._expected[version]]:
             self.answers.right += 1
         else:
             self.answers.wrong += 1
@@ -124,9 +125,9 @@ class Cluster:
         """Every engine serves the last version, bit for bit."""
         assert self.pool.version == self.version
         expected = fingerprint(filled(TERMS.engine, 0, self.version))
-        requests = [SampleRequest(f"check {i}", "p", i, 1, (1,), 1.0, 1.0, 1) for i in range(ENGINES)]
+        requests = [SampleRequest(f"check {i}", "p", i, 1, TokenIds.of([1]), 1.0, 1.0, 1) for i in range(ENGINES)]
         completions, _ = self.pool.generate(requests)
-        assert [c.token_ids for c in completions] == [(expected,)] * ENGINES
+        assert [list(c.token_ids) for c in completions] == [[expected]] * ENGINES
 
     def close(self) -> None:
         """Ends all processes."""
@@ -237,7 +238,7 @@ def test_a_wrong_type_fails_every_rank_in_words_and_the_next_sync_succeeds(clust
         cluster.publish(Fault("dtype", 0))
     with pytest.raises(InferenceError, match="no weight version is committed"):
         assert cluster.pool.version
-    request = SampleRequest("r", "p", 0, 1, (1,), 1.0, 1.0, 1)
+    request = SampleRequest("r", "p", 0, 1, TokenIds.of([1]), 1.0, 1.0, 1)
     with pytest.raises(InferenceError, match="its last weight sync failed"):
         cluster.engines[0].call("submit", [request], cluster.version - 1).result(5)
     assert cluster.publish()[0] == 1
@@ -320,7 +321,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[sync_world.Tes
 
 
 def request(name: str) -> SampleRequest:
-    return SampleRequest(name, "p", 0, 1, (1,), 1.0, 1.0, 1)
+    return SampleRequest(name, "p", 0, 1, TokenIds.of([1]), 1.0, 1.0, 1)
 
 
 @pytest.mark.parametrize("asked", [-1, 1, 5])

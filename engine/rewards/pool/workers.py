@@ -32,6 +32,7 @@ GRACE_SECONDS = 10.0  # beyond an answer's own deadline, before a worker itself 
 # of CPU time so many, so that a machine must have more than so many runnable threads a core before it changes a verdict.
 WALL_SECONDS_PER_CPU_SECOND = 20.0
 MIN_WALL_SECONDS = 30.0  # for short deadlines: a pause of the machine is as long
+CORES_PER_WORKER, MOST_WORKERS = 4, 16  # where rewards.workers is unset
 MAX_FAILED_STARTS = 3  # in a row
 MAX_TRIES = 2  # of one answer, when workers die under it
 INHERITED = {"PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HF_HOME", "HF_HUB_OFFLINE"}
@@ -98,6 +99,12 @@ def facts_of(module: str, arguments: Sequence[str], environment: Sequence[str]) 
     return message["ready"]
 
 
+def num_workers(config: Rewards) -> int:
+    """Judging processes of a reward: rewards.workers, or what the cores that this process may use leave room for beside the
+    engines and ranks of the machine."""
+    return config.workers or max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // CORES_PER_WORKER))
+
+
 class _Worker:
     """One worker process and the requests it is judging."""
 
@@ -161,7 +168,7 @@ class WorkerReward(Reward):
     def __init__(self, config: Rewards, *arguments: str, environment: Sequence[str] = ()) -> None:
         """`environment`: names of the variables that the processes may see beside what Python needs."""
         self._config, self._arguments, self._environment = config, arguments, tuple(environment)
-        self._workers = [self._new_worker() for _ in range(config.workers)]
+        self._workers = [self._new_worker() for _ in range(num_workers(config))]
         self._num_failed_starts = 0
         self._finalizer = weakref.finalize(self, _end_all, self._workers)  # runs also when the interpreter leaves
 

@@ -17,6 +17,7 @@ from engine.config.options import Trainer
 from engine.core.metrics import part_reductions
 from engine.core.types import Microbatch, Sequence
 from engine.megatron.packing import make_batch
+from tests.rollouts import make_sequence
 
 Tokens = list[list[float]]  # a value a completion token, by sequence
 LAYOUTS: list[dict[str, Any]] = [
@@ -47,7 +48,7 @@ class Step:
         uniform, length = self._draw.uniform, self._draw.randint(1, 6)
         rollout = tuple(uniform(-4, -0.1) for _ in range(length))
         prompt = (group, *range(9, 10 + group % 3)) if group >= 0 else (50 + len(self.sequences) // 3, 9)
-        self.sequences.append(Sequence(prompt, tuple(range(length)), rollout, advantage, group, chosen))
+        self.sequences.append(make_sequence(prompt, tuple(range(length)), rollout, advantage, group, chosen))
         self.policy.append([p + uniform(-0.5, 0.5) for p in rollout])
         self.reference.append([p + uniform(-0.5, 0.5) for p in rollout])
         self.entropy.append([uniform(0, 3) for _ in rollout])

@@ -15,9 +15,11 @@ from engine.algorithms.grpo import Grpo
 from engine.algorithms.nll import NllLoss
 from engine.algorithms.pairs import all_pairs, better_and_worse, correct_and_wrong, preference_pair
 from engine.algorithms.registry import make_loss
+from engine.core.arrays import LogProbs
 from engine.core.errors import NumericsError
-from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
+from engine.core.types import Rollout, RolloutGroup, Score
 from tests.builders import algorithm_options
+from tests.rollouts import make_completion, make_prompt
 from tests.unit.algorithms.steps import LAYOUTS, Step
 
 NUM_PROMPTS = 7  # of the step, skipped ones included
@@ -108,7 +110,7 @@ def test_nll_is_the_mean_over_the_steps_target_tokens(layout):
 def test_strictly_on_policy_grpo_is_the_policy_gradient():
     """With rollout log-probs equal to the policy's the ratio is 1, nothing is clipped and the gradient is -A."""
     step = Step(11)
-    step.sequences = [replace(s, rollout_log_probs=tuple(p)) for s, p in zip(step.sequences, step.policy, strict=True)]
+    step.sequences = [replace(s, rollout_log_probs=LogProbs.of(p)) for s, p in zip(step.sequences, step.policy, strict=True)]
     _, sums, gradients, _ = step.run(loss_of(loss="grpo", kl_weight=0.0))
     assert sums["ratio_mean"] == pytest.approx(step.num_tokens)
     assert sums["clipped_share"] == sums["log_prob_gap_mean"] == 0
@@ -160,10 +162,10 @@ def test_a_reward_that_is_not_finite_is_named(broken):
 
 def group(rewards, prompt_id="p", step=0):
     rollouts = tuple(
-        Rollout(Completion(prompt_id, i, i, 0, (i,), (-1.0,), "", "stop"), Score(reward, "ok"))
+        Rollout(make_completion(prompt_id, i, i, 0, (i,), (-1.0,), "", "stop"), Score(reward, "ok"))
         for i, reward in enumerate(rewards)
     )
-    return RolloutGroup(Prompt(prompt_id, (1,), "", "", "", ""), step, rollouts)
+    return RolloutGroup(make_prompt(prompt_id, (1,), "", "", "", ""), step, rollouts)
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=8), st.integers(0, 99), st.integers(0, 99))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from engine.algorithms.registry import make_loss
-from engine.core.types import Sequence
 from tests.builders import algorithm_options
+from tests.rollouts import make_sequence
 from tests.unit.algorithms.steps import LAYOUTS, Step
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_trl.json").read_text(encoding="utf-8"))
@@ -25,7 +25,7 @@ def golden_step(paired):
     for i, (rollout, advantage) in enumerate(zip(GOLDEN["rollout"], GOLDEN["advantages"], strict=True)):
         group, chosen = (i // 2, i % 2 == 0) if paired else (-1, False)
         prompt = (i + 1, 9)
-        step.sequences.append(Sequence(prompt, tuple(range(len(rollout))), tuple(rollout), advantage, group, chosen))
+        step.sequences.append(make_sequence(prompt, tuple(range(len(rollout))), tuple(rollout), advantage, group, chosen))
     step.policy, step.reference = GOLDEN["policy"], GOLDEN["reference"]
     step.entropy = [[0.0] * len(row) for row in step.policy]
     return step

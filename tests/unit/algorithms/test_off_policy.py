@@ -14,6 +14,7 @@ from engine.algorithms.base import ESS, MISMATCH, Loss
 from engine.algorithms.oapl import SHARE, optimal_advantages
 from engine.algorithms.registry import make_algorithm, make_loss
 from engine.config.load import CHECKED, RunConfig
+from engine.core.arrays import LogProbs
 from engine.core.metrics import part_reductions
 from engine.core.types import IGNORED
 from tests.builders import LEAST, algorithm_options, merged
@@ -38,7 +39,7 @@ def stale_step(seed=11, num_pairs=10):
     """A step whose first response is far from what sampled it: one token by more than LIMIT."""
     step = Step(seed, num_pairs=num_pairs)
     first = step.sequences[0]
-    step.sequences[0] = replace(first, rollout_log_probs=(step.policy[0][0] - 25.0, *first.rollout_log_probs[1:]))
+    step.sequences[0] = replace(first, rollout_log_probs=LogProbs.of([step.policy[0][0] - 25.0, *first.rollout_log_probs[1:]]))
     return step
 
 
@@ -136,7 +137,7 @@ def test_a_ratio_of_the_response_is_gspos(dual, by_length, layout):
     made = loss_of(loss="grpo", ratio_level="geometric", kl_weight=KL, normalize_length=by_length, **clips)
     step = Step(11, num_pairs=10)
     far = replace(step.sequences[1], advantage=-0.5)  # every token by 21, more than LIMIT
-    step.sequences[1] = replace(far, rollout_log_probs=tuple(p - 21.0 for p in step.policy[1]))
+    step.sequences[1] = replace(far, rollout_log_probs=LogProbs.of(p - 21.0 for p in step.policy[1]))
     sums = check(step, made, per_response, **layout)
     assert sums["clipped_share"] == held > 5
 

@@ -10,10 +10,12 @@ from engine.algorithms.advantages import advantages_of, grouped_advantages
 from engine.algorithms.group_dpo import GroupDpoOptions
 from engine.algorithms.grpo import PolicyGradientOptions
 from engine.algorithms.registry import make_algorithm, make_loss
+from engine.core.arrays import LogProbs
 from engine.core.errors import NumericsError
-from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
+from engine.core.types import Rollout, RolloutGroup, Score
 from tests.builders import algorithm_options
 from tests.own_loss import __file__ as OWN_LOSS
+from tests.rollouts import make_completion, make_prompt
 from tests.unit.algorithms.steps import LAYOUTS, Step
 
 CLOSE = 3e-5  # relative or absolute, of float32 sums
@@ -75,12 +77,15 @@ def test_one_token_far_from_what_sampled_it_does_not_end_a_run(by_length, away, 
     step = Step(5, num_pairs=2)
     step.add(-1, False, -1.5)
     last = len(step.sequences) - 1
+    step.policy[last][0] = -1.5  # float32 holds it, and what is 20 away
     plain, *_ = formula(step, by_length=by_length, dual=math.inf)
     if side == "reference":  # the policy has lost a token that the reference thinks well of
         step.policy[last][0] = step.reference[last][0] - away
     else:  # the policy has made likely what was hardly sampled
         sequence = step.sequences[last]
-        object.__setattr__(sequence, "rollout_log_probs", (step.policy[last][0] - away, *sequence.rollout_log_probs[1:]))
+        object.__setattr__(
+            sequence, "rollout_log_probs", LogProbs.of([step.policy[last][0] - away, *sequence.rollout_log_probs[1:]])
+        )
         if side == "both":
             step.reference[last][0] = step.policy[last][0] + away
     loss, gradients, _, clamped = formula(step, by_length=by_length, dual=math.inf)
@@ -108,8 +113,8 @@ def test_which_losses_are_of_the_distribution_that_was_sampled():
 
 
 def group_of(*rewards):
-    prompt = Prompt(id="p7", token_ids=(1,), problem="", answer="", solution="", source="")
-    completions = [Completion("p7", i, 0, 0, (1,), (-0.1,), "", "stop") for i in range(len(rewards))]
+    prompt = make_prompt(id="p7", token_ids=(1,), problem="", answer="", solution="", source="")
+    completions = [make_completion("p7", i, 0, 0, (1,), (-0.1,), "", "stop") for i in range(len(rewards))]
     rollouts = tuple(Rollout(c, Score(reward, "ok")) for c, reward in zip(completions, rewards, strict=True))
     return RolloutGroup(prompt, 3, rollouts)
 

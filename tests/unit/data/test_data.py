@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engine.core.errors import ConfigError, DataError
-from engine.core.types import Prompt
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.data.rows import Row, last_boxed, load_rows
 from engine.data.supervised import supervised_sequence
 from engine.data.templates import FIGURE4, encode_prompt, load_tokenizer
 from engine.rewards.math.worker import judge
+from tests.rollouts import make_prompt
 from tests.shared_data import SHARED_DATA, needs_shared_data
 
 
@@ -279,7 +279,7 @@ def test_prompts_drop_and_count_what_is_long_or_seen(tiny_tokenizer: PreTrainedT
     made = PromptSet.from_rows(rows, tiny_tokenizer, "{problem}", max_prompt_tokens=200)
     assert (made.num_dropped, made.num_duplicates) == (1, 1)
     assert [prompt.id for prompt in made.prompts] == ["ca978112ca1bbdca", "own"]  # SHA-256 of "a"
-    assert made.prompts[1] == Prompt("own", encode_prompt(tiny_tokenizer, "b", "{problem}"), "b", "1", "s", "amc")
+    assert made.prompts[1] == make_prompt("own", encode_prompt(tiny_tokenizer, "b", "{problem}"), "b", "1", "s", "amc")
     with pytest.raises(DataError, match="'x' for 'a' and 'b'"):
         PromptSet.from_rows([row("a", id="x"), row("b", id="x")], tiny_tokenizer, "{problem}", 200)
     with pytest.raises(DataError, match="found 1 longer than 10, 0 that came before and no other"):
@@ -328,13 +328,13 @@ PINNED_ORDER = [1, 7, 3, 2, 0, 5, 6, 4]
 
 
 def test_supervised_sequence_ends_in_the_end_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    prompt = Prompt("i", (1, 2), "p", "4", "so $4$", "")
+    prompt = make_prompt("i", (1, 2), "p", "4", "so $4$", "")
     sequence = supervised_sequence(prompt, tiny_tokenizer)
-    assert sequence.prompt_ids == (1, 2) and sequence.rollout_log_probs == ()
+    assert list(sequence.prompt_ids) == [1, 2] and not sequence.rollout_log_probs
     assert tiny_tokenizer.decode(sequence.completion_ids) == "so $4$<|eot_id|>"
     assert sequence.completion_ids[-1] == tiny_tokenizer.eos_token_id
     with pytest.raises(DataError, match="prompt i: `solution`"):
-        supervised_sequence(Prompt("i", (1,), "p", "4", "", ""), tiny_tokenizer)
+        supervised_sequence(make_prompt("i", (1,), "p", "4", "", ""), tiny_tokenizer)
     endless = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
     with pytest.raises(ConfigError, match="end token"):
         supervised_sequence(prompt, endless)

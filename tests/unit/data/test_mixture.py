@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.core.errors import DataError
-from engine.core.types import Prompt
 from engine.data.mixture import Mixture, load_held_out, load_mixture
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.data.rows import load_rows
@@ -23,6 +22,7 @@ from engine.inference.pool import Pool
 from engine.rewards.registry import judging_of
 from engine.rollouts.batch import batch_groups, training_sequences
 from engine.rollouts.source import RolloutSource
+from tests.rollouts import make_prompt
 from tests.unit.inference.test_pool import FakeEngine
 from tests.unit.rollouts.test_rollouts import Parity, group, run_config
 
@@ -30,7 +30,7 @@ SIZES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12), st.integers(0
 
 
 def prompt_set(name: str, size: int) -> PromptSet:
-    return PromptSet(tuple(Prompt(f"{name}{i}", (i + 1,), f"{name} {i}", "1", "", "") for i in range(size)), 0, 0)
+    return PromptSet(tuple(make_prompt(f"{name}{i}", (i + 1,), f"{name} {i}", "1", "", "") for i in range(size)), 0, 0)
 
 
 def mixture(sizes: list[tuple[int, int, int]], seed: int) -> Mixture:
@@ -153,11 +153,11 @@ def test_sources_keep_their_templates_rewards_and_evaluation_sets(model_folder, 
     assert [(p.problem, p.reward, p.answer) for p in maths] == [("1+1?", "math", "2"), ("1+2?", "math", "3")]
     assert [(p.problem, p.reward, p.answer) for p in others] == [("Hi", "model", ""), ("Sing.", "model", "")]
     assert (made.sets[1].num_duplicates, made.prompts_per_step) == (1, 4), "a problem of an earlier source is left out"
-    assert maths[1].token_ids == encode_prompt(tiny_tokenizer, "1+2?", "figure4")
+    assert tuple(maths[1].token_ids) == encode_prompt(tiny_tokenizer, "1+2?", "figure4")
     assert others[0].messages == (("system", "s"), ("user", "Hi")), "its own system message is kept"
     alone = encode_prompt(tiny_tokenizer, "Hi", "{problem}")
     system = tiny_tokenizer.encode("<|start_header_id|>system<|end_header_id|>\n\ns<|eot_id|>", add_special_tokens=False)
-    assert others[0].token_ids == (alone[0], *system, *alone[1:])
+    assert tuple(others[0].token_ids) == (alone[0], *system, *alone[1:])
     assert str(made).startswith("data.train: 2 prompts; ") and "data.mix[0].train: 2 prompts; " in str(made)
     (held_out,) = load_held_out(config, judging_of, tiny_tokenizer)
     assert (held_out.place, held_out.key, held_out.source.reward) == (1, "data.mix[0].held_out", "model")

@@ -132,8 +132,8 @@ def test_pairs_and_their_prompts_spell_text(tiny_tokenizer: Fast, tmp_path: Path
     made = load_preferences(path, tiny_tokenizer, "{problem}", 400, 400)
     assert str(made) == "1 pairs; left out: 0 too long, 0 of equal responses, 1 with an empty response"
     (pair,) = made.pairs
-    assert specials(tiny_tokenizer, pair.prompt_ids) == TURNS
-    assert [specials(tiny_tokenizer, ids) for ids in (pair.chosen_ids, pair.rejected_ids)] == [["<|eot_id|>"]] * 2
+    assert specials(tiny_tokenizer, tuple(pair.prompt_ids)) == TURNS
+    assert [specials(tiny_tokenizer, tuple(ids)) for ids in (pair.chosen_ids, pair.rejected_ids)] == [["<|eot_id|>"]] * 2
 
 
 PAIR = {"prompt": ATTACK, "chosen": f"yes {ATTACK}<|eot_id|>", "rejected": "no<|end_header_id|>"}

@@ -14,16 +14,18 @@ from hypothesis import strategies as st
 
 from engine.commands.common import evaluation_note
 from engine.config.load import RunConfig
-from engine.core.types import Prompt, Score
+from engine.core.arrays import TokenIds
+from engine.core.types import Score
 from engine.evaluation import accuracy
 from engine.evaluation.accuracy import evaluate, greedy_samples, length_normalized, mean_pass_at, pass_at_k, standard_error
 from engine.evaluation.selection import scores
 from engine.inference.pool import Pool
 from engine.rewards.base import Reward
 from tests import builders
+from tests.rollouts import make_prompt
 from tests.unit.inference.test_pool import FakeEngine, pool_at
 
-PROMPTS = [Prompt(f"p{i}", (i,), f"problem {i}", f"{i}", "", "") for i in range(5)]
+PROMPTS = [make_prompt(f"p{i}", (i,), f"problem {i}", f"{i}", "", "") for i in range(5)]
 
 
 def run_config(samples: int, max_problems: int | None = None, seed: int = 0) -> RunConfig:
@@ -275,7 +277,7 @@ def test_seeds_depend_on_the_run_but_not_on_the_version_nor_on_the_other_problem
 
 def test_greedy_samples_tell_what_was_asked_and_said():
     engine = FakeEngine()
-    prompt = replace(PROMPTS[3], token_ids=(4, 5))
+    prompt = replace(PROMPTS[3], token_ids=TokenIds.of([4, 5]))
     (sample,) = greedy_samples(run_config(samples=2), [prompt], Pool([engine], 5.0))
     (asked,) = engine.calls[0][1][0]
     assert (asked.temperature, asked.top_p, asked.max_tokens) == (0.0, 1.0, 7)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from engine.config.load import RunConfig
-from engine.core.types import Sequence
 from engine.forecast.constants import Constants
 from engine.forecast.rows import rows_of_step
 from engine.forecast.training import Training
@@ -17,12 +16,13 @@ from engine.megatron.packing import make_batch
 from engine.models.headers import num_elements
 from tests import builders
 from tests.builders import SMALL
+from tests.rollouts import make_sequence
 
 FREE = {"step_seconds": 0.0, "layer_row_seconds": 0.0, "hop_seconds": 0.0, "train_peak_share": 1.0, "peak_teraflops": 1e-9}
 
 
 def outline(place: int, num_prompt: int, num_completion: int, group: int = -1) -> Outline:
-    return outlines_of([Sequence((place,) * num_prompt, (1,) * num_completion, (), group=group)])[0]
+    return outlines_of([make_sequence((place,) * num_prompt, (1,) * num_completion, (), group=group)])[0]
 
 
 def training(trainer: dict[str, Any], constants: dict[str, float] | None = None, **tables: Any) -> Training:
@@ -47,7 +47,9 @@ LAYOUTS: list[dict[str, Any]] = [
 def test_rows_are_those_of_the_trainer(trainer):
     draw = random.Random(1)
     sequences = [
-        Sequence((i,) * draw.randint(1, 9), (1,) * draw.randint(1, 40), (), group=i // 2 if i < 20 else -1, chosen=i % 2 == 0)
+        make_sequence(
+            (i,) * draw.randint(1, 9), (1,) * draw.randint(1, 40), (), group=i // 2 if i < 20 else -1, chosen=i % 2 == 0
+        )
         for i in range(40)
     ]
     options = with_trainer(trainer).trainer
@@ -61,7 +63,7 @@ def test_rows_are_those_of_the_trainer(trainer):
 def test_operations_by_hand():
     """A sequence of 10 tokens, 6 of them targets, for which alone the output layer is computed: six for each parameter that
     multiplies, twelve for each pair of tokens and element of a head."""
-    step = training({}).step([outlines_of([Sequence((1,) * 4, (1,) * 6, ())])[0]])
+    step = training({}).step([outlines_of([make_sequence((1,) * 4, (1,) * 6, ())])[0]])
     embedding = SMALL.vocab_size * SMALL.hidden
     flops: float = 6 * (num_elements(SMALL) - 2 * embedding) * 10 + 6 * embedding * 6
     flops += 12 * SMALL.num_layers * SMALL.num_heads * SMALL.head_dim * 100 / 2
@@ -72,7 +74,7 @@ def test_operations_by_hand():
 
 def test_the_fullest_rank_decides():
     """Three equal sequences on two ranks: two against one, so a third of the time is lost on the other."""
-    sequences = [Sequence((i, 0), (1,) * 8, ()) for i in range(3)]
+    sequences = [make_sequence((i, 0), (1,) * 8, ()) for i in range(3)]
     step = training({"data_parallel": 2}).step(outlines_of(sequences))
     assert step.imbalance == pytest.approx(2 / 1.5)
     # A rank with one row runs an empty row of one token beside nothing: rows are equally many only where one has several.
@@ -80,7 +82,7 @@ def test_the_fullest_rank_decides():
 
 
 def test_more_passes_take_longer():
-    sequences = outlines_of([Sequence((1,), (1,) * 9, ())])
+    sequences = outlines_of([make_sequence((1,), (1,) * 9, ())])
     plain = training({}).step(sequences).seconds
     again = training({"recompute": True}).step(sequences).seconds
     config = builders.config(algorithm={"loss": "grpo", "kl_weight": 0.1})
@@ -90,14 +92,14 @@ def test_more_passes_take_longer():
 
 
 def test_a_group_that_is_split_is_scored_first():
-    sequences = outlines_of([Sequence((1,) * 4, (1,) * 20, (), group=0, chosen=i == 0) for i in range(2)])
+    sequences = outlines_of([make_sequence((1,) * 4, (1,) * 20, (), group=0, chosen=i == 0) for i in range(2)])
     whole, split = (training({"microbatch_tokens": tokens}).step(sequences).seconds for tokens in (64, 32))
     assert whole.again == 0 and split.again == pytest.approx(split.compute / 3)
 
 
 def test_gradients_travel_by_the_slowest_link_of_their_ring():
     """Twice 4 bytes a parameter, or with the distributed optimizer 4 and the parameter; eight network cards a node together."""
-    sequences = outlines_of([Sequence((i, 0), (1,) * 8, ()) for i in range(32)])
+    sequences = outlines_of([make_sequence((i, 0), (1,) * 8, ()) for i in range(32)])
     links = {"nvlink_gigabytes_per_second": 100.0, "network_gigabytes_per_second": 10.0}
     size = num_elements(SMALL)
 
@@ -117,6 +119,6 @@ def test_a_pipeline_loses_what_its_schedule_loses():
 
     shape = replace(SMALL, vocab_size=1, num_layers=64)
     config = with_trainer({"pipeline_parallel": 2, "microbatch_tokens": 10}, algorithm={"loss": "grpo", "kl_weight": 0.0})
-    sequences = outlines_of([Sequence((i,), (1,) * 9, ()) for i in range(4)])
+    sequences = outlines_of([make_sequence((i,), (1,) * 9, ()) for i in range(4)])
     seconds = Training(builders.spec(config, shape), Constants(**FREE)).step(sequences).seconds
     assert seconds.pipeline / seconds.compute == pytest.approx(1 / 4, rel=0.01)

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.core.arrays import TokenIds
 from engine.core.errors import EngineLostError, InferenceError, WatchdogError, WeightSyncError
 from engine.core.types import Completion
 from engine.inference.pool import Pool, Usage, deal
 from engine.inference.sampling import SampleRequest
+from tests.rollouts import make_completion
 
 
 @dataclass
@@ -69,7 +71,7 @@ class FakeEngine:
         return found, {"seconds": self.seconds, "tokens": float(len(found))}
 
     def completion(self, request: SampleRequest) -> Completion:
-        return Completion(
+        return make_completion(
             prompt_id=request.prompt_id,
             sample_index=request.sample_index,
             seed=request.seed,
@@ -92,7 +94,7 @@ class FakeEngine:
 
 
 def requests(count: int, step: int = 0) -> list[SampleRequest]:
-    return [SampleRequest(f"{step}:{i}", f"p{i}", i, 1000 * step + i, (1,), 1.0, 1.0, 8) for i in range(count)]
+    return [SampleRequest(f"{step}:{i}", f"p{i}", i, 1000 * step + i, TokenIds.of([1]), 1.0, 1.0, 8) for i in range(count)]
 
 
 def pool_at(version: int, *engines: FakeEngine) -> Pool:
@@ -126,7 +128,9 @@ def test_requests_are_dealt_and_completions_come_back_in_order(num_engines, size
 def grouped(num_prompts: int, samples: int, step: int) -> list[SampleRequest]:
     """As a step asks: the samples of a prompt one after another."""
     return [
-        SampleRequest(f"{step}:{p}:{i}", f"p{p}", i, 0, (p,), 1.0, 1.0, 8) for p in range(num_prompts) for i in range(samples)
+        SampleRequest(f"{step}:{p}:{i}", f"p{p}", i, 0, TokenIds.of([p]), 1.0, 1.0, 8)
+        for p in range(num_prompts)
+        for i in range(samples)
     ]
 
 

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config.options import Trainer
-from engine.core.types import Microbatch, Sequence
+from engine.core.types import Microbatch
 from engine.megatron import attention
 from engine.megatron.attention import ON_CPU, ON_CUDA, PLAIN, Kernel, PackedAttention, Row, row_of
 from engine.megatron.packing import make_batch
+from tests.rollouts import make_sequence
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.06)]
@@ -32,7 +33,7 @@ def row_with(draw: random.Random, num_prompts: int, samples: int, prompt: int, c
     made = []
     for number in range(num_prompts):
         ids = (number, *[1] * draw.randint(0, prompt - 1))
-        made += [Sequence(ids, (2,) * draw.randint(1, completion), ()) for _ in range(draw.choice([1, samples, samples]))]
+        made += [make_sequence(ids, (2,) * draw.randint(1, completion), ()) for _ in range(draw.choice([1, samples, samples]))]
     trainer = Trainer(microbatch_tokens=4096, sequence_parallel=True, tensor_parallel=4)
     (row,) = make_batch(made, step=0, num_prompts=num_prompts, trainer=trainer, dp_rank=0).microbatches
     return row
@@ -113,7 +114,7 @@ class Largest(TorchDispatchMode):
 
 def test_a_long_prompt_with_samples_of_all_lengths_makes_nothing_larger_than_the_row() -> None:
     """700 tokens of a prompt, sixteen samples of 5 to 200: no mask, no copy of the prompt's keys for a sample, no padding."""
-    made = [Sequence((1,) * 700, (2,) * (5 + 13 * i), ()) for i in range(16)]
+    made = [make_sequence((1,) * 700, (2,) * (5 + 13 * i), ()) for i in range(16)]
     (microbatch,) = make_batch(made, step=0, num_prompts=1, trainer=Trainer(), dp_rank=0).microbatches
     row, inputs = row_of(microbatch, microbatch), tensors(microbatch.token_ids.numel(), torch.float32)
     with Largest() as largest:

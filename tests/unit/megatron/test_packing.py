@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError
 from engine.core.types import IGNORED, Batch, Microbatch, Sequence
-from engine.megatron.dealing import Costs, outlines_of, split_over_ranks
-from engine.megatron.packing import empty_microbatch, lay_out_batch, make_batch
+from engine.megatron.dealing import Costs, deal_step, outlines_of, split_over_ranks
+from engine.megatron.packing import empty_microbatch, fill_batch, make_batch
+from tests.rollouts import make_sequence
 
 PAIR = [
-    Sequence((1, 2), (3, 4, 5), (-0.1, -0.2, -0.3), advantage=0.5, group=0, chosen=False),
-    Sequence((1, 2), (6,), (-0.4,), advantage=-0.5, group=0, chosen=True),
+    make_sequence((1, 2), (3, 4, 5), (-0.1, -0.2, -0.3), advantage=0.5, group=0, chosen=False),
+    make_sequence((1, 2), (6,), (-0.4,), advantage=-0.5, group=0, chosen=True),
 ]
 
 
@@ -48,7 +49,7 @@ def sequence_lists(draw: st.DrawFn) -> list[Sequence]:
 
     def add(pair: int, chosen: bool, prompt: tuple[int, ...]) -> None:
         completion = tuple(next(next_token) for _ in range(draw(st.integers(1, 7))))
-        made.append(Sequence(prompt, completion, tuple(-float(t) for t in completion), 0.0, pair, chosen))
+        made.append(make_sequence(prompt, completion, tuple(-float(t) for t in completion), 0.0, pair, chosen))
 
     for pair in range(draw(st.integers(0, 6))):
         prompt = draw(st.sampled_from(prompts))
@@ -105,7 +106,7 @@ def test_worked_example() -> None:
 def test_worked_example_of_a_shared_prompt() -> None:
     """The same pair, and a sequence with a prompt of its own: the prompt once without its last token, then each sample from
     that token on, without its last; a sequence alone is whole."""
-    (row,) = pack([*PAIR, Sequence((7, 8), (9,), (-0.5,))], 16, 3)
+    (row,) = pack([*PAIR, make_sequence((7, 8), (9,), (-0.5,))], 16, 3)
     assert row.cu_seqlens.tolist() == [0, 1, 4, 5, 8, 9]
     assert row.token_ids.tolist() == [1, 2, 3, 4, 2, 7, 8, 9, 0]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 1, 0, 1, 2, 0]
@@ -117,7 +118,7 @@ def test_worked_example_of_a_shared_prompt() -> None:
     assert row.places.tolist() == [-1, 0, 1, 2, -1]
     assert row.pairs.tolist() == [[2, 1]]
     torch.testing.assert_close(row.rollout_log_probs, torch.tensor([0, -0.1, -0.2, -0.3, -0.4, 0, -0.5, 0, 0]))
-    batch = make_batch([*PAIR, Sequence((7, 8), (9,), ())], step=0, num_prompts=2, trainer=Trainer(), dp_rank=0)
+    batch = make_batch([*PAIR, make_sequence((7, 8), (9,), ())], step=0, num_prompts=2, trainer=Trainer(), dp_rank=0)
     assert (batch.num_sequence_tokens, batch.num_saved_tokens) == (11, 3)
 
 
@@ -139,12 +140,12 @@ def test_every_sequence_lands_once(
         share_prompts=share,
     )
     batches = make_batches(sequences, step=3, num_prompts=9, trainer=trainer)
-    expected = sorted((s.prompt_ids, s.completion_ids) for s in sequences)
+    expected = sorted((tuple(s.prompt_ids), tuple(s.completion_ids)) for s in sequences)
     assert sorted(one for batch in batches for one in contents(batch)) == expected
     assert len({len(batch.microbatches) for batch in batches}) == 1
     assert trainer.virtual_pipeline == 1 or len(batches[0].microbatches) % pp_size == 0
     num_pairs, num_tokens = 0, 0
-    by_completion = {s.completion_ids: s for s in sequences}
+    by_completion = {tuple(s.completion_ids): s for s in sequences}
     for row in (row for batch in batches for row in batch.microbatches):
         assert 0 < row.token_ids.numel() <= 25
         assert row.token_ids.numel() % tp_size == 0
@@ -175,7 +176,7 @@ def test_every_sequence_lands_once(
 
 def test_a_prompt_is_computed_on_few_ranks_and_cut_where_that_balances() -> None:
     """Eight prompts of eight samples: two ranks get four prompts each, whole; sixteen ranks half of one each."""
-    sequences = [Sequence((p,) * 5, (100 + 8 * p + i,) * 10, ()) for p in range(8) for i in range(8)]
+    sequences = [make_sequence((p,) * 5, (100 + 8 * p + i,) * 10, ()) for p in range(8) for i in range(8)]
     for num_ranks, copies in ((2, 8), (16, 16)):
         dealt = split_over_ranks(outlines_of(sequences), num_ranks, Costs(True))
         assert {len(part) for part in dealt} == {64 // num_ranks}
@@ -188,7 +189,7 @@ def test_work_counts_what_a_token_attends_to() -> None:
     """One sequence of 100 tokens and four of 30: by tokens the long one goes alone, by work with `attention` too, and it weighs
     as much as they together where a look costs a hundredth of a token."""
     lengths = (100, 30, 30, 30, 30)
-    outlines = outlines_of([Sequence((i,), (1,) * (length - 1), ()) for i, length in enumerate(lengths)])
+    outlines = outlines_of([make_sequence((i,), (1,) * (length - 1), ()) for i, length in enumerate(lengths)])
     assert [len(part) for part in split_over_ranks(outlines, 2, Costs(True))] == [1, 4]
     assert [len(part) for part in split_over_ranks([*outlines, *outlines[1:3]], 2, Costs(True))] == [2, 5]
     assert [len(part) for part in split_over_ranks([*outlines, *outlines[1:3]], 2, Costs(True, 0.02))] == [1, 6]
@@ -197,7 +198,7 @@ def test_work_counts_what_a_token_attends_to() -> None:
 def test_a_pipeline_has_more_rows_of_equal_work() -> None:
     """Four stages and 80 sequences of 400 tokens: 8 rows of 4,096 are enough, four a stage idle less; not below a thousand
     tokens each."""
-    sequences = [Sequence((i, i), (1,) * 398, ()) for i in range(80)]
+    sequences = [make_sequence((i, i), (1,) * 398, ()) for i in range(80)]
     one, four = (
         make_batch(sequences, step=0, num_prompts=80, trainer=Trainer(pipeline_parallel=p, microbatch_tokens=4096), dp_rank=0)
         for p in (1, 4)
@@ -223,7 +224,7 @@ ROWS = [  # trainer options, what every row's length is a multiple of; rows of 5
 @pytest.mark.parametrize(("options", "multiple"), ROWS)
 def test_fp8_and_overlap_pad_every_row_and_nothing_else(options: dict[str, Any], multiple: int) -> None:
     """Rows of whole blocks, or all of one length, also the empty ones; what is trained on is the same."""
-    sequences = [Sequence((i,), tuple(range(count)), ()) for i, count in enumerate((300, 40, 260, 7, 511))]
+    sequences = [make_sequence((i,), tuple(range(count)), ()) for i, count in enumerate((300, 40, 260, 7, 511))]
     (plain,) = make_batches(sequences, step=0, num_prompts=5, trainer=Trainer(microbatch_tokens=512))
     trainer = Trainer.model_validate({"microbatch_tokens": 512, **options})
     (padded,) = make_batches(sequences, step=0, num_prompts=5, trainer=trainer)
@@ -237,7 +238,7 @@ def test_fp8_and_overlap_pad_every_row_and_nothing_else(options: dict[str, Any],
 def test_ranks_are_balanced_and_ties_go_to_the_lower() -> None:
     """Largest first: 5, 4, 3, 2 tokens deal as 5 + 2 and 4 + 3, each rank in the given order."""
     sizes = (2, 4, 3, 5)
-    sequences = [Sequence((size,), tuple(range(size - 1)), ()) for size in sizes]
+    sequences = [make_sequence((size,), tuple(range(size - 1)), ()) for size in sizes]
     dealt = [[sequence.num_tokens for sequence in part] for part in split_over_ranks(outlines_of(sequences), 2, Costs(True))]
     assert dealt == [[2, 5], [4, 3]]
     assert split_over_ranks([], 2, Costs(True)) == [[], []]
@@ -245,7 +246,7 @@ def test_ranks_are_balanced_and_ties_go_to_the_lower() -> None:
 
 def test_a_rank_asks_for_its_own_sequences_only() -> None:
     """Each sequence is asked for by one of two ranks; the counts are the whole step's on both."""
-    sequences = [*PAIR, *(Sequence((i,), tuple(range(2 + i)), ()) for i in range(5))]
+    sequences = [*PAIR, *(make_sequence((i,), tuple(range(2 + i)), ()) for i in range(5))]
     trainer = Trainer(data_parallel=2, microbatch_tokens=12)
     asked: list[list[int]] = [[], []]
 
@@ -256,10 +257,8 @@ def test_a_rank_asks_for_its_own_sequences_only() -> None:
 
         return sequence
 
-    batches = [
-        lay_out_batch(outlines_of(sequences), sequence_for(rank), step=0, num_prompts=6, trainer=trainer, dp_rank=rank)
-        for rank in range(2)
-    ]
+    shares = deal_step(outlines_of(sequences), step=0, num_prompts=6, trainer=trainer)
+    batches = [fill_batch(share, sequence_for(rank), trainer) for rank, share in enumerate(shares)]
     assert sorted(asked[0] + asked[1]) == list(range(7))
     assert all(asked)
     assert {(batch.num_target_tokens, batch.num_groups, len(batch.microbatches)) for batch in batches} == {(24, 1, 2)}
@@ -285,7 +284,7 @@ def test_empty_row_adds_nothing() -> None:
 
 def test_a_pair_larger_than_a_row_is_split_and_marked() -> None:
     """8 tokens together do not fit 7: a row each, no pair in either, both marked with their group."""
-    rows = pack([*PAIR, Sequence((8,), (9,), ())], 7, 2, share=False)
+    rows = pack([*PAIR, make_sequence((8,), (9,), ())], 7, 2, share=False)
     assert [row.pairs.numel() for row in rows] == [0, 0]
     assert [row.split.tolist() for row in rows] == [[True, False], [True, False, False]]
     assert [row.groups.tolist() for row in rows] == [[0, -1], [0, -1, -1]]

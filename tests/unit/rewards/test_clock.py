@@ -17,12 +17,13 @@ import psutil
 import pytest
 
 from engine.config.options import Rewards
-from engine.core.types import Prompt, Score
+from engine.core.types import Score
 from engine.rewards.base import Answer
 from engine.rewards.function import FunctionReward
 from engine.rewards.math.reward import MathReward
 from engine.rewards.pool import workers
 from engine.rewards.pool.workers import Request, WorkerReward
+from tests.rollouts import make_prompt
 
 RIGHT, LATE = Score(1.0, "ok"), Score(0.0, "timeout")
 
@@ -45,7 +46,7 @@ class Waiting(Computing):
 
 
 def answers(*texts: str) -> list[Answer]:
-    return [Answer(Prompt("id", (1,), "", "", "", ""), text) for text in texts]
+    return [Answer(make_prompt("id", (1,), "", "", "", ""), text) for text in texts]
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def test_verdicts_are_the_same_on_a_busy_machine() -> None:
 
 def test_an_answer_over_its_cpu_time_is_late_however_late_that_is_seen() -> None:
     """The worker sleeps (as on a busy machine) while its child uses up more than its time, and answers."""
-    with Computing(Rewards(deadline_seconds=0.5)) as reward:
+    with Computing(Rewards(workers=1, deadline_seconds=0.5)) as reward:
         reward.start()
         (worker,) = reward._workers
         process = psutil.Process(worker.process.pid)
@@ -114,7 +115,7 @@ def test_an_answer_over_its_cpu_time_is_late_however_late_that_is_seen() -> None
 
 def test_a_stopped_child_meets_the_wall_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MIN_WALL_SECONDS", 0.3)
-    with Computing(Rewards(deadline_seconds=0.01)) as reward:
+    with Computing(Rewards(workers=1, deadline_seconds=0.01)) as reward:
         reward.start()
         (child,) = psutil.Process(reward._workers[0].process.pid).children()
         child.suspend()

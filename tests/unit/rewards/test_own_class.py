@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from engine.core.errors import ConfigError, NumericsError, WatchdogError
-from engine.core.types import Prompt, Score
+from engine.core.types import Score
 from engine.rewards.base import Answer, Reward
 from engine.rewards.own_class import OwnReward, require_class
+from tests.rollouts import make_prompt
 
-ANSWERS = [Answer(Prompt("p", (1,), "1+1", "2", "", ""), text) for text in ("2", "3")]
+ANSWERS = [Answer(make_prompt("p", (1,), "1+1", "2", "", ""), text) for text in ("2", "3")]
 
 
 class Mine(Reward):

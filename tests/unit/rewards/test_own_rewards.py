@@ -28,6 +28,7 @@ from engine.rewards.registry import RoutedReward, check_pairing, checks, identit
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
 from engine.rollouts.metrics import rollout_metrics
 from engine.rollouts.source import score_groups
+from tests.rollouts import make_completion, make_prompt
 from tests.unit.rollouts.test_rollouts import run_config
 from tests.unit.run.test_checkpoint import commit, open_checkpoints
 from tests.unit.run.test_checkpoint import run_config as checkpoint_config
@@ -168,11 +169,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own(folder: Path, name: str, **options: Any) -> FunctionReward:
-    return FunctionReward(Rewards(**{"deadline_seconds": 30.0} | options), f"{folder}/mine.py:{name}", "data.reward")
+    tables = {"workers": 1, "deadline_seconds": 30.0} | options
+    return FunctionReward(Rewards(**tables), f"{folder}/mine.py:{name}", "data.reward")
 
 
 def prompt(name: str = "id", row: Any = None, reward: str = "math") -> Prompt:
-    return Prompt(name, (1,), f"problem {name}", "7", "", "", reward, row="" if row is None else json.dumps(row))
+    return make_prompt(name, (1,), f"problem {name}", "7", "", "", reward, row="" if row is None else json.dumps(row))
 
 
 def answers(texts: Sequence[str], asked: Prompt | None = None) -> list[Answer]:
@@ -198,7 +200,8 @@ def test_a_reward_from_outside_in_one_file_is_trained_with_beside_math(folder, m
     assert prompts[0].row == "", "memory is for who asks for it"
     texts = (r"\boxed{7}", "8", "hi there", "well, hi there")
     completions = [
-        Completion(prompts[i // 2].id, i % 2, i, 0, (1, 2, 3), (-1.0, -1.0, -1.0), text, "stop") for i, text in enumerate(texts)
+        make_completion(prompts[i // 2].id, i % 2, i, 0, (1, 2, 3), (-1.0, -1.0, -1.0), text, "stop")
+        for i, text in enumerate(texts)
     ]
     with open_rewards(config, None) as reward:
         groups = score_groups(0, prompts, completions, reward)
@@ -345,7 +348,7 @@ def test_an_answer_that_one_of_several_could_not_judge_is_not_judged(folder):
 
 
 def _completion(answer: Answer) -> Completion:
-    return Completion("id", 0, 0, 0, (1,), (-1.0,), answer.completion, "stop")
+    return make_completion("id", 0, 0, 0, (1,), (-1.0,), answer.completion, "stop")
 
 
 def test_a_class_of_the_users_own_judges_in_this_process(folder):
@@ -492,7 +495,7 @@ class Fixed(Reward):
 def test_metrics_of_functions_of_one_name_are_told_apart():
     names = ["a.py:f", "b.py:f"]
     prompts = [prompt(name, reward=name) for name in names]
-    completions = [Completion(name, 0, 0, 0, (1,), (-1.0,), "x", "stop") for name in names]
+    completions = [make_completion(name, 0, 0, 0, (1,), (-1.0,), "x", "stop") for name in names]
     groups = score_groups(0, prompts, completions, RoutedReward({"a.py:f": Fixed(1.0), "b.py:f": Fixed(2.0)}))
     metrics = rollout_metrics(groups, None)
     assert (metrics["reward_mean_a_py_f"], metrics["reward_mean_b_py_f"]) == (1.0, 2.0)

@@ -28,6 +28,7 @@ from engine.models.reward_head import read_reward_head
 from engine.rewards.base import Answer, Reward
 from engine.rewards.model import ModelReward
 from engine.rewards.registry import RoutedReward, open_rewards
+from tests.rollouts import make_prompt
 from tests.unit.inference.test_pool import Answer as Future
 from tests.unit.rollouts.test_rollouts import run_config
 from tools.make_reward_model import CLS, make_reward_model
@@ -285,7 +286,7 @@ class FakeScorer:
 
 
 def prompt(problem: str, reward: str = "model") -> Prompt:
-    return Prompt(problem, (1,), problem, "", "", "", reward)
+    return make_prompt(problem, (1,), problem, "", "", "", reward)
 
 
 def test_equal_conversations_are_asked_once_and_all_get_the_score():

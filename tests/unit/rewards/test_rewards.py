@@ -25,6 +25,7 @@ from engine.rewards.math.reward import MathReward
 from engine.rewards.pool import workers
 from engine.rewards.pool.frames import read_frame, write_frame
 from engine.rewards.registry import open_rewards
+from tests.rollouts import make_prompt
 
 RIGHT, WRONG = Score(1.0, "ok"), Score(0.0, "ok")
 DEADLINE_SECONDS = 2.0
@@ -51,7 +52,7 @@ HOSTILE = {
 
 
 def prompt(answer: str) -> Prompt:
-    return Prompt("id", (1,), "problem", answer, "", "")
+    return make_prompt("id", (1,), "problem", answer, "", "")
 
 
 def processes() -> list[psutil.Process]:
@@ -111,6 +112,15 @@ def test_memory_is_bounded() -> None:
         assert child.rlimit(psutil.RLIMIT_AS) == (256 << 20, 256 << 20)
         assert child.rlimit(psutil.RLIMIT_CORE) == (0, 0)
     assert bomb.value == 0.0 and honest == RIGHT  # the status depends on who notices: Math-Verify or we
+
+
+@pytest.mark.parametrize(("cores", "wanted"), [(1, 1), (7, 1), (16, 4), (192, 16)])
+def test_so_many_workers_as_fit_the_machine_where_none_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, cores: int, wanted: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert workers.num_workers(Rewards()) == wanted
+    assert workers.num_workers(Rewards(workers=3)) == 3
 
 
 def test_two_workers_keep_the_order() -> None:
@@ -178,11 +188,11 @@ from engine.rewards.registry import open_rewards
 from engine.core.types import Prompt
 from engine.rewards.base import Answer
 reward = MathReward(Rewards(deadline_seconds=60.0))
-reward.score([Answer(Prompt("id", (1,), "", "5", "", ""), "5")])
+reward.score([Answer(make_prompt("id", (1,), "", "5", "", ""), "5")])
 import psutil
 print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)
 if sys.argv[1] == "busy":
-    reward.score([Answer(Prompt("id", (1,), "", "5", "", ""), r"\\boxed{9!!!!!}")])
+    reward.score([Answer(make_prompt("id", (1,), "", "5", "", ""), r"\\boxed{9!!!!!}")])
 """
 
 
@@ -266,7 +276,7 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_users_function_gives_the_score(functions: Path) -> None:
-    asked = Prompt("id", (1,), "What is 5 + 2?", "7", "", "", "function")
+    asked = make_prompt("id", (1,), "What is 5 + 2?", "7", "", "", "function")
     with FunctionReward(Rewards(function=f"{functions}:right")) as user:
         assert user.score([Answer(asked, "it is 7"), Answer(asked, "it is 8")]) == [Score(0.5, "ok"), Score(-1.0, "ok")]
 
@@ -284,7 +294,7 @@ def test_whatever_a_users_function_does_is_a_status_and_the_next_answer_is_judge
         **{"hang": Score(0.0, "timeout"), "kill": Score(0.0, "died"), "memory": Score(0.0, "died")},
         **{"true": Score(1.0, "ok"), "eat": Score(0.0, "ok"), "fine": fine},
     }
-    with FunctionReward(Rewards(function=f"{functions}:wild", deadline_seconds=1.0, memory_mebibytes=1024)) as user:
+    with FunctionReward(Rewards(function=f"{functions}:wild", workers=1, deadline_seconds=1.0, memory_mebibytes=1024)) as user:
         (worker,) = user._workers
         for text, score in expected.items():
             assert user.score([Answer(prompt("7"), text), Answer(prompt("7"), "fine")]) == [score, fine], text
@@ -341,7 +351,7 @@ def test_each_prompt_goes_to_the_reward_it_names(functions: Path, tmp_path: Path
         "data": {"train": "a.jsonl", "mix": [{"train": "b.jsonl", "reward": "function"}]},
         "rewards": {"function": f"{functions}:right"},
     }
-    mine, theirs = (Prompt("id", (1,), "problem", "7", "", "", name) for name in ("math", "function"))
+    mine, theirs = (make_prompt("id", (1,), "problem", "7", "", "", name) for name in ("math", "function"))
     with open_rewards(RunConfig.model_validate(tree), None) as routed:
         scores = routed.score([Answer(theirs, "7"), Answer(mine, "7"), Answer(theirs, "8"), Answer(mine, "8")])
     assert scores == [Score(0.5, "ok"), RIGHT, Score(-1.0, "ok"), WRONG]

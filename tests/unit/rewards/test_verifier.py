@@ -27,6 +27,7 @@ from engine.rewards.math.compare import is_value
 from engine.rewards.math.normal import normal, plain
 from engine.rewards.math.reward import MAX_CHARACTERS, VERIFIER_VERSION, MathReward
 from engine.rewards.math.worker import judge
+from tests.rollouts import make_prompt
 from tests.shared_data import SHARED_DATA, needs_shared_data
 from tests.unit.rewards.hostile import hostile_answers
 
@@ -40,7 +41,7 @@ RIGHT = Score(1.0, "ok")
 
 
 def prompt(answer: str, problem: str = "") -> Prompt:
-    return Prompt("id", (1,), problem, answer, "", "")
+    return make_prompt("id", (1,), problem, answer, "", "")
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from engine.algorithms.registry import make_loss
 from engine.config import options
 from engine.config.load import RunConfig
+from engine.core.arrays import TokenIds
 from engine.core.errors import ConfigError, DataError
 from engine.core.segments import SegmentWriter, segments_of
-from engine.core.types import Completion, Rollout, RolloutGroup, Score, Status
+from engine.core.types import Rollout, RolloutGroup, Score, Status
 from engine.data.mixture import Mixture
 from engine.data.preferences import load_preferences
 from engine.data.prompts import PromptOrder
@@ -32,6 +33,7 @@ from engine.rollouts.replay import LedgerSource, open_preferences, replay_kind
 from engine.rollouts.source import RolloutSource
 from engine.rollouts.writer import RolloutFile, RolloutFolder, RolloutWriter
 from tests.builders import algorithm_options
+from tests.rollouts import make_completion
 from tests.unit.algorithms.steps import Step
 from tests.unit.data.test_mixture import prompt_set, write
 from tests.unit.inference.test_pool import FakeEngine
@@ -102,7 +104,7 @@ def test_a_replayed_ledger_is_the_live_run_bit_for_bit(tmp_path, monkeypatch, al
 @given(st.lists(st.floats(-(2.0**99), 0, width=32), min_size=1, max_size=6), st.floats(-1e300, 1e300), TEXTS, STATUSES)
 def test_any_rollout_survives_the_ledger(tmp_path_factory, log_probs, reward, text, status):
     tokens = tuple(range(len(log_probs)))
-    completion = Completion("p0", 0, 2**62 + 1, 0, tokens, tuple(log_probs), text, "stop")
+    completion = make_completion("p0", 0, 2**62 + 1, 0, tokens, tuple(log_probs), text, "stop")
     made = RolloutGroup(group([1]).prompt, 0, (Rollout(completion, Score(reward, status)),))
     folder = tmp_path_factory.mktemp("any")
     for records in (RolloutFile(folder / "ledger.jsonl"), RolloutFolder(folder / "rollouts", options.RolloutRecords())):
@@ -172,7 +174,7 @@ def test_rollouts_of_another_template_or_tokenizer_are_refused_and_older_ledgers
     wanted = live(path)
     config, prompts = offline(path)
     first, second = prompts.sets
-    other = tuple(replace(prompt, token_ids=(*prompt.token_ids, 7)) for prompt in second.prompts)
+    other = tuple(replace(prompt, token_ids=TokenIds.of([*prompt.token_ids, 7])) for prompt in second.prompts)
     changed = replace(prompts, sets=(first, replace(second, prompts=other)))
     with pytest.raises(DataError, match=r"step 0: `prompt_tokens` of prompt 'b\d' must be .*: set the template") as caught:
         LedgerSource(config, RolloutLedger(path), changed, VOCAB_SIZE).next(0)
@@ -203,7 +205,8 @@ def one(rows: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
         (lambda rows: [row | {"prompt_id": "gone"} for row in rows[:6]] + rows[6:], "name a prompt of data.train .*'gone'"),
         (lambda rows: [row | {"version": 1} for row in rows], r"step 0: `version` must be one, .* found \[1\]"),
         (lambda rows: one(rows, log_probs=[]), "line 1: `log_probs` must be one a token; found 0 for 1"),
-        (lambda rows: one(rows, token_ids=[2**31]), f"`token_ids` must be of the model's {2**31} tokens; found {2**31}"),
+        (lambda rows: one(rows, token_ids=[2**31]), f"line 1: `token_ids.0` must be as a ledger has it .*; found '{2**31}'"),
+        (lambda rows: one(rows, token_ids=[]), r"line 1: `token_ids` must be as a ledger has it .*; found '\[\]'"),
         (lambda rows: one(rows, reward="high"), "line 1: `reward` must be as a ledger has it .*; found 'high'"),
         (lambda rows: one(rows, status="fine"), "line 1: `status` must be"),
         (lambda rows: [row | {"step": -1} for row in rows], "line 1: `step` must be"),
@@ -217,6 +220,15 @@ def test_a_ledger_that_does_not_fit_the_run_is_refused_by_name(tmp_path, change,
     with pytest.raises(DataError, match=words) as caught:
         LedgerSource(config, RolloutLedger(path), prompts, VOCAB_SIZE).next(0)
     assert str(path) in str(caught.value)
+
+
+def test_tokens_that_the_model_has_not_are_refused(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    live(path)
+    edited(path, lambda rows: one(rows, token_ids=[2**31 - 1]))
+    config, prompts = offline(path)
+    with pytest.raises(DataError, match=f"`token_ids` must be of the model's {2**31 - 1} tokens; found {2**31 - 1}"):
+        LedgerSource(config, RolloutLedger(path), prompts, 2**31 - 1).next(0)
 
 
 @pytest.mark.parametrize(
@@ -276,11 +288,11 @@ def test_a_preference_file_gives_pairs_in_the_seeded_order(model_folder, tiny_to
         data = source.next(step)
         rows = [PAIRS[i] for i in PromptOrder(3, config.run.seed).at(step, 2)]
         prompts = [encode_prompt(tiny_tokenizer, str(row.get("problem") or row["prompt"]), "{problem}") for row in rows]
-        assert [s.prompt_ids for s in data.sequences] == [ids for ids in prompts for _ in range(2)]
+        assert [tuple(s.prompt_ids) for s in data.sequences] == [ids for ids in prompts for _ in range(2)]
         texts = [tiny_tokenizer.decode(s.completion_ids) for s in data.sequences]
         assert texts == [f"{row[kind]}<|eot_id|>" for row in rows for kind in ("chosen", "rejected")]
         assert [(s.group, s.chosen) for s in data.sequences] == [(0, True), (0, False), (1, True), (1, False)]
-        assert all(s.rollout_log_probs == () and s.advantage == 0 for s in data.sequences)
+        assert all(not s.rollout_log_probs and s.advantage == 0 for s in data.sequences)
         assert data.num_prompts == 2
         assert data.metrics.keys() == {"completion_tokens_mean", "completion_tokens_max"}
 

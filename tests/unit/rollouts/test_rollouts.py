@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config.load import RunConfig
+from engine.core.arrays import LogProbs, TokenIds
 from engine.core.errors import InferenceError
-from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
+from engine.core.types import Rollout, RolloutGroup, Score
 from engine.data.mixture import Mixture
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.inference.pool import Pool, Usage
@@ -28,6 +29,7 @@ from engine.rollouts.metrics import percentile, rollout_metrics, warn_of_endings
 from engine.rollouts.source import RolloutSource, score_groups
 from engine.rollouts.writer import RolloutFile, RolloutWriter
 from tests import builders
+from tests.rollouts import make_completion, make_prompt
 from tests.unit.inference.test_pool import FakeEngine
 
 TABLES: dict[str, dict[str, Any]] = {
@@ -42,7 +44,7 @@ def run_config(**changes: dict[str, Any]) -> RunConfig:
     return builders.config(**builders.merged(TABLES, changes))
 
 
-PROMPTS = PromptSet(tuple(Prompt(f"p{i}", (i + 1, 50), f"problem {i}", "1", "", "") for i in range(9)), 0, 0)
+PROMPTS = PromptSet(tuple(make_prompt(f"p{i}", (i + 1, 50), f"problem {i}", "1", "", "") for i in range(9)), 0, 0)
 
 
 class Parity(Reward):
@@ -102,7 +104,7 @@ def test_a_step_holds_the_prompts_of_the_order_and_pairs_of_right_and_wrong(open
         assert [s.prompt_ids for s in data.sequences] == [p.token_ids for p in mixed for _ in range(2)]
         assert [(s.group, s.chosen) for s in data.sequences] == [(i, c) for i in range(len(mixed)) for c in (True, False)]
         assert all((s.completion_ids[0] % 2 == 0) is s.chosen for s in data.sequences)
-        assert all(s.rollout_log_probs == (-0.5,) and s.advantage == 0 for s in data.sequences)
+        assert all(s.rollout_log_probs == LogProbs.of([-0.5]) and s.advantage == 0 for s in data.sequences)
 
 
 def test_seeds_are_distinct_and_depend_on_the_step_but_not_on_the_engines(open_source):
@@ -208,7 +210,7 @@ def group(
     """One rollout a reward; rollout i has i + 1 tokens with log-prob -(i + 1) / 2 each, and is cut off when in `cut_off`."""
     rollouts = [
         Rollout(
-            Completion(
+            make_completion(
                 prompt_id=f"p{prompt}",
                 sample_index=i,
                 seed=100 * prompt + i,
@@ -281,7 +283,7 @@ def test_a_percentile_is_the_smallest_length_that_reaches_its_share(lengths, per
 def test_lengths_of_what_a_loss_compares():
     """Sequences of no group are in no comparison, as GRPO's beside pairs."""
     sequences, _ = training_sequences(MIXED, run_config())
-    alone = replace(sequences[0], group=-1, completion_ids=(1,) * 40)
+    alone = replace(sequences[0], group=-1, completion_ids=TokenIds.of([1] * 40))
     by_hand = {c: [len(s.completion_ids) for s in sequences if s.chosen is c] for c in (True, False)}
     found = compared_tokens([*sequences, alone])
     assert found == {
@@ -384,7 +386,7 @@ def test_dpo_skips_prompts_without_a_pair_and_numbers_the_others():
     found = [(s.prompt_ids[0], s.group, s.chosen) for s in sequences]
     assert found == [(2, 0, True), (2, 0, False), (4, 1, True), (4, 1, False)]
     assert [len(s.completion_ids) for s in sequences if s.chosen] == [1, 2]
-    assert all(s.rollout_log_probs == (-len(s.completion_ids) / 2,) * len(s.completion_ids) for s in sequences)
+    assert all(list(s.rollout_log_probs) == [-len(s.completion_ids) / 2] * len(s.completion_ids) for s in sequences)
 
 
 @pytest.mark.parametrize(("kl_weight", "kept"), [(0.001, [1, 2, 3, 4]), (0.0, [2, 4])])
@@ -440,7 +442,7 @@ def test_completions_are_scored_against_their_own_prompt():
             asked.extend((answer.prompt.id, answer.completion) for answer in answers)
             return super().score(answers)
 
-    completions = [Completion(f"p{i // 3}", i % 3, i, 0, (i,), (-1.0,), str(i), "stop") for i in range(6)]
+    completions = [make_completion(f"p{i // 3}", i % 3, i, 0, (i,), (-1.0,), str(i), "stop") for i in range(6)]
     groups = score_groups(7, PROMPTS.prompts[:2], completions, Recording())
     assert asked == [(f"p{i // 3}", str(i)) for i in range(6)]
     assert [(g.prompt.id, g.step, [r.score.value for r in g.rollouts]) for g in groups] == [

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from engine.core.arrays import LogProbs, TokenIds
 from engine.core.errors import InferenceError
-from engine.core.types import Prompt, Score
+from engine.core.types import Score
 from engine.data.mixture import HeldOut, Mixture
 from engine.data.prompts import PromptSet
 from engine.observe import telling
@@ -21,9 +22,10 @@ from engine.run import controller as controller_module
 from engine.run.controller import Controller
 from tests import builders
 from tests.builders import spec
+from tests.rollouts import make_prompt
 from tests.unit.inference.test_pool import FakeEngine
 
-SUMS = tuple(Prompt(f"s{i}", (i,), f"sum {i}", f"{i}", "", "") for i in range(3))
+SUMS = tuple(make_prompt(f"s{i}", (i,), f"sum {i}", f"{i}", "", "") for i in range(3))
 CHATS = tuple(replace(prompt, id=f"c{prompt.id}", reward="model", verifiable=False) for prompt in SUMS)
 
 
@@ -33,7 +35,8 @@ class Longest(FakeEngine):
     def completion(self, request):
         made = super().completion(request)
         num_tokens = self.version + 1
-        return replace(made, token_ids=made.token_ids * num_tokens, log_probs=made.log_probs * num_tokens)
+        token_ids, log_probs = TokenIds.joined([made.token_ids] * num_tokens), LogProbs.joined([made.log_probs] * num_tokens)
+        return replace(made, token_ids=token_ids, log_probs=log_probs)
 
 
 class Sixth(Reward):
@@ -157,7 +160,7 @@ def test_an_evaluation_tells_how_far_it_has_come(open_controller: Open, hearing:
         "engines",
         "prompts",
     ]
-    many = tuple(Prompt(f"m{i}", (i,), f"sum {i}", f"{i}", "", "") for i in range(20))
+    many = tuple(make_prompt(f"m{i}", (i,), f"sum {i}", f"{i}", "", "") for i in range(20))
     controller._sets = [("many", PromptSet(many, 0, 0))]
     beats: list[int] = []
     controller.evaluate(0, lambda: beats.append(1))

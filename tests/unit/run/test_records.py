@@ -20,13 +20,14 @@ from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError, StorageError
 from engine.core.jsonl import line_of, read_rows
 from engine.core.segments import SegmentWriter, segments_of
-from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
+from engine.core.types import Rollout, RolloutGroup, Score
 from engine.observe.guard import Guard
 from engine.observe.rollouts import heads
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
 from engine.rollouts.writer import RolloutWriter
 from engine.run.records import Records
 from tests import builders
+from tests.rollouts import make_completion, make_prompt
 
 LEDGERS = ("metrics", "evaluations", "samples", "guard")
 TEXT = "x" * 500  # of a rollout
@@ -53,8 +54,8 @@ def live(records: Records, steps: range) -> None:
 def rollouts_of(step: int, version: int | None = None) -> RolloutGroup:
     """Two rollouts of a step, by the weights of that step or of another one."""
     version = step if version is None else version
-    completions = [Completion("p", place, step, version, (step, place), (-0.5, -0.25), TEXT, "stop") for place in range(2)]
-    prompt = Prompt("p", (1,), "", "", "", "")
+    completions = [make_completion("p", place, step, version, (step, place), (-0.5, -0.25), TEXT, "stop") for place in range(2)]
+    prompt = make_prompt("p", (1,), "", "", "", "")
     return RolloutGroup(prompt, step, tuple(Rollout(completion, Score(1.0, "ok")) for completion in completions))
 
 

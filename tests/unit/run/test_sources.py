@@ -12,14 +12,14 @@ from engine.rollouts import source as rollouts
 from engine.run import sources
 from engine.run.agreement import Agreement
 from engine.run.signals import sign_of_life
-from engine.run.sources import BroadcastSource
+from engine.run.sources import DealtSource
 from tests.builders import config
 
 
 @pytest.mark.parametrize("method", ["drain", "next"])
 def test_ranks_wait_for_the_word_that_rank_0_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str) -> None:
     said: list[bytes] = []
-    monkeypatch.setattr(sources, "broadcast_batch", lambda *_: SimpleNamespace(num_target_tokens=3))
+    monkeypatch.setattr(sources, "scatter_batch", lambda *_: SimpleNamespace(num_target_tokens=3))
 
     class Slow:
         def drain(self, step: int, waiting: Any) -> None:
@@ -36,12 +36,12 @@ def test_ranks_wait_for_the_word_that_rank_0_is_done(monkeypatch: pytest.MonkeyP
 
     made = config(tmp_path)
     parallel: Any = SimpleNamespace(world_size=2, rank=0, device="cpu", host=SimpleNamespace(broadcast=say))
-    first: Any = BroadcastSource(made, parallel, Slow(), Agreement(made, parallel))  # type: ignore[arg-type]
+    first: Any = DealtSource(made, parallel, Slow(), Agreement(made, parallel))  # type: ignore[arg-type]
     first.drain(range(1)) if method == "drain" else first.next(0)
     assert len(said) == 1
     assert sign_of_life(made).exists(), "the watching command sees that it waits"
     parallel = SimpleNamespace(world_size=2, rank=1, device="cpu", host=SimpleNamespace(broadcast=lambda _: said.pop()))
-    other: Any = BroadcastSource(made, parallel, None, Agreement(made, parallel))
+    other: Any = DealtSource(made, parallel, None, Agreement(made, parallel))
     other.drain(range(1)) if method == "drain" else other.next(0)
     assert said == [], "heard to the end"
 

@@ -8,6 +8,7 @@ import pytest
 import ray
 from safetensors import SafetensorError
 
+from engine.core.arrays import LogProbs
 from engine.core.errors import NumericsError, StorageError, WatchdogError
 from engine.inference.vllm_engine import require_finite
 from engine.run.handles import typed_error
@@ -37,8 +38,8 @@ def test_other_failures_of_the_system_may_pass() -> None:
 
 
 def test_log_probs_that_are_not_finite_name_the_weights() -> None:
-    require_finite([-1.0, 0.0], 0, 3)
+    require_finite(LogProbs.of([-1.0, 0.0]), 0, 3)
     with pytest.raises(NumericsError, match=r"engine 1's log-probs must be finite; found nan: model.path holds weights"):
-        require_finite([-1.0, float("nan")], 1, 0)
+        require_finite(LogProbs.of([-1.0, float("nan")]), 1, 0)
     with pytest.raises(NumericsError, match="the policy after 3 steps"):
-        require_finite([float("-inf")], 0, 3)
+        require_finite(LogProbs.of([float("-inf")]), 0, 3)

@@ -1,8 +1,6 @@
 """What the records of rollouts cost: seconds of CPU a million tokens before a step is handed on and in the thread that writes,
 bytes a token on disk, and what going on from a checkpoint costs runs of several ages; beside the form of before, JSON lines
-written where the step waits, which is written out here as the peer. Prints tables, and JSON on request.
-
-    python tools/bench_records.py --texts answers.jsonl --json FILE
+written where the step waits, which is written out here as the peer. bench_scale.py prints it.
 
 Texts are the `answer` of each row of --texts, split into tokens by a byte-level BPE that is trained on them; without, words
 drawn by Zipf's law. Log-probs are float32, of tokens drawn from softmaxes of which three quarters are peaked, as a trained
@@ -11,10 +9,8 @@ model's are. No model runs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -26,6 +22,7 @@ import numpy as np
 
 from engine.config.load import load_config
 from engine.config.options import RolloutRecords
+from engine.core.arrays import LogProbs, TokenIds
 from engine.core.jsonl import JsonlLedger
 from engine.core.segments import cut_back, find_cut, segments_of
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
@@ -37,41 +34,19 @@ CLASSES = 4096  # of the softmaxes that log-probs are of: they set their shape, 
 SPEC = "configs/scale/llama-3.1-8b-16x24.toml"
 
 
-def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", metavar="FILE", help="JSON lines with an `answer` each")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=700, help="mean of a rollout's; lengths are log-normal")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument(
-        "--ages", type=int, nargs="*", default=[10, 1000, 10_000], help="steps of the runs that are gone on with"
-    )
-    parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
-    source = Source(options.texts)
-    steps = [source.step(step, options.prompts, options.samples, options.tokens) for step in range(options.steps)]
+def records(texts: str | None, num_steps: int, ages: Sequence[int]) -> dict[str, Any]:
+    """Prints and returns what writing costs and what going on from a checkpoint does; `texts`: a file of answers."""
+    source = Source(texts)
+    steps = [source.step(step, 64, 8, 700) for step in range(num_steps)]
     with tempfile.TemporaryDirectory() as folder:
-        found: dict[str, Any] = {"writing": writing(Path(folder), steps), "machine": machine()}
-        found["restart"] = [restart(Path(folder) / f"age{age}", source, age) for age in options.ages]
+        found: dict[str, Any] = {"writing": writing(Path(folder), steps)}
+        found["restart"] = [restart(Path(folder) / f"age{age}", source, age) for age in ages]
     show(found)
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-
-def machine() -> dict[str, Any]:
-    """Where it was measured."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-    }
+    return found
 
 
 class Source:
-    """Rollouts as an engine returns them: tuples of Python numbers."""
+    """Rollouts as an engine returns them, with texts."""
 
     def __init__(self, texts: str | None) -> None:
         self._draw = np.random.default_rng(0)
@@ -116,13 +91,13 @@ class Source:
             for sample in range(samples):
                 length = int(np.clip(self._draw.lognormal(np.log(tokens) - 0.18, 0.6), 1, 4 * tokens))
                 begin = int(self._draw.integers(0, len(self._stream) - length))
-                ids = tuple(self._stream[begin : begin + length].tolist())
-                log_probs = tuple(self._log_probs[self._draw.integers(0, len(self._log_probs), length)].tolist())
+                ids = TokenIds.copied(self._stream[begin : begin + length])
+                log_probs = LogProbs.copied(self._log_probs[self._draw.integers(0, len(self._log_probs), length)])
                 text = "".join(self._words[token] for token in ids)
                 seed = int(self._draw.integers(0, 2**62))
                 made = Completion(f"{place:016x}", sample, seed, step, ids, log_probs, text, "stop")
                 rollouts.append(Rollout(made, Score(float(sample % 2), "ok")))
-            groups.append(RolloutGroup(Prompt(f"{place:016x}", (1, 2, 3), "", "", "", ""), step, tuple(rollouts)))
+            groups.append(RolloutGroup(Prompt(f"{place:016x}", TokenIds.of([1, 2, 3]), "", "", "", ""), step, tuple(rollouts)))
         return groups
 
 
@@ -244,8 +219,7 @@ def moved() -> tuple[int, int]:
 
 def show(found: dict[str, Any]) -> None:
     """Tables, and what a day of a large run writes."""
-    machine, w = found["machine"], found["writing"]
-    print(f"{machine['processor']}, {machine['cores']} cores, load {machine['load']:.0f}, Python {machine['python']}")
+    w = found["writing"]
     print(f"{w['tokens']:,} tokens of {w['steps']} steps; seconds of CPU a million tokens:")
     print(f"  JSON lines where the step waits, as before  {w['before_cpu_seconds_per_million']:.3f}")
     print(f"  handed over to the thread                   {w['handed_over_cpu_seconds_per_million']:.4f}")
@@ -266,7 +240,3 @@ def show(found: dict[str, Any]) -> None:
     for row in found["restart"]:
         cost = (f"{row['cpu_milliseconds']:.1f}", f"{row['bytes_read']:,}", f"{row['bytes_written']:,}")
         print(" | ".join([f"{row['steps']:,}", str(row["segments"]), *cost]))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,157 @@
+"""How evenly a step's work is dealt, and what a pipeline loses: the trainer's own dealing of drawn lengths, beside dealing by
+tokens in whole units, and beside rows that are as few and as full as first fit makes them. bench_scale.py prints it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from engine.config.options import Trainer
+from engine.forecast.lengths import LogNormal
+from engine.forecast.pipeline import Operation, replay
+from engine.megatron.dealing import Costs, Outline, deal_step, units_of
+
+ATTENTION = 1 / 61_000  # what a look at a key costs next to the products of a token, of an 8B Llama
+PROMPT = 150  # tokens
+SHORT, LONG = LogNormal(700, 0.6, 8_000), LogNormal(4000, 0.9, 32_768)
+ROW_TOKENS = {SHORT: 8_192, LONG: 33_792}
+Dealt = list[list[list[Outline]]]  # rows of every rank
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is dealt: `group` sequences are compared with each other, and none where that is 1; 16 have one prompt, or all of a
+    group."""
+
+    loss: str
+    group: int
+    num_sequences: int
+    data_parallel: int
+    pipeline_parallel: int = 1
+
+
+BALANCE = [
+    *(Case("GRPO", 1, count, ranks) for count, ranks in ((64, 16), (256, 16), (256, 32), (256, 64))),
+    *(Case("GRPO", 1, 1024, ranks) for ranks in (4, 16, 32, 64)),
+    Case("GRPO", 1, 4096, 64),
+    *(Case("DPO", 2, 256, ranks) for ranks in (16, 32, 64)),
+    *(Case("DPO", 2, 1024, ranks) for ranks in (16, 32, 64)),
+    *(Case("GroupDPO", 16, 1024, ranks) for ranks in (16, 32, 64)),
+    Case("GroupDPO", 16, 256, 16),
+    Case("DPO", 2, 76, 32),  # the paper's 64 prompts, of which 38 have a pair
+    Case("DPO", 2, 128, 32),
+]
+PIPELINES = [
+    (Case("DPO", 2, 128, 4, 8), SHORT),
+    (Case("GRPO", 1, 1024, 8, 4), SHORT),
+    (Case("GRPO", 1, 1024, 16, 8), LONG),
+    (Case("GRPO", 1, 512, 32, 4), SHORT),
+]
+
+
+def drawn(case: Case, lengths: LogNormal, draw: random.Random) -> list[Outline]:
+    """The sequences of a step."""
+    of_prompt = 16 if case.group == 1 else case.group
+    return [
+        Outline(i, PROMPT, lengths.draw(draw.random() or 0.5), i // case.group if case.group > 1 else -1, i // of_prompt)
+        for i in range(case.num_sequences)
+    ]
+
+
+def by_tokens(outlines: Sequence[Outline], trainer: Trainer) -> Dealt:
+    """The peer: whole units, the one with most tokens to the rank with fewest first; rows by first fit; no prompt is shared."""
+    costs, ranks = Costs(False), [list[list[Outline]]() for _ in range(trainer.data_parallel)]
+    loads = [0] * trainer.data_parallel
+    for unit in sorted(units_of(outlines, costs), key=lambda unit: -costs.num_tokens(unit)):
+        rank = min(range(len(loads)), key=loads.__getitem__)
+        ranks[rank].append(unit)
+        loads[rank] += costs.num_tokens(unit)
+    dealt: Dealt = []
+    for units in ranks:
+        rows: list[list[Outline]] = []
+        for unit in units:
+            fits = costs.num_tokens(unit) <= trainer.microbatch_tokens
+            for part in [unit] if fits else [[one] for one in unit]:
+                row = next((r for r in rows if costs.num_tokens([*r, *part]) <= trainer.microbatch_tokens), None)
+                if row is None:
+                    rows.append(row := [])
+                row += part
+        dealt.append(rows)
+    most = max(map(len, dealt))
+    return [rows + [[] for _ in range(most - len(rows))] for rows in dealt]
+
+
+def works(dealt: Dealt, costs: Costs) -> list[float]:
+    """The work of every rank."""
+    return [sum(map(costs.work, rows)) for rows in dealt]
+
+
+def over_ideal(dealt: Dealt, costs: Costs, num_stages: int) -> float:
+    """How long the slowest rank's pipeline takes, over a step in which no stage and no rank ever waits."""
+    work = [[costs.work(row) if row else 0.0 for row in rows] for rows in dealt]
+
+    def seconds(rows: list[float]) -> float:
+        def of(_: int, operation: Operation) -> float:
+            return (2.0 if operation.backward else 1.0) * rows[operation.row] / num_stages
+
+        return replay(num_stages, len(rows), 1, of)
+
+    return max(map(seconds, work)) / (3.0 * fmean(map(sum, work)) / num_stages)
+
+
+def dealt_twice(case: Case, lengths: LogNormal, number: int) -> tuple[tuple[Dealt, Costs], tuple[Dealt, Costs]]:
+    """A draw as the peer deals it and as it is dealt now."""
+    trainer = Trainer(
+        data_parallel=case.data_parallel,
+        pipeline_parallel=case.pipeline_parallel,
+        microbatch_tokens=ROW_TOKENS[lengths],
+    )
+    outlines = drawn(case, lengths, random.Random(number))
+    shares = deal_step(outlines, step=0, num_prompts=0, trainer=trainer, attention=ATTENTION)
+    now = [list(map(list, share.rows)) for share in shares]
+    return (by_tokens(outlines, trainer), Costs(False, ATTENTION)), (now, Costs(True, ATTENTION))
+
+
+def bound(case: Case, lengths: LogNormal, num_draws: int) -> float:
+    """What no dealing can be below, of whole groups and sequences: the largest one over a rank's mean."""
+    costs, least = Costs(True, ATTENTION), []
+    for number in range(num_draws):
+        outlines = drawn(case, lengths, random.Random(number))
+        units = units_of(outlines, costs) if case.group > 1 else [[one] for one in outlines]
+        mean = costs.work(outlines) / case.data_parallel
+        least.append(max(1.0, max(map(costs.work, units)) / mean))
+    return fmean(least)
+
+
+def balance(num_draws: int) -> dict[str, list[dict[str, Any]]]:
+    """Prints and returns both tables, means over the draws."""
+    draws, tables = range(num_draws), dict[str, list[dict[str, Any]]](balance=[], pipeline=[])
+    print(
+        "work of the fullest data-parallel rank over the mean: by tokens in whole units without shared prompts, as it is dealt,"
+    )
+    print("what whole groups and sequences allow; and the fullest rank's work as it is dealt over the peer's")
+    names = "".join(f" | {lengths.mean:>6.0f} tokens: peer    now  bound   work" for lengths in (SHORT, LONG))
+    print(f"loss       sequences  ranks{names}")
+    for case in BALANCE:
+        row: dict[str, Any] = {"loss": case.loss, "sequences": case.num_sequences, "ranks": case.data_parallel}
+        text = f"{case.loss:10s} {case.num_sequences:9d} {case.data_parallel:6d}"
+        for lengths in (SHORT, LONG):
+            pairs = [[works(*dealt) for dealt in dealt_twice(case, lengths, number)] for number in draws]
+            before, now = (fmean(max(pair[side]) / fmean(pair[side]) for pair in pairs) for side in (0, 1))
+            least, less = bound(case, lengths, num_draws), fmean(max(pair[1]) / max(pair[0]) for pair in pairs)
+            row[f"{lengths.mean:.0f}"] = {"by_tokens": before, "now": now, "bound": least, "fullest_over_fullest": less}
+            text += f" | {before:19.3f} {now:6.3f} {least:6.3f} {less:6.3f}"
+        tables["balance"].append(row)
+        print(text)
+    print("\na pipeline's step over one in which nobody waits: rows as few as first fit makes, and as they are made")
+    for case, lengths in PIPELINES:
+        twice = [dealt_twice(case, lengths, number) for number in draws]
+        before, now = (fmean(over_ideal(*both[side], case.pipeline_parallel) for both in twice) for side in (0, 1))
+        name = f"{case.loss} {case.num_sequences} sequences of {lengths.mean:.0f}, {case.data_parallel} ranks"
+        print(f"{name}, {case.pipeline_parallel} stages: {before:.2f} {now:.2f}")
+        tables["pipeline"].append({"case": name, "stages": case.pipeline_parallel, "by_tokens": before, "now": now})
+    return tables
