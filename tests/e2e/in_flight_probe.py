@@ -1,6 +1,6 @@
 """A script, not a test: the run's own loop, source and pool over one real vLLM engine in this process, whose weights change at
-every sync, under seeded schedules of random delays. Only the trainer is none. `python in_flight_probe.py CONFIG SCHEDULES` prints
-how many of the schedules gave, to the last bit, what the one without delays gave.
+every sync, under seeded schedules of random delays. Only the trainer is none. `python in_flight_probe.py CONFIG SCHEDULES`
+prints how many of the schedules gave, to the last bit, what the one without delays gave.
 
 A schedule draws how long each call waits in the engine, each step in the trainer and each judgement; which steps are evaluated;
 and after which steps all but the files of a checkpoint is forgotten.
