@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.config.load import RunConfig
-from engine.core.errors import DataError
+from engine.core.errors import DataError, brief
 from engine.core.jsonl import JsonlLedger, parsed, read_lines
 from engine.core.types import Completion
 from engine.data.mixture import Mixture
@@ -113,8 +113,11 @@ def read_paused(path: Path, prompts: Mixture, config: RunConfig) -> dict[int, Pe
         try:
             row = _Row.model_validate(parsed(line.where, line.data))
         except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or "row"
             raise DataError(
-                f"{line.where}: must be what there is of a sample; found {error}: use another checkpoint"
+                f"{line.where}: `{field}` must be as a checkpoint has it ({first['msg'][0].lower() + first['msg'][1:]}); found "
+                f"{brief(first['input'])}: use another checkpoint"
             ) from error
         rows.setdefault(row.step, []).append(row)
     found = {}

@@ -1,6 +1,6 @@
-"""With this folder in PYTHONPATH every process of a run waits now and then, for up to SEMION_TEST_DELAY seconds drawn anew each
-time: the trainer before a step, an engine before each of its calls, the reward before it judges. test_in_flight.py holds that no
-bit of a run depends on it. Python imports this file by its name when it starts.
+"""With this folder in PYTHONPATH every process of a run waits now and then, for up to SEMION_TEST_DELAY seconds drawn anew
+each time: the trainer before a step, an engine before each of its calls, the reward before it judges. test_in_flight.py holds
+that no bit of a run depends on it. Python imports this file by its name when it starts.
 """
 
 from __future__ import annotations
