@@ -1,6 +1,7 @@
 """A script, not a test: the run's own loop, source and pool over one real vLLM engine in this process, whose weights change at
 every sync, under seeded schedules of random delays. Only the trainer is none. `python in_flight_probe.py CONFIG SCHEDULES`
-prints how many of the schedules gave, to the last bit, what the one without delays gave.
+prints how many of the schedules gave, to the last bit, what the one without delays gave; and how many decoding steps that took
+with updates in flight, and with engines that are drained before every sync.
 
 A schedule draws how long each call waits in the engine, each step in the trainer and each judgement; which steps are evaluated;
 and after which steps all but the files of a checkpoint is forgotten.
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from engine.config.load import RunConfig, load_config
+from engine.config.load import RunConfig, load_config, override
 from engine.core.types import Completion, Score
 from engine.data.mixture import load_mixture
 from engine.data.templates import model_tokenizer
@@ -42,7 +43,19 @@ MOST_SECONDS = 0.004  # of one delay
 
 
 class Engine(VllmEngine):
-    """The real one, but a sync makes its weights up: the seed model's and a seeded change for every version."""
+    """The real one, which counts its decoding steps. A sync makes its weights up: the seed model's, and for every version a
+    seeded change."""
+
+    def serve(self, config: RunConfig) -> None:
+        """Another run's options from here on."""
+        self._config, self.decoding_steps = config, 0
+        step = type(self._llm).step
+
+        def counted() -> Any:
+            self.decoding_steps += 1
+            return step(self._llm)
+
+        self._llm.step = counted
 
     def receive(self, version: int, call: dict[str, Any]) -> int:
         assert not self._open, "a sync finds the engine empty"
@@ -113,14 +126,16 @@ class Run:
 
     def _open(self, folder: Path | None, start: int) -> None:
         """A pool that serves nothing yet, and a source that knows what the files hold."""
-        self.pool = Pool([self.handle], 60.0)
+        handle: Any = self.handle
+        self.pool = Pool([handle], 60.0)
         wanted, ahead = self.config.schedule.in_flight(start), None
         if folder is not None and wanted:
             ahead = read_ahead(folder / AHEAD, self.prompts, self.config.algorithm.samples_per_prompt)
             if (folder / PAUSED).exists():
                 ahead = type(ahead)(ahead.steps, read_paused(folder / PAUSED, self.prompts, self.config))
             assert ahead.kept == wanted, (ahead.kept, wanted)
-        self.source = RolloutSource(self.config, self.prompts, self.pool, Judge(self.delay), self, ahead=ahead)
+        me: Any = self
+        self.source = RolloutSource(self.config, self.prompts, self.pool, Judge(self.delay), me, ahead=ahead)
 
     def run(self) -> None:
         """All steps, forgetting on the way."""
@@ -159,7 +174,7 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         asked = self.prompts.sets[0].prompts[:3]
-        options = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 5}
+        options: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 5}
         self.pool.generate(sample_requests(asked, 1, run_seed=1, purpose="held out", step=step, **options))
 
     # -- what the loop calls
@@ -212,9 +227,13 @@ def main() -> None:
     assert spec.kv_cache is not None
     tokenizer = model_tokenizer(config, spec.shape.vocab_size)
     prompts = load_mixture(config, judging_of, tokenizer)
-    handle = Handle(Engine(config, 0, spec.kv_cache))
-    plain = Run(config, prompts, handle, None)
-    plain.run()
+    engine = Engine(config, 0, spec.kv_cache)
+    handle, decoding_steps = Handle(engine), {}
+    for in_flight in (False, True):
+        engine.serve(own := override(config, {"sync.in_flight": in_flight}))
+        plain = Run(own, prompts, handle, None)
+        plain.run()
+        decoding_steps["in flight" if in_flight else "drained"] = engine.decoding_steps
     equal, resumed, evaluated = 0, 0, 0
     for seed in range(int(sys.argv[2])):
         other = Run(config, prompts, handle, seed)
@@ -223,8 +242,9 @@ def main() -> None:
         resumed, evaluated = resumed + len(other.forgotten), evaluated + len(other.evaluated)
     spans = [row["spans"] for row in plain.rows]
     texts = [tokenizer.decode(row["token_ids"], skip_special_tokens=True) == row["text"] for row in plain.rows]
-    told = {"equal": equal, "rollouts": len(spans), "most_versions": max(map(len, spans)), "texts_hold": all(texts)}
+    told: dict[str, Any] = {"equal": equal, "rollouts": len(spans), "most_versions": max(map(len, spans))}
     told |= {"several": sum(len(span) > 1 for span in spans), "resumed": resumed, "evaluated": evaluated}
+    told |= {"texts_hold": all(texts), "decoding_steps": decoding_steps}
     steps = [[row for row in plain.rows if row["step"] == step] for step in range(config.run.steps)]
     told |= {"versions": [sorted({version for row in rows for version, _ in row["spans"]}) for rows in steps]}
     print("RESULT " + json.dumps(told))

@@ -38,6 +38,7 @@ def test_a_real_engine_under_random_delays_evaluations_and_resumes_gives_the_sam
     assert found["equal"] == SCHEDULES
     assert found["resumed"] > SCHEDULES and found["evaluated"] > SCHEDULES
     assert found["most_versions"] == 3 and found["texts_hold"]
+    assert found["decoding_steps"]["in flight"] < found["decoding_steps"]["drained"]
     assert all(set(versions) <= set(range(max(0, step - 3), max(1, step))) for step, versions in enumerate(found["versions"]))
 
 
