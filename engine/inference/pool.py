@@ -136,7 +136,7 @@ class Pool:
             for engine, handle in enumerate(self._engines)
         )
         tickets = []
-        for batch, share in zip(batches[:num_completed], shares, strict=False):
+        for batch, share in zip(batches[:num_completed], shares[:num_completed], strict=True):
             futures = [
                 handle.call("collect", [batch[i].request_id for i in places])
                 for handle, places in zip(self._engines, share, strict=True)

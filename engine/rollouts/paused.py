@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from engine.config.load import RunConfig
 from engine.core.errors import DataError, brief
 from engine.core.jsonl import JsonlLedger, parsed, read_lines
-from engine.core.types import Completion
+from engine.core.types import Completion, Prompt
 from engine.data.mixture import Mixture
 from engine.inference.sampling import Part, Sampled, SampleRequest, sample_requests
 from engine.rollouts.ledger import token_digest
@@ -27,7 +27,8 @@ PAUSED = "paused.jsonl"  # its name in a checkpoint
 class Pending:
     """The samples of one step, in the order of its prompts."""
 
-    asked: Many[SampleRequest]
+    prompts: Many[Prompt]
+    asked: Many[SampleRequest]  # equally many of each prompt
     parts: Many[Part]  # of each: its completion, or the request to begin or to go on with
 
     @property
@@ -43,8 +44,9 @@ class Pending:
 
 def pending(step: int, prompts: Mixture, config: RunConfig) -> Pending:
     """What is to be asked for a step: a pure function of the configuration and the data."""
+    own = prompts.at(step)
     asked = sample_requests(
-        prompts.at(step),
+        own,
         config.algorithm.samples_per_prompt,
         run_seed=config.run.seed,
         purpose="rollout",
@@ -53,7 +55,7 @@ def pending(step: int, prompts: Mixture, config: RunConfig) -> Pending:
         top_p=config.sampling.top_p,
         max_tokens=config.sampling.max_tokens,
     )
-    return Pending(asked, asked)
+    return Pending(own, asked, asked)
 
 
 class _Row(BaseModel):
@@ -122,7 +124,8 @@ def read_paused(path: Path, prompts: Mixture, config: RunConfig) -> dict[int, Pe
         rows.setdefault(row.step, []).append(row)
     found = {}
     for step, own in rows.items():
-        asked = pending(step, prompts, config).asked
+        samples = pending(step, prompts, config)
+        asked = samples.asked
         temperatures = {row.temperature for row in own} - {config.log_prob_temperature}
         if temperatures:
             raise DataError(
@@ -135,7 +138,7 @@ def read_paused(path: Path, prompts: Mixture, config: RunConfig) -> dict[int, Pe
                 f"{path}, step {step}: must hold the {len(asked)} samples that this run asks for, in their order; found "
                 f"{len(own)} that are others: set data, its template and algorithm as they were when it was written"
             )
-        found[step] = Pending(asked, [row.part(request) for row, request in zip(own, asked, strict=True)])
+        found[step] = replace(samples, parts=[row.part(request) for row, request in zip(own, asked, strict=True)])
     return found
 
 

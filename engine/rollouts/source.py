@@ -72,8 +72,9 @@ class RolloutSource:
         batches = [of_step.unfinished for of_step in samples.values()]
         tickets, paused = self._pool.submit_and_pause(batches, len(completed))
         for step, ticket in zip(completed, tickets, strict=True):
-            self._sampling[step] = self._gathering.submit(self._completions, ticket, samples.pop(step))
-            self._coming[step] = self._judging.submit(self._groups, step, self._prompts.at(step), self._sampling[step])
+            own = samples.pop(step)
+            self._sampling[step] = self._gathering.submit(self._completions, ticket, own)
+            self._coming[step] = self._judging.submit(self._groups, step, own.prompts, self._sampling[step])
         self._held = self._gathering.submit(self._paused, paused, samples) if paused is not None else _done({})
 
     def finish(self, step: int, waiting: Waiting = nothing) -> None:
@@ -136,7 +137,7 @@ class RolloutSource:
         return {step: of_step.with_found(found) for step, of_step in samples.items()}
 
     def _groups(
-        self, step: int, prompts: list[Prompt], sampling: Future[tuple[list[Completion], Usage]]
+        self, step: int, prompts: Many[Prompt], sampling: Future[tuple[list[Completion], Usage]]
     ) -> tuple[list[RolloutGroup], Usage]:
         completions, usage = sampling.result()
         with self._scoring:

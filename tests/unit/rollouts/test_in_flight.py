@@ -23,7 +23,7 @@ from engine.inference.pool import Pool
 from engine.inference.sampling import Part, Sampled, SampleRequest
 from engine.rollouts.ahead import AHEAD, Ahead, read_ahead
 from engine.rollouts.ledger import RolloutLedger
-from engine.rollouts.paused import PAUSED, Pending, pending, read_paused
+from engine.rollouts.paused import PAUSED, pending, read_paused
 from engine.rollouts.replay import LedgerSource
 from engine.rollouts.source import RolloutSource
 from engine.rollouts.writer import RolloutFile, RolloutWriter
@@ -195,7 +195,7 @@ def test_a_run_goes_on_from_its_files_as_if_nothing_had_happened(begin, tmp_path
     known = read_ahead(tmp_path / AHEAD, mixture(config), 3).steps
     held = read_paused(tmp_path / PAUSED, mixture(config), config) if kept.paused else {}
     assert list(held) == [step for step in kept.kept if step >= (kept.first_paused or STEPS)]
-    assert held == {step: Pending(of_step.asked, list(of_step.parts)) for step, of_step in kept.paused.items()}
+    assert held == kept.paused
     second = begin(config, num_engines=3, start=cut, ahead=Ahead(known, held))
     second.steps(cut, STEPS)
     assert rows(tmp_path / "100.jsonl") + rows(tmp_path / f"{cut}.jsonl") == rows(tmp_path / "0.jsonl")

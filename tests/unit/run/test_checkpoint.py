@@ -263,7 +263,7 @@ def test_rollouts_sampled_ahead_are_a_file_of_the_checkpoint(tmp_path):
     config, folder = run_config(tmp_path), tmp_path / "run" / "checkpoints" / "step_00000005"
     checkpoints = open_checkpoints(tmp_path)
     ready = {step: ([group([1.0, 0.0])], Usage(3, 0.5)) for step in (5, 6)}
-    ahead = Ahead(ready, {step: Pending([REQUEST], [REQUEST.paused([7], [-0.5], 4)]) for step in (7, 8)})
+    ahead = Ahead(ready, {step: Pending([], [REQUEST], [REQUEST.paused([7], [-0.5], 4)]) for step in (7, 8)})
     checkpoints.commit(5, snapshot_of(state_of(5), weights_of(5)), config, ahead=ahead)
     checkpoints.wait()
     assert checkpoints.ahead() == (folder / AHEAD, folder / PAUSED)
