@@ -57,6 +57,7 @@ def free_gib() -> float:
 def measure(options: argparse.Namespace, row: Any) -> None:
     """Everything, a row at a time."""
     from engine.config.load import RunConfig
+    from engine.core.arrays import TokenIds
     from engine.inference.sampling import SampleRequest
     from engine.inference.vllm_engine import VllmEngine
     from engine.run.spec import resolve
@@ -87,9 +88,9 @@ def measure(options: argparse.Namespace, row: Any) -> None:
         row(what="start", seconds=time.monotonic() - started, free_GiB=free_gib(), vllm=found["vllm"], torch=found["torch"])
         draw = random.Random(0)
         for number, count in enumerate([min(WARM_UP, max(options.at)), *options.at]):
-            prompts = [tuple(draw.randrange(3, vocabulary) for _ in range(options.prompt)) for _ in range(count)]
+            prompts = [TokenIds.of(draw.randrange(3, vocabulary) for _ in range(options.prompt)) for _ in range(count)]
 
-            def decoded(what: str, number: int = number, prompts: list[tuple[int, ...]] = prompts) -> tuple[list[Any], float]:
+            def decoded(what: str, number: int = number, prompts: list[Any] = prompts) -> tuple[list[Any], float]:
                 requests = [
                     SampleRequest(f"{what}:{number}:{i}", f"{i}", 0, 1000 * number + i, ids, 1.0, 1.0, options.tokens)
                     for i, ids in enumerate(prompts)
@@ -103,7 +104,7 @@ def measure(options: argparse.Namespace, row: Any) -> None:
             lengths = [len(completion.token_ids) for completion in completions]
             if number == 0:
                 again, _ = decoded("again")
-                same = [tuple(one.token_ids) for one in again] == [tuple(one.token_ids) for one in completions]
+                same = [one.token_ids for one in again] == [one.token_ids for one in completions]
                 row(what="equal seeds", requests=count, equal_tokens=same)
                 continue
             row(

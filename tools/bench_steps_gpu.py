@@ -27,6 +27,7 @@ import torch.distributed as dist
 from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
+from engine.core.arrays import NO_LOG_PROBS, TokenIds
 from engine.core.types import Sequence
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
@@ -53,12 +54,12 @@ def pairs_of(shape: ModelShape, count: int, length: int) -> list[Sequence]:
     """So many pairs of DPO, each sequence of `length` random tokens with a prompt of its own."""
     draw = random.Random(0)
 
-    def tokens(number: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(shape.vocab_size) for _ in range(number))
+    def tokens(number: int) -> TokenIds:
+        return TokenIds.of(draw.randrange(shape.vocab_size) for _ in range(number))
 
     prompt = min(PROMPT, length // 2)
     return [
-        Sequence(tokens(prompt), tokens(length - prompt), (), 0.0, pair, chosen)
+        Sequence(tokens(prompt), tokens(length - prompt), NO_LOG_PROBS, 0.0, pair, chosen)
         for pair in range(count)
         for chosen in (True, False)
     ]

@@ -180,6 +180,11 @@ class Sample:
         return self.reward > 0 if told is None else bool(told)
 
     @property
+    def spans(self) -> list[list[int]]:
+        """[version, number of tokens] of each version of the weights that sampled some, in their order."""
+        return self.row.get("spans") or [[self.row["version"], len(self.row["token_ids"])]]
+
+    @property
     def sampled(self) -> Tensor:
         """The log-probs that were recorded when it was sampled."""
         return torch.tensor(self.row["log_probs"], dtype=torch.float64)
@@ -234,6 +239,7 @@ class Run:
         self.ledger = rollouts(Path(self.config["data"].get("replay") or (there or [directory / "rollouts"])[0]))
         self.interval = self.config["sync"]["sync_interval"]
         self.lookahead: int = self.config["sync"].get("lookahead", 0)
+        self.in_flight: bool = self.config["sync"].get("in_flight", False)
         self._require()
 
     def _require(self) -> None:
@@ -318,6 +324,14 @@ class Run:
         """The steps in the weights that sample for `step`: those of the last sync, or of so many before it as are sampled
         ahead."""
         return 0 if self.interval == "never" else max(0, self.synced(step) - self.lookahead * int(self.interval))
+
+    def versions(self, step: int) -> list[int]:
+        """The steps in all weights that may have sampled tokens of `step`: one, or with sync.in_flight those of every sync from
+        that one to the last before the step's own."""
+        first = self.version(step)
+        if not self.in_flight:
+            return [first]
+        return list(range(first, max(0, self.synced(step) - int(self.interval)) + 1, int(self.interval)))
 
     def reference_step(self, step: int) -> int:
         """The steps in the reference's weights at `step`."""
@@ -536,13 +550,15 @@ def compare(
 ) -> Iterator[Comparison]:
     """One step."""
     groups = run.groups(step)
-    sampler = run.weights(run.version(step)) if not run.config["data"].get("replay") else None
-    if sampler is not None:  # the log-probs that engines gave, under the weights that they are said to have had
-        model = Llama(sampler, dtype=dtype)
-        gaps = [(s.sampled - s.log_probs(model, run.temperature)[0]).abs().max() for group in groups for s in group]
-        versions = {s.row["version"] for group in groups for s in group}
-        yield Comparison(step, "version", float(max(versions)), float(run.version(step)), 0.0)
-        yield Comparison(step, "rollout log-probs", 0.0, float(max(gaps)), TOLERANCES["rollout log-probs"])
+    allowed = [] if run.config["data"].get("replay") else run.versions(step)
+    samplers = {version: Llama(folder, dtype=dtype) for version in allowed if (folder := run.weights(version)) is not None}
+    if samplers:  # the log-probs that engines gave, under the weights that they are said to have had
+        rollouts = [sample for group in groups for sample in group]
+        versions = {version for sample in rollouts for version, _ in sample.spans}
+        strange = next(iter(versions - set(allowed)), allowed[0])
+        yield Comparison(step, "version", float(strange), float(allowed[0]), 0.0)
+        gaps = [gap for sample in rollouts for gap in sampling_gaps(sample, samplers, run.temperature)]
+        yield Comparison(step, "rollout log-probs", 0.0, max(gaps, default=0.0), TOLERANCES["rollout log-probs"])
     what, model = trained(run, step, groups), Llama(policy, with_gradient=True, dtype=dtype)
     other = Llama(reference, dtype=dtype) if reference is not None and run.needs_reference else None
     for sample in what.sequences:
@@ -558,6 +574,18 @@ def compare(
     for name, value in figures.items():
         if name in record and record[name] is not None and not math.isnan(record[name]):
             yield Comparison(step, name, record[name], value, OTHERS)
+
+
+def sampling_gaps(sample: Sample, samplers: Mapping[int, Llama], temperature: float) -> Iterator[float]:
+    """How far the recorded log-probs are from those of the version that sampled each token, where its weights are on disk; of a
+    response that went on under new weights, all tokens before are read by them again."""
+    first = 0
+    for version, count in sample.spans:
+        span = slice(first, first + count)
+        first += count
+        if version in samplers:
+            recomputed = sample.log_probs(samplers[version], temperature)[0]
+            yield float((sample.sampled - recomputed)[span].abs().max())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -360,6 +360,11 @@ class Sync(Section):
         description="L, sampled ahead: engines sample while the trainer trains, from the weights of L syncs before, so that "
         "answers are L * s to (L + 1) * s - 1 steps old; 0: the paper's",
     )
+    in_flight: bool = Field(
+        False,
+        description="in-flight weight updates, with lookahead >= 2: a sync waits only for the answers that are trained next; "
+        "engines pause the others and go on with them from the new weights, so that each token has its own version",
+    )
     bucket_mebibytes: Mebibytes = Field(64, description="weights sent together in one message")
     transport: str = Field(
         "auto",

@@ -68,6 +68,12 @@ def broken_rules(config: Options) -> list[str]:
             f"sync.lookahead needs weight syncs to look ahead of; found {c.sync.lookahead} in a run without any "
             f"(sync.sync_interval = {c.sync.sync_interval!r}), whose answers all come from the seed model: set lookahead = 0"
         )
+    if c.sync.in_flight and c.sync.lookahead < LEAST_LOOKAHEAD_IN_FLIGHT:
+        broken.append(
+            f"sync.in_flight pauses what intervals after the next one have begun, so it needs sync.lookahead >= "
+            f"{LEAST_LOOKAHEAD_IN_FLIGHT}; found {c.sync.lookahead}: set lookahead = {LEAST_LOOKAHEAD_IN_FLIGHT}, or "
+            f"in_flight = false"
+        )
     if c.sync.lookahead and c.inference.placement == "colocated":
         broken.append(
             f"sync.lookahead needs engines that sample while the trainer trains, and with inference.placement = 'colocated' "
@@ -76,6 +82,7 @@ def broken_rules(config: Options) -> list[str]:
     return broken + broken_profile_rules(c)
 
 
+LEAST_LOOKAHEAD_IN_FLIGHT = 2  # intervals: the next one must be complete before a sync, so only a further one can be paused
 LEAST_MIX_OF_BFLOAT16 = 0.5  # 8 bits do not hold the sum of a weight and less than half of its last bit
 
 

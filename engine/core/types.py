@@ -24,6 +24,8 @@ Status = Literal["ok", "timeout", "died", "unparsable", "too_long", "invalid", "
 
 Message = tuple[str, str]  # role, text
 
+Spans = tuple[tuple[int, int], ...]  # (version of the weights, number of tokens that it sampled), versions rising
+
 IGNORED = -100  # target value of a position whose token no loss looks at
 
 
@@ -54,17 +56,23 @@ class Judging:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What an engine returns for one request: sampled tokens of one version of the weights."""
+    """What an engine returns for one request: sampled tokens, of one version of the weights unless sync.in_flight."""
 
     prompt_id: str
     sample_index: int  # 0 .. N-1; N .. 2N-1 where the prompt comes twice in a step
     seed: int  # the sampling seed, a pure function of (run seed, step, prompt id, sample index)
-    version: int  # optimizer steps in the weights that sampled it
+    version: int  # optimizer steps in the weights that sampled it, or its first token
     token_ids: TokenIds  # EOS included when it was sampled
     log_probs: LogProbs  # of each sampled token, natural log, of softmax(logits / temperature)
     text: str
     finish_reason: Literal["stop", "length"]
     temperature: float = 1.0  # of the log-probs: what was sampled at, or 1 where the loss asks for the model's own distribution
+    spans: Spans = ()  # with sync.in_flight: which versions sampled how many of its tokens, in their order; else empty
+
+    @property
+    def by_version(self) -> Spans:
+        """Which versions sampled how many of its tokens, in their order."""
+        return self.spans or ((self.version, len(self.token_ids)),)
 
     @property
     def truncated(self) -> bool:

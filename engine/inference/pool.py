@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from engine.core.errors import EngineLostError, InferenceError, SemionError, WeightSyncError
 from engine.core.types import Completion
-from engine.inference.sampling import SampleRequest
+from engine.inference.sampling import Part, SampleRequest
 
 
 class Future(Protocol):
@@ -52,7 +52,7 @@ class Ticket:
 
     submitted: tuple[Future, ...]
     futures: tuple[Future, ...]
-    places: tuple[tuple[int, ...], ...]
+    places: Sequence[Sequence[int]]
 
 
 def deal(batches: Sequence[Sequence[SampleRequest]], num_engines: int) -> list[list[list[int]]]:
@@ -118,6 +118,14 @@ class Pool:
 
     def submit(self, batches: Sequence[Sequence[SampleRequest]]) -> list[Ticket]:
         """Queues several steps' requests at once, so that they decode together; one ticket a step, in order."""
+        return self.submit_and_pause(batches, len(batches))[0]
+
+    def submit_and_pause(
+        self, batches: Sequence[Sequence[SampleRequest]], num_completed: int
+    ) -> tuple[list[Ticket], Ticket | None]:
+        """The same, but engines complete the first `num_completed` steps only: at the decoding step at which its part of them
+        is done, each pauses what it has of the others. The tickets of the first steps, and the one of what is paused, whose
+        order is that of the other steps' requests one after another; None where there are none."""
         version, shares = self.version, deal(batches, len(self._engines))
         submitted = tuple(
             handle.call(
@@ -128,13 +136,22 @@ class Pool:
             for engine, handle in enumerate(self._engines)
         )
         tickets = []
-        for batch, share in zip(batches, shares, strict=True):
+        for batch, share in zip(batches[:num_completed], shares[:num_completed], strict=True):
             futures = [
                 handle.call("collect", [batch[i].request_id for i in places])
                 for handle, places in zip(self._engines, share, strict=True)
             ]
             tickets.append(Ticket(submitted, tuple(futures), tuple(tuple(places) for places in share)))
-        return tickets
+        if len(batches) == num_completed:
+            return tickets, None
+        places: list[list[int]] = [[] for _ in self._engines]
+        before = 0
+        for batch, share in zip(batches[num_completed:], shares[num_completed:], strict=True):
+            for own, of_batch in zip(places, share, strict=True):
+                own += [before + place for place in of_batch]
+            before += len(batch)
+        futures = [handle.call("pause") for handle in self._engines]
+        return tickets, Ticket(submitted, tuple(futures), places)
 
     def gather(self, ticket: Ticket) -> tuple[list[Completion], Usage]:
         """Waits for a ticket's completions, in the order of its requests. InferenceError names an engine that is late."""
@@ -147,6 +164,14 @@ class Pool:
             tokens, seconds = tokens + usage["tokens"], max(seconds, usage["seconds"])
             self._busy_seconds += usage["seconds"]
         return [found[place] for place in range(len(found))], Usage(int(tokens), seconds)
+
+    def paused(self, ticket: Ticket) -> list[Part]:
+        """Waits until the engines have paused what this ticket is of; it, in the order of its requests."""
+        found: dict[int, Part] = {}
+        self.wait(ticket.submitted, "submit")
+        for engine, (future, places) in enumerate(zip(ticket.futures, ticket.places, strict=True)):
+            found.update(zip(places, self._result(future, engine, "pause"), strict=True))
+        return [found[place] for place in range(len(found))]
 
     def generate(self, requests: Sequence[SampleRequest]) -> tuple[list[Completion], Usage]:
         """Submits and waits."""

@@ -3,7 +3,7 @@ process and knows no other engine.
 
 Calls come one after another. `submit` only queues; `collect` runs the engine until the asked-for requests are done, and
 whatever else was submitted is decoded in the same continuous batch. So the batches, and with them every bit of the
-result, depend on the order of calls alone and never on timing.
+result, depend on the order of calls alone and never on timing. `pause` hands back what is not done, with its tokens so far.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine.core.importing import uncollected
 from engine.core.types import Completion
 from engine.data.ends import end_tokens
 from engine.data.templates import policy_tokenizer
-from engine.inference.sampling import SampleRequest
+from engine.inference.sampling import Part, SampleRequest
 from engine.observe.profiling.phases import Phase, phase
 from engine.observe.profiling.recorder import Recorder, profiled_process
 from engine.observe.telling import activity
@@ -164,8 +164,8 @@ class VllmEngine:
             parameters = SamplingParams(
                 temperature=request.temperature,
                 top_p=request.top_p,
-                max_tokens=request.max_tokens,
-                seed=request.seed,
+                max_tokens=request.max_tokens - len(request.sampled.token_ids),
+                seed=request.engine_seed,
                 logprobs=0,
                 flat_logprobs=True,  # lists of numbers, and no object a token
                 stop_token_ids=self._end_ids,
@@ -173,13 +173,15 @@ class VllmEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             assert request.request_id not in self._open, request.request_id
-            self._llm.add_request(request.request_id, {"prompt_token_ids": list(request.token_ids)}, parameters)
+            begun = {"prompt_token_ids": [*request.token_ids, *request.sampled.token_ids]}
+            self._llm.add_request(request.request_id, begun, parameters)
             self._open[request.request_id] = request, version
         self._busy_seconds += time.monotonic() - started
 
     def collect(self, request_ids: Sequence[str]) -> tuple[list[Completion], dict[str, float]]:
-        """Decodes until `request_ids` are done; (their completions in that order, seconds of work and tokens sampled
-        since the last call). InferenceError when they take longer than inference.timeout_seconds."""
+        """Decodes until `request_ids` are done; (their completions in that order, seconds of work since the last call and
+        tokens of what was completed meanwhile, those of before a pause too). InferenceError when they take longer than
+        inference.timeout_seconds."""
         started = time.monotonic()
         unknown = [request_id for request_id in request_ids if request_id not in self._open]
         if unknown:
@@ -193,7 +195,8 @@ class VllmEngine:
             for output in outputs:
                 if output.finished:
                     self._done[output.request_id] = output.outputs[0]
-                    self._num_sampled += len(output.outputs[0].token_ids)
+                    request, _ = self._open[output.request_id]
+                    self._num_sampled += len(request.sampled.token_ids) + len(output.outputs[0].token_ids)
                     missing.discard(output.request_id)
             if time.monotonic() - started > self._timeout:
                 raise InferenceError(
@@ -206,23 +209,56 @@ class VllmEngine:
         self._busy_seconds, self._num_sampled = 0.0, 0
         return completions, usage
 
+    def pause(self) -> list[Part]:
+        """Gives up what is open, so that the engine is empty, and returns it in the order of its submission: what is done as
+        its completion, what is not as a request to go on with. Keys and values go: who goes on computes them again with the
+        weights of then, for with those of older weights log-probs are not the model's own."""
+        started = time.monotonic()
+        states = {state.external_req_id: state for state in self._llm.output_processor.request_states.values()}
+        parts: list[Part] = []
+        waiting: list[str] = []
+        for request_id in list(self._open):
+            if request_id in self._done:
+                parts.append(self._completion(request_id))
+                continue
+            (request, version), state = self._open.pop(request_id), states[request_id]
+            token_ids = TokenIds.of(state.detokenizer.output_token_ids)
+            log_probs = self._log_probs_of(token_ids, state.logprobs_processor.logprobs, version)
+            parts.append(request.paused(token_ids, log_probs, version))
+            if token_ids:
+                self._llm.abort_request([request_id])  # one by one: of several, vLLM frees the memory in no fixed order
+            else:
+                waiting.append(request_id)
+        self._llm.abort_request(waiting)
+        if not self._llm.reset_prefix_cache():
+            raise InferenceError(f"engine {self._index} must hold no keys and values once all is paused; vLLM still holds some")
+        self._busy_seconds += time.monotonic() - started
+        return parts
+
     def _completion(self, request_id: str) -> Completion:
         (request, version), output = self._open.pop(request_id), self._done.pop(request_id)
         assert version == self._version, (request_id, version, self._version)  # no sync begins while a request is open
-        assert output.logprobs.token_ids == output.token_ids, "one log-prob a sampled token, and its own"
-        log_probs = LogProbs.of(output.logprobs.logprobs)
-        require_finite(log_probs, self._index, version)
+        log_probs = self._log_probs_of(output.token_ids, output.logprobs, version)
+        sampled = request.sampled.followed_by(TokenIds.of(output.token_ids), log_probs, version)
         return Completion(
             prompt_id=request.prompt_id,
             sample_index=request.sample_index,
             seed=request.seed,
-            version=version,
-            token_ids=TokenIds.of(output.token_ids),
-            log_probs=log_probs,
+            version=sampled.spans[0][0],
+            token_ids=sampled.token_ids,
+            log_probs=sampled.log_probs,
             temperature=self._config.log_prob_temperature,
-            text=self._tokenizer.decode(output.token_ids, skip_special_tokens=True),
+            text=self._tokenizer.decode(sampled.token_ids, skip_special_tokens=True),
             finish_reason="stop" if output.finish_reason == "stop" else "length",
+            spans=sampled.spans if self._config.sync.in_flight else (),
         )
+
+    def _log_probs_of(self, token_ids: Sequence[int], found: Any, version: int) -> LogProbs:
+        """Those of sampled tokens, of vLLM's flat lists. NumericsError where one is not finite."""
+        assert list(found.token_ids) == list(token_ids), "one log-prob a sampled token, and its own"
+        log_probs = LogProbs.of(found.logprobs)
+        require_finite(log_probs, self._index, version)
+        return log_probs
 
     def log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-prob, at temperature 1, of each token of each sequence given those before it, but for the first; used to check

@@ -1,5 +1,5 @@
-"""The regime of a run, proven from what it wrote down: every rollout's weight version and every step's staleness against the
-schedule of its configuration. It reads records and trusts none of them.
+"""The regime of a run, proven from what it wrote down: every rollout's weight version (with sync.in_flight every token's) and
+every step's staleness against the schedule of its configuration. It reads records and trusts none of them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ class Proof:
     regime: str  # in the words of the schedule
     num_steps: int  # on record, of those the run was to have
     num_rollouts: int
-    staleness: tuple[int, int] | None  # least and largest of all rollouts; None without any
+    staleness: tuple[int, int] | None  # least and largest of all rollouts, or tokens; None without any
     contradiction: str | None  # the first row that the schedule does not allow
     replayed: str | None = None  # what the run trained on instead of rollouts of its own
     num_dropped: int = 0  # steps whose rollouts are no longer on record, where records.keep_steps says so
+    by_token: bool = False  # whether rollouts may be of several versions, so that each token was looked at
 
     @property
     def holds(self) -> bool:
@@ -43,7 +44,8 @@ class Proof:
         steps = f"{self.num_steps} steps"
         if self.num_dropped:
             steps = f"{self.num_steps - self.num_dropped} steps; those of the first {self.num_dropped} are not kept"
-        return f"{self.regime}: staleness {low}..{high}, proven from {self.num_rollouts} rollouts of {steps}"
+        rollouts = f"{self.num_rollouts} rollouts{', token by token,' * self.by_token} of {steps}"
+        return f"{self.regime}: staleness {low}..{high}, proven from {rollouts}"
 
 
 def prove(
@@ -64,12 +66,16 @@ def prove(
         return Proof(schedule.regime, len(metrics), 0, None, None, replayed)
     contradictions = [fault for number, row in enumerate(metrics) for fault in _of_step(row, number, schedule, first_step)][:1]
     num_rollouts, steps, counts, ages = 0, list[int](), list[int](), set[int]()
+    tokens: dict[int, list[tuple[int, int]]] = {}  # with updates in flight: (age, number of tokens) by step
     for head in heads(place):
         num_rollouts += 1
         if fault := _of_rollout(head, schedule, first_step):
             contradictions.insert(0, fault)
             break
-        ages.add(head.step - head.version)
+        spans = head.spans or [(head.version, 0)]
+        ages.update(head.step - version for version, _ in spans)
+        if schedule.updates_in_flight:
+            tokens.setdefault(head.step, []).extend((head.step - version, count) for version, count in spans)
         if not steps or steps[-1] != head.step:
             steps.append(head.step)
             counts.append(0)
@@ -83,11 +89,14 @@ def prove(
             f"{place.name} must hold the rollouts of steps {first}..{end - 1}, one step after another; found "
             f"{'them end before' if odd == first + len(steps) else 'out of its place'} step {odd}"
         )
+    if not contradictions and schedule.updates_in_flight:
+        contradictions = [fault for number, row in enumerate(metrics) for fault in _of_tokens(row, number, tokens)][:1]
     if not contradictions and rollouts_per_step is not None:
         contradictions += _of_counts(place.name, counts[: end - first], first, rollouts_per_step)
     staleness = (min(ages), max(ages)) if ages else None
     contradiction = contradictions[0] if contradictions else None
-    return Proof(schedule.regime, len(metrics), num_rollouts, staleness, contradiction, num_dropped=first - first_step)
+    dropped, by_token = first - first_step, schedule.updates_in_flight
+    return Proof(schedule.regime, len(metrics), num_rollouts, staleness, contradiction, None, dropped, by_token)
 
 
 def _of_counts(name: str, counts: Sequence[int], first: int, due: int) -> list[str]:
@@ -101,19 +110,43 @@ def _of_counts(name: str, counts: Sequence[int], first: int, due: int) -> list[s
 
 
 def _of_rollout(head: Head, schedule: Schedule, first_step: int) -> str:
-    where, step, version = head
+    where, step, version, spans = head
     if not first_step <= step < schedule.num_steps:
         return f"{where} must be of steps {first_step}..{schedule.num_steps - 1}; found step {step}"
-    if version != schedule.version(step):
-        return f"{where} must have version {schedule.version(step)} at step {step}; found {version}"
+    if schedule.updates_in_flight:
+        allowed = schedule.versions(step)
+        found = _versions(spans)
+        if not found or found[0] != version or found != sorted(set(found)) or not set(found) <= set(allowed):
+            wanted = ", ".join(map(str, allowed))
+            return f"{where} must have spans of versions {wanted}, rising from its `version`, at step {step}; found {spans}"
+    elif version != schedule.version(step) or spans is not None:
+        told = f"{version}" if spans is None else f"spans {spans}"
+        return f"{where} must have version {schedule.version(step)} at step {step}; found {told}"
     return ""
+
+
+def _versions(spans: Any) -> list[int]:
+    """Those of the spans of a row; empty where they have not the form of spans."""
+    rows = spans if isinstance(spans, list) else []
+    whole = all(isinstance(row, list) and len(row) == 2 and all(type(n) is int for n in row) and row[1] > 0 for row in rows)
+    return [version for version, _ in rows] if whole else []
+
+
+def _of_tokens(row: dict[str, Any], number: int, tokens: dict[int, list[tuple[int, int]]]) -> Iterator[str]:
+    """Whether a step's staleness is that of its tokens, where its rollouts are on record."""
+    ages, where = tokens.get(row["step"], []), f"metrics.jsonl line {number + 1}"
+    if ages:
+        mean = sum(age * count for age, count in ages) / sum(count for _, count in ages)
+        if row.get("staleness") != mean:
+            found = row.get("staleness")
+            yield f"{where} must have staleness {mean} at step {row['step']}, the mean of its tokens; found {found}"
 
 
 def _of_step(row: dict[str, Any], number: int, schedule: Schedule, first_step: int) -> Iterator[str]:
     step, where = first_step + number, f"metrics.jsonl line {number + 1}"
     if row["step"] != step:
         yield f"{where} must be of step {step}; found step {row['step']}"
-    elif row.get("staleness") != schedule.staleness(step):
+    elif row.get("staleness") != schedule.staleness(step) and not schedule.updates_in_flight:
         yield f"{where} must have staleness {schedule.staleness(step)} at step {step}; found {row.get('staleness')}"
     elif ("sync_seconds" in row) != schedule.sync_due(step):
         found, wanted = ("a", "no") if "sync_seconds" in row else ("no", "a")

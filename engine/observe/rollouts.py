@@ -14,7 +14,8 @@ from engine.core.segments import is_folder_of_segments, segments_of
 
 ROLLOUTS = "rollouts"  # a folder of segments, in the run's directory
 ROLLOUTS_FILE = "rollouts.jsonl"  # which older versions wrote instead
-_HEAD = re.compile(rb'\{"step": (\d+), "version": (\d+)[,}]')  # how a row begins as we write it; others are parsed whole
+# How a row begins as we write it, of one version; others are parsed whole
+_HEAD = re.compile(rb'\{"step": (\d+), "version": (\d+)(?:\}|, (?!"spans"))')
 
 
 class Head(NamedTuple):
@@ -23,6 +24,7 @@ class Head(NamedTuple):
     where: str  # file and line
     step: int
     version: Any  # an integer, unless somebody changed it
+    spans: Any = None  # with sync.in_flight: [version, tokens] of each version that sampled some, unless somebody changed it
 
 
 def rollouts_of(directory: Path) -> Path | None:
@@ -43,7 +45,7 @@ def heads(place: Path) -> Iterator[Head]:
                 yield Head(where, int(found[1]), int(found[2]))
             else:
                 row = row_of(line)
-                yield Head(where, row["step"], row.get("version"))
+                yield Head(where, row["step"], row.get("version"), row.get("spans"))
 
 
 def rows_of_step(place: Path, step: int) -> list[dict[str, Any]]:

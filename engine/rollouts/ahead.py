@@ -1,11 +1,12 @@
 """Rollouts that were sampled and judged ahead of the steps that train on them (sync.lookahead), as a checkpoint keeps them:
-rows of a ledger, of which the first one of a step also says what sampling it took. It samples nothing.
+rows of a ledger, of which the first one of a step also says what sampling it took; beside them what engines have paused
+(paused.py). It samples nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.core.types import RolloutGroup
 from engine.data.mixture import Mixture
 from engine.inference.pool import Usage
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
+from engine.rollouts.paused import Pending, write_paused
 
 AHEAD = "ahead.jsonl"  # its name in a checkpoint
 _USAGE = "usage"
@@ -21,22 +23,31 @@ _USAGE = "usage"
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """What stands ready for some steps, by step."""
+    """What stands ready for some steps, and what is paused of further ones, by step."""
 
     steps: Mapping[int, tuple[list[RolloutGroup], Usage]]
+    paused: Mapping[int, Pending] = field(default_factory=dict)
+    temperature: float = 1.0  # of the log-probs of what is paused
 
     @property
     def kept(self) -> range:
-        """Those steps, which follow one another."""
-        return range(min(self.steps), max(self.steps) + 1) if self.steps else range(0)
+        """All those steps, which follow one another."""
+        known = self.steps.keys() | self.paused.keys()
+        return range(min(known), max(known) + 1) if known else range(0)
+
+    @property
+    def first_paused(self) -> int | None:
+        """The first step of which something is paused; all later ones of `kept` are such steps. None without one."""
+        return min(self.paused, default=None)
 
     def write(self, folder: Path) -> None:
-        """Writes the file into the folder of a checkpoint, where there is anything to keep."""
+        """Writes the files into the folder of a checkpoint, where there is anything to keep."""
+        write_paused(folder, self.paused, self.temperature)
         if not self.steps:
             return
         ledger = JsonlLedger(folder / AHEAD)
         try:
-            for step in self.kept:
+            for step in sorted(self.steps):
                 ledger.append(self._rows(step))
             ledger.sync()
         finally:

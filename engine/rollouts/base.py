@@ -28,8 +28,8 @@ class StepData:
 class StepSource(Protocol):
     """Where steps come from: rollouts sampled now, or what is on disk (replay.py)."""
 
-    def open(self, steps: range) -> None:
-        """Lets `steps` be made ready."""
+    def open(self, steps: range, until: int | None = None) -> None:
+        """Lets `steps` be made ready; engines complete what comes before step `until`, all where that is not said."""
         ...
 
     def finish(self, step: int, waiting: Waiting = nothing) -> None:

@@ -14,7 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from engine.core.arrays import LogProbs, Numbers, TokenIds
 from engine.core.errors import DataError
@@ -46,6 +55,16 @@ class RolloutRow(BaseModel):
     correct: bool | None = None  # where several rewards made it: what the first, verifiable one says
     temperature: float = Field(1.0, gt=0)  # of the log-probs
     prompt_tokens: str | None = None  # `token_digest` of the prompt; ledgers of before it was written have none
+    spans: list[list[int]] = []  # with sync.in_flight: as Completion has them
+
+    @field_validator("spans")
+    @classmethod
+    def _add_up(cls, spans: list[list[int]], info: ValidationInfo) -> list[list[int]]:
+        whole = all(len(span) == 2 and span[1] > 0 for span in spans) and all(a[0] < b[0] for a, b in pairwise(spans))
+        version, num_tokens = info.data.get("version"), info.data.get("num_tokens")
+        if spans and not (whole and spans[0][0] == version and sum(count for _, count in spans) == num_tokens):
+            raise ValueError("must be [version, tokens] each, rise from `version`, and add up to `num_tokens`")
+        return spans
 
 
 def _token_ids(found: Any) -> TokenIds:
@@ -84,6 +103,7 @@ class LedgerRow(RolloutRow):
             text=self.text or "",
             finish_reason=self.finish_reason,
             temperature=self.temperature,
+            spans=tuple((version, num_tokens) for version, num_tokens in self.spans),
         )
         return Rollout(completion, Score(self.reward, self.status, tuple(self.reward_parts.items()), self.correct))
 
@@ -191,8 +211,8 @@ class RolloutLedger:
 
     def groups(self, step: int, prompts: Mapping[str, Prompt], num_prompts: int, samples: int) -> list[RolloutGroup]:
         """The step's groups with the prompts they were sampled for. DataError when it does not hold `samples` rollouts of
-        each of `num_prompts` prompts, of one version that is not newer than the step, or a prompt is not among `prompts` or has
-        other tokens there."""
+        each of `num_prompts` prompts, of one version that is not newer than the step (of several where it is told for each
+        token), or a prompt is not among `prompts` or has other tokens there."""
         rows = self.rows(step)
         parts = [rows[start : start + samples] for start in range(0, len(rows), samples)]
         whole = all(
@@ -206,8 +226,8 @@ class RolloutLedger:
                 f"{num_prompts} prompts; found {len(rows)} rows of {len({row.prompt_id for row in rows})}: set data and "
                 f"algorithm as they were when it was written"
             )
-        versions = sorted({row.version for row in rows})
-        if len(versions) > 1 or versions[0] > step:
+        versions = sorted({row.version for row in rows if not row.spans} | {span[0] for row in rows for span in row.spans})
+        if versions[-1] > step or (len(versions) > 1 and not all(row.spans for row in rows)):
             raise DataError(
                 f"{self.path}, step {step}: `version` must be one, and no newer than the step; found {versions}: replay a "
                 f"ledger as it was written"
@@ -300,6 +320,7 @@ def rollout_rows(group: RolloutGroup, *, text: bool = True) -> list[dict[str, ob
         {
             "step": group.step,
             "version": rollout.completion.version,
+            **_spans(rollout.completion),
             "prompt_id": group.prompt.id,
             "prompt_tokens": prompt_tokens,
             "sample_index": rollout.completion.sample_index,
@@ -322,6 +343,11 @@ def ledger_rows(group: RolloutGroup) -> list[dict[str, object]]:
         row | {"token_ids": list(rollout.completion.token_ids), "log_probs": list(rollout.completion.log_probs)}
         for row, rollout in zip(rollout_rows(group), group.rollouts, strict=True)
     ]
+
+
+def _spans(completion: Completion) -> dict[str, object]:
+    """Versions by token, where they are told."""
+    return {"spans": [list(span) for span in completion.spans]} if completion.spans else {}
 
 
 def _temperature(completion: Completion) -> dict[str, object]:

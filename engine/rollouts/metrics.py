@@ -73,9 +73,16 @@ WAITED = Metric("wait_seconds", "for the step's rollouts", title="waited", unit=
 UNJUDGED_SHARE = Metric("unjudged_share", "rollouts that could not be judged, for whatever reason", unit="share")
 STALENESS = Metric(
     "staleness",
-    "between the weights that sampled the rollouts and those that train on them",
+    "between the weights that sampled the rollouts and those that train on them; with sync.in_flight the mean over tokens",
     title="staleness",
     unit="steps",
+)
+STALENESS_MAX = Metric("staleness_max", "with sync.in_flight: that of the oldest token", title="staleness, most", unit="steps")
+UPDATED_SHARE = Metric(
+    "updated_in_flight",
+    "with sync.in_flight: rollouts whose tokens come from several versions of the weights",
+    title="updated in flight",
+    unit="share",
 )
 
 
@@ -109,6 +116,8 @@ METRICS = (
     FAILURES,
     UNJUDGED_SHARE,
     STALENESS,
+    STALENESS_MAX,
+    UPDATED_SHARE,
     WAITED,
     GENERATED,
     GENERATING,
@@ -162,6 +171,18 @@ def _num_with_ends_inside(rows: Many[TokenIds], end_ids: Collection[int]) -> int
         found |= token_ids == end
     found[ends - 1] = False
     return int(np.unique(np.searchsorted(ends, found.nonzero()[0], side="right")).size)
+
+
+def staleness_metrics(groups: Many[RolloutGroup]) -> dict[str, float]:
+    """How old the tokens of a step's rollouts are when it trains on them; where versions are known by token also of the oldest
+    one, and how many rollouts have several versions."""
+    rollouts = [(group.step, rollout.completion) for group in groups for rollout in group.rollouts]
+    ages = [(step - version, count) for step, completion in rollouts for version, count in completion.by_version]
+    metrics = {STALENESS.name: sum(age * count for age, count in ages) / sum(count for _, count in ages)}
+    if any(completion.spans for _, completion in rollouts):
+        metrics[STALENESS_MAX.name] = float(max(age for age, _ in ages))
+        metrics[UPDATED_SHARE.name] = sum(len(completion.spans) > 1 for _, completion in rollouts) / len(rollouts)
+    return metrics
 
 
 def _metrics_by_reward(groups: Many[RolloutGroup]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from engine.rewards.registry import judging_of
 from engine.rollouts.base import StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
 from engine.rollouts.ledger import RolloutLedger
-from engine.rollouts.metrics import LENGTH, LENGTH_MAX, STALENESS, WAITED, rollout_metrics, warn_of_endings
+from engine.rollouts.metrics import LENGTH, LENGTH_MAX, WAITED, rollout_metrics, staleness_metrics, warn_of_endings
 
 if TYPE_CHECKING:
     from engine.data.templates import Tokenizer
@@ -66,7 +66,7 @@ class LedgerSource:
     def __str__(self) -> str:
         return f"rollouts of {len(self._ledger.steps)} steps for {len(self._by_id)} prompts"
 
-    def open(self, steps: range) -> None:
+    def open(self, steps: range, until: int | None = None) -> None:
         """Nothing to open: a step is read when it is asked for."""
 
     def finish(self, step: int, waiting: Waiting = nothing) -> None:
@@ -80,7 +80,6 @@ class LedgerSource:
         started = time.monotonic()
         num_prompts, samples = sum(sampled for sampled, _ in self._shares), self._config.algorithm.samples_per_prompt
         groups = self._ledger.groups(step, self._by_id, num_prompts, samples)
-        version = groups[0].rollouts[0].completion.version
         highest = max(int(r.completion.token_ids.array.max()) for group in groups for r in group.rollouts)
         if highest >= self._vocab_size:
             raise DataError(
@@ -90,7 +89,7 @@ class LedgerSource:
         self._check_temperature(step, {r.completion.temperature for group in groups for r in group.rollouts})
         metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, None, self._end_ids)
         warn_of_endings(metrics, self._config.sampling.max_tokens)
-        return step_data(groups, self._shares, metrics | {STALENESS.name: float(step - version)}, self._config)
+        return step_data(groups, self._shares, metrics | staleness_metrics(groups), self._config)
 
     def _check_temperature(self, step: int, found: set[float]) -> None:
         """DataError for log-probs of another distribution than those that the loss compares them with."""
@@ -127,7 +126,7 @@ class PreferenceSource:
     def __str__(self) -> str:
         return str(self._pairs)
 
-    def open(self, steps: range) -> None:
+    def open(self, steps: range, until: int | None = None) -> None:
         """Nothing to open."""
 
     def finish(self, step: int, waiting: Waiting = nothing) -> None:

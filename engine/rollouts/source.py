@@ -1,6 +1,9 @@
 """From prompts to training sequences: asks the pool for an interval's rollouts at once, has them scored, makes pairs or
 advantages, and hands every rollout over to be written down. It trains nothing and touches no process group.
 
+With sync.in_flight engines pause what they are not to complete yet. It is held here, and goes on at the next opening, before
+what is new.
+
 Waiting: `open` never waits. One helper thread gathers the opened steps in order while the trainer trains, another one scores
 what is gathered; `next` waits for both, and the first for the engines, whose own deadline it passes on.
 """
@@ -17,14 +20,14 @@ from typing import TypeVar
 from engine.config.load import RunConfig
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup
 from engine.data.mixture import Mixture
-from engine.inference.pool import Pool, Usage
-from engine.inference.sampling import sample_requests
+from engine.inference.pool import Pool, Ticket, Usage
 from engine.observe.profiling.phases import Phase, phase
 from engine.rewards.base import Reward, answer_of
 from engine.rollouts.ahead import Ahead
 from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
-from engine.rollouts.metrics import ENGINES_IDLE_SHARE, STALENESS, WAITED, rollout_metrics, warn_of_endings
+from engine.rollouts.metrics import ENGINES_IDLE_SHARE, WAITED, rollout_metrics, staleness_metrics, warn_of_endings
+from engine.rollouts.paused import Pending, pending
 from engine.rollouts.writer import RolloutWriter
 
 Result = TypeVar("Result")
@@ -54,43 +57,42 @@ class RolloutSource:
         self._sampling: dict[int, Future[tuple[list[Completion], Usage]]] = {}
         self._coming: dict[int, Future[tuple[list[RolloutGroup], Usage]]] = {}
         self._idle: dict[str, float] = {}  # what is known of the engines since the last opening
+        self._held = _done(dict(ahead.paused) if ahead is not None else {})  # what engines have paused, by step
         for step, known in (ahead.steps if ahead is not None else {}).items():
             self._sampling[step], self._coming[step] = _done(([], known[1])), _done(known)
 
-    def open(self, steps: range) -> None:
-        """Submits every prompt of `steps`; they all may be sampled from now on."""
-        prompts = {step: self._prompts.at(step) for step in steps}
-        sampling, samples = self._config.sampling, self._config.algorithm.samples_per_prompt
-        batches = [
-            sample_requests(
-                prompts[step],
-                samples,
-                run_seed=self._config.run.seed,
-                purpose="rollout",
-                step=step,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-            )
-            for step in steps
-        ]
+    def open(self, steps: range, until: int | None = None) -> None:
+        """Submits every prompt of `steps`; they all may be sampled from now on, behind what is paused, which goes on. Engines
+        complete what comes before step `until`, all where that is not said, and pause the rest. With anything paused, what
+        engines were to complete before must have been waited for (`finish`)."""
+        samples = self._held.result(timeout=0) | {step: pending(step, self._prompts, self._config) for step in steps}
+        completed = [step for step in samples if until is None or step < until]
         if (idle := self._pool.idle_share()) is not None:
             self._idle = {ENGINES_IDLE_SHARE.name: idle}
-        for step, ticket in zip(steps, self._pool.submit(batches), strict=True):
-            self._sampling[step] = self._gathering.submit(self._pool.gather, ticket)
-            self._coming[step] = self._judging.submit(self._groups, step, prompts[step], self._sampling[step])
+        batches = [of_step.unfinished for of_step in samples.values()]
+        tickets, paused = self._pool.submit_and_pause(batches, len(completed))
+        for step, ticket in zip(completed, tickets, strict=True):
+            own = samples.pop(step)
+            self._sampling[step] = self._gathering.submit(self._completions, ticket, own)
+            self._coming[step] = self._judging.submit(self._groups, step, own.prompts, self._sampling[step])
+        self._held = self._gathering.submit(self._paused, paused, samples) if paused is not None else _done({})
 
     def finish(self, step: int, waiting: Waiting = nothing) -> None:
-        """Waits until engines have sampled the step; it may still be judged."""
+        """Waits until engines have sampled the step, which may still be judged, and have paused what they are to pause."""
         _awaited(self._sampling[step], waiting)
+        _awaited(self._held, waiting)
 
     def drain(self, step: int, waiting: Waiting = nothing) -> None:
-        """Waits as `next` does, which still hands the step out."""
+        """Waits as `next` does, which still hands the step out, and until engines have paused what they are to pause."""
         _awaited(self._coming[step], waiting)
+        _awaited(self._held, waiting)
 
     def ahead(self, steps: range) -> Ahead:
-        """What stands ready for these steps, all of which are drained."""
-        return Ahead({step: self._coming[step].result(timeout=0) for step in steps})
+        """What stands ready for these steps, all that engines complete of which are drained, and what is paused of them."""
+        ready = {step: self._coming[step].result(timeout=0) for step in steps if step in self._coming}
+        held = self._held.result(timeout=0)
+        paused = {step: held[step] for step in steps if step not in ready}
+        return Ahead(ready, paused, self._config.log_prob_temperature)
 
     def next(self, step: int, waiting: Waiting = nothing) -> StepData:
         """Waits until the groups of `step` are complete and scored. Raises what an engine or the reward raised."""
@@ -101,10 +103,8 @@ class RolloutSource:
         metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, usage, self._end_ids) | self._idle
         self._idle = {}
         warn_of_endings(metrics, self._config.sampling.max_tokens)
-        version = self._config.schedule.version(step)
-        found = {rollout.completion.version for group in groups for rollout in group.rollouts}
-        assert found == {version}, f"step {step} must train on rollouts of version {version}, found {found}"
-        metrics[STALENESS.name] = float(self._config.schedule.staleness(step))
+        self._check_versions(step, groups)
+        metrics |= staleness_metrics(groups)
         data = step_data(groups, self._prompts.shares, metrics, self._config)
         if self._records is not None:
             self._records.append(step, groups)
@@ -118,8 +118,26 @@ class RolloutSource:
         with self._scoring:
             self._closed = True
 
+    def _check_versions(self, step: int, groups: Many[RolloutGroup]) -> None:
+        """That the weights which sampled the step's tokens are those that the schedule says, in their order."""
+        allowed = self._config.schedule.versions(step)
+        spans = [[version for version, _ in r.completion.by_version] for group in groups for r in group.rollouts]
+        found = {version for versions in spans for version in versions}
+        wanted = " or ".join(map(str, allowed))
+        assert found <= set(allowed), f"step {step} must train on rollouts of version {wanted}, found {found}"
+        assert all(versions == sorted(versions) for versions in spans), f"step {step}: versions must rise, found {spans}"
+
+    def _completions(self, ticket: Ticket, samples: Pending) -> tuple[list[Completion], Usage]:
+        """What engines complete, behind what was complete when they last paused."""
+        found, usage = self._pool.gather(ticket)
+        return [part for part in samples.with_found(found).parts if isinstance(part, Completion)], usage
+
+    def _paused(self, ticket: Ticket, samples: dict[int, Pending]) -> dict[int, Pending]:
+        found = iter(self._pool.paused(ticket))
+        return {step: of_step.with_found(found) for step, of_step in samples.items()}
+
     def _groups(
-        self, step: int, prompts: list[Prompt], sampling: Future[tuple[list[Completion], Usage]]
+        self, step: int, prompts: Many[Prompt], sampling: Future[tuple[list[Completion], Usage]]
     ) -> tuple[list[RolloutGroup], Usage]:
         completions, usage = sampling.result()
         with self._scoring:

@@ -8,6 +8,7 @@ digests and exported. How it is written is saving.py's business. It reads no pic
     checkpoints/step_00000040/policy/       the policy as a Hugging Face folder, each file written by one trainer rank
     checkpoints/step_00000040/reference/    the reference likewise, where nothing else holds it
     checkpoints/step_00000040/ahead.jsonl   with sync.lookahead, the rollouts that were sampled for steps after it
+    checkpoints/step_00000040/paused.jsonl  with sync.in_flight, what engines have begun for further steps
     checkpoints/step_00000040/rank_0000.safetensors   what this trainer rank needs beside the weights: optimizer, scales
 """
 
@@ -93,6 +94,12 @@ def _named_by(pointer: Path) -> Path | None:
 def ahead_of(manifest: Mapping[str, Any]) -> range:
     """The steps that a checkpoint keeps rollouts of; those of older versions keep none."""
     return range(*(manifest.get("ahead") or (0, 0)))
+
+
+def paused_of(manifest: Mapping[str, Any]) -> range:
+    """The steps of `ahead_of` whose rollouts are not complete in the checkpoint: engines have paused them."""
+    ahead = ahead_of(manifest)
+    return range(manifest.get("paused_from") or ahead.stop, ahead.stop)
 
 
 def check_prolonged(config: RunConfig, step: int, ahead: range) -> None:

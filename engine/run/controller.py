@@ -23,6 +23,7 @@ from engine.rewards.model import ScoringEngine
 from engine.rewards.registry import RoutedReward, judging_of, open_rewards
 from engine.rollouts.ahead import Ahead, read_ahead
 from engine.rollouts.base import StepSource
+from engine.rollouts.paused import read_paused
 from engine.rollouts.replay import LedgerSource, PreferenceSource, open_ledger, open_preferences
 from engine.rollouts.source import RolloutSource
 from engine.run.records import Records
@@ -46,9 +47,10 @@ class Controller:
         kept: Mapping[str, Any] | None,
         notes: Sequence[str] = (),
         ahead: Path | None = None,
+        paused: Path | None = None,
     ) -> None:
-        """The run goes on after `start` steps; `kept` as in `Records.open`; `notes` are told first; `ahead`: the file of
-        rollouts that the checkpoint kept for later steps. What was opened is closed where it raises."""
+        """The run goes on after `start` steps; `kept` as in `Records.open`; `notes` are told first; `ahead` and `paused`: the
+        files of rollouts that the checkpoint kept for later steps. What was opened is closed where it raises."""
         config = self._config = spec.config
         self._spec = spec
         self.collapse: str | None = None  # what the run is to be stopped for
@@ -74,18 +76,18 @@ class Controller:
             with activity("engines") if spec.starts_engines else nullcontext():
                 self._versions = _versions(self.pool)
             opened.callback(self.pool.finish_profile)
-            self.source = self._open_source(start, ahead)
+            self.source = self._open_source(start, ahead, paused)
             opened.callback(self.source.close)
             self._opened = opened.pop_all()
 
-    def _open_source(self, start: int, ahead: Path | None) -> StepSource:
+    def _open_source(self, start: int, ahead: Path | None, paused: Path | None) -> StepSource:
         """Rollouts sampled now, or what data.replay names."""
         if self._spec.source == "rollouts":
             with activity("prompts"):
                 prompts = load_mixture(self._config, judging_of, self._tokenizer)
             _note(str(prompts))
             self._warn(prompts.warnings, prompts.digests if self._held_out else frozenset())
-            known = self._known_ahead(start, ahead, prompts)
+            known = self._known_ahead(start, ahead, paused, prompts)
             return RolloutSource(self._config, prompts, self.pool, self._reward, self._records.rollouts, self.end_ids, known)
         replay: LedgerSource | PreferenceSource
         if self._spec.source == "ledger":
@@ -96,12 +98,16 @@ class Controller:
         self._warn(replay.warnings, replay.digests)
         return replay
 
-    def _known_ahead(self, start: int, file: Path | None, prompts: Mixture) -> Ahead:
-        """The rollouts of the steps from `start` on that were sampled before it. A run that is shorter now needs fewer."""
+    def _known_ahead(self, start: int, file: Path | None, paused: Path | None, prompts: Mixture) -> Ahead:
+        """The rollouts of the steps from `start` on that were sampled, or begun, before it. A run that is shorter now needs
+        fewer."""
         wanted = self._config.schedule.in_flight(start)
         known = read_ahead(file, prompts, self._config.algorithm.samples_per_prompt).steps if wanted and file else {}
-        assert known.keys() >= set(wanted), (sorted(known), wanted)  # check_prolonged
-        return Ahead({step: known[step] for step in wanted})
+        begun = read_paused(paused, prompts, self._config) if wanted and paused else {}
+        assert known.keys() | begun.keys() >= set(wanted), (sorted(known), sorted(begun), wanted)  # check_prolonged
+        return Ahead(
+            {step: known[step] for step in wanted if step in known}, {step: begun[step] for step in wanted if step in begun}
+        )
 
     def _warn(self, warnings: list[str], trained: Collection[bytes]) -> None:
         """Notes what is wrong with the data as far as a run can go on: much left out, held-out problems that are trained on."""
@@ -146,7 +152,7 @@ class Controller:
         return self._records.kept(checkpoints)
 
     def ahead(self, steps: range) -> Ahead | None:
-        """What a checkpoint made now keeps of these steps, which are drained; None where nothing is sampled."""
+        """What a checkpoint made now keeps of these steps, which are drained or paused; None where nothing is sampled."""
         return self.source.ahead(steps) if isinstance(self.source, RolloutSource) else None
 
     def finish_step(self, record: dict[str, float]) -> list[Event]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from engine.run.checkpoint import (
     data_digests,
     latest,
     manifest_digest,
+    paused_of,
     read_manifest,
     reference_folder,
     sealed,
@@ -114,6 +115,32 @@ def fork_faults(checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig
                 f"sync.lookahead = {config.sync.lookahead} asks for the rollouts of steps {wanted.start} to {wanted.stop - 1} "
                 f"from weights before {checkpoint}; found {found} in it: set it to 0, or as that run had it"
             )
+        elif wanted:
+            yield from _faults_of_sampled(checkpoint, manifest, config, wanted)
+
+
+def _faults_of_sampled(
+    checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig, wanted: range
+) -> Iterator[SemionError]:
+    """Why the rollouts of the steps `wanted`, which the checkpoint keeps, are not those of `config`."""
+    saved = RunConfig.model_validate_json(json.dumps(manifest["config"]))
+    other = next((t for t in wanted if saved.schedule.versions(t) != config.schedule.versions(t)), None)
+    if other is not None:
+        yield ConfigError(
+            f"sync.sync_interval, sync.lookahead and sync.in_flight must be what {checkpoint} was written with, for it keeps "
+            f"rollouts of step {other}, of version {_named(saved.schedule.versions(other))}; found "
+            f"{config.sync.sync_interval!r}, {config.sync.lookahead} and {str(config.sync.in_flight).lower()}, which ask for "
+            f"version {_named(config.schedule.versions(other))}: set them back, or lookahead = 0 and in_flight = false"
+        )
+    if set(wanted) & set(paused_of(manifest)) and saved.sampling != config.sampling:
+        yield ConfigError(
+            f"sampling must be what {checkpoint} was written with, for it keeps responses that engines have begun; found other "
+            f"options: set them back, or sync.lookahead = 0 and sync.in_flight = false"
+        )
+
+
+def _named(versions: Iterable[int]) -> str:
+    return " or ".join(map(str, versions))
 
 
 def planned(checkpoint: Path, config: RunConfig, *, needs_reference: bool) -> Fork:

@@ -3,8 +3,8 @@ publisher, and a few things to do on the way. Every trainer rank runs it in step
 
 Consumes: the batch of each step. Produces: one record a step, yielded as soon as the step is done. Waits for: the
 rollouts of the step (`source.next`), before a sync for the engines to complete what they sample ahead (`source.finish`, with
-sync.lookahead), at a sync for every engine to verify the new weights (`publisher.publish`), and where engines and trainer share
-devices for the engines to sleep (`publisher.sleep`).
+sync.lookahead; with sync.in_flight what is trained next, and to pause the rest), at a sync for every engine to verify the new
+weights (`publisher.publish`), and where engines and trainer share devices for the engines to sleep (`publisher.sleep`).
 """
 
 from __future__ import annotations
@@ -60,17 +60,19 @@ class Policy(Protocol):
 class Source(Protocol):
     """Where batches come from."""
 
-    def open(self, steps: range) -> None:
-        """Lets the rollouts of `steps` be sampled from the weights that the pool now serves."""
+    def open(self, steps: range, until: int) -> None:
+        """Lets the rollouts of `steps` be sampled from the weights that the pool now serves, behind what is paused. Engines
+        complete those of all steps before `until`, and then pause what they have begun of the others."""
         ...
 
     def finish(self, steps: range) -> None:
-        """Waits until engines have sampled the rollouts of these opened steps, which may still be judged; `next` still hands
-        them out."""
+        """Waits until engines have sampled the rollouts of these opened steps, which may still be judged, and have paused those
+        of later ones; `next` still hands them out."""
         ...
 
     def drain(self, steps: range) -> None:
-        """Waits until the rollouts of these opened steps are complete; `next` still hands them out."""
+        """Waits until the rollouts of these opened steps are complete, and those of later ones paused; `next` still hands them
+        out."""
         ...
 
     def next(self, step: int) -> tuple[Batch, Record]:
@@ -129,7 +131,7 @@ def train(
         window.step(step)
         started = time.monotonic()
         record: Record = {STEP.name: step}
-        ahead = schedule.in_flight(step)
+        ahead = schedule.completes(step)
         if schedule.sync_due(step):
             record |= _finish_ahead(ahead, source)
             with phase(Phase.PUBLISH):
@@ -146,12 +148,14 @@ def train(
             started += record[EVALUATION_SECONDS.name]  # an evaluation is no part of a step's time
         if schedule.reference_due(step):
             policy.refresh_reference()
-        if steps := schedule.opens(step):
-            if publisher.serves != schedule.version(steps.start):  # offline: newer weights were judged, or the engines rest
+        steps, sampled = schedule.opens(step), schedule.samples(step)
+        if sampled:
+            # Offline newer weights were judged, or the engines rest.
+            if steps and publisher.serves != schedule.version(steps.start):
                 with policy.as_seed(), phase(Phase.PUBLISH):
                     publisher.publish(0)
-            source.open(steps)
-            window.submitted(steps)
+            source.open(steps, sampled.stop)
+            window.submitted(sampled)
         with phase(Phase.WAIT):
             if colocated:
                 record |= _drain_and_sleep(steps, source, publisher)
@@ -178,7 +182,8 @@ def _learn(policy: Policy, batch: Batch) -> Record:
 
 
 def _finish_ahead(ahead: range, source: Source) -> Record:
-    """Before a sync the engines complete what they sample from older weights; with lookahead 0 there is nothing."""
+    """Before a sync the engines complete what they sample from older weights, or with sync.in_flight what is trained next; with
+    lookahead 0 there is nothing."""
     if not ahead:
         return {}
     started = time.monotonic()
@@ -189,8 +194,8 @@ def _finish_ahead(ahead: range, source: Source) -> Record:
 
 def _drain(ahead: range, source: Source) -> None:
     """Before an evaluation nothing is sampled or judged any more, so that no rollout changes by it: those of steps opened are
-    complete, and the next ones are asked for after the sync that ends the interval, or offline after the seed's weights are
-    back."""
+    complete, or paused until the next sync, and the next ones are asked for after the sync that ends the interval, or offline
+    after the seed's weights are back."""
     if ahead:
         with phase(Phase.WAIT):
             source.drain(ahead)

@@ -99,7 +99,7 @@ class Milestones:
         """Begins to write the state after `step` steps, with the rollouts that were sampled ahead. The others wait for rank 0's
         records to be on disk. Collective."""
         opened = self._config.schedule.in_flight(step)
-        self._source.drain(opened)
+        self._source.drain(self._config.schedule.completes(step))
         records, end_ids, ahead = None, tuple[int, ...](), None
         if self._controller is not None:
             ahead = self._controller.ahead(opened) if opened else None

@@ -83,8 +83,8 @@ class TrainerRank:
         controller: Controller | None = None
         if engines is not None:
             kept = checkpoints.records() if resume else None
-            notes, ahead = [note] if note is not None else [], checkpoints.ahead() if resume else None
-            controller = Controller(spec, engines, reward_engine, start, kept, notes, ahead)
+            notes, ahead = [note] if note is not None else [], checkpoints.ahead() if resume else (None, None)
+            controller = Controller(spec, engines, reward_engine, start, kept, notes, *ahead)
         pool = controller.pool if controller is not None and spec.starts_engines else None
         publisher: loop.Publisher = NoEngines()
         if spec.starts_engines:

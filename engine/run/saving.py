@@ -34,6 +34,7 @@ from engine.models.hf import HfCheckpoint, shard_names, write_companions
 from engine.observe.origin import read_origin
 from engine.observe.telling import activity
 from engine.rollouts.ahead import AHEAD, Ahead
+from engine.rollouts.paused import PAUSED
 from engine.run.checkpoint import (
     BEST,
     LATEST,
@@ -308,6 +309,7 @@ class Checkpoints:
             "seed": {name: found for word in words for name, found in word["seed"].items()},
             "records": json.loads(json.dumps(records)),
             "ahead": [ahead.kept.start, ahead.kept.stop] if ahead is not None else None,
+            **({"paused_from": ahead.first_paused} if ahead is not None and ahead.paused else {}),
             "made_with": provenance() | {"gpu": gpu_name()},
             **({"fork": self.origin.as_json()} if self.origin is not None else {}),
         }
@@ -436,10 +438,13 @@ class Checkpoints:
             return set()
         return {int(path.name.removeprefix("step_")) for path in self._folder.glob(STEPS) if path.name <= newest.name}
 
-    def ahead(self) -> Path | None:
-        """The file of rollouts that the newest checkpoint keeps for steps after it; None where it keeps none."""
+    def ahead(self) -> tuple[Path | None, Path | None]:
+        """The files of rollouts that the newest checkpoint keeps for steps after it: complete ones, and paused ones; None for
+        each that it does not have."""
         newest = latest(self._folder)
-        return newest / AHEAD if newest is not None and AHEAD in read_manifest(newest)["files"] else None
+        files = read_manifest(newest)["files"] if newest is not None else {}
+        complete, paused = (newest / name if newest is not None and name in files else None for name in (AHEAD, PAUSED))
+        return complete, paused
 
     def records(self) -> dict[str, Any] | None:
         """What the newest checkpoint keeps of the run's records; None without one, or where an older version wrote it."""

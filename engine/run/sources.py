@@ -47,10 +47,10 @@ class DealtSource:
         self._config, self._parallel, self._rollouts, self._agreement = config, parallel, rollouts, agreement
         self._attention = attention
 
-    def open(self, steps: range) -> None:
-        """Submits the rollouts of these steps for sampling."""
+    def open(self, steps: range, until: int) -> None:
+        """Submits the rollouts of these steps for sampling, of which engines complete those before `until`."""
         if self._rollouts is not None:
-            self._rollouts.open(steps)
+            self._rollouts.open(steps, until)
 
     def finish(self, steps: range) -> None:
         """Waits until engines have sampled these steps."""
@@ -113,7 +113,7 @@ class SupervisedSource:
                 )
         self._order = PromptOrder(len(prompts), config.run.seed)
 
-    def open(self, steps: range) -> None:
+    def open(self, steps: range, until: int) -> None:
         """Nothing to open."""
 
     def finish(self, steps: range) -> None:

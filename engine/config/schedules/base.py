@@ -21,6 +21,8 @@ class Schedule(ABC):
     `offline_chunk`: steps generated together when s is "never", where no sync bounds the interval.
     `lookahead` is L: the rollouts between two syncs come from the sync L syncs before, and are sampled L intervals ahead; so
     engines sample interval k + L while the trainer trains interval k. A step's answers are then L s to (L + 1) s - 1 steps old.
+    `updates_in_flight`: a sync waits only for the interval that is trained next. Engines pause what they have begun for later
+    ones and go on with it from the new weights, so that an answer may have tokens of several versions (`versions`).
     """
 
     sync_interval: int | Literal["never"]
@@ -28,6 +30,7 @@ class Schedule(ABC):
     num_steps: int
     offline_chunk: int
     lookahead: int = 0
+    updates_in_flight: bool = False
 
     @abstractmethod
     def sync_due(self, step: int) -> bool:
@@ -54,12 +57,19 @@ class Schedule(ABC):
 
     def version(self, step: int) -> int:
         """The weight version that samples the rollouts of `step`: that of the last sync, k * s, or with a lookahead of the sync
-        so many before it; 0 where there is none, as in an offline run."""
+        so many before it; 0 where there is none, as in an offline run. With updates in flight the oldest of `versions`."""
+        return self.versions(step)[0]
+
+    def versions(self, step: int) -> tuple[int, ...]:
+        """The weight versions that may have sampled tokens of the rollouts of `step`, rising. One, or with updates in flight
+        those of all syncs from the one that its rollouts were asked for after, to the last before they must be complete."""
         last = bisect_right(self._syncs, step) - 1
-        return self._syncs[max(0, last - self.lookahead)]
+        first = max(0, last - self.lookahead)
+        return self._syncs[first : max(first + 1, last)] if self.updates_in_flight else (self._syncs[first],)
 
     def staleness(self, step: int) -> int:
-        """Optimizer steps between the weights that sampled a rollout and those that train on it."""
+        """Optimizer steps between the weights that sampled a rollout and those that train on it; with updates in flight the
+        most that a token of it may have."""
         return step - self.version(step)
 
     def reference_due(self, step: int) -> bool:
@@ -88,9 +98,24 @@ class Schedule(ABC):
         """The steps submitted earlier that have not been trained on before `step`: their rollouts may be under way."""
         return range(0) if step == 0 else range(step, self._opening(bisect_left(self._openings, step) + self.lookahead))
 
+    def completes(self, step: int) -> range:
+        """The steps of `in_flight(step)` whose rollouts engines complete before they take newer weights: all of them, or with
+        updates in flight those of the interval that is trained next, and of the current one."""
+        if step == 0 or not self.updates_in_flight:
+            return self.in_flight(step)
+        return range(step, self._opening(bisect_left(self._openings, step) + 1))
+
+    def samples(self, step: int) -> range:
+        """The steps whose rollouts engines complete once prompts have been submitted before `step`: all that were, or with
+        updates in flight those of the interval after the one that begins here; empty where no interval begins."""
+        place = bisect_left(self._openings, step)
+        if not self.updates_in_flight or self._openings[place : place + 1] != (step,):
+            return self.opens(step)
+        return range(self._opening(place + 1) if place else 0, self._opening(place + 2))
+
     def resumable(self, step: int) -> bool:
         """Whether a run that ended after `step` steps can be continued bit for bit: the weights are those that engines sample
-        from next, and no rollouts are under way but those of `in_flight`, which can be completed and kept."""
+        from next, and no rollouts are under way but those of `in_flight`, which can be completed, or paused, and kept."""
         return self._openings[bisect_left(self._openings, step) :][:1] == (step,)
 
     def last_resumable(self, step: int) -> int:
@@ -113,7 +138,8 @@ class Schedule(ABC):
     @property
     def ahead(self) -> str:
         """The lookahead in a few words, for `regime`; empty without."""
-        return "" if not self.lookahead else f", sampled {self.lookahead} interval{'s' * (self.lookahead > 1)} ahead"
+        updated = " with weights updated in flight" if self.updates_in_flight else ""
+        return "" if not self.lookahead else f", sampled {self.lookahead} interval{'s' * (self.lookahead > 1)} ahead{updated}"
 
     def broken_rules(self, checkpoint_every: int | Literal["end"]) -> list[str]:
         """What cannot be asked of this regime beside these options: key, rule, value found and fix, a sentence each."""

@@ -20,7 +20,7 @@ def schedule_of(config: Options) -> Schedule:
     name without a class, and for a class that contradicts itself."""
     chunk = 16 if config.checkpoint.every == "end" else config.checkpoint.every
     sync = config.sync
-    return _made(sync.semantics, sync.sync_interval, sync.reference, config.run.steps, chunk, sync.lookahead)
+    return _made(sync.semantics, sync.sync_interval, sync.reference, config.run.steps, chunk, sync.lookahead, sync.in_flight)
 
 
 @lru_cache(maxsize=64)
@@ -31,8 +31,9 @@ def _made(
     num_steps: int,
     chunk: int,
     lookahead: int,
+    updates_in_flight: bool,
 ) -> Schedule:
-    schedule = SCHEDULES.load(name)(interval, reference, num_steps, chunk, lookahead)
+    schedule = SCHEDULES.load(name)(interval, reference, num_steps, chunk, lookahead, updates_in_flight)
     if ":" in name and (faults := schedule.contradictions()):
         raise ConfigError(f"sync.semantics must be a regime that the loop can follow; found {name!r} with {faults[0]}: mend it")
     return schedule

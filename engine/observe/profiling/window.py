@@ -46,13 +46,13 @@ class Window:
             else:
                 self._recorder.start()
         if self._engines is not None and self._schedule is not None and not self._engines_record:
-            interval = self._schedule.opens(step)
+            interval = self._schedule.samples(step)
             if interval and self._overlaps(interval):
                 self._engines.profile(self._chosen, True)
                 self._engines_record = True
 
     def submitted(self, steps: range) -> None:
-        """The rollouts of `steps` have been asked for; what is asked of the engines now comes behind them."""
+        """The rollouts of `steps` have been asked for, to be completed; what is asked of the engines now comes behind them."""
         if self._engines is not None and self._engines_record and self._steps.stop <= steps.stop:
             self._engines.profile(self._chosen, False)
             self._engines_record = False

@@ -210,6 +210,22 @@ COMBINATIONS = [
         "found 1",
         "lookahead = 0",
     ),
+    (["sync.in_flight=true", "sync.lookahead=1"], "sync.in_flight", "sync.lookahead >= 2", "found 1", "set lookahead = 2"),
+    (
+        ["sync.in_flight=true", "sync.lookahead=2", "sync.sync_interval=never"],
+        *("sync.lookahead", "sync.sync_interval = 'never'", "found 2", "lookahead = 0"),
+    ),
+    (
+        ["sync.in_flight=true", "sync.lookahead=2", "inference.placement=colocated"],
+        *("sync.lookahead", "'colocated'", "found 2", "'disaggregated'"),
+    ),
+    (
+        [
+            *("sync.in_flight=true", "sync.lookahead=2", "sync.sync_interval=2"),
+            *("sync.reference=follow", "sync.reference_log_probs=rollouts"),
+        ],
+        *("sync.reference_log_probs", "to be what samples", "at step 2 it is version 2, and version 0", "'computed'"),
+    ),
     (["sync.lookahead=2", "inference.placement=colocated"], "sync.lookahead", "'colocated'", "found 2", "'disaggregated'"),
     (["sync.sync_interval=never", "sync.reference=follow"], "sync.reference", "sync.sync_interval", "both", "'never'"),
     (["sync.reference_mix=0.5"], "sync.reference_mix", "sync.reference = 'never'", "found 0.5", "set sync.reference to 1"),

@@ -21,6 +21,12 @@ schedules = st.one_of(st.builds(Paper, *fields), st.builds(Fairseq2, *fields))
 ahead = st.one_of(
     *(st.builds(kind, intervals, references, step_counts, chunks, st.integers(0, 3)) for kind in (Paper, Fairseq2))
 )
+in_flight = st.one_of(
+    *(
+        st.builds(kind, intervals, references, step_counts, chunks, st.integers(2, 4), st.just(True))
+        for kind in (Paper, Fairseq2)
+    )
+)
 
 
 @given(intervals, references, step_counts, chunks)
@@ -105,6 +111,39 @@ def test_a_lookahead_is_what_a_simulation_of_it_does(schedule):
     assert asked == {}, "nothing is sampled in vain"
     assert not schedule.resumable(schedule.num_steps) and schedule.contradictions() == []
     assert list(schedule.in_flight(schedule.num_steps)) == []
+
+
+@given(in_flight)
+def test_updates_in_flight_are_what_a_simulation_of_them_does(schedule):
+    """At sync j engines must have completed what interval j trains on, and nothing else; then they take the weights, go on with
+    what they have begun of later intervals, and are asked for interval j + L. Every version that engines have between a
+    step's opening and its completion is one of `versions`, and no other."""
+    starts = [t for t in range(schedule.num_steps) if schedule.sync_due(t)]
+    bounds = [*starts, *[schedule.num_steps] * (schedule.lookahead + 2)]
+    serving: dict[int, list[int]] = {}  # step -> versions that may have sampled of it, of what is not trained on
+    complete: set[int] = set()
+    for t in range(schedule.num_steps):
+        interval = max(i for i, start in enumerate(starts) if start <= t)
+        assert list(schedule.in_flight(t)) == list(serving)
+        assert set(schedule.completes(t)) == set(serving) & complete
+        if t in starts:
+            assert set(range(t, bounds[interval + 1])) & serving.keys() <= complete, "what is trained next is there"
+            for versions in (versions for step, versions in serving.items() if step not in complete):
+                versions.append(t)
+            serving |= {step: [t] for step in schedule.opens(t)}
+            due = {step for step in serving if step < bounds[interval + 2]} - complete
+            assert set(schedule.samples(t)) == due
+            complete |= due
+        else:
+            assert not schedule.samples(t)
+        assert list(schedule.versions(t)) == serving.pop(t)
+        assert schedule.version(t) == schedule.versions(t)[0] == t - schedule.staleness(t)
+        plain = replace(schedule, updates_in_flight=False)
+        assert (schedule.opens(t), schedule.in_flight(t)) == (plain.opens(t), plain.in_flight(t))
+        assert schedule.version(t) == plain.version(t)
+        assert plain.versions(t) == (plain.version(t),) and plain.completes(t) == plain.in_flight(t)
+        assert plain.samples(t) == plain.opens(t)
+    assert serving == {} and schedule.contradictions() == []
 
 
 @given(ahead)

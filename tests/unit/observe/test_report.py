@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -197,6 +198,59 @@ def test_the_records_of_a_run_prove_its_regime_and_any_altered_version_refutes_i
     contradiction = prove(folder, schedule).contradiction
     assert contradiction is not None and contradiction.startswith(f"rollouts.jsonl line {place + 1} must have version")
     assert "is contradicted: rollouts.jsonl line" in prove(folder, schedule).sentence()
+
+
+IN_FLIGHT = Paper(2, "never", 12, 4, 2, True)
+
+
+def in_flight_records(schedule: Schedule, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """As `records`, but each rollout has tokens of all versions that it may have, or of the first or the last one alone."""
+    rollouts, metrics = records(schedule, steps)
+    for place, row in enumerate(rollouts):
+        versions = schedule.versions(row["step"])
+        own = (versions, versions[:1], versions[-1:])[place % 3]
+        spans = [[version, place % 4 + 1] for version in own]
+        row |= {"version": own[0], "spans": spans, "prompt_id": "p"}
+    for row in metrics:
+        spans = [span for one in rollouts if one["step"] == row["step"] for span in one["spans"]]
+        row |= {"staleness": sum((row["step"] - v) * count for v, count in spans) / sum(count for _, count in spans)}
+    return rollouts, metrics
+
+
+def test_with_updates_in_flight_the_regime_is_proven_token_by_token(tmp_path):
+    rollouts, metrics = in_flight_records(IN_FLIGHT, 12)
+    write(tmp_path / "rollouts.jsonl", rollouts)
+    write(tmp_path / "metrics.jsonl", metrics)
+    proof = prove(tmp_path, IN_FLIGHT, rollouts_per_step=3)
+    assert proof.holds
+    assert proof.sentence() == (
+        "s = 2 (semi-online), sampled 2 intervals ahead with weights updated in flight: staleness 0..5, proven from 36 "
+        "rollouts, token by token, of 12 steps"
+    )
+    assert not prove(tmp_path, replace(IN_FLIGHT, updates_in_flight=False)).holds, "an answer of one version has no spans"
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "change", "said"),
+    [
+        ("rollouts.jsonl", 31, {"version": 4, "spans": [[4, 1]]}, "line 31 must have spans of versions 6, 8, rising from"),
+        ("rollouts.jsonl", 31, {"spans": [[6, 1], [10, 1]]}, "at step 10; found [[6, 1], [10, 1]]"),
+        ("rollouts.jsonl", 31, {"version": 8, "spans": [[8, 1], [6, 1]]}, "must have spans"),
+        ("rollouts.jsonl", 31, {"version": 8}, "must have spans"),
+        ("rollouts.jsonl", 31, {"spans": [[6, 0]]}, "must have spans"),
+        ("rollouts.jsonl", 31, {"spans": [6]}, "must have spans"),
+        ("rollouts.jsonl", 31, {"spans": None}, "must have spans"),
+        ("metrics.jsonl", 11, {"staleness": 4.0}, "line 11 must have staleness 3."),
+        ("rollouts.jsonl", 31, {"spans": [[6, 9]]}, "metrics.jsonl line 11 must have staleness 3."),
+    ],
+)
+def test_with_updates_in_flight_the_first_token_that_contradicts_is_named(tmp_path, file, line, change, said):
+    both = dict(zip(("rollouts.jsonl", "metrics.jsonl"), in_flight_records(IN_FLIGHT, 12), strict=True))
+    both[file][line - 1] |= change
+    for name, rows in both.items():
+        write(tmp_path / name, rows)
+    contradiction = prove(tmp_path, IN_FLIGHT).contradiction
+    assert contradiction is not None and said in contradiction
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine.config.load import RunConfig
+from engine.core.arrays import TokenIds
 from engine.core.errors import CheckpointError, StorageError, WatchdogError
 from engine.inference.pool import Usage
+from engine.inference.sampling import SampleRequest
 from engine.models.hf import HfCheckpoint
 from engine.rewards.math.reward import VERIFIER_VERSION
 from engine.rollouts.ahead import AHEAD, Ahead
+from engine.rollouts.paused import PAUSED, Pending
 from engine.run.checkpoint import (
     BEST,
     LATEST,
@@ -40,6 +43,7 @@ from engine.run.checkpoint import (
     data_digests,
     export,
     latest,
+    paused_of,
     rank_file,
     read_manifest,
     reference_place,
@@ -251,20 +255,30 @@ def two_ranks(root: Path, patience_seconds: float = 60.0) -> tuple[list[Checkpoi
     return ranks, snapshots
 
 
+REQUEST = SampleRequest("rollout:7:p0:0", "p0", 0, 1, TokenIds.of([1, 2]), 1.0, 1.0, 8)
+
+
 def test_rollouts_sampled_ahead_are_a_file_of_the_checkpoint(tmp_path):
-    """Under a digest, as every other; the manifest says of which steps. Without any, there is none."""
+    """Under a digest, as every other; the manifest says of which steps, and from which on they are paused. Without any, there
+    is none."""
     config, folder = run_config(tmp_path), tmp_path / "run" / "checkpoints" / "step_00000005"
     checkpoints = open_checkpoints(tmp_path)
-    ahead = Ahead({step: ([group([1.0, 0.0])], Usage(3, 0.5)) for step in (5, 6)})
+    ready = {step: ([group([1.0, 0.0])], Usage(3, 0.5)) for step in (5, 6)}
+    ahead = Ahead(ready, {step: Pending([], [REQUEST], [REQUEST.paused([7], [-0.5], 4)]) for step in (7, 8)})
     checkpoints.commit(5, snapshot_of(state_of(5), weights_of(5)), config, ahead=ahead)
     checkpoints.wait()
-    assert checkpoints.ahead() == folder / AHEAD
-    assert checkpoints.load(config).ahead == range(5, 7)
+    assert checkpoints.ahead() == (folder / AHEAD, folder / PAUSED)
+    assert checkpoints.load(config).ahead == range(5, 9)
+    assert paused_of(read_manifest(folder)) == range(7, 9)
+    flip(folder / PAUSED, 40)
+    with pytest.raises(CheckpointError, match=r"paused\.jsonl differs from its digest"):
+        checkpoints.load(config)
+    flip(folder / PAUSED, 40)
     flip(folder / AHEAD, 40)
     with pytest.raises(CheckpointError, match=r"ahead\.jsonl differs from its digest"):
         checkpoints.load(config)
     commit(tmp_path, 10)
-    assert checkpoints.ahead() is None and checkpoints.load(config).ahead == range(0)
+    assert checkpoints.ahead() == (None, None) and checkpoints.load(config).ahead == range(0)
 
 
 def test_several_ranks_write_their_own_parts_at_once(tmp_path):

@@ -20,6 +20,7 @@ from engine.observe.reading import read_run
 from engine.observe.regime import prove
 from engine.run.card import complete
 from engine.run.checkpoint import data_digests, export, latest, manifest_digest, read_manifest, reference_place
+from engine.run.forking import fork_faults
 from engine.run.records import Records
 from tests.builders import config, make_model
 from tests.checkpoints import open_folder, snapshot_of
@@ -174,6 +175,44 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_written(
     directory = fork(source, *changes, expect=code)
     assert words in capsys.readouterr().err
     assert not directory.exists()
+
+
+IN_FLIGHT = {"sync_interval": 2, "lookahead": 2, "in_flight": True}
+
+
+@pytest.mark.parametrize(
+    ("sync", "sampling", "words"),
+    [
+        (IN_FLIGHT, {}, []),
+        (IN_FLIGHT | {"lookahead": 0, "in_flight": False}, {"top_p": 0.5}, []),
+        (
+            IN_FLIGHT,
+            {"top_p": 0.5},
+            ["sampling must be what run was written with, for it keeps responses that engines have begun"],
+        ),
+        (
+            IN_FLIGHT | {"in_flight": False},
+            {},
+            ["step 4, of version 0 or 2; found 2, 2 and false, which ask for version 0: set them back, or lookahead = 0"],
+        ),
+        (
+            IN_FLIGHT | {"lookahead": 1, "in_flight": False},
+            {},
+            ["step 4, of version 0 or 2; found 2, 1 and false, which ask for version 2"],
+        ),
+    ],
+)
+def test_rollouts_that_a_checkpoint_keeps_are_gone_on_with_as_they_were_begun(
+    tmp_path: Path, sync: dict[str, Any], sampling: dict[str, Any], words: list[str]
+) -> None:
+    """After 4 steps of a run with updates in flight: those of steps 4 and 5 are complete, those of 6 and 7 paused."""
+    saved = config(tmp_path / "a", run={"steps": 12}, sync=IN_FLIGHT)
+    assert (saved.schedule.completes(4), saved.schedule.in_flight(4)) == (range(4, 6), range(4, 8))
+    manifest = {"step": 4, "config": json.loads(saved.model_dump_json()), "ahead": [4, 8], "paused_from": 6}
+    made = config(tmp_path / "b", run={"steps": 12}, sync=sync, sampling=sampling)
+    found = [str(fault) for fault in fork_faults(Path("run"), manifest, made)]
+    assert len(found) == len(words)
+    assert all(said in fault for said, fault in zip(words, found, strict=True))
 
 
 def test_another_model_or_no_new_directory_is_refused(

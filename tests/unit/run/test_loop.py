@@ -27,6 +27,8 @@ class World:
         self.steps_done = 0
         self.serves: int | None = 0  # version in the pool
         self.held: int | None = None  # version that stands in for the policy's own weights
+        self.paused: set[int] = set()  # opened steps that engines are not to complete before the next sync
+        self.newest: dict[int, int] = {}  # opened step -> the newest version that sampled of it
         self.finished: set[int] = set()  # opened steps whose rollouts are sampled
         self.drained: set[int] = set()  # and those whose rollouts are judged too
         self.judged: dict[int, int] = {}  # step -> version that was evaluated
@@ -35,7 +37,7 @@ class World:
 
     def publish(self, version: int) -> dict[str, float]:
         assert version == (self.steps_done if self.held is None else self.held), "what is sent is what the policy holds"
-        assert self.sampled.keys() <= self.finished, "an engine refuses a sync with requests in flight"
+        assert self.sampled.keys() <= self.finished | self.paused, "an engine refuses a sync with requests in flight"
         self.log.append(f"publish {version}")
         self.serves = version
         return {"sync_seconds": 0.5}
@@ -49,18 +51,24 @@ class World:
     def refresh_reference(self) -> None:
         self.log.append("reference")
 
-    def open(self, steps: range) -> None:
+    def open(self, steps: range, until: int) -> None:
         assert self.serves is not None, "engines that rest refuse requests"
-        self.log.append(f"open {steps.start}-{steps.stop - 1}")
+        self.log.append(f"open {steps.start}-{steps.stop - 1}" if steps else "go on")
         self.sampled |= dict.fromkeys(steps, self.serves)
+        for step in self.sampled:  # engines go on with what they paused, from the weights of now
+            if step not in self.finished:
+                self.newest[step] = self.serves
+        paused = {step for step in self.sampled if step >= until}
+        self.log += [f"pause {min(paused)}-{max(paused)}"] if paused else []
+        self.paused = paused
 
     def finish(self, steps: range) -> None:
-        assert set(steps) == self.sampled.keys(), "what is in flight is what has been opened and not trained on"
+        assert set(steps) == self.sampled.keys() - self.paused, "what is in flight is what has been opened and not trained on"
         self.log.append(f"finish {len(steps)}")
         self.finished |= set(steps)
 
     def drain(self, steps: range) -> None:
-        assert set(steps) == self.sampled.keys(), "what is in flight is what has been opened and not trained on"
+        assert set(steps) == self.sampled.keys() - self.paused, "what is in flight is what has been opened and not trained on"
         self.log.append(f"drain {len(steps)}")
         self.drained |= set(steps)
         self.finished |= set(steps)
@@ -97,7 +105,7 @@ class World:
     def evaluate(self, step: int) -> None:
         self.log.append(f"evaluate {step}")
         assert self.serves is not None, "engines that rest refuse requests"
-        assert self.sampled.keys() <= self.drained, "the reward judges one thing at a time"
+        assert self.sampled.keys() <= self.drained | self.paused, "the reward judges one thing at a time"
         self.judged[step] = self.serves
 
     def run(self, schedule: Schedule, start: int = 0, due: Callable[[int], bool] | None = None) -> list[dict[str, float]]:
@@ -105,8 +113,9 @@ class World:
         self.steps_done = start
         kept = schedule.in_flight(start)  # by the checkpoint
         self.sampled |= {step: schedule.version(step) for step in kept}
-        self.finished |= set(kept)
-        self.drained |= set(kept)
+        self.paused = set(kept) - set(schedule.completes(start))
+        self.finished |= set(kept) - self.paused
+        self.drained |= set(kept) - self.paused
         world: Any = self
         steps = train(
             schedule,
@@ -258,6 +267,40 @@ def test_a_resumed_run_that_samples_ahead_has_its_next_interval():
         "publish 6",
     ]  # fmt: skip
     assert world.staleness == {2: 2, 3: 3, 4: 2, 5: 3}
+
+
+def test_with_updates_in_flight_a_sync_waits_for_the_next_interval_alone():
+    """What is open of later ones is paused behind it, and goes on from the new weights together with what is opened then."""
+    world = World()
+    schedule = Paper(2, "never", num_steps=9, offline_chunk=16, lookahead=2, updates_in_flight=True)
+    world.run(schedule, due=lambda step: step == 3)
+    assert world.log == [
+        "publish 0", "open 0-5", "pause 4-5", *step_of(0), *step_of(1),
+        "finish 2", "publish 2", "open 6-7", "pause 6-7", *step_of(2),
+        "drain 3", "publish 3", "evaluate 3", *step_of(3),
+        "finish 2", "publish 4", "open 8-8", "pause 8-8", *step_of(4), *step_of(5),
+        "finish 2", "publish 6", "go on", *step_of(6), *step_of(7),
+        "finish 1", "publish 8", *step_of(8),
+        "publish 9",
+    ]  # fmt: skip
+    assert world.windows[1] == "submitted 0-3", "a profile of engines ends behind what they complete"
+    assert {step: (step - world.staleness[step], world.newest[step]) for step in range(9)} == {
+        step: (schedule.versions(step)[0], schedule.versions(step)[-1]) for step in range(9)
+    }
+    assert [schedule.versions(step) for step in range(9)] == [(0,)] * 4 + [(0, 2)] * 2 + [(2, 4)] * 2 + [(4, 6)]
+
+
+def test_a_resumed_run_goes_on_with_what_was_paused():
+    world = World()
+    schedule = Paper(1, "never", num_steps=5, offline_chunk=16, lookahead=3, updates_in_flight=True)
+    world.run(schedule, start=2, due=lambda step: False)
+    assert world.log == [
+        "finish 1", "publish 2", "go on", "pause 4-4", *step_of(2),
+        "finish 1", "publish 3", "go on", *step_of(3),
+        "finish 1", "publish 4", *step_of(4),
+        "publish 5",
+    ]  # fmt: skip
+    assert world.newest == {3: 2, 4: 3}
 
 
 def test_engines_on_the_trainers_devices_rest_while_it_trains():

@@ -85,6 +85,9 @@ def test_the_rules_and_what_is_due_ask_it(tmp_path):
         check_prolonged(ahead, 7, range(7, 12))
     with pytest.raises(CheckpointError, match=r"run\.steps = 20 .* of 7 steps: .* found none in it"):
         check_prolonged(ahead, 7, range(0))
+    updated = configured(tmp_path, DOUBLING, "sync.lookahead=2", "sync.in_flight=true").schedule
+    assert [updated.versions(step) for step in (2, 3, 7, 15)] == [(0,), (0, 1), (1, 3), (3, 7)]
+    assert (updated.completes(7), updated.in_flight(7), updated.samples(7)) == (range(7, 15), range(7, 20), range(15, 20))
     with pytest.raises(ConfigError, match=r"data\.replay needs sync\.sync_interval = 'never'"):
         configured(tmp_path, DOUBLING, "data.replay=rollouts.jsonl")
     (tmp_path / "again.toml").write_text(dump_config(config), encoding="utf-8")

@@ -56,6 +56,22 @@ def test_logits_are_those_of_transformers(more: dict[str, Any], tmp_path: Path) 
     assert (found - wanted).abs().max() < 1e-5, "transformers takes its rotations in float32"
 
 
+def test_each_token_is_held_against_the_version_that_sampled_it(tmp_path: Path) -> None:
+    """A response of five tokens, the last two under other weights, which read the first three again."""
+    models = {}
+    for version in (0, 2):
+        torch.manual_seed(version)
+        LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / str(version))
+        models[version] = golden_check.Llama(tmp_path / str(version))
+    row: dict[str, Any] = {"version": 0, "spans": [[0, 3], [2, 2]], "token_ids": [5, 6, 7, 8, 9]}
+    old, new = (golden_check.Sample(row, (1, 2)).log_probs(models[version], 1.0)[0].tolist() for version in (0, 2))
+    row["log_probs"] = [*old[:3], *new[3:]]
+    assert max(golden_check.sampling_gaps(golden_check.Sample(row, (1, 2)), models, 1.0)) < 1e-12
+    row["spans"] = [[0, 4], [2, 1]]
+    assert max(golden_check.sampling_gaps(golden_check.Sample(row, (1, 2)), models, 1.0)) > 1e-3
+    assert list(golden_check.sampling_gaps(golden_check.Sample(row, (1, 2)), {}, 1.0)) == [], "nothing is on disk"
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(golden_check.CannotCheckError, match="must be 'llama'; found 'qwen3'"):

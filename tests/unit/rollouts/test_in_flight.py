@@ -1,0 +1,296 @@
+"""In-flight weight updates with engines that decode numbers, step by step and a few at a time as a real one does: what is asked
+in which order, where an engine stops, which version each token is of, and that neither a checkpoint's files nor other ways of
+cutting a run change a token. tests/e2e/test_in_flight.py does the same with a real one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config.load import RunConfig
+from engine.core.arrays import LogProbs, TokenIds
+from engine.core.errors import DataError, InferenceError
+from engine.core.types import Completion
+from engine.data.mixture import Mixture
+from engine.inference.pool import Pool
+from engine.inference.sampling import Part, Sampled, SampleRequest
+from engine.rollouts.ahead import AHEAD, Ahead, read_ahead
+from engine.rollouts.ledger import RolloutLedger
+from engine.rollouts.paused import PAUSED, pending, read_paused
+from engine.rollouts.replay import LedgerSource
+from engine.rollouts.source import RolloutSource
+from engine.rollouts.writer import RolloutFile, RolloutWriter
+from tests.unit.inference.test_pool import FakeEngine, requests
+from tests.unit.rollouts.test_rollouts import PROMPTS, Parity, run_config
+
+STEPS = 6
+
+
+class DecodingEngine(FakeEngine):
+    """Decodes up to `slots` requests at once, first come, first served. A request has seed % 7 + 1 tokens, each a function of
+    what the engine was seeded with, of its place and of the version."""
+
+    def __init__(self, slots: int = 5, **options: Any) -> None:
+        super().__init__(**options)
+        self.slots, self.tokens = slots, dict[str, list[int]]()
+
+    def submit(self, asked: list[SampleRequest], version: int) -> None:
+        assert version == self.version
+        super().submit(asked, version)
+        self.tokens |= {request.request_id: [] for request in asked}
+
+    def collect(self, request_ids: list[str]) -> tuple[list[Completion], dict[str, float]]:
+        while not all(self._done(request_id) for request_id in request_ids):
+            for request_id in [one for one in self.held if not self._done(one)][: self.slots]:
+                request, tokens = self.held[request_id], self.tokens[request_id]
+                tokens.append((request.engine_seed + 31 * len(tokens) + self.version) % 1000)
+        found = [self._completion(request_id) for request_id in request_ids]
+        return found, {"seconds": self.seconds, "tokens": float(sum(len(one.token_ids) for one in found))}
+
+    def pause(self) -> list[Part]:
+        return [
+            self._completion(request_id)
+            if self._done(request_id)
+            else self.held.pop(request_id).paused(self.tokens[request_id], [-0.5] * len(self.tokens[request_id]), self.version)
+            for request_id in list(self.held)
+        ]
+
+    def receive(self, version: int, call: dict[str, Any]) -> int:
+        assert not self.held, "a sync finds the engine empty"
+        return super().receive(version, call)
+
+    def _done(self, request_id: str) -> bool:
+        request = self.held[request_id]
+        return len(request.sampled.token_ids) + len(self.tokens[request_id]) == request.seed % 7 + 1
+
+    def _completion(self, request_id: str) -> Completion:
+        request, tokens = self.held.pop(request_id), self.tokens[request_id]
+        sampled = request.sampled.followed_by(tokens, [-0.5] * len(tokens), self.version)
+        plain = super().completion(request)
+        return replace(
+            plain, version=sampled.spans[0][0], **{n: getattr(sampled, n) for n in ("token_ids", "log_probs", "spans")}
+        )
+
+
+def in_flight(lookahead: int = 2, **changes: dict[str, Any]) -> RunConfig:
+    sync = {"sync_interval": 1, "lookahead": lookahead, "in_flight": True}
+    return run_config(**{"run": {"steps": STEPS, "seed": 3}, "sync": sync, "algorithm": {"samples_per_prompt": 3}} | changes)
+
+
+def mixture(config: RunConfig) -> Mixture:
+    return Mixture(config.data.sources, (PROMPTS,), config.run.seed)
+
+
+class Run:
+    """A run's source over engines of its own, as the loop calls both."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, num_engines: int = 2, start: int = 0, ahead: Ahead | None = None
+    ) -> None:
+        self.config, self.engines = config, [DecodingEngine() for _ in range(num_engines)]
+        self.pool = Pool(self.engines, 5.0)
+        self.records = RolloutWriter(RolloutFile(folder / f"{start}.jsonl"))
+        self.source = RolloutSource(config, mixture(config), self.pool, Parity(), self.records, ahead=ahead)
+        self.metrics: list[dict[str, float]] = []
+
+    def steps(self, first: int, last: int) -> None:
+        schedule = self.config.schedule
+        for step in range(first, last):
+            for due in schedule.completes(step):
+                self.source.finish(due)
+            assert self.pool.unverified(step, self.pool.receive(step, {}), 5.0) == {}
+            self.pool.commit(step)
+            if sampled := schedule.samples(step):
+                self.source.open(schedule.opens(step), sampled.stop)
+            self.metrics.append(self.source.next(step).metrics)
+        self.records.settle()
+
+    def kept(self, step: int) -> Ahead:
+        for due in self.config.schedule.completes(step):
+            self.source.drain(due)
+        return self.source.ahead(self.config.schedule.in_flight(step))
+
+    def close(self) -> None:
+        self.source.close()
+        self.records.close()
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Any]:
+    runs: list[Run] = []
+
+    def make(config: RunConfig, **options: Any) -> Run:
+        runs.append(Run(config, tmp_path, **options))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.close()
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def untimed(metrics: Sequence[dict[str, float]]) -> str:
+    return repr([{k: v for k, v in row.items() if "seconds" not in k and "idle" not in k} for row in metrics])
+
+
+def test_each_token_is_of_a_version_of_the_schedule_and_staleness_counts_tokens(begin, tmp_path):
+    run = begin(in_flight())
+    run.steps(0, STEPS)
+    ledger, schedule = rows(tmp_path / "0.jsonl"), run.config.schedule
+    assert len(ledger) == STEPS * 4 * 3
+    for row in ledger:
+        versions = [version for version, _ in row["spans"]]
+        assert versions == sorted(set(versions)) and set(versions) <= set(schedule.versions(row["step"]))
+        assert row["version"] == versions[0] and sum(count for _, count in row["spans"]) == row["num_tokens"]
+        assert row["num_tokens"] == row["seed"] % 7 + 1, "a pause makes no response longer or shorter"
+    assert any(len(row["spans"]) > 1 for row in ledger)
+    for step, metrics in enumerate(run.metrics):
+        own = [row for row in ledger if row["step"] == step]
+        ages = [step - version for row in own for version, count in row["spans"] for _ in range(count)]
+        assert metrics["staleness"] == sum(ages) / len(ages) and metrics["staleness_max"] == max(ages)
+        assert metrics["updated_in_flight"] == sum(len(row["spans"]) > 1 for row in own) / len(own)
+
+
+def test_what_was_paused_goes_on_first_in_its_order_and_engines_stop_behind_what_is_due(begin):
+    """Of each engine: one submission a sync, whose requests are in the order of steps; then what is due is collected, step by
+    step, and the rest paused. Nothing of that looks at the time."""
+    run = begin(in_flight())
+    run.steps(0, STEPS)
+    for engine in run.engines:
+        calls = [(method, arguments) for method, arguments in engine.calls if method != "receive"]
+        asked = [arguments[0] for method, arguments in calls if method == "submit"]
+        assert len(asked) == STEPS - 1, "before the last step nothing is open"
+        for interval, submitted in enumerate(asked):
+            steps = [int(request.request_id.split(":")[1]) for request in submitted]
+            assert steps == sorted(steps)
+            assert set(steps) <= set(range(interval + (interval > 0), min(interval + 3, STEPS)))
+        methods = [method for method, _ in calls]
+        assert methods == [
+            *("submit", "collect", "collect", "pause"), *("submit", "collect", "pause") * (STEPS - 3), *("submit", "collect")
+        ]  # fmt: skip
+    resumed = [r for engine in run.engines for method, a in engine.calls if method == "submit" for r in a[0] if r.sampled.spans]
+    assert resumed and all(request.engine_seed != request.seed for request in resumed)
+
+
+@pytest.mark.parametrize("lookahead", [2, 4])
+@pytest.mark.parametrize("cut", range(1, STEPS))
+def test_a_run_goes_on_from_its_files_as_if_nothing_had_happened(begin, tmp_path, cut, lookahead):
+    config = in_flight(lookahead)
+    whole, first = begin(config, num_engines=3), begin(config, num_engines=3, start=100)
+    whole.steps(0, STEPS)
+    first.steps(0, cut)
+    kept = first.kept(cut)
+    assert kept.kept == config.schedule.in_flight(cut)
+    kept.write(tmp_path)
+    known = read_ahead(tmp_path / AHEAD, mixture(config), 3).steps
+    held = read_paused(tmp_path / PAUSED, mixture(config), config) if kept.paused else {}
+    assert list(held) == [step for step in kept.kept if step >= (kept.first_paused or STEPS)]
+    assert held == kept.paused
+    second = begin(config, num_engines=3, start=cut, ahead=Ahead(known, held))
+    second.steps(cut, STEPS)
+    assert rows(tmp_path / "100.jsonl") + rows(tmp_path / f"{cut}.jsonl") == rows(tmp_path / "0.jsonl")
+    assert untimed(first.metrics + second.metrics) == untimed(whole.metrics)
+
+
+def test_paused_samples_of_other_data_or_options_are_refused(begin, tmp_path):
+    config = in_flight()
+    run = begin(config)
+    run.steps(0, 2)
+    run.kept(2).write(tmp_path)
+    file = tmp_path / PAUSED
+    with pytest.raises(DataError, match=r"paused\.jsonl, step 3: must hold the 24 samples that this run asks for"):
+        read_paused(file, mixture(config), in_flight(algorithm={"samples_per_prompt": 6}))
+    hot = in_flight(algorithm={"loss": "grpo", "samples_per_prompt": 3}, sampling={"temperature": 0.5})
+    with pytest.raises(DataError, match=r"log-probs must be of temperature 0\.5, .* found 1\.0"):
+        read_paused(file, mixture(config), hot)
+    row, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps(json.loads(row) | {"seed": "x"}), *others]) + "\n")
+    with pytest.raises(
+        DataError, match=r"line 1: `seed` must be as a checkpoint has it \(input should be a valid integer\); found"
+    ):
+        read_paused(file, mixture(config), config)
+
+
+def test_a_ledger_of_updates_in_flight_is_replayed_with_its_versions(begin, tmp_path):
+    run = begin(in_flight())
+    run.steps(0, STEPS)
+    offline = {"sync_interval": "never", "lookahead": 0, "in_flight": False}
+    path = tmp_path / "0.jsonl"
+    config = in_flight(sync=offline, data={"prompts_per_step": 4, "replay": str(path)})
+    replayed = LedgerSource(config, RolloutLedger(path), mixture(config), 1000)
+    for step, metrics in enumerate(run.metrics):
+        found = replayed.next(step).metrics
+        assert {name: found[name] for name in ("staleness", "staleness_max", "updated_in_flight")} == {
+            name: metrics[name] for name in ("staleness", "staleness_max", "updated_in_flight")
+        }
+
+
+@pytest.mark.parametrize(
+    ("spans", "said"),
+    [
+        ([[0, 1], [0, 1]], "rise from `version`"),
+        ([[1, 2]], "rise from `version`"),
+        ([[0, 1]], "add up to `num_tokens`"),
+        ([[0, 0], [1, 2]], r"must be \[version, tokens\]"),
+        ([[0, 1, 1]], r"must be \[version, tokens\]"),
+    ],
+)
+def test_a_ledgers_spans_must_be_what_they_say(tmp_path, spans, said):
+    row = {"step": 3, "version": 0, "prompt_id": "p", "sample_index": 0, "seed": 1, "reward": 1.0, "status": "ok"}
+    row |= {"finish_reason": "stop", "num_tokens": 2, "token_ids": [1, 2], "log_probs": [-1.0, -1.0]}
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(row | {"spans": spans}) + "\n")
+    with pytest.raises(DataError, match=f"line 1: `spans` must be as a ledger has it .*{said}"):
+        RolloutLedger(tmp_path / "rollouts.jsonl").read(3)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.data())
+def test_the_pool_puts_what_engines_paused_back_in_its_order(num_engines, sizes, data):
+    """Whatever part of the batches is due, and although requests of one prompt go to one engine."""
+    num_completed = data.draw(st.integers(0, len(sizes)))
+    pool = Pool([DecodingEngine(slots=2) for _ in range(num_engines)], 5.0)
+    batches = [requests(size, step) for step, size in enumerate(sizes)]
+    tickets, paused = pool.submit_and_pause(batches, num_completed)
+    found = [completion.seed for ticket in tickets for completion in pool.gather(ticket)[0]]
+    assert found == [request.seed for batch in batches[:num_completed] for request in batch]
+    assert (paused is None) is (num_completed == len(sizes))
+    rest = [request for batch in batches[num_completed:] for request in batch]
+    assert [part.seed for part in pool.paused(paused)] == [request.seed for request in rest] if paused else not rest
+
+
+def test_an_engine_that_pauses_late_is_named():
+    pool = Pool([DecodingEngine(), DecodingEngine(failing={"pause": TimeoutError()})], 7.5)
+    _, paused = pool.submit_and_pause([requests(2), requests(2, 1)], 1)
+    assert paused is not None
+    with pytest.raises(InferenceError, match=r"engine 1 did not answer 'pause' within inference\.timeout_seconds = 7\.5"):
+        pool.paused(paused)
+
+
+def test_what_follows_is_seeded_by_what_is_there():
+    """Every number of tokens gives another seed, and none gives the sample's own."""
+    begun = [requests(1)[0].paused(range(count), [-1.0] * count, 2) for count in range(4)]
+    assert begun[0] == requests(1)[0] and begun[0].engine_seed == begun[0].seed
+    assert len({request.engine_seed for request in begun}) == 4
+    twice = begun[3].paused([7], [-0.5], 4).paused([], [], 6).paused([8, 9], [-0.25, -0.125], 6)
+    log_probs = LogProbs.of([-1.0, -1.0, -1.0, -0.5, -0.25, -0.125])
+    assert twice.sampled == Sampled(TokenIds.of([0, 1, 2, 7, 8, 9]), log_probs, ((2, 3), (4, 1), (6, 2)))
+    assert begun[3].paused([7], [-0.5], 2).sampled.spans == ((2, 4),)
+
+
+def test_a_step_that_was_complete_when_it_was_paused_asks_engines_for_nothing():
+    config = in_flight()
+    asked = pending(0, mixture(config), config)
+    done = [FakeEngine().completion(request) for request in asked.asked]
+    whole = asked.with_found(done)
+    assert len(asked.unfinished) == 12 and whole.unfinished == [] and whole.with_found([]) == whole
