@@ -375,7 +375,8 @@ class Step:
 def resolve_kv_cache(spec: Resolved) -> KvCache:
     """The KV cache of each rank of the run's engines. Colocated, the trainer holds its own memory beside it; of what a weight
     sync stages, which its plan knows, the most that it may be is counted."""
-    i, dtype = spec.config.inference, spec.config.model.dtype
+    i = spec.config.inference
+    dtype = i.stored_dtype or spec.config.model.dtype
     staged = STAGING_BUCKETS * (spec.config.sync.bucket_mebibytes << 20) if "trainer" in spec.parts else 0
     return KvCache(
         token_bytes=kv_bytes_per_token(spec.shape, i.tensor_parallel, dtype),

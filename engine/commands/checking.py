@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from engine.capacity.memory import H200_BYTES
-from engine.config.load import dump_config, read_config
+from engine.config.load import dump_config, read_config, toml
 from engine.core.errors import combined, unique
 
 if TYPE_CHECKING:
@@ -65,6 +65,10 @@ def table(spec: Spec) -> list[tuple[str, str]]:
         rows.append(("regime", f"{c.schedule.regime}: answers at most {oldest} steps old"))
     if spec.starts_engines:
         rows.append(("inference engines", f"{c.inference.engines}: tensor {e.tp_size}, {c.inference.placement}"))
+    if spec.starts_engines and c.inference.vllm:
+        rows.append(
+            ("further arguments of vLLM", ", ".join(f"{key} = {toml(value)}" for key, value in c.inference.vllm.items()))
+        )
     if spec.kv_cache is not None:
         sizes = dict(cache_sizes(spec.kv_cache))
         rows += [(f"KV cache{where}", spec.kv_cache.told(size)) for where, size in sizes.items()]

@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     SerializeAsAny,
     ValidationError,
     ValidationInfo,
@@ -379,6 +380,19 @@ class Sampling(Section):
         1.0, description="of rollouts, at least 0.01; below 1 sharper than the model's own distribution"
     )
     top_p: Probability = Field(1.0, description="only the likeliest tokens that make up this share are sampled; 1 with ratios")
+    top_k: Annotated[NonNegative, Unit("tokens")] = Field(
+        0, description="only so many of the likeliest tokens are sampled; 0: all, which ratios need"
+    )
+    min_p: Share = Field(
+        0.0,
+        description="only tokens at least this share as likely as the likeliest are sampled; 0: all, which ratios need",
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)] | Annotated[NonNegative, Unit("token ids")], ...] = Field(
+        (),
+        strict=False,
+        description="texts and token ids that end an answer, of rollouts and held-out ones, beside the model's end tokens; "
+        "what ends it stays in it",
+    )
     max_tokens: Tokens = Field(2048, description="longest completion; what is longer is cut off there")
     truncated: Literal["judge", "wrong", "leave_out"] = Field(
         "judge",
@@ -522,6 +536,7 @@ def size_bytes(text: str) -> int | None:
     return round(float(found[1]) * UNIT_BYTES[found[2]])
 
 
+BATCHED, CACHED = "max_num_batched_tokens", "kv_cache_dtype"  # of vLLM's arguments those that memory is counted by
 BATCHED_TOKENS = 8192  # vLLM runs at least as many together, where the lengths of single requests allow fewer
 
 
@@ -543,11 +558,23 @@ class Inference(Section):
     threads: Annotated[Positive, Unit("CPU threads")] = Field(1, description="of one engine on CPUs; a GPU engine ignores it")
     packed_weights: bool = Field(False, description="let vLLM repack weights for speed; a sync then reloads full tensors")
     timeout_seconds: Seconds = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
+    vllm: dict[Annotated[str, Field(pattern=r"^\w+$")], JsonValue] = Field(
+        {},
+        description="[inference.vllm]: further arguments of the installed vLLM (its EngineArgs), such as enforce_eager, "
+        "attention_backend, cudagraph_capture_sizes, kv_cache_dtype or max_num_batched_tokens",
+    )
 
     @property
     def batched_tokens(self) -> int:
         """Tokens of one forward of an engine at most (vLLM's max_num_batched_tokens); a prompt is not cut."""
-        return max(BATCHED_TOKENS, self.max_model_tokens)
+        asked = self.vllm.get(BATCHED)
+        return asked if isinstance(asked, int) else max(BATCHED_TOKENS, self.max_model_tokens)
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """What the KV cache stores keys and values in, where vLLM was told; None: model.dtype."""
+        asked = self.vllm.get(CACHED)
+        return asked if isinstance(asked, str) and asked != "auto" else None
 
 
 class Rewards(Section):

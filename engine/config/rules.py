@@ -11,6 +11,7 @@ from engine.config.rewards import broken_reward_rules
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.registry import schedule_of
 from engine.config.transport import refusal
+from engine.config.vllm_arguments import broken_vllm_rules
 from engine.core.errors import ConfigError
 from engine.core.places import CONTROL, UNEXPANDED
 from engine.core.registry import called
@@ -55,7 +56,7 @@ def broken_rules(config: Options) -> list[str]:
             f"and {ends[1]} with 1 stage: remove them"
         )
     broken += broken_name_rules(c) + broken_reference_rules(c)
-    broken += broken_placement_rules(c)
+    broken += broken_placement_rules(c) + broken_vllm_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c) + broken_head_rules(c)
     broken += broken_reward_rules(c) + broken_learning_rate_rules(c.optimizer)
     if never_syncs and c.sync.reference == "follow":
@@ -344,11 +345,13 @@ def broken_sampling_rules(c: Options) -> list[str]:
             f"sampling.temperature must be at least {LEAST_TEMPERATURE}, the lowest that vLLM samples at; found "
             f"{s.temperature}: raise it"
         )
-    if s.top_p < 1 and c.algorithm.uses_ratios:
-        broken.append(
-            f"sampling.top_p must be 1 with algorithm.loss = {c.algorithm.loss!r}, whose ratios are exact only where every "
-            f"token can be sampled; found {s.top_p}: set it to 1, or lower sampling.temperature instead"
-        )
+    masks = (("top_p", s.top_p, 1), ("top_k", s.top_k, 0), ("min_p", s.min_p, 0))
+    for name, found, whole in masks if c.algorithm.uses_ratios else ():
+        if found != whole:
+            broken.append(
+                f"sampling.{name} must be {whole} with algorithm.loss = {c.algorithm.loss!r}, whose ratios are exact only "
+                f"where every token can be sampled; found {found}: set it to {whole}, or lower sampling.temperature instead"
+            )
     return broken
 
 

@@ -70,6 +70,8 @@ class RolloutSource:
                 step=step,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
                 max_tokens=sampling.max_tokens,
             )
             for step in steps
