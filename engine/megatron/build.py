@@ -141,7 +141,7 @@ def megatron_config(shape: ModelShape, axes: layout.TrainerLayout, trainer: Trai
         bias_activation_fusion=trainer.layers == "transformer_engine",  # SwiGLU compiled into one kernel that keeps its input
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=trainer.layers == "transformer_engine",  # megatron-core's own asks the device for all lengths
         gradient_accumulation_fusion=trainer.fuse_gradient_accumulation,
         transformer_impl=trainer.layers,
         fp8=FP8_FORMATS[trainer.fp8],
