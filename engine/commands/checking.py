@@ -58,6 +58,7 @@ def table(spec: Spec) -> list[tuple[str, str]]:
         ("model", f"{shape.num_layers} layers, hidden {shape.hidden}, vocabulary {shape.vocab_size}, {c.model.dtype}"),
         ("source", {"rollouts": "rollouts, sampled by engines"}.get(spec.source, spec.source)),
         ("trainer ranks", f"{c.trainer.world_size}: tensor {t.tp_size}, pipeline {t.pp_size}, data {c.trainer.data_parallel}"),
+        ("trainer layers", t.spec),
         ("kept beside the policy", ", ".join(spec.copies) or "no copy of its weights"),
     ]
     if spec.source == "rollouts":

@@ -441,8 +441,10 @@ class Trainer(Section):
         "number may round sums otherwise",
     )
     timeout_seconds: Seconds = Field(600.0, description="longest wait of a trainer rank for another")
-    layers: Literal["local", "transformer_engine"] = Field(
-        "local", description="megatron-core's own, or Transformer Engine's, which are faster on GPUs and need bfloat16"
+    layers: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto",
+        description="megatron-core's own ('local'), or Transformer Engine's, which are faster on GPUs and need bfloat16; "
+        "'auto': these on GPUs with model.dtype = 'bfloat16', else local",
     )
     fp8: Literal["none", "delayed", "current", "blockwise"] = Field(
         "none", description="scaling of FP8 products, with layers = 'transformer_engine'; none: no FP8"
@@ -458,6 +460,10 @@ class Trainer(Section):
     overlap_gradients: bool = Field(
         False, description="data-parallel ranks sum gradients while the last backward of a step still runs"
     )
+    deterministic: bool = Field(
+        False,
+        description="GPUs add in one order, so that equal runs have equal bits there too; slower. CPUs do so anyway",
+    )
     reference_memory: Literal["device", "host"] = Field(
         "device",
         description="where the reference's weights are; host: copied to the device for each step's scoring, the same bits",
@@ -469,9 +475,19 @@ class Trainer(Section):
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
     @property
+    def uses_te(self) -> bool:
+        """Whether layers are Transformer Engine's; of 'auto' it is known only where the run is resolved, on which machine."""
+        return self.layers == "transformer_engine"
+
+    @property
+    def layer_spec(self) -> Literal["local", "transformer_engine"]:
+        """megatron-core's name of the layers' modules."""
+        return "transformer_engine" if self.uses_te else "local"
+
+    @property
     def shares_prompts(self) -> bool:
         """Whether rows hold a prompt once for all its samples in them."""
-        return self.layers == "local" if self.share_prompts == "auto" else self.share_prompts
+        return not self.uses_te if self.share_prompts == "auto" else self.share_prompts
 
     @property
     def row_block(self) -> int:
@@ -761,6 +777,12 @@ class Options(Section):
         supervised."""
         held_out = any(source.held_out is not None for source in self.data.sources)
         return self.sft.checkpoint_out is None and (self.data.replay is None or held_out)
+
+    @property
+    def may_use_te(self) -> bool:
+        """Whether layers are Transformer Engine's, or trainer.layers = 'auto' makes them that on GPUs or where options ask."""
+        t = self.trainer
+        return t.uses_te or (t.layers == "auto" and self.model.dtype == "bfloat16" and t.share_prompts is not True)
 
     @property
     def log_prob_temperature(self) -> float:

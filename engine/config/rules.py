@@ -44,7 +44,7 @@ def broken_rules(config: Options) -> list[str]:
             f"trainer.virtual_pipeline needs trainer.pipeline_parallel > 1; found {c.trainer.virtual_pipeline} "
             f"with 1 stage: set it to 1"
         )
-    if c.trainer.share_prompts is True and c.trainer.layers != "local":
+    if c.trainer.share_prompts is True and c.trainer.uses_te:
         broken.append(
             f"trainer.share_prompts needs trainer.layers = 'local', for Transformer Engine's attention cannot go on from a "
             f"segment that others share; found true with {c.trainer.layers!r}: set it to 'auto' or false, or use local layers"
@@ -220,12 +220,12 @@ def broken_data_rules(c: Options) -> list[str]:
 def broken_library_rules(c: Options) -> list[str]:
     """Sentences for what Transformer Engine's layers, FP8, overlap and the optimizers need of each other."""
     t, o, broken = c.trainer, c.optimizer, []
-    if t.layers == "transformer_engine" and c.model.dtype != "bfloat16":
+    if t.uses_te and c.model.dtype != "bfloat16":
         broken.append(
             f"trainer.layers = 'transformer_engine' needs model.dtype = 'bfloat16', which its fused attention computes in; "
             f"found {c.model.dtype!r}: set model.dtype = 'bfloat16'"
         )
-    if t.fp8 != "none" and t.layers != "transformer_engine":
+    if t.fp8 != "none" and not c.may_use_te:
         broken.append(
             f"trainer.fp8 needs trainer.layers = 'transformer_engine'; found {t.fp8!r} with {t.layers!r}: set trainer.layers, "
             f"or fp8 = 'none'"
@@ -236,7 +236,7 @@ def broken_library_rules(c: Options) -> list[str]:
             f"optimizer.offload_share = 0; found {t.fp8!r}, {t.distributed_optimizer} and {o.offload_share}: set all three, or "
             f"fp8_parameters = false"
         )
-    if t.overlap_tensor_parallel and (t.layers != "transformer_engine" or not t.sequence_parallel):
+    if t.overlap_tensor_parallel and (not c.may_use_te or not t.sequence_parallel):
         broken.append(
             f"trainer.overlap_tensor_parallel needs trainer.layers = 'transformer_engine' and trainer.sequence_parallel; found "
             f"{t.layers!r} and {t.sequence_parallel}: set both, or overlap_tensor_parallel = false"

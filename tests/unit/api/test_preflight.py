@@ -26,7 +26,7 @@ from engine.core.files import locked
 from engine.core.segments import SegmentWriter
 from engine.data import templates
 from engine.data.templates import policy_tokenizer
-from engine.run.spec import Spec, resolve
+from engine.run.spec import Spec, resolve, settled
 from tests.builders import LLAMA, config, make_model
 from tests.checkpoints import commit, open_folder
 from tests.conftest import CHAT_TEMPLATE
@@ -41,7 +41,7 @@ def made(tmp_path, tiny_tokenizer) -> RunConfig:
     write(tmp_path / "train.jsonl", [ROW])
     write(tmp_path / "held_out.jsonl", [ROW | {"problem": "1+2", "answer": "3"}])
     data = {"train": str(tmp_path / "train.jsonl"), "held_out": str(tmp_path / "held_out.jsonl"), "max_prompt_tokens": 512}
-    return config(tmp_path / "run", model={"path": str(tmp_path / "model")}, data=data)
+    return settled(config(tmp_path / "run", model={"path": str(tmp_path / "model")}, data=data))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -252,7 +252,7 @@ COMBINATIONS = [
         *("sft.checkpoint_out", "data.train alone", "0 further sources and data.replay = 'a.jsonl'", "remove them"),
     ),
     (["trainer.layers=transformer_engine"], "trainer.layers", "model.dtype = 'bfloat16'", "'float32'", "model.dtype"),
-    (["trainer.fp8=current"], "trainer.fp8", "trainer.layers", "'current' with 'local'", "fp8 = 'none'"),
+    (["trainer.fp8=current"], "trainer.fp8", "trainer.layers", "'current' with 'auto'", "fp8 = 'none'"),
     (
         [*TRANSFORMER_ENGINE, "trainer.overlap_tensor_parallel=true"],
         *("trainer.overlap_tensor_parallel", "sequence_parallel", "'transformer_engine' and False", "set both"),
