@@ -252,7 +252,6 @@ def section_environment(site: Path | None) -> dict[str, str]:
         "OMP_NUM_THREADS": "8",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron's tensor parallelism orders its kernels by it
         "CUDNN_HOME": str(cudnn),
         "NVTE_CUDA_INCLUDE_DIR": "/usr/local/cuda/include",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # both would compile at run time
