@@ -16,7 +16,7 @@ from engine.config.load import RunConfig
 from tests.e2e.test_commands import written
 
 pytestmark = pytest.mark.timeout(600)
-MASKS = ({}, {"top_k": 1}, {"min_p": 1.0})
+MASKS: tuple[dict[str, Any], ...] = ({}, {"top_k": 1}, {"min_p": 1.0})
 WARM = "sampling.temperature=2.0"  # the seed model's answers are short and nearly all the same
 
 

@@ -69,6 +69,7 @@ def test_memory_is_counted_by_what_vllm_is_told():
     told = override(made, {"inference.vllm": {"max_num_batched_tokens": 20000, "kv_cache_dtype": "fp8_e4m3"}})
     assert told.inference.batched_tokens == 20000
     caches = [spec(one).kv_cache for one in (made, told)]
+    assert caches[0] is not None and caches[1] is not None
     assert caches[0].token_bytes == 4 * caches[1].token_bytes == kv_bytes_per_token(spec().shape, 1, "float32")
     assert caches[1].beside_bytes > caches[0].beside_bytes, "a longer forward takes more"
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.capacity.kv_cache import KvCache
 from engine.core.errors import EngineLostError, InferenceError
 from engine.inference.vllm_engine import VllmEngine, to_try
 from tests.builders import config
@@ -66,4 +67,4 @@ def test_on_a_cpu_only_what_helps_there_is_said(monkeypatch):
 
     monkeypatch.setattr(VllmEngine, "_load", fail)
     with pytest.raises(InferenceError, match="could not start from unused: no available memory; try, in this order: lower"):
-        VllmEngine(config(), 0, None)
+        VllmEngine(config(), 0, KvCache(1, 1, 1, None, 0))

@@ -26,7 +26,7 @@ def test_gpu_libraries_are_told_to_repeat_themselves_where_that_is_asked_for(ask
     monkeypatch.setattr(os, "environ", {"NCCL_ALGO": "Tree"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    told = []
+    told: list[bool] = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", told.append)
     TrainerRank(spec(config(trainer={"deterministic": asked})), 0, "127.0.0.1")
     expected = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_ALGO": "Tree"}
