@@ -13,7 +13,7 @@ from engine.config.load import read_config
 from engine.core.errors import ConfigError, combined, unique
 from engine.run.checkpoint import read_manifest
 from engine.run.forking import Fork, checkpoint_at, fork_faults, make, planned
-from engine.run.spec import resolve
+from engine.run.spec import resolve, settled
 
 NAMED = "run.directory"
 
@@ -30,7 +30,7 @@ def fork(run: Path, overrides: Sequence[str], step: int | None = None) -> Fork:
     config, faults, unread = read_config(run / "config.toml", overrides)
     if config is None or unread:
         raise combined(faults)
-    manifest = read_manifest(checkpoint)
+    config, manifest = settled(config), read_manifest(checkpoint)
     found = [*faults, *fork_faults(checkpoint, manifest, config), *examine(config, "train")]
     if found:
         raise combined(unique(found))

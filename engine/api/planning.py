@@ -16,7 +16,7 @@ from engine.forecast.lengths import Workload
 from engine.forecast.search import Found, Search
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, assumed_workload, other_interval
 from engine.forecast.telling import as_figures
-from engine.run.spec import Spec, resolve
+from engine.run.spec import Spec, resolve, settled
 
 INTERVALS: tuple[int | str, ...] = (1, 2, 5, 10, 100, "never")
 
@@ -50,7 +50,7 @@ def planned(
 ) -> Plan:
     """The plan. `known`: the machine's constants, whose links are the machine's. `workload`: lengths and signal, a guess from
     the configuration's limits where not said. `intervals`: which s are forecast beside the run's own."""
-    spec = resolve(config, digests=False)
+    spec = resolve(settled(config, on_gpus=True), digests=False)
     figures = plan_run(spec, machine)
     spec.placed()
     known = known or calibrated()
@@ -100,7 +100,7 @@ def optimized(
 ) -> Optimized:
     """The fastest layouts of so many GPUs for each s, and for the configuration's own. ConfigError where none fits, or where
     there are no rollouts whose split could be chosen."""
-    spec = resolve(config, digests=False)
+    spec = resolve(settled(config, on_gpus=True), digests=False)
     if spec.source != "rollouts" or not spec.starts_engines:
         raise ConfigError("--optimize is for runs that sample rollouts; found one that does not: plan it without --optimize")
     known = known or calibrated()

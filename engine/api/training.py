@@ -58,6 +58,7 @@ def train(
     timeline = Timeline(time.time() if began_unix is None else began_unix)
     with interruptible() as stop:
         spec = yield from _checked(config, timeline, began_unix, "train", resume=resume == "auto")
+        config = spec.config  # as resolved
         stop.check()
 
     def attempt(again: bool) -> Iterator[signals.Event]:
@@ -85,6 +86,7 @@ def fine_tune(config: RunConfig, *, verbose: bool = False, began_unix: float | N
     checkpoints to go on from."""
     started, timeline = time.monotonic(), Timeline(time.time() if began_unix is None else began_unix)
     spec = yield from _checked(config, timeline, began_unix, "sft", resume=False)
+    config = spec.config  # as resolved
     with locked(config.run_directory):
         check_fresh(config, may_start_over=False)
         (config.run_directory / "config.toml").write_text(dump_config(config), encoding="utf-8")

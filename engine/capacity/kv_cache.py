@@ -11,7 +11,7 @@ from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
 
 MIB, GIB = 1 << 20, 1 << 30
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}  # of model.dtype
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}  # of an element
 LEAST_BLOCK, BLOCK = 16, 32  # tokens that vLLM keeps together: at least, and as counted here
 CPU_BYTES = GIB  # of 'auto' on CPUs at most: nobody's memory is filled by a default
 FREE_SHARE = 0.05  # of a GPU, that 'auto' leaves to what the estimate does not see
@@ -91,7 +91,7 @@ def reward_cache(shape: ModelShape, options: RewardModel) -> KvCache:
 
 
 def item_bytes(dtype: str) -> int:
-    """Bytes of an element of a model.dtype."""
+    """Bytes of an element of a model.dtype, or of what a KV cache is stored in."""
     return ITEM_BYTES[dtype]
 
 

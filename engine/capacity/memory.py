@@ -272,10 +272,10 @@ class Step:
 
     @property
     def _attention(self) -> int:
-        """Fused queries, keys and values; both after rotation, with its cosines and sines where each layer makes them; the
-        output, which torch's attention, sequence by sequence, has once so and once whole."""
-        e, local = self._e, self._trainer.layers == "local"
-        rotated = 2 * self._Q + 3 * self._K + (0 if local else 4 * self._D)
+        """Fused queries, keys and values; both after rotation; the output, which torch's attention, sequence by sequence, has
+        once so and once whole."""
+        e, local = self._e, not self._trainer.uses_te
+        rotated = 2 * self._Q + 3 * self._K
         output = self._Q * e * (2 if local and not self._trainer.shares_prompts else 1) + (
             self._Q * self._into_linear if self._into_linear != e else 0
         )
@@ -285,14 +285,14 @@ class Step:
     def _feed_forward(self) -> int:
         """Saved for the backward: fc1's output [T, 2F] and SwiGLU's output [T, F]; the local spec also saves silu(gate) and
         up + 0 (megatron's offset), [T, F] each."""
-        factors = 4 if self._trainer.layers == "local" else 2
+        factors = 2 if self._trainer.uses_te else 4
         return self._T * self._F * (factors * self._e + self._into_linear)
 
     @cached_property
     def kept(self) -> int:
         """Of one model chunk and microbatch until its backward: all, or with recomputation each layer's input."""
         each = self._T_own * self._H * self._e if self._trainer.recompute else self.layer
-        rotary = self._T * self._D * self._e if self._trainer.layers == "local" else 0  # cosines and sines, once a row
+        rotary = 0 if self._trainer.uses_te else self._T * self._D * self._e  # cosines and sines, once a row
         return self._layers * each + rotary
 
     @property
@@ -351,7 +351,7 @@ class Step:
         """Kept through a step: megatron's room to gather a sequence in, Transformer Engine's for overlap, and what
         neighbouring stages send."""
         t, rows = self._trainer, self._T * self._H * self._e
-        gathered = rows if t.sequence_parallel and t.layers == "local" else 0
+        gathered = rows if t.sequence_parallel and not t.uses_te else 0
         received = 2 * self._T_own * self._H * self._e if t.pipeline_parallel > 1 else 0
         return gathered + received + (OVERLAP_BUFFERS * rows if t.overlap_tensor_parallel else 0)
 
@@ -375,7 +375,8 @@ class Step:
 def resolve_kv_cache(spec: Resolved) -> KvCache:
     """The KV cache of each rank of the run's engines. Colocated, the trainer holds its own memory beside it; of what a weight
     sync stages, which its plan knows, the most that it may be is counted."""
-    i, dtype = spec.config.inference, spec.config.model.dtype
+    i = spec.config.inference
+    dtype = i.stored_dtype or spec.config.model.dtype
     staged = STAGING_BUCKETS * (spec.config.sync.bucket_mebibytes << 20) if "trainer" in spec.parts else 0
     return KvCache(
         token_bytes=kv_bytes_per_token(spec.shape, i.tensor_parallel, dtype),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from engine.capacity.memory import H200_BYTES
-from engine.config.load import dump_config, read_config
+from engine.config.load import dump_config, read_config, toml
 from engine.core.errors import combined, unique
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def table(spec: Spec) -> list[tuple[str, str]]:
         ("model", f"{shape.num_layers} layers, hidden {shape.hidden}, vocabulary {shape.vocab_size}, {c.model.dtype}"),
         ("source", {"rollouts": "rollouts, sampled by engines"}.get(spec.source, spec.source)),
         ("trainer ranks", f"{c.trainer.world_size}: tensor {t.tp_size}, pipeline {t.pp_size}, data {c.trainer.data_parallel}"),
+        ("trainer layers", t.spec),
         ("kept beside the policy", ", ".join(spec.copies) or "no copy of its weights"),
     ]
     if spec.source == "rollouts":
@@ -65,6 +66,10 @@ def table(spec: Spec) -> list[tuple[str, str]]:
         rows.append(("regime", f"{c.schedule.regime}: answers at most {oldest} steps old"))
     if spec.starts_engines:
         rows.append(("inference engines", f"{c.inference.engines}: tensor {e.tp_size}, {c.inference.placement}"))
+    if spec.starts_engines and c.inference.vllm:
+        rows.append(
+            ("further arguments of vLLM", ", ".join(f"{key} = {toml(value)}" for key, value in c.inference.vllm.items()))
+        )
     if spec.kv_cache is not None:
         sizes = dict(cache_sizes(spec.kv_cache))
         rows += [(f"KV cache{where}", spec.kv_cache.told(size)) for where, size in sizes.items()]

@@ -12,6 +12,7 @@ import platform
 import shutil
 import socket
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,8 @@ OPTIONAL = {  # on a GPU machine, and what each is for
     "flash-attn": "nothing here: Transformer Engine and vLLM bring their own attention",
 }
 BUILT_FOR = ("8.0", "9.0", "10.0")  # compute capabilities of setup.py's CUDA_ARCHITECTURES
+INFINIBAND = Path("/sys/class/infiniband")  # where Linux lists adapters, with a file for the state of each port
+INTERFACES = Path("/sys/class/net")
 MIN_DRIVER = 580  # CUDA 13
 MIN_MEMORY_GIB = 8
 MIN_DISK_GIB = 5
@@ -160,6 +163,7 @@ def _gpu_findings(gpus: list[Gpu]) -> list[Finding]:
     found += [_gpu(index, gpu) for index, gpu in enumerate(gpus)]
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None
     found.append(Finding("NCCL", nccl or "none", "ok" if nccl else "install requirements/gpu.txt"))
+    found += _network(os.environ)
     found.append(_kernels())
     for name, use in OPTIONAL.items():
         number = _installed(name)
@@ -169,6 +173,38 @@ def _gpu_findings(gpus: list[Gpu]) -> list[Finding]:
     return found
 
 
+def _network(environment: Mapping[str, str]) -> list[Finding]:
+    """What leads to other nodes, and settings of NCCL's that would keep a run from it."""
+    adapters = sorted(folder.name for folder in INFINIBAND.glob("*"))
+    active = [
+        name for name in adapters if any("ACTIVE" in file.read_text() for file in (INFINIBAND / name).glob("ports/*/state"))
+    ]
+    found = f"active: {', '.join(active)}" if active else f"none active of {', '.join(adapters)}" if adapters else "none"
+    down = "bring a port up: between nodes NCCL uses TCP without one"
+    findings = [Finding("InfiniBand", found, down if adapters and not active else "ok")]
+    said = {name: value for name, value in sorted(environment.items()) if name.startswith("NCCL_")}
+    fixes = [
+        f"unset {name}: semion sets it, to the interface that SEMION_INTERFACE names or that has the node's address"
+        for name in said.keys() & {"NCCL_SOCKET_IFNAME"}
+    ]
+    if said.get("NCCL_IB_DISABLE") == "1" and active:
+        fixes.append("unset NCCL_IB_DISABLE: between nodes NCCL would use TCP although there is InfiniBand")
+    if said.get("NCCL_P2P_DISABLE") == "1":
+        fixes.append("unset NCCL_P2P_DISABLE: GPUs of a node would not talk over NVLink")
+    named = [name.partition(":")[0].lstrip("=") for name in said.get("NCCL_IB_HCA", "").split(",")]
+    if any(named) and not named[0].startswith("^") and not any(has.startswith(name) for name in named for has in adapters):
+        fixes.append(f"name adapters in NCCL_IB_HCA that this machine has: {', '.join(adapters) or 'it has none'}")
+    findings.append(
+        Finding("NCCL settings", ", ".join(f"{k}={v}" for k, v in said.items()) or "none", "; ".join(fixes) or "ok")
+    )
+    wanted = environment.get("SEMION_INTERFACE")
+    if wanted is not None:
+        there = sorted(folder.name for folder in INTERFACES.glob("*"))
+        fix = "ok" if wanted in there else f"name an interface of this machine in SEMION_INTERFACE: {', '.join(there)}"
+        findings.append(Finding("network interface", wanted, fix))
+    return findings
+
+
 def _driver(driver: str) -> Finding:
     major = driver.split(".")[0]
     fits = major.isdigit() and int(major) >= MIN_DRIVER
@@ -176,8 +212,10 @@ def _driver(driver: str) -> Finding:
 
 
 def _gpu(index: int, gpu: Gpu) -> Finding:
-    # Code for 8.0 runs on every 8.x; that for 9.0 and 10.0 uses instructions of these alone.
-    fits = gpu.capability in BUILT_FOR or gpu.capability.startswith("8.")
+    # Code for one capability runs on every later one of its generation, and drivers compile the newest for later generations.
+    generations = [int(built.split(".")[0]) for built in BUILT_FOR]
+    major = gpu.capability.split(".")[0]
+    fits = major.isdigit() and (int(major) in generations or int(major) > generations[-1])
     found = f"{gpu.name}, {gpu.memory_mebibytes} MiB, compute capability {gpu.capability}"
     return Finding(f"GPU {index}", found, "ok" if fits else f"use one that the kernels are built for: {', '.join(BUILT_FOR)}")
 

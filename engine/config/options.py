@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     SerializeAsAny,
     ValidationError,
     ValidationInfo,
@@ -384,6 +385,19 @@ class Sampling(Section):
         1.0, description="of rollouts, at least 0.01; below 1 sharper than the model's own distribution"
     )
     top_p: Probability = Field(1.0, description="only the likeliest tokens that make up this share are sampled; 1 with ratios")
+    top_k: Annotated[NonNegative, Unit("tokens")] = Field(
+        0, description="only so many of the likeliest tokens are sampled; 0: all, which ratios need"
+    )
+    min_p: Share = Field(
+        0.0,
+        description="only tokens at least this share as likely as the likeliest are sampled; 0: all, which ratios need",
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)] | Annotated[NonNegative, Unit("token ids")], ...] = Field(
+        (),
+        strict=False,
+        description="texts and token ids that end an answer, of rollouts and held-out ones, beside the model's end tokens; "
+        "what ends it stays in it",
+    )
     max_tokens: Tokens = Field(2048, description="longest completion; what is longer is cut off there")
     truncated: Literal["judge", "wrong", "leave_out"] = Field(
         "judge",
@@ -432,8 +446,10 @@ class Trainer(Section):
         "number may round sums otherwise",
     )
     timeout_seconds: Seconds = Field(600.0, description="longest wait of a trainer rank for another")
-    layers: Literal["local", "transformer_engine"] = Field(
-        "local", description="megatron-core's own, or Transformer Engine's, which are faster on GPUs and need bfloat16"
+    layers: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto",
+        description="megatron-core's own ('local'), or Transformer Engine's, which are faster on GPUs and need bfloat16; "
+        "'auto': these on GPUs with model.dtype = 'bfloat16', else local",
     )
     fp8: Literal["none", "delayed", "current", "blockwise"] = Field(
         "none", description="scaling of FP8 products, with layers = 'transformer_engine'; none: no FP8"
@@ -449,6 +465,10 @@ class Trainer(Section):
     overlap_gradients: bool = Field(
         False, description="data-parallel ranks sum gradients while the last backward of a step still runs"
     )
+    deterministic: bool = Field(
+        False,
+        description="GPUs add in one order, so that equal runs have equal bits there too; slower. CPUs do so anyway",
+    )
     reference_memory: Literal["device", "host"] = Field(
         "device",
         description="where the reference's weights are; host: copied to the device for each step's scoring, the same bits",
@@ -460,9 +480,19 @@ class Trainer(Section):
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
     @property
+    def uses_te(self) -> bool:
+        """Whether layers are Transformer Engine's; of 'auto' it is known only where the run is resolved, on which machine."""
+        return self.layers == "transformer_engine"
+
+    @property
+    def layer_spec(self) -> Literal["local", "transformer_engine"]:
+        """megatron-core's name of the layers' modules."""
+        return "transformer_engine" if self.uses_te else "local"
+
+    @property
     def shares_prompts(self) -> bool:
         """Whether rows hold a prompt once for all its samples in them."""
-        return self.layers == "local" if self.share_prompts == "auto" else self.share_prompts
+        return not self.uses_te if self.share_prompts == "auto" else self.share_prompts
 
     @property
     def row_block(self) -> int:
@@ -527,6 +557,7 @@ def size_bytes(text: str) -> int | None:
     return round(float(found[1]) * UNIT_BYTES[found[2]])
 
 
+BATCHED, CACHED = "max_num_batched_tokens", "kv_cache_dtype"  # of vLLM's arguments those that memory is counted by
 BATCHED_TOKENS = 8192  # vLLM runs at least as many together, where the lengths of single requests allow fewer
 
 
@@ -548,11 +579,23 @@ class Inference(Section):
     threads: Annotated[Positive, Unit("CPU threads")] = Field(1, description="of one engine on CPUs; a GPU engine ignores it")
     packed_weights: bool = Field(False, description="let vLLM repack weights for speed; a sync then reloads full tensors")
     timeout_seconds: Seconds = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
+    vllm: dict[Annotated[str, Field(pattern=r"^\w+$")], JsonValue] = Field(
+        {},
+        description="[inference.vllm]: further arguments of the installed vLLM (its EngineArgs), such as enforce_eager, "
+        "attention_backend, cudagraph_capture_sizes, kv_cache_dtype or max_num_batched_tokens",
+    )
 
     @property
     def batched_tokens(self) -> int:
         """Tokens of one forward of an engine at most (vLLM's max_num_batched_tokens); a prompt is not cut."""
-        return max(BATCHED_TOKENS, self.max_model_tokens)
+        asked = self.vllm.get(BATCHED)
+        return asked if isinstance(asked, int) else max(BATCHED_TOKENS, self.max_model_tokens)
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """What the KV cache stores keys and values in, where vLLM was told; None: model.dtype."""
+        asked = self.vllm.get(CACHED)
+        return asked if isinstance(asked, str) and asked != "auto" else None
 
 
 class Rewards(Section):
@@ -741,6 +784,12 @@ class Options(Section):
         supervised."""
         held_out = any(source.held_out is not None for source in self.data.sources)
         return self.sft.checkpoint_out is None and (self.data.replay is None or held_out)
+
+    @property
+    def may_use_te(self) -> bool:
+        """Whether layers are Transformer Engine's, or trainer.layers = 'auto' makes them that on GPUs or where options ask."""
+        t = self.trainer
+        return t.uses_te or (t.layers == "auto" and self.model.dtype == "bfloat16" and t.share_prompts is not True)
 
     @property
     def log_prob_temperature(self) -> float:

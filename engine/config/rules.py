@@ -11,6 +11,7 @@ from engine.config.rewards import broken_reward_rules
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.registry import schedule_of
 from engine.config.transport import refusal
+from engine.config.vllm_arguments import broken_vllm_rules
 from engine.core.errors import ConfigError
 from engine.core.places import CONTROL, UNEXPANDED
 from engine.core.registry import called
@@ -43,7 +44,7 @@ def broken_rules(config: Options) -> list[str]:
             f"trainer.virtual_pipeline needs trainer.pipeline_parallel > 1; found {c.trainer.virtual_pipeline} "
             f"with 1 stage: set it to 1"
         )
-    if c.trainer.share_prompts is True and c.trainer.layers != "local":
+    if c.trainer.share_prompts is True and c.trainer.uses_te:
         broken.append(
             f"trainer.share_prompts needs trainer.layers = 'local', for Transformer Engine's attention cannot go on from a "
             f"segment that others share; found true with {c.trainer.layers!r}: set it to 'auto' or false, or use local layers"
@@ -55,7 +56,7 @@ def broken_rules(config: Options) -> list[str]:
             f"and {ends[1]} with 1 stage: remove them"
         )
     broken += broken_name_rules(c) + broken_reference_rules(c)
-    broken += broken_placement_rules(c)
+    broken += broken_placement_rules(c) + broken_vllm_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c) + broken_head_rules(c)
     broken += broken_reward_rules(c) + broken_learning_rate_rules(c.optimizer)
     if never_syncs and c.sync.reference == "follow":
@@ -73,6 +74,11 @@ def broken_rules(config: Options) -> list[str]:
             f"sync.in_flight pauses what intervals after the next one have begun, so it needs sync.lookahead >= "
             f"{LEAST_LOOKAHEAD_IN_FLIGHT}; found {c.sync.lookahead}: set lookahead = {LEAST_LOOKAHEAD_IN_FLIGHT}, or "
             f"in_flight = false"
+        )
+    if c.sync.in_flight and any(isinstance(stop, str) for stop in c.sampling.stop):
+        broken.append(
+            f"sync.in_flight cannot see a text of sampling.stop that begins before a pause and ends after it; found "
+            f"{c.sampling.stop!r}: name the token ids that end an answer, or set in_flight = false"
         )
     if c.sync.lookahead and c.inference.placement == "colocated":
         broken.append(
@@ -226,12 +232,12 @@ def broken_data_rules(c: Options) -> list[str]:
 def broken_library_rules(c: Options) -> list[str]:
     """Sentences for what Transformer Engine's layers, FP8, overlap and the optimizers need of each other."""
     t, o, broken = c.trainer, c.optimizer, []
-    if t.layers == "transformer_engine" and c.model.dtype != "bfloat16":
+    if t.uses_te and c.model.dtype != "bfloat16":
         broken.append(
             f"trainer.layers = 'transformer_engine' needs model.dtype = 'bfloat16', which its fused attention computes in; "
             f"found {c.model.dtype!r}: set model.dtype = 'bfloat16'"
         )
-    if t.fp8 != "none" and t.layers != "transformer_engine":
+    if t.fp8 != "none" and not c.may_use_te:
         broken.append(
             f"trainer.fp8 needs trainer.layers = 'transformer_engine'; found {t.fp8!r} with {t.layers!r}: set trainer.layers, "
             f"or fp8 = 'none'"
@@ -242,7 +248,7 @@ def broken_library_rules(c: Options) -> list[str]:
             f"optimizer.offload_share = 0; found {t.fp8!r}, {t.distributed_optimizer} and {o.offload_share}: set all three, or "
             f"fp8_parameters = false"
         )
-    if t.overlap_tensor_parallel and (t.layers != "transformer_engine" or not t.sequence_parallel):
+    if t.overlap_tensor_parallel and (not c.may_use_te or not t.sequence_parallel):
         broken.append(
             f"trainer.overlap_tensor_parallel needs trainer.layers = 'transformer_engine' and trainer.sequence_parallel; found "
             f"{t.layers!r} and {t.sequence_parallel}: set both, or overlap_tensor_parallel = false"
@@ -351,11 +357,13 @@ def broken_sampling_rules(c: Options) -> list[str]:
             f"sampling.temperature must be at least {LEAST_TEMPERATURE}, the lowest that vLLM samples at; found "
             f"{s.temperature}: raise it"
         )
-    if s.top_p < 1 and c.algorithm.uses_ratios:
-        broken.append(
-            f"sampling.top_p must be 1 with algorithm.loss = {c.algorithm.loss!r}, whose ratios are exact only where every "
-            f"token can be sampled; found {s.top_p}: set it to 1, or lower sampling.temperature instead"
-        )
+    masks = (("top_p", s.top_p, 1), ("top_k", s.top_k, 0), ("min_p", s.min_p, 0))
+    for name, found, whole in masks if c.algorithm.uses_ratios else ():
+        if found != whole:
+            broken.append(
+                f"sampling.{name} must be {whole} with algorithm.loss = {c.algorithm.loss!r}, whose ratios are exact only "
+                f"where every token can be sampled; found {found}: set it to {whole}, or lower sampling.temperature instead"
+            )
     return broken
 
 

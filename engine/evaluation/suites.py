@@ -69,6 +69,7 @@ def settings_of(config: RunConfig, source: Source) -> dict[str, Any]:
         "temperature": evaluation.temperature,
         "top_p": evaluation.top_p,
         "max_tokens": config.sampling.max_tokens,
+        "stop": list(config.sampling.stop),
         "reward": source.judge,
         "judged_by": identities(config, [source]),
         "rewards": config.rewards.model_dump(mode="json"),

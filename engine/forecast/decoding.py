@@ -48,7 +48,7 @@ def speed_of(shape: ModelShape, config: RunConfig, constants: Constants) -> Spee
         request=c.request_iteration_seconds,
         weights=matrices * item_bytes(config.model.dtype) / tp / bandwidth,
         products=2 * matrices / tp / (peak * c.decode_peak_share),
-        context=kv_bytes_per_token(shape, tp, config.model.dtype) / bandwidth,
+        context=kv_bytes_per_token(shape, tp, config.inference.stored_dtype or config.model.dtype) / bandwidth,
         prompt=2 * matrices / tp / (peak * c.prefill_peak_share),
     )
 

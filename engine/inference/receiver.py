@@ -220,6 +220,16 @@ class SyncWorker:
         dtype = getattr(processor, "head_dtype", None)
         return "the model's" if dtype is None else str(dtype).removeprefix("torch.")
 
+    def semion_runs(self: Any) -> dict[str, str]:
+        """What the worker runs: the module of vLLM's model runner, of which there are two, and its attention."""
+        attention = {
+            layer.attn_backend.get_name() for layer in self.model_runner.get_model().modules() if hasattr(layer, "attn_backend")
+        }
+        return {
+            "model_runner": type(self.model_runner).__module__.removeprefix("vllm.v1.worker."),
+            "attention": ", ".join(sorted(attention)),
+        }
+
     def semion_release(self: Any) -> None:
         """Gives the pages of weights and KV cache back to the machine on a CPU, where vLLM's sleep does nothing. Their
         addresses stay, as after its sleep on a GPU, and read as zeros until they are written."""

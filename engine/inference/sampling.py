@@ -43,6 +43,8 @@ class SampleRequest:
     temperature: float
     top_p: float
     max_tokens: int
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0
     sampled: Sampled = Sampled()  # what there is of it, where it was paused
 
     @property
@@ -70,6 +72,8 @@ def sample_requests(
     temperature: float,
     top_p: float,
     max_tokens: int,
+    top_k: int = 0,
+    min_p: float = 0.0,
 ) -> list[SampleRequest]:
     """`samples` requests for each prompt; seeds are pure functions of (run seed, purpose, step, prompt id, index).
 
@@ -89,6 +93,8 @@ def sample_requests(
                     temperature=temperature,
                     top_p=top_p,
                     max_tokens=max_tokens,
+                    top_k=top_k,
+                    min_p=min_p,
                 )
             )
         asked[prompt.id] += samples

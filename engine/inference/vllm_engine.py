@@ -37,6 +37,10 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+MODEL_RUNNER = (
+    "VLLM_USE_V2_MODEL_RUNNER",
+    "1",
+)  # on GPUs, unless the environment says 0: else vLLM chooses by what is installed
 UNCOMPILED = {"TORCH_COMPILE_DISABLE": "1"}  # on a CPU: else a C++ compiler runs before the first token, for one small function
 IN_DOUBT = -1  # the version of weights that are not, or not yet, proven to be one
 WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps and wakes
@@ -55,6 +59,25 @@ def require_finite(log_probs: LogProbs, engine: int, version: int) -> None:
         )
 
 
+def to_try(why: str, config: RunConfig, *, on_gpu: bool) -> str:
+    """What to try where an engine does not start, to add to why it did not: by its words the likely cause first."""
+    given = "remove what [inference.vllm] sets" if config.inference.vllm else None
+    room = "lower inference.kv_cache or inference.max_concurrent"
+    eager = "set inference.vllm.enforce_eager = true (no compilation and no CUDA graphs)"
+    attention = "set inference.vllm.attention_backend = 'FLASH_ATTN' or 'TRITON_ATTN'"
+    runner = f"set {MODEL_RUNNER[0]}=0 in the environment (vLLM's older model runner)"
+    causes = {
+        room: ("memory", "kv cache"),
+        attention: ("attention", "flashinfer", "nvcc", "kernel image", "backend"),
+        eager: ("compil", "inductor", "dynamo", "triton", "graph", "captur"),
+    }
+    lower = why.lower()
+    likely = [fix for fix, words in causes.items() if any(word in lower for word in words)]
+    possible = [*likely, eager, attention, runner] if on_gpu else [fix for fix in likely if fix == room]
+    fixes = list(dict.fromkeys([*([given] if given else []), *possible]))
+    return f"; try, in this order: {', or '.join(fixes)}" if fixes else ""
+
+
 class VllmEngine:
     """vLLM with one Llama, weights of one version, and requests in flight."""
 
@@ -63,13 +86,15 @@ class VllmEngine:
         self._kv_cache = kv_cache
         self._timeout = config.inference.timeout_seconds
         self._index = index
+        self._on_gpu = False
         os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(config.inference.threads))
         try:
             with activity("engine", total=config.inference.engines):
                 self._load()
         except Exception as error:
             why = " ".join(str(error).split())
-            raise InferenceError(f"engine {index} could not start from {config.model.path}: {why}") from error
+            advice = to_try(why, config, on_gpu=self._on_gpu)
+            raise InferenceError(f"engine {index} could not start from {config.model.path}: {why}{advice}") from error
         self._check_head()
         self._version = 0
         self._asleep: list[str] = []
@@ -82,9 +107,12 @@ class VllmEngine:
         import torch
 
         config, path = self._config, self._config.model.path
-        on_cpu = not torch.cuda.is_available()
+        self._on_gpu = torch.cuda.is_available()
+        on_cpu = not self._on_gpu
         if on_cpu:
             os.environ |= UNCOMPILED
+        else:
+            os.environ.setdefault(*MODEL_RUNNER)
         with uncollected():  # the engine itself: vllm.LLM beside it brings the servers' modules, a fifth of the import
             from vllm.config import WeightTransferConfig
             from vllm.engine.arg_utils import EngineArgs
@@ -98,24 +126,23 @@ class VllmEngine:
         shared = not on_cpu and config.inference.placement == "colocated"
         torch.set_num_threads(config.inference.threads)
         self._tokenizer = policy_tokenizer(config)
-        self._end_ids = list(end_tokens(path, self._tokenizer).stop)
-        options = EngineArgs(
+        stop = config.sampling.stop
+        self._end_ids = [*end_tokens(path, self._tokenizer).stop, *(one for one in stop if isinstance(one, int))]
+        self._stop_texts = [one for one in stop if isinstance(one, str)]
+        arguments: dict[str, Any] = dict(
             model=path,
             dtype=config.model.dtype,
             load_format=receive.PLAIN_FORMAT if on_cpu and not config.inference.packed_weights else "auto",
             tensor_parallel_size=config.inference.tensor_parallel,
             distributed_executor_backend="mp" if config.inference.tensor_parallel > 1 else None,
             worker_extension_cls=f"{receive.__name__}.{receive.SyncWorker.__name__}",
-            enforce_eager=on_cpu,
             max_model_len=config.inference.max_model_tokens,
             max_num_seqs=config.inference.max_concurrent,
             kv_cache_memory_bytes=self._kv_cache.num_bytes(gpu_bytes),
             block_size=32 if on_cpu else None,
             # A chunk of a prompt draws from the sample's generator and takes it back, which a CPU generator cannot.
             enable_chunked_prefill=not on_cpu,
-            max_num_batched_tokens=config.inference.batched_tokens,
-            enable_prefix_caching=True,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=not self._stop_texts,
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=receive.BACKEND),
             # Raw log-probs are those of temperature 1; processed ones those of what is sampled.
@@ -124,7 +151,11 @@ class VllmEngine:
             # The share sizes nothing where the KV cache has a size, but it must be free at the start: a trainer may be there.
             **({"enable_sleep_mode": True, "gpu_memory_utilization": 0.01} if shared else {}),
         )
-        self._llm = LLMEngine.from_engine_args(options, usage_context=UsageContext.LLM_CLASS)
+        arguments |= {"enable_prefix_caching": True, "max_num_batched_tokens": config.inference.batched_tokens}
+        arguments |= config.inference.vllm  # none of those above, which the configuration refuses
+        if on_cpu:
+            arguments["enforce_eager"] = True
+        self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
 
     def _check_head(self) -> None:
         """ConfigError where this vLLM, or its platform, leaves the output layer in another type than model.head asks for."""
@@ -139,12 +170,15 @@ class VllmEngine:
             )
 
     def describe(self) -> dict[str, str]:
-        """The machine, the process and the versions of what runs here."""
+        """The machine, the process, the versions of what runs here, and what vLLM chose to run with."""
         import torch
         import vllm
 
         machine = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return {"host": machine, "pid": str(os.getpid()), "vllm": vllm.__version__, "torch": torch.__version__}
+        known = {"host": machine, "pid": str(os.getpid()), "vllm": vllm.__version__, "torch": torch.__version__}
+        runs: dict[str, str] = self._llm.collective_rpc("semion_runs")[0]
+        scheduling = self._llm.vllm_config.scheduler_config.async_scheduling
+        return known | runs | {"scheduling": "asynchronous" if scheduling else "synchronous"}
 
     # -- sampling
 
@@ -159,17 +193,21 @@ class VllmEngine:
             serves = f"no version: {self._doubt()}" if self._version == IN_DOUBT else f"version {self._version}"
             raise InferenceError(f"engine {self._index} must serve version {version} to answer; it serves {serves}")
         if not self._open:
-            self._llm.reset_prefix_cache()
+            self._forget_prefixes()
         for request in requests:
             parameters = SamplingParams(
                 temperature=request.temperature,
                 top_p=request.top_p,
+                top_k=request.top_k,
+                min_p=request.min_p,
                 max_tokens=request.max_tokens - len(request.sampled.token_ids),
                 seed=request.engine_seed,
                 logprobs=0,
                 flat_logprobs=True,  # lists of numbers, and no object a token
                 stop_token_ids=self._end_ids,
-                detokenize=False,
+                stop=self._stop_texts,
+                detokenize=bool(self._stop_texts),  # vLLM looks for them in the text
+                skip_special_tokens=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             assert request.request_id not in self._open, request.request_id
@@ -317,9 +355,18 @@ class VllmEngine:
             error.echo = all(echo for _, echo in found)
             raise error
         self._wake(KV_CACHE)
-        self._llm.reset_prefix_cache()
+        self._forget_prefixes()
         self._version = version
         return version
+
+    def _forget_prefixes(self) -> None:
+        """Drops what is cached of earlier prompts. EngineLostError where vLLM still holds some of it although nothing is in
+        flight: keys and values of other weights would be taken for those of the next."""
+        if not self._llm.reset_prefix_cache():
+            raise EngineLostError(
+                f"engine {self._index} must drop its prefix cache before it samples; found that vLLM holds blocks of it "
+                f"though no request is in flight: set inference.vllm.enable_prefix_caching = false if this comes again"
+            )
 
     def sleep(self) -> None:
         """Gives back the memory of weights and KV cache; the engine serves no version before the next `receive`.

@@ -114,7 +114,7 @@ def megatron_config(shape: ModelShape, axes: layout.TrainerLayout, trainer: Trai
     if trainer.fp8 != "none":
         _check_fp8(shape, trainer)
     virtual = axes.vpp_size if axes.vpp_size > 1 else None
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.num_heads,
@@ -138,12 +138,12 @@ def megatron_config(shape: ModelShape, axes: layout.TrainerLayout, trainer: Trai
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bias_activation_fusion=trainer.layers == "transformer_engine",  # SwiGLU compiled into one kernel that keeps its input
+        bias_activation_fusion=trainer.uses_te,  # SwiGLU compiled into one kernel that keeps its input
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         gradient_accumulation_fusion=trainer.fuse_gradient_accumulation,
-        transformer_impl=trainer.layers,
+        transformer_impl=trainer.layer_spec,
+        deterministic_mode=trainer.deterministic and torch.cuda.is_available(),
         fp8=FP8_FORMATS[trainer.fp8],
         fp8_recipe=FP8_RECIPES[trainer.fp8],
         fp8_amax_history_len=AMAX_HISTORY,
@@ -162,6 +162,10 @@ def megatron_config(shape: ModelShape, axes: layout.TrainerLayout, trainer: Trai
         recompute_num_layers=1 if trainer.recompute else None,
         **family_of(shape).megatron_options(shape),
     )
+    # megatron-core's own rotation asks the device for all lengths, in every layer. It looks for the kernel where the option is
+    # given to it, and a configuration is also made where Transformer Engine is not.
+    config.apply_rope_fusion = trainer.uses_te
+    return config
 
 
 def build_chunks(

@@ -52,7 +52,7 @@ def check_installed(trainer: Trainer, optimizer: Optimizer) -> dict[str, str]:
     te, apex = ("Transformer Engine", "transformer_engine", INSTALL_TE), ("apex", "amp_C", INSTALL_APEX)
     fusion = ("apex", "fused_weight_gradient_mlp_cuda", INSTALL_APEX)
     asked = [
-        (trainer.layers == "transformer_engine", "trainer.layers = 'transformer_engine'", te, "use 'local'"),
+        (trainer.uses_te, "trainer.layers = 'transformer_engine'", te, "use 'local'"),
         (trainer.fuse_gradient_accumulation, "trainer.fuse_gradient_accumulation", fusion, "set it to false"),
         (optimizer.implementation == "te", "optimizer.implementation = 'te'", te, "use 'torch'"),
         (optimizer.implementation == "apex", "optimizer.implementation = 'apex'", apex, "use 'torch'"),

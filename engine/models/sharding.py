@@ -125,7 +125,7 @@ def trainer_layout(trainer: Trainer) -> TrainerLayout:
     """The layout a configuration asks for."""
     axes = trainer.tensor_parallel, trainer.pipeline_parallel, trainer.virtual_pipeline
     stages = trainer.first_stage_layers, trainer.last_stage_layers
-    return TrainerLayout(*axes, *stages, trainer.layers, trainer.fp8_parameters)
+    return TrainerLayout(*axes, *stages, trainer.layer_spec, trainer.fp8_parameters)
 
 
 def engine_layout(inference: Inference) -> EngineLayout:

@@ -54,6 +54,8 @@ def pending(step: int, prompts: Mixture, config: RunConfig) -> Pending:
         step=step,
         temperature=config.sampling.temperature,
         top_p=config.sampling.top_p,
+        top_k=config.sampling.top_k,
+        min_p=config.sampling.min_p,
         max_tokens=config.sampling.max_tokens,
     )
     return Pending(own, asked, asked)

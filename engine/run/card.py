@@ -46,6 +46,9 @@ def generation_config(folder: Path, made: Made) -> dict[str, Any]:
     kept = {name: value for name, value in said.items() if name.endswith("_token_id") or name == "transformers_version"}
     if "eos_token_id" not in kept and (ends := read_end_ids(folder).get(CONFIG)):
         kept["eos_token_id"] = list(ends)
+    if stops := [one for one in made.config["sampling"].get("stop", ()) if isinstance(one, int)]:
+        ends = kept.get("eos_token_id", [])
+        kept["eos_token_id"] = list(dict.fromkeys([*([ends] if isinstance(ends, int) else ends), *stops]))
     sampled = {"do_sample": True, "temperature": asked["temperature"], "top_p": asked["top_p"], "top_k": 0}
     how = sampled if asked["temperature"] > 0 else {"do_sample": False}
     return kept | how | {"max_new_tokens": made.config["sampling"]["max_tokens"]}
@@ -285,7 +288,7 @@ def _training(made: Made) -> str:
         ["reference", reference.get(sync["reference"], f"every {sync['reference']} steps")],
         ["rollouts a step", f"{prompts} prompts × {algorithm['samples_per_prompt']} samples"],
         ["reward", ", ".join(f"`{name}`" for name in rewards)],
-        ["sampling", f"temperature {config['sampling']['temperature']:g}, top-p {config['sampling']['top_p']:g}"],
+        ["sampling", _sampling(config["sampling"])],
         ["longest prompt and answer", f"{config['data']['max_prompt_tokens']}, {config['sampling']['max_tokens']} tokens"],
         ["learning rate", f"{rate['learning_rate']:g}, {_name(rate.get('schedule', 'constant'))}"],
         ["weights while training", config["model"]["dtype"]],
@@ -297,6 +300,14 @@ def _training(made: Made) -> str:
     if config["data"].get("replay"):
         rows.append(["trained on", f"`{_place(config['data']['replay'])}`, replayed"])
     return "## Training\n\n" + _table(["", ""], rows)
+
+
+def _sampling(asked: Mapping[str, Any]) -> str:
+    said = [f"temperature {asked['temperature']:g}", f"top-p {asked['top_p']:g}"]
+    said += [f"top-k {asked['top_k']}"] if asked.get("top_k") else []
+    said += [f"min-p {asked['min_p']:g}"] if asked.get("min_p") else []
+    said += [f"ends at {', '.join(f'`{one!r}`' for one in asked['stop'])} too"] if asked.get("stop") else []
+    return ", ".join(said)
 
 
 def _data(made: Made) -> str:

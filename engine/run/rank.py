@@ -41,12 +41,21 @@ from engine.run.spec import Spec
 
 log = logging.getLogger(__name__)
 
+DETERMINISTIC = {  # what GPU libraries read before their first work, with trainer.deterministic
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine: attention whose backward adds in a fixed order
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS: products that repeat themselves on every stream
+    "NCCL_ALGO": "Ring",  # sums of ranks in one order, whatever NCCL would find faster
+}
+
 
 class TrainerRank:
     """One trainer rank, in a process of its own."""
 
     def __init__(self, spec: Spec, rank: int, host: str) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if spec.config.trainer.deterministic and torch.cuda.is_available():
+            os.environ |= DETERMINISTIC
+            torch.use_deterministic_algorithms(True)
         torch.set_num_threads(spec.config.trainer.threads)
         self._spec, self._config = spec, spec.config
         self._rank, self._host = rank, host

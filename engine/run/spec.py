@@ -25,6 +25,7 @@ from engine.models.base import ModelShape
 from engine.models.config_file import read_shape
 from engine.models.reward_head import FAMILY, OPTION
 from engine.models.sharding import EngineLayout, TrainerLayout, engine_layout, trainer_layout
+from engine.run.machine import visible_gpus
 
 SourceKind = Literal["rollouts", "ledger", "preferences", "supervised"]
 
@@ -109,6 +110,19 @@ class Spec:
 _ADAPTER = TypeAdapter(Spec)
 
 
+def settled(config: RunConfig, *, on_gpus: bool | None = None) -> RunConfig:
+    """The configuration with what trainer.layers = 'auto' becomes: Transformer Engine's layers on GPUs with model.dtype =
+    'bfloat16', or where an option asks for them, else megatron-core's own. What is installed decides nothing. `on_gpus`:
+    whether the run is for GPUs, by what this machine has where not said. Any other configuration is returned as it is."""
+    t = config.trainer
+    if t.layers != "auto":
+        return config
+    asked = t.fp8 != "none" or t.overlap_tensor_parallel
+    wanted = config.may_use_te and (asked or (visible_gpus() > 0 if on_gpus is None else on_gpus))
+    layers = "transformer_engine" if wanted else "local"
+    return config.model_copy(update={"trainer": t.model_copy(update={"layers": layers})})
+
+
 def resolve(config: RunConfig, parts: tuple[Part, ...] | None = None, *, digests: bool = True) -> Spec:
     """Resolves a run from its configuration and the files that it names. `parts`: what is started, a training run's where not
     said. `digests`: whether the data files are read through for their SHA-256.
@@ -139,6 +153,7 @@ def assemble(
 ) -> Spec:
     """The run of a configuration whose files have been looked at: what else there is to know is arithmetic. `source`: a replay
     is of a ledger where not said."""
+    config = settled(config)
     parts = training_parts(config) if parts is None else parts
     kind: SourceKind = source or ("ledger" if config.data.replay is not None else _sampled(config))
     trains, steps = "trainer" in parts, range(config.run.steps + 1)

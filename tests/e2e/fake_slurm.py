@@ -61,11 +61,16 @@ def srun(arguments: list[str]) -> int:
     parser.add_argument("--export", default=os.environ["SLURM_EXPORT_ENV"])
     parser.add_argument("--kill-on-bad-exit", type=int, default=0)
     parser.add_argument("--nodelist")
+    for option in ("--container-image", "--container-mounts", "--container-workdir"):  # pyxis's; only written down
+        parser.add_argument(option)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     step = parser.parse_args(arguments)
     job = NODES[: int(os.environ["SLURM_JOB_NUM_NODES"])]
     chosen = [node for node in job if step.nodelist in (None, node)][: step.nodes]
     assert len(chosen) == step.nodes == step.ntasks, arguments
+    if step.container_image is not None:
+        with (Path(os.environ[FOLDER]) / "containers").open("a") as record:
+            record.write(f"{step.container_image}|{step.container_mounts}|{step.container_workdir}|{step.command[0]}\n")
     become_subreaper()
     environment = {key: value for key, value in os.environ.items() if step.export == "ALL" or key.startswith("SLURM")}
     tasks = [subprocess.Popen(step.command, env=environment | {"SLURMD_NODENAME": node}) for node in chosen]

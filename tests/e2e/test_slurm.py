@@ -104,6 +104,20 @@ def test_a_stopped_run_is_requeued_always_a_lost_one_a_few_times_and_no_other(
     assert ("SEMION_RETRIES is 3" in log) is (code in (5, 6, 8))
 
 
+@pytest.mark.parametrize("mounts", [None, "/data:/data"])
+def test_every_step_is_in_the_container_that_is_named(tmp_path: Path, mounts: str | None) -> None:
+    """As far as a stand-in can show it: pyxis is told image, mounts and folder, and no semion is looked for outside."""
+    environment = {"IMAGE": "registry#semion:1"} | ({} if mounts is None else {"MOUNTS": mounts})
+    found, log, _ = submitted(tmp_path / "two", 2, environment, semion="exit 0", python="exit 8")
+    steps = (tmp_path / "two" / "slurm" / "containers").read_text().splitlines()
+    assert found == 8 and steps[0].endswith("|python"), log
+    where = f"{mounts or f'{ROOT}:{ROOT}'},/tmp:/tmp"
+    assert all(step.startswith(f"registry#semion:1|{where}|{ROOT}|") for step in steps) and len(steps) >= 1
+    found, log, _ = submitted(tmp_path / "one", 1, environment, semion="exit 0")
+    (step,) = (tmp_path / "one" / "slurm" / "containers").read_text().splitlines()
+    assert found == 0 and step == f"registry#semion:1|{where}|{ROOT}|semion", log
+
+
 def test_what_ray_starts_outlives_the_signal_that_slurm_sends_to_all_of_a_step(run_config: Make, tmp_path: Path) -> None:
     """One node: the command and its Ray are one step."""
     program = """

@@ -203,8 +203,9 @@ class FakeLlm:
         """Notes it."""
         self.turns += [f"wake {tag}" for tag in tags]
 
-    def reset_prefix_cache(self) -> None:
+    def reset_prefix_cache(self) -> bool:
         """There is none."""
+        return True
 
     def add_request(self, request_id: str, prompt: Any, parameters: Any) -> None:
         """Queues it."""

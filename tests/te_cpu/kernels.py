@@ -77,6 +77,7 @@ def bindings() -> dict[str, Any]:
     types_ = (DType, FP8TensorMeta, CommOverlap, CommOverlapP2P, CommOverlapHelper)
     functions = (
         *(generic_gemm, rmsnorm_fwd, rmsnorm_bwd, get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd),
+        *(fused_rope_forward, fused_rope_backward),
         *quantize.FUNCTIONS,
         *adam.FUNCTIONS,
     )
@@ -134,6 +135,35 @@ def generic_gemm(
         return out, None, None, None
     dtype = TORCH_TYPES[out_dtype] if out_dtype is not None else a.dtype
     return product.to(dtype), None, None, None
+
+
+def fused_rope_forward(
+    t: torch.Tensor,
+    freqs: torch.Tensor,
+    start_positions: None,
+    qkv_format: Any,
+    interleaved: bool,
+    cu_seqlens: torch.Tensor,
+    cp_size: int,
+    cp_rank: int,
+) -> torch.Tensor:
+    """Packed [T, N, D] turned by the angles [S, 1, 1, D] of each token's place in its sequence, in float32."""
+    assert qkv_format.name == "NVTE_THD" and start_positions is None and not interleaved and cp_size == 1, qkv_format
+    return _turned(t, freqs, cu_seqlens, 1.0)
+
+
+def fused_rope_backward(gradient: torch.Tensor, freqs: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """The gradient, turned back."""
+    return _turned(gradient, freqs, rest[3], -1.0)
+
+
+def _turned(t: torch.Tensor, freqs: torch.Tensor, cu_seqlens: torch.Tensor, direction: float) -> torch.Tensor:
+    places = torch.cat([torch.arange(int(length)) for length in cu_seqlens.diff()])
+    angles = freqs.flatten(1)[places.to(freqs.device)].unsqueeze(1)  # [T, 1, D]
+    wide = t.float()
+    first, second = wide.chunk(2, -1)
+    turned = wide * angles.cos() + direction * torch.cat([-second, first], -1) * angles.sin()
+    return turned.to(t.dtype)
 
 
 def rmsnorm_fwd(

@@ -16,6 +16,7 @@ from engine.core.errors import SemionError
 from engine.models.base import ModelShape
 from engine.rewards.registry import uses_engine
 from engine.rollouts.replay import replay_kind
+from engine.run.spec import settled
 
 Purpose = Literal["train", "sft", "rollout", "eval", "generate"]
 Faults = Iterable[SemionError]
@@ -36,6 +37,9 @@ class Look:
     shape: ModelShape | None = field(default=None, init=False)
     tokenizer: Any = field(default=None, init=False)
     renders: bool = field(default=False, init=False)  # whether prompts can be tokenized
+
+    def __post_init__(self) -> None:
+        self.config = settled(self.config)
 
     def reads(self, *sections: str) -> bool:
         """Whether these sections are what the user wrote."""

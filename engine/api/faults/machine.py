@@ -18,6 +18,7 @@ from engine.config.placement import place
 from engine.config.transport import setting
 from engine.core.errors import StorageError
 from engine.forecast import disk
+from engine.inference.arguments import argument_faults
 from engine.megatron.libraries import check_installed
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
@@ -32,6 +33,8 @@ def machine_faults(look: Look, *, layouts_fit: bool) -> Faults:
     config = look.config
     if config.profile.tool == "nsys" and look.purpose in ("train", "sft"):
         yield from caught(nsight.check_installed)
+    if look.samples:
+        yield from argument_faults(config.inference.vllm)
     if config.cluster.nodes > 1:
         yield from tried(place, config, look.parts)[1]
         return

@@ -91,3 +91,9 @@ def layout_faults(look: Look) -> Faults:
             yield ConfigError(
                 f"inference.max_model_tokens must not exceed the model's {positions} positions; found {longest}: lower it"
             )
+        size = look.shape.vocab_size
+        if beyond := [one for one in look.config.sampling.stop if isinstance(one, int) and one >= size]:
+            yield ConfigError(
+                f"sampling.stop must name token ids of the model's vocabulary of {size}; found {beyond[0]}: remove it, or "
+                f"write the text that ends an answer"
+            )

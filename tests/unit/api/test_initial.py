@@ -148,7 +148,7 @@ def flags(tmp_path, tiny_tokenizer) -> list[str]:
 def test_a_file_for_cpus_passes_the_check_and_is_not_overwritten(flags, tmp_path, capsys):
     assert main(flags) == 0
     config = load_config(tmp_path / "run.toml")
-    assert (config.model.dtype, config.trainer.layers, config.trainer.world_size) == ("float32", "local", 1)
+    assert (config.model.dtype, config.trainer.layers, config.trainer.world_size) == ("float32", "auto", 1)
     assert "on CPUs; KV cache" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "run.toml")]) == 0
     assert "KV cache on a CPU" in capsys.readouterr().out

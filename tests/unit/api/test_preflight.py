@@ -19,13 +19,14 @@ from engine.api.faults import machine
 from engine.api.faults.look import Purpose
 from engine.api.preflight import check, examine
 from engine.api.warnings import warnings
+from engine.commands.checking import table
 from engine.config.load import RunConfig, dump_config, override
 from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, StorageError, combined
 from engine.core.files import locked
 from engine.core.segments import SegmentWriter
 from engine.data import templates
 from engine.data.templates import policy_tokenizer
-from engine.run.spec import Spec, resolve
+from engine.run.spec import Spec, resolve, settled
 from tests.builders import LLAMA, config, make_model
 from tests.checkpoints import commit, open_folder
 from tests.conftest import CHAT_TEMPLATE
@@ -40,7 +41,7 @@ def made(tmp_path, tiny_tokenizer) -> RunConfig:
     write(tmp_path / "train.jsonl", [ROW])
     write(tmp_path / "held_out.jsonl", [ROW | {"problem": "1+2", "answer": "3"}])
     data = {"train": str(tmp_path / "train.jsonl"), "held_out": str(tmp_path / "held_out.jsonl"), "max_prompt_tokens": 512}
-    return config(tmp_path / "run", model={"path": str(tmp_path / "model")}, data=data)
+    return settled(config(tmp_path / "run", model={"path": str(tmp_path / "model")}, data=data))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -266,6 +267,15 @@ def test_a_model_without_eos_whose_template_ends_turns_has_an_end_token(made):
     no_end(folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     assert faults(made) == [] and warnings(resolve(made), policy_tokenizer(made)) == []
+
+
+def test_what_the_engines_are_to_be_told_is_compared_with_the_vllm_that_is_there(made):
+    wrong = override(made, {"inference.vllm": {"enforce_eagr": True}, "sampling.stop": ["</answer>", 260, 3]})
+    found = faults(wrong)
+    assert len(found) == 2 and "sampling.stop must name token ids of the model's vocabulary of 260; found 260" in found[0]
+    assert "inference.vllm.enforce_eagr is no argument of the installed vLLM" in found[1]
+    right = override(made, {"inference.vllm": {"enforce_eager": True, "scheduling_policy": "fcfs"}, "sampling.stop": [3]})
+    assert dict(table(check(right)))["further arguments of vLLM"] == 'enforce_eager = true, scheduling_policy = "fcfs"'
 
 
 def test_end_tokens_that_differ_are_told_and_are_no_fault(made, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What the doctor says of a machine: the real one, and machines with GPUs as a made-up nvidia-smi describes them."""
 
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,13 +81,44 @@ def test_gpus_that_torch_cannot_use_are_named_with_the_fix(nvidia_smi):
         ("NVIDIA H100, 81559, 9.0, 570.12", "driver", "install driver 580 or newer"),
         ("Tesla V100, 16384, 7.0, 580.1", "GPU 0", "built for: 8.0, 9.0, 10.0"),
         ("NVIDIA L40S, 46068, 8.9, 580.1", "GPU 0", "ok"),
-        ("NVIDIA GB300, 284208, 10.3, 580.1", "GPU 0", "built for"),
+        ("NVIDIA GB300, 284208, 10.3, 580.1", "GPU 0", "ok"),
+        ("NVIDIA RTX PRO 6000, 97887, 12.0, 580.1", "GPU 0", "ok"),
         ("NVIDIA GH200, [N/A], 9.0, [N/A]", "driver", "install driver"),
     ],
 )
 def test_a_driver_or_gpu_that_does_not_fit_is_named(nvidia_smi, line, what, verdict):
     nvidia_smi(line)
     assert verdict in findings()[what].verdict
+
+
+@pytest.mark.parametrize(
+    ("states", "environment", "said"),
+    [
+        ({}, {}, ["none / ok", "none / ok"]),
+        ({"mlx5_0": "4: ACTIVE", "mlx5_1": "1: DOWN"}, {"NCCL_IB_HCA": "=mlx5_0:1"}, ["mlx5_0 / ok", "=mlx5_0:1 / ok"]),
+        ({"mlx5_0": "1: DOWN"}, {}, ["none active of mlx5_0 / bring a port up", "none / ok"]),
+        ({"mlx5_0": "4: ACTIVE"}, {"NCCL_IB_DISABLE": "1"}, ["mlx5_0 / ok", "1 / unset NCCL_IB_DISABLE"]),
+        ({"mlx5_0": "4: ACTIVE"}, {"NCCL_IB_HCA": "ib7"}, ["mlx5_0 / ok", "ib7 / name adapters in NCCL_IB_HCA .*: mlx5_0"]),
+        ({"mlx5_0": "4: ACTIVE"}, {"NCCL_IB_HCA": "^mlx5_9"}, ["mlx5_0 / ok", "mlx5_9 / ok"]),
+        (
+            {},
+            {"NCCL_P2P_DISABLE": "1", "NCCL_NVLS_ENABLE": "0"},
+            ["none / ok", "0, NCCL_P2P_DISABLE=1 / unset NCCL_P2P_DISABLE"],
+        ),
+        ({}, {"NCCL_SOCKET_IFNAME": "eth9"}, ["none / ok", "eth9 / unset NCCL_SOCKET_IFNAME: semion sets it"]),
+        ({}, {"SEMION_INTERFACE": "lo"}, ["none / ok", "none / ok", "lo / ok"]),
+        ({}, {"SEMION_INTERFACE": "ib9"}, ["none / ok", "none / ok", "ib9 / name an interface .*lo"]),
+    ],
+)
+def test_what_leads_to_other_nodes_and_what_keeps_a_run_from_it(states, environment, said, tmp_path, monkeypatch):
+    for name, state in states.items():
+        (tmp_path / name / "ports" / "1").mkdir(parents=True)
+        (tmp_path / name / "ports" / "1" / "state").write_text(state + "\n")
+    monkeypatch.setattr(doctor, "INFINIBAND", tmp_path)
+    found = [f"{finding.found} / {finding.verdict}" for finding in doctor._network(environment)]
+    assert len(found) == len(said)
+    for text, part in zip(found, said, strict=True):
+        assert re.search(re.escape(part) if "*" not in part else part, text), (text, part)
 
 
 def test_a_driver_that_fails_is_no_cpu_machine(nvidia_smi):

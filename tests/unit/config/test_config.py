@@ -212,6 +212,10 @@ COMBINATIONS = [
     ),
     (["sync.in_flight=true", "sync.lookahead=1"], "sync.in_flight", "sync.lookahead >= 2", "found 1", "set lookahead = 2"),
     (
+        ["sync.in_flight=true", "sync.lookahead=2", 'sampling.stop=["END", 7]'],
+        *("sync.in_flight", "sampling.stop", "'END'", "name the token ids"),
+    ),
+    (
         ["sync.in_flight=true", "sync.lookahead=2", "sync.sync_interval=never"],
         *("sync.lookahead", "sync.sync_interval = 'never'", "found 2", "lookahead = 0"),
     ),
@@ -268,7 +272,7 @@ COMBINATIONS = [
         *("sft.checkpoint_out", "data.train alone", "0 further sources and data.replay = 'a.jsonl'", "remove them"),
     ),
     (["trainer.layers=transformer_engine"], "trainer.layers", "model.dtype = 'bfloat16'", "'float32'", "model.dtype"),
-    (["trainer.fp8=current"], "trainer.fp8", "trainer.layers", "'current' with 'local'", "fp8 = 'none'"),
+    (["trainer.fp8=current"], "trainer.fp8", "trainer.layers", "'current' with 'auto'", "fp8 = 'none'"),
     (
         [*TRANSFORMER_ENGINE, "trainer.overlap_tensor_parallel=true"],
         *("trainer.overlap_tensor_parallel", "sequence_parallel", "'transformer_engine' and False", "set both"),

@@ -36,7 +36,7 @@ def test_a_number_that_is_bounded_says_so_and_words_are_listed():
     assert shown["sync.sync_interval"].allowed == 'integer > 0 or "never", optimizer steps'
     assert shown["evaluation.top_p"].allowed == "number, > 0, <= 1, of 1"
     assert shown["profile.ranks"].allowed == "list of integer >= 0, rank numbers"
-    assert shown["trainer.layers"].allowed == '"local", "transformer_engine"'
+    assert shown["trainer.layers"].allowed == '"auto", "local", "transformer_engine"'
     assert (shown["model.path"].default, shown["data.held_out"].default) == ("required", "null")
     for option in EVERY:
         if option.unit and option.name not in ("reward_weights", "weights"):

@@ -37,7 +37,7 @@ def test_nothing_of_transformer_engine_or_apex_by_default():
     config = made()
     assert (config.transformer_impl, config.fp8, config.tp_comm_overlap) == ("local", None, False)
     assert not config.gradient_accumulation_fusion
-    assert not config.bias_activation_fusion
+    assert not config.bias_activation_fusion and not config.apply_rope_fusion
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_recipes_have_megatrons_names(fp8, formats, recipe):
     config = made(layers="transformer_engine", fp8=fp8)
     assert (config.transformer_impl, config.fp8, config.fp8_recipe) == ("transformer_engine", formats, recipe)
     assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (AMAX_HISTORY, "max")
-    assert not config.fp8_param
+    assert not config.fp8_param and config.apply_rope_fusion and config.bias_activation_fusion
 
 
 @pytest.mark.parametrize(

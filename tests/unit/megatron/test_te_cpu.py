@@ -5,6 +5,7 @@ them is asked in tests/parallel/test_transformer_engine.py.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,3 +139,20 @@ def test_the_lower_bits_and_bfloat16_are_together_the_float32_weights() -> None:
 def test_what_has_no_stand_in_says_so() -> None:
     with pytest.raises(NotImplementedError, match="layernorm_fwd has no stand-in"):
         kernels.bindings()["layernorm_fwd"]()
+
+
+def test_fused_rotation_is_megatrons_own_and_its_backward_the_gradient() -> None:
+    """Of three packed sequences, the last of one token; megatron-core's own is the plain twin."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 5, 12, 13], dtype=torch.int32)
+    angles = torch.outer(torch.arange(7.0), 1e4 ** -(torch.arange(0, 8, 2) / 8)).repeat(1, 2)[:, None, None]
+    x = torch.randn(13, 3, 8, requires_grad=True)
+    arguments = (angles, None, kernels.bindings()["NVTE_QKV_Format"].NVTE_THD, False, bounds, 1, 0)
+    one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    wanted = _apply_rotary_pos_emb_thd(x, bounds, angles, cp_group=one)
+    torch.testing.assert_close(kernels.fused_rope_forward(x, *arguments), wanted, rtol=0, atol=1e-6)
+    gradient = torch.randn_like(x)
+    (known,) = torch.autograd.grad(wanted, x, gradient)
+    torch.testing.assert_close(kernels.fused_rope_backward(gradient, *arguments), known, rtol=0, atol=1e-6)

@@ -7,10 +7,11 @@ import pickle
 
 import pytest
 
-from engine.config.load import RunConfig
+from engine.config.load import RunConfig, dump_config
 from engine.config.placement import colocated_nodes, place, training_parts
 from engine.core.errors import CheckpointError, ConfigError
-from engine.run.spec import Spec, resolve, source_kind
+from engine.models.sharding import trainer_layout
+from engine.run.spec import Spec, resolve, settled, source_kind
 from tests.builders import config, make_model, spec
 from tests.unit.test_layers import SOURCES, imported
 
@@ -58,6 +59,39 @@ def test_rules_are_checked_once(monkeypatch):
     assert pickle.loads(pickled) == made, "nor where Ray sends a configuration by itself"
     with pytest.raises(ValueError, match="steps"):
         Spec.from_json(text.replace('"steps":4', '"steps":"four"'))
+
+
+BF16 = {"dtype": "bfloat16", "path": "unused"}
+FP8 = {"fp8": "current"}
+
+
+@pytest.mark.parametrize(
+    ("tables", "on_gpus", "layers"),
+    [
+        ({"model": BF16}, True, "transformer_engine"),
+        ({"model": BF16}, False, "local"),
+        ({}, True, "local"),
+        ({"model": BF16, "trainer": {"share_prompts": True}}, True, "local"),
+        ({"model": BF16, "trainer": {"layers": "local"}}, True, "local"),
+        ({"model": BF16, "trainer": FP8}, False, "transformer_engine"),
+        ({"model": BF16, "trainer": {"layers": "transformer_engine"}}, False, "transformer_engine"),
+    ],
+)
+def test_what_automatic_layers_become(tables, on_gpus, layers):
+    made = settled(config(**tables), on_gpus=on_gpus)
+    assert made.trainer.layers == layers and settled(made, on_gpus=not on_gpus) is made
+    assert made.trainer.shares_prompts is (layers == "local")
+    assert trainer_layout(made.trainer).spec == layers
+
+
+def test_a_resolved_run_says_what_its_layers_are(monkeypatch):
+    made = config(model=BF16)
+    assert made.trainer.layers == "auto" and spec(made).config.trainer.layers == "local"
+    monkeypatch.setattr("engine.run.spec.visible_gpus", lambda: 8)
+    found = spec(made)
+    assert found.config.trainer.layers == found.trainer.spec == "transformer_engine"
+    assert Spec.from_json(found.to_json()) == found
+    assert 'layers = "transformer_engine"' in dump_config(found.config), "what the records keep"
 
 
 def test_equal_configurations_give_equal_specs(made):
