@@ -143,8 +143,8 @@ std::tuple<Tensor, Tensor> policy_gradient(const Tensor& log_probs, const Tensor
                                        clip_low, clip_high, dual_clip, kl_weight);
   const OnDeviceOf device(log_probs);
   Tensor sums = new_tensor(log_probs, ScalarType::Float, num_policy_sums);
-  Tensor gradient = torch::stable::new_zeros(log_probs, {num_tokens}, ScalarType::Float);
-  Tensor workspace = new_tensor(log_probs, ScalarType::Double, num_policy_sums * num_sequences);
+  Tensor gradient = new_tensor(log_probs, ScalarType::Float, num_tokens);
+  Tensor workspace = new_tensor(log_probs, ScalarType::Double, semion_policy_gradient_workspace(num_tokens));
   check_launch("policy_gradient", semion_policy_gradient(&row, writable<double>(workspace), writable<float>(sums),
                                                          writable<float>(gradient), device.stream));
   return {sums, gradient};
