@@ -6,7 +6,7 @@ Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank,
 
 from engine.ops import _library, _shapes
 from engine.ops.advantages import grouped_advantages
-from engine.ops.digest import block_digest, column_weights
+from engine.ops.digest import block_digest, block_digests, column_weights
 from engine.ops.lm_head import Coefficients, lm_head_log_probs
 from engine.ops.policy_gradient import policy_gradient_loss, policy_gradient_slopes
 from engine.ops.sequence import sequence_log_probs
@@ -18,6 +18,7 @@ _shapes.register()
 __all__ = [
     "Coefficients",
     "block_digest",
+    "block_digests",
     "column_weights",
     "grouped_advantages",
     "lm_head_log_probs",

@@ -85,6 +85,12 @@ def _policy_gradient(
     return log_probs.new_empty(NUM_POLICY_SUMS), torch.empty_like(log_probs)
 
 
+def _block_digests(
+    blocks: list[torch.Tensor], columns: torch.Tensor, rows: list[int], cols: list[int], seeds: list[int]
+) -> torch.Tensor:
+    return columns.new_empty(len(blocks), dtype=torch.int64)
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "log_prob_parts": _log_prob_parts,
     "log_prob_join": _log_prob_join,
@@ -93,4 +99,5 @@ _FAKES: dict[str, Callable[..., object]] = {
     "sequence_sums_backward": _sequence_sums_backward,
     "grouped_advantages": _grouped_advantages,
     "policy_gradient": _policy_gradient,
+    "block_digests": _block_digests,
 }

@@ -69,7 +69,7 @@ struct Machine {
   ucontext_t scheduler;
   std::function<void()> body;
   dim3 grid, block, block_index, thread_index;
-  int current = 0, num_threads = 0, num_multiprocessors = 132;
+  int current = 0, num_threads = 0, num_multiprocessors = 132, num_launches = 0;
   Barrier block_barrier, warp_barriers[MAX_THREADS / WARP];
   uint64_t exchange[2][MAX_THREADS];  // two, taken in turns: a shuffle may write while the last one is still read
   bool backwards = false;             // the order in which the threads of a block run
@@ -146,6 +146,7 @@ void launch(Kernel kernel, dim3 grid, dim3 block, Arguments... arguments) {
     m.error = cudaErrorInvalidValue;
     return;
   }
+  ++m.num_launches;
   m.body = [&] { kernel(arguments...); };
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
@@ -217,6 +218,11 @@ inline void __syncthreads() { simt::wait(simt::machine.block_barrier, simt::mach
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {  // every lane of the warp must come
   return simt::shuffle(value, simt::machine.current % simt::WARP ^ mask);
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {  // every lane of the warp must come
+  return simt::shuffle(value, lane % simt::WARP);
 }
 
 template <class T>

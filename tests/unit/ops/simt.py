@@ -50,7 +50,7 @@ class PolicyGradientRow(ctypes.Structure):
 class DigestBlock(ctypes.Structure):
     _fields_ = [
         ("block", pointer), ("row_stride", i64), ("columns", pointer), ("num_rows", i64), ("num_columns", i64), ("row", i64),
-        ("seed", u64), ("element_size", i32),
+        ("seed", u64),
     ]  # fmt: skip
 
 

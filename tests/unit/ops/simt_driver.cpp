@@ -38,6 +38,7 @@ extern "C" {
 
 void simt_set_backwards(int backwards) { simt::machine.backwards = backwards != 0; }
 void simt_set_multiprocessors(int count) { simt::machine.num_multiprocessors = count; }
+int simt_num_launches() { return simt::machine.num_launches; }
 int simt_splits_of(int64_t num_rows, int64_t most, int64_t at_once) { return semion::splits_of(num_rows, most, at_once); }
 
 // What the shared memory holds that nobody has written, after another block wrote it.
