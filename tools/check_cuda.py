@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("80", "90a", "100a")  # A100, H100 and H200, B200: those that setup.py builds for
+ARCHITECTURES = ("80", "90", "100")  # A100, H100 and H200, B200: those that setup.py builds for
 FLAGS = ["-std=c++17", "-O3", "-Xptxas=-v,--warn-on-spills", "-Xcompiler=-Wall,-Wextra", "--Werror=cross-execution-space-call"]
 TYPES = {"f": "float", "d": "double", "h": "uint8", "t": "uint16", "j": "uint32", "m": "uint64"}  # as mangled
 ENTRY = re.compile(

@@ -176,10 +176,14 @@ def _driver(driver: str) -> Finding:
 
 
 def _gpu(index: int, gpu: Gpu) -> Finding:
-    # Code for 8.0 runs on every 8.x; that for 9.0 and 10.0 uses instructions of these alone.
-    fits = gpu.capability in BUILT_FOR or gpu.capability.startswith("8.")
+    # Code for 8.0 runs on every 8.x, and so on; what is newer than the last compiles its PTX when it loads the kernels.
+    fits = [int(part) for part in gpu.capability.split(".")] >= [int(part) for part in BUILT_FOR[0].split(".")]
     found = f"{gpu.name}, {gpu.memory_mebibytes} MiB, compute capability {gpu.capability}"
-    return Finding(f"GPU {index}", found, "ok" if fits else f"use one that the kernels are built for: {', '.join(BUILT_FOR)}")
+    return Finding(
+        f"GPU {index}",
+        found,
+        "ok" if fits else f"use one of compute capability {BUILT_FOR[0]} or more, for which the kernels are built",
+    )
 
 
 def _kernels() -> Finding:

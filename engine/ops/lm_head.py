@@ -238,14 +238,14 @@ def _columns_of(logits: torch.Tensor, columns: slice) -> torch.Tensor:
 
 def _factor(gradient: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor | float:
     """What the coefficients must be multiplied by to be the gradient. Where nothing does it, ValueError on a CPU and NaN
-    elsewhere; there the factor is a tensor, for nobody to wait for."""
+    elsewhere and in a compiled graph; there the factor is a tensor, for nobody to wait for."""
     g, c = gradient.double(), coefficients.double()
     square = c.square().sum()
     factor = (g * c).sum() / square.where(square > 0, 1.0)
     if not g.numel():
         return 0.0
     worst, bound = (g - factor * c).abs().max(), 1e-5 * g.abs().max()
-    if not g.is_cpu:
+    if not g.is_cpu or torch.compiler.is_compiling():
         return factor.where(worst <= bound, torch.nan)
     if not worst <= bound:
         raise ValueError(

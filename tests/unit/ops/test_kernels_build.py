@@ -45,6 +45,15 @@ def test_no_file_of_the_cpu_half_has_a_warning(packaging, tmp_path):
     run_all([*command, "-Werror"] for _, command in commands)
 
 
+def test_the_cuda_half_has_code_for_each_generation_and_ptx_for_later_ones(packaging, tmp_path):
+    """No code of an architecture's own features, which would run on no later one."""
+    commands = [command for _, command in packaging["cuda_commands"](tmp_path, Path("/cuda")) if "nvcc" in command[0]]
+    assert len(commands) == len(list(ROOT.glob("csrc/**/*_kernel.cu")))
+    for command in commands:
+        codes = [part.split(",code=")[1] for part in command if part.startswith("-gencode")]
+        assert codes == ["sm_80", "sm_90", "sm_100", "compute_100"]
+
+
 def test_kernels_are_right_and_clean_under_the_sanitizers(packaging, tmp_path):
     """Reads or writes past any array, misaligned access, overflow or invalid shifts stop the driver."""
     commands = packaging["cpu_commands"](tmp_path)
