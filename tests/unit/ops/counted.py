@@ -77,8 +77,8 @@ class Counted(TorchDispatchMode):
 def _once(tensors: list[torch.Tensor], without: list[torch.Tensor]) -> list[torch.Tensor]:
     """Each tensor once, by where it lies."""
 
-    def place(x: torch.Tensor) -> tuple[int, int, int]:
-        return x.untyped_storage()._cdata, x.storage_offset(), x.numel()
+    def place(x: torch.Tensor) -> tuple[int, ...]:
+        return x.untyped_storage()._cdata, int(x.storage_offset()), x.numel()
 
     left_out = {place(x) for x in without}
     return list({place(x): x for x in tensors if place(x) not in left_out}.values())

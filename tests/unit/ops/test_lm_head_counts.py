@@ -26,7 +26,8 @@ def counted(shape, *, known):
             _, used, formed = head.run(hidden, weight, targets, coefficients)
             if known is None:
                 _, _, formed = head.run(hidden, weight, targets, gradient)
-            factor = 1.0 if known is None else lm_head._factor(gradient, used)
+            assert formed is not None
+            factor = 1.0 if used is None else lm_head._factor(gradient, used)
             gradients = formed.scaled(factor, weight.dtype)
     assert [g.dtype for g in gradients] == [torch.bfloat16] * 2
     assert [g.shape for g in gradients] == [hidden.shape, weight.shape]

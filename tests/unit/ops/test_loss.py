@@ -5,6 +5,7 @@ in float64: values, gradients, the same bits every time, errors.
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -316,7 +317,7 @@ def test_lm_head_with_slopes_of_its_own_log_probs_equals_recomputation(dtype, ch
     targets[5] = IGNORED
     before = reference_ops.lm_head_log_probs(hidden.detach().double(), weight.detach().double(), targets).float()
     old, reference = before + 0.4 * torch.randn(2, 13)
-    advantages, options = torch.tensor([1.5, 0.3, -0.7]), {"clip_low": 0.2, "clip_high": 0.3, "kl_weight": 0.1}
+    advantages, options = torch.tensor([1.5, 0.3, -0.7]), dict[str, Any](clip_low=0.2, clip_high=0.3, kl_weight=0.1)
     each = advantages.repeat_interleave(bounds.diff())
 
     def slopes(rows, log_probs):
