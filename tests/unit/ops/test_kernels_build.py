@@ -74,6 +74,24 @@ def test_kernels_are_right_and_clean_under_the_sanitizers(packaging, tmp_path):
             assert f"checked {isa}" in done.stdout
 
 
+@pytest.mark.slow
+def test_cuda_kernels_touch_nothing_beside_their_arrays(packaging, tmp_path):
+    """The simulator's build of every .cu file, under the sanitizers: rows that end where their memory does."""
+    flags = ["-std=c++20", "-DSEMION_SIMT", "-Icsrc", "-Itests/unit/ops", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+    sources = [*sorted(ROOT.glob("csrc/**/*_kernel.cu")), ROOT / "tests/unit/ops/simt_sanitized.cpp"]
+    targets = [tmp_path / f"{source.stem}.o" for source in sources]
+    run_all(
+        [packaging["COMPILER"], "-x", "c++", *flags, *SANITIZED, "-c", str(source), "-o", str(target)]
+        for source, target in zip(sources, targets, strict=True)
+    )
+    program = tmp_path / "sanitized"
+    run_all([[packaging["COMPILER"], *SANITIZED, *map(str, targets), "-o", str(program)]])
+    environment = {"PATH": os.environ["PATH"], "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    done = subprocess.run([program], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "checked the CUDA kernels" in done.stdout
+
+
 def test_the_library_holds_no_path_of_this_machine(packaging):
     """It is found by name among the libraries that torch has loaded, so that a wheel or a copy works elsewhere."""
     readelf = shutil.which("readelf")
