@@ -173,9 +173,11 @@ class _Gradients:
         if self.weight.dtype == dtype:
             return hidden, self.weight if same else self.weight.mul_(factor)
         weight = torch.empty_like(self.weight, dtype=dtype)
-        step = BLOCK // 16 if weight.is_cpu else max(1, weight.size(0))  # a CPU makes room for the product before it narrows it
-        for part, out in zip(self.weight.split(step), weight.split(step), strict=True):
-            torch.mul(part, factor, out=out)
+        if not weight.is_cpu:
+            torch.mul(self.weight, factor, out=weight)
+        else:  # which would make room for the whole product before it narrows it
+            for part, out in zip(self.weight.split(BLOCK // 4), weight.split(BLOCK // 4), strict=True):
+                out.copy_(part * factor)
         return hidden, weight
 
 
