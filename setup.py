@@ -27,7 +27,7 @@ INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-CUDA_ARCHITECTURES = ("80", "90", "100")  # code for one runs on what is newer of its generation, as 100's on 103
+CUDA_ARCHITECTURES = ("80", "90", "100")  # A100, H100 and H200, B200; later GPUs compile the last one's PTX when they load it
 
 
 def torch_folder() -> Path:
@@ -77,8 +77,7 @@ def cuda_commands(objects: Path, cuda: Path) -> list[tuple[Path, list[str]]]:
     command = [COMPILER, *FLAGS, *STABLE_ABI, "-DUSE_CUDA", *includes, "-c", str(CSRC / "cuda_bindings.cpp")]
     found = [(bindings, [*command, "-o", str(bindings)])]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-    newest = CUDA_ARCHITECTURES[-1]
-    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # which drivers compile for later ones, as for 120
+    codes.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
     for source in sorted(CSRC.rglob("*_kernel.cu")):
         target = objects / f"{source.stem}.o"
         nvcc = [str(cuda / "bin/nvcc"), "-O3", "-std=c++17", "-Xcompiler", "-fPIC", *codes]

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace semion {
 using torch::headeronly::ScalarType;
@@ -175,5 +176,18 @@ inline void check_block(const Tensor& block, const Tensor& columns, int64_t row,
   if (columns.numel() < col + block.size(1))
     refuse("columns must hold at least col + C = ", col + block.size(1), " weights; found ", columns.numel());
   check_device("columns", columns, "block", block);
+}
+
+// Blocks of one element size, and for each where it lies and whose it is.
+inline void check_blocks(const std::vector<Tensor>& blocks, const Tensor& columns, const std::vector<int64_t>& rows,
+                         const std::vector<int64_t>& cols, const std::vector<int64_t>& seeds) {
+  if (rows.size() != blocks.size() || cols.size() != blocks.size() || seeds.size() != blocks.size())
+    refuse("rows, cols and seeds must be as many as blocks = ", blocks.size(), "; found ", rows.size(), ", ", cols.size(),
+           " and ", seeds.size());
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    check_block(blocks[i], columns, rows[i], cols[i]);
+    if (blocks[i].element_size() != blocks[0].element_size())
+      refuse("blocks must have elements of one size; found ", blocks[0].element_size(), " and ", blocks[i].element_size());
+  }
 }
 }  // namespace semion

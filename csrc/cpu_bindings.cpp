@@ -158,23 +158,27 @@ std::tuple<Tensor, Tensor> policy_gradient(const Tensor& log_probs, const Tensor
   return {sums, gradient};
 }
 
-Tensor block_digest(const Tensor& block, const Tensor& columns, int64_t row, int64_t col, int64_t seed) {
-  check_block(block, columns, row, col);
-  const DigestInput in{block.const_data_ptr(),
-                       block.stride(0),
-                       static_cast<int>(block.element_size()),
-                       block.size(0),
-                       block.size(1),
-                       data<uint64_t>(columns) + col,
-                       row,
-                       static_cast<uint64_t>(seed)};
-  std::atomic<uint64_t> total = 0;  // the order of additions modulo 2^64 does not matter
+Tensor block_digests(const std::vector<Tensor>& blocks, const Tensor& columns, const std::vector<int64_t>& rows,
+                     const std::vector<int64_t>& cols, const std::vector<int64_t>& seeds) {
+  check_blocks(blocks, columns, rows, cols, seeds);
+  Tensor digests = new_tensor(columns, ScalarType::Long, blocks.size());
   const auto kernel = SEMION_PICK(block_digest);
-  torch::stable::parallel_for(0, in.num_rows, rows_per_thread(in.num_columns),
-                              [&](int64_t begin, int64_t end) { total += kernel(in, begin, end); });
-  Tensor digest = new_tensor(block, ScalarType::Long, 1);
-  *writable<uint64_t>(digest) = total;
-  return digest;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const Tensor& block = blocks[i];
+    const DigestInput in{block.const_data_ptr(),
+                         block.stride(0),
+                         static_cast<int>(block.element_size()),
+                         block.size(0),
+                         block.size(1),
+                         data<uint64_t>(columns) + cols[i],
+                         rows[i],
+                         static_cast<uint64_t>(seeds[i])};
+    std::atomic<uint64_t> total = 0;  // the order of additions modulo 2^64 does not matter
+    torch::stable::parallel_for(0, in.num_rows, rows_per_thread(in.num_columns),
+                                [&](int64_t begin, int64_t end) { total += kernel(in, begin, end); });
+    writable<uint64_t>(digests)[i] = total;
+  }
+  return digests;
 }
 }  // namespace
 }  // namespace semion::cpu
@@ -187,5 +191,5 @@ STABLE_TORCH_LIBRARY_IMPL(semion, CPU, library) {
   library.impl("sequence_sums_backward", TORCH_BOX(&semion::cpu::sequence_sums_backward));
   library.impl("grouped_advantages", TORCH_BOX(&semion::cpu::grouped_advantages));
   library.impl("policy_gradient", TORCH_BOX(&semion::cpu::policy_gradient));
-  library.impl("block_digest", TORCH_BOX(&semion::cpu::block_digest));
+  library.impl("block_digests", TORCH_BOX(&semion::cpu::block_digests));
 }

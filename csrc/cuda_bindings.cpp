@@ -9,6 +9,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "advantages/advantages_kernel.h"
 #include "check.h"
@@ -143,27 +144,26 @@ std::tuple<Tensor, Tensor> policy_gradient(const Tensor& log_probs, const Tensor
                                        clip_low, clip_high, dual_clip, kl_weight);
   const OnDeviceOf device(log_probs);
   Tensor sums = new_tensor(log_probs, ScalarType::Float, num_policy_sums);
-  Tensor gradient = torch::stable::new_zeros(log_probs, {num_tokens}, ScalarType::Float);
-  Tensor workspace = new_tensor(log_probs, ScalarType::Double, num_policy_sums * num_sequences);
+  Tensor gradient = new_tensor(log_probs, ScalarType::Float, num_tokens);
+  Tensor workspace = new_tensor(log_probs, ScalarType::Double, semion_policy_gradient_workspace(num_tokens));
   check_launch("policy_gradient", semion_policy_gradient(&row, writable<double>(workspace), writable<float>(sums),
                                                          writable<float>(gradient), device.stream));
   return {sums, gradient};
 }
 
-Tensor block_digest(const Tensor& block, const Tensor& columns, int64_t row, int64_t col, int64_t seed) {
-  check_block(block, columns, row, col);
-  const SemionDigestBlock in{block.const_data_ptr(),
-                             block.stride(0),
-                             data<uint64_t>(columns) + col,
-                             block.size(0),
-                             block.size(1),
-                             row,
-                             static_cast<uint64_t>(seed),
-                             static_cast<int32_t>(block.element_size())};
-  const OnDeviceOf device(block);
-  Tensor digest = new_tensor(block, ScalarType::Long, 1);
-  check_launch("block_digest", semion_block_digest(&in, writable<uint64_t>(digest), device.stream));
-  return digest;
+Tensor block_digests(const std::vector<Tensor>& blocks, const Tensor& columns, const std::vector<int64_t>& rows,
+                     const std::vector<int64_t>& cols, const std::vector<int64_t>& seeds) {
+  check_blocks(blocks, columns, rows, cols, seeds);
+  std::vector<SemionDigestBlock> table;
+  for (size_t i = 0; i < blocks.size(); ++i)
+    table.push_back({blocks[i].const_data_ptr(), blocks[i].stride(0), data<uint64_t>(columns) + cols[i], blocks[i].size(0),
+                     blocks[i].size(1), rows[i], static_cast<uint64_t>(seeds[i])});
+  const int32_t element_size = table.empty() ? 1 : static_cast<int32_t>(blocks[0].element_size());
+  const OnDeviceOf device(columns);
+  Tensor digests = new_tensor(columns, ScalarType::Long, table.size());
+  check_launch("block_digests", semion_block_digests(table.data(), count("N", static_cast<int64_t>(table.size())), element_size,
+                                                     writable<uint64_t>(digests), device.stream));
+  return digests;
 }
 }  // namespace
 }  // namespace semion::cuda
@@ -176,5 +176,5 @@ STABLE_TORCH_LIBRARY_IMPL(semion, CUDA, library) {
   library.impl("sequence_sums_backward", TORCH_BOX(&semion::cuda::sequence_sums_backward));
   library.impl("grouped_advantages", TORCH_BOX(&semion::cuda::grouped_advantages));
   library.impl("policy_gradient", TORCH_BOX(&semion::cuda::policy_gradient));
-  library.impl("block_digest", TORCH_BOX(&semion::cuda::block_digest));
+  library.impl("block_digests", TORCH_BOX(&semion::cuda::block_digests));
 }

@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY(semion, library) {
       "Tensor cu_seqlens, Tensor targets, float clip_low, float clip_high, float dual_clip, float kl_weight) -> "
       "(Tensor sums, Tensor gradient)");
 
-  // block [R, C] of elements of 1, 2, 4 or 8 bytes, columns [at least col + C] int64: every column's weight
-  // -> [1] int64: the digest of the block's bits at (row, col) of the tensor that seed names (csrc/reshard/digest.h).
-  library.def("block_digest(Tensor block, Tensor columns, int row, int col, int seed) -> Tensor");
+  // N blocks [R, C] of elements of one size, 1, 2, 4 or 8 bytes, columns [at least col + C] int64: every column's weight
+  // -> [N] int64: the digest of each block's bits at (row, col) of the tensor that its seed names (csrc/reshard/digest.h).
+  library.def("block_digests(Tensor[] blocks, Tensor columns, int[] rows, int[] cols, int[] seeds) -> Tensor");
 }

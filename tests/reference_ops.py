@@ -75,7 +75,7 @@ def grouped_advantages(
             centred = torch.ldexp(centred * factor, exponent)
         advantages.append(torch.zeros_like(group) if equal else centred)
         no_signal.append(equal)
-    return torch.cat(advantages), torch.tensor(no_signal, dtype=torch.bool)
+    return torch.cat(advantages), torch.tensor(no_signal, dtype=torch.bool, device=rewards.device)
 
 
 def policy_gradient_loss(
@@ -136,6 +136,8 @@ def block_digest(block: torch.Tensor, *, row: int, col: int, seed: int) -> torch
     bits = block.view(word).long()
     if block.element_size() < 8:
         bits = bits & (1 << 8 * block.element_size()) - 1
-    rows, columns = (torch.arange(first, first + size) for first, size in zip((row, col), block.shape, strict=True))
+    rows, columns = (
+        torch.arange(first, first + size, device=block.device) for first, size in zip((row, col), block.shape, strict=True)
+    )
     row_weights = splitmix64(signed(seed) ^ splitmix64(rows)) | 1
     return (row_weights.unsqueeze(1) * (splitmix64(columns + 1) | 1) * bits).sum().view(1)

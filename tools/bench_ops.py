@@ -4,7 +4,9 @@ versions and processor. Prints a table; --json writes the figures too.
     python -m tools.bench_ops [--device cuda] [--threads 1 2] [--repeats 7] [--cases log_probs policy ...] [--json PATH]
 
 On a machine that others use, look at the ratios of CPU seconds: they forget the time a thread waits for a core. With
---device cuda, never run so far, wall times end when the device has.
+--device cuda, never run so far, times are the device's own, between two events, after clocks have risen, with the second-level
+cache swept before each; shapes are those that docs/kernels.md names, and peers that are not installed (Liger,
+cut-cross-entropy, Transformer Engine) are left out, with a line that says so. A peer that fails costs its own row alone.
 """
 
 from __future__ import annotations
@@ -41,8 +43,14 @@ from engine.ops import (
 from tests import reference_ops
 
 Work = Callable[[], object]
-SHAPES = ((512, 128256), (8192, 512))  # Llama 3's vocabulary; one that fits a cache
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHAPES = {  # tokens and vocabulary: Llama 3's, and on a CPU one that fits a cache; on a GPU a row of it, and a shard of eight
+    "cpu": ((512, 128256), (8192, 512)),
+    "cuda": ((8192, 128256), (8192, 16032)),
+}
+HEADS = {"cpu": (256, 1024, 128256), "cuda": (8192, 4096, 128256)}  # tokens, hidden, vocabulary
+TYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WARM_UP_SECONDS, SWEEP_BYTES = 0.3, 256 << 20  # until a GPU's clocks are up; more than any second-level cache
 
 
 class Figures:
@@ -51,6 +59,10 @@ class Figures:
     def __init__(self, repeats: int, device: torch.device) -> None:
         self.repeats, self.device = repeats, device
         self.rows: list[dict[str, Any]] = []
+        self.failed: set[str] = set()
+        self._started = time.perf_counter()
+        if device.type == "cuda":
+            self._sweep = torch.empty(SWEEP_BYTES, dtype=torch.uint8, device=device)
 
     def compare(
         self, name: str, peers: dict[str, Work], prepare: Work = lambda: None, extra: Mapping[str, float] | None = None
@@ -59,13 +71,24 @@ class Figures:
         seconds: dict[str, list[tuple[float, float]]] = {peer: [] for peer in peers}
         for repeat in range(self.repeats + 1):
             for peer, work in peers.items():
-                prepare()
-                self._synchronize()
-                wall, cpu = time.perf_counter(), time.process_time()
-                work()
-                self._synchronize()
+                if peer in self.failed:
+                    continue
+                try:
+                    prepare()
+                    found = self._seconds(work)
+                    while not repeat and self._is_cold():
+                        prepare()
+                        self._seconds(work)
+                except Exception as error:
+                    if peer == "semion":
+                        raise
+                    self.failed.add(peer)
+                    print(f"{name:46} {peer:9} left out: {' '.join(str(error).split())[:120]}", flush=True)
+                    continue
                 if repeat:  # the first warms up
-                    seconds[peer].append((time.perf_counter() - wall, time.process_time() - cpu))
+                    seconds[peer].append(found)
+        self.failed.clear()
+        seconds = {peer: found for peer, found in seconds.items() if found}
         medians = {p: [statistics.median(column) for column in zip(*s, strict=True)] for p, s in seconds.items()}
         ours = medians["semion"]
         for peer, (wall, cpu) in medians.items():
@@ -83,9 +106,25 @@ class Figures:
                 flush=True,
             )
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _seconds(self, work: Work) -> tuple[float, float]:
+        """Wall and CPU seconds of one call; on a GPU the wall seconds are the device's, from a swept cache."""
+        if self.device.type == "cpu":
+            wall, cpu = time.perf_counter(), time.process_time()
+            work()
+            return time.perf_counter() - wall, time.process_time() - cpu
+        self._sweep.zero_()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cpu = time.process_time()
+        before.record()
+        work()
+        after.record()
+        cpu = time.process_time() - cpu
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3, cpu
+
+    def _is_cold(self) -> bool:
+        """Whether a GPU has not worked for long enough to run at full clocks."""
+        return self.device.type == "cuda" and time.perf_counter() - self._started < WARM_UP_SECONDS
 
 
 def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) -> None:
@@ -125,7 +164,45 @@ def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) ->
         "eager": lambda: backward(eager()),
         "megatron": lambda: backward(vocab_parallel_cross_entropy(logits, targets)),
     }
+    if figures.device.type == "cuda":
+        peers |= gpu_peers(logits, targets, backward, torch.compile(eager))
+        totals = weights.new_ones(3, num_tokens)
+        call = torch.ops.semion.log_prob_backward
+        alone: dict[str, Work] = {
+            "semion": lambda: call(logits.data, targets, totals, weights, None, 0, width, 1.0, logits.data),
+            "copy": lambda: logits.data.copy_(base),
+        }
+        figures.compare(f"backward {name}", alone, prepare=refresh)
     figures.compare(f"both {name}", peers, prepare=refresh)
+
+
+def gpu_peers(
+    logits: torch.Tensor, targets: torch.Tensor, backward: Callable[[torch.Tensor], None], compiled: Callable[[], torch.Tensor]
+) -> dict[str, Work]:
+    """The fused cross entropies of others, forward and backward: megatron's by torch.compile, Transformer Engine's, Liger's,
+    and torch.compile's own of the eager one. Each imports what it needs when it is called."""
+
+    def fused_megatron() -> None:
+        from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+        backward(fused_vocab_parallel_cross_entropy(logits[:, None], targets[:, None], None)[:, 0])
+
+    def transformer_engine() -> None:
+        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+        backward(parallel_cross_entropy(logits[None], targets[None], 0.0, False, None).view(-1))
+
+    def liger() -> None:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        backward(liger_cross_entropy(logits, targets, reduction="none"))
+
+    return {
+        "megatron_fused": fused_megatron,
+        "te": transformer_engine,
+        "liger": liger,
+        "compiled": lambda: backward(compiled()),
+    }
 
 
 def policy_case(figures: Figures) -> None:
@@ -176,16 +253,18 @@ def digest_case(figures: Figures, dtype: str) -> None:
 
 
 def lm_head_case(figures: Figures, dtype: str) -> None:
-    """Hidden [256 x 1024] to a vocabulary of 128256: log-probs and both gradients; peak of torch's allocations.
+    """Hidden states to Llama 3's vocabulary, [256 x 1024] on a CPU and [8192 x 4096] on a GPU: log-probs and both gradients;
+    peak of torch's allocations.
 
-    `products` does nothing but the three products in float32, all rows at once: no way is faster on a processor without
-    products of half precision.
+    `products` does nothing but the three products, all rows at once, on a GPU in the case's own type, on a CPU, which may have
+    no products of half precision, in float32. No way is faster.
     """
     torch.manual_seed(0)
+    num_tokens, hidden_size, vocabulary = HEADS[figures.device.type]
     with figures.device:
-        hidden = torch.randn(256, 1024).to(DTYPES[dtype]).requires_grad_()
-        weight = (0.03 * torch.randn(128256, 1024)).to(DTYPES[dtype]).requires_grad_()
-        targets, coefficients = torch.randint(0, 128256, (256,)), torch.randn(256)
+        hidden = torch.randn(num_tokens, hidden_size).to(DTYPES[dtype]).requires_grad_()
+        weight = (0.03 * torch.randn(vocabulary, hidden_size)).to(DTYPES[dtype]).requires_grad_()
+        targets, coefficients = torch.randint(0, vocabulary, (num_tokens,)), torch.randn(num_tokens)
 
     def both(log_probs: torch.Tensor) -> None:
         torch.autograd.grad((coefficients * log_probs).sum(), (hidden, weight))
@@ -194,8 +273,9 @@ def lm_head_case(figures: Figures, dtype: str) -> None:
         log_p = F.linear(hidden, weight).log_softmax(-1)
         both(log_p.gather(1, targets[:, None])[:, 0])
 
-    x, w = hidden.detach().float(), weight.detach().float()
-    logits, slopes = torch.empty(256, 128256, device=figures.device), torch.empty_like(w)
+    on_gpu = figures.device.type == "cuda"
+    x, w = (t.detach() if on_gpu else t.detach().float() for t in (hidden, weight))
+    logits, slopes = x.new_empty(num_tokens, vocabulary), torch.empty_like(w)
 
     def products() -> None:
         torch.mm(x, w.t(), out=logits)
@@ -207,28 +287,58 @@ def lm_head_case(figures: Figures, dtype: str) -> None:
 
     peers: dict[str, Work] = {
         "semion": head(coefficients=coefficients),
-        "semion128": head(coefficients=coefficients, chunk_rows=128),
+        "semion128" if not on_gpu else "semion1024": head(coefficients=coefficients, chunk_rows=1024 if on_gpu else 128),
         "recompute": head(),
         "eager": eager,
     }
-    peaks = {peer: peak_bytes(work, figures.device) for peer, work in peers.items()}
+    if on_gpu:
+        peers |= gpu_head_peers(hidden, weight, targets)
+    peaks = peak_bytes_of(peers, figures.device)
     gradient = weight.nbytes + hidden.nbytes
     memory = {f"{peer}_MiB_beside_gradients": round((peak - gradient) / 2**20) for peer, peak in peaks.items()}
-    name = f"LM head [256 x 1024 -> 128256] {dtype}, {torch.get_num_threads()} threads"
+    name = f"LM head [{num_tokens} x {hidden_size} -> {vocabulary}] {dtype}, {torch.get_num_threads()} threads"
     figures.compare(name, peers | {"products": products}, extra=memory)
 
 
-def cases(names: list[str]) -> list[Callable[[Figures], None]]:
-    """What to run of these names, in order."""
+def gpu_head_peers(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict[str, Work]:
+    """Fused output layers of others, whose loss is the mean over the tokens: that alone they form in one pass."""
+
+    def liger() -> None:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        torch.autograd.grad(liger_fused_linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+
+    def cut() -> None:
+        from cut_cross_entropy import linear_cross_entropy
+
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+
+    return {"liger": liger, "cut": cut}
+
+
+def cases(names: list[str], device: str) -> list[Callable[[Figures], None]]:
+    """What to run of these names on such a device, in order."""
     found: list[Callable[[Figures], None]] = []
-    for shape, dtype in product(SHAPES, DTYPES) if "log_probs" in names else ():
+    for shape, dtype in product(SHAPES[device], TYPES[device]) if "log_probs" in names else ():
         found.append(partial(log_probs_case, num_tokens=shape[0], width=shape[1], dtype=dtype))
     if "policy" in names:
         found.append(policy_case)
-    for dtype in DTYPES:
+    for dtype in TYPES[device]:
         found += [partial(digest_case, dtype=dtype)] if "digest" in names else []
         found += [partial(lm_head_case, dtype=dtype)] if "lm_head" in names else []
     return found
+
+
+def peak_bytes_of(peers: Mapping[str, Work], device: torch.device) -> dict[str, int]:
+    """The peaks of those that run."""
+    peaks = {}
+    for peer, work in peers.items():
+        try:
+            peaks[peer] = peak_bytes(work, device)
+        except Exception:
+            if peer == "semion":
+                raise
+    return peaks
 
 
 def peak_bytes(work: Work, device: torch.device) -> int:
@@ -280,7 +390,7 @@ def main() -> int:
         parallel = open_parallel_state(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
         for threads in options.threads or ([1] if options.device == "cuda" else [1, 2]):
             torch.set_num_threads(threads)
-            for case in cases(options.cases):
+            for case in cases(options.cases, options.device):
                 case(figures)
                 if options.json:  # after every case: who ends this early keeps what there is
                     Path(options.json).write_text(json.dumps({"machine": machine, "figures": figures.rows}, indent=1), "utf-8")

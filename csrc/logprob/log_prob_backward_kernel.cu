@@ -1,14 +1,14 @@
 // The join of the ranks' parts and the backward of token log-probs on a GPU. The backward reads every logit once and
 // writes its gradient, over the logits or elsewhere; rows without a gradient are cleared unread. Bound by memory on
-// paper (16 byte loads, four in flight, some 10 instructions an element); unverified on a GPU.
+// paper (16 byte loads, four in flight, 5.2 instructions an element, 7.2 with the entropy); unverified on a GPU.
+#include "../cuda/grid.h"
 #include "log_prob_kernel.h"
 #include "row_gradient.h"
 
 namespace semion {
 namespace {
 
-constexpr int unroll = 4, block = 256;
-constexpr int64_t num_blocks_to_fill = 1056;  // eight for each of an H200's 132 multiprocessors
+constexpr int unroll = 4, block = 256, blocks_per_multiprocessor = 1024 / block;
 using Rows = LogProbRows;
 using Gradient = LogProbGradient;
 
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(block) join_kernel(const float* parts, int64_t
 }
 
 template <Element E, bool WITH_ENTROPY>
-__global__ void __launch_bounds__(block, 1024 / block) backward_kernel(Rows rows, Gradient gradient) {
+__global__ void __launch_bounds__(block, blocks_per_multiprocessor) backward_kernel(Rows rows, Gradient gradient) {
   using Storage = typename Elements<E>::Storage;
   const int64_t row = blockIdx.x, target = rows.targets[row], column = target - rows.vocab_start;
   const Storage* const logits = static_cast<const Storage*>(rows.logits) + row * rows.row_stride;
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(block, 1024 / block) backward_kernel(Rows rows
   const float per_total = 1.0f / gradient.totals[rows.num_rows + row];
   const float mean = WITH_ENTROPY ? gradient.totals[2 * rows.num_rows + row] : 0.0f;
   const bool mine = target >= 0 && column >= 0 && column < rows.num_valid;
-  const RowGradient of_row = {gradient.totals[row], log2_e / temperature, (h * mean - g) * per_total,
-                              -h * ln_2 * per_total, g, mine ? int(column) : -1};
+  const RowGradient of_row(gradient.totals[row], log2_e / temperature, (h * mean - g) * per_total, -h * ln_2 * per_total,
+                           g, mine ? int(column) : -1);
   if (reinterpret_cast<uintptr_t>(logits) % 16 == reinterpret_cast<uintptr_t>(out) % 16) {
     write_row_gradient<E, WITH_ENTROPY, unroll>(logits, out, rows.num_columns, rows.num_valid, of_row, worker,
                                                        num_workers);
@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(block, 1024 / block) backward_kernel(Rows rows
 template <Element E>
 void launch_backward(const Rows& rows, const Gradient& gradient, cudaStream_t stream) {
   const int64_t most = rows.num_columns / (Elements<E>::PER_VECTOR * block * unroll);
-  const int64_t wanted = (num_blocks_to_fill + rows.num_rows - 1) / rows.num_rows;
-  const int64_t num_splits = most < 1 ? 1 : wanted < most ? wanted : most;
+  const int num_splits = splits_of(rows.num_rows, most, blocks_at_once(blocks_per_multiprocessor));
   const dim3 grid(static_cast<unsigned>(rows.num_rows), static_cast<unsigned>(num_splits));
   if (gradient.grad_entropy != nullptr) {
     SEMION_LAUNCH((backward_kernel<E, true>), grid, block, stream, rows, gradient);

@@ -10,8 +10,8 @@
 
 extern "C" {
 
-// How many blocks share a row of log_prob_parts: over 1 only where the rows alone cannot fill a GPU, and then it needs a
-// workspace of 3 * T * splits floats. Depends on the shape only.
+// How many blocks share a row of log_prob_parts: over 1 only where the rows alone do not fill the waves of blocks of the
+// current device, and then it needs a workspace of 3 * T * splits floats. Depends on the shape and the device only.
 int semion_log_prob_splits(const semion::LogProbRows* rows);
 
 // parts [4, T] of this rank; reads the logits once, and none of an ignored row unless every_row.

@@ -1,14 +1,14 @@
 // The forward of token log-probs on a GPU: one block reads a row once, or several blocks read a share of it each and a
 // second kernel joins the shares in their order. Bound by memory on paper (16 byte loads, two rounds of four in flight,
 // some 7 instructions an element, 9 with the entropy); unverified on a GPU.
+#include "../cuda/grid.h"
 #include "log_prob_kernel.h"
 #include "row_sums.h"
 
 namespace semion {
 namespace {
 
-constexpr int unroll = 4, block = 256;
-constexpr int64_t num_blocks_to_fill = 528;  // four for each of an H200's 132 multiprocessors
+constexpr int unroll = 4, block = 256, blocks_per_multiprocessor = 1024 / block;
 using Rows = LogProbRows;
 
 // Adds this thread's share of vectors [begin, end) of a row. The next round is loaded before this one is summed.
@@ -87,7 +87,7 @@ __device__ __forceinline__ void put_ignored(float* parts, int64_t num_rows, int6
 }
 
 template <Element E, bool EVERY_ROW>
-__global__ void __launch_bounds__(block, 1024 / block) parts_kernel(Rows rows, float* parts, float* shares) {
+__global__ void __launch_bounds__(block, blocks_per_multiprocessor) parts_kernel(Rows rows, float* parts, float* shares) {
   const int64_t row = blockIdx.x;
   const bool first = threadIdx.x == 0;
   if (!EVERY_ROW && rows.targets[row] == ignored) {
@@ -151,8 +151,7 @@ using semion::Element;
 int semion_log_prob_splits(const semion::LogProbRows* rows) {
   const int per_vector = rows->element == Element::float32 ? 4 : 8;
   const int64_t most = rows->num_valid / (per_vector * semion::block * semion::unroll);
-  const int64_t wanted = rows->num_rows > 0 ? (semion::num_blocks_to_fill + rows->num_rows - 1) / rows->num_rows : 1;
-  return static_cast<int>(most < 1 ? 1 : wanted < most ? wanted : most);
+  return semion::splits_of(rows->num_rows, most, semion::blocks_at_once(semion::blocks_per_multiprocessor));
 }
 
 cudaError_t semion_log_prob_parts(const semion::LogProbRows* rows, float* parts, float* workspace, cudaStream_t stream) {

@@ -1,5 +1,6 @@
-// GRPO's loss of a packed row and its gradient in one pass on a GPU: one block a sequence, then one block adds the
-// sequences' sums in their order; double sums, no atomics. Its speed is the two launches'. Unverified on a GPU.
+// GRPO's loss of a packed row and its gradient in one pass on a GPU: a thread a token, whatever the lengths of sequences,
+// then one block adds the blocks' sums in their order; double sums, no atomics. Its speed is the two launches'. Unverified
+// on a GPU.
 #include "policy_gradient_kernel.h"
 
 #include "../cuda/sums.h"
@@ -37,22 +38,32 @@ __device__ __forceinline__ float add_token(const Row& row, int token, float adva
   return gradient;
 }
 
-__global__ void __launch_bounds__(block) tokens_kernel(Row row, double* sequence_sums, float* gradient) {
-  const int sequence = blockIdx.x;
-  const Span span(row.cu_seqlens, sequence, row.num_tokens);
-  const float advantage = row.advantages[sequence];
-  double sums[num_sums] = {};
-  for (int i = span.begin + int(threadIdx.x); i < span.end; i += block)
-    gradient[i] = row.targets[i] == ignored ? 0.0f : add_token(row, i, advantage, sums);
-  block_sums<block>(sums);
-  if (threadIdx.x == 0)
-    for (int k = 0; k < num_sums; ++k) sequence_sums[sequence * num_sums + k] = sums[k];
+// The sequence that holds a token, by a search in cu_seqlens; -1 where none does.
+__device__ __forceinline__ int sequence_of(const Row& row, int token) {
+  int low = 0, high = row.num_sequences;  // the last boundary that is at most `token` lies in [low, high]
+  while (low < high) {
+    const int middle = low + (high - low + 1) / 2;
+    row.cu_seqlens[middle] <= token ? low = middle : high = middle - 1;
+  }
+  return low < row.num_sequences && row.cu_seqlens[low] <= token ? low : -1;
 }
 
-__global__ void __launch_bounds__(block) sequences_kernel(const double* sequence_sums, int num_sequences, float* out) {
+__global__ void __launch_bounds__(block) tokens_kernel(Row row, double* block_sums_of, float* gradient) {
+  const int token = int(blockIdx.x) * block + int(threadIdx.x);
   double sums[num_sums] = {};
-  for (int sequence = threadIdx.x; sequence < num_sequences; sequence += block)
-    for (int k = 0; k < num_sums; ++k) sums[k] += sequence_sums[sequence * num_sums + k];
+  if (token < row.num_tokens) {
+    const int sequence = row.targets[token] == ignored ? -1 : sequence_of(row, token);
+    gradient[token] = sequence < 0 ? 0.0f : add_token(row, token, row.advantages[sequence], sums);
+  }
+  block_sums<block>(sums);
+  if (threadIdx.x == 0)
+    for (int k = 0; k < num_sums; ++k) block_sums_of[int64_t(blockIdx.x) * num_sums + k] = sums[k];
+}
+
+__global__ void __launch_bounds__(block) join_blocks_kernel(const double* block_sums_of, int num_blocks, float* out) {
+  double sums[num_sums] = {};
+  for (int i = threadIdx.x; i < num_blocks; i += block)
+    for (int k = 0; k < num_sums; ++k) sums[k] += block_sums_of[int64_t(i) * num_sums + k];
   block_sums<block>(sums);
   if (threadIdx.x == 0)
     for (int k = 0; k < num_sums; ++k) out[k] = float(sums[k]);
@@ -61,10 +72,14 @@ __global__ void __launch_bounds__(block) sequences_kernel(const double* sequence
 }  // namespace
 }  // namespace semion
 
+int64_t semion_policy_gradient_workspace(int32_t num_tokens) {
+  return int64_t(semion::num_sums) * ((int64_t(num_tokens) + semion::block - 1) / semion::block);
+}
+
 cudaError_t semion_policy_gradient(const semion::PolicyGradientRow* row, double* workspace, float* sums,
                                    float* gradient, cudaStream_t stream) {
-  if (row->num_sequences > 0)
-    SEMION_LAUNCH(semion::tokens_kernel, row->num_sequences, semion::block, stream, *row, workspace, gradient);
-  SEMION_LAUNCH(semion::sequences_kernel, 1, semion::block, stream, workspace, row->num_sequences, sums);
+  const auto num_blocks = int(semion_policy_gradient_workspace(row->num_tokens) / semion::num_sums);
+  if (num_blocks > 0) SEMION_LAUNCH(semion::tokens_kernel, num_blocks, semion::block, stream, *row, workspace, gradient);
+  SEMION_LAUNCH(semion::join_blocks_kernel, 1, semion::block, stream, workspace, num_blocks, sums);
   return cudaGetLastError();
 }

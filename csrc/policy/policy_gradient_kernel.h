@@ -8,8 +8,10 @@
 
 extern "C" {
 
-// sums [num_policy_sums] in the order of row.h. gradient [T] of the loss, for the tokens in a sequence; the others the
-// caller has cleared. workspace: num_policy_sums * B doubles.
+// Doubles of workspace that a row of so many tokens takes.
+int64_t semion_policy_gradient_workspace(int32_t num_tokens);
+
+// sums [num_policy_sums] in the order of row.h. gradient [T] of the loss, 0 for tokens in no sequence.
 cudaError_t semion_policy_gradient(const semion::PolicyGradientRow* row, double* workspace, float* sums,
                                    float* gradient, cudaStream_t stream);
 }

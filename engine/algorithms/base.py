@@ -14,6 +14,7 @@ Shape legend: T tokens of the microbatch, B sequences of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Parts = dict[str, "torch.Tensor"]  # what a microbatch contributes to each metric: a detached scalar by name
 Result = tuple["torch.Tensor", Parts]  # (scalar loss, parts)
+Slopes = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # (positions [n], their log-probs [n]) -> [n] float32
 
 ROLLOUT_GAP = Metric(
     "log_prob_gap_mean",
@@ -76,8 +78,10 @@ class Loss:
     needs_entropy = False  # whether it looks at the entropy of the next token
     needs_squares = False  # whether it looks at `log_square_probs`, which come without gradient
 
-    def coefficients(self, microbatch: Microbatch) -> torch.Tensor | None:
-        """What the loss multiplies each log-prob by, up to one factor, [T] float32; None where that depends on them."""
+    def coefficients(self, microbatch: Microbatch) -> torch.Tensor | Slopes | None:
+        """The loss's derivative by each log-prob, up to one factor: [T] float32 where it depends on no log-prob; a function
+        where a token's depends on its own log-prob alone; None where on others'. With it trainer.fused_lm_head computes the
+        logits once. The reference's log-probs may be missing: the policy's own are meant then."""
         return None
 
     def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:

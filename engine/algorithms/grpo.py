@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from engine.algorithms.base import MISMATCH, ROLLOUT_GAP, Parts, Result, denominator, mismatch, response_lengths
+from engine.algorithms.base import MISMATCH, ROLLOUT_GAP, Parts, Result, Slopes, denominator, mismatch, response_lengths
 from engine.algorithms.off_policy import METRICS as OF_CORRECTION
 from engine.algorithms.off_policy import CorrectionOptions, broken_correction_rules, log_ratios, spread, weights
 from engine.algorithms.policy_gradient import CLAMPED, CLIPPED, KL, RATIO, WITH_SIGNAL, AdvantageOptions, PolicyGradient
@@ -136,6 +136,29 @@ class Grpo(PolicyGradient):
             metrics[KL.name] = kl.detach().sum()
         metrics[WITH_SIGNAL.name] = (microbatch.advantages != 0).sum().to(sums)
         return loss / denominator(batch, options.reduction), metrics
+
+    def coefficients(self, microbatch: Microbatch) -> Slopes | None:
+        """See Loss: a function where the loss is the kernel's alone, of one weight for all tokens."""
+        options = self.options
+        if not options.is_plain or options.normalize_length or type(self).__call__ is not Grpo.__call__:
+            return None
+        advantages, given = spread(microbatch.advantages, microbatch), microbatch.reference_log_probs
+
+        def slopes(positions: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+            from engine.ops import policy_gradient_slopes
+
+            reference = log_probs if given is None else given[positions]
+            return policy_gradient_slopes(
+                log_probs,
+                microbatch.rollout_log_probs[positions],
+                reference if self.needs_reference else None,
+                advantages[positions],
+                microbatch.targets[positions],
+                kl_weight=options.kl_weight,
+                **options.clips,
+            )
+
+        return slopes
 
     def _corrected(self, log_probs: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, Parts]:
         """-weight * A * ratio of each token [T], where the ratio is to the policy before the step: a step takes one update, so

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from engine.bridge.checksum import ShardDigest, weights_for
+from engine.bridge.checksum import BlockDigests, ShardDigest, weights_for
 from engine.bridge.shard_plan import Bucket, Message, Role, ShardOffset, ShardPlan, Transfer
 from engine.bridge.transports.base import Deadline, Pending, Transport, TransportError
 from engine.core.errors import UndeliveredError, WeightSyncError
@@ -65,15 +65,18 @@ class Sender:
             if shard.dtype != self._dtype:
                 raise WeightSyncError(f"trainer parameter {name} must be {self._dtype}; found {shard.dtype}: publish one type")
         under_way = _UnderWay(self._plan, transport.depth, deadline)
+        digests = BlockDigests(self._columns)
         sums: dict[tuple[tuple[int, ...], int], ShardDigest] = {}
-        known: dict[int, list[torch.Tensor]] = {}  # of buckets that have gone to another node
+        known: dict[int, list[int]] = {}  # of buckets that have gone to another node
         for message in self._messages:
             key = tuple(sorted(message.path)), message.bucket.target
             held = _looked_up(message.bucket, shards)
             if key not in sums:
-                sums[key] = ShardDigest(self._parameters[key[1]], self._columns)
+                sums[key] = ShardDigest(self._parameters[key[1]], digests)
             if id(message.bucket) not in known:  # first: what follows finds it in the processor's cache
-                known[id(message.bucket)] = [sums[key].digest(t.target, block) for t, block in _blocks(message.bucket, held)]
+                known[id(message.bucket)] = [digests.put(t.target, block) for t, block in _blocks(message.bucket, held)]
+                if self._plan.source.fp8_parameters:
+                    digests.flush()  # what was dequantized for this bucket has no memory of its own
             for t, part in zip(message.bucket.transfers, known[id(message.bucket)], strict=True):
                 sums[key].add(t.target.parameter, part)
             under_way.make_room(message.bucket)
@@ -118,7 +121,9 @@ class Receiver:
     def receive(self, shards: Shards, transport: Transport, deadline: Deadline) -> None:
         """Receives one version into the live shards and verifies it. WeightSyncError names the message that did not come,
         or the parameters that differ."""
-        held = ShardDigest(self._parameters, self._columns)
+        digests = BlockDigests(self._columns)
+        held = ShardDigest(self._parameters, digests)
+        whole: list[str] = []  # parameters that are complete, and not digested yet
         missing = Counter({name: extent.num_elements for name, extent in self._extents.items()})
         posted: deque[tuple[Message, Role, torch.Tensor, Pending]] = deque()
         forwards = _UnderWay(self._plan, transport.depth, deadline)
@@ -148,7 +153,15 @@ class Receiver:
                 forwards.add(message, *(transport.send(buffer, peer) for peer in self._plan.receivers(message)[1:]))
             self._place(message.bucket, buffer, shards)
             post_ahead()
-            self._digest_complete(message.bucket, shards, held, missing)
+            for name in self._completed(message.bucket, missing):
+                extent = self._extents[name]
+                block = matrix_slice(shards[name], 0, 0, extent.rows, extent.cols)
+                held.add(name, digests.put(ShardOffset(name, 0, 0), block))
+                whole.append(name)
+            if not digests.is_pending:
+                _complete(shards, whole)
+        digests.flush()
+        _complete(shards, whole)
         forwards.finish()
         self._verify(held, transport, deadline)
 
@@ -164,15 +177,15 @@ class Receiver:
         for part, t in zip(_parts(buffer, bucket), bucket.transfers, strict=True):
             matrix_slice(shards[t.target.parameter], t.target.row, t.target.col, t.rows, t.cols).copy_(part)
 
-    def _digest_complete(self, bucket: Bucket, shards: Shards, held: ShardDigest, missing: Counter[str]) -> None:
-        """Digests every parameter that this bucket was the last of, as it now stands in the engine."""
+    def _completed(self, bucket: Bucket, missing: Counter[str]) -> list[str]:
+        """The parameters that this bucket was the last of, which are digested as they now stand in the engine."""
+        found = []
         for t in bucket.transfers:
             name = t.target.parameter
             missing[name] -= t.rows * t.cols
             if missing[name] == 0:
-                extent = self._extents[name]
-                held.add(name, held.digest(ShardOffset(name, 0, 0), matrix_slice(shards[name], 0, 0, extent.rows, extent.cols)))
-                shards.complete(name)
+                found.append(name)
+        return found
 
     def _verify(self, held: ShardDigest, transport: Transport, deadline: Deadline) -> None:
         expected = torch.zeros_like(held.sums())
@@ -187,6 +200,12 @@ class Receiver:
                 f"engine parameter {wrong[0]}{more} (from {names}) must hold the trainer's bits after a sync; found other "
                 f"ones: the sync is repeated in full"
             )
+
+
+def _complete(shards: Shards, names: list[str]) -> None:
+    """Tells that these have been written and digested, each once."""
+    while names:
+        shards.complete(names.pop(0))
 
 
 def describe(plan: ShardPlan, message: Message) -> str:

@@ -365,7 +365,9 @@ class Step:
 
             block = lm_head.BLOCK
             widened = 2 * min(block, self._V) * self._H * FP32 if self._widened_head else block * self._H * self._e
-            chunk = min(lm_head.ROWS, self._T) * self._V * (FP32 if self._widened_head else self._e)
+            element = FP32 if self._widened_head else self._e
+            rows = min(lm_head.rows_at_once(self._T, self._V, element, on_gpu=self._on_gpu), self._T)
+            chunk = rows * self._V * element
             gradients = self._V * self._H * FP32 + (0 if self._e == FP32 else weight)
             return chunk, norm + gathered + rows + gradients + (0 if self._e == FP32 else widened)
         logits = self._T * self._V * self._e  # the gradient overwrites them

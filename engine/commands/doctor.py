@@ -212,12 +212,15 @@ def _driver(driver: str) -> Finding:
 
 
 def _gpu(index: int, gpu: Gpu) -> Finding:
-    # Code for one capability runs on every later one of its generation, and drivers compile the newest for later generations.
-    generations = [int(built.split(".")[0]) for built in BUILT_FOR]
-    major = gpu.capability.split(".")[0]
-    fits = major.isdigit() and (int(major) in generations or int(major) > generations[-1])
+    # Code for one capability runs on every later one of its generation; drivers compile the newest code's PTX for later ones.
+    least, parts = tuple(map(int, BUILT_FOR[0].split("."))), gpu.capability.split(".")
+    fits = all(part.isdigit() for part in parts) and tuple(map(int, parts)) >= least
     found = f"{gpu.name}, {gpu.memory_mebibytes} MiB, compute capability {gpu.capability}"
-    return Finding(f"GPU {index}", found, "ok" if fits else f"use one that the kernels are built for: {', '.join(BUILT_FOR)}")
+    return Finding(
+        f"GPU {index}",
+        found,
+        "ok" if fits else f"use one of compute capability {BUILT_FOR[0]} or more, for which the kernels are built",
+    )
 
 
 def _kernels() -> Finding:

@@ -25,7 +25,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from engine.algorithms.base import Loss
+from engine.algorithms.base import Loss, Slopes
 from engine.config.load import Copy, RunConfig
 from engine.core.errors import CheckpointError, NumericsError
 from engine.core.metrics import part_reductions
@@ -47,7 +47,7 @@ from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
 from engine.observe.profiling.phases import Phase, phase
 from engine.observe.telling import BYTES, activity
-from engine.ops import lm_head_log_probs, log_square_probs, token_log_probs
+from engine.ops import Coefficients, lm_head_log_probs, log_square_probs, token_log_probs
 
 # What a microbatch gives back on the last stage: (scalar to differentiate, tensor to collect)
 LossOf = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, torch.Tensor]]
@@ -244,7 +244,7 @@ class Policy:
         from_policy = self.loss.needs_reference and self._reference_source == "policy"
 
         def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-            coefficients = self.loss.coefficients(microbatch)
+            coefficients = self.loss.coefficients(microbatch) if self._headless else None
             if self.loss.needs_squares:
                 microbatch = replace(microbatch, log_square_probs=self._log_square_probs(output, microbatch))
             log_probs, entropy = self._token_log_probs(output, microbatch, coefficients, with_entropy=self.loss.needs_entropy)
@@ -448,7 +448,7 @@ class Policy:
         self,
         output: torch.Tensor,
         microbatch: Microbatch,
-        coefficients: torch.Tensor | None = None,
+        coefficients: torch.Tensor | Slopes | None = None,
         with_entropy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(log-probs [T], 0 where the target is IGNORED, entropy [T] likewise) of the model's output at `target_positions`."""
@@ -465,7 +465,7 @@ class Policy:
                 output,
                 self._output_weight,
                 targets,
-                coefficients=None if coefficients is None else coefficients[positions],
+                coefficients=_at(positions, coefficients),
                 float32_logits=self._float32_head,
                 **vocabulary,
             )
@@ -524,6 +524,16 @@ def _parts(slices: Iterable[layout.ShardSlice], flat: torch.Tensor) -> Iterator[
 def _finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
     """megatron's gradient reductions without its division by tokens: the loss carries its own denominator."""
     finalize_model_grads(chunks, None, **options)
+
+
+def _at(positions: torch.Tensor, coefficients: torch.Tensor | Slopes | None) -> Coefficients | None:
+    """What a loss says of all tokens, of those at these positions [L]."""
+    if coefficients is None:
+        return None
+    if isinstance(coefficients, torch.Tensor):
+        return coefficients[positions]
+    slopes = coefficients
+    return lambda rows, log_probs: slopes(positions[rows], log_probs)
 
 
 def _spread(values: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:

@@ -1,26 +1,30 @@
 """Arithmetic on packed rows that the losses are made of: kernels of csrc/ with autograd, communication and documentation.
-It knows no model and no algorithm. `plain` holds a twin of each in PyTorch alone, the oracle of the tests.
+It knows no model and no algorithm. tests/reference_ops.py holds a twin of each in PyTorch alone, the oracle of the tests.
 
 Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank, H hidden, B sequences, G groups.
 """
 
-from engine.ops import _library
+from engine.ops import _library, _shapes
 from engine.ops.advantages import grouped_advantages
-from engine.ops.digest import block_digest, column_weights
-from engine.ops.lm_head import lm_head_log_probs
-from engine.ops.policy_gradient import policy_gradient_loss
+from engine.ops.digest import block_digest, block_digests, column_weights
+from engine.ops.lm_head import Coefficients, lm_head_log_probs
+from engine.ops.policy_gradient import policy_gradient_loss, policy_gradient_slopes
 from engine.ops.sequence import sequence_log_probs
 from engine.ops.token_log_probs import log_square_probs, token_log_probs
 
 _library.load()
+_shapes.register()
 
 __all__ = [
+    "Coefficients",
     "block_digest",
+    "block_digests",
     "column_weights",
     "grouped_advantages",
     "lm_head_log_probs",
     "log_square_probs",
     "policy_gradient_loss",
+    "policy_gradient_slopes",
     "sequence_log_probs",
     "token_log_probs",
 ]

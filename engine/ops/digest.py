@@ -6,6 +6,8 @@ Shape legend: R rows and C columns of the matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -25,8 +27,21 @@ def block_digest(block: torch.Tensor, *, row: int, col: int, seed: int, columns:
     """
     if columns is None:
         columns = column_weights(col + (block.size(1) if block.dim() == 2 else 0), block.device)
-    digest: torch.Tensor = torch.ops.semion.block_digest(block, columns, row, col, signed(seed))
-    return digest
+    return block_digests([block], rows=[row], cols=[col], seeds=[seed], columns=columns)
+
+
+def block_digests(
+    blocks: Sequence[torch.Tensor],
+    *,
+    rows: Sequence[int],
+    cols: Sequence[int],
+    seeds: Sequence[int],
+    columns: torch.Tensor,
+) -> torch.Tensor:
+    """Digests [N] of N blocks with elements of one size, each as block_digest has it; on the device of `columns`. On a GPU
+    they are one launch for every 48 blocks, whatever their sizes."""
+    digests: torch.Tensor = torch.ops.semion.block_digests(blocks, columns, rows, cols, [signed(seed) for seed in seeds])
+    return digests
 
 
 def column_weights(num_columns: int, device: torch.device | str) -> torch.Tensor:

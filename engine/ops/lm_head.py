@@ -1,15 +1,16 @@
-"""The output layer and its log-probs together, without all logits: a few rows at a time go through the weight, the
+"""The output layer and its log-probs together, without all logits: some rows at a time go through the weight, the
 kernels, and back. At no time do more than `chunk_rows` × V_local logits exist.
 
 Where the processor has no products of half precision, or the logits are asked for in float32, the products are done in it,
-the weight widened a block at a time.
+the weight widened a block at a time. On a GPU nothing waits for the device.
 
 Shape legend: T tokens, H hidden, V_local vocabulary columns of this rank, C rows of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,22 @@ import torch.distributed as dist
 
 from engine.ops.token_log_probs import Group, group_size, joined_parts, local_columns
 
-ROWS = 256  # rows of logits that exist at once, unless asked otherwise
+ROWS = 256  # rows of logits that exist at once on a CPU, unless asked otherwise: they stay near its caches
+CHUNK_BYTES = 1 << 30  # of logits that exist at once on a GPU: every chunk reads the weight and its gradient once
+ROW_TILE = 128  # rows of a GPU's chunk come in multiples of it, as its products do
 BLOCK = 4096  # vocabulary rows of a half-precision weight, or of its gradient, that exist in float32 at once
+
+Coefficients = torch.Tensor | Callable[[slice, torch.Tensor], torch.Tensor]
+
+
+def rows_at_once(num_tokens: int, width: int, element_bytes: int, *, on_gpu: bool) -> int:
+    """Rows C of a chunk of `num_tokens` rows of `width` logits: ROWS on a CPU; on a GPU chunks of one size, as few as
+    CHUNK_BYTES allow, since the weight's gradient is read and written again for each."""
+    if not on_gpu:
+        return ROWS
+    most = max(ROW_TILE, CHUNK_BYTES // max(1, width * element_bytes) // ROW_TILE * ROW_TILE)
+    num_chunks = max(1, -(-num_tokens // most))
+    return -(-num_tokens // num_chunks // ROW_TILE) * ROW_TILE or ROW_TILE
 
 
 def lm_head_log_probs(
@@ -29,8 +44,8 @@ def lm_head_log_probs(
     vocab_start: int = 0,
     num_valid: int | None = None,
     group: Group = None,
-    coefficients: torch.Tensor | None = None,
-    chunk_rows: int = ROWS,
+    coefficients: Coefficients | None = None,
+    chunk_rows: int | None = None,
     temperature: float = 1.0,
     float32_logits: bool = False,
 ) -> torch.Tensor:
@@ -40,12 +55,16 @@ def lm_head_log_probs(
     the type of hidden and weight, or with `float32_logits` are float32, as are all products; the gradients of hidden and weight
     are rounded to these at the end. Every rank of the group holds the same hidden
     states and gets their whole gradient (one all-reduce); the weight's gradient is that of its own rows, summed in
-    float32. Without `coefficients` the backward computes the logits again. With them (float32 [T]: what the loss
-    multiplies each log-prob by, up to one factor) both gradients are formed in the forward pass, from the logits it has
-    anyway; the backward then only multiplies. It raises ValueError if what reaches it is no multiple of them. Fewer rows
-    at a time take less memory and more time: the weight is read for each chunk anew.
+    float32. Without `coefficients` the backward computes the logits again.
+
+    With them both gradients are formed in the forward pass, from the logits it has anyway; the backward then only
+    multiplies. They are float32 [T], what the loss multiplies each log-prob by, up to one factor; or a function of (rows of
+    a chunk, their log-probs [C]) to float32 [C], the loss's derivative by these log-probs, up to one factor, where a token's
+    depends on its own log-prob alone. If what reaches the backward is no multiple of them, a CPU raises ValueError; on a GPU,
+    where to ask would make the host wait, the gradients become NaN, which no optimizer step accepts. `chunk_rows` are
+    rows_at_once unless given: fewer take less memory and more time, because the weight is read for each chunk anew.
     """
-    if chunk_rows < 1:
+    if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1; found {chunk_rows}")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.size(1) != weight.size(1) or hidden.dtype != weight.dtype:
         raise ValueError(
@@ -54,66 +73,112 @@ def lm_head_log_probs(
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must have shape [T] = [{hidden.size(0)}]; found {list(targets.shape)}")
-    if coefficients is not None and coefficients.shape != targets.shape:
+    if isinstance(coefficients, torch.Tensor) and coefficients.shape != targets.shape:
         raise ValueError(f"coefficients must have shape [T] = [{hidden.size(0)}]; found {list(coefficients.shape)}")
     head = _Head(vocab_start, num_valid, group, chunk_rows, temperature, float32_logits)
     log_probs: torch.Tensor = _LmHeadLogProbs.apply(hidden, weight, targets, coefficients, head)
     return log_probs
 
 
+@dataclass(frozen=True)
 class _Head:
     """One call's way through the chunks."""
 
-    def __init__(
-        self,
-        vocab_start: int,
-        num_valid: int | None,
-        group: Group,
-        chunk_rows: int,
-        temperature: float,
-        float32_logits: bool,
-    ) -> None:
-        self.vocab_start, self.num_valid, self.group, self.chunk_rows = vocab_start, num_valid, group, chunk_rows
-        self.temperature, self.float32_logits = temperature, float32_logits
+    vocab_start: int
+    num_valid: int | None
+    group: Group
+    chunk_rows: int | None
+    temperature: float
+    float32_logits: bool
 
     def run(
-        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, coefficients: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Log-probs [T] and, given the coefficients, the gradients of sum(coefficients * log-probs) [T, H], [V_local, H]."""
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, coefficients: Coefficients | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, _Gradients | None]:
+        """Log-probs [T] and, given the coefficients, these [T] and the gradients of sum(coefficients * log-probs)."""
         num_tokens, width = hidden.size(0), weight.size(0)
         dtype = torch.float32 if self.float32_logits else _products_in(hidden)
-        temperature = self.temperature
-        log_probs = torch.empty(num_tokens, dtype=torch.float32, device=hidden.device)
-        room = hidden.new_empty(min(self.chunk_rows, num_tokens), width, dtype=dtype)
-        grad_hidden = grad_weight = None
+        at_once = self.chunk_rows or rows_at_once(num_tokens, width, dtype.itemsize, on_gpu=not hidden.is_cpu)
+        log_probs: list[torch.Tensor] = []
+        used: list[torch.Tensor] = []
+        room = hidden.new_empty(min(at_once, num_tokens), width, dtype=dtype)
+        gradients = None
         if coefficients is not None:
-            grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.empty_like(weight, dtype=torch.float32)
-        for first in range(0, num_tokens, self.chunk_rows):
-            rows = slice(first, first + self.chunk_rows)
-            x, chunk_targets = hidden[rows].to(dtype), targets[rows]
-            logits = room[: x.size(0)]
+            gradients = _Gradients.of(hidden, weight, dtype, single=num_tokens <= at_once)
+        for first in range(0, num_tokens, at_once):
+            rows = slice(first, min(first + at_once, num_tokens))
+            x, chunk_targets = _rows_of(hidden, rows).to(dtype), _rows_of(targets, rows)
+            logits = room.narrow(0, 0, x.size(0))
             for block, part in _blocks(weight, dtype):
-                torch.mm(x, part.t(), out=logits[:, block])
+                torch.mm(x, part.t(), out=_columns_of(logits, block))
             columns = local_columns(logits, self.vocab_start, self.num_valid, self.group)
-            log_probs[rows], _, totals = joined_parts(
-                logits, chunk_targets, self.vocab_start, columns, self.group, temperature, False
+            found, _, totals = joined_parts(
+                logits, chunk_targets, self.vocab_start, columns, self.group, self.temperature, False
             )
-            if coefficients is None or grad_hidden is None or grad_weight is None:
+            log_probs.append(found)
+            if coefficients is None or gradients is None:
                 continue
+            slopes = coefficients(rows, found) if callable(coefficients) else _rows_of(coefficients, rows)
+            used.append(slopes)
             torch.ops.semion.log_prob_backward(
-                logits, chunk_targets, totals, coefficients[rows], None, self.vocab_start, columns[0], temperature, logits
+                logits, chunk_targets, totals, slopes, None, self.vocab_start, columns[0], self.temperature, logits
             )
+            gradients.add(rows, logits, x, weight)
+        if gradients is not None:
+            if num_tokens == 0:
+                gradients.weight.zero_()
+            if group_size(self.group) > 1:
+                dist.all_reduce(gradients.hidden, group=self.group)
+        if not num_tokens:
+            log_probs = used = [hidden.new_empty(0, dtype=torch.float32)]
+        return torch.cat(log_probs), None if gradients is None else torch.cat(used), gradients
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Of hidden [T, H], in its type, and of the weight [V_local, H]: summed in float32, or in the weight's own type where one
+    product makes it all, as what adds inside the product is float32 anyway."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+
+    @staticmethod
+    def of(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, *, single: bool) -> _Gradients:
+        """Room for both, undefined. `dtype`: what is multiplied in; `single`: whether one chunk is all."""
+        own = single and dtype == weight.dtype
+        return _Gradients(torch.empty_like(hidden), torch.empty_like(weight, dtype=weight.dtype if own else torch.float32))
+
+    def add(self, rows: slice, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """What the gradient `logits` [C, V_local] of these rows, whose hidden states are x [C, H], makes of both."""
+        if weight.dtype == x.dtype == self.hidden.dtype:
+            torch.mm(logits, weight, out=_rows_of(self.hidden, rows))
+        else:
             back = torch.empty_like(x)
-            for block, part in _blocks(weight, dtype):
-                back.addmm_(logits[:, block], part, beta=1 if block.start else 0)
-            grad_hidden[rows] = back
-            _add_product(grad_weight, logits, x, fresh=first == 0)
-        if grad_weight is not None and num_tokens == 0:
-            grad_weight.zero_()
-        if grad_hidden is not None and group_size(self.group) > 1:
-            dist.all_reduce(grad_hidden, group=self.group)
-        return log_probs, grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+            for block, part in _blocks(weight, x.dtype):
+                back.addmm_(_columns_of(logits, block), part, beta=1 if block.start else 0)
+            _rows_of(self.hidden, rows).copy_(back)
+        fresh = rows.start == 0
+        if x.dtype == self.weight.dtype:
+            self.weight.addmm_(logits.t(), x, beta=0 if fresh else 1)
+        elif x.is_cpu:  # which has no such product
+            for part, columns in zip(self.weight.split(BLOCK), logits.split(BLOCK, 1), strict=True):
+                product = columns.t() @ x
+                part.copy_(product) if fresh else part.add_(product)
+        else:  # the product's own sums are added, unrounded, by the product itself
+            torch.addmm(self.weight, logits.t(), x, torch.float32, beta=0 if fresh else 1, out=self.weight)
+
+    def scaled(self, factor: torch.Tensor | float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both times a number, in `dtype`, the weight's gradient rounded once; in place where that is its type already."""
+        same = isinstance(factor, float) and factor == 1
+        hidden = self.hidden if same else self.hidden.mul_(factor)
+        if self.weight.dtype == dtype:
+            return hidden, self.weight if same else self.weight.mul_(factor)
+        weight = torch.empty_like(self.weight, dtype=dtype)
+        if not weight.is_cpu:
+            torch.mul(self.weight, factor, out=weight)
+        else:  # which would make room for the whole product before it narrows it
+            for part, out in zip(self.weight.split(BLOCK // 4), weight.split(BLOCK // 4), strict=True):
+                out.copy_(part * factor)
+        return hidden, weight
 
 
 class _LmHeadLogProbs(torch.autograd.Function):
@@ -123,29 +188,26 @@ class _LmHeadLogProbs(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
-        coefficients: torch.Tensor | None,
+        coefficients: Coefficients | None,
         head: _Head,
     ) -> torch.Tensor:
-        log_probs, grad_hidden, grad_weight = head.run(hidden, weight, targets, coefficients)
-        ctx.head, ctx.single_pass = head, coefficients is not None
-        ctx.save_for_backward(*((coefficients,) if ctx.single_pass else (hidden, weight, targets)))
-        ctx.gradients = (grad_hidden, grad_weight)  # scaled in place: a copy would be as large as the weight
+        log_probs, used, gradients = head.run(hidden, weight, targets, coefficients)
+        ctx.head, ctx.dtype = head, weight.dtype
+        ctx.save_for_backward(*((hidden, weight, targets) if used is None else (used,)))
+        ctx.gradients = gradients  # scaled in place: a copy would be as large as the weight
         return log_probs
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient = gradients[0].contiguous()
-        if not ctx.single_pass:
-            _, grad_hidden, grad_weight = ctx.head.run(*ctx.saved_tensors, gradient)
-            return grad_hidden, grad_weight, None, None, None
-        (coefficients,) = ctx.saved_tensors  # raises, as elsewhere in torch, when the backward runs a second time
-        grad_hidden, grad_weight = ctx.gradients
+        formed, saved = ctx.gradients, ctx.saved_tensors  # as elsewhere in torch, an error when it runs a second time
         ctx.gradients = None
-        factor = _factor(gradient, coefficients)
-        if factor != 1:
-            grad_hidden *= factor
-            grad_weight *= factor
-        return grad_hidden, grad_weight, None, None, None
+        factor: torch.Tensor | float = 1.0
+        if formed is None:
+            _, _, formed = ctx.head.run(*saved, gradient)
+        else:
+            factor = _factor(gradient, *saved)
+        return *formed.scaled(factor, ctx.dtype), None, None, None
 
 
 def _products_in(hidden: torch.Tensor) -> torch.dtype:
@@ -168,26 +230,28 @@ def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, t
         yield slice(first, first + part.size(0)), room[: part.size(0)].copy_(part)
 
 
-def _add_product(total: torch.Tensor, logits: torch.Tensor, x: torch.Tensor, *, fresh: bool) -> None:
-    """total [V, H] (float32) += logits [C, V].T @ x [C, H], or = where it is fresh; blockwise if they are narrower."""
-    if x.dtype == torch.float32:
-        total.addmm_(logits.t(), x, beta=0 if fresh else 1)
-        return
-    for part, columns in zip(total.split(BLOCK), logits.split(BLOCK, 1), strict=True):
-        product = columns.t() @ x
-        part.copy_(product) if fresh else part.add_(product)
+def _rows_of(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    return tensor.narrow(0, rows.start, rows.stop - rows.start)
 
 
-def _factor(gradient: torch.Tensor, coefficients: torch.Tensor) -> float:
-    """What the coefficients must be multiplied by to be the gradient; ValueError if nothing does it."""
+def _columns_of(logits: torch.Tensor, columns: slice) -> torch.Tensor:
+    return logits.narrow(1, columns.start, columns.stop - columns.start)
+
+
+def _factor(gradient: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor | float:
+    """What the coefficients must be multiplied by to be the gradient. Where nothing does it, ValueError on a CPU and NaN
+    elsewhere and in a compiled graph; there the factor is a tensor, for nobody to wait for."""
     g, c = gradient.double(), coefficients.double()
-    square = float(c @ c)
-    factor = float(g @ c) / square if square else 0.0
-    worst = float((g - factor * c).abs().max()) if g.numel() else 0.0
-    bound = 1e-5 * float(g.abs().max()) if g.numel() else 0.0
+    square = c.square().sum()
+    factor = (g * c).sum() / square.where(square > 0, 1.0)
+    if not g.numel():
+        return 0.0
+    worst, bound = (g - factor * c).abs().max(), 1e-5 * g.abs().max()
+    if not g.is_cpu or torch.compiler.is_compiling():
+        return factor.where(worst <= bound, torch.nan)
     if not worst <= bound:
         raise ValueError(
-            f"the gradient of the log-probs must be a multiple of coefficients; found it {worst:.3g} off: give the "
+            f"the gradient of the log-probs must be a multiple of coefficients; found it {float(worst):.3g} off: give the "
             f"loss's own coefficients, or none"
         )
-    return factor
+    return float(factor)

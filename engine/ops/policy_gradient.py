@@ -56,6 +56,37 @@ def policy_gradient_loss(
     return loss, sums
 
 
+def policy_gradient_slopes(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    reference_log_probs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    kl_weight: float,
+    dual_clip: float = math.inf,
+) -> torch.Tensor:
+    """The derivative [T] of policy_gradient_loss by each log-prob, which depends on that token alone; so any tokens of any
+    sequences will do. `advantages` [T] are the tokens' own; the rest is as there, and so are the bits. No gradient passes."""
+    bounds = torch.arange(log_probs.size(0) + 1, dtype=torch.int32, device=log_probs.device)  # each token a sequence
+    slopes: torch.Tensor
+    _, slopes = torch.ops.semion.policy_gradient(
+        log_probs.detach(),
+        old_log_probs,
+        reference_log_probs,
+        advantages,
+        bounds,
+        targets,
+        clip_low,
+        clip_high,
+        dual_clip,
+        kl_weight,
+    )
+    return slopes
+
+
 class _PolicyGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -117,9 +117,8 @@ def joined_parts(
     kernels = torch.ops.semion
     parts = kernels.log_prob_parts(logits, targets, vocab_start, *columns, temperature, with_entropy).unsqueeze(0)
     if group_size(group) > 1:
-        gathered = [torch.empty_like(parts) for _ in range(group_size(group))]
-        dist.all_gather(gathered, parts, group=group)
-        parts = torch.cat(gathered)
+        parts, own = parts.new_empty(group_size(group), *parts.shape[1:]), parts
+        dist.all_gather_into_tensor(parts, own, group=group)  # one tensor: a list would be copied twice
     log_probs, entropy, totals = kernels.log_prob_join(parts, targets, temperature)
     return log_probs, entropy, totals
 

@@ -5,12 +5,25 @@ no machine with a GPU was at hand.
     python -m pytest tests/gpu/test_kernels_gpu.py          needs engine/ops/_semion_cuda.so: tools/environment.sh
 """
 
+from typing import Any
+
 import pytest
 import torch
 
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED
-from engine.ops import grouped_advantages, lm_head_log_probs, policy_gradient_loss, sequence_log_probs, token_log_probs
+from engine.ops import (
+    block_digest,
+    block_digests,
+    column_weights,
+    grouped_advantages,
+    lm_head_log_probs,
+    policy_gradient_loss,
+    policy_gradient_slopes,
+    sequence_log_probs,
+    token_log_probs,
+)
+from engine.ops.lm_head import CHUNK_BYTES
 from tests import reference_ops
 
 pytestmark = [
@@ -83,19 +96,164 @@ def test_memory_is_that_of_the_logits_alone():
     assert torch.cuda.max_memory_allocated() - before < 2 << 20
 
 
-def test_lm_head_in_a_single_pass_equals_recomputation():
+@pytest.mark.parametrize("known", ["tensor", "function", None])
+@pytest.mark.parametrize("chunk_rows", [128, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_lm_head_equals_float64(dtype, chunk_rows, known):
+    """Several chunks, whose products add to a float32 gradient, and one; coefficients given, made in the chunk, or none."""
     torch.manual_seed(0)
-    hidden = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
-    weight = (torch.randn(32_000, 256, device="cuda") / 16).to(torch.bfloat16)
-    targets, coefficients = torch.randint(0, 32_000, (300,), device="cuda"), torch.randn(300, device="cuda")
+    hidden = torch.randn(300, 256, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(32_000, 256, device="cuda") / 16).to(dtype).requires_grad_()
+    targets, old = torch.randint(0, 32_000, (300,), device="cuda"), -10 + torch.rand(300, device="cuda")
+    targets[::7] = IGNORED
+    bounds, advantages = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda"), torch.tensor([1.5, -0.5], device="cuda")
+    each, clips = advantages.repeat_interleave(bounds.diff()), dict[str, Any](clip_low=9.0, clip_high=1e9, kl_weight=0.0)
+
+    def slopes(rows, log_probs):
+        return policy_gradient_slopes(log_probs, old[rows], None, each[rows], targets[rows], **clips)
+
+    given = {"tensor": each, "function": slopes, None: None}[known]
+    found = lm_head_log_probs(hidden, weight, targets, coefficients=given, chunk_rows=chunk_rows)
+    exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    want = reference_ops.lm_head_log_probs(*exact, targets)
+    if known == "tensor":
+        losses = (each * found).sum(), (each * want).sum()
+    else:
+        mine = policy_gradient_loss(found, old, None, advantages, bounds, targets, **clips)
+        theirs = reference_ops.policy_gradient_loss(want, old, None, advantages, bounds, targets, **clips)
+        losses = mine[0], theirs[0]
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}[dtype]
+    assert (found - want).abs().max() <= tolerance
+    pairs = zip(torch.autograd.grad(losses[0], (hidden, weight)), torch.autograd.grad(losses[1], exact), strict=True)
+    for gradient, slope in pairs:
+        assert gradient.dtype == dtype
+        assert (gradient.double() - slope).abs().max() <= tolerance * slope.abs().max()
+
+
+def test_lm_head_never_waits_and_refuses_wrong_coefficients_by_nan():
+    """torch's own guard: whatever would make the host wait is an error inside."""
+    hidden = torch.randn(64, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(500, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(64, dtype=torch.long, device="cuda")
+    for power, broken in ((1, False), (2, True)):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            log_probs = lm_head_log_probs(hidden, weight, targets, coefficients=torch.ones_like(targets, dtype=torch.float32))
+            gradients = torch.autograd.grad(log_probs.pow(power).sum(), (hidden, weight))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(bool(gradient.isnan().any()) == broken for gradient in gradients)
+
+
+def test_lm_head_of_8b_holds_a_gibibyte_of_logits():
+    """[8192 x 4096 -> 128256]: beside the gradients no more than one chunk and the float32 gradient."""
+    hidden = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(128_256, 4096, device="cuda", dtype=torch.bfloat16) / 64).requires_grad_()
+    targets, ones = torch.randint(0, 128_256, (8192,), device="cuda"), torch.ones(8192, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(lm_head_log_probs(hidden, weight, targets, coefficients=ones).sum(), (hidden, weight))
+    room = CHUNK_BYTES + 4 * weight.numel() + 2 * weight.numel() + hidden.nbytes
+    assert torch.cuda.max_memory_allocated() - before < room + (256 << 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+def test_digests_equal_the_cpus(dtype):
+    """Aligned and not, wide and narrow, more matrices than a launch takes, one larger than 2^31 bytes of rows away."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = []
+    shapes = [(65, 48, 0), (70, 33, 15), (3, 4816, 0), (5, 3, 13), (4096, 1, 0), (700, 4096, 8)]
+    for i, (rows, columns, gap) in enumerate(shapes * 10):
+        room = torch.randint(0, 256, (rows * (columns + gap) * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+        blocks.append(room.view(dtype).view(rows, columns + gap)[:, :columns][i % 2 :])
+    places = {"rows": list(range(60)), "cols": [i % 3 for i in range(60)], "seeds": [1 << i for i in range(60)]}
     found = []
-    for known in (None, coefficients):
-        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        log_probs = lm_head_log_probs(*leaves, targets, coefficients=known)
-        (coefficients * log_probs).sum().backward()
-        found.append((log_probs.detach(), leaves[0].grad, leaves[1].grad))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=2**-7)
+    for device in ("cpu", "cuda"):
+        weights = column_weights(5000, device)
+        found.append(block_digests([block.to(device) for block in blocks], columns=weights, **places).cpu())
+    assert torch.equal(*found)
+    whole = torch.randint(0, 256, (1 << 21, 1024), device="cuda", dtype=torch.uint8)  # 2 GiB
+    halves = whole[: 1 << 20], whole[1 << 20 :]
+    parts = [block_digest(half, row=i << 20, col=0, seed=3) for i, half in enumerate(halves)]
+    assert torch.equal(block_digest(whole, row=0, col=0, seed=3), parts[0] + parts[1])
+
+
+def test_rows_beyond_two_to_the_31_elements():
+    """16,745 rows of 128,256 columns are 2^31 and more: the last rows alone give the same bits, values and gradients."""
+    num_tokens, num_columns = 16_745, 128_256
+    assert num_tokens * num_columns > 2**31
+    logits = torch.empty(num_tokens, num_columns, device="cuda", dtype=torch.bfloat16).normal_()
+    targets, weights = torch.randint(0, num_columns, (num_tokens,), device="cuda"), torch.randn(num_tokens, device="cuda")
+    last = logits[-64:].clone()
+    found = run_in_place(logits, targets, weights)
+    alone = run_in_place(last, targets[-64:], weights[-64:])
+    torch.testing.assert_close(found[0][-64:], alone[0], atol=2e-6, rtol=2e-7)  # a few rows are shared among blocks
+    torch.testing.assert_close(found[1][-64:], alone[1], atol=1e-6, rtol=2**-8)
+
+
+def run_in_place(logits, targets, weights):
+    """Log-probs and the gradient over the logits, by the operators alone."""
+    kernels, width = torch.ops.semion, logits.size(1)
+    parts = kernels.log_prob_parts(logits, targets, 0, width, 0, width, 1.0, False)
+    log_probs, _, totals = kernels.log_prob_join(parts[None], targets, 1.0)
+    kernels.log_prob_backward(logits, targets, totals, weights, None, 0, width, 1.0, logits)
+    return log_probs, logits
+
+
+def test_on_another_stream_and_in_a_graph():
+    """Work is queued on torch's current stream, and captured with it: a replay on other values gives theirs."""
+    logits, targets, weights = problem(64, 5_003, torch.bfloat16)
+    want = run_in_place(logits.clone(), targets, weights[0])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        late = torch.empty_like(logits)
+        late.copy_(logits)
+        found = run_in_place(late, targets, weights[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    graph, static = torch.cuda.CUDAGraph(), torch.zeros_like(logits)
+    columns, block = column_weights(64, "cuda"), torch.zeros(5, 64, device="cuda")
+    bounds = torch.tensor([0, 10, 64], dtype=torch.int32, device="cuda")
+    with torch.cuda.graph(graph):
+        captured = run_in_place(static, targets, weights[0])
+        digest = block_digest(block, row=0, col=0, seed=1, columns=columns)
+        sums = sequence_log_probs(captured[0], bounds)
+    static.copy_(logits)
+    block.fill_(2.5)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+    assert torch.equal(digest, block_digest(block, row=0, col=0, seed=1))
+    torch.testing.assert_close(sums, torch.stack([want[0][:10].sum(), want[0][10:].sum()]))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_tensors_device_whichever_is_current():
+    logits, targets, weights = problem(64, 5_003, torch.bfloat16)
+    want = run_in_place(logits.clone(), targets, weights[0])
+    there = [x.to("cuda:1") for x in (logits, targets, weights[0])]
+    found = run_in_place(*there)
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, want, strict=True))
+    with pytest.raises(ValueError, match="targets must be on the device of logits"):
+        token_log_probs(there[0], targets)
+
+
+def test_one_long_response_is_not_one_blocks():
+    """16,384 tokens of one sequence: the policy loss equals the CPU's."""
+    torch.manual_seed(0)
+    log_probs, old = -torch.rand(2, 16_384)
+    bounds, targets = torch.tensor([0, 16_384], dtype=torch.int32), torch.ones(16_384, dtype=torch.long)
+    row = log_probs, old, None, torch.tensor([0.7]), bounds, targets
+    clips = dict[str, Any](clip_low=0.2, clip_high=0.2, kl_weight=0.0)
+    want = policy_gradient_loss(*row, **clips)
+    moved: list[Any] = [x if x is None else x.cuda() for x in row]
+    found = policy_gradient_loss(*moved, **clips)
+    torch.testing.assert_close(found[0].cpu(), want[0], atol=1e-3, rtol=1e-6)
+    torch.testing.assert_close(found[1].cpu(), want[1], atol=1e-3, rtol=1e-6)
 
 
 def test_small_operators_equal_the_cpus():

@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from engine.bridge.checksum import BlockDigests
 from engine.bridge.exchange import STAGED
 from engine.bridge.host_group import HostGroup
 from engine.bridge.sender import REASON_BYTES, Failure, most_telling, stream_to_first_rank
@@ -86,6 +87,30 @@ def test_any_layout_any_bucket(case: Case) -> None:
     world = World(case)
     assert world.sync() == {}
     world.check()
+
+
+@pytest.mark.parametrize("at_once_bytes", [300, EVERYTHING])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_digests_may_be_computed_many_at_a_time(case: Case, at_once_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: parameters are completed after their digests, each once, and a flipped bit still shows."""
+    made = BlockDigests.__init__
+
+    def patient(self: BlockDigests, columns: torch.Tensor) -> None:
+        made(self, columns)
+        self._at_once_bytes = at_once_bytes
+
+    monkeypatch.setattr(BlockDigests, "__init__", patient)
+    world = World(case)
+    assert world.sync() == {}
+    world.check()
+    sender = next(rank for rank in world.trainers if world.plan.messages_of(rank))
+
+    def flip(content: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+        content.view(-1).view(torch.uint8)[0] ^= 1
+        return content
+
+    _, said = changed_sync(case, Change(sender, 0, flip))
+    assert any("must hold the trainer's bits" in sentence for sentence in said.values())
 
 
 # -- what it takes

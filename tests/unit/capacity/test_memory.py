@@ -243,12 +243,12 @@ def test_the_channel_has_two_buckets():
 
 
 def test_the_head_is_counted_in_the_operators_own_chunks(monkeypatch):
-    """F2: the number of rows stands in one file. Twice as many rows, twice the logits."""
+    """F2: how many rows stands in one file: on a GPU as many as a gibibyte holds. With half the bytes, a third of the row."""
     fused = ("trainer.fused_lm_head=true", "trainer.recompute=true")
     before = Step(spec_of("8b-4x4", *fused), 0)._head[0]
-    assert before == lm_head.ROWS * 128256 * 2
-    monkeypatch.setattr(lm_head, "ROWS", 2 * lm_head.ROWS)
-    assert Step(spec_of("8b-4x4", *fused), 0)._head[0] == 2 * before
+    assert before == 3072 * 128256 * 2  # half of the row's 6144 tokens
+    monkeypatch.setattr(lm_head, "CHUNK_BYTES", lm_head.CHUNK_BYTES // 2)
+    assert Step(spec_of("8b-4x4", *fused), 0)._head[0] == 2048 * 128256 * 2
 
 
 COLOCATED = ("sync.sync_interval=never", "sync.reference=100")

@@ -62,12 +62,13 @@ def test_shared_memory_that_cannot_be_written_or_is_not_there_is_named(tmp_path,
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the words are those of a CPU build of torch")
 def test_gpus_that_torch_cannot_use_are_named_with_the_fix(nvidia_smi):
-    nvidia_smi("NVIDIA H200, 143771, 9.0, 580.95.05\nNVIDIA A100-SXM4-40GB, 40960, 8.0, 580.95.05")
+    later = "NVIDIA GB300, 284208, 10.3, 580.95.05\nNVIDIA RTX PRO 6000, 97887, 12.0, 580.95.05"  # code of 10.0, and its PTX
+    nvidia_smi(f"NVIDIA H200, 143771, 9.0, 580.95.05\nNVIDIA A100-SXM4-40GB, 40960, 8.0, 580.95.05\n{later}")
     found = findings()
     assert found["driver"] == doctor.Finding("driver", "580.95.05", "ok")
     assert found["GPU 0"] == doctor.Finding("GPU 0", "NVIDIA H200, 143771 MiB, compute capability 9.0", "ok")
-    assert found["GPU 1"].verdict == "ok"
-    assert "a CPU build, sees none of 2 GPUs" in found["device"].found
+    assert [found[f"GPU {index}"].verdict for index in (1, 2, 3)] == ["ok"] * 3
+    assert "a CPU build, sees none of 4 GPUs" in found["device"].found
     assert found["device"].verdict == found["NCCL"].verdict == "install requirements/gpu.txt"
     assert found["CUDA kernels"].verdict.startswith("build them")
     assert "_semion_cuda.so" in found["CUDA kernels"].found
@@ -79,7 +80,7 @@ def test_gpus_that_torch_cannot_use_are_named_with_the_fix(nvidia_smi):
     ("line", "what", "verdict"),
     [
         ("NVIDIA H100, 81559, 9.0, 570.12", "driver", "install driver 580 or newer"),
-        ("Tesla V100, 16384, 7.0, 580.1", "GPU 0", "built for: 8.0, 9.0, 10.0"),
+        ("Tesla V100, 16384, 7.0, 580.1", "GPU 0", "compute capability 8.0 or more"),
         ("NVIDIA L40S, 46068, 8.9, 580.1", "GPU 0", "ok"),
         ("NVIDIA GB300, 284208, 10.3, 580.1", "GPU 0", "ok"),
         ("NVIDIA RTX PRO 6000, 97887, 12.0, 580.1", "GPU 0", "ok"),

@@ -1,7 +1,8 @@
 // Runs CUDA kernels on a CPU: with SEMION_SIMT defined the same .cu files compile as C++, and each CUDA thread of a
 // block is a fiber that runs until it waits at a barrier or a shuffle. Blocks run one after another, so it shows wrong
-// arithmetic, wrong indices, misaligned vectors, missing barriers (run in both orders of threads) and barriers that not
-// all threads reach; it does not show races between blocks, memory ordering or speed. No tensor cores, no async copies.
+// arithmetic, wrong indices, misaligned vectors, missing barriers (run in both orders of threads), barriers that not all
+// threads reach, shared memory that is read before it is written, and grids that no GPU takes; it does not show races
+// between blocks, memory ordering or speed. No tensor cores, no async copies.
 #pragma once
 #include <ucontext.h>
 
@@ -17,7 +18,10 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time: static is the block's storage, its contents undefined at the start
+// One block at a time: static is the block's storage. It lies in a section of its own, which is filled with a pattern before
+// every block, so that what a block reads before it writes shows.
+#define __shared__ [[gnu::section("semion_shared")]] static
+extern "C" char __start_semion_shared[], __stop_semion_shared[];  // the linker's; of this library
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -42,6 +46,8 @@ namespace simt {
 constexpr int WARP = 32;
 constexpr int MAX_THREADS = 1024;
 constexpr size_t STACK_BYTES = 64 << 10;
+constexpr unsigned MAX_GRID_YZ = 65535;  // in x 2^31 - 1
+constexpr int POISON = 0xff;             // NaN as a float or double, -1 as an integer
 
 struct Barrier {
   int arrived = 0;
@@ -63,7 +69,7 @@ struct Machine {
   ucontext_t scheduler;
   std::function<void()> body;
   dim3 grid, block, block_index, thread_index;
-  int current = 0, num_threads = 0;
+  int current = 0, num_threads = 0, num_multiprocessors = 132, num_launches = 0;
   Barrier block_barrier, warp_barriers[MAX_THREADS / WARP];
   uint64_t exchange[2][MAX_THREADS];  // two, taken in turns: a shuffle may write while the last one is still read
   bool backwards = false;             // the order in which the threads of a block run
@@ -98,6 +104,7 @@ inline void wait(Barrier& barrier, int num_expected) {
 // Runs every thread of one block to its end, or until none can go on.
 inline void run_block() {
   Machine& m = machine;
+  std::memset(__start_semion_shared, POISON, static_cast<size_t>(__stop_semion_shared - __start_semion_shared));
   m.block_barrier = Barrier();
   for (Barrier& barrier : m.warp_barriers) barrier = Barrier();
   for (int t = 0; t < m.num_threads; ++t) {
@@ -134,10 +141,12 @@ void launch(Kernel kernel, dim3 grid, dim3 block, Arguments... arguments) {
   m.grid = grid;
   m.block = block;
   m.num_threads = static_cast<int>(block.x * block.y * block.z);
-  if (m.num_threads < 1 || m.num_threads > MAX_THREADS || grid.x == 0 || grid.y == 0 || grid.z == 0) {
+  if (m.num_threads < 1 || m.num_threads > MAX_THREADS || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.x > 0x7fffffffu || grid.y > MAX_GRID_YZ || grid.z > MAX_GRID_YZ) {
     m.error = cudaErrorInvalidValue;
     return;
   }
+  ++m.num_launches;
   m.body = [&] { kernel(arguments...); };
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
@@ -212,6 +221,11 @@ T __shfl_xor_sync(unsigned, T value, int mask) {  // every lane of the warp must
 }
 
 template <class T>
+T __shfl_sync(unsigned, T value, int lane) {  // every lane of the warp must come
+  return simt::shuffle(value, lane % simt::WARP);
+}
+
+template <class T>
 T __ldcs(const T* address) {
   if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) simt::machine.error = cudaErrorMisalignedAddress;
   T value;
@@ -241,6 +255,18 @@ inline float __uint_as_float(uint32_t bits) { return simt::bits_float(bits); }
 
 inline cudaError_t cudaMemsetAsync(void* address, int value, size_t num_bytes, cudaStream_t) {
   std::memset(address, value, num_bytes);
+  return cudaSuccess;
+}
+
+enum cudaDeviceAttr : int { cudaDevAttrMultiProcessorCount = 16 };
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = simt::machine.num_multiprocessors;
   return cudaSuccess;
 }
 

@@ -50,7 +50,7 @@ class PolicyGradientRow(ctypes.Structure):
 class DigestBlock(ctypes.Structure):
     _fields_ = [
         ("block", pointer), ("row_stride", i64), ("columns", pointer), ("num_rows", i64), ("num_columns", i64), ("row", i64),
-        ("seed", u64), ("element_size", i32),
+        ("seed", u64),
     ]  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def load():
     """The launchers, on a machine that runs the threads of a block one after another."""
     library = ctypes.CDLL(str(compiled()))
     library.simt_from_float16.restype = f32
+    library.semion_policy_gradient_workspace.restype = i64
     library.simt_to_float16.restype = library.simt_to_bfloat16.restype = ctypes.c_uint16
     for name in ("simt_to_float16", "simt_to_bfloat16"):
         getattr(library, name).argtypes = [f32]

@@ -1,5 +1,6 @@
 // What the tests of the CUDA kernels need of the machine of simt.h besides the launchers: the order in which it
 // runs the threads of a block, and kernels with a mistake each, to see that it finds them.
+#include "cuda/grid.h"
 #include "cuda/launch.h"
 
 namespace {
@@ -23,11 +24,33 @@ __global__ void passes_around(bool with_barrier, int* out) {
   shared[thread] = -1;
 }
 
+__global__ void reads_before_it_writes(int* out) {
+  __shared__ int shared[2];
+  out[blockIdx.x] = shared[1];
+  shared[0] = shared[1] = 7;
+}
+
+__global__ void does_nothing() {}
+
 }  // namespace
 
 extern "C" {
 
 void simt_set_backwards(int backwards) { simt::machine.backwards = backwards != 0; }
+void simt_set_multiprocessors(int count) { simt::machine.num_multiprocessors = count; }
+int simt_num_launches() { return simt::machine.num_launches; }
+int simt_splits_of(int64_t num_rows, int64_t most, int64_t at_once) { return semion::splits_of(num_rows, most, at_once); }
+
+// What the shared memory holds that nobody has written, after another block wrote it.
+int simt_reads_before_it_writes(int* out) {
+  SEMION_LAUNCH(reads_before_it_writes, 2, 1, nullptr, out);
+  return cudaGetLastError();
+}
+
+int simt_grid_of(int64_t x, int64_t y) {
+  SEMION_LAUNCH(does_nothing, dim3(unsigned(x), unsigned(y)), 1, nullptr);
+  return cudaGetLastError();
+}
 
 int simt_half_the_block_waits() {
   SEMION_LAUNCH(half_the_block_waits, 1, 64, nullptr);

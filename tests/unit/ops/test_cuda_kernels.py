@@ -4,6 +4,7 @@ and are compared with float64 formulas. What only a GPU shows (races between blo
 
 import ctypes
 import math
+import mmap
 
 import pytest
 import torch
@@ -216,6 +217,28 @@ def test_one_logit_above_all_others(kernels, dtype):
     assert log_probs.tolist() == [0.0, low - high, -math.inf]
     assert entropy.tolist() == [0.0, 0.0, 0.0]
     check(kernels, Problem(logits[:2].clone(), torch.tensor([17, IGNORED])))
+
+
+def test_rows_more_than_two_to_the_31_elements_apart(kernels):
+    """Memory of which only the rows themselves are ever touched: the bits are those of rows that lie close together."""
+    stride, num_columns = (1 << 31) + 8, 40
+    size = 2 * (2 * stride + num_columns)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # Linux' MAP_NORESERVE, which Python names since 3.12
+    far = torch.frombuffer(mmap.mmap(-1, size, flags=private), dtype=torch.bfloat16).as_strided((3, num_columns), (stride, 1))
+    close = random_problem(3, num_columns, torch.bfloat16, seed=9)
+    close.targets = torch.tensor([3, IGNORED, 39])
+    found = []
+    for view, row_stride in ((far, stride), (close.logits.clone(), num_columns)):
+        view.copy_(close.logits)
+        close.stride = row_stride
+        rows, parts = close.rows(view, True), torch.empty(4, 3)
+        assert kernels.semion_log_prob_parts(ctypes.byref(rows), simt.at(parts), None, None) == 0
+        _, _, totals = join(kernels, parts.unsqueeze(0), close)
+        slopes = torch.ones(3)
+        gradient = simt.LogProbGradient(simt.at(totals), simt.at(slopes), simt.at(slopes), simt.at(view), row_stride)
+        assert kernels.semion_log_prob_backward(ctypes.byref(rows), ctypes.byref(gradient), None) == 0
+        found.append((parts, view.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_row_without_gradient_is_cleared_unread_and_an_ignored_row_unread(kernels):

@@ -91,6 +91,25 @@ def test_grouped_advantages(kernels, dtype):
     assert run(spoiled, 0)[2].item() == 8
 
 
+@pytest.mark.parametrize("cu", [[0], [0, 0], [2, 5, 5], [0, 1, 2, 3, 4, 5, 6, 7], [0, 7], [0, 3, 9, 12]])
+def test_policy_gradient_whatever_the_boundaries(kernels, cu):
+    """Tokens before the first and after the last sequence, and boundaries beyond the tokens, have no gradient and no loss of
+    their own; none, one and a token a sequence."""
+    cu_seqlens, num_sequences = torch.tensor(cu, dtype=torch.int32), len(cu) - 1
+    log_probs, old = torch.linspace(-1, -0.2, 7), torch.full((7,), -0.6)
+    advantages, targets = 0.5 + torch.arange(float(max(1, num_sequences))), torch.ones(7, dtype=torch.int64)
+    inputs = map(simt.at, (log_probs, old, None, advantages, cu_seqlens, targets))
+    row = simt.PolicyGradientRow(*inputs, 7, num_sequences, 9.0, 9.0, math.inf, 0.0)
+    workspace, sums, gradient = torch.full((6,), torch.nan).double(), torch.empty(6), torch.full((7,), torch.nan)
+    assert kernels.semion_policy_gradient(ctypes.byref(row), simt.at(workspace), simt.at(sums), simt.at(gradient), None) == 0
+    each = torch.zeros(7)
+    for sequence in range(num_sequences):
+        each[cu[sequence] : cu[sequence + 1]] = advantages[sequence]
+    want = -(log_probs - old).exp() * each
+    torch.testing.assert_close(gradient, want)
+    torch.testing.assert_close(sums[0], want.sum())
+
+
 @pytest.mark.parametrize("dual_clip", [math.inf, 1.5])
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_policy_gradient(kernels, with_reference, dual_clip):
@@ -121,7 +140,9 @@ def test_policy_gradient(kernels, with_reference, dual_clip):
     )
 
     def work():
-        workspace, sums, gradient = torch.full((24,), torch.nan).double(), torch.empty(6), torch.full((1000,), torch.nan)
+        size = kernels.semion_policy_gradient_workspace(simt.i32(1000))
+        assert size == 6 * 4, "a thread a token"
+        workspace, sums, gradient = torch.full((size,), torch.nan).double(), torch.empty(6), torch.full((1000,), torch.nan)
         assert (
             kernels.semion_policy_gradient(ctypes.byref(row), simt.at(workspace), simt.at(sums), simt.at(gradient), None) == 0
         )
@@ -154,6 +175,32 @@ def test_the_machine_finds_mistakes(kernels):
     with pytest.raises(AssertionError, match="threads do not wait"):
         simt.in_both_orders(kernels, lambda: pass_around(0))
     kernels.simt_set_backwards(0)
+
+
+def test_the_machine_has_a_gpus_limits(kernels):
+    """Shared memory holds nothing that a block before left there; grids end where a GPU's do."""
+    out = torch.zeros(2, dtype=torch.int32)
+    assert kernels.simt_reads_before_it_writes(simt.at(out)) == 0
+    assert out.tolist() == [-1, -1]
+    for grid, error in (((1, 65_535), 0), ((1, 65_536), 1), ((0, 1), 1), ((1 << 31, 1), 1)):
+        assert kernels.simt_grid_of(*map(simt.i64, grid)) == error
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "most", "at_once", "splits"),
+    [
+        (8192, 15, 528, 1),  # fifteen waves and a half
+        (528, 15, 528, 1),  # one, full
+        (530, 15, 528, 9),  # one and two blocks were two waves, half empty
+        (300, 15, 528, 5),  # 1,500 blocks are 2.84 waves; two parts were 1.14
+        (3, 15, 528, 15),  # what no split fills gets as many as a row has rounds for
+        (1, 1, 528, 1),
+        (0, 15, 528, 1),
+        (8192, 0, 592, 1),  # a row shorter than a round
+    ],
+)
+def test_rows_are_split_until_waves_are_full(kernels, num_rows, most, at_once, splits):
+    assert kernels.simt_splits_of(*map(simt.i64, (num_rows, most, at_once))) == splits
 
 
 def test_half_precision_of_the_machine_is_torchs(kernels):

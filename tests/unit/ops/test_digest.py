@@ -2,14 +2,12 @@
 stride and place; that pieces add up and faults show; the CUDA kernel thread by thread.
 """
 
-import ctypes
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.ops import block_digest, column_weights
+from engine.ops import block_digest, block_digests, column_weights
 from tests import reference_ops
 from tests.unit.ops import simt
 
@@ -134,23 +132,80 @@ def test_wrong_arguments_are_named_with_rule_and_value(block, options, message):
         block_digest(block, **{"row": 0, "col": 0, "seed": 0} | options)
 
 
+def test_many_at_once_equal_each_alone():
+    """Blocks of one element size, of any shape; of none; and arguments that do not fit."""
+    blocks = [random_block(*shape, torch.bfloat16, seed=shape[0]) for shape in ((3, 40), (1, 7), (0, 4), (20, 0), (9, 33))]
+    places = {"rows": [0, 5, 2, 1, 1 << 33], "cols": [0, 2, 9, 0, 5], "seeds": [1, 2**64 - 1, 3, 4, 1]}
+    columns = column_weights(50, "cpu")
+    found = block_digests(blocks, columns=columns, **places)
+    options = [dict(zip(("row", "col", "seed"), place, strict=True)) for place in zip(*places.values(), strict=True)]
+    want = [reference_ops.block_digest(block, **option) for block, option in zip(blocks, options, strict=True)]
+    assert torch.equal(found, torch.cat(want))
+    assert block_digests([], rows=[], cols=[], seeds=[], columns=columns).shape == (0,)
+    with pytest.raises(ValueError, match="as many as blocks = 5; found 4, 5 and 5"):
+        block_digests(blocks, columns=columns, **places | {"rows": [0] * 4})
+    with pytest.raises(ValueError, match="elements of one size; found 2 and 4"):
+        block_digests([blocks[0], torch.zeros(1, 1)], rows=[0, 0], cols=[0, 0], seeds=[0, 0], columns=columns)
+
+
+def on_gpu(kernels, blocks, columns, places):
+    """The kernel's digests of blocks [(row, seed) each], and how many launches they took."""
+    table = (simt.DigestBlock * len(blocks))()
+    for i, (block, (row, seed)) in enumerate(zip(blocks, places, strict=True)):
+        sizes = *block.shape, row, seed
+        table[i] = simt.DigestBlock(simt.at(block), block.stride(0), simt.at(columns), *sizes)
+    digests, before = torch.full((len(blocks),), -1), kernels.simt_num_launches()
+    sizes = simt.i64(len(blocks)), simt.i32(blocks[0].element_size())
+    assert kernels.semion_block_digests(table, *sizes, simt.at(digests), None) == 0
+    return digests, kernels.simt_num_launches() - before
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize(("num_rows", "num_columns", "gap"), [(1, 300, 0), (65, 48, 0), (70, 33, 15), (3, 301, 2), (0, 5, 0)])
-def test_cuda_kernel_equals_the_reference(dtype, num_rows, num_columns, gap):
-    """On 16 byte boundaries and off them, columns that no vector fills, more rows than a tile, several tiles across."""
+def test_cuda_kernel_equals_the_reference(dtype, multiprocessors):
+    """In one launch for what lies on 16 byte boundaries and one for what does not: columns that no piece fills and fewer
+    than one, rows of no round and of more than a warp weighs at once, several strips, nothing at all; few thread blocks that
+    each have several matrices, and many that share one."""
     kernels = simt.load()
-    num_columns *= 16 if num_rows == 3 else 1
-    block = random_block(num_rows, num_columns, dtype, gap=gap)
-    weights = column_weights(num_columns + 5, "cpu")[5:]
-    row, seed = 1 << 33, 2**64 - 5
-    arguments = simt.DigestBlock(
-        simt.at(block), block.stride(0), simt.at(weights), num_rows, num_columns, row, seed, block.element_size()
-    )
+    shapes = [
+        (1, 300, 0),
+        (65, 48, 0),
+        (70, 33, 15),
+        (3, 4816, 0),
+        (0, 5, 0),
+        (5, 3, 13),
+        (2, 301, 2),
+        (131, 16, 0),
+        (7, 2064, 16),
+        (300, 1, 0),
+        (140, 15, 2),
+    ]
+    blocks = [random_block(*shape[:2], dtype, gap=shape[2], seed=i) for i, shape in enumerate(shapes)]
+    columns = column_weights(5000, "cpu")[5:]
+    places = [(i << 33, 2**64 - 5 - i) for i in range(len(blocks))]
+    launches = []
 
     def work():
-        digest = torch.full((1,), -1)
-        assert kernels.semion_block_digest(ctypes.byref(arguments), simt.at(digest), None) == 0
-        return (digest,)
+        digests, num_launches = on_gpu(kernels, blocks, columns, places)
+        launches.append(num_launches)
+        return (digests,)
 
+    kernels.simt_set_multiprocessors(multiprocessors)
     (found,) = simt.in_both_orders(kernels, work)
-    assert torch.equal(found, reference_ops.block_digest(block, row=row, col=5, seed=seed))
+    kernels.simt_set_multiprocessors(132)
+    want = [
+        reference_ops.block_digest(block, row=row, col=5, seed=seed) for block, (row, seed) in zip(blocks, places, strict=True)
+    ]
+    assert torch.equal(found, torch.cat(want))
+    assert launches == [2, 2]
+
+
+def test_cuda_kernel_takes_a_launch_for_every_48_blocks():
+    kernels = simt.load()
+    blocks = [random_block(1, 16, torch.bfloat16, seed=i) for i in range(100)]
+    columns = column_weights(16, "cpu")
+    found, num_launches = on_gpu(kernels, blocks, columns, [(0, 1)] * 100)
+    want = [reference_ops.block_digest(block, row=0, col=0, seed=1) for block in blocks]
+    assert torch.equal(found, torch.cat(want))
+    assert kernels.semion_digests_a_launch() == 48
+    assert num_launches == 3

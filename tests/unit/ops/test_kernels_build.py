@@ -45,6 +45,15 @@ def test_no_file_of_the_cpu_half_has_a_warning(packaging, tmp_path):
     run_all([*command, "-Werror"] for _, command in commands)
 
 
+def test_the_cuda_half_has_code_for_each_generation_and_ptx_for_later_ones(packaging, tmp_path):
+    """No code of an architecture's own features, which would run on no later one."""
+    commands = [command for _, command in packaging["cuda_commands"](tmp_path, Path("/cuda")) if "nvcc" in command[0]]
+    assert len(commands) == len(list(ROOT.glob("csrc/**/*_kernel.cu")))
+    for command in commands:
+        codes = [part.split(",code=")[1] for part in command if part.startswith("-gencode")]
+        assert codes == ["sm_80", "sm_90", "sm_100", "compute_100"]
+
+
 def test_kernels_are_right_and_clean_under_the_sanitizers(packaging, tmp_path):
     """Reads or writes past any array, misaligned access, overflow or invalid shifts stop the driver."""
     commands = packaging["cpu_commands"](tmp_path)
@@ -63,6 +72,24 @@ def test_kernels_are_right_and_clean_under_the_sanitizers(packaging, tmp_path):
     for flag, isa in (("avx2", "avx2"), ("avx512f", "avx512")):
         if flag in Path("/proc/cpuinfo").read_text().split():
             assert f"checked {isa}" in done.stdout
+
+
+@pytest.mark.slow
+def test_cuda_kernels_touch_nothing_beside_their_arrays(packaging, tmp_path):
+    """The simulator's build of every .cu file, under the sanitizers: rows that end where their memory does."""
+    flags = ["-std=c++20", "-DSEMION_SIMT", "-Icsrc", "-Itests/unit/ops", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+    sources = [*sorted(ROOT.glob("csrc/**/*_kernel.cu")), ROOT / "tests/unit/ops/simt_sanitized.cpp"]
+    targets = [tmp_path / f"{source.stem}.o" for source in sources]
+    run_all(
+        [packaging["COMPILER"], "-x", "c++", *flags, *SANITIZED, "-c", str(source), "-o", str(target)]
+        for source, target in zip(sources, targets, strict=True)
+    )
+    program = tmp_path / "sanitized"
+    run_all([[packaging["COMPILER"], *SANITIZED, *map(str, targets), "-o", str(program)]])
+    environment = {"PATH": os.environ["PATH"], "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    done = subprocess.run([program], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "checked the CUDA kernels" in done.stdout
 
 
 def test_the_library_holds_no_path_of_this_machine(packaging):

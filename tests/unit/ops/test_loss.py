@@ -5,6 +5,7 @@ in float64: values, gradients, the same bits every time, errors.
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 
 from engine.core.errors import NumericsError
 from engine.core.types import IGNORED
-from engine.ops import grouped_advantages, lm_head_log_probs, log_square_probs, policy_gradient_loss, sequence_log_probs
+from engine.ops import (
+    grouped_advantages,
+    lm_head_log_probs,
+    log_square_probs,
+    policy_gradient_loss,
+    policy_gradient_slopes,
+    sequence_log_probs,
+)
 from engine.ops.policy_gradient import LOG_LIMIT, SUMS
 from tests import reference_ops
 
@@ -296,6 +304,38 @@ def test_lm_head_of_half_precision_with_and_without_the_processors_products(monk
     for mine, theirs in zip(gradients, slopes, strict=True):
         rounding = HEAD_TOLERANCE[dtype] if native else torch.finfo(dtype).eps
         assert (mine.double() - theirs).abs().max() <= rounding * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_rows", [3, 64])
+def test_lm_head_with_slopes_of_its_own_log_probs_equals_recomputation(dtype, chunk_rows):
+    """GRPO's clipped loss with its KL, whose coefficients are made in the chunk: the same bits of the loss, and gradients as
+    near to float64's as those of a second pass over the logits."""
+    torch.manual_seed(6)
+    hidden, weight = torch.randn(13, 24).to(dtype).requires_grad_(), (0.3 * torch.randn(501, 24)).to(dtype).requires_grad_()
+    targets, bounds = torch.randint(0, 501, (13,)), bounds_of([4, 0, 9])
+    targets[5] = IGNORED
+    before = reference_ops.lm_head_log_probs(hidden.detach().double(), weight.detach().double(), targets).float()
+    old, reference = before + 0.4 * torch.randn(2, 13)
+    advantages, options = torch.tensor([1.5, 0.3, -0.7]), dict[str, Any](clip_low=0.2, clip_high=0.3, kl_weight=0.1)
+    each = advantages.repeat_interleave(bounds.diff())
+
+    def slopes(rows, log_probs):
+        given = old[rows], reference[rows], each[rows], targets[rows]
+        return policy_gradient_slopes(log_probs, *given, **options)
+
+    found = []
+    for known in (slopes, None):
+        log_probs = lm_head_log_probs(hidden, weight, targets, coefficients=known, chunk_rows=chunk_rows)
+        loss, _ = policy_gradient_loss(log_probs, old, reference, advantages, bounds, targets, **options)
+        found.append((loss, *torch.autograd.grad(loss / 7, (hidden, weight))))
+    assert torch.equal(found[0][0], found[1][0])
+    exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    row = reference_ops.lm_head_log_probs(*exact, targets), old, reference, advantages, bounds, targets
+    want = torch.autograd.grad(reference_ops.policy_gradient_loss(*row, **options)[0] / 7, exact)
+    for gradients in found:
+        for mine, theirs in zip(gradients[1:], want, strict=True):
+            assert (mine.double() - theirs).abs().max() <= HEAD_TOLERANCE[dtype] * theirs.abs().max()
 
 
 def test_coefficients_that_are_not_the_losses_are_refused():

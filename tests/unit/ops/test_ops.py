@@ -159,7 +159,10 @@ def two_ranks():
     store = dist.HashStore()
 
     def join(rank):
-        return dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=30))
+        group = dist.ProcessGroup(dist.PrefixStore("group", store), rank, 2)
+        backend = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=30))
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+        return group
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as threads:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")

@@ -1,0 +1,103 @@
+"""What the operators of torch.ops.semion give, as shapes and types without values: with it torch.compile traces them without a
+break and FakeTensorMode runs them. Arguments are checked by the kernels alone.
+
+Shape legend: T tokens of a packed row, B sequences (or rewards), G groups, N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+NUM_POLICY_SUMS = 6  # csrc/policy/row.h: num_policy_sums
+
+
+def register() -> None:
+    """Registers them, once the operators' library is loaded."""
+    for name, function in _FAKES.items():
+        torch.library.register_fake(f"semion::{name}", function)
+
+
+def _log_prob_parts(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_start: int,
+    num_valid: int,
+    lowest_id: int,
+    end_id: int,
+    temperature: float,
+    every_row: bool,
+) -> torch.Tensor:
+    return logits.new_empty(4, logits.size(0), dtype=torch.float32)
+
+
+def _log_prob_join(
+    parts: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_rows = targets.size(0)
+    return parts.new_empty(num_rows), parts.new_empty(num_rows), parts.new_empty(3, num_rows)
+
+
+def _log_prob_backward(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    totals: torch.Tensor,
+    grad_log_prob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    vocab_start: int,
+    num_valid: int,
+    temperature: float,
+    out: torch.Tensor,
+) -> None:
+    return None
+
+
+def _sequence_sums(values: torch.Tensor, cu_seqlens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return values.new_empty(cu_seqlens.size(0) - 1)
+
+
+def _sequence_sums_backward(
+    grad_sums: torch.Tensor, cu_seqlens: torch.Tensor, mask: torch.Tensor | None, num_tokens: int
+) -> torch.Tensor:
+    return grad_sums.new_empty(num_tokens)
+
+
+def _grouped_advantages(
+    rewards: torch.Tensor, cu_groups: torch.Tensor, normalize: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    no_signal = rewards.new_empty(cu_groups.size(0) - 1, dtype=torch.bool)
+    return torch.empty_like(rewards), no_signal, rewards.new_empty(1, dtype=torch.int64)
+
+
+def _policy_gradient(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    reference_log_probs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    targets: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return log_probs.new_empty(NUM_POLICY_SUMS), torch.empty_like(log_probs)
+
+
+def _block_digests(
+    blocks: list[torch.Tensor], columns: torch.Tensor, rows: list[int], cols: list[int], seeds: list[int]
+) -> torch.Tensor:
+    return columns.new_empty(len(blocks), dtype=torch.int64)
+
+
+_FAKES: dict[str, Callable[..., object]] = {
+    "log_prob_parts": _log_prob_parts,
+    "log_prob_join": _log_prob_join,
+    "log_prob_backward": _log_prob_backward,
+    "sequence_sums": _sequence_sums,
+    "sequence_sums_backward": _sequence_sums_backward,
+    "grouped_advantages": _grouped_advantages,
+    "policy_gradient": _policy_gradient,
+    "block_digests": _block_digests,
+}
