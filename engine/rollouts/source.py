@@ -24,7 +24,7 @@ from engine.rewards.base import Reward, answer_of
 from engine.rollouts.ahead import Ahead
 from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
-from engine.rollouts.metrics import ENGINES_IDLE_SHARE, STALENESS, WAITED, rollout_metrics, warn_of_endings
+from engine.rollouts.metrics import ENGINES_IDLE_SHARE, JUDGED, STALENESS, WAITED, rollout_metrics, warn_of_endings
 from engine.rollouts.writer import RolloutWriter
 
 Result = TypeVar("Result")
@@ -96,9 +96,11 @@ class RolloutSource:
         """Waits until the groups of `step` are complete and scored. Raises what an engine or the reward raised."""
         started = time.monotonic()
         _awaited(self._sampling.pop(step), waiting)
+        sampled = time.monotonic()
         with phase(Phase.REWARDS):
             groups, usage = _awaited(self._coming.pop(step), waiting)
-        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, usage, self._end_ids) | self._idle
+        now = time.monotonic()
+        metrics = {WAITED.name: now - started, JUDGED.name: now - sampled} | rollout_metrics(groups, usage, self._end_ids) | self._idle
         self._idle = {}
         warn_of_endings(metrics, self._config.sampling.max_tokens)
         version = self._config.schedule.version(step)

@@ -36,7 +36,7 @@ ALGORITHMS: list[dict[str, Any]] = [
 ]
 # What the code computes only beside engines; tests/e2e holds real rows against the catalogue
 ELSEWHERE = {
-    *("staleness", "wait_seconds", "engines_idle_share", "reward_mean_NAME", "reward_PART_mean", "groups"),
+    *("staleness", "wait_seconds", "reward_seconds", "engines_idle_share", "reward_mean_NAME", "reward_PART_mean", "groups"),
     *(one.name for one in METRICS),
 }
 RECORDED = {  # what the figures on record and their readers depend on
