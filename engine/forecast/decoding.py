@@ -73,6 +73,7 @@ class Engine:
     slots: int
     room: int
     clock: float = 0.0
+    slow: float = 1.0  # by which everything takes longer now, where others compute on the same cores
     busy: float = 0.0
     preempted: int = 0
     most: int = 0  # requests that ran together
@@ -98,9 +99,28 @@ class Engine:
         for request in requests:
             self._left[request.step] = self._left.get(request.step, 0) + 1
 
+    def pause(self, until: float) -> None:
+        """Nothing runs before a time that is not before any of earlier calls. What was running goes on then, first come, first
+        served; the prompt and the answer so far are computed anew, for the weights are others."""
+        running = [request for request in self._newest if request.running]
+        while self._count:
+            self._give_back()
+        self.preempted -= len(running)
+        self._known.clear()
+        self.clock = max(self.clock, until)
+
+    @property
+    def works(self) -> bool:
+        """Whether it has anything to do."""
+        return bool(self._count or self._waiting)
+
+    def lacks(self, step: int) -> bool:
+        """Whether a request of a step is not done yet."""
+        return bool(self._left.get(step))
+
     def done(self, step: int, submitted: float) -> float:
         """When the last request of a step is done; `submitted` where it has none here."""
-        while self._left.get(step):
+        while self.lacks(step):
             self._go_on(float("inf"))
         return self.finished.get(step, submitted)
 
@@ -117,12 +137,12 @@ class Engine:
             self._give_back()
             return True
         count = min(count, max(1, left))
-        seconds = self.speed.iterations(count, self._count, self._context)
+        seconds = self.slow * self.speed.iterations(count, self._count, self._context)
         if self.clock + seconds > until:
-            count = self._fitting(count, until - self.clock)
+            count = self._fitting(count, (until - self.clock) / self.slow)
             if not count:
                 return False
-            seconds = self.speed.iterations(count, self._count, self._context)
+            seconds = self.slow * self.speed.iterations(count, self._count, self._context)
         self.clock += seconds
         self.busy += seconds
         self._iteration += count
@@ -156,8 +176,8 @@ class Engine:
             self._waiting.popleft()
             tokens = held if request.again or request.prompt not in self._known else 1
             self._known.add(request.prompt)
-            self.clock += tokens * self.speed.prompt
-            self.busy += tokens * self.speed.prompt
+            self.clock += self.slow * tokens * self.speed.prompt
+            self.busy += self.slow * tokens * self.speed.prompt
             request.running, request.admitted = True, self._iteration
             self._number += 1
             heapq.heappush(self._heap, (self._iteration + request.left, self._number, request))
@@ -223,10 +243,26 @@ class Engines:
         """When the last response of an opened step is in."""
         return max(engine.done(step, self._submitted[step]) for engine in self.engines)
 
-    def catch_up(self, now: float) -> None:
-        """Works up to a time."""
+    def catch_up(self, now: float, slow: float = 1.0) -> None:
+        """Works up to a time; everything takes `slow` times as long."""
         for engine in self.engines:
+            engine.slow = slow
             engine.submit(now, ())
+
+    def pause(self, now: float, until: float) -> None:
+        """What is not done at a time goes on at another, with its tokens kept and computed anew."""
+        self.catch_up(now)
+        for engine in self.engines:
+            engine.pause(until)
+
+    @property
+    def num_working(self) -> int:
+        """Engines that have something to do where they stand."""
+        return sum(engine.works for engine in self.engines)
+
+    def lacks(self, step: int) -> bool:
+        """Whether a response of an opened step is not in yet, where the engines stand."""
+        return any(engine.lacks(step) for engine in self.engines)
 
     @property
     def busy_seconds(self) -> float:

@@ -13,7 +13,7 @@ from engine.forecast import disk
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import Engines, Speed, speed_of
 from engine.forecast.lengths import LogNormal, StepWork, Workload, draw_steps
-from engine.forecast.replay import Costs, Played, play, window
+from engine.forecast.replay import Cores, Costs, Played, play, window
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
 from engine.run.spec import Spec
@@ -138,6 +138,8 @@ class Forecaster:
         if self._speed is None:
             return None
         engines = self._config.inference.engines
+        if self.given.constants.cores:
+            return Engines(self._config, self._speed, self.room, self.works)
         most = max(LEAST_ENGINES, MOST_REPLAYED * engines // (num_steps * self._config.rollouts_per_step))
         return Engines(self._config, self._speed, self.room, self.works, min(self._only or most, most))
 
@@ -157,6 +159,20 @@ class Forecaster:
             sync=self.given.transfer_seconds + c.sync_seconds if self._speed is not None else 0.0,
             turn=c.sleep_seconds if colocated else 0.0,
             colocated=colocated,
+            cores=self._cores() if c.cores else None,
+        )
+
+    def _cores(self) -> Cores:
+        """Who computes with how many threads on the machine's cores; a rank that waits for another one takes none."""
+        config, spec = self._config, self.given.spec
+        step = mean_step(self._training).seconds
+        busy = 1 - (step.pipeline + step.imbalance) / step.total if step.total else 1.0
+        model = spec.reward_shape is not None
+        return Cores(
+            self.given.constants.cores,
+            trainer=config.trainer.world_size * config.trainer.threads * busy,
+            engine=config.inference.tensor_parallel * config.inference.threads,
+            rewards=config.inference.threads if model else config.rewards.workers,
         )
 
     def judging(self, work: StepWork) -> float:
