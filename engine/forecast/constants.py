@@ -79,7 +79,7 @@ class Constants(Section):
         1.2e-5,
         "guess",
         UNVERIFIED,
-        "of a sum over tensor-parallel or data-parallel ranks beside its bytes; two a layer and pass",
+        "of a sum over trainer ranks beside its bytes; two a layer and pass with tensor_parallel",
     )
     step_seconds: Cost = _constant(
         0.03, "guess", UNVERIFIED, "of an optimizer step, whatever its rows: metrics, clip, launches"

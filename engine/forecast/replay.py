@@ -248,14 +248,17 @@ class Apart(Clock):
         self._judged_until = 0.0  # one thread judges the steps in order
 
     def open(self, steps: range) -> None:
+        """Submits the prompts of these steps."""
         self._engines.open(self.now, steps)
 
     def wait_sampled(self, steps: range) -> float:
+        """Until the engines have them."""
         asked = self.now
         self.now = max(asked, *map(self._engines.sampled, steps)) if steps else asked
         return self.now - asked
 
     def wait_scored(self, step: int, together: range) -> tuple[float, float]:
+        """Until the one thread that judges has done them."""
         asked = self.now
         self.now = max(asked, *(self._until_scored(each) for each in (*together, step)))
         waited = self.now - asked
@@ -285,22 +288,26 @@ class Together(Clock):
         self._scored: dict[int, float] = {}
 
     def open(self, steps: range) -> None:
+        """Submits the prompts of these steps, to be judged in their order."""
         self._engines.open(self.now, steps)
         self._judging.extend((step, self._costs.judge(step), -1.0) for step in steps)
 
     def wait_sampled(self, steps: range) -> float:
+        """Slice by slice, until no engine lacks any."""
         asked = self.now
         while any(map(self._engines.lacks, steps)):
             self._go_on(self._slice, 0.0)
         return self.now - asked
 
     def wait_scored(self, step: int, together: range) -> tuple[float, float]:
+        """Slice by slice, until they are judged."""
         asked = self.now
         while step not in self._scored or any(each not in self._scored for each in together):
             self._go_on(self._slice, 0.0)
         return self.now - asked, min(self.now - asked, max(0.0, self.now - max(asked, self._sampled[step])))
 
     def work(self, seconds: float, threads: float) -> float:
+        """Slice by slice, beside whoever else computes."""
         began, left = self.now, seconds
         while left > 0:
             left -= self._go_on(min(left, self._slice), threads)

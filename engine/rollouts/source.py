@@ -100,11 +100,8 @@ class RolloutSource:
         with phase(Phase.REWARDS):
             groups, usage = _awaited(self._coming.pop(step), waiting)
         now = time.monotonic()
-        metrics = (
-            {WAITED.name: now - started, JUDGED.name: now - sampled}
-            | rollout_metrics(groups, usage, self._end_ids)
-            | self._idle
-        )
+        timed = {WAITED.name: now - started, JUDGED.name: now - sampled}
+        metrics = timed | rollout_metrics(groups, usage, self._end_ids) | self._idle
         self._idle = {}
         warn_of_endings(metrics, self._config.sampling.max_tokens)
         version = self._config.schedule.version(step)

@@ -150,8 +150,8 @@ def one_engine(lengths: list[int], slots: int, *, num_engines: int = 1, second: 
 
 
 def test_a_sync_in_flight_waits_for_the_interval_that_is_due_alone():
-    """Without, every sync waits until all that is under way is sampled, a whole response: 4 s a step. In flight a response goes on
-    over the syncs and has until its own step, two later: 2 s a step."""
+    """Without, every sync waits until all that is under way is sampled, a whole response: 4 s a step. In flight a response
+    goes on over the syncs and has until its own step, two later: 2 s a step."""
     whole, flying = two_intervals_ahead(in_flight=False), two_intervals_ahead(in_flight=True)
     assert whole[2:10] == [4.0] * 8
     assert sum(flying[2:10]) == 8 * 2.0
