@@ -25,6 +25,7 @@ INPUTS = (
     "checkpoint",
     "calibration",
     "lengths",
+    "from_run",
 )  # what a command reads
 
 
@@ -78,8 +79,8 @@ def check_targets(options: argparse.Namespace) -> None:
         for file in [said] if isinstance(said, str) else said:
             if file and not CONTROL.search(file):
                 seen[Path(file).absolute()] = (
-                    f"--{name}"
-                    if name in ("against", "questions", "exclude", "suite", "calibration", "lengths")
+                    f"--{name.replace('_', '-')}"
+                    if name in ("against", "questions", "exclude", "suite", "calibration", "lengths", "from_run")
                     else name.upper()
                 )
     faults = []

@@ -29,6 +29,7 @@ def add_flags(parser: Any) -> None:
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="length of a prompt (150)")
     parser.add_argument("--signal", type=float, default=1.0, metavar="X", help="share of prompts that teach something (1)")
     parser.add_argument("--calibration", metavar="FILE", help="constants of a machine, as `semion calibrate` writes them")
+    parser.add_argument("--from-run", metavar="RUN", help="constants by which the forecast of this run says what it took")
     parser.add_argument("--constants", action="store_true", help="print every constant with its source too")
     parser.add_argument(
         "--optimize", action="store_true", help="search the split of --gpus GPUs that is fastest, for several s"
@@ -62,6 +63,9 @@ def plan(options: argparse.Namespace) -> None:
     )
     c = known.constants
     machine = Machine(c.network_gigabytes_per_second, c.nvlink_gigabytes_per_second, options.gpu_gibibytes)
+    if options.from_run:
+        known = _of_run(Path(options.from_run), known, machine)
+        c = known.constants
     workload = _workload(options, config)
     if options.optimize:
         _optimize(options, config, machine, known, workload)
@@ -80,6 +84,17 @@ def plan(options: argparse.Namespace) -> None:
     if options.constants:
         print_table("constants", constants_table(c, known.measured))
     write_figures(made.figures, None, options.json)
+
+
+def _of_run(directory: Path, known: Any, machine: Any) -> Any:
+    """The constants by a run's own records. ConfigError where it is no run."""
+    from engine.api.planning import recalibrated
+
+    if not (directory / "config.toml").is_file() or not (directory / "metrics.jsonl").is_file():
+        raise ConfigError(
+            f"--from-run must be a run's directory, with config.toml and metrics.jsonl; found none in {directory}: name another"
+        )
+    return recalibrated(directory, load_config(directory / "config.toml"), known, machine)
 
 
 def _optimize(options: argparse.Namespace, config: RunConfig, machine: Any, known: Any, workload: Any) -> None:

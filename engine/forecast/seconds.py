@@ -58,6 +58,7 @@ class Forecast:
     train_parts: dict[str, float]  # of its training
     trainer_waits: float  # share of the time
     engines_idle: float  # share of the time; colocated, of that in which no device works
+    sampling_seconds: float  # a step, for which an engine is busy, in the mean over them
     sampled_tokens_per_second: float
     trained_tokens_per_second: float
     mfu: float  # of the trainer's devices, over the whole step
@@ -227,6 +228,7 @@ class Forecaster:
             train_parts={name: getattr(step.seconds, name) for name in TRAIN_PARTS},
             trainer_waits=(played.mean("waited") + played.mean("finish")) / seconds,
             engines_idle=max(0.0, idle) if self._speed is not None else 0.0,
+            sampling_seconds=played.engine_seconds / len(played.counted),
             sampled_tokens_per_second=sampled / seconds if self._speed is not None else 0.0,
             trained_tokens_per_second=trained / seconds,
             mfu=step.model_flops / (peak * seconds),

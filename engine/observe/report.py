@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from engine.core.metrics import Metric
 from engine.observe.curves import further_plots, plots
+from engine.observe.predicted import HEADING
 from engine.observe.problems import Problem, difference
 from engine.observe.reading import RunRecords
 
@@ -103,6 +104,7 @@ def content(
         ("Evaluations", _evaluations(runs)),
         ("Curves", _thinned(runs) + f'<div class="charts">{"".join(plots(runs, metrics).values())}</div>'),
         ("", _further(runs, metrics, groups or {})),
+        ("Time, predicted and measured", "".join(map(_predicted, runs))),
         ("Problems", "".join(map(_problems, runs))),
         ("Answers, before and after", _answers(runs)),
         ("Options", _all_options(told)),
@@ -270,6 +272,18 @@ def _answers(runs: Sequence[RunRecords]) -> str:
         for row in run.answers.rows()
     ]
     return _cells(("run", "set", "step", "right answer", "problem", "answer at temperature 0"), rows) if rows else ""
+
+
+def _predicted(run: RunRecords) -> str:
+    """What a forecast says of each part of a step beside what was measured."""
+    found = run.predicted
+    if found is None:
+        return ""
+    note = f'<p class="note">{escape(run.name)}: {escape(found.note)}</p>'
+    if not found.parts:
+        return note
+    means = f'<p class="note">Measured are means of {found.num_steps} steps, from step {found.first_step} on.</p>'
+    return f"{_table(HEADING, found.rows())}{note}{means}"
 
 
 def _verdict(run: RunRecords) -> str:
