@@ -17,9 +17,11 @@ from engine.forecast import comparing
 from engine.forecast.calibration import Calibrated, calibrated, read_calibration
 from engine.forecast.constants import Constants, rows
 from engine.forecast.lengths import Workload, newest_lengths
+from engine.forecast.replay import Played
 from engine.forecast.search import Found, Search
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, assumed_workload, other_interval
+from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, assumed_workload, regimes
 from engine.forecast.telling import as_figures
+from engine.forecast.training import TrainingStep
 from engine.observe.predicted import CALIBRATION, Predicted
 from engine.observe.timeline import EVENTS, STARTUP
 from engine.run.spec import Spec, resolve
@@ -40,6 +42,7 @@ class Plan:
     figures: dict[str, Any]  # all of it, for JSON
     forecast: Forecast | None  # None where nothing trains on rollouts or the run is supervised
     intervals: tuple[Forecast, ...]  # the same with other s
+    picture: tuple[Played, range, Many[TrainingStep]] | None  # of an interval, as `Forecaster.interval` has it
 
 
 def plan(config: RunConfig, machine: Machine | None = None) -> dict[str, Any]:
@@ -72,31 +75,34 @@ def planned(
     }
     constants = known.constants.model_copy(update=links)
     given = inputs(spec, constants, workload, figures["seconds"], machine)
-    own, forecasts = _forecasts(given, intervals)
+    own, forecasts, picture = _forecasts(given, intervals)
     figures["forecast"] = as_figures(own, config) if own else None
     figures["intervals"] = [as_figures(one, config) for one in forecasts]
     figures["constants"] = [asdict(row) for row in rows(constants, known.measured)]
-    return Plan(figures, own, tuple(forecasts))
+    return Plan(figures, own, tuple(forecasts), picture)
 
 
-def _forecasts(given: Inputs, intervals: Many[int | str]) -> tuple[Forecast | None, list[Forecast]]:
-    """(the run's own forecast, those of several s); none where nothing is sampled."""
+def _forecasts(
+    given: Inputs, intervals: Many[int | str]
+) -> tuple[Forecast | None, list[Forecast], tuple[Played, range, Many[TrainingStep]] | None]:
+    """(the run's own forecast, those of several s, what a picture takes); none where nothing is sampled."""
     spec = given.spec
     if spec.source != "rollouts" or not spec.starts_engines:
-        return None, []
+        return None, [], None
     config, forecaster = spec.config, Forecaster(given)
-    own = forecaster.forecast()
-    chosen = [s for s in _in_order({*intervals, config.sync.sync_interval}) if isinstance(s, str) or s <= config.run.steps]
-    return own, [
-        own if s == config.sync.sync_interval else forecaster.forecast(other_interval(config.schedule, s)) for s in chosen
+    own, picture = forecaster.forecast(), forecaster.interval()
+    is_own = Regime.asked(config)
+    others = [
+        own if regime == is_own else forecaster.forecast(regime.of(config.schedule)) for regime in regimes(config, intervals)
     ]
+    return own, others, picture
 
 
 @dataclass(frozen=True, slots=True)
 class Optimized:
     """The search's result."""
 
-    best: dict[int | str, list[Found]]
+    best: dict[Regime, list[Found]]
     tried: int  # layouts that fit by themselves, compared for each s
     figures: dict[str, Any]
 
@@ -116,24 +122,20 @@ def optimized(
     if spec.source != "rollouts" or not spec.starts_engines:
         raise ConfigError("--optimize is for runs that sample rollouts; found one that does not: plan it without --optimize")
     known = known or calibrated()
-    chosen = [s for s in _in_order({*intervals, config.sync.sync_interval}) if isinstance(s, str) or s <= config.run.steps]
+    chosen = regimes(config, intervals)
     search = Search(spec, machine, known.constants, workload or assumed_workload(spec), num_gpus, chosen)
     best = search.best()
     figures = {
         "gpus": num_gpus,
         "tried": search.tried,
         "best": [
-            {"sync_interval": s, "layout": one.layout, "spare_bytes": one.spare_bytes} | as_figures(one.forecast, one.config)
-            for s, found in best.items()
+            {"layout": one.layout, "spare_bytes": one.spare_bytes} | as_figures(one.forecast, one.config)
+            for found in best.values()
             for one in found
         ],
         "constants": [asdict(row) for row in rows(known.constants, known.measured)],
     }
     return Optimized(best, search.tried, figures)
-
-
-def _in_order(intervals: set[int | str]) -> list[int | str]:
-    return sorted(intervals, key=lambda s: (isinstance(s, str), s if isinstance(s, int) else 0))
 
 
 def inputs(spec: Spec, constants: Constants, workload: Workload | None, transfer_seconds: float, machine: Machine) -> Inputs:

@@ -10,7 +10,7 @@ from typing import Any
 from engine.core.errors import ConfigError, combined
 from engine.core.places import CONTROL, obstacle
 
-TARGETS = ("output", "json", "plots", "write")  # flags of what a command writes
+TARGETS = ("output", "json", "plots", "write", "html")  # flags of what a command writes
 DESTINATIONS = ("folder", "destination")  # arguments that name a folder to make
 INPUTS = (
     "config",

@@ -39,6 +39,9 @@ def add_flags(parser: Any) -> None:
         "--write", metavar="FILE", help="with --optimize: write the best configuration for the file's own s here"
     )
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write a page: an interval's timeline, the memory of the devices, tables"
+    )
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -50,6 +53,7 @@ def plan(options: argparse.Namespace) -> None:
     from engine.api.planning import planned
     from engine.capacity.transfer import Machine, memory_table, table, verdict
     from engine.forecast.calibration import calibrated, read_calibration
+    from engine.forecast.seconds import Regime
     from engine.forecast.telling import binding, constants_table, intervals_table, parts_table, run_table, trust
     from engine.observe.progress import print_table
 
@@ -68,6 +72,10 @@ def plan(options: argparse.Namespace) -> None:
         c = known.constants
     workload = _workload(options, config)
     if options.optimize:
+        if options.html:
+            raise ConfigError(
+                "--html must be left out with --optimize, which compares layouts; found both: plan the one chosen"
+            )
         _optimize(options, config, machine, known, workload)
         return
     made = planned(config, machine, known=known, workload=workload)
@@ -79,10 +87,23 @@ def plan(options: argparse.Namespace) -> None:
         print_table("", run_table(made.forecast))
         for share, text in binding(made.forecast, config)[:4]:
             print(f"{share:.0%}: {text}")
-        print_table("other intervals between weight syncs", intervals_table(made.intervals, config.sync.sync_interval))
+        print_table(
+            "other intervals between weight syncs",
+            intervals_table(made.intervals, Regime.asked(config)),
+        )
         print(trust(c, known.measured, str(workload.completions), config.cluster.nodes))
     if options.constants:
         print_table("constants", constants_table(c, known.measured))
+    if options.html:
+        from engine.forecast.page import plan_page
+        from engine.observe.writing import write_text
+
+        told = trust(c, known.measured, str(workload.completions), config.cluster.nodes)
+        table_of_constants = constants_table(c, known.measured)
+        name, picture = Path(options.config).stem, made.picture
+        page = plan_page(name, made.figures, config, made.forecast, made.intervals, picture, table_of_constants, told)
+        write_text(options.html, page)
+        print(f"page: {options.html}")
     write_figures(made.figures, None, options.json)
 
 
@@ -101,13 +122,15 @@ def _optimize(options: argparse.Namespace, config: RunConfig, machine: Any, know
     from engine.api.planning import optimized
     from engine.config.load import dump_config
     from engine.core.files import atomic_write
+    from engine.forecast.seconds import Regime
     from engine.forecast.telling import best_table, frontier_table, trust
     from engine.observe.progress import print_table
 
     made = optimized(config, machine, options.gpus, known=known, workload=workload)
-    own = config.sync.sync_interval
-    for interval, found in made.best.items():
-        print_table(f"s = {interval}: the fastest of {made.tried:,} layouts", best_table(found))
+    own = Regime.asked(config)
+    for regime, found in made.best.items():
+        if regime.lookahead == (0 if isinstance(regime.interval, str) else own.lookahead):
+            print_table(f"s = {regime.interval}: the fastest of {made.tried:,} layouts", best_table(found))
     print_table("seconds against staleness", frontier_table(made.best, own))
     print(trust(known.constants, known.measured, str(workload.completions), options.gpus // config.cluster.gpus_per_node))
     if options.write:

@@ -78,6 +78,7 @@ class Engine:
     preempted: int = 0
     most: int = 0  # requests that ran together
     finished: dict[int, float] = field(default_factory=dict)  # of each step, when its last request was done so far
+    stretches: list[tuple[float, float]] = field(default_factory=list)  # in which it was busy, from and until
     _left: dict[int, int] = field(default_factory=dict)
     _waiting: deque[_Request] = field(default_factory=deque)
     _heap: list[tuple[int, int, _Request]] = field(default_factory=list)  # by the iteration at which each is done
@@ -128,6 +129,7 @@ class Engine:
         """Works up to the next completion, or as far as `until`; False where there is nothing more to do by then."""
         if self.clock >= until:
             return False
+        began = self.clock
         self._admit()
         if not self._count:
             return False
@@ -147,8 +149,15 @@ class Engine:
         self.busy += seconds
         self._iteration += count
         self._context += count * self._count
+        self._worked(began)
         self._complete()
         return True
+
+    def _worked(self, began: float) -> None:
+        """It was busy since then; what follows at once, but for the rest of an iteration, is one stretch."""
+        if self.stretches and began <= self.stretches[-1][1] + self.slow * (self.speed.fixed + self.speed.weights):
+            began = self.stretches.pop()[0]
+        self.stretches.append((began, self.clock))
 
     def _fitting(self, most: int, seconds: float) -> int:
         """How many iterations fit into a time."""

@@ -111,12 +111,21 @@ class Span:
     end: float
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What an engine did, for a picture."""
+
+    stretches: list[tuple[float, float]]  # in which it was busy
+    finished: dict[int, float]  # of each step, when its last response was in
+
+
 @dataclass(slots=True)
 class Played:
     """The steps that were replayed, and those of them that count."""
 
     steps: list[StepTimes] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    engines: tuple[Sampled, ...] = ()  # those that were replayed
     first: int = 0  # of those that count
     engine_seconds: float = 0.0  # for which engines were busy meanwhile, in the mean over them
 

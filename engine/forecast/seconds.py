@@ -4,16 +4,19 @@ the replay of the loop. What binds is said in telling.py; no process is started 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+from engine.config.load import RunConfig
 from engine.config.schedules.base import Schedule
 from engine.forecast import disk
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import Engines, Speed, speed_of
 from engine.forecast.lengths import LogNormal, StepWork, Workload, draw_steps
-from engine.forecast.replay import Cores, Costs, Played, play, window
+from engine.forecast.replay import Cores, Costs, Played, Sampled, play, window
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
 from engine.run.spec import Spec
@@ -23,6 +26,7 @@ MOST_REPLAYED = 12_000  # requests that are replayed, of so many engines as have
 LEAST_ENGINES = 2
 MOST_TRAINED = 6  # different steps whose rows are laid out; further ones repeat them
 SHARE_OF_CAP, SIGMA = 0.35, 0.6  # of sampling.max_tokens, the mean length of responses of which nothing is known; their spread
+LEAST_PICTURED = 3  # steps of a picture
 PROMPT_TOKENS = 150  # of a prompt of which nothing is known
 
 
@@ -51,6 +55,7 @@ class Forecast:
 
     regime: str
     sync_interval: Interval
+    lookahead: int
     staleness_mean: float  # optimizer steps, over the run
     staleness_max: int
     step_seconds: float
@@ -109,6 +114,16 @@ class Forecaster:
         distinct = min(len(self.works), max(1, MOST_TRAINED * 256 // max(256, self._config.trainer.world_size)))
         return [training.step(work.outlines) for work in self.works[:distinct]]
 
+    def interval(self) -> tuple[Played, range, Many[TrainingStep]]:
+        """The run's loop as replayed, the steps of its last whole interval there, or a few short ones, and the optimizer steps
+        by their number modulo their count; for a picture."""
+        schedule = self._config.schedule
+        played = self.play(schedule)
+        count = len(played.steps)
+        begins = [step for step in range(count) if schedule.sync_due(step) or schedule.opens(step)]
+        first = next((begin for begin in reversed(begins) if begin <= count - LEAST_PICTURED), begins[0])
+        return played, range(first, count), self._training
+
     @property
     def trained(self) -> Many[TrainingStep]:
         """Optimizer steps as replayed, for another forecast with this trainer."""
@@ -126,6 +141,7 @@ class Forecaster:
         engines = self._engines(num_steps)
         played = play(schedule, num_steps, first, engines, self._costs())
         self._seen = (engines.most, engines.preempted) if engines else (0, 0)
+        played.engines = tuple(Sampled(engine.stretches, engine.finished) for engine in engines.engines) if engines else ()
         return played
 
     @property
@@ -221,6 +237,7 @@ class Forecaster:
         return Forecast(
             regime=schedule.regime,
             sync_interval=schedule.sync_interval,
+            lookahead=schedule.lookahead,
             staleness_mean=sum(stale) / len(stale),
             staleness_max=max(stale),
             step_seconds=seconds,
@@ -294,6 +311,30 @@ def _problems(path: str, most: int | None) -> int | None:
     return count if most is None else min(most, count)
 
 
-def other_interval(schedule: Schedule, interval: int | str) -> Schedule:
-    """The same regime with another s."""
-    return replace(schedule, sync_interval=interval)  # type: ignore[arg-type]
+class Regime(NamedTuple):
+    """Between which weight syncs, and how many intervals ahead."""
+
+    interval: Interval
+    lookahead: int = 0
+
+    @classmethod
+    def asked(cls, config: RunConfig) -> Regime:
+        """A configuration's own."""
+        return cls(config.sync.sync_interval, config.sync.lookahead)
+
+    def of(self, schedule: Schedule) -> Schedule:
+        """A schedule with another s and another lookahead."""
+        return replace(schedule, sync_interval=self.interval, lookahead=self.lookahead)  # type: ignore[arg-type]
+
+
+def regimes(config: RunConfig, intervals: Iterable[Interval]) -> list[Regime]:
+    """The configuration's own regime and those of several s, each without lookahead, with one interval, and with as many as
+    the configuration has; where nothing can be sampled ahead, without. In order."""
+    own = Regime.asked(config)
+    colocated = config.inference.placement == "colocated"
+    found = {own}
+    for interval in {*intervals, own.interval}:
+        if isinstance(interval, str) or interval <= config.run.steps:
+            ahead = (0,) if colocated or isinstance(interval, str) else (0, 1, own.lookahead)
+            found |= {Regime(interval, lookahead) for lookahead in ahead}
+    return sorted(found, key=lambda one: (isinstance(one.interval, str), *(one if isinstance(one.interval, int) else (0, 0))))

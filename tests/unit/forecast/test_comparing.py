@@ -102,7 +102,10 @@ def test_parts_by_hand():
         | ({"sync_seconds": 2.0} if step == 1 else {})
         for step in range(4)
     ]
-    events = [{"kind": "activity", "what": "checkpoint", "about": "of 2 steps", "seconds": 9.0}, {"kind": "note"}]
+    events: list[dict[str, Any]] = [
+        {"kind": "activity", "what": "checkpoint", "about": "of 2 steps", "seconds": 9.0},
+        {"kind": "note"},
+    ]
     found = measured(rows, rows, events, [{"step": 0, "seconds": 60.0}, {"step": 2, "seconds": 1.0}])
     assert found == {
         "step": 10.0,

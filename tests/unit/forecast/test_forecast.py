@@ -28,7 +28,7 @@ from engine.forecast.decoding import Speed
 from engine.forecast.lengths import LogNormal, Workload, draw_steps, recorded_lengths
 from engine.forecast.measuring import Decoded, Trained, decoding_constants, training_constants
 from engine.forecast.search import Search
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, other_interval
+from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, regimes
 from engine.rollouts.writer import RolloutFolder, RolloutWriter
 from engine.run.spec import resolve
 from tests import builders
@@ -66,7 +66,7 @@ def worked(trainers: int, engines: int, interval: int, loss: str = "dpo") -> For
             changes |= {"algorithm.loss": "grpo", "algorithm.kl_weight": 0.001}
         spec = resolve(override(BASE, changes), digests=False)
         KNOWN[key] = Forecaster(Inputs(spec, WORKED, LENGTHS, 0.119, 139 * GIB))
-    return KNOWN[key].forecast(other_interval(BASE.schedule, interval))
+    return KNOWN[key].forecast(Regime(interval).of(BASE.schedule))
 
 
 @pytest.mark.parametrize(
@@ -294,21 +294,47 @@ def test_optimize_writes_a_configuration_that_can_be_planned(tmp_path, monkeypat
 def small_search(num_gpus: int, **changes: Any) -> Search:
     config = override(BASE, {"data.prompts_per_step": 8, "run.steps": 20, "checkpoint.every": "end", **changes})
     spec = resolve(config, digests=False)
-    return Search(spec, Machine(), Constants(), Workload(LogNormal(200, 0.6, 2048), LogNormal(50, 0, 1024)), num_gpus, (1, 10))
+    return Search(
+        spec,
+        Machine(),
+        Constants(),
+        Workload(LogNormal(200, 0.6, 2048), LogNormal(50, 0, 1024)),
+        num_gpus,
+        (Regime(1), Regime(10), Regime(10, 1)),
+    )
 
 
 def test_the_search_finds_layouts_that_fit_and_repeats_itself():
     once, again = (small_search(8).best() for _ in range(2))
     assert [one.layout for found in once.values() for one in found] == [one.layout for found in again.values() for one in found]
-    for interval, found in once.items():
+    for regime, found in once.items():
         assert 0 < len(found) <= 5
         for one in found:
-            assert one.forecast.gpus <= 8 and one.spare_bytes >= 0 and one.forecast.sync_interval == interval
+            assert (
+                one.forecast.gpus <= 8
+                and one.spare_bytes >= 0
+                and (one.forecast.sync_interval, one.forecast.lookahead) == regime
+            )
+            assert not regime.lookahead or one.config.inference.placement == "disaggregated"
             assert resolve(one.config, digests=False).placement is not None
         fastest = min(one.forecast.step_seconds for one in found)
         assert found[0].forecast.step_seconds <= fastest * 1.011
 
 
+def test_sampling_ahead_is_never_slower_than_waiting():
+    """The best splits of 8 GPUs: with a lookahead sampling and training overlap whole."""
+    best = small_search(8).best()
+    strict, ahead = (best[Regime(10, lookahead)][0].forecast.step_seconds for lookahead in (0, 1))
+    assert ahead <= strict * 1.011
+
+
+def test_regimes_of_a_table():
+    s10 = override(BASE, {"run.steps": 50, "checkpoint.every": 10, "sync.lookahead": 2})
+    found = regimes(s10, (1, 100, "never"))
+    assert found == [Regime(s, ahead) for s in (1, 10) for ahead in (0, 1, 2)] + [Regime("never")]
+    assert Regime(1, 2).of(s10.schedule).lookahead == 2 and Regime("never").of(s10.schedule).lookahead == 0
+
+
 def test_more_gpus_are_never_slower():
-    fewer, more = (small_search(count).best()[10][0].forecast.step_seconds for count in (4, 8))
+    fewer, more = (small_search(count).best()[Regime(10)][0].forecast.step_seconds for count in (4, 8))
     assert more <= fewer * 1.011

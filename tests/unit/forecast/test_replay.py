@@ -169,7 +169,7 @@ def test_what_is_paused_keeps_its_tokens_and_computes_its_prefix_again():
 # -- cores that all compute on
 
 
-def sharing(cores: float, **more: object) -> Costs:
+def sharing(cores: float, **more: float) -> Costs:
     return costs(1.0, cores=Cores(cores, trainer=1.0, engine=1.0, rewards=1.0), **more)
 
 
