@@ -33,7 +33,8 @@ from engine.run.spec import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("runs/validate")
-CONFIG = "configs/quickstart.toml"
+CONFIG = FOLDER / "base.toml"
+BASE = '[run]\ndirectory = "x"\n[model]\npath = "x"\n[data]\ntrain = "x"\n'  # all else is said below
 STEPS = 12
 REWARD = '''"""A reward that is right of about every second answer, whoever says it."""
 
@@ -50,6 +51,9 @@ COMMON = [
     f"data.train={FOLDER}/data/rl.jsonl",
     f"data.reward={FOLDER}/reward.py:odd",
     "data.prompts_per_step=8",
+    "data.max_prompt_tokens=96",
+    "inference.max_model_tokens=192",
+    "sync.reference=follow",
     "algorithm.samples_per_prompt=4",
     "sampling.max_tokens=64",
     "trainer.tensor_parallel=1",
@@ -111,6 +115,7 @@ def prepare() -> None:
     if not (folder / "data").exists():
         sizes = ["--sft-problems", "64", "--rl-problems", "1024", "--held-out-problems", "16"]
         run("tools/make_seed.py", "--output", str(folder / "data"), *sizes)
+    (ROOT / CONFIG).write_text(BASE, encoding="utf-8")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     for name, sizes_of in MODELS.items():
         if not (folder / name).exists():
@@ -154,7 +159,7 @@ def train(model: str, settings: list[str]) -> float:
     shutil.rmtree(ROOT / directory, ignore_errors=True)
     print(f"== {directory}", flush=True)
     started = time.monotonic()
-    semion("train", CONFIG, *COMMON, f"model.path={FOLDER}/{model}", *settings, "--quiet")
+    semion("train", str(CONFIG), *COMMON, f"model.path={FOLDER}/{model}", *settings, "--quiet")
     return time.monotonic() - started
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from engine.forecast.calibration import (
     Calibration,
     Measured,
     calibrated,
-    fitted,
-    from_metrics,
     read_calibration,
     write_calibration,
 )
@@ -173,18 +172,6 @@ def test_every_constant_has_a_unit_and_a_source():
         assert row.unit and row.source and row.meaning and row.kind in ("data sheet", "measured", "guess"), row
 
 
-def test_a_runs_metrics_recalibrate_training():
-    """Steps of 0.2 s and 100 us a token, after a first one that warms up: half of a peak of 2 GFLOP/s at 100 kFLOP a token."""
-    steps = [{"num_tokens": 9, "train_seconds": 99.0}]
-    steps += [{"num_tokens": tokens, "train_seconds": 0.2 + 1e-4 * tokens} for tokens in (100, 900, 500, 2000)]
-    found = from_metrics(steps, Constants(peak_teraflops=2e-3), 1e5, 4)
-    assert found["step_seconds"].value == pytest.approx(0.2)
-    assert found["train_peak_share"].value == pytest.approx(1e5 / (1e-4 * 2e9))
-    with pytest.raises(ConfigError, match="three or more steps"):
-        from_metrics(steps[:2], Constants(), 1e5, 4)
-    assert fitted([(1, 1.0), (2, 2.0), (4, 3.9)]).fixed >= 0
-
-
 def test_measured_times_become_constants():
     """An iteration of 5 ms and 1 ms a request beside what the model's reads take; steps of 10 ms, 6 ms a row, 1 GFLOP/s."""
     speed = Speed(fixed=0, request=0, weights=0.002, products=0.0, context=1e-5, prompt=0.0)
@@ -210,7 +197,11 @@ def test_calibrate_measures_the_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("engine.forecast.measuring.WRITTEN", 1 << 22)
     assert cli.main(["calibrate", "--output", str(tmp_path / "c.json")]) == 0
     found = read_calibration(tmp_path / "c.json")
-    assert found.constants.keys() == {"peak_teraflops", "memory_gigabytes_per_second", "disk_gigabytes_per_second"}
+    machine = {"peak_teraflops", "memory_gigabytes_per_second", "disk_gigabytes_per_second"}
+    links = {"sum_seconds", "nvlink_gigabytes_per_second", "hop_seconds"}
+    assert found.constants.keys() == machine | links | {"cores"}
+    assert 1 <= found.constants["cores"].value <= len(os.sched_getaffinity(0))
+    assert 0 < found.constants["sum_seconds"].value < 1 and found.constants["nvlink_gigabytes_per_second"].value < 1000
     assert "--calibration" in capsys.readouterr().out
 
 
