@@ -138,6 +138,8 @@ class Search:
                 if made is not None and (one := self._forecast(*made, regime)) is not None:
                     full.append(one)
                     splits.add(split)
+            if (own := self._own(regime)) is not None and own.layout not in {one.layout for one in full}:
+                full.append(own)
             found[regime] = _ranked(full)[:BEST]
         if not any(found.values()):
             raise ConfigError(
@@ -146,6 +148,13 @@ class Search:
                 f"trainer.fused_lm_head, optimizer.moment_dtype or optimizer.offload_share"
             )
         return found
+
+    def _own(self, regime: Regime) -> Found | None:
+        """The configuration's own layout, where it fits into so many GPUs and this regime: somebody has thought about it."""
+        if regime.lookahead and self._config.inference.placement == "colocated":
+            return None
+        made = self._made({})
+        return self._forecast(*made, regime) if made is not None else None
 
     # -- the trainer's layouts
 

@@ -319,6 +319,16 @@ def test_sampling_ahead_is_never_slower_than_waiting():
     assert ahead <= strict * 1.011
 
 
+def test_what_was_asked_for_is_compared_too():
+    """A layout that the search would not try by itself: two ranks that share a pipeline of a model that fits one."""
+    layout = {"trainer.pipeline_parallel": 4, "trainer.data_parallel": 1, "inference.engines": 3, "cluster.nodes": 1}
+    search = small_search(8, **layout)
+    own = search._own(Regime(10))
+    assert own is not None and "PP4 DP1" in own.layout and own.forecast.gpus == 7
+    best = search.best()[Regime(10)]
+    assert best[0].forecast.step_seconds <= own.forecast.step_seconds * 1.011
+
+
 def test_regimes_of_a_table():
     s10 = override(BASE, {"run.steps": 50, "checkpoint.every": 10, "sync.lookahead": 2})
     found = regimes(s10, (1, 100, "never"))
