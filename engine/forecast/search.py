@@ -218,7 +218,8 @@ class Search:
     # -- the engines' layouts
 
     def _engines(self) -> Iterator[EngineChoice]:
-        fitting = [tp for tp in self._powers(self._per_node) if self._engine_fits(tp)][:2]
+        fitting = [tp for tp in self._powers(self._per_node) if self._engine_fits(tp)]
+        fitting = sorted({*fitting[:2], *fitting[-1:]})  # the largest answers soonest, the smallest answer most
         slots = sorted({self._config.inference.max_concurrent, *SLOTS})
         for size in self._sizes:
             for tp in fitting:
