@@ -69,8 +69,7 @@ def train(
         goes_on = resume == "auto" and latest(directory / "checkpoints") is not None
         if not goes_on and begins_again(config, may_start_over=resume == "auto"):
             yield Note("no checkpoint was written before the run was stopped: starting over", time.time())
-        if Path(CALIBRATION).is_file():  # for the run's report, which holds a forecast against what it took
-            shutil.copyfile(CALIBRATION, directory / CALIBRATION)
+        keep_calibration(directory)
         timeline.open(directory)
         yield typed(timeline.add(_starting(spec)))
         with (
@@ -82,6 +81,13 @@ def train(
                 stop.worth_saving |= isinstance(event, Step)
                 stop.over |= isinstance(event, Done)
                 yield event
+
+
+def keep_calibration(directory: Path) -> None:
+    """Copies the constants of this machine, where the folder that the run is started in has them, into the run's directory: its
+    report holds a forecast by them against what the run took."""
+    if Path(CALIBRATION).is_file():
+        shutil.copyfile(CALIBRATION, directory / CALIBRATION)
 
 
 def fine_tune(config: RunConfig, *, verbose: bool = False, began_unix: float | None = None) -> Generator[Event]:

@@ -10,6 +10,7 @@ import pytest
 
 from engine import cli
 from engine.api.planning import predicted_beside, recalibrated
+from engine.api.training import keep_calibration
 from engine.capacity.transfer import Machine, plan_run
 from engine.config.load import RunConfig, dump_config, load_config, override
 from engine.core.errors import ConfigError
@@ -190,6 +191,17 @@ def test_the_report_finds_the_calibration_in_the_run_or_by_a_flag(report, made, 
         assert report()[1]["runs"][0]["predicted"] == named
     finally:
         (folder / "calibration.json").unlink()
+
+
+def test_a_run_keeps_the_calibration_of_the_folder_that_it_is_started_in(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.chdir(tmp_path)
+    keep_calibration(run)
+    assert list(run.iterdir()) == []
+    calibration(tmp_path, **TRUE).rename(tmp_path / "calibration.json")
+    keep_calibration(run)
+    assert (run / "calibration.json").read_bytes() == (tmp_path / "calibration.json").read_bytes()
 
 
 def test_what_cannot_be_forecast_says_why(made, tmp_path):
