@@ -71,9 +71,9 @@ ONLINE = ["sync.sync_interval=1"]
 CASES: dict[str, tuple[str, list[str]]] = {  # name: model, options
     "dpo_online": ("small", [*DPO, *ONLINE]),
     "dpo_4": ("small", [*DPO, *S4]),
-    "dpo_offline": ("small", [*DPO, "sync.sync_interval=never", "sync.reference=never"]),
+    "dpo_offline": ("small", [*DPO, "sync.sync_interval=never", "sync.reference=never", "checkpoint.every=4"]),
     "dpo_online_ahead": ("small", [*DPO, *ONLINE, "sync.lookahead=1"]),
-    "dpo_4_ahead": ("small", [*DPO, *S4, "sync.lookahead=1"]),
+    "dpo_4_ahead": ("small", [*DPO, *S4, "sync.lookahead=1", "run.steps=20"]),
     "grpo_online": ("small", [*GRPO, *ONLINE]),
     "grpo_4": ("small", [*GRPO, *S4]),
     "dpo_4_tp2": ("small", [*DPO, *S4, "trainer.tensor_parallel=2"]),

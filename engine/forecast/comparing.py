@@ -57,10 +57,10 @@ MADE_OF: dict[str, dict[str, int]] = {
 
 
 def counted(rows: Many[Row], config: RunConfig) -> Many[Row]:
-    """The steps that are measured by: those after what was sampled first, or where there are no more all but the first."""
+    """The steps that are measured by: those after what was sampled first. Where there are no more, all of them: the first of an
+    interval waits for most of it, so none may be left out."""
     warm = config.schedule.opens(0).stop
-    later = [row for row in rows if row["step"] >= warm]
-    return later or rows[1:] or rows
+    return [row for row in rows if row["step"] >= warm] or rows
 
 
 def measured(rows: Many[Row], every: Many[Row], events: Iterable[Row], starts: Iterable[Row]) -> dict[str, float]:

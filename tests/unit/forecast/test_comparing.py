@@ -15,7 +15,7 @@ from engine.capacity.transfer import Machine, plan_run
 from engine.config.load import RunConfig, dump_config, load_config, override
 from engine.core.errors import ConfigError
 from engine.forecast.calibration import Calibration, Measured, calibrated, write_calibration
-from engine.forecast.comparing import measured, predicted
+from engine.forecast.comparing import counted, measured, predicted
 from engine.forecast.constants import Constants
 from engine.forecast.lengths import LogNormal, Recorded, Workload
 from engine.forecast.seconds import Forecast, Forecaster, Inputs
@@ -121,6 +121,18 @@ def test_parts_by_hand():
         "checkpoint written": 9.0,
         "start": 60.0,
     }, "the second start, after a restart, and score_seconds, which is not there, are left out"
+
+
+def test_steps_that_count_are_whole_intervals():
+    rows = [{"step": step} for step in range(12)]
+
+    def first(**changes: Any) -> int:
+        options = {name.replace("__", "."): value for name, value in changes.items()}
+        return counted(rows, override(BASE, {"run.steps": 12, "checkpoint.every": "end", **options}))[0]["step"]
+
+    assert first(sync__sync_interval=1) == 1 and first(sync__sync_interval=4) == 4
+    assert first(sync__sync_interval=4, sync__lookahead=1) == 8 and first(sync__sync_interval=10) == 10
+    assert first(sync__sync_interval="never", sync__reference="never") == 0, "a single chunk: its first step waits for all"
 
 
 def test_with_the_machines_constants_a_run_takes_what_is_predicted(made, tmp_path):
