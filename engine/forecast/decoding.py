@@ -74,6 +74,7 @@ class Engine:
     room: int
     clock: float = 0.0
     slow: float = 1.0  # by which everything takes longer now, where others compute on the same cores
+    aim: range | None = None  # it works until it lacks none of these steps, and then rests; None: until it lacks nothing
     busy: float = 0.0
     preempted: int = 0
     most: int = 0  # requests that ran together
@@ -112,8 +113,8 @@ class Engine:
 
     @property
     def works(self) -> bool:
-        """Whether it has anything to do."""
-        return bool(self._count or self._waiting)
+        """Whether it has anything to do now."""
+        return bool(self._count or self._waiting) and (self.aim is None or any(map(self.lacks, self.aim)))
 
     def lacks(self, step: int) -> bool:
         """Whether a request of a step is not done yet."""
@@ -122,12 +123,13 @@ class Engine:
     def done(self, step: int, submitted: float) -> float:
         """When the last request of a step is done; `submitted` where it has none here."""
         while self.lacks(step):
+            assert self.works, f"step {step} is waited for, and engines aim at {self.aim}"
             self._go_on(float("inf"))
         return self.finished.get(step, submitted)
 
     def _go_on(self, until: float) -> bool:
         """Works up to the next completion, or as far as `until`; False where there is nothing more to do by then."""
-        if self.clock >= until:
+        if self.clock >= until or not self.works:
             return False
         began = self.clock
         self._admit()
@@ -263,6 +265,11 @@ class Engines:
         self.catch_up(now)
         for engine in self.engines:
             engine.pause(until)
+
+    def aim(self, steps: range) -> None:
+        """Each engine works until it has completed these steps, however much it has begun beside them, and then rests."""
+        for engine in self.engines:
+            engine.aim = steps
 
     @property
     def num_working(self) -> int:

@@ -35,6 +35,10 @@ class Sampling(Protocol):
         """What is not done at a time goes on at another, with its tokens kept and computed anew."""
         ...
 
+    def aim(self, steps: range) -> None:
+        """Each engine works until it has completed these steps, however much it has begun beside them, and then rests."""
+        ...
+
     @property
     def num_working(self) -> int:
         """Engines that have something to do where they stand."""
@@ -74,7 +78,8 @@ class Costs:
     sync: float
     turn: float = 0.0  # colocated: for the engines to sleep and, at the next sync, to wake
     colocated: bool = False
-    in_flight: bool = False  # a sync waits for the interval that is due alone; what is sampled further ahead goes on after it
+    # A sync waits for the interval that is due alone; what is sampled further ahead goes on after it, beside the next interval
+    in_flight: bool = False
     cores: Cores | None = None  # None: everybody has devices of his own
 
 
@@ -200,6 +205,9 @@ def play(schedule: Schedule, num_steps: int, first: int, engines: Sampling | Non
             clock.now += sync
         if engines is not None:
             opened = schedule.opens(step)
+            if costs.in_flight and schedule.sync_due(step):
+                after = _next_sync(schedule, step)
+                engines.aim(range(after if step else 0, _next_sync(schedule, after)))
             if opened:
                 clock.open(opened)
             waited, judged = clock.wait_scored(step, opened if costs.colocated else range(0))

@@ -40,6 +40,9 @@ class Steady:
         self.free += until - now
         self.ready = {step: ready + (until - now if ready > now else 0.0) for step, ready in self.ready.items()}
 
+    def aim(self, steps: range) -> None:
+        pass
+
     @property
     def num_working(self) -> int:
         raise NotImplementedError
@@ -134,6 +137,8 @@ def test_windows_are_whole_intervals():
 
 # -- new weights while responses are under way
 
+SECOND = Speed(1.0, 0, 0, 0, 0, 0)
+
 
 def two_intervals_ahead(*, in_flight: bool) -> list[float]:
     """Seconds of steps of 1 s to train with s = 1, L = 2, while a step's one response takes 8 iterations of 0.5 s."""
@@ -150,11 +155,23 @@ def one_engine(lengths: list[int], slots: int, *, num_engines: int = 1, second: 
 
 
 def test_a_sync_in_flight_waits_for_the_interval_that_is_due_alone():
-    """Without, every sync waits until all that is under way is sampled, a whole response: 4 s a step. In flight a response
-    goes on over the syncs and has until its own step, two later: 2 s a step."""
+    """Without, every sync waits until all that is under way is sampled, a whole response: 4 s a step. In flight two responses
+    are begun side by side; engines rest once the due one is complete. Equal ones get complete in pairs: 4 s for the first of
+    a pair, 1 s, which is training alone, for the other."""
     whole, flying = two_intervals_ahead(in_flight=False), two_intervals_ahead(in_flight=True)
     assert whole[2:10] == [4.0] * 8
-    assert sum(flying[2:10]) == 8 * 2.0
+    assert sorted(flying[2:10]) == [1.0] * 4 + [4.0] * 4
+
+
+def test_an_engine_rests_once_it_has_what_is_due():
+    """Of two responses of 3 and 9 iterations, aimed at the first: it stops after 3, and goes on with the other one then."""
+    engine = Engine(SECOND, slots=2, room=100, aim=range(1))
+    engine.submit(0.0, [_Request(0, (0, 0), 1, 3), _Request(1, (1, 0), 1, 9)])
+    engine.submit(20.0, [])
+    assert (engine.done(0, 0.0), engine.works, engine.busy) == (3.0, False, 3.0)
+    engine.pause(21.0)
+    engine.aim = range(1, 2)
+    assert engine.done(1, 0.0) == 21 + 6 and engine.busy == 9
 
 
 def test_what_is_paused_keeps_its_tokens_and_computes_its_prefix_again():
