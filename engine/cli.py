@@ -233,6 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory; several are laid over each other")
     report.add_argument("--output", metavar="FILE", help="HTML file to write (report.html in the first RUN)")
     report.add_argument("--json", metavar="PATH", help="write regimes, evaluations and the guard's findings to this file")
+    report.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="constants of the runs' machine to forecast by (calibration.json in each RUN)",
+    )
     report.add_argument("--plots", metavar="FOLDER", help="write every plot as an SVG file too")
     report.add_argument("--serve", action="store_true", help="show the page in a browser while the runs go on; Ctrl-C ends it")
     report.add_argument("--port", type=int, default=6007, metavar="N", help="with --serve (6007); 0: one that is free")

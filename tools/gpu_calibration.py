@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.config.load import RunConfig
-from engine.forecast.calibration import Calibration, Measured, fitted, write_calibration
+from engine.forecast.calibration import Calibration, Measured, write_calibration
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import speed_of
 from engine.forecast.measuring import Decoded, decoding_constants
@@ -65,10 +66,10 @@ def _training(rows: list[dict[str, Any]], base: Constants) -> dict[str, Measured
     ours = [row for row in rows if row.get("variant") == VARIANT and "train_seconds" in row]
     if len({row["flops"] for row in ours}) < 2:
         return {}
-    line = fitted((row["flops"], row["train_seconds"]) for row in ours)
+    line = statistics.linear_regression([row["flops"] for row in ours], [row["train_seconds"] for row in ours])
     lengths = " and ".join(str(row["tokens"]) for row in ours)
     how = f"whole steps of a quarter of 8B, of {lengths} tokens"
-    found = {"step_seconds": Measured(value=line.fixed, how=how)}
+    found = {"step_seconds": Measured(value=max(0.0, line.intercept), how=how)}
     if line.slope > 0:  # all rows are of one length, so that what each costs beside its tokens is in this share
         share = 1 / (line.slope * base.peak_teraflops * 1e12)
         found["train_peak_share"] = Measured(value=min(1.0, share), how=how)

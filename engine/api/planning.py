@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.capacity.kv_cache import GIB
 from engine.capacity.transfer import Machine, plan_run
 from engine.config.load import RunConfig
-from engine.core.errors import ConfigError
-from engine.forecast.calibration import Calibrated, calibrated
+from engine.core.errors import ConfigError, SemionError
+from engine.core.jsonl import parsed, read_lines, read_rows
+from engine.forecast import comparing
+from engine.forecast.calibration import Calibrated, calibrated, read_calibration
 from engine.forecast.constants import Constants, rows
-from engine.forecast.lengths import Workload
+from engine.forecast.lengths import Workload, newest_lengths
+from engine.forecast.replay import Played
 from engine.forecast.search import Found, Search
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, assumed_workload, other_interval
+from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, assumed_workload, regimes
 from engine.forecast.telling import as_figures
+from engine.forecast.training import TrainingStep
+from engine.observe.predicted import CALIBRATION, Predicted
+from engine.observe.timeline import EVENTS, STARTUP
 from engine.run.spec import Spec, resolve, settled
 
+MOST_LENGTHS = 20_000  # of a run's newest responses, by which it is forecast
+NO_CALIBRATION = (
+    "No calibration of the run's machine is recorded, so nothing is forecast: `semion calibrate --config CONFIG` measures one. "
+    f"`semion train` copies {CALIBRATION} of the folder that it is started in to the run's directory; `semion report "
+    f"--calibration FILE` names another."
+)
 INTERVALS: tuple[int | str, ...] = (1, 2, 5, 10, 100, "never")
 
 
@@ -28,6 +42,7 @@ class Plan:
     figures: dict[str, Any]  # all of it, for JSON
     forecast: Forecast | None  # None where nothing trains on rollouts or the run is supervised
     intervals: tuple[Forecast, ...]  # the same with other s
+    picture: tuple[Played, range, Many[TrainingStep]] | None  # of an interval, as `Forecaster.interval` has it
 
 
 def plan(config: RunConfig, machine: Machine | None = None) -> dict[str, Any]:
@@ -60,31 +75,34 @@ def planned(
     }
     constants = known.constants.model_copy(update=links)
     given = inputs(spec, constants, workload, figures["seconds"], machine)
-    own, forecasts = _forecasts(given, intervals)
+    own, forecasts, picture = _forecasts(given, intervals)
     figures["forecast"] = as_figures(own, config) if own else None
     figures["intervals"] = [as_figures(one, config) for one in forecasts]
     figures["constants"] = [asdict(row) for row in rows(constants, known.measured)]
-    return Plan(figures, own, tuple(forecasts))
+    return Plan(figures, own, tuple(forecasts), picture)
 
 
-def _forecasts(given: Inputs, intervals: Many[int | str]) -> tuple[Forecast | None, list[Forecast]]:
-    """(the run's own forecast, those of several s); none where nothing is sampled."""
+def _forecasts(
+    given: Inputs, intervals: Many[int | str]
+) -> tuple[Forecast | None, list[Forecast], tuple[Played, range, Many[TrainingStep]] | None]:
+    """(the run's own forecast, those of several s, what a picture takes); none where nothing is sampled."""
     spec = given.spec
     if spec.source != "rollouts" or not spec.starts_engines:
-        return None, []
+        return None, [], None
     config, forecaster = spec.config, Forecaster(given)
-    own = forecaster.forecast()
-    chosen = [s for s in _in_order({*intervals, config.sync.sync_interval}) if isinstance(s, str) or s <= config.run.steps]
-    return own, [
-        own if s == config.sync.sync_interval else forecaster.forecast(other_interval(config.schedule, s)) for s in chosen
+    own, picture = forecaster.forecast(), forecaster.interval()
+    is_own = Regime.asked(config)
+    others = [
+        own if regime == is_own else forecaster.forecast(regime.of(config.schedule)) for regime in regimes(config, intervals)
     ]
+    return own, others, picture
 
 
 @dataclass(frozen=True, slots=True)
 class Optimized:
     """The search's result."""
 
-    best: dict[int | str, list[Found]]
+    best: dict[Regime, list[Found]]
     tried: int  # layouts that fit by themselves, compared for each s
     figures: dict[str, Any]
 
@@ -104,15 +122,15 @@ def optimized(
     if spec.source != "rollouts" or not spec.starts_engines:
         raise ConfigError("--optimize is for runs that sample rollouts; found one that does not: plan it without --optimize")
     known = known or calibrated()
-    chosen = [s for s in _in_order({*intervals, config.sync.sync_interval}) if isinstance(s, str) or s <= config.run.steps]
+    chosen = regimes(config, intervals)
     search = Search(spec, machine, known.constants, workload or assumed_workload(spec), num_gpus, chosen)
     best = search.best()
     figures = {
         "gpus": num_gpus,
         "tried": search.tried,
         "best": [
-            {"sync_interval": s, "layout": one.layout, "spare_bytes": one.spare_bytes} | as_figures(one.forecast, one.config)
-            for s, found in best.items()
+            {"layout": one.layout, "spare_bytes": one.spare_bytes} | as_figures(one.forecast, one.config)
+            for found in best.values()
             for one in found
         ],
         "constants": [asdict(row) for row in rows(known.constants, known.measured)],
@@ -120,13 +138,74 @@ def optimized(
     return Optimized(best, search.tried, figures)
 
 
-def _in_order(intervals: set[int | str]) -> list[int | str]:
-    return sorted(intervals, key=lambda s: (isinstance(s, str), s if isinstance(s, int) else 0))
-
-
 def inputs(spec: Spec, constants: Constants, workload: Workload | None, transfer_seconds: float, machine: Machine) -> Inputs:
     """What the forecast of a run takes."""
     return Inputs(spec, constants, workload or assumed_workload(spec), transfer_seconds, round(machine.gpu_gibibytes * GIB))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that was, for a forecast of it."""
+
+    config: RunConfig
+    rows: Many[dict[str, Any]]  # of metrics.jsonl
+    seen: dict[str, float]  # seconds by part
+    workload: Workload
+
+    @classmethod
+    def read(cls, directory: Path, config: RunConfig) -> Run:
+        """From its records, which may still grow. ConfigError for one without a step or without rollouts."""
+        rows = list(read_rows(directory / "metrics.jsonl"))
+        if not rows or "step_seconds" not in rows[0]:
+            raise ConfigError(f"a run is forecast by its own records; found no step in {directory}: name another run")
+        lengths = newest_lengths(directory, MOST_LENGTHS)
+        if not lengths:
+            raise ConfigError(f"a run is forecast by the lengths of its rollouts; found none in {directory}: name another run")
+        steps = comparing.counted(rows, config)
+        seen = comparing.measured(steps, rows, _noted(directory / EVENTS), _noted(directory / STARTUP))
+        return cls(config, rows, seen, comparing.workload_of(steps, lengths, config, str(directory)))
+
+    def forecaster(self, machine: Machine) -> Callable[[Constants], Forecast]:
+        """The run's forecast by constants."""
+        spec = resolve(self.config, digests=False)
+        if spec.source != "rollouts" or not spec.starts_engines:
+            raise ConfigError("a forecast is of a run that samples rollouts; found one that does not: name another run")
+        seconds = plan_run(spec, machine)["seconds"]
+        works = Forecaster(inputs(spec, Constants(), self.workload, seconds, machine)).works
+        return lambda constants: Forecaster(inputs(spec, constants, self.workload, seconds, machine), works).forecast()
+
+
+def _noted(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file of notes, which need not be of a step; none where there is no file."""
+    if path.is_file():
+        yield from (parsed(line.where, line.data) for line in read_lines(path))
+
+
+def predicted_beside(directory: Path, config: RunConfig, calibration: str | Path | None = None) -> Predicted:
+    """What the forecast of a run says beside what its records say. `calibration`: the file of its machine's constants; else the
+    one that lies in the run's directory. Without one the records alone; where nothing can be forecast the note says why.
+    ConfigError for a calibration that cannot be used."""
+    own = directory / CALIBRATION
+    file = Path(calibration) if calibration is not None else own if own.is_file() else None
+    known = read_calibration(file) if file is not None else None
+    try:
+        run = Run.read(directory, config)
+        said = {} if known is None else comparing.predicted(run.forecaster(Machine())(calibrated(known).constants))
+    except SemionError as error:
+        return Predicted((), 0, 0, None, f"Nothing is forecast: {error}.")
+    steps = comparing.counted(run.rows, config)
+    note = f"By the calibration of {known.machine} and the run's own lengths of responses." if known else NO_CALIBRATION
+    machine = known.machine if known else None
+    return Predicted(comparing.compared(said, run.seen), len(steps), int(steps[0]["step"]), machine, note)
+
+
+def recalibrated(directory: Path, config: RunConfig, known: Calibrated, machine: Machine) -> Calibrated:
+    """The constants with which the forecast of a run says what its own records say; what they say nothing of stays as known."""
+    run = Run.read(directory, config)
+    how = f"{len(comparing.counted(run.rows, config))} steps of {directory}"
+    found = comparing.recalibrated(run.forecaster(machine), run.seen, known.constants, how)
+    constants = known.constants.model_copy(update={name: one.value for name, one in found.items()})
+    return Calibrated(constants, known.measured | {name: one.how for name, one in found.items()})
 
 
 def check_workload(mean: float | None, sigma: float, signal: float) -> None:

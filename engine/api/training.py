@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from engine.api.events import Done, Event, Note, Step, typed
@@ -21,6 +22,7 @@ from engine.core.errors import ConfigError, PreemptedError
 from engine.core.files import locked
 from engine.observe.journal import LOGS, WARNINGS
 from engine.observe.origin import FORK
+from engine.observe.predicted import CALIBRATION
 from engine.observe.sinks.base import End
 from engine.observe.sinks.follow import FOLDER
 from engine.observe.sinks.followers import Followers
@@ -68,6 +70,7 @@ def train(
         goes_on = resume == "auto" and latest(directory / "checkpoints") is not None
         if not goes_on and begins_again(config, may_start_over=resume == "auto"):
             yield Note("no checkpoint was written before the run was stopped: starting over", time.time())
+        keep_calibration(directory)
         timeline.open(directory)
         yield typed(timeline.add(_starting(spec)))
         with (
@@ -79,6 +82,13 @@ def train(
                 stop.worth_saving |= isinstance(event, Step)
                 stop.over |= isinstance(event, Done)
                 yield event
+
+
+def keep_calibration(directory: Path) -> None:
+    """Copies the constants of this machine, where the folder that the run is started in has them, into the run's directory: its
+    report holds a forecast by them against what the run took."""
+    if Path(CALIBRATION).is_file():
+        shutil.copyfile(CALIBRATION, directory / CALIBRATION)
 
 
 def fine_tune(config: RunConfig, *, verbose: bool = False, began_unix: float | None = None) -> Generator[Event]:

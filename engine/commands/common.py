@@ -10,7 +10,7 @@ from typing import Any
 from engine.core.errors import ConfigError, combined
 from engine.core.places import CONTROL, obstacle
 
-TARGETS = ("output", "json", "plots", "write")  # flags of what a command writes
+TARGETS = ("output", "json", "plots", "write", "html")  # flags of what a command writes
 DESTINATIONS = ("folder", "destination")  # arguments that name a folder to make
 INPUTS = (
     "config",
@@ -25,6 +25,7 @@ INPUTS = (
     "checkpoint",
     "calibration",
     "lengths",
+    "from_run",
 )  # what a command reads
 
 
@@ -78,8 +79,8 @@ def check_targets(options: argparse.Namespace) -> None:
         for file in [said] if isinstance(said, str) else said:
             if file and not CONTROL.search(file):
                 seen[Path(file).absolute()] = (
-                    f"--{name}"
-                    if name in ("against", "questions", "exclude", "suite", "calibration", "lengths")
+                    f"--{name.replace('_', '-')}"
+                    if name in ("against", "questions", "exclude", "suite", "calibration", "lengths", "from_run")
                     else name.upper()
                 )
     faults = []

@@ -29,6 +29,7 @@ def add_flags(parser: Any) -> None:
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="length of a prompt (150)")
     parser.add_argument("--signal", type=float, default=1.0, metavar="X", help="share of prompts that teach something (1)")
     parser.add_argument("--calibration", metavar="FILE", help="constants of a machine, as `semion calibrate` writes them")
+    parser.add_argument("--from-run", metavar="RUN", help="constants by which the forecast of this run says what it took")
     parser.add_argument("--constants", action="store_true", help="print every constant with its source too")
     parser.add_argument(
         "--optimize", action="store_true", help="search the split of --gpus GPUs that is fastest, for several s"
@@ -38,6 +39,9 @@ def add_flags(parser: Any) -> None:
         "--write", metavar="FILE", help="with --optimize: write the best configuration for the file's own s here"
     )
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
+    parser.add_argument(
+        "--html", metavar="FILE", help="write a page: an interval's timeline, the memory of the devices, tables"
+    )
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -49,6 +53,7 @@ def plan(options: argparse.Namespace) -> None:
     from engine.api.planning import planned
     from engine.capacity.transfer import Machine, memory_table, table, verdict
     from engine.forecast.calibration import calibrated, read_calibration
+    from engine.forecast.seconds import Regime
     from engine.forecast.telling import binding, constants_table, intervals_table, parts_table, run_table, trust
     from engine.observe.progress import print_table
 
@@ -62,8 +67,15 @@ def plan(options: argparse.Namespace) -> None:
     )
     c = known.constants
     machine = Machine(c.network_gigabytes_per_second, c.nvlink_gigabytes_per_second, options.gpu_gibibytes)
+    if options.from_run:
+        known = _of_run(Path(options.from_run), known, machine)
+        c = known.constants
     workload = _workload(options, config)
     if options.optimize:
+        if options.html:
+            raise ConfigError(
+                "--html must be left out with --optimize, which compares layouts; found both: plan the one chosen"
+            )
         _optimize(options, config, machine, known, workload)
         return
     made = planned(config, machine, known=known, workload=workload)
@@ -75,24 +87,50 @@ def plan(options: argparse.Namespace) -> None:
         print_table("", run_table(made.forecast))
         for share, text in binding(made.forecast, config)[:4]:
             print(f"{share:.0%}: {text}")
-        print_table("other intervals between weight syncs", intervals_table(made.intervals, config.sync.sync_interval))
+        print_table(
+            "other intervals between weight syncs",
+            intervals_table(made.intervals, Regime.asked(config)),
+        )
         print(trust(c, known.measured, str(workload.completions), config.cluster.nodes))
     if options.constants:
         print_table("constants", constants_table(c, known.measured))
+    if options.html:
+        from engine.forecast.page import plan_page
+        from engine.observe.writing import write_text
+
+        told = trust(c, known.measured, str(workload.completions), config.cluster.nodes)
+        table_of_constants = constants_table(c, known.measured)
+        name, picture = Path(options.config).stem, made.picture
+        page = plan_page(name, made.figures, config, made.forecast, made.intervals, picture, table_of_constants, told)
+        write_text(options.html, page)
+        print(f"page: {options.html}")
     write_figures(made.figures, None, options.json)
+
+
+def _of_run(directory: Path, known: Any, machine: Any) -> Any:
+    """The constants by a run's own records. ConfigError where it is no run."""
+    from engine.api.planning import recalibrated
+
+    if not (directory / "config.toml").is_file() or not (directory / "metrics.jsonl").is_file():
+        raise ConfigError(
+            f"--from-run must be a run's directory, with config.toml and metrics.jsonl; found none in {directory}: name another"
+        )
+    return recalibrated(directory, load_config(directory / "config.toml"), known, machine)
 
 
 def _optimize(options: argparse.Namespace, config: RunConfig, machine: Any, known: Any, workload: Any) -> None:
     from engine.api.planning import optimized
     from engine.config.load import dump_config
     from engine.core.files import atomic_write
+    from engine.forecast.seconds import Regime
     from engine.forecast.telling import best_table, frontier_table, trust
     from engine.observe.progress import print_table
 
     made = optimized(config, machine, options.gpus, known=known, workload=workload)
-    own = config.sync.sync_interval
-    for interval, found in made.best.items():
-        print_table(f"s = {interval}: the fastest of {made.tried:,} layouts", best_table(found))
+    own = Regime.asked(config)
+    for regime, found in made.best.items():
+        if regime.lookahead == (0 if isinstance(regime.interval, str) else own.lookahead):
+            print_table(f"s = {regime.interval}: the fastest of {made.tried:,} layouts", best_table(found))
     print_table("seconds against staleness", frontier_table(made.best, own))
     print(trust(known.constants, known.measured, str(workload.completions), options.gpus // config.cluster.gpus_per_node))
     if options.write:

@@ -16,6 +16,7 @@ from engine.core.errors import ConfigError, DataError
 
 def report(options: argparse.Namespace) -> int:
     """Writes the page, and the plots and figures that were asked for; 1 when the records contradict a regime."""
+    from engine.api.planning import predicted_beside
     from engine.observe.curves import further_plots, plots
     from engine.observe.reading import read_run
     from engine.observe.report import page
@@ -39,6 +40,8 @@ def report(options: argparse.Namespace) -> int:
             f"RUN must have a step on record; found none in {', '.join(empty)}: it ended before its first one, and logs/ "
             f"there say why, or has not come to it yet (--serve waits)"
         )
+    for run, directory, config in zip(runs, directories, configs, strict=True):
+        run.predicted = predicted_beside(directory, config, options.calibration)
     output = Path(options.output) if options.output else directories[0] / "report.html"
     write_text(output, page(runs, metrics, groups()))
     if options.plots:
@@ -64,9 +67,9 @@ def _serve(
     from engine.observe.live import LivePage, LiveRun, make_server
     from engine.run.metrics import groups
 
-    for flag in ("output", "json", "plots"):
+    for flag in ("output", "json", "plots", "calibration"):
         if getattr(options, flag) is not None:
-            raise ConfigError(f"--{flag} must be left out with --serve, which writes nothing; found {getattr(options, flag)!r}")
+            raise ConfigError(f"--{flag} must be left out with --serve, which writes no file; found {getattr(options, flag)!r}")
     runs = [LiveRun(*each) for each in zip(directories, names, told, strict=True)]
     with make_server(LivePage(runs, metrics, groups()), options.host, options.port) as server:
         print(f"http://{options.host}:{server.server_port}/ shows {', '.join(names)}; Ctrl-C ends it", flush=True)

@@ -1,11 +1,11 @@
 """The calibration file: constants of the forecast as they were measured on one machine, each with how. It reads and writes the
-file, and works out constants from measured times; it measures nothing itself (measuring.py does).
+file; measuring.py measures, and comparing.py works constants out of a run's records.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -94,51 +94,3 @@ def write_calibration(path: str | Path, calibration: Calibration) -> None:
     from engine.observe.writing import write_json
 
     write_json(Path(path), calibration.model_dump())
-
-
-class Line(NamedTuple):
-    """seconds = fixed + slope * amount."""
-
-    fixed: float
-    slope: float
-
-
-def fitted(points: Iterable[tuple[float, float]]) -> Line:
-    """The line through (amount, seconds) of least squares of the relative error, with neither part below 0."""
-    pairs = [(float(x), float(y)) for x, y in points if y > 0]
-    assert len({x for x, _ in pairs}) > 1, "a line needs two different amounts"
-    weights = [1 / (y * y) for _, y in pairs]
-    total = sum(weights)
-    mean_x = sum(w * x for w, (x, _) in zip(weights, pairs, strict=True)) / total
-    mean_y = sum(w * y for w, (_, y) in zip(weights, pairs, strict=True)) / total
-    spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, pairs, strict=True))
-    slope = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, pairs, strict=True)) / spread
-    slope = max(0.0, slope)
-    fixed = mean_y - slope * mean_x
-    if fixed < 0:  # through the origin
-        slope = sum(w * x * y for w, (x, y) in zip(weights, pairs, strict=True)) / sum(
-            w * x * x for w, (x, _) in zip(weights, pairs, strict=True)
-        )
-        fixed = 0.0
-    return Line(fixed, slope)
-
-
-def from_metrics(
-    rows: Sequence[Mapping[str, Any]], constants: Constants, flops_of_token: float, num_layers: int
-) -> dict[str, Measured]:
-    """What the metrics.jsonl of a run on one trainer rank says of training on its machine: the share of the peak, and what a
-    step costs whatever its tokens. `flops_of_token`: of all passes over a token of the run's step. The first step, which warms
-    up, is left out. ConfigError for too few steps or steps that are all alike."""
-    points = [(row["num_tokens"], row["train_seconds"]) for row in rows if "train_seconds" in row and row.get("num_tokens")][1:]
-    if len({tokens for tokens, _ in points}) < 2:
-        raise ConfigError(
-            f"metrics.jsonl must hold three or more steps of different lengths to calibrate by; found {len(points)} after the "
-            f"first: name a longer run"
-        )
-    line = fitted(points)
-    how = f"num_tokens and train_seconds of {len(points)} steps of a run"
-    found = {"step_seconds": Measured(value=line.fixed, how=how)}
-    if line.slope > 0:
-        share = flops_of_token / (line.slope * constants.peak_teraflops * 1e12)
-        found["train_peak_share"] = Measured(value=min(1.0, share), how=how)
-    return found

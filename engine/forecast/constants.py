@@ -26,6 +26,7 @@ def _constant(value: float, kind: Kind, source: str, description: str) -> Any:
 Rate = Annotated[PositiveFloat, Unit("GB/s")]
 Teraflops = Annotated[PositiveFloat, Unit("TFLOP/s")]
 Cost = Annotated[NonNegativeFloat, Unit("s")]
+Count = Annotated[NonNegativeFloat, Unit("cores")]
 Part = Annotated[float, Field(gt=0, le=1), Unit("of 1")]
 
 UNVERIFIED = "unverified on GPU"
@@ -51,6 +52,13 @@ class Constants(Section):
     host_memory_gigabytes_per_second: Rate = _constant(
         100.0, "guess", UNVERIFIED, "of a node's host, for optimizer.offload_share, shared by its devices"
     )
+    cores: Count = _constant(
+        0.0,
+        "data sheet",
+        "GPUs",
+        "of a machine without GPUs, on which trainer, engines and rewards compute together: all of them by what one computes "
+        "alone; 0: everybody has devices of his own",
+    )
     # -- training
     train_peak_share: Part = _constant(
         0.40, "guess", UNVERIFIED, "of the peak that a row's products and attention reach in training"
@@ -59,10 +67,19 @@ class Constants(Section):
         1.4, "guess", UNVERIFIED, "how much faster the layers' products are with trainer.fp8"
     )
     overlap_share: Annotated[float, Field(ge=0, le=1), Unit("of 1")] = _constant(
-        0.7, "guess", UNVERIFIED, "of tensor-parallel communication that trainer.overlap_tensor_parallel hides"
+        0.7,
+        "guess",
+        UNVERIFIED,
+        "of communication that trainer.overlap_tensor_parallel hides, and trainer.overlap_gradients at most",
     )
     layer_row_seconds: Cost = _constant(
         1e-4, "guess", f"launches of some 20 kernels, {UNVERIFIED}", "of a layer's forward of a row, whatever its length"
+    )
+    sum_seconds: Cost = _constant(
+        1.2e-5,
+        "guess",
+        UNVERIFIED,
+        "of a sum over trainer ranks beside its bytes; two a layer and pass with tensor_parallel",
     )
     step_seconds: Cost = _constant(
         0.03, "guess", UNVERIFIED, "of an optimizer step, whatever its rows: metrics, clip, launches"

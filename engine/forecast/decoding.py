@@ -73,10 +73,13 @@ class Engine:
     slots: int
     room: int
     clock: float = 0.0
+    slow: float = 1.0  # by which everything takes longer now, where others compute on the same cores
+    aim: range | None = None  # it works until it lacks none of these steps, and then rests; None: until it lacks nothing
     busy: float = 0.0
     preempted: int = 0
     most: int = 0  # requests that ran together
     finished: dict[int, float] = field(default_factory=dict)  # of each step, when its last request was done so far
+    stretches: list[tuple[float, float]] = field(default_factory=list)  # in which it was busy, from and until
     _left: dict[int, int] = field(default_factory=dict)
     _waiting: deque[_Request] = field(default_factory=deque)
     _heap: list[tuple[int, int, _Request]] = field(default_factory=list)  # by the iteration at which each is done
@@ -98,16 +101,37 @@ class Engine:
         for request in requests:
             self._left[request.step] = self._left.get(request.step, 0) + 1
 
+    def pause(self, until: float) -> None:
+        """Nothing runs before a time that is not before any of earlier calls. What was running goes on then, first come, first
+        served; the prompt and the answer so far are computed anew, for the weights are others."""
+        running = [request for request in self._newest if request.running]
+        while self._count:
+            self._give_back()
+        self.preempted -= len(running)
+        self._known.clear()
+        self.clock = max(self.clock, until)
+
+    @property
+    def works(self) -> bool:
+        """Whether it has anything to do now."""
+        return bool(self._count or self._waiting) and (self.aim is None or any(map(self.lacks, self.aim)))
+
+    def lacks(self, step: int) -> bool:
+        """Whether a request of a step is not done yet."""
+        return bool(self._left.get(step))
+
     def done(self, step: int, submitted: float) -> float:
         """When the last request of a step is done; `submitted` where it has none here."""
-        while self._left.get(step):
+        while self.lacks(step):
+            assert self.works, f"step {step} is waited for, and engines aim at {self.aim}"
             self._go_on(float("inf"))
         return self.finished.get(step, submitted)
 
     def _go_on(self, until: float) -> bool:
         """Works up to the next completion, or as far as `until`; False where there is nothing more to do by then."""
-        if self.clock >= until:
+        if self.clock >= until or not self.works:
             return False
+        began = self.clock
         self._admit()
         if not self._count:
             return False
@@ -117,18 +141,25 @@ class Engine:
             self._give_back()
             return True
         count = min(count, max(1, left))
-        seconds = self.speed.iterations(count, self._count, self._context)
+        seconds = self.slow * self.speed.iterations(count, self._count, self._context)
         if self.clock + seconds > until:
-            count = self._fitting(count, until - self.clock)
+            count = self._fitting(count, (until - self.clock) / self.slow)
             if not count:
                 return False
-            seconds = self.speed.iterations(count, self._count, self._context)
+            seconds = self.slow * self.speed.iterations(count, self._count, self._context)
         self.clock += seconds
         self.busy += seconds
         self._iteration += count
         self._context += count * self._count
+        self._worked(began)
         self._complete()
         return True
+
+    def _worked(self, began: float) -> None:
+        """It was busy since then; what follows at once, but for the rest of an iteration, is one stretch."""
+        if self.stretches and began <= self.stretches[-1][1] + self.slow * (self.speed.fixed + self.speed.weights):
+            began = self.stretches.pop()[0]
+        self.stretches.append((began, self.clock))
 
     def _fitting(self, most: int, seconds: float) -> int:
         """How many iterations fit into a time."""
@@ -156,8 +187,8 @@ class Engine:
             self._waiting.popleft()
             tokens = held if request.again or request.prompt not in self._known else 1
             self._known.add(request.prompt)
-            self.clock += tokens * self.speed.prompt
-            self.busy += tokens * self.speed.prompt
+            self.clock += self.slow * tokens * self.speed.prompt
+            self.busy += self.slow * tokens * self.speed.prompt
             request.running, request.admitted = True, self._iteration
             self._number += 1
             heapq.heappush(self._heap, (self._iteration + request.left, self._number, request))
@@ -223,10 +254,31 @@ class Engines:
         """When the last response of an opened step is in."""
         return max(engine.done(step, self._submitted[step]) for engine in self.engines)
 
-    def catch_up(self, now: float) -> None:
-        """Works up to a time."""
+    def catch_up(self, now: float, slow: float = 1.0) -> None:
+        """Works up to a time; everything takes `slow` times as long."""
         for engine in self.engines:
+            engine.slow = slow
             engine.submit(now, ())
+
+    def pause(self, now: float, until: float) -> None:
+        """What is not done at a time goes on at another, with its tokens kept and computed anew."""
+        self.catch_up(now)
+        for engine in self.engines:
+            engine.pause(until)
+
+    def aim(self, steps: range) -> None:
+        """Each engine works until it has completed these steps, however much it has begun beside them, and then rests."""
+        for engine in self.engines:
+            engine.aim = steps
+
+    @property
+    def num_working(self) -> int:
+        """Engines that have something to do where they stand."""
+        return sum(engine.works for engine in self.engines)
+
+    def lacks(self, step: int) -> bool:
+        """Whether a response of an opened step is not in yet, where the engines stand."""
+        return any(engine.lacks(step) for engine in self.engines)
 
     @property
     def busy_seconds(self) -> float:

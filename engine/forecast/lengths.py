@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -81,6 +82,17 @@ def recorded_lengths(path: str | Path, cap: int) -> Recorded:
     if not found:
         raise ConfigError(f"--lengths {path} must hold rollouts, or rows with a number `tokens`; found none: name another")
     return Recorded(tuple(found), cap, str(path))
+
+
+def newest_lengths(run: Path, most: int) -> list[int]:
+    """The lengths of the newest rollouts of a run, so many at most; none where it keeps none."""
+    place = rollouts_of(run)
+    if place is None:
+        return []
+    if not is_folder_of_segments(place):
+        return [length for _, row in read_objects(place) if (length := _length(row))][-most:]
+    lines = (line for segment in reversed(segments_of(place)) for line in segment.newest_lines())
+    return [length for line in islice(lines, most) if (length := _length(row_of(line)))]
 
 
 def _length(row: Any) -> int | None:

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.config.load import RunConfig, override
-from engine.core.arrays import TokenIds
+from engine.core.arrays import NO_LOG_PROBS, NO_TOKENS, TokenIds
 from engine.core.types import Sequence
 from engine.forecast.calibration import Calibration, Measured
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import Speed, speed_of
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
+from engine.run.machine import gpu_name, visible_gpus
 from engine.run.spec import resolve
 
 SECONDS_EACH = 0.5  # that a copy or a product is repeated for
@@ -33,6 +34,9 @@ WRITTEN = 1 << 28  # bytes
 BATCHES, TOKENS, PROMPT = (1, 4, 16, 64), 48, 8  # requests together; tokens of each response; of each prompt
 ROWS = ((1, 128), (1, 512), (1, 2048), (4, 128), (4, 512))  # (rows, tokens of each) of an optimizer step
 REPEATS = 3  # of which the fastest counts
+LONG_SUM = 1 << 22  # numbers of a long sum over two ranks; a short one has SHORT_SUM
+SHORT_SUM, SUMS = 1 << 10, 50
+ANSWERS = 200  # that are judged
 
 
 class Decoded(NamedTuple):
@@ -54,14 +58,20 @@ class Trained(NamedTuple):
 
 
 def calibrate(config: RunConfig | None, folder: Path, say: Callable[[str], None] = lambda text: None) -> Calibration:
-    """The machine's constants; those of sampling and training only with a configuration, whose model it loads. `folder`: on
-    whose disk it writes, and removes, 256 MiB."""
+    """The machine's constants; those of sampling, training and rewards only with a configuration, whose model it loads.
+    `folder`: on whose disk it writes, and removes, 256 MiB."""
     found: dict[str, Measured] = {}
     say("a matrix product, copies, the disk")
     machine, measured = _alone(_machine, config.model.dtype if config else "float32")
     found |= measured
     found["disk_gigabytes_per_second"] = Measured(value=_disk(folder) / 1e9, how=f"{WRITTEN >> 20} MiB written and synced")
+    if not visible_gpus():
+        say("its cores together, sums over two ranks")
+        found |= _cores() | _links()
     if config is not None:
+        if "math" in config.data.rewards:
+            say("rewards")
+            found["verified_per_second"] = Measured(value=_alone(_judged, config), how=f"{ANSWERS} short answers, one worker")
         base = Constants(**{name: one.value for name, one in found.items()})
         shape = resolve(config, digests=False).shape
         say("an engine's iterations")
@@ -133,8 +143,6 @@ def _machine(dtype: str) -> tuple[str, dict[str, Measured]]:
 
     import torch
 
-    from engine.run.machine import gpu_name
-
     on_gpu = torch.cuda.is_available()
     device, kind = ("cuda" if on_gpu else "cpu"), getattr(torch, dtype)
     if not on_gpu:
@@ -161,6 +169,103 @@ def _machine(dtype: str) -> tuple[str, dict[str, Measured]]:
         "peak_teraflops": Measured(value=peak, how=f"a product of {size} x {size} in {dtype}"),
         "memory_gigabytes_per_second": Measured(value=copied, how=f"a copy of {source.numel() >> 20} MiB, read and written"),
     }
+
+
+def _cores() -> dict[str, Measured]:
+    """How many times as fast all cores together are as one is alone, by matrix products in a process for each: less than
+    their number where two of them share a core's units."""
+    count = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool_of = list(pool.map(_products, [0.0] * count))  # starts all of them
+        alone = max(pool.submit(_products, SECONDS_EACH).result() for _ in range(REPEATS))
+        together = max(sum(pool.map(_products, [SECONDS_EACH] * count)) for _ in range(REPEATS))
+    assert len(pool_of) == count
+    value = min(float(count), max(1.0, together / alone))
+    return {"cores": Measured(value=value, how=f"matrix products in {count} processes together, over one alone")}
+
+
+def _products(seconds: float) -> float:
+    """Small matrix products for so long, by a second of this process's own time."""
+    import torch
+
+    torch.set_num_threads(1)
+    left = torch.randn(256, 256)
+    done, until, began = 0, time.perf_counter() + seconds, time.process_time()
+    while time.perf_counter() < until:
+        left = (left @ left).clamp(-1, 1)
+        done += 1
+    return done / max(time.process_time() - began, 1e-9)
+
+
+def _links() -> dict[str, Measured]:
+    """Sums and messages between two processes of this machine, over gloo."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        ranks = [pool.submit(_rank, (rank, f"{folder}/store")) for rank in range(2)]
+        short, long, hop = (min(times) for times in zip(*(rank.result(timeout=120) for rank in ranks), strict=True))
+    rate = 4 * LONG_SUM / max(long - short, 1e-9) / 1e9  # a sum over two ranks moves its own size
+    return {
+        "sum_seconds": Measured(value=short, how=f"a sum of {SHORT_SUM} numbers over two processes (gloo)"),
+        "nvlink_gigabytes_per_second": Measured(value=rate, how=f"a sum of {LONG_SUM} numbers over two processes (gloo)"),
+        "hop_seconds": Measured(value=hop, how="a message from one process to another (gloo)"),
+    }
+
+
+def _rank(where: tuple[int, str]) -> tuple[float, float, float]:
+    """Seconds of (a short sum, a long sum, a message) over two ranks, of which this is one."""
+    import torch
+    import torch.distributed as dist
+
+    rank, store = where
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    short, long, message = torch.ones(SHORT_SUM), torch.ones(LONG_SUM), torch.ones(SHORT_SUM)
+
+    def timed(work: Callable[[], Any], times: int) -> float:
+        best = float("inf")
+        for _ in range(REPEATS):
+            dist.barrier()
+            started = time.perf_counter()
+            for _ in range(times):
+                work()
+            best = min(best, (time.perf_counter() - started) / times)
+        return best
+
+    def there_and_back() -> None:
+        for sender in range(2):
+            dist.send(message, 1 - rank) if rank == sender else dist.recv(message, 1 - rank)
+
+    found = (
+        timed(lambda: dist.all_reduce(short), SUMS),
+        timed(lambda: dist.all_reduce(long), 2),
+        timed(there_and_back, SUMS) / 2,
+    )
+    dist.destroy_process_group()
+    return found
+
+
+def _judged(config: RunConfig) -> float:
+    """Answers a second that one worker judges, once it is up; short ones, right and wrong."""
+    from engine.core.types import Completion, Prompt
+    from engine.rewards.base import answer_of
+    from engine.rewards.math.reward import MathReward
+
+    reward = MathReward(config.rewards.model_copy(update={"workers": 1}))
+    prompts = [Prompt(f"p{i}", NO_TOKENS, f"What is {i} + 7?", str(i + 7), "", "") for i in range(ANSWERS)]
+    said = [
+        Completion(one.id, 0, 0, 0, NO_TOKENS, NO_LOG_PROBS, f"It is ${i + 7 + i % 2}$.", "stop")
+        for i, one in enumerate(prompts)
+    ]
+    answers = [answer_of(prompt, one, place) for place, (prompt, one) in enumerate(zip(prompts, said, strict=True))]
+    try:
+        reward.score(answers[:10])
+        started = time.perf_counter()
+        reward.score(answers)
+        return ANSWERS / (time.perf_counter() - started)
+    finally:
+        reward.close()
 
 
 def _disk(folder: Path) -> float:

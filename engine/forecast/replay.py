@@ -4,6 +4,7 @@ step, from the seconds that each part takes. Nothing is started; a clock goes on
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,8 +27,25 @@ class Sampling(Protocol):
         """When the last response of an opened step is in."""
         ...
 
-    def catch_up(self, now: float) -> None:
-        """Works up to a time."""
+    def catch_up(self, now: float, slow: float = 1.0) -> None:
+        """Works up to a time; everything takes `slow` times as long."""
+        ...
+
+    def pause(self, now: float, until: float) -> None:
+        """What is not done at a time goes on at another, with its tokens kept and computed anew."""
+        ...
+
+    def aim(self, steps: range) -> None:
+        """Each engine works until it has completed these steps, however much it has begun beside them, and then rests."""
+        ...
+
+    @property
+    def num_working(self) -> int:
+        """Engines that have something to do where they stand."""
+        ...
+
+    def lacks(self, step: int) -> bool:
+        """Whether a response of an opened step is not in yet, where the engines stand."""
         ...
 
     @property
@@ -37,8 +55,22 @@ class Sampling(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Cores:
+    """The CPU cores of one machine on which trainer, engines and rewards compute together, and how many each keeps busy."""
+
+    count: float
+    trainer: float  # while it trains
+    engine: float  # each, while it samples
+    rewards: float  # while they judge
+
+    def slow(self, threads: float) -> float:
+        """By which all take longer when so many threads compute."""
+        return max(1.0, threads / self.count)
+
+
+@dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds of a step's parts, by its number."""
+    """Seconds of a step's parts, by its number, of whoever has the machine to himself."""
 
     train: Callable[[int], float]
     judge: Callable[[int], float]  # after the step's last response is in
@@ -46,6 +78,9 @@ class Costs:
     sync: float
     turn: float = 0.0  # colocated: for the engines to sleep and, at the next sync, to wake
     colocated: bool = False
+    # A sync waits for the interval that is due alone; what is sampled further ahead goes on after it, beside the next interval
+    in_flight: bool = False
+    cores: Cores | None = None  # None: everybody has devices of his own
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +116,21 @@ class Span:
     end: float
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What an engine did, for a picture."""
+
+    stretches: list[tuple[float, float]]  # in which it was busy
+    finished: dict[int, float]  # of each step, when its last response was in
+
+
 @dataclass(slots=True)
 class Played:
     """The steps that were replayed, and those of them that count."""
 
     steps: list[StepTimes] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    engines: tuple[Sampled, ...] = ()  # those that were replayed
     first: int = 0  # of those that count
     engine_seconds: float = 0.0  # for which engines were busy meanwhile, in the mean over them
 
@@ -136,54 +180,176 @@ def window(schedule: Schedule, requests_per_step: int) -> tuple[int, int]:
 def play(schedule: Schedule, num_steps: int, first: int, engines: Sampling | None, costs: Costs) -> Played:
     """Steps 0 to num_steps - 1 of a run, of which those from `first` on count. Without engines batches come from disk."""
     played = Played(first=first)
-    clock = busy_before = 0.0
-    scored: dict[int, float] = {}
-    judged_until = 0.0  # one thread judges the steps in order
-
-    def until_scored(step: int) -> float:
-        nonlocal judged_until
-        if step not in scored:
-            assert engines is not None
-            sampled = engines.sampled(step)
-            begin = max(sampled, judged_until)
-            judged_until = scored[step] = begin + costs.judge(step)
-            played.spans.append(Span("rewards", f"step {step}", begin, judged_until))
-        return scored[step]
-
+    clock: Clock
+    if engines is None:
+        clock = Clock(played.spans)
+    elif costs.cores is None:
+        clock = Apart(played.spans, engines, costs)
+    else:
+        clock = Together(played.spans, engines, costs, costs.cores)
+    busy_before = 0.0
     for step in range(num_steps):
-        start = clock
+        start = clock.now
         if step == first and engines is not None:
-            engines.catch_up(clock)
+            engines.catch_up(start)
             busy_before = engines.busy_seconds
         finish = sync = waited = judged = 0.0
         if engines is not None and schedule.sync_due(step):
             ahead = schedule.in_flight(step)
-            if ahead:
-                finish = max(0.0, max(map(engines.sampled, ahead)) - clock)
-                clock += finish
+            due = range(ahead.start, min(ahead.stop, _next_sync(schedule, step))) if costs.in_flight else ahead
+            finish = clock.wait_sampled(due)
+            if len(due) < len(ahead):
+                engines.pause(clock.now, clock.now + costs.sync)
             sync = costs.sync
-            played.spans.append(Span("sync", f"version {step}", clock, clock + sync))
-            clock += sync
-        opened = schedule.opens(step) if engines is not None else range(0)
-        if engines is not None and opened:
-            engines.open(clock, opened)
+            played.spans.append(Span("sync", f"version {step}", clock.now, clock.now + sync))
+            clock.now += sync
         if engines is not None:
-            asked = clock
-            if costs.colocated and opened:
-                for each in opened:
-                    clock = max(clock, until_scored(each))
-            ready = max(clock, until_scored(step))
-            waited = ready - asked
-            judged = max(0.0, ready - max(asked, engines.sampled(step))) if waited else 0.0
-            clock = ready
+            opened = schedule.opens(step)
+            if costs.in_flight and schedule.sync_due(step):
+                after = _next_sync(schedule, step)
+                engines.aim(range(after if step else 0, _next_sync(schedule, after)))
+            if opened:
+                clock.open(opened)
+            waited, judged = clock.wait_scored(step, opened if costs.colocated else range(0))
             if costs.colocated and opened:
                 sync += costs.turn
-                clock += costs.turn
-        host, train = costs.host(step), costs.train(step)
-        played.spans.append(Span("trainer", f"step {step}", clock + host, clock + host + train))
-        clock += host + train
-        played.steps.append(StepTimes(start, sync, finish, waited, min(judged, waited), host, train))
+                clock.now += costs.turn
+        host, train = clock.work(costs.host(step), 1.0), 0.0
+        began = clock.now
+        train = clock.work(costs.train(step), costs.cores.trainer if costs.cores else 0.0)
+        played.spans.append(Span("trainer", f"step {step}", began, clock.now))
+        played.steps.append(StepTimes(start, sync, finish, waited, judged, host, train))
     if engines is not None:
-        engines.catch_up(clock)
+        engines.catch_up(clock.now)
         played.engine_seconds = engines.busy_seconds - busy_before
     return played
+
+
+def _next_sync(schedule: Schedule, step: int) -> int:
+    """The step before which the next sync after that of `step` is."""
+    return next((later for later in range(step + 1, schedule.num_steps) if schedule.sync_due(later)), schedule.num_steps)
+
+
+class Clock:
+    """The trainer's time, and what goes on beside it; by itself, of a run whose batches come from disk."""
+
+    def __init__(self, spans: list[Span]) -> None:
+        self.now = 0.0
+        self._spans = spans
+
+    def open(self, steps: range) -> None:
+        """Submits the prompts of these steps."""
+
+    def wait_sampled(self, steps: range) -> float:
+        """Until the last response of these steps is in; how long that was."""
+        return 0.0
+
+    def wait_scored(self, step: int, together: range) -> tuple[float, float]:
+        """Until a step's answers are judged, and those of the steps `together`; how long that was, and of that how long after
+        the step's last response."""
+        return 0.0, 0.0
+
+    def work(self, seconds: float, threads: float) -> float:
+        """The trainer computes what takes so long where nobody else does; how long it was."""
+        self.now += seconds
+        return seconds
+
+
+class Apart(Clock):
+    """Trainer, engines and rewards have devices of their own: nobody waits but for what he needs."""
+
+    def __init__(self, spans: list[Span], engines: Sampling, costs: Costs) -> None:
+        super().__init__(spans)
+        self._engines, self._costs = engines, costs
+        self._scored: dict[int, float] = {}
+        self._judged_until = 0.0  # one thread judges the steps in order
+
+    def open(self, steps: range) -> None:
+        """Submits the prompts of these steps."""
+        self._engines.open(self.now, steps)
+
+    def wait_sampled(self, steps: range) -> float:
+        """Until the engines have them."""
+        asked = self.now
+        self.now = max(asked, *map(self._engines.sampled, steps)) if steps else asked
+        return self.now - asked
+
+    def wait_scored(self, step: int, together: range) -> tuple[float, float]:
+        """Until the one thread that judges has done them."""
+        asked = self.now
+        self.now = max(asked, *(self._until_scored(each) for each in (*together, step)))
+        waited = self.now - asked
+        judged = max(0.0, self.now - max(asked, self._engines.sampled(step)))
+        return waited, min(judged, waited)
+
+    def _until_scored(self, step: int) -> float:
+        if step not in self._scored:
+            begin = max(self._engines.sampled(step), self._judged_until)
+            self._judged_until = self._scored[step] = begin + self._costs.judge(step)
+            self._spans.append(Span("rewards", f"step {step}", begin, self._judged_until))
+        return self._scored[step]
+
+
+class Together(Clock):
+    """Trainer, engines and rewards compute on the same cores: while their threads are more than there are cores, all of them
+    take longer. Time goes on in slices, in each of which nothing but what is left of the work changes."""
+
+    SLICES = 64  # of a step's training, or of a wait
+
+    def __init__(self, spans: list[Span], engines: Sampling, costs: Costs, cores: Cores) -> None:
+        super().__init__(spans)
+        self._engines, self._costs, self._cores = engines, costs, cores
+        self._slice = max(costs.train(0), 1e-3) / self.SLICES
+        self._judging: deque[tuple[int, float, float]] = deque()  # (step, seconds left, when it began), in the order of steps
+        self._sampled: dict[int, float] = {}
+        self._scored: dict[int, float] = {}
+
+    def open(self, steps: range) -> None:
+        """Submits the prompts of these steps, to be judged in their order."""
+        self._engines.open(self.now, steps)
+        self._judging.extend((step, self._costs.judge(step), -1.0) for step in steps)
+
+    def wait_sampled(self, steps: range) -> float:
+        """Slice by slice, until no engine lacks any."""
+        asked = self.now
+        while any(map(self._engines.lacks, steps)):
+            self._go_on(self._slice, 0.0)
+        return self.now - asked
+
+    def wait_scored(self, step: int, together: range) -> tuple[float, float]:
+        """Slice by slice, until they are judged."""
+        asked = self.now
+        while step not in self._scored or any(each not in self._scored for each in together):
+            self._go_on(self._slice, 0.0)
+        return self.now - asked, min(self.now - asked, max(0.0, self.now - max(asked, self._sampled[step])))
+
+    def work(self, seconds: float, threads: float) -> float:
+        """Slice by slice, beside whoever else computes."""
+        began, left = self.now, seconds
+        while left > 0:
+            left -= self._go_on(min(left, self._slice), threads)
+        return self.now - began
+
+    def _go_on(self, seconds: float, threads: float) -> float:
+        """All go on for what the trainer, or whoever else works, does in so many seconds alone; those seconds."""
+        for each, *_ in self._judging:
+            if self._engines.lacks(each):
+                break
+            self._sampled.setdefault(each, self.now)
+        judges = bool(self._judging) and self._judging[0][0] in self._sampled
+        busy = threads + self._cores.engine * self._engines.num_working + (self._cores.rewards if judges else 0.0)
+        slow = self._cores.slow(busy)
+        if judges:
+            step, left, began = self._judging[0]
+            began = self.now if began < 0 else began
+            if not threads:  # a wait ends where the judging does
+                seconds = max(min(seconds, left), 1e-9)
+            left -= seconds
+            self._judging[0] = (step, left, began)
+        self.now += seconds * slow
+        self._engines.catch_up(self.now, slow)
+        if judges and left <= 1e-9:
+            self._judging.popleft()
+            self._scored[step] = self.now
+            self._spans.append(Span("rewards", f"step {step}", began, self.now))
+        return seconds

@@ -15,12 +15,11 @@ from engine.capacity.memory import STAGING_BUCKETS, Channel, estimate
 from engine.capacity.transfer import Machine
 from engine.config.load import RunConfig, override
 from engine.config.options import Trainer
-from engine.config.schedules.base import Schedule
 from engine.core.errors import ConfigError
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import Engines, Speed, speed_of
 from engine.forecast.lengths import Workload, draw_steps
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, other_interval
+from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.headers import num_elements
@@ -83,10 +82,11 @@ class Search:
     """The search of one configuration's model, data and algorithm."""
 
     def __init__(
-        self, spec: Spec, machine: Machine, constants: Constants, workload: Workload, num_gpus: int, intervals: Many[int | str]
+        self, spec: Spec, machine: Machine, constants: Constants, workload: Workload, num_gpus: int, regimes: Many[Regime]
     ) -> None:
         self._spec, self._machine, self._constants, self._workload = spec, machine, constants, workload
-        self._config, self._intervals = spec.config, tuple(intervals)
+        self._config, self._regimes = spec.config, tuple(regimes)
+        self._intervals = tuple(dict.fromkeys(regime.interval for regime in regimes))
         per_node = spec.config.cluster.gpus_per_node
         if num_gpus > per_node and num_gpus % per_node:
             raise ConfigError(
@@ -104,16 +104,16 @@ class Search:
         self._trained: dict[Trainer, Many[TrainingStep]] = {}
         self.tried = 0
 
-    def best(self) -> dict[int | str, list[Found]]:
-        """The best layouts for each s, the fastest first. ConfigError where none fits."""
+    def best(self) -> dict[Regime, list[Found]]:
+        """The best layouts for each regime, the fastest first. ConfigError where none fits."""
         trainers = list(self._trainers())
         engines = list(self._engines())
-        found: dict[int | str, list[Found]] = {}
-        for interval in self._intervals:
+        found: dict[Regime, list[Found]] = {}
+        for regime in self._regimes:
             ranked = sorted(
                 (
                     (
-                        self._quick(trainer, engine, placement, interval),
+                        self._quick(trainer, engine, placement, regime),
                         trainer.gpus + engine.gpus,
                         number,
                         trainer,
@@ -121,6 +121,7 @@ class Search:
                         placement,
                     )
                     for number, (trainer, engine, placement) in enumerate(self._pairs(trainers, engines))
+                    if placement == "disaggregated" or not regime.lookahead
                 ),
                 key=lambda one: one[:3],
             )
@@ -134,10 +135,12 @@ class Search:
                 if split in splits:  # a faster one with as many GPUs each fits
                     continue
                 made = self._made({**trainer.options, **engine.options, "inference.placement": placement})
-                if made is not None and (one := self._forecast(*made, interval)) is not None:
+                if made is not None and (one := self._forecast(*made, regime)) is not None:
                     full.append(one)
                     splits.add(split)
-            found[interval] = _ranked(full)[:BEST]
+            if (own := self._own(regime)) is not None and own.layout not in {one.layout for one in full}:
+                full.append(own)
+            found[regime] = _ranked(full)[:BEST]
         if not any(found.values()):
             raise ConfigError(
                 f"--gpus {self._gpus + self._judges} of {self._machine.gpu_gibibytes:g} GiB must hold the trainer and an "
@@ -145,6 +148,13 @@ class Search:
                 f"trainer.fused_lm_head, optimizer.moment_dtype or optimizer.offload_share"
             )
         return found
+
+    def _own(self, regime: Regime) -> Found | None:
+        """The configuration's own layout, where it fits into so many GPUs and this regime: somebody has thought about it."""
+        if regime.lookahead and self._config.inference.placement == "colocated":
+            return None
+        made = self._made({})
+        return self._forecast(*made, regime) if made is not None else None
 
     # -- the trainer's layouts
 
@@ -208,7 +218,8 @@ class Search:
     # -- the engines' layouts
 
     def _engines(self) -> Iterator[EngineChoice]:
-        fitting = [tp for tp in self._powers(self._per_node) if self._engine_fits(tp)][:2]
+        fitting = [tp for tp in self._powers(self._per_node) if self._engine_fits(tp)]
+        fitting = sorted({*fitting[:2], *fitting[-1:]})  # the largest answers soonest, the smallest answer most
         slots = sorted({self._config.inference.max_concurrent, *SLOTS})
         for size in self._sizes:
             for tp in fitting:
@@ -284,10 +295,7 @@ class Search:
 
     def _steps_of(self, interval: int | str) -> int:
         """Steps that are sampled together."""
-        return len(self._schedule(interval).opens(0))
-
-    def _schedule(self, interval: int | str) -> Schedule:
-        return other_interval(self._config.schedule, interval)
+        return len(Regime(interval).of(self._config.schedule).opens(0))
 
     # -- both together
 
@@ -301,15 +309,18 @@ class Search:
                 if trainer.gpus == engine.gpus and self._spec.source == "rollouts":
                     yield trainer, engine, "colocated"
 
-    def _quick(self, trainer: TrainerChoice, engine: EngineChoice, placement: Placement, interval: int | str) -> float:
-        """Seconds a step, roughly: of an interval whose steps are trained as they get ready."""
-        ready, c = engine.ready[interval], self._constants
+    def _quick(self, trainer: TrainerChoice, engine: EngineChoice, placement: Placement, regime: Regime) -> float:
+        """Seconds a step, roughly: of an interval whose steps are trained as they get ready, or with a lookahead while the next
+        ones are sampled."""
+        ready, c = engine.ready[regime.interval], self._constants
         work = self.works[0]
         host = (c.sampled_megatoken_seconds * work.num_sampled + c.trained_megatoken_seconds * work.num_trained) / 1e6
         each, count = trainer.seconds + host, len(ready)
         sync = c.sync_seconds + self._transfer(engine.gpus, int(engine.options["inference.tensor_parallel"]), trainer.gpus)
         if placement == "colocated":
             return (ready[-1] + c.sleep_seconds + sync) / count + each
+        if regime.lookahead:
+            return max(ready[-1] / count, each) + sync / count
         end = max(moment + (count - step) * each for step, moment in enumerate(ready))
         return (end + sync) / count
 
@@ -341,13 +352,13 @@ class Search:
             return None
         return config, spec, spare
 
-    def _forecast(self, config: RunConfig, spec: Spec, spare: int, interval: int | str) -> Found | None:
+    def _forecast(self, config: RunConfig, spec: Spec, spare: int, regime: Regime) -> Found | None:
         i, t = config.inference, config.trainer
         transfer = self._transfer(i.engines * i.tensor_parallel, i.tensor_parallel, t.world_size)
         given = Inputs(spec, self._constants, self._workload, transfer, self._gpu_bytes)
         try:
             forecaster = Forecaster(given, self.works, 4, self._trained.get(t))
-            forecast = forecaster.forecast(self._schedule(interval))
+            forecast = forecaster.forecast(regime.of(self._config.schedule))
         except ConfigError:  # a sequence that is longer than a row
             return None
         self._trained[t] = forecaster.trained

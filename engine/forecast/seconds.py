@@ -4,16 +4,19 @@ the replay of the loop. What binds is said in telling.py; no process is started 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+from engine.config.load import RunConfig
 from engine.config.schedules.base import Schedule
 from engine.forecast import disk
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import Engines, Speed, speed_of
 from engine.forecast.lengths import LogNormal, StepWork, Workload, draw_steps
-from engine.forecast.replay import Costs, Played, play, window
+from engine.forecast.replay import Cores, Costs, Played, Sampled, play, window
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
 from engine.rewards.pool.workers import num_workers
@@ -24,6 +27,7 @@ MOST_REPLAYED = 12_000  # requests that are replayed, of so many engines as have
 LEAST_ENGINES = 2
 MOST_TRAINED = 6  # different steps whose rows are laid out; further ones repeat them
 SHARE_OF_CAP, SIGMA = 0.35, 0.6  # of sampling.max_tokens, the mean length of responses of which nothing is known; their spread
+LEAST_PICTURED = 3  # steps of a picture
 PROMPT_TOKENS = 150  # of a prompt of which nothing is known
 
 
@@ -52,6 +56,7 @@ class Forecast:
 
     regime: str
     sync_interval: Interval
+    lookahead: int
     staleness_mean: float  # optimizer steps, over the run
     staleness_max: int
     step_seconds: float
@@ -59,6 +64,7 @@ class Forecast:
     train_parts: dict[str, float]  # of its training
     trainer_waits: float  # share of the time
     engines_idle: float  # share of the time; colocated, of that in which no device works
+    sampling_seconds: float  # a step, for which an engine is busy, in the mean over them
     sampled_tokens_per_second: float
     trained_tokens_per_second: float
     mfu: float  # of the trainer's devices, over the whole step
@@ -109,6 +115,16 @@ class Forecaster:
         distinct = min(len(self.works), max(1, MOST_TRAINED * 256 // max(256, self._config.trainer.world_size)))
         return [training.step(work.outlines) for work in self.works[:distinct]]
 
+    def interval(self) -> tuple[Played, range, Many[TrainingStep]]:
+        """The run's loop as replayed, the steps of its last whole interval there, or a few short ones, and the optimizer steps
+        by their number modulo their count; for a picture."""
+        schedule = self._config.schedule
+        played = self.play(schedule)
+        count = len(played.steps)
+        begins = [step for step in range(count) if schedule.sync_due(step) or schedule.opens(step)]
+        first = next((begin for begin in reversed(begins) if begin <= count - LEAST_PICTURED), begins[0])
+        return played, range(first, count), self._training
+
     @property
     def trained(self) -> Many[TrainingStep]:
         """Optimizer steps as replayed, for another forecast with this trainer."""
@@ -126,6 +142,7 @@ class Forecaster:
         engines = self._engines(num_steps)
         played = play(schedule, num_steps, first, engines, self._costs())
         self._seen = (engines.most, engines.preempted) if engines else (0, 0)
+        played.engines = tuple(Sampled(engine.stretches, engine.finished) for engine in engines.engines) if engines else ()
         return played
 
     @property
@@ -139,6 +156,8 @@ class Forecaster:
         if self._speed is None:
             return None
         engines = self._config.inference.engines
+        if self.given.constants.cores:
+            return Engines(self._config, self._speed, self.room, self.works)
         most = max(LEAST_ENGINES, MOST_REPLAYED * engines // (num_steps * self._config.rollouts_per_step))
         return Engines(self._config, self._speed, self.room, self.works, min(self._only or most, most))
 
@@ -158,6 +177,21 @@ class Forecaster:
             sync=self.given.transfer_seconds + c.sync_seconds if self._speed is not None else 0.0,
             turn=c.sleep_seconds if colocated else 0.0,
             colocated=colocated,
+            in_flight=self._config.sync.in_flight,
+            cores=self._cores() if c.cores else None,
+        )
+
+    def _cores(self) -> Cores:
+        """Who computes with how many threads on the machine's cores; a rank that waits for another one takes none."""
+        config, spec = self._config, self.given.spec
+        step = mean_step(self._training).seconds
+        busy = 1 - (step.pipeline + step.imbalance) / step.total if step.total else 1.0
+        model = spec.reward_shape is not None
+        return Cores(
+            self.given.constants.cores,
+            trainer=config.trainer.world_size * config.trainer.threads * busy,
+            engine=config.inference.tensor_parallel * config.inference.threads,
+            rewards=config.inference.threads if model else num_workers(config.rewards),
         )
 
     def judging(self, work: StepWork) -> float:
@@ -205,6 +239,7 @@ class Forecaster:
         return Forecast(
             regime=schedule.regime,
             sync_interval=schedule.sync_interval,
+            lookahead=schedule.lookahead,
             staleness_mean=sum(stale) / len(stale),
             staleness_max=max(stale),
             step_seconds=seconds,
@@ -212,6 +247,7 @@ class Forecaster:
             train_parts={name: getattr(step.seconds, name) for name in TRAIN_PARTS},
             trainer_waits=(played.mean("waited") + played.mean("finish")) / seconds,
             engines_idle=max(0.0, idle) if self._speed is not None else 0.0,
+            sampling_seconds=played.engine_seconds / len(played.counted),
             sampled_tokens_per_second=sampled / seconds if self._speed is not None else 0.0,
             trained_tokens_per_second=trained / seconds,
             mfu=step.model_flops / (peak * seconds),
@@ -277,6 +313,30 @@ def _problems(path: str, most: int | None) -> int | None:
     return count if most is None else min(most, count)
 
 
-def other_interval(schedule: Schedule, interval: int | str) -> Schedule:
-    """The same regime with another s."""
-    return replace(schedule, sync_interval=interval)  # type: ignore[arg-type]
+class Regime(NamedTuple):
+    """Between which weight syncs, and how many intervals ahead."""
+
+    interval: Interval
+    lookahead: int = 0
+
+    @classmethod
+    def asked(cls, config: RunConfig) -> Regime:
+        """A configuration's own."""
+        return cls(config.sync.sync_interval, config.sync.lookahead)
+
+    def of(self, schedule: Schedule) -> Schedule:
+        """A schedule with another s and another lookahead."""
+        return replace(schedule, sync_interval=self.interval, lookahead=self.lookahead)  # type: ignore[arg-type]
+
+
+def regimes(config: RunConfig, intervals: Iterable[Interval]) -> list[Regime]:
+    """The configuration's own regime and those of several s, each without lookahead, with one interval, and with as many as
+    the configuration has; where nothing can be sampled ahead, without. In order."""
+    own = Regime.asked(config)
+    colocated = config.inference.placement == "colocated"
+    found = {own}
+    for interval in {*intervals, own.interval}:
+        if isinstance(interval, str) or interval <= config.run.steps:
+            ahead = (0,) if colocated or isinstance(interval, str) else (0, 1, own.lookahead)
+            found |= {Regime(interval, lookahead) for lookahead in ahead}
+    return sorted(found, key=lambda one: (isinstance(one.interval, str), *(one if isinstance(one.interval, int) else (0, 0))))

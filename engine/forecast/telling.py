@@ -14,7 +14,7 @@ from engine.capacity.kv_cache import GIB
 from engine.config.load import RunConfig
 from engine.forecast.constants import Constants, Row, rows
 from engine.forecast.search import Found
-from engine.forecast.seconds import TRAIN_PARTS, Forecast
+from engine.forecast.seconds import TRAIN_PARTS, Forecast, Regime
 from engine.rewards.pool.workers import num_workers
 
 WORTH_TELLING = 0.05  # of a step: what is less is not told
@@ -148,14 +148,25 @@ def _span(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"
 
 
-def intervals_table(found: Many[Forecast], own: int | str) -> list[tuple[str, ...]]:
-    """Staleness and seconds for several s; the run's own is marked."""
-    heading = ("s", "staleness, mean", "most", "s a step", "trainer waits", "engines idle", "tokens/s", "GPU-hours")
+def intervals_table(found: Many[Forecast], own: Regime) -> list[tuple[str, ...]]:
+    """Staleness and seconds for several s and lookaheads; the run's own are marked."""
+    heading = (
+        "s",
+        "lookahead",
+        "staleness, mean",
+        "most",
+        "s a step",
+        "trainer waits",
+        "engines idle",
+        "tokens/s",
+        "GPU-hours",
+    )
     return [
         heading,
         *(
             (
-                f"{one.sync_interval}{' *' if one.sync_interval == own else ''}",
+                f"{one.sync_interval}{' *' if (one.sync_interval, one.lookahead) == own else ''}",
+                str(one.lookahead),
                 f"{one.staleness_mean:.1f}",
                 str(one.staleness_max),
                 f"{one.step_seconds:.2f}",
@@ -188,21 +199,22 @@ def best_table(found: Many[Found]) -> list[tuple[str, ...]]:
     return [heading, *(body or [("none fits", *[""] * (len(heading) - 1))])]
 
 
-def frontier_table(best: Mapping[int | str, Many[Found]], own: int | str) -> list[tuple[str, ...]]:
-    """The best of each s: seconds and GPU-hours against staleness."""
-    heading = ("s", "staleness, mean", "s a step", "GPUs", "GPU-hours", "layout")
+def frontier_table(best: Mapping[Regime, Many[Found]], own: Regime) -> list[tuple[str, ...]]:
+    """The best of each regime: seconds and GPU-hours against staleness."""
+    heading = ("s", "lookahead", "staleness, mean", "s a step", "GPUs", "GPU-hours", "layout")
     return [
         heading,
         *(
             (
-                f"{interval}{' *' if interval == own else ''}",
+                f"{regime.interval}{' *' if regime == own else ''}",
+                str(regime.lookahead),
                 f"{found[0].forecast.staleness_mean:.1f}",
                 f"{found[0].forecast.step_seconds:.2f}",
                 str(found[0].forecast.gpus),
                 f"{found[0].forecast.gpu_hours:,.0f}",
                 found[0].layout,
             )
-            for interval, found in best.items()
+            for regime, found in best.items()
             if found
         ),
     ]

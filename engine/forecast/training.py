@@ -33,7 +33,7 @@ class StepSeconds:
     imbalance: float = 0.0  # by which the fullest data-parallel rank computes longer than the mean
     pipeline: float = 0.0  # stages wait for each other
     tensor_parallel: float = 0.0  # sums over tensor-parallel ranks that nothing hides
-    gradients: float = 0.0  # reduced, and parameters gathered
+    gradients: float = 0.0  # reduced as far as no backward hides it, and parameters gathered
     optimizer: float = 0.0
     fixed: float = 0.0  # what a step costs whatever its rows
 
@@ -91,7 +91,7 @@ class Training:
             imbalance=own - mean_ideal,
             pipeline=slowest.both - own - slowest.collectives,
             tensor_parallel=slowest.collectives,
-            gradients=self._gradients(),
+            gradients=self._gradients(ranks[place].rows[-1]),
             optimizer=self._optimizer(),
             fixed=self._constants.step_seconds,
         )
@@ -165,7 +165,8 @@ class Training:
             return 0.0
         moved = 2 * (t.tensor_parallel - 1) / t.tensor_parallel * row.tokens * self._spec.shape.hidden * self._item
         hidden = self._constants.overlap_share if t.overlap_tensor_parallel else 0.0
-        return COLLECTIVES * count * moved / (self._constants.nvlink_gigabytes_per_second * 1e9) * (1 - hidden)
+        each = moved / (self._constants.nvlink_gigabytes_per_second * 1e9) + self._constants.sum_seconds
+        return COLLECTIVES * count * each * (1 - hidden)
 
     def _hop(self, rows: Many[RowSize]) -> float:
         """Of a row's hidden states from stage to stage; of rows of unequal length the mean."""
@@ -179,17 +180,24 @@ class Training:
 
     # -- of all ranks together
 
-    def _gradients(self) -> float:
-        """Float32 gradients summed over data-parallel ranks, then parameters gathered, of the fullest stage, at the bandwidth
-        that a group's members on one node have together."""
-        t = self._trainer
+    def _gradients(self, last: RowSize) -> float:
+        """Gradients summed over data-parallel ranks, then parameters gathered, of the fullest stage, at the bandwidth that a
+        group's members on one node have together. With trainer.overlap_gradients the sum goes on beside the backward of the
+        last row, which hides at most a share of it."""
+        t, c = self._trainer, self._constants
         if t.data_parallel == 1:
             return 0.0
         held = max(TrainerState(self._spec, stage).num_parameters for stage in self._stages)
         part = (t.data_parallel - 1) / t.data_parallel
+        gradient = 2 if t.gradient_dtype == "bfloat16" else 4
         item = 1 if t.fp8_parameters else self._item
-        moved = held * (4 + item) if t.distributed_optimizer else 2 * held * 4
-        return part * moved / (self._bus() * 1e9)
+        ring = part * held / (self._bus() * 1e9)  # a byte of every parameter once round
+        summed = ring * gradient * (1 if t.distributed_optimizer else 2)
+        gathered = ring * item if t.distributed_optimizer else 0.0
+        if t.overlap_gradients:
+            backward = 2 * max(self._seconds(last, stage, 0) for stage in self._stages)
+            summed = max(summed * (1 - c.overlap_share), summed - backward)
+        return summed + gathered + c.sum_seconds
 
     def _bus(self) -> float:
         """GB/s of a data-parallel group's ring: NVLink inside a node; between nodes the network cards of its members on one."""

@@ -200,6 +200,8 @@ class Policy:
             reference = [microbatch.rollout_log_probs for microbatch in microbatches]
         elif needs_reference and self._reference_source == "policy":
             reference = [both[0] for both in own] if self.loss.needs_squares else own
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize(self.parallel.device)  # so that its time is known
         if reference:  # on the last stage
             pairs = zip(microbatches, reference, strict=True)
             microbatches = tuple(replace(microbatch, reference_log_probs=scored) for microbatch, scored in pairs)

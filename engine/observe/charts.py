@@ -79,11 +79,11 @@ def chart(
         _titled(about, _text(LEFT, 16, f"{title} ({unit})" if unit else title, weight="bold")),
         _text((LEFT + WIDTH - RIGHT) / 2, PLOT_HEIGHT - 6, x_label, anchor="middle"),
     ]
-    for value in _ticks(low, high):
+    for value in ticks(low, high):
         _, y = place(left, value)
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="#e5e5e5"/>')
         parts.append(_text(LEFT - 6, y + 4, f"{value:g}", anchor="end"))
-    for value in (tick for tick in _ticks(left, right) if x_label != "step" or tick == round(tick)):
+    for value in (tick for tick in ticks(left, right) if x_label != "step" or tick == round(tick)):
         x, y = place(value, low)
         parts.append(f'<line class="axis" x1="{x:.1f}" y1="{y:.1f}" x2="{x:.1f}" y2="{y + 4:.1f}" stroke="#555555"/>')
         parts.append(_text(x, y + 16, f"{value:g}", anchor="middle"))
@@ -188,7 +188,7 @@ def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
     return low - margin * (high - low), high + margin * (high - low)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Three to eight round numbers within an axis: multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))

@@ -16,6 +16,7 @@ from engine.core.errors import DataError
 from engine.core.jsonl import read_rows
 from engine.observe.journal import WARNINGS, read_warnings
 from engine.observe.origin import Origin, read_origin
+from engine.observe.predicted import Predicted
 from engine.observe.problems import Problems
 from engine.observe.regime import Proof, prove
 from engine.observe.summary import RESTARTS
@@ -109,6 +110,7 @@ class RunRecords:
     warnings: list[dict[str, Any]] = field(default_factory=list)
     answers: Answers = field(default_factory=Answers)
     versions: Mapping[str, str] = field(default_factory=dict)  # of libraries, once the run has ended
+    predicted: Predicted | None = None  # a forecast beside it; None where nobody made one
     origin: Origin | None = None  # of a run that was forked off another
 
     def add_evaluation(self, row: Mapping[str, Any]) -> None:
@@ -140,7 +142,8 @@ class RunRecords:
         regime = asdict(self.proof) | {"holds": self.proof.holds, "sentence": self.proof.sentence()}
         kept = {"evaluations": self.evaluations, "guard": self.findings, "restarts": self.restarts, "warnings": self.warnings}
         fork = {"fork": self.origin.as_json()} if self.origin is not None else {}
-        return {"run": self.name, "regime": regime, "steps": self.metrics.num_steps} | fork | kept
+        told = {"predicted": self.predicted.document()} if self.predicted is not None else {}
+        return {"run": self.name, "regime": regime, "steps": self.metrics.num_steps} | fork | kept | told
 
 
 def _told_of(origin: Origin) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from engine.core.metrics import Metric
 from engine.observe.curves import further_plots, plots
+from engine.observe.predicted import HEADING
 from engine.observe.problems import Problem, difference
 from engine.observe.reading import RunRecords
 
@@ -39,6 +40,7 @@ tr { border-bottom: 1px solid #ddd } .wrong { color: #b00020 }
 svg { width: 100%; max-width: 620px; height: auto; display: block } svg g title + text { cursor: help }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; max-height: 16em; overflow-y: auto; font-size: .9em }
 td pre { min-width: 16em } details > summary { cursor: pointer; margin: .8em 0; font-weight: 600 }
+.wide { overflow-x: auto } .wide svg { max-width: 1100px; min-width: 760px }
 .smoothing label { margin-right: 1em }
 #raw:checked ~ main .raw { stroke-opacity: 1 } #raw:checked ~ main .smooth { display: none }
 #more:checked ~ main .smooth { display: none } #more:checked ~ main .smoother { display: inline }
@@ -46,7 +48,7 @@ td pre { min-width: 16em } details > summary { cursor: pointer; margin: .8em 0; 
 @media (max-width: 600px) {
   body { margin: 1em auto; padding: 0 .6em } h1 { font-size: 1.4em } svg text { font-size: 14px }
   th, td { font-size: .85em; padding-right: .6em } th { white-space: normal } td { overflow-wrap: anywhere; min-width: 3.3em }
-  td pre { min-width: 11em }
+  td pre { min-width: 11em } .wide svg text { font-size: 11px }
 }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #161616 } tr { border-color: #3a3a3a } .wrong { color: #ff6b7d } .note { color: #9a9a9a }
@@ -81,6 +83,16 @@ def page(
     )
 
 
+def document(title: str, sections: Iterable[tuple[str, str]]) -> str:
+    """A page of the same style with headings and what stands below each as HTML; what has no heading comes as it is."""
+    view = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    main = "\n".join(f"<h2>{escape(heading)}</h2>{text}" if heading else text for heading, text in sections)
+    return (
+        f'<!doctype html><html lang="en"><head>{view}<title>{escape(title)}</title><style>{STYLE}</style></head>\n'
+        f"<body><h1>{escape(title)}</h1>\n<main>\n{main}\n</main></body></html>\n"
+    )
+
+
 def content(
     runs: Sequence[RunRecords], metrics: Mapping[str, Metric], groups: Mapping[str, Sequence[str]] | None = None
 ) -> str:
@@ -94,15 +106,16 @@ def content(
     recorded = {name for run in runs for name in run.metrics.names}
     explained = [(m.name, m.unit, m.help) for m in metrics.values() if m.name in recorded]
     sections = [
-        ("", _table(("", *(run.name for run in told)), facts) if told else ""),
+        ("", table(("", *(run.name for run in told)), facts) if told else ""),
         ("What differs", _options(runs)),
         ("Regime", "<ul>" + "".join(map(_verdict, runs)) + "</ul>" if any(run.proof for run in runs) else ""),
-        ("Guard", _table(("run", "step", "what it found"), findings) if findings else ""),
-        ("Restarts", _table(RESTARTED, restarts) if restarts else ""),
-        ("Warnings", _table(WARNED, warnings) if warnings else ""),
+        ("Guard", table(("run", "step", "what it found"), findings) if findings else ""),
+        ("Restarts", table(RESTARTED, restarts) if restarts else ""),
+        ("Warnings", table(WARNED, warnings) if warnings else ""),
         ("Evaluations", _evaluations(runs)),
         ("Curves", _thinned(runs) + f'<div class="charts">{"".join(plots(runs, metrics).values())}</div>'),
         ("", _further(runs, metrics, groups or {})),
+        ("Time, predicted and measured", "".join(map(_predicted, runs))),
         ("Problems", "".join(map(_problems, runs))),
         ("Answers, before and after", _answers(runs)),
         ("Options", _all_options(told)),
@@ -120,7 +133,7 @@ def differing(options: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 def _options(runs: Sequence[RunRecords]) -> str:
     differ = differing([run.options for run in runs])
-    return _table(("option", *(run.name for run in runs)), differ) if differ else ""
+    return table(("option", *(run.name for run in runs)), differ) if differ else ""
 
 
 def _all_options(runs: Sequence[RunRecords]) -> str:
@@ -132,7 +145,7 @@ def _all_options(runs: Sequence[RunRecords]) -> str:
 
 def _folded(title: str, heading: Iterable[str], rows: Sequence[Iterable[Any]]) -> str:
     """A long table behind its title."""
-    return f"<details><summary>{title}</summary>{_table(heading, rows, whole=True)}</details>" if rows else ""
+    return f"<details><summary>{title}</summary>{table(heading, rows, whole=True)}</details>" if rows else ""
 
 
 def _thinned(runs: Sequence[RunRecords]) -> str:
@@ -177,7 +190,7 @@ def _evaluations(runs: Sequence[RunRecords]) -> str:
     versus = [f"last, against {runs[0].name}"] if len(runs) > 1 else []
     heading = ("run", "after step", "set", "mean", "± s.e.", "since the first", *versus, "tokens")
     note = "± is a standard error over problems; of a difference, each problem is compared with itself"
-    return f'{_table(heading, rows)}<p class="note">{note}.</p>'
+    return f'{table(heading, rows)}<p class="note">{note}.</p>'
 
 
 def _gain(base: RunRecords, before: Mapping[str, Any], run: RunRecords, after: Mapping[str, Any]) -> str:
@@ -272,6 +285,18 @@ def _answers(runs: Sequence[RunRecords]) -> str:
     return _cells(("run", "set", "step", "right answer", "problem", "answer at temperature 0"), rows) if rows else ""
 
 
+def _predicted(run: RunRecords) -> str:
+    """What a forecast says of each part of a step beside what was measured."""
+    found = run.predicted
+    if found is None:
+        return ""
+    note = f'<p class="note">{escape(run.name)}: {escape(found.note)}</p>'
+    if not found.parts:
+        return note
+    means = f'<p class="note">Measured are means of {found.num_steps} steps, from step {found.first_step} on.</p>'
+    return f"{table(HEADING, found.rows())}{note}{means}"
+
+
 def _verdict(run: RunRecords) -> str:
     if run.proof is None:
         return ""
@@ -280,7 +305,7 @@ def _verdict(run: RunRecords) -> str:
     return f"<li{wrong}><b>{escape(run.name)}</b>: {said}; {run.metrics.num_steps} steps on record</li>"
 
 
-def _table(heading: Iterable[str], rows: Sequence[Iterable[Any]], *, whole: bool = False) -> str:
+def table(heading: Iterable[str], rows: Sequence[Iterable[Any]], *, whole: bool = False) -> str:
     """A table of texts; of very many rows, unless `whole`, the first and the last, with what was left out between."""
     left_out = len(rows) - MOST_ROWS if len(rows) > MOST_ROWS + 1 and not whole else 0
     cells = [[escape(str(cell)) for cell in row] for row in rows]

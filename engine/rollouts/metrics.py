@@ -34,6 +34,7 @@ LENGTH = Metric(
     unit="tokens",
     peers={"TRL": "completions/mean_length", "verl": "response_length/mean"},
 )
+PROMPT_LENGTH = Metric("prompt_tokens_mean", "length of the step's prompts", unit="tokens")
 LENGTH_P50 = Metric("completion_tokens_p50", "half of the rollouts are no longer (nearest rank)", unit="tokens")
 LENGTH_P90 = Metric("completion_tokens_p90", "90 % of the rollouts are no longer", unit="tokens")
 LENGTH_P99 = Metric("completion_tokens_p99", "99 % of the rollouts are no longer", unit="tokens")
@@ -70,6 +71,7 @@ ACCURACY = Metric("accuracy", "judged rollouts of verifiable prompts with a rewa
 CORRECT_LENGTH = Metric("correct_tokens_mean", "length of the judged rollouts with a reward above 0", unit="tokens")
 INCORRECT_LENGTH = Metric("incorrect_tokens_mean", "length of the others", unit="tokens")
 WAITED = Metric("wait_seconds", "for the step's rollouts", title="waited", unit="s")
+JUDGED = Metric("reward_seconds", "of wait_seconds: for the rewards alone, after the step's last response", unit="s")
 UNJUDGED_SHARE = Metric("unjudged_share", "rollouts that could not be judged, for whatever reason", unit="share")
 STALENESS = Metric(
     "staleness",
@@ -102,6 +104,7 @@ METRICS = (
     part_of("PART"),
     ACCURACY,
     ENTROPY,
+    PROMPT_LENGTH,
     LENGTH,
     LENGTH_P50,
     LENGTH_P90,
@@ -119,6 +122,7 @@ METRICS = (
     STALENESS_MAX,
     UPDATED_SHARE,
     WAITED,
+    JUDGED,
     GENERATED,
     GENERATING,
     ENGINES_IDLE_SHARE,
@@ -143,6 +147,7 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None, end_ids: Co
         **_metrics_by_reward(groups),
         **_metrics_of_parts(judged),
         ENTROPY.name: -exact_sum(rollout.completion.log_probs for rollout in rollouts) / sum(lengths),
+        PROMPT_LENGTH.name: sum(len(group.prompt.token_ids) for group in groups) / len(groups),
         LENGTH.name: sum(lengths) / len(lengths),
         LENGTH_P50.name: percentile(lengths, 50),
         LENGTH_P90.name: percentile(lengths, 90),

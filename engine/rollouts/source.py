@@ -26,7 +26,7 @@ from engine.rewards.base import Reward, answer_of
 from engine.rollouts.ahead import Ahead
 from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
-from engine.rollouts.metrics import ENGINES_IDLE_SHARE, WAITED, rollout_metrics, staleness_metrics, warn_of_endings
+from engine.rollouts.metrics import ENGINES_IDLE_SHARE, JUDGED, WAITED, rollout_metrics, staleness_metrics, warn_of_endings
 from engine.rollouts.paused import Pending, pending
 from engine.rollouts.writer import RolloutWriter
 
@@ -98,9 +98,12 @@ class RolloutSource:
         """Waits until the groups of `step` are complete and scored. Raises what an engine or the reward raised."""
         started = time.monotonic()
         _awaited(self._sampling.pop(step), waiting)
+        sampled = time.monotonic()
         with phase(Phase.REWARDS):
             groups, usage = _awaited(self._coming.pop(step), waiting)
-        metrics = {WAITED.name: time.monotonic() - started} | rollout_metrics(groups, usage, self._end_ids) | self._idle
+        now = time.monotonic()
+        timed = {WAITED.name: now - started, JUDGED.name: now - sampled}
+        metrics = timed | rollout_metrics(groups, usage, self._end_ids) | self._idle
         self._idle = {}
         warn_of_endings(metrics, self._config.sampling.max_tokens)
         self._check_versions(step, groups)

@@ -26,6 +26,7 @@ from engine.run.metrics import (
     FINISH_SECONDS,
     GENERATION_TOKENS_PER_SECOND,
     ROLLOUT_SECONDS,
+    SCORE_SECONDS,
     STEP,
     STEP_SECONDS,
     TRAIN_SECONDS,
@@ -41,7 +42,7 @@ class Policy(Protocol):
     """The model being trained."""
 
     def score(self, batch: Batch) -> Batch:
-        """Fills in what the loss needs of the reference."""
+        """Fills in what the loss needs of the reference; done when it returns."""
         ...
 
     def train_step(self, batch: Batch) -> Record:
@@ -176,9 +177,10 @@ def _learn(policy: Policy, batch: Batch) -> Record:
     started = time.monotonic()
     with phase(Phase.SCORE):
         batch = policy.score(batch)
+    scored = time.monotonic()
     with phase(Phase.TRAIN):
         record = policy.train_step(batch)
-    return record | {TRAIN_SECONDS.name: time.monotonic() - started}
+    return record | {SCORE_SECONDS.name: scored - started, TRAIN_SECONDS.name: time.monotonic() - started}
 
 
 def _finish_ahead(ahead: range, source: Source) -> Record:

@@ -35,6 +35,11 @@ FINISH_SECONDS = Metric(
 )
 EVALUATION_SECONDS = Metric("evaluation_seconds", "the evaluation before the step, where there was one", unit="s")
 TRAIN_SECONDS = Metric("train_seconds", "reference, forward, backward and optimizer", unit="s")
+SCORE_SECONDS = Metric(
+    "score_seconds",
+    "of train_seconds: the reference's forward, and the policy's own where groups are split over rows",
+    unit="s",
+)
 FAILED_CHECKPOINTS = Metric(
     "failed_checkpoints",
     "that could not be written since the run was last started, with checkpoint.on_failure = 'continue', where there are any",
@@ -71,6 +76,7 @@ METRICS = (
     ROLLOUT_SECONDS,
     EVALUATION_SECONDS,
     TRAIN_SECONDS,
+    SCORE_SECONDS,
     STEP_SECONDS,
     TRAINER_IDLE_SHARE,
     FAILED_CHECKPOINTS,

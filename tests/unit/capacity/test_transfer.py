@@ -38,7 +38,7 @@ def planned(tmp_path, monkeypatch, capsys):
     """Runs `semion plan` on a file of configs/scale; its JSON and what it printed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(planning, "_forecasts", lambda given, intervals: (None, []))  # tests/unit/forecast looks at it
+    monkeypatch.setattr(planning, "_forecasts", lambda given, intervals: (None, [], None))  # tests/unit/forecast looks at it
 
     def run(name: str, *more: str) -> tuple[dict[str, Any], str]:
         if (name, more) not in KNOWN:

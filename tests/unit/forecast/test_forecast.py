@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from engine.forecast.calibration import (
     Calibration,
     Measured,
     calibrated,
-    fitted,
-    from_metrics,
     read_calibration,
     write_calibration,
 )
@@ -28,7 +27,7 @@ from engine.forecast.decoding import Speed
 from engine.forecast.lengths import LogNormal, Workload, draw_steps, recorded_lengths
 from engine.forecast.measuring import Decoded, Trained, decoding_constants, training_constants
 from engine.forecast.search import Search
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, other_interval
+from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, regimes
 from engine.rollouts.writer import RolloutFolder, RolloutWriter
 from engine.run.spec import resolve
 from tests import builders
@@ -66,7 +65,7 @@ def worked(trainers: int, engines: int, interval: int, loss: str = "dpo") -> For
             changes |= {"algorithm.loss": "grpo", "algorithm.kl_weight": 0.001}
         spec = resolve(override(BASE, changes), digests=False)
         KNOWN[key] = Forecaster(Inputs(spec, WORKED, LENGTHS, 0.119, 139 * GIB))
-    return KNOWN[key].forecast(other_interval(BASE.schedule, interval))
+    return KNOWN[key].forecast(Regime(interval).of(BASE.schedule))
 
 
 @pytest.mark.parametrize(
@@ -173,18 +172,6 @@ def test_every_constant_has_a_unit_and_a_source():
         assert row.unit and row.source and row.meaning and row.kind in ("data sheet", "measured", "guess"), row
 
 
-def test_a_runs_metrics_recalibrate_training():
-    """Steps of 0.2 s and 100 us a token, after a first one that warms up: half of a peak of 2 GFLOP/s at 100 kFLOP a token."""
-    steps = [{"num_tokens": 9, "train_seconds": 99.0}]
-    steps += [{"num_tokens": tokens, "train_seconds": 0.2 + 1e-4 * tokens} for tokens in (100, 900, 500, 2000)]
-    found = from_metrics(steps, Constants(peak_teraflops=2e-3), 1e5, 4)
-    assert found["step_seconds"].value == pytest.approx(0.2)
-    assert found["train_peak_share"].value == pytest.approx(1e5 / (1e-4 * 2e9))
-    with pytest.raises(ConfigError, match="three or more steps"):
-        from_metrics(steps[:2], Constants(), 1e5, 4)
-    assert fitted([(1, 1.0), (2, 2.0), (4, 3.9)]).fixed >= 0
-
-
 def test_measured_times_become_constants():
     """An iteration of 5 ms and 1 ms a request beside what the model's reads take; steps of 10 ms, 6 ms a row, 1 GFLOP/s."""
     speed = Speed(fixed=0, request=0, weights=0.002, products=0.0, context=1e-5, prompt=0.0)
@@ -210,7 +197,11 @@ def test_calibrate_measures_the_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("engine.forecast.measuring.WRITTEN", 1 << 22)
     assert cli.main(["calibrate", "--output", str(tmp_path / "c.json")]) == 0
     found = read_calibration(tmp_path / "c.json")
-    assert found.constants.keys() == {"peak_teraflops", "memory_gigabytes_per_second", "disk_gigabytes_per_second"}
+    machine = {"peak_teraflops", "memory_gigabytes_per_second", "disk_gigabytes_per_second"}
+    links = {"sum_seconds", "nvlink_gigabytes_per_second", "hop_seconds"}
+    assert found.constants.keys() == machine | links | {"cores"}
+    assert 1 <= found.constants["cores"].value <= len(os.sched_getaffinity(0))
+    assert 0 < found.constants["sum_seconds"].value < 1 and found.constants["nvlink_gigabytes_per_second"].value < 1000
     assert "--calibration" in capsys.readouterr().out
 
 
@@ -294,21 +285,57 @@ def test_optimize_writes_a_configuration_that_can_be_planned(tmp_path, monkeypat
 def small_search(num_gpus: int, **changes: Any) -> Search:
     config = override(BASE, {"data.prompts_per_step": 8, "run.steps": 20, "checkpoint.every": "end", **changes})
     spec = resolve(config, digests=False)
-    return Search(spec, Machine(), Constants(), Workload(LogNormal(200, 0.6, 2048), LogNormal(50, 0, 1024)), num_gpus, (1, 10))
+    return Search(
+        spec,
+        Machine(),
+        Constants(),
+        Workload(LogNormal(200, 0.6, 2048), LogNormal(50, 0, 1024)),
+        num_gpus,
+        (Regime(1), Regime(10), Regime(10, 1)),
+    )
 
 
 def test_the_search_finds_layouts_that_fit_and_repeats_itself():
     once, again = (small_search(8).best() for _ in range(2))
     assert [one.layout for found in once.values() for one in found] == [one.layout for found in again.values() for one in found]
-    for interval, found in once.items():
+    for regime, found in once.items():
         assert 0 < len(found) <= 5
         for one in found:
-            assert one.forecast.gpus <= 8 and one.spare_bytes >= 0 and one.forecast.sync_interval == interval
+            assert (
+                one.forecast.gpus <= 8
+                and one.spare_bytes >= 0
+                and (one.forecast.sync_interval, one.forecast.lookahead) == regime
+            )
+            assert not regime.lookahead or one.config.inference.placement == "disaggregated"
             assert resolve(one.config, digests=False).placement is not None
         fastest = min(one.forecast.step_seconds for one in found)
         assert found[0].forecast.step_seconds <= fastest * 1.011
 
 
+def test_sampling_ahead_is_never_slower_than_waiting():
+    """The best splits of 8 GPUs: with a lookahead sampling and training overlap whole."""
+    best = small_search(8).best()
+    strict, ahead = (best[Regime(10, lookahead)][0].forecast.step_seconds for lookahead in (0, 1))
+    assert ahead <= strict * 1.011
+
+
+def test_what_was_asked_for_is_compared_too():
+    """A layout that the search would not try by itself: two ranks that share a pipeline of a model that fits one."""
+    layout = {"trainer.pipeline_parallel": 4, "trainer.data_parallel": 1, "inference.engines": 3, "cluster.nodes": 1}
+    search = small_search(8, **layout)
+    own = search._own(Regime(10))
+    assert own is not None and "PP4 DP1" in own.layout and own.forecast.gpus == 7
+    best = search.best()[Regime(10)]
+    assert best[0].forecast.step_seconds <= own.forecast.step_seconds * 1.011
+
+
+def test_regimes_of_a_table():
+    s10 = override(BASE, {"run.steps": 50, "checkpoint.every": 10, "sync.lookahead": 2})
+    found = regimes(s10, (1, 100, "never"))
+    assert found == [Regime(s, ahead) for s in (1, 10) for ahead in (0, 1, 2)] + [Regime("never")]
+    assert Regime(1, 2).of(s10.schedule).lookahead == 2 and Regime("never").of(s10.schedule).lookahead == 0
+
+
 def test_more_gpus_are_never_slower():
-    fewer, more = (small_search(count).best()[10][0].forecast.step_seconds for count in (4, 8))
+    fewer, more = (small_search(count).best()[Regime(10)][0].forecast.step_seconds for count in (4, 8))
     assert more <= fewer * 1.011

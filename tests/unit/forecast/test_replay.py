@@ -8,7 +8,10 @@ import pytest
 
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.paper import Paper
-from engine.forecast.replay import Costs, play, window
+from engine.forecast.decoding import Engine, Engines, Speed, _Request
+from engine.forecast.lengths import StepWork
+from engine.forecast.replay import Cores, Costs, play, window
+from tests import builders
 
 
 @dataclass
@@ -30,8 +33,22 @@ class Steady:
     def sampled(self, step: int) -> float:
         return self.ready[step]
 
-    def catch_up(self, now: float) -> None:
+    def catch_up(self, now: float, slow: float = 1.0) -> None:
         pass
+
+    def pause(self, now: float, until: float) -> None:
+        self.free += until - now
+        self.ready = {step: ready + (until - now if ready > now else 0.0) for step, ready in self.ready.items()}
+
+    def aim(self, steps: range) -> None:
+        pass
+
+    @property
+    def num_working(self) -> int:
+        raise NotImplementedError
+
+    def lacks(self, step: int) -> bool:
+        raise NotImplementedError
 
 
 def costs(train: float, *, judge: float = 0.0, host: float = 0.0, sync: float = 0.0, **more: object) -> Costs:
@@ -116,3 +133,87 @@ def test_windows_are_whole_intervals():
     assert window(Paper(1, "never", 5, 16), 512) == (5, 0)
     assert window(Paper(100, "never", 4000, 16), 65_536) == (100, 0), "an interval is not cut"
     assert window(Paper("never", "never", 4000, 16), 512) == (32, 0)
+
+
+# -- new weights while responses are under way
+
+SECOND = Speed(1.0, 0, 0, 0, 0, 0)
+
+
+def two_intervals_ahead(*, in_flight: bool) -> list[float]:
+    """Seconds of steps of 1 s to train with s = 1, L = 2, while a step's one response takes 8 iterations of 0.5 s."""
+    engines = one_engine([8], slots=3)
+    played = play(Paper(1, "never", 12, 16, 2), 12, 0, engines, costs(1.0, in_flight=in_flight))
+    return [step.end - step.start for step in played.steps]
+
+
+def one_engine(lengths: list[int], slots: int, *, num_engines: int = 1, second: float = 0.5) -> Engines:
+    """Engines of `second` s an iteration, whose steps have a prompt with a response of each length."""
+    work = StepWork((1,) * len(lengths), tuple((length,) for length in lengths), ())
+    config = builders.config(inference={"engines": num_engines, "max_concurrent": slots})
+    return Engines(config, Speed(second, 0, 0, 0, 0, 0), 1000, [work])
+
+
+def test_a_sync_in_flight_waits_for_the_interval_that_is_due_alone():
+    """Without, every sync waits until all that is under way is sampled, a whole response: 4 s a step. In flight two responses
+    are begun side by side; engines rest once the due one is complete. Equal ones get complete in pairs: 4 s for the first of
+    a pair, 1 s, which is training alone, for the other."""
+    whole, flying = two_intervals_ahead(in_flight=False), two_intervals_ahead(in_flight=True)
+    assert whole[2:10] == [4.0] * 8
+    assert sorted(flying[2:10]) == [1.0] * 4 + [4.0] * 4
+
+
+def test_an_engine_rests_once_it_has_what_is_due():
+    """Of two responses of 3 and 9 iterations, aimed at the first: it stops after 3, and goes on with the other one then."""
+    engine = Engine(SECOND, slots=2, room=100, aim=range(1))
+    engine.submit(0.0, [_Request(0, (0, 0), 1, 3), _Request(1, (1, 0), 1, 9)])
+    engine.submit(20.0, [])
+    assert (engine.done(0, 0.0), engine.works, engine.busy) == (3.0, False, 3.0)
+    engine.pause(21.0)
+    engine.aim = range(1, 2)
+    assert engine.done(1, 0.0) == 21 + 6 and engine.busy == 9
+
+
+def test_what_is_paused_keeps_its_tokens_and_computes_its_prefix_again():
+    """A prompt of 4 tokens of 0.25 s each, 1 s an iteration: 3 of 5 tokens at 4, a pause until 10, then 7 tokens of prefix."""
+    engine = Engine(Speed(1.0, 0, 0, 0, 0, prompt=0.25), slots=2, room=100)
+    engine.submit(0.0, [_Request(0, (0, 0), 4, 5)])
+    engine.submit(4.0, [])
+    engine.pause(10.0)
+    assert engine.done(0, 0.0) == 10 + 7 * 0.25 + 2 and engine.preempted == 0
+
+
+# -- cores that all compute on
+
+
+def sharing(cores: float, **more: float) -> Costs:
+    return costs(1.0, cores=Cores(cores, trainer=1.0, engine=1.0, rewards=1.0), **more)
+
+
+def test_with_cores_for_all_nothing_is_slower():
+    """Two engines, a trainer, rewards: four cores are as good as devices of their own, to a slice of the replay."""
+    schedule = Paper(4, "never", 8, 16)
+    apart = play(schedule, 8, 0, one_engine([3, 5], 8, num_engines=2), costs(1.0, judge=0.3)).duration
+    together = play(schedule, 8, 0, one_engine([3, 5], 8, num_engines=2), sharing(4.0, judge=0.3)).duration
+    assert together == pytest.approx(apart, rel=0.03)
+
+
+def test_on_one_core_everything_follows_everything():
+    """A trainer of 1 s a step and an engine that is busy 1.5 s a step, never two at once: 2.5 s a step, whatever overlaps."""
+    played = play(Paper(4, "never", 8, 16), 8, 0, one_engine([3], 1), sharing(1.0))
+    assert played.step_seconds == pytest.approx(2.5, rel=0.05)
+    lookahead = play(Paper(1, "never", 8, 16, 1), 8, 0, one_engine([3], 1), sharing(1.0))
+    assert lookahead.step_seconds == pytest.approx(2.5, rel=0.2), "the first interval is sampled before any step"
+
+
+def test_two_engines_on_one_core_take_twice_as_long():
+    one = play(Paper(1, "never", 4, 16), 4, 0, one_engine([4, 4], 8, num_engines=2), sharing(1.0))
+    assert one.mean("waited") == pytest.approx(2 * 4 * 0.5, rel=0.05)
+
+
+def test_rewards_take_their_core_too():
+    """Online nothing overlaps: 0.5 s to judge beside nobody; with s = 2 the second step's are judged while the first trains."""
+    online = play(Paper(1, "never", 4, 16), 4, 0, one_engine([2], 8), sharing(1.0, judge=0.5))
+    assert online.mean("judged") == pytest.approx(0.5, rel=0.05)
+    pair = play(Paper(2, "never", 2, 16), 2, 0, one_engine([2], 8), sharing(1.0, judge=0.5))
+    assert pair.duration == pytest.approx(2 * (1 + 0.5) + 1, rel=0.05), "both steps' answers come in 1 s of one batch"

@@ -18,7 +18,9 @@ from tests import builders
 from tests.builders import SMALL
 from tests.rollouts import make_sequence
 
-FREE = {"step_seconds": 0.0, "layer_row_seconds": 0.0, "hop_seconds": 0.0, "train_peak_share": 1.0, "peak_teraflops": 1e-9}
+FREE = {"train_peak_share": 1.0, "peak_teraflops": 1e-9} | dict.fromkeys(
+    ("step_seconds", "layer_row_seconds", "hop_seconds", "sum_seconds"), 0.0
+)
 
 
 def outline(place: int, num_prompt: int, num_completion: int, group: int = -1) -> Outline:
@@ -111,6 +113,25 @@ def test_gradients_travel_by_the_slowest_link_of_their_ring():
     shared = {"data_parallel": 16, "distributed_optimizer": True}
     assert seconds(shared, 2) == pytest.approx(15 / 16 * size * (4 + 4) / 80e9)  # the model is in float32
     assert seconds({}, 1) == 0
+
+
+def test_gradients_that_overlap_wait_for_what_no_backward_hides_and_half_the_bytes_take_half_as_long():
+    """2 GFLOP/s and slow links: the sum takes longer than the last backward; on fast ones a share of 0.3 stays."""
+    sequences = outlines_of([make_sequence((i, 0), (1,) * 8, ()) for i in range(8)])
+    base = {"data_parallel": 8, "distributed_optimizer": True}
+
+    def gradients(link: float, **more: Any) -> float:
+        constants = {"nvlink_gigabytes_per_second": link, "peak_teraflops": 2e-3, "overlap_share": 0.7}
+        return training({**base, **more}, constants).step(sequences).seconds.gradients
+
+    ring = 7 / 8 * num_elements(SMALL)
+    for link in (1e-3, 100.0):
+        whole, hidden = gradients(link), gradients(link, overlap_gradients=True)
+        summed, gathered = ring * 4 / (link * 1e9), ring * 4 / (link * 1e9)
+        assert whole == pytest.approx(summed + gathered)
+        assert summed * 0.3 + gathered <= hidden * (1 + 1e-9) and hidden < whole
+    assert gradients(100.0, overlap_gradients=True) == pytest.approx(ring * (0.3 * 4 + 4) / 100e9)
+    assert gradients(100.0, gradient_dtype="bfloat16") == pytest.approx(ring * (2 + 4) / 100e9)
 
 
 def test_a_pipeline_loses_what_its_schedule_loses():

@@ -101,7 +101,7 @@ def test_points_lie_where_their_values_say(points):
 
 @given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e6))
 def test_ticks_are_a_few_round_numbers_in_order_inside_the_axis(low, span):
-    ticks = charts._ticks(low, low + span)
+    ticks = charts.ticks(low, low + span)
     assert 2 <= len(ticks) <= 9
     assert all(low - span * 1e-6 <= tick <= low + span * (1 + 1e-6) for tick in ticks)
     gaps = [after - before for before, after in pairwise(ticks)]

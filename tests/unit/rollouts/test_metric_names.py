@@ -41,6 +41,7 @@ ELSEWHERE = {
         "staleness_max",
         "updated_in_flight",
         "wait_seconds",
+        "reward_seconds",
         "engines_idle_share",
         "reward_mean_NAME",
         "reward_PART_mean",

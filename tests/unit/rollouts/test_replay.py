@@ -41,7 +41,8 @@ from tests.unit.rollouts.test_rollouts import Parity, group, run_config
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 STATUSES = st.sampled_from(get_args(Status))
-OF_SAMPLING = ("wait_seconds", "generation_tokens", "generation_seconds")  # what a replay cannot know, or takes otherwise
+# What a replay cannot know, or takes otherwise
+OF_SAMPLING = ("wait_seconds", "reward_seconds", "generation_tokens", "generation_seconds")
 STEPS = 4
 VOCAB_SIZE = 2**31  # a fake engine's only token is of its seed
 

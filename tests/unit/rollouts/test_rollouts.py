@@ -135,7 +135,8 @@ def test_opening_waits_for_nobody_and_next_waits_for_the_reward(open_source):
     source = open_source(run_config(), reward=reward)
     source.open(range(0, 2))  # would hang for good if it waited
     threading.Timer(0.2, reward.allowed.set).start()
-    assert source.next(0).metrics["wait_seconds"] > 0.1
+    metrics = source.next(0).metrics
+    assert metrics["wait_seconds"] >= metrics["reward_seconds"] > 0.1
     assert source.next(1).metrics["wait_seconds"] < 0.1
 
 
@@ -160,7 +161,7 @@ def test_what_was_sampled_ahead_goes_on_from_its_file_as_if_nothing_had_happened
             assert found.metrics["staleness"] == (step if step < 4 else step - 2)
             assert expected is None or found.sequences == expected.sequences
             told = expected.metrics if expected is not None else {}
-            untimed = {"wait_seconds", "engines_idle_share"}
+            untimed = {"wait_seconds", "reward_seconds", "engines_idle_share"}
             assert {name: found.metrics[name] for name in told if name not in untimed} == {
                 name: value for name, value in told.items() if name not in untimed
             }
@@ -239,6 +240,7 @@ def test_metrics_of_a_step_worked_out_by_hand():
             "reward_mean": 2 / 3,
             "accuracy": 2 / 3,
             "rollout_entropy": 9.5 / 9,
+            "prompt_tokens_mean": sum(len(one.prompt.token_ids) for one in groups) / 2,
             "completion_tokens_mean": 1.8,
             "completion_tokens_p50": 2.0,
             "completion_tokens_p90": 3.0,
