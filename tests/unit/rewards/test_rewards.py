@@ -185,8 +185,8 @@ from engine.config.options import Rewards
 from engine.rewards.function import FunctionReward
 from engine.rewards.math.reward import MathReward
 from engine.rewards.registry import open_rewards
-from engine.core.types import Prompt
 from engine.rewards.base import Answer
+from tests.rollouts import make_prompt
 reward = MathReward(Rewards(deadline_seconds=60.0))
 reward.score([Answer(make_prompt("id", (1,), "", "5", "", ""), "5")])
 import psutil
