@@ -29,7 +29,7 @@ ALLOWED = {
     (
         "ops/token_log_probs.py",
         "all_gather_into_tensor",
-    ): "parts of the log-probs of a vocabulary's shards, in the forward of a step",
+    ): "log-probs of a vocabulary's shards, in the forward of a step",
     ("ops/token_log_probs.py", "all_reduce"): "sums over a vocabulary's shards of what weighs pairs, in the same forward",
     ("megatron/policy.py", "gather"): "weights on their way into a checkpoint's host copy, which every rank makes at once",
     ("megatron/policy.py", "all_reduce"): "the sums of a step's metrics, after its backward",
