@@ -193,6 +193,7 @@ def test_measured_times_become_constants():
     assert (busy["train_peak_share"].value, busy["peak_teraflops"].value) == pytest.approx((1.0, 0.001))
 
 
+@pytest.mark.slow
 def test_calibrate_measures_the_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("engine.forecast.measuring.WRITTEN", 1 << 22)
     assert cli.main(["calibrate", "--output", str(tmp_path / "c.json")]) == 0

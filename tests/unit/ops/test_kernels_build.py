@@ -74,7 +74,7 @@ def test_kernels_are_right_and_clean_under_the_sanitizers(packaging, tmp_path):
             assert f"checked {isa}" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # half a minute of compilation
 def test_cuda_kernels_touch_nothing_beside_their_arrays(packaging, tmp_path):
     """The simulator's build of every .cu file, under the sanitizers: rows that end where their memory does."""
     flags = ["-std=c++20", "-DSEMION_SIMT", "-Icsrc", "-Itests/unit/ops", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]

@@ -55,12 +55,14 @@ def test_an_8b_layer_has_the_parameters_and_operations_it_should():
     assert bench_layers.flops(shape, 1, 2048) == 6 * (layer + 1024 * 4096) + attention
 
 
+@pytest.mark.slow
 def test_a_process_maps_anothers_memory_and_the_probe_says_what_a_spinning_one_leaves(tmp_path):
     memory, spinning = figures(tmp_path, "gpu_probe", "--seconds", "0.2", "--size", "128")
     assert memory == {"probe": "another process maps this one's memory", "bytes": 128 * 128, "equal": True}
     assert 0 < spinning["share"] == pytest.approx(spinning["TFLOP/s"] / spinning["TFLOP/s alone"])
 
 
+@pytest.mark.slow
 def test_whole_steps_of_the_trainer_and_their_calibration(tmp_path):
     arguments = ("--tiny", "--rows", "1", "2", "--repeats", "1", "--only", "te", "local", "local, fused lm head")
     first, *rows = figures(tmp_path, "bench_steps_gpu", *arguments)
@@ -78,6 +80,7 @@ def test_whole_steps_of_the_trainer_and_their_calibration(tmp_path):
     )
 
 
+@pytest.mark.nightly  # a minute, most of it vLLM's start
 def test_generation_has_what_the_planner_wants(tmp_path):
     start, equal, *decoded = figures(tmp_path, "bench_generation", "--tiny", "--at", "2", "4", "--tokens", "8")
     assert start["seconds"] > 0 and equal == {"what": "equal seeds", "requests": 4, "equal_tokens": True}
