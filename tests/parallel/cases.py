@@ -563,7 +563,7 @@ def log_probs(config: RunConfig, parallel: ParallelState, num_valid: int) -> dic
 
     mine: dict[str, Any] = {"vocab_start": part.start, "group": parallel.tp_group}
     whole = slice(0, width * size)
-    with patch.object(dist, "all_gather", wraps=dist.all_gather) as gathers:
+    with patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gathers:
         found = token(part, **mine)
     wanted = token(whole)
     logits = hidden @ weight.t()
