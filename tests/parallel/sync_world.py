@@ -185,8 +185,9 @@ class FakeLlm:
             finish_weight_update=lambda: None,
             update_weights=self.inbox.update_weights,
             device=torch.device("cpu"),
-            model_runner=SimpleNamespace(model=self.model, kv_caches=[]),
+            model_runner=SimpleNamespace(model=self.model, get_model=lambda: self.model, kv_caches=[]),
         )
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=False))
         self.llm_engine = self
         self.turns: list[str] = []  # how it was told to sleep and to wake
         self._waiting: list[str] = []
@@ -240,7 +241,7 @@ class TestEngine(VllmEngine):
 
     def _load(self) -> None:
         self._llm: Any = FakeLlm()
-        self._end_ids = [0]
+        self._end_ids, self._stop_texts = [0], list[str]()
         self._tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
         self.arm = Arm(self._llm.inbox, "_transport")
 
