@@ -33,6 +33,7 @@ class Numbers(Sequence[N]):
     @classmethod
     def of(cls, values: Iterable[N]) -> Self:
         """Of Python numbers; OverflowError for an integer that 32 bits do not hold."""
+        assert not isinstance(values, bytes), "array would take them for its memory"
         return cls(array(cls.CODE, values).tobytes())
 
     @classmethod

@@ -10,7 +10,7 @@ from engine.inference.sampling import SampleRequest
 from engine.inference.vllm_engine import VllmEngine
 from engine.run.spec import resolve
 
-PROMPT, NUM_REQUESTS, NUM_TOKENS = TokenIds.of(b"What is 1+1?"), 8, 32
+PROMPT, NUM_REQUESTS, NUM_TOKENS = TokenIds.of(list(b"What is 1+1?")), 8, 32
 
 
 def main() -> None:

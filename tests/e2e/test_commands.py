@@ -101,7 +101,11 @@ def rollouts(config: RunConfig) -> list[dict[str, Any]]:
     if place is None:
         return []
     ledger = RolloutLedger(place)
-    return [row.model_dump(exclude_unset=True) for step in ledger.steps for row in ledger.rows(step)]
+    return [
+        row.model_dump(exclude_unset=True) | {"token_ids": list(row.token_ids), "log_probs": list(row.log_probs)}
+        for step in ledger.steps
+        for row in ledger.rows(step)
+    ]
 
 
 def untimed(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
