@@ -268,8 +268,7 @@ class VllmEngine:
             else:
                 waiting.append(request_id)
         self._llm.abort_request(waiting)
-        if not self._llm.reset_prefix_cache():
-            raise InferenceError(f"engine {self._index} must hold no keys and values once all is paused; vLLM still holds some")
+        self._forget_prefixes()
         self._busy_seconds += time.monotonic() - started
         return parts
 
