@@ -19,7 +19,7 @@ from engine.api.faults.directory import check_fresh, has_steps
 from engine.api.preflight import check
 from engine.config.load import RunConfig, dump_config, flat
 from engine.core.errors import ConfigError, PreemptedError
-from engine.core.files import locked
+from engine.core.files import locked, writing
 from engine.observe.journal import LOGS, WARNINGS
 from engine.observe.origin import FORK
 from engine.observe.predicted import CALIBRATION
@@ -67,6 +67,7 @@ def train(
         yield from _processes(spec, lambda cluster: cluster.train(resume=again), verbose=verbose)
 
     with locked(directory), preemptible(config) as stop:
+        yield from _alone(directory)
         goes_on = resume == "auto" and latest(directory / "checkpoints") is not None
         if not goes_on and begins_again(config, may_start_over=resume == "auto"):
             yield Note("no checkpoint was written before the run was stopped: starting over", time.time())
@@ -82,6 +83,15 @@ def train(
                 stop.worth_saving |= isinstance(event, Step)
                 stop.over |= isinstance(event, Done)
                 yield event
+
+
+def _alone(directory: Path) -> Generator[Event]:
+    """Waits until no process of a command that was killed writes there any more."""
+    notes: list[Event] = []
+    told = "a process of a command that was killed still wrote the records: waited until it had ended"
+    with writing(directory, waits=lambda: notes.append(Note(told, time.time()))):
+        pass
+    yield from notes
 
 
 def keep_calibration(directory: Path) -> None:

@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -105,6 +106,32 @@ def locked(folder: Path) -> Iterator[None]:
                 f"run.directory must belong to one run at a time; found another at work in {folder}: wait for it, or name "
                 f"another directory"
             ) from error
+        yield
+
+
+@contextmanager
+def writing(folder: Path, patience_seconds: float = 60.0, *, waits: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Keeps the records in `folder` to this process while the block runs: those of a command outlive it by seconds where it is
+    killed, and would go on writing. Where another process has them `waits` is called, and ConfigError comes after
+    `patience_seconds`."""
+    deadline = time.monotonic() + patience_seconds
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".records.lock").open("w") as file:
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"run.directory must be written by one run at a time; found a process of a killed command that still "
+                        f"writes to {folder} after {patience_seconds:g} s: end it, or name another directory"
+                    ) from error
+            if not told:
+                waits()
+                told = True
+            time.sleep(0.1)
         yield
 
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+from engine.core.files import writing
 from engine.data.ends import end_tokens
 from engine.data.mixture import Mixture, load_held_out, load_mixture
 from engine.data.overlap import overlap_warning, shared
@@ -61,6 +62,7 @@ class Controller:
         if ends.disagreement:
             log.warning(ends.disagreement)
         with ExitStack() as opened:  # what was opened last is closed first, whatever the others raise
+            opened.enter_context(writing(config.run_directory))
             self._records = Records.open(config, start, kept)
             opened.callback(self._records.close)
             for note in (*notes, *self._records.notes):

@@ -5,13 +5,14 @@ one sentence, and leaves nothing behind.
 import errno
 import os
 import resource
+import threading
 from contextlib import contextmanager
 
 import pytest
 from safetensors import SafetensorError
 
-from engine.core.errors import StorageError
-from engine.core.files import atomic_write, staged_folder, storing, unwritable
+from engine.core.errors import ConfigError, StorageError
+from engine.core.files import atomic_write, locked, staged_folder, storing, unwritable, writing
 from engine.core.jsonl import JsonlLedger
 
 
@@ -66,3 +67,32 @@ def test_both_ways_to_tell_that_a_disk_is_full(tmp_path, code):
         with pytest.raises(StorageError, match="12 bytes needed and"), storing(tmp_path / "new", lambda: 12):
             raise error
     assert unwritable(OSError(errno.ENOENT, "")) is None and unwritable(ValueError("os error 28")) is None
+
+
+def test_records_are_written_by_one_process_at_a_time(tmp_path):
+    """One that outlives its killed command keeps them from the next one until it ends, and no longer than that is waited."""
+    with locked(tmp_path), writing(tmp_path):
+        with (
+            pytest.raises(ConfigError, match="run.directory must be written by one run at a time"),
+            writing(tmp_path, patience_seconds=0.1),
+        ):
+            pass
+        order: list[str] = []
+        met = threading.Event()
+
+        def waits() -> None:
+            order.append("waits")
+            met.set()
+
+        def resume() -> None:
+            with writing(tmp_path, waits=waits):
+                order.append("writes")
+
+        resumed = threading.Thread(target=resume)
+        resumed.start()
+        assert met.wait(30)
+        order.append("ends")
+    resumed.join(30)
+    assert order == ["waits", "ends", "writes"]
+    with writing(tmp_path, waits=lambda: order.append("waits")):
+        assert order[-1] == "writes", "nobody waits for what has ended"

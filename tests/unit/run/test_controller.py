@@ -83,7 +83,8 @@ def hearing():
 
 @pytest.fixture
 def open_controller(tmp_path, monkeypatch, tiny_tokenizer):
-    """Opens the controller of a run that goes on at `start`, with an engine of that version; all are closed at the end."""
+    """Opens the controller of a run that goes on at `start`, with an engine of that version; those before it are closed, for
+    one process writes a run's records at a time."""
     mixture = lambda config, judging_of, tokenizer: Mixture(config.data.sources, (PromptSet(SUMS, 0, 0),), 0)  # noqa: E731
     sums = lambda config, judging_of, tokenizer: (HeldOut(0, config.data, PromptSet(SUMS, 0, 0), "sums"),)  # noqa: E731
     monkeypatch.setattr(controller_module, "model_tokenizer", lambda config, vocab_size: tiny_tokenizer)
@@ -101,6 +102,8 @@ def open_controller(tmp_path, monkeypatch, tiny_tokenizer):
             evaluation={"samples": 2, "every": 4},
             guard=guard,
         )
+        for earlier in opened:
+            earlier.finish()
         controller = Controller(spec(config), [Longest(version)], None, start, kept)
         controller.pool.commit(version)
         opened.append(controller)
