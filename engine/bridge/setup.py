@@ -13,7 +13,7 @@ from engine.bridge.terms import SyncTerms
 from engine.bridge.transports.base import Transport, room_for
 from engine.bridge.transports.registry import choose, kind_of
 from engine.config.load import RunConfig
-from engine.config.placement import ColocatedNodes
+from engine.config.placement import Colocation
 from engine.config.transport import Setting, setting
 from engine.models.base import ModelShape
 from engine.models.sharding import EngineLayout, TrainerLayout
@@ -41,8 +41,8 @@ class Run(Protocol):
         ...
 
     @property
-    def colocated_nodes(self) -> ColocatedNodes | None:
-        """The nodes of ranks and engines, where each node serves its own engines."""
+    def colocation(self) -> Colocation | None:
+        """Where ranks and engines are, where they take turns on GPUs."""
         ...
 
 
@@ -83,7 +83,7 @@ def open_publisher(run: Run, policy: Policy, parallel: ReplicatedState, host: st
     choice = choose(config.sync.transport, _setting(run, policy, parallel, machines))
     if choice.reason and parallel.rank == 0:
         log.warning(choice.reason)
-    nodes, senders = channel(machines, kind_of(choice.name), run.colocated_nodes)
+    nodes, senders = channel(machines, kind_of(choice.name), run.colocation)
     terms = SyncTerms(
         shape=policy.shape,
         dtype=config.model.dtype,
@@ -98,20 +98,25 @@ def open_publisher(run: Run, policy: Policy, parallel: ReplicatedState, host: st
     return Publisher(policy, parallel, terms, host=host, timeout_seconds=config.sync.timeout_seconds, pool=pool)
 
 
-def channel(machines: list[int], transport: type[Transport], colocated: ColocatedNodes | None) -> tuple[Groups, Groups]:
+def channel(machines: list[int], transport: type[Transport], colocated: Colocation | None) -> tuple[Groups, Groups]:
     """(engines by node, trainer ranks that may send to each), as a plan wants them. `machines`: of every engine, as found.
-    `colocated`: if set, each node syncs only its own engines; overrides the machines found."""
+    `colocated`: if set, each node syncs only its own engines, and one that reads in place takes from its own GPUs what lies
+    there; overrides the machines found."""
     found = list(colocated.engines) if colocated else machines
     if transport.reads_in_place:  # each takes what it needs from where it lies: nothing is passed on
         found = list(range(len(found)))
     nodes = tuple(tuple(engine for engine, node in enumerate(found) if node == n) for n in sorted(set(found)))
-    return nodes, tuple(colocated.ranks_on_node_of(engines[0]) for engines in nodes) if colocated else ()
+    if colocated is None:
+        return nodes, ()
+    if transport.reads_in_place:
+        return nodes, tuple(colocated.nearest[engine] for (engine,) in nodes)
+    return nodes, tuple(colocated.ranks_on_node_of(engines[0]) for engines in nodes)
 
 
 def _setting(run: Run, policy: Policy, parallel: ReplicatedState, machines: list[int]) -> Setting:
     """What the transports are asked about: among the rest whether the memory that processes share has room for weight syncs on
     every machine, and the bytes it needs on the fullest; collective."""
-    config, colocated = run.config, run.colocated_nodes
+    config, colocated = run.config, run.colocation
     own = colocated.ranks[parallel.rank] if colocated else 0
     held = () if config.trainer.fp8_parameters else policy.parameters.values()
     mine = config.shared_bytes(sum(p.numel() * p.element_size() for p in held))

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from engine.capacity.kv_cache import KvCache
-from engine.config.placement import ColocatedNodes, Part
+from engine.config.placement import Colocation, Part, Placement
 from engine.config.transport import Carrier
 from engine.models.base import ModelShape
 from engine.models.sharding import EngineLayout, TrainerLayout
@@ -51,8 +51,13 @@ class Resolved(Protocol):
         ...
 
     @property
-    def colocated_nodes(self) -> ColocatedNodes | None:
-        """Where each node serves its own engines."""
+    def placement(self) -> Placement | None:
+        """The nodes and GPUs of its processes; None where they are too few."""
+        ...
+
+    @property
+    def colocation(self) -> Colocation | None:
+        """Where ranks and engines are, where they take turns on GPUs."""
         ...
 
     @property

@@ -15,12 +15,13 @@ import torch
 from engine.bridge import setup as opening
 from engine.bridge.exchange import STAGED
 from engine.bridge.plan import plan
-from engine.bridge.shard_plan import Bucket, ShardOffset, ShardPlan, Transfer
+from engine.bridge.shard_plan import Bucket, Message, ShardOffset, ShardPlan, Transfer
 from engine.bridge.transports.base import Transport
 from engine.bridge.transports.registry import kind_of
 from engine.capacity.kv_cache import GIB, require_one_request
 from engine.capacity.memory import Channel, estimate
 from engine.capacity.resolved import Resolved
+from engine.config.placement import Placement
 from engine.config.transport import AUTO, refusal
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
@@ -55,7 +56,7 @@ def plan_run(spec: Resolved, machine: Machine) -> dict[str, Any]:
     if _within_nodes(spec):
         machine = replace(machine, network_gigabytes_per_second=machine.nvlink_gigabytes_per_second)
     machines = _machines(config.inference.engines, target.tp_size, config.cluster.gpus_per_node)
-    nodes, senders = opening.channel(machines, _transport(spec, machines), spec.colocated_nodes)
+    nodes, senders = opening.channel(machines, _transport(spec, machines), spec.colocation)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     started = time.perf_counter()
     dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
@@ -63,8 +64,8 @@ def plan_run(spec: Resolved, machine: Machine) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     return {
         "plan_seconds": seconds,
-        **measure(shape, made, machine),
-        "machines": len(set(spec.colocated_nodes.engines if spec.colocated_nodes else machines)),
+        **measure(shape, made, machine, spec.placement if spec.colocated else None),
+        "machines": len(set(spec.colocation.engines if spec.colocation else machines)),
         "memory": weigh(spec, made, machine),
     }
 
@@ -105,7 +106,7 @@ def _within_nodes(spec: Resolved) -> bool:
     config = spec.config
     trainer, engines = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
     colocated = config.inference.placement == "colocated"
-    return spec.colocated_nodes is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
+    return spec.colocation is not None or (max if colocated else sum)((trainer, engines)) <= config.cluster.gpus_per_node
 
 
 def weigh(spec: Resolved, made: ShardPlan, machine: Machine) -> dict[str, Any]:
@@ -139,11 +140,13 @@ def channel(made: ShardPlan) -> Channel:
     return Channel(max(staged[: made.trainer_size]), max(staged[made.trainer_size :]))
 
 
-def measure(shape: ModelShape, made: ShardPlan, machine: Machine) -> dict[str, Any]:
+def measure(shape: ModelShape, made: ShardPlan, machine: Machine, colocated: Placement | None = None) -> dict[str, Any]:
     """A plan's figures, counted from its messages and compared with the layouts' own slices. Bytes unless named otherwise.
+    `colocated`: where its members are, where some share a GPU.
 
     `seconds` replays the messages: every link carries its own in the plan's order, one at a time, at full bandwidth; a
-    node's fan-out of a message starts when it has arrived. `seconds_at_least` is the busiest link alone.
+    node's fan-out of a message starts when it has arrived. What an engine rank finds in the memory of its own GPU takes it as
+    long, and keeps no other from reading there. `seconds_at_least` is the busiest link alone.
     """
     sent, received, node_bytes = [0] * made.trainer_size, [0] * made.num_members, [0] * len(made.nodes)
     forwarded, staging = [0] * made.num_members, [0] * made.num_members
@@ -164,10 +167,13 @@ def measure(shape: ModelShape, made: ShardPlan, machine: Machine) -> dict[str, A
         direct += direct_of[id(bucket)] * len(receivers) if holds else 0
     arrived = received[made.trainer_size :]
     entering, leaving = sum(node_bytes), sum(forwarded)
-    replayed, at_least = _seconds(made, machine, sent, forwarded)
+    own = [colocated is not None and _shares_gpu(made, message, colocated) for message in made.messages]
+    own_bytes = sum(message.bucket.num_bytes for message, here in zip(made.messages, own, strict=True) if here)
+    replayed, at_least = _seconds(made, machine, own, forwarded)
     return {
         "num_bytes": sum(torch.Size(size).numel() for size in tensors(shape).values()) * made.dtype_bytes,
         "direct_fraction": direct / sum(arrived),
+        "own_gpu_fraction": own_bytes / sum(arrived) if colocated is not None else None,
         "received_over_needed": sum(arrived) / _needed_bytes(shape, made),
         "seconds": replayed,
         "seconds_at_least": at_least,
@@ -240,16 +246,25 @@ def _origin(held: dict[str, list[ShardSlice]], offset: ShardOffset, t: Transfer)
     return None
 
 
-def _seconds(made: ShardPlan, machine: Machine, sent: list[int], forwarded: list[int]) -> tuple[float, float]:
-    """(a replay of the messages, the busiest link's bytes over its bandwidth)."""
+def _shares_gpu(made: ShardPlan, message: Message, placement: Placement) -> bool:
+    """Whether the first engine rank that receives a message has the GPU of the trainer rank that sends it."""
+    source, engine = placement.ranks[message.source], placement.engines[message.path[0]]
+    return (engine.node, engine.gpus[message.bucket.target]) == (source.node, *source.gpus)
+
+
+def _seconds(made: ShardPlan, machine: Machine, own: list[bool], forwarded: list[int]) -> tuple[float, float]:
+    """(a replay of the messages, the busiest link's bytes over its bandwidth). `own`: of each, whether it stays on its GPU."""
     network, nvlink = machine.network_gigabytes_per_second * 1e9, machine.nvlink_gigabytes_per_second * 1e9
     free, leaving, entering = ([0.0] * made.num_members for _ in range(3))  # when a member's links are: network, out, in
-    entered = [0] * made.num_members
-    for message in made.messages:
+    sent, entered = [0] * made.num_members, [0] * made.num_members
+    for message, here in zip(made.messages, own, strict=True):
         num_bytes, (entry, *others) = message.bucket.num_bytes, made.receivers(message)
         entered[entry] += num_bytes
-        arrival = max(free[message.source], free[entry]) + num_bytes / network
-        free[message.source] = free[entry] = arrival
+        arrival = (free[entry] if here else max(free[message.source], free[entry])) + num_bytes / network
+        free[entry] = arrival
+        if not here:
+            sent[message.source] += num_bytes
+            free[message.source] = arrival
         for other in others:
             leaving[entry] = entering[other] = max(arrival, leaving[entry], entering[other]) + num_bytes / nvlink
     at_least = max(max(*sent, *entered) / network, max(forwarded) / nvlink)
@@ -279,6 +294,7 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("transfers, buckets, messages", f"{f['num_transfers']:,}, {f['num_buckets']:,}, {f['num_messages']:,}", ""),
         ("bytes that go from shard to shard", f"{f['direct_fraction']:.2%}", ""),
         ("bytes that need no staging", f"{f['unpacked_fraction']:.2%}", ""),
+        *([("bytes from the engine rank's own GPU", f"{own:.2%}", "")] if (own := f["own_gpu_fraction"]) is not None else []),
         ("received over needed", f"{f['received_over_needed']:.4f}", ""),
         ("plan", f"{f['plan_seconds']:.3f} s", ""),
         ("transfer at these bandwidths", f"{f['seconds']:.3f} s", ""),

@@ -47,11 +47,13 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class ColocatedNodes:
-    """Colocated run on several nodes: node index of each trainer rank and of each engine."""
+class Colocation:
+    """Engines on the trainer's GPUs: node index of each trainer rank and of each engine, and the ranks nearest to each engine:
+    those on its own GPUs, and of each shard of the policy that none of them holds, all that hold it on its node."""
 
     ranks: tuple[int, ...]
     engines: tuple[int, ...]
+    nearest: tuple[tuple[int, ...], ...]
 
     def ranks_on_node_of(self, engine: int) -> tuple[int, ...]:
         """The trainer ranks on an engine's node."""
@@ -96,33 +98,42 @@ def place(config: Options, parts: tuple[Part, ...], num_gpus: int | None = None)
     return Placement(tuple(ranks), tuple(engines), reward_engine)
 
 
-def colocated_nodes(config: Options) -> ColocatedNodes | None:
-    """Where the engines of a training run on several nodes are served by their own node's ranks alone, since they take turns
-    with them on its GPUs: the nodes of both; None for every other run.
+def colocation(config: Options, placement: Placement | None = None) -> Colocation | None:
+    """Where the engines of a training run take turns with its ranks on their GPUs: the nodes of both, for on several nodes each
+    is served by its own node's ranks alone, and whose GPUs an engine has. None for every other run, and for one node that is
+    not placed on GPUs.
 
     ConfigError when a node with engines lacks a part of the policy, or when the run does not fit its nodes.
     """
     parts = training_parts(config)
-    if config.inference.placement != "colocated" or config.cluster.nodes == 1 or "engines" not in parts:
+    if config.inference.placement != "colocated" or "engines" not in parts:
         return None
-    placement = place(config, parts)
-    found = ColocatedNodes(
-        ranks=tuple(assignment.node for assignment in placement.ranks),
-        engines=tuple(assignment.node for assignment in placement.engines),
-    )
+    if placement is None:
+        if config.cluster.nodes == 1:
+            return None
+        placement = place(config, parts)
     t, gpus = config.trainer, config.cluster.gpus_per_node
-    whole = t.tensor_parallel * t.pipeline_parallel
-    for engine, node in enumerate(found.engines):
-        stage = t.tensor_parallel * t.data_parallel  # ranks of one
-        held = len({(rank // stage, rank % t.tensor_parallel) for rank in found.ranks_on_node_of(engine)})
-        if held < whole:
+    whole, stage = t.tensor_parallel * t.pipeline_parallel, t.tensor_parallel * t.data_parallel  # shards, ranks of a stage
+    shards = [(rank // stage, rank % t.tensor_parallel) for rank in range(t.world_size)]
+    nearest: list[tuple[int, ...]] = []
+    for engine, assignment in enumerate(placement.engines):
+        node = assignment.node
+        on_node = [rank for rank, place in enumerate(placement.ranks) if place.node == node]
+        own = [rank for rank in on_node if not set(placement.ranks[rank].gpus).isdisjoint(assignment.gpus)]
+        here = {shards[rank] for rank in own}
+        nearest.append(tuple(rank for rank in on_node if rank in own or shards[rank] not in here))
+        if (held := len({shards[rank] for rank in on_node})) < whole:
             raise ConfigError(
                 f"inference.placement = 'colocated' with cluster.nodes = {config.cluster.nodes} needs all {whole} shards of "
                 f"the policy (trainer.tensor_parallel * trainer.pipeline_parallel) on every node with engines, for weights do "
                 f"not leave their node; found {held} of them beside engine {engine} on node {node}, counted from 0: choose a "
                 f"product that divides cluster.gpus_per_node = {gpus}, or set placement to 'disaggregated'"
             )
-    return found
+    return Colocation(
+        ranks=tuple(assignment.node for assignment in placement.ranks),
+        engines=tuple(assignment.node for assignment in placement.engines),
+        nearest=tuple(nearest),
+    )
 
 
 def _group_order(config: Options) -> list[int]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from engine.config.learning_rates.registry import broken_learning_rate_rules
 from engine.config.options import LEAST_TEMPERATURE, LOSSES, Options, source_key
-from engine.config.placement import colocated_nodes
+from engine.config.placement import colocation
 from engine.config.rewards import broken_reward_rules
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.registry import schedule_of
@@ -201,7 +201,7 @@ def broken_placement_rules(c: Options) -> list[str]:
     if refused is not None:
         broken.append(refused)
     try:
-        colocated_nodes(c)
+        colocation(c)
     except ConfigError as error:
         broken.append(str(error))
     return broken

@@ -18,7 +18,7 @@ from engine.capacity.kv_cache import KvCache
 from engine.capacity.memory import resolve_kv_cache
 from engine.config.load import CHECKED, Copy, RunConfig
 from engine.config.options import source_key
-from engine.config.placement import ColocatedNodes, Part, Placement, colocated_nodes, place, training_parts
+from engine.config.placement import Colocation, Part, Placement, colocation, place, training_parts
 from engine.config.transport import AUTO, Carrier, setting
 from engine.core.errors import ConfigError
 from engine.models.base import ModelShape
@@ -51,7 +51,7 @@ class Spec:
     parts: tuple[Part, ...]  # what is started
     source: SourceKind  # where training sequences come from
     placement: Placement | None  # on GPUs; None where they are too few
-    colocated_nodes: ColocatedNodes | None  # the nodes of ranks and engines, where each node serves its own engines
+    colocation: Colocation | None  # where ranks and engines are, where they take turns on GPUs
     transports: tuple[Carrier, ...]  # in order of preference for each type of device; empty without weight syncs
     copies: tuple[Copy, ...]  # of its weights that a trainer rank keeps beside the policy
     evaluation_sets: tuple[EvaluationSet, ...]
@@ -166,8 +166,8 @@ def assemble(
         engine=engine_layout(config.inference),
         parts=parts,
         source=kind,
-        placement=_placement(config, parts),
-        colocated_nodes=colocated_nodes(config) if trains else None,
+        placement=(placement := _placement(config, parts)),
+        colocation=colocation(config, placement) if trains else None,
         transports=_transports(config) if trains and "engines" in parts else (),
         copies=_copies(config, kind) if trains else (),
         evaluation_sets=_evaluation_sets(config) if "engines" in parts else (),

@@ -14,7 +14,7 @@ from engine.bridge import setup as opening
 from engine.bridge.host_group import HostGroup
 from engine.bridge.setup import channel
 from engine.bridge.transports.registry import Choice, choose, kind_of
-from engine.config.placement import ColocatedNodes
+from engine.config.placement import Colocation
 from engine.config.transport import Setting, setting
 from engine.core.errors import ConfigError
 from engine.models.sharding import shard_shapes, trainer_layout
@@ -71,8 +71,7 @@ def test_engines_on_several_machines_are_not_read_in_place() -> None:
         choose("ipc", several)
 
 
-TURNS = ColocatedNodes(ranks=(0, 2, 0, 2), engines=(0, 0, 2))  # node 1 has neither
-OWN = ((0, 2), (0, 2), (1, 3))
+TURNS = Colocation(ranks=(0, 2, 0, 2), engines=(0, 0, 2), nearest=((0,), (2,), (1, 3)))  # node 1 has neither
 
 
 @pytest.mark.parametrize(
@@ -80,9 +79,9 @@ OWN = ((0, 2), (0, 2), (1, 3))
     [
         ([0, 1, 0], "nccl", None, ((0, 2), (1,)), ()),
         ([0, 0, 0], "ipc", None, ((0,), (1,), (2,)), ()),
-        ([0, 0, 1], "ipc", TURNS, ((0,), (1,), (2,)), OWN),
-        ([0, 0, 0], "ipc", TURNS, ((0,), (1,), (2,)), OWN),  # two nodes of Ray on one machine
-        ([0, 0, 1], "gloo", TURNS, ((0, 1), (2,)), OWN[1:]),
+        ([0, 0, 1], "ipc", TURNS, ((0,), (1,), (2,)), TURNS.nearest),
+        ([0, 0, 0], "ipc", TURNS, ((0,), (1,), (2,)), TURNS.nearest),  # two nodes of Ray on one machine
+        ([0, 0, 1], "gloo", TURNS, ((0, 1), (2,)), ((0, 2), (1, 3))),
     ],
 )
 def test_who_passes_on_to_whom_and_who_may_send(machines, transport, turns, nodes, senders) -> None:
@@ -103,7 +102,7 @@ def test_a_bridge_over_two_nodes_is_told_who_serves_whom(
         cluster={"nodes": 2, "gpus_per_node": 2},
         sync={"bucket_mebibytes": 1},
     )
-    run = replace(spec(made), colocated_nodes=ColocatedNodes(ranks=(0, 0, 1), engines=(0, 1, 0)))
+    run = replace(spec(made), colocation=Colocation((0, 0, 1), (0, 1, 0), nearest=((0,), (2,), (1,))))
     monkeypatch.setattr(opening, "room_for", lambda num_bytes: num_bytes < free_mebibytes << 20)
     monkeypatch.setattr(opening, "Publisher", lambda policy, place, terms, **known: terms)
     shapes = shard_shapes(small_shape(), trainer_layout(made.trainer), 0, 0)
@@ -116,6 +115,6 @@ def test_a_bridge_over_two_nodes_is_told_who_serves_whom(
         terms: Any = opening.open_publisher(run, policy, place, "127.0.0.1", pool)
     assert (terms.transport, terms.nodes) == (transport, nodes)
     assert ("ipc would be faster" in caplog.text) is (transport == "gloo")
-    assert terms.senders == tuple((2,) if engines == (1,) else (0, 1) for engines in nodes)
+    assert terms.senders == (((0,), (2,), (1,)) if transport == "ipc" else ((0, 1), (2,)))
     assert {message.source for message in terms.plan().messages if message.path == (1,)} == {2}
     assert type(terms).from_json(terms.to_json()) == terms

@@ -51,6 +51,29 @@ def planned(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "share"),
+    [
+        ("8b-colocated", (), 1.0),
+        ("8b-colocated-4x8", (), 1.0),
+        ("70b-colocated-4x8", (), 1.0),
+        (
+            "8b-colocated",
+            ("trainer.tensor_parallel=2", "trainer.data_parallel=4", "inference.tensor_parallel=2", "engines=4"),
+            1.0,
+        ),
+        ("8b-colocated", ("trainer.tensor_parallel=2", "trainer.data_parallel=4"), 0.5),  # an engine's GPU has half the policy
+        ("8b-4x4", (), None),
+    ],
+)
+def test_a_colocated_engine_takes_from_its_own_gpu_what_lies_there(name, options, share, planned):
+    figures, said = planned(name, *(f"inference.{option}" if option.startswith("engines") else option for option in options))
+    assert figures["own_gpu_fraction"] == (None if share is None else pytest.approx(share, abs=0.01))
+    assert ("the engine rank's own GPU" in said) is (share is not None)
+    sent = figures["sent_by_trainer_rank"]
+    assert sent["max"] < 1.1 * sent["mean"], "replicas still share the work"
+
+
 @pytest.mark.parametrize("name", SCALE)
 def test_the_scale_configurations(name, planned):
     """Everything direct, nothing twice, one copy a node, replicas alike; a replay close to the busiest link."""

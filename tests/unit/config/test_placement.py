@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.config.load import RunConfig
 from engine.config.options import Options
-from engine.config.placement import GpuAssignment, Part, Placement, colocated_nodes, place, training_parts
+from engine.config.placement import GpuAssignment, Part, Placement, colocation, place, training_parts
 from engine.core.errors import ConfigError
 from tests.builders import LEAST
 from tests.builders import config as make
@@ -96,7 +96,7 @@ def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_
         found = place(options, ALL)
     except ConfigError as error:
         with pytest.raises(ConfigError, match=re.escape(str(error))):
-            colocated_nodes(options)
+            colocation(options)
         return
     assignments = iter(found.ranks)
     held: dict[int, set[tuple[int, int]]] = {}
@@ -108,15 +108,22 @@ def test_engines_on_several_nodes_take_turns_exactly_where_each_finds_the_whole_
     if not whole:
         said = f"cluster.nodes = {options.cluster.nodes} needs all {t.tensor_parallel * t.pipeline_parallel} shards"
         with pytest.raises(ConfigError, match=said):
-            colocated_nodes(options)
+            colocation(options)
         with pytest.raises(ValueError, match=said):
             RunConfig.model_validate(options.model_dump())
         return
-    turns = colocated_nodes(RunConfig.model_validate(options.model_dump()))
+    turns = colocation(RunConfig.model_validate(options.model_dump()))
     assert turns is not None
     for engine, assignment in enumerate(found.engines):
         beside = turns.ranks_on_node_of(engine)
         assert beside == tuple(rank for rank, other in enumerate(found.ranks) if other.node == assignment.node)
+        stage, nearest = t.tensor_parallel * t.data_parallel, turns.nearest[engine]
+        shards = [(rank // stage, rank % t.tensor_parallel) for rank in range(t.world_size)]
+        own = {rank for rank in beside if found.ranks[rank].gpus[0] in assignment.gpus}
+        assert own <= set(nearest) <= set(beside)
+        for shard in set(shards):
+            holders = {rank for rank in beside if shards[rank] == shard}
+            assert {rank for rank in nearest if shards[rank] == shard} == (holders & own or holders)
 
 
 @given(turning())
@@ -135,13 +142,16 @@ def test_a_replica_that_divides_a_node_is_seated_whole(options):
 
 
 def test_other_runs_take_no_turns_on_several_nodes():
-    """On one node, apart, or without engines any rank may send."""
+    """Apart, or without engines, any rank may send."""
     two = {"cluster": {"nodes": 2}}
-    turns = colocated_nodes(make(**two, trainer={"data_parallel": 12}, inference={"engines": 12, "placement": "colocated"}))
+    turns = colocation(make(**two, trainer={"data_parallel": 12}, inference={"engines": 12, "placement": "colocated"}))
     assert turns is not None and (turns.ranks_on_node_of(0), turns.ranks_on_node_of(8)) == (tuple(range(8)), (8, 9, 10, 11))
-    assert colocated_nodes(make(inference={"placement": "colocated"})) is None
-    assert colocated_nodes(make(**two)) is None
-    assert colocated_nodes(make(**two, inference={"placement": "colocated"}, sft={"checkpoint_out": "unused"})) is None
+    made = make(trainer={"tensor_parallel": 2}, inference={"placement": "colocated", "engines": 2})
+    assert colocation(made) is None, "it may run on CPUs alone"
+    alone = colocation(made, place(made, ALL))
+    assert alone is not None and alone.nearest == ((0, 1), (0, 1)), "each has one shard on its GPU and one beside it"
+    assert colocation(make(**two)) is None
+    assert colocation(make(**two, inference={"placement": "colocated"}, sft={"checkpoint_out": "unused"})) is None
 
 
 @given(layouts())

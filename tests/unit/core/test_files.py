@@ -73,7 +73,7 @@ def test_records_are_written_by_one_process_at_a_time(tmp_path):
     """One that outlives its killed command keeps them from the next one until it ends, and no longer than that is waited."""
     with locked(tmp_path), writing(tmp_path):
         with (
-            pytest.raises(ConfigError, match="run.directory must be written by one run at a time"),
+            pytest.raises(ConfigError, match=r"run\.directory must be written by one run at a time"),
             writing(tmp_path, patience_seconds=0.1),
         ):
             pass

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from engine.config.load import RunConfig, dump_config
-from engine.config.placement import colocated_nodes, place, training_parts
+from engine.config.placement import colocation, place, training_parts
 from engine.core.errors import CheckpointError, ConfigError
 from engine.models.sharding import trainer_layout
 from engine.run.spec import Spec, resolve, settled, source_kind
@@ -35,7 +35,7 @@ def test_a_spec_survives_json(made):
     assert json.loads(text)["config"]["run"]["steps"] == 4, "it is readable by others"
 
 
-def test_colocated_nodes_and_a_reward_engine_survive_json():
+def test_colocation_and_a_reward_engine_survive_json():
     """Every field that is None on one machine."""
     data = {"train": "unused", "reward": "model"}
     several = config(
@@ -46,7 +46,7 @@ def test_colocated_nodes_and_a_reward_engine_survive_json():
         reward_model={"path": "unused"},
     )
     resolved = spec(several, reward_shape=spec().shape)
-    assert None not in (resolved.colocated_nodes, resolved.placement, resolved.reward_shape)
+    assert None not in (resolved.colocation, resolved.placement, resolved.reward_shape)
     assert Spec.from_json(resolved.to_json()) == resolved
 
 
@@ -105,7 +105,7 @@ def test_what_is_started_and_where_is_placements_own_answer():
         resolved = spec(made)
         assert resolved.parts == training_parts(made)
         assert resolved.placement == place(made, resolved.parts)
-        assert resolved.colocated_nodes == colocated_nodes(made)
+        assert resolved.colocation == colocation(made, resolved.placement)
         assert resolved.starts_engines is ("engines" in resolved.parts)
     assert spec(config(trainer={"data_parallel": 9})).placement is None, "on a CPU it need not fit"
 
@@ -200,7 +200,7 @@ def test_fewer_gpus_than_configured_are_placed_on_anew():
 # configuration, the preflight) is another matter, and so is the trainer that a test or a tool builds without a run.
 RESOLVERS = {
     "engine.config.placement.place": ("run/spec.py", "api/faults/machine.py"),
-    "engine.config.placement.colocated_nodes": ("run/spec.py", "config/rules.py"),
+    "engine.config.placement.colocation": ("run/spec.py", "config/rules.py"),
     "engine.config.placement.training_parts": ("run/spec.py", "api/faults/look.py"),
     "engine.models.config_file.read_shape": ("run/spec.py", "models/", "api/faults/model.py", "api/initial.py"),
     "engine.models.sharding.trainer_layout": (
