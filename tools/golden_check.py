@@ -47,6 +47,7 @@ TEMPLATES = {  # the paper's figures 4 and 5
     "where [answer] is the response to the problem.",
     "figure5": "{problem}",
 }
+WITH_ADVANTAGES, WITHOUT_PAIRS = ("grpo", "cispo"), ("grpo", "cispo", "oapl")
 VERIFIABLE = {"math": True, "model": False}  # rewards that say right or wrong, and those that give degrees
 
 
@@ -158,7 +159,7 @@ def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 # -- the run
 
 
-@dataclass
+@dataclass(eq=False)
 class Sample:
     """One rollout with what is recomputed of it; log-probs [L] of the response's tokens."""
 
@@ -166,6 +167,7 @@ class Sample:
     prompt: tuple[int, ...]
     policy: Tensor = field(default_factory=lambda: torch.zeros(0))
     entropy: Tensor = field(default_factory=lambda: torch.zeros(0))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(0))  # log of the sum of all tokens' squared probabilities
     reference: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
@@ -180,6 +182,11 @@ class Sample:
         return self.reward > 0 if told is None else bool(told)
 
     @property
+    def truncated(self) -> bool:
+        """Whether it was cut off at sampling.max_tokens."""
+        return bool(self.row.get("finish_reason") == "length")
+
+    @property
     def spans(self) -> list[list[int]]:
         """[version, number of tokens] of each version of the weights that sampled some, in their order."""
         return self.row.get("spans") or [[self.row["version"], len(self.row["token_ids"])]]
@@ -189,12 +196,14 @@ class Sample:
         """The log-probs that were recorded when it was sampled."""
         return torch.tensor(self.row["log_probs"], dtype=torch.float64)
 
-    def log_probs(self, model: Llama, temperature: float) -> tuple[Tensor, Tensor]:
-        """(of the response's tokens, entropy at each of their positions) under a model."""
+    def log_probs(self, model: Llama, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(of the response's tokens, entropy at each of their positions, log of the sum of squared probabilities there) under a
+        model."""
         tokens = tuple(self.row["token_ids"])
         logits = model.logits([*self.prompt, *tokens])[len(self.prompt) - 1 : -1] / temperature
         every = logits.log_softmax(-1)
-        return every.gather(1, torch.tensor(tokens)[:, None])[:, 0].double(), -(every.exp() * every).sum(1).double()
+        of_tokens = every.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        return of_tokens.double(), -(every.exp() * every).sum(1).double(), (2 * every).logsumexp(1).detach().double()
 
 
 @dataclass(frozen=True)
@@ -245,18 +254,12 @@ class Run:
     def _require(self) -> None:
         sync, data = self.config["sync"], self.config["data"]
         known = {
-            "algorithm.loss": (self.algorithm["loss"], ("dpo", "group_dpo", "grpo")),
+            "algorithm.loss": (self.algorithm["loss"], ("dpo", "group_dpo", "grpo", "cispo", "oapl")),
             "algorithm.pairing": (self.algorithm.get("pairing", "random"), ("random", "best_worst")),
             "algorithm.normalize_advantages": (
                 self.algorithm.get("normalize_advantages", "mean"),
                 ("mean", "mean_std", "leave_one_out"),
             ),
-            "algorithm.correction": (self.algorithm.get("correction", "none"), ("none",)),
-            "algorithm.ratio_level": (self.algorithm.get("ratio_level", "token"), ("token",)),
-            "algorithm.preference_loss": (self.algorithm.get("preference_loss", "sigmoid"), ("sigmoid",)),
-            "algorithm.label_smoothing": (self.algorithm.get("label_smoothing", 0.0), (0.0,)),
-            "algorithm.average_log_probs": (self.algorithm.get("average_log_probs", False), (False,)),
-            "algorithm.weight_pairs": (self.algorithm.get("weight_pairs", False), (False,)),
             "sync.reference_mix": (sync.get("reference_mix", 1.0), (1.0,)),
             "sync.semantics": (sync.get("semantics", "paper"), ("paper",)),
             "sampling.top_p": (self.config["sampling"]["top_p"], (1.0,)),
@@ -281,13 +284,13 @@ class Run:
     @property
     def temperature(self) -> float:
         """Of the distribution that the log-probs are of: the one sampled from, where the loss has ratios to it."""
-        ratios = self.algorithm["loss"] == "grpo" or self.algorithm.get("alpha", 0) > 0
+        ratios = self.algorithm["loss"] in WITHOUT_PAIRS or self.algorithm.get("alpha", 0) > 0
         return float(self.config["sampling"]["temperature"]) if ratios else 1.0
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss looks at the reference."""
-        return self.algorithm["loss"] != "grpo" or self.algorithm["kl_weight"] > 0
+        return self.algorithm["loss"] not in WITHOUT_PAIRS or self.algorithm.get("kl_weight", 0) > 0
 
     @cached_property
     def prompts(self) -> dict[str, Prompt]:
@@ -369,12 +372,17 @@ class Run:
 # -- the losses
 
 
-def sides(group: Sequence[Sample], verifiable: bool) -> tuple[list[Sample], list[Sample]]:
-    """Correct and incorrect; of degrees, those above the group's mean and the others."""
-    if verifiable:
-        return [s for s in group if s.correct], [s for s in group if not s.correct]
+def sides(group: Sequence[Sample], verifiable: bool, options: Mapping[str, Any]) -> tuple[list[Sample], list[Sample]]:
+    """Correct and incorrect; of degrees, those above the group's mean and the others. What was cut off is not chosen, unless
+    asked for."""
     mean = math.fsum(s.reward for s in group) / max(1, len(group))
-    return [s for s in group if s.reward > mean], [s for s in group if s.reward <= mean]
+    better = [s for s in group if (s.correct if verifiable else s.reward > mean)]
+    return [s for s in better if choosable(s, options)], [s for s in group if s not in better]
+
+
+def choosable(sample: Sample, options: Mapping[str, Any]) -> bool:
+    """Whether it may be the chosen one of a pair."""
+    return not sample.truncated or bool(options.get("choose_truncated"))
 
 
 def drawn_pair(run: Run, step: int, whole: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
@@ -387,11 +395,12 @@ def drawn_pair(run: Run, step: int, whole: Sequence[Sample]) -> list[tuple[Sampl
     draw = random.Random(int.from_bytes(digest, "big") >> 1)
     group = judged(whole)
     if run.algorithm.get("pairing", "random") == "random" and run.verifiable(whole):
-        better, worse = sides(group, True)
+        better, worse = sides(group, True, run.algorithm)
     else:
-        rewards = [s.reward for s in group] or [0.0]
-        better = [s for s in group if s.reward == max(rewards) > min(rewards)]
-        worse = [s for s in group if s.reward == min(rewards) < max(rewards)]
+        able = [s for s in group if choosable(s, run.algorithm)]
+        highest, lowest = max((s.reward for s in able), default=0.0), min((s.reward for s in group), default=0.0)
+        better = [s for s in able if s.reward == highest > lowest]
+        worse = [s for s in group if s.reward == lowest < highest]
     return [(draw.choice(better), draw.choice(worse))] if better and worse else []
 
 
@@ -419,7 +428,8 @@ class Trained:
     """What a step trains on, or what one prompt gives it."""
 
     pairs: list[list[tuple[Sample, Sample]]] = field(default_factory=list)  # of each prompt that has some
-    credited: list[tuple[Sample, float]] = field(default_factory=list)  # GRPO's responses and their advantages
+    credited: list[tuple[Sample, float]] = field(default_factory=list)  # responses and their advantages
+    shares: list[float] = field(default_factory=list)  # OAPL's of each of them
     sequences: list[Sample] = field(default_factory=list)  # all of them, each once
 
     @property
@@ -433,12 +443,18 @@ def contribution(run: Run, step: int, whole: Sequence[Sample]) -> Trained:
     options, group = run.algorithm, judged(whole)
     if options["loss"] == "dpo":
         pairs = drawn_pair(run, step, whole)
-        return Trained([pairs], [], list(pairs[0])) if pairs else Trained()
+        return Trained([pairs], sequences=list(pairs[0])) if pairs else Trained()
     found = Trained(sequences=list(group))
+    if options["loss"] == "oapl":
+        credit = optimal_advantages([s.reward for s in group], options.get("value_beta", 1.0))
+        found.credited, found.shares = list(zip(group, credit, strict=True)), [1 / len(group)] * len(group)
+        return found
     if options["loss"] == "group_dpo":
-        better, worse = sides(group, run.verifiable(whole))
+        better, worse = sides(group, run.verifiable(whole), options)
         found.pairs = [[(b, w) for b in better for w in worse]] if better and worse else []
-    if options["loss"] == "grpo" or options["alpha"] > 0:
+        if not options["alpha"]:
+            found.sequences = [s for s in group if s in better or s in worse]
+    if options["loss"] in WITH_ADVANTAGES or options["alpha"] > 0:
         credit = advantages([s.reward for s in group], options["normalize_advantages"])
         found.credited = list(zip(group, credit, strict=True))
     with_kl = bool(found.credited) and options["kl_weight"] > 0
@@ -456,8 +472,30 @@ def trained(run: Run, step: int, groups: Sequence[Sequence[Sample]]) -> Trained:
         for i in sorted(ranked[:places]):
             total.pairs += found[i].pairs
             total.credited += found[i].credited
+            total.shares += found[i].shares
             total.sequences += found[i].sequences
     return total
+
+
+def optimal_advantages(rewards: Sequence[float], beta: float) -> list[float]:
+    """OAPL's: each reward minus beta times the log of the mean of exp(reward / beta)."""
+    value = beta * math.log(math.fsum(math.exp(reward / beta) for reward in rewards) / len(rewards)) if rewards else 0.0
+    return [0.0 if max(rewards) == min(rewards) else reward - value for reward in rewards]
+
+
+def compared(options: Mapping[str, Any], chosen: Sample, rejected: Sample) -> tuple[Tensor, Tensor]:
+    """(the loss of one pair without its NLL, beta times its difference of log-ratios): DPO's equation 3, or IPO's 17; with
+    smoothed labels, log-ratios divided by length, and WPO's weights, where asked."""
+    reduce = torch.mean if options.get("average_log_probs") else torch.sum
+    ratios = [reduce(s.policy - s.reference) for s in (chosen, rejected)]
+    margin, smoothing = options["beta"] * (ratios[0] - ratios[1]), options.get("label_smoothing", 0.0)
+    if options.get("preference_loss") == "ipo":
+        loss = (ratios[0] - ratios[1] - 0.5 / options["beta"]) ** 2
+    else:
+        loss = (1 - smoothing) * torch.log1p((-margin).exp()) + smoothing * torch.log1p(margin.exp())
+    if options.get("weight_pairs"):
+        loss = loss * math.prod(float((s.policy.detach() - s.squares).mean().exp()) for s in (chosen, rejected))
+    return loss, margin
 
 
 def preference_terms(options: Mapping[str, Any], trained: Trained) -> tuple[Tensor, dict[str, float]]:
@@ -465,30 +503,73 @@ def preference_terms(options: Mapping[str, Any], trained: Trained) -> tuple[Tens
     total, margins = torch.zeros((), dtype=torch.float64), []
     for pairs in trained.pairs:
         for chosen, rejected in pairs:
-            ratios = [(s.policy - s.reference).sum() for s in (chosen, rejected)]
-            margin = options["beta"] * (ratios[0] - ratios[1])
+            loss, margin = compared(options, chosen, rejected)
             margins.append(float(margin.detach()))
-            nll = -chosen.policy.sum()
-            total = total + (torch.log1p((-margin).exp()) + options.get("nll_weight", 0.0) * nll) / len(pairs)
+            total = total + (loss - options.get("nll_weight", 0.0) * chosen.policy.sum()) / len(pairs)
     count = len(margins)
     return total, {"pairs": float(count), "margin_mean": math.fsum(margins) / count if count else math.nan}
 
 
-def policy_gradient_terms(options: Mapping[str, Any], trained: Trained) -> tuple[Tensor, float, dict[str, float]]:
-    """Equation 1, with the k3 estimate of the KL to the reference; a sum over tokens. Between it and the figures: the sum of
-    the sizes of its terms, which cancel on policy."""
-    total, epsilon = torch.zeros((), dtype=torch.float64), options["clip_ratio"]
+def weighed(options: Mapping[str, Any], sample: Sample) -> tuple[Tensor, float, float]:
+    """(the constant by which an off-policy loss weighs each token [L]; its sum; tokens whose ratio is outside the bounds).
+    CISPO holds each token's ratio at its bounds; a correction holds or drops those of its level."""
+    gap = (sample.policy - sample.sampled).detach()
+    if options["loss"] == "cispo":
+        kind, level, low, high = "truncate", "token", options.get("weight_low"), options.get("weight_high", 5.0)
+    else:
+        kind, level = options["correction"], options.get("correction_level", "token")
+        low, high = options.get("correction_low"), options.get("correction_high")
+    if level != "token":
+        gap = (gap.sum() if level == "sequence" else gap.mean()).expand_as(gap)
+    ratio = gap.exp()
+    least, most = 0.0 if low is None else low, math.inf if high is None else high
+    inside = (ratio >= least) & (ratio <= most)
+    weight = ratio.clamp(least, most) if kind == "truncate" else torch.where(inside, ratio, 0.0)
+    return weight, float(weight.sum()), float((~inside).sum())
+
+
+def gains(options: Mapping[str, Any], sample: Sample, credit: float) -> tuple[Tensor, dict[str, float]]:
+    """(what each token [L] adds to the objective, sums over tokens by the names of metrics.jsonl): equation 1, its ratio that
+    of the token or the geometric mean over the response (GSPO's GSPO-token, arXiv 2507.18071, equations 13 and 14), or a
+    gradient weighed by a constant."""
+    if options["loss"] == "cispo" or options.get("correction", "none") != "none":
+        weight, total, outside = weighed(options, sample)
+        cispo = options["loss"] == "cispo"
+        score = sample.policy if cispo else (sample.policy - sample.policy.detach()).exp()
+        return weight * credit * score, {"weight_mean": total, "outside_share": outside}
+    epsilon = options["clip_ratio"]
     low, high = 1 - options.get("clip_ratio_low", epsilon), 1 + options.get("clip_ratio_high", epsilon)
-    size, kls, clipped, ratios, tokens = 0.0, 0.0, 0, 0.0, 0
+    ratio = (sample.policy - sample.sampled).exp()
+    if options.get("ratio_level") == "geometric":
+        mean = (sample.policy - sample.sampled).mean().exp().detach()
+        ratio = mean * (sample.policy - sample.policy.detach()).exp()
+    free, held = ratio * credit, ratio.clamp(low, high) * credit
+    gain = torch.minimum(free, held)
+    if credit < 0 and "dual_clip" in options:
+        gain = gain.clamp(min=options["dual_clip"] * credit)
+    return gain, {"clipped_share": float((gain != free).sum())}
+
+
+def rounded(options: Mapping[str, Any], sample: Sample, credit: float, gain: Tensor) -> float:
+    """The size of a response's terms, as far as float32 rounds them: a log-prob is a difference of numbers of size 1 or more,
+    and each token of a product over the response is wrong by its own rounding."""
+    if options["loss"] == "cispo":
+        weight, *_ = weighed(options, sample)
+        return float((weight * abs(credit) * sample.policy.detach().abs().clamp(min=1)).sum())
+    return float(gain.abs().sum()) * (len(gain) if options.get("correction_level") == "sequence" else 1)
+
+
+def policy_gradient_terms(options: Mapping[str, Any], trained: Trained) -> tuple[Tensor, float, dict[str, float]]:
+    """A gain of each token, with the k3 estimate of the KL to the reference; a sum over tokens. Between it and the figures: the
+    sum of the sizes of its terms, which cancel on policy."""
+    total, sums = torch.zeros((), dtype=torch.float64), dict[str, float]()
+    size, kls, ratios, tokens = 0.0, 0.0, 0.0, 0
     for sample, credit in trained.credited:
         ratio = (sample.policy - sample.sampled).exp()
-        free, held = ratio * credit, ratio.clamp(low, high) * credit
-        gain = torch.minimum(free, held)
-        if credit < 0 and "dual_clip" in options:
-            gain = gain.clamp(min=options["dual_clip"] * credit)
+        gain, more = gains(options, sample, credit)
+        sums = {name: sums.get(name, 0.0) + value for name, value in more.items()}
         loss = -gain.sum()
-        size += float(gain.detach().abs().sum())
-        clipped += int((gain != free).sum())
+        size += rounded(options, sample, credit, gain.detach())
         ratios += float(ratio.detach().sum())
         if options["kl_weight"] > 0:
             d = sample.reference - sample.policy
@@ -498,18 +579,34 @@ def policy_gradient_terms(options: Mapping[str, Any], trained: Trained) -> tuple
         total = total + loss / (len(ratio) if options.get("normalize_length") else 1)
         tokens += len(ratio)
     count = max(1, tokens)
-    return total, size, {"kl_mean": kls / count, "clipped_share": clipped / count, "ratio_mean": ratios / count}
+    shares = {name: value / count for name, value in sums.items()}
+    return total, size, {"kl_mean": kls / count, "ratio_mean": ratios / count, **shares}
+
+
+def regression_terms(options: Mapping[str, Any], trained: Trained) -> tuple[Tensor, float, dict[str, float]]:
+    """OAPL (arXiv 2602.19362, equation 3): the mean over a prompt's responses of the square of what is left of the regression,
+    summed over prompts; its size, and figures."""
+    total, left, ratios, tokens = torch.zeros((), dtype=torch.float64), 0.0, 0.0, 0
+    for (sample, credit), share in zip(trained.credited, trained.shares, strict=True):
+        gap = sample.policy - sample.sampled
+        square = (options.get("ratio_beta", 1e-3) * gap.sum() - credit) ** 2
+        total = total + share * square
+        left += float(square.detach())
+        ratios, tokens = ratios + float(gap.detach().exp().sum()), tokens + len(gap)
+    figures = {"residual_square_mean": left / max(1, len(trained.credited)), "ratio_mean": ratios / max(1, tokens)}
+    return total, float(total.detach()), figures
 
 
 def objective(run: Run, trained: Trained, num_prompts: int) -> tuple[Tensor, float, dict[str, float]]:
     """(the step's loss, the sum of the sizes of its terms, figures that metrics.jsonl has too)."""
     options, figures = run.algorithm, dict[str, float]()
     total, size = torch.zeros((), dtype=torch.float64), 0.0
-    if options["loss"] != "grpo":
+    if options["loss"] not in WITHOUT_PAIRS:
         loss, more = preference_terms(options, trained)
         total, size, figures = total + loss, float(loss.detach().abs()), figures | more
     if trained.credited:
-        loss, sizes, more = policy_gradient_terms(options, trained)
+        terms = regression_terms if options["loss"] == "oapl" else policy_gradient_terms
+        loss, sizes, more = terms(options, trained)
         weight = options.get("alpha", 1.0)
         total, size, figures = total + weight * loss, size + weight * sizes, figures | more
     num_tokens = sum(len(s.policy) for s in trained.sequences)
@@ -562,9 +659,9 @@ def compare(
     what, model = trained(run, step, groups), Llama(policy, with_gradient=True, dtype=dtype)
     other = Llama(reference, dtype=dtype) if reference is not None and run.needs_reference else None
     for sample in what.sequences:
-        sample.policy, sample.entropy = sample.log_probs(model, run.temperature)
+        sample.policy, sample.entropy, sample.squares = sample.log_probs(model, run.temperature)
         if other is not None:
-            sample.reference, _ = sample.log_probs(other, run.temperature)
+            sample.reference = sample.log_probs(other, run.temperature)[0]
     loss, size, figures = objective(run, what, sum(places for _, places in run.shares))
     yield Comparison(step, "loss", record["loss"], float(loss.detach()), tolerance, max(size, TINY))
     if loss.requires_grad:
