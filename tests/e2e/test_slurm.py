@@ -1,10 +1,12 @@
 """tools/slurm/train.sbatch under a stand-in for Slurm, with everything else real: two Ray nodes, trainer ranks on one and
 engines on the other, a signal, a requeue, and the weights of a run on one node; the same of two nodes that each have a trainer
 rank and an engine, which take turns. What the script does with the command's exit codes, and with a Ray that does not start, is
-tested with programs that only exit. real_slurm.py is run under a real Slurm."""
+tested with programs that only exit. A job with a spare node loses another one and goes on there. real_slurm.py is run under a
+real Slurm."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from engine.config.load import RunConfig
@@ -56,6 +59,67 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     assert rollouts(config) == rollouts(whole)
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
+
+
+def processes_of(job: subprocess.Popen[bytes], address: str) -> list[psutil.Process]:
+    """All of a node of the job: Ray, what it runs, and what keeps it."""
+    started = psutil.Process(job.pid).children(recursive=True)
+    (keeper,) = [process for process in started if is_keeper(process, address)]
+    return [*keeper.children(recursive=True), keeper]
+
+
+def send(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def lose_node(job: subprocess.Popen[bytes], config: RunConfig, address: str, log: Path) -> None:
+    """Ends all of the node with the engines at once, in the interval after the first checkpoint: whoever needs them is held
+    until that is written."""
+    until(lambda: "data.train: " in log.read_text(), job, log)  # the engines are up
+    node = processes_of(job, address)
+    workers = [process for process in node if process.name().startswith("ray::")]
+    steps, metrics = int(config.checkpoint.every), config.run_directory / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= steps, job, log)
+    send(workers, signal.SIGSTOP)
+    until((config.run_directory / "checkpoints" / "LATEST").exists, job, log)
+    send(node, signal.SIGKILL)
+
+
+def is_keeper(process: psutil.Process, address: str) -> bool:
+    """Whether this is what srun has started on that node."""
+    try:
+        return process.cmdline()[1:2] == ["tools/slurm/node.py"] and process.environ()["SLURMD_NODENAME"] == address
+    except psutil.Error:
+        return False
+
+
+def test_a_job_that_loses_a_node_goes_on_by_itself_on_its_spare_and_changes_no_bit(
+    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
+) -> None:
+    """Three Ray nodes of which the run uses two. The one with the engines is killed amid the run; nobody requeues the job."""
+    whole, _ = semi_online
+    config = run_config(*SEMI_ONLINE, "cluster.gpus_per_node=2", directory="job")
+    environment, log = fake_slurm.install(tmp_path / "slurm") | {"SEMION_SPARES": "1"}, tmp_path / "log"
+    command = ["sbatch", "--nodes=3", SCRIPT, written(config, tmp_path), "algorithm.beta=0.1"]
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+    try:
+        lose_node(job, config, fake_slurm.NODES[1], log)
+        assert job.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+    finally:
+        job.terminate()
+    assert not (tmp_path / "slurm" / "scontrol").exists(), "it was not requeued"
+    assert {row["step"] for row in rows(config, "restarts.jsonl")} == {2}, log.read_text()[-4000:]
+    assert rollouts(config) == rollouts(whole)
+    assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
+    assert final(config) == final(whole)
+
+
+@pytest.mark.parametrize(("spares", "nodes"), [("1", 2), ("3", 3), ("one", 3)])
+def test_spares_that_leave_no_two_nodes_are_refused(tmp_path: Path, spares: str, nodes: int) -> None:
+    found, log, _ = submitted(tmp_path, nodes, {"SEMION_SPARES": spares}, semion="exit 9", python="exit 9")
+    assert found == 2 and f"leaves the run two nodes; found '{spares}' of {nodes} nodes: give sbatch more --nodes" in log
 
 
 @pytest.mark.nightly  # of what is in it, tests/e2e/test_commands.py has engines in turn, the test above two nodes
