@@ -18,7 +18,7 @@ from engine.api.events import Done, Event, Note, Step, typed
 from engine.api.faults.directory import check_fresh, has_steps
 from engine.api.preflight import check
 from engine.config.load import RunConfig, dump_config, flat
-from engine.core.errors import ConfigError, PreemptedError
+from engine.core.errors import ConfigError, PreemptedError, SemionError
 from engine.core.files import locked, writing
 from engine.observe.journal import LOGS, WARNINGS
 from engine.observe.origin import FORK
@@ -151,10 +151,14 @@ def _processes(spec: Spec, run: Callable[[Cluster], Iterator[signals.Event]], *,
     yield opening.event("begins")
     with Cluster(spec, verbose=verbose) as cluster:
         yield opening.event("done")
-        for event in run(cluster):
-            if event["kind"] == "done":
-                yield Doing("end").event("begins")
-            yield event
+        try:
+            for event in run(cluster):
+                if event["kind"] == "done":
+                    yield Doing("end").event("begins")
+                yield event
+        except SemionError as error:
+            error.seen_unix = time.time()
+            raise
 
 
 def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:

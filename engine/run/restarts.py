@@ -8,7 +8,7 @@ not the lost one alone: to resume is exact, and is the same for an engine, a ran
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 
 from engine.config.load import RunConfig
 from engine.core.errors import MissingNodeError, PreemptedError, SemionError
@@ -36,22 +36,25 @@ def unbroken(config: RunConfig, attempt: Callable[[bool], Iterator[Event]], *, r
     number, before = 0, saved_steps(config) if resume else 0
     while True:
         has_moved = False  # else the records are still those that the attempt before left
+        heard = time.time()
         try:
             for event in attempt(resume):
-                has_moved = has_moved or event["kind"] == "step"
+                has_moved, heard = has_moved or event["kind"] == "step", time.time()
                 yield event
             return
         except SemionError as error:
-            after, so_far = saved_steps(config), number
+            ended, after, so_far = time.time(), saved_steps(config), number
+            seen = error.seen_unix or ended
             if (error.may_pass or isinstance(error, MissingNodeError)) and stop_request(config).exists():
                 raise PreemptedError(f"asked to stop, and lost: {error}; --resume auto {_where(after)}") from error
             again = restarts_in_a_row(error, before, after, so_far, config.run.restarts)
             if again is None:
                 raise _tried(error, so_far) from error
             number, before, resume = again, after, after > 0
-            write_down(config, after, number, error, has_moved=has_moved)
+            took = {"unix_seconds": ended, "silent_seconds": max(0.0, seen - heard), "ending_seconds": ended - seen}
+            write_down(config, after, number, error, has_moved=has_moved, took=took)
             text = f"lost: {error}; the run {_where(after)}, restart {number} of {config.run.restarts}"
-            yield {"kind": "restart", "step": after, "text": text, "unix_seconds": time.time()}
+            yield {"kind": "restart", "step": after, "text": text, "unix_seconds": ended}
 
 
 def saved_steps(config: RunConfig) -> int:
@@ -62,15 +65,18 @@ def saved_steps(config: RunConfig) -> int:
     return int(read_manifest(newest)["step"]) if newest is not None else 0
 
 
-def write_down(config: RunConfig, step: int, number: int, error: SemionError, *, has_moved: bool) -> None:
-    """Adds a row to the record: the step gone on from, how many that the lost attempt did are to be done again, what was lost
-    and when. `has_moved`: it did any."""
+def write_down(
+    config: RunConfig, step: int, number: int, error: SemionError, *, has_moved: bool, took: Mapping[str, float]
+) -> None:
+    """Adds a row to the record: the step gone on from, how many that the lost attempt did are to be done again, and what was
+    lost. `has_moved`: it did any. `took`: when the next start began (the `unix_seconds` of its row in startup.jsonl), and what
+    the loss had taken until then, in seconds: since the last word of any process, and to end what was left."""
     last = last_row(config.run_directory / "metrics.jsonl")
     done = last["step"] + 1 if last is not None else 0
     lost_steps = max(0, done - step) if has_moved else 0
     what = {"restart": number, "error": type(error).__name__, "text": str(error)}
     ledger = JsonlLedger(config.run_directory / RESTARTS)
-    ledger.append([{"step": step, "lost_steps": lost_steps, **what, "unix_seconds": time.time()}])
+    ledger.append([{"step": step, "lost_steps": lost_steps, **what, **took}])
     ledger.close()
 
 

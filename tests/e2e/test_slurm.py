@@ -7,6 +7,7 @@ real Slurm."""
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 from engine.config.load import RunConfig
 from tests.e2e import fake_slurm
 from tests.e2e.test_commands import ONLINE, SEMI_ONLINE, Make, final, rollouts, rows, sent_alike, tensors, untimed, written
+from tests.e2e.test_restarts import check_times
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tools/slurm/train.sbatch"
@@ -114,6 +116,7 @@ def test_a_job_that_loses_a_node_goes_on_by_itself_on_its_spare_and_changes_no_b
     assert rollouts(config) == rollouts(whole)
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
+    check_times(json.loads((config.run_directory / "summary.json").read_text())["restarts"][-1]["took"])
 
 
 @pytest.mark.parametrize(("spares", "nodes"), [("1", 2), ("3", 3), ("one", 3)])

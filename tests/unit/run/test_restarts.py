@@ -104,6 +104,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_says_and_records_what_was_
     rows = [json.loads(line) for line in (config.run_directory / "restarts.jsonl").read_text().splitlines()]
     assert [tuple(row[key] for key in ("step", "lost_steps", "restart", "error", "text")) for row in rows] == wanted
     assert summary["restarts"] == rows and summary["steps"] == 8
+    assert all(row["ending_seconds"] >= 0 and row["silent_seconds"] >= 0 for row in rows)
     printed = capsys.readouterr().out
     first, second = (line.partition("  ")[2] for line in printed.splitlines() if "  lost: " in line)
     assert first == f"lost: {rank}; the run starts over, for there is no checkpoint yet, restart 1 of 2"
@@ -214,3 +215,27 @@ def test_a_head_that_does_not_answer_is_named_within_its_deadline():
     await_head("auto", 0.0)  # Ray finds it by itself, or says that there is none
     with pytest.raises(MissingNodeError, match=r"RAY_ADDRESS = 127\.0\.0\.1:1; found .*refused for 0 s"):
         await_head("127.0.0.1:1", 0.3)
+
+
+def test_a_restart_says_what_each_part_of_it_took(config):
+    """The row of restarts.jsonl and that of the start which followed it have one time; a restart that is lost in turn before
+    its first step has no start."""
+    engine = {"process": "engine 0", "name": "weights", "about": "", "after_seconds": 1.0, "seconds": 90.0}
+
+    def phase(name: str, after: float, seconds: float) -> dict[str, object]:
+        return {"process": "trainer rank 0", "name": name, "about": "", "after_seconds": after, "seconds": seconds}
+
+    phases = [phase("ray", 0, 2), phase("processes", 2.5, 4), engine, engine | {"name": "engine"}, phase("ranks", 6.5, 1)]
+    phases += [phase("model", 7.5, 3), phase("weights", 8, 2), phase("resume", 10.5, 5), phase("engines", 16, 6)]
+    phases += [phase("first step", 22, 8)]
+    starts = [{"step": 0, "unix_seconds": 5.5, "seconds": 9.0, "phases": []}]
+    starts += [{"step": 4, "unix_seconds": 100.25, "seconds": 30.0, "phases": phases}]
+    lost = {"step": 4, "restart": 1, "text": "gone", "lost_steps": 0}
+    rows = [lost | {"unix_seconds": 90.0}, lost | {"unix_seconds": 100.25, "silent_seconds": 12.0, "ending_seconds": 1.5}]
+    for name, written in (("startup.jsonl", starts), ("restarts.jsonl", rows)):
+        (config.run_directory / name).write_text("".join(json.dumps(row) + "\n" for row in written))
+    first, second = summarize(config.run_directory)["restarts"]
+    assert first == rows[0]
+    took = {"notice": 12.0, "end": 1.5, "start": 7, "weights": 3, "state": 5, "engines": 6, "step": 8, "rest": 1.0, "all": 31.5}
+    assert second == rows[1] | {"took": took}
+    assert sum(took[name] for name in took if name not in ("notice", "all")) == took["all"]
