@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ from engine.run.machine import visible_gpus
 from engine.run.metrics import catalogue
 from engine.run.processes import Cluster
 from engine.run.restarts import unbroken
-from engine.run.spec import Spec
+from engine.run.spec import Spec, resolve
 
 STOPPING = "semion: asked to stop: the run will save and end where it can go on from; a second time: at once"
 
@@ -63,8 +63,11 @@ def train(
         config = spec.config  # as resolved
         stop.check()
 
-    def attempt(again: bool) -> Iterator[signals.Event]:
-        yield from _processes(spec, lambda cluster: cluster.train(resume=again), verbose=verbose)
+    def attempt(again: bool, layout: RunConfig) -> Iterator[signals.Event]:
+        fitting = spec if layout is config else replace(resolve(layout, digests=False), digests=spec.digests)
+        if fitting is not spec:
+            yield _starting(fitting)
+        yield from _processes(fitting, lambda cluster: cluster.train(resume=again), verbose=verbose)
 
     with locked(directory), preemptible(config) as stop:
         yield from _alone(directory)

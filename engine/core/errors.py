@@ -119,8 +119,10 @@ class ProcessLostError(WatchdogError):
 
 
 class MissingNodeError(WatchdogError):
-    """A node that the run needs has not come, or not come back, within its deadline."""
+    """A node that the run needs has not come, or not come back, within its deadline. `nodes_left`: how many are there, where
+    some answer."""
 
+    nodes_left: int | None = None
     may_pass = False
 
 

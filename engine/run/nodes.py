@@ -181,27 +181,36 @@ def _init_ray(verbose: bool, **options: Any) -> None:
 def _await_nodes(config: RunConfig) -> list[Node]:
     """The cluster's first nodes that answer, as many as the run needs: its head, then by address. A node beyond them is a
     spare, which the next start takes where one of them is gone. Ray sees that after a quarter of a minute only; until then such
-    a node neither answers nor is passed over. MissingNodeError where too few answer within trainer.timeout_seconds."""
+    a node neither answers nor is passed over. MissingNodeError where too few answer within trainer.timeout_seconds, or with
+    run.on_lost_node = "shrink" as soon as Ray has seen that one is gone."""
     import ray
 
     wanted, patience = config.cluster.nodes, config.trainer.timeout_seconds
     deadline = time.monotonic() + patience
     looks: dict[str, Any] = {}  # what is asked of each node, by Ray's name of it
     found: list[Node] = []
+    goes_on_with_fewer = config.run.on_lost_node == "shrink"
+    gone: list[str] = []
     while time.monotonic() < deadline:
-        first = sorted((node for node in ray.nodes() if node["Alive"]), key=_order)[:wanted]
+        known = ray.nodes()
+        first = sorted((node for node in known if node["Alive"]), key=_order)[:wanted]
+        gone = sorted({node["NodeManagerAddress"] for node in known if not node["Alive"]})
         for node in first:
             if node["NodeID"] not in looks:
                 looks[node["NodeID"]] = _look_at(node)
         found = [node for node in (_seen(node, looks) for node in first) if node is not None]
         if len(found) == wanted:
             return found
+        if goes_on_with_fewer and gone and len(found) == len(first):
+            break  # as many as there are
         time.sleep(0.5)
-    gone = " ".join(sorted({node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}))
-    raise MissingNodeError(
-        f"cluster.nodes = {wanted} nodes must join the Ray cluster; {len(found)} came within "
-        f"trainer.timeout_seconds = {patience:.0f}, gone are: {gone or 'none'}: look at what the others logged"
+    within = "at once" if time.monotonic() < deadline else f"within trainer.timeout_seconds = {patience:.0f}"
+    missing = MissingNodeError(
+        f"cluster.nodes = {wanted} nodes must join the Ray cluster; {len(found)} answered {within}, gone are: "
+        f"{' '.join(gone) or 'none'}: look at what the others logged"
     )
+    missing.nodes_left = len(found)
+    raise missing
 
 
 def _order(node: Mapping[str, Any]) -> tuple[bool, int, str]:

@@ -57,8 +57,9 @@ class Watched:
         return found
 
     def at(self, task: str) -> psutil.Process | None:
-        """A process at this method, by the title that Ray gives it. Who there is, is asked twice a second: it takes long."""
-        if time.monotonic() > self._asked + 0.5:
+        """A process at this method, by the title that Ray gives it. Who there is, is asked every five seconds: it takes
+        long, in which a step may pass."""
+        if time.monotonic() > self._asked + 5.0:
             self._family = psutil.Process(self.run.pid).children(recursive=True)
             self._asked = time.monotonic()
         return next((process for process in self._family if title(process).startswith(f"ray::{task}")), None)
@@ -108,6 +109,7 @@ def test_a_run_that_loses_an_engine_starts_again_and_ends_as_if_nothing_had_happ
     whole, _ = semi_online
     config = run_config(*SEMI_ONLINE, "run.restarts=9", directory="restarted_once")
     with Watched(written(config, tmp_path), tmp_path / "log") as watched:
+        watched.until(lambda: watched.at("engine 0: collect"))  # the first evaluation; the engine is known from now on
         watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
         watched.until(watched.sampling).kill()
         assert watched.ends() == 0, watched.said()[-4000:]
@@ -135,6 +137,7 @@ def test_a_run_that_loses_an_engine_and_then_a_rank_ends_as_if_nothing_had_happe
     whole, _ = semi_online
     config = run_config(*SEMI_ONLINE, "run.restarts=9", directory="restarted")
     with Watched(written(config, tmp_path), tmp_path / "log") as watched:
+        watched.until(lambda: watched.at("engine 0: collect"))  # the first evaluation; the engine is known from now on
         watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
         watched.until(watched.sampling).kill()
         watched.until(lambda: restarts(config))

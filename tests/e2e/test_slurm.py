@@ -119,6 +119,37 @@ def test_a_job_that_loses_a_node_goes_on_by_itself_on_its_spare_and_changes_no_b
     check_times(json.loads((config.run_directory / "summary.json").read_text())["restarts"][-1]["took"])
 
 
+def test_a_job_that_loses_a_node_for_good_goes_on_with_fewer_replicas_and_trains_on_the_same(
+    online: RunConfig, run_config: Make, tmp_path: Path
+) -> None:
+    """Two replicas on one node and two engines on the other, which is killed: one replica and one engine do the remaining steps
+    of the same samples, on the node that is left, and losses are those of the run that nobody disturbed but for sums' order."""
+    may = ["run.on_lost_node=shrink", "checkpoint.other_layout=allow"]
+    config = run_config(*ONLINE, "cluster.nodes=2", "cluster.gpus_per_node=2", *may, directory="job")
+    environment, log = fake_slurm.install(tmp_path / "slurm") | {"SEMION_SPARES": "0"}, tmp_path / "log"
+    command = ["sbatch", "--nodes=2", SCRIPT, written(config, tmp_path)]
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+    try:
+        lose_node(job, config, fake_slurm.NODES[1], log)
+        assert job.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+    finally:
+        job.terminate()
+    assert not (tmp_path / "slurm" / "scontrol").exists(), "it was not requeued"
+    lost, fewer = rows(config, "restarts.jsonl")
+    whole = {"cluster.nodes": 2, "trainer.data_parallel": 2, "inference.engines": 2}
+    assert lost["step"] == fewer["step"] == 1 and (lost["layout"], fewer["error"]) == (whole, "MissingNodeError")
+    assert fewer["layout"] == {"cluster.nodes": 1, "trainer.data_parallel": 1, "inference.engines": 1}
+    assert "resumed after 1 steps in another layout than before (TP 1 PP 1 DP 2 -> TP 1 PP 1 DP 1)" in log.read_text()
+    theirs, ours = rows(online, "metrics.jsonl"), rows(config, "metrics.jsonl")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [0, 1, 2]
+    for before, now in zip(theirs, ours, strict=True):
+        assert now["num_tokens"] == before["num_tokens"]
+        assert now["loss"] == pytest.approx(before["loss"], abs=1e-5)
+        assert now["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
+    sampled = [[(row["step"], row["token_ids"], row["reward"]) for row in rollouts(run)] for run in (config, online)]
+    assert sampled[0] == sampled[1]
+
+
 @pytest.mark.parametrize(("spares", "nodes"), [("1", 2), ("3", 3), ("one", 3)])
 def test_spares_that_leave_no_two_nodes_are_refused(tmp_path: Path, spares: str, nodes: int) -> None:
     found, log, _ = submitted(tmp_path, nodes, {"SEMION_SPARES": spares}, semion="exit 9", python="exit 9")
@@ -233,12 +264,15 @@ def test_a_node_on_which_ray_does_not_start_ends_the_job_by_name_and_requeues_it
     assert "train.sbatch: Ray did not start, as said above" in log
 
 
-def test_a_command_that_outlives_ray_is_ended(tmp_path: Path) -> None:
-    """Here it hears of USR1 alone, and of nothing else."""
-    ready = "import socket, sys, time; s = socket.create_server(('127.0.0.2', int(sys.argv[1]))); time.sleep(3)"
-    port = "$((${RAY_ADDRESS##*:} + 5000))"
+@pytest.mark.parametrize("spares", ["", "1"])
+def test_a_command_that_outlives_ray_is_ended(tmp_path: Path, spares: str) -> None:
+    """Here it hears of USR1 alone, and of nothing else. With a spare node Ray outlives the others, but not its head. The half
+    minute that the command is given is waited for."""
+    ready = "import socket, sys, time; s = [socket.create_server(('127.0.0.2', int(p))) for p in sys.argv[1:]]; time.sleep(3)"
+    port = "$((${RAY_ADDRESS##*:} + 5000)) ${RAY_ADDRESS##*:}"
     python = f'[ "$2" != start ] && exec {sys.executable} "$@"\n[ "$SLURMD_NODENAME" = 127.0.0.2 ] || sleep 300\n'
     python += f'{sys.executable} -c "{ready}" {port}; exit 8'
-    found, log, asked = submitted(tmp_path, 2, {}, python=python, semion="trap : USR1 TERM; while :; do sleep 1; done")
+    semion, spare = "trap : USR1 TERM; while :; do sleep 1; done", {"SEMION_SPARES": spares}
+    found, log, asked = submitted(tmp_path, 3 if spares else 2, spare, python=python, semion=semion)
     assert found == 8 and len(asked) == 1, log
     assert "Ray ended on a node, as said above; the command has 30 s" in log

@@ -75,9 +75,11 @@ class Attempts:
     def __init__(self, config: RunConfig, *plan: tuple[range, int | None, BaseException | None]) -> None:
         self._config, self._plan = config, list(plan)
         self.resumed: list[bool] = []
+        self.nodes: list[int] = []
 
-    def __call__(self, resume: bool) -> Iterator[Event]:
+    def __call__(self, resume: bool, layout: RunConfig) -> Iterator[Event]:
         self.resumed.append(resume)
+        self.nodes.append(layout.cluster.nodes)
         steps, checkpoint, error = self._plan.pop(0)
         kept = [json.dumps({"step": step}) + "\n" for step in range(steps.stop)]
         (self._config.run_directory / "metrics.jsonl").write_text("".join(kept))
@@ -179,7 +181,7 @@ def test_the_restarts_of_a_run_that_never_took_a_step_are_not_the_next_ones(conf
 def test_a_request_that_comes_with_the_restart_reaches_the_next_attempt(config):
     found: list[bool] = []
 
-    def attempt(resume: bool) -> Iterator[Event]:
+    def attempt(resume: bool, layout: RunConfig) -> Iterator[Event]:
         found.append(stop_request(config).exists())
         yield {"kind": "note", "text": ""}
         raise EngineLostError("gone") if len(found) == 1 else PreemptedError("asked to stop: saved")
@@ -239,3 +241,40 @@ def test_a_restart_says_what_each_part_of_it_took(config):
     took = {"notice": 12.0, "end": 1.5, "start": 7, "weights": 3, "state": 5, "engines": 6, "step": 8, "rest": 1.0, "all": 31.5}
     assert second == rows[1] | {"took": took}
     assert sum(took[name] for name in took if name not in ("notice", "all")) == took["all"]
+
+
+def missing(left: int | None) -> MissingNodeError:
+    error = MissingNodeError("a node is gone")
+    error.nodes_left = left
+    return error
+
+
+def test_a_run_that_may_shrink_goes_on_with_the_nodes_left_and_asks_for_all_again(tmp_path, capsys):
+    """Four nodes of a GPU, two replicas and two engines: one is lost, then another, and both come back."""
+    tables = {"cluster": {"nodes": 4, "gpus_per_node": 1}, "trainer": {"data_parallel": 2}, "inference": {"engines": 2}}
+    may = {"run": {"steps": 8, "restarts": 2, "on_lost_node": "shrink"}, "checkpoint": {"other_layout": "allow"}}
+    config = builders.config(tmp_path / "run", **tables, **may)
+    config.run_directory.mkdir()
+    lost = EngineLostError("the process of engine 1 ended")
+    plan = [(range(3), 2, lost), (range(0), None, missing(3)), (range(2, 4), None, lost)]
+    plan += [(range(0), None, missing(2)), (range(2, 5), 4, lost), (range(4, 8), 8, None)]
+    attempts = Attempts(config, *plan)
+    show(config, "train", [typed(event) for event in unbroken(config, attempts, resume=False)])
+    assert attempts.nodes == [4, 4, 3, 4, 2, 4] and attempts.resumed == [False, *[True] * 5]
+    rows = summarize(config.run_directory)["restarts"]
+    sizes = [(row["restart"], row["layout"]["cluster.nodes"], row["layout"]["trainer.data_parallel"]) for row in rows]
+    assert sizes == [(1, 4, 2), (1, 3, 2), (2, 4, 2), (2, 2, 1), (1, 4, 2)]
+    said = capsys.readouterr().out
+    assert "on fewer nodes (cluster.nodes = 2, trainer.data_parallel = 1, inference.engines = 1)" in said
+
+
+@pytest.mark.parametrize(
+    ("on_lost_node", "checkpoint", "left"), [("wait", 2, 1), ("shrink", None, 1), ("shrink", 2, 0), ("shrink", 2, None)]
+)
+def test_a_run_ends_where_it_may_not_shrink_has_no_checkpoint_or_no_layout_fits(tmp_path, on_lost_node, checkpoint, left):
+    may = {"run": {"steps": 8, "restarts": 2, "on_lost_node": on_lost_node}, "checkpoint": {"other_layout": "allow"}}
+    config = builders.config(tmp_path / "run", cluster={"nodes": 2, "gpus_per_node": 2}, **may)
+    config.run_directory.mkdir()
+    plan = (range(3), checkpoint, EngineLostError("gone")), (range(0), None, missing(left))
+    with pytest.raises(MissingNodeError, match="a node is gone"):
+        list(unbroken(config, Attempts(config, *plan), resume=False))
