@@ -155,7 +155,7 @@ def _join_ray(config: RunConfig, verbose: bool) -> list[Node]:
             f"cluster.nodes = {config.cluster.nodes} needs a Ray cluster that is already there and takes this token; "
             f"found none at {address!r}: start the run with tools/slurm/train.sbatch, or set RAY_ADDRESS"
         ) from error
-    return _await_nodes(config)
+    return await_nodes(config)
 
 
 def _init_ray(verbose: bool, **options: Any) -> None:
@@ -178,7 +178,7 @@ def _init_ray(verbose: bool, **options: Any) -> None:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _await_nodes(config: RunConfig) -> list[Node]:
+def await_nodes(config: RunConfig) -> list[Node]:
     """The cluster's first nodes that answer, as many as the run needs: its head, then by address. A node beyond them is a
     spare, which the next start takes where one of them is gone. Ray sees that after a quarter of a minute only; until then such
     a node neither answers nor is passed over. MissingNodeError where too few answer within trainer.timeout_seconds, or with
@@ -197,7 +197,7 @@ def _await_nodes(config: RunConfig) -> list[Node]:
         gone = sorted({node["NodeManagerAddress"] for node in known if not node["Alive"]})
         for node in first:
             if node["NodeID"] not in looks:
-                looks[node["NodeID"]] = _look_at(node)
+                looks[node["NodeID"]] = look_at(node)
         found = [node for node in (_seen(node, looks) for node in first) if node is not None]
         if len(found) == wanted:
             return found
@@ -218,7 +218,7 @@ def _order(node: Mapping[str, Any]) -> tuple[bool, int, str]:
     return HEAD not in node["Resources"], int(ipaddress.ip_address(node["NodeManagerAddress"])), node["NodeID"]
 
 
-def _look_at(node: Mapping[str, Any]) -> Any:
+def look_at(node: Mapping[str, Any]) -> Any:
     """Asks what only a process on that node can see."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

@@ -1,8 +1,8 @@
 """tools/slurm/train.sbatch under a stand-in for Slurm, with everything else real: two Ray nodes, trainer ranks on one and
 engines on the other, a signal, a requeue, and the weights of a run on one node; the same of two nodes that each have a trainer
 rank and an engine, which take turns. What the script does with the command's exit codes, and with a Ray that does not start, is
-tested with programs that only exit. A job with a spare node loses another one and goes on there. real_slurm.py is run under a
-real Slurm."""
+tested with programs that only exit. A job that loses a node goes on on a spare one, or with fewer replicas. real_slurm.py is
+run under a real Slurm."""
 
 from __future__ import annotations
 
