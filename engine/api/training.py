@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from engine.api.events import Done, Event, Note, Step, typed
 from engine.api.faults.directory import check_fresh, has_steps
 from engine.api.preflight import check
 from engine.config.load import RunConfig, dump_config, flat
-from engine.core.errors import ConfigError, PreemptedError
+from engine.core.errors import ConfigError, PreemptedError, SemionError
 from engine.core.files import locked, writing
 from engine.observe.journal import LOGS, WARNINGS
 from engine.observe.origin import FORK
@@ -36,7 +36,7 @@ from engine.run.machine import visible_gpus
 from engine.run.metrics import catalogue
 from engine.run.processes import Cluster
 from engine.run.restarts import unbroken
-from engine.run.spec import Spec
+from engine.run.spec import Spec, resolve
 
 STOPPING = "semion: asked to stop: the run will save and end where it can go on from; a second time: at once"
 
@@ -63,8 +63,11 @@ def train(
         config = spec.config  # as resolved
         stop.check()
 
-    def attempt(again: bool) -> Iterator[signals.Event]:
-        yield from _processes(spec, lambda cluster: cluster.train(resume=again), verbose=verbose)
+    def attempt(again: bool, layout: RunConfig) -> Iterator[signals.Event]:
+        fitting = spec if layout is config else replace(resolve(layout, digests=False), digests=spec.digests)
+        if fitting is not spec:
+            yield _starting(fitting)
+        yield from _processes(fitting, lambda cluster: cluster.train(resume=again), verbose=verbose)
 
     with locked(directory), preemptible(config) as stop:
         yield from _alone(directory)
@@ -151,10 +154,14 @@ def _processes(spec: Spec, run: Callable[[Cluster], Iterator[signals.Event]], *,
     yield opening.event("begins")
     with Cluster(spec, verbose=verbose) as cluster:
         yield opening.event("done")
-        for event in run(cluster):
-            if event["kind"] == "done":
-                yield Doing("end").event("begins")
-            yield event
+        try:
+            for event in run(cluster):
+                if event["kind"] == "done":
+                    yield Doing("end").event("begins")
+                yield event
+        except SemionError as error:
+            error.seen_unix = time.time()
+            raise
 
 
 def begins_again(config: RunConfig, *, may_start_over: bool) -> bool:

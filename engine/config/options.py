@@ -82,6 +82,11 @@ class Run(Section):
     restarts: Annotated[NonNegative, Unit("attempts")] = Field(
         3, description="to go on after a lost process, in a row without a new checkpoint; 0: none"
     )
+    on_lost_node: Literal["wait", "shrink"] = Field(
+        "wait",
+        description="where a node is lost and no spare is there: wait for one until trainer.timeout_seconds, or go on from the "
+        "newest checkpoint on the nodes left, with fewer data-parallel replicas or engines, which is not bit for bit",
+    )
     sinks: tuple[str, ...] = Field(
         ("tensorboard",),
         strict=False,

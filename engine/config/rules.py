@@ -56,7 +56,7 @@ def broken_rules(config: Options) -> list[str]:
             f"and {ends[1]} with 1 stage: remove them"
         )
     broken += broken_name_rules(c) + broken_reference_rules(c)
-    broken += broken_placement_rules(c) + broken_vllm_rules(c)
+    broken += broken_placement_rules(c) + broken_shrinking_rules(c) + broken_vllm_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c) + broken_head_rules(c)
     broken += broken_reward_rules(c) + broken_learning_rate_rules(c.optimizer)
     if never_syncs and c.sync.reference == "follow":
@@ -205,6 +205,31 @@ def broken_placement_rules(c: Options) -> list[str]:
     except ConfigError as error:
         broken.append(str(error))
     return broken
+
+
+def broken_shrinking_rules(c: Options) -> list[str]:
+    """Sentences for a run that is to go on with fewer nodes and could not, whatever is left of them."""
+    if c.run.on_lost_node == "wait":
+        return []
+    needed = (
+        (c.cluster.nodes > 1, "cluster.nodes > 1, for a run on one node has none to lose", c.cluster.nodes),
+        (
+            c.checkpoint.other_layout == "allow",
+            "checkpoint.other_layout = 'allow', for it goes on in another layout, which is not bit for bit",
+            c.checkpoint.other_layout,
+        ),
+        (c.trainer.fp8 != "delayed", "trainer.fp8 other than 'delayed', whose scales are of a whole shard", c.trainer.fp8),
+        (
+            c.optimizer.moment_dtype != "fp8",
+            "optimizer.moment_dtype other than 'fp8', whose scales are of a whole shard",
+            c.optimizer.moment_dtype,
+        ),
+    )
+    return [
+        f"run.on_lost_node = 'shrink' needs {what}; found {found!r}: change it, or set on_lost_node = 'wait'"
+        for holds, what, found in needed
+        if not holds
+    ]
 
 
 def broken_data_rules(c: Options) -> list[str]:

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Sequence
 
 class SemionError(Exception):
     """Base of all user-facing errors. `exit_code`: what the command line ends with. `may_pass`: the cause lies outside, so a
-    restart of the same run may succeed."""
+    restart of the same run may succeed. `seen_unix`: of what ended an attempt at a run, the time of day when the command had
+    it, before it ended what was left."""
 
     exit_code = 1
     may_pass = False
+    seen_unix: float | None = None
     echo = False  # of a failed weight sync: most likely the consequence of a failure elsewhere
 
     @property
@@ -117,8 +119,10 @@ class ProcessLostError(WatchdogError):
 
 
 class MissingNodeError(WatchdogError):
-    """A node that the run needs has not come, or not come back, within its deadline."""
+    """A node that the run needs has not come, or not come back, within its deadline. `nodes_left`: how many are there, where
+    some answer."""
 
+    nodes_left: int | None = None
     may_pass = False
 
 

@@ -23,8 +23,9 @@ from engine.observe.journal import WARNINGS, read_warnings
 from engine.observe.origin import read_origin
 from engine.observe.reading import RunRecords, fill, versions_of
 from engine.observe.report import content, page
-from engine.observe.summary import RESTARTS
+from engine.observe.summary import RESTARTS, read_restarts
 from engine.observe.tail import Tail
+from engine.observe.timeline import STARTUP
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOOK_SECONDS = 1.0  # records are looked at no more often, however many browsers ask
@@ -56,7 +57,7 @@ class LiveRun:
     def __init__(self, directory: Path, name: str, options: Mapping[str, Any]) -> None:
         self.directory = directory
         self.records = RunRecords(name, options, origin=read_origin(directory))
-        files = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "guard.jsonl", RESTARTS)
+        files = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "guard.jsonl")
         self._tails = {file: Tail(directory / file) for file in files}
         self._seen: dict[str, float] = {}  # when files that are read whole, for they are small, had changed
 
@@ -75,12 +76,14 @@ class LiveRun:
             evaluations=found["evaluations.jsonl"].rows,
             samples=found["samples.jsonl"].rows,
         )
-        for kept, file in ((records.findings, "guard.jsonl"), (records.restarts, RESTARTS)):
-            del kept[len(kept) - found[file].withdrawn :]
-            kept += found[file].rows
+        kept, findings = records.findings, found["guard.jsonl"]
+        del kept[len(kept) - findings.withdrawn :]
+        kept += findings.rows
         changed = any(rows or withdrawn for withdrawn, rows in found.values())
         if self._has_changed(WARNINGS):
             records.warnings, changed = read_warnings(self.directory / WARNINGS), True
+        if self._has_changed(RESTARTS) | self._has_changed(STARTUP):
+            records.restarts, changed = read_restarts(self.directory), True
         if self._has_changed("summary.json"):
             records.versions, changed = versions_of(self.directory / "summary.json"), True
         return changed

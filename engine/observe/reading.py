@@ -19,7 +19,7 @@ from engine.observe.origin import Origin, read_origin
 from engine.observe.predicted import Predicted
 from engine.observe.problems import Problems
 from engine.observe.regime import Proof, prove
-from engine.observe.summary import RESTARTS
+from engine.observe.summary import read_restarts
 
 MOST_ROWS = 800  # of metrics that are kept; of more steps, the means of equally many neighbours
 NUM_ANSWERS = 4  # problems of which a run's answers are shown
@@ -171,7 +171,7 @@ def read_run(
         evaluations=read_rows(directory / "evaluations.jsonl"),
         samples=read_rows(directory / "samples.jsonl"),
     )
-    records.findings, records.restarts = (list(read_rows(directory / file)) for file in ("guard.jsonl", RESTARTS))
+    records.findings, records.restarts = list(read_rows(directory / "guard.jsonl")), read_restarts(directory)
     records.warnings = read_warnings(directory / WARNINGS)
     records.versions = versions_of(directory / "summary.json")
     return records

@@ -14,6 +14,7 @@ from engine.observe.curves import further_plots, plots
 from engine.observe.predicted import HEADING
 from engine.observe.problems import Problem, difference
 from engine.observe.reading import RunRecords
+from engine.observe.summary import TOOK
 
 Item = TypeVar("Item")
 NEVER_WITHIN = ("run.directory",)  # options that say nothing of what a run is
@@ -21,7 +22,13 @@ MOST_ROWS = 60  # of a table of findings, restarts or warnings: the first and th
 MOST_PROBLEMS, MOST_EVALUATIONS = 100, 20  # of the picture of all problems
 MOST_WRONG = 8  # problems that are shown with an answer
 METRICS = ("name", "unit", "meaning")
-RESTARTED = ("run", "went on after step", "steps done again", "what was lost")
+TOOK_MEANS = (
+    "Seconds of each restart: notice, at most, from the loss until it was seen; end, to end what was left; start, until all "
+    "trainer ranks are processes that have met; weights, to build the model and read it; state, to read the checkpoint; "
+    "engines, to wait for them after that and to connect them; step, up to the end of the first step; rest, anything else. "
+    "All is without notice."
+)
+RESTARTED = ("run", "went on after step", "steps done again", "what was lost", *(f"{name}, s" for name in TOOK))
 WARNED = ("run", "process", "times, at least", "what it warned of")
 SMOOTHING = (("raw", "as recorded"), ("some", "smoothed"), ("more", "smoothed more"))
 STYLE = """
@@ -101,7 +108,9 @@ def content(
     names = dict.fromkeys(name for run in told for name, _ in run.facts)
     facts = [(name, *(dict(run.facts).get(name, "-") for run in told)) for name in names]
     findings = [(run.name, row["step"], row["text"]) for run in runs for row in run.findings]
-    restarts = [(run.name, row["step"], row["lost_steps"], row["text"]) for run in runs for row in run.restarts]
+    restarts = [
+        (run.name, row["step"], row["lost_steps"], row["text"], *_took(row.get("took"))) for run in runs for row in run.restarts
+    ]
     warnings = [(run.name, row["process"], row["count"], row["text"]) for run in runs for row in run.warnings]
     recorded = {name for run in runs for name in run.metrics.names}
     explained = [(m.name, m.unit, m.help) for m in metrics.values() if m.name in recorded]
@@ -110,7 +119,7 @@ def content(
         ("What differs", _options(runs)),
         ("Regime", "<ul>" + "".join(map(_verdict, runs)) + "</ul>" if any(run.proof for run in runs) else ""),
         ("Guard", table(("run", "step", "what it found"), findings) if findings else ""),
-        ("Restarts", table(RESTARTED, restarts) if restarts else ""),
+        ("Restarts", table(RESTARTED, restarts) + f'<p class="note">{TOOK_MEANS}</p>' if restarts else ""),
         ("Warnings", table(WARNED, warnings) if warnings else ""),
         ("Evaluations", _evaluations(runs)),
         ("Curves", _thinned(runs) + f'<div class="charts">{"".join(plots(runs, metrics).values())}</div>'),
@@ -122,6 +131,11 @@ def content(
         ("Metrics", _folded("What the names mean", METRICS, explained)),
     ]
     return "\n".join((f"<h2>{heading}</h2>{text}" if heading else text) for heading, text in sections if text)
+
+
+def _took(seconds: Mapping[str, float] | None) -> list[str]:
+    """The cells of what a restart took; dashes where it reached no step."""
+    return [f"{seconds[name]:.1f}" if seconds is not None else "-" for name in TOOK]
 
 
 def differing(options: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from engine.core.jsonl import JsonlLedger
 
+FIRST_STEP = "first step"  # the phase of a start from the end of the last other one to the end of the first step
+RANK_0 = "trainer rank 0"
 EVENTS, STARTUP = "events.jsonl", "startup.jsonl"  # in the run's directory
 
 
@@ -59,7 +61,16 @@ class Timeline:
             for phase in self._phases or ()
         ]
         until = step.get("unix_seconds", self._began)
-        return {"step": step["step"], "unix_seconds": self._began, "seconds": until - self._began, "phases": phases}
+        after = max((phase["after_seconds"] + phase["seconds"] for phase in phases), default=0.0)
+        seconds = until - self._began
+        first = {
+            "process": RANK_0,
+            "name": FIRST_STEP,
+            "about": "",
+            "after_seconds": after,
+            "seconds": max(0.0, seconds - after),
+        }
+        return {"step": step["step"], "unix_seconds": self._began, "seconds": seconds, "phases": [*phases, first]}
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self._append(EVENTS, rows)

@@ -39,7 +39,7 @@ STEPS = "step_" + "[0-9]" * 8  # folders of ours; a copy of another name is some
 MANIFEST, LATEST, BEST = "manifest.json", "LATEST", "BEST"
 POLICY, REFERENCE = "policy", "reference"
 MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
-    "run": {"steps", "directory", "restarts", "sinks"},
+    "run": {"steps", "directory", "restarts", "on_lost_node", "sinks"},
     "sync": {"timeout_seconds", "bucket_mebibytes"},
     "trainer": {"timeout_seconds", "reference_memory"},
     "inference": {"placement", "timeout_seconds"},

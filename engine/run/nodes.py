@@ -155,7 +155,7 @@ def _join_ray(config: RunConfig, verbose: bool) -> list[Node]:
             f"cluster.nodes = {config.cluster.nodes} needs a Ray cluster that is already there and takes this token; "
             f"found none at {address!r}: start the run with tools/slurm/train.sbatch, or set RAY_ADDRESS"
         ) from error
-    return [_look_at(node, config.trainer.timeout_seconds) for node in _await_nodes(config)]
+    return await_nodes(config)
 
 
 def _init_ray(verbose: bool, **options: Any) -> None:
@@ -178,38 +178,71 @@ def _init_ray(verbose: bool, **options: Any) -> None:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _await_nodes(config: RunConfig) -> list[dict[str, Any]]:
-    """The cluster's first nodes, as many as the run needs: its head, then by address. MissingNodeError if not."""
+def await_nodes(config: RunConfig) -> list[Node]:
+    """The cluster's first nodes that answer, as many as the run needs: its head, then by address. A node beyond them is a
+    spare, which the next start takes where one of them is gone. Ray sees that after a quarter of a minute only; until then such
+    a node neither answers nor is passed over. MissingNodeError where too few answer within trainer.timeout_seconds, or with
+    run.on_lost_node = "shrink" as soon as Ray has seen that one is gone."""
     import ray
 
     wanted, patience = config.cluster.nodes, config.trainer.timeout_seconds
     deadline = time.monotonic() + patience
-    while len(alive := [node for node in ray.nodes() if node["Alive"]]) < wanted:
-        if time.monotonic() > deadline:
-            left = " ".join(sorted({node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}))
-            raise MissingNodeError(
-                f"cluster.nodes = {wanted} nodes must join the Ray cluster; {len(alive)} came within "
-                f"trainer.timeout_seconds = {patience:.0f}, gone are: {left or 'none'}: look at what the others logged"
-            )
+    looks: dict[str, Any] = {}  # what is asked of each node, by Ray's name of it
+    found: list[Node] = []
+    goes_on_with_fewer = config.run.on_lost_node == "shrink"
+    gone: list[str] = []
+    while time.monotonic() < deadline:
+        known = ray.nodes()
+        first = sorted((node for node in known if node["Alive"]), key=_order)[:wanted]
+        gone = sorted({node["NodeManagerAddress"] for node in known if not node["Alive"]})
+        for node in first:
+            if node["NodeID"] not in looks:
+                looks[node["NodeID"]] = look_at(node)
+        found = [node for node in (_seen(node, looks) for node in first) if node is not None]
+        if len(found) == wanted:
+            return found
+        if goes_on_with_fewer and gone and len(found) == len(first):
+            break  # as many as there are
         time.sleep(0.5)
+    within = "at once" if time.monotonic() < deadline else f"within trainer.timeout_seconds = {patience:.0f}"
+    missing = MissingNodeError(
+        f"cluster.nodes = {wanted} nodes must join the Ray cluster; {len(found)} answered {within}, gone are: "
+        f"{' '.join(gone) or 'none'}: look at what the others logged"
+    )
+    missing.nodes_left = len(found)
+    raise missing
 
-    def order(node: dict[str, Any]) -> tuple[bool, int, str]:
-        return HEAD not in node["Resources"], int(ipaddress.ip_address(node["NodeManagerAddress"])), node["NodeID"]
 
-    return sorted(alive, key=order)[:wanted]
+def _order(node: Mapping[str, Any]) -> tuple[bool, int, str]:
+    """By which nodes of a cluster are counted, whenever they came."""
+    return HEAD not in node["Resources"], int(ipaddress.ip_address(node["NodeManagerAddress"])), node["NodeID"]
 
 
-def _look_at(node: dict[str, Any], timeout_seconds: float) -> Node:
-    """What only a process on that node can see."""
+def look_at(node: Mapping[str, Any]) -> Any:
+    """Asks what only a process on that node can see."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    address, there = node["NodeManagerAddress"], NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    seen = ray.remote(num_cpus=0, scheduling_strategy=there)(look).remote(address, node["Resources"].get("GPU", 0))
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    asked = ray.remote(num_cpus=0, scheduling_strategy=there)(look)
+    return asked.remote(node["NodeManagerAddress"], node["Resources"].get("GPU", 0))
+
+
+def _seen(node: Mapping[str, Any], looks: dict[str, Any]) -> Node | None:
+    """What was seen on a node; None before it has answered. One that is lost meanwhile is forgotten, and asked again where Ray
+    counts it again."""
+    import ray
+
+    name, address = node["NodeID"], node["NodeManagerAddress"]
     try:
-        return Node(node["NodeID"], address, *ray.get(seen, timeout=timeout_seconds))
-    except ray.exceptions.RayError as error:
+        return Node(name, address, *ray.get(looks[name], timeout=0.0))
+    except ray.exceptions.GetTimeoutError:
+        return None
+    except ray.exceptions.RayTaskError as error:
         raise typed_error(error, f"node {address}") from error
+    except ray.exceptions.RayError:
+        del looks[name]
+        return None
 
 
 def check_devices(placement: Placement, nodes: Sequence[Node], gpus_per_node: int) -> None:

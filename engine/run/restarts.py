@@ -8,12 +8,14 @@ not the lost one alone: to resume is exact, and is the same for an engine, a ran
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any
 
 from engine.config.load import RunConfig
 from engine.core.errors import MissingNodeError, PreemptedError, SemionError
 from engine.core.jsonl import JsonlLedger, last_row
 from engine.observe.summary import RESTARTS
+from engine.run.shrinking import shrunk, told
 from engine.run.signals import Event, stop_request
 
 
@@ -27,31 +29,49 @@ def restarts_in_a_row(error: SemionError, before: int, after: int, so_far: int, 
     return number if error.may_pass and number <= limit else None
 
 
-def unbroken(config: RunConfig, attempt: Callable[[bool], Iterator[Event]], *, resume: bool) -> Generator[Event]:
+def unbroken(config: RunConfig, attempt: Callable[[bool, RunConfig], Iterator[Event]], *, resume: bool) -> Generator[Event]:
     """The events of a run over as many attempts as run.restarts allows, and {"kind": "restart", "step", "text"} between two.
 
-    `attempt(resume)` starts the run's processes, yields their events, and has ended them all when it returns or raises. Raises
-    the error that ended the last attempt, or PreemptedError where a loss came to a run that had been asked to stop.
+    `attempt(resume, layout)` starts the run's processes, yields their events, and has ended them all when it returns or raises.
+    `layout` is the configuration, but on fewer nodes with run.on_lost_node = "shrink" where nodes are missing: that is an
+    attempt more, which does not count. Every other attempt asks for all nodes again. Raises the error that ended the last
+    attempt, or PreemptedError where a loss came to a run that had been asked to stop.
     """
-    number, before = 0, saved_steps(config) if resume else 0
+    number, before, layout = 0, saved_steps(config) if resume else 0, config
     while True:
         has_moved = False  # else the records are still those that the attempt before left
+        heard = time.time()
         try:
-            for event in attempt(resume):
-                has_moved = has_moved or event["kind"] == "step"
+            for event in attempt(resume, layout):
+                has_moved, heard = has_moved or event["kind"] == "step", event.get("unix_seconds", time.time())
                 yield event
             return
         except SemionError as error:
-            after, so_far = saved_steps(config), number
+            ended, after, so_far = time.time(), saved_steps(config), number
+            seen = error.seen_unix or ended
             if (error.may_pass or isinstance(error, MissingNodeError)) and stop_request(config).exists():
                 raise PreemptedError(f"asked to stop, and lost: {error}; --resume auto {_where(after)}") from error
-            again = restarts_in_a_row(error, before, after, so_far, config.run.restarts)
+            smaller = _smaller(config, layout, error) if after else None
+            again = so_far if smaller is not None else restarts_in_a_row(error, before, after, so_far, config.run.restarts)
             if again is None:
                 raise _tried(error, so_far) from error
-            number, before, resume = again, after, after > 0
-            write_down(config, after, number, error, has_moved=has_moved)
-            text = f"lost: {error}; the run {_where(after)}, restart {number} of {config.run.restarts}"
-            yield {"kind": "restart", "step": after, "text": text, "unix_seconds": time.time()}
+            number, before, resume, layout = again, after, after > 0, smaller or config
+            took = {"unix_seconds": ended, "silent_seconds": max(0.0, seen - heard), "ending_seconds": ended - seen}
+            write_down(layout, after, number, error, has_moved=has_moved, took=took)
+            how = f"restart {number} of {config.run.restarts}" if smaller is None else f"on fewer nodes ({_sizes(layout)})"
+            text = f"lost: {error}; the run {_where(after)}, {how}"
+            yield {"kind": "restart", "step": after, "text": text, "unix_seconds": ended}
+
+
+def _smaller(config: RunConfig, layout: RunConfig, error: SemionError) -> RunConfig | None:
+    """The configuration on the nodes that are left; None where that is not asked for, not what was lost, or does not fit."""
+    if config.run.on_lost_node == "wait" or not isinstance(error, MissingNodeError) or not error.nodes_left:
+        return None
+    return shrunk(config, error.nodes_left) if error.nodes_left < layout.cluster.nodes else None
+
+
+def _sizes(layout: RunConfig) -> str:
+    return ", ".join(f"{option} = {value}" for option, value in told(layout).items())
 
 
 def saved_steps(config: RunConfig) -> int:
@@ -62,15 +82,19 @@ def saved_steps(config: RunConfig) -> int:
     return int(read_manifest(newest)["step"]) if newest is not None else 0
 
 
-def write_down(config: RunConfig, step: int, number: int, error: SemionError, *, has_moved: bool) -> None:
-    """Adds a row to the record: the step gone on from, how many that the lost attempt did are to be done again, what was lost
-    and when. `has_moved`: it did any."""
+def write_down(
+    config: RunConfig, step: int, number: int, error: SemionError, *, has_moved: bool, took: Mapping[str, float]
+) -> None:
+    """Adds a row to the record: the step gone on from, how many that the lost attempt did are to be done again, what was lost,
+    and the layout gone on in, which is `config`'s. `has_moved`: the lost attempt did any. `took`: when the next start began
+    (the `unix_seconds` of its row in startup.jsonl), and what the loss had taken until then, in seconds: since the last word of
+    any process, and to end what was left."""
     last = last_row(config.run_directory / "metrics.jsonl")
     done = last["step"] + 1 if last is not None else 0
     lost_steps = max(0, done - step) if has_moved else 0
-    what = {"restart": number, "error": type(error).__name__, "text": str(error)}
+    what: dict[str, Any] = {"layout": told(config), "restart": number, "error": type(error).__name__, "text": str(error)}
     ledger = JsonlLedger(config.run_directory / RESTARTS)
-    ledger.append([{"step": step, "lost_steps": lost_steps, **what, "unix_seconds": time.time()}])
+    ledger.append([{"step": step, "lost_steps": lost_steps, **what, **took}])
     ledger.close()
 
 

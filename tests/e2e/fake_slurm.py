@@ -1,7 +1,7 @@
 """Not a test: stands in for Slurm's sbatch, srun, squeue and scontrol on one machine, as far as tools/slurm uses them. Nodes
 are named by addresses of the loopback network. It does what Slurm 22.05 did (real_slurm.py): USR1 to srun goes to all processes
 of its step, TERM kills them at once, whatever a task has started ends with its step, a job's environment reaches a task only if
-srun is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit a task that fails has the others ended."""
+srun is told so, as under `sbatch --export=NONE`, and with --kill-on-bad-exit=1 a task that fails has the others ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import psutil
 
 from tools.contained import become_subreaper, leftovers
 
-NODES = ("127.0.0.2", "127.0.0.3")
+NODES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 ROLES = ("sbatch", "srun", "squeue", "scontrol")
 FOLDER = "FAKE_SLURM"  # environment variable: where the stand-in keeps its spool and its records
 STATE = "FAKE_SLURM_STATE"  # environment variable: what squeue says of the job, RUNNING where unset
@@ -60,6 +60,7 @@ def srun(arguments: list[str]) -> int:
     parser.add_argument("--cpu-bind", choices=["none"], required=True)  # else a task of one processor is held to one
     parser.add_argument("--export", default=os.environ["SLURM_EXPORT_ENV"])
     parser.add_argument("--kill-on-bad-exit", type=int, default=0)
+    parser.add_argument("--no-kill", action="store_true")  # the step outlives a node that Slurm finds dead
     parser.add_argument("--nodelist")
     for option in ("--container-image", "--container-mounts", "--container-workdir"):  # pyxis's; only written down
         parser.add_argument(option)

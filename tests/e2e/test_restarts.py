@@ -57,8 +57,9 @@ class Watched:
         return found
 
     def at(self, task: str) -> psutil.Process | None:
-        """A process at this method, by the title that Ray gives it. Who there is, is asked twice a second: it takes long."""
-        if time.monotonic() > self._asked + 0.5:
+        """A process at this method, by the title that Ray gives it. Who there is, is asked every five seconds: it takes
+        long, in which a step may pass."""
+        if time.monotonic() > self._asked + 5.0:
             self._family = psutil.Process(self.run.pid).children(recursive=True)
             self._asked = time.monotonic()
         return next((process for process in self._family if title(process).startswith(f"ray::{task}")), None)
@@ -91,12 +92,24 @@ def restarts(config: RunConfig) -> list[dict[str, Any]]:
     return rows(config, "restarts.jsonl") if (config.run_directory / "restarts.jsonl").exists() else []
 
 
+def plain(restart: dict[str, Any]) -> dict[str, Any]:
+    """A restart of a summary as restarts.jsonl has it."""
+    return {name: value for name, value in restart.items() if name != "took"}
+
+
+def check_times(took: dict[str, float]) -> None:
+    """That each part of a restart which reached a step took its time, and that all of them are the whole."""
+    assert min(took[name] for name in ("end", "start", "weights", "state", "engines", "step")) > 0, took
+    assert sum(took[name] for name in took if name not in ("notice", "all")) == pytest.approx(took["all"]), took
+
+
 def test_a_run_that_loses_an_engine_starts_again_and_ends_as_if_nothing_had_happened(
     semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
 ) -> None:
     whole, _ = semi_online
     config = run_config(*SEMI_ONLINE, "run.restarts=9", directory="restarted_once")
     with Watched(written(config, tmp_path), tmp_path / "log") as watched:
+        watched.until(lambda: watched.at("engine 0: collect"))  # the first evaluation; the engine is known from now on
         watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
         watched.until(watched.sampling).kill()
         assert watched.ends() == 0, watched.said()[-4000:]
@@ -109,7 +122,8 @@ def test_a_run_that_loses_an_engine_starts_again_and_ends_as_if_nothing_had_happ
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
     ours, theirs = (json.loads((c.run_directory / "summary.json").read_text()) for c in (config, whole))
-    assert (ours["restarts"], theirs["restarts"]) == (lost, [])
+    assert ([plain(row) for row in ours["restarts"]], theirs["restarts"]) == (lost, [])
+    check_times(ours["restarts"][-1]["took"])
     assert ours["evaluations"] == theirs["evaluations"]
     proof = semion("report", str(config.run_directory), "--output", str(tmp_path / "report.html"))
     assert f"proven from 144 rollouts of 4 steps; {len(lost)} restart" in proof
@@ -123,6 +137,7 @@ def test_a_run_that_loses_an_engine_and_then_a_rank_ends_as_if_nothing_had_happe
     whole, _ = semi_online
     config = run_config(*SEMI_ONLINE, "run.restarts=9", directory="restarted")
     with Watched(written(config, tmp_path), tmp_path / "log") as watched:
+        watched.until(lambda: watched.at("engine 0: collect"))  # the first evaluation; the engine is known from now on
         watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
         watched.until(watched.sampling).kill()
         watched.until(lambda: restarts(config))
@@ -141,7 +156,8 @@ def test_a_run_that_loses_an_engine_and_then_a_rank_ends_as_if_nothing_had_happe
     assert untimed(rows(config, "metrics.jsonl")) == untimed(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
     ours, theirs = (json.loads((c.run_directory / "summary.json").read_text()) for c in (config, whole))
-    assert (ours["restarts"], theirs["restarts"]) == (lost, [])
+    assert ([plain(row) for row in ours["restarts"]], theirs["restarts"]) == (lost, [])
+    check_times(ours["restarts"][-1]["took"])
     assert ours["evaluations"] == theirs["evaluations"]
     proof = semion("report", str(config.run_directory), "--output", str(tmp_path / "report.html"))
     assert f"proven from 144 rollouts of 4 steps; {len(lost)} restarts" in proof

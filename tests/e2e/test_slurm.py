@@ -1,10 +1,13 @@
 """tools/slurm/train.sbatch under a stand-in for Slurm, with everything else real: two Ray nodes, trainer ranks on one and
 engines on the other, a signal, a requeue, and the weights of a run on one node; the same of two nodes that each have a trainer
 rank and an engine, which take turns. What the script does with the command's exit codes, and with a Ray that does not start, is
-tested with programs that only exit. real_slurm.py is run under a real Slurm."""
+tested with programs that only exit. A job that loses a node goes on on a spare one, or with fewer replicas. real_slurm.py is
+run under a real Slurm."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -12,11 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from engine.config.load import RunConfig
 from tests.e2e import fake_slurm
 from tests.e2e.test_commands import ONLINE, SEMI_ONLINE, Make, final, rollouts, rows, sent_alike, tensors, untimed, written
+from tests.e2e.test_restarts import check_times
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tools/slurm/train.sbatch"
@@ -56,6 +61,99 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     assert rollouts(config) == rollouts(whole)
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
+
+
+def processes_of(job: subprocess.Popen[bytes], address: str) -> list[psutil.Process]:
+    """All of a node of the job: Ray, what it runs, and what keeps it."""
+    started = psutil.Process(job.pid).children(recursive=True)
+    (keeper,) = [process for process in started if is_keeper(process, address)]
+    return [*keeper.children(recursive=True), keeper]
+
+
+def send(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def lose_node(job: subprocess.Popen[bytes], config: RunConfig, address: str, log: Path) -> None:
+    """Ends all of the node with the engines at once, in the interval after the first checkpoint: whoever needs them is held
+    until that is written."""
+    until(lambda: "data.train: " in log.read_text(), job, log)  # the engines are up
+    node = processes_of(job, address)
+    workers = [process for process in node if process.name().startswith("ray::")]
+    steps, metrics = int(config.checkpoint.every), config.run_directory / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= steps, job, log)
+    send(workers, signal.SIGSTOP)
+    until((config.run_directory / "checkpoints" / "LATEST").exists, job, log)
+    send(node, signal.SIGKILL)
+
+
+def is_keeper(process: psutil.Process, address: str) -> bool:
+    """Whether this is what srun has started on that node."""
+    try:
+        return process.cmdline()[1:2] == ["tools/slurm/node.py"] and process.environ()["SLURMD_NODENAME"] == address
+    except psutil.Error:
+        return False
+
+
+def test_a_job_that_loses_a_node_goes_on_by_itself_on_its_spare_and_changes_no_bit(
+    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
+) -> None:
+    """Three Ray nodes of which the run uses two. The one with the engines is killed amid the run; nobody requeues the job."""
+    whole, _ = semi_online
+    config = run_config(*SEMI_ONLINE, "cluster.gpus_per_node=2", directory="job")
+    environment, log = fake_slurm.install(tmp_path / "slurm") | {"SEMION_SPARES": "1"}, tmp_path / "log"
+    command = ["sbatch", "--nodes=3", SCRIPT, written(config, tmp_path), "algorithm.beta=0.1"]
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+    try:
+        lose_node(job, config, fake_slurm.NODES[1], log)
+        assert job.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+    finally:
+        job.terminate()
+    assert not (tmp_path / "slurm" / "scontrol").exists(), "it was not requeued"
+    assert {row["step"] for row in rows(config, "restarts.jsonl")} == {2}, log.read_text()[-4000:]
+    assert rollouts(config) == rollouts(whole)
+    assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
+    assert final(config) == final(whole)
+    check_times(json.loads((config.run_directory / "summary.json").read_text())["restarts"][-1]["took"])
+
+
+def test_a_job_that_loses_a_node_for_good_goes_on_with_fewer_replicas_and_trains_on_the_same(
+    online: RunConfig, run_config: Make, tmp_path: Path
+) -> None:
+    """Two replicas on one node and two engines on the other, which is killed: one replica and one engine do the remaining steps
+    of the same samples, on the node that is left, and losses are those of the run that nobody disturbed but for sums' order."""
+    may = ["run.on_lost_node=shrink", "checkpoint.other_layout=allow"]
+    config = run_config(*ONLINE, "cluster.nodes=2", "cluster.gpus_per_node=2", *may, directory="job")
+    environment, log = fake_slurm.install(tmp_path / "slurm") | {"SEMION_SPARES": "0"}, tmp_path / "log"
+    command = ["sbatch", "--nodes=2", SCRIPT, written(config, tmp_path)]
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+    try:
+        lose_node(job, config, fake_slurm.NODES[1], log)
+        assert job.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
+    finally:
+        job.terminate()
+    assert not (tmp_path / "slurm" / "scontrol").exists(), "it was not requeued"
+    lost, fewer = rows(config, "restarts.jsonl")
+    whole = {"cluster.nodes": 2, "trainer.data_parallel": 2, "inference.engines": 2}
+    assert lost["step"] == fewer["step"] == 1 and (lost["layout"], fewer["error"]) == (whole, "MissingNodeError")
+    assert fewer["layout"] == {"cluster.nodes": 1, "trainer.data_parallel": 1, "inference.engines": 1}
+    assert "resumed after 1 steps in another layout than before (TP 1 PP 1 DP 2 -> TP 1 PP 1 DP 1)" in log.read_text()
+    theirs, ours = rows(online, "metrics.jsonl"), rows(config, "metrics.jsonl")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [0, 1, 2]
+    for before, now in zip(theirs, ours, strict=True):
+        assert now["num_tokens"] == before["num_tokens"]
+        assert now["loss"] == pytest.approx(before["loss"], abs=1e-5)
+        assert now["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
+    sampled = [[(row["step"], row["token_ids"], row["reward"]) for row in rollouts(run)] for run in (config, online)]
+    assert sampled[0] == sampled[1]
+
+
+@pytest.mark.parametrize(("spares", "nodes"), [("1", 2), ("3", 3), ("one", 3)])
+def test_spares_that_leave_no_two_nodes_are_refused(tmp_path: Path, spares: str, nodes: int) -> None:
+    found, log, _ = submitted(tmp_path, nodes, {"SEMION_SPARES": spares}, semion="exit 9", python="exit 9")
+    assert found == 2 and f"leaves the run two nodes; found '{spares}' of {nodes} nodes: give sbatch more --nodes" in log
 
 
 @pytest.mark.nightly  # of what is in it, tests/e2e/test_commands.py has engines in turn, the test above two nodes
@@ -166,12 +264,15 @@ def test_a_node_on_which_ray_does_not_start_ends_the_job_by_name_and_requeues_it
     assert "train.sbatch: Ray did not start, as said above" in log
 
 
-def test_a_command_that_outlives_ray_is_ended(tmp_path: Path) -> None:
-    """Here it hears of USR1 alone, and of nothing else."""
-    ready = "import socket, sys, time; s = socket.create_server(('127.0.0.2', int(sys.argv[1]))); time.sleep(3)"
-    port = "$((${RAY_ADDRESS##*:} + 5000))"
+@pytest.mark.parametrize("spares", ["", "1"])
+def test_a_command_that_outlives_ray_is_ended(tmp_path: Path, spares: str) -> None:
+    """Here it hears of USR1 alone, and of nothing else. With a spare node Ray outlives the others, but not its head. The half
+    minute that the command is given is waited for."""
+    ready = "import socket, sys, time; s = [socket.create_server(('127.0.0.2', int(p))) for p in sys.argv[1:]]; time.sleep(3)"
+    port = "$((${RAY_ADDRESS##*:} + 5000)) ${RAY_ADDRESS##*:}"
     python = f'[ "$2" != start ] && exec {sys.executable} "$@"\n[ "$SLURMD_NODENAME" = 127.0.0.2 ] || sleep 300\n'
     python += f'{sys.executable} -c "{ready}" {port}; exit 8'
-    found, log, asked = submitted(tmp_path, 2, {}, python=python, semion="trap : USR1 TERM; while :; do sleep 1; done")
+    semion, spare = "trap : USR1 TERM; while :; do sleep 1; done", {"SEMION_SPARES": spares}
+    found, log, asked = submitted(tmp_path, 3 if spares else 2, spare, python=python, semion=semion)
     assert found == 8 and len(asked) == 1, log
     assert "Ray ended on a node, as said above; the command has 30 s" in log

@@ -25,6 +25,7 @@ from engine.models.headers import num_elements
 from engine.models.sharding import shard_shapes, trainer_layout
 from engine.observe.profiling import nsight
 from engine.run.machine import visible_gpus
+from engine.run.shrinking import check_can_shrink
 from engine.run.spec import assemble
 
 
@@ -36,7 +37,10 @@ def machine_faults(look: Look, *, layouts_fit: bool) -> Faults:
     if look.samples:
         yield from argument_faults(config.inference.vllm)
     if config.cluster.nodes > 1:
-        yield from tried(place, config, look.parts)[1]
+        fits = tried(place, config, look.parts)[1]
+        yield from fits
+        if look.purpose == "train" and not fits:
+            yield from caught(check_can_shrink, config)
         return
     if "trainer" in look.parts:
         yield from tried(check_installed, config.trainer, config.optimizer)[1]

@@ -75,9 +75,11 @@ class Attempts:
     def __init__(self, config: RunConfig, *plan: tuple[range, int | None, BaseException | None]) -> None:
         self._config, self._plan = config, list(plan)
         self.resumed: list[bool] = []
+        self.nodes: list[int] = []
 
-    def __call__(self, resume: bool) -> Iterator[Event]:
+    def __call__(self, resume: bool, layout: RunConfig) -> Iterator[Event]:
         self.resumed.append(resume)
+        self.nodes.append(layout.cluster.nodes)
         steps, checkpoint, error = self._plan.pop(0)
         kept = [json.dumps({"step": step}) + "\n" for step in range(steps.stop)]
         (self._config.run_directory / "metrics.jsonl").write_text("".join(kept))
@@ -104,6 +106,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_says_and_records_what_was_
     rows = [json.loads(line) for line in (config.run_directory / "restarts.jsonl").read_text().splitlines()]
     assert [tuple(row[key] for key in ("step", "lost_steps", "restart", "error", "text")) for row in rows] == wanted
     assert summary["restarts"] == rows and summary["steps"] == 8
+    assert all(row["ending_seconds"] >= 0 and row["silent_seconds"] >= 0 for row in rows)
     printed = capsys.readouterr().out
     first, second = (line.partition("  ")[2] for line in printed.splitlines() if "  lost: " in line)
     assert first == f"lost: {rank}; the run starts over, for there is no checkpoint yet, restart 1 of 2"
@@ -178,7 +181,7 @@ def test_the_restarts_of_a_run_that_never_took_a_step_are_not_the_next_ones(conf
 def test_a_request_that_comes_with_the_restart_reaches_the_next_attempt(config):
     found: list[bool] = []
 
-    def attempt(resume: bool) -> Iterator[Event]:
+    def attempt(resume: bool, layout: RunConfig) -> Iterator[Event]:
         found.append(stop_request(config).exists())
         yield {"kind": "note", "text": ""}
         raise EngineLostError("gone") if len(found) == 1 else PreemptedError("asked to stop: saved")
@@ -214,3 +217,64 @@ def test_a_head_that_does_not_answer_is_named_within_its_deadline():
     await_head("auto", 0.0)  # Ray finds it by itself, or says that there is none
     with pytest.raises(MissingNodeError, match=r"RAY_ADDRESS = 127\.0\.0\.1:1; found .*refused for 0 s"):
         await_head("127.0.0.1:1", 0.3)
+
+
+def test_a_restart_says_what_each_part_of_it_took(config):
+    """The row of restarts.jsonl and that of the start which followed it have one time; a restart that is lost in turn before
+    its first step has no start."""
+    engine = {"process": "engine 0", "name": "weights", "about": "", "after_seconds": 1.0, "seconds": 90.0}
+
+    def phase(name: str, after: float, seconds: float) -> dict[str, object]:
+        return {"process": "trainer rank 0", "name": name, "about": "", "after_seconds": after, "seconds": seconds}
+
+    phases = [phase("ray", 0, 2), phase("processes", 2.5, 4), engine, engine | {"name": "engine"}, phase("ranks", 6.5, 1)]
+    phases += [phase("model", 7.5, 3), phase("weights", 8, 2), phase("resume", 10.5, 5), phase("engines", 16, 6)]
+    phases += [phase("first step", 22, 8)]
+    starts = [{"step": 0, "unix_seconds": 5.5, "seconds": 9.0, "phases": []}]
+    starts += [{"step": 4, "unix_seconds": 100.25, "seconds": 30.0, "phases": phases}]
+    lost = {"step": 4, "restart": 1, "text": "gone", "lost_steps": 0}
+    rows = [lost | {"unix_seconds": 90.0}, lost | {"unix_seconds": 100.25, "silent_seconds": 12.0, "ending_seconds": 1.5}]
+    for name, written in (("startup.jsonl", starts), ("restarts.jsonl", rows)):
+        (config.run_directory / name).write_text("".join(json.dumps(row) + "\n" for row in written))
+    first, second = summarize(config.run_directory)["restarts"]
+    assert first == rows[0]
+    took = {"notice": 12.0, "end": 1.5, "start": 7, "weights": 3, "state": 5, "engines": 6, "step": 8, "rest": 1.0, "all": 31.5}
+    assert second == rows[1] | {"took": took}
+    assert sum(took[name] for name in took if name not in ("notice", "all")) == took["all"]
+
+
+def missing(left: int | None) -> MissingNodeError:
+    error = MissingNodeError("a node is gone")
+    error.nodes_left = left
+    return error
+
+
+def test_a_run_that_may_shrink_goes_on_with_the_nodes_left_and_asks_for_all_again(tmp_path, capsys):
+    """Four nodes of a GPU, two replicas and two engines: one is lost, then another, and both come back."""
+    tables = {"cluster": {"nodes": 4, "gpus_per_node": 1}, "trainer": {"data_parallel": 2}, "inference": {"engines": 2}}
+    may = {"run": {"steps": 8, "restarts": 2, "on_lost_node": "shrink"}, "checkpoint": {"other_layout": "allow"}}
+    config = builders.config(tmp_path / "run", **tables, **may)
+    config.run_directory.mkdir()
+    lost = EngineLostError("the process of engine 1 ended")
+    plan = [(range(3), 2, lost), (range(0), None, missing(3)), (range(2, 4), None, lost)]
+    plan += [(range(0), None, missing(2)), (range(2, 5), 4, lost), (range(4, 8), 8, None)]
+    attempts = Attempts(config, *plan)
+    show(config, "train", [typed(event) for event in unbroken(config, attempts, resume=False)])
+    assert attempts.nodes == [4, 4, 3, 4, 2, 4] and attempts.resumed == [False, *[True] * 5]
+    rows = summarize(config.run_directory)["restarts"]
+    sizes = [(row["restart"], row["layout"]["cluster.nodes"], row["layout"]["trainer.data_parallel"]) for row in rows]
+    assert sizes == [(1, 4, 2), (1, 3, 2), (2, 4, 2), (2, 2, 1), (1, 4, 2)]
+    said = capsys.readouterr().out
+    assert "on fewer nodes (cluster.nodes = 2, trainer.data_parallel = 1, inference.engines = 1)" in said
+
+
+@pytest.mark.parametrize(
+    ("on_lost_node", "checkpoint", "left"), [("wait", 2, 1), ("shrink", None, 1), ("shrink", 2, 0), ("shrink", 2, None)]
+)
+def test_a_run_ends_where_it_may_not_shrink_has_no_checkpoint_or_no_layout_fits(tmp_path, on_lost_node, checkpoint, left):
+    may = {"run": {"steps": 8, "restarts": 2, "on_lost_node": on_lost_node}, "checkpoint": {"other_layout": "allow"}}
+    config = builders.config(tmp_path / "run", cluster={"nodes": 2, "gpus_per_node": 2}, **may)
+    config.run_directory.mkdir()
+    plan = (range(3), checkpoint, EngineLostError("gone")), (range(0), None, missing(left))
+    with pytest.raises(MissingNodeError, match="a node is gone"):
+        list(unbroken(config, Attempts(config, *plan), resume=False))
