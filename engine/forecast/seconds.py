@@ -179,6 +179,7 @@ class Forecaster:
             colocated=colocated,
             in_flight=self._config.sync.in_flight,
             cores=self._cores() if c.cores else None,
+            one_by_one=self.one_by_one,
         )
 
     def _cores(self) -> Cores:
@@ -194,8 +195,13 @@ class Forecaster:
             rewards=config.inference.threads if model else num_workers(config.rewards),
         )
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether answers are judged as engines hand them over. A user's own reward is taken to be one that judges so."""
+        return self.given.spec.reward_shape is None
+
     def judging(self, work: StepWork) -> float:
-        """Seconds for which a step's answers are judged, all of them after the last one is in."""
+        """Seconds for which a step's answers are judged."""
         c, config, spec = self.given.constants, self._config, self.given.spec
         answers = sum(map(len, work.completions))
         if spec.reward_shape is not None:
