@@ -72,7 +72,7 @@ class Sleeping:
         """As VllmEngine.collect."""
         started = time.monotonic()
         left = sorted(self._length(self._open[name]) for name in names if name in self._open)
-        tokens = left[len(left) - num_open - 1]
+        tokens = left[len(left) - num_open - 1] if len(left) > num_open else 0  # some end at once
         time.sleep(max(0.0, self._begun + tokens * self._token_seconds - started))
         ended = {
             name: self._open.pop(name) for name in names if name in self._open and self._length(self._open[name]) <= tokens
@@ -115,7 +115,10 @@ def measure(num_answers: int, seconds: float, num_engines: int, num_workers: int
         prompts.append(make_prompt(f"p{place}", (place + 1,), "", gold, "", ""))
         of_request |= {(f"p{place}", index): texts[gold].pop() for index in range(SAMPLES)}
     config = builders.config(
-        run={"steps": repeats, "seed": 1}, data={"prompts_per_step": num_prompts}, algorithm={"samples_per_prompt": SAMPLES}
+        run={"steps": repeats, "seed": 1},
+        data={"prompts_per_step": num_prompts},
+        algorithm={"samples_per_prompt": SAMPLES},
+        sync={"sync_interval": "never"},
     )
     mixture = Mixture(config.data.sources, (PromptSet(tuple(prompts), 0, 0),), config.run.seed)
     found: dict[str, list[float]] = {"whole": [], "one by one": []}

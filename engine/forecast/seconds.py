@@ -192,7 +192,7 @@ class Forecaster:
             self.given.constants.cores,
             trainer=config.trainer.world_size * config.trainer.threads * busy,
             engine=config.inference.tensor_parallel * config.inference.threads,
-            rewards=config.inference.threads if model else num_workers(config.rewards),
+            rewards=config.inference.threads * config.reward_model.engines if model else num_workers(config.rewards),
         )
 
     @property
@@ -207,7 +207,7 @@ class Forecaster:
         if spec.reward_shape is not None:
             tokens = work.num_sampled + sum(p * len(of) for p, of in zip(work.prompts, work.completions, strict=True))
             flops = 2 * num_elements(spec.reward_shape) * tokens
-            return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share)
+            return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share * config.reward_model.engines)
         if config.data.rewards == ("math",):
             return answers / (c.verified_per_second * num_workers(config.rewards))
         return answers / (c.function_per_second * num_workers(config.rewards) * config.rewards.concurrency)
@@ -221,7 +221,7 @@ class Forecaster:
         trained = sum(work.num_trained for work in self.works) / len(self.works)
         ranks, engine_ranks = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
         gpus = max(ranks, engine_ranks) if spec.colocated else ranks + (engine_ranks if spec.starts_engines else 0)
-        gpus += spec.starts_reward_engine
+        gpus += spec.num_reward_engines
         peak = c.peak_teraflops * 1e12 * ranks
         parts = {
             "rollouts": played.mean("waited") + played.mean("finish") - played.mean("judged"),

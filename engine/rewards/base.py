@@ -76,8 +76,8 @@ class Reward:
         """ConfigError when it could not judge; asked before any process starts."""
 
     @classmethod
-    def open(cls, config: RunConfig, name: str, engine: Any) -> Self:
-        """Starts it. `engine`: the reward model's (a model.ScoringEngine), None where no source is judged by it."""
+    def open(cls, config: RunConfig, name: str, engines: Sequence[Any]) -> Self:
+        """Starts it. `engines`: the reward model's (each a model.ScoringEngine), none where no source is judged by it."""
         return cls()
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:

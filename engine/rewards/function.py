@@ -99,7 +99,7 @@ class FunctionReward(WorkerReward):
         check_function(_named(config.rewards, name), _option(name), config.rewards)
 
     @classmethod
-    def open(cls, config: RunConfig, name: str, engine: Any) -> Self:
+    def open(cls, config: RunConfig, name: str, engines: Sequence[Any]) -> Self:
         """Starts its workers."""
         return cls(config.rewards, name, _option(name))
 

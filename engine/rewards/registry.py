@@ -301,16 +301,16 @@ class RoutedReward(Reward):
             log.warning("reward %s raised at an answer, which counts as not judged: %s", name, problem)
 
 
-def _opened(config: RunConfig, name: str, engine: Any) -> Reward:
+def _opened(config: RunConfig, name: str, engines: Sequence[Any]) -> Reward:
     kind = reward_class(config, name)
-    opened: Reward = _asked(name, kind, kind.open, config, name, engine)
+    opened: Reward = _asked(name, kind, kind.open, config, name, engines)
     if ":" not in name or kind is FunctionReward:
         return opened
     return OwnReward(name, opened, config.rewards.timeout_seconds)
 
 
-def open_rewards(config: RunConfig, engine: Any, sources: Sequence[Source] | None = None) -> RoutedReward:
-    """The rewards that the run's sources name, or those of `sources`, started. `engine`: the reward model's, None where it is
+def open_rewards(config: RunConfig, engines: Sequence[Any] = (), sources: Sequence[Source] | None = None) -> RoutedReward:
+    """The rewards that the run's sources name, or those of `sources`, started. `engines`: the reward model's, none where it is
     not among them."""
     sources = config.data.sources if sources is None else sources
     names = sorted({name for source in sources for name in source.rewards})
@@ -319,7 +319,7 @@ def open_rewards(config: RunConfig, engine: Any, sources: Sequence[Source] | Non
     with ExitStack() as started:
         rewards: dict[str, Reward] = {}
         for name in names:
-            rewards[name] = _opened(config, name, engine)
+            rewards[name] = _opened(config, name, engines)
             started.callback(rewards[name].close)
         opened: dict[str, Reward] = {}
         for rule in rules:

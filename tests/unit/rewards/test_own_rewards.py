@@ -203,7 +203,7 @@ def test_a_reward_from_outside_in_one_file_is_trained_with_beside_math(folder, m
         make_completion(prompts[i // 2].id, i % 2, i, 0, (1, 2, 3), (-1.0, -1.0, -1.0), text, "stop")
         for i, text in enumerate(texts)
     ]
-    with open_rewards(config, None) as reward:
+    with open_rewards(config) as reward:
         groups = scored(prompts, completions, reward)
     scores = [rollout.score for group in groups for rollout in group.rollouts]
     assert scores[:2] == ok(1.0, 0.0)
@@ -321,7 +321,7 @@ def test_several_rewards_of_one_prompt_become_one_with_parts(folder, source, val
     assert judging_of(config, config.data) == Judging(verifiable=True, needs_answer=False, wants_row=True)
     check_all(config)
     asked = prompt(row={"instructions": [{"type": "no_commas"}]}, reward=config.data.judge)
-    with open_rewards(config, None) as reward:
+    with open_rewards(config) as reward:
         long, wrong, short = reward.score(
             [Answer(asked, "hi there", 9, "length"), Answer(asked, "a, b", 9, "length"), Answer(asked, "hi", 2, "stop")]
         )
@@ -336,7 +336,7 @@ def test_an_answer_that_one_of_several_could_not_judge_is_not_judged(folder):
     good, bad = ({"instructions": [{"type": kind}]} for kind in ("no_commas", "unheard of"))
     asked = [Answer(prompt(row=row, reward=config.data.judge), text, 1, "stop") for row, text in
              ((good, "x"), (bad, "x"), (good, "raise"))]  # fmt: skip
-    with open_rewards(config, None) as reward:
+    with open_rewards(config) as reward:
         scores = reward.score(asked)
         assert [score.status for score in scores] == ["ok", "invalid", "invalid"]
         assert "no such instruction: unheard of" in reward.problems[config.data.rewards[0]]
@@ -357,7 +357,7 @@ def test_a_class_of_the_users_own_judges_in_this_process(folder):
     assert issubclass(reward_class(config, name), Reward)
     assert judging_of(config, config.data) == Judging(verifiable=True, needs_answer=False, wants_row=True)
     assert list(identities(config)) == [f"data.reward {name}"]
-    with open_rewards(config, None) as reward:
+    with open_rewards(config) as reward:
         assert reward.score(answers(["a", "abc"], prompt(row={"n": 2}, reward=name))) == ok(0.0, 1.0)
 
 
