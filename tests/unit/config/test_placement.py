@@ -148,7 +148,7 @@ def test_other_runs_take_no_turns_on_several_nodes():
 @given(layouts())
 def test_a_wide_node_for_each_group_and_engine_is_always_enough(config):
     widest = max(config.trainer.tensor_parallel, config.inference.tensor_parallel)
-    units = config.trainer.world_size + config.inference.engines + 1
+    units = config.trainer.world_size + config.inference.engines + config.reward_model.engines
     text = config.model_dump() | {"cluster": {"nodes": units, "gpus_per_node": max(widest, config.cluster.gpus_per_node)}}
     text["inference"] |= {"placement": "disaggregated"}
     assert place(RunConfig.model_validate(text), ALL).ranks
