@@ -109,7 +109,7 @@ def _sample(
     done = {}
     with Cluster(spec, verbose=verbose, folder=folder) as cluster:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
-        with open_rewards(config, cluster.start_reward_engine(), list(due.values())) as reward:
+        with open_rewards(config, cluster.start_reward_engines(), list(due.values())) as reward:
             for name in due:
                 asked = prompts[name]
                 further = _further(name, len(asked.prompts[: config.evaluation.max_problems]), say)

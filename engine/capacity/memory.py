@@ -88,7 +88,7 @@ def estimate(spec: Resolved, channel: Channel, gpu_bytes: int = H200_BYTES) -> M
     elif spec.starts_engines:
         devices = tuple(Device(f"{named}, {turn}", shared(stages[worst], engine, turn)) for turn in ("training", "sampling"))
     if spec.reward_shape is not None:
-        devices += (Device("reward engine", reward_engine(spec.reward_shape, config.reward_model)),)
+        devices += (Device("reward engine", reward_engine(spec.reward_shape, config.reward_model)),)  # each of them
     return Memory(devices, tuple(totals), host_bytes_per_node(spec))
 
 

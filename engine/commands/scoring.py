@@ -167,14 +167,14 @@ def opened(config: RunConfig) -> Iterator[RoutedReward]:
     for check in checks(config):
         check()
     if not uses_engine(config.data.sources):
-        with open_rewards(config, None) as reward:
+        with open_rewards(config) as reward:
             yield reward
         return
     from engine.run.processes import Cluster
     from engine.run.spec import resolve
 
     spec = resolve(config, ("reward_engine",), digests=False)
-    with Cluster(spec) as cluster, open_rewards(config, cluster.start_reward_engine()) as reward:
+    with Cluster(spec) as cluster, open_rewards(config, cluster.start_reward_engines()) as reward:
         yield reward
 
 

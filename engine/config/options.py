@@ -629,13 +629,16 @@ class Rewards(Section):
 
 
 class RewardModel(Section):
-    """The model that judges the sources whose reward is 'model', on a vLLM engine of its own."""
+    """The model that judges the sources whose reward is 'model', on vLLM engines of its own."""
 
     path: str | None = Field(None, description="folder of a Llama with a `score` head, or with Athene's `v_head` and CLS token")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of its weights and products")
     max_tokens: Tokens = Field(4096, description="prompt and completion in its chat template; longer ones are not judged")
     kv_cache: Annotated[str, size_of("reward_model.kv_cache")] = Field(
         "auto", description="KV cache of its engine, as '16 GiB' or '512 MiB'; 'auto': what it judges at a time needs"
+    )
+    engines: Annotated[Positive, Unit("engines")] = Field(
+        1, description="that share the answers, each with the whole model on a GPU of its own; scores depend on how many"
     )
     timeout_seconds: Seconds = Field(600.0, description="longest wait for a step's rewards, an evaluation's or start-up")
 
@@ -646,7 +649,7 @@ class RewardModel(Section):
 
     @property
     def patience_seconds(self) -> float:
-        """Longest wait for its rewards: its engine may be lost once and is then asked again. 0 without a reward model."""
+        """Longest wait for its rewards: an engine may be lost once and is then asked again. 0 without a reward model."""
         return 2 * self.timeout_seconds if self.path is not None else 0.0
 
 

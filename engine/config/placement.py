@@ -1,10 +1,11 @@
-"""Where the processes of a run go: the node and the GPUs of every trainer rank, of every engine and of the reward engine, as
+"""Where the processes of a run go: the node and the GPUs of every trainer rank, of every engine and of the reward engines, as
 a pure function of the configuration. It starts nothing and looks at no machine; run/processes.py carries it out.
 
 Whoever comes first takes the first node with room: trainer ranks in order, a tensor-parallel group inside one node; engines,
 each inside one node, after them, or, where inference.placement is 'colocated', on the trainer's GPUs from the first again;
-then the reward engine, on a GPU of its own in either case, for it judges while the others work. Colocated on several nodes
-the trainer is placed replica by replica, all stages of one before the next, so that a node can serve its engines by itself.
+then the reward engines, each on a GPU of its own in either case, for they judge while the others work. Colocated on several
+nodes the trainer is placed replica by replica, all stages of one before the next, so that a node can serve its engines by
+itself.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ class GpuAssignment:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Node and GPUs of each of a run's processes; empty or None for what it does not start."""
+    """Node and GPUs of each of a run's processes; empty for what it does not start."""
 
     ranks: tuple[GpuAssignment, ...]
     engines: tuple[GpuAssignment, ...]
-    reward_engine: GpuAssignment | None
+    reward_engines: tuple[GpuAssignment, ...]
 
     @property
     def assignments(self) -> tuple[GpuAssignment, ...]:
         """All of them."""
-        return (*self.ranks, *self.engines, *((self.reward_engine,) if self.reward_engine else ()))
+        return (*self.ranks, *self.engines, *self.reward_engines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +90,18 @@ def place(config: Options, parts: tuple[Part, ...], num_gpus: int | None = None)
             wanted += f", of which {len(engines)} have a place"
             raise _crowded(trainer.world_size, wanted) if colocated else _full(config, gpus, wanted, len(ranks))
         engines.append(assignment)
-    reward_engine = None
-    if "reward_engine" in parts and config.reward_model.path is not None:
-        reward_engine = _take(free, 1)
-        if reward_engine is None:
+    judges: list[GpuAssignment] = []
+    count = config.reward_model.engines
+    for _ in range(count if "reward_engine" in parts and config.reward_model.path is not None else 0):
+        assignment = _take(free, 1)
+        if assignment is None:
             taken = len(ranks) + (0 if colocated else len(engines) * inference.tensor_parallel)
-            raise _full(config, gpus, "the reward engine (reward_model.path) with a GPU of its own", taken)
-    return Placement(tuple(ranks), tuple(engines), reward_engine)
+            wanted = "the reward engine (reward_model.path) with a GPU of its own"
+            if count > 1:
+                wanted = f"reward_model.engines = {count}, each with a GPU of its own, of which {len(judges)} have a place"
+            raise _full(config, gpus, wanted, taken)
+        judges.append(assignment)
+    return Placement(tuple(ranks), tuple(engines), tuple(judges))
 
 
 def colocation(config: Options, placement: Placement | None = None) -> Colocation | None:

@@ -14,7 +14,7 @@ from engine.capacity.kv_cache import item_bytes, kv_bytes_per_token
 from engine.config.load import RunConfig
 from engine.forecast.constants import Constants
 from engine.forecast.lengths import StepWork
-from engine.inference.pool import deal
+from engine.inference.pool import deal, open_after
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
 
@@ -79,8 +79,11 @@ class Engine:
     preempted: int = 0
     most: int = 0  # requests that ran together
     finished: dict[int, float] = field(default_factory=dict)  # of each step, when its last request was done so far
+    handed_over: dict[int, list[tuple[float, int]]] = field(default_factory=dict)  # of each step, when so many requests were
     stretches: list[tuple[float, float]] = field(default_factory=list)  # in which it was busy, from and until
     _left: dict[int, int] = field(default_factory=dict)
+    num_asked: dict[int, int] = field(default_factory=dict)  # of each step
+    _open_after: dict[int, list[int]] = field(default_factory=dict)  # of each step, what the last and further calls leave open
     _waiting: deque[_Request] = field(default_factory=deque)
     _heap: list[tuple[int, int, _Request]] = field(default_factory=list)  # by the iteration at which each is done
     _newest: list[_Request] = field(default_factory=list)
@@ -100,6 +103,9 @@ class Engine:
         self._waiting.extend(requests)
         for request in requests:
             self._left[request.step] = self._left.get(request.step, 0) + 1
+        for step in {request.step for request in requests}:
+            self.num_asked[step] = self._left[step]
+            self._open_after[step] = [self._left[step], *open_after(self._left[step])]
 
     def pause(self, until: float) -> None:
         """Nothing runs before a time that is not before any of earlier calls. What was running goes on then, first come, first
@@ -218,6 +224,10 @@ class Engine:
             self._count -= 1
             self._left[request.step] -= 1
             self.finished[request.step] = self.clock
+            before, after, *rest = self._open_after[request.step]
+            if self._left[request.step] == after:
+                self.handed_over.setdefault(request.step, []).append((self.clock, before - after))
+                self._open_after[request.step] = [after, *rest]
 
 
 class Engines:
@@ -253,6 +263,12 @@ class Engines:
     def sampled(self, step: int) -> float:
         """When the last response of an opened step is in."""
         return max(engine.done(step, self._submitted[step]) for engine in self.engines)
+
+    def handed_over(self, step: int) -> list[tuple[float, float]]:
+        """When which shares of a step's responses were handed over so far, in this order."""
+        found = sorted(part for engine in self.engines for part in engine.handed_over.get(step, ()))
+        count = sum(engine.num_asked.get(step, 0) for engine in self.engines)
+        return [(when, number / count) for when, number in found]
 
     def catch_up(self, now: float, slow: float = 1.0) -> None:
         """Works up to a time; everything takes `slow` times as long."""

@@ -329,7 +329,7 @@ def _decode(config: RunConfig) -> list[Decoded]:
         ]
         engine.submit(requests, 0)
         completions, usage = engine.collect([request.request_id for request in requests])
-        lengths = [len(completion.token_ids) for completion in completions]
+        lengths = [len(completion.token_ids) for completion in completions if completion is not None]  # all are done
         context = sum(PROMPT * length + length * (length - 1) // 2 for length in lengths)
         found.append(Decoded(usage["seconds"], max(lengths), sum(lengths), context, PROMPT * size))
     return found[1:]

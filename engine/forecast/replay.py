@@ -27,6 +27,10 @@ class Sampling(Protocol):
         """When the last response of an opened step is in."""
         ...
 
+    def handed_over(self, step: int) -> list[tuple[float, float]]:
+        """When which shares of a step's responses were handed over, as far as the engines have come, in this order."""
+        ...
+
     def catch_up(self, now: float, slow: float = 1.0) -> None:
         """Works up to a time; everything takes `slow` times as long."""
         ...
@@ -73,7 +77,7 @@ class Costs:
     """Seconds of a step's parts, by its number, of whoever has the machine to himself."""
 
     train: Callable[[int], float]
-    judge: Callable[[int], float]  # after the step's last response is in
+    judge: Callable[[int], float]
     host: Callable[[int], float]  # between the rollouts and the batch: ledger, metrics, packing
     sync: float
     turn: float = 0.0  # colocated: for the engines to sleep and, at the next sync, to wake
@@ -81,6 +85,7 @@ class Costs:
     # A sync waits for the interval that is due alone; what is sampled further ahead goes on after it, beside the next interval
     in_flight: bool = False
     cores: Cores | None = None  # None: everybody has devices of his own
+    one_by_one: bool = False  # responses are judged as engines hand them over, not when the step's last one is in
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +260,14 @@ class Clock:
         return seconds
 
 
+def judged_at(parts: list[tuple[float, float]], seconds: float, free: float) -> float:
+    """When a step's answers are judged, of which such shares are there at such times, by rewards that take so many seconds for
+    all of them and are free from a time on."""
+    for when, share in parts:
+        free = max(free, when) + share * seconds
+    return free
+
+
 class Apart(Clock):
     """Trainer, engines and rewards have devices of their own: nobody waits but for what he needs."""
 
@@ -284,8 +297,10 @@ class Apart(Clock):
 
     def _until_scored(self, step: int) -> float:
         if step not in self._scored:
-            begin = max(self._engines.sampled(step), self._judged_until)
-            self._judged_until = self._scored[step] = begin + self._costs.judge(step)
+            sampled = self._engines.sampled(step)
+            parts = self._engines.handed_over(step) if self._costs.one_by_one else [(sampled, 1.0)]
+            begin = max(parts[0][0], self._judged_until)
+            self._judged_until = self._scored[step] = judged_at(parts, self._costs.judge(step), self._judged_until)
             self._spans.append(Span("rewards", f"step {step}", begin, self._judged_until))
         return self._scored[step]
 
@@ -330,25 +345,39 @@ class Together(Clock):
             left -= self._go_on(min(left, self._slice), threads)
         return self.now - began
 
+    def _to_judge(self) -> float:
+        """Seconds of judging that there is now, of the step whose turn it is."""
+        if not self._judging:
+            return 0.0
+        step, left, _ = self._judging[0]
+        if step in self._sampled:
+            return left
+        if not self._costs.one_by_one:
+            return 0.0
+        here = sum(share for _, share in self._engines.handed_over(step))
+        return left - (1.0 - here) * self._costs.judge(step)
+
     def _go_on(self, seconds: float, threads: float) -> float:
         """All go on for what the trainer, or whoever else works, does in so many seconds alone; those seconds."""
         for each, *_ in self._judging:
             if self._engines.lacks(each):
                 break
             self._sampled.setdefault(each, self.now)
-        judges = bool(self._judging) and self._judging[0][0] in self._sampled
+        here = self._to_judge()
+        is_last = bool(self._judging) and self._judging[0][0] in self._sampled  # nothing comes behind what is here
+        judges = is_last or here > 1e-9
         busy = threads + self._cores.engine * self._engines.num_working + (self._cores.rewards if judges else 0.0)
         slow = self._cores.slow(busy)
         if judges:
             step, left, began = self._judging[0]
             began = self.now if began < 0 else began
             if not threads:  # a wait ends where the judging does
-                seconds = max(min(seconds, left), 1e-9)
-            left -= seconds
+                seconds = max(min(seconds, here), 1e-9)
+            left -= min(seconds, here)
             self._judging[0] = (step, left, began)
         self.now += seconds * slow
         self._engines.catch_up(self.now, slow)
-        if judges and left <= 1e-9:
+        if is_last and left <= 1e-9:
             self._judging.popleft()
             self._scored[step] = self.now
             self._spans.append(Span("rewards", f"step {step}", began, self.now))

@@ -19,6 +19,7 @@ from engine.core.errors import ConfigError
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import Engines, Speed, speed_of
 from engine.forecast.lengths import Workload, draw_steps
+from engine.forecast.replay import judged_at
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.checks import check_engine_layout, check_layout
@@ -94,10 +95,12 @@ class Search:
             )
         self._per_node = min(num_gpus, per_node)
         self._nodes = num_gpus // self._per_node
-        self._judges = int(spec.starts_reward_engine)
+        self._judges = spec.num_reward_engines
         self._gpus = num_gpus - self._judges
         if self._gpus < 1:
-            raise ConfigError(f"--gpus must leave one beside the reward engine's; found {num_gpus}: give more")
+            raise ConfigError(
+                f"--gpus must leave one beside those of reward_model.engines = {self._judges}; found {num_gpus}: give more"
+            )
         self._gpu_bytes = round(machine.gpu_gibibytes * GIB)
         self._weight_bytes = num_elements(spec.shape) * item_bytes(spec.config.model.dtype)
         self.works = draw_steps(spec.config, workload, spec.config.run.steps)
@@ -259,7 +262,7 @@ class Search:
 
     def _ready(self, spec: Spec, room: int) -> dict[int | str, tuple[float, ...]]:
         """When every step of an interval has been sampled by the first engine and judged, counted from the sync."""
-        judge = self._judge(spec)
+        forecaster = self._forecaster(spec)
         speed = speed_of(spec.shape, spec.config, self._constants)
         found: dict[int, tuple[float, ...]] = {}
         shown: dict[int | str, tuple[float, ...]] = {}
@@ -271,11 +274,14 @@ class Search:
                 engines = Engines(spec.config, speed, room, self.works, 1)
                 engines.open(0.0, range(replayed))
                 sampled = [engines.sampled(step) for step in range(replayed)]
+                parts = [engines.handed_over(step) for step in range(replayed)] if forecaster.one_by_one else []
                 later = max((sampled[-1] - sampled[0]) / max(1, replayed - 1), self._full_engine(spec, speed, room))
                 until, times = 0.0, []
                 for step in range(count):
-                    ready = sampled[step] if step < replayed else sampled[-1] + later * (step + 1 - replayed)
-                    until = max(until, ready) + judge(self.works[step % len(self.works)])
+                    known = min(step, replayed - 1)
+                    of_step = parts[known] if parts else [(sampled[known], 1.0)]
+                    here = [(when + later * (step - known), share) for when, share in of_step]
+                    until = judged_at(here, forecaster.judging(self.works[step % len(self.works)]), until)
                     times.append(until)
                 found[count] = tuple(times)
             shown[interval] = found[count]
@@ -289,9 +295,9 @@ class Search:
         together = max(1, min(i.max_concurrent, room // held))
         return work.num_sampled / i.engines / together * speed.iterations(1, together, together * held)
 
-    def _judge(self, spec: Spec) -> Any:
+    def _forecaster(self, spec: Spec) -> Forecaster:
         given = Inputs(spec, self._constants, self._workload, 0.0, self._gpu_bytes)
-        return Forecaster(given, self.works[:1]).judging
+        return Forecaster(given, self.works[:1])
 
     def _steps_of(self, interval: int | str) -> int:
         """Steps that are sampled together."""

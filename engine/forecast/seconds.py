@@ -179,6 +179,7 @@ class Forecaster:
             colocated=colocated,
             in_flight=self._config.sync.in_flight,
             cores=self._cores() if c.cores else None,
+            one_by_one=self.one_by_one,
         )
 
     def _cores(self) -> Cores:
@@ -191,17 +192,22 @@ class Forecaster:
             self.given.constants.cores,
             trainer=config.trainer.world_size * config.trainer.threads * busy,
             engine=config.inference.tensor_parallel * config.inference.threads,
-            rewards=config.inference.threads if model else num_workers(config.rewards),
+            rewards=config.inference.threads * config.reward_model.engines if model else num_workers(config.rewards),
         )
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether answers are judged as engines hand them over. A user's own reward is taken to be one that judges so."""
+        return self.given.spec.reward_shape is None
+
     def judging(self, work: StepWork) -> float:
-        """Seconds for which a step's answers are judged, all of them after the last one is in."""
+        """Seconds for which a step's answers are judged."""
         c, config, spec = self.given.constants, self._config, self.given.spec
         answers = sum(map(len, work.completions))
         if spec.reward_shape is not None:
             tokens = work.num_sampled + sum(p * len(of) for p, of in zip(work.prompts, work.completions, strict=True))
             flops = 2 * num_elements(spec.reward_shape) * tokens
-            return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share)
+            return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share * config.reward_model.engines)
         if config.data.rewards == ("math",):
             return answers / (c.verified_per_second * num_workers(config.rewards))
         return answers / (c.function_per_second * num_workers(config.rewards) * config.rewards.concurrency)
@@ -215,7 +221,7 @@ class Forecaster:
         trained = sum(work.num_trained for work in self.works) / len(self.works)
         ranks, engine_ranks = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
         gpus = max(ranks, engine_ranks) if spec.colocated else ranks + (engine_ranks if spec.starts_engines else 0)
-        gpus += spec.starts_reward_engine
+        gpus += spec.num_reward_engines
         peak = c.peak_teraflops * 1e12 * ranks
         parts = {
             "rollouts": played.mean("waited") + played.mean("finish") - played.mean("judged"),

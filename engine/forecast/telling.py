@@ -47,7 +47,8 @@ def binding(found: Forecast, config: RunConfig) -> list[tuple[float, str]]:
             parts["rewards"] / seconds,
             f"rewards come after the step's last response: raise rewards.workers (now {num_workers(config.rewards)})"
             if config.reward_model.path is None
-            else "the reward model judges after the step's last response: a smaller one, or shorter responses",
+            else "the reward model judges after the step's last response: raise reward_model.engines (now "
+            f"{config.reward_model.engines}), or a smaller model, or shorter responses",
         ),
         (parts["host"] / seconds, "rank 0 hands a step's sequences out and every rank packs: fewer sampled tokens a step"),
         (parts["weight sync"] / seconds, "weight syncs: a larger sync.sync_interval, or engines on fewer nodes"),

@@ -2,15 +2,17 @@
 has verified it. It starts no process; it is given handles and sees engines through them.
 
 Requests are dealt by prompt (`deal`), so which engine samples what is fixed by the configuration. Each engine answers its calls
-in the order they were made: a `collect` queued behind a `submit` needs nobody's attention while the trainer trains.
+in the order they were made: a `collect` queued behind a `submit` needs nobody's attention while the trainer trains. Completions
+are asked for in several calls, so that they can be judged while others are sampled (`open_after`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol
 
 from engine.core.errors import EngineLostError, InferenceError, SemionError, WeightSyncError
@@ -48,11 +50,21 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Requests under way: each engine's futures, and where in the asked-for order its answers belong."""
+    """Requests under way: each engine's calls, one after another, and where in the asked-for order its answers belong."""
 
     submitted: tuple[Future, ...]
-    futures: tuple[Future, ...]
+    calls: tuple[Sequence[Future], ...]
     places: Sequence[Sequence[int]]
+
+
+def open_after(count: int) -> list[int]:
+    """How many of so many requests an engine leaves open when it hands over what is done, call by call: half of them, half of
+    the rest, and so on. So the first come early, the last call brings few, and there are few calls."""
+    found = []
+    while count:
+        count //= 2
+        found.append(count)
+    return found or [0]
 
 
 def deal(batches: Sequence[Sequence[SampleRequest]], num_engines: int) -> list[list[list[int]]]:
@@ -137,11 +149,11 @@ class Pool:
         )
         tickets = []
         for batch, share in zip(batches[:num_completed], shares[:num_completed], strict=True):
-            futures = [
-                handle.call("collect", [batch[i].request_id for i in places])
+            calls = tuple(
+                [handle.call("collect", [batch[i].request_id for i in places], left) for left in open_after(len(places))]
                 for handle, places in zip(self._engines, share, strict=True)
-            ]
-            tickets.append(Ticket(submitted, tuple(futures), tuple(tuple(places) for places in share)))
+            )
+            tickets.append(Ticket(submitted, calls, tuple(tuple(places) for places in share)))
         if len(batches) == num_completed:
             return tickets, None
         places: list[list[int]] = [[] for _ in self._engines]
@@ -150,26 +162,34 @@ class Pool:
             for own, of_batch in zip(places, share, strict=True):
                 own += [before + place for place in of_batch]
             before += len(batch)
-        futures = [handle.call("pause") for handle in self._engines]
-        return tickets, Ticket(submitted, tuple(futures), places)
+        return tickets, Ticket(submitted, tuple([handle.call("pause")] for handle in self._engines), places)
 
-    def gather(self, ticket: Ticket) -> tuple[list[Completion], Usage]:
-        """Waits for a ticket's completions, in the order of its requests. InferenceError names an engine that is late."""
+    def gather(
+        self, ticket: Ticket, arrived: Callable[[dict[int, Completion]], object] = lambda _: None
+    ) -> tuple[list[Completion], Usage]:
+        """Waits for a ticket's completions, in the order of its requests. `arrived` is called meanwhile with those that an
+        engine has handed over, by their places in that order. InferenceError names an engine that is late."""
         found: dict[int, Completion] = {}
-        tokens, seconds = 0.0, 0.0
+        tokens, seconds = 0.0, [0.0] * len(ticket.calls)
         self.wait(ticket.submitted, "submit")
-        for engine, (future, places) in enumerate(zip(ticket.futures, ticket.places, strict=True)):
-            completions, usage = self._result(future, engine, "collect")
-            found.update(zip(places, completions, strict=True))
-            tokens, seconds = tokens + usage["tokens"], max(seconds, usage["seconds"])
-            self._busy_seconds += usage["seconds"]
-        return [found[place] for place in range(len(found))], Usage(int(tokens), seconds)
+        for turn in zip_longest(*ticket.calls):
+            for engine, future in enumerate(turn):
+                if future is None:  # this engine had fewer requests, and so calls
+                    continue
+                completions, usage = self._result(future, engine, "collect")
+                pairs = zip(ticket.places[engine], completions, strict=True)
+                ended = {place: completion for place, completion in pairs if completion is not None}
+                arrived(ended)
+                found |= ended
+                tokens, seconds[engine] = tokens + usage["tokens"], seconds[engine] + usage["seconds"]
+                self._busy_seconds += usage["seconds"]
+        return [found[place] for place in range(len(found))], Usage(int(tokens), max(seconds, default=0.0))
 
     def paused(self, ticket: Ticket) -> list[Part]:
         """Waits until the engines have paused what this ticket is of; it, in the order of its requests."""
         found: dict[int, Part] = {}
         self.wait(ticket.submitted, "submit")
-        for engine, (future, places) in enumerate(zip(ticket.futures, ticket.places, strict=True)):
+        for engine, ((future,), places) in enumerate(zip(ticket.calls, ticket.places, strict=True)):
             found.update(zip(places, self._result(future, engine, "pause"), strict=True))
         return [found[place] for place in range(len(found))]
 

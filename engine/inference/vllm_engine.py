@@ -100,6 +100,8 @@ class VllmEngine:
         self._asleep: list[str] = []
         self._open: dict[str, tuple[SampleRequest, int]] = {}  # and the version that is to answer it
         self._done: dict[str, Any] = {}
+        self._handed_over: set[str] = set()  # of the requests that are being collected
+        self._collecting_since = 0.0
         self._busy_seconds, self._num_sampled = 0.0, 0
         self._recorder: Recorder | None = None
 
@@ -216,16 +218,23 @@ class VllmEngine:
             self._open[request.request_id] = request, version
         self._busy_seconds += time.monotonic() - started
 
-    def collect(self, request_ids: Sequence[str]) -> tuple[list[Completion], dict[str, float]]:
-        """Decodes until `request_ids` are done; (their completions in that order, seconds of work since the last call and
-        tokens of what was completed meanwhile, those of before a pause too). InferenceError when they take longer than
-        inference.timeout_seconds."""
+    def collect(self, request_ids: Sequence[str], num_open: int = 0) -> tuple[list[Completion | None], dict[str, float]]:
+        """Decodes until no more than `num_open` of `request_ids` are open, and hands over those that are done: several calls of
+        the same requests, of which the last leaves none open, hand them over while they end. What is decoded together is
+        the same in one call and in several.
+
+        (In the order of `request_ids` the completions, None for what is open or has been handed over; seconds of work since the
+        last call and tokens of what was completed meanwhile, those of before a pause too). InferenceError when all calls of
+        these requests take longer than inference.timeout_seconds."""
         started = time.monotonic()
-        unknown = [request_id for request_id in request_ids if request_id not in self._open]
+        before = self._handed_over
+        if not before:
+            self._collecting_since = started
+        unknown = [request_id for request_id in request_ids if request_id not in self._open and request_id not in before]
         if unknown:
             raise InferenceError(f"engine {self._index} was never given request {unknown[0]}: its submission failed")
-        missing = set(request_ids) - self._done.keys()
-        while missing:
+        missing = set(request_ids) - before - self._done.keys()
+        while len(missing) > num_open:
             with phase(Phase.DECODE):
                 outputs = self._llm.step()
             if self._recorder is not None:
@@ -236,16 +245,17 @@ class VllmEngine:
                     request, _ = self._open[output.request_id]
                     self._num_sampled += len(request.sampled.token_ids) + len(output.outputs[0].token_ids)
                     missing.discard(output.request_id)
-            if time.monotonic() - started > self._timeout:
+            if time.monotonic() - self._collecting_since > self._timeout:
                 raise InferenceError(
                     f"engine {self._index} did not finish {len(missing)} of {len(request_ids)} requests within "
                     f"inference.timeout_seconds = {self._timeout}: raise it or lower sampling.max_tokens"
                 )
-        completions = [self._completion(request_id) for request_id in request_ids]
+        ended = {request_id: self._completion(request_id) for request_id in request_ids if request_id in self._done}
+        self._handed_over = before | ended.keys() if num_open else set()
         self._busy_seconds += time.monotonic() - started
         usage = {"seconds": self._busy_seconds, "tokens": float(self._num_sampled)}
         self._busy_seconds, self._num_sampled = 0.0, 0
-        return completions, usage
+        return [ended.get(request_id) for request_id in request_ids], usage
 
     def pause(self) -> list[Part]:
         """Gives up what is open, so that the engine is empty, and returns it in the order of its submission: what is done as

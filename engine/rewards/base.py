@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, TypeVa
 if TYPE_CHECKING:
     from engine.config.load import RunConfig
     from engine.core.types import Completion, Judging, Prompt, Score
+    from engine.rewards.arrivals import Arrivals
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -51,6 +52,10 @@ class Reward:
     needs_answer: ClassVar[bool] = False  # whether a row without an answer is an error
     wants_row: ClassVar[bool] = False  # whether it looks at further columns of the row, which are kept in memory then
     uses_engine: ClassVar[bool] = False  # whether it judges on the reward model's engine
+    # Whether it judges each answer by itself, so that it may begin when a completion ends and every score is the same whenever
+    # that was. False where an answer's score depends on what is judged beside it: it then gets a step's answers together, in
+    # their order. True only where `score_as_they_arrive` is its own.
+    one_by_one: bool = False
     OPTIONS: ClassVar[tuple[str, ...]] = ()  # the options of [rewards], or [reward_model], that it looks at
 
     @classmethod
@@ -71,14 +76,19 @@ class Reward:
         """ConfigError when it could not judge; asked before any process starts."""
 
     @classmethod
-    def open(cls, config: RunConfig, name: str, engine: Any) -> Self:
-        """Starts it. `engine`: the reward model's (a model.ScoringEngine), None where no source is judged by it."""
+    def open(cls, config: RunConfig, name: str, engines: Sequence[Any]) -> Self:
+        """Starts it. `engines`: the reward model's (each a model.ScoringEngine), none where no source is judged by it."""
         return cls()
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:
         """One score an answer, in the order given. An answer that cannot be judged is a score with a status, never an
         exception."""
         raise NotImplementedError
+
+    def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
+        """The same of answers that still arrive, in the order of their places, once all are judged. CancelledError where the
+        rest is abandoned."""
+        return self.score(list(answers.all().values()))
 
     def close(self) -> None:
         """Gives back all processes and devices; a second call does nothing."""

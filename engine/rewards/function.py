@@ -28,6 +28,7 @@ from engine.config.options import Rewards
 from engine.core import registry
 from engine.core.errors import ConfigError
 from engine.core.types import Judging, Score
+from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer
 from engine.rewards.pool.workers import Outcome, Request, WorkerReward, check_environment, facts_of
 
@@ -72,6 +73,7 @@ class FunctionReward(WorkerReward):
         named = _named(config, BUILT_IN if name is None else name)
         self.facts = facts(named, option, config)
         _require_function(self.facts, named, option)
+        self.one_by_one, self.deterministic = "group" not in self.facts.asks, self.facts.deterministic
         super().__init__(config, option, named, environment=config.environment)
         self.weights = config.weights or {}
         self.part_names = set(self.facts.parts)  # declared, or returned so far
@@ -97,26 +99,24 @@ class FunctionReward(WorkerReward):
         check_function(_named(config.rewards, name), _option(name), config.rewards)
 
     @classmethod
-    def open(cls, config: RunConfig, name: str, engine: Any) -> Self:
+    def open(cls, config: RunConfig, name: str, engines: Sequence[Any]) -> Self:
         """Starts its workers."""
         return cls(config.rewards, name, _option(name))
 
-    def score(self, answers: Sequence[Answer]) -> list[Score]:
-        """One score an answer, in order; see WorkerReward."""
-        asks, deterministic = self.facts.asks, self.facts.deterministic
-        if "group" not in asks:
-            requests = [self._request(answer) for answer in answers]
-            return [self._score(outcome) for outcome in self._outcomes(requests, deterministic=deterministic)]
-        groups: dict[tuple[int, str], list[int]] = {}
-        for place, answer in enumerate(answers):
-            groups.setdefault((answer.group, answer.prompt.id), []).append(place)
-        requests = [self._group_request([answers[place] for place in places]) for places in groups.values()]
+    def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
+        """One score an answer, in the order of places; a function that asks for `group` waits for all of them."""
+        if self.one_by_one:
+            return super().score_as_they_arrive(answers)
+        groups: dict[tuple[int, str], dict[int, Answer]] = {}
+        for place, answer in answers.all().items():
+            groups.setdefault((answer.group, answer.prompt.id), {})[place] = answer
+        together = [list(group.values()) for group in groups.values()]
         scores: dict[int, Score] = {}
-        for places, outcome in zip(groups.values(), self._outcomes(requests, deterministic=deterministic), strict=True):
+        for group, outcome in zip(groups.values(), self._outcomes(Arrivals.of(together), self._group_request), strict=True):
             given, status, problem = outcome
-            each = given if status == "ok" else [given] * len(places)
-            scores.update((place, self._score((value, status, problem))) for place, value in zip(places, each, strict=True))
-        return [scores[place] for place in range(len(answers))]
+            each = given if status == "ok" else [given] * len(group)
+            scores.update((place, self._score((value, status, problem))) for place, value in zip(group, each, strict=True))
+        return [scores[place] for place in sorted(scores)]
 
     def _request(self, answer: Answer) -> Request:
         return tuple(_offered(answer, name) for name in self.facts.asks)

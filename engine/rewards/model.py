@@ -1,21 +1,26 @@
 """The reward of tasks that no verifier can judge: the raw number that a reward model gives to a conversation. The model runs
-on an engine elsewhere, seen through a handle; this file asks it, once for equal conversations, and replaces it when lost.
+on engines elsewhere, seen through handles; this file deals conversations to them, equal ones once, and replaces a lost engine.
+
+The first distinct conversation of a call goes to the first engine, the second to the next, and so on around. What an engine
+runs together changes the last bits of its numbers, so they follow from the call and the number of engines, and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from engine.config.load import RunConfig
 from engine.core.errors import EngineLostError, InferenceError
-from engine.core.types import Score
+from engine.core.types import Message, Score
 from engine.rewards.base import Answer, Reward
 
 log = logging.getLogger(__name__)
+Conversation = tuple[str | tuple[Message, ...], str]  # the user's message, or turns up to it, and the answer
 
 
 class Future(Protocol):
@@ -27,7 +32,7 @@ class Future(Protocol):
 
 
 class ScoringEngine(Protocol):
-    """The reward engine. Calls run one after another in the order they were made."""
+    """A reward engine. Calls run one after another in the order they were made."""
 
     def call(self, method: str, *arguments: Any) -> Future:
         """Starts a method of RewardEngine and returns at once."""
@@ -42,15 +47,18 @@ class ModelReward(Reward):
     """A reward model. The user's message is the problem as its file gives it, without the policy's template, or all turns of a
     conversation.
 
-    Waits until the engine is up. InferenceError names an engine that is late or that was lost twice over one question.
+    Waits until the engines are up. InferenceError names one that is late or that was lost twice over one question.
     """
 
     uses_engine = True
     OPTIONS = ("reward_model", "max_tokens")
 
-    def __init__(self, engine: ScoringEngine, timeout_seconds: float) -> None:
-        self._engine, self._timeout = engine, timeout_seconds
-        self._ask("describe")
+    def __init__(self, engines: Sequence[ScoringEngine], timeout_seconds: float) -> None:
+        self._engines, self._timeout = tuple(engines), timeout_seconds
+        late_at = time.monotonic() + timeout_seconds
+        starting = [engine.call("describe") for engine in self._engines]
+        for number, future in enumerate(starting):
+            self._answer(number, "describe", future, late_at)
 
     @classmethod
     def identity(cls, config: RunConfig, name: str) -> dict[str, str | None]:
@@ -70,13 +78,13 @@ class ModelReward(Reward):
         Conversations(config.reward_model)
 
     @classmethod
-    def open(cls, config: RunConfig, name: str, engine: Any) -> Self:
-        """Waits for the engine, which somebody else has started."""
-        assert engine is not None
-        return cls(engine, config.reward_model.timeout_seconds)
+    def open(cls, config: RunConfig, name: str, engines: Sequence[Any]) -> Self:
+        """Waits for the engines, which somebody else has started."""
+        assert engines
+        return cls(engines, config.reward_model.timeout_seconds)
 
     def close(self) -> None:
-        """Nothing to give back: who placed the engine ends it."""
+        """Nothing to give back: who placed the engines ends them."""
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:
         """One score an answer, in order; statuses are those of RewardEngine.score."""
@@ -84,20 +92,34 @@ class ModelReward(Reward):
             return []
         conversations = [(answer.prompt.messages or answer.prompt.problem, answer.completion) for answer in answers]
         distinct = list(dict.fromkeys(conversations))
-        try:
-            scores = self._ask("score", distinct)
-        except EngineLostError as error:
+        parts = {number: distinct[number :: len(self._engines)] for number in range(min(len(self._engines), len(distinct)))}
+        judged: dict[Conversation, Score] = {}
+        lost = self._ask(parts, judged)
+        for number, error in lost.items():
             log.warning("%s: starting it anew", error)
-            self._engine.restart()
-            scores = self._ask("score", distinct)
-        judged = dict(zip(distinct, scores, strict=True))
+            self._engines[number].restart()
+        for error in self._ask({number: parts[number] for number in lost}, judged).values():
+            raise error
         return [judged[conversation] for conversation in conversations]
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
+    def _ask(self, parts: Mapping[int, list[Conversation]], judged: dict[Conversation, Score]) -> dict[int, EngineLostError]:
+        """Asks engines, by their numbers, at once, and adds what they say; those that were lost."""
+        late_at = time.monotonic() + self._timeout
+        asked = {number: self._engines[number].call("score", part) for number, part in parts.items()}
+        lost: dict[int, EngineLostError] = {}
+        for number, future in asked.items():
+            try:
+                judged.update(zip(parts[number], self._answer(number, "score", future, late_at), strict=True))
+            except EngineLostError as error:
+                lost[number] = error
+        return lost
+
+    def _answer(self, number: int, method: str, future: Future, late_at: float) -> Any:
         try:
-            return self._engine.call(method, *arguments).result(self._timeout)
+            return future.result(max(0.0, late_at - time.monotonic()))
         except TimeoutError as error:
+            name = "the reward engine" if len(self._engines) == 1 else f"reward engine {number}"
             raise InferenceError(
-                f"the reward engine did not answer {method!r} within reward_model.timeout_seconds = {self._timeout}: raise it, "
+                f"{name} did not answer {method!r} within reward_model.timeout_seconds = {self._timeout}: raise it, "
                 f"or look at the engine's log"
             ) from error

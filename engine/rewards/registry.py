@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from engine.core import registry
 from engine.core.errors import ConfigError
 from engine.core.types import Judging, Score
 from engine.rewards import function
+from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer, Reward
 from engine.rewards.function import FunctionReward
 from engine.rewards.own_class import OwnReward, require_class
@@ -210,13 +212,36 @@ class RoutedReward(Reward):
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:
         """One score an answer, in order, from the rewards that its prompt names."""
+        return self.score_as_they_arrive(Arrivals.of(answers))
+
+    def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
+        """The same. Rewards that judge one by one do so meanwhile, each in a thread; the others, and users' rules, when all
+        answers are there, in the order of places and one after another."""
+        with ThreadPoolExecutor(max(1, len(self._rewards)), "reward") as threads, ExitStack() as arriving:
+            early: dict[str, Arrivals[Answer]] = {}
+            judging: dict[str, Future[list[Score]]] = {}
+            for name, reward in self._rewards.items():
+                if reward.one_by_one:
+                    early[name] = arriving.enter_context(Arrivals[Answer]())
+                    judging[name] = threads.submit(reward.score_as_they_arrive, early[name])
+            arrived: dict[int, Answer] = {}
+            while (new := answers.take()) is not None:
+                arrived |= new
+                for name, own in early.items():
+                    own.put({place: answer for place, answer in new.items() if name in self._names(answer)})
+        return self._combined_scores([arrived[place] for place in sorted(arrived)], judging)
+
+    def _combined_scores(self, answers: Sequence[Answer], judged: Mapping[str, Future[list[Score]]]) -> list[Score]:
+        """One score an answer. `judged`: the scores of those rewards that have judged theirs."""
         places: dict[str, list[int]] = {}
         for place, answer in enumerate(answers):
             for name in self._names(answer):
                 places.setdefault(name, []).append(place)
         found: dict[tuple[int, str], Score] = {}
         for name, where in places.items():
-            scores = self._judged(name, self._rewards[name], [answers[place] for place in where])
+            asked = [answers[place] for place in where]
+            scores = judged[name].result() if name in judged else self._rewards[name].score(asked)
+            self._note_problem(name, scores)
             found.update(zip(((place, name) for place in where), scores, strict=True))
         results = [
             self._combined(answer, [found[place, name] for name in self._names(answer)]) for place, answer in enumerate(answers)
@@ -262,30 +287,30 @@ class RoutedReward(Reward):
                 and results[place].status == "ok"
             ]
             asked = [replace(answers[place], parts=results[place].parts) for place in where]
-            for place, score in zip(where, self._judged(rule, reward, asked), strict=True):
+            scores = reward.score(asked) if asked else []
+            self._note_problem(rule, scores)
+            for place, score in zip(where, scores, strict=True):
                 if score.status == "ok":
                     score = replace(score, parts=results[place].parts + score.parts, right=results[place].right)
                 results[place] = score
 
-    def _judged(self, name: str, reward: Reward, answers: list[Answer]) -> list[Score]:
-        scores = reward.score(answers) if answers else []
+    def _note_problem(self, name: str, scores: Sequence[Score]) -> None:
         problem = next((score.problem for score in scores if score.problem), None)
         if problem is not None and name not in self.problems:
             self.problems[name] = problem
             log.warning("reward %s raised at an answer, which counts as not judged: %s", name, problem)
-        return scores
 
 
-def _opened(config: RunConfig, name: str, engine: Any) -> Reward:
+def _opened(config: RunConfig, name: str, engines: Sequence[Any]) -> Reward:
     kind = reward_class(config, name)
-    opened: Reward = _asked(name, kind, kind.open, config, name, engine)
+    opened: Reward = _asked(name, kind, kind.open, config, name, engines)
     if ":" not in name or kind is FunctionReward:
         return opened
     return OwnReward(name, opened, config.rewards.timeout_seconds)
 
 
-def open_rewards(config: RunConfig, engine: Any, sources: Sequence[Source] | None = None) -> RoutedReward:
-    """The rewards that the run's sources name, or those of `sources`, started. `engine`: the reward model's, None where it is
+def open_rewards(config: RunConfig, engines: Sequence[Any] = (), sources: Sequence[Source] | None = None) -> RoutedReward:
+    """The rewards that the run's sources name, or those of `sources`, started. `engines`: the reward model's, none where it is
     not among them."""
     sources = config.data.sources if sources is None else sources
     names = sorted({name for source in sources for name in source.rewards})
@@ -294,7 +319,7 @@ def open_rewards(config: RunConfig, engine: Any, sources: Sequence[Source] | Non
     with ExitStack() as started:
         rewards: dict[str, Reward] = {}
         for name in names:
-            rewards[name] = _opened(config, name, engine)
+            rewards[name] = _opened(config, name, engines)
             started.callback(rewards[name].close)
         opened: dict[str, Reward] = {}
         for rule in rules:

@@ -4,8 +4,9 @@ advantages, and hands every rollout over to be written down. It trains nothing a
 With sync.in_flight engines pause what they are not to complete yet. It is held here, and goes on at the next opening, before
 what is new.
 
-Waiting: `open` never waits. One helper thread gathers the opened steps in order while the trainer trains, another one scores
-what is gathered; `next` waits for both, and the first for the engines, whose own deadline it passes on.
+Waiting: `open` never waits. One helper thread gathers the opened steps in order while the trainer trains, another one has each
+of them scored, in order too, and a reward that judges answers one by one begins while a step is still being gathered; `next`
+waits for both, and the first for the engines, whose own deadline it passes on.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from threading import Lock
 from typing import TypeVar
 
 from engine.config.load import RunConfig
-from engine.core.types import Completion, Prompt, Rollout, RolloutGroup
+from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
 from engine.data.mixture import Mixture
 from engine.inference.pool import Pool, Ticket, Usage
+from engine.inference.sampling import SampleRequest
 from engine.observe.profiling.phases import Phase, phase
-from engine.rewards.base import Reward, answer_of
+from engine.rewards.arrivals import Arrivals
+from engine.rewards.base import Answer, Reward, answer_of
 from engine.rollouts.ahead import Ahead
 from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting, nothing
 from engine.rollouts.batch import step_data
@@ -52,8 +55,9 @@ class RolloutSource:
         self._config, self._prompts, self._pool, self._reward, self._records = config, prompts, pool, reward, records
         self._gathering = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._judging = ThreadPoolExecutor(1, thread_name_prefix="rewards")  # a sync waits for engines alone (`finish`)
-        self._scoring = Lock()  # held while the reward judges
+        self._scoring = Lock()  # held while the reward judges, or waits for something to judge
         self._closed = False
+        self._arriving: dict[int, Arrivals[Answer]] = {}  # what is to be judged, of steps that are not scored yet
         self._sampling: dict[int, Future[tuple[list[Completion], Usage]]] = {}
         self._coming: dict[int, Future[tuple[list[RolloutGroup], Usage]]] = {}
         self._idle: dict[str, float] = {}  # what is known of the engines since the last opening
@@ -73,8 +77,9 @@ class RolloutSource:
         tickets, paused = self._pool.submit_and_pause(batches, len(completed))
         for step, ticket in zip(completed, tickets, strict=True):
             own = samples.pop(step)
-            self._sampling[step] = self._gathering.submit(self._completions, ticket, own)
-            self._coming[step] = self._judging.submit(self._groups, step, own.prompts, self._sampling[step])
+            answers = self._arriving[step] = Arrivals[Answer]()
+            self._sampling[step] = self._gathering.submit(self._completions, ticket, own, answers)
+            self._coming[step] = self._judging.submit(self._groups, step, own.prompts, self._sampling[step], answers)
         self._held = self._gathering.submit(self._paused, paused, samples) if paused is not None else _done({})
 
     def finish(self, step: int, waiting: Waiting = nothing) -> None:
@@ -101,6 +106,7 @@ class RolloutSource:
         sampled = time.monotonic()
         with phase(Phase.REWARDS):
             groups, usage = _awaited(self._coming.pop(step), waiting)
+        self._arriving.pop(step, None)  # steps that a checkpoint kept never arrived
         now = time.monotonic()
         timed = {WAITED.name: now - started, JUDGED.name: now - sampled}
         metrics = timed | rollout_metrics(groups, usage, self._end_ids) | self._idle
@@ -118,8 +124,11 @@ class RolloutSource:
         may be closed; engines are not waited for."""
         for thread in (self._gathering, self._judging):
             thread.shutdown(wait=False, cancel_futures=True)
-        with self._scoring:
-            self._closed = True
+        self._closed = True
+        for answers in self._arriving.values():
+            answers.abandon()
+        with self._scoring:  # whoever judged has stopped
+            pass
 
     def _check_versions(self, step: int, groups: Many[RolloutGroup]) -> None:
         """That the weights which sampled the step's tokens are those that the schedule says, in their order."""
@@ -130,9 +139,19 @@ class RolloutSource:
         assert found <= set(allowed), f"step {step} must train on rollouts of version {wanted}, found {found}"
         assert all(versions == sorted(versions) for versions in spans), f"step {step}: versions must rise, found {spans}"
 
-    def _completions(self, ticket: Ticket, samples: Pending) -> tuple[list[Completion], Usage]:
-        """What engines complete, behind what was complete when they last paused."""
-        found, usage = self._pool.gather(ticket)
+    def _completions(self, ticket: Ticket, samples: Pending, answers: Arrivals[Answer]) -> tuple[list[Completion], Usage]:
+        """What engines complete, behind what was complete when they last paused; each is among `answers` when it is there."""
+        size = len(samples.parts) // len(samples.prompts)
+
+        def arrived(completions: dict[int, Completion]) -> None:
+            answers.put(
+                {place: answer_of(samples.prompts[place // size], one, place // size) for place, one in completions.items()}
+            )
+
+        unfinished = [place for place, part in enumerate(samples.parts) if isinstance(part, SampleRequest)]
+        with answers:
+            arrived({place: part for place, part in enumerate(samples.parts) if isinstance(part, Completion)})
+            found, usage = self._pool.gather(ticket, lambda ended: arrived({unfinished[i]: one for i, one in ended.items()}))
         return [part for part in samples.with_found(found).parts if isinstance(part, Completion)], usage
 
     def _paused(self, ticket: Ticket, samples: dict[int, Pending]) -> dict[int, Pending]:
@@ -140,13 +159,23 @@ class RolloutSource:
         return {step: of_step.with_found(found) for step, of_step in samples.items()}
 
     def _groups(
-        self, step: int, prompts: Many[Prompt], sampling: Future[tuple[list[Completion], Usage]]
+        self,
+        step: int,
+        prompts: Many[Prompt],
+        sampling: Future[tuple[list[Completion], Usage]],
+        answers: Arrivals[Answer],
     ) -> tuple[list[RolloutGroup], Usage]:
-        completions, usage = sampling.result()
         with self._scoring:
             if self._closed:
                 raise CancelledError
-            return score_groups(step, prompts, completions, self._reward), usage
+            try:
+                scores = self._reward.score_as_they_arrive(answers)
+            except CancelledError:
+                if not self._closed:
+                    sampling.result()  # raises what the engines raised
+                raise
+        completions, usage = sampling.result()
+        return groups_of(step, prompts, completions, scores), usage
 
 
 def _done(result: Result) -> Future[Result]:
@@ -162,11 +191,9 @@ def _awaited(future: Future[Result], waiting: Waiting) -> Result:
     return future.result()
 
 
-def score_groups(step: int, prompts: Many[Prompt], completions: Many[Completion], reward: Reward) -> list[RolloutGroup]:
+def groups_of(step: int, prompts: Many[Prompt], completions: Many[Completion], scores: Many[Score]) -> list[RolloutGroup]:
     """Groups of consecutive completions (equally many a prompt, in prompt order) with their rewards."""
     size = len(completions) // len(prompts)
-    answers = [answer_of(prompts[place // size], completion, place // size) for place, completion in enumerate(completions)]
-    scores = reward.score(answers)
     rollouts = [Rollout(completion, score) for completion, score in zip(completions, scores, strict=True)]
     return [
         RolloutGroup(prompt, step, tuple(rollouts[place * size : (place + 1) * size])) for place, prompt in enumerate(prompts)

@@ -43,7 +43,7 @@ class Controller:
         self,
         spec: Spec,
         engines: list[EngineHandle],
-        reward_engine: ScoringEngine | None,
+        reward_engines: list[ScoringEngine],
         start: int,
         kept: Mapping[str, Any] | None,
         notes: Sequence[str] = (),
@@ -72,7 +72,7 @@ class Controller:
             self._sets = [(part.name, part.prompts) for part in held_out]  # by name; a set's problems are of one kind
             for part in held_out:
                 _note(f"{part.key}: {part.prompts}")
-            self._reward = open_rewards(config, reward_engine) if spec.starts_engines else RoutedReward({})
+            self._reward = open_rewards(config, reward_engines) if spec.starts_engines else RoutedReward({})
             opened.callback(self._reward.close)
             self.pool = Pool(engines, config.inference.timeout_seconds)
             with activity("engines") if spec.starts_engines else nullcontext():

@@ -132,14 +132,16 @@ class Cluster:
         self._engines += engines
         return engines
 
-    def start_reward_engine(self) -> RayEngine | None:
-        """Starts the engine of the reward model, where the run has one; it loads while the caller goes on."""
-        if not self._spec.starts_reward_engine:
-            return None
-        assignment = self._placement.reward_engine if self._placement else None
-        journal = self._journal("the reward engine")
-        self._engines.append(RayEngine(journal, self._starter(assignment, journal, REWARD_ENGINE, "config")))
-        return self._engines[-1]
+    def start_reward_engines(self) -> list[RayEngine]:
+        """Starts the engines of the reward model, where the run has one; they load while the caller goes on."""
+        placed, count = self._placement, self._spec.num_reward_engines
+        assignments: Sequence[GpuAssignment | None] = placed.reward_engines if placed else [None] * count
+        engines = []
+        for i, assignment in enumerate(assignments):
+            journal = self._journal("the reward engine" if count == 1 else f"reward engine {i}")
+            engines.append(RayEngine(journal, self._starter(assignment, journal, REWARD_ENGINE, "config")))
+        self._engines += engines
+        return engines
 
     def train(self, *, resume: bool) -> Iterator[Event]:
         """Runs the training loop on every trainer rank; yields rank 0's events as they come.
@@ -147,8 +149,8 @@ class Cluster:
         Raises the error of whichever process failed, a typed one before any other.
         """
         engines = self.start_engines() if self._spec.starts_engines else []
-        reward_engine = self.start_reward_engine()
-        return self.run_ranks("train", lambda rank: (*((engines, reward_engine) if rank == 0 else (None, None)), resume))
+        judges = self.start_reward_engines()
+        return self.run_ranks("train", lambda rank: (*((engines, judges) if rank == 0 else (None, [])), resume))
 
     def fine_tune(self) -> Iterator[Event]:
         """Runs the supervised loop on every trainer rank."""

@@ -67,7 +67,7 @@ class TrainerRank:
         return port
 
     def train(
-        self, port: int, engines: list[EngineHandle] | None, reward_engine: ScoringEngine | None, resume: bool
+        self, port: int, engines: list[EngineHandle] | None, reward_engines: list[ScoringEngine], resume: bool
     ) -> Iterator[Event]:
         """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
         spec, config, parallel = self._spec, self._config, self._join(port)
@@ -93,7 +93,7 @@ class TrainerRank:
         if engines is not None:
             kept = checkpoints.records() if resume else None
             notes, ahead = [note] if note is not None else [], checkpoints.ahead() if resume else (None, None)
-            controller = Controller(spec, engines, reward_engine, start, kept, notes, *ahead)
+            controller = Controller(spec, engines, reward_engines, start, kept, notes, *ahead)
         pool = controller.pool if controller is not None and spec.starts_engines else None
         publisher: loop.Publisher = NoEngines()
         if spec.starts_engines:

@@ -77,8 +77,13 @@ class Spec:
 
     @property
     def starts_reward_engine(self) -> bool:
-        """Whether the reward model's engine does."""
+        """Whether the reward model's engines do."""
         return "reward_engine" in self.parts and self.config.reward_model.path is not None
+
+    @property
+    def num_reward_engines(self) -> int:
+        """Of the reward model, as many GPUs."""
+        return self.config.reward_model.engines if self.starts_reward_engine else 0
 
     @property
     def missing_reward_model(self) -> str | None:

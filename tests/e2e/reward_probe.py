@@ -1,22 +1,46 @@
-"""A script, not a test: a reward engine scores conversations in their order, in reverse, and each alone.
+"""A script, not a test: a reward engine scores conversations in their order, in reverse, each alone, and as two engines would
+that share them.
 `python reward_probe.py CONFIG CONVERSATIONS`, the latter a JSON file of [message, answer]."""
 
 from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from engine.config.load import load_config
 from engine.inference.reward_engine import RewardEngine
+from engine.rewards.base import Answer
+from engine.rewards.model import ModelReward
+from tests.rollouts import make_prompt
 
 
 def main() -> None:
     config, conversations = load_config(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text("utf-8"))
-    engine = RewardEngine(config)
+    engine = RewardEngine(config)  # nothing is kept from call to call, so one does for two
+    half = Asked(engine)
     asked = [conversations, conversations[::-1], *([conversation] for conversation in conversations)]
     scores = [[(score.value, score.status) for score in engine.score(some)] for some in asked]
-    print("RESULT " + json.dumps([scores[0], scores[1][::-1], [score for (score,) in scores[2:]]]))
+    answers = [Answer(make_prompt("p", (), message, "", "", ""), answer) for message, answer in conversations]
+    shared = [(score.value, score.status) for score in ModelReward([half, half], 300.0).score(answers)]
+    print("RESULT " + json.dumps([scores[0], scores[1][::-1], [score for (score,) in scores[2:]], shared]))
+
+
+class Asked:
+    """The engine's handle, whose calls are done at once."""
+
+    def __init__(self, engine: RewardEngine) -> None:
+        self._engine = engine
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        done: Future[Any] = Future()
+        done.set_result(getattr(self._engine, method)(*arguments))
+        return done
+
+    def restart(self) -> None:
+        raise NotImplementedError
 
 
 if __name__ == "__main__":

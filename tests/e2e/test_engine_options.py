@@ -33,6 +33,9 @@ def test_masks_and_ends_of_an_engine(run_config: Callable[..., RunConfig], tmp_p
     plain = probed(run_config(WARM), tmp_path, *MASKS)
     assert plain["engine"]["model_runner"] == "cpu_model_runner" and plain["engine"]["attention"] == "CPU_ATTN"
     free, first, likeliest = plain["sampled"]
+    assert plain["in_several_calls"] == plain["sampled"], "to the last bit"
+    assert all(sum(counts) == len(free) for counts in plain["counts"]) and plain["counts"][0][0] >= len(free) // 2
+    assert len(free) > plain["counts"][0][0], "some end later than others"
     assert first == likeliest and len({tuple(tokens) for tokens, *_ in first}) == 1, "one token is left, whatever the seed"
     assert len({tuple(tokens) for tokens, *_ in free}) > 1
     assert min(min(log_probs) for _, log_probs, *_ in first) < -0.01, "log-probs are of all tokens, not of those left"

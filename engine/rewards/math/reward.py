@@ -4,6 +4,7 @@ asked; the verdict is engine/rewards/math/worker.py's, and cases.jsonl beside it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 from engine.config.load import RunConfig
@@ -49,7 +50,7 @@ class MathReward(WorkerReward):
         return {"the version of the verifier": VERIFIER_VERSION}
 
     @classmethod
-    def open(cls, config: RunConfig, name: str, engine: Any) -> Self:
+    def open(cls, config: RunConfig, name: str, engines: Sequence[Any]) -> Self:
         """Starts its workers; they are waited for when something is to be judged."""
         return cls(config.rewards)
 

@@ -1,7 +1,7 @@
 """A pool of judging processes, the ground of every reward that judges in processes of its own (math/, function.py).
 
 This file hands requests to workers (engine/rewards/pool/worker.py) and replaces what is stuck or dead; how a request is judged
-and the deadline of one answer are theirs. It starts no thread: one selector waits on all pipes.
+and the deadline of one answer are theirs. It starts no thread: one selector waits on all pipes, and for answers that arrive.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -22,6 +23,7 @@ import engine
 from engine.config.options import Rewards
 from engine.core.errors import ConfigError, SemionError, WatchdogError
 from engine.core.types import Score
+from engine.rewards.arrivals import Arrivals, Item
 from engine.rewards.base import Answer, Reward
 from engine.rewards.pool.frames import decoded, frame, read_frame
 from engine.rewards.pool.slots import SLACK_SECONDS
@@ -152,6 +154,47 @@ class _Worker:
         self.stdout.close()
 
 
+class _Asked:
+    """The requests of one judging by number, which of them wait for a worker, and what came of the others."""
+
+    def __init__(self, deterministic: bool) -> None:
+        """`deterministic`: equal requests are one."""
+        self.waiting: deque[int] = deque()
+        self._deterministic = deterministic
+        self._requests: list[Request] = []
+        self._numbers: dict[Request, int] = {}
+        self._places: dict[int, int] = {}  # the number of each place's request
+        self._num_tries: list[int] = []
+        self._outcomes: dict[int, Outcome] = {}
+
+    def add(self, place: int, request: Request) -> None:
+        """What is asked about a place."""
+        new = len(self._requests)
+        number = self._numbers.setdefault(request, new) if self._deterministic else new
+        if number == new:
+            self._requests.append(request)
+            self._num_tries.append(0)
+            self.waiting.append(number)
+        self._places[place] = number
+
+    def next(self) -> tuple[int, Request]:
+        """The request to judge next, no longer waiting."""
+        number = self.waiting.popleft()
+        self._num_tries[number] += 1
+        return number, self._requests[number]
+
+    def judged(self, number: int, outcome: Outcome | None) -> None:
+        """What came of a request; None where its worker was lost, so that it is judged again, unless that is no use."""
+        if outcome is None and self._num_tries[number] < MAX_TRIES:
+            self.waiting.appendleft(number)
+        else:
+            self._outcomes[number] = DIED if outcome is None else outcome
+
+    def in_order(self) -> list[Outcome]:
+        """The outcomes of all places, in their order."""
+        return [self._outcomes[self._places[place]] for place in sorted(self._places)]
+
+
 class WorkerReward(Reward):
     """A reward behind killable processes. A subclass says which module judges (`MODULE`), with which arguments, what a request
     is, and which clock `rewards.deadline_seconds` is of (`CLOCK`): the CPU time of the judging process, for a judge that
@@ -161,6 +204,8 @@ class WorkerReward(Reward):
     causes), `invalid` when the judge raised, and what the judge itself says; the value of these three is 0.
     """
 
+    one_by_one = True
+    deterministic = True  # whether equal requests get equal outcomes, so that they are judged once
     OPTIONS: ClassVar[tuple[str, ...]] = ("workers", "concurrency", "deadline_seconds", "memory_mebibytes")
     MODULE: ClassVar[str]
     CLOCK: ClassVar[Literal["cpu", "wall"]] = "wall"
@@ -170,7 +215,8 @@ class WorkerReward(Reward):
         self._config, self._arguments, self._environment = config, arguments, tuple(environment)
         self._workers = [self._new_worker() for _ in range(num_workers(config))]
         self._num_failed_starts = 0
-        self._finalizer = weakref.finalize(self, _end_all, self._workers)  # runs also when the interpreter leaves
+        self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable when answers have arrived while it waits
+        self._finalizer = weakref.finalize(self, _end_all, self._workers, self._arrived)  # also when the interpreter leaves
 
     def close(self) -> None:
         """Ends every process; a second call does nothing."""
@@ -198,9 +244,11 @@ class WorkerReward(Reward):
         Equal requests are judged once, unless the judge says that it is not deterministic: the samples of a prompt repeat each
         other as entropy falls.
         """
-        assert self._finalizer.alive, "score() after close()"
-        requests = [self._request(answer) for answer in answers]
-        return [self._score(outcome) for outcome in self._outcomes(requests)]
+        return self.score_as_they_arrive(Arrivals.of(answers))
+
+    def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
+        """The same, judging each as soon as it is there and a worker is free."""
+        return [self._score(outcome) for outcome in self._outcomes(answers, self._request)]
 
     def _request(self, answer: Answer) -> Request:
         """What the judge is asked about a completion."""
@@ -211,13 +259,36 @@ class WorkerReward(Reward):
         value, status, problem = outcome
         return Score(value, status, problem=problem)
 
-    def _outcomes(self, requests: Sequence[Request], *, deterministic: bool = True) -> list[Outcome]:
-        """The judge's outcome of each request, in order; where it is `deterministic`, equal ones are judged once."""
-        if not deterministic:
-            return self._judge(list(requests))
-        distinct = list(dict.fromkeys(requests))
-        judged = dict(zip(distinct, self._judge(distinct), strict=True))
-        return [judged[request] for request in requests]
+    def _outcomes(self, arrivals: Arrivals[Item], request_of: Callable[[Item], Request]) -> list[Outcome]:
+        """The judge's outcome of what each item asks, in the order of places."""
+        assert self._finalizer.alive, "score() after close()"
+        for worker in list(self._workers):
+            if worker.judging:  # interrupted
+                self._replace(worker)
+        asked = _Asked(self.deterministic)
+        with arrivals.telling(lambda: os.eventfd_write(self._arrived, 1)):
+            while True:
+                with suppress(BlockingIOError):  # it is readable again when something else arrives
+                    os.eventfd_read(self._arrived)
+                new, are_all = arrivals.take_now()
+                for place, item in new.items():
+                    asked.add(place, request_of(item))
+                self._give(asked)
+                if are_all and not asked.waiting and not any(worker.judging for worker in self._workers):
+                    return asked.in_order()
+                for number, outcome in self._wait(self._arrived):
+                    asked.judged(number, outcome)
+
+    def _give(self, asked: _Asked) -> None:
+        """Hands out what waits to workers that have room: each one, then each a second one."""
+        for _ in range(self._config.concurrency):
+            for worker in list(self._workers):
+                if not asked.waiting:
+                    return
+                if not worker.judging and worker.process.poll() is not None:  # it died while it had nothing to do
+                    self._replace(worker)
+                elif worker.ready and len(worker.judging) < self._config.concurrency:
+                    worker.give(*asked.next(), self._patience_seconds)
 
     def _new_worker(self) -> _Worker:
         config = self._config
@@ -239,40 +310,20 @@ class WorkerReward(Reward):
         turns = 1 if at_once == 1 else 2 * at_once
         return turns * (self._wall_seconds + SLACK_SECONDS) + GRACE_SECONDS
 
-    def _judge(self, requests: list[Request]) -> list[Outcome]:
-        """One outcome for each request."""
-        outcomes: dict[int, Outcome] = {}
-        num_tries = [0] * len(requests)
-        waiting = deque(range(len(requests)))
-        for worker in list(self._workers):
-            if worker.judging or worker.process.poll() is not None:  # interrupted, or dead by now
-                self._replace(worker)
-        while waiting or any(worker.judging for worker in self._workers):
-            for _ in range(self._config.concurrency):  # each worker one, then each a second one
-                for worker in self._workers:
-                    if waiting and worker.ready and len(worker.judging) < self._config.concurrency:
-                        number = waiting.popleft()
-                        num_tries[number] += 1
-                        worker.give(number, requests[number], self._patience_seconds)
-            for number, outcome in self._wait():
-                if outcome is not None:
-                    outcomes[number] = outcome
-                elif num_tries[number] < MAX_TRIES:
-                    waiting.appendleft(number)
-                else:
-                    outcomes[number] = DIED
-        return [outcomes[number] for number in range(len(requests))]
-
-    def _wait(self) -> list[tuple[int, Outcome | None]]:
-        """Waits until a worker speaks, listens, dies or is late; (number, outcome or None where the worker was lost)."""
+    def _wait(self, arrived: int | None = None) -> list[tuple[int, Outcome | None]]:
+        """Waits until a worker speaks, listens, dies or is late, or the descriptor `arrived` is readable; (number, outcome or
+        None where the worker was lost)."""
         awaited = [(worker, late_at) for worker in self._workers if (late_at := worker.late_at) is not None]
         with selectors.DefaultSelector() as selector:
             for worker, _ in awaited:
                 selector.register(worker.stdout, selectors.EVENT_READ, worker)
                 if worker.unsent:
                     selector.register(worker.stdin, selectors.EVENT_WRITE, worker)
-            first_late_at = min(late_at for _, late_at in awaited)
-            events = [key for key, _ in selector.select(max(0.0, first_late_at - time.monotonic()))]
+            if arrived is not None:
+                selector.register(arrived, selectors.EVENT_READ)
+            first_late_at = min((late_at for _, late_at in awaited), default=None)
+            patience = None if first_late_at is None else max(0.0, first_late_at - time.monotonic())
+            events = [key for key, _ in selector.select(patience) if key.data is not None]
         speaking = {key.data for key in events if key.fileobj is key.data.stdout}
         for key in events:
             if key.fileobj is key.data.stdin:
@@ -312,7 +363,8 @@ class WorkerReward(Reward):
         self._workers[self._workers.index(worker)] = self._new_worker()
 
 
-def _end_all(workers: list[_Worker]) -> None:
+def _end_all(workers: list[_Worker], arrived: int) -> None:
+    os.close(arrived)
     for worker in workers:
         worker.stdin.close()  # all of them begin to leave
     for worker in workers:

@@ -18,7 +18,7 @@ from typing import Any
 DELAYED = {  # module: what of it waits first
     "engine.megatron.policy": ("Policy.train_step",),
     "engine.inference.vllm_engine": ("VllmEngine.submit", "VllmEngine.collect", "VllmEngine.pause", "VllmEngine.receive"),
-    "engine.rollouts.source": ("score_groups",),
+    "engine.rewards.registry": ("RoutedReward.score_as_they_arrive",),
 }
 
 

@@ -171,10 +171,10 @@ def test_what_a_run_does_not_read_or_start_is_not_asked_for(file, tmp_path, comp
 class TwoSteps(FakeEngine):
     """An engine that fails at its third step."""
 
-    def collect(self, request_ids: list[str]) -> tuple[list[Completion], dict[str, float]]:
-        if self.methods.count("collect") > 2:
+    def collect(self, request_ids: list[str], num_open: int = 0) -> tuple[list[Completion | None], dict[str, float]]:
+        if len({arguments[0][0] for method, arguments in self.calls if method == "collect"}) > 2:
             self.failing["collect"] = InferenceError("the engine failed")
-        return super().collect(request_ids)
+        return super().collect(request_ids, num_open)
 
 
 def test_rollouts_that_failed_half_way_leave_no_output_and_can_be_made_again(

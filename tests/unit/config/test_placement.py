@@ -23,7 +23,8 @@ ALL: tuple[Part, ...] = ("trainer", "engines", "reward_engine")
 def layouts(draw) -> RunConfig:
     size, placement = st.integers(1, 4), draw(st.sampled_from(["disaggregated", "colocated"]))
     most_nodes, most_gpus = (1, 64) if placement == "colocated" else (12, 8)  # colocated on several: `turning`
-    judged = {"data": {"train": "unused", "reward": "model"}, "reward_model": {"path": "unused"}} if draw(st.booleans()) else {}
+    judge = {"path": "unused", "engines": draw(st.integers(1, 3))}
+    judged = {"data": {"train": "unused", "reward": "model"}, "reward_model": judge} if draw(st.booleans()) else {}
     return make(
         trainer={"tensor_parallel": draw(size), "pipeline_parallel": draw(size), "data_parallel": draw(size)},
         inference={
@@ -53,12 +54,12 @@ def test_no_gpu_is_given_twice_and_everything_is_in_the_cluster(config):
     found = fitting(config)
     colocated = config.inference.placement == "colocated"
     ranks, engines = cells(found.ranks), cells(found.engines)
-    own = cells((found.reward_engine,) if found.reward_engine else ())
+    own = cells(found.reward_engines)
     for together in (ranks + own, engines + own, ranks if colocated else ranks + engines):
         assert len(set(together)) == len(together)
     assert set(engines) <= set(ranks) or not colocated
     assert all(n < config.cluster.nodes and g < config.cluster.gpus_per_node for n, g in ranks + engines + own)
-    assert bool(found.reward_engine) is (config.reward_model.path is not None)
+    assert len(found.reward_engines) == len(own) == (config.reward_model.engines if config.reward_model.path is not None else 0)
 
 
 @given(layouts())
@@ -157,7 +158,7 @@ def test_other_runs_take_no_turns_on_several_nodes():
 @given(layouts())
 def test_a_wide_node_for_each_group_and_engine_is_always_enough(config):
     widest = max(config.trainer.tensor_parallel, config.inference.tensor_parallel)
-    units = config.trainer.world_size + config.inference.engines + 1
+    units = config.trainer.world_size + config.inference.engines + config.reward_model.engines
     text = config.model_dump() | {"cluster": {"nodes": units, "gpus_per_node": max(widest, config.cluster.gpus_per_node)}}
     text["inference"] |= {"placement": "disaggregated"}
     assert place(RunConfig.model_validate(text), ALL).ranks
@@ -200,6 +201,14 @@ def test_examples_of_eight_gpus_a_node():
                 "reward_model": {"path": "unused"},
             },
             "beside 8 GPUs in use the reward engine (reward_model.path) with a GPU of its own",
+        ),
+        (
+            {
+                "trainer": {"data_parallel": 5},
+                "data": {"train": "unused", "reward": "model"},
+                "reward_model": {"path": "unused", "engines": 3},
+            },
+            "beside 6 GPUs in use reward_model.engines = 3, each with a GPU of its own, of which 2 have a place",
         ),
     ],
 )

@@ -33,6 +33,10 @@ class Steady:
     def sampled(self, step: int) -> float:
         return self.ready[step]
 
+    def handed_over(self, step: int) -> list[tuple[float, float]]:
+        """Half of them after half of the time, the others at the end."""
+        return [(self.ready[step] - self.seconds / 2, 0.5), (self.ready[step], 0.5)]
+
     def catch_up(self, now: float, slow: float = 1.0) -> None:
         pass
 
@@ -76,6 +80,13 @@ def test_rewards_are_given_in_order_by_one_thread():
     """Two steps sampled at 1 and 2, each judged in 3: done at 4 and 7."""
     played = play(Paper(2, "never", 2, 16), 2, 0, Steady(1.0), costs(0.5, judge=3.0))
     assert [step.end for step in played.steps] == [4.5, 7.5]
+
+
+@pytest.mark.parametrize(("judge", "left"), [(0.5, 0.25), (3.0, 1.5), (4.0, 2.5)])
+def test_one_by_one_the_first_answers_are_judged_while_the_last_are_sampled(judge, left):
+    """Half of a step's answers are there after 1.5 s of 3, so that so much of the judging is left at the end."""
+    played = play(Paper(1, "never", 2, 16), 2, 0, Steady(3.0), costs(2.0, judge=judge, one_by_one=True))
+    assert [(s.waited, s.judged) for s in played.steps] == [(3.0 + left, left)] * 2
 
 
 def test_who_takes_turns_waits_for_the_whole_interval():
@@ -217,3 +228,13 @@ def test_rewards_take_their_core_too():
     assert online.mean("judged") == pytest.approx(0.5, rel=0.05)
     pair = play(Paper(2, "never", 2, 16), 2, 0, one_engine([2], 8), sharing(1.0, judge=0.5))
     assert pair.duration == pytest.approx(2 * (1 + 0.5) + 1, rel=0.05), "both steps' answers come in 1 s of one batch"
+
+
+def test_rewards_judge_one_by_one_on_a_core_of_their_own_while_others_are_sampled():
+    """Requests of 2, 4, 6 and 8 iterations of 0.5 s: two are handed over at 2 s, one at 3 and one at 4. Of 2 s of judging half
+    is done at 3, a quarter at 3.5 and the last, from 4 on, at 4.5; and the same on devices apart."""
+    for cores in (Cores(4.0, trainer=1.0, engine=1.0, rewards=1.0), None):
+        step = costs(1.0, judge=2.0, one_by_one=True, cores=cores)
+        played = play(Paper(1, "never", 2, 16), 2, 0, one_engine([2, 4, 6, 8], 8), step)
+        assert played.mean("judged") == pytest.approx(0.5, rel=0.1)
+        assert played.mean("waited") == pytest.approx(4.5, rel=0.02)

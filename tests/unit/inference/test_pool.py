@@ -3,6 +3,7 @@ or a late engine becomes, that a weight version is served only when it is commit
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from engine.core.arrays import TokenIds
 from engine.core.errors import EngineLostError, InferenceError, WatchdogError, WeightSyncError
 from engine.core.types import Completion
-from engine.inference.pool import Pool, Usage, deal
+from engine.inference.pool import Pool, Usage, deal, open_after
 from engine.inference.sampling import SampleRequest
 from tests.rollouts import make_completion
 
@@ -66,9 +67,15 @@ class FakeEngine:
     def submit(self, requests: list[SampleRequest], version: int) -> None:
         self.held |= {request.request_id: request for request in requests}
 
-    def collect(self, request_ids: list[str]) -> tuple[list[Completion], dict[str, float]]:
-        found = [self.completion(self.held.pop(request_id)) for request_id in request_ids]
-        return found, {"seconds": self.seconds, "tokens": float(len(found))}
+    def collect(self, request_ids: list[str], num_open: int = 0) -> tuple[list[Completion | None], dict[str, float]]:
+        left = [request_id for request_id in request_ids if request_id in self.held]
+        ended = self.ended(left, len(left) - num_open)
+        found = [self.completion(self.held.pop(one)) if one in ended else None for one in request_ids]
+        return found, {"seconds": self.seconds, "tokens": float(len(ended))}
+
+    def ended(self, left: list[str], count: int) -> list[str]:
+        """So many of these that end first: as they were asked for."""
+        return left[:count]
 
     def completion(self, request: SampleRequest) -> Completion:
         return make_completion(
@@ -107,8 +114,8 @@ def pool_at(version: int, *engines: FakeEngine) -> Pool:
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 12), min_size=1, max_size=4))
 def test_requests_are_dealt_and_completions_come_back_in_order(num_engines, sizes):
-    """Each engine is given its part of every step, and then asked for it step by step; each step's completions are in its
-    requests' order."""
+    """Each engine is given its part of every step, and then asked for it step by step, until half of it is there, half of the
+    rest, and at last all; each step's completions are in its requests' order, and each of them arrives once."""
     engines = [FakeEngine(seconds=float(i)) for i in range(num_engines)]
     pool = Pool(engines, 5.0)
     steps = [requests(size, step) for step, size in enumerate(sizes)]
@@ -116,13 +123,25 @@ def test_requests_are_dealt_and_completions_come_back_in_order(num_engines, size
     tickets = pool.submit(steps)
     for index, engine in enumerate(engines):
         own = [[step[place] for place in share[index]] for step, share in zip(steps, shares, strict=True)]
-        assert engine.methods == ["submit"] + ["collect"] * len(steps), "all is submitted before anything is collected"
+        asked = [([request.request_id for request in step], left) for step in own for left in open_after(len(step))]
+        assert engine.methods == ["submit"] + ["collect"] * len(asked), "all is submitted before anything is collected"
         assert engine.calls[0][1][0] == [request for step in own for request in step]
-        assert [arguments[0] for _, arguments in engine.calls[1:]] == [[request.request_id for request in step] for step in own]
-    for step, ticket in zip(steps, tickets, strict=True):
-        completions, usage = pool.gather(ticket)
+        assert [arguments for _, arguments in engine.calls[1:]] == asked
+    for place, (step, ticket) in enumerate(zip(steps, tickets, strict=True)):
+        arrived: list[tuple[int, Completion]] = []
+        completions, usage = pool.gather(ticket, partial(add, arrived))
         assert [completion.seed for completion in completions] == [request.seed for request in step]
-        assert usage == Usage(num_tokens=len(step), busy_seconds=num_engines - 1), "tokens add up, time is the longest"
+        assert sorted(arrived, key=lambda pair: pair[0]) == list(enumerate(completions))
+        longest = max(i * len(open_after(len(own))) for i, own in enumerate(shares[place]))
+        assert usage == Usage(num_tokens=len(step), busy_seconds=longest), "tokens add up, time is the longest"
+
+
+def add(arrived: list[tuple[int, Completion]], ended: dict[int, Completion]) -> None:
+    arrived += ended.items()
+
+
+def test_half_of_what_is_left_is_handed_over_at_a_time():
+    assert [open_after(count) for count in (0, 1, 2, 5, 64)] == [[0], [0], [1, 0], [2, 1, 0], [32, 16, 8, 4, 2, 1, 0]]
 
 
 def grouped(num_prompts: int, samples: int, step: int) -> list[SampleRequest]:

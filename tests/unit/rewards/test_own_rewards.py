@@ -21,13 +21,13 @@ from engine.core.types import Completion, Judging, Prompt, Rollout, RolloutGroup
 from engine.data.mixture import load_mixture
 from engine.data.rows import load_rows
 from engine.data.templates import load_tokenizer
-from engine.rewards.base import Answer, Reward
+from engine.rewards.base import Answer, Reward, answer_of
 from engine.rewards.function import FunctionReward
 from engine.rewards.pool import slots
 from engine.rewards.registry import RoutedReward, check_pairing, checks, identities, judging_of, open_rewards, reward_class
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
 from engine.rollouts.metrics import rollout_metrics
-from engine.rollouts.source import score_groups
+from engine.rollouts.source import groups_of
 from tests.rollouts import make_completion, make_prompt
 from tests.unit.rollouts.test_rollouts import run_config
 from tests.unit.run.test_checkpoint import commit, open_checkpoints
@@ -203,8 +203,8 @@ def test_a_reward_from_outside_in_one_file_is_trained_with_beside_math(folder, m
         make_completion(prompts[i // 2].id, i % 2, i, 0, (1, 2, 3), (-1.0, -1.0, -1.0), text, "stop")
         for i, text in enumerate(texts)
     ]
-    with open_rewards(config, None) as reward:
-        groups = score_groups(0, prompts, completions, reward)
+    with open_rewards(config) as reward:
+        groups = scored(prompts, completions, reward)
     scores = [rollout.score for group in groups for rollout in group.rollouts]
     assert scores[:2] == ok(1.0, 0.0)
     followed, broken = (("max_words", 1.0), ("no_commas", 1.0)), (("max_words", 0.0), ("no_commas", 0.0))
@@ -321,7 +321,7 @@ def test_several_rewards_of_one_prompt_become_one_with_parts(folder, source, val
     assert judging_of(config, config.data) == Judging(verifiable=True, needs_answer=False, wants_row=True)
     check_all(config)
     asked = prompt(row={"instructions": [{"type": "no_commas"}]}, reward=config.data.judge)
-    with open_rewards(config, None) as reward:
+    with open_rewards(config) as reward:
         long, wrong, short = reward.score(
             [Answer(asked, "hi there", 9, "length"), Answer(asked, "a, b", 9, "length"), Answer(asked, "hi", 2, "stop")]
         )
@@ -336,7 +336,7 @@ def test_an_answer_that_one_of_several_could_not_judge_is_not_judged(folder):
     good, bad = ({"instructions": [{"type": kind}]} for kind in ("no_commas", "unheard of"))
     asked = [Answer(prompt(row=row, reward=config.data.judge), text, 1, "stop") for row, text in
              ((good, "x"), (bad, "x"), (good, "raise"))]  # fmt: skip
-    with open_rewards(config, None) as reward:
+    with open_rewards(config) as reward:
         scores = reward.score(asked)
         assert [score.status for score in scores] == ["ok", "invalid", "invalid"]
         assert "no such instruction: unheard of" in reward.problems[config.data.rewards[0]]
@@ -357,7 +357,7 @@ def test_a_class_of_the_users_own_judges_in_this_process(folder):
     assert issubclass(reward_class(config, name), Reward)
     assert judging_of(config, config.data) == Judging(verifiable=True, needs_answer=False, wants_row=True)
     assert list(identities(config)) == [f"data.reward {name}"]
-    with open_rewards(config, None) as reward:
+    with open_rewards(config) as reward:
         assert reward.score(answers(["a", "abc"], prompt(row={"n": 2}, reward=name))) == ok(0.0, 1.0)
 
 
@@ -484,6 +484,13 @@ def test_a_configuration_with_all_of_it_reads_back_equal(tmp_path):
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
 
+def scored(prompts: Sequence[Prompt], completions: Sequence[Completion], reward: Reward) -> list[RolloutGroup]:
+    """Groups of equally many completions a prompt."""
+    size = len(completions) // len(prompts)
+    asked = [answer_of(prompts[i // size], completion, i // size) for i, completion in enumerate(completions)]
+    return groups_of(0, prompts, completions, reward.score(asked))
+
+
 class Fixed(Reward):
     def __init__(self, value: float) -> None:
         self.value = value
@@ -496,7 +503,7 @@ def test_metrics_of_functions_of_one_name_are_told_apart():
     names = ["a.py:f", "b.py:f"]
     prompts = [prompt(name, reward=name) for name in names]
     completions = [make_completion(name, 0, 0, 0, (1,), (-1.0,), "x", "stop") for name in names]
-    groups = score_groups(0, prompts, completions, RoutedReward({"a.py:f": Fixed(1.0), "b.py:f": Fixed(2.0)}))
+    groups = scored(prompts, completions, RoutedReward({"a.py:f": Fixed(1.0), "b.py:f": Fixed(2.0)}))
     metrics = rollout_metrics(groups, None)
     assert (metrics["reward_mean_a_py_f"], metrics["reward_mean_b_py_f"]) == (1.0, 2.0)
     assert not any(math.isnan(metrics[name]) for name in metrics if name.startswith("reward"))

@@ -291,7 +291,7 @@ def prompt(problem: str, reward: str = "model") -> Prompt:
 
 def test_equal_conversations_are_asked_once_and_all_get_the_score():
     engine = FakeScorer()
-    reward = ModelReward(engine, 5.0)
+    reward = ModelReward([engine], 5.0)
     items = [Answer(prompt("a"), "x"), Answer(prompt("b"), "x"), Answer(prompt("a"), "yy"), Answer(prompt("a"), "x")]
     assert [score.value for score in reward.score(items)] == [1.0, 1.0, 2.0, 1.0]
     assert engine.asked == [[("a", "x"), ("b", "x"), ("a", "yy")]]
@@ -305,9 +305,35 @@ LOST = EngineLostError("the process of the reward engine ended: killed")
 
 def test_a_lost_engine_is_started_anew_once_and_asked_again(caplog):
     engine = FakeScorer(LOST)
-    assert ModelReward(engine, 5.0).score([Answer(prompt("a"), "xyz")]) == [Score(3.0, "ok")]
+    assert ModelReward([engine], 5.0).score([Answer(prompt("a"), "xyz")]) == [Score(3.0, "ok")]
     assert (engine.restarts, engine.asked) == (1, [[("a", "xyz")]] * 2)
     assert "the process of the reward engine ended: killed: starting it anew" in caplog.text
+
+
+def test_several_engines_are_dealt_a_call_in_turn_and_all_asked_at_once():
+    engines = [FakeScorer() for _ in range(3)]
+    reward = ModelReward(engines, 5.0)
+    items = [Answer(prompt(f"p{i}"), "x" * i) for i in range(1, 6)]
+    assert [score.value for score in reward.score([*items, items[0]])] == [1.0, 2.0, 3.0, 4.0, 5.0, 1.0]
+    assert [engine.asked for engine in engines] == [
+        [[("p1", "x"), ("p4", "xxxx")]],
+        [[("p2", "xx"), ("p5", "xxxxx")]],
+        [[("p3", "xxx")]],
+    ]
+    assert [score.value for score in reward.score(items[:1])] == [1.0]
+    assert [len(engine.asked) for engine in engines] == [2, 1, 1], "who has nothing to judge is not asked"
+
+
+def test_of_several_engines_only_the_lost_ones_are_started_anew_and_asked_again():
+    engines = [FakeScorer(LOST), FakeScorer(), FakeScorer(LOST)]
+    items = [Answer(prompt(f"p{i}"), "x" * i) for i in range(1, 6)]
+    assert [score.value for score in ModelReward(engines, 5.0).score(items)] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [(engine.restarts, len(engine.asked)) for engine in engines] == [(1, 2), (0, 1), (1, 2)]
+    late = [FakeScorer(), FakeScorer(TimeoutError())]
+    with pytest.raises(
+        InferenceError, match=r"reward engine 1 did not answer 'score' within reward_model\.timeout_seconds = 5\.0"
+    ):
+        ModelReward(late, 5.0).score(items)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +348,7 @@ def test_a_lost_engine_is_started_anew_once_and_asked_again(caplog):
 def test_what_a_second_start_does_not_mend_ends_the_run(errors, restarts, kind, sentence):
     engine = FakeScorer(*errors)
     with pytest.raises(kind, match=sentence):
-        ModelReward(engine, 5.0).score([Answer(prompt("a"), "x")])
+        ModelReward([engine], 5.0).score([Answer(prompt("a"), "x")])
     assert engine.restarts == restarts
 
 
@@ -333,7 +359,7 @@ def test_what_a_second_start_does_not_mend_ends_the_run(errors, restarts, kind, 
 def test_an_engine_that_does_not_start_is_an_error_before_anything_is_asked(start, sentence):
     engine = FakeScorer(start=start)
     with pytest.raises(InferenceError, match=sentence):
-        ModelReward(engine, 5.0)
+        ModelReward([engine], 5.0)
     assert engine.restarts == 0
 
 
@@ -372,7 +398,7 @@ def test_every_prompt_of_a_mixed_batch_goes_to_the_reward_it_names_and_order_is_
 
 def test_only_the_rewards_that_sources_name_are_opened():
     config = run_config(data={"reward": "model"}, reward_model={"path": "unused"})
-    with open_rewards(config, FakeScorer()) as routed:
+    with open_rewards(config, [FakeScorer()]) as routed:
         assert list(routed._rewards) == ["model"]
         assert routed.score([Answer(prompt("a"), "xy")]) == [Score(2.0, "ok")]
 

@@ -352,7 +352,7 @@ def test_each_prompt_goes_to_the_reward_it_names(functions: Path, tmp_path: Path
         "rewards": {"function": f"{functions}:right"},
     }
     mine, theirs = (make_prompt("id", (1,), "problem", "7", "", "", name) for name in ("math", "function"))
-    with open_rewards(RunConfig.model_validate(tree), None) as routed:
+    with open_rewards(RunConfig.model_validate(tree)) as routed:
         scores = routed.score([Answer(theirs, "7"), Answer(mine, "7"), Answer(theirs, "8"), Answer(mine, "8")])
     assert scores == [Score(0.5, "ok"), RIGHT, Score(-1.0, "ok"), WRONG]
 

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence as Many
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +22,13 @@ from engine.core.types import Rollout, RolloutGroup, Score
 from engine.data.mixture import Mixture
 from engine.data.prompts import PromptOrder, PromptSet
 from engine.inference.pool import Pool, Usage
+from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer, Reward
 from engine.rollouts.ahead import AHEAD, Ahead, read_ahead
 from engine.rollouts.batch import compared_tokens, training_sequences
 from engine.rollouts.ledger import ledger_rows
 from engine.rollouts.metrics import percentile, rollout_metrics, warn_of_endings
-from engine.rollouts.source import RolloutSource, score_groups
+from engine.rollouts.source import RolloutSource
 from engine.rollouts.writer import RolloutFile, RolloutWriter
 from tests import builders
 from tests.rollouts import make_completion, make_prompt
@@ -199,6 +201,77 @@ def test_what_an_engine_raises_is_raised_by_next(open_source):
     source.open(range(0, 2))
     with pytest.raises(InferenceError, match="engine 1 did not answer 'collect'"):
         source.next(0)
+
+
+class Holding(FakeEngine):
+    """Keeps what it hands over last, of every step, until `allowed`."""
+
+    def __init__(self, allowed: threading.Event) -> None:
+        super().__init__()
+        self.allowed = allowed
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        answer = super().call(method, *arguments)
+        if method != "collect" or arguments[1]:
+            return answer
+
+        class Held:
+            def result(_, timeout_seconds: float) -> Any:
+                if not self.allowed.wait(timeout_seconds):
+                    raise TimeoutError
+                return answer.value
+
+        return Held()
+
+
+class OneByOne(Parity):
+    """Judges what has arrived at once, and lets engines go on when it has judged so many answers."""
+
+    one_by_one = True
+
+    def __init__(self, enough: int) -> None:
+        super().__init__()
+        self.enough, self.judged, self.stopped = enough, 0, threading.Event()
+        self.engines_go_on = threading.Event()
+
+    def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
+        found: dict[int, Score] = {}
+        try:
+            while (new := answers.take()) is not None:
+                found |= dict(zip(new, self.score(list(new.values())), strict=True))
+                self.judged += len(new)
+                if self.judged >= self.enough:
+                    self.engines_go_on.set()
+        except CancelledError:
+            self.stopped.set()
+            raise
+        return [found[place] for place in sorted(found)]
+
+
+def test_rewards_judge_while_engines_sample(open_source):
+    """Of 24 samples two engines hand over 6, 3, 2 and 1 each, the last ones when all others are judged; and the step is the one
+    that is judged together."""
+    reward = OneByOne(enough=22)
+    engines = [Holding(reward.engines_go_on) for _ in range(2)]
+    found = []
+    for source in (open_source(run_config(), *engines, reward=reward), open_source(run_config(), FakeEngine(), FakeEngine())):
+        source.open(range(0, 1))
+        source.drain(0)
+        found.append(source.ahead(range(0, 1)).steps[0])
+    assert found[0] == found[1]
+    assert reward.judged == 24
+
+
+def test_a_source_that_is_closed_waits_for_no_engine(open_source):
+    reward = OneByOne(enough=25)
+    source = open_source(run_config(), Holding(reward.engines_go_on), reward=reward)
+    source.open(range(0, 2))
+    assert reward.begun.wait(10)
+    started = time.monotonic()
+    source.close()
+    assert reward.stopped.is_set() and time.monotonic() - started < 4, "the engine is late after 5 seconds"
+    assert reward.judged <= 23
+    reward.engines_go_on.set()
 
 
 def group(
@@ -436,7 +509,7 @@ def test_the_pairing_is_the_one_asked_for():
     assert [(len(s.completion_ids), s.chosen) for s in near] == [(1, True), (2, False)]
 
 
-def test_completions_are_scored_against_their_own_prompt():
+def test_completions_are_scored_against_their_own_prompt(open_source):
     asked: list[tuple[str, str]] = []
 
     class Recording(Parity):
@@ -444,13 +517,17 @@ def test_completions_are_scored_against_their_own_prompt():
             asked.extend((answer.prompt.id, answer.completion) for answer in answers)
             return super().score(answers)
 
-    completions = [make_completion(f"p{i // 3}", i % 3, i, 0, (i,), (-1.0,), str(i), "stop") for i in range(6)]
-    groups = score_groups(7, PROMPTS.prompts[:2], completions, Recording())
-    assert asked == [(f"p{i // 3}", str(i)) for i in range(6)]
-    assert [(g.prompt.id, g.step, [r.score.value for r in g.rollouts]) for g in groups] == [
-        ("p0", 7, [1.0, 0.0, 1.0]),
-        ("p1", 7, [0.0, 1.0, 0.0]),
-    ]
+    source = open_source(run_config(), FakeEngine(), FakeEngine(), reward=Recording())
+    source.open(range(0, 1))
+    source.drain(0)
+    groups = source.ahead(range(0, 1)).steps[0][0]
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert [(group.step, len(group.rollouts)) for group in groups] == [(0, 6)] * 4
+    assert asked == [(r.completion.prompt_id, str(r.completion.seed)) for r in rollouts], "in the order of the step"
+    assert {(group.prompt.id, r.completion.prompt_id) for group in groups for r in group.rollouts} == {
+        (group.prompt.id, group.prompt.id) for group in groups
+    }
+    assert [r.score.value for r in rollouts] == [float(r.completion.seed % 2 == 0) for r in rollouts]
 
 
 def test_a_row_of_the_ledger_tells_the_temperature_of_its_log_probs_where_it_is_not_1():

@@ -209,6 +209,9 @@ def test_what_judges_belongs_to_the_run(tmp_path):
     commit(tmp_path, 5, **judges)
     patient = judges | {"reward_model": judges["reward_model"] | {"timeout_seconds": 9.0}}
     assert open_checkpoints(tmp_path).load(run_config(tmp_path, **patient)).step == 5
+    more = judges | {"reward_model": judges["reward_model"] | {"engines": 2}}
+    with pytest.raises(CheckpointError, match=r"reward_model\.engines"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, **more))
     (model / "model.safetensors").write_bytes(b"three")
     with pytest.raises(CheckpointError, match=r"^reward_model\.path must be what .* was written with"):
         open_checkpoints(tmp_path).load(run_config(tmp_path, **judges))

@@ -104,7 +104,7 @@ def open_controller(tmp_path, monkeypatch, tiny_tokenizer):
         )
         for earlier in opened:
             earlier.finish()
-        controller = Controller(spec(config), [Longest(version)], None, start, kept)
+        controller = Controller(spec(config), [Longest(version)], [], start, kept)
         controller.pool.commit(version)
         opened.append(controller)
         return controller

@@ -1,0 +1,100 @@
+"""What is to be judged, while it still arrives: who gathers completions puts each here when it has ended, and a reward takes
+them in a thread of its own. Every item has a place, so that what is judged does not depend on the order of arrival.
+
+Waiting: who takes waits without a deadline of its own. Who puts has one, and closes the arrivals in any case: as ended, when
+everything is here, or as abandoned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from threading import Condition
+from typing import Generic, Self, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Arrivals(Generic[Item]):
+    """Items by their places. One thread puts, another takes. Leaving it as a context ends it, or where something was raised
+    abandons it."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._new: dict[int, Item] = {}
+        self._ended = self._abandoned = False
+        self._tell: Callable[[], object] | None = None
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> Self:
+        """All of them, which are here already."""
+        made = cls()
+        with made:
+            made.put(dict(enumerate(items)))
+        return made
+
+    def put(self, items: Mapping[int, Item]) -> None:
+        """Items that have arrived, by their places."""
+        with self._changed:
+            assert not self._ended, "nothing arrives after the end"
+            self._new |= items
+            self._notify()
+
+    def abandon(self) -> None:
+        """No more arrives although not all is here: who takes gets a CancelledError. Nothing changes after the end."""
+        with self._changed:
+            self._abandoned = not self._ended
+            self._notify()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self.abandon()
+            return
+        with self._changed:
+            self._ended = True
+            self._notify()
+
+    def take(self) -> dict[int, Item] | None:
+        """Waits for further items; those that have arrived since the last call, None at the end. CancelledError where the rest
+        is abandoned."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._new or self._ended or self._abandoned)
+            return self._taken() or None
+
+    def take_now(self) -> tuple[dict[int, Item], bool]:
+        """The same without waiting, and whether nothing comes behind them."""
+        with self._changed:
+            return self._taken(), self._ended
+
+    def all(self) -> dict[int, Item]:
+        """Waits for the end; all that has not been taken, in the order of places."""
+        found: dict[int, Item] = {}
+        while (new := self.take()) is not None:
+            found |= new
+        return dict(sorted(found.items()))
+
+    @contextmanager
+    def telling(self, changed: Callable[[], object]) -> Iterator[None]:
+        """Has `changed` called within the block whenever `take_now` would find something else, in the thread of who puts."""
+        with self._changed:
+            self._tell = changed
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._tell = None
+
+    def _taken(self) -> dict[int, Item]:
+        if self._abandoned:
+            raise CancelledError
+        taken, self._new = self._new, {}
+        return taken
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        if self._tell is not None:
+            self._tell()
