@@ -4,10 +4,12 @@ runs: rollouts are drawn, and the run's own functions do with them what a run do
     python tools/bench_scale.py path --tokens 0.5 2 8 --ranks 1 8 64 512
     python tools/bench_scale.py balance
     python tools/bench_scale.py records --texts answers.jsonl
+    python tools/bench_scale.py checkpoint --layers 12 --ranks 4
 
 `path`: seconds of CPU and bytes a million tokens of each stage, from what vLLM returns to the packed rows of one rank.
 `balance`: the work of the fullest data-parallel rank over the mean, and a pipeline's step over the ideal one, for lengths drawn
 as 700 and as 4,000 tokens. `records`: what keeping rollouts costs, and going on from a checkpoint of runs of several ages.
+`checkpoint`: bytes and seconds of one of a model of real size.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from engine.megatron.scatter import Coded, encode
 from engine.rollouts.batch import step_data
 from engine.rollouts.metrics import rollout_metrics
 from engine.rollouts.writer import RolloutFolder, RolloutWriter
+from tools import scale_checkpoint
 from tools.scale_balance import ATTENTION, PROMPT, balance
 from tools.scale_records import records
 
@@ -65,6 +68,10 @@ def main() -> None:
     kept.add_argument("--texts", metavar="FILE", help="JSON lines with an `answer` each; without, words drawn by Zipf's law")
     kept.add_argument("--steps", type=int, default=4)
     kept.add_argument("--ages", type=int, nargs="*", default=[10, 1000, 10_000], help="steps of the runs that are gone on with")
+    saving = parts.add_parser("checkpoint")
+    saving.add_argument("--layers", type=int, default=12, help="of Llama 3.2 1B's width; 12 make a billion parameters")
+    saving.add_argument("--ranks", type=int, default=4, help="data-parallel ranks, a process each")
+    saving.add_argument("--folder", type=Path, default=Path(), help="on the disk that is measured")
     options = parser.parse_args()
     found: dict[str, Any] = {"machine": machine()}
     print(" ".join(f"{name} {value};" for name, value in found["machine"].items()))
@@ -76,6 +83,8 @@ def main() -> None:
         ]
     elif options.part == "balance":
         found |= balance(options.draws)
+    elif options.part == "checkpoint":
+        found["checkpoint"] = scale_checkpoint.show(scale_checkpoint.checkpoint(options.layers, options.ranks, options.folder))
     else:
         found["records"] = records(options.texts, options.steps, options.ages)
     if options.json:

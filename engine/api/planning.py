@@ -8,14 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.capacity.kv_cache import GIB
+from engine.api.faults.look import Look, caught
+from engine.api.faults.model import layout_faults
+from engine.api.preflight import purpose_of
+from engine.capacity.kv_cache import GIB, require_one_request, reward_cache
 from engine.capacity.transfer import Machine, plan_run
 from engine.config.load import RunConfig
-from engine.core.errors import ConfigError, SemionError
+from engine.core.errors import ConfigError, SemionError, combined
 from engine.core.jsonl import parsed, read_lines, read_rows
-from engine.forecast import comparing
+from engine.forecast import comparing, disk
 from engine.forecast.calibration import Calibrated, calibrated, read_calibration
 from engine.forecast.constants import Constants, rows
+from engine.forecast.deadlines import missed
+from engine.forecast.hosts import hosts
 from engine.forecast.lengths import Workload, newest_lengths
 from engine.forecast.replay import Played
 from engine.forecast.search import Found, Search
@@ -46,11 +51,13 @@ class Plan:
 
 
 def plan(config: RunConfig, machine: Machine | None = None) -> dict[str, Any]:
-    """The figures of a weight sync; under "memory" the bytes of each kind of device (see `plan_run`, `weigh`); under "forecast"
-    the seconds of a step and the run's hours, and under "intervals" the same for other s (see `Forecast`). `machine`:
-    bandwidths and the memory of a GPU, an H200's where not said. It needs the model's config.json and no other file.
+    """The figures of a weight sync; under "memory" the bytes of each kind of device (see `plan_run`, `weigh`); under
+    "checkpoint" and "hosts" what is written, and what nodes read and hold (see `Saving`, `Hosts`); under "forecast" the
+    seconds of a step and the run's hours, and under "intervals" the same for other s (see `Forecast`). `machine`: bandwidths
+    and the memory of a GPU, an H200's where not said. It needs the model's config.json and no other file.
 
-    ConfigError for what `train` would refuse: layouts, placement, a KV cache without room for one request.
+    ConfigError for what `train` would refuse: layouts, placement, lengths, KV caches without room for one request; and for
+    deadlines that a checkpoint, an evaluation or a step would not keep by the forecast.
     """
     return planned(config, machine or Machine()).figures
 
@@ -68,6 +75,8 @@ def planned(
     spec = resolve(settled(config, on_gpus=True), digests=False)
     figures = plan_run(spec, machine)
     spec.placed()
+    if found := _refused(spec):
+        raise combined(found)
     known = known or calibrated()
     links = {
         "nvlink_gigabytes_per_second": machine.nvlink_gigabytes_per_second,
@@ -76,10 +85,26 @@ def planned(
     constants = known.constants.model_copy(update=links)
     given = inputs(spec, constants, workload, figures["seconds"], machine)
     own, forecasts, picture = _forecasts(given, intervals)
+    saved = disk.saving(spec, constants)
+    figures["checkpoint"] = asdict(saved) if saved is not None else None
+    figures["hosts"] = asdict(hosts(spec))
+    if late := missed(spec, saved, own):
+        raise combined(late)
     figures["forecast"] = as_figures(own, config) if own else None
     figures["intervals"] = [as_figures(one, config) for one in forecasts]
     figures["constants"] = [asdict(row) for row in rows(constants, known.measured)]
     return Plan(figures, own, tuple(forecasts), picture)
+
+
+def _refused(spec: Spec) -> list[SemionError]:
+    """What `train` would refuse of the run's lengths, and of the reward model's KV cache; the layouts fit."""
+    look = Look(spec.config, purpose_of(spec.config))
+    look.shape = spec.shape
+    found = caught(layout_faults, look)
+    if spec.reward_shape is not None:
+        cache = reward_cache(spec.reward_shape, spec.config.reward_model)
+        found += caught(require_one_request, "reward_model", cache)
+    return found
 
 
 def _forecasts(

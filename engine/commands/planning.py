@@ -54,7 +54,7 @@ def plan(options: argparse.Namespace) -> None:
     from engine.capacity.transfer import Machine, memory_table, table, verdict
     from engine.forecast.calibration import calibrated, read_calibration
     from engine.forecast.seconds import Regime
-    from engine.forecast.telling import binding, constants_table, intervals_table, parts_table, run_table, trust
+    from engine.forecast.telling import binding, constants_table, hosts_table, intervals_table, parts_table, run_table, trust
     from engine.observe.progress import print_table
 
     known = calibrated(
@@ -82,6 +82,7 @@ def plan(options: argparse.Namespace) -> None:
     print_table(f"semion plan {options.config}", table(made.figures))
     print_table("", memory_table(made.figures["memory"]))
     print(verdict(made.figures["memory"]))
+    print_table("", hosts_table(made.figures))
     if made.forecast is not None:
         print_table("time, estimated", parts_table(made.forecast))
         print_table("", run_table(made.forecast))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 WRITE_BYTES = 64 << 20  # written and hashed at a time
+SYNC_BYTES = 256 << 20  # after so many they are on disk, so that a growing file says that its disk gets on
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest, num_bytes = hashlib.sha256(), 0
+    digest, num_bytes, waiting = hashlib.sha256(), 0, 0
     with path.open("wb") as file:
         head = len(text).to_bytes(8, "little") + text
         contents = (tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().data for name in order)
@@ -84,6 +85,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
                 part = block[place : place + WRITE_BYTES]
                 file.write(part)
                 digest.update(part)
+                waiting += len(part)
+                if waiting >= SYNC_BYTES:
+                    file.flush()
+                    os.fdatasync(file.fileno())
+                    waiting = 0
             num_bytes += len(block)
         file.flush()
         os.fsync(file.fileno())

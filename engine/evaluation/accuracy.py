@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from engine.config.load import RunConfig
 from engine.core.types import Completion, Prompt, Score
 from engine.inference.pool import Pool
-from engine.inference.sampling import SampleRequest, sample_requests
+from engine.inference.sampling import sample_requests
 from engine.rewards.base import Reward, answer_of
 
 # All requests of an evaluation decode in one batch; they are waited for, carried and judged this many at a time, so that
@@ -22,6 +22,7 @@ REQUESTS_PER_TICKET = 4096
 # How often it is told how far it has come, unless the parts are too small. Where answers are right or wrong, what is judged
 # with an answer does not change its mark; a reward model's batch could change its last bits, so it gets all at once, as ever.
 PARTS, PART_PROBLEMS = 16, 8
+Request = TypeVar("Request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +155,10 @@ def _sampled(
         top_p=evaluation.top_p,
         max_tokens=config.sampling.max_tokens,
     )
-    tickets = _tickets(requests, n, config.inference.engines, in_parts=all(prompt.verifiable for prompt in prompts))
+    parts = tickets(requests, n, config.inference.engines, in_parts=all(prompt.verifiable for prompt in prompts))
     completions: list[Completion] = []
     scores: list[Score] = []
-    for ticket in pool.submit(tickets):
+    for ticket in pool.submit(parts):
         found, _ = pool.gather(ticket)
         places = [place // n for place in range(len(completions), len(completions) + len(found))]
         scores += reward.score([answer_of(prompts[i], completion, i) for i, completion in zip(places, found, strict=True)])
@@ -166,7 +167,7 @@ def _sampled(
     return completions, scores
 
 
-def _tickets(requests: Sequence[SampleRequest], n: int, engines: int, *, in_parts: bool) -> list[Sequence[SampleRequest]]:
+def tickets(requests: Sequence[Request], n: int, engines: int, *, in_parts: bool) -> list[Sequence[Request]]:
     """The requests of whole problems, `n` each, as they are waited for. A part has as many for each engine, so that the pool
     deals each request to the engine that would have it without parts."""
     whole = max(1, REQUESTS_PER_TICKET // n) * n

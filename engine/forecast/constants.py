@@ -46,6 +46,9 @@ class Constants(Section):
         LINKS.network_gigabytes_per_second, "guess", UNVERIFIED, "of one GPU, between nodes"
     )
     disk_gigabytes_per_second: Rate = _constant(2.0, "guess", "a shared file system", "written by all ranks together")
+    digest_gigabytes_per_second: Rate = _constant(
+        1.45, "measured", "one core of a server, docs/results.md", "of a checkpoint hashed by one rank's thread"
+    )
     host_copy_gigabytes_per_second: Rate = _constant(
         20.0, "guess", UNVERIFIED, "from a device to its host's memory, each device"
     )

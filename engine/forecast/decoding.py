@@ -302,6 +302,17 @@ class Engines:
         return sum(engine.busy for engine in self.engines) / len(self.engines)
 
     @property
+    def longest_wait(self) -> float:
+        """Seconds that an engine needed for a step's answers at most, after it had those of the steps before."""
+        waits = [0.0]
+        for engine in self.engines:
+            before = 0.0
+            for step, moment in sorted(engine.finished.items(), key=lambda one: one[1]):
+                waits.append(moment - max(before, self._submitted[step]))
+                before = moment
+        return max(waits)
+
+    @property
     def preempted(self) -> int:
         """Requests whose room in a cache was given back."""
         return sum(engine.preempted for engine in self.engines)

@@ -1,14 +1,51 @@
-"""What a run writes: checkpoints and records. Bytes by arithmetic; no disk is looked at."""
+"""What a run writes: checkpoints, their bytes and seconds. Arithmetic; no disk is looked at."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from engine.capacity.kv_cache import item_bytes
 from engine.capacity.memory import TrainerState
+from engine.core.tensor_files import SYNC_BYTES
 from engine.models.headers import num_elements
 from engine.run.checkpoint import reference_place
 from engine.run.spec import Spec
 
+if TYPE_CHECKING:
+    from engine.forecast.constants import Constants  # whose links load torch, which a preflight does not
+
 AHEAD_TOKEN_BYTES = 40  # JSON of a token's id and log-prob, and its text
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """A checkpoint of a run: bytes and seconds."""
+
+    count: int  # over the run
+    num_bytes: int  # each element once, whatever the number of replicas
+    rank_bytes: int  # of the rank that writes most
+    kept_bytes: int  # on the disk at its fullest moment
+    pause_seconds: float  # for which training stands still, where the one before is written
+    write_seconds: float  # then, beside training, until it is named
+    silent_seconds: float  # at most, for which nothing new appears on the disk while all ranks wait for it
+
+
+def saving(spec: Spec, constants: Constants) -> Saving | None:
+    """Of a training run; None where it has no checkpoint. Ranks hash what they write, each in one thread, and the disk takes
+    what all of them write together: the slower of both counts."""
+    if not spec.checkpoint_steps:
+        return None
+    num_bytes, most, disk = checkpoint_bytes(spec), snapshot_bytes(spec), constants.disk_gigabytes_per_second * 1e9
+    return Saving(
+        count=len(spec.checkpoint_steps),
+        num_bytes=num_bytes,
+        rank_bytes=most,
+        kept_bytes=num_bytes * num_checkpoints(spec),
+        pause_seconds=most / (constants.host_copy_gigabytes_per_second * 1e9),
+        write_seconds=max(num_bytes / disk, most / (constants.digest_gigabytes_per_second * 1e9)),
+        silent_seconds=spec.config.trainer.world_size * min(most, SYNC_BYTES) / disk,
+    )
 
 
 def num_checkpoints(spec: Spec) -> int:
@@ -21,11 +58,10 @@ def num_checkpoints(spec: Spec) -> int:
 def checkpoint_bytes(spec: Spec) -> int:
     """What one takes: the policy's weights, the optimizer's state of every rank, a reference that nothing else holds, and
     rollouts of later steps."""
-    trainer, shape = spec.config.trainer, spec.shape
+    trainer = spec.config.trainer
     ranks = trainer.tensor_parallel * (trainer.data_parallel if trainer.distributed_optimizer else 1)
     states = sum(TrainerState(spec, stage).saved_bytes * ranks for stage in range(spec.trainer.pp_size))
-    own = "reference" in spec.copies and any(reference_place(spec.config, step) == "own" for step in spec.checkpoint_steps)
-    weights = num_elements(shape) * item_bytes(spec.config.model.dtype) * (2 if own else 1)
+    weights = num_elements(spec.shape) * item_bytes(spec.config.model.dtype) * _num_models(spec)
     return weights + states + ahead_bytes(spec)
 
 
@@ -39,8 +75,19 @@ def ahead_bytes(spec: Spec) -> int:
     return steps * config.rollouts_per_step * config.sampling.max_tokens * AHEAD_TOKEN_BYTES
 
 
-def snapshot_bytes(spec: Spec) -> int:
-    """What a trainer rank copies to its host at most: its share of the weights, and its optimizer's state."""
-    t = spec.config.trainer
-    states = [TrainerState(spec, stage) for stage in range(spec.trainer.pp_size)]
-    return max(state.weights // t.data_parallel + state.saved_bytes for state in states)
+def snapshot_bytes(spec: Spec, stage: int | None = None, *, first_replica: bool = True) -> int:
+    """What a trainer rank of a stage, of the one that holds most where not said, copies to its host and writes: its share of
+    the weights and, where nothing else holds it, of the reference, and its optimizer's state. `first_replica`: whether it is of
+    the first, which alone writes the state where all hold the same one."""
+    if stage is None:
+        return max(snapshot_bytes(spec, each) for each in range(spec.trainer.pp_size))
+    t, state = spec.config.trainer, TrainerState(spec, stage)
+    weights = state.num_parameters * item_bytes(spec.config.model.dtype) * _num_models(spec)
+    writes_state = first_replica or t.distributed_optimizer
+    return weights // t.data_parallel + (state.saved_bytes if writes_state else 0)
+
+
+def _num_models(spec: Spec) -> int:
+    """Hugging Face folders in a checkpoint: the policy, and a reference of its own."""
+    places = (reference_place(spec.config, step) for step in spec.checkpoint_steps)
+    return 2 if "reference" in spec.copies and any(place == "own" for place in places) else 1

@@ -12,7 +12,7 @@ from engine.capacity.kv_cache import GIB
 from engine.config.load import RunConfig
 from engine.forecast.replay import Played
 from engine.forecast.seconds import Forecast, Regime
-from engine.forecast.telling import binding, intervals_table, parts_table, run_table
+from engine.forecast.telling import binding, hosts_table, intervals_table, parts_table, run_table
 from engine.forecast.training import TrainingStep
 from engine.observe.gantt import Bar, Lane, lanes
 from engine.observe.report import document, table
@@ -119,6 +119,7 @@ def plan_page(
     fits = "fits" if memory["fits"] else "does not fit"
     spare = f"The fullest, {memory['fullest']}, {fits}: {memory['spare_bytes'] / GIB:.1f} GiB to spare; the line is the GPU's."
     sections.append(("Memory", f'<div class="wide">{bars}</div><p class="note">{escape(spare)}</p>'))
+    sections.append(("Nodes and disk", table(*_split(hosts_table(figures)))))
     if forecast is not None:
         sections += [
             ("The run", table(*_split(run_table(forecast)))),

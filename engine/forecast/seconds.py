@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from engine.config.load import RunConfig
 from engine.config.schedules.base import Schedule
+from engine.evaluation.accuracy import tickets
 from engine.forecast import disk
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import Engines, Speed, speed_of
@@ -75,12 +76,13 @@ class Forecast:
     training: TrainingStep
     start_seconds: float
     evaluation_seconds: float | None  # each; None where the problems are not there to count
+    evaluation_wait_seconds: float | None  # of an engine for the part of an evaluation that takes longest
     num_evaluations: int
     checkpoint_seconds: float  # for which the trainer stands still, each
     checkpoint_disk_seconds: float  # until it is written, beside training
     num_checkpoints: int
-    checkpoint_bytes: int  # of each
-    checkpoints_kept_bytes: int
+    longest_wait_seconds: float  # of an engine for a step's answers, which its deadline has to cover
+    judging_seconds: float  # of the step whose answers take longest to judge
     ledger_bytes_per_day: float
     run_seconds: float
 
@@ -141,7 +143,7 @@ class Forecaster:
         num_steps, first = window(schedule, self._config.rollouts_per_step)
         engines = self._engines(num_steps)
         played = play(schedule, num_steps, first, engines, self._costs())
-        self._seen = (engines.most, engines.preempted) if engines else (0, 0)
+        self._seen = (engines.most, engines.preempted, engines.longest_wait) if engines else (0, 0, 0.0)
         played.engines = tuple(Sampled(engine.stretches, engine.finished) for engine in engines.engines) if engines else ()
         return played
 
@@ -233,14 +235,12 @@ class Forecaster:
         idle = 1 - played.engine_seconds / played.duration
         if spec.colocated:
             idle -= played.mean("train") / seconds
-        evaluation = self._evaluation(schedule)
-        saved = disk.checkpoint_bytes(spec)
-        snapshot = disk.snapshot_bytes(spec) / (c.host_copy_gigabytes_per_second * 1e9)
-        written = saved / (c.disk_gigabytes_per_second * 1e9)
-        num_checkpoints, num_evaluations = len(spec.checkpoint_steps), len(spec.evaluation_steps)
-        between = config.run.steps / max(1, num_checkpoints) * seconds
-        standing = snapshot + max(0.0, written - between)  # the next one waits for the last
-        run = c.start_seconds + config.run.steps * seconds + num_checkpoints * standing + written
+        evaluation, longest = self._evaluation()
+        saved, num_evaluations = disk.saving(spec, c), len(spec.evaluation_steps)
+        count, written = (saved.count, saved.write_seconds) if saved is not None else (0, 0.0)
+        between = config.run.steps / max(1, count) * seconds
+        standing = (saved.pause_seconds if saved is not None else 0.0) + max(0.0, written - between)  # the next one waits
+        run = c.start_seconds + config.run.steps * seconds + count * standing + written
         run += num_evaluations * (evaluation or 0.0)
         return Forecast(
             regime=schedule.regime,
@@ -264,36 +264,38 @@ class Forecaster:
             training=step,
             start_seconds=c.start_seconds,
             evaluation_seconds=evaluation,
+            evaluation_wait_seconds=longest,
             num_evaluations=num_evaluations,
             checkpoint_seconds=standing,
             checkpoint_disk_seconds=written,
-            num_checkpoints=num_checkpoints,
-            checkpoint_bytes=saved,
-            checkpoints_kept_bytes=saved * disk.num_checkpoints(spec),
+            num_checkpoints=count,
+            longest_wait_seconds=self._seen[2],
+            judging_seconds=max(map(self.judging, self.works)),
             ledger_bytes_per_day=sampled * c.ledger_token_bytes * 86400 / seconds if self._speed is not None else 0.0,
             run_seconds=run,
         )
 
-    def _evaluation(self, schedule: Schedule) -> float | None:
-        """Seconds of an evaluation: all held-out problems sampled at once. None where their number cannot be seen."""
+    def _evaluation(self) -> tuple[float | None, float | None]:
+        """Seconds of an evaluation, all held-out problems sampled at once, and of an engine's for the part of them that it is
+        waited for longest. None where their number cannot be seen."""
         spec, config = self.given.spec, self._config
         if not spec.evaluation_sets:
-            return 0.0
+            return 0.0, 0.0
         problems = [_problems(one.path, config.evaluation.max_problems) for one in spec.evaluation_sets]
         counts = [count for count in problems if count is not None]
         if len(counts) < len(problems):
-            return None
-        work, samples = self.works[0], config.evaluation.samples
+            return None, None
+        work, n = self.works[0], config.evaluation.samples
         lengths = [length for of in work.completions for length in of]
-        total = sum(counts)
-        asked = StepWork(
-            tuple(work.prompts[i % len(work.prompts)] for i in range(total)),
-            tuple(tuple(lengths[(i * samples + k) % len(lengths)] for k in range(samples)) for i in range(total)),
-            (),
-        )
-        engines = Engines(config, speed_of(spec.shape, config, self.given.constants), self.room, [asked], 4)
-        engines.open(0.0, range(1))
-        return engines.sampled(0) + self.judging(asked)
+        prompts = [work.prompts[i % len(work.prompts)] for i in range(sum(counts))]
+        answers = [tuple(lengths[(i * n + k) % len(lengths)] for k in range(n)) for i in range(len(prompts))]
+        asked = tickets(range(n * len(prompts)), n, config.inference.engines, in_parts=config.data.rewards == ("math",))
+        places = [slice(part[0] // n, part[-1] // n + 1) for part in asked]
+        parts = [StepWork(tuple(prompts[place]), tuple(answers[place]), ()) for place in places]
+        engines = Engines(config, speed_of(spec.shape, config, self.given.constants), self.room, parts, 4)
+        engines.open(0.0, range(len(parts)))
+        sampled = max(map(engines.sampled, range(len(parts))))
+        return sampled + self.judging(StepWork(tuple(prompts), tuple(answers), ())), engines.longest_wait
 
 
 TRAIN_PARTS = (

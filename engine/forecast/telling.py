@@ -135,14 +135,34 @@ def run_table(found: Forecast) -> list[tuple[str, str]]:
         ("fullest data-parallel rank", f"{step.imbalance:.3f} of the mean's work"),
         ("in all", f"{_span(found.run_seconds)} = {found.gpu_hours:,.0f} GPU-hours on {found.gpus} GPUs ({days:.2f} days)"),
         ("evaluations", evaluations),
-        (
-            "checkpoints",
-            f"{found.num_checkpoints} of {found.checkpoint_bytes / 1e9:,.1f} GB; each stops the trainer for "
-            f"{found.checkpoint_seconds:,.1f} s and is written after {found.checkpoint_disk_seconds:,.0f} s",
-        ),
-        ("disk for checkpoints", f"{found.checkpoints_kept_bytes / 1e9:,.0f} GB at the fullest"),
-        ("records", f"{found.ledger_bytes_per_day / 1e9:,.1f} GB a day"),
     ]
+
+
+def hosts_table(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run's nodes read, hold and write: of `planned`'s figures. Heading, then a row each."""
+    hosts, saved, found = figures["hosts"], figures["checkpoint"], figures["forecast"]
+    body = [("nodes, disk", f"{hosts['nodes']} node{'s' if hosts['nodes'] > 1 else ''}")]
+    if saved is not None:
+        body += [
+            ("a checkpoint", f"{_gb(saved['num_bytes'])}, each element once; {_gb(saved['rank_bytes'])} by the fullest rank"),
+            ("training waits for it", f"{saved['pause_seconds']:,.1f} s"),
+            ("and it is named after", f"{saved['pause_seconds'] + saved['write_seconds']:,.0f} s"),
+            ("checkpoints", f"{saved['count']}, {_gb(saved['kept_bytes'])} on the disk at the fullest"),
+        ]
+    held = {name: size for name, size in hosts["held"].items() if size}
+    body += [(f"host memory of a node, {name}", _gb(size)) for name, size in held.items()]
+    body += [
+        ("host memory of a node, in all", _gb(sum(held.values()))),
+        ("weights read at the start, a node", f"{_gb(hosts['most_read'])} at most, of {_gb(hosts['weights_bytes'])}"),
+        ("and off the file system in all", _gb(hosts["read"])),
+    ]
+    if found is not None:
+        body.append(("records", f"{_gb(found['ledger_bytes_per_day'])} a day"))
+    return body
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.0f} MB"
 
 
 def _span(seconds: float) -> str:

@@ -34,6 +34,7 @@ RECOMPUTE = {"recompute": True}
 FUSED = {"fused_lm_head": True}
 SHARDED = {"data_parallel": 2, "distributed_optimizer": True}
 SEQUENCE = {"tensor_parallel": 2, "sequence_parallel": True}
+NARROW = {"gradient_dtype": "bfloat16"}
 PIPELINE = {"pipeline_parallel": 2}
 NO_REFERENCE = {"loss": "grpo", "kl_weight": 0.0}
 
@@ -53,7 +54,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (PLAIN, "bfloat16", NO_REFERENCE),
         (FUSED, "float32", {}),
         (SHARDED, "bfloat16", {}),
-        (SHARDED | {"gradient_dtype": "bfloat16"}, "bfloat16", NO_REFERENCE),
+        (SHARDED | RECOMPUTE | FUSED, "bfloat16", NO_REFERENCE),  # sums of gradients on their way decide
+        (SHARDED | RECOMPUTE | NARROW, "bfloat16", NO_REFERENCE),  # the update does, here and in the next two
+        (PIPELINE | RECOMPUTE | NARROW, "bfloat16", NO_REFERENCE),
+        (NARROW, "bfloat16", NO_REFERENCE),
         (SEQUENCE, "bfloat16", {}),
         (SEQUENCE | RECOMPUTE | FUSED, "float32", NO_REFERENCE),
         (PIPELINE, "float32", {}),

@@ -300,8 +300,8 @@ def test_parts_change_neither_the_engine_of_a_request_nor_its_place(monkeypatch,
         return [[request for ticket in tickets for request in ticket[engine::engines]] for engine in range(engines)]
 
     requests: Any = list(range(problems * n))
-    whole = accuracy._tickets(requests, n, engines, in_parts=False)
-    parts = accuracy._tickets(requests, n, engines, in_parts=True)
+    whole = accuracy.tickets(requests, n, engines, in_parts=False)
+    parts = accuracy.tickets(requests, n, engines, in_parts=True)
     assert [request for part in parts for request in part] == requests
     assert dealt(parts) == dealt(whole)
     assert all(len(part) % n == 0 for part in parts)
