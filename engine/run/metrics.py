@@ -24,7 +24,7 @@ SYNC_SECONDS = Metric(
 INTERVAL = Metric(
     "interval_steps",
     "with sync.sync_interval = 'auto': s, the steps between the weight syncs before and after this step; only there",
-    title="s",
+    title="sync interval",
     unit="steps",
 )
 SYNC_MEBIBYTES = Metric("sync_mebibytes", "sent in it", title="synced", unit="MiB")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 class Schedule(ABC):
     """The regime of a run: one weight version for each step, that of the last sync at or before it, or of an earlier one.
 
-    `sync_interval` is s: 1 is online, k semi-online, "never" offline (one sync, at step 0), "auto" decided on the way.
+    `sync_interval` is s: 1 is online, k semi-online, "never" offline (one sync, at step 0).
     `offline_chunk`: steps generated together when s is "never", where no sync bounds the interval.
     `lookahead` is L: the rollouts between two syncs come from the sync L syncs before, and are sampled L intervals ahead; so
     engines sample interval k + L while the trainer trains interval k. A step's answers are then L s to (L + 1) s - 1 steps old.
@@ -27,7 +27,7 @@ class Schedule(ABC):
     ones and go on with it from the new weights, so that an answer may have tokens of several versions (`versions`).
     """
 
-    sync_interval: int | Literal["never", "auto"]
+    sync_interval: int | Literal["never"]
     reference: int | Literal["never", "follow"]
     num_steps: int
     offline_chunk: int

@@ -67,8 +67,9 @@ class Longest(Paper):
 
 @dataclass(frozen=True)
 class Pilot(Schedule):
-    """Syncs where the last interval ends; the first is one step long. What has not been decided yet is taken for intervals of
-    `most` steps, so that what is asked before a run (how old answers may be, how much is sampled together) is the most.
+    """Syncs where the last interval ends; the first is one step long. `sync_interval` is the most that one may have, and what
+    has not been decided yet is taken for intervals of so many steps: what is asked before a run (how old answers may be, how
+    much is sampled together) is then the most.
 
     The one regime that changes: `observe` adds the next sync. `metric` and `bound` as the options sync.auto_metric and
     sync.auto_bound have them.
@@ -76,9 +77,14 @@ class Pilot(Schedule):
 
     metric: Measure = "log_prob_gap_mean"
     bound: float = 0.0
-    most: int = 1
     _decided: list[int] = field(init=False, compare=False, repr=False, default_factory=lambda: [0, 1])  # steps with a sync
     _drifts: list[list[float | None]] = field(init=False, compare=False, repr=False, default_factory=lambda: [[]])
+
+    @property
+    def most(self) -> int:
+        """sync.auto_most."""
+        assert isinstance(self.sync_interval, int), self.sync_interval
+        return self.sync_interval
 
     def sync_due(self, step: int) -> bool:
         """As decided; and after that every `most` steps."""

@@ -33,8 +33,8 @@ def schedule_of(config: Options) -> Schedule:
                 f"sync.sync_interval = 'auto' needs sync.auto_bound, up to which sync.auto_metric may go; found none: "
                 f"{BOUNDS[sync.auto_metric]}"
             )
-        given = sync.sync_interval, sync.reference, config.run.steps, chunk
-        return Pilot(*given, metric=sync.auto_metric, bound=sync.auto_bound, most=sync.auto_most)
+        given = sync.auto_most, sync.reference, config.run.steps, chunk
+        return Pilot(*given, metric=sync.auto_metric, bound=sync.auto_bound)
     return _made(sync.semantics, sync.sync_interval, sync.reference, config.run.steps, chunk, sync.lookahead, sync.in_flight)
 
 

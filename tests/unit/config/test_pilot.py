@@ -26,7 +26,7 @@ metrics = st.sampled_from(["log_prob_gap_mean", "ess_share"])
 
 
 def pilot(num_steps: int = 40, bound: float = 0.03, most: int = 8, metric: str = "log_prob_gap_mean") -> Pilot:
-    return Pilot("auto", "follow", num_steps, 16, metric=metric, bound=bound, most=most)  # type: ignore[arg-type]
+    return Pilot(most, "follow", num_steps, 16, metric=metric, bound=bound)  # type: ignore[arg-type]
 
 
 @given(intervals, bounds, mosts)
@@ -72,7 +72,8 @@ def test_every_step_is_of_the_version_of_the_sync_before_it_and_a_resumed_run_de
     seen = [1 - value for value in seen] if metric == "ess_share" else seen
     bound = 1 - bound if metric == "ess_share" else bound
     schedule, resumed = pilot(bound=bound, most=most, metric=metric), pilot(bound=bound, most=most, metric=metric)
-    begin, length, known, syncs, lengths = 0, 1, [[]], [], []
+    begin, length, syncs, lengths = 0, 1, list[int](), list[int]()
+    known: list[list[float | None]] = [[]]
     for step, value in enumerate(seen):
         if step == begin + length:
             longest = 1 - bound if metric == "ess_share" else bound

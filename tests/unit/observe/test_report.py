@@ -291,7 +291,7 @@ def test_a_missing_sync_and_missing_rollouts_contradict_and_a_step_under_way_doe
 
 def piloted(steps: int, num_steps: int = 24) -> tuple[Pilot, list[dict[str, Any]], list[dict[str, Any]]]:
     """(a regime that decides its intervals, the rollouts and the metrics of a run that it drove so far)."""
-    schedule, gaps = Pilot("auto", "never", num_steps, 16, bound=0.03, most=8), list[dict[str, Any]]()
+    schedule, gaps = Pilot(8, "never", num_steps, 16, bound=0.03), list[dict[str, Any]]()
     for t in range(steps):
         gap = None if t == 4 else 0.004 * schedule.staleness(t) * (1 if t < 12 else 3)
         gaps.append({"log_prob_gap_mean": gap, "interval_steps": float(schedule.observe(t, gap))})

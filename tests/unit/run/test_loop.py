@@ -104,8 +104,9 @@ class World:
 
     def observe(self, record: dict[str, float]) -> dict[str, float]:
         assert self.log[-1] == f"train scored batch {record['step']:.0f}" and "checkpoint" not in self.log[-1]
-        measure = self.schedule.measures if self.schedule is not None else None
-        return {"interval_steps": self.schedule.observe(int(record["step"]), record[measure])} if measure else {}
+        if self.schedule is None or self.schedule.measures is None:
+            return {}
+        return {"interval_steps": self.schedule.observe(int(record["step"]), record[self.schedule.measures])}
 
     def checkpoint(self, step: int) -> None:
         self.log.append(f"checkpoint {step}")
@@ -388,7 +389,7 @@ def test_a_regime_that_measures_syncs_by_what_the_policy_reports():
         return record["step"], record["interval_steps"], record["log_prob_gap_mean"], "sync_seconds" in record
 
     def piloted() -> Pilot:
-        return Pilot("auto", "follow", num_steps=30, offline_chunk=16, bound=1.0, most=6)
+        return Pilot(6, "follow", num_steps=30, offline_chunk=16, bound=1.0)
 
     world, schedule, kept = World(), piloted(), {}
     world.pace, written = moves, world.checkpoint
