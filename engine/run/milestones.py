@@ -21,7 +21,7 @@ from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer
 from engine.models.sharding import export_files, export_plan, tensors, trainer_layout
 from engine.run.agreement import Agreement
-from engine.run.checkpoint import SCHEDULE, check_prolonged, reference_place, state_rank
+from engine.run.checkpoint import check_prolonged, reference_place, state_rank
 from engine.run.controller import Controller
 from engine.run.loop import Record, Source
 from engine.run.metrics import FAILED_CHECKPOINTS, INTERVAL, STEP
@@ -113,7 +113,6 @@ class Milestones:
         if self._controller is not None:
             ahead = self._controller.ahead(opened) if opened else None
             records, end_ids = self._controller.kept(self._checkpoints.steps()), self._controller.end_ids
-            records |= {SCHEDULE: state} if (state := self._config.schedule.state()) else {}
             self._agreement.done()
         else:
             self._agreement.listen()

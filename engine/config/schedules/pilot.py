@@ -97,8 +97,9 @@ class Pilot(Schedule):
     def regime(self) -> str:
         """What decides, and where anything has been decided what came of it."""
         side = "at least" if self.metric == "ess_share" else "at most"
-        lengths = [after - before for before, after in pairwise(self._decided)][:-1] or [1]
-        found = f"{min(lengths)} to {max(lengths)} in {len(lengths)} intervals, " if len(self._decided) > 2 else ""
+        lengths = [after - before for before, after in pairwise(self._decided)]
+        begun = lengths if self._drifts[-1] else lengths[:-1]
+        found = f"{min(begun)} to {max(begun)} in {len(begun)} intervals, " if begun else ""
         return f"s = auto ({found}{self.metric} {side} {self.bound}, s at most {self.most})"
 
     @property

@@ -310,7 +310,7 @@ def test_a_regime_that_measures_is_proven_by_deciding_it_anew_from_the_metrics(t
     assert proof.regime == grown.regime
     if steps == 24:
         assert proof.sentence() == (
-            "s = auto (1 to 8 in 6 intervals, log_prob_gap_mean at most 0.03, s at most 8): staleness 0..7, proven from 72 "
+            "s = auto (1 to 8 in 7 intervals, log_prob_gap_mean at most 0.03, s at most 8): staleness 0..7, proven from 72 "
             "rollouts of 24 steps"
         )
 
