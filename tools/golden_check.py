@@ -320,13 +320,18 @@ class Run:
         return folder if (folder / "config.json").exists() else None
 
     def synced(self, step: int) -> int:
-        """The steps in the weights that engines took last before `step`: a sync is due where t % s == 0."""
+        """The steps in the weights that engines took last before `step`: a sync is due where t % s == 0, or where s is decided
+        on the way, there is one on record."""
+        if self.interval == "auto":
+            return max(row["step"] for row in self.metrics[: step + 1] if "sync_seconds" in row)
         return 0 if self.interval == "never" else step // int(self.interval) * int(self.interval)
 
     def version(self, step: int) -> int:
         """The steps in the weights that sample for `step`: those of the last sync, or of so many before it as are sampled
         ahead."""
-        return 0 if self.interval == "never" else max(0, self.synced(step) - self.lookahead * int(self.interval))
+        if not self.lookahead:
+            return self.synced(step)
+        return max(0, self.synced(step) - self.lookahead * int(self.interval))
 
     def versions(self, step: int) -> list[int]:
         """The steps in all weights that may have sampled tokens of `step`: one, or with sync.in_flight those of every sync from

@@ -145,6 +145,12 @@ class Algorithm(Loss):
                 f"sync.reference needs a loss that looks at the reference; found {config.sync.reference!r} with algorithm.loss "
                 f"= {a.loss!r}{cls.without_reference}: set sync.reference = 'never'"
             )
+        measured = config.sync.auto_metric
+        if config.sync.sync_interval == "auto" and measured not in {metric.name for metric in made.metrics}:
+            broken.append(
+                f"sync.sync_interval = 'auto' needs a loss that reports sync.auto_metric; found {measured!r} with "
+                f"algorithm.loss = {a.loss!r}, which does not: give it that metric, or set sync_interval to a number"
+            )
         if a.entropy_weight and config.trainer.fused_lm_head:
             broken.append(
                 f"algorithm.entropy_weight needs the logits, which trainer.fused_lm_head never makes; found {a.entropy_weight} "

@@ -97,8 +97,8 @@ def reader() -> Console:
 
 def pace_of(config: RunConfig) -> Pace:
     """Of a run whose rollouts are sampled by the interval, offline by the chunk, and that is judged now and then."""
-    steps, schedule, interval = config.run.steps, config.schedule, config.sync.sync_interval
-    together = schedule.offline_chunk if interval == "never" else interval
+    steps, schedule = config.run.steps, config.schedule.planned
+    together = schedule.sync_interval if isinstance(schedule.sync_interval, int) else schedule.offline_chunk
     return Pace(steps, together, lambda done: sum(map(config.evaluation_due, range(done, steps + 1))))
 
 

@@ -11,8 +11,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -44,10 +45,17 @@ MAX_GUESSED = 64  # characters of a word that is compared with those there are
 class RunConfig(Options):
     """Everything a run is; equal configurations and equal data give equal runs."""
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
-        """The regime as arithmetic."""
+        """The regime as arithmetic. With sync.sync_interval = "auto" it grows while a run goes on, so all that take part in one
+        in a process ask the same configuration."""
         return schedule_of(self)
+
+    def __copy__(self) -> Self:
+        """A copy, whose options may then be set otherwise (`model_copy`), has a schedule of its own."""
+        made = super().__copy__()
+        made.__dict__.pop("schedule", None)
+        return made
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether the state after `step` optimizer steps is committed to disk."""
@@ -71,7 +79,7 @@ class RunConfig(Options):
     def reference_source(self) -> ReferenceSource:
         """Where reference log-probs come from. Where the reference is copied from the policy before every step, they are the
         policy's own before it moves, exactly: no second set of weights and no pass is needed."""
-        schedule, steps = self.schedule, range(1, max(2, self.run.steps))  # at step 0 both are the seed model anyway
+        schedule, steps = self.schedule.planned, range(1, max(2, self.run.steps))  # at step 0 both are the seed model anyway
         if self.sync.reference_mix == 1 and all(schedule.reference_due(step) for step in steps):
             return "policy"
         return "rollouts" if self.sync.reference_log_probs == "rollouts" else "pass"

@@ -339,9 +339,20 @@ SYNC_ATTEMPTS = 3  # of one weight sync: a fault that outlives two repetitions i
 class Sync(Section):
     """The regime: how often the generator and the reference take the policy's weights."""
 
-    sync_interval: Steps | Literal["never"] = Field(
-        1, description="s, between two weight syncs: 1 online, k semi-online, 'never' offline"
+    sync_interval: Steps | Literal["never", "auto"] = Field(
+        1,
+        description="s, between two weight syncs: 1 online, k semi-online, 'never' offline; 'auto': as many as measured drift "
+        "allows, decided at every sync",
     )
+    auto_metric: Literal["log_prob_gap_mean", "ess_share"] = Field(
+        "log_prob_gap_mean", description="with sync_interval = 'auto': the metric of a step that drift is measured by"
+    )
+    auto_bound: Factor | None = Field(
+        None,
+        description="with sync_interval = 'auto', which needs it: log_prob_gap_mean is to be at most this, or ess_share at "
+        "least, up to the last step of an interval",
+    )
+    auto_most: Steps = Field(16, description="with sync_interval = 'auto': the largest s")
     reference: Steps | Literal["never", "follow"] = Field(
         "never",
         description="when the reference takes the policy's weights: 'never', 'follow' (at every weight sync), or every N",
@@ -657,7 +668,9 @@ class Checkpoint(Section):
     """When the run's state is committed to disk."""
 
     every: Steps | Literal["end"] = Field(
-        "end", description="between two checkpoints; a multiple of sync_interval; 'end': only one, after the last step"
+        "end",
+        description="between two checkpoints; a multiple of sync_interval, with 'auto' at the first sync from there on; 'end': "
+        "only one, after the last step",
     )
     keep: Annotated[Positive, Unit("checkpoints")] = Field(2, description="that are kept, the newest ones")
     best_by: BestBy | None = Field(

@@ -24,7 +24,7 @@ def broken_rules(config: Options) -> list[str]:
     never_syncs, broken = False, list[str]()
     try:
         schedule = schedule_of(c)
-        broken += broken_reference_source_rules(c, schedule)
+        broken += broken_reference_source_rules(c, schedule) + broken_pilot_rules(c)
         never_syncs = schedule.never_syncs
         broken += schedule.broken_rules(every)
     except ConfigError as error:
@@ -86,6 +86,30 @@ def broken_rules(config: Options) -> list[str]:
             f"they sleep then; found {c.sync.lookahead} with it: set lookahead = 0, or placement = 'disaggregated'"
         )
     return broken + broken_profile_rules(c)
+
+
+def broken_pilot_rules(c: Options) -> list[str]:
+    """Sentences for what intervals that are decided on the way (sync.sync_interval = 'auto') cannot go with."""
+    sync, broken = c.sync, list[str]()
+    if sync.sync_interval != "auto":
+        return broken
+    if sync.semantics != "paper":
+        broken.append(
+            f"sync.sync_interval = 'auto' decides which steps sync, and so would sync.semantics; found {sync.semantics!r}: set "
+            f"it to 'paper', or sync_interval to a number"
+        )
+    if sync.lookahead or sync.in_flight:
+        broken.append(
+            f"sync.sync_interval = 'auto' decides on an interval at its first step, so none can be sampled ahead, and "
+            f"sync.lookahead must be 0 and sync.in_flight false; found {sync.lookahead} and {str(sync.in_flight).lower()}: set "
+            f"them so, or sync_interval to a number"
+        )
+    if sync.auto_metric == "ess_share" and (sync.auto_bound or 0.0) >= 1:
+        broken.append(
+            f"sync.auto_bound must be below 1 with sync.auto_metric = 'ess_share', which is 1 where nothing has drifted; found "
+            f"{sync.auto_bound}: lower it, as to 0.9"
+        )
+    return broken
 
 
 LEAST_LOOKAHEAD_IN_FLIGHT = 2  # intervals: the next one must be complete before a sync, so only a further one can be paused

@@ -120,7 +120,7 @@ class Forecaster:
     def interval(self) -> tuple[Played, range, Many[TrainingStep]]:
         """The run's loop as replayed, the steps of its last whole interval there, or a few short ones, and the optimizer steps
         by their number modulo their count; for a picture."""
-        schedule = self._config.schedule
+        schedule = self._config.schedule.planned
         played = self.play(schedule)
         count = len(played.steps)
         begins = [step for step in range(count) if schedule.sync_due(step) or schedule.opens(step)]
@@ -134,7 +134,7 @@ class Forecaster:
 
     def forecast(self, schedule: Schedule | None = None) -> Forecast:
         """Of the run's own schedule, or of another."""
-        schedule = schedule or self._config.schedule
+        schedule = schedule or self._config.schedule.planned
         played = self.play(schedule)
         return self._summary(schedule, played)
 
@@ -329,12 +329,12 @@ class Regime(NamedTuple):
 
     @classmethod
     def asked(cls, config: RunConfig) -> Regime:
-        """A configuration's own."""
-        return cls(config.sync.sync_interval, config.sync.lookahead)
+        """A configuration's own; the most of one that decides on its intervals."""
+        return cls(config.schedule.planned.sync_interval, config.sync.lookahead)
 
     def of(self, schedule: Schedule) -> Schedule:
         """A schedule with another s and another lookahead."""
-        return replace(schedule, sync_interval=self.interval, lookahead=self.lookahead)  # type: ignore[arg-type]
+        return replace(schedule.planned, sync_interval=self.interval, lookahead=self.lookahead)  # type: ignore[arg-type]
 
 
 def regimes(config: RunConfig, intervals: Iterable[Interval]) -> list[Regime]:

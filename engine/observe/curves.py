@@ -49,6 +49,7 @@ CURVES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         (("no signal", "skipped_share"), ("cut off", "truncated"), ("not judged", "unjudged_share")),
     ),
     "staleness": ("", (("", "staleness"),)),
+    "interval": ("", (("", "interval_steps"),)),
     "sync": ("", (("", "sync_seconds"),)),
     "seconds": ("a step", (("whole", "step_seconds"), ("waiting for rollouts", "wait_seconds"))),
     "speed": ("throughput", (("generation", "generation_tokens_per_second"), ("training", "training_tokens_per_second"))),
@@ -56,7 +57,7 @@ CURVES: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
 COVERED = frozenset(metric for _, series in CURVES.values() for _, metric in series)
 UNDECLARED = "as a reward or a loss of the user's own has it"
 NO_CURVE = ("step", "unix_seconds", TOKENS)
-AS_THEY_ARE = ("staleness", "learning_rate")  # metrics that follow a rule: a mean would hide it
+AS_THEY_ARE = ("staleness", "interval_steps", "learning_rate")  # metrics that follow a rule: a mean would hide it
 # file name: metric, what it is drawn over instead of steps
 OVER: dict[str, tuple[str, str]] = {
     "reward_over_hours": ("reward_mean", "hours"),

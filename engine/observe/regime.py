@@ -4,8 +4,8 @@ every step's staleness against the schedule of its configuration. It reads recor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,17 @@ def prove(
     """Checks the rollouts and metrics.jsonl of a run, which may still be going on; DataError for a line that is no row.
     `rollouts_per_step`: so many every step must have that is in metrics.jsonl, for its rollouts are written before that.
     `keep_steps`: of so many last steps they must be there; None: of all. `first_step`: the first on record, of a run that was
-    forked off another. A run without rollouts, such as a supervised one, has nothing to prove, nor one that replayed a file."""
+    forked off another. A `schedule` that decides as a run goes on decides anew, by metrics.jsonl alone. A run without rollouts,
+    such as a supervised one, has nothing to prove, nor one that replayed a file."""
     metrics = list(read_rows(directory / "metrics.jsonl"))  # first: a run goes on while its rollouts are read
     place = rollouts_of(directory)
     if replayed is not None or place is None:
         return Proof(schedule.regime, len(metrics), 0, None, None, replayed)
-    contradictions = [fault for number, row in enumerate(metrics) for fault in _of_step(row, number, schedule, first_step)][:1]
+    wrong_lengths = list[str]()  # after one of which the schedule says nothing of versions that could be relied on
+    if schedule.measures is not None:
+        schedule = replace(schedule)  # which has decided nothing yet
+        wrong_lengths = [fault for at, row in enumerate(metrics) for fault in _of_decision(row, at, schedule)]
+    contradictions = [fault for at, row in enumerate(metrics) for fault in _of_step(row, at, schedule, first_step)][:1]
     num_rollouts, steps, counts, ages = 0, list[int](), list[int](), set[int]()
     tokens: dict[int, list[tuple[int, int]]] = {}  # with updates in flight: (age, number of tokens) by step
     for head in heads(place):
@@ -94,9 +99,19 @@ def prove(
     if not contradictions and rollouts_per_step is not None:
         contradictions += _of_counts(place.name, counts[: end - first], first, rollouts_per_step)
     staleness = (min(ages), max(ages)) if ages else None
-    contradiction = contradictions[0] if contradictions else None
+    contradiction = next(iter([*wrong_lengths, *contradictions]), None)
     dropped, by_token = first - first_step, schedule.updates_in_flight
     return Proof(schedule.regime, len(metrics), num_rollouts, staleness, contradiction, None, dropped, by_token)
+
+
+def _of_decision(row: Mapping[str, Any], number: int, schedule: Schedule) -> Iterator[str]:
+    """Whether the interval of a step is as long as `schedule` decides by the rows before it; the row is what it hears next."""
+    length = schedule.observe(number, row.get(schedule.measures or ""))
+    if row.get("interval_steps") != length:
+        yield (
+            f"metrics.jsonl line {number + 1} must have interval_steps {length} at step {number}, as {schedule.measures} of "
+            f"the steps before decides; found {row.get('interval_steps')}"
+        )
 
 
 def _of_counts(name: str, counts: Sequence[int], first: int, due: int) -> list[str]:

@@ -32,6 +32,10 @@ class Agreement:
         """Every other rank: waits until rank 0 is `done`."""
         self._state.host.broadcast(b"")
 
+    def number(self, value: float) -> float:
+        """Rank 0's `value`, on every rank."""
+        return float(json.loads(self._state.host.broadcast(json.dumps(value).encode())))
+
     def early_end(self, collapse: str | None, *, resumable: bool) -> tuple[str | None, bool]:
         """(the guard's reason to stop the run for, whether the command has asked it to stop), as rank 0 sees them. `collapse`
         is rank 0's reason; only where the run is `resumable` is the command's request looked for."""

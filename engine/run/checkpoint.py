@@ -69,6 +69,7 @@ LAYOUT = {  # options that may differ beside those with checkpoint.other_layout 
     "inference": {"engines", "tensor_parallel"},
 }
 AXES = LAYOUT["trainer"] - {"sequence_parallel", "recompute", "microbatch_tokens", "share_prompts"}  # what rank holds what
+SCHEDULE = "schedule"  # among what the manifest keeps of the run's records: the state of a regime that measures
 VERIFIER = "the version of the verifier"  # the end of its key among the digests
 
 
@@ -100,6 +101,13 @@ def paused_of(manifest: Mapping[str, Any]) -> range:
     """The steps of `ahead_of` whose rollouts are not complete in the checkpoint: engines have paused them."""
     ahead = ahead_of(manifest)
     return range(manifest.get("paused_from") or ahead.stop, ahead.stop)
+
+
+def recall_schedule(config: RunConfig, manifest: Mapping[str, Any]) -> None:
+    """Has the schedule of `config`, where it decides as the run goes on, go on from what it had decided at a checkpoint."""
+    state = (manifest.get("records") or {}).get(SCHEDULE)
+    if config.schedule.measures is not None and state is not None:
+        config.schedule.restore(state)
 
 
 def check_prolonged(config: RunConfig, step: int, ahead: range) -> None:

@@ -27,6 +27,7 @@ from engine.rollouts.base import StepSource
 from engine.rollouts.paused import read_paused
 from engine.rollouts.replay import LedgerSource, PreferenceSource, open_ledger, open_preferences
 from engine.rollouts.source import RolloutSource
+from engine.run.checkpoint import SCHEDULE
 from engine.run.records import Records
 from engine.run.signals import Event
 from engine.run.spec import Spec
@@ -150,8 +151,9 @@ class Controller:
         return scores(self._records.judged, self._config.checkpoint.best_by)
 
     def kept(self, checkpoints: Collection[int]) -> dict[str, Any]:
-        """What a checkpoint made now keeps of the records, beside those of these steps."""
-        return self._records.kept(checkpoints)
+        """What a checkpoint made now keeps of the records, beside those of these steps, and of a regime that goes by them."""
+        state = self._config.schedule.state()
+        return self._records.kept(checkpoints) | ({SCHEDULE: state} if state else {})
 
     def ahead(self, steps: range) -> Ahead | None:
         """What a checkpoint made now keeps of these steps, which are drained or paused; None where nothing is sampled."""

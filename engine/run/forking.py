@@ -34,6 +34,7 @@ from engine.run.checkpoint import (
     manifest_digest,
     paused_of,
     read_manifest,
+    recall_schedule,
     reference_folder,
     sealed,
     trainer_of,
@@ -101,6 +102,11 @@ def fork_faults(checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig
         yield ConfigError(
             f"run.steps must be more than the {step} steps that {checkpoint} has done; found {config.run.steps}: raise it"
         )
+    elif schedule.measures is not None:
+        yield ConfigError(
+            f"sync.sync_interval must be a number or 'never' in a fork, for 'auto' decides by all steps of its own run, from "
+            f"the first; found 'auto' after {step} steps of another: set it to a number"
+        )
     elif not schedule.resumable(step):
         yield ConfigError(
             f"a run can begin with {checkpoint} only where prompts are submitted after its {step} steps; found "
@@ -167,6 +173,7 @@ def _reference(
     """What the reference begins as, and the folder that has it: as it was when the checkpoint's run trained its next step,
     unless the new run takes it from the policy there."""
     step, saved = int(manifest["step"]), RunConfig.model_validate_json(json.dumps(manifest["config"]))
+    recall_schedule(saved, manifest)
     if config.schedule.reference_due(step) and config.sync.reference_mix == 1:
         return None, None
     folder = reference_folder(checkpoint, manifest)

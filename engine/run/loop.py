@@ -115,6 +115,7 @@ def train(
     *,
     start: int,
     colocated: bool,
+    observe: Callable[[Record], Record],
     checkpoint: Callable[[int], None],
     evaluation_due: Callable[[int], bool],
     evaluate: Callable[[int], None],
@@ -124,7 +125,10 @@ def train(
 
     `colocated`: engines stand on the trainer's devices, so they finish what they were asked for and sleep before it trains.
 
-    All three are called with the number of steps done so far; `checkpoint(step)` decides for itself whether anything is
+    `observe(record)` hears of every step once it is trained and returns what more is to be written of it: a regime may decide
+    there when the next sync is.
+
+    The others are called with the number of steps done so far; `checkpoint(step)` decides for itself whether anything is
     due. A checkpoint comes before the sync of the same step. `evaluate(step)` judges the newest weights, which are in the
     pool after a sync and are published to it at any other step.
     """
@@ -162,6 +166,7 @@ def train(
                 record |= _drain_and_sleep(steps, source, publisher)
             batch, rollouts = source.next(step)
         record |= rollouts | _learn(policy, batch)
+        record |= observe(record)
         record[STEP_SECONDS.name] = time.monotonic() - started
         yield _finished(record)
         with phase(Phase.CHECKPOINT):

@@ -21,6 +21,12 @@ TARGET_TOKENS = Metric("target_tokens", "that the loss looks at: the completions
 SYNC_SECONDS = Metric(
     "sync_seconds", "a weight sync, where there was one, until every engine has verified it", title="sync", unit="s"
 )
+INTERVAL = Metric(
+    "interval_steps",
+    "with sync.sync_interval = 'auto': s, the steps between the weight syncs before and after this step; only there",
+    title="sync interval",
+    unit="steps",
+)
 SYNC_MEBIBYTES = Metric("sync_mebibytes", "sent in it", title="synced", unit="MiB")
 SYNC_ATTEMPTS = Metric("sync_attempts", "that it took, where there were several", unit="attempts")
 ROLLOUT_SECONDS = Metric(
@@ -72,6 +78,7 @@ METRICS = (
     SYNC_SECONDS,
     SYNC_MEBIBYTES,
     SYNC_ATTEMPTS,
+    INTERVAL,
     FINISH_SECONDS,
     ROLLOUT_SECONDS,
     EVALUATION_SECONDS,

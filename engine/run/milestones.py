@@ -23,8 +23,8 @@ from engine.models.sharding import export_files, export_plan, tensors, trainer_l
 from engine.run.agreement import Agreement
 from engine.run.checkpoint import check_prolonged, reference_place, state_rank
 from engine.run.controller import Controller
-from engine.run.loop import Source
-from engine.run.metrics import FAILED_CHECKPOINTS
+from engine.run.loop import Record, Source
+from engine.run.metrics import FAILED_CHECKPOINTS, INTERVAL, STEP
 from engine.run.saving import Checkpoints, Snapshot, Weights
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,15 @@ class Milestones:
         self._files = export_files(policy.shape, policy.layout, parallel.dp_size, policy.dtype, bucket_bytes)
         if controller is not None:
             checkpoints.select(controller.scores(), config)
+
+    def observe(self, record: Record) -> Record:
+        """Tells a regime that measures of a step that was trained, in rank 0's numbers, which are on record, so that all ranks
+        decide alike; the length of the step's interval as a metric. Collective where the regime measures."""
+        schedule = self._config.schedule
+        if schedule.measures is None:
+            return {}
+        value = self._agreement.number(record.get(schedule.measures, math.nan))
+        return {INTERVAL.name: float(schedule.observe(int(record[STEP.name]), value))}
 
     def checkpoint(self, step: int) -> None:
         """Saves the state after `step` steps where that is due. Raises what ends the run there: NumericsError for a collapse

@@ -111,6 +111,7 @@ class TrainerRank:
             publisher,
             start=start,
             colocated=spec.colocated,
+            observe=milestones.observe,
             checkpoint=milestones.checkpoint,
             evaluation_due=config.evaluation_due,
             evaluate=milestones.evaluate,

@@ -51,6 +51,7 @@ from engine.run.checkpoint import (
     other_options,
     rank_file,
     read_manifest,
+    recall_schedule,
     reference_folder,
     same_layout,
     sealed,
@@ -409,6 +410,7 @@ class Checkpoints:
             raise combined(found)
         if "seed" not in manifest:
             raise older(newest, "weights in the ranks' own files")
+        recall_schedule(config, manifest)
         trainer, state = trainer_of(manifest), None
         if same_layout(trainer, config.trainer):
             own = rank_file(state_rank(trainer, self._rank))

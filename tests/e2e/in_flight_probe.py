@@ -166,6 +166,7 @@ class Run:
             me,
             start=start,
             colocated=False,
+            observe=lambda record: {},
             checkpoint=lambda step: None,
             evaluation_due=lambda step: step in self.evaluated,
             evaluate=self._evaluate,

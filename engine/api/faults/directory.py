@@ -11,7 +11,16 @@ from engine.config.load import RunConfig, dump_config
 from engine.core.errors import CheckpointError, ConfigError
 from engine.core.places import obstacle
 from engine.models.hf import check_destination
-from engine.run.checkpoint import ahead_of, check_prolonged, latest, other_data, other_options, read_manifest, reference_folder
+from engine.run.checkpoint import (
+    ahead_of,
+    check_prolonged,
+    latest,
+    other_data,
+    other_options,
+    read_manifest,
+    recall_schedule,
+    reference_folder,
+)
 
 
 def directory_faults(look: Look) -> Faults:
@@ -80,6 +89,7 @@ def resume_faults(look: Look, *, reads_data: bool) -> Faults:
     yield from other_options(newest, manifest, look.config)
     if reads_data:
         yield from other_data(newest, manifest, look.config)
+    recall_schedule(look.config, manifest)
     yield from caught(check_prolonged, look.config, int(manifest["step"]), ahead_of(manifest))
     for name, known in manifest["files"].items():
         found = (newest / name).stat().st_size if (newest / name).exists() else "none"

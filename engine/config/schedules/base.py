@@ -1,5 +1,6 @@
 """What a regime is: on which steps the generator takes the policy's weights, and everything that follows from it (PAPER: "The
-idea in one number"). Pure arithmetic on step numbers, which count from 0; it moves nothing and waits for nothing.
+idea in one number"). Arithmetic on step numbers, which count from 0; it moves nothing and waits for nothing. All follows from
+the steps with a sync. One regime decides on them as the run goes on (pilot.py): of it the syncs up to the next one are known.
 
 A regime of your own is a class that extends `Schedule` and says `sync_due`; the rest follows. `sync.semantics` names it.
 """
@@ -8,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,29 @@ class Schedule(ABC):
         """The lookahead in a few words, for `regime`; empty without."""
         updated = " with weights updated in flight" if self.updates_in_flight else ""
         return "" if not self.lookahead else f", sampled {self.lookahead} interval{'s' * (self.lookahead > 1)} ahead{updated}"
+
+    @property
+    def planned(self) -> Schedule:
+        """What a forecast takes for this regime: itself, or where it decides as a run goes on one that is known beforehand."""
+        return self
+
+    @property
+    def measures(self) -> str | None:
+        """The metric by which the regime decides on further syncs while the run goes on; None where it is arithmetic alone."""
+        return None
+
+    def observe(self, step: int, value: float | None) -> int:
+        """Takes the metric that it `measures` of a step, told of every step in order once it is trained; the length of the
+        interval that the step is of. Only of a regime that measures."""
+        raise AssertionError(f"{self.regime} measures nothing")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of a regime that measures, as JSON holds it; empty where there is nothing to keep."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what a checkpoint kept. Only of a regime that measures."""
+        raise AssertionError(f"{self.regime} measures nothing")
 
     def broken_rules(self, checkpoint_every: int | Literal["end"]) -> list[str]:
         """What cannot be asked of this regime beside these options: key, rule, value found and fix, a sentence each."""

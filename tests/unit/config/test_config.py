@@ -113,7 +113,7 @@ def test_the_options_are_the_reviewed_ones():
         ("sync.sync_intervall=1", ("sync.sync_intervall is not an option", "found 1", "did you mean sync.sync_interval?")),
         ("synch.sync_interval=1", ("synch is not an option", "found {'sync_interval': 1}", "did you mean sync?")),
         ("trainer.sync_interval=1", ("trainer.sync_interval is not an option", "did you mean sync.sync_interval?")),
-        ("sync.colour=1", ("sync.colour is not an option", "the options there are bucket_mebibytes, ")),
+        ("sync.colour=1", ("sync.colour is not an option", "the options there are auto_bound, ")),
         ("trainer.sequence_parallel=True", ("trainer.sequence_parallel: ", "boolean", "found 'True': write true")),
         ("trainer.sequence_parallel=no", ("found 'no': write false",)),
         ("sync.sync_interval=Never", ("found 'Never': write 'never'",)),

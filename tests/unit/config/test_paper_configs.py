@@ -121,5 +121,5 @@ def test_a_twin_is_the_same_run_on_a_tiny_model(name):
     assert tiny.optimizer.model_copy(update=ours | library) == paper.optimizer
     assert tiny.checkpoint.best_by == paper.checkpoint.best_by
     interval = tiny.sync.sync_interval
-    assert interval == "never" or tiny.run.steps > interval, "it meets a second weight sync"
+    assert not isinstance(interval, int) or tiny.run.steps > interval, "it meets a second weight sync"
     assert f"configs/paper/{name}.toml" in TINY[name].read_text("utf-8").split("\n")[0]

@@ -33,7 +33,7 @@ def test_every_option_has_a_text_and_values():
 
 def test_a_number_that_is_bounded_says_so_and_words_are_listed():
     shown = {f"{option.section}.{option.name}": option for option in EVERY}
-    assert shown["sync.sync_interval"].allowed == 'integer > 0 or "never", optimizer steps'
+    assert shown["sync.sync_interval"].allowed == 'integer > 0 or "never", "auto", optimizer steps'
     assert shown["evaluation.top_p"].allowed == "number, > 0, <= 1, of 1"
     assert shown["profile.ranks"].allowed == "list of integer >= 0, rank numbers"
     assert shown["trainer.layers"].allowed == '"auto", "local", "transformer_engine"'

@@ -337,6 +337,22 @@ def test_regimes_of_a_table():
     assert Regime(1, 2).of(s10.schedule).lookahead == 2 and Regime("never").of(s10.schedule).lookahead == 0
 
 
+def test_a_regime_that_decides_its_intervals_is_forecast_as_its_most_and_the_forecast_says_so():
+    changes = {"run.steps": 40, "checkpoint.every": 10, "sync.lookahead": 0}
+    fixed = override(BASE, changes | {"sync.sync_interval": 10})
+    auto = override(BASE, changes | {"sync.sync_interval": "auto", "sync.auto_bound": 0.05, "sync.auto_most": 10})
+    assert Regime.asked(auto) == Regime(10) and regimes(auto, (1, 10, "never")) == regimes(fixed, (1, 10, "never"))
+    for regime in regimes(auto, (1, 10, "never")):
+        assert [regime.of(auto.schedule).opens(step) for step in range(40)] == [
+            regime.of(fixed.schedule).opens(step) for step in range(40)
+        ]
+    found, expected = (
+        Forecaster(Inputs(resolve(one, digests=False), WORKED, LENGTHS, 0.119, 139 * GIB)).forecast() for one in (auto, fixed)
+    )
+    assert (found.step_seconds, found.staleness_max) == (expected.step_seconds, expected.staleness_max)
+    assert found.regime == "s = auto, taken for its most: s = 10 (semi-online)"
+
+
 def test_more_gpus_are_never_slower():
     fewer, more = (small_search(count).best()[Regime(10)][0].forecast.step_seconds for count in (4, 8))
     assert more <= fewer * 1.011

@@ -22,6 +22,7 @@ from engine.config.load import dump_config, load_config
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.fairseq2 import Fairseq2
 from engine.config.schedules.paper import Paper
+from engine.config.schedules.pilot import Pilot
 from engine.core.errors import DataError
 from engine.core.jsonl import read_rows
 from engine.core.metrics import Metric
@@ -286,6 +287,49 @@ def test_a_missing_sync_and_missing_rollouts_contradict_and_a_step_under_way_doe
     del metrics[8]["sync_seconds"]
     write(run / "metrics.jsonl", metrics)
     assert "line 9 must tell of a weight sync at step 8; found no" in str(prove(run, SCHEDULE).contradiction)
+
+
+def piloted(steps: int, num_steps: int = 24) -> tuple[Pilot, list[dict[str, Any]], list[dict[str, Any]]]:
+    """(a regime that decides its intervals, the rollouts and the metrics of a run that it drove so far)."""
+    schedule, gaps = Pilot(8, "never", num_steps, 16, bound=0.03), list[dict[str, Any]]()
+    for t in range(steps):
+        gap = None if t == 4 else 0.004 * schedule.staleness(t) * (1 if t < 12 else 3)
+        gaps.append({"log_prob_gap_mean": gap, "interval_steps": float(schedule.observe(t, gap))})
+    rollouts, metrics = records(schedule, steps)
+    return schedule, rollouts, [row | gap for row, gap in zip(metrics, gaps, strict=True)]
+
+
+@pytest.mark.parametrize("steps", [1, 13, 24])
+def test_a_regime_that_measures_is_proven_by_deciding_it_anew_from_the_metrics(tmp_path, steps):
+    """The schedule that is given has decided nothing, as of a configuration that was read; asked twice, it says the same."""
+    grown, rollouts, metrics = piloted(steps)
+    write(tmp_path / "rollouts.jsonl", rollouts)
+    write(tmp_path / "metrics.jsonl", metrics)
+    proof = prove(tmp_path, replace(grown), rollouts_per_step=3)
+    assert proof.holds and proof == prove(tmp_path, grown, rollouts_per_step=3)
+    assert proof.regime == grown.regime
+    if steps == 24:
+        assert proof.sentence() == (
+            "s = auto (1 to 8 in 7 intervals, log_prob_gap_mean at most 0.03, s at most 8): staleness 0..7, proven from 72 "
+            "rollouts of 24 steps"
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "said"),
+    [
+        (1, {"interval_steps": None}, "metrics.jsonl line 1 must have interval_steps 1 at step 0"),
+        (9, {"interval_steps": 7.0}, "line 9 must have interval_steps 8 at step 8, as log_prob_gap_mean of the steps before"),
+        (3, {"log_prob_gap_mean": 0.05}, "line 4 must have interval_steps 1 at step 3"),  # another would have been decided
+    ],
+)
+def test_an_interval_that_does_not_follow_from_the_metrics_is_named(tmp_path, line, change, said):
+    grown, _, metrics = piloted(24)
+    metrics[line - 1] |= change
+    write(tmp_path / "metrics.jsonl", metrics)
+    write(tmp_path / "rollouts.jsonl", records(grown, 24)[0])
+    contradiction = prove(tmp_path, grown).contradiction
+    assert contradiction is not None and said in contradiction
 
 
 def test_the_sentence_says_the_regime(tmp_path):

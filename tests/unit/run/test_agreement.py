@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,14 @@ def test_every_rank_hears_what_the_run_is_stopped_for(tmp_path: Path, reason: st
     other = of(tmp_path / "elsewhere", 1, wire)
     assert other.early_end("what another rank thinks is not asked", resumable=resumable) == expected
     assert wire.said == []
+
+
+def test_a_number_is_rank_0s_whatever_another_rank_has(tmp_path: Path) -> None:
+    wire = Wire()
+    for value in (0.1 + 0.2, 5e-324, math.nan):
+        said = of(tmp_path, 0, wire).number(value)
+        heard = of(tmp_path, 1, wire).number(7.0)
+        assert repr(said) == repr(heard) == repr(value)
 
 
 def test_who_listens_hears_that_rank_0_is_done_and_the_command_that_it_lives(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from engine.observe.reading import read_run
 from engine.observe.regime import prove
 from engine.run.card import complete
 from engine.run.checkpoint import data_digests, export, latest, manifest_digest, read_manifest, reference_place
-from engine.run.forking import fork_faults
+from engine.run.forking import _reference, fork_faults
 from engine.run.records import Records
 from tests.builders import config, make_model
 from tests.checkpoints import open_folder, snapshot_of
@@ -214,6 +214,26 @@ def test_rollouts_that_a_checkpoint_keeps_are_gone_on_with_as_they_were_begun(
     found = [str(fault) for fault in fork_faults(Path("run"), manifest, made)]
     assert len(found) == len(words)
     assert all(said in fault for said, fault in zip(words, found, strict=True))
+
+
+def test_a_run_that_decides_its_intervals_is_forked_into_one_of_fixed_ones(tmp_path: Path) -> None:
+    """Not the other way round, for it decides by all steps of its own run. The reference that follows is where its last sync
+    was, as the checkpoint says."""
+    saved = config(tmp_path / "a", run={"steps": 12}, sync={"sync_interval": "auto", "auto_bound": 0.05, "reference": "follow"})
+    for step in range(7):
+        saved.schedule.observe(step, 0.0)
+    manifest = {
+        "step": 7,
+        "config": json.loads(saved.model_dump_json()),
+        "records": {"schedule": saved.schedule.state()},
+        "files": {},
+    }
+    own = config(tmp_path / "b", run={"steps": 12}, sync={"sync_interval": "auto", "auto_bound": 0.05})
+    found = [str(fault) for fault in fork_faults(Path("run"), manifest, own)]
+    assert len(found) == 1 and "sync.sync_interval must be a number or 'never' in a fork" in found[0]
+    made = config(tmp_path / "b", run={"steps": 12}, sync={"sync_interval": 1})
+    assert list(fork_faults(Path("run"), manifest, made)) == []
+    assert _reference(tmp_path / "step", manifest, made) == ("own", tmp_path / "step" / "policy"), "it was to be copied there"
 
 
 def test_another_model_or_no_new_directory_is_refused(

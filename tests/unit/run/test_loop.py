@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.fairseq2 import Fairseq2
 from engine.config.schedules.paper import Paper
+from engine.config.schedules.pilot import Pilot
 from engine.run.loop import _finished, fine_tune, train
 
 
@@ -34,6 +35,8 @@ class World:
         self.judged: dict[int, int] = {}  # step -> version that was evaluated
         self.sampled: dict[int, int] = {}  # step -> version that samples its rollouts
         self.staleness: dict[int, int] = {}
+        self.schedule: Schedule | None = None  # of the run under way
+        self.pace: Callable[[int], float] = lambda step: 0.0  # how far the policy moves in a step, as a loss measures it
 
     def publish(self, version: int) -> dict[str, float]:
         assert version == (self.steps_done if self.held is None else self.held), "what is sent is what the policy holds"
@@ -90,14 +93,20 @@ class World:
     def train_step(self, batch: Any) -> dict[str, float]:
         assert not self.colocated or self.serves is None, "engines have the trainer's devices"
         self.log.append(f"train {batch}")
-        self.steps_done += 1
-        return {"loss": 1.0}
+        step, self.steps_done = self.steps_done, self.steps_done + 1
+        return {"loss": 1.0, "log_prob_gap_mean": self.pace(step) * self.staleness.get(step, 0)}
 
     def step(self, step: int) -> None:
         self.windows.append(f"step {step}")
 
     def submitted(self, steps: range) -> None:
         self.windows.append(f"submitted {steps.start}-{steps.stop - 1}")
+
+    def observe(self, record: dict[str, float]) -> dict[str, float]:
+        assert self.log[-1] == f"train scored batch {record['step']:.0f}" and "checkpoint" not in self.log[-1]
+        if self.schedule is None or self.schedule.measures is None:
+            return {}
+        return {"interval_steps": self.schedule.observe(int(record["step"]), record[self.schedule.measures])}
 
     def checkpoint(self, step: int) -> None:
         self.log.append(f"checkpoint {step}")
@@ -110,7 +119,7 @@ class World:
 
     def run(self, schedule: Schedule, start: int = 0, due: Callable[[int], bool] | None = None) -> list[dict[str, float]]:
         """Evaluates where `due` says; at every sync and at the end without it."""
-        self.steps_done = start
+        self.steps_done, self.schedule = start, schedule
         kept = schedule.in_flight(start)  # by the checkpoint
         self.sampled |= {step: schedule.version(step) for step in kept}
         self.paused = set(kept) - set(schedule.completes(start))
@@ -124,6 +133,7 @@ class World:
             world,
             start=start,
             colocated=self.colocated,
+            observe=self.observe,
             checkpoint=self.checkpoint,
             evaluation_due=due or (lambda step: schedule.sync_due(step) or step == schedule.num_steps),
             evaluate=self.evaluate,
@@ -367,6 +377,44 @@ def test_evaluations_judge_the_newest_weights_and_change_nothing_else(
     ], "weights that are lent for an evaluation are no sync"
 
 
+def test_a_regime_that_measures_syncs_by_what_the_policy_reports():
+    """With a bound of 1: where the policy moves by 0.3 a step, answers may be three steps old at the end of an interval, so
+    s = 4. From step 7 on it moves by 1: the interval that begins there is not cut short, and the next ones are of two steps;
+    then of more again when it hardly moves. A run that goes on from a checkpoint meets the same syncs."""
+
+    def moves(step: int) -> float:
+        return 0.3 if step < 7 else 1.0 if step < 12 else 0.01
+
+    def told(record: dict[str, float]) -> tuple[float, ...]:
+        return record["step"], record["interval_steps"], record["log_prob_gap_mean"], "sync_seconds" in record
+
+    def piloted() -> Pilot:
+        return Pilot(6, "follow", num_steps=30, offline_chunk=16, bound=1.0)
+
+    world, schedule, kept = World(), piloted(), {}
+    world.pace, written = moves, world.checkpoint
+
+    def checkpoint(step: int) -> None:
+        written(step)
+        if schedule.resumable(step):
+            kept[step] = schedule.state()
+
+    world.checkpoint = checkpoint  # type: ignore[method-assign]
+    records = world.run(schedule)
+    syncs = [record["step"] for record in records if "sync_seconds" in record]
+    assert syncs == [step for step in range(30) if schedule.sync_due(step)]
+    assert syncs[:4] == [0, 1, 3, 7], "1 step, 2, 4: as growth allows, and no more than twice the last"
+    lengths = [record["interval_steps"] for record in records]
+    assert lengths == [1, *[2] * 2, *[4] * 4, *[4] * 4, *[2] * 8, *[4] * 4, *[6] * 7]
+    assert max(world.staleness.values()) <= 5
+    for done, state in kept.items():
+        again, going_on = World(), piloted()
+        again.pace = moves
+        going_on.restore(state)
+        assert list(map(told, again.run(going_on, start=done))) == list(map(told, records[done:])), done
+    assert len(kept) > 4
+
+
 def test_a_record_comes_before_the_steps_checkpoint():
     """So that what is checkpointed has been written down: nothing of the step is done by the reader's next question."""
     world: Any = World()
@@ -375,6 +423,7 @@ def test_a_record_comes_before_the_steps_checkpoint():
         *(schedule, world, world, world),
         start=0,
         colocated=False,
+        observe=world.observe,
         checkpoint=world.checkpoint,
         evaluation_due=lambda step: True,
         evaluate=world.evaluate,
