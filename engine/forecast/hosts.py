@@ -85,9 +85,9 @@ def _read(spec: Spec) -> dict[int, int]:
     sizes = [TrainerState(spec, stage).num_parameters * each for stage in range(spec.trainer.pp_size)]
     found = {node: min(whole, sum(sizes[stage] for stage, _ in there)) for node, there in shards.items()}
     found |= dict.fromkeys((engine.node for engine in placed.engines), whole)
-    if placed.reward_engine is not None and spec.reward_shape is not None:
-        node = placed.reward_engine.node
-        found[node] = found.get(node, 0) + _reward_bytes(spec, spec.reward_shape)
+    if spec.reward_shape is not None:
+        for node in {engine.node for engine in placed.reward_engines}:
+            found[node] = found.get(node, 0) + _reward_bytes(spec, spec.reward_shape)
     return found
 
 
