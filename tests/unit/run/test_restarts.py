@@ -256,7 +256,11 @@ def test_a_run_that_may_shrink_goes_on_with_the_nodes_left_and_asks_for_all_agai
     config = builders.config(tmp_path / "run", **tables, **may)
     config.run_directory.mkdir()
     lost = EngineLostError("the process of engine 1 ended")
-    plan = [(range(3), 2, lost), (range(0), None, missing(3)), (range(2, 4), None, lost)]
+    plan: list[tuple[range, int | None, SemionError | None]] = [
+        (range(3), 2, lost),
+        (range(0), None, missing(3)),
+        (range(2, 4), None, lost),
+    ]
     plan += [(range(0), None, missing(2)), (range(2, 5), 4, lost), (range(4, 8), 8, None)]
     attempts = Attempts(config, *plan)
     show(config, "train", [typed(event) for event in unbroken(config, attempts, resume=False)])
