@@ -400,6 +400,17 @@ def test_the_page_holds_everything_and_fetches_nothing(run):
     assert "next-token entropy" not in words, "what is not on record has no chart and no explanation"
 
 
+def test_the_page_says_what_each_part_of_a_restart_took(run):
+    lost = {"step": 4, "lost_steps": 2, "restart": 1, "text": "gone", "unix_seconds": 7.5, "silent_seconds": 12.25}
+    phase = {"process": "trainer rank 0", "name": "resume", "about": "", "after_seconds": 0.0, "seconds": 3.5}
+    write(run / "restarts.jsonl", [lost | {"ending_seconds": 1.5}, lost | {"unix_seconds": 8.5}])
+    write(run / "startup.jsonl", [{"step": 4, "unix_seconds": 7.5, "seconds": 10.0, "phases": [phase]}])
+    made = page([read_run(run, run.name, SCHEDULE)], METRICS)
+    cells = "".join(f"<td>{cell}</td>" for cell in ("12.2", "1.5", "0.0", "0.0", "3.5", "0.0", "0.0", "6.5", "11.5"))
+    assert "<th>notice, s</th>" in made and cells in made
+    assert "<td>-</td>" * 9 in made, "the second was lost again before it reached a step"
+
+
 def test_curves_are_those_of_the_records(run):
     made = plots([read_run(run, "a", SCHEDULE)], METRICS)
     assert made.keys() == {

@@ -86,7 +86,7 @@ def test_while_nodes_are_waited_for_sigterm_is_the_commands(monkeypatch):
     monkeypatch.setattr(ray, "nodes", nodes)
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        with pytest.raises(WatchdogError, match=r"2 nodes must join the Ray cluster; 0 came within .* gone are: none"):
+        with pytest.raises(WatchdogError, match=r"2 nodes must join the Ray cluster; 0 answered within .* gone are: none"):
             Cluster(spec(config(cluster={"nodes": 2}, trainer={"timeout_seconds": 0.01}))).__enter__()
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -251,12 +251,20 @@ def missing(left: int | None) -> MissingNodeError:
 
 def test_a_run_that_may_shrink_goes_on_with_the_nodes_left_and_asks_for_all_again(tmp_path, capsys):
     """Four nodes of a GPU, two replicas and two engines: one is lost, then another, and both come back."""
-    tables = {"cluster": {"nodes": 4, "gpus_per_node": 1}, "trainer": {"data_parallel": 2}, "inference": {"engines": 2}}
-    may = {"run": {"steps": 8, "restarts": 2, "on_lost_node": "shrink"}, "checkpoint": {"other_layout": "allow"}}
-    config = builders.config(tmp_path / "run", **tables, **may)
+    tables: dict[str, dict[str, object]] = {
+        "cluster": {"nodes": 4, "gpus_per_node": 1},
+        "trainer": {"data_parallel": 2},
+        "inference": {"engines": 2},
+    }
+    tables |= {"run": {"steps": 8, "restarts": 2, "on_lost_node": "shrink"}, "checkpoint": {"other_layout": "allow"}}
+    config = builders.config(tmp_path / "run", **tables)
     config.run_directory.mkdir()
     lost = EngineLostError("the process of engine 1 ended")
-    plan = [(range(3), 2, lost), (range(0), None, missing(3)), (range(2, 4), None, lost)]
+    plan: list[tuple[range, int | None, SemionError | None]] = [
+        (range(3), 2, lost),
+        (range(0), None, missing(3)),
+        (range(2, 4), None, lost),
+    ]
     plan += [(range(0), None, missing(2)), (range(2, 5), 4, lost), (range(4, 8), 8, None)]
     attempts = Attempts(config, *plan)
     show(config, "train", [typed(event) for event in unbroken(config, attempts, resume=False)])

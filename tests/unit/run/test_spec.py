@@ -199,9 +199,10 @@ def test_fewer_gpus_than_configured_are_placed_on_anew():
 # Who may ask for what a Spec says: it alone resolves a run. What only looks whether a run could be resolved (the rules of a
 # configuration, the preflight) is another matter, and so is the trainer that a test or a tool builds without a run.
 RESOLVERS = {
-    "engine.config.placement.place": ("run/spec.py", "api/faults/machine.py"),
+    # run/shrinking.py looks which of many layouts fits fewer nodes, before one is resolved
+    "engine.config.placement.place": ("run/spec.py", "api/faults/machine.py", "run/shrinking.py"),
     "engine.config.placement.colocation": ("run/spec.py", "config/rules.py"),
-    "engine.config.placement.training_parts": ("run/spec.py", "api/faults/look.py"),
+    "engine.config.placement.training_parts": ("run/spec.py", "api/faults/look.py", "run/shrinking.py"),
     "engine.models.config_file.read_shape": ("run/spec.py", "models/", "api/faults/model.py", "api/initial.py"),
     "engine.models.sharding.trainer_layout": (
         "run/spec.py",
