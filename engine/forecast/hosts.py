@@ -38,11 +38,12 @@ class Hosts:
 
 def hosts(spec: Spec) -> Hosts:
     """Of a run on GPUs. A node is taken to read a file's bytes once, however many of its processes need them: the others find
-    them in its page cache. ConfigError where the processes do not fit the nodes."""
+    them in its page cache. A reward model whose sizes are not known is left out. ConfigError where the processes do not fit
+    the nodes."""
     read, held = _read(spec), _held(spec)
     fullest = max(held.values(), key=lambda parts: sum(parts.values()), default={})
     return Hosts(
-        nodes=len(read),
+        nodes=len({assignment.node for assignment in spec.placed().assignments}),
         held=dict(fullest),
         weights_bytes=num_elements(spec.shape) * _stored_bytes(spec.config.model.path, spec.config.model.dtype),
         most_read=max(read.values()),

@@ -17,10 +17,12 @@ from engine.config.load import RunConfig, load_config
 from engine.core.errors import ConfigError
 from engine.forecast import disk, hosts
 from engine.forecast.calibration import calibrated
+from engine.forecast.constants import Constants
 from engine.run.spec import Spec, resolve, settled
 
 ROOT = Path(__file__).parents[3]
 SCALE = sorted(path.stem.removeprefix("llama-3.1-") for path in (ROOT / "configs" / "scale").glob("*.toml"))
+PAPER = sorted(path.stem for path in (ROOT / "configs" / "paper").glob("*.toml"))
 PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496, "405b": 405_853_388_800}
 HEAD_70B = 128_256 * 8_192  # its embedding, and its output layer
 LAYER_405B = 2 * 16_384**2 + 2 * 1_024 * 16_384 + 3 * 16_384 * 53_248 + 2 * 16_384
@@ -82,6 +84,18 @@ def test_the_nodes_and_the_disk_of_the_scale_configurations(name: str):
     assert nodes["most_read"] == near(WEIGHTS * model)
     tokens_a_day = prompts * 8 * 0.35 * 2048 * 86_400 / found["step_seconds"]
     assert found["ledger_bytes_per_day"] == pytest.approx(5.7 * tokens_a_day, rel=0.05), "lengths are drawn, and cut at the cap"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_nodes_and_the_disk_of_the_papers_configurations(name: str):
+    """An 8B on 32 ranks of four nodes; engines, and a reward model that is not here, on the others."""
+    made = spec_of(load_config(ROOT / f"configs/paper/{name}.toml", [f"model.path={ROOT}/configs/models/llama-3.1-8b"]))
+    found, of_nodes = disk.saving(made, Constants()), hosts.hosts(made)
+    assert found is not None and found.num_bytes == (WEIGHTS + STATE) * PARAMETERS["8b"]
+    assert found.rank_bytes == pytest.approx((WEIGHTS + STATE) * PARAMETERS["8b"] / 32)
+    assert of_nodes.held["snapshot of a checkpoint"] == pytest.approx((WEIGHTS + STATE) * PARAMETERS["8b"] / 4)
+    assert of_nodes.nodes == made.config.cluster.nodes
+    assert of_nodes.read == WEIGHTS * PARAMETERS["8b"] * (of_nodes.nodes - made.starts_reward_engine)
 
 
 def test_every_configuration_has_its_row():
