@@ -15,7 +15,7 @@ from tests.e2e.test_commands import Make, rollouts, rows, semion, started, tenso
 from tests.e2e.test_golden_check import agreed
 
 pytestmark = pytest.mark.timeout(1800)
-BOUND, MOST, STEPS = 0.15, 4, 9
+BOUND, MOST, STEPS = 0.2, 4, 9
 
 
 def test_a_run_that_decides_its_intervals_is_proven_and_resumes_bit_for_bit(run_config: Make, tmp_path: Path) -> None:
