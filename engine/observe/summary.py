@@ -31,7 +31,7 @@ def read_restarts(directory: Path) -> list[dict[str, Any]]:
     """The rows of restarts.jsonl, each with `took`: seconds by the names in TOOK, where the restart reached a step. `notice` is
     at most what passed between the loss and the moment it was seen; `all` is from that moment to the end of the first step, and
     the sum of the others but `notice`. DataError for a record that cannot be read."""
-    starts = {row["unix_seconds"]: row for row in read_rows(directory / STARTUP)}
+    starts = {when: row for row in read_rows(directory / STARTUP) if (when := row.get("unix_seconds")) is not None}
     rows = list(read_rows(directory / RESTARTS))
     return [row | {"took": _took(row, starts[when])} if (when := row.get("unix_seconds")) in starts else row for row in rows]
 

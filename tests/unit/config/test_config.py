@@ -35,7 +35,7 @@ from tests.builders import config
 
 OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 160
+MAX_OPTIONS = 162
 
 REQUIRED = """
 [run]

@@ -20,7 +20,12 @@ def test_what_is_written_is_on_disk_before_much_more_is(tmp_path, monkeypatch, a
     tensors = {"b": torch.arange(1000, dtype=torch.float32), "a": torch.arange(400, dtype=torch.int16)}
     waited: list[int] = []
     known = os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda number: (waited.append(os.fstat(number).st_size), known(number)))
+
+    def wait(number: int) -> None:
+        waited.append(os.fstat(number).st_size)
+        known(number)
+
+    monkeypatch.setattr(os, "fdatasync", wait)
     monkeypatch.setattr(tensor_files, "WRITE_BYTES", 256)
     monkeypatch.setattr(tensor_files, "SYNC_BYTES", at_once)
     found = write_tensors(tmp_path / "file", tensors)
