@@ -95,6 +95,9 @@ def rows(config: RunConfig, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (config.run_directory / name).read_text().splitlines()]
 
 
+BYTES = {"token_ids", "log_probs"}  # held as bytes, which pydantic does not dump as numbers
+
+
 def rollouts(config: RunConfig) -> list[dict[str, Any]]:
     """All that the run wrote down of its rollouts, tokens and log-probs with them."""
     place = rollouts_of(config.run_directory)
@@ -102,7 +105,7 @@ def rollouts(config: RunConfig) -> list[dict[str, Any]]:
         return []
     ledger = RolloutLedger(place)
     return [
-        row.model_dump(exclude_unset=True) | {"token_ids": list(row.token_ids), "log_probs": list(row.log_probs)}
+        row.model_dump(exclude_unset=True, exclude=BYTES) | {name: list(getattr(row, name)) for name in BYTES}
         for step in ledger.steps
         for row in ledger.rows(step)
     ]
