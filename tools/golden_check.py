@@ -452,7 +452,7 @@ def contribution(run: Run, step: int, whole: Sequence[Sample]) -> Trained:
     found = Trained(sequences=list(group))
     if options["loss"] == "oapl":
         credit = optimal_advantages([s.reward for s in group], options.get("value_beta", 1.0))
-        found.credited, found.shares = list(zip(group, credit, strict=True)), [1 / len(group)] * len(group)
+        found.credited, found.shares = list(zip(group, credit, strict=True)), [1 / max(1, len(group))] * len(group)
         return found
     if options["loss"] == "group_dpo":
         better, worse = sides(group, run.verifiable(whole), options)
@@ -484,7 +484,9 @@ def trained(run: Run, step: int, groups: Sequence[Sequence[Sample]]) -> Trained:
 
 def optimal_advantages(rewards: Sequence[float], beta: float) -> list[float]:
     """OAPL's: each reward minus beta times the log of the mean of exp(reward / beta)."""
-    value = beta * math.log(math.fsum(math.exp(reward / beta) for reward in rewards) / len(rewards)) if rewards else 0.0
+    highest = max(rewards, default=0.0)
+    mean = math.fsum(math.exp((reward - highest) / beta) for reward in rewards) / max(1, len(rewards))
+    value = highest + (beta * math.log(mean) if rewards else 0.0)
     return [0.0 if max(rewards) == min(rewards) else reward - value for reward in rewards]
 
 

@@ -19,7 +19,7 @@ from engine.core.jsonl import parsed, read_lines, read_rows
 from engine.forecast import comparing, disk
 from engine.forecast.calibration import Calibrated, calibrated, read_calibration
 from engine.forecast.constants import Constants, rows
-from engine.forecast.deadlines import missed
+from engine.forecast.deadlines import GUESSES_ARE_OFF, missed
 from engine.forecast.hosts import hosts
 from engine.forecast.lengths import Workload, newest_lengths
 from engine.forecast.replay import Played
@@ -57,7 +57,7 @@ def plan(config: RunConfig, machine: Machine | None = None) -> dict[str, Any]:
     and the memory of a GPU, an H200's where not said. It needs the model's config.json and no other file.
 
     ConfigError for what `train` would refuse: layouts, placement, lengths, KV caches without room for one request; and for
-    deadlines that a checkpoint, an evaluation or a step would not keep by the forecast.
+    deadlines that a checkpoint, an evaluation or a step would not keep by the forecast, by far where that rests on guesses.
     """
     return planned(config, machine or Machine()).figures
 
@@ -77,6 +77,7 @@ def planned(
     spec.placed()
     if found := _refused(spec):
         raise combined(found)
+    slack = 1.0 if known is not None else GUESSES_ARE_OFF
     known = known or calibrated()
     links = {
         "nvlink_gigabytes_per_second": machine.nvlink_gigabytes_per_second,
@@ -88,7 +89,7 @@ def planned(
     saved = disk.saving(spec, constants)
     figures["checkpoint"] = asdict(saved) if saved is not None else None
     figures["hosts"] = asdict(hosts(spec))
-    if late := missed(spec, saved, own):
+    if late := missed(spec, saved, own, slack):
         raise combined(late)
     figures["forecast"] = as_figures(own, config) if own else None
     figures["intervals"] = [as_figures(one, config) for one in forecasts]
@@ -197,7 +198,11 @@ class Run:
             raise ConfigError("a forecast is of a run that samples rollouts; found one that does not: name another run")
         seconds = plan_run(spec, machine)["seconds"]
         works = Forecaster(inputs(spec, Constants(), self.workload, seconds, machine)).works
-        return lambda constants: Forecaster(inputs(spec, constants, self.workload, seconds, machine), works).forecast()
+        schedule = None
+        if self.config.schedule.measures is not None:  # what the run decided, in the mean
+            syncs = sum("sync_seconds" in row for row in self.rows)
+            schedule = Regime(max(1, round(len(self.rows) / max(1, syncs)))).of(self.config.schedule)
+        return lambda constants: Forecaster(inputs(spec, constants, self.workload, seconds, machine), works).forecast(schedule)
 
 
 def _noted(path: Path) -> Iterator[dict[str, Any]]:

@@ -104,6 +104,12 @@ def broken_pilot_rules(c: Options) -> list[str]:
             f"sync.lookahead must be 0 and sync.in_flight false; found {sync.lookahead} and {str(sync.in_flight).lower()}: set "
             f"them so, or sync_interval to a number"
         )
+    if c.checkpoint.best_by is not None and c.evaluation.every != 1:
+        broken.append(
+            f"checkpoint.best_by needs every checkpoint to be judged, and with sync.sync_interval = 'auto' they come at syncs, "
+            f"whichever steps those are; found evaluation.every = {c.evaluation.every!r}: set it to 1, remove best_by, or set "
+            f"sync_interval to a number"
+        )
     if sync.auto_metric == "ess_share" and (sync.auto_bound or 0.0) >= 1:
         broken.append(
             f"sync.auto_bound must be below 1 with sync.auto_metric = 'ess_share', which is 1 where nothing has drifted; found "

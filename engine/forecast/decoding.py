@@ -308,7 +308,8 @@ class Engines:
         for engine in self.engines:
             before = 0.0
             for step, moment in sorted(engine.finished.items(), key=lambda one: one[1]):
-                waits.append(moment - max(before, self._submitted[step]))
+                begin = max(before, self._submitted[step])  # what it rests after that nobody waits for
+                waits.append(sum(max(0.0, min(until, moment) - max(since, begin)) for since, until in engine.stretches))
                 before = moment
         return max(waits)
 

@@ -82,8 +82,6 @@ class Costs:
     sync: float
     turn: float = 0.0  # colocated: for the engines to sleep and, at the next sync, to wake
     colocated: bool = False
-    # A sync waits for the interval that is due alone; what is sampled further ahead goes on after it, beside the next interval
-    in_flight: bool = False
     cores: Cores | None = None  # None: everybody has devices of his own
     one_by_one: bool = False  # responses are judged as engines hand them over, not when the step's last one is in
 
@@ -201,7 +199,7 @@ def play(schedule: Schedule, num_steps: int, first: int, engines: Sampling | Non
         finish = sync = waited = judged = 0.0
         if engines is not None and schedule.sync_due(step):
             ahead = schedule.in_flight(step)
-            due = range(ahead.start, min(ahead.stop, _next_sync(schedule, step))) if costs.in_flight else ahead
+            due = range(ahead.start, min(ahead.stop, _next_sync(schedule, step))) if schedule.updates_in_flight else ahead
             finish = clock.wait_sampled(due)
             if len(due) < len(ahead):
                 engines.pause(clock.now, clock.now + costs.sync)
@@ -210,7 +208,7 @@ def play(schedule: Schedule, num_steps: int, first: int, engines: Sampling | Non
             clock.now += sync
         if engines is not None:
             opened = schedule.opens(step)
-            if costs.in_flight and schedule.sync_due(step):
+            if schedule.updates_in_flight and schedule.sync_due(step):
                 after = _next_sync(schedule, step)
                 engines.aim(range(after if step else 0, _next_sync(schedule, after)))
             if opened:
@@ -298,7 +296,8 @@ class Apart(Clock):
     def _until_scored(self, step: int) -> float:
         if step not in self._scored:
             sampled = self._engines.sampled(step)
-            parts = self._engines.handed_over(step) if self._costs.one_by_one else [(sampled, 1.0)]
+            parts = self._engines.handed_over(step) if self._costs.one_by_one else []
+            parts = parts or [(sampled, 1.0)]  # where none of the engines that are replayed has a part of it
             begin = max(parts[0][0], self._judged_until)
             self._judged_until = self._scored[step] = judged_at(parts, self._costs.judge(step), self._judged_until)
             self._spans.append(Span("rewards", f"step {step}", begin, self._judged_until))

@@ -279,7 +279,7 @@ class Search:
                 until, times = 0.0, []
                 for step in range(count):
                     known = min(step, replayed - 1)
-                    of_step = parts[known] if parts else [(sampled[known], 1.0)]
+                    of_step = (parts[known] if parts else []) or [(sampled[known], 1.0)]
                     here = [(when + later * (step - known), share) for when, share in of_step]
                     until = judged_at(here, forecaster.judging(self.works[step % len(self.works)]), until)
                     times.append(until)
@@ -344,8 +344,9 @@ class Search:
     def _made(self, options: Mapping[str, Any]) -> tuple[RunConfig, Spec, int] | None:
         """The configuration and how much of the fullest GPU it leaves; None where it breaks a rule or does not fit."""
         cluster = {"cluster.nodes": self._nodes, "cluster.gpus_per_node": self._per_node}
+        alone = {"run.on_lost_node": "wait"} if self._nodes == 1 else {}  # it cannot lose a node and go on
         try:
-            config = override(self._config, {**options, **cluster})
+            config = override(self._config, {**options, **cluster, **alone})
             spec = assemble(config, self._spec.shape, reward_shape=self._spec.reward_shape)
             spec.placed()
             check_layout(spec.shape, spec.trainer)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.config.load import RunConfig
+from engine.config.rules import LEAST_LOOKAHEAD_IN_FLIGHT
 from engine.config.schedules.base import Schedule
 from engine.evaluation.accuracy import tickets
 from engine.forecast import disk
@@ -179,7 +180,6 @@ class Forecaster:
             sync=self.given.transfer_seconds + c.sync_seconds if self._speed is not None else 0.0,
             turn=c.sleep_seconds if colocated else 0.0,
             colocated=colocated,
-            in_flight=self._config.sync.in_flight,
             cores=self._cores() if c.cores else None,
             one_by_one=self.one_by_one,
         )
@@ -285,6 +285,8 @@ class Forecaster:
         counts = [count for count in problems if count is not None]
         if len(counts) < len(problems):
             return None, None
+        if not sum(counts):
+            return 0.0, 0.0
         work, n = self.works[0], config.evaluation.samples
         lengths = [length for of in work.completions for length in of]
         prompts = [work.prompts[i % len(work.prompts)] for i in range(sum(counts))]
@@ -333,8 +335,12 @@ class Regime(NamedTuple):
         return cls(config.schedule.planned.sync_interval, config.sync.lookahead)
 
     def of(self, schedule: Schedule) -> Schedule:
-        """A schedule with another s and another lookahead."""
-        return replace(schedule.planned, sync_interval=self.interval, lookahead=self.lookahead)  # type: ignore[arg-type]
+        """A schedule with another s and lookahead; with updates in flight only where there is something to pause."""
+        if self == (schedule.planned.sync_interval, schedule.planned.lookahead):
+            return schedule.planned
+        in_flight = schedule.updates_in_flight and self.lookahead >= LEAST_LOOKAHEAD_IN_FLIGHT
+        changed = {"sync_interval": self.interval, "lookahead": self.lookahead, "updates_in_flight": in_flight}
+        return replace(schedule.other, **changed)  # type: ignore[arg-type]
 
 
 def regimes(config: RunConfig, intervals: Iterable[Interval]) -> list[Regime]:

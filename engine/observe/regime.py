@@ -72,7 +72,10 @@ def prove(
     contradictions = [fault for at, row in enumerate(metrics) for fault in _of_step(row, at, schedule, first_step)][:1]
     num_rollouts, steps, counts, ages = 0, list[int](), list[int](), set[int]()
     tokens: dict[int, list[tuple[int, int]]] = {}  # with updates in flight: (age, number of tokens) by step
+    known = schedule.num_steps if schedule.measures is None else len(metrics)  # these rows decide nothing of later steps
     for head in heads(place):
+        if head.step > known:
+            break
         num_rollouts += 1
         if fault := _of_rollout(head, schedule, first_step):
             contradictions.insert(0, fault)

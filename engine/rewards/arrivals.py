@@ -42,9 +42,9 @@ class Arrivals(Generic[Item]):
             self._notify()
 
     def abandon(self) -> None:
-        """No more arrives although not all is here: who takes gets a CancelledError. Nothing changes after the end."""
+        """Nobody wants what is judged any more, or not all will come: who takes gets a CancelledError, after the end too."""
         with self._changed:
-            self._abandoned = not self._ended
+            self._abandoned = True
             self._notify()
 
     def __enter__(self) -> Self:

@@ -217,18 +217,26 @@ class RoutedReward(Reward):
     def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
         """The same. Rewards that judge one by one do so meanwhile, each in a thread; the others, and users' rules, when all
         answers are there, in the order of places and one after another."""
-        with ThreadPoolExecutor(max(1, len(self._rewards)), "reward") as threads, ExitStack() as arriving:
-            early: dict[str, Arrivals[Answer]] = {}
-            judging: dict[str, Future[list[Score]]] = {}
-            for name, reward in self._rewards.items():
-                if reward.one_by_one:
-                    early[name] = arriving.enter_context(Arrivals[Answer]())
-                    judging[name] = threads.submit(reward.score_as_they_arrive, early[name])
-            arrived: dict[int, Answer] = {}
-            while (new := answers.take()) is not None:
-                arrived |= new
-                for name, own in early.items():
-                    own.put({place: answer for place, answer in new.items() if name in self._names(answer)})
+        early: dict[str, Arrivals[Answer]] = {}
+        judging: dict[str, Future[list[Score]]] = {}
+        arrived: dict[int, Answer] = {}
+        with ThreadPoolExecutor(max(1, len(self._rewards)), "reward") as threads:
+            try:
+                with ExitStack() as arriving:
+                    for name, reward in self._rewards.items():
+                        if reward.one_by_one:
+                            early[name] = arriving.enter_context(Arrivals[Answer]())
+                            judging[name] = threads.submit(reward.score_as_they_arrive, early[name])
+                    while (new := answers.take()) is not None:
+                        arrived |= new
+                        for name, own in early.items():
+                            own.put({place: answer for place, answer in new.items() if name in self._names(answer)})
+                for future in judging.values():  # of those without an answer too: what they met ends the run
+                    future.result()
+            except BaseException:  # Ctrl-C: nobody may close a reward that still judges
+                for own in early.values():
+                    own.abandon()
+                raise
         return self._combined_scores([arrived[place] for place in sorted(arrived)], judging)
 
     def _combined_scores(self, answers: Sequence[Answer], judged: Mapping[str, Future[list[Score]]]) -> list[Score]:

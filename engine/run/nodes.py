@@ -26,6 +26,7 @@ from engine.core.errors import ConfigError, MissingNodeError, PreemptedError, Se
 from engine.observe.profiling import nsight
 from engine.run.handles import last_line, typed_error
 from engine.run.machine import await_head, devices, look
+from engine.run.shrinking import shrunk
 
 HOST = "127.0.0.1"
 HEAD = "node:__internal_head__"  # the resource by which Ray marks a cluster's first node
@@ -182,7 +183,7 @@ def await_nodes(config: RunConfig) -> list[Node]:
     """The cluster's first nodes that answer, as many as the run needs: its head, then by address. A node beyond them is a
     spare, which the next start takes where one of them is gone. Ray sees that after a quarter of a minute only; until then such
     a node neither answers nor is passed over. MissingNodeError where too few answer within trainer.timeout_seconds, or with
-    run.on_lost_node = "shrink" as soon as Ray has seen that one is gone."""
+    run.on_lost_node = "shrink" as soon as Ray has seen that one is gone and the run can go on without it."""
     import ray
 
     wanted, patience = config.cluster.nodes, config.trainer.timeout_seconds
@@ -201,7 +202,7 @@ def await_nodes(config: RunConfig) -> list[Node]:
         found = [node for node in (_seen(node, looks) for node in first) if node is not None]
         if len(found) == wanted:
             return found
-        if goes_on_with_fewer and gone and len(found) == len(first):
+        if goes_on_with_fewer and gone and len(found) == len(first) and _can_shrink(config, len(found)):
             break  # as many as there are
         time.sleep(0.5)
     within = "at once" if time.monotonic() < deadline else f"within trainer.timeout_seconds = {patience:.0f}"
@@ -211,6 +212,13 @@ def await_nodes(config: RunConfig) -> list[Node]:
     )
     missing.nodes_left = len(found)
     raise missing
+
+
+def _can_shrink(config: RunConfig, nodes: int) -> bool:
+    """Whether there is a checkpoint to go on from, and a layout for so many nodes."""
+    from engine.run.checkpoint import latest
+
+    return nodes > 0 and latest(config.run_directory / "checkpoints") is not None and shrunk(config, nodes) is not None
 
 
 def _order(node: Mapping[str, Any]) -> tuple[bool, int, str]:

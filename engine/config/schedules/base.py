@@ -149,6 +149,11 @@ class Schedule(ABC):
         return self
 
     @property
+    def other(self) -> Schedule:
+        """What a regime is that differs from this one in numbers alone."""
+        return self
+
+    @property
     def measures(self) -> str | None:
         """The metric by which the regime decides on further syncs while the run goes on; None where it is arithmetic alone."""
         return None

@@ -64,6 +64,11 @@ class Longest(Paper):
         """That it is the most of what may come."""
         return f"s = auto, taken for its most: {super().regime}"
 
+    @property
+    def other(self) -> Schedule:
+        """The paper's."""
+        return Paper(self.sync_interval, self.reference, self.num_steps, self.offline_chunk)
+
 
 @dataclass(frozen=True)
 class Pilot(Schedule):
@@ -106,6 +111,11 @@ class Pilot(Schedule):
     def planned(self) -> Schedule:
         """Every interval as long as it may be."""
         return Longest(self.most, self.reference, self.num_steps, self.offline_chunk)
+
+    @property
+    def other(self) -> Schedule:
+        """The paper's."""
+        return self.planned.other
 
     @property
     def measures(self) -> str:

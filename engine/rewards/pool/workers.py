@@ -263,7 +263,7 @@ class WorkerReward(Reward):
         """The judge's outcome of what each item asks, in the order of places."""
         assert self._finalizer.alive, "score() after close()"
         for worker in list(self._workers):
-            if worker.judging:  # interrupted
+            if worker.judging or worker.stdout.closed:  # interrupted, or given up at its start
                 self._replace(worker)
         asked = _Asked(self.deterministic)
         with arrivals.telling(lambda: os.eventfd_write(self._arrived, 1)):
@@ -285,7 +285,7 @@ class WorkerReward(Reward):
             for worker in list(self._workers):
                 if not asked.waiting:
                     return
-                if not worker.judging and worker.process.poll() is not None:  # it died while it had nothing to do
+                if worker.ready and not worker.judging and worker.process.poll() is not None:  # it died with nothing to do
                     self._replace(worker)
                 elif worker.ready and len(worker.judging) < self._config.concurrency:
                     worker.give(*asked.next(), self._patience_seconds)
@@ -354,7 +354,7 @@ class WorkerReward(Reward):
         worker.end(START_SECONDS)
         if not worker.ready:
             self._num_failed_starts += 1
-            if self._num_failed_starts == MAX_FAILED_STARTS:
+            if self._num_failed_starts >= MAX_FAILED_STARTS:
                 raise WatchdogError(
                     f"a worker of {self.MODULE} must start within {START_SECONDS:.0f} s; found {MAX_FAILED_STARTS} dead or "
                     f"late in a row, the last with exit code {worker.process.returncode}: its own error stands above; "

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from engine.config.load import load_config
 from engine.config.schedules.pilot import REMEMBERED, Pilot, drift, next_length
 from engine.core.errors import ConfigError
+from engine.forecast.seconds import Regime
 from engine.run.checkpoint import recall_schedule
 from tests.builders import LEAST, config, merged
 
@@ -130,6 +131,8 @@ def test_before_a_run_and_in_a_forecast_every_interval_is_taken_for_the_most():
     assert made.schedule.planned.sync_interval == 5
     assert made.schedule.planned.regime == "s = auto, taken for its most: s = 5 (semi-online)"
     assert made.schedule.regime == "s = auto (log_prob_gap_mean at most 0.05, s at most 5)"
+    assert Regime.asked(made).of(made.schedule) == made.schedule.planned
+    assert Regime(1).of(made.schedule).regime == "s = 1 (online)", "another s is taken for nothing"
 
 
 def test_a_configuration_has_one_schedule_that_grows_and_its_copies_their_own():
@@ -172,6 +175,17 @@ def test_what_it_cannot_go_with_is_refused(tmp_path, sync, words):
     file.write_text(written(AUTO | sync))
     with pytest.raises(ConfigError, match=words):
         load_config(file)
+
+
+def test_the_best_checkpoint_is_only_chosen_where_each_is_judged(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(written(AUTO))
+    judged = ["data.held_out=held_out.jsonl", "checkpoint.best_by=reward", "checkpoint.every=4"]
+    with pytest.raises(
+        ConfigError, match=r"checkpoint.best_by needs every checkpoint to be judged.*found evaluation.every = 4"
+    ):
+        load_config(file, [*judged, "evaluation.every=4"])
+    assert load_config(file, [*judged, "evaluation.every=1"]).checkpoint.best_by == "reward"
 
 
 def test_a_replay_and_a_loss_without_the_metric_are_refused(tmp_path):

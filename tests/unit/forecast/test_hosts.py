@@ -182,7 +182,28 @@ def test_an_evaluation_that_misses_its_deadline_is_refused(tmp_path):
     assert found.longest_wait_seconds < found.evaluation_wait_seconds < found.evaluation_seconds
     between = (found.longest_wait_seconds + found.evaluation_wait_seconds) / 2
     with pytest.raises(ConfigError, match="longer than an engine takes for a part of an evaluation"):
-        planned(of("8b-4x4", *asked, f"inference.timeout_seconds={between}"), Machine(), intervals=())
+        planned(of("8b-4x4", *asked, f"inference.timeout_seconds={between}"), Machine(), known=calibrated(), intervals=())
+
+
+def test_guesses_refuse_what_misses_its_deadline_by_far_only():
+    """Twice: published figures are within 1.73 of what data sheets and guesses say. A machine's own refuse as they are."""
+    found = planned(of("8b-4x4", *SMALL), Machine(), intervals=()).forecast
+    assert found is not None
+    asked = of("8b-4x4", *SMALL, f"inference.timeout_seconds={found.longest_wait_seconds / 1.5}")
+    planned(asked, Machine(), intervals=())
+    with pytest.raises(ConfigError, match="longer than an engine takes for a step's responses"):
+        planned(asked, Machine(), known=calibrated(), intervals=())
+
+
+def test_engines_that_rest_are_not_waited_for():
+    """With updates in flight a step is asked for long before engines may go on with it, where the trainer takes its time."""
+    slow = calibrated(None, {"train_peak_share": 0.004})
+    waits = {}
+    for name, options in (("strict", ()), ("in flight", ("sync.lookahead=2", "sync.in_flight=true"))):
+        found = planned(of("8b-4x4", *SMALL, *options), Machine(), known=slow, intervals=()).forecast
+        assert found is not None
+        waits[name] = found.longest_wait_seconds
+    assert waits["in flight"] < 2 * waits["strict"]
 
 
 def test_a_checkpoint_that_misses_its_deadline_is_refused():

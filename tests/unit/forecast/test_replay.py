@@ -11,6 +11,7 @@ from engine.config.schedules.paper import Paper
 from engine.forecast.decoding import Engine, Engines, Speed, _Request
 from engine.forecast.lengths import StepWork
 from engine.forecast.replay import Cores, Costs, play, window
+from engine.forecast.seconds import Regime
 from tests import builders
 
 
@@ -154,7 +155,7 @@ SECOND = Speed(1.0, 0, 0, 0, 0, 0)
 def two_intervals_ahead(*, in_flight: bool) -> list[float]:
     """Seconds of steps of 1 s to train with s = 1, L = 2, while a step's one response takes 8 iterations of 0.5 s."""
     engines = one_engine([8], slots=3)
-    played = play(Paper(1, "never", 12, 16, 2), 12, 0, engines, costs(1.0, in_flight=in_flight))
+    played = play(Paper(1, "never", 12, 16, 2, in_flight), 12, 0, engines, costs(1.0))
     return [step.end - step.start for step in played.steps]
 
 
@@ -238,3 +239,20 @@ def test_rewards_judge_one_by_one_on_a_core_of_their_own_while_others_are_sample
         played = play(Paper(1, "never", 2, 16), 2, 0, one_engine([2, 4, 6, 8], 8), step)
         assert played.mean("judged") == pytest.approx(0.5, rel=0.1)
         assert played.mean("waited") == pytest.approx(4.5, rel=0.02)
+
+
+def test_a_step_of_which_no_engine_that_is_replayed_has_a_part_is_judged_whole(monkeypatch):
+    """Fewer responses than engines, and not all engines are replayed."""
+    engines = one_engine([4], slots=1)
+    monkeypatch.setattr(engines, "handed_over", lambda step: [])
+    played = play(Paper(1, "never", 2, 16), 2, 0, engines, costs(1.0, judge=0.5, one_by_one=True))
+    assert [step.judged for step in played.steps] == [0.5, 0.5]
+
+
+def test_another_lookahead_of_a_run_in_flight_has_updates_in_flight_where_something_can_be_paused():
+    """As in the plan's table of intervals, which has every s without lookahead and with one."""
+    asked = Paper(10, "never", 100, 16, 2, True)
+    found = {ahead: Regime(5, ahead).of(asked) for ahead in (0, 1, 2, 3)}
+    assert [one.updates_in_flight for one in found.values()] == [False, False, True, True]
+    for one in found.values():
+        play(one, 40, 0, one_engine([8], slots=3), costs(1.0))

@@ -315,6 +315,15 @@ def test_a_regime_that_measures_is_proven_by_deciding_it_anew_from_the_metrics(t
         )
 
 
+def test_rollouts_that_came_after_the_metrics_were_read_contradict_nothing(tmp_path):
+    """A run goes on while it is read: of steps beyond the last interval decided the metrics say nothing yet."""
+    grown, rollouts, metrics = piloted(24)
+    write(tmp_path / "rollouts.jsonl", rollouts)
+    for known in (1, 4, 13):
+        write(tmp_path / "metrics.jsonl", metrics[:known])
+        assert prove(tmp_path, replace(grown)).contradiction is None, known
+
+
 @pytest.mark.parametrize(
     ("line", "change", "said"),
     [

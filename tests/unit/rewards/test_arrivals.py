@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.config.options import Rewards
+from engine.core.errors import WatchdogError
 from engine.core.types import Score
 from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer, Reward
@@ -118,6 +119,13 @@ def test_a_reward_whose_answers_stop_coming_says_so_and_judges_on(reward, tmp_pa
     assert [score.value for score in reward.score(list(asked(tmp_path, ["a"]).values()))] == [1.0]
 
 
+def test_what_is_judged_may_be_unwanted_after_all_is_there():
+    arriving = Arrivals.of(["a", "b"])
+    arriving.abandon()
+    with pytest.raises(CancelledError):
+        arriving.take()
+
+
 class Whole(Reward):
     """Judges a step together: an answer's value is its place."""
 
@@ -158,3 +166,19 @@ def test_what_judges_a_step_together_gets_it_whole_and_in_its_order_beside_what_
             arriving.put({0: answers[0], 1: answers[1]})
         assert [score.value for score in scores.result(20)] == [1.0, 102.0, 203.0, 4.0]
     assert (whole.calls, single.calls[1:]) == ([["a", "bb", "ccc"]], [["dddd"], ["a", "bb"]])
+
+
+class Lost(Single):
+    """One whose processes do not start, whatever it is asked."""
+
+    def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
+        raise WatchdogError("its workers do not start")
+
+
+def test_what_a_reward_meets_while_others_judge_is_heard_of(tmp_path):
+    """Also in a step that has no answer for it: later it would be asked again, as if nothing were wrong."""
+    routed = RoutedReward({"single": Single(), "lost": Lost()})
+    with pytest.raises(WatchdogError, match="its workers do not start"):
+        routed.score(list(asked(tmp_path, ["a", "bb"], "single").values()))
+    single = RoutedReward({"single": Single()})
+    assert [score.value for score in single.score(list(asked(tmp_path, ["a", "bb"], "single").values()))] == [1.0, 2.0]

@@ -81,6 +81,9 @@ def test_without_a_spare_a_run_waits_for_its_nodes_or_says_at_once_how_many_are_
         taken(0.6)
     assert caught.value.nodes_left == 1
     FakeCluster(monkeypatch, answers)
+    with pytest.raises(MissingNodeError, match=r"1 answered within"):
+        taken(0.6, "shrink")  # without a checkpoint fewer nodes are of no use
+    monkeypatch.setattr("engine.run.checkpoint.latest", lambda folder: folder)
     with pytest.raises(MissingNodeError, match=r"1 answered at once, gone are: 10\.0\.0\.2") as caught:
         taken(on_lost_node="shrink")
     assert caught.value.nodes_left == 1

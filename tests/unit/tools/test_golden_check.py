@@ -72,6 +72,13 @@ def test_each_token_is_held_against_the_version_that_sampled_it(tmp_path: Path) 
     assert list(golden_check.sampling_gaps(golden_check.Sample(row, (1, 2)), {}, 1.0)) == [], "nothing is on disk"
 
 
+def test_optimal_advantages_of_small_betas_and_of_nobody() -> None:
+    assert golden_check.optimal_advantages([0.0, 1.0], 0.001) == pytest.approx(
+        [-1.0 + 0.001 * 0.6931471805599453, 0.0006931471805]
+    )
+    assert golden_check.optimal_advantages([], 1.0) == [] and golden_check.optimal_advantages([0.5, 0.5], 1.0) == [0.0, 0.0]
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     with pytest.raises(golden_check.CannotCheckError, match="must be 'llama'; found 'qwen3'"):
