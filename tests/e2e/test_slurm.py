@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -63,11 +64,24 @@ def test_a_job_on_two_nodes_is_preempted_requeued_and_ends_with_the_weights_of_o
     assert final(config) == final(whole)
 
 
-def processes_of(job: subprocess.Popen[bytes], address: str) -> list[psutil.Process]:
-    """All of a node of the job: Ray, what it runs, and what keeps it."""
-    started = psutil.Process(job.pid).children(recursive=True)
-    (keeper,) = [process for process in started if is_keeper(process, address)]
-    return [*keeper.children(recursive=True), keeper]
+DELAYS = str(Path(__file__).with_name("delays"))  # see there: trainer, engines and rewards wait now and then, and change no bit
+SLOWLY = {"SEMION_TEST_DELAY": "0.4", "PYTHONPATH": os.pathsep.join([DELAYS, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def node_with_engines(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """All of the job's node that has them: Ray, what it runs, and what keeps it. Which one it is depends on which nodes were
+    the first to answer."""
+    keepers = [process for process in psutil.Process(job.pid).children(recursive=True) if is_keeper(process)]
+    nodes = [[*keeper.children(recursive=True), keeper] for keeper in keepers]
+    (found,) = [node for node in nodes if any(has_engine(process) for process in node)]
+    return found
+
+
+def has_engine(process: psutil.Process) -> bool:
+    """Whether it is an engine's process, as Ray names it before its first call and while one runs."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()).startswith(("ray::VllmEngine", "ray::engine "))
+    return False
 
 
 def send(processes: list[psutil.Process], number: signal.Signals) -> None:
@@ -76,11 +90,11 @@ def send(processes: list[psutil.Process], number: signal.Signals) -> None:
             process.send_signal(number)
 
 
-def lose_node(job: subprocess.Popen[bytes], config: RunConfig, address: str, log: Path) -> None:
+def lose_node(job: subprocess.Popen[bytes], config: RunConfig, log: Path) -> None:
     """Ends all of the node with the engines at once, in the interval after the first checkpoint: whoever needs them is held
     until that is written."""
-    until(lambda: "data.train: " in log.read_text(), job, log)  # the engines are up
-    node = processes_of(job, address)
+    until(lambda: "data.train: " in log.read_text(), job, log)  # the engines are up, and made to take their time (SLOWLY)
+    node = node_with_engines(job)
     workers = [process for process in node if process.name().startswith("ray::")]
     steps, metrics = int(config.checkpoint.every), config.run_directory / "metrics.jsonl"
     until(lambda: metrics.exists() and metrics.read_text().count("\n") >= steps, job, log)
@@ -89,10 +103,12 @@ def lose_node(job: subprocess.Popen[bytes], config: RunConfig, address: str, log
     send(node, signal.SIGKILL)
 
 
-def is_keeper(process: psutil.Process, address: str) -> bool:
-    """Whether this is what srun has started on that node."""
+def is_keeper(process: psutil.Process) -> bool:
+    """Whether this is what srun has started on a node but the first, which has the command."""
     try:
-        return process.cmdline()[1:2] == ["tools/slurm/node.py"] and process.environ()["SLURMD_NODENAME"] == address
+        if process.cmdline()[1:2] != ["tools/slurm/node.py"]:
+            return False
+        return process.environ().get("SLURMD_NODENAME") in fake_slurm.NODES[1:]
     except psutil.Error:
         return False
 
@@ -103,11 +119,11 @@ def test_a_job_that_loses_a_node_goes_on_by_itself_on_its_spare_and_changes_no_b
     """Three Ray nodes of which the run uses two. The one with the engines is killed amid the run; nobody requeues the job."""
     whole, _ = semi_online
     config = run_config(*SEMI_ONLINE, "cluster.gpus_per_node=2", directory="job")
-    environment, log = fake_slurm.install(tmp_path / "slurm") | {"SEMION_SPARES": "1"}, tmp_path / "log"
+    environment, log = fake_slurm.install(tmp_path / "slurm") | SLOWLY | {"SEMION_SPARES": "1"}, tmp_path / "log"
     command = ["sbatch", "--nodes=3", SCRIPT, written(config, tmp_path), "algorithm.beta=0.1"]
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
     try:
-        lose_node(job, config, fake_slurm.NODES[1], log)
+        lose_node(job, config, log)
         assert job.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     finally:
         job.terminate()
@@ -126,11 +142,11 @@ def test_a_job_that_loses_a_node_for_good_goes_on_with_fewer_replicas_and_trains
     of the same samples, on the node that is left, and losses are those of the run that nobody disturbed but for sums' order."""
     may = ["run.on_lost_node=shrink", "checkpoint.other_layout=allow"]
     config = run_config(*ONLINE, "cluster.nodes=2", "cluster.gpus_per_node=2", *may, directory="job")
-    environment, log = fake_slurm.install(tmp_path / "slurm") | {"SEMION_SPARES": "0"}, tmp_path / "log"
+    environment, log = fake_slurm.install(tmp_path / "slurm") | SLOWLY | {"SEMION_SPARES": "0"}, tmp_path / "log"
     command = ["sbatch", "--nodes=2", SCRIPT, written(config, tmp_path)]
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
     try:
-        lose_node(job, config, fake_slurm.NODES[1], log)
+        lose_node(job, config, log)
         assert job.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     finally:
         job.terminate()
