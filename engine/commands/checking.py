@@ -74,7 +74,8 @@ def table(spec: Spec) -> list[tuple[str, str]]:
         sizes = dict(cache_sizes(spec.kv_cache))
         rows += [(f"KV cache{where}", spec.kv_cache.told(size)) for where, size in sizes.items()]
     if spec.starts_reward_engine:
-        rows.append(("reward model", f"{c.reward_model.path}, on {spec.num_reward_engines} engines of its own"))
+        count = spec.num_reward_engines
+        rows.append(("reward model", f"{c.reward_model.path}, on {count} engine{'s' * (count > 1)} of its own"))
     rows += [(f"weight syncs on {carrier.device}", f"{carrier.kind or 'none'}: {carrier.why}") for carrier in spec.transports]
     if spec.placement is not None:
         nodes = len({assignment.node for assignment in spec.placement.assignments})

@@ -113,22 +113,28 @@ def is_keeper(process: psutil.Process) -> bool:
         return False
 
 
-def test_a_job_that_loses_a_node_goes_on_by_itself_on_its_spare_and_changes_no_bit(
-    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
-) -> None:
-    """Three Ray nodes of which the run uses two. The one with the engines is killed amid the run; nobody requeues the job."""
-    whole, _ = semi_online
-    config = run_config(*SEMI_ONLINE, "cluster.gpus_per_node=2", directory="job")
-    environment, log = fake_slurm.install(tmp_path / "slurm") | SLOWLY | {"SEMION_SPARES": "1"}, tmp_path / "log"
-    command = ["sbatch", "--nodes=3", SCRIPT, written(config, tmp_path), "algorithm.beta=0.1"]
+def end_after_a_loss(config: RunConfig, folder: Path, num_nodes: int, spares: str, *options: str) -> str:
+    """What a job says that loses a node and ends all the same, without having been requeued."""
+    environment, log = fake_slurm.install(folder / "slurm") | SLOWLY | {"SEMION_SPARES": spares}, folder / "log"
+    command = ["sbatch", f"--nodes={num_nodes}", SCRIPT, written(config, folder), *options]
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
     try:
         lose_node(job, config, log)
         assert job.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     finally:
         job.terminate()
-    assert not (tmp_path / "slurm" / "scontrol").exists(), "it was not requeued"
-    assert {row["step"] for row in rows(config, "restarts.jsonl")} == {2}, log.read_text()[-4000:]
+    assert not (folder / "slurm" / "scontrol").exists(), "it was not requeued"
+    return log.read_text()
+
+
+def test_a_job_that_loses_a_node_goes_on_by_itself_on_its_spare_and_changes_no_bit(
+    semi_online: tuple[RunConfig, str], run_config: Make, tmp_path: Path
+) -> None:
+    """Three Ray nodes of which the run uses two. The one with the engines is killed amid the run; nobody requeues the job."""
+    whole, _ = semi_online
+    config = run_config(*SEMI_ONLINE, "cluster.gpus_per_node=2", directory="job")
+    said = end_after_a_loss(config, tmp_path, 3, "1", "algorithm.beta=0.1")
+    assert {row["step"] for row in rows(config, "restarts.jsonl")} == {2}, said[-4000:]
     assert rollouts(config) == rollouts(whole)
     assert sent_alike(rows(config, "metrics.jsonl")) == sent_alike(rows(whole, "metrics.jsonl"))
     assert final(config) == final(whole)
@@ -142,20 +148,12 @@ def test_a_job_that_loses_a_node_for_good_goes_on_with_fewer_replicas_and_trains
     of the same samples, on the node that is left, and losses are those of the run that nobody disturbed but for sums' order."""
     may = ["run.on_lost_node=shrink", "checkpoint.other_layout=allow"]
     config = run_config(*ONLINE, "cluster.nodes=2", "cluster.gpus_per_node=2", *may, directory="job")
-    environment, log = fake_slurm.install(tmp_path / "slurm") | SLOWLY | {"SEMION_SPARES": "0"}, tmp_path / "log"
-    command = ["sbatch", "--nodes=2", SCRIPT, written(config, tmp_path)]
-    job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
-    try:
-        lose_node(job, config, log)
-        assert job.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
-    finally:
-        job.terminate()
-    assert not (tmp_path / "slurm" / "scontrol").exists(), "it was not requeued"
+    said = end_after_a_loss(config, tmp_path, 2, "0")
     lost, fewer = rows(config, "restarts.jsonl")
     whole = {"cluster.nodes": 2, "trainer.data_parallel": 2, "inference.engines": 2}
     assert lost["step"] == fewer["step"] == 1 and (lost["layout"], fewer["error"]) == (whole, "MissingNodeError")
     assert fewer["layout"] == {"cluster.nodes": 1, "trainer.data_parallel": 1, "inference.engines": 1}
-    assert "resumed after 1 steps in another layout than before (TP 1 PP 1 DP 2 -> TP 1 PP 1 DP 1)" in log.read_text()
+    assert "resumed after 1 steps in another layout than before (TP 1 PP 1 DP 2 -> TP 1 PP 1 DP 1)" in said
     theirs, ours = rows(online, "metrics.jsonl"), rows(config, "metrics.jsonl")
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [0, 1, 2]
     for before, now in zip(theirs, ours, strict=True):
