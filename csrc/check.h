@@ -190,4 +190,41 @@ inline void check_blocks(const std::vector<Tensor>& blocks, const Tensor& column
       refuse("blocks must have elements of one size; found ", blocks[0].element_size(), " and ", blocks[i].element_size());
   }
 }
+
+// [T, heads, D] beside q, of its type; heads and tokens may have any stride.
+inline void check_heads(const char* name, const Tensor& tensor, const Tensor& q, int64_t heads) {
+  check_type(name, tensor, {q.scalar_type()});
+  check_device(name, tensor, "q", q);
+  if (tensor.dim() != 3 || tensor.size(0) != q.size(0) || tensor.size(1) != heads || tensor.size(2) != q.size(2))
+    refuse(name, " must have shape [T, heads, D] = [", q.size(0), ", ", heads, ", ", q.size(2), "]; found ", shape_of(tensor));
+  if (tensor.size(2) > 1 && tensor.stride(2) != 1)
+    refuse(name, " must have a stride of 1 inside a head; found ", tensor.stride(2), ": call .contiguous()");
+}
+
+// Everything of packed_attention but what bounds and parents say.
+inline void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cosines,
+                            const std::optional<Tensor>& sines, const Tensor& bounds, const Tensor& parents, double scale) {
+  check_type("q", q, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  if (q.dim() != 3 || k.dim() != 3) refuse("q and k must have shape [T, heads, D]; found ", shape_of(q), " and ", shape_of(k));
+  const int64_t heads = k.size(1);
+  if (heads < 1 || q.size(1) < 1 || q.size(1) % heads != 0)
+    refuse("q must have a multiple of k's heads = ", heads, "; found ", q.size(1));
+  check_heads("q", q, q, q.size(1));
+  check_heads("k", k, q, heads);
+  check_heads("v", v, q, heads);
+  if (cosines.has_value() != sines.has_value()) refuse("cosines and sines must be given together; found one alone");
+  if (cosines) {
+    if (q.size(2) % 2 != 0) refuse("D must be even where heads are rotated; found ", q.size(2));
+    check("cosines", *cosines, q.scalar_type(), {q.size(0), q.size(2) / 2}, "[T, D / 2]", "q", q);
+    check("sines", *sines, q.scalar_type(), {q.size(0), q.size(2) / 2}, "[T, D / 2]", "q", q);
+  }
+  check("parents", parents, ScalarType::Long, {check_bounds("cu_seqlens", bounds, "q", q)}, "[B]", "q", q);
+  if (!(scale > 0)) refuse("scale must be greater than 0; found ", scale);
+}
+
+inline void check_swiglu(const Tensor& x) {
+  check_type("x", x, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  if (x.dim() != 2 || x.size(1) % 2 != 0) refuse("x must have shape [T, 2 F]; found ", shape_of(x));
+  check_shape("x", x, {x.size(0), x.size(1)}, "[T, 2 F]");
+}
 }  // namespace semion

@@ -7,7 +7,9 @@
 #include <tuple>
 #include <vector>
 
+#include "activation/swiglu.h"
 #include "advantages/advantages.h"
+#include "attention/packed_attention.h"
 #include "check.h"
 #include "logprob/logprob.h"
 #include "logprob/sequences.h"
@@ -180,6 +182,102 @@ Tensor block_digests(const std::vector<Tensor>& blocks, const Tensor& columns, c
   }
   return digests;
 }
+// The segments that go on from none, each with those that go on from it, which must follow one another.
+std::vector<Family> families_of(const int64_t* parents, int64_t num_segments) {
+  std::vector<Family> families;
+  std::vector<size_t> family_of(static_cast<size_t>(num_segments));
+  for (int64_t i = 0; i < num_segments; ++i) {
+    const int64_t parent = parents[i];
+    if (parent < 0) {
+      family_of[static_cast<size_t>(i)] = families.size();
+      families.push_back({i, 0, 0});
+      continue;
+    }
+    if (parent >= i || parents[parent] >= 0)
+      refuse("parents[", i, "] must be -1 or a segment before it that goes on from none; found ", parent);
+    Family& family = families[family_of[static_cast<size_t>(parent)]];
+    if (family.end_sample == 0) family.first_sample = family.end_sample = i;
+    if (family.end_sample != i) refuse("segments of one parent must follow one another; found others before parents[", i, "]");
+    family.end_sample = i + 1;
+  }
+  return families;
+}
+
+HeadRows heads_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+
+struct AttentionInput {
+  std::vector<Family> families;
+  PackedAttention in;
+
+  AttentionInput(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cosines,
+                 const std::optional<Tensor>& sines, const Tensor& bounds, const Tensor& parents, double scale) {
+    check_attention(q, k, v, cosines, sines, bounds, parents, scale);
+    const int64_t num_segments = check_rising("cu_seqlens", bounds, "q", q, q.size(0));
+    families = families_of(data<int64_t>(parents), num_segments);
+    in = {heads_of(q), heads_of(k), heads_of(v), cosines ? cosines->const_data_ptr() : nullptr,
+          sines ? sines->const_data_ptr() : nullptr, bounds_of(bounds), families.data(), q.size(0),
+          static_cast<int32_t>(q.size(1)), static_cast<int32_t>(k.size(1)), static_cast<int32_t>(q.size(2)),
+          static_cast<float>(scale), element_of(q)};
+  }
+
+  int64_t units() const {
+    return static_cast<int64_t>(families.size()) * in.kv_heads;
+  }
+};
+
+std::tuple<Tensor, Tensor> packed_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const std::optional<Tensor>& cosines, const std::optional<Tensor>& sines,
+                                            const Tensor& cu_seqlens, const Tensor& parents, double scale) {
+  const AttentionInput input(q, k, v, cosines, sines, cu_seqlens, parents, scale);
+  Tensor output = new_tensor(q, q.scalar_type(), q.size(0), q.size(1), q.size(2));
+  Tensor sums = new_tensor(q, ScalarType::Float, q.size(1), q.size(0));
+  const AttentionOutput out{output.mutable_data_ptr(), writable<float>(sums)};
+  const auto kernel = SEMION_PICK(packed_attention);
+  torch::stable::parallel_for(0, input.units(), 1, [&](int64_t begin, int64_t end) { kernel(input.in, out, begin, end); });
+  return {output, sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
+    const Tensor& gradient, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cosines,
+    const std::optional<Tensor>& sines, const Tensor& cu_seqlens, const Tensor& parents, const Tensor& output,
+    const Tensor& sums, double scale) {
+  const AttentionInput input(q, k, v, cosines, sines, cu_seqlens, parents, scale);
+  const int64_t num_tokens = q.size(0), heads = q.size(1), dim = q.size(2);
+  check_heads("gradient", gradient, q, heads);
+  check("output", output, q.scalar_type(), {num_tokens, heads, dim}, "[T, N, D]", "q", q);
+  check("sums", sums, ScalarType::Float, {heads, num_tokens}, "[N, T]", "q", q);
+  Tensor dq = new_tensor(q, q.scalar_type(), num_tokens, heads, dim);
+  Tensor dk = new_tensor(q, q.scalar_type(), num_tokens, k.size(1), dim);
+  Tensor dv = new_tensor(q, q.scalar_type(), num_tokens, k.size(1), dim);
+  const AttentionGradient back{heads_of(gradient),    output.const_data_ptr(), floats(sums), dq.mutable_data_ptr(),
+                               dk.mutable_data_ptr(), dv.mutable_data_ptr()};
+  const auto kernel = SEMION_PICK(packed_attention_backward);
+  torch::stable::parallel_for(0, input.units(), 1, [&](int64_t begin, int64_t end) { kernel(input.in, back, begin, end); });
+  return {dq, dk, dv};
+}
+
+Tensor swiglu(const Tensor& x) {
+  check_swiglu(x);
+  Tensor out = new_tensor(x, x.scalar_type(), x.size(0), x.size(1) / 2);
+  const SwigluRows rows{x.const_data_ptr(), nullptr, out.mutable_data_ptr(), x.size(1) / 2, element_of(x)};
+  const auto kernel = SEMION_PICK(swiglu);
+  torch::stable::parallel_for(0, x.size(0), rows_per_thread(x.size(1)),
+                              [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
+  return out;
+}
+
+Tensor swiglu_backward(const Tensor& gradient, const Tensor& x) {
+  check_swiglu(x);
+  check("gradient", gradient, x.scalar_type(), {x.size(0), x.size(1) / 2}, "[T, F]", "x", x);
+  Tensor out = new_tensor(x, x.scalar_type(), x.size(0), x.size(1));
+  const SwigluRows rows{x.const_data_ptr(), gradient.const_data_ptr(), out.mutable_data_ptr(), x.size(1) / 2, element_of(x)};
+  const auto kernel = SEMION_PICK(swiglu_backward);
+  torch::stable::parallel_for(0, x.size(0), rows_per_thread(x.size(1)),
+                              [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
+  return out;
+}
 }  // namespace
 }  // namespace semion::cpu
 
@@ -191,5 +289,9 @@ STABLE_TORCH_LIBRARY_IMPL(semion, CPU, library) {
   library.impl("sequence_sums_backward", TORCH_BOX(&semion::cpu::sequence_sums_backward));
   library.impl("grouped_advantages", TORCH_BOX(&semion::cpu::grouped_advantages));
   library.impl("policy_gradient", TORCH_BOX(&semion::cpu::policy_gradient));
+  library.impl("packed_attention", TORCH_BOX(&semion::cpu::packed_attention));
+  library.impl("packed_attention_backward", TORCH_BOX(&semion::cpu::packed_attention_backward));
+  library.impl("swiglu", TORCH_BOX(&semion::cpu::swiglu));
+  library.impl("swiglu_backward", TORCH_BOX(&semion::cpu::swiglu_backward));
   library.impl("block_digests", TORCH_BOX(&semion::cpu::block_digests));
 }

@@ -35,6 +35,20 @@ STABLE_TORCH_LIBRARY(semion, library) {
       "Tensor cu_seqlens, Tensor targets, float clip_low, float clip_high, float dual_clip, float kl_weight) -> "
       "(Tensor sums, Tensor gradient)");
 
+  // On the CPU alone. q [T, N, D], k and v [T, M, D], float32/bfloat16/float16, cosines and sines [T, D / 2] of that type,
+  // cu_seqlens [B + 1] int32, parents [B] int64: the segment that a segment goes on from, or -1
+  // -> output [T, N, D], sums [N, T] float32: csrc/attention/packed_attention.h; and back.
+  library.def(
+      "packed_attention(Tensor q, Tensor k, Tensor v, Tensor? cosines, Tensor? sines, Tensor cu_seqlens, Tensor parents, "
+      "float scale) -> (Tensor output, Tensor sums)");
+  library.def(
+      "packed_attention_backward(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor? cosines, Tensor? sines, "
+      "Tensor cu_seqlens, Tensor parents, Tensor output, Tensor sums, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+
+  // On the CPU alone. x [T, 2 F] -> [T, F], and back: csrc/activation/swiglu.h.
+  library.def("swiglu(Tensor x) -> Tensor");
+  library.def("swiglu_backward(Tensor gradient, Tensor x) -> Tensor");
+
   // N blocks [R, C] of elements of one size, 1, 2, 4 or 8 bytes, columns [at least col + C] int64: every column's weight
   // -> [N] int64: the digest of each block's bits at (row, col) of the tensor that its seed names (csrc/reshard/digest.h).
   library.def("block_digests(Tensor[] blocks, Tensor columns, int[] rows, int[] cols, int[] seeds) -> Tensor");

@@ -141,3 +141,37 @@ def block_digest(block: torch.Tensor, *, row: int, col: int, seed: int) -> torch
     )
     row_weights = splitmix64(signed(seed) ^ splitmix64(rows)) | 1
     return (row_weights.unsqueeze(1) * (splitmix64(columns + 1) | 1) * bits).sum().view(1)
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: list[int],
+    parents: list[int],
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: float,
+) -> torch.Tensor:
+    """Attention [T, N, D] by a mask over the whole row; `rotary` is widened to q's type."""
+    seen = torch.zeros(len(q), len(q), dtype=torch.bool)
+    for number, parent in enumerate(parents):
+        start, end = bounds[number], bounds[number + 1]
+        seen[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+        if parent >= 0:
+            seen[start:end, bounds[parent] : bounds[parent + 1]] = True
+    if rotary is not None:
+        q, k = (_turned(x, *(part.to(x.dtype).unsqueeze(1) for part in rotary)) for x in (q, k))
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    scores = torch.einsum("lnd,snd->nls", q, k) * scale
+    return torch.einsum("nls,snd->lnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def _turned(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), -1)
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up."""
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up

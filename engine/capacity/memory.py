@@ -281,20 +281,20 @@ class Step:
 
     @property
     def _attention(self) -> int:
-        """Fused queries, keys and values; both after rotation; the output, which torch's attention, sequence by sequence, has
-        once so and once whole."""
+        """Fused queries, keys and values; the queries apart, as grouped heads need them; the output, and a log-sum-exp of every
+        query and head. Where attention does not rotate by itself, keys after rotation too; torch's own attention, sequence by
+        sequence, has its output once so and once whole."""
         e, local = self._e, not self._trainer.uses_te
-        rotated = 2 * self._Q + 3 * self._K
-        output = self._Q * e * (2 if local and not self._trainer.shares_prompts else 1) + (
-            self._Q * self._into_linear if self._into_linear != e else 0
-        )
+        by_sequence = local and self._on_gpu and e == FP32 and not self._trainer.shares_prompts
+        rotated = 2 * self._Q + (2 if local and not self._on_gpu else 3) * self._K
+        output = self._Q * e * (2 if by_sequence else 1) + (self._Q * self._into_linear if self._into_linear != e else 0)
         return self._T * (rotated * e + output + self._heads * FP32)
 
     @property
     def _feed_forward(self) -> int:
-        """Saved for the backward: fc1's output [T, 2F] and SwiGLU's output [T, F]; the local spec also saves silu(gate) and
-        up + 0 (megatron's offset), [T, F] each."""
-        factors = 2 if self._trainer.uses_te else 4
+        """Saved for the backward: fc1's output [T, 2F] and SwiGLU's output [T, F]; torch's own operators, which local layers
+        take on a GPU, also save silu(gate) [T, F]."""
+        factors = 3 if self._on_gpu and not self._trainer.uses_te else 2
         return self._T * self._F * (factors * self._e + self._into_linear)
 
     @cached_property

@@ -12,9 +12,9 @@ Shape legend: T tokens of a packed row, N heads of this rank, M of its key-value
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -24,31 +24,28 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from engine.core.types import Microbatch
+from engine.ops import packed_attention
 
 LARGEST_FLASH_HEAD = 256  # head dim of torch's flash attention on GPUs
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """Which queries attend to which keys: those of one piece to those of the same one. Bounds [B + 1] int32, on the device."""
+
+    of_queries: torch.Tensor
+    of_keys: torch.Tensor
+    query_lengths: list[int]  # on the host
+    key_lengths: list[int]
+
+
+@dataclass(frozen=True)
 class Shared:
     """The prompts of a row that several samples share, and the samples, which follow theirs."""
 
-    def __init__(self, prompts: list[slice], samples: list[slice], num_tokens: int, device: torch.device) -> None:
-        self._cuts: list[tuple[list[int], slice]] = []
-        places = []
-        for parts in (prompts, samples):
-            ends = [0, *(end for part in parts for end in (part.start, part.stop)), num_tokens]
-            self._cuts.append(([end - start for start, end in pairwise(ends)], slice(1, None, 2)))
-            places.append(torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(device))
-        self.prompt_tokens, self.sample_tokens = places  # int64, of all prompts and of all samples
-
-    def prompts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Each prompt's part of [1, N, T, ...]."""
-        lengths, wanted = self._cuts[0]
-        return x.split(lengths, 2)[wanted]
-
-    def samples(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The part of [1, N, T, ...] that the samples of each prompt have together."""
-        lengths, wanted = self._cuts[1]
-        return x.split(lengths, 2)[wanted]
+    prompt_tokens: torch.Tensor  # int64, places of all prompts and of all samples in the row
+    sample_tokens: torch.Tensor
+    pieces: Pieces  # the samples of a prompt together, and the prompt
 
 
 @dataclass
@@ -56,13 +53,18 @@ class Row(PackedSeqParams):
     """What layers are told of a packed row: megatron-core's bounds, and what attention and output layer need beside them."""
 
     lengths: list[int] = field(default_factory=list)  # of the segments, on the host
+    parents: torch.Tensor | None = None  # int64 [B]: the segment that one goes on from, or -1
     shared: Shared | None = None  # None where every sequence has a prompt of its own
     target_positions: torch.Tensor | None = None  # int64, the positions whose log-probs somebody looks at
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cosines and sines [T, 1, D / 2] of every token's position
 
     def segments(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Each segment's part of [1, N, T, ...]."""
-        return x.split(self.lengths, 2)
+        """Each segment's part of [T, ...]."""
+        return x.split(self.lengths)
+
+    def own(self) -> Pieces:
+        """Every segment and itself."""
+        return Pieces(self.cu_seqlens_q, self.cu_seqlens_kv, self.lengths, self.lengths)
 
 
 def row_of(microbatch: Microbatch, on_host: Microbatch) -> Row:
@@ -83,9 +85,22 @@ def row_of(microbatch: Microbatch, on_host: Microbatch) -> Row:
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         lengths=lengths,
-        shared=Shared(prompts, samples, bounds[-1], microbatch.cu_seqlens.device) if prompts else None,
+        parents=microbatch.parents,
+        shared=_shared(prompts, samples, microbatch.cu_seqlens.device) if prompts else None,
         target_positions=microbatch.target_positions,
     )
+
+
+def _shared(prompts: list[slice], samples: list[slice], device: torch.device) -> Shared:
+    def places(parts: list[slice]) -> torch.Tensor:
+        return torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(device)
+
+    def bounds(lengths: list[int]) -> torch.Tensor:
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+
+    of_samples, of_prompts = ([part.stop - part.start for part in parts] for parts in (samples, prompts))
+    pieces = Pieces(bounds(of_samples), bounds(of_prompts), of_samples, of_prompts)
+    return Shared(places(prompts), places(samples), pieces)
 
 
 def rotary_of(inverse_frequencies: torch.Tensor, position_ids: torch.Tensor, dtype: torch.dtype) -> Any:
@@ -97,8 +112,9 @@ def rotary_of(inverse_frequencies: torch.Tensor, position_ids: torch.Tensor, dty
 class PackedAttention(MegatronModule):
     """Causal grouped-query attention inside each sequence of a packed row, rotary embedding included: [T, N, D] -> [T, N * D].
 
-    A row where prompts are shared takes `_SharedPrompts`; any other torch's attention, sequence by sequence, which is the plain
-    twin of it."""
+    On a CPU it is one kernel of ours. On a GPU in half precision it is torch's flash attention over all segments at once
+    (never run so far), and what is left, such as float64, takes the plain kernel for rows where prompts are shared, any other
+    row torch's attention, sequence by sequence."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
@@ -108,17 +124,25 @@ class PackedAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, packed_seq_params: Row, **__: Any
     ) -> torch.Tensor:
         """Attends within the segments of the row, and from samples to the prompts that they continue."""
-        row = packed_seq_params
+        row, scale = packed_seq_params, self.scale or query.size(-1) ** -0.5
         assert row.rotary is not None, "the model gives every row its cosines and sines"
+        if on_cpu(query):
+            assert row.parents is not None
+            cosines, sines = (x.squeeze(1) for x in row.rotary)
+            output = packed_attention(query, key, value, row.cu_seqlens_q, row.parents, rotary=(cosines, sines), scale=scale)
+            return output.flatten(1)
         query, key = _Rotated.apply(query, *row.rotary), _Rotated.apply(key, *row.rotary)
-        if row.shared is not None:
-            output: torch.Tensor = _SharedPrompts.apply(query, key, value, row, self.scale)
+        kernel = kernel_of(query)
+        if row.shared is not None or kernel is FLASH:
+            output = _Joined.apply(query, key, value, row, kernel, scale)
             return output.flatten(1)
         gqa = query.size(-2) != key.size(-2)
         # `split`, whose backward joins the parts: that of a slice is as long as the row, for every sequence of it.
         outputs = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=gqa)
-            for q, k, v in zip(*(row.segments(_heads_first(x)) for x in (query, key, value)), strict=True)
+            F.scaled_dot_product_attention(
+                _heads_first(q), _heads_first(k), _heads_first(v), is_causal=True, scale=scale, enable_gqa=gqa
+            )
+            for q, k, v in zip(*map(row.segments, (query, key, value)), strict=True)
         ]
         return torch.cat(outputs, 2)[0].transpose(0, 1).flatten(1)
 
@@ -142,127 +166,126 @@ def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> tor
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), -1)
 
 
-class _SharedPrompts(torch.autograd.Function):
-    """Attention [T, N, D] of a row with families; q [T, N, D], k and v [T, M, D], rotated."""
+class _Joined(torch.autograd.Function):
+    """Attention [T, N, D] of a row, of families too; q [T, N, D], k and v [T, M, D], rotated."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: Row, scale: float | None) -> torch.Tensor:
-        assert row.shared is not None
-        kernel, shared = kernel_of(q), row.shared
-        scale = q.size(-1) ** -0.5 if scale is None else scale
-        heads_first = [_heads_first(x) for x in (q, k, v)]
-        found = [kernel.forward(*parts, True, scale) for parts in zip(*map(row.segments, heads_first), strict=True)]
-        output, sums = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
-        of_prompts = [
-            kernel.forward(*parts, False, scale)
-            for parts in zip(shared.samples(heads_first[0]), *map(shared.prompts, heads_first[1:]), strict=True)
-        ]
-        more, more_sums = (torch.cat(parts, 2) for parts in zip(*of_prompts, strict=True))
-        own_sums = sums.index_select(2, shared.sample_tokens)
-        joined = torch.logaddexp(own_sums, more_sums)
-        own_share, more_share = ((part - joined).exp().unsqueeze(-1) for part in (own_sums, more_sums))
-        merged = output.index_select(2, shared.sample_tokens) * own_share + more * more_share
-        output.index_copy_(2, shared.sample_tokens, merged.to(output.dtype))
-        sums.index_copy_(2, shared.sample_tokens, joined)
-        tokens_first = output.squeeze(0).transpose(0, 1).contiguous()
-        ctx.save_for_backward(q, k, v, tokens_first, sums)
-        ctx.row, ctx.scale = row, scale
-        return tokens_first
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: Row, kernel: Kernel, scale: float
+    ) -> torch.Tensor:
+        shared = row.shared
+        output, sums = kernel.forward(q, k, v, row.own(), True, scale)
+        if shared is not None:
+            queries, keys, values = q[shared.sample_tokens], k[shared.prompt_tokens], v[shared.prompt_tokens]
+            more, more_sums = kernel.forward(queries, keys, values, shared.pieces, False, scale)
+            own_sums = sums[:, shared.sample_tokens]
+            joined = torch.logaddexp(own_sums, more_sums)
+            own_share, more_share = ((part - joined).exp().t().unsqueeze(-1) for part in (own_sums, more_sums))
+            merged = output[shared.sample_tokens] * own_share + more * more_share
+            output.index_copy_(0, shared.sample_tokens, merged.to(output.dtype))
+            sums.index_copy_(1, shared.sample_tokens, joined)
+        ctx.save_for_backward(q, k, v, output, sums)
+        ctx.row, ctx.kernel, ctx.scale = row, kernel, scale
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, output, sums = ctx.saved_tensors
-        kernel, row, shared = kernel_of(q), ctx.row, ctx.row.shared
-        back, q, k, v, output = map(_heads_first, (gradients[0].contiguous(), q, k, v, output))
-        known = (back, q, k, v, output, sums)
-        found = [kernel.backward(*parts, True, ctx.scale) for parts in zip(*map(row.segments, known), strict=True)]
-        dq, dk, dv = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
-        of_samples, of_keys = [shared.samples(x) for x in (back, q, output, sums)], [shared.prompts(x) for x in (k, v)]
-        of_prompts = [
-            kernel.backward(*parts, False, ctx.scale) for parts in zip(*of_samples[:2], *of_keys, *of_samples[2:], strict=True)
-        ]
-        places = (shared.sample_tokens, shared.prompt_tokens, shared.prompt_tokens)
-        for whole, place, parts in zip((dq, dk, dv), places, zip(*of_prompts, strict=True), strict=True):
-            whole.index_add_(2, place, torch.cat(parts, 2))
-        return *(x.squeeze(0).transpose(0, 1) for x in (dq, dk, dv)), None, None
+        kernel, shared, back = ctx.kernel, ctx.row.shared, gradients[0].contiguous()
+        found = kernel.backward(back, q, k, v, output, sums, ctx.row.own(), True, ctx.scale)
+        if shared is not None:
+            of_samples, of_prompts = shared.sample_tokens, shared.prompt_tokens
+            more = kernel.backward(
+                *(back[of_samples], q[of_samples], k[of_prompts], v[of_prompts], output[of_samples], sums[:, of_samples]),
+                *(shared.pieces, False, ctx.scale),
+            )
+            for whole, place, part in zip(found, (of_samples, of_prompts, of_prompts), more, strict=True):
+                whole.index_add_(0, place, part)
+        return *found, None, None, None
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """[T, N, D] as torch's kernels take it: [1, N, T, D]."""
+    """[T, N, D] as torch's attention takes it: [1, N, T, D]."""
     return x.transpose(0, 1).unsqueeze(0)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Attention of L queries [1, N, L, D] over S keys and values [1, M, S, D], causal where L = S, or whole.
+    """Attention of queries [T, N, D] over keys and values [S, M, D], each piece of queries over its piece of keys: causal
+    where both are as long, or whole.
 
-    forward: (q, k, v, causal, scale) -> (output [1, N, L, D], log-sum-exps [1, N, L] in float32 or wider).
-    backward: (gradient, q, k, v, output, log-sum-exps, causal, scale) -> gradients of q, k and v. Output and log-sum-exps
-    may be those of an attention over more keys: the gradients are then this part's of it.
+    forward: (q, k, v, pieces, causal, scale) -> (output [T, N, D], log-sum-exps [N, T] in float32 or wider).
+    backward: (gradient, q, k, v, output, log-sum-exps, pieces, causal, scale) -> gradients of q, k and v. Output and
+    log-sum-exps may be those of an attention over more keys: the gradients are then this part's of it.
     """
 
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., tuple[torch.Tensor, ...]]
 
 
+def on_cpu(q: torch.Tensor) -> bool:
+    """Whether our kernel of CPUs takes it."""
+    return q.is_cpu and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
 def kernel_of(q: torch.Tensor) -> Kernel:
-    """torch's flash attention on CPUs, and on GPUs (never run so far) for half precision; otherwise the plain one."""
-    if q.device.type == "cpu":
-        return ON_CPU
+    """torch's flash attention on GPUs (never run so far) for half precision; otherwise the plain one."""
     if q.device.type == "cuda" and q.dtype.itemsize == 2 and q.size(-1) % 8 == 0 and q.size(-1) <= LARGEST_FLASH_HEAD:
-        return ON_CUDA
+        return FLASH
     return PLAIN
 
 
-def _cpu_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+def _flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: Pieces, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    found: tuple[torch.Tensor, torch.Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, scale=scale
+    longest = max(pieces.query_lengths), max(pieces.key_lengths)
+    output, sums, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, pieces.of_queries, pieces.of_keys, *longest, 0.0, causal, False, scale=scale
     )
-    return found
-
-
-def _cpu_backward(*tensors: torch.Tensor | Any) -> tuple[torch.Tensor, ...]:
-    *known, causal, scale = tensors
-    found: tuple[torch.Tensor, ...] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *known, 0.0, causal, scale=scale
-    )
-    return found
-
-
-def _cuda_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    output, sums, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return output, sums
 
 
-def _cuda_backward(*tensors: torch.Tensor | Any) -> tuple[torch.Tensor, ...]:
-    *known, sums, causal, scale = tensors
-    bounds = (None, None, known[1].size(2), known[2].size(2))  # of equally long sequences none are named
-    no_dropout = torch.zeros((), dtype=torch.int64, device=sums.device)  # seed and offset, which without dropout nobody reads
-    found: tuple[torch.Tensor, ...] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        *known, sums.contiguous(), *bounds, 0.0, causal, no_dropout, no_dropout, scale=scale
+def _flash_backward(*known: Any) -> tuple[torch.Tensor, ...]:
+    *tensors, pieces, causal, scale = known
+    longest = max(pieces.query_lengths), max(pieces.key_lengths)
+    no_dropout = torch.zeros((), dtype=torch.int64, device=tensors[0].device)  # seed and offset, which nobody reads then
+    found: tuple[torch.Tensor, ...] = torch.ops.aten._flash_attention_backward(
+        *(x.contiguous() for x in tensors),
+        *(pieces.of_queries, pieces.of_keys, *longest, 0.0, causal, no_dropout, no_dropout),
+        scale=scale,
     )
     return found
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
-    """Scaled scores [1, M, N / M, L, S] in float32 or wider, -inf where a key comes later."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = scale * (q.to(wide).unflatten(1, (k.size(1), -1)) @ k.to(wide).transpose(-1, -2).unsqueeze(2))
+    """Scaled scores [M, N / M, L, S] in float32 or wider, -inf where a key comes later."""
+    scores = scale * (_by_group(q, k.size(1)) @ _by_group(k, k.size(1)).transpose(-1, -2))
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, float("-inf")) if causal else scores
 
 
+def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """[L, N, D] as [M, N / M, L, D] in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).unflatten(0, (groups, -1))
+
+
+def _each(pieces: Pieces, of_queries: tuple[torch.Tensor, ...], of_keys: tuple[torch.Tensor, ...]) -> Iterator[Any]:
+    """The parts of all tensors, piece by piece."""
+    parts = [x.split(pieces.query_lengths) for x in of_queries] + [x.split(pieces.key_lengths) for x in of_keys]
+    return zip(*parts, strict=True)
+
+
 def _plain_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: Pieces, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = _scores(q, k, causal, scale)
-    sums = scores.logsumexp(-1)
-    output = (scores - sums.unsqueeze(-1)).exp() @ v.to(scores.dtype).unsqueeze(2)
-    return output.flatten(1, 2).to(q.dtype), sums.flatten(1, 2)
+    outputs, all_sums = [], []
+    for queries, keys, values in _each(pieces, (q,), (k, v)):
+        scores = _scores(queries, keys, causal, scale)
+        sums = scores.logsumexp(-1)
+        output = (scores - sums.unsqueeze(-1)).exp() @ _by_group(values, k.size(1))
+        outputs.append(output.flatten(0, 1).transpose(0, 1).to(q.dtype))
+        all_sums.append(sums.flatten(0, 1))
+    return torch.cat(outputs), torch.cat(all_sums, 1)
 
 
 def _plain_backward(
@@ -272,21 +295,23 @@ def _plain_backward(
     v: torch.Tensor,
     output: torch.Tensor,
     sums: torch.Tensor,
+    pieces: Pieces,
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
-    scores = _scores(q, k, causal, scale)
-    back, queries, known, totals = (
-        x.to(scores.dtype).unflatten(1, (k.size(1), -1)) for x in (gradient, q, output, sums)
-    )  # [1, M, N / M, L, ...]
-    keys, values = (x.to(scores.dtype).unsqueeze(2) for x in (k, v))
-    shares = (scores - totals.unsqueeze(-1)).exp()
-    back_scores = scale * shares * (back @ values.transpose(-1, -2) - (back * known).sum(-1, keepdim=True))
-    dq = (back_scores @ keys).flatten(1, 2)
-    dk, dv = ((x.transpose(-1, -2) @ y).sum(2) for x, y in ((back_scores, queries), (shares, back)))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    found: tuple[list[torch.Tensor], ...] = ([], [], [])
+    groups = k.size(1)
+    for back, queries, known, totals, keys, values in _each(pieces, (gradient, q, output, sums.t()), (k, v)):
+        scores = _scores(queries, keys, causal, scale)
+        shares = (scores - totals.t().unflatten(0, (groups, -1)).unsqueeze(-1)).exp()
+        wide_back, wide_keys = _by_group(back, groups), _by_group(keys, groups)
+        inner = (wide_back * _by_group(known, groups)).sum(-1, keepdim=True)
+        back_scores = scale * shares * (wide_back @ _by_group(values, groups).transpose(-1, -2) - inner)
+        found[0].append((back_scores @ wide_keys).flatten(0, 1))
+        found[1].append((back_scores.transpose(-1, -2) @ _by_group(queries, groups)).sum(1))
+        found[2].append((shares.transpose(-1, -2) @ wide_back).sum(1))
+    return tuple(torch.cat(parts, 1).transpose(0, 1).to(q.dtype) for parts in found)
 
 
 PLAIN = Kernel(_plain_forward, _plain_backward)
-ON_CPU = Kernel(_cpu_forward, _cpu_backward)
-ON_CUDA = Kernel(_cuda_forward, _cuda_backward)
+FLASH = Kernel(_flash_forward, _flash_backward)

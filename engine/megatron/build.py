@@ -30,6 +30,7 @@ from engine.models.base import ModelShape
 from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
 from engine.observe.telling import BYTES, Doing, activity
+from engine.ops import swiglu
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 FP8_FORMATS = {"none": None, "delayed": "hybrid", "current": "hybrid", "blockwise": "e4m3"}  # hybrid: gradients in E5M2
@@ -47,6 +48,17 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         weight: Any = self.weight
         weight.sequence_parallel = config.sequence_parallel
+
+
+class SwiGLU(torch.nn.Module):
+    """The feed-forward activation where layers are local ones: [T, 1, 2 F] -> [T, 1, F]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See engine.ops.swiglu."""
+        return swiglu(x)
 
 
 class RowModel(GPTModel):
@@ -103,6 +115,7 @@ def layer_spec(config: TransformerConfig, chunk: int | None) -> TransformerBlock
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)
@@ -139,6 +152,7 @@ def megatron_config(shape: ModelShape, axes: layout.TrainerLayout, trainer: Trai
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=trainer.uses_te,  # SwiGLU compiled into one kernel that keeps its input
+        use_te_activation_func=not trainer.uses_te,  # megatron's name for an activation that the layer's spec brings
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=trainer.fuse_gradient_accumulation,

@@ -1,7 +1,7 @@
 """What the operators of torch.ops.semion give, as shapes and types without values: with it torch.compile traces them without a
 break and FakeTensorMode runs them. Arguments are checked by the kernels alone.
 
-Shape legend: T tokens of a packed row, B sequences (or rewards), G groups, N blocks.
+Shape legend: T tokens of a packed row, B sequences (or rewards), G groups, N blocks (or heads).
 """
 
 from __future__ import annotations
@@ -91,6 +91,33 @@ def _block_digests(
     return columns.new_empty(len(blocks), dtype=torch.int64)
 
 
+def _packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cosines: torch.Tensor | None,
+    sines: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    parents: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+
+
+def _packed_attention_backward(
+    gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _swiglu(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.size(0), x.size(1) // 2)
+
+
+def _swiglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "log_prob_parts": _log_prob_parts,
     "log_prob_join": _log_prob_join,
@@ -99,5 +126,9 @@ _FAKES: dict[str, Callable[..., object]] = {
     "sequence_sums_backward": _sequence_sums_backward,
     "grouped_advantages": _grouped_advantages,
     "policy_gradient": _policy_gradient,
+    "packed_attention": _packed_attention,
+    "packed_attention_backward": _packed_attention_backward,
+    "swiglu": _swiglu,
+    "swiglu_backward": _swiglu_backward,
     "block_digests": _block_digests,
 }

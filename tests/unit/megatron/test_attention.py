@@ -1,9 +1,12 @@
-"""Attention of rows where samples share prompts, against a mask over the whole row in float64: values and gradients, of torch's
-flash attention and of the plain kernel; that nothing as large as a mask or a copy of the prompt is made; rotary positions."""
+"""Attention of rows where samples share prompts, against a mask over the whole row in float64: values and gradients, of the
+CPU's kernel, of the plain one and of what is asked of a GPU's; that nothing as large as a mask or a copy of the prompt is made;
+rotary positions."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from engine.config.options import Trainer
 from engine.core.types import Microbatch
 from engine.megatron import attention
-from engine.megatron.attention import ON_CPU, ON_CUDA, PLAIN, Kernel, PackedAttention, Row, row_of
+from engine.megatron.attention import FLASH, PLAIN, PackedAttention, Pieces, Row, row_of
 from engine.megatron.packing import make_batch
 from tests.rollouts import make_sequence
 
@@ -73,14 +76,62 @@ def tensors(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("kernel", [ON_CPU, PLAIN], ids=["flash", "plain"])
+def flash_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    of_queries: torch.Tensor,
+    of_keys: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    dropout: float,
+    causal: bool,
+    mask: bool,
+    *,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    """What torch's flash attention of GPUs does with pieces that bounds tell, by the plain kernel."""
+    pieces = pieces_of(of_queries, of_keys)
+    assert (longest_query, longest_key) == (max(pieces.query_lengths), max(pieces.key_lengths))
+    assert (dropout, mask) == (0.0, False)
+    output, sums = PLAIN.forward(q, k, v, pieces, causal, scale)
+    return output, sums, torch.zeros(()), torch.zeros(()), torch.zeros(())
+
+
+def flash_backward(*known: Any, scale: float) -> tuple[torch.Tensor, ...]:
+    *tensors, of_queries, of_keys, _longest_query, _longest_key, dropout, causal, _seed, _offset = known
+    assert dropout == 0.0 and all(x.is_contiguous() for x in tensors)
+    return PLAIN.backward(*tensors, pieces_of(of_queries, of_keys), causal, scale)
+
+
+def pieces_of(of_queries: torch.Tensor, of_keys: torch.Tensor) -> Pieces:
+    return Pieces(of_queries, of_keys, *(bounds.diff().tolist() for bounds in (of_queries, of_keys)))
+
+
+@contextmanager
+def taking(kernel: str) -> Iterator[None]:
+    """Layers take the kernel of CPUs, the plain one, or that of GPUs with a stand-in for torch's."""
+    if kernel == "cpu":
+        yield
+        return
+    chosen = {"plain": PLAIN, "flash": FLASH}[kernel]
+    aten = SimpleNamespace(_flash_attention_forward=flash_forward, _flash_attention_backward=flash_backward)
+    with (
+        patch.object(attention, "kernel_of", return_value=chosen),
+        patch.object(attention, "on_cpu", return_value=False),
+        patch.object(torch.ops, "aten", aten) if kernel == "flash" else nullcontext(),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "plain", "flash"])
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=str)
 @given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
 @settings(max_examples=12, deadline=None)
 def test_a_shared_prompt_is_attended_to_as_one_of_its_own(
     dtype: torch.dtype,
     tolerance: float,
-    kernel: Kernel,
+    kernel: str,
     seed: int,
     num_prompts: int,
     samples: int,
@@ -93,7 +144,7 @@ def test_a_shared_prompt_is_attended_to_as_one_of_its_own(
     exact = [x.detach().double().requires_grad_() for x in inputs]
     wanted = by_mask(exact[0], exact[1], exact[2], mask_of(microbatch))
     slope = torch.randn_like(wanted)
-    with patch.object(attention, "kernel_of", return_value=kernel):
+    with taking(kernel):
         found = attend(inputs[0], inputs[1], inputs[2], row)
         gradients = torch.autograd.grad(found, inputs, slope.to(dtype))
     for ours, theirs in zip((found, *gradients), (wanted, *torch.autograd.grad(wanted, exact, slope)), strict=True):
@@ -126,12 +177,22 @@ def test_a_long_prompt_with_samples_of_all_lengths_makes_nothing_larger_than_the
 def test_the_kernel_of_gpus_takes_and_gives_what_torch_declares() -> None:
     """No GPU is needed for shapes and types: torch's own rules for them, of tensors without contents."""
     with FakeTensorMode():
-        q = torch.empty(1, HEADS, 7, 64, dtype=torch.bfloat16, device="meta")
-        k, v = (torch.empty(1, KV_HEADS, 5, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
-        output, sums = ON_CUDA.forward(q, k, v, False, 0.125)
-        assert (output.shape, sums.shape, sums.dtype) == (q.shape, (1, HEADS, 7), torch.float32)
-        found = ON_CUDA.backward(output, q, k, v, output, sums, False, 0.125)
+        bounds = torch.empty(4, dtype=torch.int32, device="meta")
+        pieces = Pieces(bounds, bounds, [3, 3, 1], [1, 1, 3])
+        q = torch.empty(7, HEADS, 64, dtype=torch.bfloat16, device="meta")
+        k, v = (torch.empty(5, KV_HEADS, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+        output, sums = FLASH.forward(q, k, v, pieces, False, 0.125)
+        assert (output.shape, sums.shape, sums.dtype) == (q.shape, (HEADS, 7), torch.float32)
+        found = FLASH.backward(output, q, k, v, output, sums, pieces, False, 0.125)
         assert [x.shape for x in found] == [q.shape, k.shape, v.shape]
+
+
+def test_what_a_gpu_takes() -> None:
+    """Flash attention in half precision with heads that it can; anything else the plain kernel."""
+    for dtype, dim, wanted in ((torch.bfloat16, 128, FLASH), (torch.float32, 128, PLAIN), (torch.bfloat16, 512, PLAIN)):
+        with FakeTensorMode():
+            q = torch.empty(3, HEADS, dim, dtype=dtype, device="cuda")
+        assert attention.kernel_of(q) is wanted and not attention.on_cpu(q)
 
 
 def test_positions_go_on_from_the_prompt() -> None:

@@ -8,7 +8,9 @@
 #include <random>
 #include <vector>
 
+#include "activation/swiglu.h"
 #include "advantages/advantages.h"
+#include "attention/packed_attention.h"
 #include "logprob/logprob.h"
 #include "logprob/sequences.h"
 #include "policy/policy_gradient.h"
@@ -77,7 +79,14 @@ struct Kernels {
   decltype(&baseline::log_prob_backward) backward;
   decltype(&baseline::policy_gradient) policy;
   decltype(&baseline::block_digest) digest;
+  decltype(&baseline::packed_attention) attention;
+  decltype(&baseline::packed_attention_backward) attention_back;
+  decltype(&baseline::swiglu) swiglu;
+  decltype(&baseline::swiglu_backward) swiglu_back;
 };
+
+#define SEMION_KERNELS(isa) {#isa, isa::log_prob_parts, isa::log_prob_join, isa::log_prob_backward, isa::policy_gradient, \
+                             isa::block_digest, isa::packed_attention, isa::packed_attention_backward, isa::swiglu, isa::swiglu_backward}
 
 void check_log_probs(const Kernels& kernels, Element element, int64_t width, float scale, double temperature) {
   const int64_t rows = 3, valid = width > 2 ? width - 2 : width, start = 11;
@@ -182,6 +191,128 @@ void check_digests(const Kernels& kernels) {
   }
 }
 
+// A prompt, samples that go on from it, and a segment alone as long as the prompt: values and gradients against sums in double.
+void check_attention(const Kernels& kernels, Element element, int32_t dim, int32_t prompt, const std::vector<int32_t>& samples) {
+  constexpr int32_t heads = 4, kv_heads = 2;
+  std::vector<int32_t> bounds{0, prompt};
+  for (const int32_t length : samples) bounds.push_back(bounds.back() + length);
+  bounds.push_back(bounds.back() + prompt);
+  const int64_t tokens = bounds.back(), last = static_cast<int64_t>(samples.size()) + 1;
+  const Family families[] = {{0, 1, last}, {last, 0, 0}};
+  const auto plain = [&](Matrix& matrix) {
+    matrix.fill(1);
+    for (float& value : matrix.wide) value = std::isinf(value) ? 0.5f : value;
+    for (uint16_t& bits : matrix.narrow) bits = bits == 0xff80 || bits == 0xfc00 ? 0 : bits;
+  };
+  const int64_t row = heads * dim, kv_row = kv_heads * dim;
+  Matrix q(element, tokens, row, row + 3), k(element, tokens, kv_row, kv_row + 1), v(element, tokens, kv_row, kv_row);
+  Matrix back(element, tokens, row, row + 2), cosines(element, tokens, dim / 2, dim / 2), sines(element, tokens, dim / 2, dim / 2);
+  for (Matrix* matrix : {&q, &k, &v, &back, &cosines, &sines}) plain(*matrix);
+  Matrix output(element, tokens, row, row), dq(element, tokens, row, row), dk(element, tokens, kv_row, kv_row),
+      dv(element, tokens, kv_row, kv_row);
+  std::vector<float> sums(static_cast<size_t>(heads * tokens));
+  const bool rotates = dim % 2 == 0;
+  const float scale = 1 / std::sqrt(static_cast<float>(dim));
+  const PackedAttention in{{q.data(), q.stride, dim}, {k.data(), k.stride, dim}, {v.data(), v.stride, dim},
+                           rotates ? cosines.data() : nullptr, rotates ? sines.data() : nullptr, bounds.data(), families, tokens,
+                           heads, kv_heads, dim, scale, element};
+  kernels.attention(in, {output.data(), sums.data()}, 0, 2 * kv_heads);
+  kernels.attention_back(in, {{back.data(), back.stride, dim}, output.data(), sums.data(), dq.data(), dk.data(), dv.data()}, 0,
+                         2 * kv_heads);
+  typedef std::vector<double> Row;
+  const auto turned = [&](const Matrix& from, int64_t token, int64_t head) {
+    Row found(static_cast<size_t>(dim));
+    for (int32_t d = 0; d < dim; ++d) found[static_cast<size_t>(d)] = from.at(token, head * dim + d);
+    for (int32_t d = 0; rotates && d < dim / 2; ++d) {
+      double &a = found[static_cast<size_t>(d)], &b = found[static_cast<size_t>(d + dim / 2)];
+      const double c = cosines.at(token, d), s = sines.at(token, d), was = a;
+      a = was * c - b * s, b = b * c + was * s;
+    }
+    return found;
+  };
+  const auto dot = [&](const Row& a, const Row& b) {
+    double sum = 0;
+    for (size_t d = 0; d < a.size(); ++d) sum += a[d] * b[d];
+    return sum;
+  };
+  std::vector<Row> want_k(static_cast<size_t>(tokens * kv_heads), Row(static_cast<size_t>(dim))), want_v = want_k;
+  const double unit = element == Element::float32 ? 2e-5 : element == Element::bfloat16 ? 0.12 : 0.015;  // the backward begins with a rounded output
+  const auto near = [&](const char* what, const Matrix& found, int64_t token, int64_t head, Row wanted, bool rotated) {
+    for (int32_t d = 0; rotated && rotates && d < dim / 2; ++d) {
+      double &a = wanted[static_cast<size_t>(d)], &b = wanted[static_cast<size_t>(d + dim / 2)];
+      const double c = cosines.at(token, d), s = sines.at(token, d), was = a;
+      a = was * c + b * s, b = b * c - was * s;
+    }
+    double size = 1;
+    for (const double value : wanted) size = std::max(size, std::fabs(value));
+    for (int32_t d = 0; d < dim; ++d)
+      expect(what, kernels.isa, dim, found.at(token, head * dim + d), wanted[static_cast<size_t>(d)], unit * size);
+  };
+  for (int64_t segment = 0; segment <= last; ++segment)
+    for (int64_t token = bounds[static_cast<size_t>(segment)]; token < bounds[static_cast<size_t>(segment) + 1]; ++token)
+      for (int64_t head = 0; head < heads; ++head) {
+        const int64_t of = head / (heads / kv_heads);
+        std::vector<int64_t> seen;
+        if (segment > 0 && segment < last)
+          for (int64_t j = 0; j < prompt; ++j) seen.push_back(j);
+        for (int64_t j = bounds[static_cast<size_t>(segment)]; j <= token; ++j) seen.push_back(j);
+        const Row query = turned(q, token, head);
+        std::vector<double> scores;
+        for (const int64_t j : seen) scores.push_back(scale * dot(query, turned(k, j, of)));
+        const double largest = *std::max_element(scores.begin(), scores.end());
+        double total = 0;
+        for (const double score : scores) total += std::exp(score - largest);
+        expect("log-sum-exp", kernels.isa, dim, sums[static_cast<size_t>(head * tokens + token)], largest + std::log(total),
+               2e-5 * (1 + std::fabs(largest)));
+        Row wanted(static_cast<size_t>(dim)), slope(static_cast<size_t>(dim)), g(static_cast<size_t>(dim));
+        for (int32_t d = 0; d < dim; ++d) g[static_cast<size_t>(d)] = back.at(token, head * dim + d);
+        double mean = 0;
+        std::vector<double> shares, pulls;
+        for (size_t i = 0; i < seen.size(); ++i) {
+          Row value(static_cast<size_t>(dim));
+          for (int32_t d = 0; d < dim; ++d) value[static_cast<size_t>(d)] = v.at(seen[i], of * dim + d);
+          shares.push_back(std::exp(scores[i] - largest) / total), pulls.push_back(dot(g, value));
+          mean += shares[i] * pulls[i];
+          for (size_t d = 0; d < value.size(); ++d) wanted[d] += shares[i] * value[d];
+        }
+        for (size_t i = 0; i < seen.size(); ++i) {
+          const double s = scale * shares[i] * (pulls[i] - mean);
+          const Row key = turned(k, seen[i], of);
+          const size_t at = static_cast<size_t>(seen[i] * kv_heads + of);
+          for (size_t d = 0; d < key.size(); ++d)
+            slope[d] += s * key[d], want_k[at][d] += s * query[d], want_v[at][d] += shares[i] * g[d];
+        }
+        near("attention", output, token, head, wanted, false);
+        near("dq", dq, token, head, slope, true);
+      }
+  for (int64_t token = 0; token < tokens; ++token)
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      near("dk", dk, token, head, want_k[static_cast<size_t>(token * kv_heads + head)], true);
+      near("dv", dv, token, head, want_v[static_cast<size_t>(token * kv_heads + head)], false);
+    }
+}
+
+void check_swiglu(const Kernels& kernels, Element element, int64_t width) {
+  const int64_t rows = 3;
+  Matrix x(element, rows, 2 * width, 2 * width), g(element, rows, width, width);
+  Matrix out(element, rows, width, width), back(element, rows, 2 * width, 2 * width);
+  x.fill(4), g.fill(1);
+  for (Matrix* matrix : {&x, &g}) {
+    for (float& value : matrix->wide) value = std::isinf(value) ? 0.5f : value;
+    for (uint16_t& bits : matrix->narrow) bits = bits == 0xff80 || bits == 0xfc00 ? 0 : bits;
+  }
+  kernels.swiglu({x.data(), nullptr, out.data(), width, element}, 0, rows);
+  kernels.swiglu_back({x.data(), g.data(), back.data(), width, element}, 0, rows);
+  const double unit = element == Element::float32 ? 1e-6 : element == Element::bfloat16 ? 4e-3 : 5e-4;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < width; ++i) {
+      const double gate = x.at(row, i), up = x.at(row, width + i), s = 1 / (1 + std::exp(-gate)), slope = g.at(row, i);
+      const double wanted[] = {gate * s * up, slope * up * s * (1 + gate * (1 - s)), slope * gate * s};
+      const double found[] = {out.at(row, i), back.at(row, i), back.at(row, width + i)};
+      for (int n = 0; n < 3; ++n) expect("SwiGLU", kernels.isa, width, found[n], wanted[n], 1e-6 + unit * std::fabs(wanted[n]));
+    }
+}
+
 void check_small_ones() {
   const std::vector<float> values{1, 2, 4, 8};
   const std::vector<int32_t> bounds{0, 0, 3, 4};
@@ -216,19 +347,21 @@ void check_small_ones() {
 }  // namespace
 
 int main() {
-  std::vector<Kernels> all{{"baseline", baseline::log_prob_parts, baseline::log_prob_join, baseline::log_prob_backward, baseline::policy_gradient,
-                            baseline::block_digest}};
-  if (best_isa() != Isa::baseline)
-    all.push_back({"avx2", avx2::log_prob_parts, avx2::log_prob_join, avx2::log_prob_backward, avx2::policy_gradient, avx2::block_digest});
-  if (best_isa() == Isa::avx512)
-    all.push_back({"avx512", avx512::log_prob_parts, avx512::log_prob_join, avx512::log_prob_backward, avx512::policy_gradient,
-                   avx512::block_digest});
+  std::vector<Kernels> all{SEMION_KERNELS(baseline)};
+  if (best_isa() != Isa::baseline) all.push_back(SEMION_KERNELS(avx2));
+  if (best_isa() == Isa::avx512) all.push_back(SEMION_KERNELS(avx512));
   for (const Kernels& kernels : all) {
     for (const Element element : {Element::float32, Element::bfloat16, Element::float16})
       for (int64_t width = 1; width < 6000; width += width < 70 ? 1 : 1409)
         for (const float scale : {2.0f, 40.0f}) check_log_probs(kernels, element, width, scale, width % 2 ? 1.0 : 0.6);
     for (int32_t size = 0; size < 40; ++size) check_policy(kernels, size, 700 - size);
     check_digests(kernels);
+    for (const Element element : {Element::float32, Element::bfloat16, Element::float16})
+      for (const int32_t dim : {2, 5, 6, 16, 24, 34, 64, 130}) {
+        check_attention(kernels, element, dim, 3, {9, 4, 1});
+        check_attention(kernels, element, dim, 40, {17, 33, 65});
+        check_swiglu(kernels, element, dim);
+      }
     std::printf("checked %s\n", kernels.isa);
   }
   check_small_ones();

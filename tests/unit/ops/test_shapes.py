@@ -28,6 +28,9 @@ def arguments(name):
     parts = torch.ops.semion.log_prob_parts(logits, TARGETS, 0, V, 0, V, 1.0, True)
     _, _, totals = torch.ops.semion.log_prob_join(parts[None], TARGETS, 1.0)
     backward = logits, TARGETS, totals, TOKENS, TOKENS, 0, V, 1.0
+    heads = torch.linspace(-2, 2, T * 4 * 6).view(T, 4, 6)
+    attention = heads, heads[:, :2], heads[:, 2:], torch.ones(T, 3), torch.zeros(T, 3), BOUNDS, torch.tensor([-1, 0])
+    output, sums = torch.ops.semion.packed_attention(*attention, 0.4)
     policy = TOKENS, TOKENS, TOKENS, torch.ones(2), BOUNDS, TARGETS, 0.2, 0.2, 2.0, 0.1
     return {
         "log_prob_parts": (logits.bfloat16(), TARGETS, 0, V, 0, V, 0.7, True),
@@ -37,6 +40,10 @@ def arguments(name):
         "sequence_sums_backward": (torch.ones(2), BOUNDS, None, T),
         "grouped_advantages": (TOKENS.double(), BOUNDS, 1),
         "policy_gradient": policy,
+        "packed_attention": (*attention, 0.4),
+        "packed_attention_backward": (heads, *attention, output, sums, 0.4),
+        "swiglu": (logits,),
+        "swiglu_backward": (logits[:, : V // 2].contiguous(), logits),
         "block_digests": ([logits, logits[2:, :8]], column_weights(V, "cpu"), [0, 2], [0, 0], [7, 7]),
     }[name]
 

@@ -1,0 +1,114 @@
+"""Semion's regimes against each other on one machine: the seconds a step of an online run, of one that syncs every tenth
+step, and of ones that sample ahead or take weights in flight; equal model, prompts, samples, rewards and loss, the sides in
+turn. Beside each stands the best that its halves allow: where nothing overlaps the sum of what sampling and training take a
+step, otherwise the longer of them. Load on the machine counts, so leave it alone.
+
+    python tools/race_intervals.py quickstart|larger [--rounds 2] [--sides NAME ...] [--json FILE] [semion.option=value ...]
+
+It wants what tools/quickstart has made; `larger` makes the 48 M model of tools/race.py, where sampling is most of the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from engine.core.jsonl import read_rows  # noqa: E402
+from tools.race import REWARD, larger_model  # noqa: E402
+
+SIDES = {  # name: options, steps, steps that are not counted
+    "s=1": (["sync.sync_interval=1"], 12, 3),
+    "s=1, lookahead 1": (["sync.sync_interval=1", "sync.lookahead=1"], 14, 4),
+    "s=1, lookahead 2, in flight": (["sync.sync_interval=1", "sync.lookahead=2", "sync.in_flight=true"], 14, 4),
+    "s=10": (["sync.sync_interval=10"], 30, 10),
+    "s=10, lookahead 1": (["sync.sync_interval=10", "sync.lookahead=1"], 40, 20),
+}
+OPTIONS = {
+    "quickstart": ["trainer.tensor_parallel=1", "optimizer.learning_rate=1e-9"],  # so that lengths stay what they are
+    "larger": [
+        "trainer.tensor_parallel=1",
+        "data.prompts_per_step=2",
+        "algorithm.samples_per_prompt=2",
+        "algorithm.choose_truncated=true",
+        "sampling.max_tokens=64",
+        "optimizer.learning_rate=1e-9",
+        f"data.reward={REWARD}:last_bit",
+    ],
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=OPTIONS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of all sides")
+    parser.add_argument("--rounds", type=int, default=2, help="of all sides in turn (2)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), metavar="NAME")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
+    options = parser.parse_intermixed_args()
+    model = ROOT / "runs/quickstart/seed_model"
+    if options.model == "larger":
+        model = larger_model(model, ROOT / "runs/race/larger_model")
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
+    for round_ in range(options.rounds):
+        for side in options.sides:
+            found[side].append(run(side, [*OPTIONS[options.model], f"model.path={model}", *options.overrides]))
+            print(f"round {round_ + 1}, {side}: {found[side][-1]['step']:.3f} s a step", flush=True)
+    table = {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
+    first = table[options.sides[0]]
+    print(
+        f"{'':28} {'step':>6} {'times':>6} {'sampling':>9} {'training':>9} {'best':>6} {'trainer idle':>13} {'engine idle':>12}"
+    )
+    for side, row in table.items():
+        print(
+            f"{side:28} {row['step']:6.2f} {first['step'] / row['step']:6.2f} {row['sampling']:9.2f} {row['training']:9.2f} "
+            f"{row['best']:6.2f} {row['trainer_idle']:13.0%} {row['engine_idle']:12.0%}"
+        )
+    if options.json:
+        Path(options.json).write_text(json.dumps({"runs": found, "medians": table}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def run(side: str, overrides: list[str]) -> dict[str, float]:
+    """Means over the counted steps of one run, which are whole intervals; seconds from the end of a step to that of the next."""
+    own, steps, left_out = SIDES[side]
+    with tempfile.TemporaryDirectory(prefix="semion-race-") as folder:
+        directory = Path(folder) / "run"
+        settings = [
+            f"run.directory={directory}",
+            f"run.steps={steps}",
+            "data.held_out=",
+            "checkpoint.every=end",
+            "run.sinks=[]",
+        ]
+        command = [sys.executable, "-m", "engine.cli", "train", "configs/quickstart.toml", *settings, *overrides, *own]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{side}: ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        rows = list(read_rows(directory / "metrics.jsonl"))
+    counted, online = rows[left_out:], "sync.sync_interval=1" in own and len(own) == 1
+    seconds = (rows[-1]["unix_seconds"] - rows[left_out - 1]["unix_seconds"]) / len(counted)
+    sampling = mean(counted, "generation_seconds")
+    training = mean(counted, "train_seconds")
+    best = sampling + training if online else max(sampling, training)
+    waited = statistics.fmean(row["trainer_idle_share"] * row["step_seconds"] for row in counted)
+    idle = {"trainer_idle": waited / seconds, "engine_idle": max(0.0, 1 - sampling / seconds)}
+    return {"step": seconds, "sampling": sampling, "training": training, "best": best} | idle
+
+
+def mean(rows: list[dict[str, Any]], name: str) -> float:
+    """Of what was measured; steps that have none are passed over."""
+    values = [float(row[name]) for row in rows if row.get(name) is not None]
+    return statistics.fmean(values) if values else 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
