@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def run(side: str, overrides: list[str]) -> dict[str, float]:
-    """Means over the counted steps of one run, which are whole intervals; seconds from the end of a step to that of the next."""
+    """Means over the counted steps of one run, which are whole intervals; seconds from the end of one to that of the next."""
     own, steps, left_out = SIDES[side]
     with tempfile.TemporaryDirectory(prefix="semion-race-") as folder:
         directory = Path(folder) / "run"

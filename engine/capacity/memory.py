@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Literal
 
 from engine.capacity.kv_cache import GIB, KvCache, item_bytes, kv_bytes_per_token, reward_cache
@@ -149,7 +148,6 @@ class TrainerState:
         matrices = sum(size for name, size in sizes.items() if len(shards[name]) == 2 and ".layers." in name)
         self._in_fp8 = matrices if t.fp8 != "none" else 0
         self._shard = -(-self.num_parameters // (t.data_parallel if t.distributed_optimizer else 1))
-        self._matrices = [min(size, self._shard) for name, size in sizes.items() if len(shards[name]) == 2]
 
     @property
     def weights(self) -> int:
@@ -183,13 +181,6 @@ class TrainerState:
     def widened_gradients(self) -> int:
         """In float32, of what this rank updates: made for the update where they are summed in less."""
         return FP32 * self._shard if self._config.trainer.gradient_dtype != "float32" else 0
-
-    def roots(self, *, on_gpu: bool) -> int:
-        """What torch's AdamW makes in float32 for its update: on a GPU a root for every parameter it moves; on a CPU, parameter
-        by parameter, a root and what is divided by it, while that of the one before is still there."""
-        if on_gpu:
-            return FP32 * self.on_device
-        return FP32 * max(2 * size + before for before, size in pairwise([0, *self._matrices]))
 
     @property
     def scored_with(self) -> int:
@@ -333,14 +324,13 @@ class Step:
 
     @property
     def _update(self) -> int:
-        """What AdamW makes beside what it keeps: torch's its roots, Transformer Engine's both moments in float32 where it keeps
-        them narrower; gradients in float32 where they are summed in less. Or the weights on their way into FP8."""
+        """What AdamW makes beside what it keeps: Transformer Engine's both moments in float32 where it keeps them narrower,
+        torch's none; gradients in float32 where they are summed in less. Or the weights on their way into FP8."""
         adam = self._config.optimizer
         state = TrainerState(self._spec, self._stage)
         if adam.moment_dtype != "float32":
             return 2 * FP32 * state.on_device
-        roots = state.roots(on_gpu=self._on_gpu) if adam.implementation == "torch" else 0
-        return max(state.cast, roots + state.widened_gradients)
+        return max(state.cast, state.widened_gradients)
 
     @property
     def _layer_backward(self) -> int:

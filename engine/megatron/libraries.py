@@ -78,7 +78,7 @@ def chosen_kernels(implementation: str) -> Iterator[None]:
     kernels = _kernels(implementation)
     chosen: list[tuple[Any, str, Any]] = [
         (optimizer, "Adam", kernels.adam),
-        (optimizer, "USING_PYTORCH_OPTIMIZER", implementation == "torch"),
+        (optimizer, "USING_PYTORCH_OPTIMIZER", False),  # which would take torch's, not fused, by itself
         (distrib_optimizer, "Adam", kernels.adam),
         (mixed_precision, "multi_tensor_applier", kernels.apply),
         (mixed_precision, "multi_tensor_scale_impl", kernels.scale),
@@ -97,8 +97,6 @@ def chosen_kernels(implementation: str) -> Iterator[None]:
 
 
 def _kernels(implementation: str) -> Kernels:
-    import torch
-
     if implementation == "te":
         from transformer_engine.pytorch import optimizers as te
 
@@ -113,5 +111,7 @@ def _kernels(implementation: str) -> Kernels:
         return Kernels(FusedAdam, multi_tensor_applier, amp_C.multi_tensor_l2norm, amp_C.multi_tensor_scale)
     from megatron.core import utils
 
+    from engine.megatron.torch_adam import TorchAdam
+
     plain = (utils.local_multi_tensor_applier, utils.local_multi_tensor_l2_norm, utils.local_multi_tensor_scale)
-    return Kernels(torch.optim.AdamW, *plain)
+    return Kernels(TorchAdam, *plain)

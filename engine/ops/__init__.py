@@ -5,13 +5,13 @@ Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank,
 """
 
 from engine.ops import _library, _shapes
+from engine.ops.activation import swiglu
 from engine.ops.advantages import grouped_advantages
+from engine.ops.attention import packed_attention
 from engine.ops.digest import block_digest, block_digests, column_weights
 from engine.ops.lm_head import Coefficients, lm_head_log_probs
-from engine.ops.packed_attention import packed_attention
 from engine.ops.policy_gradient import policy_gradient_loss, policy_gradient_slopes
 from engine.ops.sequence import sequence_log_probs
-from engine.ops.swiglu import swiglu
 from engine.ops.token_log_probs import log_square_probs, token_log_probs
 
 _library.load()

@@ -16,6 +16,7 @@ from megatron.core.optimizer import optimizer as mixed_precision
 from engine.config.options import Optimizer, Trainer
 from engine.core.errors import ConfigError
 from engine.megatron.libraries import check_libraries, chosen_kernels
+from engine.megatron.torch_adam import TorchAdam
 
 WANTED = {
     "trainer.layers": (Trainer(layers="transformer_engine"), Optimizer(), "transformer_engine"),
@@ -106,8 +107,8 @@ def test_the_chosen_kernels_are_megatrons_while_entered(implementation, monkeypa
     with chosen_kernels(implementation):
         assert choices() == ((adam, False, adam), (apply, scale), (apply, norm, scale))
         with chosen_kernels("torch"):
-            assert megatron.Adam is distrib_optimizer.Adam is torch.optim.AdamW
-            assert megatron.USING_PYTORCH_OPTIMIZER
+            assert megatron.Adam is distrib_optimizer.Adam is TorchAdam
+            assert not megatron.USING_PYTORCH_OPTIMIZER, "it takes torch's own by itself, not fused"
             assert clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm"
     assert choices() == before
 

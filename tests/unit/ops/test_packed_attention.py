@@ -115,11 +115,11 @@ def test_bits_are_the_same_at_any_number_of_threads() -> None:
     ],
 )
 def test_what_it_refuses(changes: dict[str, Any], message: str) -> None:
-    given_ = {"q": torch.zeros(6, 4, 4), "k": torch.zeros(6, 2, 4), "v": torch.zeros(6, 2, 4), "scale": 0.5, "rotary": None}
-    given_ |= {"bounds": [0, 2, 3, 6], "parents": [-1, 0, 0]} | changes
-    bounds, parents = torch.tensor(given_["bounds"], dtype=torch.int32), torch.tensor(given_["parents"])
+    right: dict[str, Any] = {"q": torch.zeros(6, 4, 4), "k": torch.zeros(6, 2, 4), "v": torch.zeros(6, 2, 4), "scale": 0.5}
+    asked = {**right, "bounds": [0, 2, 3, 6], "parents": [-1, 0, 0], **changes}
+    bounds, parents = torch.tensor(asked.pop("bounds"), dtype=torch.int32), torch.tensor(asked.pop("parents"))
     with pytest.raises(ValueError, match=message):
-        packed_attention(given_["q"], given_["k"], given_["v"], bounds, parents, rotary=given_["rotary"], scale=given_["scale"])
+        packed_attention(**asked, cu_seqlens=bounds, parents=parents)
 
 
 def test_samples_of_one_prompt_must_follow_one_another() -> None:
