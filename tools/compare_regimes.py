@@ -1,9 +1,15 @@
-"""One seed model through the paper's regimes on equal prompts: offline, semi-online (s = 100 and 10) and online DPO, GRPO, and
-offline and online DPO with the reference the other way round. Prints a table of held-out accuracy with standard errors and of
-what the time went into, and draws the means over the seeds. A run that is there already is not made again. It wants what
-tools/quickstart has made:
+"""One seed model through several regimes on equal prompts. Prints a table of held-out accuracy with standard errors and of what
+the time went into, and draws the means over the seeds. A run that is there already is not made again. The studies:
 
-    .venv/bin/python tools/compare_regimes.py run.steps=120 --seeds 0 1 2 [--json PATH] [--plots FOLDER]
+- paper: offline, semi-online (s = 100 and 10) and online DPO, GRPO, and offline and online DPO with the reference the other way
+  round;
+- ahead: online DPO and GRPO and s = 10 with rollouts sampled ahead, and with weights in flight;
+- grpo: what the paper leaves open, semi-online GRPO: s = 1, 5, 10 and 40 with no correction but the clip, with the ratio
+  truncated, and with OAPL.
+
+It wants what tools/quickstart has made:
+
+    .venv/bin/python tools/compare_regimes.py run.steps=120 --seeds 0 1 2 [--study grpo] [--json PATH] [--plots FOLDER]
 """
 
 from __future__ import annotations
@@ -30,6 +36,26 @@ REGIMES = {
     "online DPO, fixed reference": ["sync.sync_interval=1", "sync.reference=never"],
     "GRPO": ["algorithm.loss=grpo", "sync.sync_interval=1", "sync.reference=never"],
 }
+GRPO = ["algorithm.loss=grpo", "sync.reference=never"]
+TRUNCATED = [*GRPO, "algorithm.correction=truncate", "algorithm.correction_high=2"]
+OAPL = ["algorithm.loss=oapl", "sync.reference=follow"]
+AHEAD, IN_FLIGHT = ["sync.lookahead=1"], ["sync.lookahead=2", "sync.in_flight=true"]
+DPO = ["sync.reference=follow"]
+STUDIES = {
+    "paper": REGIMES,
+    "ahead": {
+        f"{name}{how}": ["sync.sync_interval=1", *loss, *more]
+        for name, loss in (("online DPO", DPO), ("GRPO", GRPO))
+        for how, more in (("", []), (", lookahead 1", AHEAD), (", lookahead 2, in flight", IN_FLIGHT))
+    }
+    | {"semi-online DPO, s = 10, lookahead 1": ["sync.sync_interval=10", *DPO, *AHEAD]},
+    "grpo": {"GRPO, s = 1": [*GRPO, "sync.sync_interval=1"]}
+    | {
+        f"{name}, s = {s}": [*loss, f"sync.sync_interval={s}"]
+        for s in (5, 10, 40)
+        for name, loss in (("GRPO", GRPO), ("GRPO, truncated", TRUNCATED), ("OAPL", OAPL))
+    },
+}
 CURVES = {  # file: title, unit, metric
     "entropy": ("Next-token entropy of the rollouts", "nats a token", "rollout_entropy"),
     "length": ("Length of the rollouts", "tokens", "completion_tokens_mean"),
@@ -42,20 +68,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set anew in every regime")
     parser.add_argument("--config", default="configs/quickstart.toml")
+    parser.add_argument("--study", choices=STUDIES, default="paper")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of every regime for each")
     parser.add_argument("--grpo", nargs="*", default=[], metavar="section.key=value", help="options of GRPO alone")
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     parser.add_argument("--plots", metavar="FOLDER", help="write curves as SVG files, means over the seeds")
     options = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {}
+    regimes = STUDIES[options.study]
     for seed in options.seeds:
-        for regime, overrides in REGIMES.items():
+        for regime, overrides in regimes.items():
             own = options.grpo if regime == "GRPO" else []
             name = folder_of(regime, seed).name
             settings = [*overrides, *own, *options.overrides, f"run.seed={seed}", "checkpoint.every=end"]
             results.setdefault(regime, []).append(run(options.config, name, settings))
     if options.plots:
-        draw(Path(options.plots), options.seeds)
+        draw(Path(options.plots), list(regimes), options.seeds)
     rows = [row(regime, runs) for regime, runs in results.items()]
     print(table(rows))
     if options.json:
@@ -68,12 +96,12 @@ def folder_of(regime: str, seed: int) -> Path:
     return FOLDER / f"{regime.replace(' ', '_').replace(',', '').replace('=', '')}_{seed}"
 
 
-def draw(folder: Path, seeds: list[int]) -> None:
+def draw(folder: Path, regimes: list[str], seeds: list[int]) -> None:
     """A file for each of CURVES, a line for each regime."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (title, unit, metric) in CURVES.items():
         lines = []
-        for place, regime in enumerate(REGIMES):
+        for place, regime in enumerate(regimes):
             runs = [list(read_rows(folder_of(regime, seed) / "metrics.jsonl")) for seed in seeds]
             steps = [[row[metric] for row in rows] for rows in zip(*runs, strict=True)]
             points = [Point(step, sum(values) / len(values)) for step, values in enumerate(steps)]
