@@ -12,6 +12,6 @@ import torch
 class TorchAdam(torch.optim.AdamW):
     """`torch.optim.AdamW` with fused=True, made as megatron-core makes the AdamW of another library."""
 
-    def __init__(self, params: Any, *, adam_w_mode: bool, **options: Any) -> None:
+    def __init__(self, params: Any, *, adam_w_mode: bool = True, **options: Any) -> None:
         assert adam_w_mode, "weight decay apart from the gradient"
-        super().__init__(params, **options, fused=True)
+        super().__init__(params, **(options | {"fused": True}))
