@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from engine.api.initial_values import LOSSES, Found, Layout, Values, Wishes, template_of, values_of
+from engine.api.initial_values import Found, Layout, Values, Wishes, template_of, values_of
 from engine.capacity.kv_cache import GIB, MIB
 from engine.capacity.memory import STAGING_BUCKETS, Channel, estimate
 from engine.config.load import RunConfig, load_tree
+from engine.config.options import LOSSES
 from engine.core.errors import ConfigError, DataError
 from engine.data.records import check_source
 from engine.data.rows import Row, sample_rows
@@ -74,8 +75,8 @@ class Choice:
 def look_at(wishes: Wishes) -> Found:
     """Reads config.json, the tokenizer and some rows. SemionError for what cannot be used: the first configuration of a run
     must not begin with a fault."""
-    if wishes.loss not in LOSSES:
-        raise ConfigError(f"--loss must be one of {', '.join(LOSSES)}; found {wishes.loss!r}: choose one")
+    if wishes.loss not in LOSSES.names:
+        raise ConfigError(f"--loss must be one of {', '.join(LOSSES.names)}; found {wishes.loss!r}: choose one")
     if wishes.interval != "never" and wishes.interval < 1:
         raise ConfigError(f"--sync-interval must be at least 1, or never; found {wishes.interval}: choose another")
     if min(wishes.gpus_per_node, wishes.nodes - 1) < 0 or wishes.gpu_gibibytes <= 0:

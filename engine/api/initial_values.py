@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from engine.config.options import LOSSES
 from engine.models.base import ModelShape
 
-Loss = Literal["dpo", "group_dpo", "grpo"]
-LOSSES: tuple[Loss, ...] = ("dpo", "group_dpo", "grpo")
 PROMPT_TOKENS, RESPONSE_TOKENS, GRADED_TOKENS = 1024, 2048, 1024  # at most; responses as the paper, graded ones too
 TABLE = "the paper, Table 4"
 
@@ -26,7 +25,7 @@ class Wishes:
     gpus_per_node: int = 0  # 0: CPUs
     nodes: int = 1
     gpu_gibibytes: float = 139.0
-    loss: Loss = "dpo"
+    loss: str = "dpo"  # a name that the losses are registered by
     interval: int | Literal["never"] = 10
     reward: str = "math"  # or 'model', or a function as path/to/file.py:name
     reward_model: str | None = None
@@ -184,14 +183,21 @@ def _data(wishes: Wishes, found: Found, prompt: int) -> dict[str, Value]:
 
 
 def _algorithm(wishes: Wishes) -> dict[str, Value]:
-    options = {"loss": Value(wishes.loss, "one of dpo, group_dpo, grpo")}
-    if wishes.loss == "grpo":
-        options["kl_weight"] = Value(0.001, f"{TABLE}")
-        options["samples_per_prompt"] = Value(8, "completions; the best of 4, 8 and 12 in the paper's Table 5")
+    options = {"loss": Value(wishes.loss, f"one of {', '.join(LOSSES.names)}")}
+    if makes_pairs(wishes.loss):
+        options["beta"] = Value(0.01 if wishes.reward == "model" else 0.1, TABLE)
+        options["samples_per_prompt"] = Value(8, "completions; ours, the paper does not say for DPO")
         return options
-    options["beta"] = Value(0.01 if wishes.reward == "model" else 0.1, TABLE)
-    options["samples_per_prompt"] = Value(8, "completions; ours, the paper does not say for DPO")
+    if "kl_weight" in LOSSES.load(wishes.loss).Options.model_fields:
+        of_grpo = TABLE if wishes.loss == "grpo" else f"{TABLE}, of GRPO"
+        options["kl_weight"] = Value(0.001, of_grpo)
+    options["samples_per_prompt"] = Value(8, "completions; the best of 4, 8 and 12 in the paper's Table 5")
     return options
+
+
+def makes_pairs(loss: str) -> bool:
+    """Whether it trains on a chosen and a rejected response, as DPO does: then it has DPO's beta."""
+    return "beta" in LOSSES.load(loss).Options.model_fields
 
 
 def _sync(wishes: Wishes) -> dict[str, Value]:
@@ -199,7 +205,7 @@ def _sync(wishes: Wishes) -> dict[str, Value]:
     why = regime.get(wishes.interval, "s, optimizer steps: semi-online, rollouts of s steps come from one version")
     if wishes.loss == "grpo" and wishes.interval != 1:
         why += "; the paper has GRPO with 1 alone"
-    follows = wishes.loss != "grpo" and wishes.interval != "never" and wishes.reward != "model"
+    follows = makes_pairs(wishes.loss) and wishes.interval != "never" and wishes.reward != "model"
     return {
         "sync_interval": Value(wishes.interval, why),
         "reference": Value("follow" if follows else "never", f"{TABLE}, 'Ref model sync'"),
@@ -207,7 +213,7 @@ def _sync(wishes: Wishes) -> dict[str, Value]:
 
 
 def _trainer(wishes: Wishes, layout: Layout | None, longest: int) -> dict[str, Value]:
-    rows = 1 if layout is None or wishes.loss == "grpo" else 2
+    rows = 2 if layout is not None and makes_pairs(wishes.loss) else 1
     pair = "one pair at full length" if rows == 2 else "one sequence at full length"
     tokens = -(-rows * longest // 128) * 128
     if layout is None:

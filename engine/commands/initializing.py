@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.config.options import LOSSES
 from engine.core.errors import ConfigError
-
-LOSSES = ("dpo", "group_dpo", "grpo")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=int, metavar="N", help="of each machine (those of this one); 0: CPUs")
     add("--gpu-gibibytes", type=float, metavar="GIB", help="memory of a GPU (this machine's); 79: H100 of 80 GB, 139: H200")
     add("--nodes", type=int, default=1, metavar="N", help="machines (1)")
-    add("--loss", choices=LOSSES, help="(dpo)")
+    add("--loss", choices=LOSSES.names, help="(dpo)")
     add("--sync-interval", type=_interval, metavar="S", help="optimizer steps between weight syncs, or never (10; grpo: 1)")
     add("--directory", default="runs/first", metavar="FOLDER", help="of the run (runs/first)")
     add("--output", metavar="FILE", help="file to write (run.toml)")
@@ -86,9 +85,9 @@ def _ask(options: argparse.Namespace, gpus: int, memory: float | None) -> None:
         )
     options.reward = options.reward or ("model" if options.reward_model else "math")
     if options.loss is None:
-        options.loss = question(f"loss ({', '.join(LOSSES)})", "dpo", _loss)
+        options.loss = question(f"loss ({', '.join(LOSSES.names)})", "dpo", _loss)
     if options.sync_interval is None:
-        usual = 1 if options.loss == "grpo" else 10  # the paper has GRPO online alone
+        usual = 1 if options.loss in ("grpo", "cispo") else 10  # the paper has GRPO online alone
         options.sync_interval = question("s: optimizer steps between weight syncs", usual, _interval)
     if options.output is None:
         options.output = question("file to write", "run.toml", str)
@@ -124,8 +123,8 @@ def _interval(text: str) -> int | Literal["never"]:
 
 
 def _loss(text: str) -> str:
-    if text not in LOSSES:
-        raise ValueError(f"must be one of {', '.join(LOSSES)}; found {text!r}")
+    if text not in LOSSES.names:
+        raise ValueError(f"must be one of {', '.join(LOSSES.names)}; found {text!r}")
     return text
 
 

@@ -7,6 +7,7 @@ import builtins
 import json
 import re
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import pytest
 
 from engine.api.initial import FREE_SHARE, choose
 from engine.api.initial_file import text_of
-from engine.api.initial_values import LOSSES, Found, Wishes
+from engine.api.initial_values import Found, Wishes
 from engine.api.warnings import warnings
 from engine.capacity.kv_cache import GIB
 from engine.capacity.memory import Channel, estimate
 from engine.cli import main
 from engine.config.load import RunConfig, load_config
+from engine.config.options import LOSSES
 from engine.core.errors import ConfigError
 from engine.data.templates import model_tokenizer
 from engine.models.base import ModelShape
@@ -99,10 +101,26 @@ def test_a_reward_model_has_the_non_verifiable_values_and_a_gpu_of_its_own(tmp_p
 
 
 @pytest.mark.parametrize("interval", [1, 7, 10, 300, "never"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", LOSSES.names)
 def test_every_loss_and_regime_makes_a_configuration_that_breaks_no_rule(loss, interval, tmp_path):
     wishes = Wishes("m", "t", "h", loss=loss, interval=interval)
     assert written(wishes, found(LLAMA_1B, has_chat_template=False), tmp_path).data.chat_template == "none"
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        ("cispo", {"kl_weight": 0.001}),
+        ("dpo", {"beta": 0.1}),
+        ("group_dpo", {"beta": 0.1}),
+        ("grpo", {"kl_weight": 0.001}),
+        ("oapl", {}),
+    ],
+)
+def test_a_loss_has_the_weights_that_it_knows(loss, options, tmp_path):
+    text = text_of(choose(Wishes("m", "t", loss=loss), found(LLAMA_1B)), "run.toml")
+    algorithm = tomllib.loads(text)["algorithm"]
+    assert algorithm == {"loss": loss, "samples_per_prompt": 8, **options}
 
 
 def test_a_short_model_has_room_for_the_prompts_of_its_data(tmp_path):
@@ -175,7 +193,10 @@ def test_on_a_terminal_what_no_flag_says_is_asked(flags, tmp_path, capsys, monke
     config = load_config(tmp_path / "run.toml")
     assert (config.algorithm.loss, config.sync.sync_interval, config.data.held_out) == ("grpo", "never", None)
     printed = capsys.readouterr().out
-    assert "must be one of dpo, group_dpo, grpo; found 'three'" in printed and "1 or more, or never; found '0'" in printed
+    assert (
+        "must be one of cispo, dpo, group_dpo, grpo, oapl; found 'three'" in printed
+        and "1 or more, or never; found '0'" in printed
+    )
 
 
 def test_a_name_of_the_hub_and_rows_without_answers_are_answered_with_what_to_do(flags, tmp_path, capsys):
