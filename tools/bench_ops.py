@@ -37,7 +37,9 @@ from engine.ops import (
     column_weights,
     grouped_advantages,
     lm_head_log_probs,
+    packed_attention,
     policy_gradient_loss,
+    swiglu,
     token_log_probs,
 )
 from tests import reference_ops
@@ -50,6 +52,7 @@ SHAPES = {  # tokens and vocabulary: Llama 3's, and on a CPU one that fits a cac
 HEADS = {"cpu": (256, 1024, 128256), "cuda": (8192, 4096, 128256)}  # tokens, hidden, vocabulary
 TYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CASES = ["log_probs", "policy", "digest", "lm_head", "attention", "swiglu"]
 WARM_UP_SECONDS, SWEEP_BYTES = 0.3, 256 << 20  # until a GPU's clocks are up; more than any second-level cache
 
 
@@ -252,6 +255,36 @@ def digest_case(figures: Figures, dtype: str) -> None:
     figures.compare(name, peers, extra={"MB": block.nbytes / 1e6})
 
 
+def attention_case(figures: Figures, length: int, dim: int, dtype: str) -> None:
+    """4,096 tokens of sequences of one length, 8 heads over 4, forward and backward, against torch's attention one by one."""
+    torch.manual_seed(0)
+    shapes = ((4096, 8, dim), (4096, 4, dim), (4096, 4, dim))
+    inputs = [torch.randn(shape).to(DTYPES[dtype]).requires_grad_() for shape in shapes]
+    bounds, parents = torch.arange(0, 4097, length, dtype=torch.int32), torch.full((4096 // length,), -1)
+
+    def ours() -> object:
+        output = packed_attention(inputs[0], inputs[1], inputs[2], bounds, parents, scale=dim**-0.5)
+        return torch.autograd.grad(output.sum(), inputs)
+
+    def one_by_one() -> object:
+        parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(length, 2) for x in inputs), strict=True)
+        outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in parts]
+        return torch.autograd.grad(torch.cat(outputs, 2).sum(), inputs)
+
+    figures.compare(f"attention, {length} x {4096 // length}, D {dim}, {dtype}", {"semion": ours, "torch": one_by_one})
+
+
+def swiglu_case(figures: Figures, dtype: str) -> None:
+    """[4096, 2 x 2048], forward and backward, against torch's operators."""
+    torch.manual_seed(0)
+    x = torch.randn(4096, 4096).to(DTYPES[dtype]).requires_grad_()
+    works: dict[str, Work] = {
+        "semion": lambda: torch.autograd.grad(swiglu(x).sum(), x),
+        "torch": lambda: torch.autograd.grad(reference_ops.swiglu(x).sum(), x),
+    }
+    figures.compare(f"SwiGLU [4096 x 2048] {dtype}", works)
+
+
 def lm_head_case(figures: Figures, dtype: str) -> None:
     """Hidden states to Llama 3's vocabulary, [256 x 1024] on a CPU and [8192 x 4096] on a GPU: log-probs and both gradients;
     peak of torch's allocations.
@@ -326,6 +359,10 @@ def cases(names: list[str], device: str) -> list[Callable[[Figures], None]]:
     for dtype in TYPES[device]:
         found += [partial(digest_case, dtype=dtype)] if "digest" in names else []
         found += [partial(lm_head_case, dtype=dtype)] if "lm_head" in names else []
+    for dtype in TYPES[device] if device == "cpu" else ():  # kernels of CPUs alone
+        lengths = product((64, 512, 4096), (64, 128)) if "attention" in names else ()
+        found += [partial(attention_case, length=length, dim=dim, dtype=dtype) for length, dim in lengths]
+        found += [partial(swiglu_case, dtype=dtype)] if "swiglu" in names else []
     return found
 
 
@@ -372,7 +409,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=None, help="1 and 2 on a CPU, 1 beside a GPU")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--cases", nargs="+", default=["log_probs", "policy", "digest", "lm_head"])
+    parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     options = parser.parse_args()
     machine = {
