@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from engine.core.errors import ConfigError, MissingNodeError, PreemptedError, Se
 from engine.observe.profiling import nsight
 from engine.run.handles import last_line, typed_error
 from engine.run.machine import await_head, devices, look
-from engine.run.shrinking import shrunk
+from engine.run.shrinking import Room, shrunk
 
 HOST = "127.0.0.1"
 SILENT_SECONDS = 30.0  # a node that works starts a process in a few, and on a busy machine in less than these
@@ -195,6 +196,7 @@ def await_nodes(config: RunConfig) -> list[Node]:
     wanted, patience = config.cluster.nodes, config.trainer.timeout_seconds
     silent_after, begun = min(SILENT_SECONDS, patience / 2), time.monotonic()
     asked: dict[str, _Asked] = {}  # by Ray's name of the node
+    can_shrink = cache(partial(_can_shrink, config))  # nothing that it looks at changes meanwhile
     while True:
         late = time.monotonic() - begun >= patience
         known = ray.nodes()
@@ -206,7 +208,7 @@ def await_nodes(config: RunConfig) -> list[Node]:
                 sys.stderr.write(f"semion: left out, for no process started there within {silent_after:.0f} s: {who}\n")
             return found
         may_shrink = config.run.on_lost_node == "shrink" and bool(gone or silent) and not num_waited_for
-        if late or (may_shrink and _can_shrink(config, len(found))):
+        if late or (may_shrink and can_shrink(len(found))):
             break
         time.sleep(0.5)
     within = f"within trainer.timeout_seconds = {patience:.0f}" if late else "at once"
@@ -272,10 +274,12 @@ class _Asked:
 
 
 def _can_shrink(config: RunConfig, nodes: int) -> bool:
-    """Whether there is a checkpoint to go on from, and a layout for so many nodes."""
+    """Whether there is a checkpoint to go on from, and a layout for so many nodes that fits their GPUs."""
     from engine.run.checkpoint import latest
 
-    return nodes > 0 and latest(config.run_directory / "checkpoints") is not None and shrunk(config, nodes) is not None
+    if not nodes or latest(config.run_directory / "checkpoints") is None:
+        return False
+    return shrunk(config, nodes, Room.here(config)) is not None
 
 
 def _order(node: Mapping[str, Any]) -> tuple[bool, int, str]:
