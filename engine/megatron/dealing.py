@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect_right, insort
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -131,7 +132,8 @@ def deal_step(outlines: Many[Outline], *, step: int, num_prompts: int, trainer: 
 
 
 def split_over_ranks(outlines: Many[Outline], num_ranks: int, costs: Costs) -> list[list[Outline]]:
-    """Deals sequences to ranks, all of a group to one rank, the largest unit to the least loaded rank first.
+    """Deals sequences to ranks, all of a group to one rank, the largest unit to the least loaded rank first, or fitted where that
+    is more even.
 
     Every rank's sequences keep the given order; ties go to the lower rank.
     """
@@ -191,6 +193,7 @@ def units_of(outlines: Many[Outline], costs: Costs) -> list[list[Outline]]:
 
 
 Part = tuple[list[Outline], float, int]  # with its work and its tokens
+Chosen = list[list[int]]  # of each bin the places of its parts
 
 
 class _Unit:
@@ -230,30 +233,39 @@ class _Unit:
 
 
 def _deal(units: list[list[Outline]], num_bins: int, costs: Costs, room: int | None = None) -> list[list[Outline]] | None:
-    """Deals units to bins, the largest to the least loaded first, with the fewest cuts that balance the work; None where bins
-    of `room` tokens each are too few. Every bin keeps the given order."""
-    best, least = None, float("inf")
-    whole = [_Unit(unit, costs) for unit in units]
-    most = max((unit.num_alone for unit in whole), default=1)
-    cut = 1
+    """Deals units to bins, with the fewest cuts that balance the work; None where bins of `room` tokens each are too few. Every
+    bin keeps the given order."""
+    parts, chosen, fullest = _cut([_Unit(unit, costs) for unit in units], num_bins, room)
+    if chosen is None:
+        return None
+    if room is None:
+        chosen = _fitted(parts, num_bins, fullest) or chosen
+    return [[one for i in sorted(indices) for one in parts[i][0]] for indices in chosen]
+
+
+def _cut(units: list[_Unit], num_bins: int, room: int | None) -> tuple[list[Part], Chosen | None, float]:
+    """(The parts of the units, what of them each bin has, the work of the fullest), the largest part to the least loaded bin
+    first."""
+    found: tuple[list[Part], Chosen | None, float] = [], None, float("inf")
+    most, cut = max((unit.num_alone for unit in units), default=1), 1
     while True:
-        parts = [part for unit in whole for part in unit.parts(cut)]
-        dealt, largest = _largest_first(parts, num_bins, room)
-        if dealt is not None and largest < WORTH_CUTTING * least:
-            best, least = dealt, largest
+        parts = [part for unit in units for part in unit.parts(cut)]
+        chosen, fullest = _largest_first(parts, num_bins, room)
+        if chosen is not None and fullest < WORTH_CUTTING * found[2]:
+            found = parts, chosen, fullest
         # A cut takes no work away, so no bin gets below today's mean by another one.
         mean = math.fsum(work for _, work, _ in parts) / num_bins
-        if cut >= most or num_bins == 1 or WORTH_CUTTING * least < mean:
-            return best
+        if cut >= most or num_bins == 1 or WORTH_CUTTING * found[2] < mean:
+            return found
         cut *= 2
 
 
-def _largest_first(parts: list[Part], num_bins: int, room: int | None) -> tuple[list[list[Outline]] | None, float]:
-    """(bins, the work of the fullest)."""
-    chosen: list[list[int]] = [[] for _ in range(num_bins)]
+def _largest_first(parts: list[Part], num_bins: int, room: int | None) -> tuple[Chosen | None, float]:
+    """(What each bin has, the work of the fullest.)"""
+    chosen: Chosen = [[] for _ in range(num_bins)]
     used = [0] * num_bins
     loads = [(0.0, place) for place in range(num_bins)]
-    for i in sorted(range(len(parts)), key=lambda i: -parts[i][1]):  # of equal ones the first
+    for i in _by_work(parts):
         _, work, tokens = parts[i]
         if room is None:
             load, place = loads[0]
@@ -269,7 +281,49 @@ def _largest_first(parts: list[Part], num_bins: int, room: int | None) -> tuple[
             for entry in (*full, (load + work, place)):
                 heapq.heappush(loads, entry)
         chosen[place].append(i)
-    return [[one for i in sorted(indices) for one in parts[i][0]] for indices in chosen], max(load for load, _ in loads)
+    return chosen, max(load for load, _ in loads)
+
+
+def _by_work(parts: list[Part]) -> list[int]:
+    """Places of parts, the largest first; of equal ones the first."""
+    return sorted(range(len(parts)), key=lambda i: -parts[i][1])
+
+
+def _fitted(parts: list[Part], num_bins: int, fullest: float) -> Chosen | None:
+    """Another dealing, whose fullest bin has so much less work than `fullest` that it is WORTH_CUTTING; None where none is
+    found. Where bins have two or three parts each, the largest part to the least loaded bin is up to a fifth off.
+
+    MULTIFIT (Coffman, Garey, Johnson 1978): the least limit, by bisection, into which all parts fit, the largest first, each
+    where the least is left over it.
+    """
+    works = [work for _, work, _ in parts]
+    least = max(max(works, default=0.0), math.fsum(works) / num_bins)
+    found, low, high = None, least, WORTH_CUTTING * fullest
+    order = _by_work(parts)
+    while high - low > (1 - WORTH_CUTTING) / 2 * least:
+        limit = high if found is None else (low + high) / 2
+        chosen, fullest = _best_fit(works, order, num_bins, limit)
+        if chosen is not None:
+            found, high = chosen, fullest
+        elif found is None:
+            return None
+        else:
+            low = limit
+    return found
+
+
+def _best_fit(works: list[float], order: list[int], num_bins: int, limit: float) -> tuple[Chosen | None, float]:
+    """(What each bin has, the work of the fullest); None where bins of so much work are too few."""
+    chosen: Chosen = [[] for _ in range(num_bins)]
+    loads = [(0.0, place) for place in range(num_bins)]  # rising
+    for i in order:
+        at = bisect_right(loads, (limit - works[i], num_bins)) - 1  # the fullest that has room for it
+        if at < 0:
+            return None, 0.0
+        load, place = loads.pop(at)
+        insort(loads, (load + works[i], place))
+        chosen[place].append(i)
+    return chosen, loads[-1][0]
 
 
 @dataclass
