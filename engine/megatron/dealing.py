@@ -132,8 +132,8 @@ def deal_step(outlines: Many[Outline], *, step: int, num_prompts: int, trainer: 
 
 
 def split_over_ranks(outlines: Many[Outline], num_ranks: int, costs: Costs) -> list[list[Outline]]:
-    """Deals sequences to ranks, all of a group to one rank, the largest unit to the least loaded rank first, or fitted where that
-    is more even.
+    """Deals sequences to ranks, all of a group to one rank, the largest unit to the least loaded rank first, or fitted where
+    that is more even.
 
     Every rank's sequences keep the given order; ties go to the lower rank.
     """
