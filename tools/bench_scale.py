@@ -15,6 +15,8 @@ as 700 and as 4,000 tokens. `records`: what keeping rollouts costs, and going on
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import os
@@ -129,7 +131,8 @@ class Step:
 
 
 class Clock:
-    """Stages in their order: seconds of CPU of the fastest of some repeats."""
+    """Stages in their order: seconds of CPU of the fastest of some repeats. Before each the memory that is free goes back to
+    the system, as it does where a step's training comes between."""
 
     def __init__(self, repeats: int) -> None:
         self._repeats = repeats
@@ -139,6 +142,7 @@ class Clock:
         """What the action gives; measured."""
         best = math.inf
         for _ in range(self._repeats):
+            give_back_memory()
             started = time.process_time()
             value = action()
             best = min(best, time.process_time() - started)
@@ -146,9 +150,17 @@ class Clock:
         return value
 
 
+def give_back_memory() -> None:
+    """Has the C library give free memory back; nothing where it is not glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def path_of(step: Step, ranks: Sequence[int], repeats: int) -> dict[str, Any]:
     """Seconds of CPU and bytes of a step's stages."""
     clock = Clock(repeats)
+    gc.freeze()  # vLLM's lists are in an engine's process, where rank 0's collector never looks
     completions = clock("completions, in an engine", lambda: _completions(step))
     sent = clock("pickle, in an engine", lambda: pickle.dumps(completions, 5))
     arrived: list[Completion] = clock("unpickle", lambda: pickle.loads(sent))
@@ -180,7 +192,7 @@ def _completions(step: Step) -> list[Completion]:
     """What `VllmEngine.collect` makes of vLLM's outputs, but for the tokenizer's text."""
     engine: Any = VllmEngine.__new__(VllmEngine)
     engine._index, engine._version = 0, 0
-    engine._config = SimpleNamespace(log_prob_temperature=1.0)
+    engine._config = SimpleNamespace(log_prob_temperature=1.0, sync=SimpleNamespace(in_flight=False))
     engine._tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
     engine._open = {request.request_id: (request, 0) for request in step.requests}
     engine._done = {request.request_id: output for request, output in zip(step.requests, step.outputs, strict=True)}

@@ -32,14 +32,15 @@ Pairing = Callable[[RolloutGroup, random.Random], Any]  # a user's own; what it 
 
 def correct_and_wrong(group: RolloutGroup) -> tuple[list[Rollout], list[Rollout]]:
     """The judged rollouts with a reward above 0, and the others. Raises NumericsError for a reward that is not finite."""
-    for rollout in group.judged:
+    judged = group.judged
+    for rollout in judged:
         if not math.isfinite(rollout.score.value):
             raise NumericsError(
                 f"the reward of sample {rollout.completion.sample_index} of prompt {group.prompt.id} must be finite; found "
                 f"{rollout.score.value}: mend the reward function"
             )
-    correct = [rollout for rollout in group.judged if rollout.score.correct]
-    return correct, [rollout for rollout in group.judged if not rollout.score.correct]
+    correct = [rollout for rollout in judged if rollout.score.correct]
+    return correct, [rollout for rollout in judged if not rollout.score.correct]
 
 
 def better_and_worse(group: RolloutGroup, choose_truncated: bool = False) -> tuple[list[Rollout], list[Rollout]]:
@@ -115,11 +116,12 @@ def _checked(name: str, pair: Any, group: RolloutGroup) -> Pair | None:
 def extremes(group: RolloutGroup, choose_truncated: bool = True) -> tuple[list[Rollout], list[Rollout]]:
     """The judged rollouts of the highest reward, and those of the lowest; the same ones where all rewards are equal. Without
     `choose_truncated` the highest is that of the rollouts that ended by themselves."""
-    choosable = _choosable(list(group.judged), choose_truncated)
+    judged = list(group.judged)
+    choosable = _choosable(judged, choose_truncated)
     highest = max((rollout.score.value for rollout in choosable), default=0.0)
-    lowest = min((rollout.score.value for rollout in group.judged), default=0.0)
+    lowest = min((rollout.score.value for rollout in judged), default=0.0)
     best = [rollout for rollout in choosable if rollout.score.value == highest]
-    return best, [rollout for rollout in group.judged if rollout.score.value == lowest]
+    return best, [rollout for rollout in judged if rollout.score.value == lowest]
 
 
 def all_pairs(groups: Sequence[int], chosen: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:

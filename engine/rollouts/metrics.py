@@ -154,7 +154,7 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None, end_ids: Co
         LENGTH_P99.name: percentile(lengths, 99),
         LENGTH_MAX.name: float(max(lengths)),
         TRUNCATED.name: sum(r.completion.truncated for r in rollouts) / len(rollouts),
-        END_INSIDE.name: float(_num_with_ends_inside([rollout.completion.token_ids for rollout in rollouts], end_ids)),
+        END_INSIDE.name: float(num_with_ends_inside([rollout.completion.token_ids for rollout in rollouts], end_ids)),
         TIMEOUTS.name: float(statuses.count("timeout")),
         FAILURES.name: float(sum(statuses.count(why) for why in ("died", "unparsable", "invalid"))),
         TOO_LONG.name: float(statuses.count("too_long")),
@@ -165,17 +165,15 @@ def rollout_metrics(groups: Many[RolloutGroup], usage: Usage | None, end_ids: Co
     return metrics
 
 
-def _num_with_ends_inside(rows: Many[TokenIds], end_ids: Collection[int]) -> int:
+def num_with_ends_inside(rows: Many[TokenIds], end_ids: Collection[int]) -> int:
     """How many hold one of the tokens before their last."""
     import numpy as np
 
-    token_ids = np.concatenate([row.array for row in rows])
+    token_ids = TokenIds.joined(rows).array
     ends = np.cumsum([len(row) for row in rows])
-    found = np.zeros(token_ids.size, bool)
-    for end in end_ids:
-        found |= token_ids == end
-    found[ends - 1] = False
-    return int(np.unique(np.searchsorted(ends, found.nonzero()[0], side="right")).size)
+    places = np.concatenate([(token_ids == end).nonzero()[0] for end in end_ids] or [ends[:0]])
+    of_rows = np.searchsorted(ends, places, side="right")
+    return int(np.unique(of_rows[places != ends[of_rows] - 1]).size)
 
 
 def staleness_metrics(groups: Many[RolloutGroup]) -> dict[str, float]:

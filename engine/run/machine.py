@@ -1,15 +1,18 @@
 """What one machine of a run has: the interface that carries an address, its GPUs, processes that must be gone, a node that
-must answer. It places nothing and starts nothing.
+must answer. It places nothing, and starts nothing but nvidia-smi.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,6 +20,8 @@ import psutil
 from engine.core.errors import ConfigError, MissingNodeError
 
 HEAD_SECONDS = 30.0  # for the first node of a Ray cluster to answer
+QUERY = ("name", "memory.total", "compute_cap", "driver_version")
+QUERY_SECONDS = 30.0  # for nvidia-smi, which waits for a driver that hangs
 GRACE_SECONDS = 5.0  # Ray's own daemons take a few seconds to notice that their driver has left
 
 
@@ -37,6 +42,36 @@ def visible_gpus() -> int:
     there = len([file for file in Path("/dev").glob("nvidia*") if file.name.removeprefix("nvidia").isdigit()])
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return there if named is None else min(there, len([name for name in named.split(",") if name.strip()]))
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What nvidia-smi says of one GPU."""
+
+    name: str
+    memory_mebibytes: str
+    capability: str
+    driver: str
+
+
+def listed_gpus() -> tuple[list[Gpu], str | None]:
+    """(Every GPU that nvidia-smi lists, what it says where it is there but fails.) No device is opened for it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return [], None
+    command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=QUERY_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [], f"gave no answer within {QUERY_SECONDS:.0f} s"
+    if done.returncode != 0:
+        return [], " ".join((done.stdout + done.stderr).split())[:120] or f"ends with {done.returncode}"
+    return [Gpu(*(part.strip() for part in line.split(","))) for line in done.stdout.splitlines() if line.strip()], None
+
+
+def least_gpu_bytes(gpus: Iterable[Gpu]) -> int | None:
+    """The memory of the smallest one; None where there is none, or nvidia-smi does not say."""
+    return min((int(gpu.memory_mebibytes) << 20 for gpu in gpus if gpu.memory_mebibytes.isdecimal()), default=None)
 
 
 def gpu_name() -> str | None:

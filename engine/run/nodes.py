@@ -12,11 +12,13 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from engine.core.errors import ConfigError, MissingNodeError, PreemptedError, Se
 from engine.observe.profiling import nsight
 from engine.run.handles import last_line, typed_error
 from engine.run.machine import await_head, devices, look
-from engine.run.shrinking import shrunk
+from engine.run.shrinking import Room, shrunk
 
 HOST = "127.0.0.1"
+SILENT_SECONDS = 30.0  # a node that works starts a process in a few, and on a busy machine in less than these
 HEAD = "node:__internal_head__"  # the resource by which Ray marks a cluster's first node
 RAY_ENVIRONMENT = {  # of every process of Ray
     "RAY_AUTH_MODE": "token",
@@ -181,44 +184,102 @@ def _init_ray(verbose: bool, **options: Any) -> None:
 
 def await_nodes(config: RunConfig) -> list[Node]:
     """The cluster's first nodes that answer, as many as the run needs: its head, then by address. A node beyond them is a
-    spare, which the next start takes where one of them is gone. Ray sees that after a quarter of a minute only; until then such
-    a node neither answers nor is passed over. MissingNodeError where too few answer within trainer.timeout_seconds, or with
-    run.on_lost_node = "shrink" as soon as Ray has seen that one is gone and the run can go on without it."""
+    spare, asked where one of them is gone or silent: Ray counts a node as alive as long as its own daemon answers, and a
+    quarter of a minute longer, though no process may start there any more. Who is silent for SILENT_SECONDS (or half of
+    trainer.timeout_seconds, where that is less) is left out and named, unless it answers before enough others have.
+
+    MissingNodeError where too few answer within trainer.timeout_seconds, or with run.on_lost_node = "shrink" as soon as the
+    others are known to be gone or silent and the run can go on without them.
+    """
     import ray
 
     wanted, patience = config.cluster.nodes, config.trainer.timeout_seconds
-    deadline = time.monotonic() + patience
-    looks: dict[str, Any] = {}  # what is asked of each node, by Ray's name of it
-    found: list[Node] = []
-    goes_on_with_fewer = config.run.on_lost_node == "shrink"
-    gone: list[str] = []
-    while time.monotonic() < deadline:
+    silent_after, begun = min(SILENT_SECONDS, patience / 2), time.monotonic()
+    asked: dict[str, _Asked] = {}  # by Ray's name of the node
+    can_shrink = cache(partial(_can_shrink, config))  # nothing that it looks at changes meanwhile
+    while True:
+        late = time.monotonic() - begun >= patience
         known = ray.nodes()
-        first = sorted((node for node in known if node["Alive"]), key=_order)[:wanted]
         gone = sorted({node["NodeManagerAddress"] for node in known if not node["Alive"]})
-        for node in first:
-            if node["NodeID"] not in looks:
-                looks[node["NodeID"]] = look_at(node)
-        found = [node for node in (_seen(node, looks) for node in first) if node is not None]
+        found, silent, num_waited_for = _called([node for node in known if node["Alive"]], asked, wanted, silent_after)
         if len(found) == wanted:
+            if silent:
+                who = " ".join(silent)
+                sys.stderr.write(f"semion: left out, for no process started there within {silent_after:.0f} s: {who}\n")
             return found
-        if goes_on_with_fewer and gone and len(found) == len(first) and _can_shrink(config, len(found)):
-            break  # as many as there are
+        may_shrink = config.run.on_lost_node == "shrink" and bool(gone or silent) and not num_waited_for
+        if late or (may_shrink and can_shrink(len(found))):
+            break
         time.sleep(0.5)
-    within = "at once" if time.monotonic() < deadline else f"within trainer.timeout_seconds = {patience:.0f}"
+    within = f"within trainer.timeout_seconds = {patience:.0f}" if late else "at once"
     missing = MissingNodeError(
         f"cluster.nodes = {wanted} nodes must join the Ray cluster; {len(found)} answered {within}, gone are: "
-        f"{' '.join(gone) or 'none'}: look at what the others logged"
+        f"{' '.join(gone) or 'none'}; there, but silent for {silent_after:.0f} s: {' '.join(silent) or 'none'}: look at what "
+        f"the others logged"
     )
     missing.nodes_left = len(found)
     raise missing
 
 
+def _called(
+    alive: Sequence[Mapping[str, Any]], asked: dict[str, _Asked], wanted: int, silent_after: float
+) -> tuple[list[Node], list[str], int]:
+    """(The first nodes that have answered, the addresses of those before them that are silent, how many of the first may still
+    answer in time.) Asks as many as may yet become `wanted`."""
+    found, silent, num_waited_for = list[Node](), list[str](), 0
+    for node in sorted(alive, key=_order):
+        if len(found) + num_waited_for == wanted:
+            break
+        one = asked.setdefault(node["NodeID"], _Asked(node))
+        if (answer := one.answer()) is not None:
+            found.append(answer)
+        elif one.silent_seconds > silent_after:
+            silent.append(one.address)
+        else:
+            num_waited_for += 1
+    return found, silent, num_waited_for
+
+
+class _Asked:
+    """A node that was asked, and since when it owes an answer."""
+
+    def __init__(self, node: Mapping[str, Any]) -> None:
+        self.address: str = node["NodeManagerAddress"]
+        self._node, self._since = node, time.monotonic()
+        self._look: Any = None
+        self._answer: Node | None = None
+
+    @property
+    def silent_seconds(self) -> float:
+        """For how long it has been asked, without an answer."""
+        return time.monotonic() - self._since
+
+    def answer(self) -> Node | None:
+        """What was seen on the node; None before it has answered. One that is lost meanwhile is asked again where Ray counts it
+        still, and owes its answer since it was first asked."""
+        import ray
+
+        if self._answer is None:
+            if self._look is None:
+                self._look = look_at(self._node)
+            try:
+                self._answer = Node(self._node["NodeID"], self.address, *ray.get(self._look, timeout=0.0))
+            except ray.exceptions.GetTimeoutError:
+                return None
+            except ray.exceptions.RayTaskError as error:
+                raise typed_error(error, f"node {self.address}") from error
+            except ray.exceptions.RayError:
+                self._look = None
+        return self._answer
+
+
 def _can_shrink(config: RunConfig, nodes: int) -> bool:
-    """Whether there is a checkpoint to go on from, and a layout for so many nodes."""
+    """Whether there is a checkpoint to go on from, and a layout for so many nodes that fits their GPUs."""
     from engine.run.checkpoint import latest
 
-    return nodes > 0 and latest(config.run_directory / "checkpoints") is not None and shrunk(config, nodes) is not None
+    if not nodes or latest(config.run_directory / "checkpoints") is None:
+        return False
+    return shrunk(config, nodes, Room.here(config)) is not None
 
 
 def _order(node: Mapping[str, Any]) -> tuple[bool, int, str]:
@@ -234,23 +295,6 @@ def look_at(node: Mapping[str, Any]) -> Any:
     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     asked = ray.remote(num_cpus=0, scheduling_strategy=there)(look)
     return asked.remote(node["NodeManagerAddress"], node["Resources"].get("GPU", 0))
-
-
-def _seen(node: Mapping[str, Any], looks: dict[str, Any]) -> Node | None:
-    """What was seen on a node; None before it has answered. One that is lost meanwhile is forgotten, and asked again where Ray
-    counts it again."""
-    import ray
-
-    name, address = node["NodeID"], node["NodeManagerAddress"]
-    try:
-        return Node(name, address, *ray.get(looks[name], timeout=0.0))
-    except ray.exceptions.GetTimeoutError:
-        return None
-    except ray.exceptions.RayTaskError as error:
-        raise typed_error(error, f"node {address}") from error
-    except ray.exceptions.RayError:
-        del looks[name]
-        return None
 
 
 def check_devices(placement: Placement, nodes: Sequence[Node], gpus_per_node: int) -> None:

@@ -15,7 +15,7 @@ from engine.config.load import RunConfig
 from engine.core.errors import MissingNodeError, PreemptedError, SemionError
 from engine.core.jsonl import JsonlLedger, last_row
 from engine.observe.summary import RESTARTS
-from engine.run.shrinking import shrunk, told
+from engine.run.shrinking import Room, shrunk, told
 from engine.run.signals import Event, stop_request
 
 
@@ -64,10 +64,11 @@ def unbroken(config: RunConfig, attempt: Callable[[bool, RunConfig], Iterator[Ev
 
 
 def _smaller(config: RunConfig, layout: RunConfig, error: SemionError) -> RunConfig | None:
-    """The configuration on the nodes that are left; None where that is not asked for, not what was lost, or does not fit."""
+    """The configuration on the nodes that are left; None where that is not asked for, not what was lost, or fits neither
+    them nor their GPUs."""
     if config.run.on_lost_node == "wait" or not isinstance(error, MissingNodeError) or not error.nodes_left:
         return None
-    return shrunk(config, error.nodes_left) if error.nodes_left < layout.cluster.nodes else None
+    return shrunk(config, error.nodes_left, Room.here(config)) if error.nodes_left < layout.cluster.nodes else None
 
 
 def _sizes(layout: RunConfig) -> str:

@@ -1,22 +1,70 @@
 """The layout in which a run goes on when a node is lost for good: the configured one on fewer nodes, with fewer data-parallel
-replicas or engines. A pure function of the configuration; it starts nothing and looks at no machine.
+replicas or engines. A function of the configuration and of a GPU's memory; it starts nothing.
 
 What a step trains on is unchanged, for prompts and samples are counted by the step and not by the replica. The checkpoint is
-resumed in another layout (checkpoint.other_layout), so sums have another order and nothing else changes.
+resumed in another layout (checkpoint.other_layout), so sums have another order and nothing else changes. But fewer replicas
+hold more each, where the optimizer is distributed over them: a layout must fit the GPUs, where their memory is known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 
+from engine.capacity.kv_cache import GIB, MIB
+from engine.capacity.memory import STAGING_BUCKETS, Channel, Device, estimate
 from engine.config.load import RunConfig
 from engine.config.placement import place, training_parts
 from engine.core.errors import ConfigError
+from engine.run.machine import least_gpu_bytes, listed_gpus, visible_gpus
+from engine.run.spec import Spec, assemble, resolve
 
 
-def shrunk(config: RunConfig, nodes: int) -> RunConfig | None:
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A GPU's memory, and the run as resolved on all its nodes, whose model fills it."""
+
+    gpu_bytes: int
+    spec: Spec
+
+    @classmethod
+    def here(cls, config: RunConfig) -> Room | None:
+        """That of this machine's smallest GPU, whose like all nodes are taken to have; None where no GPU is here, as on CPUs or
+        where the command runs on a machine without one: then memory is not looked at."""
+        gpu_bytes = least_gpu_bytes(listed_gpus()[0]) if visible_gpus() else None
+        return cls(gpu_bytes, resolve(config, digests=False)) if gpu_bytes is not None else None
+
+    def fullest(self, layout: RunConfig | None = None) -> Device:
+        """The fullest device of the whole run, or of another layout of it, by the estimate of `semion plan`. What a weight sync
+        stages, which its plan knows, the most that it may be is counted."""
+        spec = known = self.spec
+        if layout is not None:
+            spec = assemble(layout, known.shape, parts=known.parts, source=known.source, reward_shape=known.reward_shape)
+        staged = STAGING_BUCKETS * spec.config.sync.bucket_mebibytes * MIB if known.starts_engines else 0
+        return estimate(spec, Channel(staged, staged), self.gpu_bytes).fullest
+
+    def holds(self, layout: RunConfig) -> bool:
+        """Whether it fits. By the same estimate the whole run may not fit either, though it runs: what needs no more fits."""
+        return self.fullest(layout).num_bytes <= max(self.gpu_bytes, self.fullest().num_bytes)
+
+
+def shrunk(config: RunConfig, nodes: int, room: Room | None = None) -> RunConfig | None:
     """The configuration on so many nodes: of the layouts that fit the one in which both the replicas and the engines keep the
-    largest share of what they were; of equal ones that with the most replicas. None where none fits."""
+    largest share of what they were; of equal ones that with the most replicas. None where none fits. `room`: what a GPU holds,
+    where that is known."""
+    known: dict[int, bool] = {}  # by replicas, on which alone of the two the memory of a device depends
+    for found in _layouts(config, nodes):
+        replicas = found.trainer.data_parallel
+        if room is not None and replicas not in known:
+            known[replicas] = room.holds(found)
+        if room is None or known[replicas]:
+            return found
+    return None
+
+
+def _layouts(config: RunConfig, nodes: int) -> Iterator[RunConfig]:
+    """Those that fit so many nodes, best first."""
     replicas, engines = config.trainer.data_parallel, config.inference.engines
     fewest = 1 if "engines" in training_parts(config) else engines
 
@@ -28,14 +76,17 @@ def shrunk(config: RunConfig, nodes: int) -> RunConfig | None:
         if _devices(config, *layout) <= nodes * config.cluster.gpus_per_node:
             found = _laid_out(config, nodes, *layout)
             if _fits(found):
-                return found
-    return None
+                yield found
 
 
-def check_can_shrink(config: RunConfig) -> None:
-    """ConfigError where run.on_lost_node asks for a smaller layout and none fits one node less."""
+def check_can_shrink(config: RunConfig, room: Room | None = None) -> None:
+    """ConfigError where run.on_lost_node asks for a smaller layout and none fits one node less, or none its GPUs. `room`: see
+    `shrunk`."""
     left = config.cluster.nodes - 1
-    if config.run.on_lost_node == "shrink" and shrunk(config, left) is None:
+    if config.run.on_lost_node != "shrink" or shrunk(config, left, room) is not None:
+        return
+    largest = shrunk(config, left)
+    if largest is None or room is None:
         t = config.trainer
         raise ConfigError(
             f"run.on_lost_node = 'shrink' needs a layout that fits cluster.nodes - 1 = {left} nodes of cluster.gpus_per_node = "
@@ -43,6 +94,13 @@ def check_can_shrink(config: RunConfig) -> None:
             f"{t.tensor_parallel * t.pipeline_parallel} GPUs) and one engine (inference.tensor_parallel = "
             f"{config.inference.tensor_parallel}): make them smaller, or set on_lost_node = 'wait'"
         )
+    device, whole = room.fullest(largest), room.fullest()
+    raise ConfigError(
+        f"run.on_lost_node = 'shrink' needs a layout on cluster.nodes - 1 = {left} nodes that fits a GPU of "
+        f"{room.gpu_bytes / GIB:.1f} GiB; found {device.num_bytes / GIB:.1f} GiB on the fullest device ({device.name}) with "
+        f"trainer.data_parallel = {largest.trainer.data_parallel}, {whole.num_bytes / GIB:.1f} GiB with all nodes: fewer "
+        f"replicas hold more of the optimizer each. Set on_lost_node = 'wait', or hold less (semion plan shows what)"
+    )
 
 
 def told(config: RunConfig) -> dict[str, int]:

@@ -25,7 +25,7 @@ from engine.models.headers import num_elements
 from engine.models.sharding import shard_shapes, trainer_layout
 from engine.observe.profiling import nsight
 from engine.run.machine import visible_gpus
-from engine.run.shrinking import check_can_shrink
+from engine.run.shrinking import Room, check_can_shrink
 from engine.run.spec import assemble
 
 
@@ -39,8 +39,8 @@ def machine_faults(look: Look, *, layouts_fit: bool) -> Faults:
     if config.cluster.nodes > 1:
         fits = tried(place, config, look.parts)[1]
         yield from fits
-        if look.purpose == "train" and not fits:
-            yield from caught(check_can_shrink, config)
+        if look.purpose == "train" and not fits and config.run.on_lost_node == "shrink":
+            yield from caught(check_can_shrink, config, Room.here(config) if layouts_fit else None)
         return
     if "trainer" in look.parts:
         yield from tried(check_installed, config.trainer, config.optimizer)[1]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 
 from engine.commands import doctor
 from engine.commands.doctor import examine
+from engine.run import machine
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -25,7 +27,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch):
 
     def make(output: str, code: int = 0) -> None:
         tool = tmp_path / "nvidia-smi"
-        query = f"--query-gpu={','.join(doctor.QUERY)} --format=csv,noheader,nounits"
+        query = f"--query-gpu={','.join(machine.QUERY)} --format=csv,noheader,nounits"
         tool.write_text(f'#!/bin/sh\n[ "$*" = "{query}" ] || exit 9\ncat <<END\n{output}\nEND\nexit {code}\n')
         tool.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
@@ -35,7 +37,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/unit/commands/test_doctor.py asks a machine without a GPU")
 def test_a_cpu_machine_hears_nothing_of_gpus(monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name, **_: None if name == "nvidia-smi" else f"/usr/bin/{name}")
+    monkeypatch.setattr(shutil, "which", lambda name, **_: None if name == "nvidia-smi" else f"/usr/bin/{name}")
     found = findings()
     assert found["device"] == doctor.Finding("device", f"CPU, {os.cpu_count()} cores", "ok")
     assert not found.keys() & {"driver", "GPU 0", "NCCL", "CUDA kernels", "nsys", "nvidia-smi"}
@@ -58,6 +60,15 @@ def test_shared_memory_that_cannot_be_written_or_is_not_there_is_named(tmp_path,
     assert findings()["shared memory"].verdict.startswith("mount /dev/shm writable")
     monkeypatch.setattr(doctor, "SHARED_FOLDER", str(tmp_path / "gone"))
     assert findings()["shared memory"].verdict.startswith("mount a tmpfs at")
+
+
+def test_a_driver_that_hangs_is_named(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(machine, "QUERY_SECONDS", 0.2)
+    assert machine.listed_gpus() == ([], "gave no answer within 0 s")
+    assert findings()["nvidia-smi"].verdict == "mend the NVIDIA driver"
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the words are those of a CPU build of torch")

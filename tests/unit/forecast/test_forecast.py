@@ -74,7 +74,7 @@ def worked(trainers: int, engines: int, interval: int, loss: str = "dpo") -> For
         (24, 16, 10, "dpo", 3.05),
         (16, 24, 10, "dpo", 3.08),
         (32, 8, 10, "dpo", 3.83),
-        (16, 24, 100, "dpo", 1.31),
+        (16, 24, 100, "dpo", 1.30),
         (4, 4, 1, "dpo", 22.1),
         (8, 8, 1, "dpo", 19.6),
         (4, 4, 1, "grpo", 37.7),
@@ -85,7 +85,8 @@ def worked(trainers: int, engines: int, interval: int, loss: str = "dpo") -> For
 )
 def test_the_worked_examples(trainers, engines, interval, loss, seconds):
     """64 prompts of 150 tokens, 8 samples each, log-normal responses, a pair in 70 % of them, on H200s: seconds a step, worked
-    out apart from this code with a replay of a page, an imbalance of 1.05 and all parameters in every product."""
+    out apart from this code with a replay of a page, an imbalance of 1.05 (1.036 of some 50 pairs on 16 ranks, as dealt; only
+    there is the trainer what a step waits for with so few) and all parameters in every product."""
     assert worked(trainers, engines, interval, loss).step_seconds == pytest.approx(seconds, rel=0.1)
 
 

@@ -27,7 +27,7 @@ from engine.rewards.base import Answer, Reward
 from engine.rollouts.ahead import AHEAD, Ahead, read_ahead
 from engine.rollouts.batch import compared_tokens, training_sequences
 from engine.rollouts.ledger import ledger_rows
-from engine.rollouts.metrics import percentile, rollout_metrics, warn_of_endings
+from engine.rollouts.metrics import num_with_ends_inside, percentile, rollout_metrics, warn_of_endings
 from engine.rollouts.source import RolloutSource
 from engine.rollouts.writer import RolloutFile, RolloutWriter
 from tests import builders
@@ -345,6 +345,12 @@ def test_end_tokens_inside_and_steps_without_an_end_are_counted_and_told(caplog)
     caplog.clear()
     warn_of_endings(rollout_metrics([group([1, 0, 0], 0, cut_off=[0, 1])], None, end_ids=(2,)), 96)
     assert caplog.records == []
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=8), st.sets(st.integers(0, 5)))
+def test_a_row_counts_once_that_holds_an_end_token_before_its_last(rows, end_ids):
+    wanted = sum(not end_ids.isdisjoint(row[:-1]) for row in rows)
+    assert num_with_ends_inside([TokenIds.of(row) for row in rows], end_ids) == wanted
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 100))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import ray
 
+from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, MissingNodeError
 from engine.run import nodes
 from engine.run.nodes import HEAD, await_nodes
@@ -52,14 +53,17 @@ class FakeCluster:
 LATE, HERE = ray.exceptions.GetTimeoutError("not yet"), ("eth0", ())
 
 
-def taken(timeout_seconds: float = 30.0, on_lost_node: str = "wait") -> list[str]:
-    made = config(
-        cluster={"nodes": 2},
+def layout(nodes: int, timeout_seconds: float, on_lost_node: str = "shrink") -> RunConfig:
+    return config(
+        cluster={"nodes": nodes},
         trainer={"timeout_seconds": timeout_seconds},
         run={"on_lost_node": on_lost_node},
         checkpoint={"other_layout": "allow"},
     )
-    return [node.address for node in await_nodes(made)]
+
+
+def taken(timeout_seconds: float = 30.0, on_lost_node: str = "wait") -> list[str]:
+    return [node.address for node in await_nodes(layout(2, timeout_seconds, on_lost_node))]
 
 
 def test_the_head_and_then_the_first_by_address_are_taken_and_no_spare_is_asked(monkeypatch):
@@ -87,6 +91,46 @@ def test_without_a_spare_a_run_waits_for_its_nodes_or_says_at_once_how_many_are_
     with pytest.raises(MissingNodeError, match=r"1 answered at once, gone are: 10\.0\.0\.2") as caught:
         taken(on_lost_node="shrink")
     assert caught.value.nodes_left == 1
+
+
+def test_a_node_that_ray_counts_and_that_stays_silent_is_left_out_by_name_for_a_spare(monkeypatch, capsys):
+    """Two of them, one after the other; the second spare is not asked."""
+    monkeypatch.setattr(nodes, "SILENT_SECONDS", 0.2)
+    silent = {"10.0.0.1": [HERE], "10.0.0.2": [LATE], "10.0.0.3": [LATE], "10.0.0.4": [HERE], "10.0.0.5": [HERE]}
+    cluster = FakeCluster(monkeypatch, silent)
+    assert taken() == ["10.0.0.1", "10.0.0.4"] and cluster.asked == list(silent)[:4]
+    assert "left out, for no process started there within 0 s: 10.0.0.2 10.0.0.3" in capsys.readouterr().err
+
+
+def test_a_silent_node_that_answers_before_a_spare_does_is_taken(monkeypatch, capsys):
+    monkeypatch.setattr(nodes, "SILENT_SECONDS", 0.2)
+    FakeCluster(monkeypatch, {"10.0.0.1": [HERE], "10.0.0.2": [LATE, LATE, HERE], "10.0.0.3": [LATE, LATE, LATE, HERE]})
+    assert taken() == ["10.0.0.1", "10.0.0.2"] and capsys.readouterr().err == ""
+
+
+def test_a_node_whose_process_dies_again_and_again_is_silent_too(monkeypatch):
+    """Ray counts it all the while; each time it is asked anew, but is given no more time."""
+    monkeypatch.setattr(nodes, "SILENT_SECONDS", 0.7)
+    died = ray.exceptions.WorkerCrashedError()
+    cluster = FakeCluster(monkeypatch, {"10.0.0.1": [HERE], "10.0.0.2": [died], "10.0.0.3": [HERE]})
+    assert taken() == ["10.0.0.1", "10.0.0.3"] and cluster.asked.count("10.0.0.2") >= 2
+
+
+def test_without_a_spare_a_silent_node_is_named_and_a_run_that_may_shrink_goes_on_with_all_the_others(monkeypatch):
+    """Half of a short trainer.timeout_seconds is waited. A spare that answered counts: nothing gets smaller than it need be."""
+    answers = {"10.0.0.1": [HERE], "10.0.0.2": [LATE]}
+    cluster = FakeCluster(monkeypatch, answers)
+    with pytest.raises(MissingNodeError, match=r"1 answered within .*; there, but silent for 0 s: 10\.0\.0\.2") as caught:
+        taken(0.9)
+    assert caught.value.nodes_left == 1
+    monkeypatch.setattr("engine.run.checkpoint.latest", lambda folder: folder)
+    with pytest.raises(MissingNodeError, match=r"1 answered at once, gone are: none; .*: 10\.0\.0\.2"):
+        taken(4.0, "shrink")
+    cluster = FakeCluster(monkeypatch, answers | {"10.0.0.3": [LOST], "10.0.0.4": [HERE]})
+    made = layout(nodes=4, timeout_seconds=4.0)
+    with pytest.raises(MissingNodeError, match=r"2 answered at once, gone are: 10\.0\.0\.3; .*: 10\.0\.0\.2") as caught:
+        await_nodes(made)
+    assert caught.value.nodes_left == 2 and "10.0.0.4" in cluster.asked
 
 
 def test_a_run_that_may_shrink_waits_for_nodes_that_have_not_come_yet(monkeypatch):
