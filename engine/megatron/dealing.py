@@ -267,15 +267,18 @@ def _first_fit(outlines: Many[Outline], trainer: Trainer, costs: Costs) -> list[
     """As few rows as first fit in the given order makes. The sequences of a unit that is larger than a row are laid out one by
     one, those of a group that is not together."""
     rows: list[_Open] = []
-    room, split = room_of(trainer), split_groups(outlines, trainer, costs)
+    room = room_of(trainer)
+    if costs.num_tokens(outlines) <= room:  # one row, or none of no sequences
+        return [row] if (row := [one for unit in units_of(outlines, costs) for one in unit]) else []
+    split = split_groups(outlines, trainer, costs)
 
     def place(unit: list[Outline], size: int) -> None:
         least = sum(one.num_completion - 1 for one in unit)  # where the prompts are there already
         fitting = (row for row in rows if row.used + least <= room and row.used + row.growth(unit, size, costs) <= room)
-        row = next(fitting, None)
-        if row is None:
-            rows.append(row := _Open())
-        row.take(unit, size, costs)
+        chosen = next(fitting, None)
+        if chosen is None:
+            rows.append(chosen := _Open())
+        chosen.take(unit, size, costs)
 
     for unit in units_of(outlines, costs):
         if (size := costs.num_tokens(unit)) <= room:
