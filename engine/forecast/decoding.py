@@ -19,6 +19,9 @@ from engine.models.base import ModelShape
 from engine.models.headers import num_elements
 
 
+LEAST_DEALT = 4  # engines whose requests are kept where some are dealt: few are told of first, more of them later
+
+
 @dataclass(frozen=True, slots=True)
 class Speed:
     """Seconds of an engine's work. One iteration decodes one token of each running request."""
@@ -308,23 +311,24 @@ class Engine:
 
 
 class Deals:
-    """What engines are asked of steps, dealt once for each number of engines and each sequence of steps: a search has many
-    layouts with equally many engines."""
+    """What the first engines are asked of steps, dealt once for each number of engines and each step from which on it is dealt:
+    a search has many layouts with equally many engines, and what is dealt first does not hang on how much follows."""
 
     def __init__(self, works: Many[StepWork]) -> None:
         """`works`: the steps' requests, repeated from the first where a run has more."""
         self._works = works
-        self._found: dict[tuple[int, int, tuple[int, ...]], list[list[list[int]]]] = {}
+        self._found: dict[tuple[int, int], tuple[int, list[list[list[int]]]]] = {}  # with the number of engines told of
 
     def shares(self, steps: range, num_engines: int, first: int) -> list[list[list[int]]]:
         """Of each step and each of the first engines, which of the step's requests it is asked, where all these steps are
         dealt together."""
-        places = tuple(step % len(self._works) for step in steps)
-        key = (num_engines, first, places)
-        if key not in self._found:
-            dealt = deal_prompts([self._works[place].requests for place in places], num_engines)
-            self._found[key] = [of_step[:first] for of_step in dealt]
-        return self._found[key]
+        key = (num_engines, steps.start % len(self._works))
+        told, found = self._found.get(key, (0, []))
+        if told < first or len(found) < len(steps):
+            told = max(told, first, LEAST_DEALT)
+            found = deal_prompts((self._works[step % len(self._works)].requests for step in steps), num_engines, told)
+            self._found[key] = (told, found)
+        return found[: len(steps)]
 
 
 class Engines:

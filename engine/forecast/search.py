@@ -162,7 +162,7 @@ class Search:
                 if made is not None and (one := self._forecast(*made, regime)) is not None:
                     full.append(one)
                     splits.add(split)
-            if (own := self._own(regime)) is not None and own.layout not in {one.layout for one in full}:
+            if (own := self._own(regime, _slowest(full))) is not None and own.layout not in {one.layout for one in full}:
                 full.append(own)
             found[regime] = _ranked(full)[:BEST]
         if not any(found.values()):
@@ -175,12 +175,13 @@ class Search:
             )
         return found
 
-    def _own(self, regime: Regime) -> Found | None:
-        """The configuration's own layout, where it fits into so many GPUs and this regime: somebody has thought about it."""
+    def _own(self, regime: Regime, slowest: float = float("inf")) -> Found | None:
+        """The configuration's own layout, where it fits into so many GPUs and this regime: somebody has thought about it. None
+        where its trainer alone takes longer than the slowest step that is told."""
         if regime.lookahead and self._config.inference.placement == "colocated":
             return None
         made = self._made({})
-        return self._forecast(*made, regime) if made is not None else None
+        return self._forecast(*made, regime, slowest) if made is not None else None
 
     # -- the trainer's layouts
 
@@ -290,7 +291,7 @@ class Search:
         alone = [speed.iterations(max(map(max, work.completions)), 1, min(work.prompts)) for work in self.works]
         found: dict[int, tuple[float, ...]] = {}
         shown: dict[int | str, tuple[float, ...]] = {}
-        for interval in self._intervals:
+        for interval in sorted(self._intervals, key=lambda one: -self._together[one]):  # the others' requests are among these
             count = self._together[interval]
             if count not in found:
                 most = MOST_ASKED * spec.config.inference.engines // self._config.rollouts_per_step
@@ -377,8 +378,11 @@ class Search:
             return None
         return config, spec, spare
 
-    def _forecast(self, config: RunConfig, spec: Spec, spare: int, regime: Regime) -> Found | None:
-        """A layout forecast in full; None where the run would not keep its deadlines, by the rule of `semion plan`."""
+    def _forecast(
+        self, config: RunConfig, spec: Spec, spare: int, regime: Regime, slowest: float = float("inf")
+    ) -> Found | None:
+        """A layout forecast in full; None where the run would not keep its deadlines, by the rule of `semion plan`, or where a
+        step's training takes longer than `slowest`, whatever the engines do."""
         saved = saving(spec, self._constants)
         if late := missed(spec, saved, None):
             self._late = late
@@ -386,13 +390,15 @@ class Search:
         i, t = config.inference, config.trainer
         transfer = self._transfer(i.engines * i.tensor_parallel, i.tensor_parallel, t.world_size)
         given = Inputs(spec, self._constants, self._workload, transfer, self._gpu_bytes)
-        self.num_forecasts += 1
         try:
             forecaster = Forecaster(given, self.works, 4, self._trained.get(t), self._deals, self._rows)
+            self._trained[t] = forecaster.trained
+            if min(step.seconds.total for step in forecaster.trained) > slowest:
+                return None
+            self.num_forecasts += 1
             forecast = forecaster.forecast(self._schedules[regime])
         except ConfigError:  # a sequence that is longer than a row
             return None
-        self._trained[t] = forecaster.trained
         if late := missed(spec, saved, forecast, self._slack):
             self._late = late
             return None
@@ -433,6 +439,12 @@ class Search:
         one_node = config.model_copy(update={"cluster": config.cluster.model_copy(update={"nodes": 1})})
         spec = assemble(one_node, self._spec.shape, source=self._spec.source, reward_shape=self._spec.reward_shape)
         return replace(spec, config=config)
+
+
+def _slowest(found: Many[Found]) -> float:
+    """Seconds of a step above which a layout is not among the best; no limit where there is room for one more."""
+    seconds = sorted(one.forecast.step_seconds for one in found)
+    return seconds[BEST - 1] * (1 + ALIKE) if len(seconds) >= BEST else float("inf")
 
 
 def _ranked(found: Many[Found]) -> list[Found]:

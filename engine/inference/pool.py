@@ -83,19 +83,24 @@ def deal(batches: Sequence[Sequence[SampleRequest]], num_engines: int) -> list[l
     return deal_prompts([list(of.values()) for of in prompts], num_engines)
 
 
-def deal_prompts(batches: Iterable[Sequence[Sequence[int]]], num_engines: int) -> list[list[list[int]]]:
-    """`deal` of batches in which it is known already which positions are of one prompt."""
+def deal_prompts(
+    batches: Iterable[Sequence[Sequence[int]]], num_engines: int, first: int | None = None
+) -> list[list[list[int]]]:
+    """`deal` of batches in which it is known already which positions are of one prompt. `first`: only the shares of so many
+    engines, the first ones, are told."""
+    told = num_engines if first is None else min(first, num_engines)
     loads, num_dealt = [(0, engine) for engine in range(num_engines)], 0  # a heap: the fewest requests first, then by number
     shares: list[list[list[int]]] = []
     for prompts in batches:
-        share: list[list[int]] = [[] for _ in range(num_engines)]
+        share: list[list[int]] = [[] for _ in range(told)]
         num_dealt += sum(map(len, prompts))
         most = -(-num_dealt // num_engines)
         for places in prompts:
             while places:
                 load, engine = loads[0]
                 given, places = places[: most - load], places[most - load :]
-                share[engine] += given
+                if engine < told:
+                    share[engine] += given
                 heapq.heapreplace(loads, (load + len(given), engine))
         shares.append([sorted(places) for places in share])
     return shares
