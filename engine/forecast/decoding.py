@@ -18,7 +18,6 @@ from engine.inference.pool import deal_prompts, open_after
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
 
-
 LEAST_DEALT = 4  # engines whose requests are kept where some are dealt: few are told of first, more of them later
 
 
