@@ -19,7 +19,7 @@ from engine.core.jsonl import parsed, read_lines, read_rows
 from engine.forecast import comparing, disk
 from engine.forecast.calibration import Calibrated, calibrated, read_calibration
 from engine.forecast.constants import Constants, rows
-from engine.forecast.deadlines import GUESSES_ARE_OFF, missed
+from engine.forecast.deadlines import missed, slack_of
 from engine.forecast.hosts import hosts
 from engine.forecast.lengths import Workload, newest_lengths
 from engine.forecast.replay import Played
@@ -77,7 +77,6 @@ def planned(
     spec.placed()
     if found := _refused(spec):
         raise combined(found)
-    slack = 1.0 if known is not None else GUESSES_ARE_OFF
     known = known or calibrated()
     links = {
         "nvlink_gigabytes_per_second": machine.nvlink_gigabytes_per_second,
@@ -89,7 +88,7 @@ def planned(
     saved = disk.saving(spec, constants)
     figures["checkpoint"] = asdict(saved) if saved is not None else None
     figures["hosts"] = asdict(hosts(spec))
-    if late := missed(spec, saved, own, slack):
+    if late := missed(spec, saved, own, slack_of(known.measured)):
         raise combined(late)
     figures["forecast"] = as_figures(own, config) if own else None
     figures["intervals"] = [as_figures(one, config) for one in forecasts]
@@ -142,14 +141,16 @@ def optimized(
     workload: Workload | None = None,
     intervals: Many[int | str] = INTERVALS,
 ) -> Optimized:
-    """The fastest layouts of so many GPUs for each s, and for the configuration's own. ConfigError where none fits, or where
-    there are no rollouts whose split could be chosen."""
+    """The fastest layouts of so many GPUs for each s, and for the configuration's own, that keep the run's deadlines by the
+    rule of `plan`; of an s none where none does. ConfigError where none fits, where none keeps them for any s, or where there
+    are no rollouts whose split could be chosen."""
     spec = resolve(settled(config, on_gpus=True), digests=False)
     if spec.source != "rollouts" or not spec.starts_engines:
         raise ConfigError("--optimize is for runs that sample rollouts; found one that does not: plan it without --optimize")
     known = known or calibrated()
     chosen = regimes(config, intervals)
-    search = Search(spec, machine, known.constants, workload or assumed_workload(spec), num_gpus, chosen)
+    workload, slack = workload or assumed_workload(spec), slack_of(known.measured)
+    search = Search(spec, machine, known.constants, workload, num_gpus, chosen, slack)
     best = search.best()
     figures = {
         "gpus": num_gpus,

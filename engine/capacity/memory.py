@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from engine.capacity.kv_cache import GIB, KvCache, item_bytes, kv_bytes_per_token, reward_cache
@@ -133,6 +133,15 @@ def trainer_kept(spec: Resolved, stage: int, channel: Channel) -> Components:
     }
 
 
+@lru_cache(maxsize=1024)
+def _stage_sizes(shape: ModelShape, axes: layout.TrainerLayout, stage: int) -> tuple[int, int]:
+    """(elements of a rank of a stage, those of its layers' matrices), asked for again and again in a search."""
+    shards = layout.shard_shapes(shape, axes, 0, stage)
+    sizes = {name: math.prod(size) for name, size in shards.items()}
+    in_layers = sum(size for name, size in sizes.items() if len(shards[name]) == 2 and ".layers." in name)
+    return sum(sizes.values()), in_layers
+
+
 class TrainerState:
     """What a rank keeps from step to step. Tensor ranks of a stage hold equal shapes."""
 
@@ -142,11 +151,8 @@ class TrainerState:
         self._num_copies = len(spec.copies) - self._reference_on_host
         self._item = item_bytes(spec.config.model.dtype)
         t = spec.config.trainer
-        shards = layout.shard_shapes(spec.shape, spec.trainer, 0, stage)
-        sizes = {name: math.prod(size) for name, size in shards.items()}
-        self.num_parameters = sum(sizes.values())
-        matrices = sum(size for name, size in sizes.items() if len(shards[name]) == 2 and ".layers." in name)
-        self._in_fp8 = matrices if t.fp8 != "none" else 0
+        self.num_parameters, in_layers = _stage_sizes(spec.shape, spec.trainer, stage)
+        self._in_fp8 = in_layers if t.fp8 != "none" else 0
         self._shard = -(-self.num_parameters // (t.data_parallel if t.distributed_optimizer else 1))
 
     @property

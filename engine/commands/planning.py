@@ -130,11 +130,16 @@ def _optimize(options: argparse.Namespace, config: RunConfig, machine: Any, know
     made = optimized(config, machine, options.gpus, known=known, workload=workload)
     own = Regime.asked(config)
     for regime, found in made.best.items():
-        if regime.lookahead == (0 if isinstance(regime.interval, str) else own.lookahead):
+        if found and regime.lookahead == (0 if isinstance(regime.interval, str) else own.lookahead):
             print_table(f"s = {regime.interval}: the fastest of {made.tried:,} layouts", best_table(found))
     print_table("seconds against staleness", frontier_table(made.best, own))
     print(trust(known.constants, known.measured, str(workload.completions), options.gpus // config.cluster.gpus_per_node))
     if options.write:
+        if not made.best[own]:
+            raise ConfigError(
+                f"--write takes the best layout for s = {own.interval}; found none that keeps the run's deadlines: raise "
+                f"inference.timeout_seconds, reward_model.timeout_seconds or trainer.timeout_seconds, or leave --write out"
+            )
         chosen = made.best[own][0]
         head = f"# Chosen by `semion plan --optimize --gpus {options.gpus}`: {chosen.layout}.\n"
         with atomic_write(options.write) as part:

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -41,7 +41,7 @@ class Registry(Generic[Part]):
         self._also = tuple(also)
         self._support = {*support, base.partition(":")[0].rpartition(".")[2]}
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Our own parts, in alphabetical order; found without importing them."""
         spec = importlib.util.find_spec(self._package)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+DIGEST = hashlib.sha256  # of the files of a checkpoint
 WRITE_BYTES = 64 << 20  # written and hashed at a time
 SYNC_BYTES = 256 << 20  # after so many they are on disk, so that a growing file says that its disk gets on
 
@@ -37,7 +38,7 @@ class FileRecord:
 def file_record(path: Path) -> FileRecord:
     """What is known of a file, by reading it."""
     with path.open("rb") as file:
-        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return FileRecord(path.stat().st_size, hashlib.file_digest(file, DIGEST).hexdigest())
 
 
 def dtype_names() -> dict[torch.dtype, str]:
@@ -76,7 +77,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest, num_bytes, waiting = hashlib.sha256(), 0, 0
+    digest, num_bytes, waiting = DIGEST(), 0, 0
     with path.open("wb") as file:
         head = len(text).to_bytes(8, "little") + text
         contents = (tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().data for name in order)

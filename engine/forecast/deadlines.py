@@ -4,7 +4,7 @@ that is planned so would end with the error of whoever waited. Seconds are the f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from engine.core.errors import ConfigError
 from engine.forecast.disk import Saving
@@ -15,9 +15,16 @@ GUESSES_ARE_OFF = 2.0  # docs/planner.md, figures of others: forecasts by data s
 CONSTANTS = "or give the machine's own constants (--calibration)"
 
 
+def slack_of(measured: Collection[str]) -> float:
+    """How many times longer than a deadline what engines need must be by the forecast for the deadline to be too short.
+    `measured`: the constants that are of the machine at hand; where an iteration's is not among them, engines' seconds are
+    guesses."""
+    return 1.0 if "iteration_seconds" in measured else GUESSES_ARE_OFF
+
+
 def missed(spec: Spec, saved: Saving | None, found: Forecast | None, slack: float = 1.0) -> list[ConfigError]:
     """An error for each deadline that is too short. `saved`: of a run with checkpoints; `found`: of one that samples. `slack`:
-    how many times longer than a deadline what engines need must be by the forecast, which may rest on guesses."""
+    see `slack_of`."""
     return [*_checkpoint(spec, saved), *(_waits(spec, found, slack) if found is not None else ())]
 
 

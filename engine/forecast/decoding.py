@@ -14,9 +14,11 @@ from engine.capacity.kv_cache import item_bytes, kv_bytes_per_token
 from engine.config.load import RunConfig
 from engine.forecast.constants import Constants
 from engine.forecast.lengths import StepWork
-from engine.inference.pool import deal, open_after
+from engine.inference.pool import deal_prompts, open_after
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
+
+LEAST_DEALT = 4  # engines whose requests are kept where some are dealt: few are told of first, more of them later
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,9 @@ class Engine:
 
     def submit(self, now: float, requests: Many[_Request]) -> None:
         """Queues requests at a time that is not before any of earlier calls."""
+        self._rush(now)
         while self._go_on(now):
-            pass
+            self._rush(now)
         if not self._count and not self._waiting:
             self.clock = max(self.clock, now)
             self._known.clear()
@@ -120,7 +123,9 @@ class Engine:
     @property
     def works(self) -> bool:
         """Whether it has anything to do now."""
-        return bool(self._count or self._waiting) and (self.aim is None or any(map(self.lacks, self.aim)))
+        if not self._count and not self._waiting:
+            return False
+        return self.aim is None or any(map(self.lacks, self.aim))
 
     def lacks(self, step: int) -> bool:
         """Whether a request of a step is not done yet."""
@@ -130,7 +135,9 @@ class Engine:
         """When the last request of a step is done; `submitted` where it has none here."""
         while self.lacks(step):
             assert self.works, f"step {step} is waited for, and engines aim at {self.aim}"
-            self._go_on(float("inf"))
+            self._rush(float("inf"), step)
+            if self.lacks(step):
+                self._go_on(float("inf"))
         return self.finished.get(step, submitted)
 
     def _go_on(self, until: float) -> bool:
@@ -138,28 +145,94 @@ class Engine:
         if self.clock >= until or not self.works:
             return False
         began = self.clock
-        self._admit()
-        if not self._count:
+        if self._waiting and self._count < self.slots:
+            self._admit()
+        running, context, slow = self._count, self._context, self.slow
+        if not running:
             return False
         count = self._first()[0] - self._iteration
-        left = (self.room - self._context) // self._count
-        if left <= 0 and self._count > 1:
-            self._give_back()
-            return True
-        count = min(count, max(1, left))
-        seconds = self.slow * self.speed.iterations(count, self._count, self._context)
+        left = (self.room - context) // running
+        if left < count:
+            if left <= 0 and running > 1:
+                self._give_back()
+                return True
+            count = max(1, left)
+        seconds = slow * self.speed.iterations(count, running, context)
         if self.clock + seconds > until:
-            count = self._fitting(count, (until - self.clock) / self.slow)
+            count = self._fitting(count, (until - self.clock) / slow)
             if not count:
                 return False
-            seconds = self.slow * self.speed.iterations(count, self._count, self._context)
+            seconds = slow * self.speed.iterations(count, running, context)
         self.clock += seconds
         self.busy += seconds
         self._iteration += count
-        self._context += count * self._count
+        self._context += count * running
         self._worked(began)
         self._complete()
         return True
+
+    def _rush(self, until: float, step: int | None = None) -> None:
+        """The same as `_go_on` over and over in one loop, which is several times faster: up to `until`, or until no request of
+        `step` is left, or as far as no request has to give its room back."""
+        if self.aim is not None:
+            return
+        speed, slots, room, slow = self.speed, self.slots, self.room, self.slow
+        fixed, each_request, weights, products = speed.fixed, speed.request, speed.weights, speed.products
+        heap, waiting, newest, known, left_of = self._heap, self._waiting, self._newest, self._known, self._left
+        began = clock = self.clock
+        busy, iteration, context, count, number, most = (
+            self.busy,
+            self._iteration,
+            self._context,
+            self._count,
+            self._number,
+            self.most,
+        )
+        while clock < until and (step is None or left_of.get(step)):
+            while waiting and count < slots:  # as `_admit`
+                request = waiting[0]
+                held = request.num_prompt + request.made
+                if count and context + held + count + 1 > room:
+                    break
+                waiting.popleft()
+                seconds = slow * (held if request.again or request.prompt not in known else 1) * speed.prompt
+                known.add(request.prompt)
+                clock += seconds
+                busy += seconds
+                request.running, request.admitted = True, iteration
+                number += 1
+                heapq.heappush(heap, (iteration + request.left, number, request))
+                newest.append(request)
+                count += 1
+                context += held
+            most = max(most, count)
+            if not count:
+                break
+            while not heap[0][2].running or heap[0][2].admitted + heap[0][2].left != heap[0][0]:  # as `_first`
+                heapq.heappop(heap)
+            ahead, left = heap[0][0] - iteration, (room - context) // count
+            if left < ahead:
+                if left <= 0 and count > 1:
+                    break
+                ahead = max(1, left)
+            each = fixed + each_request * count + max(weights, products * count)
+            seconds = slow * (ahead * each + speed.context * (ahead * context + count * ahead * (ahead - 1) / 2))
+            if clock + seconds > until:
+                break
+            clock += seconds
+            busy += seconds
+            iteration += ahead
+            context += ahead * count
+            while count and heap[0][0] <= iteration:  # as `_complete`
+                due, _, request = heapq.heappop(heap)
+                if request.running and request.admitted + request.left == due:
+                    count -= 1
+                    context -= request.num_prompt + request.made + request.left
+                    self._finish(request, clock)
+        self.clock, self.busy, self._iteration, self._context = clock, busy, iteration, context
+        self._count, self._number, self.most = count, number, most
+        if clock > began:
+            self._worked(began)
 
     def _worked(self, began: float) -> None:
         """It was busy since then; what follows at once, but for the rest of an iteration, is one stretch."""
@@ -185,11 +258,12 @@ class Engine:
         return self._heap[0]
 
     def _admit(self) -> None:
+        """Lets requests run, first come, first served, as far as there are slots and room."""
         while self._waiting and self._count < self.slots:
             request = self._waiting[0]
             held = request.num_prompt + request.made
             if self._count and self._context + held + self._count + 1 > self.room:  # none to spare for an iteration
-                return
+                break
             self._waiting.popleft()
             tokens = held if request.again or request.prompt not in self._known else 1
             self._known.add(request.prompt)
@@ -219,35 +293,68 @@ class Engine:
     def _complete(self) -> None:
         while self._count and self._first()[0] == self._iteration:
             request = heapq.heappop(self._heap)[2]
-            request.running = False
             self._context -= request.num_prompt + request.made + request.left
             self._count -= 1
-            self._left[request.step] -= 1
-            self.finished[request.step] = self.clock
-            before, after, *rest = self._open_after[request.step]
-            if self._left[request.step] == after:
-                self.handed_over.setdefault(request.step, []).append((self.clock, before - after))
-                self._open_after[request.step] = [after, *rest]
+            self._finish(request, self.clock)
+
+    def _finish(self, request: _Request, now: float) -> None:
+        """A request is done; those of its step that are to be handed over together are, with the last of them."""
+        step = request.step
+        request.running = False
+        self._left[step] = left = self._left[step] - 1
+        self.finished[step] = now
+        open_after = self._open_after[step]
+        if left == open_after[1]:
+            self.handed_over.setdefault(step, []).append((now, open_after[0] - left))
+            del open_after[0]
+
+
+class Deals:
+    """What the first engines are asked of steps, dealt once for each number of engines and each step from which on it is dealt:
+    a search has many layouts with equally many engines, and what is dealt first does not hang on how much follows."""
+
+    def __init__(self, works: Many[StepWork]) -> None:
+        """`works`: the steps' requests, repeated from the first where a run has more."""
+        self._works = works
+        self._found: dict[tuple[int, int], tuple[int, list[list[list[int]]]]] = {}  # with the number of engines told of
+
+    def shares(self, steps: range, num_engines: int, first: int) -> list[list[list[int]]]:
+        """Of each step and each of the first engines, which of the step's requests it is asked, where all these steps are
+        dealt together."""
+        key = (num_engines, steps.start % len(self._works))
+        told, found = self._found.get(key, (0, []))
+        if told < first or len(found) < len(steps):
+            told = max(told, first, LEAST_DEALT)
+            found = deal_prompts((self._works[step % len(self._works)].requests for step in steps), num_engines, told)
+            self._found[key] = (told, found)
+        return found[: len(steps)]
 
 
 class Engines:
     """All engines of a run: what is asked of them, and when the steps' answers are in."""
 
-    def __init__(self, config: RunConfig, speed: Speed, room: int, works: Many[StepWork], only: int | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        speed: Speed,
+        room: int,
+        works: Many[StepWork],
+        only: int | None = None,
+        deals: Deals | None = None,
+    ) -> None:
         """`works`: the steps' requests, repeated from the first where a run has more. `room`: tokens that the KV cache of an
-        engine holds. `only`: that so many engines are replayed, the first ones, for an estimate."""
+        engine holds. `only`: that so many engines are replayed, the first ones, for an estimate. `deals`: of the same works."""
         self._count = config.inference.engines
         self._works = works
         self.engines = [
             Engine(speed, config.inference.max_concurrent, room) for _ in range(min(self._count, only or self._count))
         ]
-        self._requests = [work.requests for work in works]
+        self._deals = deals or Deals(works)
         self._submitted: dict[int, float] = {}
 
     def open(self, now: float, steps: range) -> None:
         """Submits the prompts of these steps."""
-        batches = [self._requests[step % len(self._works)] for step in steps]
-        shares = deal(batches, self._count)
+        shares = self._deals.shares(steps, self._count, len(self.engines))
         for step in steps:
             self._submitted[step] = now
         for place, engine in enumerate(self.engines):

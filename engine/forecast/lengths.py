@@ -15,13 +15,12 @@ from statistics import NormalDist
 from typing import Any
 
 from engine.config.load import RunConfig
-from engine.core.arrays import NO_LOG_PROBS, NO_TOKENS
+from engine.core.arrays import NO_LOG_PROBS
 from engine.core.errors import ConfigError
 from engine.core.jsonl import read_objects, row_of
 from engine.core.seeds import counted_seed
 from engine.core.segments import is_folder_of_segments, segments_of
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
-from engine.inference.sampling import SampleRequest
 from engine.megatron.dealing import Outline, outlines_of
 from engine.observe.rollouts import rollouts_of
 from engine.rollouts.batch import step_data
@@ -122,24 +121,24 @@ class StepWork:
     completions: tuple[tuple[int, ...], ...]
     outlines: tuple[Outline, ...]
 
-    @property
+    @cached_property
     def num_sampled(self) -> int:
         """Tokens of all responses."""
         return sum(map(sum, self.completions))
 
-    @property
+    @cached_property
     def num_trained(self) -> int:
         """Tokens of all training sequences."""
         return sum(outline.num_tokens for outline in self.outlines)
 
     @cached_property
-    def requests(self) -> list[SampleRequest]:
-        """As the pool is asked, for it to deal them."""
-        return [
-            SampleRequest("", f"p{place}", index, 0, NO_TOKENS, 1.0, 1.0, 1)
-            for place, lengths in enumerate(self.completions)
-            for index in range(len(lengths))
-        ]
+    def requests(self) -> list[range]:
+        """Of each prompt, which of the step's requests are its samples, as the pool deals them."""
+        found, first = [], 0
+        for lengths in self.completions:
+            found.append(range(first, first + len(lengths)))
+            first += len(lengths)
+        return found
 
 
 MOST_DRAWN = 8_000  # responses that are drawn for one forecast; a run's further steps repeat them

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from engine.config.load import RunConfig, override
 from engine.core.arrays import NO_LOG_PROBS, NO_TOKENS, TokenIds
+from engine.core.tensor_files import DIGEST, WRITE_BYTES
 from engine.core.types import Sequence
 from engine.forecast.calibration import Calibration, Measured
 from engine.forecast.constants import Constants
@@ -61,10 +62,12 @@ def calibrate(config: RunConfig | None, folder: Path, say: Callable[[str], None]
     """The machine's constants; those of sampling, training and rewards only with a configuration, whose model it loads.
     `folder`: on whose disk it writes, and removes, 256 MiB."""
     found: dict[str, Measured] = {}
-    say("a matrix product, copies, the disk")
+    say("a matrix product, copies, the disk, digests")
     machine, measured = _alone(_machine, config.model.dtype if config else "float32")
     found |= measured
     found["disk_gigabytes_per_second"] = Measured(value=_disk(folder) / 1e9, how=f"{WRITTEN >> 20} MiB written and synced")
+    how = f"{DIGEST().name} of {WRITE_BYTES >> 20} MiB at a time, one thread"
+    found["digest_gigabytes_per_second"] = Measured(value=_digest() / 1e9, how=how)
     if not visible_gpus():
         say("its cores together, sums over two ranks")
         found |= _cores() | _links()
@@ -278,6 +281,16 @@ def _disk(folder: Path) -> float:
         file.flush()
         os.fsync(file.fileno())
         return WRITTEN / (time.perf_counter() - started)
+
+
+def _digest() -> float:
+    """Bytes a second that one thread hashes as a checkpoint's files are, block by block; the fastest block's."""
+    block, digest, best, until = bytes(WRITE_BYTES), DIGEST(), float("inf"), time.perf_counter() + SECONDS_EACH
+    while time.perf_counter() < until or best == float("inf"):
+        started = time.perf_counter()
+        digest.update(block)
+        best = min(best, time.perf_counter() - started)
+    return WRITE_BYTES / best
 
 
 def _one_rank(config: RunConfig) -> RunConfig:

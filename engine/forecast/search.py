@@ -15,12 +15,15 @@ from engine.capacity.memory import STAGING_BUCKETS, Channel, estimate
 from engine.capacity.transfer import Machine
 from engine.config.load import RunConfig, override
 from engine.config.options import Trainer
-from engine.core.errors import ConfigError
+from engine.core.errors import ConfigError, combined
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import Engines, Speed, speed_of
+from engine.forecast.deadlines import missed
+from engine.forecast.decoding import Deals, Engines, Speed, speed_of
+from engine.forecast.disk import saving
 from engine.forecast.lengths import Workload, draw_steps
 from engine.forecast.replay import judged_at
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime
+from engine.forecast.rows import Rows
+from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, judges_one_by_one, judging_seconds
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.headers import num_elements
@@ -30,6 +33,7 @@ from engine.run.spec import Spec, assemble
 FREE_SHARE = 0.05  # of a GPU, for what the memory estimate does not see
 BEST = 5  # that are told of each s
 TRIED = 8  # that are forecast in full, of each s
+MOST_FORECAST = 24  # of each s, where some would not keep the run's deadlines
 SLOTS = (64, 256, 1024)  # requests that an engine decodes together, beside the configuration's
 ALIKE = 0.01  # of a step: of layouts so close, the one with fewer GPUs comes first
 STEPS = 2  # that the trainer's layouts are compared by
@@ -83,8 +87,16 @@ class Search:
     """The search of one configuration's model, data and algorithm."""
 
     def __init__(
-        self, spec: Spec, machine: Machine, constants: Constants, workload: Workload, num_gpus: int, regimes: Many[Regime]
+        self,
+        spec: Spec,
+        machine: Machine,
+        constants: Constants,
+        workload: Workload,
+        num_gpus: int,
+        regimes: Many[Regime],
+        slack: float = 1.0,
     ) -> None:
+        """`slack`: of deadlines, see `slack_of`. ConfigError for GPUs that are no whole nodes."""
         self._spec, self._machine, self._constants, self._workload = spec, machine, constants, workload
         self._config, self._regimes = spec.config, tuple(regimes)
         self._intervals = tuple(dict.fromkeys(regime.interval for regime in regimes))
@@ -104,11 +116,19 @@ class Search:
         self._gpu_bytes = round(machine.gpu_gibibytes * GIB)
         self._weight_bytes = num_elements(spec.shape) * item_bytes(spec.config.model.dtype)
         self.works = draw_steps(spec.config, workload, spec.config.run.steps)
+        self._deals, self._rows = Deals(self.works), Rows()
+        self._schedules = {regime: regime.of(self._config.schedule) for regime in regimes}
+        together = {interval: Regime(interval).of(self._config.schedule).opens(0) for interval in self._intervals}
+        self._together = {interval: len(steps) for interval, steps in together.items()}  # steps that are sampled together
         self._trained: dict[Trainer, Many[TrainingStep]] = {}
+        self._slack = slack
+        self._late: list[ConfigError] = []  # deadlines that the last layout left out for them would not keep
         self.tried = 0
+        self.num_forecasts = 0  # made in full
 
     def best(self) -> dict[Regime, list[Found]]:
-        """The best layouts for each regime, the fastest first. ConfigError where none fits."""
+        """The best layouts for each regime, the fastest first; none where those that come first by their estimates would not
+        keep the run's deadlines. ConfigError where none fits, or none keeps them for any regime."""
         trainers = list(self._trainers())
         engines = list(self._engines())
         found: dict[Regime, list[Found]] = {}
@@ -130,9 +150,10 @@ class Search:
             )
             self.tried = max(self.tried, len(ranked))
             full: list[Found] = []
+            until = self.num_forecasts + MOST_FORECAST
             splits: set[tuple[int, int, Placement]] = set()
             for _, _, _, trainer, engine, placement in ranked:
-                if len(full) == TRIED:
+                if len(full) == TRIED or self.num_forecasts == until:
                     break
                 split = (trainer.gpus, engine.gpus, placement)
                 if split in splits:  # a faster one with as many GPUs each fits
@@ -141,10 +162,12 @@ class Search:
                 if made is not None and (one := self._forecast(*made, regime)) is not None:
                     full.append(one)
                     splits.add(split)
-            if (own := self._own(regime)) is not None and own.layout not in {one.layout for one in full}:
+            if (own := self._own(regime, _slowest(full))) is not None and own.layout not in {one.layout for one in full}:
                 full.append(own)
             found[regime] = _ranked(full)[:BEST]
         if not any(found.values()):
+            if self._late:
+                raise combined(self._late)
             raise ConfigError(
                 f"--gpus {self._gpus + self._judges} of {self._machine.gpu_gibibytes:g} GiB must hold the trainer and an "
                 f"engine; found no layout by tensor, pipeline and data parallelism that fits: give more GPUs, or set "
@@ -152,12 +175,13 @@ class Search:
             )
         return found
 
-    def _own(self, regime: Regime) -> Found | None:
-        """The configuration's own layout, where it fits into so many GPUs and this regime: somebody has thought about it."""
+    def _own(self, regime: Regime, slowest: float = float("inf")) -> Found | None:
+        """The configuration's own layout, where it fits into so many GPUs and this regime: somebody has thought about it. None
+        where its trainer alone takes longer than the slowest step that is told."""
         if regime.lookahead and self._config.inference.placement == "colocated":
             return None
         made = self._made({})
-        return self._forecast(*made, regime) if made is not None else None
+        return self._forecast(*made, regime, slowest) if made is not None else None
 
     # -- the trainer's layouts
 
@@ -210,7 +234,7 @@ class Search:
                     held = max(estimate(spec, self._channel, self._gpu_bytes).stages)
                     if held > self._gpu_bytes * (1 - FREE_SHARE):
                         continue
-                    training = Training(spec, self._constants)
+                    training = Training(spec, self._constants, self._rows)
                     compared = 1 if self._gpus > MANY else STEPS
                     step = mean_step([training.step(work.outlines) for work in self.works[:compared]])
                 except ConfigError:
@@ -239,7 +263,7 @@ class Search:
                     }
                     spec = self._assembled(self._light(options | {"inference.placement": "disaggregated"}))
                     room = self._room(spec)
-                    asked = -(-max(map(self._steps_of, self._intervals)) * self._config.rollouts_per_step // whole)
+                    asked = -(-max(self._together.values()) * self._config.rollouts_per_step // whole)
                     if (min(count, asked), room) in seen:  # an engine is never asked for so many
                         continue
                     seen.add((min(count, asked), room))
@@ -262,26 +286,29 @@ class Search:
 
     def _ready(self, spec: Spec, room: int) -> dict[int | str, tuple[float, ...]]:
         """When every step of an interval has been sampled by the first engine and judged, counted from the sync."""
-        forecaster = self._forecaster(spec)
+        one_by_one, judged = judges_one_by_one(spec), [judging_seconds(spec, self._constants, work) for work in self.works]
         speed = speed_of(spec.shape, spec.config, self._constants)
+        alone = [speed.iterations(max(map(max, work.completions)), 1, min(work.prompts)) for work in self.works]
         found: dict[int, tuple[float, ...]] = {}
         shown: dict[int | str, tuple[float, ...]] = {}
-        for interval in self._intervals:
-            count = self._steps_of(interval)
+        for interval in sorted(self._intervals, key=lambda one: -self._together[one]):  # the others' requests are among these
+            count = self._together[interval]
             if count not in found:
                 most = MOST_ASKED * spec.config.inference.engines // self._config.rollouts_per_step
                 replayed = min(count, max(2, most))
-                engines = Engines(spec.config, speed, room, self.works, 1)
+                engines = Engines(spec.config, speed, room, self.works, 1, self._deals)
                 engines.open(0.0, range(replayed))
                 sampled = [engines.sampled(step) for step in range(replayed)]
-                parts = [engines.handed_over(step) for step in range(replayed)] if forecaster.one_by_one else []
+                parts = [engines.handed_over(step) for step in range(replayed)] if one_by_one else []
                 later = max((sampled[-1] - sampled[0]) / max(1, replayed - 1), self._full_engine(spec, speed, room))
                 until, times = 0.0, []
                 for step in range(count):
                     known = min(step, replayed - 1)
                     of_step = (parts[known] if parts else []) or [(sampled[known], 1.0)]
+                    longest = alone[step % len(alone)]  # of the step's responses, which another engine may have
                     here = [(when + later * (step - known), share) for when, share in of_step]
-                    until = judged_at(here, forecaster.judging(self.works[step % len(self.works)]), until)
+                    here[-1] = (max(here[-1][0], longest), here[-1][1])
+                    until = judged_at(here, judged[step % len(judged)], until)
                     times.append(until)
                 found[count] = tuple(times)
             shown[interval] = found[count]
@@ -294,14 +321,6 @@ class Search:
         held = sum(work.prompts) // len(work.prompts) + work.num_sampled // requests // 2  # of a request, half of it sampled
         together = max(1, min(i.max_concurrent, room // held))
         return work.num_sampled / i.engines / together * speed.iterations(1, together, together * held)
-
-    def _forecaster(self, spec: Spec) -> Forecaster:
-        given = Inputs(spec, self._constants, self._workload, 0.0, self._gpu_bytes)
-        return Forecaster(given, self.works[:1])
-
-    def _steps_of(self, interval: int | str) -> int:
-        """Steps that are sampled together."""
-        return len(Regime(interval).of(self._config.schedule).opens(0))
 
     # -- both together
 
@@ -359,16 +378,30 @@ class Search:
             return None
         return config, spec, spare
 
-    def _forecast(self, config: RunConfig, spec: Spec, spare: int, regime: Regime) -> Found | None:
+    def _forecast(
+        self, config: RunConfig, spec: Spec, spare: int, regime: Regime, slowest: float = float("inf")
+    ) -> Found | None:
+        """A layout forecast in full; None where the run would not keep its deadlines, by the rule of `semion plan`, or where a
+        step's training takes longer than `slowest`, whatever the engines do."""
+        saved = saving(spec, self._constants)
+        if late := missed(spec, saved, None):
+            self._late = late
+            return None
         i, t = config.inference, config.trainer
         transfer = self._transfer(i.engines * i.tensor_parallel, i.tensor_parallel, t.world_size)
         given = Inputs(spec, self._constants, self._workload, transfer, self._gpu_bytes)
         try:
-            forecaster = Forecaster(given, self.works, 4, self._trained.get(t))
-            forecast = forecaster.forecast(regime.of(self._config.schedule))
+            forecaster = Forecaster(given, self.works, 4, self._trained.get(t), self._deals, self._rows)
+            self._trained[t] = forecaster.trained
+            if min(step.seconds.total for step in forecaster.trained) > slowest:
+                return None
+            self.num_forecasts += 1
+            forecast = forecaster.forecast(self._schedules[regime])
         except ConfigError:  # a sequence that is longer than a row
             return None
-        self._trained[t] = forecaster.trained
+        if late := missed(spec, saved, forecast, self._slack):
+            self._late = late
+            return None
         return Found(config, forecast, spare)
 
     # -- what all of them need
@@ -406,6 +439,12 @@ class Search:
         one_node = config.model_copy(update={"cluster": config.cluster.model_copy(update={"nodes": 1})})
         spec = assemble(one_node, self._spec.shape, source=self._spec.source, reward_shape=self._spec.reward_shape)
         return replace(spec, config=config)
+
+
+def _slowest(found: Many[Found]) -> float:
+    """Seconds of a step above which a layout is not among the best; no limit where there is room for one more."""
+    seconds = sorted(one.forecast.step_seconds for one in found)
+    return seconds[BEST - 1] * (1 + ALIKE) if len(seconds) >= BEST else float("inf")
 
 
 def _ranked(found: Many[Found]) -> list[Found]:

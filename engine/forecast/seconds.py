@@ -16,9 +16,10 @@ from engine.config.schedules.base import Schedule
 from engine.evaluation.accuracy import tickets
 from engine.forecast import disk
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import Engines, Speed, speed_of
+from engine.forecast.decoding import Deals, Engines, Speed, speed_of
 from engine.forecast.lengths import LogNormal, StepWork, Workload, draw_steps
 from engine.forecast.replay import Cores, Costs, Played, Sampled, play, window
+from engine.forecast.rows import Rows
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
 from engine.rewards.pool.workers import num_workers
@@ -93,6 +94,24 @@ class Forecast:
         return self.run_seconds * self.gpus / 3600
 
 
+def judges_one_by_one(spec: Spec) -> bool:
+    """Whether answers are judged as engines hand them over. A user's own reward is taken to be one that judges so."""
+    return spec.reward_shape is None
+
+
+def judging_seconds(spec: Spec, constants: Constants, work: StepWork) -> float:
+    """Seconds for which a step's answers are judged."""
+    c, config = constants, spec.config
+    answers = sum(map(len, work.completions))
+    if spec.reward_shape is not None:
+        tokens = work.num_sampled + sum(p * len(of) for p, of in zip(work.prompts, work.completions, strict=True))
+        flops = 2 * num_elements(spec.reward_shape) * tokens
+        return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share * config.reward_model.engines)
+    if config.data.rewards == ("math",):
+        return answers / (c.verified_per_second * num_workers(config.rewards))
+    return answers / (c.function_per_second * num_workers(config.rewards) * config.rewards.concurrency)
+
+
 class Forecaster:
     """Forecasts of one configuration under several schedules: what they share is worked out once."""
 
@@ -102,19 +121,22 @@ class Forecaster:
         works: Many[StepWork] | None = None,
         only: int | None = None,
         trained: Many[TrainingStep] | None = None,
+        deals: Deals | None = None,
+        rows: Rows | None = None,
     ) -> None:
         """`works`: steps that were drawn before, of the same data and algorithm. `only`: replays that many engines. `trained`:
-        the steps of a trainer of the same layout."""
+        the steps of a trainer of the same layout. `deals`, `rows`: of these works, dealt and laid out before."""
         self.given = given
         self._config = given.spec.config
         self._only = only
         self.works = works or draw_steps(self._config, given.workload, self._config.run.steps)
-        self._training = trained or self._trained()
+        self._deals = deals or Deals(self.works)
+        self._training = trained or self._trained(rows)
         samples = given.spec.starts_engines and given.spec.source == "rollouts"
         self._speed: Speed | None = speed_of(given.spec.shape, self._config, given.constants) if samples else None
 
-    def _trained(self) -> list[TrainingStep]:
-        training = Training(self.given.spec, self.given.constants)
+    def _trained(self, rows: Rows | None) -> list[TrainingStep]:
+        training = Training(self.given.spec, self.given.constants, rows)
         distinct = min(len(self.works), max(1, MOST_TRAINED * 256 // max(256, self._config.trainer.world_size)))
         return [training.step(work.outlines) for work in self.works[:distinct]]
 
@@ -160,9 +182,9 @@ class Forecaster:
             return None
         engines = self._config.inference.engines
         if self.given.constants.cores:
-            return Engines(self._config, self._speed, self.room, self.works)
+            return Engines(self._config, self._speed, self.room, self.works, deals=self._deals)
         most = max(LEAST_ENGINES, MOST_REPLAYED * engines // (num_steps * self._config.rollouts_per_step))
-        return Engines(self._config, self._speed, self.room, self.works, min(self._only or most, most))
+        return Engines(self._config, self._speed, self.room, self.works, min(self._only or most, most), self._deals)
 
     def _costs(self) -> Costs:
         c = self.given.constants
@@ -171,7 +193,7 @@ class Forecaster:
             (c.sampled_megatoken_seconds * work.num_sampled + c.trained_megatoken_seconds * work.num_trained) / 1e6
             for work in self.works
         ]
-        judged = [self.judging(work) for work in self.works]
+        judged = [judging_seconds(self.given.spec, c, work) for work in self.works]
         colocated = self.given.spec.colocated
         return Costs(
             train=lambda step: trained[step % len(trained)],
@@ -181,7 +203,7 @@ class Forecaster:
             turn=c.sleep_seconds if colocated else 0.0,
             colocated=colocated,
             cores=self._cores() if c.cores else None,
-            one_by_one=self.one_by_one,
+            one_by_one=judges_one_by_one(self.given.spec),
         )
 
     def _cores(self) -> Cores:
@@ -196,23 +218,6 @@ class Forecaster:
             engine=config.inference.tensor_parallel * config.inference.threads,
             rewards=config.inference.threads * config.reward_model.engines if model else num_workers(config.rewards),
         )
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether answers are judged as engines hand them over. A user's own reward is taken to be one that judges so."""
-        return self.given.spec.reward_shape is None
-
-    def judging(self, work: StepWork) -> float:
-        """Seconds for which a step's answers are judged."""
-        c, config, spec = self.given.constants, self._config, self.given.spec
-        answers = sum(map(len, work.completions))
-        if spec.reward_shape is not None:
-            tokens = work.num_sampled + sum(p * len(of) for p, of in zip(work.prompts, work.completions, strict=True))
-            flops = 2 * num_elements(spec.reward_shape) * tokens
-            return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share * config.reward_model.engines)
-        if config.data.rewards == ("math",):
-            return answers / (c.verified_per_second * num_workers(config.rewards))
-        return answers / (c.function_per_second * num_workers(config.rewards) * config.rewards.concurrency)
 
     def _summary(self, schedule: Schedule, played: Played) -> Forecast:
         c, spec, config = self.given.constants, self.given.spec, self._config
@@ -270,7 +275,7 @@ class Forecaster:
             checkpoint_disk_seconds=written,
             num_checkpoints=count,
             longest_wait_seconds=self._seen[2],
-            judging_seconds=max(map(self.judging, self.works)),
+            judging_seconds=max(judging_seconds(spec, c, work) for work in self.works),
             ledger_bytes_per_day=sampled * c.ledger_token_bytes * 86400 / seconds if self._speed is not None else 0.0,
             run_seconds=run,
         )
@@ -297,7 +302,8 @@ class Forecaster:
         engines = Engines(config, speed_of(spec.shape, config, self.given.constants), self.room, parts, 4)
         engines.open(0.0, range(len(parts)))
         sampled = max(map(engines.sampled, range(len(parts))))
-        return sampled + self.judging(StepWork(tuple(prompts), tuple(answers), ())), engines.longest_wait
+        everything = StepWork(tuple(prompts), tuple(answers), ())
+        return sampled + judging_seconds(spec, self.given.constants, everything), engines.longest_wait
 
 
 TRAIN_PARTS = (

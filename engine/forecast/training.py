@@ -13,7 +13,7 @@ from engine.capacity.memory import TrainerState
 from engine.capacity.resolved import Resolved
 from engine.forecast.constants import Constants
 from engine.forecast.pipeline import Operation, replay, replay_forward
-from engine.forecast.rows import RankRows, RowSize, rows_of_step
+from engine.forecast.rows import RankRows, Rows, RowSize
 from engine.megatron.dealing import Outline
 from engine.models.headers import num_elements
 from engine.models.sharding import stage_layers
@@ -58,8 +58,9 @@ class TrainingStep:
 class Training:
     """The trainer of a run, for any step of it."""
 
-    def __init__(self, spec: Resolved, constants: Constants) -> None:
-        self._spec, self._constants = spec, constants
+    def __init__(self, spec: Resolved, constants: Constants, rows: Rows | None = None) -> None:
+        """`rows`: laid out before."""
+        self._spec, self._constants, self._rows = spec, constants, rows or Rows()
         self._trainer = t = spec.config.trainer
         shape, self._layers = spec.shape, stage_layers(spec.shape, spec.trainer)
         self._head = shape.vocab_size * shape.hidden
@@ -73,16 +74,15 @@ class Training:
 
     def step(self, outlines: Many[Outline]) -> TrainingStep:
         """Of these training sequences. ConfigError when one exceeds trainer.microbatch_tokens."""
-        ranks = rows_of_step(outlines, self._trainer, self._spec.shape.attention_cost)
+        ranks = self._rows.of_step(outlines, self._trainer, self._spec.shape.attention_cost)
         work = [sum(map(self._forward_flops, rank.rows)) for rank in ranks]
         mean = sum(work) / len(work)
         fullest = sorted(range(len(ranks)), key=lambda rank: -work[rank])[:REPLAYED_RANKS]
         found = {rank: self._of_rank(ranks[rank]) for rank in fullest}
         place = max(found, key=lambda rank: found[rank].total)
         slowest, passes = found[place], FORWARD_AND_BACKWARD + self._trainer.recompute
-        own = passes * self._busy(ranks[place])
-        mean_ideal = passes * sum(map(self._busy, ranks)) / len(ranks)
         rows = [row for rank in ranks for row in rank.rows]
+        own, mean_ideal = passes * self._busy(ranks[place].rows), passes * self._busy(rows) / len(ranks)
         held, targets, looks = (sum(getattr(row, name) for row in rows) for name in ("held", "targets", "looks"))
         seconds = StepSeconds(
             reference=slowest.reference,
@@ -134,11 +134,11 @@ class Training:
     def _stages(self) -> range:
         return range(self._num_stages)
 
-    def _busy(self, rank: RankRows) -> float:
-        """Seconds of a forward of its rows on the mean stage."""
-        chunks = range(self._num_chunks)
-        each = (self._seconds(row, s, c) for row in rank.rows for s in self._stages for c in chunks)
-        return sum(each) / self._num_stages
+    def _busy(self, rows: Many[RowSize]) -> float:
+        """Seconds of a forward of these rows on the mean stage."""
+        tokens, targets, looks = (sum(getattr(row, name) for row in rows) for name in ("tokens", "targets", "looks"))
+        shape = self._spec.shape
+        return self._through(shape.num_layers, len(rows), tokens, targets, looks) / self._num_stages
 
     def _forward_flops(self, row: RowSize) -> float:
         return self._flops(row.tokens, row.targets, row.looks)
@@ -152,11 +152,15 @@ class Training:
 
     def _seconds(self, row: RowSize, stage: int, chunk: int) -> float:
         """Of a row's forward through a model chunk, on each of its tensor-parallel ranks."""
-        shape, count = self._spec.shape, len(self._layers[stage][chunk])
         is_last = stage == self._num_stages - 1 and chunk == self._num_chunks - 1
-        flops = 2 * self._per_layer * count * row.tokens / self._fp8 + (2 * self._head * row.targets if is_last else 0)
-        flops += 4 * count * shape.num_heads * shape.head_dim * row.looks
-        return flops / self._peak + count * self._constants.layer_row_seconds
+        return self._through(len(self._layers[stage][chunk]), 1, row.tokens, row.targets if is_last else 0, row.looks)
+
+    def _through(self, num_layers: int, num_rows: int, tokens: float, targets: float, looks: float) -> float:
+        """Of a forward of rows with so many tokens, looks, and targets of the output layer, through so many layers."""
+        shape = self._spec.shape
+        flops = 2 * self._per_layer * num_layers * tokens / self._fp8 + 2 * self._head * targets
+        flops += 4 * num_layers * shape.num_heads * shape.head_dim * looks
+        return flops / self._peak + num_rows * num_layers * self._constants.layer_row_seconds
 
     def _collective(self, row: RowSize, stage: int, chunk: int) -> float:
         """Of the sums over tensor-parallel ranks in it, that computing does not hide."""

@@ -8,8 +8,9 @@ are asked for in several calls, so that they can be judged while others are samp
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -74,21 +75,33 @@ def deal(batches: Sequence[Sequence[SampleRequest]], num_engines: int) -> list[l
     far, over all batches. No engine gets more than its part of them, rounded up; so of the last prompts, where they do not come
     out even, the requests are shared by a few engines.
     """
-    loads, num_dealt = [0] * num_engines, 0
-    shares: list[list[list[int]]] = []
+    prompts: list[dict[str, list[int]]] = []
     for batch in batches:
-        share: list[list[int]] = [[] for _ in range(num_engines)]
-        num_dealt += len(batch)
-        most = -(-num_dealt // num_engines)
-        prompts: dict[str, list[int]] = {}
+        prompts.append({})
         for place, request in enumerate(batch):
-            prompts.setdefault(request.prompt_id, []).append(place)
-        for places in prompts.values():
+            prompts[-1].setdefault(request.prompt_id, []).append(place)
+    return deal_prompts([list(of.values()) for of in prompts], num_engines)
+
+
+def deal_prompts(
+    batches: Iterable[Sequence[Sequence[int]]], num_engines: int, first: int | None = None
+) -> list[list[list[int]]]:
+    """`deal` of batches in which it is known already which positions are of one prompt. `first`: only the shares of so many
+    engines, the first ones, are told."""
+    told = num_engines if first is None else min(first, num_engines)
+    loads, num_dealt = [(0, engine) for engine in range(num_engines)], 0  # a heap: the fewest requests first, then by number
+    shares: list[list[list[int]]] = []
+    for prompts in batches:
+        share: list[list[int]] = [[] for _ in range(told)]
+        num_dealt += sum(map(len, prompts))
+        most = -(-num_dealt // num_engines)
+        for places in prompts:
             while places:
-                engine = min(range(num_engines), key=loads.__getitem__)
-                given, places = places[: most - loads[engine]], places[most - loads[engine] :]
-                share[engine] += given
-                loads[engine] += len(given)
+                load, engine = loads[0]
+                given, places = places[: most - load], places[most - load :]
+                if engine < told:
+                    share[engine] += given
+                heapq.heapreplace(loads, (load + len(given), engine))
         shares.append([sorted(places) for places in share])
     return shares
 

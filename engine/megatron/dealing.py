@@ -364,10 +364,10 @@ def _first_fit(outlines: Many[Outline], trainer: Trainer, costs: Costs) -> list[
     def place(unit: list[Outline], size: int) -> None:
         least = sum(one.num_completion - 1 for one in unit)  # where the prompts are there already
         fitting = (row for row in rows if row.used + least <= room and row.used + row.growth(unit, size, costs) <= room)
-        row = next(fitting, None)
-        if row is None:
-            rows.append(row := _Open())
-        row.take(unit, size, costs)
+        chosen = next(fitting, None)
+        if chosen is None:
+            rows.append(chosen := _Open())
+        chosen.take(unit, size, costs)
 
     for unit in units:
         if (size := costs.num_tokens(unit)) <= room:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from collections import deque
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
+from engine.core.arrays import NO_TOKENS
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import Engine, Engines, Speed, _Request, speed_of
+from engine.forecast.decoding import Deals, Engine, Engines, Speed, _Request, speed_of
 from engine.forecast.lengths import LogNormal, Workload, draw_steps
+from engine.inference.pool import deal
+from engine.inference.sampling import SampleRequest
 from engine.models.config_file import read_shape
 from tests import builders
 
@@ -101,6 +105,45 @@ def test_the_replay_equals_its_token_by_token_twin(room):
     engine.submit(0.0, [_Request(i, (i, 0), prompt, length) for i, (prompt, length) in enumerate(requests)])
     assert [engine.done(i, 0) for i in range(len(requests))] == pytest.approx(wanted)
     assert engine.preempted == preempted and (preempted > 0) == (room == 60)
+
+
+@pytest.mark.parametrize(("room", "slots"), [(400, 8), (10_000, 8), (10_000, 64)])
+def test_the_fast_loop_equals_going_from_completion_to_completion(room, slots, monkeypatch):
+    """To the last bit; requests come while others run, weights change under way, and a cache may be too small."""
+
+    def everything() -> list[Any]:
+        draw = random.Random(slots)
+        engine, now = Engine(MIXED, slots, room), 0.0
+        for step in range(6):
+            asked = [_Request(step, (step, i // 4), draw.randint(1, 9), draw.randint(1, 90)) for i in range(30)]
+            engine.submit(now, asked)
+            now = max(now, engine.done(step, now)) if step % 3 == 1 else now + 100 * draw.random()
+            if step == 3:
+                engine.pause(now + 5.0)
+        until = [engine.done(step, now) for step in range(6)]
+        told = (engine.busy, engine.preempted, engine.most, engine.finished, engine.handed_over, engine.stretches)
+        return [until, *told]
+
+    fast = everything()
+    monkeypatch.setattr(Engine, "_rush", lambda *_: None)
+    assert fast == everything()
+    assert (fast[2] > 0) == (room == 400) and fast[3] <= slots
+
+
+def test_equal_deals_are_made_once_and_are_the_pools(monkeypatch):
+    """A search asks for the same requests of as many engines again and again."""
+    config = builders.config(data={"prompts_per_step": 6}, sampling={"max_tokens": 30})
+    works = draw_steps(config, Workload(LogNormal(10, 0.5, 30), LogNormal(5, 0, 10)), 3)
+    deals = Deals(works)
+    found = deals.shares(range(1, 3), 6, 2)
+    monkeypatch.setattr("engine.forecast.decoding.deal_prompts", None)
+    assert deals.shares(range(4, 6), 6, 3) == found, "steps 4 and 5 ask what 1 and 2 did"
+    assert deals.shares(range(1, 2), 6, 1) == found[:1], "what is dealt first does not hang on what follows"
+    samples = config.algorithm.samples_per_prompt
+    batches = [
+        [SampleRequest("", f"p{p}", i, 0, NO_TOKENS, 1.0, 1.0, 1) for p in range(6) for i in range(samples)] for _ in range(2)
+    ]
+    assert found == [of_step[:4] for of_step in deal(batches, 6)]
 
 
 def test_twice_the_engines_are_never_slower():

@@ -199,7 +199,8 @@ def test_calibrate_measures_the_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("engine.forecast.measuring.WRITTEN", 1 << 22)
     assert cli.main(["calibrate", "--output", str(tmp_path / "c.json")]) == 0
     found = read_calibration(tmp_path / "c.json")
-    machine = {"peak_teraflops", "memory_gigabytes_per_second", "disk_gigabytes_per_second"}
+    disk = {"disk_gigabytes_per_second", "digest_gigabytes_per_second"}
+    machine = {"peak_teraflops", "memory_gigabytes_per_second"} | disk
     links = {"sum_seconds", "nvlink_gigabytes_per_second", "hop_seconds"}
     assert found.constants.keys() == machine | links | {"cores"}
     assert 1 <= found.constants["cores"].value <= len(os.sched_getaffinity(0))
@@ -312,6 +313,36 @@ def test_the_search_finds_layouts_that_fit_and_repeats_itself():
             assert resolve(one.config, digests=False).placement is not None
         fastest = min(one.forecast.step_seconds for one in found)
         assert found[0].forecast.step_seconds <= fastest * 1.011
+
+
+def test_the_search_finds_what_forecasting_every_layout_in_full_finds():
+    """Of four GPUs, for each regime; with a tenth of the forecasts."""
+    search = small_search(4)
+    best = search.best()
+    made, layouts = search.num_forecasts, 0
+    trainers, engines = list(search._trainers()), list(search._engines())
+    for regime, found in best.items():
+        every: list[float] = []
+        for trainer, engine, placement in search._pairs(trainers, engines):
+            layout = search._made({**trainer.options, **engine.options, "inference.placement": placement})
+            if layout is None or (placement == "colocated" and regime.lookahead):
+                continue
+            one = search._forecast(*layout, regime)
+            assert one is not None
+            every.append(one.forecast.step_seconds)
+        layouts += len(every)
+        assert found[0].forecast.step_seconds <= min(every) * 1.011, regime
+    assert made <= 3 * 9 and layouts > 5 * made, "eight of each regime, and its own layout"
+
+
+def test_engines_whose_longest_response_another_one_has_are_not_taken_for_faster():
+    """Online, of eight engines of one GPU only one has the step's longest response: estimates must know of it."""
+    search = small_search(8)
+    longest = max(map(max, search.works[0].completions))
+    engines = list(search._engines())
+    assert any(engine.options["inference.engines"] == 8 for engine in engines)
+    for engine in engines:
+        assert engine.ready[1][0] > 0.003 * longest, "an iteration takes 3 ms at least"
 
 
 def test_sampling_ahead_is_never_slower_than_waiting():

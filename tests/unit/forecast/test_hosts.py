@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from engine import cli
-from engine.api.planning import planned
+from engine.api.planning import optimized, planned
 from engine.capacity.transfer import Machine
-from engine.config.load import RunConfig, load_config
+from engine.config.load import RunConfig, load_config, override
 from engine.core.errors import ConfigError
 from engine.forecast import disk, hosts
-from engine.forecast.calibration import calibrated
+from engine.forecast.calibration import Calibration, Measured, calibrated
 from engine.forecast.constants import Constants
+from engine.forecast.seconds import Regime
 from engine.run.spec import Spec, resolve, settled
 
 ROOT = Path(__file__).parents[3]
@@ -29,6 +30,7 @@ LAYER_405B = 2 * 16_384**2 + 2 * 1_024 * 16_384 + 3 * 16_384 * 53_248 + 2 * 16_3
 LAST_405B = 16 * LAYER_405B + 128_256 * 16_384 + 16_384  # of eight stages, the one with the output layer
 WEIGHTS, STATE = 2, 12  # bytes a parameter: bfloat16; two moments and the float32 original
 SMALL = ("data.prompts_per_step=16", "sampling.max_tokens=256")
+OWN = calibrated(Calibration(machine="a machine", constants={"iteration_seconds": Measured(value=0.003, how="decoding")}))
 DISK, COPY = 2e9, 20e9  # bytes a second, the planner's constants
 # (parameters of the fullest node's ranks, ranks that share the stage, of them on a node, nodes that hold the model once when
 # what each reads is added up)
@@ -182,7 +184,7 @@ def test_an_evaluation_that_misses_its_deadline_is_refused(tmp_path):
     assert found.longest_wait_seconds < found.evaluation_wait_seconds < found.evaluation_seconds
     between = (found.longest_wait_seconds + found.evaluation_wait_seconds) / 2
     with pytest.raises(ConfigError, match="longer than an engine takes for a part of an evaluation"):
-        planned(of("8b-4x4", *asked, f"inference.timeout_seconds={between}"), Machine(), known=calibrated(), intervals=())
+        planned(of("8b-4x4", *asked, f"inference.timeout_seconds={between}"), Machine(), known=OWN, intervals=())
 
 
 def test_guesses_refuse_what_misses_its_deadline_by_far_only():
@@ -190,9 +192,29 @@ def test_guesses_refuse_what_misses_its_deadline_by_far_only():
     found = planned(of("8b-4x4", *SMALL), Machine(), intervals=()).forecast
     assert found is not None
     asked = of("8b-4x4", *SMALL, f"inference.timeout_seconds={found.longest_wait_seconds / 1.5}")
-    planned(asked, Machine(), intervals=())
+    for guesses in (None, calibrated(), calibrated(None, {"network_gigabytes_per_second": 25.0})):
+        planned(asked, Machine(), known=guesses, intervals=())
     with pytest.raises(ConfigError, match="longer than an engine takes for a step's responses"):
-        planned(asked, Machine(), known=calibrated(), intervals=())
+        planned(asked, Machine(), known=OWN, intervals=())
+
+
+def test_the_search_leaves_out_what_plan_refuses_for_its_deadlines():
+    """Where an engine may take no longer than the fastest layout lets it, that one is what is left; where none is fast enough,
+    the search refuses in the words of `plan`."""
+    asked, four = of("8b-4x4", *SMALL), 4
+    free = optimized(asked, Machine(), four, known=OWN, intervals=()).best[Regime(10)]
+    waits = [one.forecast.longest_wait_seconds for one in free]
+    between = (min(waits) + max(waits)) / 2
+    strict = override(asked, {"inference.timeout_seconds": between})
+    kept = optimized(strict, Machine(), four, known=OWN, intervals=()).best[Regime(10)]
+    assert kept and all(one.forecast.longest_wait_seconds <= between for one in kept)
+    assert {one.layout for one in free if one.forecast.longest_wait_seconds <= between} <= {one.layout for one in kept}
+    for one in kept:
+        planned(one.config, Machine(), known=OWN, intervals=())
+    loose = optimized(strict, Machine(), four, known=calibrated(), intervals=()).best[Regime(10)]
+    assert any(one.forecast.longest_wait_seconds > between for one in loose), "guesses refuse by far only"
+    with pytest.raises(ConfigError, match="longer than an engine takes for a step's responses"):
+        optimized(override(asked, {"inference.timeout_seconds": 0.01}), Machine(), four, known=OWN, intervals=())
 
 
 def test_engines_that_rest_are_not_waited_for():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine.config.load import RunConfig
+from engine.forecast import rows
 from engine.forecast.constants import Constants
 from engine.forecast.rows import rows_of_step
 from engine.forecast.training import Training
@@ -60,6 +61,26 @@ def test_rows_are_those_of_the_trainer(trainer):
         assert [row.tokens for row in rank.rows] == [len(m.token_ids) for m in batch.microbatches]
         assert [row.is_empty for row in rank.rows] == [bool((m.places < 0).all()) for m in batch.microbatches]
         assert rank.splits == any(bool(m.split.any()) for m in batch.microbatches)
+
+
+def test_rows_that_are_laid_out_alike_are_laid_out_once(monkeypatch):
+    """Two tensor-parallel ranks have the rows of one, padded; other ways to lay them out have others."""
+    sequences = outlines_of([make_sequence((i,) * (1 + i % 7), (1,) * (1 + 3 * i % 20), (), group=i // 2) for i in range(30)])
+    laid: list[Any] = []
+    plain = rows._laid_out
+
+    def counted(*asked: Any) -> Any:
+        laid.append(asked)
+        return plain(*asked)
+
+    monkeypatch.setattr(rows, "_laid_out", counted)
+    two = {"tensor_parallel": 2, "sequence_parallel": True, "microbatch_tokens": 64}
+    asked: list[dict[str, Any]] = [{"data_parallel": 3, "microbatch_tokens": 64}, {"data_parallel": 3, **two}, *LAYOUTS]
+    known = rows.Rows()
+    for trainer in asked:
+        options = with_trainer(trainer).trainer
+        assert known.of_step(sequences, options, 0.0) == rows_of_step(sequences, options, 0.0)
+    assert len(laid) == len(asked) + 3, "the first three are laid out alike: three apart, one together"
 
 
 def test_operations_by_hand():

@@ -171,6 +171,23 @@ def test_a_prompt_is_dealt_to_one_engine_as_far_as_all_have_as_much_to_do(num_en
     assert deal(batches, 1) == [[list(range(len(batch)))] for batch in batches], "one engine is asked as if nothing were dealt"
 
 
+@given(st.integers(1, 9), st.integers(1, 8), st.lists(st.integers(1, 20), min_size=1, max_size=6))
+def test_each_prompt_goes_to_the_engine_with_the_fewest_requests(num_engines, samples, sizes):
+    """The first of them, looked for engine by engine."""
+    loads, num_dealt, engine, wanted = [0] * num_engines, 0, 0, []
+    for size in sizes:
+        share: list[list[int]] = [[] for _ in range(num_engines)]
+        num_dealt += size * samples
+        most = -(-num_dealt // num_engines)
+        for place in range(size * samples):
+            if place % samples == 0 or loads[engine] == most:
+                engine = min(range(num_engines), key=loads.__getitem__)
+            share[engine].append(place)
+            loads[engine] += 1
+        wanted.append(share)
+    assert deal([grouped(size, samples, step) for step, size in enumerate(sizes)], num_engines) == wanted
+
+
 def test_how_a_step_is_dealt_number_by_number():
     """Six prompts of four samples on four engines: four whole prompts, and the last two are shared by all. Two prompts on three
     engines: no engine waits while another samples eight."""
