@@ -98,6 +98,17 @@ def check_pairing(config: RunConfig) -> None:
         )
 
 
+def check_streaming(config: RunConfig) -> None:
+    """ConfigError where sync.streaming would have a reward judge a step in parts that gets a step's answers together."""
+    names = sorted({name for source in config.data.sources for name in source.rewards}) if config.sync.streaming else []
+    for name in names:
+        if not issubclass(kind := reward_class(config, name), FunctionReward) and (":" in name or not kind.per_group):
+            raise ConfigError(
+                f"sync.streaming has a step's groups judged apart, as 'math' and functions can; found data.reward = {name!r}, "
+                f"which gets all answers of a step together: use a function, or set sync.streaming = false"
+            )
+
+
 def checks(config: RunConfig, sources: Iterable[Source] | None = None) -> Iterator[Callable[[], None]]:
     """What is to be looked at before the rewards of the run's sources, or of `sources`, judge: each raises ConfigError for one
     that could not. Nothing of the run is started."""
