@@ -102,10 +102,10 @@ def check_streaming(config: RunConfig) -> None:
     """ConfigError where sync.streaming would have a reward judge a step in parts that gets a step's answers together."""
     names = sorted({name for source in config.data.sources for name in source.rewards}) if config.sync.streaming else []
     for name in names:
-        if not issubclass(kind := reward_class(config, name), FunctionReward) and (":" in name or not kind.per_group):
+        if not reward_class(config, name).per_group:
             raise ConfigError(
-                f"sync.streaming has a step's groups judged apart, as 'math' and functions can; found data.reward = {name!r}, "
-                f"which gets all answers of a step together: use a function, or set sync.streaming = false"
+                f"sync.streaming needs rewards that can judge a step's groups apart: 'math', functions, or a class with "
+                f"per_group = True; found data.reward = {name!r}, which judges a step together: set sync.streaming = false"
             )
 
 

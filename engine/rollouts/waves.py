@@ -92,6 +92,11 @@ class Waves:
         if not self._shares:
             self._open_last()
 
+    @property
+    def made(self) -> tuple[Wave, ...]:
+        """The waves so far."""
+        return tuple(self._made)
+
     def put(self, answers: Mapping[int, Answer]) -> None:
         """Answers that have arrived, by their places."""
         with self._lock:

@@ -51,7 +51,7 @@ def test_a_run_that_streams_is_the_run_that_does_not(run_config: Make, tmp_path:
         assert len(set(of_step)) >= row["num_waves"], "a wave without a signal is trained with the rest"
         assert all(len(set(of_step[i : i + 6])) == 1 for i in range(0, len(of_step), 6)), "no group is cut"
     proof = semion("report", str(other.run_directory), "--output", str(tmp_path / "report.html"))
-    assert f"staleness 0..0, proven from {len(ledger)} rollouts" in proof or "online" in proof
+    assert f"s = 1 (online): staleness 0..0, proven from {len(ledger)} rollouts of 2 steps" in proof
     weights = [
         load_file(file)
         for config in (whole, other)

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config.load import RunConfig
-from engine.core.errors import InferenceError
+from engine.core.errors import ConfigError, InferenceError
 from engine.core.types import Sequence
 from engine.inference.pool import Pool, deal, open_after
 from engine.inference.sampling import SampleRequest
+from engine.rewards.registry import check_streaming
 from engine.rollouts.base import StepData
 from engine.rollouts.ledger import rollout_rows
 from engine.rollouts.source import RolloutSource
@@ -213,9 +214,11 @@ class Late(FakeEngine):
         if draw is None:
             return answer
 
+        delay = draw.uniform(0, 0.01)
+
         class Later:
             def result(_, timeout_seconds: float) -> Any:
-                time.sleep(draw.uniform(0, 0.01))
+                time.sleep(delay)
                 return answer.result(timeout_seconds)
 
         return Later()
@@ -337,3 +340,27 @@ def test_a_loss_of_ones_own_streams_where_it_is_a_sum_over_groups(tmp_path: Any)
     for name, found in (("Other", "no sums_over_groups = True beside its __call__"), ("Whole", "its own of_step")):
         with pytest.raises(ValueError, match=f"needs a loss that is a sum over groups.*{found}"):
             run_config(algorithm={"loss": f"{file}:{name}", "samples_per_prompt": 6}, **ONLINE)
+
+
+def test_a_reward_streams_where_its_scores_depend_on_no_other_group(tmp_path: Any) -> None:
+    (tmp_path / "own.py").write_text(
+        "from engine.rewards.base import Reward\n"
+        "class Together(Reward):\n    def score(self, answers):\n        return []\n"
+        "class Apart(Together):\n    per_group = True\n"
+        "def alone(completion):\n    return 0.0\n"
+        "def of_group(group):\n    return [0.0 for _ in group]\n"
+    )
+
+    def check(*names: str, **changes: Any) -> None:
+        named = [name if name in ("math", "model") else f"{tmp_path}/own.py:{name}" for name in names]
+        reward = named[0] if len(named) == 1 else named
+        check_streaming(run_config(data={"reward": reward, "prompts_per_step": 4}, **ONLINE | changes))
+
+    for names in (("math",), ("Apart",), ("alone",), ("of_group",), ("math", "alone")):
+        check(*names)
+    model: Any = {"reward_model": {"path": str(tmp_path)}}
+    for name in ("model", "Together"):
+        changes = model if name == "model" else {}
+        with pytest.raises(ConfigError, match=f"found data.reward = .*{name}', which judges a step together"):
+            check(name, **changes)
+        check(name, **changes, sync={"sync_interval": 1})

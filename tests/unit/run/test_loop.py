@@ -36,7 +36,7 @@ class World:
         self.sampled: dict[int, int] = {}  # step -> version that samples its rollouts
         self.staleness: dict[int, int] = {}
         self.schedule: Schedule | None = None  # of the run under way
-        self.parts, self.left = 0, None  # of a step that come before its rest, and those left of this one
+        self.parts = self.left = 0  # of a step that come before its rest, and those left of this one
         self.pace: Callable[[int], float] = lambda step: 0.0  # how far the policy moves in a step, as a loss measures it
 
     def publish(self, version: int) -> dict[str, float]:
@@ -84,11 +84,7 @@ class World:
         self.held = None
 
     def early(self, step: int) -> str | None:
-        if self.parts == 0:
-            return None
-        self.left = self.parts if self.left is None else self.left
         if not self.left:
-            self.left = None
             return None
         self.left -= 1
         self.log.append(f"early {step}")
@@ -96,10 +92,12 @@ class World:
 
     def next(self, step: int) -> tuple[Any, dict[str, float]]:
         self.log.append(f"next {step}")
+        self.left = self.parts
         self.staleness[step] = self.steps_done - self.sampled.pop(step)
         return f"batch {step}", {"reward_mean": 0.25}
 
     def score(self, batch: Any) -> Any:
+        time.sleep(0.01 * bool(self.parts))
         return f"scored {batch}"
 
     def add_gradient(self, batch: Any) -> None:
@@ -182,8 +180,7 @@ def test_online_syncs_before_every_step():
 def test_parts_of_a_step_that_are_complete_early_are_added_before_its_rest():
     """The step's own seconds are those of all its parts (each scored for 10 ms here)."""
     world = World()
-    world.parts = 2
-    world.score = lambda batch: time.sleep(0.01) or f"scored {batch}"
+    world.parts = world.left = 2
     (record,) = world.run(Paper(1, "never", num_steps=1, offline_chunk=16))
     parts = ["early 0", "add scored part of 0"]
     assert world.log == [*sync_of(0), "open 0-0", *parts, *parts, *step_of(0), *sync_of(1)]
