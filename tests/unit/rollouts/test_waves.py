@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config.load import RunConfig
+from engine.commands.sampling import OF_ONE_MODEL
+from engine.config.load import RunConfig, dump_config, load_config
 from engine.core.errors import ConfigError, InferenceError
 from engine.core.types import Sequence
 from engine.inference.pool import Pool, deal, open_after
@@ -364,3 +365,11 @@ def test_a_reward_streams_where_its_scores_depend_on_no_other_group(tmp_path: An
         with pytest.raises(ConfigError, match=f"found data.reward = .*{name}', which judges a step together"):
             check(name, **changes)
         check(name, **changes, sync={"sync_interval": 1})
+
+
+@pytest.mark.parametrize("sync", [{"streaming": True}, {"lookahead": 2, "in_flight": True}, {"reference": "follow"}])
+def test_rollouts_of_one_model_are_sampled_with_any_regime(tmp_path: Any, sync: dict[str, Any]) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(dump_config(run_config(sync={"sync_interval": 1} | sync)))
+    found = load_config(file, list(OF_ONE_MODEL)).sync
+    assert (found.sync_interval, found.lookahead, found.in_flight, found.streaming) == ("never", 0, False, False)
