@@ -33,7 +33,8 @@ class Case:
     num_engines: int = 4
 
 
-CASES = [Case(lengths, alike, size) for lengths in (SHORT, LONG) for size in (8, 16) for alike in (0.0, 0.5)]
+CUT_OFF = LogNormal(4000, 0.9, 8_192)  # one of ten at the limit
+CASES = [Case(lengths, alike, size) for lengths in (SHORT, LONG, CUT_OFF) for size in (8, 16) for alike in (0.0, 0.5)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def row(case: Case, num_steps: int) -> str:
     first = fmean(one.moments[0] for one in cuts)
     waves = fmean(len(one.shares) for one in cuts)
     speed = " | ".join(f"{(1 + cost) / fmean(one.step_time(cost) for one in cuts):.2f}" for cost in COSTS)
-    name = f"{case.lengths.mean:,.0f}, {case.lengths.sigma:g} | {case.size} | {case.alike:.0%}"
+    name = f"{case.lengths.mean:,.0f}, {case.lengths.sigma:g}, {case.lengths.cap:,} | {case.size} | {case.alike:.0%}"
     return f"| {name} | {waves:.1f} | {streamed:.0%} | {first:.0%} | {speed} |"
 
 
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps to draw of each case")
     num_steps = parser.parse_args().steps
     told = " | ".join(f"training {cost:g}" for cost in COSTS)
-    print(f"| mean length, sigma | samples | alike | waves | streamed_share | first wave at | {told} |\n|{'---|' * 9}")
+    print(f"| mean length, sigma, most | samples | alike | waves | streamed_share | first wave at | {told} |\n|{'---|' * 9}")
     for case in CASES:
         print(row(case, num_steps), flush=True)
 

@@ -40,7 +40,7 @@ from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer
 from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting
 
-COMPLETE_SHARES = (1 / 2, 7 / 8)  # of a step's groups: so many are complete where a wave is cut
+COMPLETE_SHARES = (1 / 4, 3 / 4)  # of a step's groups: so many are complete where a wave is cut
 
 NUM_WAVES = Metric(
     "num_waves",

@@ -4,11 +4,12 @@ from tools.scale_balance import PROMPT
 
 
 def test_waves_and_their_moments_by_hand():
-    """Four prompts of two on one engine, which hands over when 4, 2, 1 and 0 are left: after 4 tokens two are complete."""
+    """Four prompts of two on one engine, which hands over when 4, 2, 1 and 0 are left: two are complete after 4 tokens, the
+    third after 8."""
     case = Case(LogNormal(1, 0, 1), 0.0, size=2, num_prompts=4, num_engines=1)
     found = cut([1, 2, 3, 4, 5, 8, 6, 10], case)
-    tokens = 4 * PROMPT + 10, 4 * PROMPT + 29
-    assert found == Cut((tokens[0] / sum(tokens), tokens[1] / sum(tokens)), (0.4, 1.0))
+    tokens = 4 * PROMPT + 10, 2 * PROMPT + 13, 2 * PROMPT + 16
+    assert found == Cut(tuple(one / sum(tokens) for one in tokens), (0.4, 0.8, 1.0))
 
 
 def test_the_time_of_a_step_by_hand():
