@@ -19,7 +19,7 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine.algorithms.advantages import BATCH, scale_by_batch
+from engine.algorithms.advantages import BATCH, OPTION, scale_by_batch
 from engine.config.load import RunConfig
 from engine.config.options import AlgorithmOptions
 from engine.core.errors import ConfigError
@@ -78,6 +78,10 @@ class Loss:
     needs_entropy = False  # whether it looks at the entropy of the next token
     needs_squares = False  # whether it looks at `log_square_probs`, which come without gradient
 
+    def denominator(self, batch: Batch) -> int:
+        """What the sum over the whole step's microbatches is divided by."""
+        raise NotImplementedError
+
     def coefficients(self, microbatch: Microbatch) -> torch.Tensor | Slopes | None:
         """The loss's derivative by each log-prob, up to one factor: [T] float32 where it depends on no log-prob; a function
         where a token's depends on its own log-prob alone; None where on others'. With it trainer.fused_lm_head computes the
@@ -102,6 +106,9 @@ class Algorithm(Loss):
 
     Options: ClassVar[type[AlgorithmOptions]] = AlgorithmOptions
     needs_rollouts = True  # whether it needs rewards and rollout log-probs, which pairs that others wrote have not
+    # Whether `__call__` is a sum over groups divided by `denominator(batch, algorithm.reduction)`, and looks at nothing else of
+    # the batch, so that a step can be computed in parts (sync.streaming). Said by the class that has `__call__`.
+    sums_over_groups: ClassVar[bool] = False
 
     def __init__(self, options: Any, *, sampled: bool = True) -> None:
         """`options` are of the class's own Options. `sampled`: whether there are rollout log-probs to compare with;
@@ -109,9 +116,13 @@ class Algorithm(Loss):
         self.options = options
         self.sampled = sampled
 
+    def denominator(self, batch: Batch) -> int:
+        """See Loss."""
+        return denominator(batch, self.options.reduction)
+
     def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:
         """(what the loss trains on of this prompt, whether it gives a signal: a pair, an advantage). `index` is the group's
-        number in the step. Rollouts that could not be judged are left out."""
+        number in the step, or with sync.streaming in its part of it. Rollouts that could not be judged are left out."""
         raise NotImplementedError
 
     def of_step(self, sequences: list[Sequence], groups: Many[RolloutGroup]) -> list[Sequence]:
@@ -156,6 +167,25 @@ class Algorithm(Loss):
                 f"algorithm.entropy_weight needs the logits, which trainer.fused_lm_head never makes; found {a.entropy_weight} "
                 f"and true: set trainer.fused_lm_head to false"
             )
+        return broken + (cls._broken_streaming_rules(config) if config.sync.streaming else [])
+
+    @classmethod
+    def _broken_streaming_rules(cls, config: RunConfig) -> list[str]:
+        """Sentences for a loss that looks at a step as a whole, and so cannot be computed in parts."""
+        a, broken = config.algorithm, list[str]()
+        normalization = getattr(a, "normalize_advantages", "")
+        if normalization == BATCH:
+            broken.append(
+                f"sync.streaming computes gradients before all rewards of a step are known, which {OPTION} = {BATCH!r} needs; "
+                f"found both: use 'mean' or 'mean_std', or set streaming = false"
+            )
+        of_call, of_step = (next(c for c in cls.__mro__ if name in vars(c)) for name in ("__call__", "of_step"))
+        if not vars(of_call).get("sums_over_groups", False) or of_step is not Algorithm:
+            found = "its own of_step" if of_step is not Algorithm else "no sums_over_groups = True beside its __call__"
+            broken.append(
+                f"sync.streaming needs a loss that is a sum over groups, divided as algorithm.reduction says; found "
+                f"algorithm.loss = {a.loss!r} with {found}: say so where it is one, extend GroupLoss, or set streaming = false"
+            )
         return broken
 
     without_reference: ClassVar[str] = ""  # for the message above: which option makes it so
@@ -170,6 +200,11 @@ class SumLoss(Loss):
         self.needs_reference = any(part.needs_reference for _, part in parts)
         self.needs_entropy = any(part.needs_entropy for _, part in parts)
         self.needs_squares = any(part.needs_squares for _, part in parts)
+
+    def denominator(self, batch: Batch) -> int:
+        """See Loss: that of all its parts."""
+        (found,) = {part.denominator(batch) for _, part in self.parts}
+        return found
 
     def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:
         """See Loss."""
@@ -193,6 +228,11 @@ def denominator(batch: Batch, reduction: str) -> int:
     """What the step's loss is divided by: all prompts, prompts that are compared, or target tokens; at least 1."""
     counts = {"prompts": batch.num_prompts, "pairs": batch.num_groups, "tokens": batch.num_target_tokens}
     return max(1, counts[reduction])
+
+
+def undivided(batch: Batch) -> Batch:
+    """The same batch for a loss that is not to be divided: whatever it is divided by is 1."""
+    return replace(batch, num_prompts=1, num_groups=1, num_target_tokens=1)
 
 
 def mismatch(log_probs: torch.Tensor, microbatch: Microbatch) -> Parts:

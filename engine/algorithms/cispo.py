@@ -42,6 +42,7 @@ class Cispo(PolicyGradient):
     """
 
     Options = CispoOptions
+    sums_over_groups = True
     metrics = (WITH_SIGNAL, KL, RATIO, CLAMPED, *MISMATCH, *OF_CORRECTION)
 
     @classmethod

@@ -116,6 +116,7 @@ class Dpo(Algorithm):
 
     Options: ClassVar[type[PreferenceOptions]] = DpoOptions
     needs_reference = True
+    sums_over_groups = True
     needs_rollouts = False
 
     def __init__(self, options: PreferenceOptions, *, sampled: bool = True) -> None:

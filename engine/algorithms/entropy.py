@@ -30,6 +30,10 @@ class EntropyBonus(Loss):
     def __init__(self, reduction: str) -> None:
         self.reduction = reduction
 
+    def denominator(self, batch: Batch) -> int:
+        """See Loss."""
+        return denominator(batch, self.reduction)
+
     def __call__(
         self, log_probs: torch.Tensor, microbatch: Microbatch, batch: Batch, entropy: torch.Tensor | None = None
     ) -> Result:

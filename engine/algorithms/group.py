@@ -57,7 +57,7 @@ PerToken = tuple["torch.Tensor", ...]  # N tensors [L] of float32
 class Group:
     """The N judged rollouts of one prompt, in the order of their sample indices."""
 
-    index: int  # the prompt's number among those compared in the step
+    index: int  # the prompt's number among those compared in the step, or with sync.streaming in its part of it
     rewards: torch.Tensor  # [N] float32
     advantages: torch.Tensor  # [N] float32
     token_ids: tuple[torch.Tensor, ...]  # N tensors [L] of int64, the responses
@@ -91,6 +91,7 @@ class GroupLoss(Algorithm):
     `sequences`, `broken_rules`."""
 
     Options: ClassVar[type[AlgorithmOptions]] = GroupOptions
+    sums_over_groups = True
     _value_names: frozenset[str] | None = None  # of what `values` attached to the first group
 
     def __init__(self, options: Any, *, sampled: bool = True) -> None:

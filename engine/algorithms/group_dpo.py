@@ -38,6 +38,7 @@ class GroupDpo(Dpo):
     """DPO's loss, the mean over all pairs of a group, plus alpha * GRPO."""
 
     Options = GroupDpoOptions
+    sums_over_groups = True
 
     def __init__(self, options: GroupDpoOptions, *, sampled: bool = True) -> None:
         super().__init__(options, sampled=sampled)

@@ -83,6 +83,7 @@ class Grpo(PolicyGradient):
     """
 
     Options = PolicyGradientOptions
+    sums_over_groups = True
     metrics = (WITH_SIGNAL, *by_name((*METRIC_OF_SUM.values(), *MISMATCH)).values())
 
     def __init__(self, options: Any, *, sampled: bool = True) -> None:

@@ -22,6 +22,10 @@ class NllLoss(Loss):
 
     metrics = (TOKENS, NLL)
 
+    def denominator(self, batch: Batch) -> int:
+        """See Loss."""
+        return denominator(batch, "tokens")
+
     def coefficients(self, microbatch: Microbatch) -> torch.Tensor:
         """Every token counts the same; those without a target have a log-prob of 0."""
         import torch

@@ -53,6 +53,7 @@ class Oapl(Algorithm):
     """
 
     Options = OaplOptions
+    sums_over_groups = True
     metrics = (WITH_SIGNAL, RESIDUAL, *MISMATCH)
 
     def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:

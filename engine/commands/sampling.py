@@ -11,12 +11,15 @@ from engine.config.load import load_config
 from engine.core.errors import ConfigError
 from engine.core.files import atomic_write, staged_folder
 
+OF_ONE_MODEL = [  # the weights of model.path, for every step
+    *("sync.sync_interval=never", "sync.reference=never", "sync.lookahead=0", "sync.in_flight=false", "sync.streaming=false"),
+]
+
 
 def rollout(options: argparse.Namespace) -> None:
     """Samples and scores the rollouts of run.steps steps into --output, which is there when it is whole: one file of JSON lines
     where its name ends in .jsonl, else a folder as a run has it."""
-    # The weights of model.path, for every step.
-    options.overrides += ["sync.sync_interval=never", "sync.reference=never", "sync.lookahead=0", "sync.in_flight=false"]
+    options.overrides += OF_ONE_MODEL
     config = load_config(options.config, options.overrides)
     from engine.api.preflight import check
     from engine.data.ends import end_tokens

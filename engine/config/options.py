@@ -382,6 +382,11 @@ class Sync(Section):
         description="in-flight weight updates, with lookahead >= 2: a sync waits only for the answers that are trained next; "
         "engines pause the others and go on with them from the new weights, so that each token has its own version",
     )
+    streaming: bool = Field(
+        False,
+        description="with sync_interval = 1 and lookahead = 0: compute the gradients of groups that are complete while engines "
+        "still sample the rest of the step; the step is the same but for the order of sums",
+    )
     bucket_mebibytes: Mebibytes = Field(64, description="weights sent together in one message")
     transport: str = Field(
         "auto",

@@ -24,7 +24,7 @@ def broken_rules(config: Options) -> list[str]:
     never_syncs, broken = False, list[str]()
     try:
         schedule = schedule_of(c)
-        broken += broken_reference_source_rules(c, schedule) + broken_pilot_rules(c)
+        broken += broken_reference_source_rules(c, schedule) + broken_pilot_rules(c) + broken_streaming_rules(c, schedule)
         never_syncs = schedule.never_syncs
         broken += schedule.broken_rules(every)
     except ConfigError as error:
@@ -114,6 +114,41 @@ def broken_pilot_rules(c: Options) -> list[str]:
         broken.append(
             f"sync.auto_bound must be below 1 with sync.auto_metric = 'ess_share', which is 1 where nothing has drifted; found "
             f"{sync.auto_bound}: lower it, as to 0.9"
+        )
+    return broken
+
+
+def broken_streaming_rules(c: Options, schedule: Schedule) -> list[str]:
+    """Sentences for what gradients that are computed while other groups are sampled (sync.streaming) cannot go with."""
+    sync, t, broken = c.sync, c.trainer, list[str]()
+    if not sync.streaming:
+        return broken
+    if sync.sync_interval != 1 or any(schedule.version(step) != step for step in range(c.run.steps)):
+        broken.append(
+            f"sync.streaming is of steps whose responses are sampled while the trainer would wait for them, from its newest "
+            f"weights: sync.sync_interval must be 1 and sync.lookahead 0, for else they are sampled before; found "
+            f"{sync.sync_interval!r} and {sync.lookahead}: set them so, or streaming = false"
+        )
+    if c.inference.placement == "colocated":
+        broken.append(
+            "sync.streaming needs engines that sample while the trainer trains, and with inference.placement = 'colocated' "
+            "they sleep then; found both: set streaming = false, or placement = 'disaggregated'"
+        )
+    spare = [source.spare_prompts for source in c.data.sources]
+    if any(spare):
+        broken.append(
+            f"sync.streaming trains on a group before all others are known, and data.spare_prompts chooses among all; found "
+            f"{spare}: set spare_prompts = 0, or streaming = false"
+        )
+    if t.overlap_gradients:
+        broken.append(
+            "sync.streaming adds up gradients before data-parallel ranks sum them, and trainer.overlap_gradients sums them "
+            "while they are computed; found both true: set one to false"
+        )
+    if t.fp8 != "none":
+        broken.append(
+            f"sync.streaming has been shown to give the same step without trainer.fp8 only, whose scales a loss that is "
+            f"divided later may change; found {t.fp8!r}: set fp8 = 'none', or streaming = false"
         )
     return broken
 

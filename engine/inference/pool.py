@@ -178,10 +178,14 @@ class Pool:
         return tickets, Ticket(submitted, tuple([handle.call("pause")] for handle in self._engines), places)
 
     def gather(
-        self, ticket: Ticket, arrived: Callable[[dict[int, Completion]], object] = lambda _: None
+        self,
+        ticket: Ticket,
+        arrived: Callable[[dict[int, Completion]], object] = lambda _: None,
+        turned: Callable[[], object] = lambda: None,
     ) -> tuple[list[Completion], Usage]:
         """Waits for a ticket's completions, in the order of its requests. `arrived` is called meanwhile with those that an
-        engine has handed over, by their places in that order. InferenceError names an engine that is late."""
+        engine has handed over, by their places in that order, and `turned` when every engine has answered its n-th call, whose
+        completions follow from tokens alone. InferenceError names an engine that is late."""
         found: dict[int, Completion] = {}
         tokens, seconds = 0.0, [0.0] * len(ticket.calls)
         self.wait(ticket.submitted, "submit")
@@ -196,6 +200,7 @@ class Pool:
                 found |= ended
                 tokens, seconds[engine] = tokens + usage["tokens"], seconds[engine] + usage["seconds"]
                 self._busy_seconds += usage["seconds"]
+            turned()
         return [found[place] for place in range(len(found))], Usage(int(tokens), max(seconds, default=0.0))
 
     def paused(self, ticket: Ticket) -> list[Part]:

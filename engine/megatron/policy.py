@@ -25,7 +25,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from engine.algorithms.base import Loss, Slopes
+from engine.algorithms.base import Loss, Slopes, undivided
 from engine.config.load import Copy, RunConfig
 from engine.core.errors import CheckpointError, NumericsError
 from engine.core.metrics import part_reductions
@@ -115,6 +115,8 @@ class Policy:
             config.optimizer, self._chunks, names, dtype=self.dtype, distributed=distributed, fp8_recipe=recipe
         )
         forget_initial(self._own.values())
+        self._begun = False  # whether the gradient buffers hold a part of the step (add_gradient)
+        self._parts: list[torch.Tensor] = []  # what that part's microbatches gave back
         self._reference: dict[str, torch.Tensor] = {}
         self._reference_mix = config.sync.reference_mix
         self._reference_on_host = config.trainer.reference_memory == "host"
@@ -229,36 +231,41 @@ class Policy:
 
         return self.run(batch, collect, forward_only=True)
 
+    def add_gradient(self, batch: Batch) -> None:
+        """Adds the gradient of a part of the step, scored, which another part follows: of the loss before it is divided by what
+        the whole step counts, and on this data-parallel rank alone. `train_step` of the last part reduces and divides the sum.
+
+        Collective over the pipeline's and the tensor-parallel ranks.
+        """
+        self._begin()
+        self._config.finalize_model_grads_func = None
+        try:
+            self._parts += self._backward(undivided(batch))
+        finally:
+            self._config.finalize_model_grads_func = _finalize
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize(self.parallel.device)  # so that its time is known
+
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on a scored batch; a gradient of 0 moves nothing. Returns loss, gradient norm before clipping,
-        learning rate, whether the weights moved, tokens computed and saved, and the loss's metrics by name, over all
-        microbatches and data-parallel ranks, equal on every rank.
+        """One optimizer step on a scored batch, or on the last part of one whose other parts `add_gradient` was given, with the
+        counts of the whole step; a gradient of 0 moves nothing. Returns loss, gradient norm before clipping, learning rate,
+        whether the weights moved, tokens computed and saved, and the loss's metrics by name, over all microbatches and
+        data-parallel ranks, equal on every rank.
 
         Collective over all ranks. NumericsError on every rank, with the weights untouched, when the loss or the
         gradient norm is not finite.
         """
-        for chunk in self._chunks:
-            chunk.restore_grad_buffers(synchronize=False)  # where they were given back
-            chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
-
-        names = list(part_reductions(self.loss.metrics))
-        from_policy = self.loss.needs_reference and self._reference_source == "policy"
-
-        def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-            coefficients = self.loss.coefficients(microbatch) if self._headless else None
-            if self.loss.needs_squares:
-                microbatch = replace(microbatch, log_square_probs=self._log_square_probs(output, microbatch))
-            log_probs, entropy = self._token_log_probs(output, microbatch, coefficients, with_entropy=self.loss.needs_entropy)
-            if from_policy and microbatch.reference_log_probs is None:
-                microbatch = replace(microbatch, reference_log_probs=log_probs.detach())
-            loss, parts = self.loss(log_probs, microbatch, batch, entropy)
-            num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
-            return loss, torch.stack([loss.detach(), num_tokens, *(parts[name] for name in names)])
-
-        parts = self.run(batch, lose, forward_only=False)
+        in_parts = self._begun
+        self._begin()
+        parts = self._parts + self._backward(undivided(batch) if in_parts else batch)
+        self._begun, self._parts = False, []
         self._fp8.advance()
         loss, num_tokens, *totals = self._total(parts).tolist()
+        if in_parts:
+            scale = 1.0 / self.loss.denominator(batch)
+            loss *= scale
+            for chunk in self._chunks:
+                chunk.scale_gradients(scale)
         if not math.isfinite(loss):
             raise NumericsError(
                 f"step {batch.step}: the loss must be finite; found {loss}: lower optimizer.learning_rate or raise "
@@ -274,8 +281,38 @@ class Policy:
             NUM_TOKENS.name: num_tokens,
             SHARED.name: batch.num_saved_tokens / max(1, batch.num_sequence_tokens),
         }
+        names = part_reductions(self.loss.metrics)
         known = dict(zip(names, totals, strict=True)) | {"target_tokens": float(batch.num_target_tokens)}
         return metrics | {metric.name: metric.value(known[metric.name], known) for metric in self.loss.metrics}
+
+    def _begin(self) -> None:
+        """Gradient buffers of 0, unless a part of the step is in them."""
+        if self._begun:
+            return
+        for chunk in self._chunks:
+            chunk.restore_grad_buffers(synchronize=False)  # where they were given back
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        self._begun = True
+
+    def _backward(self, batch: Batch) -> list[torch.Tensor]:
+        """Adds the batch's gradient to the buffers. On the last stage of every microbatch its loss, its tokens, and its part of
+        each metric [2 + K]."""
+        names = list(part_reductions(self.loss.metrics))
+        from_policy = self.loss.needs_reference and self._reference_source == "policy"
+
+        def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+            coefficients = self.loss.coefficients(microbatch) if self._headless else None
+            if self.loss.needs_squares:
+                microbatch = replace(microbatch, log_square_probs=self._log_square_probs(output, microbatch))
+            log_probs, entropy = self._token_log_probs(output, microbatch, coefficients, with_entropy=self.loss.needs_entropy)
+            if from_policy and microbatch.reference_log_probs is None:
+                microbatch = replace(microbatch, reference_log_probs=log_probs.detach())
+            loss, parts = self.loss(log_probs, microbatch, batch, entropy)
+            num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
+            return loss, torch.stack([loss.detach(), num_tokens, *(parts[name] for name in names)])
+
+        return self.run(batch, lose, forward_only=False)
 
     @torch.no_grad()
     def gather(

@@ -56,6 +56,8 @@ class Reward:
     # that was. False where an answer's score depends on what is judged beside it: it then gets a step's answers together, in
     # their order. True only where `score_as_they_arrive` is its own.
     one_by_one: bool = False
+    # Whether an answer's score depends on no answer but those of its own group, to the bit, so that groups may be judged apart.
+    per_group: ClassVar[bool] = False
     OPTIONS: ClassVar[tuple[str, ...]] = ()  # the options of [rewards], or [reward_model], that it looks at
 
     @classmethod

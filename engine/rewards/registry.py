@@ -98,6 +98,17 @@ def check_pairing(config: RunConfig) -> None:
         )
 
 
+def check_streaming(config: RunConfig) -> None:
+    """ConfigError where sync.streaming would have a reward judge a step in parts that gets a step's answers together."""
+    names = sorted({name for source in config.data.sources for name in source.rewards}) if config.sync.streaming else []
+    for name in names:
+        if not reward_class(config, name).per_group:
+            raise ConfigError(
+                f"sync.streaming needs rewards that can judge a step's groups apart: 'math', functions, or a class with "
+                f"per_group = True; found data.reward = {name!r}, which judges a step together: set sync.streaming = false"
+            )
+
+
 def checks(config: RunConfig, sources: Iterable[Source] | None = None) -> Iterator[Callable[[], None]]:
     """What is to be looked at before the rewards of the run's sources, or of `sources`, judge: each raises ConfigError for one
     that could not. Nothing of the run is started."""

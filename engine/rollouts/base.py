@@ -40,8 +40,14 @@ class StepSource(Protocol):
         """Waits until nothing that `step` needs is under way; `next` still hands it out."""
         ...
 
+    def early(self, step: int, waiting: Waiting = nothing) -> StepData | None:
+        """With sync.streaming: the next part of `step` that is complete before the others, without metrics; waits for it. None
+        where all that is left is what `next` hands out."""
+        ...
+
     def next(self, step: int, waiting: Waiting = nothing) -> StepData:
-        """What `step` trains on; waits for it, and calls `waiting` every HEARTBEAT_SECONDS meanwhile."""
+        """What `step` trains on, less what `early` has handed out, with the metrics of the whole step; waits for it, and calls
+        `waiting` every HEARTBEAT_SECONDS meanwhile."""
         ...
 
     def close(self) -> None:

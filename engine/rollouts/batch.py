@@ -60,6 +60,13 @@ def step_data(
     return StepData(sequences, len(batch), metrics | of_truncation | counts | share | compared | spare)
 
 
+def wave_data(groups: Many[RolloutGroup], config: RunConfig) -> StepData:
+    """What some whole groups of a step add to it, without metrics. Only where none of them depends on the others, and each has
+    a place in the batch (waves.py)."""
+    sequences, _ = training_sequences(treated(groups, config.sampling)[0], config)
+    return StepData(sequences, len(groups), {})
+
+
 def batch_groups(
     groups: Many[RolloutGroup], shares: Many[tuple[int, int]], config: RunConfig
 ) -> tuple[list[RolloutGroup], int, int]:

@@ -56,6 +56,7 @@ class RolloutRow(BaseModel):
     temperature: float = Field(1.0, gt=0)  # of the log-probs
     prompt_tokens: str | None = None  # `token_digest` of the prompt; ledgers of before it was written have none
     spans: list[list[int]] = []  # with sync.in_flight: as Completion has them
+    wave: int | None = Field(None, ge=0)  # with sync.streaming: in which part of the step it was trained on
 
     @field_validator("spans")
     @classmethod
@@ -321,6 +322,7 @@ def rollout_rows(group: RolloutGroup, *, text: bool = True) -> list[dict[str, ob
             "step": group.step,
             "version": rollout.completion.version,
             **_spans(rollout.completion),
+            **({} if group.wave is None else {"wave": group.wave}),
             "prompt_id": group.prompt.id,
             "prompt_tokens": prompt_tokens,
             "sample_index": rollout.completion.sample_index,

@@ -75,6 +75,9 @@ class LedgerSource:
     def drain(self, step: int, waiting: Waiting = nothing) -> None:
         """Nothing is under way."""
 
+    def early(self, step: int, waiting: Waiting = nothing) -> None:
+        """A step is there as a whole."""
+
     def next(self, step: int, waiting: Waiting = nothing) -> StepData:
         """Reads `step`. DataError names what does not fit the run's prompts or options."""
         started = time.monotonic()
@@ -134,6 +137,9 @@ class PreferenceSource:
 
     def drain(self, step: int, waiting: Waiting = nothing) -> None:
         """Nothing is under way."""
+
+    def early(self, step: int, waiting: Waiting = nothing) -> None:
+        """A step is there as a whole."""
 
     def next(self, step: int, waiting: Waiting = nothing) -> StepData:
         """The pairs of `step`, each a group of its own; they have no rollout log-probs, and no metric needs them."""

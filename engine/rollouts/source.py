@@ -4,6 +4,8 @@ advantages, and hands every rollout over to be written down. It trains nothing a
 With sync.in_flight engines pause what they are not to complete yet. It is held here, and goes on at the next opening, before
 what is new.
 
+With sync.streaming groups are judged, and handed out by `early`, in waves (waves.py); without, a step is one wave.
+
 Waiting: `open` never waits. One helper thread gathers the opened steps in order while the trainer trains, another one has each
 of them scored, in order too, and a reward that judges answers one by one begins while a step is still being gathered; `next`
 waits for both, and the first for the engines, whose own deadline it passes on.
@@ -15,6 +17,7 @@ import time
 from collections.abc import Collection
 from collections.abc import Sequence as Many
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from threading import Lock
 from typing import TypeVar
 
@@ -24,13 +27,13 @@ from engine.data.mixture import Mixture
 from engine.inference.pool import Pool, Ticket, Usage
 from engine.inference.sampling import SampleRequest
 from engine.observe.profiling.phases import Phase, phase
-from engine.rewards.arrivals import Arrivals
-from engine.rewards.base import Answer, Reward, answer_of
+from engine.rewards.base import Reward, answer_of
 from engine.rollouts.ahead import Ahead
 from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting, nothing
-from engine.rollouts.batch import step_data
+from engine.rollouts.batch import step_data, wave_data
 from engine.rollouts.metrics import ENGINES_IDLE_SHARE, JUDGED, WAITED, rollout_metrics, staleness_metrics, warn_of_endings
 from engine.rollouts.paused import Pending, pending
+from engine.rollouts.waves import COMPLETE_SHARES, Streamed, Wave, Waves
 from engine.rollouts.writer import RolloutWriter
 
 Result = TypeVar("Result")
@@ -57,7 +60,8 @@ class RolloutSource:
         self._judging = ThreadPoolExecutor(1, thread_name_prefix="rewards")  # a sync waits for engines alone (`finish`)
         self._scoring = Lock()  # held while the reward judges, or waits for something to judge
         self._closed = False
-        self._arriving: dict[int, Arrivals[Answer]] = {}  # what is to be judged, of steps that are not scored yet
+        self._arriving: dict[int, Waves] = {}  # what is to be judged, of steps that are not scored yet
+        self._streamed: dict[int, Streamed] = {}
         self._sampling: dict[int, Future[tuple[list[Completion], Usage]]] = {}
         self._coming: dict[int, Future[tuple[list[RolloutGroup], Usage]]] = {}
         self._idle: dict[str, float] = {}  # what is known of the engines since the last opening
@@ -77,9 +81,12 @@ class RolloutSource:
         tickets, paused = self._pool.submit_and_pause(batches, len(completed))
         for step, ticket in zip(completed, tickets, strict=True):
             own = samples.pop(step)
-            answers = self._arriving[step] = Arrivals[Answer]()
-            self._sampling[step] = self._gathering.submit(self._completions, ticket, own, answers)
-            self._coming[step] = self._judging.submit(self._groups, step, own.prompts, self._sampling[step], answers)
+            size, shares = len(own.parts) // len(own.prompts), COMPLETE_SHARES if self._config.sync.streaming else ()
+            waves = self._arriving[step] = Waves(len(own.prompts), size, shares)
+            streamed = self._streamed[step] = Streamed()
+            here: dict[int, Completion] = {}
+            sampling = self._sampling[step] = self._gathering.submit(self._completions, ticket, own, waves, here, streamed)
+            self._coming[step] = self._judging.submit(self._groups, step, own.prompts, sampling, waves, here, streamed)
         self._held = self._gathering.submit(self._paused, paused, samples) if paused is not None else _done({})
 
     def finish(self, step: int, waiting: Waiting = nothing) -> None:
@@ -99,22 +106,39 @@ class RolloutSource:
         paused = {step: held[step] for step in steps if step not in ready}
         return Ahead(ready, paused, self._config.log_prob_temperature)
 
+    def early(self, step: int, waiting: Waiting = nothing) -> StepData | None:
+        """The next wave of `step` with anything to train on; waits until it is scored. None where the rest is for `next`, which
+        raises what an engine or the reward raised."""
+        streamed = self._streamed[step]
+        while (groups := streamed.next(waiting)) is not None:
+            self._check_versions(step, groups)
+            data = wave_data(groups, self._config)
+            if data.sequences:
+                streamed.take(groups, data)
+                return data
+        return None
+
     def next(self, step: int, waiting: Waiting = nothing) -> StepData:
         """Waits until the groups of `step` are complete and scored. Raises what an engine or the reward raised."""
         started = time.monotonic()
+        streamed = self._streamed.pop(step, Streamed())
+        streamed.trained()
         _awaited(self._sampling.pop(step), waiting)
         sampled = time.monotonic()
         with phase(Phase.REWARDS):
             groups, usage = _awaited(self._coming.pop(step), waiting)
         self._arriving.pop(step, None)  # steps that a checkpoint kept never arrived
         now = time.monotonic()
-        timed = {WAITED.name: now - started, JUDGED.name: now - sampled}
+        timed = {WAITED.name: streamed.waited_seconds + now - started, JUDGED.name: now - sampled}
         metrics = timed | rollout_metrics(groups, usage, self._end_ids) | self._idle
         self._idle = {}
         warn_of_endings(metrics, self._config.sampling.max_tokens)
         self._check_versions(step, groups)
         metrics |= staleness_metrics(groups)
         data = step_data(groups, self._prompts.shares, metrics, self._config)
+        if self._config.sync.streaming:
+            rest = wave_data(streamed.rest(groups), self._config)
+            data = replace(rest, metrics=data.metrics | streamed.metrics(rest))
         if self._records is not None:
             self._records.append(step, groups)
         return data
@@ -125,8 +149,8 @@ class RolloutSource:
         for thread in (self._gathering, self._judging):
             thread.shutdown(wait=False, cancel_futures=True)
         self._closed = True
-        for answers in self._arriving.values():
-            answers.abandon()
+        for waves in self._arriving.values():
+            waves.abandon()
         with self._scoring:  # whoever judged has stopped
             pass
 
@@ -139,19 +163,26 @@ class RolloutSource:
         assert found <= set(allowed), f"step {step} must train on rollouts of version {wanted}, found {found}"
         assert all(versions == sorted(versions) for versions in spans), f"step {step}: versions must rise, found {spans}"
 
-    def _completions(self, ticket: Ticket, samples: Pending, answers: Arrivals[Answer]) -> tuple[list[Completion], Usage]:
-        """What engines complete, behind what was complete when they last paused; each is among `answers` when it is there."""
+    def _completions(
+        self, ticket: Ticket, samples: Pending, waves: Waves, here: dict[int, Completion], streamed: Streamed
+    ) -> tuple[list[Completion], Usage]:
+        """What engines complete, behind what was complete when they last paused; each is put into `here`, and among the waves'
+        answers, when it arrives."""
         size = len(samples.parts) // len(samples.prompts)
 
         def arrived(completions: dict[int, Completion]) -> None:
-            answers.put(
+            here.update(completions)
+            waves.put(
                 {place: answer_of(samples.prompts[place // size], one, place // size) for place, one in completions.items()}
             )
 
         unfinished = [place for place, part in enumerate(samples.parts) if isinstance(part, SampleRequest)]
-        with answers:
+        with waves:
             arrived({place: part for place, part in enumerate(samples.parts) if isinstance(part, Completion)})
-            found, usage = self._pool.gather(ticket, lambda ended: arrived({unfinished[i]: one for i, one in ended.items()}))
+            found, usage = self._pool.gather(
+                ticket, lambda ended: arrived({unfinished[i]: one for i, one in ended.items()}), waves.turn
+            )
+            streamed.sampled_at = time.monotonic()
         return [part for part in samples.with_found(found).parts if isinstance(part, Completion)], usage
 
     def _paused(self, ticket: Ticket, samples: dict[int, Pending]) -> dict[int, Pending]:
@@ -163,19 +194,40 @@ class RolloutSource:
         step: int,
         prompts: Many[Prompt],
         sampling: Future[tuple[list[Completion], Usage]],
-        answers: Arrivals[Answer],
+        waves: Waves,
+        here: dict[int, Completion],
+        streamed: Streamed,
     ) -> tuple[list[RolloutGroup], Usage]:
+        """A step's groups in the order of its prompts; those of waves before the last are put into `streamed` on the way."""
+        groups: dict[int, RolloutGroup] = {}
         with self._scoring:
-            if self._closed:
-                raise CancelledError
             try:
-                scores = self._reward.score_as_they_arrive(answers)
+                if self._closed:
+                    raise CancelledError
+                for wave in waves:
+                    if wave.is_last:
+                        streamed.judged.put(None)
+                    scores = self._reward.score_as_they_arrive(wave.answers)
+                    judged = self._wave_groups(step, prompts, wave, here, scores)
+                    groups |= zip(wave.groups, judged, strict=True)
+                    if not wave.is_last:
+                        streamed.judged.put(judged)
             except CancelledError:
                 if not self._closed:
                     sampling.result()  # raises what the engines raised
                 raise
-        completions, usage = sampling.result()
-        return groups_of(step, prompts, completions, scores), usage
+            finally:
+                streamed.judged.put(None)
+        _, usage = sampling.result()
+        return [groups[number] for number in sorted(groups)], usage
+
+    def _wave_groups(
+        self, step: int, prompts: Many[Prompt], wave: Wave, here: dict[int, Completion], scores: Many[Score]
+    ) -> list[RolloutGroup]:
+        size = self._config.algorithm.samples_per_prompt
+        completions = [here[number * size + i] for number in wave.groups for i in range(size)]
+        groups = groups_of(step, [prompts[number] for number in wave.groups], completions, scores)
+        return [replace(group, wave=wave.number) for group in groups] if self._config.sync.streaming else groups
 
 
 def _done(result: Result) -> Future[Result]:

@@ -2,9 +2,10 @@
 publisher, and a few things to do on the way. Every trainer rank runs it in step with the others.
 
 Consumes: the batch of each step. Produces: one record a step, yielded as soon as the step is done. Waits for: the
-rollouts of the step (`source.next`), before a sync for the engines to complete what they sample ahead (`source.finish`, with
-sync.lookahead; with sync.in_flight what is trained next, and to pause the rest), at a sync for every engine to verify the new
-weights (`publisher.publish`), and where engines and trainer share devices for the engines to sleep (`publisher.sleep`).
+rollouts of the step (`source.next`, and with sync.streaming first for groups that are complete before others, `source.early`),
+before a sync for the engines to complete what they sample ahead (`source.finish`, with sync.lookahead; with sync.in_flight what
+is trained next, and to pause the rest), at a sync for every engine to verify the new weights (`publisher.publish`), and where
+engines and trainer share devices for the engines to sleep (`publisher.sleep`).
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ class Policy(Protocol):
         """Fills in what the loss needs of the reference; done when it returns."""
         ...
 
+    def add_gradient(self, batch: Batch) -> None:
+        """Adds the gradient of a part of the step, which others follow."""
+        ...
+
     def train_step(self, batch: Batch) -> Record:
-        """One optimizer step; metrics equal on every rank."""
+        """One optimizer step, of all that was added and this; metrics equal on every rank."""
         ...
 
     def refresh_reference(self) -> None:
@@ -76,8 +81,13 @@ class Source(Protocol):
         out."""
         ...
 
+    def early(self, step: int) -> Batch | None:
+        """With sync.streaming: this rank's part of the groups that are complete next, while engines sample the rest. None where
+        what is left is `next`'s, as always without."""
+        ...
+
     def next(self, step: int) -> tuple[Batch, Record]:
-        """This rank's batch and, on rank 0, what is known of its rollouts."""
+        """This rank's batch, less what `early` has handed out, and on rank 0 what is known of all its rollouts."""
         ...
 
 
@@ -164,8 +174,13 @@ def train(
         with phase(Phase.WAIT):
             if colocated:
                 record |= _drain_and_sleep(steps, source, publisher)
-            batch, rollouts = source.next(step)
-        record |= rollouts | _learn(policy, batch)
+            batch, rollouts = _next(step, source)
+        before: Record = {}
+        while rollouts is None:
+            before = _learn(policy.add_gradient, policy, batch, before)
+            with phase(Phase.WAIT):
+                batch, rollouts = _next(step, source)
+        record |= rollouts | _learn(policy.train_step, policy, batch, before)
         record |= observe(record)
         record[STEP_SECONDS.name] = time.monotonic() - started
         yield _finished(record)
@@ -178,14 +193,22 @@ def train(
         evaluate(schedule.num_steps)
 
 
-def _learn(policy: Policy, batch: Batch) -> Record:
+def _next(step: int, source: Source) -> tuple[Batch, Record | None]:
+    """The next part of the step, and with the last part what is known of its rollouts."""
+    early = source.early(step)
+    return (early, None) if early is not None else source.next(step)
+
+
+def _learn(learn: Callable[[Batch], Record | None], policy: Policy, batch: Batch, before: Record) -> Record:
+    """Scores the batch and has the policy `learn` it; with the seconds of the step's parts `before` it."""
     started = time.monotonic()
     with phase(Phase.SCORE):
         batch = policy.score(batch)
     scored = time.monotonic()
     with phase(Phase.TRAIN):
-        record = policy.train_step(batch)
-    return record | {SCORE_SECONDS.name: scored - started, TRAIN_SECONDS.name: time.monotonic() - started}
+        record = learn(batch) or {}
+    took = {SCORE_SECONDS.name: scored - started, TRAIN_SECONDS.name: time.monotonic() - started}
+    return record | {name: before.get(name, 0.0) + seconds for name, seconds in took.items()}
 
 
 def _finish_ahead(ahead: range, source: Source) -> Record:

@@ -15,6 +15,7 @@ from engine.core.metrics import Metric, by_name
 from engine.megatron import metrics as of_policy
 from engine.rollouts import batch as of_batch
 from engine.rollouts import metrics as of_rollouts
+from engine.rollouts import waves as of_waves
 
 STEP = Metric("step", "optimizer steps before this one")
 TARGET_TOKENS = Metric("target_tokens", "that the loss looks at: the completions trained on", unit="tokens")
@@ -101,7 +102,7 @@ def catalogue(options: AlgorithmOptions | None = None) -> dict[str, Metric]:
         algorithm = LOSSES.load(name)
         ours |= by_name(algorithm(algorithm.Options(loss=name)).metrics)
     more = (*EntropyBonus.metrics, *NllLoss.metrics, PAIR_WEIGHT, GROUPS, *of_policy.METRICS)
-    found = by_name((*METRICS, *of_rollouts.METRICS, *of_batch.METRICS, *ours.values(), *more))
+    found = by_name((*METRICS, *of_rollouts.METRICS, *of_waves.METRICS, *of_batch.METRICS, *ours.values(), *more))
     for metric in make_loss(options).metrics if options is not None else ():
         if found.setdefault(metric.name, metric) != metric:
             raise ConfigError(
@@ -115,7 +116,7 @@ def groups() -> dict[str, list[str]]:
     """The names of `catalogue()` by what they tell of, under the headings of a report."""
     of_losses = [metric for name in LOSSES.names for metric in LOSSES.load(name)(LOSSES.load(name).Options(loss=name)).metrics]
     parts = {
-        "Rollouts": of_rollouts.METRICS,
+        "Rollouts": (*of_rollouts.METRICS, *of_waves.METRICS),
         "Prompts and pairs": (*of_batch.METRICS, GROUPS),
         "Loss": (*of_losses, PAIR_WEIGHT, *EntropyBonus.metrics, *NllLoss.metrics),
         "Optimizer and batches": of_policy.METRICS,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from engine.config.load import RunConfig
@@ -19,7 +20,7 @@ from engine.data.tokens import stays_text
 from engine.megatron.packing import make_batch
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.scatter import scatter_batch
-from engine.rollouts.base import StepSource, Waiting
+from engine.rollouts.base import StepData, StepSource, Waiting
 from engine.run.agreement import Agreement
 from engine.run.metrics import TARGET_TOKENS
 from engine.run.spec import Spec
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
+COUNTED = ("num_prompts", "num_groups", "num_target_tokens", "num_sequence_tokens", "num_saved_tokens")  # of a Batch
 
 
 class DealtSource:
@@ -46,6 +48,7 @@ class DealtSource:
         sequences weigh more when they are dealt."""
         self._config, self._parallel, self._rollouts, self._agreement = config, parallel, rollouts, agreement
         self._attention = attention
+        self._before: list[Batch] = []  # with sync.streaming: the counts of what was handed out of the step so far
 
     def open(self, steps: range, until: int) -> None:
         """Submits the rollouts of these steps for sampling, of which engines complete those before `until`."""
@@ -62,12 +65,32 @@ class DealtSource:
         for step in steps:
             self._await(step, lambda rollouts, step, waiting: rollouts.drain(step, waiting))
 
+    def early(self, step: int) -> Batch | None:
+        """With sync.streaming: this rank's microbatches of the next part of the step that is complete before the others; None
+        where what is left is `next`'s."""
+        if not self._config.sync.streaming:
+            return None
+        data = self._await(step, lambda rollouts, step, waiting: rollouts.early(step, waiting))
+        if not self._agreement.number(float(data is not None)):
+            return None
+        batch = self._dealt(step, data)
+        self._before.append(replace(batch, microbatches=()))
+        return batch
+
     def next(self, step: int) -> tuple[Batch, dict[str, float]]:
-        """This rank's microbatches of the step, and on rank 0 what was measured of its rollouts."""
+        """This rank's microbatches of the step, less those that `early` has handed out, with the counts of the whole step; and
+        on rank 0 what was measured of its rollouts."""
         data = self._await(step, lambda rollouts, step, waiting: rollouts.next(step, waiting))
-        sequences, num_prompts, metrics = (data.sequences, data.num_prompts, data.metrics) if data else (None, 0, {})
-        batch = scatter_batch(sequences, num_prompts, step, self._config.trainer, self._parallel, self._attention)
+        batch, metrics = self._dealt(step, data), data.metrics if data else {}
+        before, self._before = self._before, []
+        if before:
+            batch = replace(batch, **{name: sum(getattr(one, name) for one in (*before, batch)) for name in COUNTED})
         return batch, metrics | {TARGET_TOKENS.name: float(batch.num_target_tokens)}
+
+    def _dealt(self, step: int, data: StepData | None) -> Batch:
+        """This rank's part of what rank 0 has."""
+        sequences, num_prompts = (data.sequences, data.num_prompts) if data else (None, 0)
+        return scatter_batch(sequences, num_prompts, step, self._config.trainer, self._parallel, self._attention)
 
     def _await(self, step: int, ask: Callable[[StepSource, int, Waiting], Answer]) -> Answer | None:
         """What rank 0 asks of its rollouts, while the other ranks wait; None there."""
@@ -121,6 +144,9 @@ class SupervisedSource:
 
     def drain(self, steps: range) -> None:
         """Nothing to wait for."""
+
+    def early(self, step: int) -> None:
+        """A step is there as a whole."""
 
     def next(self, step: int) -> tuple[Batch, dict[str, float]]:
         """This rank's microbatches of the step."""

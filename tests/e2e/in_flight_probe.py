@@ -197,6 +197,9 @@ class Run:
         for step in steps:
             self.source.drain(step)
 
+    def early(self, step: int) -> None:
+        """There is nothing."""
+
     def next(self, step: int) -> tuple[Any, dict[str, float]]:
         return None, self.source.next(step).metrics
 

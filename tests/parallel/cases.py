@@ -42,6 +42,7 @@ from tests.parallel.material import ALGORITHMS, batch_of, run_config, sequences
 from tests.parallel.memory_case import memory
 from tests.parallel.policies import make_policy
 from tests.parallel.pretended_gpu import pretended_gpu
+from tests.parallel.streamed_case import streamed
 
 Case = Callable[..., Any]
 TIMEOUT = timedelta(seconds=60)
@@ -70,6 +71,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "memory": memory,
         "same_steps": same_steps,
         "scattered": scattered,
+        "streamed": streamed,
     }
     config = run_config(arguments.pop("trainer"), arguments.pop("options", {}))
     store = dist.FileStore(place["store"], place["world_size"])

@@ -9,7 +9,7 @@ from engine.config.options import RewardModel
 from engine.config.rewards import broken_reward_rules
 from engine.models.base import ModelShape
 from engine.models.reward_head import read_reward_head
-from engine.rewards.registry import check_pairing, checks, uses_engine
+from engine.rewards.registry import check_pairing, check_streaming, checks, uses_engine
 from engine.run.metrics import catalogue
 
 
@@ -28,6 +28,7 @@ def reward_faults(look: Look) -> Faults:
     yield from faults
     if not faults and look.purpose != "eval" and look.judges:
         yield from caught(check_pairing, config)
+        yield from caught(check_streaming, config)
     options = config.reward_model
     if look.samples and uses_engine(sources) and options.path is not None:
         shape, _ = tried(_shape_of, options)

@@ -205,6 +205,7 @@ class WorkerReward(Reward):
     """
 
     one_by_one = True
+    per_group = True
     deterministic = True  # whether equal requests get equal outcomes, so that they are judged once
     OPTIONS: ClassVar[tuple[str, ...]] = ("workers", "concurrency", "deadline_seconds", "memory_mebibytes")
     MODULE: ClassVar[str]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 DELAYED = {  # module: what of it waits first
-    "engine.megatron.policy": ("Policy.train_step",),
+    "engine.megatron.policy": ("Policy.train_step", "Policy.add_gradient"),
     "engine.inference.vllm_engine": ("VllmEngine.submit", "VllmEngine.collect", "VllmEngine.pause", "VllmEngine.receive"),
     "engine.rewards.registry": ("RoutedReward.score_as_they_arrive",),
 }

@@ -35,7 +35,7 @@ from tests.builders import config
 
 OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 162
+MAX_OPTIONS = 163
 
 REQUIRED = """
 [run]

@@ -244,6 +244,14 @@ def test_plan_says_seconds_hours_and_what_binds(planned):
         assert words in said, words
 
 
+def test_a_run_that_streams_is_foreseen_as_one_that_does_not(planned):
+    online = ["--mean-tokens", "300", "data.prompts_per_step=16", "sync.sync_interval=1"]
+    figures, _ = planned(*online)
+    streamed, _ = planned(*online, "sync.streaming=true", "trainer.overlap_gradients=false")
+    plain, _ = planned(*online, "trainer.overlap_gradients=false")
+    assert streamed["forecast"] == plain["forecast"] and figures["forecast"]["step_seconds"] > 0
+
+
 def test_without_rollouts_there_is_no_forecast(planned):
     figures, said = planned("sft.checkpoint_out=x")
     assert figures["forecast"] is None and figures["intervals"] == [] and "a step" not in said

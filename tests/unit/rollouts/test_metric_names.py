@@ -18,6 +18,7 @@ from engine.observe.curves import CURVES
 from engine.observe.progress import SHOWN
 from engine.rollouts.batch import compared_tokens, step_data
 from engine.rollouts.metrics import rollout_metrics
+from engine.rollouts.waves import METRICS as OF_WAVES
 from engine.run.loop import _finished
 from engine.run.metrics import METRICS, catalogue
 from tests.builders import algorithm_options
@@ -48,6 +49,7 @@ ELSEWHERE = {
         "groups",
     ),
     *(one.name for one in METRICS),
+    *(one.name for one in OF_WAVES),
 }
 RECORDED = {  # what the figures on record and their readers depend on
     *("step", "loss", "grad_norm", "learning_rate", "reward_mean", "accuracy", "rollout_entropy", "completion_tokens_mean"),

@@ -36,6 +36,7 @@ class World:
         self.sampled: dict[int, int] = {}  # step -> version that samples its rollouts
         self.staleness: dict[int, int] = {}
         self.schedule: Schedule | None = None  # of the run under way
+        self.parts = self.left = 0  # of a step that come before its rest, and those left of this one
         self.pace: Callable[[int], float] = lambda step: 0.0  # how far the policy moves in a step, as a loss measures it
 
     def publish(self, version: int) -> dict[str, float]:
@@ -82,13 +83,25 @@ class World:
         yield
         self.held = None
 
+    def early(self, step: int) -> str | None:
+        if not self.left:
+            return None
+        self.left -= 1
+        self.log.append(f"early {step}")
+        return f"part of {step}"
+
     def next(self, step: int) -> tuple[Any, dict[str, float]]:
         self.log.append(f"next {step}")
+        self.left = self.parts
         self.staleness[step] = self.steps_done - self.sampled.pop(step)
         return f"batch {step}", {"reward_mean": 0.25}
 
     def score(self, batch: Any) -> Any:
+        time.sleep(0.01 * bool(self.parts))
         return f"scored {batch}"
+
+    def add_gradient(self, batch: Any) -> None:
+        self.log.append(f"add {batch}")
 
     def train_step(self, batch: Any) -> dict[str, float]:
         assert not self.colocated or self.serves is None, "engines have the trainer's devices"
@@ -162,6 +175,16 @@ def test_online_syncs_before_every_step():
     assert world.windows == ["step 0", "submitted 0-0", "step 1", "submitted 1-1", "step 2"]
     assert [record["step"] for record in records] == [0, 1]
     assert all(record["loss"] == 1 and record["reward_mean"] == 0.25 and record["sync_seconds"] == 0.5 for record in records)
+
+
+def test_parts_of_a_step_that_are_complete_early_are_added_before_its_rest():
+    """The step's own seconds are those of all its parts (each scored for 10 ms here)."""
+    world = World()
+    world.parts = world.left = 2
+    (record,) = world.run(Paper(1, "never", num_steps=1, offline_chunk=16))
+    parts = ["early 0", "add scored part of 0"]
+    assert world.log == [*sync_of(0), "open 0-0", *parts, *parts, *step_of(0), *sync_of(1)]
+    assert record["score_seconds"] >= 0.03 and record["train_seconds"] >= record["score_seconds"]
 
 
 def test_semi_online_opens_an_interval_after_its_sync_and_the_last_one_is_cut():
