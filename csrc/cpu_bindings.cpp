@@ -188,12 +188,12 @@ std::vector<Family> families_of(const int64_t* parents, int64_t num_segments) {
   std::vector<size_t> family_of(static_cast<size_t>(num_segments));
   for (int64_t i = 0; i < num_segments; ++i) {
     const int64_t parent = parents[i];
-    if (parent < 0) {
+    if (parent == -1) {
       family_of[static_cast<size_t>(i)] = families.size();
       families.push_back({i, 0, 0});
       continue;
     }
-    if (parent >= i || parents[parent] >= 0)
+    if (parent < 0 || parent >= i || parents[parent] >= 0)
       refuse("parents[", i, "] must be -1 or a segment before it that goes on from none; found ", parent);
     Family& family = families[family_of[static_cast<size_t>(parent)]];
     if (family.end_sample == 0) family.first_sample = family.end_sample = i;

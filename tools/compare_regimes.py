@@ -38,7 +38,7 @@ REGIMES = {
 }
 GRPO = ["algorithm.loss=grpo", "sync.reference=never"]
 TRUNCATED = [*GRPO, "algorithm.correction=truncate", "algorithm.correction_high=2"]
-OAPL = ["algorithm.loss=oapl", "sync.reference=follow"]
+OAPL = ["algorithm.loss=oapl", "sync.reference=never"]
 AHEAD, IN_FLIGHT = ["sync.lookahead=1"], ["sync.lookahead=2", "sync.in_flight=true"]
 DPO = ["sync.reference=follow"]
 STUDIES = {
@@ -70,7 +70,9 @@ def main() -> int:
     parser.add_argument("--config", default="configs/quickstart.toml")
     parser.add_argument("--study", choices=STUDIES, default="paper")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of every regime for each")
-    parser.add_argument("--grpo", nargs="*", default=[], metavar="section.key=value", help="options of GRPO alone")
+    parser.add_argument(
+        "--grpo", nargs="*", default=[], metavar="section.key=value", help="options of the runs with GRPO alone"
+    )
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file too")
     parser.add_argument("--plots", metavar="FOLDER", help="write curves as SVG files, means over the seeds")
     options = parser.parse_args()
@@ -78,7 +80,7 @@ def main() -> int:
     regimes = STUDIES[options.study]
     for seed in options.seeds:
         for regime, overrides in regimes.items():
-            own = options.grpo if regime == "GRPO" else []
+            own = options.grpo if "algorithm.loss=grpo" in overrides else []
             name = folder_of(regime, seed).name
             settings = [*overrides, *own, *options.overrides, f"run.seed={seed}", "checkpoint.every=end"]
             results.setdefault(regime, []).append(run(options.config, name, settings))
@@ -113,7 +115,9 @@ def run(config: str, name: str, settings: list[str]) -> dict[str, Any]:
     """One run, or what it left when it has been made before with the same settings."""
     directory = FOLDER / name
     marker = directory / "settings.json"
-    if not marker.exists() or json.loads(marker.read_text()) != settings:
+    if not marker.exists() or sorted(json.loads(marker.read_text())) != sorted(
+        settings
+    ):  # another study may order them otherwise
         subprocess.run(["rm", "-rf", str(directory)], check=True)
         print(f"== {name}", flush=True)
         command = [sys.executable, "-m", "engine.cli", "train", config, *settings, f"run.directory={directory}"]

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from engine.core.jsonl import read_rows
 
@@ -85,13 +86,14 @@ def main() -> int:
         parser.error(f"--steps must be more than the {WARM_UP} that are not counted; found {options.steps}: raise it")
     race, versions = RACES[options.race], {name: version(name) for name in PACKAGES}
     if race.larger:
-        options.model = str(larger_model(Path(options.model), ROOT / "runs/race/larger_model"))
+        options.model = str(larger_model(Path(options.model)))
     seconds: dict[str, list[float]] = {"TRL": [], "Semion": []}
     rewards: dict[str, list[float]] = {"TRL": [], "Semion": []}
     for round_ in range(options.rounds):
         with tempfile.TemporaryDirectory(prefix="semion-race-") as folder:
+            problems = problems_of(race, options, Path(folder))
             for side, run in (("TRL", trl), ("Semion", semion)):
-                found = run(race, options, Path(folder))
+                found = run(race, options, problems, Path(folder))
                 versions |= found.get("versions", {})
                 seconds[side] += found["seconds"][WARM_UP:]
                 rewards[side] += found["rewards"][WARM_UP:]
@@ -111,8 +113,11 @@ def main() -> int:
     return 0
 
 
-def larger_model(base: Path, target: Path) -> Path:
-    """Makes the larger model, unless it is there: `base`'s tokenizer with words of its own up to the vocabulary."""
+def larger_model(base: Path) -> Path:
+    """Makes the larger model, unless one of these sizes and this tokenizer is there: `base`'s tokenizer with words of its own
+    up to the vocabulary."""
+    known = crc32(json.dumps(LARGER, sort_keys=True).encode() + (base / "tokenizer.json").read_bytes())
+    target = ROOT / "runs" / "race" / f"larger_model_{known:08x}"
     if target.exists():
         return target
     import torch
@@ -133,10 +138,17 @@ def larger_model(base: Path, target: Path) -> Path:
     return folder.rename(target)
 
 
-def trl(race: Race, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def problems_of(race: Race, options: argparse.Namespace, folder: Path) -> Path:
+    """A file with the problems of all steps: both sides go through them once, each in an order of its own."""
+    rows = Path(options.data).read_text(encoding="utf-8").splitlines()[: options.steps * race.sizes["prompts"]]
+    (folder / "problems.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder / "problems.jsonl"
+
+
+def trl(race: Race, options: argparse.Namespace, problems: Path, folder: Path) -> dict[str, Any]:
     """One run of TRL's."""
     output = folder / "trl.json"
-    flags = {"model": options.model, "data": options.data, "steps": options.steps, **race.sizes}
+    flags = {"model": options.model, "data": str(problems), "steps": options.steps, **race.sizes}
     flags |= {"loss": race.loss, "kl_weight": race.kl_weight, "output": str(output)}
     arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     arguments += ["--last-bit"] if race.larger else []
@@ -147,7 +159,7 @@ def trl(race: Race, options: argparse.Namespace, folder: Path) -> dict[str, Any]
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-def semion(race: Race, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def semion(race: Race, options: argparse.Namespace, problems: Path, folder: Path) -> dict[str, Any]:
     """One run of Semion's, online, without evaluation."""
     run, sizes = folder / "semion", race.sizes
     overrides = [
@@ -156,7 +168,7 @@ def semion(race: Race, options: argparse.Namespace, folder: Path) -> dict[str, A
         f"run.directory={run}",
         f"run.steps={options.steps}",
         f"model.path={options.model}",
-        f"data.train={options.data}",
+        f"data.train={problems}",
         "data.held_out=",
         f"data.prompts_per_step={sizes['prompts']}",
         f"algorithm.samples_per_prompt={sizes['samples']}",

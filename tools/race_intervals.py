@@ -1,7 +1,7 @@
 """Semion's regimes against each other on one machine: the seconds a step of an online run, of one that syncs every tenth
 step, and of ones that sample ahead or take weights in flight; equal model, prompts, samples, rewards and loss, the sides in
-turn. Beside each stands the best that its halves allow: where nothing overlaps the sum of what sampling and training take a
-step, otherwise the longer of them. Load on the machine counts, so leave it alone.
+turn. Beside each stands the best that its halves allow, as the run of the same s without overlap measured them: where nothing
+overlaps their sum, otherwise the longer. Load on the machine counts, so leave it alone.
 
     python tools/race_intervals.py quickstart|larger [--rounds 2] [--sides NAME ...] [--json FILE] [semion.option=value ...]
 
@@ -25,13 +25,14 @@ sys.path.insert(0, str(ROOT))
 from engine.core.jsonl import read_rows  # noqa: E402
 from tools.race import REWARD, larger_model  # noqa: E402
 
-SIDES = {  # name: options, steps, steps that are not counted
-    "s=1": (["sync.sync_interval=1"], 12, 3),
-    "s=1, lookahead 1": (["sync.sync_interval=1", "sync.lookahead=1"], 14, 4),
-    "s=1, lookahead 2, in flight": (["sync.sync_interval=1", "sync.lookahead=2", "sync.in_flight=true"], 14, 4),
-    "s=10": (["sync.sync_interval=10"], 30, 10),
-    "s=10, lookahead 1": (["sync.sync_interval=10", "sync.lookahead=1"], 40, 20),
+SIDES = {  # name: options, steps that are not counted at the start, steps that are, steps at the end while nothing is sampled
+    "s=1": (["sync.sync_interval=1"], 3, 9, 0),
+    "s=1, lookahead 1": (["sync.sync_interval=1", "sync.lookahead=1"], 4, 10, 1),
+    "s=1, lookahead 2, in flight": (["sync.sync_interval=1", "sync.lookahead=2", "sync.in_flight=true"], 4, 10, 2),
+    "s=10": (["sync.sync_interval=10"], 10, 20, 0),
+    "s=10, lookahead 1": (["sync.sync_interval=10", "sync.lookahead=1"], 20, 20, 10),
 }
+ALONE = {"1": "s=1", "10": "s=10"}  # where nothing overlaps, so that each half is measured by itself
 OPTIONS = {
     "quickstart": ["trainer.tensor_parallel=1", "optimizer.learning_rate=1e-9"],  # so that lengths stay what they are
     "larger": [
@@ -56,7 +57,7 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     model = ROOT / "runs/quickstart/seed_model"
     if options.model == "larger":
-        model = larger_model(model, ROOT / "runs/race/larger_model")
+        model = larger_model(model)
     found: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
     for round_ in range(options.rounds):
         for side in options.sides:
@@ -64,13 +65,14 @@ def main() -> int:
             print(f"round {round_ + 1}, {side}: {found[side][-1]['step']:.3f} s a step", flush=True)
     table = {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
     first = table[options.sides[0]]
-    print(
-        f"{'':28} {'step':>6} {'times':>6} {'sampling':>9} {'training':>9} {'best':>6} {'trainer idle':>13} {'engine idle':>12}"
-    )
+    print(f"{'':28} {'step':>6} {'times':>6} {'sampling':>9} {'training':>9} {'best':>6} {'trainer idle':>13}")
     for side, row in table.items():
+        alone = table.get(ALONE[side.removeprefix("s=").partition(",")[0]])
+        halves = [alone["sampling"], alone["training"]] if alone else []
+        row["best"] = float("nan") if not halves else max(halves) if "lookahead" in side else sum(halves)
         print(
             f"{side:28} {row['step']:6.2f} {first['step'] / row['step']:6.2f} {row['sampling']:9.2f} {row['training']:9.2f} "
-            f"{row['best']:6.2f} {row['trainer_idle']:13.0%} {row['engine_idle']:12.0%}"
+            f"{row['best']:6.2f} {row['trainer_idle']:13.0%}"
         )
     if options.json:
         Path(options.json).write_text(json.dumps({"runs": found, "medians": table}, indent=2) + "\n", encoding="utf-8")
@@ -79,29 +81,22 @@ def main() -> int:
 
 def run(side: str, overrides: list[str]) -> dict[str, float]:
     """Means over the counted steps of one run, which are whole intervals; seconds from the end of one to that of the next."""
-    own, steps, left_out = SIDES[side]
+    own, before, counted, after = SIDES[side]
     with tempfile.TemporaryDirectory(prefix="semion-race-") as folder:
         directory = Path(folder) / "run"
-        settings = [
-            f"run.directory={directory}",
-            f"run.steps={steps}",
-            "data.held_out=",
-            "checkpoint.every=end",
-            "run.sinks=[]",
-        ]
-        command = [sys.executable, "-m", "engine.cli", "train", "configs/quickstart.toml", *settings, *overrides, *own]
+        settings = [f"run.directory={directory}", f"run.steps={before + counted + after}", "data.held_out=", "run.sinks=[]"]
+        options = [*settings, "checkpoint.every=end", *overrides, *own]
+        command = [sys.executable, "-m", "engine.cli", "train", "configs/quickstart.toml", *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{side}: ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         rows = list(read_rows(directory / "metrics.jsonl"))
-    counted, online = rows[left_out:], "sync.sync_interval=1" in own and len(own) == 1
-    seconds = (rows[-1]["unix_seconds"] - rows[left_out - 1]["unix_seconds"]) / len(counted)
-    sampling = mean(counted, "generation_seconds")
-    training = mean(counted, "train_seconds")
-    best = sampling + training if online else max(sampling, training)
-    waited = statistics.fmean(row["trainer_idle_share"] * row["step_seconds"] for row in counted)
-    idle = {"trainer_idle": waited / seconds, "engine_idle": max(0.0, 1 - sampling / seconds)}
-    return {"step": seconds, "sampling": sampling, "training": training, "best": best} | idle
+    rows = rows[before - 1 : before + counted]
+    seconds = (rows[-1]["unix_seconds"] - rows[0]["unix_seconds"]) / counted
+    rows = rows[1:]
+    waited = statistics.fmean(row["trainer_idle_share"] * row["step_seconds"] for row in rows)
+    found = {"step": seconds, "sampling": mean(rows, "generation_seconds"), "training": mean(rows, "train_seconds")}
+    return found | {"trainer_idle": waited / seconds}
 
 
 def mean(rows: list[dict[str, Any]], name: str) -> float:

@@ -3,8 +3,7 @@
 // registers. A block of queries has its scores over all keys at once, so that the softmax is exact and nothing is rescaled.
 #include "packed_attention.h"
 
-#include <algorithm>
-#include <vector>
+#include <new>
 
 #include "../vec.h"
 
@@ -16,6 +15,39 @@ constexpr int64_t block_depth = 128;  // of a product, so that what is read agai
 constexpr int tile_rows = 4;
 constexpr int tile_vectors = SEMION_LANES == 16 ? 4 : 2;
 constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
+
+// What follows stands for the standard library's, whose templates would be the linker's to choose among instruction sets.
+int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+void fill(float* from, float* until, float value) {
+  for (; from < until; ++from) *from = value;
+}
+
+class Room {
+ public:
+  Room() = default;
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+  ~Room() { delete[] data_; }
+
+  // At least so many floats, of any value; what was there before is gone.
+  float* of(int64_t count) {
+    if (count > size_) {
+      delete[] data_;
+      data_ = nullptr, size_ = 0;
+      data_ = new float[static_cast<size_t>(count)];
+      size_ = count;
+    }
+    return data_;
+  }
+  float* data() const { return data_; }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
 
 int64_t whole_vectors(int64_t count) {
   return (count + lanes - 1) / lanes * lanes;
@@ -66,11 +98,11 @@ void product(Left a, Right b, int64_t rows, int64_t vectors, int64_t depth, floa
     const Right columns{b.data + first * b.vector, b.k, b.vector};
     float* to = c + first * lanes;
     for (int64_t k = 0; k < depth || k == 0; k += block_depth) {
-      const int64_t part = std::min(block_depth, depth - k);
+      const int64_t part = least(block_depth, depth - k);
       const Left left{a.data + k * a.k, a.row, a.k};
       const Right right{columns.data + k * b.k, b.k, b.vector};
       const bool more = add || k > 0;
-      switch (std::min<int64_t>(tile_vectors, vectors - first)) {
+      switch (least(tile_vectors, vectors - first)) {
         case 1: tiles<1>(left, right, rows, part, to, ldc, more); break;
         case 2: tiles<2>(left, right, rows, part, to, ldc, more); break;
 #if SEMION_LANES == 16
@@ -120,8 +152,8 @@ void write_row(const float* from, int64_t size, float factor, E* to) {
 // rows [n, depth] -> panels [n / lanes, depth, lanes]: what a product reads whose columns are these rows. Rows beyond n are 0.
 void to_panels(const float* rows, int64_t n, int64_t depth, float* panels) {
   for (int64_t first = 0; first < n; first += lanes, panels += depth * lanes) {
-    const int64_t count = std::min<int64_t>(lanes, n - first);
-    if (count < lanes) std::fill(panels, panels + depth * lanes, 0.0f);
+    const int64_t count = least(lanes, n - first);
+    if (count < lanes) fill(panels, panels + depth * lanes, 0.0f);
     for (int64_t lane = 0; lane < count; ++lane) {
       const float* row = rows + (first + lane) * depth;
       for (int64_t d = 0; d < depth; ++d) panels[d * lanes + lane] = row[d];
@@ -132,7 +164,7 @@ void to_panels(const float* rows, int64_t n, int64_t depth, float* panels) {
 // The keys and values of a segment, and in a backward their gradients: of one head, in float, rows of whole vectors.
 struct Keys {
   int64_t first = 0, count = 0;  // tokens of the row
-  std::vector<float> k, v, k_panels, v_panels, dk, dv;
+  Room k, v, k_panels, v_panels, dk, dv;
 };
 
 template <class E>
@@ -161,19 +193,21 @@ struct Head {
 
   void pack(Keys& keys, int64_t segment, bool backward) const {
     keys.first = in.bounds[segment], keys.count = in.bounds[segment + 1] - keys.first;
-    const size_t size = static_cast<size_t>(keys.count * padded), panels = static_cast<size_t>(whole_vectors(keys.count) * padded);
-    keys.k.resize(size), keys.v.resize(size), keys.k_panels.resize(panels);
+    const int64_t size = keys.count * padded, panels = whole_vectors(keys.count) * padded;
+    float *k = keys.k.of(size), *v = keys.v.of(size);
     for (int64_t i = 0; i < keys.count; ++i) {
-      float* row = keys.k.data() + i * padded;
+      float* row = k + i * padded;
       read_row(row_of(in.k, keys.first + i, head), dim, padded, 1.0f, row);
       turn(row, keys.first + i, 1);
-      read_row(row_of(in.v, keys.first + i, head), dim, padded, 1.0f, keys.v.data() + i * padded);
+      read_row(row_of(in.v, keys.first + i, head), dim, padded, 1.0f, v + i * padded);
     }
-    to_panels(keys.k.data(), keys.count, padded, keys.k_panels.data());
+    to_panels(k, keys.count, padded, keys.k_panels.of(panels));
     if (!backward) return;
-    keys.v_panels.resize(panels);
-    to_panels(keys.v.data(), keys.count, padded, keys.v_panels.data());
-    keys.dk.assign(size, 0.0f), keys.dv.assign(size, 0.0f);
+    to_panels(v, keys.count, padded, keys.v_panels.of(panels));
+    for (Room* gradient : {&keys.dk, &keys.dv}) {
+      float* from = gradient->of(size);
+      fill(from, from + size, 0);
+    }
   }
 };
 
@@ -199,19 +233,18 @@ void scores_of(const float* rows, int64_t num_rows, int64_t padded, const float*
 
 // What a query whose own keys end at `seen` has nothing to do with.
 void hide(float* row, const Columns& columns, int64_t seen, float value) {
-  std::fill(row + columns.prompt, row + columns.own_from, value);
-  std::fill(row + columns.own_from + seen, row + columns.width, value);
+  fill(row + columns.prompt, row + columns.own_from, value);
+  fill(row + columns.own_from + seen, row + columns.width, value);
 }
 
 template <class E>
-void attend(const Head<E>& of, const Keys* prompt, const Keys& own, const AttentionOutput& out, std::vector<float>& room) {
+void attend(const Head<E>& of, const Keys* prompt, const Keys& own, const AttentionOutput& out, Room& room) {
   const PackedAttention& in = of.in;
   const int64_t padded = of.padded, group = of.group, rows = own.count * group;
   const int64_t widest = Columns(prompt ? prompt->count : 0, own.count).width;
-  room.resize(static_cast<size_t>(block_rows * (widest + 2 * padded)));
-  float *scores = room.data(), *queries = scores + block_rows * widest, *sums = queries + block_rows * padded;
+  float *scores = room.of(block_rows * (widest + 2 * padded)), *queries = scores + block_rows * widest, *sums = queries + block_rows * padded;
   for (int64_t first = 0; first < rows; first += block_rows) {
-    const int64_t count = std::min(block_rows, rows - first);
+    const int64_t count = least(block_rows, rows - first);
     const Columns columns(prompt ? prompt->count : 0, (first + count - 1) / group + 1);
     for (int64_t r = 0; r < count; ++r) {
       const int64_t token = own.first + (first + r) / group, h = of.head * group + (first + r) % group;
@@ -247,15 +280,14 @@ void attend(const Head<E>& of, const Keys* prompt, const Keys& own, const Attent
 }
 
 template <class E>
-void go_back(const Head<E>& of, Keys* prompt, Keys& own, const AttentionGradient& gradient, std::vector<float>& room) {
+void go_back(const Head<E>& of, Keys* prompt, Keys& own, const AttentionGradient& gradient, Room& room) {
   const PackedAttention& in = of.in;
   const int64_t padded = of.padded, group = of.group, rows = own.count * group, vectors = padded / lanes;
   const int64_t widest = Columns(prompt ? prompt->count : 0, own.count).width;
-  room.resize(static_cast<size_t>(block_rows * (2 * widest + 3 * padded)));
-  float *shares = room.data(), *slopes = shares + block_rows * widest, *queries = slopes + block_rows * widest;
+  float *shares = room.of(block_rows * (2 * widest + 3 * padded)), *slopes = shares + block_rows * widest, *queries = slopes + block_rows * widest;
   float *back = queries + block_rows * padded, *dq = back + block_rows * padded;
   for (int64_t first = 0; first < rows; first += block_rows) {
-    const int64_t count = std::min(block_rows, rows - first);
+    const int64_t count = least(block_rows, rows - first);
     const Columns columns(prompt ? prompt->count : 0, (first + count - 1) / group + 1);
     float deltas[block_rows], references[block_rows];
     for (int64_t r = 0; r < count; ++r) {
@@ -311,7 +343,7 @@ void write_keys(const Head<E>& of, Keys& keys, const AttentionGradient& gradient
 template <class E>
 void forward_of(const PackedAttention& in, const AttentionOutput& out, int64_t begin, int64_t end) {
   Keys prompt, own;
-  std::vector<float> room;
+  Room room;
   for (int64_t unit = begin; unit < end; ++unit) {
     const Family& family = in.families[unit / in.kv_heads];
     const Head<E> of(in, unit % in.kv_heads);
@@ -327,7 +359,7 @@ void forward_of(const PackedAttention& in, const AttentionOutput& out, int64_t b
 template <class E>
 void backward_of(const PackedAttention& in, const AttentionGradient& gradient, int64_t begin, int64_t end) {
   Keys prompt, own;
-  std::vector<float> room;
+  Room room;
   for (int64_t unit = begin; unit < end; ++unit) {
     const Family& family = in.families[unit / in.kv_heads];
     const Head<E> of(in, unit % in.kv_heads);

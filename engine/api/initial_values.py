@@ -191,7 +191,8 @@ def _algorithm(wishes: Wishes) -> dict[str, Value]:
     if "kl_weight" in LOSSES.load(wishes.loss).Options.model_fields:
         of_grpo = TABLE if wishes.loss == "grpo" else f"{TABLE}, of GRPO"
         options["kl_weight"] = Value(0.001, of_grpo)
-    options["samples_per_prompt"] = Value(8, "completions; the best of 4, 8 and 12 in the paper's Table 5")
+    best = "completions; the best of 4, 8 and 12 in the paper's Table 5"
+    options["samples_per_prompt"] = Value(8, best if wishes.loss == "grpo" else f"{best}, for GRPO")
     return options
 
 
@@ -208,8 +209,15 @@ def _sync(wishes: Wishes) -> dict[str, Value]:
     follows = makes_pairs(wishes.loss) and wishes.interval != "never" and wishes.reward != "model"
     return {
         "sync_interval": Value(wishes.interval, why),
-        "reference": Value("follow" if follows else "never", f"{TABLE}, 'Ref model sync'"),
+        "reference": Value("follow" if follows else "never", _about_reference(wishes.loss)),
     }
+
+
+def _about_reference(loss: str) -> str:
+    found = f"{TABLE}, 'Ref model sync'"
+    if makes_pairs(loss) or loss == "grpo":
+        return found
+    return f"{found}, of GRPO" if "kl_weight" in LOSSES.load(loss).Options.model_fields else "this loss looks at none"
 
 
 def _trainer(wishes: Wishes, layout: Layout | None, longest: int) -> dict[str, Value]:

@@ -93,6 +93,7 @@ def estimate(spec: Resolved, channel: Channel, gpu_bytes: int = H200_BYTES) -> M
 
 
 ASLEEP = ("engine: staging", "engine: CUDA graphs", "engine: context")  # what an engine keeps while the trainer has its turn
+LARGEST_FLASH_HEAD = 256  # head dim of torch's flash attention on GPUs
 TRANSIENT = ("activations", "recomputed layer", "logits", "workspace")  # what a trainer keeps only in its own turn
 
 
@@ -224,6 +225,11 @@ class TrainerState:
         return 2 * moment + (original if self._item != FP32 else 0)
 
 
+def takes_flash(element_bytes: int, head_dim: int) -> bool:
+    """Whether torch's flash attention on GPUs takes heads of such elements and size."""
+    return element_bytes == 2 and head_dim % 8 == 0 and head_dim <= LARGEST_FLASH_HEAD
+
+
 def host_bytes_per_node(spec: Resolved) -> int:
     """Optimizer state and reference in the memory of a node full of the stage that holds most."""
     most = max(TrainerState(spec, stage).host_bytes for stage in range(spec.trainer.pp_size))
@@ -279,11 +285,12 @@ class Step:
     @property
     def _attention(self) -> int:
         """Fused queries, keys and values; the queries apart, as grouped heads need them; the output, and a log-sum-exp of every
-        query and head. Where attention does not rotate by itself, keys after rotation too; torch's own attention, sequence by
-        sequence, has its output once so and once whole."""
+        query and head. Where attention does not rotate by itself, or keys have norms, keys after that too; torch's own
+        attention, sequence by sequence, has its output once so and once whole."""
         e, local = self._e, not self._trainer.uses_te
-        by_sequence = local and self._on_gpu and e == FP32 and not self._trainer.shares_prompts
-        rotated = 2 * self._Q + (2 if local and not self._on_gpu else 3) * self._K
+        by_sequence = local and self._on_gpu and not takes_flash(e, self._D) and not self._trainer.shares_prompts
+        keys_apart = not local or self._on_gpu or family_of(self._shape).has_head_norms()
+        rotated = 2 * self._Q + (3 if keys_apart else 2) * self._K
         output = self._Q * e * (2 if by_sequence else 1) + (self._Q * self._into_linear if self._into_linear != e else 0)
         return self._T * (rotated * e + output + self._heads * FP32)
 

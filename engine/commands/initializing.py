@@ -27,7 +27,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--gpu-gibibytes", type=float, metavar="GIB", help="memory of a GPU (this machine's); 79: H100 of 80 GB, 139: H200")
     add("--nodes", type=int, default=1, metavar="N", help="machines (1)")
     add("--loss", choices=LOSSES.names, help="(dpo)")
-    add("--sync-interval", type=_interval, metavar="S", help="optimizer steps between weight syncs, or never (10; grpo: 1)")
+    add(
+        "--sync-interval",
+        type=_interval,
+        metavar="S",
+        help="optimizer steps between weight syncs, or never (10; grpo and cispo: 1)",
+    )
     add("--directory", default="runs/first", metavar="FOLDER", help="of the run (runs/first)")
     add("--output", metavar="FILE", help="file to write (run.toml)")
     add("--force", action="store_true", help="overwrite it")

@@ -2,10 +2,11 @@
 itself, causally, and to the whole of the prompt's segment that it goes on from. It lays out no row (packing.py) and builds no
 model.
 
-Two attentions of a sample, over its own tokens and over the prompt's, are merged exactly by their log-sum-exps; the backward of
-each takes the merged output and log-sum-exp for its own, which makes its gradients those of the whole (as in ring attention,
-Liu et al. 2023, arXiv 2310.01889). So no key is copied, no mask is made and nothing is padded: memory and work grow with the
-tokens of the row.
+On a CPU a sample has one softmax over the prompt's tokens and its own (engine/ops). Elsewhere it has two attentions, over its
+own tokens and over the prompt's, merged exactly by their log-sum-exps; the backward of each takes the merged output and
+log-sum-exp for its own, which makes its gradients those of the whole (as in ring attention, Liu et al. 2023, arXiv 2310.01889).
+So no mask is made and no key is copied for a sample: memory and work grow with the tokens of the row (but for the float32 sums
+of a GPU's flash attention, which pads each segment to 128 tokens in its backward).
 
 Shape legend: T tokens of a packed row, N heads of this rank, M of its key-value heads, D head dim, L queries, S keys.
 """
@@ -23,10 +24,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from engine.capacity.memory import takes_flash
 from engine.core.types import Microbatch
 from engine.ops import packed_attention
-
-LARGEST_FLASH_HEAD = 256  # head dim of torch's flash attention on GPUs
 
 
 @dataclass(frozen=True)
@@ -230,9 +230,7 @@ def on_cpu(q: torch.Tensor) -> bool:
 
 def kernel_of(q: torch.Tensor) -> Kernel:
     """torch's flash attention on GPUs (never run so far) for half precision; otherwise the plain one."""
-    if q.device.type == "cuda" and q.dtype.itemsize == 2 and q.size(-1) % 8 == 0 and q.size(-1) <= LARGEST_FLASH_HEAD:
-        return FLASH
-    return PLAIN
+    return FLASH if q.device.type == "cuda" and takes_flash(q.dtype.itemsize, q.size(-1)) else PLAIN
 
 
 def _flash_forward(

@@ -1,5 +1,6 @@
 """torch's AdamW as one pass over weights, gradient and moments: on a CPU four times as fast as its operators one by one, and
-without the tensors that these make in between.
+without the tensors that these make in between. Where a tensor ends inside a vector of the processor its last elements may be
+rounded otherwise, so that the bits depend on how a layout cuts it, as those of sums over ranks do.
 """
 
 from __future__ import annotations
