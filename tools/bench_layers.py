@@ -96,6 +96,7 @@ def layer_row(name: str, shape: ModelShape, parallel: ParallelState, tokens: int
         max_seqlen_q=length,
         max_seqlen_kv=length,
         lengths=[length] * (tokens // length),
+        parents=torch.full((tokens // length,), -1, device=device),
         target_positions=torch.arange(tokens, device=device),
     )
     slope = torch.randn(1, tokens, shape.vocab_size, device=device).to(torch.bfloat16)

@@ -492,7 +492,8 @@ class Trainer(Section):
     )
     reference_memory: Literal["device", "host"] = Field(
         "device",
-        description="where the reference's weights are; host: copied to the device for each step's scoring, the same bits",
+        description="where the reference's weights are; host: copied to the device to score a step, with sync.streaming each "
+        "part of it, the same bits",
     )
 
     @property

@@ -111,7 +111,7 @@ class RolloutGroup:
     prompt: Prompt
     step: int  # the step that consumes it
     rollouts: tuple[Rollout, ...]
-    wave: int | None = None  # with sync.streaming: in which part of the step it was trained on
+    wave: int | None = None  # with sync.streaming: in which part of the step it was complete and judged
 
     @property
     def judged(self) -> tuple[Rollout, ...]:

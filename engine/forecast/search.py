@@ -31,6 +31,7 @@ from engine.models.sharding import engine_layout, trainer_layout
 from engine.run.spec import Spec, assemble
 
 FREE_SHARE = 0.05  # of a GPU, for what the memory estimate does not see
+FEW_ENGINES = 4  # that are replayed of a layout, which stand for all
 BEST = 5  # that are told of each s
 TRIED = 8  # that are forecast in full, of each s
 MOST_FORECAST = 24  # of each s, where some would not keep the run's deadlines
@@ -70,6 +71,7 @@ class Found:
     config: RunConfig
     forecast: Forecast
     spare_bytes: int  # of the fullest GPU
+    spec: Spec
 
     @property
     def layout(self) -> str:
@@ -164,7 +166,10 @@ class Search:
                     splits.add(split)
             if (own := self._own(regime, _slowest(full))) is not None and own.layout not in {one.layout for one in full}:
                 full.append(own)
-            found[regime] = _ranked(full)[:BEST]
+            told = _ranked(full)
+            while told and not self._keeps(told[0], regime):  # what --write writes is not refused by a plan of it
+                told.pop(0)
+            found[regime] = told[:BEST]
         if not any(found.values()):
             if self._late:
                 raise combined(self._late)
@@ -387,11 +392,9 @@ class Search:
         if late := missed(spec, saved, None):
             self._late = late
             return None
-        i, t = config.inference, config.trainer
-        transfer = self._transfer(i.engines * i.tensor_parallel, i.tensor_parallel, t.world_size)
-        given = Inputs(spec, self._constants, self._workload, transfer, self._gpu_bytes)
+        t, given = config.trainer, self._inputs(spec)
         try:
-            forecaster = Forecaster(given, self.works, 4, self._trained.get(t), self._deals, self._rows)
+            forecaster = Forecaster(given, self.works, FEW_ENGINES, self._trained.get(t), self._deals, self._rows)
             self._trained[t] = forecaster.trained
             if min(step.seconds.total for step in forecaster.trained) > slowest:
                 return None
@@ -402,7 +405,23 @@ class Search:
         if late := missed(spec, saved, forecast, self._slack):
             self._late = late
             return None
-        return Found(config, forecast, spare)
+        return Found(config, forecast, spare, spec)
+
+    def _keeps(self, found: Found, regime: Regime) -> bool:
+        """Whether it keeps its deadlines with as many engines replayed as a plan replays, whose longest wait may be longer."""
+        if found.config.inference.engines <= FEW_ENGINES:
+            return True
+        trained = self._trained.get(found.config.trainer)
+        forecaster = Forecaster(self._inputs(found.spec), self.works, None, trained, self._deals, self._rows)
+        forecast = forecaster.forecast(self._schedules[regime])
+        if late := missed(found.spec, saving(found.spec, self._constants), forecast, self._slack):
+            self._late = late
+        return not late
+
+    def _inputs(self, spec: Spec) -> Inputs:
+        i, t = spec.config.inference, spec.config.trainer
+        transfer = self._transfer(i.engines * i.tensor_parallel, i.tensor_parallel, t.world_size)
+        return Inputs(spec, self._constants, self._workload, transfer, self._gpu_bytes)
 
     # -- what all of them need
 

@@ -20,7 +20,9 @@ class Arrivals(Generic[Item]):
     """Items by their places. One thread puts, another takes. Leaving it as a context ends it, or where something was raised
     abandons it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_part: bool = False) -> None:
+        """`is_part`: whether more of the same step follows in another; what is so of a whole step need not be of it."""
+        self.is_part = is_part
         self._changed = Condition()
         self._new: dict[int, Item] = {}
         self._ended = self._abandoned = False

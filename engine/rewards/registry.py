@@ -248,7 +248,10 @@ class RoutedReward(Reward):
                 for own in early.values():
                     own.abandon()
                 raise
-        return self._combined_scores([arrived[place] for place in sorted(arrived)], judging)
+        scores = self._combined_scores([arrived[place] for place in sorted(arrived)], judging)
+        if not answers.is_part:  # a part of a step may lack what only some prompts' answers return
+            self._require_weights()
+        return scores
 
     def _combined_scores(self, answers: Sequence[Answer], judged: Mapping[str, Future[list[Score]]]) -> list[Score]:
         """One score an answer. `judged`: the scores of those rewards that have judged theirs."""
@@ -266,7 +269,6 @@ class RoutedReward(Reward):
             self._combined(answer, [found[place, name] for name in self._names(answer)]) for place, answer in enumerate(answers)
         ]
         self._apply_rules(answers, results)
-        self._require_weights()
         return results
 
     def _require_weights(self) -> None:

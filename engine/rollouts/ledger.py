@@ -56,7 +56,7 @@ class RolloutRow(BaseModel):
     temperature: float = Field(1.0, gt=0)  # of the log-probs
     prompt_tokens: str | None = None  # `token_digest` of the prompt; ledgers of before it was written have none
     spans: list[list[int]] = []  # with sync.in_flight: as Completion has them
-    wave: int | None = Field(None, ge=0)  # with sync.streaming: in which part of the step it was trained on
+    wave: int | None = Field(None, ge=0)  # with sync.streaming: in which part of the step it was complete and judged
 
     @field_validator("spans")
     @classmethod

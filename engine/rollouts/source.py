@@ -129,7 +129,7 @@ class RolloutSource:
             groups, usage = _awaited(self._coming.pop(step), waiting)
         self._arriving.pop(step, None)  # steps that a checkpoint kept never arrived
         now = time.monotonic()
-        timed = {WAITED.name: streamed.waited_seconds + now - started, JUDGED.name: now - sampled}
+        timed = {WAITED.name: streamed.waited_seconds + now - started, JUDGED.name: streamed.judged_seconds + now - sampled}
         metrics = timed | rollout_metrics(groups, usage, self._end_ids) | self._idle
         self._idle = {}
         warn_of_endings(metrics, self._config.sampling.max_tokens)

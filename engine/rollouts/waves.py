@@ -56,7 +56,7 @@ STREAMED_SHARE = Metric(
 )
 STREAMED_SECONDS = Metric(
     "streamed_seconds",
-    "with sync.streaming: of train_seconds, those before the step's last response was there",
+    "with sync.streaming: seconds of dealing and training on a part of the step before its last response was there",
     title="trained while sampling",
     unit="s",
 )
@@ -119,7 +119,7 @@ class Waves:
             self._shares = self._shares[len(due) :]
             if complete:
                 places = [group * self._size + i for group in complete for i in range(self._size)]
-                arrived = Arrivals[Answer]()
+                arrived = Arrivals[Answer](is_part=True)
                 with arrived:
                     arrived.put({place: self._held.pop(place) for place in places})
                 self._add(complete, arrived, is_last=False)
@@ -179,6 +179,7 @@ class Streamed:
 
     judged: SimpleQueue[list[RolloutGroup] | None] = field(default_factory=SimpleQueue)  # None: only the last one is left
     waited_seconds: float = 0.0
+    judged_seconds: float = 0.0  # of waited_seconds, after the step's last response: for rewards
     sampled_at: float | None = None  # when the step's last response was there (time.monotonic)
     _taken: set[int | None] = field(default_factory=set)  # numbers of waves
     _num_tokens: int = 0
@@ -195,7 +196,9 @@ class Streamed:
                 break
             except Empty:
                 waiting()
-        self.waited_seconds += time.monotonic() - started
+        now = time.monotonic()
+        self.waited_seconds += now - started
+        self.judged_seconds += max(0.0, now - max(started, self.sampled_at if self.sampled_at is not None else now))
         return groups
 
     def take(self, groups: Many[RolloutGroup], data: StepData) -> None:

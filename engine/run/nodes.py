@@ -188,8 +188,9 @@ def await_nodes(config: RunConfig) -> list[Node]:
     quarter of a minute longer, though no process may start there any more. Who is silent for SILENT_SECONDS (or half of
     trainer.timeout_seconds, where that is less) is left out and named, unless it answers before enough others have.
 
-    MissingNodeError where too few answer within trainer.timeout_seconds, or with run.on_lost_node = "shrink" as soon as the
-    others are known to be gone or silent and the run can go on without them.
+    MissingNodeError where too few answer within trainer.timeout_seconds, or with run.on_lost_node = "shrink", where the run can
+    go on without them, as soon as all others are gone; where some are silent, after half of that time, for a file system that
+    is cold or busy can keep many a node silent for a while. The head, where the command runs, is waited for in any case.
     """
     import ray
 
@@ -207,8 +208,10 @@ def await_nodes(config: RunConfig) -> list[Node]:
                 who = " ".join(silent)
                 sys.stderr.write(f"semion: left out, for no process started there within {silent_after:.0f} s: {who}\n")
             return found
-        may_shrink = config.run.on_lost_node == "shrink" and bool(gone or silent) and not num_waited_for
-        if late or (may_shrink and can_shrink(len(found))):
+        lost = set(gone) - {node["NodeManagerAddress"] for node in known if node["Alive"]}
+        all_known = not num_waited_for and len(found) + len(silent) + len(lost) >= wanted
+        is_time = not silent or time.monotonic() - begun >= patience / 2
+        if late or (config.run.on_lost_node == "shrink" and all_known and is_time and can_shrink(len(found))):
             break
         time.sleep(0.5)
     within = f"within trainer.timeout_seconds = {patience:.0f}" if late else "at once"
@@ -233,7 +236,7 @@ def _called(
         one = asked.setdefault(node["NodeID"], _Asked(node))
         if (answer := one.answer()) is not None:
             found.append(answer)
-        elif one.silent_seconds > silent_after:
+        elif one.silent_seconds > silent_after and HEAD not in node["Resources"]:
             silent.append(one.address)
         else:
             num_waited_for += 1

@@ -233,3 +233,10 @@ def test_a_checkpoint_that_misses_its_deadline_is_refused():
     slow = calibrated(None, {"disk_gigabytes_per_second": 0.1})
     with pytest.raises(ConfigError, match=r"trainer\.timeout_seconds must be .* found 600 for 687 s"):
         planned(of("405b", *SMALL), Machine(), known=slow, intervals=())
+
+
+def test_what_the_search_finds_fastest_keeps_its_deadline_with_every_engine_that_a_plan_replays():
+    """The one layout whose first four engines take less than twice 6.75 s, 13.2, has one among the others that takes 13.7."""
+    asked = of("8b-16x24", "inference.timeout_seconds=6.75")
+    with pytest.raises(ConfigError, match=r"longer than an engine takes for a step's responses; found 6\.75"):
+        optimized(asked, Machine(), 40, intervals=())

@@ -21,6 +21,7 @@ from engine.core.types import Completion, Judging, Prompt, Rollout, RolloutGroup
 from engine.data.mixture import load_mixture
 from engine.data.rows import load_rows
 from engine.data.templates import load_tokenizer
+from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer, Reward, answer_of
 from engine.rewards.function import FunctionReward
 from engine.rewards.pool import slots
@@ -518,6 +519,10 @@ def test_weights_name_parts_that_are_returned(folder):
     """What a function declares is looked at before anything starts; of any other at the first answers."""
     with own(folder, "parts", weights={"fromat": 0.25, "big": 0.0}) as reward:
         routed = RoutedReward({"math": reward})
+        part = Arrivals[Answer](is_part=True)
+        with part:
+            part.put(dict(enumerate(answers(["0"]))))
+        routed.score_as_they_arrive(part)  # of a step of which more follows: others may return it
         with pytest.raises(ConfigError, match=r"^rewards\.weights must .* found fromat, and the parts big, correct, format"):
             routed.score(answers(["0"]))
     data = {"reward": f"{folder}/mine.py:declared"}

@@ -25,7 +25,7 @@ from engine.rewards.registry import check_streaming
 from engine.rollouts.base import StepData
 from engine.rollouts.ledger import rollout_rows
 from engine.rollouts.source import RolloutSource
-from engine.rollouts.waves import COMPLETE_SHARES, Waves
+from engine.rollouts.waves import COMPLETE_SHARES, Streamed, Waves
 from tests.unit.inference.test_pool import FakeEngine
 from tests.unit.rollouts.test_rollouts import Holding, OneByOne, Parity, open_source, run_config
 
@@ -176,6 +176,15 @@ def test_a_wave_is_handed_out_while_engines_sample(open_source: Open) -> None:
     assert rest.num_prompts == 1
     assert 0.2 <= rest.metrics["streamed_seconds"] < rest.metrics["wait_seconds"] + 0.5
     assert rest.metrics["wait_seconds"] >= 0.05
+
+
+@pytest.mark.parametrize("is_sampled", [True, False])
+def test_what_is_waited_for_after_the_last_response_is_the_reward(is_sampled: bool) -> None:
+    streamed = Streamed(sampled_at=time.monotonic() if is_sampled else None)
+    threading.Timer(0.2, lambda: streamed.judged.put(None)).start()
+    assert streamed.next(lambda: None) is None
+    assert streamed.waited_seconds >= 0.15
+    assert (streamed.judged_seconds >= 0.15) == is_sampled and streamed.judged_seconds <= streamed.waited_seconds
 
 
 def test_what_an_engine_raises_ends_the_waves_and_is_raised_by_next(open_source: Open) -> None:

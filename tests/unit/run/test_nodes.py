@@ -139,6 +139,24 @@ def test_a_run_that_may_shrink_waits_for_nodes_that_have_not_come_yet(monkeypatc
         taken(0.9, "shrink")
 
 
+def test_silence_of_one_says_nothing_of_a_node_that_has_not_come_yet(monkeypatch):
+    """Nor do all that are slow at the same moment make a run smaller at once: half of the time is theirs."""
+    monkeypatch.setattr(nodes, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr("engine.run.checkpoint.latest", lambda folder: folder)
+    FakeCluster(monkeypatch, {"10.0.0.1": [HERE], "10.0.0.2": [HERE], "10.0.0.3": [LATE]})
+    with pytest.raises(MissingNodeError, match=r"2 answered within trainer\.timeout_seconds = 2"):
+        await_nodes(layout(nodes=4, timeout_seconds=2.0))
+    FakeCluster(monkeypatch, {"10.0.0.1": [HERE], "10.0.0.2": [LATE, LATE, LATE, HERE]})
+    assert taken(6.0, "shrink") == ["10.0.0.1", "10.0.0.2"]
+
+
+def test_the_head_is_waited_for(monkeypatch, capsys):
+    """Its GPUs are the run's, and the command runs there."""
+    monkeypatch.setattr(nodes, "SILENT_SECONDS", 0.1)
+    FakeCluster(monkeypatch, {"10.0.0.1": [LATE, LATE, LATE, HERE], "10.0.0.2": [HERE], "10.0.0.3": [HERE]})
+    assert taken() == ["10.0.0.1", "10.0.0.2"] and capsys.readouterr().err == ""
+
+
 def test_what_a_node_finds_wrong_with_itself_is_told(monkeypatch):
     wrong = ray.exceptions.RayTaskError("look", "", ConfigError("found no interface"))
     FakeCluster(monkeypatch, {"10.0.0.1": [HERE], "10.0.0.2": [wrong]})

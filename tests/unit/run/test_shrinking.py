@@ -88,13 +88,12 @@ def test_a_layout_of_which_nothing_fits_one_node_less_is_refused():
 
 
 def room_for(config: RunConfig, replicas: int) -> Room:
-    """GPUs that have room for an 8B trainer rank of so many replicas to the byte. Its fullest moment is the update, where 16
-    bytes a parameter are shared by the replicas (two moments, the float32 original, and AdamW's root); nothing else depends on
-    their number."""
+    """GPUs that have room for an 8B trainer rank of so many replicas to the byte: these share 12 bytes a parameter (two moments
+    and the float32 original), and nothing else depends on their number."""
     spec = builders.spec(config, LLAMA_8B)
     staged = 2 * config.sync.bucket_mebibytes << 20
     whole = estimate(spec, Channel(staged, staged)).devices[0].num_bytes
-    shares = (16 * -(-PARAMETERS // count) for count in (replicas, config.trainer.data_parallel))
+    shares = (12 * -(-PARAMETERS // count) for count in (replicas, config.trainer.data_parallel))
     return Room(whole + next(shares) - next(shares), spec)
 
 
@@ -126,7 +125,7 @@ def test_a_run_that_no_smaller_layout_holds_is_refused_before_it_starts_with_bot
     check_can_shrink(config, room_for(config, 3))
     check_can_shrink(config)
     room = room_for(config, 4)
-    more = 16 * (-(-PARAMETERS // 2) - -(-PARAMETERS // 4))
+    more = 12 * (-(-PARAMETERS // 2) - -(-PARAMETERS // 4))
     has, needed = (f"{size / 2**30:.1f}" for size in (room.gpu_bytes, room.gpu_bytes + more))
     with pytest.raises(
         ConfigError,

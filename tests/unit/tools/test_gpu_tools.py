@@ -40,7 +40,7 @@ def test_layers_and_optimizers_name_what_they_ran_and_what_is_not_installed(tmp_
     rows = {row["measured"]: row for row in figures(tmp_path, "bench_layers", *arguments)}
     assert rows["bf16 local"]["by"] == "megatron ColumnParallelLinear"
     assert rows["bf16 local"]["MFU"] == pytest.approx(rows["bf16 local"]["TFLOP/s"] / 0.5)
-    assert rows["optimizer torch"]["by"] == "torch AdamW"
+    assert rows["optimizer torch"]["by"] == "engine TorchAdam"
     assert rows["optimizer torch"]["parameters"] > 100_000
     assert rows["fp8 blockwise te"] == {"measured": "fp8 blockwise te", "not run": "transformer_engine is not installed"}
     assert rows["apex"] == {"measured": "apex", "not run": "amp_C is not installed"}
