@@ -88,6 +88,15 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
+def lose_engine_after_step_2(watched: Watched, config: RunConfig) -> None:
+    """Kills engine 0 while it samples for a step after the second, with the checkpoint of two steps on disk. The engine is
+    stopped first and the checkpoint, written beside the loop, awaited then: on a slow disk a run could be over before."""
+    watched.until(lambda: (config.run_directory / "metrics.jsonl").read_text().count("\n") >= 2)
+    engine = watched.until(watched.sampling)
+    watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
+    engine.kill()
+
+
 def restarts(config: RunConfig) -> list[dict[str, Any]]:
     return rows(config, "restarts.jsonl") if (config.run_directory / "restarts.jsonl").exists() else []
 
@@ -110,8 +119,7 @@ def test_a_run_that_loses_an_engine_starts_again_and_ends_as_if_nothing_had_happ
     config = run_config(*SEMI_ONLINE, "run.restarts=9", directory="restarted_once")
     with Watched(written(config, tmp_path), tmp_path / "log") as watched:
         watched.until(lambda: watched.at("engine 0: collect"))  # the first evaluation; the engine is known from now on
-        watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
-        watched.until(watched.sampling).kill()
+        lose_engine_after_step_2(watched, config)
         assert watched.ends() == 0, watched.said()[-4000:]
     lost = restarts(config)
     # On a very busy machine Ray may not start within its own deadline: then that is one more, on record as such.
@@ -138,8 +146,7 @@ def test_a_run_that_loses_an_engine_and_then_a_rank_ends_as_if_nothing_had_happe
     config = run_config(*SEMI_ONLINE, "run.restarts=9", directory="restarted")
     with Watched(written(config, tmp_path), tmp_path / "log") as watched:
         watched.until(lambda: watched.at("engine 0: collect"))  # the first evaluation; the engine is known from now on
-        watched.until((config.run_directory / "checkpoints" / "LATEST").exists)
-        watched.until(watched.sampling).kill()
+        lose_engine_after_step_2(watched, config)
         watched.until(lambda: restarts(config))
         watched.until(lambda: watched.at("engine 0: collect"))  # the loop runs again
         watched.until(lambda: watched.at("trainer rank 0: train")).kill()
