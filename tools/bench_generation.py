@@ -3,7 +3,7 @@ equal tokens, tokens a second by requests at once, and how long it takes to slee
 nothing and syncs nothing. Never run on a GPU so far; `--tiny` is its twin on a CPU.
 
     python -m tools.bench_generation [--model configs/models/llama-3.1-8b] [--at 64 256] [--tokens 256] [--prompt 150]
-                                     [--kv-cache "36 GiB"] [--tiny] [--json PATH]
+                                     [--kv-cache "36 GiB"] [--quantization fp8] [--tiny] [--json PATH]
 
 Each row of `decode` has what the planner's constants are worked out from (tools/gpu_calibration.py).
 """
@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace, row: Any) -> None:
         vocabulary = make_folder(Path(name), options.model, options.tiny)
         tree = {
             "run": {"directory": "unused", "steps": 1},
-            "model": {"path": name, "dtype": "float32" if options.tiny else "bfloat16"},
+            "model": {"path": name, "dtype": "float32" if options.tiny and options.quantization == "none" else "bfloat16"},
             "data": {"train": "unused", "max_prompt_tokens": options.prompt},
             "sampling": {"max_tokens": options.tokens},
             "inference": {
@@ -75,6 +75,7 @@ def measure(options: argparse.Namespace, row: Any) -> None:
                 "max_model_tokens": options.prompt + options.tokens,
                 "max_concurrent": max(options.at),
                 "kv_cache": options.kv_cache,
+                "quantization": options.quantization,
             },
         }
         config = RunConfig.model_validate(tree)
@@ -142,7 +143,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=256 if on_gpu else 16, help="of each answer")
     parser.add_argument("--prompt", type=int, default=150 if on_gpu else 12, help="tokens of each prompt")
     parser.add_argument("--kv-cache", default="36 GiB" if on_gpu else "64 MiB")
-    parser.add_argument("--tiny", action="store_true", help="a model of 50 million parameters in float32")
+    parser.add_argument("--quantization", choices=["none", "fp8"], default="none", help="of the engine's weights")
+    parser.add_argument("--tiny", action="store_true", help="a model of 50 million parameters; in float32 where not quantized")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file too")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []

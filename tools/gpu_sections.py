@@ -145,6 +145,14 @@ SECTIONS = (
     ),
     Section("calibration_sync", "the planner's constants with the sync's", CALIBRATION, 20, call=2, modules=TRAINER),
     Section(
+        "generation_fp8",
+        "the same engine with FP8 weights",
+        ("-m", "tools.bench_generation", "--quantization", "fp8", "--json", "{json}"),
+        160,
+        call=3,
+        modules=(*TRAINER, *VLLM),
+    ),
+    Section(
         "kernels",
         "our kernels against eager, compiled and other libraries' ones",
         ("-m", "tools.bench_ops", "--device", "cuda", "--json", "{json}"),

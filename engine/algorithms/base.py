@@ -109,6 +109,8 @@ class Algorithm(Loss):
     # Whether `__call__` is a sum over groups divided by `denominator(batch, algorithm.reduction)`, and looks at nothing else of
     # the batch, so that a step can be computed in parts (sync.streaming). Said by the class that has `__call__`.
     sums_over_groups: ClassVar[bool] = False
+    # Whether the loss of a response depends on others of its prompt, so that they share a microbatch and a rank.
+    couples_groups: ClassVar[bool] = True
 
     def __init__(self, options: Any, *, sampled: bool = True) -> None:
         """`options` are of the class's own Options. `sampled`: whether there are rollout log-probs to compare with;

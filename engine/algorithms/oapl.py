@@ -54,6 +54,7 @@ class Oapl(Algorithm):
 
     Options = OaplOptions
     sums_over_groups = True
+    couples_groups = False
     metrics = (WITH_SIGNAL, RESIDUAL, *MISMATCH)
 
     def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:

@@ -73,6 +73,7 @@ class PolicyGradient(Algorithm):
 
     Options: ClassVar[type[AdvantageOptions]] = AdvantageOptions
     without_reference = " and algorithm.kl_weight = 0"
+    couples_groups = False
 
     def __init__(self, options: Any, *, sampled: bool = True) -> None:
         super().__init__(options, sampled=sampled)

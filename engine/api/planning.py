@@ -27,6 +27,8 @@ from engine.forecast.search import Found, Search
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, assumed_workload, regimes
 from engine.forecast.telling import as_figures
 from engine.forecast.training import TrainingStep
+from engine.models.checks import check_engine_layout
+from engine.models.sharding import EngineLayout
 from engine.observe.predicted import CALIBRATION, Predicted
 from engine.observe.timeline import EVENTS, STARTUP
 from engine.run.spec import Spec, resolve, settled
@@ -102,8 +104,9 @@ def _refused(spec: Spec) -> list[SemionError]:
     look.shape = spec.shape
     found = caught(layout_faults, look)
     if spec.reward_shape is not None:
-        cache = reward_cache(spec.reward_shape, spec.config.reward_model)
-        found += caught(require_one_request, "reward_model", cache)
+        options = spec.config.reward_model
+        found += caught(check_engine_layout, spec.reward_shape, EngineLayout(options.tensor_parallel), "reward_model")
+        found += caught(require_one_request, "reward_model", reward_cache(spec.reward_shape, options))
     return found
 
 

@@ -81,9 +81,9 @@ def _blocks(tokens: int) -> int:
 
 
 def reward_cache(shape: ModelShape, options: RewardModel) -> KvCache:
-    """Of the reward model's engine. It keeps no conversation from one forward to the next, and one of n >= BLOCK tokens takes
-    less than 2n in whole blocks: two forwards' tokens hold whatever runs together, on any device."""
-    token_bytes = kv_bytes_per_token(shape, 1, options.dtype)
+    """Of each rank of the reward model's engine. It keeps no conversation from one forward to the next, and one of n >= BLOCK
+    tokens takes less than 2n in whole blocks: two forwards' tokens hold whatever runs together, on any device."""
+    token_bytes = kv_bytes_per_token(shape, options.tensor_parallel, options.dtype)
     asked = size_bytes(options.kv_cache)
     if asked is None:
         asked = (2 * options.batched_tokens + BLOCK) * token_bytes

@@ -32,6 +32,8 @@ CONTEXT_BYTES, NCCL_BYTES, GRAPH_BYTES = GIB, 2 * GIB, GIB
 SAMPLER_COPIES = 5  # vLLM's float32 rows of the whole vocabulary: logits, log-probs, their sort, probabilities, noise
 STAGING_BUCKETS = 2  # that a weight sync keeps of sync.bucket_mebibytes at most
 H200_BYTES = 139 * GIB  # what torch calls its memory
+QUANTIZED_LAYERS = 2  # whose matrices an engine with FP8 weights holds beside their places at a weight sync, as they came
+QUANTIZING_BYTES = 256 << 20  # of what it then rounds: eight float32 copies of engine/ops/fp8.py's AT_ONCE elements
 OVERLAP_BUFFERS = 8  # Transformer Engine's, [T, H] each: of four linear layers, forward and backward
 
 Turn = Literal["training", "sampling"]
@@ -430,6 +432,9 @@ def beside_cache(spec: Resolved, channel: Channel) -> Components:
     itemsize = item_bytes(spec.config.model.dtype)
     axes = layout.EngineLayout(i.tensor_parallel)  # also where a sync reloads full tensors: vLLM then repacks its shards
     weights = sum(math.prod(size) for size in layout.shard_shapes(shape, axes, 0).values()) * itemsize
+    matrices = layout.layer_matrices(shape, axes) if i.quantization == "fp8" else ()
+    each = sum(map(math.prod, matrices))
+    weights -= shape.num_layers * (each * (itemsize - 1) - sum(rows for rows, _ in matrices) * FP32)
     forward = i.batched_tokens * (4 * shape.hidden + 3 * shape.ffn_hidden // i.tensor_parallel) * itemsize
     vocabulary = layout.padded_vocab(shape, axes)
     rows = i.max_concurrent * vocabulary * FP32
@@ -441,21 +446,22 @@ def beside_cache(spec: Resolved, channel: Channel) -> Components:
         # A copy of the output layer's weight that vLLM makes for every product but on CUDA and ROCm devices; counted on all.
         **({"engine: float32 head": vocabulary // i.tensor_parallel * shape.hidden * FP32} if widened else {}),
         "engine: staging": channel.engine_bytes,
+        **({"engine: FP8 staging": QUANTIZED_LAYERS * each * itemsize + QUANTIZING_BYTES} if matrices else {}),
         "engine: CUDA graphs": GRAPH_BYTES,
         "engine: context": CONTEXT_BYTES + (NCCL_BYTES if i.tensor_parallel > 1 else 0),
     }
 
 
 def reward_engine(shape: ModelShape, options: RewardModel) -> Components:
-    """The reward model's engine while it judges. Both forms have the same tensors: the Llama's without its output layer, and a
-    head [1, H] that vLLM keeps in float32. It samples nothing, and no weight sync reaches it."""
-    itemsize = item_bytes(options.dtype)
+    """A rank of the reward model's engine while it judges. Both forms have the same tensors: the Llama's without its output
+    layer, and a head [1, H] that vLLM keeps in float32. It samples nothing, and no weight sync reaches it."""
+    itemsize, tp_size = item_bytes(options.dtype), options.tensor_parallel
     head = family_of(shape).head()
-    held = {name: size for name, size in layout.shard_shapes(shape, layout.EngineLayout(1), 0).items() if name != head}
+    held = {name: size for name, size in layout.shard_shapes(shape, layout.EngineLayout(tp_size), 0).items() if name != head}
     return {
         "engine: weights": sum(math.prod(size) for size in held.values()) * itemsize + shape.hidden * FP32,
         "engine: KV cache": reward_cache(shape, options).num_bytes(None),
-        "engine: forward": options.batched_tokens * (4 * shape.hidden + 3 * shape.ffn_hidden) * itemsize,
+        "engine: forward": options.batched_tokens * (4 * shape.hidden + 3 * shape.ffn_hidden // tp_size) * itemsize,
         "engine: CUDA graphs": GRAPH_BYTES,
-        "engine: context": CONTEXT_BYTES,
+        "engine: context": CONTEXT_BYTES + (NCCL_BYTES if tp_size > 1 else 0),
     }

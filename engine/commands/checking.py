@@ -66,6 +66,9 @@ def table(spec: Spec) -> list[tuple[str, str]]:
         rows.append(("regime", f"{c.schedule.regime}: answers at most {oldest} steps old"))
     if spec.starts_engines:
         rows.append(("inference engines", f"{c.inference.engines}: tensor {e.tp_size}, {c.inference.placement}"))
+    if spec.starts_engines and c.inference.quantization != "none":
+        kind = c.inference.quantization.upper()
+        rows.append(("engines' weights", f"layers' matrices in {kind}, quantized at each weight sync"))
     if spec.starts_engines and c.inference.vllm:
         rows.append(
             ("further arguments of vLLM", ", ".join(f"{key} = {toml(value)}" for key, value in c.inference.vllm.items()))

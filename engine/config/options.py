@@ -600,6 +600,11 @@ class Inference(Section):
     )
     threads: Annotated[Positive, Unit("CPU threads")] = Field(1, description="of one engine on CPUs; a GPU engine ignores it")
     packed_weights: bool = Field(False, description="let vLLM repack weights for speed; a sync then reloads full tensors")
+    quantization: Literal["none", "fp8"] = Field(
+        "none",
+        description="'fp8': engines multiply with the layers' matrices in FP8, a scale a row and a token, made anew at each "
+        "sync; the trainer's weights stay as they are",
+    )
     timeout_seconds: Seconds = Field(600.0, description="longest wait for a step's rollouts, an evaluation or start-up")
     vllm: dict[Annotated[str, Field(pattern=r"^\w+$")], JsonValue] = Field(
         {},
@@ -655,7 +660,10 @@ class RewardModel(Section):
         "auto", description="KV cache of its engine, as '16 GiB' or '512 MiB'; 'auto': what it judges at a time needs"
     )
     engines: Annotated[Positive, Unit("engines")] = Field(
-        1, description="that share the answers, each with the whole model on a GPU of its own; scores depend on how many"
+        1, description="that share the answers, each with the whole model on GPUs of its own; scores depend on how many"
+    )
+    tensor_parallel: Ranks = Field(
+        1, description="of one engine, which share every matrix, inside one node; scores depend on it in their last bits"
     )
     timeout_seconds: Seconds = Field(600.0, description="longest wait for a step's rewards, an evaluation's or start-up")
 

@@ -3,7 +3,7 @@ a pure function of the configuration. It starts nothing and looks at no machine;
 
 Whoever comes first takes the first node with room: trainer ranks in order, a tensor-parallel group inside one node; engines,
 each inside one node, after them, or, where inference.placement is 'colocated', on the trainer's GPUs from the first again;
-then the reward engines, each on a GPU of its own in either case, for they judge while the others work. Colocated on several
+then the reward engines, each on GPUs of its own in either case, for they judge while the others work. Colocated on several
 nodes the trainer is placed replica by replica, all stages of one before the next, so that a node can serve its engines by
 itself.
 """
@@ -91,14 +91,15 @@ def place(config: Options, parts: tuple[Part, ...], num_gpus: int | None = None)
             raise _crowded(trainer.world_size, wanted) if colocated else _full(config, gpus, wanted, len(ranks))
         engines.append(assignment)
     judges: list[GpuAssignment] = []
-    count = config.reward_model.engines
+    count, each = config.reward_model.engines, config.reward_model.tensor_parallel
     for _ in range(count if "reward_engine" in parts and config.reward_model.path is not None else 0):
-        assignment = _take(free, 1)
+        assignment = _take(free, each)
         if assignment is None:
             taken = len(ranks) + (0 if colocated else len(engines) * inference.tensor_parallel)
-            wanted = "the reward engine (reward_model.path) with a GPU of its own"
+            its_own = "a GPU of its own" if each == 1 else f"reward_model.tensor_parallel = {each} GPUs of its own"
+            wanted = f"the reward engine (reward_model.path) with {its_own}"
             if count > 1:
-                wanted = f"reward_model.engines = {count}, each with a GPU of its own, of which {len(judges)} have a place"
+                wanted = f"reward_model.engines = {count}, each with {its_own}, of which {len(judges)} have a place"
             raise _full(config, gpus, wanted, taken)
         judges.append(assignment)
     return Placement(tuple(ranks), tuple(engines), tuple(judges))

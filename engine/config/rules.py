@@ -58,6 +58,7 @@ def broken_rules(config: Options) -> list[str]:
     broken += broken_name_rules(c) + broken_reference_rules(c)
     broken += broken_placement_rules(c) + broken_shrinking_rules(c) + broken_vllm_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c) + broken_head_rules(c)
+    broken += broken_quantization_rules(c)
     broken += broken_reward_rules(c) + broken_learning_rate_rules(c.optimizer)
     if never_syncs and c.sync.reference == "follow":
         broken.append(
@@ -416,6 +417,25 @@ def broken_head_rules(c: Options) -> list[str]:
             "found true: set it to false"
         )
     return broken
+
+
+def broken_quantization_rules(c: Options) -> list[str]:
+    """Sentences for what FP8 weights in engines cannot be combined with."""
+    if c.inference.quantization == "none":
+        return []
+    wrong = (
+        (c.model.dtype != "bfloat16", "model.dtype = 'bfloat16', which FP8 products give", repr(c.model.dtype)),
+        (c.inference.packed_weights, "inference.packed_weights = false, for a sync quantizes into place", "true"),
+        (
+            c.sync.reference_log_probs == "rollouts",
+            "sync.reference_log_probs = 'computed', for engines' log-probs are those of rounded weights",
+            "'rollouts'",
+        ),
+    )
+    asked = f"inference.quantization = {c.inference.quantization!r}"
+    return [
+        f"{asked} needs {rule}; found {found}: set it so, or quantization to 'none'" for broken, rule, found in wrong if broken
+    ]
 
 
 def broken_algorithm_rules(c: Options) -> list[str]:

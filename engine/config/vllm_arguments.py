@@ -30,20 +30,21 @@ OPTION_OF: Final = {  # argument, or a pattern of its name -> the option that se
     "tensor_parallel_size": "inference.tensor_parallel",
     "data_parallel_*": "inference.engines",
     "load_format": "inference.packed_weights",
+    "quantization": "inference.quantization",
     "max_logprobs": "sampling.temperature",
     "logprobs_mode": "sampling.temperature",
     "generation_config": "sampling.temperature",
     "override_generation_config": "sampling.temperature",
 }
 
-_WEIGHTS = "a weight sync writes, and verifies, every weight in model.dtype where vLLM's own Llama or Qwen3 keeps it"
+_WEIGHTS = "a weight sync writes, and verifies, every weight where vLLM's own Llama or Qwen3 keeps it"
 _PROCESSES = "an engine is one process of its own, or its tensor-parallel workers on one machine"
 _TOKENS = "prompts and answers are tokens, of a language model that samples"
 _DRAFT = "a draft has no weight sync, and what is accepted depends on the rest of the batch"
 _STALE = "keys and values of earlier weights would outlive a weight sync"
 REASONS: Final = {  # argument, or a pattern of its name -> why nobody may set it
-    "quantization*": _WEIGHTS,
-    "*quantization": _WEIGHTS,
+    "quantization?*": _WEIGHTS,
+    "*?quantization": _WEIGHTS,
     "*lora*": _WEIGHTS,
     "*offload*": _WEIGHTS,
     "model_impl": _WEIGHTS,

@@ -67,7 +67,7 @@ class Constants(Section):
         0.40, "guess", UNVERIFIED, "of the peak that a row's products and attention reach in training"
     )
     fp8_factor: Annotated[PositiveFloat, Unit("times")] = _constant(
-        1.4, "guess", UNVERIFIED, "how much faster the layers' products are with trainer.fp8"
+        1.4, "guess", UNVERIFIED, "how much faster products of FP8 are: the layers' with trainer.fp8, engines' when quantized"
     )
     overlap_share: Annotated[float, Field(ge=0, le=1), Unit("of 1")] = _constant(
         0.7,

@@ -42,16 +42,20 @@ def speed_of(shape: ModelShape, config: RunConfig, constants: Constants) -> Spee
     """An engine's speed by the model's sizes, its tensor parallelism and the constants."""
     c, tp = constants, config.inference.tensor_parallel
     matrices = num_elements(shape) - (0 if shape.tied else shape.vocab_size * shape.hidden)  # the embedding is only looked up
+    head = shape.vocab_size * shape.hidden
+    item = item_bytes(config.model.dtype)
+    stored, faster = (1, c.fp8_factor) if config.inference.quantization == "fp8" else (item, 1.0)  # of the layers' matrices
+    products = 2 * ((matrices - head) / faster + head) / tp
     bandwidth = c.memory_gigabytes_per_second * 1e9 * c.decode_memory_share
     peak = c.peak_teraflops * 1e12
     together = 2 * shape.num_layers * c.collective_seconds if tp > 1 else 0.0
     return Speed(
         fixed=c.iteration_seconds + together,
         request=c.request_iteration_seconds,
-        weights=matrices * item_bytes(config.model.dtype) / tp / bandwidth,
-        products=2 * matrices / tp / (peak * c.decode_peak_share),
+        weights=((matrices - head) * stored + head * item) / tp / bandwidth,
+        products=products / (peak * c.decode_peak_share),
         context=kv_bytes_per_token(shape, tp, config.inference.stored_dtype or config.model.dtype) / bandwidth,
-        prompt=2 * matrices / tp / (peak * c.prefill_peak_share),
+        prompt=products / (peak * c.prefill_peak_share),
     )
 
 

@@ -109,11 +109,12 @@ class Search:
             )
         self._per_node = min(num_gpus, per_node)
         self._nodes = num_gpus // self._per_node
-        self._judges = spec.num_reward_engines
+        self._judges = spec.num_reward_gpus
         self._gpus = num_gpus - self._judges
         if self._gpus < 1:
             raise ConfigError(
-                f"--gpus must leave one beside those of reward_model.engines = {self._judges}; found {num_gpus}: give more"
+                f"--gpus must leave one beside the {self._judges} of the reward model (reward_model.engines * "
+                f"reward_model.tensor_parallel); found {num_gpus}: give more"
             )
         self._gpu_bytes = round(machine.gpu_gibibytes * GIB)
         self._weight_bytes = num_elements(spec.shape) * item_bytes(spec.config.model.dtype)

@@ -105,8 +105,9 @@ def judging_seconds(spec: Spec, constants: Constants, work: StepWork) -> float:
     answers = sum(map(len, work.completions))
     if spec.reward_shape is not None:
         tokens = work.num_sampled + sum(p * len(of) for p, of in zip(work.prompts, work.completions, strict=True))
-        flops = 2 * num_elements(spec.reward_shape) * tokens
-        return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share * config.reward_model.engines)
+        flops, judge = 2 * num_elements(spec.reward_shape) * tokens, config.reward_model
+        gpus = judge.engines * judge.tensor_parallel
+        return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share * gpus)
     if config.data.rewards == ("math",):
         return answers / (c.verified_per_second * num_workers(config.rewards))
     return answers / (c.function_per_second * num_workers(config.rewards) * config.rewards.concurrency)
@@ -211,12 +212,12 @@ class Forecaster:
         config, spec = self._config, self.given.spec
         step = mean_step(self._training).seconds
         busy = 1 - (step.pipeline + step.imbalance) / step.total if step.total else 1.0
-        model = spec.reward_shape is not None
+        judges = config.inference.threads * config.reward_model.engines * config.reward_model.tensor_parallel
         return Cores(
             self.given.constants.cores,
             trainer=config.trainer.world_size * config.trainer.threads * busy,
             engine=config.inference.tensor_parallel * config.inference.threads,
-            rewards=config.inference.threads * config.reward_model.engines if model else num_workers(config.rewards),
+            rewards=judges if spec.reward_shape is not None else num_workers(config.rewards),
         )
 
     def _summary(self, schedule: Schedule, played: Played) -> Forecast:
@@ -228,7 +229,7 @@ class Forecaster:
         trained = sum(work.num_trained for work in self.works) / len(self.works)
         ranks, engine_ranks = config.trainer.world_size, config.inference.engines * config.inference.tensor_parallel
         gpus = max(ranks, engine_ranks) if spec.colocated else ranks + (engine_ranks if spec.starts_engines else 0)
-        gpus += spec.num_reward_engines
+        gpus += spec.num_reward_gpus
         peak = c.peak_teraflops * 1e12 * ranks
         parts = {
             "rollouts": played.mean("waited") + played.mean("finish") - played.mean("judged"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -104,6 +104,22 @@ def deal_prompts(
                 heapq.heapreplace(loads, (load + len(given), engine))
         shares.append([sorted(places) for places in share])
     return shares
+
+
+def unlike(held: Mapping[int, tuple[str, ...]]) -> dict[int, SemionError]:
+    """Of engines that took one version, those that do not multiply with the bits that most of them do, by their workers'
+    digests; of as many on both sides the first engine is right."""
+    if not held:
+        return {}
+    usual = max(held.values(), key=list(held.values()).count)
+    return {
+        engine: WeightSyncError(
+            f"its quantized weights must be those of the other engines, with digests {', '.join(usual)}; found "
+            f"{', '.join(digests)}: the sync is repeated in full"
+        )
+        for engine, digests in held.items()
+        if digests != usual
+    }
 
 
 class Pool:
@@ -259,9 +275,10 @@ class Pool:
         """
         deadline = time.monotonic() + seconds
         reasons: dict[int, SemionError] = {}
+        held: dict[int, tuple[str, ...]] = {}
         for engine, future in enumerate(futures):
             try:
-                verified = future.result(max(0.0, deadline - time.monotonic()))
+                verified, held[engine] = future.result(max(0.0, deadline - time.monotonic()))
                 assert verified == version, (engine, verified, version)
             except TimeoutError:
                 reasons[engine] = InferenceError(f"no answer within {seconds:.0f} s")
@@ -271,7 +288,7 @@ class Pool:
                 # What is neither a failed sync nor a refusal is a process, or a vLLM in it, beyond repair.
                 if isinstance(error, EngineLostError) or not isinstance(error, (WeightSyncError, InferenceError)):
                     self._lost.append(engine)
-        return reasons
+        return reasons | unlike(held)
 
     def replace_lost(self) -> None:
         """Starts lost engines anew, all within inference.timeout_seconds; InferenceError if that fails."""

@@ -2,8 +2,9 @@
 plugin entry point. It decides nothing about versions.
 
 Where live parameters keep their layout (a GPU without quantization, and a CPU with the load format `semion_plain`) slices
-go straight into them. Where vLLM repacks weights after loading, full tensors go through its layerwise reload; what the
-repacked weights then hold cannot be compared with what was sent, so there the digests cover what arrived.
+go straight into them. With FP8 weights slices of a layer's matrix are put together beside it in the model's dtype, proven, and
+quantized into place. Where vLLM repacks weights after loading, full tensors go through its layerwise reload; what the repacked
+weights then hold cannot be compared with what was sent, so there the digests cover what arrived.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from engine.bridge.transports.base import Deadline, Rendezvous, Transport, Trans
 from engine.bridge.transports.registry import open_transport
 from engine.bridge.transports.rendezvous import join_store
 from engine.core.errors import SemionError, UndeliveredError, WeightSyncError
+from engine.inference import fp8
 from engine.inference.plain_loader import PLAIN_FORMAT, PlainLoader
 from engine.inference.sleep import die_with_parent, release_pages
 from engine.models import sharding as layout
 from engine.observe.profiling.recorder import capture_here
+from engine.ops.fp8 import num_strayed
 
 BACKEND = "semion"
 
@@ -121,7 +124,8 @@ class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
                 f"semion on both sides"
             )
         if not terms.engine.whole:
-            _check_parameters(self.model, layout.shard_shapes(terms.shape, terms.engine, self._tp_rank), terms.torch_dtype)
+            shards = LiveShards(self.model, terms.torch_dtype)
+            _check_parameters(shards, layout.shard_shapes(terms.shape, terms.engine, self._tp_rank), terms.torch_dtype)
         member = plan.member(call.engine, self._tp_rank)
         self._receiver = Receiver(plan, member, terms.torch_dtype, self.device)
         self._terms, self._planned = terms, call.plan_digest
@@ -129,7 +133,7 @@ class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
     @contextmanager
     def _shards(self, terms: SyncTerms) -> Iterator[Shards]:
         if not terms.engine.whole:
-            yield LiveShards(self.model)
+            yield LiveShards(self.model, terms.torch_dtype)
             return
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -154,16 +158,39 @@ class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
 
 
 class LiveShards:
-    """vLLM's own parameters, written in place."""
+    """vLLM's own parameters, written in place; one in FP8 is held beside it, in the trainer's dtype, until it is whole."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
         self._parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+        self._layers, self._dtype = fp8.quantized_layers(model), dtype
+        self._held: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, parameter: str) -> torch.Tensor:
-        return self._parameters[parameter]
+        if parameter not in self._layers:
+            return self._parameters[parameter]
+        if parameter not in self._held:
+            self._held[parameter] = torch.empty_like(self._parameters[parameter], dtype=self._dtype)
+        return self._held[parameter]
+
+    def form(self, parameter: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Sizes and type of what is to be written; None of a parameter that there is not."""
+        if parameter not in self._parameters:
+            return None
+        stored = self._parameters[parameter]
+        return tuple(stored.shape), self._dtype if parameter in self._layers else stored.dtype
 
     def complete(self, parameter: str) -> None:
-        """It is where it belongs."""
+        """It is where it belongs; what is to be in FP8 goes there. WeightSyncError where it then is not what it was rounded
+        from."""
+        if parameter not in self._layers:
+            return
+        held, layer = self._held.pop(parameter), self._layers[parameter]
+        fp8.quantize(layer, held)
+        if count := int(num_strayed(held, layer.weight.data, layer.weight_scale.data)):
+            raise WeightSyncError(
+                f"engine parameter {parameter} must be within half an FP8 step of the trainer's weights; found {count} "
+                f"elements that are not, or are not finite: look at the weights, or set inference.quantization = 'none'"
+            )
 
 
 class ReloadedShards:
@@ -183,13 +210,12 @@ class ReloadedShards:
         self._model.load_weights([(parameter, self._held.pop(parameter))])
 
 
-def _check_parameters(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+def _check_parameters(shards: LiveShards, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
     """WeightSyncError where the engine's parameters are not those of the layout that slices are written into."""
-    found = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     for name, shape in shapes.items():
-        if found.get(name) != (shape, dtype):
+        if (found := shards.form(name)) != (shape, dtype):
             raise WeightSyncError(
-                f"engine parameter {name} must be {shape} {dtype} to be written in place; found {found.get(name)}: publish "
+                f"engine parameter {name} must be {shape} {dtype} to be written in place; found {found}: publish "
                 f"and serve one model, or set inference.packed_weights"
             )
 
@@ -197,17 +223,18 @@ def _check_parameters(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]]
 class SyncWorker:
     """What our engine adds to a vLLM worker (its worker_extension_cls)."""
 
-    def semion_receive(self: Any, call: dict[str, Any]) -> tuple[str, bool]:
-        """Receives one version. (nothing, or why it failed; whether that is an echo of a failure elsewhere). It never raises:
-        vLLM would leave the other workers' answers in its queue and take them for those of the next call."""
+    def semion_receive(self: Any, call: dict[str, Any]) -> tuple[str, bool, str]:
+        """Receives one version. (nothing, or why it failed; whether that is an echo of a failure elsewhere; digest of what is
+        in FP8 then). It never raises: vLLM would leave the other workers' answers in its queue and take them for those of the
+        next call."""
         try:
             self.start_weight_update()
             self.update_weights(call)
             self.finish_weight_update()
+            return "", False, fp8.digest_of(self.model_runner.get_model())
         except Exception as error:
             why = " ".join(str(error).split()) or type(error).__name__
-            return why, isinstance(error, SemionError) and error.echo
-        return "", False
+            return why, isinstance(error, SemionError) and error.echo, ""
 
     def semion_capture(self: Any, on: bool) -> None:
         """Begins or ends what Nsight Systems captures of this worker."""
@@ -239,7 +266,8 @@ class SyncWorker:
 
 
 def register() -> None:
-    """Makes the inbox and the load format known to this vLLM process; called by vLLM, any number of times."""
+    """Makes the inbox, the load format and the quantization known to this vLLM process; called by vLLM, any number of times."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, Inbox)
         register_model_loader(PLAIN_FORMAT)(PlainLoader)
+        fp8.register()

@@ -19,6 +19,14 @@ def release_pages(tensor: torch.Tensor) -> None:
         assert not failed, (start, size)
 
 
+class MortalWorker:
+    """What a reward engine adds to its vLLM workers (its worker_extension_cls)."""
+
+    def semion_die_with_parent(self) -> None:
+        """Ends with the engine's process, whatever ends that."""
+        die_with_parent()
+
+
 def die_with_parent() -> None:
     """A worker of an engine that is killed, even a stopped one, must not keep its memory from the engine that follows."""
     pr_set_pdeathsig = 1

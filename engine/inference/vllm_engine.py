@@ -121,6 +121,7 @@ class VllmEngine:
             from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.llm_engine import LLMEngine
 
+            from engine.inference import fp8
             from engine.inference import receiver as receive
 
         receive.register()
@@ -153,6 +154,8 @@ class VllmEngine:
             # The share sizes nothing where the KV cache has a size, but it must be free at the start: a trainer may be there.
             **({"enable_sleep_mode": True, "gpu_memory_utilization": 0.01} if shared else {}),
         )
+        if config.inference.quantization == "fp8":
+            arguments["quantization"] = fp8.FP8_QUANTIZATION
         arguments |= {"enable_prefix_caching": True, "max_num_batched_tokens": config.inference.batched_tokens}
         arguments |= config.inference.vllm  # none of those above, which the configuration refuses
         if on_cpu:
@@ -347,18 +350,19 @@ class VllmEngine:
 
     # -- weight sync
 
-    def receive(self, version: int, call: dict[str, Any]) -> int:
+    def receive(self, version: int, call: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
         """Receives, places and verifies a whole version on every worker, drops the prefix cache, and serves it; returns
-        it. An engine that sleeps wakes: its weights before, its KV cache after. Meanwhile, and after a failure, the engine
-        answers no request. WeightSyncError says what went wrong; EngineLostError where vLLM was left between two versions
-        that no further sync can mend."""
+        it, and of each worker the digest of what it then multiplies with where that is not what was sent (FP8). An engine
+        that sleeps wakes: its weights before, its KV cache after. Meanwhile, and after a failure, the engine answers no
+        request. WeightSyncError says what went wrong; EngineLostError where vLLM was left between two versions that no
+        further sync can mend."""
         if self._open:
             raise InferenceError(f"engine {self._index} has {len(self._open)} requests in flight at a weight sync")
         self._version = IN_DOUBT
         self._wake(WEIGHTS)
         with phase(Phase.PLACE):
             answers = self._llm.collective_rpc("semion_receive", args=(call,))
-        if found := [(f"worker {rank}: {why}", echo) for rank, (why, echo) in enumerate(answers) if why]:
+        if found := [(f"worker {rank}: {why}", echo) for rank, (why, echo, _) in enumerate(answers) if why]:
             kind = EngineLostError if self._config.inference.packed_weights else WeightSyncError
             error = kind("; ".join(why for why, _ in found))
             error.echo = all(echo for _, echo in found)
@@ -366,7 +370,7 @@ class VllmEngine:
         self._wake(KV_CACHE)
         self._forget_prefixes()
         self._version = version
-        return version
+        return version, tuple(digest for *_, digest in answers)
 
     def _forget_prefixes(self) -> None:
         """Drops what is cached of earlier prompts. EngineLostError where vLLM still holds some of it although nothing is in

@@ -42,12 +42,12 @@ def check_layout(shape: ModelShape, layout: TrainerLayout) -> None:
         )
 
 
-def check_engine_layout(shape: ModelShape, layout: EngineLayout) -> None:
-    """ConfigError when the ranks of a vLLM engine cannot share this model."""
+def check_engine_layout(shape: ModelShape, layout: EngineLayout, section: str = "inference") -> None:
+    """ConfigError when the ranks of a vLLM engine, whose options are in that section, cannot share this model."""
     if not layout.whole:
-        _check_heads(shape, layout.tp_size, "inference.tensor_parallel")
+        _check_heads(shape, layout.tp_size, f"{section}.tensor_parallel")
         what = f"vocabulary rows padded to a multiple of {VLLM_VOCABULARY_MULTIPLE}"
-        _check_divides(layout.tp_size, padded_vocab(shape, layout), "inference.tensor_parallel", what)
+        _check_divides(layout.tp_size, padded_vocab(shape, layout), f"{section}.tensor_parallel", what)
 
 
 def _check_heads(shape: ModelShape, size: int, option: str) -> None:

@@ -272,6 +272,11 @@ def shard_shapes(
     }
 
 
+def layer_matrices(shape: ModelShape, layout: Layout, tp_rank: int = 0) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the matrices that a rank holds of any one layer: what FP8 is asked for of."""
+    return tuple(shard.shape for shard in template(shape, layout, "layer", tp_rank) if len(shard.shape) == 2)
+
+
 def _held(
     shape: ModelShape, layout: Layout, tp_rank: int, pp_rank: int, chunk: int | None
 ) -> Iterator[tuple[Shard, int | None]]:

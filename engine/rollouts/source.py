@@ -33,7 +33,7 @@ from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting, nothing
 from engine.rollouts.batch import step_data, wave_data
 from engine.rollouts.metrics import ENGINES_IDLE_SHARE, JUDGED, WAITED, rollout_metrics, staleness_metrics, warn_of_endings
 from engine.rollouts.paused import Pending, pending
-from engine.rollouts.waves import COMPLETE_SHARES, Streamed, Wave, Waves
+from engine.rollouts.waves import COMPLETE_SHARES, Streamed, Wave, Waves, least_groups
 from engine.rollouts.writer import RolloutWriter
 
 Result = TypeVar("Result")
@@ -82,7 +82,7 @@ class RolloutSource:
         for step, ticket in zip(completed, tickets, strict=True):
             own = samples.pop(step)
             size, shares = len(own.parts) // len(own.prompts), COMPLETE_SHARES if self._config.sync.streaming else ()
-            waves = self._arriving[step] = Waves(len(own.prompts), size, shares)
+            waves = self._arriving[step] = Waves(len(own.prompts), size, shares, least_groups(self._config))
             streamed = self._streamed[step] = Streamed()
             here: dict[int, Completion] = {}
             sampling = self._sampling[step] = self._gathering.submit(self._completions, ticket, own, waves, here, streamed)

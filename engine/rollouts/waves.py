@@ -9,8 +9,10 @@ and takes the optimizer's step when all are in. Every rollout is of the version 
 rest, and so on (`open_after` in engine/inference/pool.py). When every engine has answered its n-th such call, a *turn* is over.
 A wave is cut at the first turn after which COMPLETE_SHARES of the step's groups are complete: wave 1 is all groups that are
 complete at the first such turn, wave 2 what is complete at the second and not in wave 1, and the last wave is the rest. A group
-is never cut. What an engine has decoded by its n-th call depends on tokens alone, so waves do, whatever is delayed, and a run
-repeats and resumes bit for bit. A turn that completes the whole step cuts nothing: such a step has one wave.
+is never cut. Where a wave, or what it leaves, would have fewer groups than give every data-parallel rank something to do
+(`least_groups`), it is not cut: it waits for the next turn, or stays part of the last wave. What an engine has decoded by its
+n-th call depends on tokens alone, so waves do, whatever is delayed, and a run repeats and resumes bit for bit. A turn that
+completes the whole step cuts nothing: such a step has one wave.
 
 **Why the step is the same.** A group's rewards, advantages and pairs depend on the group alone. Its loss depends on the rest of
 the step by one factor, 1 / the step's denominator (prompts, pairs or target tokens), which is not known before the last wave.
@@ -34,6 +36,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Lock
 
+from engine.config.options import LOSSES, Options
 from engine.core.metrics import Metric
 from engine.core.types import RolloutGroup
 from engine.rewards.arrivals import Arrivals
@@ -41,6 +44,7 @@ from engine.rewards.base import Answer
 from engine.rollouts.base import HEARTBEAT_SECONDS, StepData, Waiting
 
 COMPLETE_SHARES = (1 / 4, 3 / 4)  # of a step's groups: so many are complete where a wave is cut
+UNITS_A_RANK = 2  # of what is dealt to data-parallel ranks, in each wave
 
 NUM_WAVES = Metric(
     "num_waves",
@@ -63,6 +67,15 @@ STREAMED_SECONDS = Metric(
 METRICS = (NUM_WAVES, STREAMED_SHARE, STREAMED_SECONDS)
 
 
+def least_groups(config: Options) -> int:
+    """Groups that a wave has at least: UNITS_A_RANK for each data-parallel rank, where a group whose loss couples its responses
+    is one, and else each response. With fewer, ranks would wait for one that has a group more than they; one never does."""
+    if config.trainer.data_parallel == 1:
+        return 1
+    units = 1 if LOSSES.load(config.algorithm.loss).couples_groups else config.algorithm.samples_per_prompt
+    return -(-UNITS_A_RANK * config.trainer.data_parallel // units)
+
+
 @dataclass(frozen=True, slots=True)
 class Wave:
     """Some groups of a step, whose answers are there or still arrive."""
@@ -78,9 +91,10 @@ class Waves:
     iterates over the waves, each as soon as it is cut, the last one as soon as no other can follow. Answers have places; the
     groups are of consecutive places, equally many each."""
 
-    def __init__(self, num_groups: int, size: int, shares: Collection[float] = ()) -> None:
-        """`size`: answers of a group. `shares`: see COMPLETE_SHARES, rising; without any the step is one wave."""
-        self._num_groups, self._size = num_groups, size
+    def __init__(self, num_groups: int, size: int, shares: Collection[float] = (), least: int = 1) -> None:
+        """`size`: answers of a group. `shares`: see COMPLETE_SHARES, rising; without any the step is one wave. `least`: groups
+        of each wave, where there are several."""
+        self._num_groups, self._size, self._least = num_groups, size, least
         self._shares = list(shares)
         self._held: dict[int, Answer] = {}  # of no wave so far
         self._left = set(range(num_groups))  # groups of no wave so far
@@ -116,8 +130,12 @@ class Waves:
             due = [wanted for wanted in self._shares if share >= wanted]
             if not due:
                 return
-            self._shares = self._shares[len(due) :]
-            if complete:
+            if len(self._left) - len(complete) < self._least:  # nor will any later turn leave enough
+                self._shares = []
+            elif len(complete) < self._least:
+                return
+            else:
+                self._shares = self._shares[len(due) :]
                 places = [group * self._size + i for group in complete for i in range(self._size)]
                 arrived = Arrivals[Answer](is_part=True)
                 with arrived:

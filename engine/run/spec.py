@@ -82,8 +82,13 @@ class Spec:
 
     @property
     def num_reward_engines(self) -> int:
-        """Of the reward model, as many GPUs."""
+        """Of the reward model."""
         return self.config.reward_model.engines if self.starts_reward_engine else 0
+
+    @property
+    def num_reward_gpus(self) -> int:
+        """That the reward model's engines have to themselves."""
+        return self.num_reward_engines * self.config.reward_model.tensor_parallel
 
     @property
     def missing_reward_model(self) -> str | None:

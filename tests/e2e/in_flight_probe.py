@@ -57,7 +57,7 @@ class Engine(VllmEngine):
 
         self._llm.step = counted
 
-    def receive(self, version: int, call: dict[str, Any]) -> int:
+    def receive(self, version: int, call: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
         assert not self._open, "a sync finds the engine empty"
 
         def change(worker: Any) -> None:
@@ -71,7 +71,7 @@ class Engine(VllmEngine):
         self._llm.collective_rpc(change)
         self._llm.reset_prefix_cache()
         self._version = version
-        return version
+        return version, ("",)
 
 
 class Handle:

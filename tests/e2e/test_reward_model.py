@@ -75,8 +75,9 @@ def problems(config: RunConfig) -> dict[str, str]:
     return {hashlib.sha256(text.encode()).hexdigest()[:16]: text for text in texts}
 
 
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_a_classifier_gives_what_torch_gives_whatever_the_order(
-    run_config: Make, reward_model: Callable[[Any], Path], tmp_path: Path
+    run_config: Make, reward_model: Callable[[Any], Path], tmp_path: Path, tensor_parallel: int
 ) -> None:
     folder, draw = reward_model("classification"), random.Random(0)
     judge, longest = Judge(folder), 90
@@ -84,7 +85,7 @@ def test_a_classifier_gives_what_torch_gives_whatever_the_order(
     conversations = [*itertools.pairwise(texts), ("twice", "the same"), ("twice", "the same")]
     config = run_config(
         *("data.reward=model", f"reward_model.path={folder}", f"reward_model.max_tokens={longest}"),
-        "reward_model.kv_cache=64 MiB",
+        *("reward_model.kv_cache=64 MiB", f"reward_model.tensor_parallel={tensor_parallel}"),
     )
     (tmp_path / "conversations.json").write_text(json.dumps(conversations))
     script = [sys.executable, str(Path(__file__).with_name("reward_probe.py")), written(config, tmp_path)]

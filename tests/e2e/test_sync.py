@@ -40,6 +40,12 @@ LAYOUTS: dict[str, tuple[str, list[str], str | None]] = {
     ),
 }
 
+FP8 = ["model.dtype=bfloat16", "inference.quantization=fp8"]
+FP8_LAYOUTS = {
+    "tp2 to two engines, one of which is killed": (["trainer.tensor_parallel=2", "inference.engines=2"], "engine"),
+    "dp2 to an engine of tp2": (["trainer.data_parallel=2", "inference.tensor_parallel=2"], None),
+}
+
 ONE_MESSAGE = (
     "dp2, distributed optimizer, to an engine that repacks its weights",
 )  # one model-parallel rank, one engine, a small model
@@ -63,3 +69,17 @@ def test_transformer_engines_layers_serve_engines_as_megatrons_do(run_config: Ca
     assert [sync["attempts"] for sync in syncs] == [1, 1, 1]
     assert max(sync["gap"] for sync in syncs) < 0.25
     assert syncs[-1]["loss"] < syncs[0]["loss"] - 0.1
+
+
+@pytest.mark.parametrize("layout", FP8_LAYOUTS)
+def test_engines_with_fp8_weights_stay_as_near_to_the_trainer_as_fp8_is(
+    layout: str, run_config: Callable[..., RunConfig]
+) -> None:
+    """Every sync is proven on the way, and that engines hold equal FP8 bytes. What is left is the rounding: as far as a trainer
+    in float64 with the same rounding is from one without."""
+    overrides, killed = FP8_LAYOUTS[layout]
+    syncs = probe(run_config(*FP8, *overrides), 4, *((2, killed) if killed else ()))
+    assert [sync["attempts"] for sync in syncs] == [2 if killed and sync == 2 else 1 for sync in range(1, 5)]
+    gaps = [sync["gap"] for sync in syncs]
+    print(f"{layout}: gaps {[f'{gap:.3f}' for gap in gaps]}")
+    assert max(gaps) < 1.0 and min(gaps) > 1e-3

@@ -298,10 +298,10 @@ class Workers:
     """What an engine's workers say to the next calls; by default that they have received a version."""
 
     def __init__(self) -> None:
-        self.said: list[tuple[str, bool]] = [("", False), ("", False)]
+        self.said: list[tuple[str, bool, str]] = [("", False, ""), ("", False, "")]
         self.calls: list[tuple[Any, ...]] = []
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[tuple[str, bool]]:
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[tuple[str, bool, str]]:
         self.calls.append((method, *args))
         return self.said
 
@@ -338,19 +338,19 @@ def test_an_engine_answers_for_its_own_version_only(alone: Any, asked: int) -> N
 
 def test_an_engine_in_doubt_answers_nobody_until_it_has_verified_a_version(alone: Any) -> None:
     engine, workers = alone()
-    workers.said = [("", False), ("bucket 1 was not delivered", True)]
+    workers.said = [("", False, ""), ("bucket 1 was not delivered", True, "")]
     with pytest.raises(WeightSyncError, match=r"^worker 1: bucket 1 was not delivered$") as caught:
         engine.receive(1, CALL)
     assert caught.value.echo, "nothing but what follows from a failure elsewhere"
-    workers.said = [("lm_head.weight differs", False), ("bucket 1 was not delivered", True)]
+    workers.said = [("lm_head.weight differs", False, ""), ("bucket 1 was not delivered", True, "")]
     with pytest.raises(WeightSyncError, match="differs; worker 1: ") as caught:
         engine.receive(1, CALL)
     assert not caught.value.echo
     for asked in (0, 1):
         with pytest.raises(InferenceError, match=f"must serve version {asked} to answer; it serves no version: its last"):
             engine.submit([request("r")], asked)
-    workers.said = [("", False)] * 2
-    assert engine.receive(2, CALL) == 2
+    workers.said = [("", False, "0a"), ("", False, "0b")]
+    assert engine.receive(2, CALL) == (2, ("0a", "0b")), "what each worker multiplies with"
     assert workers.calls == [("semion_receive", CALL)] * 3
     engine.submit([request("r")], 2)
     ((completion,), _) = engine.collect(["r"])
@@ -366,7 +366,7 @@ def test_an_engine_with_requests_in_flight_receives_nothing(alone: Any) -> None:
     assert workers.calls == []
     completions, _ = engine.collect(["r", "s"])
     assert [completion.version for completion in completions] == [0, 0]
-    assert engine.receive(1, CALL) == 1
+    assert engine.receive(1, CALL) == (1, ("", ""))
 
 
 def test_an_engine_that_sleeps_says_so_and_wakes_its_weights_before_and_its_cache_after_a_sync(alone: Any) -> None:
@@ -381,14 +381,14 @@ def test_an_engine_that_sleeps_says_so_and_wakes_its_weights_before_and_its_cach
     for ask in (lambda: engine.submit([request("s")], 0), lambda: engine.log_probs([[1, 2]])):
         with pytest.raises(InferenceError, match=r"engine 3 must serve .*; .*it sleeps until the next weight sync"):
             ask()
-    workers.said = [("", False), ("bucket 1 was not delivered", False)]
+    workers.said = [("", False, ""), ("bucket 1 was not delivered", False, "")]
     with pytest.raises(WeightSyncError):
         engine.receive(2, CALL)
     assert engine._llm.turns == ["sleep 2", "wake weights"], "the cache's memory is not needed yet"
     with pytest.raises(InferenceError, match="its last weight sync failed"):
         engine.submit([request("s")], 2)
-    workers.said = [("", False)] * 2
-    assert engine.receive(2, CALL) == engine.receive(3, CALL) - 1 == 2
+    workers.said = [("", False, "")] * 2
+    assert [engine.receive(2, CALL)[0], engine.receive(3, CALL)[0]] == [2, 3]
     assert engine._llm.turns == ["sleep 2", "wake weights", "wake kv_cache"]
     engine.submit([request("s")], 3)
 
@@ -410,7 +410,7 @@ def test_pages_are_given_back_and_only_whole_ones_of_the_tensor() -> None:
 
 def test_what_several_workers_say_is_told_together(alone: Any) -> None:
     engine, workers = alone()
-    workers.said = [("no room", False), ("", False), ("no time", False)]
+    workers.said = [("no room", False, ""), ("", False, ""), ("no time", False, "")]
     with pytest.raises(WeightSyncError, match=r"^worker 0: no room; worker 2: no time$"):
         engine.receive(1, CALL)
 

@@ -8,7 +8,9 @@ from engine.capacity.kv_cache import require_one_request, reward_cache
 from engine.config.options import RewardModel
 from engine.config.rewards import broken_reward_rules
 from engine.models.base import ModelShape
+from engine.models.checks import check_engine_layout
 from engine.models.reward_head import read_reward_head
+from engine.models.sharding import EngineLayout
 from engine.rewards.registry import check_pairing, check_streaming, checks, uses_engine
 from engine.run.metrics import catalogue
 
@@ -33,6 +35,7 @@ def reward_faults(look: Look) -> Faults:
     if look.samples and uses_engine(sources) and options.path is not None:
         shape, _ = tried(_shape_of, options)
         if shape is not None:
+            yield from caught(check_engine_layout, shape, EngineLayout(options.tensor_parallel), "reward_model")
             yield from caught(require_one_request, "reward_model", reward_cache(shape, options))
 
 

@@ -206,6 +206,19 @@ def test_a_wider_output_layer_is_counted_as_a_copy_of_each_engine_rank():
     assert "engine: float32 head" not in of_8b().devices[1].components
 
 
+def test_fp8_weights_of_an_engine_by_hand():
+    """8B: 32 layers of 218 million elements a byte each, 40,960 rows with a scale of 4; the rest in bfloat16 as before."""
+    layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
+    rows = (4096 + 2 * 1024) + 4096 + 2 * 14336 + 4096
+    plain, fp8 = (of_8b(*more).devices[1].components for more in ((), ("inference.quantization=fp8",)))
+    assert fp8["engine: weights"] == plain["engine: weights"] - 32 * (layer - 4 * rows)
+    assert fp8["engine: FP8 staging"] == 2 * 2 * layer + (256 << 20)
+    others = set(plain) - {"engine: weights"}
+    assert {name: fp8[name] for name in others} == {name: plain[name] for name in others}
+    two = of_8b("inference.quantization=fp8", "inference.tensor_parallel=2").devices[1].components
+    assert two["engine: weights"] == pytest.approx(fp8["engine: weights"] / 2, rel=1e-3)
+
+
 JUDGED = ("data.reward=model", "reward_model.path=rm", "reward_model.dtype=bfloat16")
 
 
@@ -229,6 +242,17 @@ def test_the_reward_models_engine_by_hand():
     held = estimate(spec(longer, LLAMA_8B, reward_shape=LLAMA_8B), Channel())
     assert held.devices[2].components["engine: forward"] == 2 * apart.devices[2].components["engine: forward"]
     assert held.fullest == held.devices[2], "it can be what does not fit"
+
+
+def test_ranks_of_a_reward_models_engine_share_its_weights_and_cache():
+    judged = (*JUDGED, "reward_model.tensor_parallel=2")
+    one, two = (
+        estimate(spec(configured("8b-4x4", *options), LLAMA_8B, reward_shape=LLAMA_8B), Channel()).devices[2].components
+        for options in (JUDGED, judged)
+    )
+    assert two["engine: weights"] == pytest.approx(one["engine: weights"] / 2, rel=1e-3)
+    assert two["engine: KV cache"] == one["engine: KV cache"] / 2
+    assert two["engine: context"] == one["engine: context"] + 2 * GIB, "NCCL's buffers"
 
 
 def test_without_its_sizes_or_without_samples_there_is_no_reward_engine():

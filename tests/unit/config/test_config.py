@@ -35,7 +35,7 @@ from tests.builders import config
 
 OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 163
+MAX_OPTIONS = 165
 
 REQUIRED = """
 [run]
@@ -360,6 +360,18 @@ COMBINATIONS = [
     (
         [*("model.head=float32", "model.dtype=bfloat16"), "trainer.fused_lm_head=true", "inference.packed_weights=true"],
         *("model.head = 'float32'", "inference.packed_weights = false", "found true", "set it to false"),
+    ),
+    (
+        ["inference.quantization=fp8"],
+        *("inference.quantization = 'fp8'", "model.dtype = 'bfloat16'", "found 'float32'", "quantization to 'none'"),
+    ),
+    (
+        ["inference.quantization=fp8", "model.dtype=bfloat16", "inference.packed_weights=true"],
+        *("inference.quantization = 'fp8'", "inference.packed_weights = false", "found true", "quantization to 'none'"),
+    ),
+    (
+        ["inference.quantization=fp8", "model.dtype=bfloat16", "sync.reference=follow", "sync.reference_log_probs=rollouts"],
+        *("inference.quantization = 'fp8'", "reference_log_probs = 'computed'", "found 'rollouts'", "quantization to 'none'"),
     ),
     (["profile.tool=torch", "profile.first_step=18"], "profile.first_step", "run.steps", "18 + 3 > 20", "raise run.steps"),
     (["profile.tool=nsys", "profile.ranks=[0, 1]"], "profile.ranks", "trainer.tensor_parallel", "[0, 1]", "leave out"),

@@ -23,7 +23,7 @@ ALL: tuple[Part, ...] = ("trainer", "engines", "reward_engine")
 def layouts(draw) -> RunConfig:
     size, placement = st.integers(1, 4), draw(st.sampled_from(["disaggregated", "colocated"]))
     most_nodes, most_gpus = (1, 64) if placement == "colocated" else (12, 8)  # colocated on several: `turning`
-    judge = {"path": "unused", "engines": draw(st.integers(1, 3))}
+    judge = {"path": "unused", "engines": draw(st.integers(1, 3)), "tensor_parallel": draw(st.sampled_from([1, 2]))}
     judged = {"data": {"train": "unused", "reward": "model"}, "reward_model": judge} if draw(st.booleans()) else {}
     return make(
         trainer={"tensor_parallel": draw(size), "pipeline_parallel": draw(size), "data_parallel": draw(size)},
@@ -59,7 +59,9 @@ def test_no_gpu_is_given_twice_and_everything_is_in_the_cluster(config):
         assert len(set(together)) == len(together)
     assert set(engines) <= set(ranks) or not colocated
     assert all(n < config.cluster.nodes and g < config.cluster.gpus_per_node for n, g in ranks + engines + own)
-    assert len(found.reward_engines) == len(own) == (config.reward_model.engines if config.reward_model.path is not None else 0)
+    judge = config.reward_model
+    assert len(found.reward_engines) == (judge.engines if judge.path is not None else 0)
+    assert all(len(assignment.gpus) == judge.tensor_parallel for assignment in found.reward_engines)
 
 
 @given(layouts())
@@ -157,7 +159,8 @@ def test_other_runs_take_no_turns_on_several_nodes():
 
 @given(layouts())
 def test_a_wide_node_for_each_group_and_engine_is_always_enough(config):
-    widest = max(config.trainer.tensor_parallel, config.inference.tensor_parallel)
+    sizes = (config.trainer, config.inference, config.reward_model)
+    widest = max(section.tensor_parallel for section in sizes)
     units = config.trainer.world_size + config.inference.engines + config.reward_model.engines
     text = config.model_dump() | {"cluster": {"nodes": units, "gpus_per_node": max(widest, config.cluster.gpus_per_node)}}
     text["inference"] |= {"placement": "disaggregated"}

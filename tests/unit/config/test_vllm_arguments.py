@@ -11,9 +11,18 @@ from engine.config.vllm_arguments import CACHE_DTYPES, OPTION_OF, REASONS
 from engine.core.errors import ConfigError
 from tests.builders import config, spec
 
-FORBIDDEN = ("model", "dtype", "seed", "tensor_parallel_size", "data_parallel_size", "kv_cache_memory_bytes", "load_format")
-INEXACT = (
+FORBIDDEN = (
+    "model",
+    "dtype",
+    "seed",
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "kv_cache_memory_bytes",
+    "load_format",
     "quantization",
+)
+INEXACT = (
+    "quantization_param_path",
     "enable_lora",
     "speculative_config",
     "spec_method",

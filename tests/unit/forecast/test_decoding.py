@@ -172,3 +172,7 @@ def test_the_speed_of_an_engine_by_hand():
     assert speed.iterations(2, 1, 10) - speed.iterations(2, 1, 0) == pytest.approx(2 * 10 * speed.context)
     two = config.model_copy(update={"inference": config.inference.model_copy(update={"tensor_parallel": 2})})
     assert speed_of(shape, two, Constants()).weights == pytest.approx(speed.weights / 2)
+    quantized = config.model_copy(update={"inference": config.inference.model_copy(update={"quantization": "fp8"})})
+    fp8, head = speed_of(shape, quantized, Constants()), 128_256 * 4096
+    assert fp8.weights == pytest.approx((8_030_261_248 - 2 * head + 2 * head) / (4800e9 * 0.7)), "layers a byte, the head two"
+    assert fp8.context == speed.context and speed.products / 1.4 < fp8.products < speed.products

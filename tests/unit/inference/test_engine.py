@@ -19,7 +19,7 @@ class Vllm:
         return self.dropped
 
     def collective_rpc(self, method, args=()):
-        return [("", False)]
+        return [("", False, "")]
 
 
 def engine(dropped):
@@ -40,7 +40,7 @@ def test_an_engine_whose_prefix_cache_stays_answers_nothing(monkeypatch):
     assert one._version < 0, "in doubt until a sync succeeds"
     other = engine(True)
     other.submit([], 3)
-    assert other.receive(4, {}) == 4
+    assert other.receive(4, {}) == (4, ("",))
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ class FakeEngine:
         self, version: int = 0, failing: dict[str, Exception] | None = None, seconds: float = 1.0, host: str = "here"
     ) -> None:
         self.version, self.failing, self.seconds, self.host = version, failing or {}, seconds, host
+        self.digests: tuple[str, ...] = ("",)  # of its workers
         self.restarts = 0
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.answers: list[Answer] = []
@@ -89,9 +90,9 @@ class FakeEngine:
             finish_reason="stop",
         )
 
-    def receive(self, version: int, call: dict[str, Any]) -> int:
+    def receive(self, version: int, call: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
         self.version = version
-        return version
+        return version, self.digests
 
     def sleep(self) -> None:
         self.version = -1
@@ -330,6 +331,20 @@ def test_engines_that_rest_serve_nothing_until_a_version_is_committed():
     assert pool.unverified(4, pool.receive(4, {}), 3.0) == {}
     pool.commit(4)
     assert {completion.version for completion in pool.generate(requests(6))[0]} == {4}
+
+
+def test_an_engine_whose_quantized_weights_are_not_the_others_is_in_doubt_and_takes_the_version_again():
+    engines = [FakeEngine(), FakeEngine(), FakeEngine()]
+    for engine in engines:
+        engine.digests = ("0a", "0b")
+    engines[1].digests = ("0a", "0c")
+    pool = Pool(engines, 5.0)
+    ((engine, why),) = said(pool.unverified(4, pool.receive(4, {}), 3.0)).items()
+    assert engine == 1 and "digests 0a, 0b; found 0a, 0c" in why
+    pool.replace_lost()
+    assert [engine.restarts for engine in engines] == [0, 0, 0], "it is not lost"
+    engines[1].digests = engines[0].digests
+    assert pool.unverified(4, pool.receive(4, {}), 3.0) == {}
 
 
 def test_an_engine_that_cannot_sleep_ends_the_run():

@@ -65,7 +65,7 @@ class DecodingEngine(FakeEngine):
             for request_id in list(self.held)
         ]
 
-    def receive(self, version: int, call: dict[str, Any]) -> int:
+    def receive(self, version: int, call: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
         assert not self.held, "a sync finds the engine empty"
         return super().receive(version, call)
 

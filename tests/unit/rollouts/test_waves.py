@@ -25,7 +25,8 @@ from engine.rewards.registry import check_streaming
 from engine.rollouts.base import StepData
 from engine.rollouts.ledger import rollout_rows
 from engine.rollouts.source import RolloutSource
-from engine.rollouts.waves import COMPLETE_SHARES, Streamed, Waves
+from engine.rollouts.waves import COMPLETE_SHARES, Streamed, Waves, least_groups
+from tests import builders
 from tests.unit.inference.test_pool import FakeEngine
 from tests.unit.rollouts.test_rollouts import Holding, OneByOne, Parity, open_source, run_config
 
@@ -69,8 +70,8 @@ def test_waves_by_hand() -> None:
         none.put(answers([2, 3]))
 
 
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 3), st.integers(0, 10**6))
-def test_waves_are_those_of_a_plain_count(num_groups: int, size: int, num_engines: int, seed: int) -> None:
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 3), st.integers(1, 4), st.integers(0, 10**6))
+def test_waves_are_those_of_a_plain_count(num_groups: int, size: int, num_engines: int, least: int, seed: int) -> None:
     """Engines complete answers in any order, as many at a turn as the pool asks for. Each wave is what a count of the groups
     that are complete says, whatever is put together with what."""
     draw = random.Random(seed)
@@ -93,11 +94,15 @@ def test_waves_are_those_of_a_plain_count(num_groups: int, size: int, num_engine
         if len(here) == num_groups * size:
             break
         if shares and len(complete) >= shares[0] * num_groups:
+            if num_groups - len(complete) < least:
+                break
+            if len(complete - taken) < least:
+                continue
             shares = [share for share in shares if len(complete) < share * num_groups]
             expected.append(complete - taken)
             taken |= complete
     expected = [one for one in [*expected, set(range(num_groups)) - taken] if one]
-    waves = Waves(num_groups, size, COMPLETE_SHARES)
+    waves = Waves(num_groups, size, COMPLETE_SHARES, least)
     with waves:
         for new in turns:
             draw.shuffle(new)
@@ -108,6 +113,25 @@ def test_waves_are_those_of_a_plain_count(num_groups: int, size: int, num_engine
     found = cut(waves)
     assert [set(groups) for _, groups, _ in found] == expected and len(found) <= 3
     assert all(places == [g * size + i for g in groups for i in range(size)] for _, groups, places in found)
+
+
+@pytest.mark.parametrize(
+    ("loss", "ranks", "least"), [("dpo", 1, 1), ("dpo", 8, 16), ("group_dpo", 32, 64), ("grpo", 8, 3), ("oapl", 32, 11)]
+)
+def test_a_wave_has_work_for_every_data_parallel_rank(loss: str, ranks: int, least: int) -> None:
+    """Pairs and groups whose loss couples them are dealt whole, six responses of others one by one."""
+    made = builders.config(algorithm={"loss": loss, "samples_per_prompt": 6}, trainer={"data_parallel": ranks})
+    assert least_groups(made) == least
+
+
+def test_a_step_of_pairs_for_32_ranks_is_one_wave_and_for_8_ranks_two() -> None:
+    for ranks, num_waves in ((32, 1), (8, 2)):
+        waves = Waves(64, 2, COMPLETE_SHARES, 2 * ranks)
+        with waves:
+            for places in (range(48), range(48, 64), range(64, 112), range(112, 128)):
+                waves.put(answers(list(places)))
+                waves.turn()
+        assert len(cut(waves)) == num_waves
 
 
 def test_who_gives_up_wakes_who_waits_for_a_wave() -> None:
@@ -175,7 +199,7 @@ def test_a_wave_is_handed_out_while_engines_sample(open_source: Open) -> None:
     rest = source.next(0)
     assert rest.num_prompts == 1
     assert 0.2 <= rest.metrics["streamed_seconds"] < rest.metrics["wait_seconds"] + 0.5
-    assert rest.metrics["wait_seconds"] >= 0.05
+    assert rest.metrics["wait_seconds"] > 0
 
 
 @pytest.mark.parametrize("is_sampled", [True, False])

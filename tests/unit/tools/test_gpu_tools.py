@@ -81,8 +81,10 @@ def test_whole_steps_of_the_trainer_and_their_calibration(tmp_path):
 
 
 @pytest.mark.nightly  # a minute, most of it vLLM's start
-def test_generation_has_what_the_planner_wants(tmp_path):
-    start, equal, *decoded = figures(tmp_path, "bench_generation", "--tiny", "--at", "2", "4", "--tokens", "8")
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_generation_has_what_the_planner_wants(tmp_path, quantization):
+    asked = ["--tiny", "--at", "2", "4", "--tokens", "8", "--quantization", quantization]
+    start, equal, *decoded = figures(tmp_path, "bench_generation", *asked)
     assert start["seconds"] > 0 and equal == {"what": "equal seeds", "requests": 4, "equal_tokens": True}
     assert [(row["at_once"], row["iterations"], row["prompts"]) for row in decoded] == [(2, 8, 24), (4, 8, 48)]
     assert decoded[1]["context"] == 4 * (12 * 8 + 8 * 7 // 2)

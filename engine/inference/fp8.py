@@ -1,0 +1,130 @@
+"""FP8 weights of an engine (inference.quantization = 'fp8'), as a quantization of vLLM's that it looks up by name: the layers'
+matrices as e4m3 bytes with one float32 scale a row, multiplied with activations of one scale a token. A sync writes the
+trainer's weights in model.dtype beside them, proves that they are the trainer's bits, and quantizes them into place.
+
+On a GPU the product is vLLM's FP8 kernel (unverified on a GPU); on a CPU the same bytes are multiplied in float32.
+Embedding, output layer and norms stay in model.dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from vllm import _custom_ops as kernels
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+from engine.bridge.checksum import BlockDigests, ShardDigest
+from engine.bridge.shard_plan import ShardOffset
+from engine.ops import column_weights
+from engine.ops.fp8 import FP8, rounded_rows
+
+FP8_QUANTIZATION = "semion_fp8"
+OLDEST_GPU = 89  # compute capability of the first with FP8 products: Ada, and Hopper after it
+
+
+class Fp8Config(QuantizationConfig):
+    """Which layers are quantized: all that share matrices over tensor-parallel ranks, but for embedding and output layer."""
+
+    def get_name(self) -> str:
+        """As vLLM looks it up."""
+        return FP8_QUANTIZATION
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Of activations; in float32 FP8 would save nothing that the products could use."""
+        return [torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Of a GPU."""
+        return OLDEST_GPU
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: the model's files are not quantized."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Fp8Config:
+        """Nothing of a file is asked."""
+        return cls()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Fp8Linear | None:
+        """Of a layer; None: it stays as it is."""
+        return Fp8Linear() if isinstance(layer, LinearBase) else None
+
+
+class Fp8Linear(LinearMethodBase):  # type: ignore[misc]
+    """What a layer multiplies with. It is loaded in model.dtype and quantized when it has all of its weight."""
+
+    create_weights: ClassVar[Any] = UnquantizedLinearMethod.create_weights
+
+    def __init__(self) -> None:
+        self._quantize_tokens = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Quantizes what was loaded, once; later weights come by `quantize`."""
+        loaded = layer.weight.data
+        if loaded.dtype == FP8:
+            return
+        layer.weight = torch.nn.Parameter(torch.empty_like(loaded, dtype=FP8), requires_grad=False)
+        scale = torch.empty(loaded.size(0), 1, dtype=torch.float32, device=loaded.device)
+        layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+        quantize(layer, loaded)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., columns] times the weight [rows, columns], in x's dtype."""
+        tokens, token_scale = self._quantize_tokens(x.reshape(-1, x.size(-1)))
+        if x.is_cpu:
+            product = tokens.float() @ layer.weight.float().t() * token_scale * layer.weight_scale.t()
+            out = (product if bias is None else product + bias).to(x.dtype)
+        else:
+            out = kernels.cutlass_scaled_mm(tokens, layer.weight.t(), token_scale, layer.weight_scale, x.dtype, bias)
+        return out.view(*x.shape[:-1], out.size(-1))
+
+
+def quantize(layer: Any, weight: torch.Tensor) -> None:
+    """Writes a layer's weight [rows, columns], in another dtype, into its FP8 bytes and scales, where they lie."""
+    for rows, quantized, scale in rounded_rows(weight):
+        layer.weight.data[rows].copy_(quantized)
+        layer.weight_scale.data[rows].copy_(scale)
+
+
+def quantized_layers(model: torch.nn.Module) -> dict[str, Any]:
+    """The layers whose weights are in FP8, by the names of these parameters."""
+    named = model.named_modules()
+    return {f"{name}.weight": layer for name, layer in named if isinstance(getattr(layer, "quant_method", None), Fp8Linear)}
+
+
+@torch.no_grad()
+def digest_of(model: torch.nn.Module) -> str:
+    """Of the bytes and scales that this worker multiplies with, in hexadecimal; empty where nothing is in FP8. Engines that
+    took the same weights have the same."""
+    held = dict(_held(quantized_layers(model)))
+    if not held:
+        return ""
+    widest = max(tensor.size(1) for tensor in held.values())
+    digests = BlockDigests(column_weights(widest, next(iter(held.values())).device))
+    total = ShardDigest(tuple(held), digests)
+    for name, tensor in held.items():
+        total.add(name, digests.put(ShardOffset(name, 0, 0), tensor))
+        digests.flush()  # bytes and scales are of two sizes, and one launch takes one
+    return f"{int(total.sums().sum()) % 2**64:016x}"
+
+
+def _held(layers: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, layer in layers.items():
+        yield name, layer.weight.data
+        yield f"{name}_scale", layer.weight_scale.data
+
+
+def register() -> None:
+    """Makes the quantization known to this vLLM process, any number of times."""
+    if FP8_QUANTIZATION not in QUANTIZATION_METHODS:
+        register_quantization_config(FP8_QUANTIZATION)(Fp8Config)

@@ -1,0 +1,106 @@
+"""FP8 weights of an engine: vLLM's layer with our product against float64 of the same bytes, and what a weight sync does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+
+from engine.core.errors import WeightSyncError
+from engine.inference import fp8
+from engine.inference.receiver import LiveShards
+from engine.ops.fp8 import FP8
+
+ROWS, COLUMNS = 24, 32
+
+
+@pytest.fixture
+def method() -> fp8.Fp8Linear:
+    with set_current_vllm_config(VllmConfig()):
+        return fp8.Fp8Linear()
+
+
+def drawn(*sizes: int, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(dtype)
+
+
+def loaded(method: fp8.Fp8Linear, weight: torch.Tensor) -> Any:
+    """A model of one layer with this weight, as vLLM has loaded and processed it; beside it a norm that stays as it is."""
+    model = torch.nn.Module()
+    model.layer = layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    layer.quant_method = method
+    model.norm = torch.nn.Module()
+    model.norm.weight = torch.nn.Parameter(drawn(COLUMNS), requires_grad=False)
+    method.process_weights_after_loading(layer)
+    return model
+
+
+def dequantized(layer: Any) -> torch.Tensor:
+    return layer.weight.double() * layer.weight_scale.double()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_is_that_of_the_rounded_weights_and_tokens(method: fp8.Fp8Linear, bias: bool) -> None:
+    layer = loaded(method, drawn(ROWS, COLUMNS)).layer
+    assert layer.weight.dtype == FP8 and layer.weight_scale.shape == (ROWS, 1)
+    tokens, added = drawn(2, 5, COLUMNS, seed=2), drawn(ROWS, seed=3) if bias else None
+    scale = tokens.double().abs().amax(-1, keepdim=True) / 448
+    rounded = (tokens.double() / scale).float().to(FP8).double() * scale
+    expected = rounded @ dequantized(layer).t() + (added.double() if added is not None else 0)
+    found = method.apply(layer, tokens, added)
+    assert found.dtype == torch.bfloat16 and found.shape == (2, 5, ROWS)
+    assert torch.allclose(found.double(), expected, rtol=2**-8, atol=1e-2)
+    unrounded = tokens.double() @ drawn(ROWS, COLUMNS).double().t() + (added.double() if added is not None else 0)
+    assert 1e-3 < float((found.double() - unrounded).norm() / unrounded.norm()) < 0.1, "it rounds, and not by much"
+
+
+def test_a_sync_writes_bfloat16_beside_and_fp8_into_place(method: fp8.Fp8Linear) -> None:
+    model, fresh = loaded(method, drawn(ROWS, COLUMNS)), drawn(ROWS, COLUMNS, seed=7)
+    places = model.layer.weight.data_ptr(), model.layer.weight_scale.data_ptr()
+    shards = LiveShards(model, torch.bfloat16)
+    assert shards.form("layer.weight") == ((ROWS, COLUMNS), torch.bfloat16)
+    assert shards.form("norm.weight") == ((COLUMNS,), torch.bfloat16) and shards.form("other") is None
+    before = fp8.digest_of(model)
+    shards["layer.weight"][:10].copy_(fresh[:10])
+    shards["layer.weight"][10:].copy_(fresh[10:])
+    assert fp8.digest_of(model) == before, "nothing is in place before it is whole"
+    shards.complete("layer.weight")
+    shards["norm.weight"].copy_(drawn(COLUMNS, seed=8))
+    shards.complete("norm.weight")
+    assert places == (model.layer.weight.data_ptr(), model.layer.weight_scale.data_ptr())
+    assert torch.equal(model.norm.weight, drawn(COLUMNS, seed=8))
+    assert fp8.digest_of(model) == fp8.digest_of(loaded(method, fresh)) != before, "as an engine that loads them has it"
+    assert torch.allclose(dequantized(model.layer), fresh.double(), rtol=2**-4, atol=float(fresh.abs().max()) / 448 * 2**-9)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_end_the_sync_by_name(method: fp8.Fp8Linear, value: float) -> None:
+    shards = LiveShards(loaded(method, drawn(ROWS, COLUMNS)), torch.bfloat16)
+    shards["layer.weight"].copy_(drawn(ROWS, COLUMNS))
+    shards["layer.weight"][3, 4] = value
+    with pytest.raises(WeightSyncError, match=r"layer\.weight must be within half an FP8 step.*look at the weights"):
+        shards.complete("layer.weight")
+
+
+def test_a_place_that_does_not_take_the_weights_is_found(method: fp8.Fp8Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = LiveShards(loaded(method, drawn(ROWS, COLUMNS)), torch.bfloat16)
+    shards["layer.weight"].copy_(drawn(ROWS, COLUMNS, seed=7))
+    monkeypatch.setattr(fp8, "quantize", lambda layer, weight: None)
+    with pytest.raises(WeightSyncError, match="must be within half an FP8 step"):
+        shards.complete("layer.weight")
+
+
+def test_a_digest_tells_bytes_scales_and_their_places_apart(method: fp8.Fp8Linear) -> None:
+    model = loaded(method, drawn(ROWS, COLUMNS))
+    found = {fp8.digest_of(model)}
+    model.layer.weight.data.view(torch.uint8)[5, 6] ^= 1
+    found.add(fp8.digest_of(model))
+    model.layer.weight_scale.data[7] *= 1.001
+    found.add(fp8.digest_of(model))
+    model.layer.weight_scale.data = model.layer.weight_scale.data.roll(1, 0)
+    found.add(fp8.digest_of(model))
+    assert len(found) == 4
+    assert fp8.digest_of(model.norm) == "", "where nothing is in FP8 there is nothing to tell"
