@@ -32,6 +32,10 @@ class Shards(Protocol):
         """The tensor to write into: a contiguous matrix or vector."""
         ...
 
+    def may_begin(self, parameter: str) -> bool:
+        """Whether there is room to receive into it now; it is not asked of a message that is the only one under way."""
+        ...
+
     def complete(self, parameter: str) -> None:
         """Told when the last element of a parameter has been written and digested."""
         ...
@@ -133,6 +137,8 @@ class Receiver:
             while waiting and len(posted) < transport.depth:
                 message, role = waiting[0]
                 if message.bucket.packed and sum(other.bucket.packed for other, *_ in posted) == STAGED:
+                    return
+                if posted and not message.bucket.packed and not shards.may_begin(message.bucket.transfers[0].target.parameter):
                     return
                 from_engine = role is Role.RECEIVE_FROM_ENGINE
                 if from_engine and any(earlier is Role.RECEIVE_AND_FORWARD for _, earlier, *_ in posted):

@@ -10,6 +10,7 @@ tensor-parallel size where noted.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -32,8 +33,7 @@ CONTEXT_BYTES, NCCL_BYTES, GRAPH_BYTES = GIB, 2 * GIB, GIB
 SAMPLER_COPIES = 5  # vLLM's float32 rows of the whole vocabulary: logits, log-probs, their sort, probabilities, noise
 STAGING_BUCKETS = 2  # that a weight sync keeps of sync.bucket_mebibytes at most
 H200_BYTES = 139 * GIB  # what torch calls its memory
-QUANTIZED_LAYERS = 2  # whose matrices an engine with FP8 weights holds beside their places at a weight sync, as they came
-QUANTIZING_BYTES = 256 << 20  # of what it then rounds: eight float32 copies of engine/ops/fp8.py's AT_ONCE elements
+ROUNDING_COPIES = 8  # float32, of the elements that an engine rounds to FP8 at once
 OVERLAP_BUFFERS = 8  # Transformer Engine's, [T, H] each: of four linear layers, forward and backward
 
 Turn = Literal["training", "sampling"]
@@ -91,6 +91,8 @@ def estimate(spec: Resolved, channel: Channel, gpu_bytes: int = H200_BYTES) -> M
         devices = tuple(Device(f"{named}, {turn}", shared(stages[worst], engine, turn)) for turn in ("training", "sampling"))
     if spec.reward_shape is not None:
         devices += (Device("reward engine", reward_engine(spec.reward_shape, config.reward_model)),)  # each of them
+    if spec.starts_engines and config.inference.quantization != "none":
+        devices += (Device("engine rank, loading", _loading(spec, engine)),)
     return Memory(devices, tuple(totals), host_bytes_per_node(spec))
 
 
@@ -446,10 +448,33 @@ def beside_cache(spec: Resolved, channel: Channel) -> Components:
         # A copy of the output layer's weight that vLLM makes for every product but on CUDA and ROCm devices; counted on all.
         **({"engine: float32 head": vocabulary // i.tensor_parallel * shape.hidden * FP32} if widened else {}),
         "engine: staging": channel.engine_bytes,
-        **({"engine: FP8 staging": QUANTIZED_LAYERS * each * itemsize + QUANTIZING_BYTES} if matrices else {}),
+        **({"engine: FP8 staging": _quantizing(spec, matrices, itemsize)} if matrices else {}),
         "engine: CUDA graphs": GRAPH_BYTES,
         "engine: context": CONTEXT_BYTES + (NCCL_BYTES if i.tensor_parallel > 1 else 0),
     }
+
+
+def _quantizing(spec: Resolved, matrices: Sequence[tuple[int, ...]], itemsize: int) -> int:
+    """What an engine with FP8 weights holds beside them at a weight sync: matrices that are not whole or not digested yet, at
+    least one of each pipeline stage, which all send at once; what small slices of further ones begin; and what is rounded."""
+    from engine.bridge.checksum import AT_ONCE_BYTES  # loads torch
+    from engine.ops import fp8
+
+    sizes = [math.prod(size) * itemsize for size in matrices]
+    begun = max(fp8.HELD_BYTES, spec.trainer.pp_size * max(sizes))
+    return begun + sum(sizes) + AT_ONCE_BYTES + ROUNDING_COPIES * fp8.AT_ONCE * FP32
+
+
+def _loading(spec: Resolved, engine: Components) -> Components:
+    """An engine rank with FP8 weights when it starts: it loads the whole model before it rounds it, beside what the trainer on
+    its device keeps."""
+    axes, itemsize = layout.EngineLayout(spec.config.inference.tensor_parallel), item_bytes(spec.config.model.dtype)
+    loaded = sum(math.prod(size) for size in layout.shard_shapes(spec.shape, axes, 0).values()) * itemsize
+    held = {"engine: loaded weights": loaded} | {name: engine[name] for name in ("engine: weights", "engine: context")}
+    if not (spec.colocated and "trainer" in spec.parts):
+        return held
+    stages = (while_sampling(trainer_kept(spec, stage, Channel())) for stage in range(spec.trainer.pp_size))
+    return max(stages, key=lambda kept: sum(kept.values())) | held
 
 
 def reward_engine(shape: ModelShape, options: RewardModel) -> Components:

@@ -6,6 +6,7 @@ answers fill the cache, the newest one gives its room back and is computed again
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ from engine.forecast.lengths import StepWork
 from engine.inference.pool import deal_prompts, open_after
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
+from engine.models.sharding import EngineLayout, layer_matrices
 
+ROUNDED_BYTES = 130  # read and written of each element that a weight sync rounds to FP8 and proves, most of them float32
 LEAST_DEALT = 4  # engines whose requests are kept where some are dealt: few are told of first, more of them later
 
 
@@ -57,6 +60,14 @@ def speed_of(shape: ModelShape, config: RunConfig, constants: Constants) -> Spee
         context=kv_bytes_per_token(shape, tp, config.inference.stored_dtype or config.model.dtype) / bandwidth,
         prompt=products / (peak * c.prefill_peak_share),
     )
+
+
+def quantizing_seconds(shape: ModelShape, config: RunConfig, constants: Constants) -> float:
+    """What a weight sync takes to round an engine's matrices to FP8, by the passes over them that engine/ops/fp8.py makes."""
+    if config.inference.quantization == "none":
+        return 0.0
+    elements = shape.num_layers * sum(map(math.prod, layer_matrices(shape, EngineLayout(config.inference.tensor_parallel))))
+    return ROUNDED_BYTES * elements / (constants.memory_gigabytes_per_second * 1e9)
 
 
 @dataclass(slots=True)

@@ -284,7 +284,7 @@ class Search:
         except ConfigError:
             return False
         held = estimate(self._assembled(made), self._channel, self._gpu_bytes)
-        return held.devices[1].num_bytes <= self._gpu_bytes
+        return all(device.num_bytes <= self._gpu_bytes for device in held.devices if device.name.startswith("engine rank"))
 
     def _room(self, spec: Spec) -> int:
         assert spec.kv_cache is not None

@@ -16,7 +16,7 @@ from engine.config.schedules.base import Schedule
 from engine.evaluation.accuracy import tickets
 from engine.forecast import disk
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import Deals, Engines, Speed, speed_of
+from engine.forecast.decoding import Deals, Engines, Speed, quantizing_seconds, speed_of
 from engine.forecast.lengths import LogNormal, StepWork, Workload, draw_steps
 from engine.forecast.replay import Cores, Costs, Played, Sampled, play, window
 from engine.forecast.rows import Rows
@@ -196,11 +196,12 @@ class Forecaster:
         ]
         judged = [judging_seconds(self.given.spec, c, work) for work in self.works]
         colocated = self.given.spec.colocated
+        rounding = quantizing_seconds(self.given.spec.shape, self._config, c)
         return Costs(
             train=lambda step: trained[step % len(trained)],
             judge=lambda step: judged[step % len(judged)],
             host=lambda step: hosts[step % len(hosts)],
-            sync=self.given.transfer_seconds + c.sync_seconds if self._speed is not None else 0.0,
+            sync=self.given.transfer_seconds + c.sync_seconds + rounding if self._speed is not None else 0.0,
             turn=c.sleep_seconds if colocated else 0.0,
             colocated=colocated,
             cores=self._cores() if c.cores else None,

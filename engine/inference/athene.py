@@ -11,7 +11,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.adapters import as_seq_cls_model
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
-ARCHITECTURE = "AtheneForSequenceClassification"
+from engine.inference.reward_engine import ATHENE
 
 
 class AtheneForSequenceClassification(as_seq_cls_model(LlamaForCausalLM)):  # type: ignore[misc]
@@ -26,4 +26,4 @@ class AtheneForSequenceClassification(as_seq_cls_model(LlamaForCausalLM)):  # ty
 
 def register() -> None:
     """Makes the class known to vLLM in this process."""
-    ModelRegistry.register_model(ARCHITECTURE, AtheneForSequenceClassification)
+    ModelRegistry.register_model(ATHENE, AtheneForSequenceClassification)

@@ -21,8 +21,9 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
 from engine.bridge.checksum import BlockDigests, ShardDigest
 from engine.bridge.shard_plan import ShardOffset
+from engine.core.errors import WeightSyncError
 from engine.ops import column_weights
-from engine.ops.fp8 import FP8, rounded_rows
+from engine.ops.fp8 import FP8, num_strayed, rounded_rows
 
 FP8_QUANTIZATION = "semion_fp8"
 OLDEST_GPU = 89  # compute capability of the first with FP8 products: Ada, and Hopper after it
@@ -77,6 +78,7 @@ class Fp8Linear(LinearMethodBase):  # type: ignore[misc]
         scale = torch.empty(loaded.size(0), 1, dtype=torch.float32, device=loaded.device)
         layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
         quantize(layer, loaded)
+        require_rounded(layer, loaded, "a matrix of the model's files")
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., columns] times the weight [rows, columns], in x's dtype."""
@@ -94,6 +96,15 @@ def quantize(layer: Any, weight: torch.Tensor) -> None:
     for rows, quantized, scale in rounded_rows(weight):
         layer.weight.data[rows].copy_(quantized)
         layer.weight_scale.data[rows].copy_(scale)
+
+
+def require_rounded(layer: Any, weight: torch.Tensor, name: str) -> None:
+    """WeightSyncError where a layer's bytes and scales are not what this weight is rounded to."""
+    if count := int(num_strayed(weight, layer.weight.data, layer.weight_scale.data)):
+        raise WeightSyncError(
+            f"{name} must be within half an FP8 step of its weights in every engine; found {count} elements that are not, or "
+            f"are not finite: look at the weights, or set inference.quantization = 'none'"
+        )
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, Any]:

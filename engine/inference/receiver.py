@@ -18,6 +18,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.models import ModelRegistry
 
 from engine.bridge.exchange import Receiver, Shards
 from engine.bridge.terms import SyncTerms
@@ -27,10 +28,11 @@ from engine.bridge.transports.rendezvous import join_store
 from engine.core.errors import SemionError, UndeliveredError, WeightSyncError
 from engine.inference import fp8
 from engine.inference.plain_loader import PLAIN_FORMAT, PlainLoader
+from engine.inference.reward_engine import ATHENE
 from engine.inference.sleep import die_with_parent, release_pages
 from engine.models import sharding as layout
 from engine.observe.profiling.recorder import capture_here
-from engine.ops.fp8 import num_strayed
+from engine.ops.fp8 import HELD_BYTES
 
 BACKEND = "semion"
 
@@ -179,6 +181,11 @@ class LiveShards:
         stored = self._parameters[parameter]
         return tuple(stored.shape), self._dtype if parameter in self._layers else stored.dtype
 
+    def may_begin(self, parameter: str) -> bool:
+        """What is in place has room; of what is held beside it, so much at a time."""
+        held = sum(tensor.nbytes for tensor in self._held.values())
+        return parameter not in self._layers or parameter in self._held or held < HELD_BYTES
+
     def complete(self, parameter: str) -> None:
         """It is where it belongs; what is to be in FP8 goes there. WeightSyncError where it then is not what it was rounded
         from."""
@@ -186,11 +193,7 @@ class LiveShards:
             return
         held, layer = self._held.pop(parameter), self._layers[parameter]
         fp8.quantize(layer, held)
-        if count := int(num_strayed(held, layer.weight.data, layer.weight_scale.data)):
-            raise WeightSyncError(
-                f"engine parameter {parameter} must be within half an FP8 step of the trainer's weights; found {count} "
-                f"elements that are not, or are not finite: look at the weights, or set inference.quantization = 'none'"
-            )
+        fp8.require_rounded(layer, held, f"engine parameter {parameter}")
 
 
 class ReloadedShards:
@@ -204,6 +207,10 @@ class ReloadedShards:
         if parameter not in self._held:
             self._held[parameter] = torch.empty(self._shapes[parameter], dtype=self._dtype, device=self._device)
         return self._held[parameter]
+
+    def may_begin(self, parameter: str) -> bool:
+        """Always: vLLM holds whole layers beside it in any case."""
+        return True
 
     def complete(self, parameter: str) -> None:
         """Hands it over; vLLM repacks a layer when it has all of it."""
@@ -266,8 +273,11 @@ class SyncWorker:
 
 
 def register() -> None:
-    """Makes the inbox, the load format and the quantization known to this vLLM process; called by vLLM, any number of times."""
+    """Makes the inbox, the load format, the quantization and Athene's model known to this vLLM process; called by vLLM, any
+    number of times."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, Inbox)
         register_model_loader(PLAIN_FORMAT)(PlainLoader)
         fp8.register()
+    if ATHENE not in ModelRegistry.models:  # a worker of a tensor-parallel reward engine knows it by this alone
+        ModelRegistry.register_model(ATHENE, f"engine.inference.athene:{ATHENE}")

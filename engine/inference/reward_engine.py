@@ -20,6 +20,8 @@ from engine.core.types import Message, Score
 from engine.inference.vllm_engine import ENVIRONMENT
 from engine.observe.telling import activity
 
+ATHENE = "AtheneForSequenceClassification"  # the architecture that athene.py has for vLLM
+
 
 class RewardEngine:
     """vLLM with the run's reward model."""
@@ -58,7 +60,7 @@ class RewardEngine:
             runner="pooling",
             pooler_config=PoolerConfig(use_activation=False),  # the raw score: vLLM would take its sigmoid
             hf_overrides={
-                "architectures": [athene.ARCHITECTURE if is_athene else "LlamaForSequenceClassification"],
+                "architectures": [ATHENE if is_athene else "LlamaForSequenceClassification"],
                 "num_labels": 1,
             },
             dtype=options.dtype,

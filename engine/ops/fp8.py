@@ -15,6 +15,7 @@ LARGEST = 448.0  # that e4m3 holds
 LEAST_SCALE = 2.0**-126  # a row of zeros has one too
 HALF_STEP, HALF_SUBNORMAL = 2.0**-4, 2.0**-10  # of a value, and of those nearest to zero
 AT_ONCE = 1 << 23  # elements: what is widened to float32 at a time takes 32 MiB, five times over where it is proven
+HELD_BYTES = 512 << 20  # of matrices that wait to be rounded: beyond it no other is begun while one of them is under way
 
 
 def rounded_rows(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -89,7 +90,9 @@ def test_a_classifier_gives_what_torch_gives_whatever_the_order(
     )
     (tmp_path / "conversations.json").write_text(json.dumps(conversations))
     script = [sys.executable, str(Path(__file__).with_name("reward_probe.py")), written(config, tmp_path)]
-    run = subprocess.run([*script, str(tmp_path / "conversations.json")], capture_output=True, text=True, timeout=300)
+    found = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}  # by the script, which imports this folder
+    asked = [*script, str(tmp_path / "conversations.json")]
+    run = subprocess.run(asked, capture_output=True, text=True, timeout=300, env=found)
     assert run.returncode == 0, run.stderr[-4000:]
     forward, backward, alone, shared = json.loads(run.stdout.partition("RESULT ")[2])
     assert forward == backward, "the same bits in any order"
@@ -101,6 +104,24 @@ def test_a_classifier_gives_what_torch_gives_whatever_the_order(
         assert [value, *(other for other, _ in others)] == pytest.approx([expected] * 3, abs=CLOSE)
     apart = [abs(value - other) for (value, _), (other, _) in zip(forward, shared, strict=True)]
     print(f"by two engines {sum(map(bool, apart))} of {len(apart)} numbers are others, by {max(apart):.1e} at most")
+
+
+@pytest.mark.nightly
+def test_a_model_that_vllm_does_not_know_judges_over_two_ranks(
+    run_config: Make, reward_model: Callable[[Any], Path], tmp_path: Path
+) -> None:
+    """Athene, whose class each worker process of an engine finds by our plugin alone."""
+    folder = reward_model("athene")
+    config = run_config(
+        *("data.reward=model", f"reward_model.path={folder}", "reward_model.max_tokens=90", "run.steps=1"),
+        *("reward_model.kv_cache=64 MiB", "reward_model.tensor_parallel=2", "evaluation.max_problems=2"),
+    )
+    semion("train", written(config, tmp_path))
+    judge, asked = Judge(folder), problems(config)
+    judged = [row for row in rollouts(config) if row["status"] == "ok"]
+    assert len(judged) > 10
+    for row in judged:
+        assert row["reward"] == pytest.approx(judge.reward(asked[row["prompt_id"]], row["text"]), abs=CLOSE)
 
 
 def test_rows_are_scored_without_a_configuration(reward_model: Callable[[Any], Path], tmp_path: Path) -> None:

@@ -108,6 +108,10 @@ class Live:
     def __getitem__(self, parameter: str) -> torch.Tensor:
         return self.shards[parameter]
 
+    def may_begin(self, parameter: str) -> bool:
+        """See Shards."""
+        return True
+
     def complete(self, parameter: str) -> None:
         """See Shards."""
         self.completed.append((parameter, self.shards[parameter].clone()))

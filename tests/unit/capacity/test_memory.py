@@ -212,9 +212,12 @@ def test_fp8_weights_of_an_engine_by_hand():
     rows = (4096 + 2 * 1024) + 4096 + 2 * 14336 + 4096
     plain, fp8 = (of_8b(*more).devices[1].components for more in ((), ("inference.quantization=fp8",)))
     assert fp8["engine: weights"] == plain["engine: weights"] - 32 * (layer - 4 * rows)
-    assert fp8["engine: FP8 staging"] == 2 * 2 * layer + (256 << 20)
+    assert fp8["engine: FP8 staging"] == (512 << 20) + 2 * layer + (512 << 20)
     others = set(plain) - {"engine: weights"}
     assert {name: fp8[name] for name in others} == {name: plain[name] for name in others}
+    loading = of_8b("inference.quantization=fp8").devices[2]
+    assert loading.name == "engine rank, loading" and loading.components["engine: loaded weights"] == 2 * PARAMETERS
+    assert loading.components["engine: weights"] == fp8["engine: weights"]
     two = of_8b("inference.quantization=fp8", "inference.tensor_parallel=2").devices[1].components
     assert two["engine: weights"] == pytest.approx(fp8["engine: weights"] / 2, rel=1e-3)
 

@@ -11,7 +11,7 @@ import pytest
 
 from engine.core.arrays import NO_TOKENS
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import Deals, Engine, Engines, Speed, _Request, speed_of
+from engine.forecast.decoding import Deals, Engine, Engines, Speed, _Request, quantizing_seconds, speed_of
 from engine.forecast.lengths import LogNormal, Workload, draw_steps
 from engine.inference.pool import deal
 from engine.inference.sampling import SampleRequest
@@ -175,4 +175,7 @@ def test_the_speed_of_an_engine_by_hand():
     quantized = config.model_copy(update={"inference": config.inference.model_copy(update={"quantization": "fp8"})})
     fp8, head = speed_of(shape, quantized, Constants()), 128_256 * 4096
     assert fp8.weights == pytest.approx((8_030_261_248 - 2 * head + 2 * head) / (4800e9 * 0.7)), "layers a byte, the head two"
+    layers = 8_030_261_248 - 2 * head - 65 * 4096  # less the norms
+    assert quantizing_seconds(shape, quantized, Constants()) == pytest.approx(130 * layers / 4800e9)
+    assert quantizing_seconds(shape, config, Constants()) == 0
     assert fp8.context == speed.context and speed.products / 1.4 < fp8.products < speed.products
