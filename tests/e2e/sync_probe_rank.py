@@ -65,16 +65,17 @@ class Probe(TrainerRank):
             for row in rows:
                 expected.append(flat[start : start + len(row) - 1].tolist())
                 start += len(row)
-            gap = max(
+            gaps = [
                 abs(a - b)
                 for engine in pool.log_probs(rows)
                 for xs, ys in zip(engine, expected, strict=True)
                 for a, b in zip(xs, ys, strict=True)
-            )
+            ]
             yield {
                 "kind": "sync",
                 "version": pool.version,
-                "gap": gap,
+                "gap": max(gaps),
+                "mean_gap": sum(gaps) / len(gaps),
                 "loss": metrics["loss"],
                 "messages": report.num_messages,
                 "bytes": report.num_bytes,

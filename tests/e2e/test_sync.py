@@ -41,6 +41,7 @@ LAYOUTS: dict[str, tuple[str, list[str], str | None]] = {
 }
 
 FP8 = ["model.dtype=bfloat16", "inference.quantization=fp8"]
+FP8_GAP = 0.08  # nats, mean over tokens of noise; 0.037 at most was measured
 FP8_LAYOUTS = {
     "tp2 to two engines, one of which is killed": (["trainer.tensor_parallel=2", "inference.engines=2"], "engine"),
     "dp2 to an engine of tp2": (["trainer.data_parallel=2", "inference.tensor_parallel=2"], None),
@@ -75,11 +76,11 @@ def test_transformer_engines_layers_serve_engines_as_megatrons_do(run_config: Ca
 def test_engines_with_fp8_weights_stay_as_near_to_the_trainer_as_fp8_is(
     layout: str, run_config: Callable[..., RunConfig]
 ) -> None:
-    """Every sync is proven on the way, and that engines hold equal FP8 bytes. What is left is the rounding: as far as a trainer
-    in float64 with the same rounding is from one without."""
+    """Every sync is proven on the way, and that engines hold equal FP8 bytes. What is left is the rounding, which is to be no
+    more than twice what was measured."""
     overrides, killed = FP8_LAYOUTS[layout]
     syncs = probe(run_config(*FP8, *overrides), 4, *((2, killed) if killed else ()))
     assert [sync["attempts"] for sync in syncs] == [2 if killed and sync == 2 else 1 for sync in range(1, 5)]
-    gaps = [sync["gap"] for sync in syncs]
-    print(f"{layout}: gaps {[f'{gap:.3f}' for gap in gaps]}")
-    assert max(gaps) < 1.0 and min(gaps) > 1e-3
+    gaps = [sync["mean_gap"] for sync in syncs]
+    print(f"{layout}: mean gaps {[f'{gap:.4f}' for gap in gaps]}, largest {max(sync['gap'] for sync in syncs):.3f}")
+    assert min(gaps) > 1e-3 and max(gaps) < FP8_GAP
