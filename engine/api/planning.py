@@ -242,8 +242,15 @@ def recalibrated(directory: Path, config: RunConfig, known: Calibrated, machine:
     return Calibrated(constants, known.measured | {name: one.how for name, one in found.items()})
 
 
-def check_workload(mean: float | None, sigma: float, signal: float) -> None:
-    """ConfigError for flags that are no lengths."""
+def check_workload(
+    mean: float | None, sigma: float, signal: float, prompt: float | None = None, longest_prompt: int = 1
+) -> None:
+    """ConfigError for flags that are no lengths, or a prompt's that data.max_prompt_tokens does not let in."""
+    if prompt is not None and not 1 <= prompt <= longest_prompt:
+        raise ConfigError(
+            f"--prompt-tokens must be from 1 to data.max_prompt_tokens = {longest_prompt}; found {prompt:g}: give the prompts' "
+            f"mean length, or raise max_prompt_tokens"
+        )
     if mean is not None and not 0 < mean < float("inf"):
         raise ConfigError(f"--mean-tokens must be a number greater than 0; found {mean}: give the responses' mean length")
     if not 0 <= sigma < 5:

@@ -92,14 +92,14 @@ def plan(options: argparse.Namespace) -> None:
             "other intervals between weight syncs",
             intervals_table(made.intervals, Regime.asked(config)),
         )
-        print(trust(c, known.measured, str(workload.completions), config.cluster.nodes))
+        print(trust(c, known.measured, workload, config, config.cluster.nodes))
     if options.constants:
         print_table("constants", constants_table(c, known.measured))
     if options.html:
         from engine.forecast.page import plan_page
         from engine.observe.writing import write_text
 
-        told = trust(c, known.measured, str(workload.completions), config.cluster.nodes)
+        told = trust(c, known.measured, workload, config, config.cluster.nodes)
         table_of_constants = constants_table(c, known.measured)
         name, picture = Path(options.config).stem, made.picture
         page = plan_page(name, made.figures, config, made.forecast, made.intervals, picture, table_of_constants, told)
@@ -131,9 +131,10 @@ def _optimize(options: argparse.Namespace, config: RunConfig, machine: Any, know
     own = Regime.asked(config)
     for regime, found in made.best.items():
         if found and regime.lookahead == (0 if isinstance(regime.interval, str) else own.lookahead):
-            print_table(f"s = {regime.interval}: the fastest of {made.tried:,} layouts", best_table(found))
+            searched = f"the fastest of {made.tried:,} layouts" if made.tried else "the run's own layout, for no other fits"
+            print_table(f"s = {regime.interval}: {searched}", best_table(found))
     print_table("seconds against staleness", frontier_table(made.best, own))
-    print(trust(known.constants, known.measured, str(workload.completions), options.gpus // config.cluster.gpus_per_node))
+    print(trust(known.constants, known.measured, workload, config, options.gpus // config.cluster.gpus_per_node))
     if options.write:
         if not made.best[own]:
             raise ConfigError(
@@ -178,9 +179,10 @@ def _workload(options: argparse.Namespace, config: RunConfig) -> Any:
     from engine.forecast.lengths import LogNormal, Workload, recorded_lengths
     from engine.forecast.seconds import PROMPT_TOKENS, SHARE_OF_CAP
 
-    check_workload(options.mean_tokens, options.sigma, options.signal)
     cap, most = config.sampling.max_tokens, config.data.max_prompt_tokens
-    prompts = LogNormal(min(most, options.prompt_tokens or PROMPT_TOKENS), 0.0, most)
+    check_workload(options.mean_tokens, options.sigma, options.signal, options.prompt_tokens, most)
+    asked = options.prompt_tokens if options.prompt_tokens is not None else min(most, PROMPT_TOKENS)
+    prompts = LogNormal(asked, 0.0, most)
     if options.lengths:
         return Workload(recorded_lengths(options.lengths, cap), prompts, options.signal)
     mean = options.mean_tokens if options.mean_tokens is not None else SHARE_OF_CAP * cap

@@ -290,7 +290,8 @@ class Apart(Clock):
         asked = self.now
         self.now = max(asked, *(self._until_scored(each) for each in (*together, step)))
         waited = self.now - asked
-        judged = max(0.0, self.now - max(asked, self._engines.sampled(step)))
+        sampled = max(map(self._engines.sampled, (*together, step)))  # nobody trains before the last of them
+        judged = max(0.0, self.now - max(asked, sampled))
         return waited, min(judged, waited)
 
     def _until_scored(self, step: int) -> float:
@@ -335,7 +336,8 @@ class Together(Clock):
         asked = self.now
         while step not in self._scored or any(each not in self._scored for each in together):
             self._go_on(self._slice, 0.0)
-        return self.now - asked, min(self.now - asked, max(0.0, self.now - max(asked, self._sampled[step])))
+        sampled = max(self._sampled[each] for each in (*together, step))
+        return self.now - asked, min(self.now - asked, max(0.0, self.now - max(asked, sampled)))
 
     def work(self, seconds: float, threads: float) -> float:
         """Slice by slice, beside whoever else computes."""

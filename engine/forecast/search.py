@@ -103,6 +103,8 @@ class Search:
         self._config, self._regimes = spec.config, tuple(regimes)
         self._intervals = tuple(dict.fromkeys(regime.interval for regime in regimes))
         per_node = spec.config.cluster.gpus_per_node
+        if num_gpus < 1:
+            raise ConfigError(f"--gpus must be at least 1; found {num_gpus}: give the number of GPUs there are")
         if num_gpus > per_node and num_gpus % per_node:
             raise ConfigError(
                 f"--gpus must be whole nodes of cluster.gpus_per_node = {per_node}; found {num_gpus}: give a multiple of it"
@@ -198,9 +200,10 @@ class Search:
             yield from sorted(found, key=lambda choice: choice.seconds)[:KEPT]
 
     def _shallowest(self, size: int, tp: int) -> Iterator[TrainerChoice]:
-        """Of so many GPUs and tensor-parallel ranks, the fewest pipeline stages that fit, and twice as many."""
+        """Of so many GPUs and tensor-parallel ranks, the fewest equal pipeline stages that fit, and the next more."""
         taken = 0
-        for pp in self._powers(min(size, self._spec.shape.num_layers)):
+        layers = self._spec.shape.num_layers
+        for pp in (stages for stages in range(1, min(size, layers) + 1) if layers % stages == 0):
             if size % (tp * pp) or taken == 2:
                 continue
             fitting = [choice for tokens in self._microbatches if (choice := self._trainer(size, tp, pp, tokens)) is not None]

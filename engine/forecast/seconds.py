@@ -73,6 +73,7 @@ class Forecast:
     mfu: float  # of the trainer's devices, over the whole step
     mfu_training: float  # while they train
     gpus: int
+    booked_gpus: int  # all of its nodes', where they are several
     most_concurrent: int  # requests that an engine decoded together
     preempted: int
     training: TrainingStep
@@ -249,6 +250,8 @@ class Forecaster:
         standing = (saved.pause_seconds if saved is not None else 0.0) + max(0.0, written - between)  # the next one waits
         run = c.start_seconds + config.run.steps * seconds + count * standing + written
         run += num_evaluations * (evaluation or 0.0)
+        slowed = played.mean("train") / step.seconds.total if step.seconds.total else 1.0  # by others on the same cores
+        nodes = config.cluster.nodes
         return Forecast(
             regime=schedule.regime,
             sync_interval=schedule.sync_interval,
@@ -257,7 +260,7 @@ class Forecaster:
             staleness_max=max(stale),
             step_seconds=seconds,
             parts=parts,
-            train_parts={name: getattr(step.seconds, name) for name in TRAIN_PARTS},
+            train_parts={name: slowed * getattr(step.seconds, name) for name in TRAIN_PARTS},
             trainer_waits=(played.mean("waited") + played.mean("finish")) / seconds,
             engines_idle=max(0.0, idle) if self._speed is not None else 0.0,
             sampling_seconds=played.engine_seconds / len(played.counted),
@@ -266,6 +269,7 @@ class Forecaster:
             mfu=step.model_flops / (peak * seconds),
             mfu_training=step.model_flops / (peak * played.mean("train")),
             gpus=gpus,
+            booked_gpus=max(gpus, nodes * config.cluster.gpus_per_node) if nodes > 1 else gpus,
             most_concurrent=self._seen[0],
             preempted=self._seen[1],
             training=step,

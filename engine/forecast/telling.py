@@ -8,11 +8,13 @@ import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from engine.capacity.kv_cache import GIB
 from engine.config.load import RunConfig
 from engine.forecast.constants import Constants, Row, rows
+from engine.forecast.lengths import LogNormal, Workload
 from engine.forecast.search import Found
 from engine.forecast.seconds import TRAIN_PARTS, Forecast, Regime
 from engine.rewards.pool.workers import num_workers
@@ -51,7 +53,10 @@ def binding(found: Forecast, config: RunConfig) -> list[tuple[float, str]]:
             f"{config.reward_model.engines}), or a smaller model, or shorter responses",
         ),
         (parts["host"] / seconds, "rank 0 hands a step's sequences out and every rank packs: fewer sampled tokens a step"),
-        (parts["weight sync"] / seconds, "weight syncs: a larger sync.sync_interval, or engines on fewer nodes"),
+        (
+            parts["weight sync"] / seconds,
+            "weight syncs: a larger sync.sync_interval" + (", or engines on fewer nodes" if config.cluster.nodes > 1 else ""),
+        ),
     ]
     changes = {
         "reference": "the reference scores every step: a loss without one, or more trainer ranks",
@@ -85,8 +90,10 @@ def binding(found: Forecast, config: RunConfig) -> list[tuple[float, str]]:
 def _rollouts(found: Forecast, config: RunConfig) -> str:
     """Why the trainer waits: for the longest response, or for all of them."""
     i = config.inference
+    if config.inference.placement == "colocated" and found.sync_interval == 1:
+        return f"trainer and engines take turns: a larger inference.tensor_parallel (now {i.tensor_parallel}), or a larger s"
     if config.inference.placement == "colocated":
-        return "trainer and engines take turns: inference.placement = 'disaggregated' lets them overlap, where s > 1"
+        return "trainer and engines take turns: inference.placement = 'disaggregated' lets them overlap"
     if found.most_concurrent < i.max_concurrent:
         return (
             f"the longest response decides, for an engine samples all that it is asked at once ({found.most_concurrent} "
@@ -134,8 +141,16 @@ def run_table(found: Forecast) -> list[tuple[str, str]]:
         ("rows", f"{step.num_rows} a rank, {step.row_fill:.0%} full, {step.empty_rows:.0%} empty"),
         ("fullest data-parallel rank", f"{step.imbalance:.3f} of the mean's work"),
         ("in all", f"{_span(found.run_seconds)} = {found.gpu_hours:,.0f} GPU-hours on {found.gpus} GPUs ({days:.2f} days)"),
+        *_booked(found),
         ("evaluations", evaluations),
     ]
+
+
+def _booked(found: Forecast) -> list[tuple[str, str]]:
+    if found.booked_gpus == found.gpus:
+        return []
+    hours = found.gpu_hours * found.booked_gpus / found.gpus
+    return [("with all GPUs of its nodes", f"{hours:,.0f} GPU-hours on {found.booked_gpus}")]
 
 
 def hosts_table(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -241,11 +256,23 @@ def frontier_table(best: Mapping[Regime, Many[Found]], own: Regime) -> list[tupl
     ]
 
 
-def trust(constants: Constants, measured: dict[str, str], workload: str, nodes: int) -> str:
-    """How far the figures may be trusted."""
+def trust(constants: Constants, measured: dict[str, str], workload: Workload, config: RunConfig, nodes: int) -> str:
+    """How far the figures may be trusted, and what they leave out."""
     table = rows(constants, measured)
     guesses = [row for row in table if row.kind == "guess"]
-    text = f"responses: {workload}"
+    prompts = workload.prompts
+    text = f"responses: {workload.completions}; prompts: "
+    text += f"{prompts.mean:,.0f} tokens" if isinstance(prompts, LogNormal) else str(prompts)
+    judge = config.reward_model.path
+    if judge is not None and not (Path(judge) / "config.json").exists():
+        text += (
+            f"\nthe reward model's time is not counted, for there is no {Path(judge) / 'config.json'}: a folder with that file "
+            f"alone is enough for a plan"
+        )
+    if config.sync.streaming:
+        text += "\nsync.streaming is forecast as a run without it: what it saves of the wait is not counted"
+    if places := sorted({how.rpartition("; ")[2] for how in measured.values() if "; " in how}):
+        text += f"\n{len(measured)} constants were measured: {'; '.join(places)}"
     if guesses:
         text += (
             f"\n{len(guesses)} of {len(table)} constants are guesses that no GPU has verified: the order of layouts is worth "

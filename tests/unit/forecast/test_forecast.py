@@ -266,6 +266,10 @@ def test_without_rollouts_there_is_no_forecast(planned):
         (["--calibration", "nowhere.json"], "--calibration nowhere.json cannot be read"),
         (["--optimize"], "--optimize needs --gpus"),
         (["--optimize", "--gpus", "12"], "--gpus must be whole nodes of cluster.gpus_per_node = 8; found 12"),
+        (["--optimize", "--gpus", "0"], "--gpus must be at least 1; found 0"),
+        (["--optimize", "--gpus", "-8"], "--gpus must be at least 1; found -8"),
+        (["--prompt-tokens", "-5"], "--prompt-tokens must be from 1 to data.max_prompt_tokens = 1024; found -5"),
+        (["--prompt-tokens", "2000"], "--prompt-tokens must be from 1 to data.max_prompt_tokens = 1024; found 2000"),
         (["--optimize", "--gpus", "1"], "must hold the trainer and an engine"),
         (["--write", "x.toml"], "--write and --gpus need --optimize"),
     ],
@@ -276,7 +280,34 @@ def test_flags_that_cannot_be_used_are_told(arguments, told, monkeypatch, capsys
     assert told in capsys.readouterr().err
 
 
+def test_a_plan_tells_what_it_leaves_out_and_what_it_was_told(planned):
+    judged = ["data.reward=model", "reward_model.path=nowhere", "cluster.nodes=2"]
+    _, said = planned("sync.sync_interval=1", "sync.streaming=true", *judged)
+    assert "prompts: 150 tokens" in said and "sync.streaming is forecast as a run without it" in said
+    assert f"the reward model's time is not counted, for there is no {Path('nowhere/config.json')}" in said
+    _, said = planned()
+    assert "is not counted" not in said and "sync.streaming" not in said and "constants were measured" not in said
+
+
+def test_a_steps_training_is_its_parts_and_a_run_has_all_gpus_of_its_nodes(planned):
+    figures, said = planned("cluster.nodes=2", "trainer.data_parallel=3")
+    found = figures["forecast"]
+    assert sum(found["train_parts"].values()) == pytest.approx(found["parts"]["training"])
+    assert (found["gpus"], found["booked_gpus"]) == (7, 16) and "with all GPUs of its nodes" in said
+
+
 # -- the search
+
+
+def test_stages_are_tried_that_126_layers_divide_into():
+    """405B: no power of two but 1 and 2 does, and neither fits."""
+    config = load_config(ROOT / "configs/scale/llama-3.1-405b.toml", [f"model.path={ROOT}/configs/models/llama-3.1-405b"])
+    spec = resolve(config, digests=False)
+    search = Search(
+        spec, Machine(), Constants(), Workload(LogNormal(700, 0.6, 2048), LogNormal(150, 0, 1024)), 320, (Regime(10),)
+    )
+    stages = {choice.options["trainer.pipeline_parallel"] for choice in search._shallowest(224, 8)}
+    assert len(stages) == 2 and all(126 % count == 0 and count > 2 for count in stages), stages
 
 
 def test_optimize_writes_a_configuration_that_can_be_planned(tmp_path, monkeypatch, capsys):

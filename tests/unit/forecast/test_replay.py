@@ -256,3 +256,10 @@ def test_another_lookahead_of_a_run_in_flight_has_updates_in_flight_where_someth
     assert [one.updates_in_flight for one in found.values()] == [False, False, True, True]
     for one in found.values():
         play(one, 40, 0, one_engine([8], slots=3), costs(1.0))
+
+
+def test_in_turns_only_what_is_judged_after_the_intervals_last_response_is_a_wait_for_rewards():
+    """Four steps sampled by 3, 6, 9 and 12 s; nobody trains before 12, and the last one's rewards take half a second more."""
+    played = play(Paper(4, "never", 4, 16), 4, 0, Steady(3.0), costs(2.0, judge=0.5, colocated=True))
+    assert [step.waited for step in played.steps] == [12.5, 0, 0, 0]
+    assert [step.judged for step in played.steps] == [0.5, 0, 0, 0]
