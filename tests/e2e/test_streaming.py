@@ -25,7 +25,8 @@ OWN = {"num_waves", "streamed_share"}
 
 def options(algorithm: str, *more: str) -> list[str]:
     engines = ["inference.engines=2", "inference.max_concurrent=24", "sampling.max_tokens=24"]
-    return [*ALGORITHMS[algorithm], *engines, "trainer.data_parallel=2", "data.prompts_per_step=8", *more]
+    prompts = 16 if algorithm == "dpo" else 8  # a wave of pairs has at least two prompts for each rank, and leaves as many
+    return [*ALGORITHMS[algorithm], *engines, "trainer.data_parallel=2", f"data.prompts_per_step={prompts}", *more]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
