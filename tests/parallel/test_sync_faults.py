@@ -418,7 +418,7 @@ def test_what_several_workers_say_is_told_together(alone: Any) -> None:
 def test_an_engine_that_repacks_its_weights_is_lost_by_a_failure(alone: Any) -> None:
     """vLLM may be anywhere in its reload: only a new process helps, and the pool makes one of a lost engine."""
     engine, workers = alone(packed_weights=True)
-    workers.said = [("the digest differs", False)]
+    workers.said = [("the digest differs", False, "")]
     with pytest.raises(EngineLostError, match=r"^worker 0: the digest differs$"):
         engine.receive(1, CALL)
     with pytest.raises(InferenceError, match="it serves no version"):
