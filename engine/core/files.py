@@ -110,7 +110,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(folder: Path, patience_seconds: float = 60.0, *, waits: Callable[[], object] = lambda: None) -> Iterator[None]:
+def writing(folder: Path, patience_seconds: float = 120.0, *, waits: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Keeps the records in `folder` to this process while the block runs: those of a command outlive it by seconds where it is
     killed, and would go on writing. Where another process has them `waits` is called, and ConfigError comes after
     `patience_seconds`."""

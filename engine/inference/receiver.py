@@ -26,10 +26,11 @@ from engine.bridge.transports.base import Deadline, Rendezvous, Transport, Trans
 from engine.bridge.transports.registry import open_transport
 from engine.bridge.transports.rendezvous import join_store
 from engine.core.errors import SemionError, UndeliveredError, WeightSyncError
+from engine.core.lifetimes import die_with_parent
 from engine.inference import fp8
 from engine.inference.plain_loader import PLAIN_FORMAT, PlainLoader
 from engine.inference.reward_engine import ATHENE
-from engine.inference.sleep import die_with_parent, release_pages
+from engine.inference.sleep import release_pages
 from engine.models import sharding as layout
 from engine.observe.profiling.recorder import capture_here
 from engine.ops.fp8 import HELD_BYTES

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import signal
 
 import torch
+
+from engine.core.lifetimes import die_with_parent
 
 
 def release_pages(tensor: torch.Tensor) -> None:
@@ -23,11 +24,5 @@ class MortalWorker:
     """What a reward engine adds to its vLLM workers (its worker_extension_cls)."""
 
     def semion_die_with_parent(self) -> None:
-        """Ends with the engine's process, whatever ends that."""
+        """Ends with the engine's process, whatever ends that: not even a stopped one keeps its memory from the next engine."""
         die_with_parent()
-
-
-def die_with_parent() -> None:
-    """A worker of an engine that is killed, even a stopped one, must not keep its memory from the engine that follows."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

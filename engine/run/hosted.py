@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from engine.core.importing import uncollected
+from engine.core.lifetimes import die_with_parent
 from engine.observe.journal import Journal, traced
 from engine.run.spec import Spec
 
@@ -27,6 +28,7 @@ class Hosted:
     configuration where that is all it `needs`, and of `arguments`."""
 
     def __init__(self, journal: Journal, kind: str | type, needs: Needs, text: str, *arguments: Any) -> None:
+        die_with_parent()
         journal.open()
         with traced(str(kind)):
             if isinstance(kind, str):

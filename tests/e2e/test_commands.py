@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -215,6 +216,14 @@ def started(file: str, log: Path, *flags: str) -> Iterator[subprocess.Popen[byte
         run.wait()
 
 
+def is_ours(process: psutil.Process) -> bool:
+    """Whether a process of a run is a rank or an engine, by the title that Ray gives it."""
+    return any(
+        " ".join(process.cmdline()).startswith(f"ray::{name}")
+        for name in ("trainer rank", "TrainerRank", "engine ", "VllmEngine")
+    )
+
+
 def until(condition: Callable[[], bool], run: subprocess.Popen[bytes], log: Path) -> None:
     """Waits for something a run does; fails with its log when it ends before, or takes too long."""
     deadline = time.monotonic() + PATIENCE_SECONDS
@@ -251,7 +260,12 @@ def test_a_run_that_is_stopped_then_killed_and_judged_at_every_step_ends_with_ev
     assert "add --resume auto" in semion("train", file, expect=2)
     with started(file, log, "--resume", "auto") as run:
         until(lambda: (config.run_directory / "metrics.jsonl").read_text().count("\n") > 2, run, log)
+        ours = [one for one in psutil.Process(run.pid).children(recursive=True) if is_ours(one)]
+        assert len(ours) >= 3, "two ranks and an engine"
+        ours[0].send_signal(signal.SIGSTOP)  # it can do nothing by itself
         run.kill()  # SIGKILL
+    _, alive = psutil.wait_procs(ours, timeout=60)
+    assert not alive, "a process outlives its command, and would write its records and keep its GPUs"
     semion("train", file, "--resume", "auto")
     assert rollouts(config) == rollouts(whole)
     written_down, undisturbed = (sorted((one.run_directory / "rollouts").iterdir()) for one in (config, whole))

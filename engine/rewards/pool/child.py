@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from engine.core.lifetimes import die_with_parent
 from engine.rewards.pool.frames import LENGTH, decoded, frame, read_frame, write_frame
 
 Judge = Callable[..., tuple[Any, str] | Awaitable[tuple[Any, str]]]  # (what it gives, status) of the parts of a request
@@ -25,7 +26,6 @@ Judge = Callable[..., tuple[Any, str] | Awaitable[tuple[Any, str]]]  # (what it 
 ANSWERS = 3  # the descriptor on which a worker answers us, and its child the worker
 OURS = Path(__file__).parents[2]  # engine/, whose calls are no news to whoever wrote a function
 MAX_TOLD = 4000  # characters of an error's traceback that are kept, its end
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +189,7 @@ def _leave(error: BaseException | None, judging: list[int]) -> None:
 
 def _limit_this_process(parent: int, terms: Terms) -> None:
     """Bounds memory, forbids core files, ties our life to the parent's, and lets go of the pipe of its requests."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before prctl
-        os._exit(1)
+    die_with_parent(parent)
     resource.setrlimit(resource.RLIMIT_AS, (terms.memory_bytes, terms.memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     null = os.open(os.devnull, os.O_RDWR)
