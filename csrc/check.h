@@ -227,4 +227,12 @@ inline void check_swiglu(const Tensor& x) {
   if (x.dim() != 2 || x.size(1) % 2 != 0) refuse("x must have shape [T, 2 F]; found ", shape_of(x));
   check_shape("x", x, {x.size(0), x.size(1)}, "[T, 2 F]");
 }
+
+inline void check_norm(const Tensor& x, const Tensor& weight, double epsilon) {
+  check_type("x", x, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  if (x.dim() != 2 || x.size(1) < 1) refuse("x must have shape [T, H]; found ", shape_of(x));
+  check_shape("x", x, {x.size(0), x.size(1)}, "[T, H]");
+  check("weight", weight, x.scalar_type(), {x.size(1)}, "[H]", "x", x);
+  if (!(epsilon >= 0)) refuse("epsilon must be at least 0; found ", epsilon);
+}
 }  // namespace semion

@@ -14,6 +14,7 @@
 #include "logprob/logprob.h"
 #include "logprob/sequences.h"
 #include "memory.h"
+#include "norm/rms_norm.h"
 #include "policy/policy_gradient.h"
 #include "reshard/digest.h"
 
@@ -278,6 +279,37 @@ Tensor swiglu_backward(const Tensor& gradient, const Tensor& x) {
                               [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
   return out;
 }
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
+  check_norm(x, weight, epsilon);
+  Tensor out = new_tensor(x, x.scalar_type(), x.size(0), x.size(1));
+  Tensor scales = new_tensor(x, ScalarType::Float, x.size(0));
+  const NormRows rows{x.const_data_ptr(), weight.const_data_ptr(), x.size(0), x.size(1), epsilon, element_of(x)};
+  void* to = out.mutable_data_ptr();
+  float* kept = writable<float>(scales);
+  const auto kernel = SEMION_PICK(rms_norm);
+  torch::stable::parallel_for(0, x.size(0), rows_per_thread(x.size(1)),
+                              [&](int64_t begin, int64_t end) { kernel(rows, to, kept, begin, end); });
+  return {out, scales};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& gradient, const Tensor& x, const Tensor& weight,
+                                             const Tensor& scales) {
+  check_norm(x, weight, 0);
+  check("gradient", gradient, x.scalar_type(), {x.size(0), x.size(1)}, "[T, H]", "x", x);
+  check("scales", scales, ScalarType::Float, {x.size(0)}, "[T]", "x", x);
+  const int64_t num_blocks = (x.size(0) + norm_block - 1) / norm_block;
+  Tensor of_x = new_tensor(x, x.scalar_type(), x.size(0), x.size(1));
+  Tensor parts = new_tensor(x, ScalarType::Float, num_blocks, x.size(1));
+  Tensor of_weight = new_tensor(x, x.scalar_type(), x.size(1));
+  const NormRows rows{x.const_data_ptr(), weight.const_data_ptr(), x.size(0), x.size(1), 0, element_of(x)};
+  const NormGradient back{gradient.const_data_ptr(), floats(scales), of_x.mutable_data_ptr(), writable<float>(parts)};
+  const auto kernel = SEMION_PICK(rms_norm_backward);
+  torch::stable::parallel_for(0, num_blocks, std::max<int64_t>(1, rows_per_thread(x.size(1)) / norm_block),
+                              [&](int64_t begin, int64_t end) { kernel(rows, back, begin, end); });
+  SEMION_PICK(rms_norm_weight)(floats(parts), num_blocks, x.size(1), rows.element, of_weight.mutable_data_ptr());
+  return {of_x, of_weight};
+}
 }  // namespace
 }  // namespace semion::cpu
 
@@ -293,5 +325,7 @@ STABLE_TORCH_LIBRARY_IMPL(semion, CPU, library) {
   library.impl("packed_attention_backward", TORCH_BOX(&semion::cpu::packed_attention_backward));
   library.impl("swiglu", TORCH_BOX(&semion::cpu::swiglu));
   library.impl("swiglu_backward", TORCH_BOX(&semion::cpu::swiglu_backward));
+  library.impl("rms_norm", TORCH_BOX(&semion::cpu::rms_norm));
+  library.impl("rms_norm_backward", TORCH_BOX(&semion::cpu::rms_norm_backward));
   library.impl("block_digests", TORCH_BOX(&semion::cpu::block_digests));
 }

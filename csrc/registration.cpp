@@ -49,6 +49,11 @@ STABLE_TORCH_LIBRARY(semion, library) {
   library.def("swiglu(Tensor x) -> Tensor");
   library.def("swiglu_backward(Tensor gradient, Tensor x) -> Tensor");
 
+  // On the CPU alone. x [T, H], weight [H] of one type -> [T, H], scales [T] float32: csrc/norm/rms_norm.h; and back.
+  library.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> (Tensor out, Tensor scales)");
+  library.def(
+      "rms_norm_backward(Tensor gradient, Tensor x, Tensor weight, Tensor scales) -> (Tensor of_x, Tensor of_weight)");
+
   // N blocks [R, C] of elements of one size, 1, 2, 4 or 8 bytes, columns [at least col + C] int64: every column's weight
   // -> [N] int64: the digest of each block's bits at (row, col) of the tensor that its seed names (csrc/reshard/digest.h).
   library.def("block_digests(Tensor[] blocks, Tensor columns, int[] rows, int[] cols, int[] seeds) -> Tensor");

@@ -175,3 +175,8 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up."""
     gate, up = x.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x * weight over the root of x's mean square."""
+    return x * weight / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()

@@ -39,6 +39,7 @@ from engine.ops import (
     lm_head_log_probs,
     packed_attention,
     policy_gradient_loss,
+    rms_norm,
     swiglu,
     token_log_probs,
 )
@@ -52,7 +53,7 @@ SHAPES = {  # tokens and vocabulary: Llama 3's, and on a CPU one that fits a cac
 HEADS = {"cpu": (256, 1024, 128256), "cuda": (8192, 4096, 128256)}  # tokens, hidden, vocabulary
 TYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CASES = ["log_probs", "policy", "digest", "lm_head", "attention", "swiglu"]
+CASES = ["log_probs", "policy", "digest", "lm_head", "attention", "swiglu", "norm"]
 WARM_UP_SECONDS, SWEEP_BYTES = 0.3, 256 << 20  # until a GPU's clocks are up; more than any second-level cache
 
 
@@ -285,6 +286,18 @@ def swiglu_case(figures: Figures, dtype: str) -> None:
     figures.compare(f"SwiGLU [4096 x 2048] {dtype}", works)
 
 
+def norm_case(figures: Figures, dtype: str) -> None:
+    """[4096, 1024], forward and backward, against torch's own."""
+    torch.manual_seed(0)
+    x, weight, slope = (torch.randn(size).to(DTYPES[dtype]) for size in ((4096, 1024), (1024,), (4096, 1024)))
+    inputs = x.requires_grad_(), weight.requires_grad_()
+    works: dict[str, Work] = {
+        "semion": lambda: torch.autograd.grad(rms_norm(*inputs, 1e-5), inputs, slope),
+        "torch": lambda: torch.autograd.grad(F.rms_norm(inputs[0], (1024,), inputs[1], 1e-5), inputs, slope),
+    }
+    figures.compare(f"RMSNorm [4096 x 1024] {dtype}", works)
+
+
 def lm_head_case(figures: Figures, dtype: str) -> None:
     """Hidden states to Llama 3's vocabulary, [256 x 1024] on a CPU and [8192 x 4096] on a GPU: log-probs and both gradients;
     peak of torch's allocations.
@@ -363,6 +376,7 @@ def cases(names: list[str], device: str) -> list[Callable[[Figures], None]]:
         lengths = product((64, 512, 4096), (64, 128)) if "attention" in names else ()
         found += [partial(attention_case, length=length, dim=dim, dtype=dtype) for length, dim in lengths]
         found += [partial(swiglu_case, dtype=dtype)] if "swiglu" in names else []
+        found += [partial(norm_case, dtype=dtype)] if "norm" in names else []
     return found
 
 

@@ -277,14 +277,11 @@ class Step:
         if not family_of(self._shape).has_head_norms():
             return 0
         width = self._Q + self._K
-        kept = width * self._e if self._on_gpu else 2 * width * FP32
-        return self._T * (kept + width // self._D * FP32)
+        return self._T * (width * self._e + width // self._D * FP32)
 
     def _norms(self, count: int, into: int | None = None) -> int:
-        """RMSNorms and the inputs of the products that follow. torch's on a CPU keeps two float32 tensors, a GPU's its
-        input; each one float32 a token."""
-        kept = self._H * self._e if self._on_gpu else 2 * self._H * FP32
-        return count * self._T_own * (kept + FP32 + self._H * (into or self._into_linear))
+        """RMSNorms, which keep their input and a float32 a token, and the inputs of the products that follow."""
+        return count * self._T_own * (self._H * self._e + FP32 + self._H * (into or self._into_linear))
 
     @property
     def _attention(self) -> int:

@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.models import ModelRegistry
+from vllm.platforms import current_platform
 
 from engine.bridge.exchange import Receiver, Shards
 from engine.bridge.terms import SyncTerms
@@ -27,7 +28,7 @@ from engine.bridge.transports.registry import open_transport
 from engine.bridge.transports.rendezvous import join_store
 from engine.core.errors import SemionError, UndeliveredError, WeightSyncError
 from engine.core.lifetimes import die_with_parent
-from engine.inference import fp8
+from engine.inference import cpu_layers, fp8
 from engine.inference.plain_loader import PLAIN_FORMAT, PlainLoader
 from engine.inference.reward_engine import ATHENE
 from engine.inference.sleep import release_pages
@@ -274,11 +275,13 @@ class SyncWorker:
 
 
 def register() -> None:
-    """Makes the inbox, the load format, the quantization and Athene's model known to this vLLM process; called by vLLM, any
-    number of times."""
+    """Makes the inbox, the load format, the quantization, a CPU's layers and Athene's model known to this vLLM process; called
+    by vLLM, any number of times."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, Inbox)
         register_model_loader(PLAIN_FORMAT)(PlainLoader)
         fp8.register()
+    if current_platform.is_cpu():
+        cpu_layers.register()
     if ATHENE not in ModelRegistry.models:  # a worker of a tensor-parallel reward engine knows it by this alone
         ModelRegistry.register_model(ATHENE, f"engine.inference.athene:{ATHENE}")

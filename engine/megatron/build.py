@@ -30,7 +30,7 @@ from engine.models.base import ModelShape
 from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
 from engine.observe.telling import BYTES, Doing, activity
-from engine.ops import swiglu
+from engine.ops import rms_norm, swiglu
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 FP8_FORMATS = {"none": None, "delayed": "hybrid", "current": "hybrid", "blockwise": "e4m3"}  # hybrid: gradients in E5M2
@@ -48,6 +48,11 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         weight: Any = self.weight
         weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See engine.ops.rms_norm."""
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(torch.nn.Module):

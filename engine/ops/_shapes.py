@@ -109,6 +109,16 @@ def _swiglu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.size(0), dtype=torch.float32)
+
+
+def _rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "log_prob_parts": _log_prob_parts,
     "log_prob_join": _log_prob_join,
@@ -121,5 +131,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "packed_attention_backward": _packed_attention_backward,
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,
+    "rms_norm": _rms_norm,
+    "rms_norm_backward": _rms_norm_backward,
     "block_digests": _block_digests,
 }

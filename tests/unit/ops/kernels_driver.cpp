@@ -13,6 +13,7 @@
 #include "attention/packed_attention.h"
 #include "logprob/logprob.h"
 #include "logprob/sequences.h"
+#include "norm/rms_norm.h"
 #include "policy/policy_gradient.h"
 #include "reshard/digest.h"
 
@@ -83,10 +84,14 @@ struct Kernels {
   decltype(&baseline::packed_attention_backward) attention_back;
   decltype(&baseline::swiglu) swiglu;
   decltype(&baseline::swiglu_backward) swiglu_back;
+  decltype(&baseline::rms_norm) norm;
+  decltype(&baseline::rms_norm_backward) norm_back;
+  decltype(&baseline::rms_norm_weight) norm_weight;
 };
 
 #define SEMION_KERNELS(isa) {#isa, isa::log_prob_parts, isa::log_prob_join, isa::log_prob_backward, isa::policy_gradient, \
-                             isa::block_digest, isa::packed_attention, isa::packed_attention_backward, isa::swiglu, isa::swiglu_backward}
+                             isa::block_digest, isa::packed_attention, isa::packed_attention_backward, isa::swiglu, isa::swiglu_backward, \
+                             isa::rms_norm, isa::rms_norm_backward, isa::rms_norm_weight}
 
 void check_log_probs(const Kernels& kernels, Element element, int64_t width, float scale, double temperature) {
   const int64_t rows = 3, valid = width > 2 ? width - 2 : width, start = 11;
@@ -313,6 +318,42 @@ void check_swiglu(const Kernels& kernels, Element element, int64_t width) {
     }
 }
 
+void check_norm(const Kernels& kernels, Element element, int64_t width) {
+  const int64_t rows = norm_block + 3, blocks = 2;
+  Matrix x(element, rows, width, width), g(element, rows, width, width), w(element, 1, width, width);
+  Matrix out(element, rows, width, width), back(element, rows, width, width), of_weight(element, 1, width, width);
+  x.fill(4), g.fill(1), w.fill(1);
+  for (Matrix* matrix : {&x, &g, &w}) {
+    for (float& value : matrix->wide) value = std::isinf(value) ? 0.5f : value;
+    for (uint16_t& bits : matrix->narrow) bits = bits == 0xff80 || bits == 0xfc00 ? 0 : bits;
+  }
+  std::vector<float> scales(rows), parts(static_cast<size_t>(blocks * width));
+  const NormRows in{x.data(), w.data(), rows, width, 1e-5, element};
+  kernels.norm(in, out.data(), scales.data(), 0, rows);
+  kernels.norm_back(in, {g.data(), scales.data(), back.data(), parts.data()}, 0, blocks);
+  kernels.norm_weight(parts.data(), blocks, width, element, of_weight.data());
+  const double unit = element == Element::float32 ? 2e-6 : element == Element::bfloat16 ? 4e-3 : 5e-4;
+  std::vector<double> weight_slope(static_cast<size_t>(width)), weight_size(static_cast<size_t>(width));
+  for (int64_t row = 0; row < rows; ++row) {
+    double squares = 0, products = 0;
+    for (int64_t i = 0; i < width; ++i) squares += x.at(row, i) * x.at(row, i);
+    const double scale = 1 / std::sqrt(squares / static_cast<double>(width) + 1e-5);
+    for (int64_t i = 0; i < width; ++i) products += g.at(row, i) * w.at(0, i) * x.at(row, i) * scale;
+    for (int64_t i = 0; i < width; ++i) {
+      const double normed = x.at(row, i) * scale, slope = g.at(row, i) * w.at(0, i);
+      const double mean = products / static_cast<double>(width) * normed;
+      expect("norm", kernels.isa, width, out.at(row, i), normed * w.at(0, i), 1e-6 + unit * std::fabs(normed * w.at(0, i)));
+      expect("norm's x", kernels.isa, width, back.at(row, i), scale * (slope - mean),
+             1e-5 + unit * scale * (std::fabs(slope) + std::fabs(mean)));
+      weight_slope[static_cast<size_t>(i)] += g.at(row, i) * normed;
+      weight_size[static_cast<size_t>(i)] += std::fabs(g.at(row, i) * normed);
+    }
+  }
+  for (int64_t i = 0; i < width; ++i)
+    expect("norm's weight", kernels.isa, width, of_weight.at(0, i), weight_slope[static_cast<size_t>(i)],
+           1e-5 + unit * weight_size[static_cast<size_t>(i)]);
+}
+
 void check_small_ones() {
   const std::vector<float> values{1, 2, 4, 8};
   const std::vector<int32_t> bounds{0, 0, 3, 4};
@@ -361,6 +402,7 @@ int main() {
         check_attention(kernels, element, dim, 3, {9, 4, 1});
         check_attention(kernels, element, dim, 40, {17, 33, 65});
         check_swiglu(kernels, element, dim);
+        check_norm(kernels, element, dim);
       }
     std::printf("checked %s\n", kernels.isa);
   }

@@ -44,6 +44,8 @@ def arguments(name):
         "packed_attention_backward": (heads, *attention, output, sums, 0.4),
         "swiglu": (logits,),
         "swiglu_backward": (logits[:, : V // 2].contiguous(), logits),
+        "rms_norm": (logits, logits[0].contiguous(), 1e-5),
+        "rms_norm_backward": (logits, logits, logits[0].contiguous(), TOKENS[: logits.size(0)].contiguous()),
         "block_digests": ([logits, logits[2:, :8]], column_weights(V, "cpu"), [0, 2], [0, 0], [7, 7]),
     }[name]
 
