@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from engine.forecast.hosts import hosts
 from engine.forecast.lengths import Workload, newest_lengths
 from engine.forecast.replay import Played
 from engine.forecast.search import Found, Search
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, assumed_workload, regimes
+from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, assumed_workload, regimes, scores_reference
 from engine.forecast.telling import as_figures
 from engine.forecast.training import TrainingStep
 from engine.models.checks import check_engine_layout
 from engine.models.sharding import EngineLayout
 from engine.observe.predicted import CALIBRATION, Predicted
 from engine.observe.timeline import EVENTS, STARTUP
-from engine.run.spec import Spec, resolve, settled
+from engine.run.spec import Spec, assemble, resolve, settled
 
 MOST_LENGTHS = 20_000  # of a run's newest responses, by which it is forecast
 NO_CALIBRATION = (
@@ -119,10 +119,17 @@ def _forecasts(
         return None, [], None
     config, forecaster = spec.config, Forecaster(given)
     own, picture = forecaster.forecast(), forecaster.interval()
-    is_own = Regime.asked(config)
-    others = [
-        own if regime == is_own else forecaster.forecast(regime.of(config.schedule)) for regime in regimes(config, intervals)
-    ]
+    trained = {scores_reference(spec): forecaster.trained}
+    others: list[Forecast] = []
+    for regime in regimes(config, intervals):
+        if regime == Regime.asked(config):
+            others.append(own)
+            continue
+        asked = assemble(regime.asked_of(config), spec.shape, parts=spec.parts, reward_shape=spec.reward_shape)
+        scores = scores_reference(asked)
+        other = Forecaster(replace(given, spec=asked), forecaster.works, None, trained.get(scores), forecaster.deals)
+        trained[scores] = other.trained
+        others.append(other.forecast(regime.of(config.schedule)))
     return own, others, picture
 
 

@@ -150,11 +150,13 @@ def recalibrated(
     together until it does. ConfigError where the records hold no step."""
     if not seen.get("training"):
         raise ConfigError("--from-run must name a run with steps on record; found none: name another run")
-    bare = predicted(forecast(constants.model_copy(update={"sync_seconds": 0.0, "sleep_seconds": 0.0})))["weight sync"]
+    nothing = dict.fromkeys(("sync_seconds", "sleep_seconds", "start_seconds"), 0.0)
     scaled: set[str] = set()
     for _ in range(ROUNDS):
         said = predicted(forecast(constants))
-        rest = {"weight sync": bare, "start": said["step"]}  # that no constant of the part makes
+        bare = predicted(forecast(constants.model_copy(update=nothing)))
+        read = bare["start"] - bare["step"]
+        rest = {"weight sync": bare["weight sync"], "start": said["step"] + read}  # that no constant of the part makes
         changed: dict[str, float] = {}
         for part, factors in MADE_OF.items():
             own, wanted = said.get(part, 0.0) - rest.get(part, 0.0), seen.get(part, 0.0) - rest.get(part, 0.0)

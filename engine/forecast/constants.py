@@ -45,7 +45,9 @@ class Constants(Section):
     network_gigabytes_per_second: Rate = _constant(
         LINKS.network_gigabytes_per_second, "guess", UNVERIFIED, "of one GPU, between nodes"
     )
-    disk_gigabytes_per_second: Rate = _constant(2.0, "guess", "a shared file system", "written by all ranks together")
+    disk_gigabytes_per_second: Rate = _constant(
+        2.0, "guess", "a shared file system", "written by all ranks together, and read by all nodes"
+    )
     digest_gigabytes_per_second: Rate = _constant(
         1.45, "measured", "one core of a server, docs/results.md", "of a checkpoint hashed by one rank's thread"
     )
@@ -117,7 +119,9 @@ class Constants(Section):
         "a function that reads text; yours may call a service",
         "that one judging process does with your function",
     )
-    start_seconds: Cost = _constant(180.0, "guess", UNVERIFIED, "from the command to the first step")
+    start_seconds: Cost = _constant(
+        180.0, "guess", UNVERIFIED, "from the command to the first step, beside reading the weights"
+    )
     # -- bytes
     ledger_token_bytes: Annotated[PositiveFloat, Unit("bytes")] = _constant(
         5.7, "measured", "docs/results.md, the larger of two kinds of text", "of a sampled token in the run's records"

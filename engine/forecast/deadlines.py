@@ -12,7 +12,6 @@ from engine.forecast.seconds import Forecast
 from engine.run.spec import Spec
 
 GUESSES_ARE_OFF = 2.0  # docs/planner.md, figures of others: forecasts by data sheets and guesses were within 1.73
-CONSTANTS = "or give the machine's own constants (--calibration)"
 
 
 def slack_of(measured: Collection[str]) -> float:
@@ -40,6 +39,7 @@ def _checkpoint(spec: Spec, saved: Saving | None) -> Iterator[ConfigError]:
 
 
 def _waits(spec: Spec, found: Forecast, slack: float) -> Iterator[ConfigError]:
+    calibrate = ", or give the machine's own constants (--calibration)" if slack > 1 else ""
     inference, model = spec.config.inference.timeout_seconds, spec.config.reward_model.timeout_seconds
     evaluation = found.evaluation_wait_seconds or 0.0
     for wait, what, fix in (
@@ -49,10 +49,10 @@ def _waits(spec: Spec, found: Forecast, slack: float) -> Iterator[ConfigError]:
         if wait > slack * inference:
             yield ConfigError(
                 f"inference.timeout_seconds must be longer than {what}; found {inference:g} for {wait:,.0f} s by the forecast: "
-                f"raise it, {fix}, {CONSTANTS}"
+                f"raise it or {fix}{calibrate}"
             )
     if spec.starts_reward_engine and found.judging_seconds > slack * model:
         yield ConfigError(
             f"reward_model.timeout_seconds must be longer than the reward model takes for a step's answers; found {model:g} "
-            f"for {found.judging_seconds:,.0f} s by the forecast: raise it, lower sampling.max_tokens, {CONSTANTS}"
+            f"for {found.judging_seconds:,.0f} s by the forecast: raise it or lower sampling.max_tokens{calibrate}"
         )

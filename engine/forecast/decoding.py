@@ -95,6 +95,7 @@ class Engine:
     busy: float = 0.0
     preempted: int = 0
     most: int = 0  # requests that ran together
+    most_open: int = 0  # and that ran or waited
     finished: dict[int, float] = field(default_factory=dict)  # of each step, when its last request was done so far
     handed_over: dict[int, list[tuple[float, int]]] = field(default_factory=dict)  # of each step, when so many requests were
     stretches: list[tuple[float, float]] = field(default_factory=list)  # in which it was busy, from and until
@@ -119,6 +120,7 @@ class Engine:
             self.clock = max(self.clock, now)
             self._known.clear()
         self._waiting.extend(requests)
+        self.most_open = max(self.most_open, self._count + len(self._waiting))
         for request in requests:
             self._left[request.step] = self._left.get(request.step, 0) + 1
         for step in {request.step for request in requests}:
@@ -444,3 +446,8 @@ class Engines:
     def most(self) -> int:
         """Requests that any engine decoded together."""
         return max(engine.most for engine in self.engines)
+
+    @property
+    def most_open(self) -> int:
+        """The most requests that an engine had together, those that waited for a slot or room included."""
+        return max(engine.most_open for engine in self.engines)

@@ -51,6 +51,15 @@ def hosts(spec: Spec) -> Hosts:
     )
 
 
+def read_seconds(spec: Spec, disk_bytes_per_second: float) -> float:
+    """Seconds for which all nodes read weights at the start, off a file system that they share; where the processes have no
+    nodes yet, as if there were one."""
+    if spec.placement is None:
+        whole = num_elements(spec.shape) * _stored_bytes(spec.config.model.path, spec.config.model.dtype)
+        return whole / disk_bytes_per_second
+    return sum(_read(spec).values()) / disk_bytes_per_second
+
+
 def _held(spec: Spec) -> dict[int, dict[str, int]]:
     """By node: what its trainer ranks have on the host while a checkpoint is written, and rank 0's rollouts."""
     found: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))

@@ -23,7 +23,7 @@ from engine.forecast.disk import saving
 from engine.forecast.lengths import Workload, draw_steps
 from engine.forecast.replay import judged_at
 from engine.forecast.rows import Rows
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, judges_one_by_one, judging_seconds
+from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, judges_one_by_one, judging_seconds, scores_reference
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.headers import num_elements
@@ -125,7 +125,7 @@ class Search:
         self._schedules = {regime: regime.of(self._config.schedule) for regime in regimes}
         together = {interval: Regime(interval).of(self._config.schedule).opens(0) for interval in self._intervals}
         self._together = {interval: len(steps) for interval, steps in together.items()}  # steps that are sampled together
-        self._trained: dict[Trainer, Many[TrainingStep]] = {}
+        self._trained: dict[tuple[Trainer, bool], Many[TrainingStep]] = {}
         self._slack = slack
         self._late: list[ConfigError] = []  # deadlines that the last layout left out for them would not keep
         self.tried = 0
@@ -134,10 +134,14 @@ class Search:
     def best(self) -> dict[Regime, list[Found]]:
         """The best layouts for each regime, the fastest first; none where those that come first by their estimates would not
         keep the run's deadlines. ConfigError where none fits, or none keeps them for any regime."""
-        trainers = list(self._trainers())
+        by_reference: dict[bool, list[TrainerChoice]] = {}  # with and without a pass for it, which not every s needs
         engines = list(self._engines())
         found: dict[Regime, list[Found]] = {}
         for regime in self._regimes:
+            scores = scores_reference(self._assembled(regime.asked_of(self._config)))
+            if scores not in by_reference:
+                by_reference[scores] = list(self._trainers(regime))
+            trainers = by_reference[scores]
             ranked = sorted(
                 (
                     (
@@ -163,7 +167,7 @@ class Search:
                 split = (trainer.gpus, engine.gpus, placement)
                 if split in splits:  # a faster one with as many GPUs each fits
                     continue
-                made = self._made({**trainer.options, **engine.options, "inference.placement": placement})
+                made = self._made({**trainer.options, **engine.options, "inference.placement": placement}, regime)
                 if made is not None and (one := self._forecast(*made, regime)) is not None:
                     full.append(one)
                     splits.add(split)
@@ -188,25 +192,26 @@ class Search:
         where its trainer alone takes longer than the slowest step that is told."""
         if regime.lookahead and self._config.inference.placement == "colocated":
             return None
-        made = self._made({})
+        made = self._made({}, regime)
         return self._forecast(*made, regime, slowest) if made is not None else None
 
     # -- the trainer's layouts
 
-    def _trainers(self) -> Iterator[TrainerChoice]:
-        """Of every number of GPUs the fastest few."""
+    def _trainers(self, regime: Regime) -> Iterator[TrainerChoice]:
+        """Of every number of GPUs the fastest few, with what a run of this regime holds and computes."""
         for size in self._sizes:
-            found = [choice for tp in self._powers(self._per_node) for choice in self._shallowest(size, tp)]
+            found = [choice for tp in self._powers(self._per_node) for choice in self._shallowest(size, tp, regime)]
             yield from sorted(found, key=lambda choice: choice.seconds)[:KEPT]
 
-    def _shallowest(self, size: int, tp: int) -> Iterator[TrainerChoice]:
+    def _shallowest(self, size: int, tp: int, regime: Regime) -> Iterator[TrainerChoice]:
         """Of so many GPUs and tensor-parallel ranks, the fewest equal pipeline stages that fit, and the next more."""
         taken = 0
         layers = self._spec.shape.num_layers
         for pp in (stages for stages in range(1, min(size, layers) + 1) if layers % stages == 0):
             if size % (tp * pp) or taken == 2:
                 continue
-            fitting = [choice for tokens in self._microbatches if (choice := self._trainer(size, tp, pp, tokens)) is not None]
+            choices = [self._trainer(size, tp, pp, tokens, regime) for tokens in self._microbatches]
+            fitting = [choice for choice in choices if choice is not None]
             yield from fitting
             taken += bool(fitting)
 
@@ -219,7 +224,7 @@ class Search:
         longest = config.data.max_prompt_tokens + config.sampling.max_tokens
         return [tokens for tokens in (own // 2, own, 2 * own) if tokens >= longest or tokens == own]
 
-    def _trainer(self, size: int, tp: int, pp: int, tokens: int) -> TrainerChoice | None:
+    def _trainer(self, size: int, tp: int, pp: int, tokens: int, regime: Regime) -> TrainerChoice | None:
         dp = size // (tp * pp)
         options: Option = {
             "trainer.tensor_parallel": tp,
@@ -236,7 +241,7 @@ class Search:
         for recompute in sorted({False, self._config.trainer.recompute}):
             for again in (recompute,) if recompute else (False, True):
                 chosen = options | {"trainer.recompute": again}
-                made = self._light(chosen)
+                made = regime.asked_of(self._light(chosen))
                 try:
                     check_layout(self._spec.shape, trainer_layout(made.trainer))
                     spec = self._assembled(made)
@@ -369,12 +374,13 @@ class Search:
             self._machine.nvlink_gigabytes_per_second * 1e9
         )
 
-    def _made(self, options: Mapping[str, Any]) -> tuple[RunConfig, Spec, int] | None:
-        """The configuration and how much of the fullest GPU it leaves; None where it breaks a rule or does not fit."""
+    def _made(self, options: Mapping[str, Any], regime: Regime) -> tuple[RunConfig, Spec, int] | None:
+        """The configuration in a regime and how much of the fullest GPU it leaves; None where it breaks a rule or does not
+        fit."""
         cluster = {"cluster.nodes": self._nodes, "cluster.gpus_per_node": self._per_node}
         alone = {"run.on_lost_node": "wait"} if self._nodes == 1 else {}  # it cannot lose a node and go on
         try:
-            config = override(self._config, {**options, **cluster, **alone})
+            config = regime.asked_of(override(self._config, {**options, **cluster, **alone}))
             spec = assemble(config, self._spec.shape, reward_shape=self._spec.reward_shape)
             spec.placed()
             check_layout(spec.shape, spec.trainer)
@@ -396,7 +402,7 @@ class Search:
         if late := missed(spec, saved, None):
             self._late = late
             return None
-        t, given = config.trainer, self._inputs(spec)
+        t, given = (config.trainer, scores_reference(spec)), self._inputs(spec)
         try:
             forecaster = Forecaster(given, self.works, FEW_ENGINES, self._trained.get(t), self._deals, self._rows)
             self._trained[t] = forecaster.trained
@@ -415,7 +421,7 @@ class Search:
         """Whether it keeps its deadlines with as many engines replayed as a plan replays, whose longest wait may be longer."""
         if found.config.inference.engines <= FEW_ENGINES:
             return True
-        trained = self._trained.get(found.config.trainer)
+        trained = self._trained.get((found.config.trainer, scores_reference(found.spec)))
         forecaster = Forecaster(self._inputs(found.spec), self.works, None, trained, self._deals, self._rows)
         forecast = forecaster.forecast(self._schedules[regime])
         if late := missed(found.spec, saving(found.spec, self._constants), forecast, self._slack):

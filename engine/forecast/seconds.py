@@ -17,6 +17,7 @@ from engine.evaluation.accuracy import tickets
 from engine.forecast import disk
 from engine.forecast.constants import Constants
 from engine.forecast.decoding import Deals, Engines, Speed, quantizing_seconds, speed_of
+from engine.forecast.hosts import read_seconds
 from engine.forecast.lengths import LogNormal, StepWork, Workload, draw_steps
 from engine.forecast.replay import Cores, Costs, Played, Sampled, play, window
 from engine.forecast.rows import Rows
@@ -75,9 +76,10 @@ class Forecast:
     gpus: int
     booked_gpus: int  # all of its nodes', where they are several
     most_concurrent: int  # requests that an engine decoded together
+    most_open: int  # and that it had together, those that waited included
     preempted: int
     training: TrainingStep
-    start_seconds: float
+    start_seconds: float  # until the first step begins
     evaluation_seconds: float | None  # each; None where the problems are not there to count
     evaluation_wait_seconds: float | None  # of an engine for the part of an evaluation that takes longest
     num_evaluations: int
@@ -132,7 +134,7 @@ class Forecaster:
         self._config = given.spec.config
         self._only = only
         self.works = works or draw_steps(self._config, given.workload, self._config.run.steps)
-        self._deals = deals or Deals(self.works)
+        self.deals = deals or Deals(self.works)  # as dealt to engines, for another forecast
         self._training = trained or self._trained(rows)
         samples = given.spec.starts_engines and given.spec.source == "rollouts"
         self._speed: Speed | None = speed_of(given.spec.shape, self._config, given.constants) if samples else None
@@ -168,7 +170,7 @@ class Forecaster:
         num_steps, first = window(schedule, self._config.rollouts_per_step)
         engines = self._engines(num_steps)
         played = play(schedule, num_steps, first, engines, self._costs())
-        self._seen = (engines.most, engines.preempted, engines.longest_wait) if engines else (0, 0, 0.0)
+        self._seen = (engines.most, engines.most_open, engines.preempted, engines.longest_wait) if engines else (0, 0, 0, 0.0)
         played.engines = tuple(Sampled(engine.stretches, engine.finished) for engine in engines.engines) if engines else ()
         return played
 
@@ -184,9 +186,9 @@ class Forecaster:
             return None
         engines = self._config.inference.engines
         if self.given.constants.cores:
-            return Engines(self._config, self._speed, self.room, self.works, deals=self._deals)
+            return Engines(self._config, self._speed, self.room, self.works, deals=self.deals)
         most = max(LEAST_ENGINES, MOST_REPLAYED * engines // (num_steps * self._config.rollouts_per_step))
-        return Engines(self._config, self._speed, self.room, self.works, min(self._only or most, most), self._deals)
+        return Engines(self._config, self._speed, self.room, self.works, min(self._only or most, most), self.deals)
 
     def _costs(self) -> Costs:
         c = self.given.constants
@@ -248,7 +250,8 @@ class Forecaster:
         count, written = (saved.count, saved.write_seconds) if saved is not None else (0, 0.0)
         between = config.run.steps / max(1, count) * seconds
         standing = (saved.pause_seconds if saved is not None else 0.0) + max(0.0, written - between)  # the next one waits
-        run = c.start_seconds + config.run.steps * seconds + count * standing + written
+        start = c.start_seconds + read_seconds(spec, c.disk_gigabytes_per_second * 1e9)
+        run = start + config.run.steps * seconds + count * standing + written
         run += num_evaluations * (evaluation or 0.0)
         slowed = played.mean("train") / step.seconds.total if step.seconds.total else 1.0  # by others on the same cores
         nodes = config.cluster.nodes
@@ -271,16 +274,17 @@ class Forecaster:
             gpus=gpus,
             booked_gpus=max(gpus, nodes * config.cluster.gpus_per_node) if nodes > 1 else gpus,
             most_concurrent=self._seen[0],
-            preempted=self._seen[1],
+            most_open=self._seen[1],
+            preempted=self._seen[2],
             training=step,
-            start_seconds=c.start_seconds,
+            start_seconds=start,
             evaluation_seconds=evaluation,
             evaluation_wait_seconds=longest,
             num_evaluations=num_evaluations,
             checkpoint_seconds=standing,
             checkpoint_disk_seconds=written,
             num_checkpoints=count,
-            longest_wait_seconds=self._seen[2],
+            longest_wait_seconds=self._seen[3],
             judging_seconds=max(judging_seconds(spec, c, work) for work in self.works),
             ledger_bytes_per_day=sampled * c.ledger_token_bytes * 86400 / seconds if self._speed is not None else 0.0,
             run_seconds=run,
@@ -335,6 +339,11 @@ def _problems(path: str, most: int | None) -> int | None:
     return count if most is None else min(most, count)
 
 
+def scores_reference(spec: Spec) -> bool:
+    """Whether a step has a pass with the reference's weights, which are then held."""
+    return "reference" in spec.copies
+
+
 class Regime(NamedTuple):
     """Between which weight syncs, and how many intervals ahead."""
 
@@ -353,6 +362,24 @@ class Regime(NamedTuple):
         in_flight = schedule.updates_in_flight and self.lookahead >= LEAST_LOOKAHEAD_IN_FLIGHT
         changed = {"sync_interval": self.interval, "lookahead": self.lookahead, "updates_in_flight": in_flight}
         return replace(schedule.other, **changed)  # type: ignore[arg-type]
+
+    def asked_of(self, config: RunConfig) -> RunConfig:
+        """A configuration that asks for this regime. Checkpoints come as often as its syncs allow; without syncs a reference
+        that follows them stays the seed model."""
+        if self == Regime.asked(config):
+            return config
+        sync, every = config.sync, config.checkpoint.every
+        changed = {
+            "sync_interval": self.interval,
+            "lookahead": self.lookahead,
+            "in_flight": sync.in_flight and self.lookahead >= LEAST_LOOKAHEAD_IN_FLIGHT,
+            "streaming": False,
+            "reference": "never" if self.interval == "never" and sync.reference == "follow" else sync.reference,
+        }
+        if isinstance(every, int) and isinstance(self.interval, int):
+            every += -every % self.interval
+        checkpoint = config.checkpoint.model_copy(update={"every": every})
+        return config.model_copy(update={"sync": sync.model_copy(update=changed), "checkpoint": checkpoint})
 
 
 def regimes(config: RunConfig, intervals: Iterable[Interval]) -> list[Regime]:

@@ -94,10 +94,15 @@ def _rollouts(found: Forecast, config: RunConfig) -> str:
         return f"trainer and engines take turns: a larger inference.tensor_parallel (now {i.tensor_parallel}), or a larger s"
     if config.inference.placement == "colocated":
         return "trainer and engines take turns: inference.placement = 'disaggregated' lets them overlap"
-    if found.most_concurrent < i.max_concurrent:
+    if found.most_open <= found.most_concurrent and not found.preempted:
         return (
             f"the longest response decides, for an engine samples all that it is asked at once ({found.most_concurrent} "
             f"together): a larger s, or sampling further ahead; more engines change little"
+        )
+    if found.preempted or found.most_concurrent < i.max_concurrent:
+        return (
+            f"the engines' KV caches are full ({found.most_concurrent} answers together): a larger inference.kv_cache, or more "
+            f"engines (now {i.engines})"
         )
     return (
         f"engines are full ({i.max_concurrent} together): more engines (now {i.engines}), or a larger inference.max_concurrent "

@@ -19,6 +19,7 @@ class KernelRMSNorm(RMSNorm):  # type: ignore[misc]
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The norm of x; with a residual that of their sum, and the sum."""
+        assert self.has_weight and self.variance_size_override is None, "a norm of Llama's"
         if residual is None:
             return rms_norm(x, self.weight, self.variance_epsilon)
         total = x + residual

@@ -115,7 +115,7 @@ def unlike(held: Mapping[int, tuple[str, ...]]) -> dict[int, SemionError]:
     return {
         engine: WeightSyncError(
             f"its quantized weights must be those of the other engines, with digests {', '.join(usual)}; found "
-            f"{', '.join(digests)}: the sync is repeated in full"
+            f"{', '.join(digests)}"
         )
         for engine, digests in held.items()
         if digests != usual
@@ -135,9 +135,14 @@ class Pool:
         self._version: int | None = 0  # engines load the seed model; None while they sleep, a sync is under way or has failed
 
     def describe(self) -> list[dict[str, str]]:
-        """Waits until every engine is up; the machine and the versions of each."""
+        """Waits until every engine is up; the machine and the versions of each. WeightSyncError where they did not load the
+        same bits into FP8."""
         futures = [handle.call("describe") for handle in self._engines]
-        return [self._result(future, i, "start") for i, future in enumerate(futures)]
+        found = [self._result(future, i, "start") for i, future in enumerate(futures)]
+        loaded = {i: (one["quantized"],) for i, one in enumerate(found) if "quantized" in one}
+        for engine, error in unlike(loaded).items():
+            raise WeightSyncError(f"engine {engine} must have loaded what the others did: {error}: look at its model.path")
+        return found
 
     def nodes(self) -> tuple[tuple[int, ...], ...]:
         """Engines by machine."""

@@ -9,6 +9,8 @@ weights then hold cannot be compared with what was sent, so there the digests co
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from engine.inference import cpu_layers, fp8
 from engine.inference.plain_loader import PLAIN_FORMAT, PlainLoader
 from engine.inference.reward_engine import ATHENE
 from engine.inference.sleep import release_pages
+from engine.inference.vllm_engine import OURS
 from engine.models import sharding as layout
 from engine.observe.profiling.recorder import capture_here
 from engine.ops.fp8 import HELD_BYTES
@@ -69,11 +72,6 @@ class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
     _terms: SyncTerms | None = None
     _planned = ""  # digest of the receiver's plan
     _met: tuple[int, str, int] | None = None  # port, plan and epoch
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        if self.parallel_config.tensor_parallel_size > 1:
-            die_with_parent()
 
     def init_transfer_engine(self, init_info: NoInfo) -> None:
         """The channel opens at the first sync."""
@@ -258,13 +256,16 @@ class SyncWorker:
 
     def semion_runs(self: Any) -> dict[str, str]:
         """What the worker runs: the module of vLLM's model runner, of which there are two, and its attention."""
-        attention = {
-            layer.attn_backend.get_name() for layer in self.model_runner.get_model().modules() if hasattr(layer, "attn_backend")
-        }
+        model = self.model_runner.get_model()
+        attention = {layer.attn_backend.get_name() for layer in model.modules() if hasattr(layer, "attn_backend")}
         return {
             "model_runner": type(self.model_runner).__module__.removeprefix("vllm.v1.worker."),
             "attention": ", ".join(sorted(attention)),
         }
+
+    def semion_quantized(self: Any) -> str:
+        """The digest of what is in FP8; empty where nothing is."""
+        return fp8.digest_of(self.model_runner.get_model())
 
     def semion_release(self: Any) -> None:
         """Gives the pages of weights and KV cache back to the machine on a CPU, where vLLM's sleep does nothing. Their
@@ -276,12 +277,16 @@ class SyncWorker:
 
 def register() -> None:
     """Makes the inbox, the load format, the quantization, a CPU's layers and Athene's model known to this vLLM process; called
-    by vLLM, any number of times."""
+    by vLLM, any number of times, in each worker before it loads anything. A worker of an engine of ours ends with the engine:
+    not even a stopped one keeps its memory from the engine that follows."""
+    ours, parent = OURS in os.environ, multiprocessing.parent_process()
+    if ours and parent is not None:  # spawned, as vLLM spawns where CUDA is initialised and in an actor of Ray
+        die_with_parent(parent.pid)
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, Inbox)
         register_model_loader(PLAIN_FORMAT)(PlainLoader)
         fp8.register()
-    if current_platform.is_cpu():
+    if ours and current_platform.is_cpu():
         cpu_layers.register()
     if ATHENE not in ModelRegistry.models:  # a worker of a tensor-parallel reward engine knows it by this alone
         ModelRegistry.register_model(ATHENE, f"engine.inference.athene:{ATHENE}")

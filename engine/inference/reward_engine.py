@@ -45,13 +45,12 @@ class RewardEngine:
             from vllm import LLM
             from vllm.config import PoolerConfig
 
-            from engine.inference import athene, sleep
+            from engine.inference import athene
 
         options, on_cpu = config.reward_model, not torch.cuda.is_available()
         parallel: dict[str, Any] = {}
         if options.tensor_parallel > 1:
             parallel = {"tensor_parallel_size": options.tensor_parallel, "distributed_executor_backend": "mp"}
-            parallel["worker_extension_cls"] = f"{sleep.__name__}.{sleep.MortalWorker.__name__}"
         torch.set_num_threads(config.inference.threads)
         athene.register()
         is_athene = self._conversations.head.form == "athene"
@@ -75,8 +74,6 @@ class RewardEngine:
             disable_log_stats=True,
             **parallel,
         )
-        if parallel:
-            self._llm.collective_rpc("semion_die_with_parent")
 
     def describe(self) -> dict[str, str]:
         """The process and what it judges with; answered when it is up."""

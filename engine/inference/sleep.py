@@ -1,4 +1,4 @@
-"""What an engine's worker does with its memory and its life: pages given back to the machine, and an end with its parent."""
+"""What an engine that sleeps on a CPU does with its memory: pages given back to the machine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import ctypes
 import mmap
 
 import torch
-
-from engine.core.lifetimes import die_with_parent
 
 
 def release_pages(tensor: torch.Tensor) -> None:
@@ -18,11 +16,3 @@ def release_pages(tensor: torch.Tensor) -> None:
     if size > 0:
         failed = ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), dont_need)
         assert not failed, (start, size)
-
-
-class MortalWorker:
-    """What a reward engine adds to its vLLM workers (its worker_extension_cls)."""
-
-    def semion_die_with_parent(self) -> None:
-        """Ends with the engine's process, whatever ends that: not even a stopped one keeps its memory from the next engine."""
-        die_with_parent()

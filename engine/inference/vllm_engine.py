@@ -29,7 +29,9 @@ from engine.observe.profiling.phases import Phase, phase
 from engine.observe.profiling.recorder import Recorder, profiled_process
 from engine.observe.telling import activity
 
+OURS = "SEMION_ENGINE"  # set in the processes of an engine of ours
 ENVIRONMENT = {
+    OURS: "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -37,10 +39,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-MODEL_RUNNER = (
-    "VLLM_USE_V2_MODEL_RUNNER",
-    "1",
-)  # on GPUs, unless the environment says 0: else vLLM chooses by what is installed
+# On GPUs, unless the environment says 0: else vLLM chooses by what is installed.
+MODEL_RUNNER = ("VLLM_USE_V2_MODEL_RUNNER", "1")
 UNCOMPILED = {"TORCH_COMPILE_DISABLE": "1"}  # on a CPU: else a C++ compiler runs before the first token, for one small function
 IN_DOUBT = -1  # the version of weights that are not, or not yet, proven to be one
 WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps and wakes
@@ -96,6 +96,9 @@ class VllmEngine:
             advice = to_try(why, config, on_gpu=self._on_gpu)
             raise InferenceError(f"engine {index} could not start from {config.model.path}: {why}{advice}") from error
         self._check_head()
+        self._loaded: dict[str, str] = {}  # of FP8 weights that were read from the disk; what a sync brings `receive` tells
+        if config.inference.quantization == "fp8":
+            self._loaded["quantized"] = " ".join(self._llm.collective_rpc("semion_quantized"))
         self._version = 0
         self._asleep: list[str] = []
         self._open: dict[str, tuple[SampleRequest, int]] = {}  # and the version that is to answer it
@@ -175,7 +178,8 @@ class VllmEngine:
             )
 
     def describe(self) -> dict[str, str]:
-        """The machine, the process, the versions of what runs here, and what vLLM chose to run with."""
+        """The machine, the process, the versions of what runs here, what vLLM chose to run with, and the digests of the FP8
+        weights that were loaded."""
         import torch
         import vllm
 
@@ -183,7 +187,7 @@ class VllmEngine:
         known = {"host": machine, "pid": str(os.getpid()), "vllm": vllm.__version__, "torch": torch.__version__}
         runs: dict[str, str] = self._llm.collective_rpc("semion_runs")[0]
         scheduling = self._llm.vllm_config.scheduler_config.async_scheduling
-        return known | runs | {"scheduling": "asynchronous" if scheduling else "synchronous"}
+        return known | runs | self._loaded | {"scheduling": "asynchronous" if scheduling else "synchronous"}
 
     # -- sampling
 

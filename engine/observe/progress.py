@@ -255,7 +255,7 @@ def print_table(title: str, rows: Iterable[Sequence[str]], console: Console | No
     heading, *body = rows
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(heading):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")  # nothing is cut where it is narrow
     for row in body:
         table.add_row(*map(Text, row))  # no markup: a cell may hold what a model said
     (console or Console()).print(table)

@@ -187,6 +187,6 @@ def _versions(pool: Pool) -> dict[str, Any]:
     """What the engines say of themselves, and the verifier's version; waits until the engines are up."""
     found = pool.describe() or [{}]  # without engines there is nothing to describe
     # Plain texts: torch.__version__ is of a class of torch's, which the command, that reads this, would load torch for.
-    return {name: str(value) for name, value in found[0].items() if name not in ("host", "pid")} | {
+    return {name: str(value) for name, value in found[0].items() if name not in ("host", "pid", "quantized")} | {
         "verifier": VERIFIER_VERSION
     }

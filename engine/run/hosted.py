@@ -1,11 +1,13 @@
-"""What runs in a process of a run: an object of ours, made there of the run's Spec, with a journal. It knows nothing of Ray,
-whose actor it is.
+"""What runs in a process of a run: an object of ours, made there of the run's Spec, with a journal. Of Ray, whose
+actor it is, it knows the daemon, with which it ends.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 from engine.core.importing import uncollected
@@ -15,6 +17,7 @@ from engine.run.spec import Spec
 
 Needs = Literal["spec", "config"]
 
+RAY_DAEMON = "raylet"  # as the kernel names what starts an actor
 # What the processes run, imported there.
 RANK = "engine.run.rank:TrainerRank"
 ENGINE = "engine.inference.vllm_engine:VllmEngine"
@@ -25,10 +28,14 @@ class Hosted:
     """What a process of ours runs: an object of a class that is imported there and nowhere else, so that the command needs
     no vLLM and no megatron-core. `kind` is "module:Class"; a test's own class may come as it is. What the process logs, and
     every error that leaves it, goes to `journal`. `text` is the run's Spec as JSON; the object is made of the Spec, or of its
-    configuration where that is all it `needs`, and of `arguments`."""
+    configuration where that is all it `needs`, and of `arguments`.
+
+    The process ends with Ray's daemon, and that with a command that is killed: by itself it could go on for a minute, writing
+    records and holding GPUs, while it asks a Ray that is gone."""
 
     def __init__(self, journal: Journal, kind: str | type, needs: Needs, text: str, *arguments: Any) -> None:
-        die_with_parent()
+        if Path(f"/proc/{os.getppid()}/comm").read_text("utf-8").strip() == RAY_DAEMON:  # not a profiler between
+            die_with_parent()
         journal.open()
         with traced(str(kind)):
             if isinstance(kind, str):

@@ -264,8 +264,10 @@ def test_a_run_that_is_stopped_then_killed_and_judged_at_every_step_ends_with_ev
         assert len(ours) >= 3, "two ranks and an engine"
         ours[0].send_signal(signal.SIGSTOP)  # it can do nothing by itself
         run.kill()  # SIGKILL
-    _, alive = psutil.wait_procs(ours, timeout=60)
-    assert not alive, "a process outlives its command, and would write its records and keep its GPUs"
+    deadline = time.monotonic() + 60
+    while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in ours):
+        assert time.monotonic() < deadline, "a process outlives its command, and would write its records and keep its GPUs"
+        time.sleep(0.1)
     semion("train", file, "--resume", "auto")
     assert rollouts(config) == rollouts(whole)
     written_down, undisturbed = (sorted((one.run_directory / "rollouts").iterdir()) for one in (config, whole))

@@ -157,6 +157,7 @@ def test_a_runs_own_records_give_its_constants_back(made):
     again = predicted(Forecaster(Inputs(spec, found.constants, workload, transfer, 139 << 30)).forecast())
     for name in ("step", "training", "sampling", "rewards", "host", "weight sync"):
         assert again[name] == pytest.approx(predicted(forecast)[name], rel=0.02), name
+    assert again["start"] == pytest.approx(42.0, rel=1e-3), "of startup.jsonl, in which the weights were read too"
     assert found.constants.verified_per_second == pytest.approx(60.0, rel=0.05)
     assert "11 steps of" in found.measured["train_peak_share"] and "nvlink_gigabytes_per_second" not in found.measured
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from engine import cli
+from engine.api.planning import optimized, planned
 from engine.capacity.kv_cache import GIB
 from engine.capacity.transfer import Machine
-from engine.config.load import load_config, override
+from engine.config.load import RunConfig, load_config, override
 from engine.config.options import RolloutRecords
 from engine.core.errors import ConfigError
 from engine.forecast.calibration import (
@@ -24,10 +25,12 @@ from engine.forecast.calibration import (
 )
 from engine.forecast.constants import Constants, rows
 from engine.forecast.decoding import Speed
+from engine.forecast.hosts import hosts
 from engine.forecast.lengths import LogNormal, Workload, draw_steps, recorded_lengths
 from engine.forecast.measuring import Decoded, Trained, decoding_constants, training_constants
 from engine.forecast.search import Search
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, regimes
+from engine.forecast.telling import binding
 from engine.rollouts.writer import RolloutFolder, RolloutWriter
 from engine.run.spec import resolve
 from tests import builders
@@ -212,7 +215,7 @@ def test_calibrate_measures_the_machine(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def planned(tmp_path, monkeypatch, capsys):
+def plan_told(tmp_path, monkeypatch, capsys):
     """Runs `semion plan` with 8b-4x4; its JSON and what it printed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "140")
@@ -225,8 +228,8 @@ def planned(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_plan_says_seconds_hours_and_what_binds(planned):
-    figures, said = planned("--mean-tokens", "300", "--constants", "data.prompts_per_step=16")
+def test_plan_says_seconds_hours_and_what_binds(plan_told):
+    figures, said = plan_told("--mean-tokens", "300", "--constants", "data.prompts_per_step=16")
     found = figures["forecast"]
     assert sum(found["parts"].values()) == pytest.approx(found["step_seconds"])
     assert found["binds"] and f"{found['binds'][0]['share']:.0%}: {found['binds'][0]['what']}" in said.replace("\n", " ")
@@ -244,16 +247,16 @@ def test_plan_says_seconds_hours_and_what_binds(planned):
         assert words in said, words
 
 
-def test_a_run_that_streams_is_foreseen_as_one_that_does_not(planned):
+def test_a_run_that_streams_is_foreseen_as_one_that_does_not(plan_told):
     online = ["--mean-tokens", "300", "data.prompts_per_step=16", "sync.sync_interval=1"]
-    figures, _ = planned(*online)
-    streamed, _ = planned(*online, "sync.streaming=true", "trainer.overlap_gradients=false")
-    plain, _ = planned(*online, "trainer.overlap_gradients=false")
+    figures, _ = plan_told(*online)
+    streamed, _ = plan_told(*online, "sync.streaming=true", "trainer.overlap_gradients=false")
+    plain, _ = plan_told(*online, "trainer.overlap_gradients=false")
     assert streamed["forecast"] == plain["forecast"] and figures["forecast"]["step_seconds"] > 0
 
 
-def test_without_rollouts_there_is_no_forecast(planned):
-    figures, said = planned("sft.checkpoint_out=x")
+def test_without_rollouts_there_is_no_forecast(plan_told):
+    figures, said = plan_told("sft.checkpoint_out=x")
     assert figures["forecast"] is None and figures["intervals"] == [] and "a step" not in said
 
 
@@ -280,17 +283,17 @@ def test_flags_that_cannot_be_used_are_told(arguments, told, monkeypatch, capsys
     assert told in capsys.readouterr().err
 
 
-def test_a_plan_tells_what_it_leaves_out_and_what_it_was_told(planned):
+def test_a_plan_tells_what_it_leaves_out_and_what_it_was_told(plan_told):
     judged = ["data.reward=model", "reward_model.path=nowhere", "cluster.nodes=2"]
-    _, said = planned("sync.sync_interval=1", "sync.streaming=true", *judged)
+    _, said = plan_told("sync.sync_interval=1", "sync.streaming=true", *judged)
     assert "prompts: 150 tokens" in said and "sync.streaming is forecast as a run without it" in said
     assert f"the reward model's time is not counted, for there is no {Path('nowhere/config.json')}" in said
-    _, said = planned()
+    _, said = plan_told()
     assert "is not counted" not in said and "sync.streaming" not in said and "constants were measured" not in said
 
 
-def test_a_steps_training_is_its_parts_and_a_run_has_all_gpus_of_its_nodes(planned):
-    figures, said = planned("cluster.nodes=2", "trainer.data_parallel=3")
+def test_a_steps_training_is_its_parts_and_a_run_has_all_gpus_of_its_nodes(plan_told):
+    figures, said = plan_told("cluster.nodes=2", "trainer.data_parallel=3")
     found = figures["forecast"]
     assert sum(found["train_parts"].values()) == pytest.approx(found["parts"]["training"])
     assert (found["gpus"], found["booked_gpus"]) == (7, 16) and "with all GPUs of its nodes" in said
@@ -306,7 +309,7 @@ def test_stages_are_tried_that_126_layers_divide_into():
     search = Search(
         spec, Machine(), Constants(), Workload(LogNormal(700, 0.6, 2048), LogNormal(150, 0, 1024)), 320, (Regime(10),)
     )
-    stages = {choice.options["trainer.pipeline_parallel"] for choice in search._shallowest(224, 8)}
+    stages = {choice.options["trainer.pipeline_parallel"] for choice in search._shallowest(224, 8, Regime(10))}
     assert len(stages) == 2 and all(126 % count == 0 and count > 2 for count in stages), stages
 
 
@@ -359,11 +362,11 @@ def test_the_search_finds_what_forecasting_every_layout_in_full_finds():
     search = small_search(4)
     best = search.best()
     made, layouts = search.num_forecasts, 0
-    trainers, engines = list(search._trainers()), list(search._engines())
+    trainers, engines = list(search._trainers(Regime(10))), list(search._engines())
     for regime, found in best.items():
         every: list[float] = []
         for trainer, engine, placement in search._pairs(trainers, engines):
-            layout = search._made({**trainer.options, **engine.options, "inference.placement": placement})
+            layout = search._made({**trainer.options, **engine.options, "inference.placement": placement}, regime)
             if layout is None or (placement == "colocated" and regime.lookahead):
                 continue
             one = search._forecast(*layout, regime)
@@ -401,11 +404,91 @@ def test_what_was_asked_for_is_compared_too():
     assert best[0].forecast.step_seconds <= own.forecast.step_seconds * 1.011
 
 
+def test_the_start_takes_as_long_as_its_weights_need():
+    """40 GPUs on 5 nodes: 16.06 GB by each node with engines, and by the trainers' nodes all shards once each."""
+    spec = resolve(BASE, digests=False)
+    slow, fast = (
+        Forecaster(Inputs(spec, WORKED.model_copy(update={"disk_gigabytes_per_second": rate}), LENGTHS, 0.119, 139 * GIB))
+        for rate in (2.0, 20.0)
+    )
+    read = hosts(spec).read
+    assert read == pytest.approx(5 * 16.06e9, rel=0.01)
+    found = [one.forecast() for one in (slow, fast)]
+    assert [one.start_seconds for one in found] == [180 + read / 2e9, 180 + read / 20e9]
+    assert found[0].run_seconds - found[1].run_seconds > 0.9 * read / 2e9
+
+
+@pytest.mark.parametrize(
+    ("slots", "gibibytes", "told"),
+    [
+        (128, 96, "the longest response decides, for an engine samples all that it is asked at once (128 together)"),
+        (127, 96, "engines are full (127 together): more engines"),
+        (128, 2, "the engines' KV caches are full ("),
+        (128, 4, "the engines' KV caches are full ("),
+    ],
+)
+def test_what_a_step_waits_for(slots, gibibytes, told):
+    """Four engines of an online run are asked for 128 answers each: with as many slots none waits, with one less one does."""
+    changes = {"trainer.data_parallel": 4, "inference.engines": 4, "inference.max_concurrent": slots}
+    config = override(BASE, changes | {"sync.sync_interval": 1, "inference.kv_cache": f"{gibibytes} GiB"})
+    found = Forecaster(Inputs(resolve(config, digests=False), WORKED, LENGTHS, 0.119, 139 * GIB)).forecast()
+    said = [text for _, text in binding(found, config)]
+    assert any(text.startswith(told) for text in said), (said, found.most_concurrent, found.most_open)
+
+
 def test_regimes_of_a_table():
     s10 = override(BASE, {"run.steps": 50, "checkpoint.every": 10, "sync.lookahead": 2})
     found = regimes(s10, (1, 100, "never"))
     assert found == [Regime(s, ahead) for s in (1, 10) for ahead in (0, 1, 2)] + [Regime("never")]
     assert Regime(1, 2).of(s10.schedule).lookahead == 2 and Regime("never").of(s10.schedule).lookahead == 0
+
+
+def hours_of(config: RunConfig) -> Forecast:
+    found = planned(config, Machine(), known=calibrated(), workload=LENGTHS, intervals=()).forecast
+    assert found is not None
+    return found
+
+
+def test_a_row_of_another_s_is_a_plan_of_that_s():
+    """With a reference that follows the syncs: the pass for it, which every s but 1 needs, is in the rows that need it; and
+    each row has the checkpoints that its syncs allow."""
+    changes = {"run.steps": 40, "checkpoint.every": 1, "sync.reference": "follow", "sync.sync_interval": 1}
+    online = override(BASE, changes)
+    assert online.algorithm.loss == "dpo"
+    found = planned(online, Machine(), known=calibrated(), workload=LENGTHS, intervals=(10, "never"))
+    rows = {(row.sync_interval, row.lookahead): row for row in found.intervals}
+    tenth = {"sync.sync_interval": 10, "checkpoint.every": 10}
+    for changed in ({}, tenth, tenth | {"sync.lookahead": 1}, {"sync.sync_interval": "never", "sync.reference": "never"}):
+        own = hours_of(override(online, changed))
+        assert rows[own.sync_interval, own.lookahead] == own
+    assert rows[1, 0].train_parts["reference"] == 0 < rows[10, 0].train_parts["reference"]
+
+
+def test_a_row_without_syncs_has_no_room_where_the_seed_model_lies():
+    """Colocated engines that sleep need the seed's weights again, which leaves less for their KV caches."""
+    changes = {"run.steps": 40, "sync.reference": 5, "cluster.nodes": 1, "inference.placement": "colocated"}
+    changes |= {"trainer.data_parallel": 8, "inference.engines": 8, "inference.kv_cache": "auto", "sync.transport": "auto"}
+    config, small = override(BASE, changes), Machine(gpu_gibibytes=82)
+    (never,) = [
+        row
+        for row in planned(config, small, known=calibrated(), workload=LENGTHS, intervals=("never",)).intervals
+        if row.sync_interval == "never"
+    ]
+    own = planned(override(config, {"sync.sync_interval": "never"}), small, known=calibrated(), workload=LENGTHS, intervals=())
+    assert own.forecast is not None
+    assert (never.most_concurrent, never.step_seconds) == (own.forecast.most_concurrent, own.forecast.step_seconds)
+
+
+def test_the_search_knows_which_s_needs_a_pass_for_the_reference():
+    """Checkpoints that s = 5 does not allow included: its layouts are searched with those that it does."""
+    changes = {"run.steps": 40, "checkpoint.every": 8, "sync.reference": "follow", "sync.sync_interval": 1}
+    config = override(BASE, changes | {"cluster.nodes": 1})
+    found = optimized(config, Machine(), 8, known=calibrated(), workload=LENGTHS, intervals=(1, 5))
+    online, fifth = (found.best[Regime(interval)][0] for interval in (1, 5))
+    assert "reference" not in online.spec.copies and "reference" in fifth.spec.copies
+    assert online.forecast.train_parts["reference"] == 0 < fifth.forecast.train_parts["reference"]
+    assert (online.config.checkpoint.every, fifth.config.checkpoint.every) == (8, 10)
+    assert found.tried > 0
 
 
 def test_a_regime_that_decides_its_intervals_is_forecast_as_its_most_and_the_forecast_says_so():

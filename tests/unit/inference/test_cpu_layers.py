@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.inference.vllm_engine import OURS
 from tests import reference_ops
 
 
 @pytest.fixture
-def layers():
+def layers(monkeypatch):
     """vLLM's norm and activation as its models make them."""
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.activation import SiluAndMul
@@ -17,6 +18,7 @@ def layers():
 
     from engine.inference import receiver
 
+    monkeypatch.setenv(OURS, "1")
     receiver.register()
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cpu"))):
         return RMSNorm(48, eps=1e-6), SiluAndMul()
@@ -35,6 +37,7 @@ def test_they_are_the_trainer_s_kernels(layers):
         normed, total = norm(x, residual)
         assert torch.equal(total, x + residual)
         torch.testing.assert_close(normed, reference_ops.rms_norm(total, norm.weight, 1e-6))
-        heads = x.view(7, 2, 24).expand(7, 2, 24)
+        heads = torch.randn(7, 2, 96)[..., 20:68]  # of a wider row
+        torch.testing.assert_close(norm(heads), reference_ops.rms_norm(heads, norm.weight, 1e-6))
         torch.testing.assert_close(activation(heads), reference_ops.swiglu(heads))
         torch.testing.assert_close(activation(both), reference_ops.swiglu(both))

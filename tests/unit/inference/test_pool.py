@@ -248,6 +248,20 @@ def test_every_engine_answers_for_itself():
     assert pool.log_probs([[1, 2], [3]]) == [[[-1.0, -2.0], [-3.0]]] * 2
 
 
+def test_engines_must_have_loaded_the_same_bits_into_fp8():
+    class Quantized(FakeEngine):
+        loaded = "0a 0b"
+
+        def describe(self) -> dict[str, str]:
+            return super().describe() | {"quantized": self.loaded}
+
+    engines = [Quantized(), Quantized(), Quantized()]
+    assert [one["quantized"] for one in Pool(engines, 5.0).describe()] == ["0a 0b"] * 3
+    engines[2].loaded = "0a 0c"
+    with pytest.raises(WeightSyncError, match=r"engine 2 must have loaded what the others did: .* 0a 0b; found 0a 0c: look at"):
+        Pool(engines, 5.0).describe()
+
+
 @pytest.mark.parametrize(
     ("hosts", "nodes"),
     [("a", ((0,),)), ("aaa", ((0, 1, 2),)), ("abc", ((0,), (1,), (2,))), ("baba", ((0, 2), (1, 3)))],

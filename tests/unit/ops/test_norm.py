@@ -31,6 +31,19 @@ def test_it_is_its_definition(dtype: torch.dtype, num_tokens: int, width: int, s
         assert torch.equal(rms_norm(x, weight, 1e-5), found)
 
 
+def test_heads_of_a_wider_row_and_a_gradient_that_repeats_one_number() -> None:
+    """As a layer's queries and keys come, one beside the other, and as a sum sends its gradient back."""
+    torch.manual_seed(0)
+    both, weight = torch.randn(7, 4, 3 * 24).requires_grad_(), torch.randn(24).requires_grad_()
+    exact = both.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    found = rms_norm(both[..., 24:48], weight, 1e-6)
+    wanted = reference_ops.rms_norm(exact[0][..., 24:48], exact[1], 1e-6)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-6)
+    back, want_back = torch.autograd.grad(found.sum(), (both, weight)), torch.autograd.grad(wanted.sum(), exact)
+    for one, want in zip(back, want_back, strict=True):
+        torch.testing.assert_close(one.double(), want, rtol=1e-5, atol=2e-5)
+
+
 def test_threads_change_no_bit() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(5000, 96).requires_grad_(), torch.randn(96).requires_grad_()
