@@ -13,6 +13,7 @@ from typing import NamedTuple
 from engine.config.load import RunConfig
 from engine.config.rules import LEAST_LOOKAHEAD_IN_FLIGHT
 from engine.config.schedules.base import Schedule
+from engine.core.errors import ConfigError
 from engine.evaluation.accuracy import tickets
 from engine.forecast import disk
 from engine.forecast.constants import Constants
@@ -24,6 +25,7 @@ from engine.forecast.rows import Rows
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
 from engine.rewards.pool.workers import num_workers
+from engine.rewards.registry import judge_one_by_one
 from engine.run.spec import Spec
 
 Interval = int | str
@@ -98,8 +100,14 @@ class Forecast:
 
 
 def judges_one_by_one(spec: Spec) -> bool:
-    """Whether answers are judged as engines hand them over. A user's own reward is taken to be one that judges so."""
-    return spec.reward_shape is None
+    """Whether answers are judged as engines hand them over. A reward of the user's own that cannot be loaded here is taken to
+    judge so."""
+    if spec.reward_shape is not None:
+        return False
+    try:
+        return judge_one_by_one(spec.config)
+    except ConfigError:
+        return True
 
 
 def judging_seconds(spec: Spec, constants: Constants, work: StepWork) -> float:

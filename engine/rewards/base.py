@@ -61,6 +61,11 @@ class Reward:
     OPTIONS: ClassVar[tuple[str, ...]] = ()  # the options of [rewards], or [reward_model], that it looks at
 
     @classmethod
+    def judges_one_by_one(cls, config: RunConfig, name: str) -> bool:
+        """What `one_by_one` is of what is opened, known before."""
+        return cls.one_by_one
+
+    @classmethod
     def judging(cls, config: RunConfig, name: str) -> Judging:
         """What who loads prompts must know. ConfigError when the reward cannot be loaded."""
         from engine.core.types import Judging

@@ -87,6 +87,11 @@ class FunctionReward(WorkerReward):
         return Judging(found.verifiable, found.needs_answer, "row" in found.asks)
 
     @classmethod
+    def judges_one_by_one(cls, config: RunConfig, name: str) -> bool:
+        """Whether it does not ask for the others of its group."""
+        return "group" not in facts(_named(config.rewards, name), _option(name), config.rewards).asks
+
+    @classmethod
     def identity(cls, config: RunConfig, name: str) -> dict[str, str | None]:
         """The SHA-256 of its file, None where there is none; what that imports is not looked at."""
         option = _option(name)

@@ -87,6 +87,13 @@ def uses_engine(sources: Iterable[Source]) -> bool:
     return any(REWARDS.load(name).uses_engine for name in names)
 
 
+def judge_one_by_one(config: RunConfig) -> bool:
+    """Whether every reward of the run's sources judges an answer by itself, as engines hand it over. ConfigError where a user's
+    own cannot be loaded."""
+    names = {name for source in config.data.sources for name in source.rewards}
+    return all(reward_class(config, name).judges_one_by_one(config, name) for name in sorted(names))
+
+
 def check_pairing(config: RunConfig) -> None:
     """ConfigError where the algorithm pairs right with wrong answers and no source's reward says which is which."""
     verifiable = [judging_of(config, source).verifiable for source in config.data.sources]

@@ -418,6 +418,24 @@ def test_the_start_takes_as_long_as_its_weights_need():
     assert found[0].run_seconds - found[1].run_seconds > 0.9 * read / 2e9
 
 
+def test_what_judges_a_group_begins_when_the_last_of_it_is_there(tmp_path):
+    """A function of one answer judges while engines sample; one of a group, and a class that judges a step together, after."""
+    (tmp_path / "own.py").write_text(
+        "from engine.rewards.base import Reward\n"
+        "def one(completion): return 0.0\n"
+        "def all_of_it(group): return [0.0] * len(group)\n"
+        "class Step(Reward):\n    def score(self, answers): return []\n"
+    )
+    slow = WORKED.model_copy(update={"function_per_second": 5.0})
+    seconds = {}
+    for name in ("one", "all_of_it", "Step"):
+        config = override(BASE, {"sync.sync_interval": 1, "data.reward": f"{tmp_path}/own.py:{name}", "rewards.workers": 8})
+        found = Forecaster(Inputs(resolve(config, digests=False), slow, LENGTHS, 0.119, 139 * GIB)).forecast()
+        seconds[name] = found.parts["rewards"]
+    assert seconds["all_of_it"] == seconds["Step"] == pytest.approx(512 / 40, rel=0.01)
+    assert seconds["one"] < 0.5 * seconds["Step"]
+
+
 @pytest.mark.parametrize(
     ("slots", "gibibytes", "told"),
     [
