@@ -321,7 +321,7 @@ class Step:
     def fullest(self) -> Components:
         """The fullest moment: a layer's backward, log-probs at the last stage, the embedding's gradient, or the update."""
         waiting = self.in_flight * self.kept
-        again = self.layer if self._trainer.recompute else 0
+        again = self.layer if self._trainer.recompute else 0  # its output instead of its input, which is kept already
         moments = [(waiting, again, 0, self._layer_backward)]
         if self._is_last:
             moments.append((waiting, 0, *self._head))
@@ -363,10 +363,12 @@ class Step:
     @property
     def _buffers(self) -> int:
         """Kept through a step: megatron's room to gather a sequence in, Transformer Engine's for overlap, and what
-        neighbouring stages send."""
+        neighbouring stages send, which the first and the last stage have one of."""
         t, rows = self._trainer, self._T * self._H * self._e
         gathered = rows if t.sequence_parallel and not t.uses_te else 0
-        received = 2 * self._T_own * self._H * self._e if t.pipeline_parallel > 1 else 0
+        at_an_end = (self._is_first or self._is_last) and t.virtual_pipeline == 1
+        neighbours = 0 if t.pipeline_parallel == 1 else 1 if at_an_end else 2
+        received = neighbours * self._T_own * self._H * self._e
         return gathered + received + (OVERLAP_BUFFERS * rows if t.overlap_tensor_parallel else 0)
 
     @property
