@@ -17,7 +17,7 @@ from engine.config.load import RunConfig
 from engine.core.errors import InferenceError
 from engine.core.importing import uncollected
 from engine.core.types import Message, Score
-from engine.inference.vllm_engine import ENVIRONMENT
+from engine.inference.vllm_engine import prepare_process
 from engine.observe.telling import activity
 
 ATHENE = "AtheneForSequenceClassification"  # the architecture that athene.py has for vLLM
@@ -29,7 +29,7 @@ class RewardEngine:
     def __init__(self, config: RunConfig) -> None:
         from engine.data.conversations import Conversations
 
-        os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(config.inference.threads))
+        prepare_process(config)
         self._conversations = Conversations(config.reward_model)
         try:
             with activity("engine"):

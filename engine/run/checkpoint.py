@@ -74,8 +74,12 @@ VERIFIER = "the version of the verifier"  # the end of its key among the digests
 
 
 def latest(folder: Path) -> Path | None:
-    """The checkpoint that LATEST names, or None when the run has none yet."""
-    return _named_by(folder / LATEST)
+    """The checkpoint that LATEST names; where that file is gone, which is written last, the newest that is whole; None when the
+    run has none yet. CheckpointError where LATEST names none."""
+    if (named := _named_by(folder / LATEST)) is not None:
+        return named
+    whole = sorted(path for path in folder.glob(STEPS) if (path / MANIFEST).is_file())
+    return whole[-1] if whole else None
 
 
 def best(folder: Path) -> Path | None:
@@ -86,7 +90,10 @@ def best(folder: Path) -> Path | None:
 def _named_by(pointer: Path) -> Path | None:
     if not pointer.exists():
         return None
-    named = pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        named = pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{pointer} must be a file with a checkpoint's name; found {error}: write it anew") from error
     if not (named / MANIFEST).exists():
         raise CheckpointError(f"{pointer} names {named.name}, which holds no {MANIFEST}: write the name of another folder")
     return named

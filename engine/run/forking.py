@@ -77,7 +77,7 @@ def checkpoint_at(run: Path, step: int | None) -> Path:
 def fork_faults(checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig) -> Iterator[SemionError]:
     """Why a run of `config` cannot begin with the checkpoint, but for what a look at the configuration alone tells."""
     step, saved, directory = int(manifest["step"]), manifest["config"], config.run_directory
-    if latest(directory / "checkpoints") is not None:
+    if (directory / "checkpoints" / LATEST).exists():  # a fork that was killed before it wrote this is made again
         yield ConfigError(f"run.directory must be new; found checkpoints in {directory}: name another one")
     for section, names in KEPT.items():
         for name in names:

@@ -21,7 +21,7 @@ from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer
 from engine.models.sharding import export_files, export_plan, tensors, trainer_layout
 from engine.run.agreement import Agreement
-from engine.run.checkpoint import check_prolonged, reference_place, state_rank
+from engine.run.checkpoint import LATEST, check_prolonged, reference_place, state_rank
 from engine.run.controller import Controller
 from engine.run.loop import Record, Source
 from engine.run.metrics import FAILED_CHECKPOINTS, INTERVAL, STEP
@@ -182,21 +182,24 @@ def _early_end(config: RunConfig, step: int, collapse: str | None, *, stopped: b
     return PreemptedError(f"asked to stop: saved after {step} steps, --resume auto goes on") if stopped else None
 
 
-def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> tuple[int, str | None]:
+def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -> tuple[int, list[str]]:
     """Loads the newest checkpoint into the policy; the step to go on with, and what is to be known of it."""
     saved = checkpoints.load(config)
     check_prolonged(config, saved.step, saved.ahead)
-    state, note = saved.state, None
+    state, notes = saved.state, list[str]()
+    pointer = config.run_directory / "checkpoints" / LATEST
+    if not pointer.exists():
+        notes.append(f"{pointer} is gone: goes on after {saved.step} steps, from the newest checkpoint that is whole")
     if state is None:
         writer = saved.trainer
         state = policy.state_from(SavedOptimizer(policy.shape, trainer_layout(writer), writer.data_parallel, saved.open_rank))
         axes = f"{_axes(writer)} -> {_axes(config.trainer)}"
-        note = (
+        notes.append(
             f"resumed after {saved.step} steps in another layout than before ({axes}): what follows is equivalent, not bit for "
             f"bit what the former layout would have made"
         )
     policy.load_checkpoint(state, saved.policy, saved.reference)
-    return saved.step, note
+    return saved.step, notes
 
 
 def _axes(trainer: Trainer) -> str:

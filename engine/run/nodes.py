@@ -20,11 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from engine.config.load import RunConfig
 from engine.config.placement import Placement
 from engine.core.errors import ConfigError, MissingNodeError, PreemptedError, SemionError, WatchdogError
+from engine.inference.vllm_engine import ENGINES_FOLDER
 from engine.observe.profiling import nsight
 from engine.run.handles import last_line, typed_error
 from engine.run.machine import await_head, devices, look
@@ -91,7 +93,7 @@ def variables_of(config: RunConfig) -> dict[str, str]:
     if config.cluster.nodes > 1:
         _check_token()
         return dict(RAY_ENVIRONMENT)
-    own = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    own = {"RAY_AUTH_TOKEN": secrets.token_hex(32), ENGINES_FOLDER: str(engines_folder())}
     return RAY_ENVIRONMENT | PROCESS_ENVIRONMENT | LOOPBACK | nsight.ray_environment(config.profile) | own
 
 
@@ -138,9 +140,16 @@ def ray_folder() -> Path:
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
 
 
+def engines_folder() -> Path:
+    """Where the engines of a command on one machine have their temporary files; vLLM leaves some of an engine that is ended."""
+    return Path(gettempdir()) / f"semion-{os.getpid()}"
+
+
 def remove_leftovers(since_unix: float) -> None:
-    """Removes the temporary folders that a Ray of this process's own made since then, once its processes are gone: Ray never
-    does. `session_latest` is a link that the newest Ray of a machine makes; it goes where it leads nowhere."""
+    """Removes the temporary folders that engines had, and that a Ray of this process's own made since then, once its processes
+    are gone: Ray never does. `session_latest` is a link that the newest Ray of a machine makes; it goes where it leads
+    nowhere."""
+    shutil.rmtree(engines_folder(), ignore_errors=True)
     folder = ray_folder()
     for session in folder.glob(f"session_*_{os.getpid()}"):
         if session.stat().st_mtime >= since_unix - 1.0:

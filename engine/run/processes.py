@@ -81,18 +81,18 @@ class Cluster:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        import ray
-
+        ray = sys.modules.get("ray")  # not there where a Ctrl-C came while it was imported, which cannot be done again
         with self._environment, undisturbed():
             started = descendants()  # asked before too: whoever loses its parent is no descendant any more
             spared = families(self._others)  # a sink may have started processes meanwhile, which are not the run's
-            for actor in self._ranks:
+            for actor in self._ranks if ray is not None else ():
                 ray.kill(actor)
             for engine in self._engines:
                 engine.stop()
             nsight.await_reports(self._config.profile)
             started = (started | descendants()) - self._others - spared - families(self._others)
-            ray.shutdown()
+            if ray is not None:
+                ray.shutdown()
             end(started)
             if self._config.cluster.nodes == 1 and not self._keeps_ray_logs:
                 remove_leftovers(self._entered_unix)

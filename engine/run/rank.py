@@ -85,14 +85,14 @@ class TrainerRank:
             patience_seconds=config.trainer.timeout_seconds,
         )
         parallel.host.barrier()  # all have read their weights, however long files took
-        start, note = 0, None
+        start, notes = 0, list[str]()
         if resume:
             with activity("resume"):
-                start, note = resume_policy(config, checkpoints, policy)
+                start, notes = resume_policy(config, checkpoints, policy)
         controller: Controller | None = None
         if engines is not None:
             kept = checkpoints.records() if resume else None
-            notes, ahead = [note] if note is not None else [], checkpoints.ahead() if resume else (None, None)
+            ahead = checkpoints.ahead() if resume else (None, None)
             controller = Controller(spec, engines, reward_engines, start, kept, notes, *ahead)
         pool = controller.pool if controller is not None and spec.starts_engines else None
         publisher: loop.Publisher = NoEngines()

@@ -13,6 +13,7 @@ moment, the folder still holds the last whole checkpoint.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
 import time
@@ -64,6 +65,8 @@ from engine.run.machine import gpu_name
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 PARTS = "parts"  # folder of the ranks' words in a staging folder
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.5  # seconds between two looks at the other ranks' words
@@ -389,8 +392,7 @@ class Checkpoints:
         a run that was killed before it named them; they do not count as kept."""
         there = sorted(path for path in self._folder.glob(STEPS) if path.is_dir() and path.name <= newest.name)
         kept = {*there[-self._keep :], *([chosen] if chosen is not None else [])}
-        held = {reference_folder(path) for path in kept if (path / MANIFEST).exists()}
-        kept |= {path.parent for path in held if path is not None}
+        kept |= {path.parent for checkpoint in sorted(kept) if (path := _held(checkpoint)) is not None}
         for old in there:
             if old not in kept:
                 shutil.rmtree(old)
@@ -464,6 +466,18 @@ def verify_seed(file: Path, known: Mapping[str, Any], checkpoint: Path) -> None:
             f"reference, or what its engines sample from); found {'none' if found is None else 'others'} at {file}: put back "
             f"what it was, or start a new run"
         )
+
+
+def _held(checkpoint: Path) -> Path | None:
+    """The folder that a kept checkpoint has its reference in; None where it has none, or cannot be read: it is kept as it is,
+    and no reason to end a run that goes on from another one."""
+    if not (checkpoint / MANIFEST).exists():
+        return None
+    try:
+        return reference_folder(checkpoint)
+    except CheckpointError as error:
+        log.warning(str(error))
+        return None
 
 
 def _reference(snapshot: Snapshot) -> dict[str, Any] | None:

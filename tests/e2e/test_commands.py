@@ -25,7 +25,7 @@ from engine.config.load import RunConfig, dump_config, load_config
 from engine.observe.rollouts import rollouts_of
 from engine.rollouts.ledger import RolloutLedger
 from engine.run.checkpoint import latest
-from engine.run.nodes import ray_folder
+from engine.run.nodes import engines_folder, ray_folder
 from tests.e2e import in_process
 from tests.unit.rollouts.test_metric_names import documented
 
@@ -159,7 +159,7 @@ def test_a_run_tells_what_it_does_while_it_does_it_and_leaves_nothing_of_its_ray
     }
     places = [printed.index(words) for words in ("engine 1 (of 2) is up", "step 0: held-out", "train 1/4", "step 4: held-out")]
     assert places == sorted(places), "as it happened"
-    assert not list(ray_folder().glob(f"session_*_{os.getpid()}"))
+    assert not list(ray_folder().glob(f"session_*_{os.getpid()}")) and not engines_folder().exists()
     assert not list((config.run_directory / "logs").glob("*.jsonl"))
 
 

@@ -626,14 +626,14 @@ class Loaded:
 def test_resuming_goes_on_at_the_step_of_the_checkpoint_or_says_why_not(tmp_path):
     commit(tmp_path, 12, run={"steps": 12})
     policy: Any = Loaded()
-    assert resume_policy(run_config(tmp_path, run={"steps": 12}), open_checkpoints(tmp_path), policy) == (12, None)
+    assert resume_policy(run_config(tmp_path, run={"steps": 12}), open_checkpoints(tmp_path), policy) == (12, [])
     assert policy.state is not None
     with pytest.raises(CheckpointError, match=r"run\.steps cannot be raised from 12: .* found 13: .* is one of 10 steps"):
         resume_policy(run_config(tmp_path, run={"steps": 13}), open_checkpoints(tmp_path), policy)
     with pytest.raises(CheckpointError, match=r"run\.steps must not be less than the 12 steps already done; found 11"):
         resume_policy(run_config(tmp_path, run={"steps": 11}), open_checkpoints(tmp_path), policy)
     commit(tmp_path, 15)
-    assert resume_policy(run_config(tmp_path), open_checkpoints(tmp_path), policy) == (15, None)
+    assert resume_policy(run_config(tmp_path), open_checkpoints(tmp_path), policy) == (15, [])
 
 
 @pytest.mark.parametrize("semantics", ["paper", "fairseq2"])
@@ -654,7 +654,7 @@ def test_a_prolonged_run_of_fairseq2s_count_is_told_where_it_may_go_on(tmp_path)
     with pytest.raises(CheckpointError, match=r"found 13: .* is one of 9 steps$"):
         resume_policy(run_config(tmp_path, run={"steps": 13}, sync=sync), open_checkpoints(tmp_path), policy)
     commit(tmp_path, 14, sync=sync)
-    assert resume_policy(run_config(tmp_path, sync=sync), open_checkpoints(tmp_path), policy) == (14, None)
+    assert resume_policy(run_config(tmp_path, sync=sync), open_checkpoints(tmp_path), policy) == (14, [])
 
 
 def test_an_export_replaces_nothing_but_an_empty_folder(tmp_path):
@@ -750,3 +750,30 @@ def kill_again_and_again(root: Path) -> tuple[list[int], int]:
 
 if __name__ == "__main__":
     print(json.dumps(kill_again_and_again(Path(sys.argv[1]))))
+
+
+def test_without_latest_the_newest_whole_checkpoint_is_gone_on_from_and_it_is_said(tmp_path):
+    """A lost pointer (a copy, a cleanup) must not start a run over; a folder without a manifest is no checkpoint."""
+    for step in (5, 10):
+        newest = commit(tmp_path, step)
+    folder = newest.parent
+    (folder / "step_00000015").mkdir()
+    (folder / "LATEST").unlink()
+    assert latest(folder) == newest
+    step, notes = resume_policy(run_config(tmp_path), open_checkpoints(tmp_path), Loaded())  # type: ignore[arg-type]
+    assert step == 10
+    assert notes == [f"{folder / 'LATEST'} is gone: goes on after 10 steps, from the newest checkpoint that is whole"]
+    (folder / "LATEST").mkdir()
+    with pytest.raises(CheckpointError, match=r"LATEST must be a file with a checkpoint's name; found .*: write it anew"):
+        latest(folder)
+    assert latest(tmp_path / "none") is None
+
+
+def test_an_older_checkpoint_that_cannot_be_read_ends_no_run(tmp_path, caplog):
+    """It is kept as it is, and it is said."""
+    older, _ = commit(tmp_path, 5, checkpoint={"keep": 2}), commit(tmp_path, 10, checkpoint={"keep": 2})
+    (older / "manifest.json").write_text("{", encoding="utf-8")
+    commit(tmp_path, 15, checkpoint={"keep": 3})
+    assert sorted(path.name for path in older.parent.glob("step_*")) == ["step_00000005", "step_00000010", "step_00000015"]
+    assert f"{older / 'manifest.json'} cannot be read" in caplog.text
+    assert latest(older.parent) == older.with_name("step_00000015")
