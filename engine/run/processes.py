@@ -85,8 +85,9 @@ class Cluster:
         with self._environment, undisturbed():
             started = descendants()  # asked before too: whoever loses its parent is no descendant any more
             spared = families(self._others)  # a sink may have started processes meanwhile, which are not the run's
-            for actor in self._ranks if ray is not None else ():
-                ray.kill(actor)
+            if ray is not None:
+                for actor in self._ranks:
+                    ray.kill(actor)
             for engine in self._engines:
                 engine.stop()
             nsight.await_reports(self._config.profile)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,18 @@ def test_logs_are_where_every_node_can_write_them(monkeypatch, tmp_path, started
         assert cluster.logs.parent == (folder or tmp_path / "run")
         assert str(cluster.logs) in capsys.readouterr().err
         assert cluster.logs.is_dir(), "an error names a file in it"
+
+
+def test_ctrl_c_while_ray_is_imported_is_the_error_that_is_told(monkeypatch, tmp_path):
+    """Ray is then half there: its submodules are, it is not, and importing it again fails."""
+
+    def interrupted(config: object, *, verbose: bool) -> list[Node]:
+        monkeypatch.delitem(sys.modules, "ray", raising=False)
+        monkeypatch.setitem(sys.modules, "ray.util", None)  # as of an import that fails
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("engine.run.processes.open_ray", interrupted)
+    before = dict(os.environ)
+    with pytest.raises(KeyboardInterrupt):
+        Cluster(spec(config(tmp_path / "run"))).__enter__()
+    assert dict(os.environ) == before
