@@ -15,7 +15,7 @@ from engine.capacity.kv_cache import GIB, require_one_request, reward_cache
 from engine.capacity.transfer import Machine, plan_run
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, SemionError, combined
-from engine.core.jsonl import parsed, read_lines, read_rows
+from engine.core.jsonl import parsed, read_lines, read_rows, require_names
 from engine.forecast import comparing, disk
 from engine.forecast.calibration import Calibrated, calibrated, read_calibration
 from engine.forecast.constants import Constants, rows
@@ -199,7 +199,9 @@ class Run:
         if not lengths:
             raise ConfigError(f"a run is forecast by the lengths of its rollouts; found none in {directory}: name another run")
         steps = comparing.counted(rows, config)
-        seen = comparing.measured(steps, rows, _noted(directory / EVENTS), _noted(directory / STARTUP))
+        seen = comparing.measured(
+            steps, rows, _noted(directory / EVENTS, "kind"), _noted(directory / STARTUP, "step", "seconds")
+        )
         return cls(config, rows, seen, comparing.workload_of(steps, lengths, config, str(directory)))
 
     def forecaster(self, machine: Machine) -> Callable[[Constants], Forecast]:
@@ -216,10 +218,13 @@ class Run:
         return lambda constants: Forecaster(inputs(spec, constants, self.workload, seconds, machine), works).forecast(schedule)
 
 
-def _noted(path: Path) -> Iterator[dict[str, Any]]:
+def _noted(path: Path, *needs: str) -> Iterator[dict[str, Any]]:
     """The rows of a file of notes, which need not be of a step; none where there is no file."""
     if path.is_file():
-        yield from (parsed(line.where, line.data) for line in read_lines(path))
+        for line in read_lines(path):
+            row = parsed(line.where, line.data)
+            require_names(row, needs, line)
+            yield row
 
 
 def predicted_beside(directory: Path, config: RunConfig, calibration: str | Path | None = None) -> Predicted:

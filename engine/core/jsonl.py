@@ -12,7 +12,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -103,12 +103,22 @@ def objects_in(lines: Iterable[bytes], path: str | Path, fault: Fault | None = N
         yield where, value
 
 
-def read_rows(path: str | Path, start: int = 0, error: type[SemionError] = DataError) -> Iterator[dict[str, Any]]:
+def read_rows(
+    path: str | Path, start: int = 0, error: type[SemionError] = DataError, needs: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
     """The rows of a ledger, which another process may be writing, from the byte `start` on; none where there is no file.
-    `error` names file and line where one is no JSON object with an integer `step`."""
+    `error` names file and line where one is no JSON object with an integer `step` and all that the reader `needs`."""
     if Path(path).exists():
         for line in read_lines(path, start):
-            yield row_of(line, error)
+            row = row_of(line, error)
+            require_names(row, needs, line, error)
+            yield row
+
+
+def require_names(row: Any, needs: Collection[str], line: Line, error: type[SemionError] = DataError) -> None:
+    """`error` where a line's row is no object with all these names: somebody else has written it."""
+    if missing := [name for name in needs if not isinstance(row, dict) or name not in row]:
+        raise error(f"{line.where}: `{missing[0]}` must be there; found {brief(line.data)}: delete that line")
 
 
 def last_row(path: str | Path) -> dict[str, Any] | None:

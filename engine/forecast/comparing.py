@@ -84,7 +84,7 @@ def measured(rows: Many[Row], every: Many[Row], events: Iterable[Row], starts: I
     }
     if all("score_seconds" in row for row in rows):
         found["reference"] = mean("score_seconds")
-    written = [row for row in events if row["kind"] == "activity" and row["what"] == "checkpoint"]
+    written = [row for row in events if row.get("kind") == "activity" and row.get("what") == "checkpoint"]
     saved = {int(words[1]) for row in written if (words := row["about"].split())[1:2] and words[1].isdecimal()}
     between = {row["step"]: gap for before, row in pairwise(every) if (gap := _gap(before, row)) is not None}
     quiet = [gap for step, gap in between.items() if step not in saved]

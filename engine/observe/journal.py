@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.core.jsonl import JsonlLedger, parsed, read_lines
+from engine.core.jsonl import JsonlLedger, parsed, read_lines, require_names
 from engine.observe.telling import LOGGER, TOLD, TellingHandler
 
 LOGS = "logs"  # the folder, in the run's directory
@@ -169,6 +169,7 @@ def read_warnings(path: Path) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for line in read_lines(path) if path.exists() else ():
         row = parsed(line.where, line.data)
+        require_names(row, ("process", "text", "count"), line)
         found.setdefault((row["process"], row["text"]), row)["count"] = row["count"]
     return list(found.values())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.schedules.base import Schedule
-from engine.core.errors import DataError
+from engine.core.errors import DataError, brief
 from engine.core.jsonl import read_rows
 from engine.observe.journal import WARNINGS, read_warnings
 from engine.observe.origin import Origin, read_origin
@@ -168,10 +168,10 @@ def read_run(
     fill(
         records,
         metrics=read_rows(directory / "metrics.jsonl"),
-        evaluations=read_rows(directory / "evaluations.jsonl"),
-        samples=read_rows(directory / "samples.jsonl"),
+        evaluations=read_rows(directory / "evaluations.jsonl", needs=("set",)),
+        samples=read_rows(directory / "samples.jsonl", needs=("set", "problem", "text")),
     )
-    records.findings, records.restarts = list(read_rows(directory / "guard.jsonl")), read_restarts(directory)
+    records.findings, records.restarts = list(read_rows(directory / "guard.jsonl", needs=("text",))), read_restarts(directory)
     records.warnings = read_warnings(directory / WARNINGS)
     records.versions = versions_of(directory / "summary.json")
     return records
@@ -198,7 +198,10 @@ def versions_of(summary: Path) -> dict[str, str]:
     if not summary.exists():
         return {}
     try:
-        versions = json.loads(summary.read_text("utf-8")).get("versions", {})
+        said = json.loads(summary.read_text("utf-8"))
     except ValueError as error:
         raise DataError(f"{summary} must be JSON; found {error}: mend or remove it") from error
+    versions = said.get("versions", {}) if isinstance(said, dict) else None
+    if not isinstance(versions, dict):
+        raise DataError(f"{summary} must be an object with an object of versions; found {brief(said)}: mend or remove it")
     return {name: str(number) for name, number in versions.items()}

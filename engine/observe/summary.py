@@ -32,7 +32,7 @@ def read_restarts(directory: Path) -> list[dict[str, Any]]:
     at most what passed between the loss and the moment it was seen; `all` is from that moment to the end of the first step, and
     the sum of the others but `notice`. DataError for a record that cannot be read."""
     starts = {when: row for row in read_rows(directory / STARTUP) if (when := row.get("unix_seconds")) is not None}
-    rows = list(read_rows(directory / RESTARTS))
+    rows = list(read_rows(directory / RESTARTS, needs=("text", "lost_steps")))
     return [row | {"took": _took(row, starts[when])} if (when := row.get("unix_seconds")) in starts else row for row in rows]
 
 

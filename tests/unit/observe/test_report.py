@@ -409,6 +409,25 @@ def test_the_page_holds_everything_and_fetches_nothing(run):
     assert "next-token entropy" not in words, "what is not on record has no chart and no explanation"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("evaluations.jsonl", '{"step": 1}', "line 1: `set` must be there"),
+        ("samples.jsonl", '{"step": 1, "set": "a"}', "line 1: `problem` must be there"),
+        ("guard.jsonl", '{"step": 1}', "line 1: `text` must be there"),
+        ("restarts.jsonl", '{"step": 1, "text": "x"}', "line 1: `lost_steps` must be there"),
+        ("warnings.jsonl", '{"a": 1}', "line 1: `process` must be there"),
+        ("warnings.jsonl", "[]", "line 1: `process` must be there"),
+        ("summary.json", "[]", "must be an object with an object of versions; found []"),
+        ("summary.json", '{"versions": 1}', "must be an object with an object of versions"),
+    ],
+)
+def test_records_that_somebody_else_wrote_are_told_by_file_and_line(run, name, text, told):
+    (run / name).write_text(text + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=re.escape(name) + ".*" + re.escape(told)):
+        read_run(run, run.name, SCHEDULE)
+
+
 def test_the_page_says_what_each_part_of_a_restart_took(run):
     lost = {"step": 4, "lost_steps": 2, "restart": 1, "text": "gone", "unix_seconds": 7.5, "silent_seconds": 12.25}
     phase = {"process": "trainer rank 0", "name": "resume", "about": "", "after_seconds": 0.0, "seconds": 3.5}
