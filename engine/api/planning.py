@@ -24,7 +24,16 @@ from engine.forecast.hosts import hosts
 from engine.forecast.lengths import Workload, newest_lengths
 from engine.forecast.replay import Played
 from engine.forecast.search import Found, Search
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, assumed_workload, regimes, scores_reference
+from engine.forecast.seconds import (
+    Forecast,
+    Forecaster,
+    Inputs,
+    Regime,
+    assumed_workload,
+    judges_one_by_one,
+    regimes,
+    scores_reference,
+)
 from engine.forecast.telling import as_figures
 from engine.forecast.training import TrainingStep
 from engine.models.checks import check_engine_layout
@@ -177,7 +186,8 @@ def optimized(
 
 def inputs(spec: Spec, constants: Constants, workload: Workload | None, transfer_seconds: float, machine: Machine) -> Inputs:
     """What the forecast of a run takes."""
-    return Inputs(spec, constants, workload or assumed_workload(spec), transfer_seconds, round(machine.gpu_gibibytes * GIB))
+    gpu_bytes, one_by_one = round(machine.gpu_gibibytes * GIB), judges_one_by_one(spec)
+    return Inputs(spec, constants, workload or assumed_workload(spec), transfer_seconds, gpu_bytes, one_by_one)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +220,13 @@ class Run:
         if spec.source != "rollouts" or not spec.starts_engines:
             raise ConfigError("a forecast is of a run that samples rollouts; found one that does not: name another run")
         seconds = plan_run(spec, machine)["seconds"]
-        works = Forecaster(inputs(spec, Constants(), self.workload, seconds, machine)).works
+        given = inputs(spec, Constants(), self.workload, seconds, machine)
+        works = Forecaster(given).works
         schedule = None
         if self.config.schedule.measures is not None:  # what the run decided, in the mean
             syncs = sum("sync_seconds" in row for row in self.rows)
             schedule = Regime(max(1, round(len(self.rows) / max(1, syncs)))).of(self.config.schedule)
-        return lambda constants: Forecaster(inputs(spec, constants, self.workload, seconds, machine), works).forecast(schedule)
+        return lambda constants: Forecaster(replace(given, constants=constants), works).forecast(schedule)
 
 
 def _noted(path: Path, *needs: str) -> Iterator[dict[str, Any]]:

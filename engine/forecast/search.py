@@ -126,7 +126,7 @@ class Search:
         together = {interval: Regime(interval).of(self._config.schedule).opens(0) for interval in self._intervals}
         self._together = {interval: len(steps) for interval, steps in together.items()}  # steps that are sampled together
         self._trained: dict[tuple[Trainer, bool], Many[TrainingStep]] = {}
-        self._slack = slack
+        self._slack, self._one_by_one = slack, judges_one_by_one(spec)
         self._late: list[ConfigError] = []  # deadlines that the last layout left out for them would not keep
         self.tried = 0
         self.num_forecasts = 0  # made in full
@@ -300,7 +300,7 @@ class Search:
 
     def _ready(self, spec: Spec, room: int) -> dict[int | str, tuple[float, ...]]:
         """When every step of an interval has been sampled by the first engine and judged, counted from the sync."""
-        one_by_one, judged = judges_one_by_one(spec), [judging_seconds(spec, self._constants, work) for work in self.works]
+        one_by_one, judged = self._one_by_one, [judging_seconds(spec, self._constants, work) for work in self.works]
         speed = speed_of(spec.shape, spec.config, self._constants)
         alone = [speed.iterations(max(map(max, work.completions)), 1, min(work.prompts)) for work in self.works]
         found: dict[int, tuple[float, ...]] = {}
@@ -431,7 +431,7 @@ class Search:
     def _inputs(self, spec: Spec) -> Inputs:
         i, t = spec.config.inference, spec.config.trainer
         transfer = self._transfer(i.engines * i.tensor_parallel, i.tensor_parallel, t.world_size)
-        return Inputs(spec, self._constants, self._workload, transfer, self._gpu_bytes)
+        return Inputs(spec, self._constants, self._workload, transfer, self._gpu_bytes, self._one_by_one)
 
     # -- what all of them need
 

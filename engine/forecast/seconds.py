@@ -54,6 +54,7 @@ class Inputs:
     workload: Workload
     transfer_seconds: float  # of a weight sync, by its plan
     gpu_bytes: int  # of a device, which a KV cache of its own size ('auto') follows
+    one_by_one: bool | None = None  # whether rewards judge answers as engines hand them over; None: they are asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +217,7 @@ class Forecaster:
             turn=c.sleep_seconds if colocated else 0.0,
             colocated=colocated,
             cores=self._cores() if c.cores else None,
-            one_by_one=judges_one_by_one(self.given.spec),
+            one_by_one=judges_one_by_one(self.given.spec) if self.given.one_by_one is None else self.given.one_by_one,
         )
 
     def _cores(self) -> Cores:

@@ -32,9 +32,9 @@ from engine.core.errors import SemionError, UndeliveredError, WeightSyncError
 from engine.core.lifetimes import die_with_parent
 from engine.inference import cpu_layers, fp8
 from engine.inference.plain_loader import PLAIN_FORMAT, PlainLoader
+from engine.inference.process import OURS
 from engine.inference.reward_engine import ATHENE
 from engine.inference.sleep import release_pages
-from engine.inference.vllm_engine import OURS
 from engine.models import sharding as layout
 from engine.observe.profiling.recorder import capture_here
 from engine.ops.fp8 import HELD_BYTES

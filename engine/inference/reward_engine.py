@@ -17,7 +17,7 @@ from engine.config.load import RunConfig
 from engine.core.errors import InferenceError
 from engine.core.importing import uncollected
 from engine.core.types import Message, Score
-from engine.inference.vllm_engine import prepare_process
+from engine.inference.process import prepare_process
 from engine.observe.telling import activity
 
 ATHENE = "AtheneForSequenceClassification"  # the architecture that athene.py has for vLLM

@@ -9,7 +9,6 @@ result, depend on the order of calls alone and never on timing. `pause` hands ba
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,26 +24,15 @@ from engine.core.importing import uncollected
 from engine.core.types import Completion
 from engine.data.ends import end_tokens
 from engine.data.templates import policy_tokenizer
+from engine.inference.process import prepare_process
 from engine.inference.sampling import Part, SampleRequest
 from engine.observe.profiling.phases import Phase, phase
 from engine.observe.profiling.recorder import Recorder, profiled_process
 from engine.observe.telling import activity
 
-OURS = "SEMION_ENGINE"  # set in the processes of an engine of ours
-ENGINES_FOLDER = "SEMION_ENGINES_FOLDER"  # names the folder of engines' temporary files, where the command removes it
-ENVIRONMENT = {
-    OURS: "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
 # On GPUs, unless the environment says 0: else vLLM chooses by what is installed.
 MODEL_RUNNER = ("VLLM_USE_V2_MODEL_RUNNER", "1")
 UNCOMPILED = {"TORCH_COMPILE_DISABLE": "1"}  # on a CPU: else a C++ compiler runs before the first token, for one small function
-LONGEST_FOLDER = 64  # characters: vLLM makes sockets there, whose whole path may have 107
 IN_DOUBT = -1  # the version of weights that are not, or not yet, proven to be one
 WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps and wakes
 FORGETTING = 2  # vLLM's level of sleep that keeps nothing: a sync sends every byte again, and proves it
@@ -79,15 +67,6 @@ def to_try(why: str, config: RunConfig, *, on_gpu: bool) -> str:
     possible = [*likely, eager, attention, runner] if on_gpu else [fix for fix in likely if fix == room]
     fixes = list(dict.fromkeys([*([given] if given else []), *possible]))
     return f"; try, in this order: {', or '.join(fixes)}" if fixes else ""
-
-
-def prepare_process(config: RunConfig) -> None:
-    """What an engine's process needs before vLLM is imported there: its environment, and a folder for temporary files."""
-    os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(config.inference.threads))
-    folder = os.environ.get(ENGINES_FOLDER, "")
-    if 0 < len(folder) <= LONGEST_FOLDER:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.tempdir = os.environ["TMPDIR"] = folder  # here, and in the workers that vLLM starts
 
 
 class VllmEngine:

@@ -26,7 +26,7 @@ from typing import Any
 from engine.config.load import RunConfig
 from engine.config.placement import Placement
 from engine.core.errors import ConfigError, MissingNodeError, PreemptedError, SemionError, WatchdogError
-from engine.inference.vllm_engine import ENGINES_FOLDER
+from engine.inference.process import ENGINES_FOLDER
 from engine.observe.profiling import nsight
 from engine.run.handles import last_line, typed_error
 from engine.run.machine import await_head, devices, look

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from engine.core.arrays import TokenIds
 from engine.core.errors import EngineLostError, InferenceError, WeightSyncError
 from engine.inference.pool import Pool
+from engine.inference.process import ENVIRONMENT
 from engine.inference.sampling import SampleRequest
 from engine.inference.sleep import release_pages
-from engine.inference.vllm_engine import ENVIRONMENT
 from tests.parallel import sync_world
 from tests.parallel.pool import WorkerPool
 from tests.parallel.sync_world import ENGINES, FORK, TERMS, Fault, Handle, filled, fingerprint, trainer_process

@@ -436,6 +436,19 @@ def test_what_judges_a_group_begins_when_the_last_of_it_is_there(tmp_path):
     assert seconds["one"] < 0.5 * seconds["Step"]
 
 
+def test_a_reward_that_is_not_on_this_machine_is_asked_for_once(monkeypatch):
+    """Asking starts a process, and a search forecasts hundreds of layouts."""
+    asked = []
+
+    def absent(*arguments: object) -> None:
+        asked.append(arguments)
+        raise ConfigError("there is none")
+
+    monkeypatch.setattr("engine.rewards.function.facts_of", absent)
+    assert list(small_search(4, **{"data.reward": "nowhere.py:one"})._engines())
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize(
     ("slots", "gibibytes", "told"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.inference.vllm_engine import OURS
+from engine.inference.process import OURS
 from tests import reference_ops
 
 

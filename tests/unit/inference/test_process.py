@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from engine.inference.vllm_engine import ENGINES_FOLDER, ENVIRONMENT, LONGEST_FOLDER, prepare_process
+from engine.inference.process import ENGINES_FOLDER, ENVIRONMENT, LONGEST_FOLDER, prepare_process
 from tests import builders
 
 
