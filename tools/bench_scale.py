@@ -39,7 +39,8 @@ from engine.core.types import Sequence as Trained
 from engine.inference.pool import Usage
 from engine.inference.sampling import SampleRequest
 from engine.inference.vllm_engine import VllmEngine
-from engine.megatron.dealing import deal_step, outlines_of
+from engine.megatron.dealing import deal_step
+from engine.megatron.outlines import outlines_of
 from engine.megatron.packing import fill_batch
 from engine.megatron.scatter import Coded, encode
 from engine.rollouts.batch import step_data

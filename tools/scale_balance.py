@@ -13,13 +13,16 @@ from typing import Any
 from engine.config.options import Trainer
 from engine.forecast.lengths import LogNormal
 from engine.forecast.pipeline import Operation, replay
-from engine.megatron.dealing import Costs, Outline, deal_step, units_of
+from engine.megatron.balancing import SCORED_FIRST
+from engine.megatron.dealing import deal_step, too_large
+from engine.megatron.outlines import Costs, Outline, units_of
 
 ATTENTION = 1 / 61_000  # what a look at a key costs next to the products of a token, of an 8B Llama
 PROMPT = 150  # tokens
 SHORT, LONG = LogNormal(700, 0.6, 8_000), LogNormal(4000, 0.9, 32_768)
 ROW_TOKENS = {SHORT: 8_192, LONG: 33_792}
 Dealt = list[list[list[Outline]]]  # rows of every rank
+Layout = tuple[Dealt, Costs, list[frozenset[int]]]  # with the groups of each rank that are split, and so scored first
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +88,13 @@ def by_tokens(outlines: Sequence[Outline], trainer: Trainer) -> Dealt:
     return [rows + [[] for _ in range(most - len(rows))] for rows in dealt]
 
 
-def works(dealt: Dealt, costs: Costs) -> list[float]:
-    """The work of every rank."""
-    return [sum(map(costs.work, rows)) for rows in dealt]
+def works(dealt: Dealt, costs: Costs, split: list[frozenset[int]] | None = None) -> list[float]:
+    """The work of every rank; `split`: of each its groups that are split, whose rows are scored first."""
+    apart = split or [frozenset[int]()] * len(dealt)
+    return [
+        sum(costs.work(row) * (1 + SCORED_FIRST * any(one.group in groups for one in row)) for row in rows)
+        for rows, groups in zip(dealt, apart, strict=True)
+    ]
 
 
 def over_ideal(dealt: Dealt, costs: Costs, num_stages: int) -> float:
@@ -103,7 +110,7 @@ def over_ideal(dealt: Dealt, costs: Costs, num_stages: int) -> float:
     return max(map(seconds, work)) / (3.0 * fmean(map(sum, work)) / num_stages)
 
 
-def dealt_twice(case: Case, lengths: LogNormal, number: int) -> tuple[tuple[Dealt, Costs], tuple[Dealt, Costs]]:
+def dealt_twice(case: Case, lengths: LogNormal, number: int, *, cuts_groups: bool = False) -> tuple[Layout, Layout]:
     """A draw as the peer deals it and as it is dealt now."""
     trainer = Trainer(
         data_parallel=case.data_parallel,
@@ -111,13 +118,15 @@ def dealt_twice(case: Case, lengths: LogNormal, number: int) -> tuple[tuple[Deal
         microbatch_tokens=ROW_TOKENS[lengths],
     )
     outlines = drawn(case, lengths, random.Random(number))
-    shares = deal_step(outlines, step=0, num_prompts=0, trainer=trainer, attention=ATTENTION)
-    now = [list(map(list, share.rows)) for share in shares]
-    return (by_tokens(outlines, trainer), Costs(False, ATTENTION)), (now, Costs(True, ATTENTION))
+    shares = deal_step(outlines, step=0, num_prompts=0, trainer=trainer, attention=ATTENTION, cuts_groups=cuts_groups)
+    now, split = [list(map(list, share.rows)) for share in shares], [share.split for share in shares]
+    peer, costs = by_tokens(outlines, trainer), Costs(False, ATTENTION)
+    larger = [frozenset(too_large([one for row in rows for one in row], trainer, costs)) for rows in peer]
+    return (peer, costs, larger), (now, Costs(True, ATTENTION), split)
 
 
 def bound(case: Case, lengths: LogNormal, num_draws: int) -> float:
-    """What no dealing can be below, of whole groups and sequences: the largest one over a rank's mean."""
+    """What no dealing of whole groups and sequences can be below: the largest one over a rank's mean."""
     costs, least = Costs(True, ATTENTION), []
     for number in range(num_draws):
         outlines = drawn(case, lengths, random.Random(number))
@@ -130,27 +139,34 @@ def bound(case: Case, lengths: LogNormal, num_draws: int) -> float:
 def balance(num_draws: int) -> dict[str, list[dict[str, Any]]]:
     """Prints and returns both tables, means over the draws."""
     draws, tables = range(num_draws), dict[str, list[dict[str, Any]]](balance=[], pipeline=[])
-    print(
-        "work of the fullest data-parallel rank over the mean: by tokens in whole units without shared prompts, as it is dealt,"
-    )
-    print("what whole groups and sequences allow; and the fullest rank's work as it is dealt over the peer's")
-    names = "".join(f" | {lengths.mean:>6.0f} tokens: peer    now  bound   work" for lengths in (SHORT, LONG))
+    print("work of the fullest data-parallel rank over the mean, with what is scored first: by tokens in whole units without")
+    print("shared prompts, as dealt in whole groups, as dealt where groups may be cut, what whole groups and sequences allow")
+    print("if nothing is scored first; and the fullest rank's work as it is dealt over the peer's")
+    names = "".join(f" | {lengths.mean:>6.0f} tokens: peer  whole    now  bound   work" for lengths in (SHORT, LONG))
     print(f"loss       sequences  ranks{names}")
     for case in BALANCE:
         row: dict[str, Any] = {"loss": case.loss, "sequences": case.num_sequences, "ranks": case.data_parallel}
         text = f"{case.loss:10s} {case.num_sequences:9d} {case.data_parallel:6d}"
         for lengths in (SHORT, LONG):
-            pairs = [[works(*dealt) for dealt in dealt_twice(case, lengths, number)] for number in draws]
-            before, now = (fmean(max(pair[side]) / fmean(pair[side]) for pair in pairs) for side in (0, 1))
-            least, less = bound(case, lengths, num_draws), fmean(max(pair[1]) / max(pair[0]) for pair in pairs)
-            row[f"{lengths.mean:.0f}"] = {"by_tokens": before, "now": now, "bound": least, "fullest_over_fullest": less}
-            text += f" | {before:19.3f} {now:6.3f} {least:6.3f} {less:6.3f}"
+            sides: list[tuple[list[float], list[float], list[float]]] = []
+            for number in draws:
+                peer, whole = dealt_twice(case, lengths, number)
+                cut = dealt_twice(case, lengths, number, cuts_groups=True)[1]
+                sides.append((works(*peer), works(*whole), works(*cut)))
+            before, kept = (fmean(max(side[i]) / fmean(side[i]) for side in sides) for i in (0, 1))
+            now = fmean(max(cut_works) / fmean(whole_works) for _, whole_works, cut_works in sides)
+            least, less = bound(case, lengths, num_draws), fmean(max(side[2]) / max(side[0]) for side in sides)
+            row[f"{lengths.mean:.0f}"] = {
+                **{"by_tokens": before, "whole": kept, "now": now},
+                **{"bound": least, "fullest_over_fullest": less},
+            }
+            text += f" | {before:19.3f} {kept:6.3f} {now:6.3f} {least:6.3f} {less:6.3f}"
         tables["balance"].append(row)
         print(text)
     print("\na pipeline's step over one in which nobody waits: rows as few as first fit makes, and as they are made")
     for case, lengths in PIPELINES:
         twice = [dealt_twice(case, lengths, number) for number in draws]
-        before, now = (fmean(over_ideal(*both[side], case.pipeline_parallel) for both in twice) for side in (0, 1))
+        before, now = (fmean(over_ideal(*both[side][:2], case.pipeline_parallel) for both in twice) for side in (0, 1))
         name = f"{case.loss} {case.num_sequences} sequences of {lengths.mean:.0f}, {case.data_parallel} ranks"
         print(f"{name}, {case.pipeline_parallel} stages: {before:.2f} {now:.2f}")
         tables["pipeline"].append({"case": name, "stages": case.pipeline_parallel, "by_tokens": before, "now": now})

@@ -5,9 +5,10 @@ with. No device, no process group.
 
 What a configuration asks an algorithm before a run needs no arithmetic, so torch is imported where something is computed.
 
-Sequences of one group whose loss couples them share a microbatch. Where they do not fit, the policy scores them first without
-gradient, `precompute_split_groups` differentiates the groups' loss by every token log-prob, and each microbatch then
-backpropagates alone: exact while the weights stand still, which they do until the optimizer steps.
+Sequences of one group whose loss couples them share a microbatch. Where they do not fit, or are dealt to several data-parallel
+ranks, the policy scores them first without gradient, `precompute_split_groups` differentiates the groups' loss by every token
+log-prob, and each microbatch then backpropagates alone: exact while the weights stand still, which they do until the optimizer
+steps.
 
 Shape legend: T tokens of the microbatch, B sequences of it.
 """
@@ -89,9 +90,10 @@ class Loss:
         return None
 
     def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:
-        """For groups that are split over several microbatches: the rank's microbatches, each with the gradient of those
-        groups' loss by its own token log-probs, so that it can backpropagate alone. `log_probs` [T] are the policy's own of
-        each microbatch with its present weights, without gradient."""
+        """For groups that are split over several microbatches: these, each with the gradient of those groups' loss by its own
+        token log-probs, so that it can backpropagate alone. `log_probs` [T] are the policy's own of each microbatch with its
+        present weights, without gradient. Where a group is split over data-parallel ranks, a microbatch holds what a rank has
+        of it, and of that the positions with a target alone."""
         return microbatches
 
     def __call__(
@@ -132,6 +134,20 @@ class Algorithm(Loss):
         if getattr(self.options, "normalize_advantages", "") != BATCH:
             return sequences
         return scale_by_batch(sequences, groups)
+
+    def precompute_split_groups(self, microbatches: list[Microbatch], log_probs: Many[torch.Tensor]) -> list[Microbatch]:
+        """See Loss. ConfigError: a loss that compares the sequences of a group must have this for groups larger than a row."""
+        if not self.couples_groups:
+            return microbatches
+        raise ConfigError(
+            f"trainer.microbatch_tokens must hold all sequences of a group for algorithm.loss = {self.options.loss!r}, which "
+            f"has no precompute_split_groups; found a larger group: raise it, or extend GroupLoss, which has one"
+        )
+
+    @classmethod
+    def splits_groups(cls) -> bool:
+        """Whether the sequences of a group may stand in several microbatches, and on several data-parallel ranks."""
+        return cls.precompute_split_groups is not Algorithm.precompute_split_groups
 
     @classmethod
     def require_parts(cls, name: str) -> None:

@@ -8,8 +8,8 @@
             return (gain - group.advantages).square().mean()
 
 and `algorithm.loss = "regression.py:Regression"`; docs/algorithms.md has one with options and metrics. The loss is exact at
-any layout: a group is judged by one data-parallel rank, its log-probs are those of the whole vocabulary, and where a group does
-not fit a microbatch its loss is differentiated by every token log-prob first (base.py). The kernels of the built-in losses are
+any layout: log-probs are those of the whole vocabulary, and where a group does not fit a microbatch, or is dealt to several
+data-parallel ranks, its loss is differentiated by every token log-prob first (base.py). The kernels of the built-in losses are
 not used.
 
 Shape legend: T tokens of the microbatch, B sequences of it, N judged rollouts of a prompt, L tokens of a response.

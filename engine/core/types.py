@@ -156,7 +156,7 @@ class Microbatch:
     pair_weights: torch.Tensor  # [P] float32, 1 / number of pairs of its group
     groups: torch.Tensor  # [B] int64, the sequence's group, -1 for none
     places: torch.Tensor  # [B] int64, the sequence's place in the step, which orders those of a group; -1 for no sequence
-    split: torch.Tensor  # [B] bool, whether the sequence's group is split over several microbatches
+    split: torch.Tensor  # [B] bool, whether the sequence's group is split over several microbatches or ranks
     chosen: torch.Tensor  # [B] bool
     # The rest is filled by Policy.score on the last stage
     reference_log_probs: torch.Tensor | None = None  # [T] float32
@@ -177,3 +177,4 @@ class Batch:
     num_target_tokens: int
     num_sequence_tokens: int = 0  # prompts and completions, a prompt counted for each of its samples
     num_saved_tokens: int = 0  # of them, what rows do not hold since samples share prompts
+    num_spread_groups: int = 0  # groups of which several data-parallel ranks have sequences

@@ -21,7 +21,7 @@ from engine.core.jsonl import read_objects, row_of
 from engine.core.seeds import counted_seed
 from engine.core.segments import is_folder_of_segments, segments_of
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
-from engine.megatron.dealing import Outline, outlines_of
+from engine.megatron.outlines import Outline, outlines_of
 from engine.observe.rollouts import rollouts_of
 from engine.rollouts.batch import step_data
 

@@ -5,10 +5,11 @@ are megatron/packing.py's; this is the only file of the forecast that looks at t
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config.options import Trainer
-from engine.megatron.dealing import Costs, Outline, pack_rows, room_of, split_groups, split_over_ranks
+from engine.megatron.dealing import deal_rows, room_of
+from engine.megatron.outlines import Costs, Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class RankRows:
     """The rows of a data-parallel rank."""
 
     rows: tuple[RowSize, ...]
-    splits: bool  # whether some group is split over rows: the policy then scores all of them first
+    scored: tuple[RowSize, ...]  # those with groups that are split over rows or ranks, which the policy scores first
 
 
 class Rows:
@@ -41,7 +42,9 @@ class Rows:
     def __init__(self) -> None:
         self._found: dict[tuple[int, tuple[float, ...]], tuple[Many[Outline], list[RankRows]]] = {}
 
-    def of_step(self, outlines: Many[Outline], trainer: Trainer, attention_cost: float) -> list[RankRows]:
+    def of_step(
+        self, outlines: Many[Outline], trainer: Trainer, attention_cost: float, *, cuts_groups: bool = False
+    ) -> list[RankRows]:
         """As `rows_of_step`."""
         whole = trainer.row_multiple == trainer.microbatch_tokens
         alike = (
@@ -53,38 +56,41 @@ class Rows:
             room_of(trainer),
             whole,
             attention_cost,
+            cuts_groups,
         )
         key = (id(outlines), alike)
         if key not in self._found:  # beside the outlines, since an id is of one object only as long as that is there
-            self._found[key] = (outlines, _laid_out(outlines, trainer, attention_cost))
+            self._found[key] = (outlines, _laid_out(outlines, trainer, attention_cost, cuts_groups))
         return _padded(self._found[key][1], trainer.row_multiple)
 
 
-def rows_of_step(outlines: Many[Outline], trainer: Trainer, attention_cost: float) -> list[RankRows]:
-    """Of every data-parallel rank; `attention_cost`: ModelShape's. ConfigError when a sequence exceeds
-    trainer.microbatch_tokens."""
-    return _padded(_laid_out(outlines, trainer, attention_cost), trainer.row_multiple)
+def rows_of_step(
+    outlines: Many[Outline], trainer: Trainer, attention_cost: float, *, cuts_groups: bool = False
+) -> list[RankRows]:
+    """Of every data-parallel rank; `attention_cost`: ModelShape's; `cuts_groups`: see deal_step. ConfigError when a sequence
+    exceeds trainer.microbatch_tokens."""
+    return _padded(_laid_out(outlines, trainer, attention_cost, cuts_groups), trainer.row_multiple)
 
 
-def _laid_out(outlines: Many[Outline], trainer: Trainer, attention_cost: float) -> list[RankRows]:
+def _laid_out(outlines: Many[Outline], trainer: Trainer, attention_cost: float, cuts_groups: bool) -> list[RankRows]:
     """Rows without padding."""
     costs = Costs(trainer.shares_prompts, attention_cost)
-    parts = split_over_ranks(outlines, trainer.data_parallel, costs)
-    return [
-        RankRows(tuple(_size(row, costs) for row in rows), bool(split_groups(part, trainer, costs)))
-        for part, rows in zip(parts, pack_rows(parts, trainer, costs), strict=True)
-    ]
+    dealt = deal_rows(outlines, trainer, costs, cuts_groups=cuts_groups)
+    ranks = []
+    for rows, split in zip(dealt.rows, dealt.split, strict=True):
+        sizes = [_size(row, costs) for row in rows]
+        scored = [size for size, row in zip(sizes, rows, strict=True) if any(one.group in split for one in row)]
+        ranks.append(RankRows(tuple(sizes), tuple(scored)))
+    return ranks
 
 
 def _padded(ranks: list[RankRows], multiple: int) -> list[RankRows]:
     """With every row as long as a multiple of so many tokens, and none of no tokens."""
-    return [
-        RankRows(
-            tuple(RowSize(-(-max(1, row.held) // multiple) * multiple, row.held, row.targets, row.looks) for row in rank.rows),
-            rank.splits,
-        )
-        for rank in ranks
-    ]
+
+    def padded(rows: tuple[RowSize, ...]) -> tuple[RowSize, ...]:
+        return tuple(replace(row, tokens=-(-max(1, row.held) // multiple) * multiple) for row in rows)
+
+    return [RankRows(padded(rank.rows), padded(rank.scored)) for rank in ranks]
 
 
 def _size(row: Many[Outline], costs: Costs) -> RowSize:

@@ -5,16 +5,18 @@ and what all ranks do together after the last backward. Nothing runs; the model'
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, fields
 
 from engine.capacity.kv_cache import item_bytes
 from engine.capacity.memory import TrainerState
 from engine.capacity.resolved import Resolved
+from engine.config.options import LOSSES
 from engine.forecast.constants import Constants
 from engine.forecast.pipeline import Operation, replay, replay_forward
 from engine.forecast.rows import RankRows, Rows, RowSize
-from engine.megatron.dealing import Outline
+from engine.megatron.outlines import Outline
 from engine.models.headers import num_elements
 from engine.models.sharding import stage_layers
 
@@ -28,7 +30,7 @@ class StepSeconds:
     """What an optimizer step is made of; seconds that add up to the step. Compute is what the mean rank computes."""
 
     reference: float = 0.0  # the reference's forward
-    again: float = 0.0  # the policy's own forward first, where a group is split over rows
+    again: float = 0.0  # the policy's own forward first of groups that are split over rows or ranks
     compute: float = 0.0  # forward and backward
     imbalance: float = 0.0  # by which the fullest data-parallel rank computes longer than the mean
     pipeline: float = 0.0  # stages wait for each other
@@ -71,11 +73,12 @@ class Training:
         self._item = item_bytes(spec.config.model.dtype)
         self._num_stages, self._num_chunks = t.pipeline_parallel, t.virtual_pipeline
         self._needs_reference = "reference" in spec.copies
+        self._cuts_groups = LOSSES.load(spec.config.algorithm.loss).splits_groups()
 
     def step(self, outlines: Many[Outline]) -> TrainingStep:
         """Of these training sequences. ConfigError when one exceeds trainer.microbatch_tokens."""
-        ranks = self._rows.of_step(outlines, self._trainer, self._spec.shape.attention_cost)
-        work = [sum(map(self._forward_flops, rank.rows)) for rank in ranks]
+        ranks = self._rows.of_step(outlines, self._trainer, self._spec.shape.attention_cost, cuts_groups=self._cuts_groups)
+        work = [self._work(rank) for rank in ranks]
         mean = sum(work) / len(work)
         fullest = sorted(range(len(ranks)), key=lambda rank: -work[rank])[:REPLAYED_RANKS]
         found = {rank: self._of_rank(ranks[rank]) for rank in fullest}
@@ -108,27 +111,32 @@ class Training:
 
     def _of_rank(self, rank: RankRows) -> _RankSeconds:
         """Its passes through the pipeline."""
-        rows, hop = rank.rows, self._hop(rank.rows)
-        forward = [[[self._seconds(row, s, c) for c in range(self._num_chunks)] for s in self._stages] for row in rows]
-        sums = [[[self._collective(row, s, c) for c in range(self._num_chunks)] for s in self._stages] for row in rows]
-        recompute = 1.0 if self._trainer.recompute else 0.0
+        hop, recompute = self._hop(rank.rows), 1.0 if self._trainer.recompute else 0.0
 
-        def seconds(stage: int, operation: Operation) -> float:
-            one, together = forward[operation.row][stage][operation.chunk], sums[operation.row][stage][operation.chunk]
-            times = 2.0 + recompute if operation.backward else 1.0
-            return times * one + (1.0 + recompute if operation.backward else 1.0) * together
+        def replayed(rows: Many[RowSize], of: Callable[..., float]) -> float:
+            forward = [[[self._seconds(row, s, c) for c in range(self._num_chunks)] for s in self._stages] for row in rows]
 
-        scored = 0.0
-        if self._needs_reference or rank.splits:
-            scored = replay_forward(self._num_stages, len(rows), self._num_chunks, seconds, hop)
-        both = replay(self._num_stages, len(rows), self._num_chunks, seconds, hop)
-        mean_sums = sum(together for row in sums for stage in row for together in stage) / self._num_stages
+            def seconds(stage: int, operation: Operation) -> float:
+                one = forward[operation.row][stage][operation.chunk]
+                together = self._collective(rows[operation.row], stage, operation.chunk)
+                times = 2.0 + recompute if operation.backward else 1.0
+                return times * one + (1.0 + recompute if operation.backward else 1.0) * together
+
+            return of(self._num_stages, len(rows), self._num_chunks, seconds, hop)
+
+        chunks = [(row, s, c) for row in rank.rows for s in self._stages for c in range(self._num_chunks)]
+        mean_sums = sum(self._collective(*chunk) for chunk in chunks) / self._num_stages
         return _RankSeconds(
-            reference=scored if self._needs_reference else 0.0,
-            again=scored if rank.splits else 0.0,
-            both=both,
+            reference=replayed(rank.rows, replay_forward) if self._needs_reference else 0.0,
+            again=replayed(self._in_groups(rank.scored), replay_forward) if rank.scored else 0.0,
+            both=replayed(rank.rows, replay),
             collectives=(2.0 + recompute) * mean_sums,
         )
+
+    def _in_groups(self, rows: Many[RowSize]) -> list[RowSize]:
+        """With empty rows behind, where virtual stages take rows in groups of as many as there are stages."""
+        missing = -len(rows) % self._num_stages if self._num_chunks > 1 else 0
+        return [*rows, *[RowSize(self._trainer.row_multiple, 0, 0, 0.0)] * missing]
 
     @property
     def _stages(self) -> range:
@@ -139,6 +147,11 @@ class Training:
         tokens, targets, looks = (sum(getattr(row, name) for row in rows) for name in ("tokens", "targets", "looks"))
         shape = self._spec.shape
         return self._through(shape.num_layers, len(rows), tokens, targets, looks) / self._num_stages
+
+    def _work(self, rank: RankRows) -> float:
+        """Operations of a forward of its rows, and of a step's part of that for those scored first."""
+        passes = FORWARD_AND_BACKWARD + self._trainer.recompute
+        return sum(map(self._forward_flops, rank.rows)) + sum(map(self._forward_flops, rank.scored)) / passes
 
     def _forward_flops(self, row: RowSize) -> float:
         return self._flops(row.tokens, row.targets, row.looks)

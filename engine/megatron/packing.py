@@ -28,18 +28,32 @@ from engine.algorithms.pairs import all_pairs
 from engine.config.options import Trainer
 from engine.core.arrays import NO_LOG_PROBS, NO_TOKENS
 from engine.core.types import IGNORED, Batch, Microbatch, Sequence
-from engine.megatron.dealing import Costs, Outline, Share, deal_step, outlines_of
+from engine.megatron.dealing import Share, deal_step
+from engine.megatron.outlines import Costs, Outline, outlines_of
 
 PADDING_TOKEN = 0
 
 
 def make_batch(
-    sequences: Many[Sequence], *, step: int, num_prompts: int, trainer: Trainer, dp_rank: int, attention: float = 0.0
+    sequences: Many[Sequence],
+    *,
+    step: int,
+    num_prompts: int,
+    trainer: Trainer,
+    dp_rank: int,
+    attention: float = 0.0,
+    cuts_groups: bool = False,
 ) -> Batch:
     """One step's batch for a data-parallel rank that has all sequences of it; see `deal_step`."""
-    outlines = outlines_of(sequences)
-    share = deal_step(outlines, step=step, num_prompts=num_prompts, trainer=trainer, attention=attention)[dp_rank]
-    return fill_batch(share, sequences.__getitem__, trainer)
+    shares = deal_step(
+        outlines_of(sequences),
+        step=step,
+        num_prompts=num_prompts,
+        trainer=trainer,
+        attention=attention,
+        cuts_groups=cuts_groups,
+    )
+    return fill_batch(shares[dp_rank], sequences.__getitem__, trainer)
 
 
 def fill_batch(share: Share, sequence: Callable[[int], Sequence], trainer: Trainer) -> Batch:
@@ -58,6 +72,7 @@ def fill_batch(share: Share, sequence: Callable[[int], Sequence], trainer: Train
         num_target_tokens=share.num_target_tokens,
         num_sequence_tokens=share.num_sequence_tokens,
         num_saved_tokens=share.num_saved_tokens,
+        num_spread_groups=share.num_spread_groups,
     )
 
 

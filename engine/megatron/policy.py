@@ -38,8 +38,10 @@ from engine.megatron.libraries import check_libraries
 from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS, SHARED, UPDATED
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
+from engine.megatron.packing import empty_microbatch
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.reshard import SavedOptimizer
+from engine.megatron.spread import precompute_spread_groups
 from engine.megatron.timers import Timers
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
@@ -87,6 +89,8 @@ class Policy:
         self._config.timers = Timers()
         self._headless = config.trainer.fused_lm_head
         self._temperature = config.log_prob_temperature
+        self._row_multiple = config.trainer.row_multiple
+        self._rows_together = config.trainer.pipeline_parallel if config.trainer.virtual_pipeline > 1 else 1
         self._float32_head = config.model.head == "float32"
         open_buffers(config.trainer, self.shape.hidden, self.dtype)
         models = build.build_chunks(self.shape, self._config, parallel, headless=self._headless)
@@ -183,37 +187,51 @@ class Policy:
 
     def score(self, batch: Batch) -> Batch:
         """The batch with `reference_log_probs` [T] filled on the last stage where the loss needs them and they are not the
-        policy's own, which `train_step` then takes. Where groups are split over several microbatches, the policy scores them
-        too, and the microbatches carry the precomputed gradients of those groups.
+        policy's own, which `train_step` then takes. Where groups are split over several microbatches or data-parallel
+        ranks, the policy scores these microbatches too, and they carry the precomputed gradients of those groups.
 
-        Collective over the pipeline's ranks.
+        Collective over the pipeline's ranks; where groups are split over data-parallel ranks, also over these.
         """
         microbatches = batch.microbatches
         reference: list[torch.Tensor] = []
-        own: list[torch.Tensor] = []
         needs_reference = self.loss.needs_reference
         if needs_reference and self._reference_source == "pass":
             with self.serving(self._reference_to_serve()), phase(Phase.REFERENCE):
                 reference = self.log_probs(batch)
-        if any(bool(microbatch.split.any()) for microbatch in microbatches):
-            with phase(Phase.SPREAD):
-                own = self.log_probs(batch, with_squares=self.loss.needs_squares)
-        if needs_reference and self._reference_source == "rollouts":
+        elif needs_reference and self._reference_source == "rollouts":
             reference = [microbatch.rollout_log_probs for microbatch in microbatches]
-        elif needs_reference and self._reference_source == "policy":
-            reference = [both[0] for both in own] if self.loss.needs_squares else own
-        if self.parallel.device.type == "cuda":
-            torch.cuda.synchronize(self.parallel.device)  # so that its time is known
         if reference:  # on the last stage
             pairs = zip(microbatches, reference, strict=True)
             microbatches = tuple(replace(microbatch, reference_log_probs=scored) for microbatch, scored in pairs)
-        if own:
-            on_device = [_to_device(microbatch, self.parallel.device) for microbatch in microbatches]
-            if self.loss.needs_squares:
-                on_device = [replace(m, log_square_probs=both[1]) for m, both in zip(on_device, own, strict=True)]
-                own = [both[0] for both in own]
-            microbatches = tuple(self.loss.precompute_split_groups(on_device, own))
+        split = [index for index, microbatch in enumerate(microbatches) if microbatch.split.any()]
+        if split or batch.num_spread_groups:
+            with phase(Phase.SPREAD):
+                found = self._with_split_groups(batch, [microbatches[index] for index in split])
+            known = dict(zip(split, found, strict=False))  # none off the last stage
+            microbatches = tuple(known.get(index, microbatch) for index, microbatch in enumerate(microbatches))
+        if self.parallel.device.type == "cuda":
+            torch.cuda.synchronize(self.parallel.device)  # so that its time is known
         return replace(batch, microbatches=microbatches)
+
+    def _with_split_groups(self, batch: Batch, rows: list[Microbatch]) -> list[Microbatch]:
+        """These rows of the batch, with all its split groups, with the gradients of those groups on the last stage; off it
+        nothing."""
+        own: list[torch.Tensor] = []
+        if rows:
+            padding = [empty_microbatch(self._row_multiple)] * (-len(rows) % self._rows_together)
+            scored = replace(batch, microbatches=(*rows, *padding))
+            own = self.log_probs(scored, with_squares=self.loss.needs_squares)[: len(rows)]
+        if not self.parallel.is_last_stage:
+            return []
+        rows = [_to_device(row, self.parallel.device) for row in rows]
+        if self.loss.needs_squares:
+            rows = [replace(row, log_square_probs=both[1]) for row, both in zip(rows, own, strict=True)]
+            own = [both[0] for both in own]
+        if self.loss.needs_reference and self._reference_source == "policy":
+            rows = [replace(row, reference_log_probs=log_probs) for row, log_probs in zip(rows, own, strict=True)]
+        if batch.num_spread_groups:
+            return precompute_spread_groups(self.loss, rows, own, self.parallel.device, self.parallel.dp_group)
+        return self.loss.precompute_split_groups(rows, own)
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, *, with_squares: bool = False) -> list[torch.Tensor]:

@@ -17,11 +17,20 @@ import torch.distributed as dist
 from engine.config.options import Trainer
 from engine.core.arrays import ITEM_BYTES, LogProbs, TokenIds
 from engine.core.types import Batch, Sequence
-from engine.megatron.dealing import Outline, Share, deal_step, outlines_of
+from engine.megatron.dealing import Share, deal_step
+from engine.megatron.outlines import Outline, outlines_of
 from engine.megatron.packing import fill_batch, make_batch
 from engine.megatron.parallel_state import ParallelState
 
-COUNTS = ("step", "num_prompts", "num_groups", "num_target_tokens", "num_sequence_tokens", "num_saved_tokens")
+COUNTS = (
+    "step",
+    "num_spread_groups",
+    "num_prompts",
+    "num_groups",
+    "num_target_tokens",
+    "num_sequence_tokens",
+    "num_saved_tokens",
+)
 
 
 def scatter_batch(
@@ -30,10 +39,12 @@ def scatter_batch(
     step: int,
     trainer: Trainer,
     parallel: ParallelState,
+    *,
     attention: float = 0.0,
+    cuts_groups: bool = False,
 ) -> Batch:
-    """This rank's batch of `step`. `sequences` and `num_prompts` are rank 0's; elsewhere they are not looked at. `attention`:
-    see Costs.
+    """This rank's batch of `step`. `sequences` and `num_prompts` are rank 0's; elsewhere they are not looked at. `attention`
+    and `cuts_groups`: see deal_step.
 
     Collective over all trainer ranks.
     """
@@ -42,8 +53,14 @@ def scatter_batch(
         return make_batch(sequences, step=step, num_prompts=num_prompts, trainer=trainer, dp_rank=0, attention=attention)
     payloads = None
     if sequences is not None:
-        outlines = outlines_of(sequences)
-        shares = deal_step(outlines, step=step, num_prompts=num_prompts, trainer=trainer, attention=attention)
+        shares = deal_step(
+            outlines_of(sequences),
+            step=step,
+            num_prompts=num_prompts,
+            trainer=trainer,
+            attention=attention,
+            cuts_groups=cuts_groups,
+        )
         payloads = [encode(share, sequences) for share in shares]
     received = Coded(scatter_bytes(payloads, parallel))
     return fill_batch(received.share, received.sequences.__getitem__, trainer)

@@ -44,7 +44,7 @@ EVALUATION_SECONDS = Metric("evaluation_seconds", "the evaluation before the ste
 TRAIN_SECONDS = Metric("train_seconds", "reference, forward, backward and optimizer", unit="s")
 SCORE_SECONDS = Metric(
     "score_seconds",
-    "of train_seconds: the reference's forward, and the policy's own where groups are split over rows",
+    "of train_seconds: the reference's forward, and the policy's own where groups are split over rows or ranks",
     unit="s",
 )
 FAILED_CHECKPOINTS = Metric(

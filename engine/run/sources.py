@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from engine.config.load import RunConfig
+from engine.config.options import LOSSES
 from engine.core.errors import ConfigError
 from engine.core.types import Batch, Judging
 from engine.data.ends import written_end
@@ -90,7 +91,15 @@ class DealtSource:
     def _dealt(self, step: int, data: StepData | None) -> Batch:
         """This rank's part of what rank 0 has."""
         sequences, num_prompts = (data.sequences, data.num_prompts) if data else (None, 0)
-        return scatter_batch(sequences, num_prompts, step, self._config.trainer, self._parallel, self._attention)
+        return scatter_batch(
+            sequences,
+            num_prompts,
+            step,
+            self._config.trainer,
+            self._parallel,
+            attention=self._attention,
+            cuts_groups=LOSSES.load(self._config.algorithm.loss).splits_groups(),
+        )
 
     def _await(self, step: int, ask: Callable[[StepSource, int, Waiting], Answer]) -> Answer | None:
         """What rank 0 asks of its rollouts, while the other ranks wait; None there."""

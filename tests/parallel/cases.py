@@ -38,7 +38,7 @@ from engine.run.spec import assemble
 from tests import reference_ops
 from tests.builders import algorithm_options
 from tests.parallel.fp8_case import change_weights, fp8_parameters
-from tests.parallel.material import ALGORITHMS, batch_of, run_config, sequences
+from tests.parallel.material import ALGORITHMS, batch_of, pairs_in_a_group, run_config, sequences
 from tests.parallel.memory_case import memory
 from tests.parallel.policies import make_policy
 from tests.parallel.pretended_gpu import pretended_gpu
@@ -128,9 +128,8 @@ def train(config: RunConfig, parallel: ParallelState, checkpoint: str, loss: str
     policy = make_policy(config, parallel, loss_of(loss), checkpoint)
     kept: dict[str, torch.Tensor] = {}
     metrics = []
-    group_pairs = 2 if loss.startswith(("everything", "own")) else 1
     for step in range(3):
-        batch = batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank, group_pairs)
+        batch = batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank, pairs_in_a_group(loss))
         if step == 0 and not config.trainer.fused_lm_head:
             kept |= logits(policy, batch)
         metrics.append(policy.train_step(policy.score(batch)))
@@ -409,7 +408,7 @@ def scattered(config: RunConfig, parallel: ParallelState, steps: list[int]) -> l
     found = []
     for step, count in enumerate(steps):
         made = sequences(step, 67)[:count]
-        received = scatter_batch(made if parallel.rank == 0 else None, 5, step, config.trainer, parallel, 1e-3)
+        received = scatter_batch(made if parallel.rank == 0 else None, 5, step, config.trainer, parallel, attention=1e-3)
         layout: dict[str, Any] = {"trainer": config.trainer, "dp_rank": parallel.dp_rank, "attention": 1e-3}
         found.append(_equal_batches(received, make_batch(made, step=step, num_prompts=5, **layout)))
     return found

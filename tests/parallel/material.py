@@ -20,13 +20,15 @@ from tests.rollouts import make_sequence
 
 OWN_LOSS = Path(__file__).resolve().parents[1] / "own_loss.py"
 UNCLIPPED = 1e9  # a clip_norm far above every gradient
+EVERYTHING: dict[str, Any] = {  # every term there is
+    **{"loss": "group_dpo", "alpha": 0.3, "entropy_weight": 0.05},
+    **{"nll_weight": 0.1, "kl_weight": 0.1, "label_smoothing": 0.1, "weight_pairs": True},
+}
 ALGORITHMS: dict[str, dict[str, Any]] = {  # by short name; NLL and KL are large enough to see
     "dpo": {"nll_weight": 0.1},
     "grpo": {"loss": "grpo", "kl_weight": 0.1},
-    "everything": {
-        **{"loss": "group_dpo", "alpha": 0.3, "entropy_weight": 0.05},  # every term there is
-        **{"nll_weight": 0.1, "kl_weight": 0.1, "label_smoothing": 0.1, "weight_pairs": True},
-    },
+    "everything": EVERYTHING,
+    "everything_in_one_group": EVERYTHING,
     "corrected": {  # GRPO's weights by response, many of them at a bound
         **{"loss": "grpo", "kl_weight": 0.1, "correction": "truncate", "correction_level": "geometric"},
         **{"correction_low": 0.9, "correction_high": 1.1},
@@ -34,6 +36,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {  # by short name; NLL and KL are large
     "cispo": {"loss": "cispo", "kl_weight": 0.1, "weight_high": 1.1},
     "oapl": {"loss": "oapl", "ratio_beta": 0.1},
     "own": {"loss": f"{OWN_LOSS}:Regression", "temperature": 0.7},
+    "own_in_one_group": {"loss": f"{OWN_LOSS}:ReferenceRegression", "temperature": 0.7},
     "own_with_entropy": {"loss": f"{OWN_LOSS}:ReferenceRegression", "temperature": 0.7, "entropy_weight": 0.05},
 }
 
@@ -104,7 +107,12 @@ def sequences(step: int, vocab_size: int, group_pairs: int = 1) -> list[Sequence
     return made
 
 
+def pairs_in_a_group(loss: str) -> int:
+    """Of the made-up sequences, for a loss by its short name."""
+    return 4 if loss.endswith("_in_one_group") else 2 if loss.startswith(("everything", "own")) else 1
+
+
 def batch_of(step: int, vocab_size: int, trainer: Trainer, dp_rank: int, group_pairs: int = 1) -> Batch:
-    """This data-parallel rank's part of a step."""
+    """This data-parallel rank's part of a step; groups of more than a pair may be spread over ranks."""
     made = sequences(step, vocab_size, group_pairs)
-    return make_batch(made, step=step, num_prompts=5, trainer=trainer, dp_rank=dp_rank)
+    return make_batch(made, step=step, num_prompts=5, trainer=trainer, dp_rank=dp_rank, cuts_groups=group_pairs > 1)

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from engine.algorithms.oapl import SHARE
 from engine.config.options import Trainer
 from engine.core.types import IGNORED
-from engine.megatron.dealing import deal_step, outlines_of
+from engine.megatron.dealing import deal_step
+from engine.megatron.outlines import outlines_of
 from engine.megatron.scatter import Coded, encode
 from engine.models.hf import HfCheckpoint
 from tests.parallel import material
@@ -76,6 +77,19 @@ EVERYTHING: dict[str, tuple[str, str, dict[str, Any]]] = {  # groups of two pair
     "everything_with_prompts_not_shared": ("odd", "everything", {"share_prompts": False}),
     "everything_tp2": ("odd", "everything", {"tensor_parallel": 2, "sequence_parallel": True}),
     "everything_pp2_dp2": ("odd", "everything", {"pipeline_parallel": 2, "data_parallel": 2}),
+    "everything_dp4": ("odd", "everything", {"data_parallel": 4}),
+    "everything_in_one_group_in_a_whole_row": ("odd", "everything_in_one_group", {"microbatch_tokens": 256}),
+    "everything_in_one_group_tp2_dp2": (
+        "odd",
+        "everything_in_one_group",
+        {"tensor_parallel": 2, "data_parallel": 2, "distributed_optimizer": True},
+    ),
+    "everything_in_one_group_pp2_virtual2_dp2": (
+        "plain",
+        "everything_in_one_group",
+        {"pipeline_parallel": 2, "virtual_pipeline": 2, "data_parallel": 2, "microbatch_tokens": 128},
+    ),
+    "own_loss_in_one_group_dp4": ("odd", "own_in_one_group", {"data_parallel": 4}),
     "own_loss_in_whole_rows": ("odd", "own", {"microbatch_tokens": 256}),
     "own_loss_dp2": ("odd", "own", {"data_parallel": 2}),
     "own_loss_tp2": ("odd", "own", {"tensor_parallel": 2, "sequence_parallel": True}),
@@ -397,7 +411,26 @@ def test_groups_are_split_over_rows_of_one_rank_and_whole_in_larger_ones(train: 
         rows = [row for batch in batches for row in batch.microbatches]
         split.append([bool(row.split.any()) for row in rows])
     assert any(split[0]) and not any(split[1])
-    assert [metrics["pairs"] for metrics in train("odd", "everything", {}).metrics[0]] == [8.0] * 3
+
+
+SPREAD = [name for name in EVERYTHING if name.endswith(("_dp4", "_one_group_tp2_dp2", "_virtual2_dp2"))]
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_groups_are_spread_over_ranks(name: str) -> None:
+    """What these layouts compare with one rank: every step has a group of which several ranks have sequences, in rows that hold
+    those of such groups alone."""
+    _, loss, trainer = EVERYTHING[name]
+    options = material.run_config(trainer, {}).trainer
+    for step in range(3):
+        ranks = range(options.data_parallel)
+        batches = [material.batch_of(step, 67, options, rank, material.pairs_in_a_group(loss)) for rank in ranks]
+        (num_spread,) = {batch.num_spread_groups for batch in batches}
+        assert 1 <= num_spread <= 4 // material.pairs_in_a_group(loss)
+        holders = [rank for rank, batch in enumerate(batches) if any(bool(row.split.any()) for row in batch.microbatches)]
+        assert len(holders) > 1
+        for row in (row for batch in batches for row in batch.microbatches):
+            assert bool((row.split == (row.groups >= 0)).all()) or not bool(row.split.any())
 
 
 def test_a_share_and_its_sequences_survive_the_scatter() -> None:

@@ -15,7 +15,7 @@ from engine.forecast.decoding import speed_of
 from engine.forecast.lengths import LogNormal, Workload
 from engine.forecast.seconds import Forecaster, Inputs
 from engine.forecast.training import Training
-from engine.megatron.dealing import outlines_of
+from engine.megatron.outlines import outlines_of
 from engine.run.spec import resolve
 from tests.rollouts import make_sequence
 

@@ -12,7 +12,7 @@ from engine.forecast import rows
 from engine.forecast.constants import Constants
 from engine.forecast.rows import rows_of_step
 from engine.forecast.training import Training
-from engine.megatron.dealing import Outline, outlines_of
+from engine.megatron.outlines import Outline, outlines_of
 from engine.megatron.packing import make_batch
 from engine.models.headers import num_elements
 from tests import builders
@@ -56,11 +56,11 @@ def test_rows_are_those_of_the_trainer(trainer):
         for i in range(40)
     ]
     options = with_trainer(trainer).trainer
-    for dp_rank, rank in enumerate(rows_of_step(outlines_of(sequences), options, 0.0)):
-        batch = make_batch(sequences, step=0, num_prompts=40, trainer=options, dp_rank=dp_rank)
+    for dp_rank, rank in enumerate(rows_of_step(outlines_of(sequences), options, 0.0, cuts_groups=True)):
+        batch = make_batch(sequences, step=0, num_prompts=40, trainer=options, dp_rank=dp_rank, cuts_groups=True)
         assert [row.tokens for row in rank.rows] == [len(m.token_ids) for m in batch.microbatches]
         assert [row.is_empty for row in rank.rows] == [bool((m.places < 0).all()) for m in batch.microbatches]
-        assert rank.splits == any(bool(m.split.any()) for m in batch.microbatches)
+        assert [row.tokens for row in rank.scored] == [len(m.token_ids) for m in batch.microbatches if m.split.any()]
 
 
 def test_rows_that_are_laid_out_alike_are_laid_out_once(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -16,11 +15,10 @@ from hypothesis import strategies as st
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError
 from engine.core.types import IGNORED, Batch, Microbatch, Sequence
-from engine.megatron import dealing
-from engine.megatron.dealing import Costs, Outline, deal_step, outlines_of, split_over_ranks, units_of
+from engine.megatron.dealing import deal_step
+from engine.megatron.outlines import outlines_of
 from engine.megatron.packing import empty_microbatch, fill_batch, make_batch
 from tests.rollouts import make_sequence
-from tools.scale_balance import ATTENTION, LONG, Case, drawn
 
 PAIR = [
     make_sequence((1, 2), (3, 4, 5), (-0.1, -0.2, -0.3), advantage=0.5, group=0, chosen=False),
@@ -177,105 +175,6 @@ def test_every_sequence_lands_once(
     assert [contents(batch) for batch in again] == [contents(batch) for batch in batches]
 
 
-def test_a_prompt_is_computed_on_few_ranks_and_cut_where_that_balances() -> None:
-    """Eight prompts of eight samples: two ranks get four prompts each, whole; sixteen ranks half of one each."""
-    sequences = [make_sequence((p,) * 5, (100 + 8 * p + i,) * 10, ()) for p in range(8) for i in range(8)]
-    for num_ranks, copies in ((2, 8), (16, 16)):
-        dealt = split_over_ranks(outlines_of(sequences), num_ranks, Costs(True))
-        assert {len(part) for part in dealt} == {64 // num_ranks}
-        assert sum(len({one.prompt for one in part}) for part in dealt) == copies
-    dealt = split_over_ranks(outlines_of(sequences), 16, Costs(False))
-    assert {len(part) for part in dealt} == {4}
-
-
-def test_work_counts_what_a_token_attends_to() -> None:
-    """One sequence of 100 tokens and four of 30: by tokens the long one goes alone, by work with `attention` too, and it weighs
-    as much as they together where a look costs a hundredth of a token."""
-    lengths = (100, 30, 30, 30, 30)
-    outlines = outlines_of([make_sequence((i,), (1,) * (length - 1), ()) for i, length in enumerate(lengths)])
-    assert [len(part) for part in split_over_ranks(outlines, 2, Costs(True))] == [1, 4]
-    assert [len(part) for part in split_over_ranks([*outlines, *outlines[1:3]], 2, Costs(True))] == [2, 5]
-    assert [len(part) for part in split_over_ranks([*outlines, *outlines[1:3]], 2, Costs(True, 0.02))] == [1, 6]
-
-
-@st.composite
-def outline_lists(draw: st.DrawFn) -> list[Outline]:
-    """Prompts of some samples each, which a group couples or not."""
-    made: list[Outline] = []
-    for prompt in range(draw(st.integers(1, 6))):
-        length = draw(st.integers(1, 300))
-        for _ in range(draw(st.integers(1, 9))):
-            group = prompt if draw(st.booleans()) else -1
-            made.append(Outline(len(made), length, draw(st.integers(1, 3000)), group, prompt))
-    return made
-
-
-COSTS = st.builds(Costs, st.booleans(), st.sampled_from((0.0, 1 / 61_000, 0.02)))
-
-
-@given(outline_lists(), COSTS, st.integers(1, 12))
-def test_what_a_part_of_a_unit_costs_is_what_a_row_of_it_would(outlines: list[Outline], costs: Costs, most: int) -> None:
-    """To the bit, though it is told from sums over the unit's first sequences."""
-    for unit in units_of(outlines, costs):
-        parts = dealing._Unit(unit, costs).parts(most)
-        assert sorted(one.place for part, _, _ in parts for one in part) == sorted(one.place for one in unit)
-        assert all((work, tokens) == costs.size(part) for part, work, tokens in parts)
-
-
-@given(outline_lists(), COSTS, st.integers(1, 40))
-def test_no_further_cut_balances_better_than_the_one_at_which_dealing_stops(
-    outlines: list[Outline], costs: Costs, num_ranks: int
-) -> None:
-    """The plain form deals with every cut and takes the first of those that gain a hundredth."""
-    units = [dealing._Unit(unit, costs) for unit in units_of(outlines, costs)]
-    best, least, cut = None, float("inf"), 1
-    while cut < 2 * max(1, *(unit.num_alone for unit in units)):
-        chosen, fullest = dealing._largest_first([part for unit in units for part in unit.parts(cut)], num_ranks, None)
-        if fullest < 0.99 * least:
-            best, least = chosen, fullest
-        cut *= 2
-    assert dealing._cut(units, num_ranks, None)[1:] == (best, least)
-
-
-def works_of(dealt: list[list[Outline]], costs: Costs) -> list[float]:
-    return [costs.work(part) for part in dealt]
-
-
-def test_what_fits_better_than_the_largest_to_the_least_loaded_is_found() -> None:
-    """Graham's example, groups of 3, 3, 2, 2 and 2 tokens on two ranks: the largest first to the least loaded make 7 and 5, and
-    6 and 6 can be had. A group of 9 beside them leaves nothing to gain."""
-    costs = Costs(True)
-    groups = [Outline(i, 1, size - 1, i, i) for i, size in enumerate((3, 3, 2, 2, 2))]
-    assert sorted(works_of(split_over_ranks(groups, 2, costs), costs)) == [6, 6]
-    assert [[one.place for one in part] for part in split_over_ranks(groups, 2, costs)] == [[2, 3, 4], [0, 1]]
-    assert max(works_of(split_over_ranks([*groups, Outline(5, 1, 11, 5, 5)], 2, costs), costs)) == 12
-
-
-@given(outline_lists(), COSTS, st.integers(1, 12))
-def test_fitting_never_makes_the_fullest_rank_fuller_and_keeps_groups_whole(
-    outlines: list[Outline], costs: Costs, num_ranks: int
-) -> None:
-    units = [dealing._Unit(unit, costs) for unit in units_of(outlines, costs)]
-    fullest = dealing._cut(units, num_ranks, None)[2]
-    dealt = split_over_ranks(outlines, num_ranks, costs)
-    assert sorted(one.place for part in dealt for one in part) == list(range(len(outlines)))
-    assert max(works_of(dealt, costs)) <= fullest * (1 + 1e-12)
-    for group in {one.group for one in outlines} - {-1}:
-        assert sum(any(one.group == group for one in part) for part in dealt) == 1
-
-
-def test_long_groups_are_within_a_tenth_of_even_where_a_rank_has_two() -> None:
-    """64 groups of 16 responses of 4,000 tokens on 32 ranks, the case of docs/results.md; a largest group is fuller than a rank
-    should be in one of six draws. The largest first to the least loaded alone are 1.17 on the mean."""
-    costs, case = Costs(True, ATTENTION), Case("GroupDPO", 16, 1024, 32)
-    over = []
-    for number in range(6):
-        outlines = drawn(case, LONG, random.Random(number))
-        works = works_of(split_over_ranks(outlines, 32, costs), costs)
-        over.append(max(works) / (sum(works) / 32))
-    assert sum(over) / 6 < 1.09 and sorted(over)[-2] < 1.1
-
-
 def test_a_pipeline_has_more_rows_of_equal_work() -> None:
     """Four stages and 80 sequences of 400 tokens: 8 rows of 4,096 are enough, four a stage idle less; not below a thousand
     tokens each."""
@@ -314,15 +213,6 @@ def test_fp8_and_overlap_pad_every_row_and_nothing_else(options: dict[str, Any],
     assert {length % multiple for length in [row.token_ids.numel() for row in plain.microbatches]} != {0}
     assert sorted(contents(padded)) == sorted(contents(plain))
     assert empty_microbatch(trainer.row_multiple).token_ids.numel() == multiple
-
-
-def test_ranks_are_balanced_and_ties_go_to_the_lower() -> None:
-    """Largest first: 5, 4, 3, 2 tokens deal as 5 + 2 and 4 + 3, each rank in the given order."""
-    sizes = (2, 4, 3, 5)
-    sequences = [make_sequence((size,), tuple(range(size - 1)), ()) for size in sizes]
-    dealt = [[sequence.num_tokens for sequence in part] for part in split_over_ranks(outlines_of(sequences), 2, Costs(True))]
-    assert dealt == [[2, 5], [4, 3]]
-    assert split_over_ranks([], 2, Costs(True)) == [[], []]
 
 
 def test_a_rank_asks_for_its_own_sequences_only() -> None:
@@ -377,13 +267,14 @@ def test_empty_row_adds_nothing() -> None:
 
 
 def test_a_pair_larger_than_a_row_is_split_and_marked() -> None:
-    """8 tokens together do not fit 7: a row each, no pair in either, both marked with their group."""
+    """8 tokens together do not fit 7: a row each, no pair in either, both marked with their group; what is not scored first has
+    another row, though it would fit the second."""
     rows = pack([*PAIR, make_sequence((8,), (9,), ())], 7, 2, share=False)
-    assert [row.pairs.numel() for row in rows] == [0, 0]
-    assert [row.split.tolist() for row in rows] == [[True, False], [True, False, False]]
-    assert [row.groups.tolist() for row in rows] == [[0, -1], [0, -1, -1]]
-    assert [row.places.tolist() for row in rows] == [[0, -1], [1, 2, -1]]
-    assert [row.chosen.tolist() for row in rows] == [[False, False], [True, False, False]]
+    assert [row.pairs.numel() for row in rows] == [0, 0, 0]
+    assert [row.split.tolist() for row in rows] == [[True, False], [True, False], [False]]
+    assert [row.groups.tolist() for row in rows] == [[0, -1], [0, -1], [-1]]
+    assert [row.places.tolist() for row in rows] == [[0, -1], [1, -1], [2]]
+    assert [row.chosen.tolist() for row in rows] == [[False, False], [True, False], [False]]
 
 
 def test_a_sequence_larger_than_a_row_is_refused() -> None:
