@@ -122,6 +122,9 @@ def unlike(held: Mapping[int, tuple[str, ...]]) -> dict[int, SemionError]:
     }
 
 
+RUN_ALIKE = ("vllm", "torch", "model_runner", "attention", "scheduling")  # what decides an engine's bits, as it describes it
+
+
 class Pool:
     """The engines, and the one weight version that all of them serve."""
 
@@ -136,9 +139,16 @@ class Pool:
 
     def describe(self) -> list[dict[str, str]]:
         """Waits until every engine is up; the machine and the versions of each. WeightSyncError where they did not load the
-        same bits into FP8."""
+        same bits into FP8, InferenceError where they do not run alike: equal seeds would give other tokens."""
         futures = [handle.call("describe") for handle in self._engines]
         found = [self._result(future, i, "start") for i, future in enumerate(futures)]
+        for i, one in enumerate(found):
+            for name in RUN_ALIKE:
+                if one.get(name) != found[0].get(name):
+                    raise InferenceError(
+                        f"engine {i} must run as engine 0 does, where {name} is {found[0].get(name)}; found {one.get(name)}: "
+                        f"give all engines the same packages, environment and kind of device"
+                    )
         loaded = {i: (one["quantized"],) for i, one in enumerate(found) if "quantized" in one}
         for engine, error in unlike(loaded).items():
             raise WeightSyncError(f"engine {engine} must have loaded what the others did: {error}: look at its model.path")

@@ -78,6 +78,8 @@ class Controller:
             self.pool = Pool(engines, config.inference.timeout_seconds)
             with activity("engines") if spec.starts_engines else nullcontext():
                 self._versions = _versions(self.pool)
+            if spec.starts_engines and (changed := self._records.engines_run_with(self._versions, resumed=start > 0)):
+                _note(changed)
             opened.callback(self.pool.finish_profile)
             self.source = self._open_source(start, ahead, paused)
             opened.callback(self.source.close)

@@ -10,6 +10,7 @@ row, or one of those that stay and are read, is a CheckpointError before any is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from engine.core.jsonl import JsonlLedger, read_lines, row_of, step_of
 from engine.core.segments import adopt, cut_back, find_cut
 from engine.observe.guard import Finding, Guard
 from engine.observe.rollouts import ROLLOUTS, ROLLOUTS_FILE
-from engine.observe.writing import MetricsWriter, write_text
+from engine.observe.writing import MetricsWriter, write_json, write_text
 from engine.rollouts.writer import RolloutFolder, RolloutWriter
 
+VERSIONS_FILE = "versions.json"  # what the engines run with
 JUDGED = ("evaluations", "samples")  # what an evaluation adds to, after the checkpoint of its step
 
 
@@ -120,6 +122,21 @@ class Records:
             "guard": self.guard.state(),
             "judged": [row for row in self.judged if row["step"] == 0 or row["step"] in checkpoints],
         }
+
+    def engines_run_with(self, versions: Mapping[str, str], *, resumed: bool) -> str:
+        """Writes down what the engines run with, before anything is sampled; of a resumed run a sentence on what was another
+        before, empty where nothing was."""
+        path, before = self._directory / VERSIONS_FILE, dict[str, str]()
+        try:
+            before = json.loads(path.read_text("utf-8")) if resumed else {}
+        except FileNotFoundError:
+            pass  # of a fork, or of an older version
+        except ValueError:
+            before = dict.fromkeys(versions, "something that cannot be read")
+        write_json(path, versions)
+        changed = [f"{name} {before[name]} before, {now} now" for name, now in versions.items() if before.get(name, now) != now]
+        told = f"engines do not run with what they did before ({', '.join(changed)}): equal seeds may give other tokens"
+        return told if changed else ""
 
     def judge(self, summary: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
         """Writes an evaluation down: its figures, and what each problem came to."""

@@ -4,7 +4,7 @@ or a late engine becomes, that a weight version is served only when it is commit
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -246,6 +246,24 @@ def test_every_engine_answers_for_itself():
     pool = Pool([FakeEngine(host="a"), FakeEngine(host="b")], 5.0)
     assert pool.describe() == [{"host": "a", "vllm": "fake"}, {"host": "b", "vllm": "fake"}]
     assert pool.log_probs([[1, 2], [3]]) == [[[-1.0, -2.0], [-3.0]]] * 2
+
+
+@pytest.mark.parametrize("name", ["vllm", "model_runner", "attention", "scheduling"])
+def test_engines_that_run_in_another_way_are_refused(name):
+    """Their tokens are others at equal seeds; the machine may be another."""
+
+    class Running(FakeEngine):
+        ways: ClassVar = {"model_runner": "V2", "attention": "FLASH_ATTN", "scheduling": "asynchronous"}
+
+        def describe(self) -> dict[str, str]:
+            return super().describe() | self.ways
+
+    class Other(Running):
+        ways = Running.ways | {name: "another"}
+
+    assert len(Pool([Running(), Running()], 5.0).describe()) == 2
+    with pytest.raises(InferenceError, match=rf"engine 1 must run as engine 0 does, where {name} is .*; found another: give"):
+        Pool([Running(), Other(), Running()], 5.0).describe()
 
 
 def test_engines_must_have_loaded_the_same_bits_into_fp8():

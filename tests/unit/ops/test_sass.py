@@ -1,27 +1,29 @@
 """The machine code of the CUDA kernels' inner loops: how many instructions they are, how many loads are under way, and that
-nothing in them branches. The counts are what docs/kernels.md says of the kernels' speed on paper. Needs nvcc and cuobjdump with
-nvdisasm, all of the CUDA toolkit; compiled code is kept in build/ under a digest of its sources.
+nothing in them branches. The counts are what docs/kernels.md says of the kernels' speed on paper. Needs the CUDA toolkit's
+nvcc; requirements/common.txt has what reads its code, which is kept in build/ under a digest of its sources.
 """
 
 import os
 import re
 import shutil
 import subprocess
+import sysconfig
 
 import pytest
 
 from tests.unit.ops import simt
 from tests.unit.ops.test_cuda_row_kernels import load_check_cuda
 
+pytestmark = pytest.mark.slow
 ARCHITECTURE = "90"
-TOOLKIT = f"{os.environ['PATH']}:/usr/local/cuda/bin"
+READERS = f"{sysconfig.get_path('purelib')}/nvidia/cu13/bin:{os.environ['PATH']}"
 
 
 def disassembled(name):
     """Instructions [(address, text)] of every kernel of one file, by mangled name."""
-    nvcc, disassembler = load_check_cuda().find_nvcc(), shutil.which("cuobjdump", path=TOOLKIT)
-    if nvcc is None or disassembler is None or shutil.which("nvdisasm", path=TOOLKIT) is None:
-        pytest.skip("no nvcc, cuobjdump or nvdisasm on this machine: the CUDA toolkit has them")
+    nvcc = load_check_cuda().find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine: the CUDA toolkit has it")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     kept = simt.ROOT / "build/simt" / f"{name}-{simt.digest(version, ARCHITECTURE)}.cubin"
     if not kept.exists():
@@ -31,8 +33,10 @@ def disassembled(name):
         code = f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"
         subprocess.run([nvcc, "-O3", "-std=c++17", code, "-cubin", str(source), "-o", str(work)], check=True)
         os.replace(work, kept)
+    disassembler = shutil.which("cuobjdump", path=READERS)
+    assert disassembler is not None, "requirements/common.txt pins nvidia-cuda-cuobjdump: run tools/environment.sh"
     command = [disassembler, "-sass", str(kept)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": TOOLKIT}).stdout
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": READERS}).stdout
     functions = {}
     for part in text.split("Function : ")[1:]:
         lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", part)

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from engine.observe.telling import LOGGER
 from engine.rewards.base import Answer, Reward
 from engine.run import controller as controller_module
 from engine.run.controller import Controller
+from engine.run.records import Records
 from tests import builders
 from tests.builders import spec
 from tests.rollouts import make_prompt
@@ -243,6 +245,23 @@ def test_what_was_opened_is_closed_whatever_fails(open_controller: Open, monkeyp
     with pytest.raises(InferenceError):
         open_controller()
     assert closed == ["profile", "reward", "records"]
+
+
+def test_what_engines_run_with_is_on_record_before_anything_is_sampled(tmp_path: Path) -> None:
+    """A resumed run says what is another; a new one in the same folder has nothing before it; a broken file is told."""
+    config = builders.config(tmp_path)
+    records = Records.open(config, 0, None)
+    assert records.engines_run_with({"vllm": "1", "attention": "FLASH_ATTN"}, resumed=False) == ""
+    path = config.run_directory / "versions.json"
+    assert json.loads(path.read_text()) == {"vllm": "1", "attention": "FLASH_ATTN"}
+    assert records.engines_run_with({"vllm": "1", "attention": "FLASH_ATTN"}, resumed=True) == ""
+    told = records.engines_run_with({"vllm": "2", "attention": "FLASH_ATTN"}, resumed=True)
+    assert "(vllm 1 before, 2 now)" in told
+    assert json.loads(path.read_text())["vllm"] == "2"
+    assert records.engines_run_with({"vllm": "3"}, resumed=False) == ""
+    path.write_text("{")
+    assert "(vllm something that cannot be read before, 3 now)" in records.engines_run_with({"vllm": "3"}, resumed=True)
+    records.close()
 
 
 def test_versions_reach_the_command_as_plain_texts(monkeypatch: pytest.MonkeyPatch):
