@@ -236,6 +236,7 @@ class Search:
             "trainer.sequence_parallel": tp > 1,
             "trainer.overlap_tensor_parallel": tp > 1 and self._config.trainer.overlap_tensor_parallel,
             "trainer.distributed_optimizer": dp > 1 or self._config.trainer.distributed_optimizer,
+            "trainer.overlap_gradients": dp > 1 and self._config.trainer.overlap_gradients,
             "trainer.microbatch_tokens": tokens,
         }
         for recompute in sorted({False, self._config.trainer.recompute}):

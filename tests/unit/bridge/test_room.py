@@ -75,6 +75,7 @@ def test_a_receiver_holds_no_more_than_the_estimate_says(
     config = override(
         load_config("configs/scale/llama-3.1-8b-4x4.toml"),
         {f"trainer.{name}": size for name, size in sizes.items()}
+        | {"trainer.overlap_gradients": False}
         | {"trainer.sequence_parallel": tp > 1, "inference.tensor_parallel": engine_tp, "inference.quantization": "fp8"},
     )
     target = EngineLayout(engine_tp)

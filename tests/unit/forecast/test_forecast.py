@@ -56,7 +56,10 @@ WORKED = Constants(
     verified_per_second=1e9,
 )
 LENGTHS = Workload(LogNormal(700, 0.6, 2048), LogNormal(150, 0, 1024), signal=0.7)
-BASE = load_config(ROOT / "configs/scale/llama-3.1-8b-16x24.toml", [f"model.path={ROOT}/configs/models/llama-3.1-8b"])
+BASE = load_config(
+    ROOT / "configs/scale/llama-3.1-8b-16x24.toml",
+    [f"model.path={ROOT}/configs/models/llama-3.1-8b", "trainer.overlap_gradients=false"],
+)
 KNOWN: dict[tuple[Any, ...], Forecaster] = {}
 
 
@@ -285,7 +288,7 @@ def test_flags_that_cannot_be_used_are_told(arguments, told, monkeypatch, capsys
 
 def test_a_plan_tells_what_it_leaves_out_and_what_it_was_told(plan_told):
     judged = ["data.reward=model", "reward_model.path=nowhere", "cluster.nodes=2"]
-    _, said = plan_told("sync.sync_interval=1", "sync.streaming=true", *judged)
+    _, said = plan_told("sync.sync_interval=1", "sync.streaming=true", "trainer.overlap_gradients=false", *judged)
     assert "prompts: 150 tokens" in said and "sync.streaming is forecast as a run without it" in said
     assert f"the reward model's time is not counted, for there is no {Path('nowhere/config.json')}" in said
     _, said = plan_told()
@@ -392,6 +395,16 @@ def test_sampling_ahead_is_never_slower_than_waiting():
     best = small_search(8).best()
     strict, ahead = (best[Regime(10, lookahead)][0].forecast.step_seconds for lookahead in (0, 1))
     assert ahead <= strict * 1.011
+
+
+def test_a_search_of_overlapping_gradients_tries_single_ranks_too():
+    """Which have nothing to overlap: what it finds says so, and is what a configuration takes."""
+    search = small_search(8, **{"trainer.overlap_gradients": True})
+    alone = [choice for choice in search._trainers(Regime(10)) if choice.options["trainer.data_parallel"] == 1]
+    several = [choice for choice in search._trainers(Regime(10)) if choice.options["trainer.data_parallel"] > 1]
+    assert alone and several
+    assert {choice.options["trainer.overlap_gradients"] for choice in alone} == {False}
+    assert {choice.options["trainer.overlap_gradients"] for choice in several} == {True}
 
 
 def test_what_was_asked_for_is_compared_too():

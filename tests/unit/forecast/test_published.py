@@ -44,6 +44,7 @@ def test_training_on_h100s(model, gpus, layout, sequences, published, factor):
     tp, pp, chunks = layout
     trainer = {"tensor_parallel": tp, "pipeline_parallel": pp, "virtual_pipeline": chunks, "data_parallel": gpus // (tp * pp)}
     more = {"sequence_parallel": tp > 1, "distributed_optimizer": True, "microbatch_tokens": 8192, "fp8": "current"}
+    more |= {"overlap_gradients": chunks == 1}
     changes = {f"trainer__{name}": value for name, value in (trainer | more | {"layers": "transformer_engine"}).items()}
     spec = resolve(config(model, **changes, cluster__nodes=gpus // 8 + 1, **NO_REFERENCE), digests=False)
     drawn = outlines_of([make_sequence((place,), (1,) * 8191, ()) for place in range(sequences)])
