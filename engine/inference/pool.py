@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -56,6 +56,12 @@ class Ticket:
     submitted: tuple[Future, ...]
     calls: tuple[Sequence[Future], ...]
     places: Sequence[Sequence[int]]
+    turns: int = 1  # steps whose time engines may take before they answer the last call
+
+
+SLICE_SECONDS = 0.05  # for which an engine decodes on before it listens again
+SLICED_ENGINES = 8  # with more, slices are longer, so that whoever tells engines has no more to do
+POLL_SECONDS = 0.002
 
 
 def open_after(count: int) -> list[int]:
@@ -179,9 +185,10 @@ class Pool:
     def submit_and_pause(
         self, batches: Sequence[Sequence[SampleRequest]], num_completed: int
     ) -> tuple[list[Ticket], Ticket | None]:
-        """The same, but engines complete the first `num_completed` steps only: at the decoding step at which its part of them
-        is done, each pauses what it has of the others. The tickets of the first steps, and the one of what is paused, whose
-        order is that of the other steps' requests one after another; None where there are none."""
+        """The same, but engines complete the first `num_completed` steps only, and pause what they have of the others: all
+        after as many decoding steps, those after which the last of them has completed its part. The tickets of the first steps,
+        and the one of what is paused (`paused`), whose order is that of the other steps' requests one after another; None where
+        there are none."""
         version, shares = self.version, deal(batches, len(self._engines))
         submitted = tuple(
             handle.call(
@@ -206,7 +213,8 @@ class Pool:
             for own, of_batch in zip(places, share, strict=True):
                 own += [before + place for place in of_batch]
             before += len(batch)
-        return tickets, Ticket(submitted, tuple([handle.call("pause")] for handle in self._engines), places)
+        calls = tuple([handle.call("steps_so_far")] for handle in self._engines)
+        return tickets, Ticket(submitted, calls, places, turns=1 + num_completed)
 
     def gather(
         self,
@@ -235,12 +243,43 @@ class Pool:
         return [found[place] for place in range(len(found))], Usage(int(tokens), max(seconds, default=0.0))
 
     def paused(self, ticket: Ticket) -> list[Part]:
-        """Waits until the engines have paused what this ticket is of; it, in the order of its requests."""
-        found: dict[int, Part] = {}
+        """Waits until the engines have paused what this ticket is of; it, in the order of its requests.
+
+        The step at which they pause follows from tokens alone, but is known only when the last engine has completed its part.
+        Until then the others decode on, a slice of time after another, and take back what they have decoded too much.
+        """
         self.wait(ticket.submitted, "submit")
-        for engine, ((future,), places) in enumerate(zip(ticket.calls, ticket.places, strict=True)):
+        last = self._all_done(ticket)
+        futures = [handle.call("pause", last) for handle in self._engines]
+        found: dict[int, Part] = {}
+        for engine, (future, places) in enumerate(zip(futures, ticket.places, strict=True)):
             found.update(zip(places, self._result(future, engine, "pause"), strict=True))
         return [found[place] for place in range(len(found))]
+
+    def _all_done(self, ticket: Ticket) -> int:
+        """After how many decoding steps every engine has completed its part of the steps before a pause. Those that have go on
+        meanwhile."""
+        seconds = SLICE_SECONDS * max(1.0, len(self._engines) / SLICED_ENGINES)
+        deadline = time.monotonic() + self._timeout * ticket.turns
+        parts = {engine: future for engine, (future,) in enumerate(ticket.calls)}  # of engines that have not told
+        slices: dict[int, Future | None] = {}  # of those that have: what they decode now
+        steps = [0]
+        while True:
+            for engine, future in list(parts.items()):
+                late = time.monotonic() > deadline
+                with nullcontext() if late else suppress(TimeoutError):
+                    steps.append(self._result(future, engine, "pause", 0.0) if late else future.result(0.0))
+                    del parts[engine]
+                    slices[engine] = None
+            if not parts:
+                return max(steps)
+            for engine, slice_ in list(slices.items()):
+                with suppress(TimeoutError):
+                    if slice_ is None or slice_.result(0.0):
+                        slices[engine] = self._engines[engine].call("go_on", seconds)
+                    else:  # it has nothing left to decode
+                        del slices[engine]
+            time.sleep(POLL_SECONDS)
 
     def generate(self, requests: Sequence[SampleRequest]) -> tuple[list[Completion], Usage]:
         """Submits and waits."""

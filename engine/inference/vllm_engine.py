@@ -3,7 +3,8 @@ process and knows no other engine.
 
 Calls come one after another. `submit` only queues; `collect` runs the engine until the asked-for requests are done, and
 whatever else was submitted is decoded in the same continuous batch. So the batches, and with them every bit of the
-result, depend on the order of calls alone and never on timing. `pause` hands back what is not done, with its tokens so far.
+result, depend on the order of calls alone and never on timing. `pause` hands back what is not done, with its tokens up to a
+decoding step; `go_on` decodes while that step is not known yet, and what it decodes beyond is taken back.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ class VllmEngine:
         self._done: dict[str, Any] = {}
         self._handed_over: set[str] = set()  # of the requests that are being collected
         self._collecting_since = 0.0
+        self._num_steps = 0  # decoding steps since the engine was empty
+        self._ended: dict[str, int] = {}  # of what is done, after how many of them
+        self._lengths: dict[int, dict[str, int]] = {}  # after how many of them, since `steps_so_far`: tokens of what was open
         self._busy_seconds, self._num_sampled = 0.0, 0
         self._recorder: Recorder | None = None
 
@@ -194,6 +198,7 @@ class VllmEngine:
             raise InferenceError(f"engine {self._index} must serve version {version} to answer; it serves {serves}")
         if not self._open:
             self._forget_prefixes()
+            self._num_steps, self._ended, self._lengths = 0, {}, {}
         for request in requests:
             parameters = SamplingParams(
                 temperature=request.temperature,
@@ -233,16 +238,7 @@ class VllmEngine:
             raise InferenceError(f"engine {self._index} was never given request {unknown[0]}: its submission failed")
         missing = set(request_ids) - before - self._done.keys()
         while len(missing) > num_open:
-            with phase(Phase.DECODE):
-                outputs = self._llm.step()
-            if self._recorder is not None:
-                self._recorder.decoded()
-            for output in outputs:
-                if output.finished:
-                    self._done[output.request_id] = output.outputs[0]
-                    request, _ = self._open[output.request_id]
-                    self._num_sampled += len(request.sampled.token_ids) + len(output.outputs[0].token_ids)
-                    missing.discard(output.request_id)
+            missing.difference_update(self._decode())
             if time.monotonic() - self._collecting_since > self._timeout:
                 raise InferenceError(
                     f"engine {self._index} did not finish {len(missing)} of {len(request_ids)} requests within "
@@ -255,22 +251,71 @@ class VllmEngine:
         self._busy_seconds, self._num_sampled = 0.0, 0
         return [ended.get(request_id) for request_id in request_ids], usage
 
-    def pause(self) -> list[Part]:
-        """Gives up what is open, so that the engine is empty, and returns it in the order of its submission: what is done as
-        its completion, what is not as a request to go on with. Keys and values go: who goes on computes them again with the
+    def _decode(self) -> list[str]:
+        """A decoding step; the requests that it completed."""
+        with phase(Phase.DECODE):
+            outputs = self._llm.step()
+        self._num_steps += 1
+        if self._recorder is not None:
+            self._recorder.decoded()
+        done = [output for output in outputs if output.finished]
+        for output in done:
+            self._done[output.request_id], self._ended[output.request_id] = output.outputs[0], self._num_steps
+            self._num_sampled += self._length_of(output.request_id)
+        return [output.request_id for output in done]
+
+    def _length_of(self, request_id: str) -> int:
+        """Tokens of a request that is done, those of before a pause too."""
+        return len(self._open[request_id][0].sampled.token_ids) + len(self._done[request_id].token_ids)
+
+    def steps_so_far(self) -> int:
+        """Decoding steps since the engine was empty. From now on it can take back what further ones decode."""
+        self._lengths = {self._num_steps: self._open_lengths()}
+        return self._num_steps
+
+    def go_on(self, seconds: float) -> bool:
+        """Decodes about so long; whether anything is left to decode."""
+        started = time.monotonic()
+        while self._open.keys() - self._done.keys() and time.monotonic() - started < seconds:
+            self._decode()
+            self._lengths[self._num_steps] = self._open_lengths()
+        self._busy_seconds += time.monotonic() - started
+        return bool(self._open.keys() - self._done.keys())
+
+    def _open_lengths(self) -> dict[str, int]:
+        """Tokens so far of every request that is not done, without those of before a pause."""
+        states = self._llm.output_processor.request_states.values()
+        return {state.external_req_id: len(state.detokenizer.output_token_ids) for state in states}
+
+    def pause(self, num_steps: int) -> list[Part]:
+        """Gives up what is open after so many decoding steps, no fewer than `steps_so_far` said, so that the engine is empty;
+        what was decoded beyond them is taken back. Returns it in the order of its submission: what was done then as its
+        completion, what was not as a request to go on with. Keys and values go: who goes on computes them again with the
         weights of then, for with those of older weights log-probs are not the model's own."""
         started = time.monotonic()
+        while self._num_steps < num_steps and self._open.keys() - self._done.keys():
+            self._decode()
+            self._lengths[self._num_steps] = self._open_lengths()
+        lengths = self._lengths[min(num_steps, self._num_steps)]
         states = {state.external_req_id: state for state in self._llm.output_processor.request_states.values()}
         parts: list[Part] = []
         waiting: list[str] = []
         for request_id in list(self._open):
-            if request_id in self._done:
+            if request_id in self._done and self._ended[request_id] <= num_steps:
                 parts.append(self._completion(request_id))
                 continue
-            (request, version), state = self._open.pop(request_id), states[request_id]
-            token_ids = TokenIds.of(state.detokenizer.output_token_ids)
-            log_probs = self._log_probs_of(token_ids, state.logprobs_processor.logprobs, version)
-            parts.append(request.paused(token_ids, log_probs, version))
+            if done := request_id in self._done:
+                self._num_sampled -= self._length_of(request_id)
+                output = self._done.pop(request_id)
+                sampled, found = output.token_ids, output.logprobs
+            else:
+                state = states[request_id]
+                sampled, found = state.detokenizer.output_token_ids, state.logprobs_processor.logprobs
+            (request, version), count = self._open.pop(request_id), lengths[request_id]
+            token_ids, log_probs = TokenIds.of(sampled), self._log_probs_of(sampled, found, version)
+            parts.append(request.paused(token_ids[:count], log_probs[:count], version))
+            if done:
+                continue
             if token_ids:
                 self._llm.abort_request([request_id])  # one by one: of several, vLLM frees the memory in no fixed order
             else:

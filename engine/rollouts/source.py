@@ -57,6 +57,7 @@ class RolloutSource:
         self._end_ids = end_ids
         self._config, self._prompts, self._pool, self._reward, self._records = config, prompts, pool, reward, records
         self._gathering = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._pausing = ThreadPoolExecutor(1, thread_name_prefix="pauses")  # beside what engines complete before
         self._judging = ThreadPoolExecutor(1, thread_name_prefix="rewards")  # a sync waits for engines alone (`finish`)
         self._scoring = Lock()  # held while the reward judges, or waits for something to judge
         self._closed = False
@@ -87,7 +88,7 @@ class RolloutSource:
             here: dict[int, Completion] = {}
             sampling = self._sampling[step] = self._gathering.submit(self._completions, ticket, own, waves, here, streamed)
             self._coming[step] = self._judging.submit(self._groups, step, own.prompts, sampling, waves, here, streamed)
-        self._held = self._gathering.submit(self._paused, paused, samples) if paused is not None else _done({})
+        self._held = self._pausing.submit(self._paused, paused, samples) if paused is not None else _done({})
 
     def finish(self, step: int, waiting: Waiting = nothing) -> None:
         """Waits until engines have sampled the step, which may still be judged, and have paused what they are to pause."""
@@ -146,7 +147,7 @@ class RolloutSource:
     def close(self) -> None:
         """Stops the helper threads; what was under way is dropped. When it returns nothing judges any more, so that the reward
         may be closed; engines are not waited for."""
-        for thread in (self._gathering, self._judging):
+        for thread in (self._gathering, self._pausing, self._judging):
             thread.shutdown(wait=False, cancel_futures=True)
         self._closed = True
         for waves in self._arriving.values():

@@ -6,8 +6,9 @@ cutting a run change a token. tests/e2e/test_in_flight.py does the same with a r
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,42 +29,92 @@ from engine.rollouts.paused import PAUSED, pending, read_paused
 from engine.rollouts.replay import LedgerSource
 from engine.rollouts.source import RolloutSource
 from engine.rollouts.writer import RolloutFile, RolloutWriter
-from tests.unit.inference.test_pool import FakeEngine, requests
+from tests.unit.inference.test_pool import Answer, FakeEngine, requests
 from tests.unit.rollouts.test_rollouts import PROMPTS, Parity, run_config
 
 STEPS = 6
+PAUSED_BY = ("steps_so_far", "pause")  # where all engines are as fast
+
+
+@dataclass
+class Hesitant(Answer):
+    """An answer that comes only when it has been asked for a few times."""
+
+    left: int = 0
+
+    def result(self, timeout_seconds: float) -> Any:
+        if self.left:
+            self.left -= 1
+            raise TimeoutError
+        return super().result(timeout_seconds)
 
 
 class DecodingEngine(FakeEngine):
     """Decodes up to `slots` requests at once, first come, first served. A request has seed % 7 + 1 tokens, each a function of
-    what the engine was seeded with, of its place and of the version."""
+    what the engine was seeded with, of its place and of the version. The call after its part of what is due is answered when it
+    has been asked `hesitates` times; asked to go on, it decodes as far as chance has it."""
 
-    def __init__(self, slots: int = 5, **options: Any) -> None:
+    def __init__(self, slots: int = 5, hesitates: int = 0, **options: Any) -> None:
         super().__init__(**options)
-        self.slots, self.tokens = slots, dict[str, list[int]]()
+        self.slots, self.hesitates, self.tokens = slots, hesitates, dict[str, list[int]]()
+        self.num_steps, self.lengths, self.ended_at = 0, list[dict[str, int]](), dict[str, int]()
+        self.num_taken_back = 0
+
+    def call(self, method: str, *arguments: Any) -> Answer:
+        answer = super().call(method, *arguments)
+        if method == "steps_so_far" and self.hesitates:
+            self.answers[-1] = answer = Hesitant(answer.value, answer.error, left=self.hesitates)
+        return answer
 
     def submit(self, asked: list[SampleRequest], version: int) -> None:
         assert version == self.version
+        if not self.held:
+            self.num_steps, self.lengths, self.ended_at = 0, [{}], {}
         super().submit(asked, version)
         self.tokens |= {request.request_id: [] for request in asked}
+        self.lengths[self.num_steps] |= {request.request_id: 0 for request in asked}
 
     def collect(self, request_ids: list[str], num_open: int = 0) -> tuple[list[Completion | None], dict[str, float]]:
         left = [one for one in request_ids if one in self.held]
         while sum(not self._done(one) for one in left) > num_open:
-            for request_id in [one for one in self.held if not self._done(one)][: self.slots]:
-                request, tokens = self.held[request_id], self.tokens[request_id]
-                tokens.append((request.engine_seed + 31 * len(tokens) + self.version) % 1000)
+            self._decode()
         ended = {one: self._completion(one) for one in left if self._done(one)}
         num_tokens = sum(len(one.token_ids) for one in ended.values())
         return [ended.get(one) for one in request_ids], {"seconds": self.seconds, "tokens": float(num_tokens)}
 
-    def pause(self) -> list[Part]:
-        return [
-            self._completion(request_id)
-            if self._done(request_id)
-            else self.held.pop(request_id).paused(self.tokens[request_id], [-0.5] * len(self.tokens[request_id]), self.version)
-            for request_id in list(self.held)
-        ]
+    def steps_so_far(self) -> int:
+        return self.num_steps
+
+    def go_on(self, seconds: float) -> bool:
+        for _ in range(random.SystemRandom().randrange(4)):
+            self._decode()
+        return any(not self._done(one) for one in self.held)
+
+    def pause(self, num_steps: int) -> list[Part]:
+        while self.num_steps < num_steps and any(not self._done(one) for one in self.held):
+            self._decode()
+        lengths = self.lengths[min(num_steps, self.num_steps)]
+        self.num_taken_back += sum(len(self.tokens[one]) - lengths.get(one, 0) for one in self.held if one in lengths)
+        parts: list[Part] = []
+        for request_id in list(self.held):
+            if self.ended_at.get(request_id, num_steps + 1) <= num_steps:
+                parts.append(self._completion(request_id))
+            else:
+                tokens = self.tokens[request_id][: lengths[request_id]]
+                parts.append(self.held.pop(request_id).paused(tokens, [-0.5] * len(tokens), self.version))
+        return parts
+
+    def _decode(self) -> None:
+        running = [one for one in self.held if not self._done(one)][: self.slots]
+        if not running:
+            return
+        self.num_steps += 1
+        for request_id in running:
+            request, tokens = self.held[request_id], self.tokens[request_id]
+            tokens.append((request.engine_seed + 31 * len(tokens) + self.version) % 1000)
+            if self._done(request_id):
+                self.ended_at[request_id] = self.num_steps
+        self.lengths.append({one: len(self.tokens[one]) for one in self.held})
 
     def receive(self, version: int, call: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
         assert not self.held, "a sync finds the engine empty"
@@ -95,9 +146,16 @@ class Run:
     """A run's source over engines of its own, as the loop calls both."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, num_engines: int = 2, start: int = 0, ahead: Ahead | None = None
+        self,
+        config: RunConfig,
+        folder: Path,
+        num_engines: int = 2,
+        start: int = 0,
+        ahead: Ahead | None = None,
+        hesitates: Sequence[int] = (),
     ) -> None:
-        self.config, self.engines = config, [DecodingEngine() for _ in range(num_engines)]
+        self.config = config
+        self.engines = [DecodingEngine(hesitates=count) for count in hesitates or [0] * num_engines]
         self.pool = Pool(self.engines, 5.0)
         self.records = RolloutWriter(RolloutFile(folder / f"{start}.jsonl"))
         self.source = RolloutSource(config, mixture(config), self.pool, Parity(), self.records, ahead=ahead)
@@ -179,10 +237,27 @@ def test_what_was_paused_goes_on_first_in_its_order_and_engines_stop_behind_what
             assert set(steps) <= set(range(interval + (interval > 0), min(interval + 3, STEPS)))
         methods = [method for method, arguments in calls if method != "collect" or arguments[1] == 0]
         assert methods == [
-            *("submit", "collect", "collect", "pause"), *("submit", "collect", "pause") * (STEPS - 3), *("submit", "collect")
+            *("submit", "collect", "collect", *PAUSED_BY), *("submit", "collect", *PAUSED_BY) * (STEPS - 3),
+            *("submit", "collect"),
         ]  # fmt: skip
     resumed = [r for engine in run.engines for method, a in engine.calls if method == "submit" for r in a[0] if r.sampled.spans]
     assert resumed and all(request.engine_seed != request.seed for request in resumed)
+
+
+@pytest.mark.parametrize("hesitates", [(0, 4, 9), (9, 0, 4), (3, 3, 0)])
+def test_engines_decode_on_until_the_last_has_done_its_part_and_pause_at_one_step(begin, tmp_path, hesitates):
+    """However far they have come by then: what they decoded beyond it is taken back, so the ledger is that of engines of which
+    none ever waits."""
+    whole = begin(in_flight(), num_engines=3)
+    whole.steps(0, STEPS)
+    other = begin(in_flight(), start=100, hesitates=hesitates)
+    other.steps(0, STEPS)
+    assert rows(tmp_path / "100.jsonl") == rows(tmp_path / "0.jsonl")
+    assert untimed(other.metrics) == untimed(whole.metrics)
+    paused = [[arguments for method, arguments in engine.calls if method == "pause"] for engine in other.engines]
+    assert paused[0] == paused[1] == paused[2] and len(paused[0]) == STEPS - 2
+    assert any("go_on" in engine.methods for engine in other.engines)
+    assert sum(engine.num_taken_back for engine in other.engines) > 0
 
 
 @pytest.mark.parametrize("lookahead", [2, 4])
