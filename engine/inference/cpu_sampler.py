@@ -1,0 +1,130 @@
+"""vLLM's sampler on a CPU with the draw by a kernel of ours (csrc/sampling). vLLM draws a Gumbel number for every word of the
+vocabulary and goes over the logits again for temperature, log-probs and rank; ours takes one uniform number a row.
+
+`KernelSampler` is a vLLM Sampler. Its own pass covers what Semion asks for as a rule: all rows are sampled, neither top-k nor
+top-p nor a processor of logits changes them, and the token's own log-prob is all that is wanted. Everything else goes vLLM's
+way, where the draw alone is ours, from the same bits: a request's tokens do not depend on which way its batch went; of its
+log-probs the last bit may, for vLLM sums them in another order. The worker puts it in the place of vLLM's own
+(engine/inference/receiver.py).
+
+Shape legend: T rows, one a request, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    LogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
+from vllm.v1.sample.sampler import Sampler
+
+from engine.ops import sample_tokens
+
+SEED_RANGE = 2**31  # of vLLM's seeds on a CPU
+LOG_PROBS = ("raw_logprobs", "processed_logprobs")  # vLLM's modes that give log-probs and no logits
+# Whether a processor of vLLM's own leaves all rows of this batch as they are; one of another class is taken to change them.
+IDLE: dict[type[LogitsProcessor], Callable[[Any], bool]] = {
+    MinPLogitsProcessor: lambda processor: not processor.min_p_count,
+    LogitBiasLogitsProcessor: lambda processor: not processor.biases,
+    MinTokensLogitsProcessor: lambda processor: not processor.min_toks,
+}
+
+
+def draw_seeds(generators: dict[int, torch.Generator], num_rows: int) -> torch.Tensor:
+    """[T] int64: of each row the number that torch.randint(0, 2**31, (1,)) would take from its generator, as vLLM's does, and
+    from torch's own generator of a row without one."""
+    if len(generators) < num_rows:
+        seeds = torch.randint(0, SEED_RANGE, (num_rows,), dtype=torch.int64)
+    else:
+        seeds = torch.empty(num_rows, dtype=torch.int64)
+    places = seeds.unbind()
+    for row, generator in generators.items():
+        places[row].random_(0, SEED_RANGE, generator=generator)
+    return seeds
+
+
+class KernelTopKTopP(TopKTopPSampler):  # type: ignore[misc]
+    """vLLM's masks of top-k and top-p, then our draw."""
+
+    def forward_cpu(
+        self,
+        logits: torch.Tensor,
+        generators: dict[int, torch.Generator],
+        k: torch.Tensor | None,
+        p: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(tokens [T] int64, what logprobs_mode wants of the processed logits) of logits [T, V], which may be written to."""
+        logits = apply_top_k_top_p(logits, k, p)
+        processed = None
+        if self.logprobs_mode == "processed_logits":
+            processed = logits
+        elif self.logprobs_mode == "processed_logprobs":
+            processed = logits.log_softmax(dim=-1, dtype=torch.float32)
+        num_rows = logits.size(0)
+        tokens, _, _ = sample_tokens(logits, torch.ones(num_rows), draw_seeds(generators, num_rows))
+        return tokens, processed
+
+
+class KernelSampler(Sampler):  # type: ignore[misc]
+    """vLLM's sampler, with one pass of ours where that is all there is to do."""
+
+    def __init__(self, logprobs_mode: str) -> None:
+        super().__init__(logprobs_mode)
+        self.topk_topp_sampler = KernelTopKTopP(logprobs_mode)
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        predict_bonus_token: bool = False,
+        logprobs_mode_override: str | None = None,
+    ) -> SamplerOutput:
+        """Tokens, and what is asked for beside them, of logits [T, V]."""
+        mode = logprobs_mode_override or self.logprobs_mode
+        if predict_bonus_token or not is_plain(sampling_metadata, mode):
+            return super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
+        seeds = draw_seeds(sampling_metadata.generators, logits.size(0))
+        assert sampling_metadata.temperature is not None, "of rows that are all sampled"
+        tokens, log_probs, ranks = sample_tokens(
+            logits, sampling_metadata.temperature, seeds, raw_log_probs=mode == "raw_logprobs"
+        )
+        token_ids = tokens.to(torch.int32).unsqueeze(-1)
+        if sampling_metadata.max_num_logprobs is None:
+            return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=None)
+        return SamplerOutput(
+            sampled_token_ids=token_ids, logprobs_tensors=LogprobsTensors(token_ids, log_probs.unsqueeze(-1), ranks)
+        )
+
+
+def is_plain(metadata: SamplingMetadata, mode: str) -> bool:
+    """Whether a batch is its logits, temperatures and seeds, and asks for no more than each token's own log-prob."""
+    holder = metadata.thinking_budget_state_holder
+    processors = (*metadata.logitsprocs.non_argmax_invariant, *metadata.logitsprocs.argmax_invariant)
+    return (
+        metadata.all_random
+        and metadata.top_k is None
+        and metadata.top_p is None
+        and metadata.no_penalties
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+        and not metadata.logprob_token_ids
+        and (metadata.max_num_logprobs is None or (metadata.max_num_logprobs == 0 and mode in LOG_PROBS))
+        and (holder is None or not holder.has_tracked_requests())
+        and all(type(one) in IDLE and IDLE[type(one)](one) for one in processors)
+    )
+
+
+def replaced(sampler: Sampler) -> Sampler:
+    """Ours in the place of the sampler that vLLM's model runner made. One that draws in float64 stays, and so does another
+    class's, as that of vLLM's second model runner."""
+    ours = type(sampler) is Sampler and not sampler.use_fp64_gumbel
+    return KernelSampler(sampler.logprobs_mode) if ours else sampler
