@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
@@ -30,6 +31,7 @@ from vllm.v1.sample.sampler import Sampler
 from engine.ops import sample_tokens
 
 SEED_RANGE = 2**31  # of vLLM's seeds on a CPU
+AHEAD = 64  # seeds of a request that are drawn at once
 LOG_PROBS = ("raw_logprobs", "processed_logprobs")  # vLLM's modes that give log-probs and no logits
 # Whether a processor of vLLM's own leaves all rows of this batch as they are; one of another class is taken to change them.
 IDLE: dict[type[LogitsProcessor], Callable[[Any], bool]] = {
@@ -39,21 +41,34 @@ IDLE: dict[type[LogitsProcessor], Callable[[Any], bool]] = {
 }
 
 
-def draw_seeds(generators: dict[int, torch.Generator], num_rows: int) -> torch.Tensor:
-    """[T] int64: of each row the number that torch.randint(0, 2**31, (1,)) would take from its generator, as vLLM's does, and
-    from torch's own generator of a row without one."""
-    if len(generators) < num_rows:
-        seeds = torch.randint(0, SEED_RANGE, (num_rows,), dtype=torch.int64)
-    else:
-        seeds = torch.empty(num_rows, dtype=torch.int64)
-    places = seeds.unbind()
-    for row, generator in generators.items():
-        places[row].random_(0, SEED_RANGE, generator=generator)
-    return seeds
+class Seeds:
+    """A seed for each row of each decoding step: of a request with a generator the numbers that torch.randint(0, 2**31, (1,))
+    takes from it one after the other, as vLLM's sampler does. They are taken AHEAD at once, which gives the same numbers, for a
+    call of torch a row and step costs more than the draw itself. So nobody else may take numbers from such a generator."""
+
+    def __init__(self) -> None:
+        self._ahead: WeakKeyDictionary[torch.Generator, list[int]] = WeakKeyDictionary()  # the next one is the last
+
+    def next(self, generators: dict[int, torch.Generator], num_rows: int) -> torch.Tensor:
+        """[T] int64; `generators` are by row, and a row without one has its seed from torch's own."""
+        seeds = [0] * num_rows
+        if len(generators) < num_rows:
+            seeds = torch.randint(0, SEED_RANGE, (num_rows,), dtype=torch.int64).tolist()
+        for row, generator in generators.items():
+            ahead = self._ahead.get(generator)
+            if not ahead:
+                drawn = torch.randint(0, SEED_RANGE, (AHEAD,), generator=generator, dtype=torch.int64)
+                ahead = self._ahead[generator] = drawn.flip(0).tolist()
+            seeds[row] = ahead.pop()
+        return torch.tensor(seeds, dtype=torch.int64)
 
 
 class KernelTopKTopP(TopKTopPSampler):  # type: ignore[misc]
     """vLLM's masks of top-k and top-p, then our draw."""
+
+    def __init__(self, logprobs_mode: str, seeds: Seeds) -> None:
+        super().__init__(logprobs_mode)
+        self.seeds = seeds
 
     def forward_cpu(
         self,
@@ -70,7 +85,7 @@ class KernelTopKTopP(TopKTopPSampler):  # type: ignore[misc]
         elif self.logprobs_mode == "processed_logprobs":
             processed = logits.log_softmax(dim=-1, dtype=torch.float32)
         num_rows = logits.size(0)
-        tokens, _, _ = sample_tokens(logits, torch.ones(num_rows), draw_seeds(generators, num_rows))
+        tokens, _, _ = sample_tokens(logits, torch.ones(num_rows), self.seeds.next(generators, num_rows))
         return tokens, processed
 
 
@@ -79,7 +94,8 @@ class KernelSampler(Sampler):  # type: ignore[misc]
 
     def __init__(self, logprobs_mode: str) -> None:
         super().__init__(logprobs_mode)
-        self.topk_topp_sampler = KernelTopKTopP(logprobs_mode)
+        self.seeds = Seeds()
+        self.topk_topp_sampler = KernelTopKTopP(logprobs_mode, self.seeds)
 
     def forward(
         self,
@@ -92,7 +108,7 @@ class KernelSampler(Sampler):  # type: ignore[misc]
         mode = logprobs_mode_override or self.logprobs_mode
         if predict_bonus_token or not is_plain(sampling_metadata, mode):
             return super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
-        seeds = draw_seeds(sampling_metadata.generators, logits.size(0))
+        seeds = self.seeds.next(sampling_metadata.generators, logits.size(0))
         assert sampling_metadata.temperature is not None, "of rows that are all sampled"
         tokens, log_probs, ranks = sample_tokens(
             logits, sampling_metadata.temperature, seeds, raw_log_probs=mode == "raw_logprobs"

@@ -16,7 +16,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 from vllm.v1.sample.sampler import Sampler
 
 from engine.inference import cpu_sampler
-from engine.inference.cpu_sampler import KernelSampler, draw_seeds, is_plain, replaced
+from engine.inference.cpu_sampler import KernelSampler, Seeds, is_plain, replaced
 from tests import reference_ops
 
 B, V = 6, 1000
@@ -83,21 +83,21 @@ def test_vllm_s_sampler_is_the_one_that_ours_was_written_for():
         assert f"if self.{attribute}:" in (text := inspect.getsource(kind.apply)) or f"if not self.{attribute}:" in text
 
 
-def test_a_seed_is_what_vllm_takes_from_the_request_s_generator():
-    def generators():
-        return {row: torch.Generator().manual_seed(row) for row in (0, 2, 3)}
-
-    mine, theirs = generators(), generators()
-    for _ in range(3):
-        wanted = [int(torch.randint(0, 2**31, (1,), generator=one, dtype=torch.long)) for one in theirs.values()]
-        torch.manual_seed(5)
-        found = draw_seeds(mine, 4)
-        assert found[[0, 2, 3]].tolist() == wanted
-        torch.manual_seed(5)
-        assert found[1] == torch.randint(0, 2**31, (4,))[1]
-    assert torch.equal(
-        draw_seeds(generators(), 4)[[0, 2, 3]], draw_seeds({n: g for n, g in enumerate(generators().values())}, 3)
-    )
+def test_seeds_are_what_vllm_takes_from_the_requests_generators():
+    """Row by row and step by step, with a request that comes later, one that changes its row, and one that has no generator."""
+    mine, theirs = ([torch.Generator().manual_seed(seed) for seed in range(3)] for _ in range(2))
+    seeds = Seeds()
+    for step in range(3 * cpu_sampler.AHEAD):
+        rows = {0: 0, 2: 1} if step < 50 else {0: 1, 1: 0, 2: 2}  # of which generator
+        wanted = {row: int(torch.randint(0, 2**31, (1,), generator=theirs[n], dtype=torch.long)) for row, n in rows.items()}
+        torch.manual_seed(step)
+        found = seeds.next({row: mine[n] for row, n in rows.items()}, 4)
+        assert {row: int(found[row]) for row in rows} == wanted
+        torch.manual_seed(step)
+        assert found[3] == torch.randint(0, 2**31, (4,))[3]
+    assert seeds.next({}, 0).shape == (0,)
+    del mine, found
+    assert not seeds._ahead, "what is over is forgotten"
 
 
 @pytest.mark.parametrize("mode", cpu_sampler.LOG_PROBS)
@@ -116,7 +116,7 @@ def test_both_ways_draw_the_same_and_answer_as_vllm(logits, mode, dtype):
     torch.testing.assert_close(plain.logprobs_tensors.logprobs, unknown.logprobs_tensors.logprobs)
     assert torch.equal(plain.logprobs_tensors.selected_token_ranks, unknown.logprobs_tensors.selected_token_ranks)
     wanted = reference_ops.sample_tokens(
-        logits.double(), metadata().temperature, draw_seeds(metadata().generators, B), raw_log_probs=mode == "raw_logprobs"
+        logits.double(), metadata().temperature, Seeds().next(metadata().generators, B), raw_log_probs=mode == "raw_logprobs"
     )
     assert torch.equal(plain.sampled_token_ids[:, 0].long(), wanted[0])
     torch.testing.assert_close(plain.logprobs_tensors.logprobs[:, 0].double(), wanted[1], rtol=1e-6, atol=1e-6)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.ops import sample_tokens
 from tests import reference_ops
 
-BOUNDARY = 2e-6  # of the whole: how far rounding may move a boundary between two tokens
+BOUNDARY = 1e-5  # of the whole: how far rounding of large logits may move a boundary between two tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -44,7 +44,8 @@ def test_it_is_its_definition(
     assert torch.equal(tokens[~near], wanted[~near])
     scaled = exact if raw else exact / temperatures.double().unsqueeze(1)
     of_tokens = scaled.log_softmax(-1).gather(1, of_rows).squeeze(1)
-    torch.testing.assert_close(log_probs.double(), of_tokens, rtol=2e-7, atol=2e-6)
+    largest = float(scaled[scaled.isfinite()].abs().max()) if num_rows else 0.0  # quotients are rounded before their difference
+    torch.testing.assert_close(log_probs.double(), of_tokens, rtol=2e-7, atol=2e-6 + 2e-7 * largest)
     assert torch.equal(ranks, (logits >= logits.gather(1, of_rows)).sum(-1))
     assert torch.isfinite(logits.gather(1, of_rows)).all(), "what is masked is never drawn"
 
