@@ -116,9 +116,8 @@ class KernelSampler(Sampler):  # type: ignore[misc]
         token_ids = tokens.to(torch.int32).unsqueeze(-1)
         if sampling_metadata.max_num_logprobs is None:
             return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=None)
-        return SamplerOutput(
-            sampled_token_ids=token_ids, logprobs_tensors=LogprobsTensors(token_ids, log_probs.unsqueeze(-1), ranks)
-        )
+        of_tokens = LogprobsTensors(token_ids.clone(), log_probs.unsqueeze(-1), ranks)  # vLLM may write to either's ids
+        return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=of_tokens)
 
 
 def is_plain(metadata: SamplingMetadata, mode: str) -> bool:
