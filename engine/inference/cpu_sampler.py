@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
@@ -44,22 +43,28 @@ IDLE: dict[type[LogitsProcessor], Callable[[Any], bool]] = {
 class Seeds:
     """A seed for each row of each decoding step: of a request with a generator the numbers that torch.randint(0, 2**31, (1,))
     takes from it one after the other, as vLLM's sampler does. They are taken AHEAD at once, which gives the same numbers, for a
-    call of torch a row and step costs more than the draw itself. So nobody else may take numbers from such a generator."""
+    call of torch a row and step costs more than the draw itself. A generator that a step does not ask for is put back to where
+    single draws would have left it, so what is ahead is held for the requests of the last step alone."""
 
     def __init__(self) -> None:
-        self._ahead: WeakKeyDictionary[torch.Generator, list[int]] = WeakKeyDictionary()  # the next one is the last
+        # The generator's state before they were drawn, and those that are left: the next one is the last.
+        self._ahead: dict[torch.Generator, tuple[torch.Tensor, list[int]]] = {}
 
     def next(self, generators: dict[int, torch.Generator], num_rows: int) -> torch.Tensor:
         """[T] int64; `generators` are by row, and a row without one has its seed from torch's own."""
         seeds = [0] * num_rows
         if len(generators) < num_rows:
             seeds = torch.randint(0, SEED_RANGE, (num_rows,), dtype=torch.int64).tolist()
+        for generator in self._ahead.keys() - set(generators.values()):
+            state, left = self._ahead.pop(generator)
+            generator.set_state(state)
+            torch.randint(0, SEED_RANGE, (AHEAD - len(left),), generator=generator, dtype=torch.int64)
         for row, generator in generators.items():
-            ahead = self._ahead.get(generator)
-            if not ahead:
+            if generator not in self._ahead or not self._ahead[generator][1]:
+                state = generator.get_state()
                 drawn = torch.randint(0, SEED_RANGE, (AHEAD,), generator=generator, dtype=torch.int64)
-                ahead = self._ahead[generator] = drawn.flip(0).tolist()
-            seeds[row] = ahead.pop()
+                self._ahead[generator] = state, drawn.flip(0).tolist()
+            seeds[row] = self._ahead[generator][1].pop()
         return torch.tensor(seeds, dtype=torch.int64)
 
 

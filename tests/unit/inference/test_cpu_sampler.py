@@ -84,11 +84,12 @@ def test_vllm_s_sampler_is_the_one_that_ours_was_written_for():
 
 
 def test_seeds_are_what_vllm_takes_from_the_requests_generators():
-    """Row by row and step by step, with a request that comes later, one that changes its row, and one that has no generator."""
+    """Row by row and step by step, with requests that come later, change rows, pause, and a row that has no generator."""
     mine, theirs = ([torch.Generator().manual_seed(seed) for seed in range(3)] for _ in range(2))
     seeds = Seeds()
-    for step in range(3 * cpu_sampler.AHEAD):
-        rows = {0: 0, 2: 1} if step < 50 else {0: 1, 1: 0, 2: 2}  # of which generator
+    batches: list[dict[int, int]] = [{0: 0, 2: 1}, {0: 1, 1: 0, 2: 2}, {1: 2}, {}]  # of which row which generator
+    for step in range(6 * cpu_sampler.AHEAD):
+        rows = batches[step // 50 % 4]
         wanted = {row: int(torch.randint(0, 2**31, (1,), generator=theirs[n], dtype=torch.long)) for row, n in rows.items()}
         torch.manual_seed(step)
         found = seeds.next({row: mine[n] for row, n in rows.items()}, 4)
@@ -96,8 +97,7 @@ def test_seeds_are_what_vllm_takes_from_the_requests_generators():
         torch.manual_seed(step)
         assert found[3] == torch.randint(0, 2**31, (4,))[3]
     assert seeds.next({}, 0).shape == (0,)
-    del mine, found
-    assert not seeds._ahead, "what is over is forgotten"
+    assert all(torch.equal(one.get_state(), other.get_state()) for one, other in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("mode", cpu_sampler.LOG_PROBS)
