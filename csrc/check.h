@@ -235,4 +235,12 @@ inline void check_norm(const Tensor& x, const Tensor& weight, double epsilon) {
   check("weight", weight, x.scalar_type(), {x.size(1)}, "[H]", "x", x);
   if (!(epsilon >= 0)) refuse("epsilon must be at least 0; found ", epsilon);
 }
+
+// Everything of sample_tokens but what the temperatures are.
+inline void check_sampling(const Tensor& logits, const Tensor& temperatures, const Tensor& seeds) {
+  check_logits("logits", logits);
+  if (logits.size(1) < 1) refuse("logits must have a column at least; found ", shape_of(logits));
+  check("temperatures", temperatures, ScalarType::Float, {logits.size(0)}, "[T]", "logits", logits);
+  check("seeds", seeds, ScalarType::Long, {logits.size(0)}, "[T]", "logits", logits);
+}
 }  // namespace semion

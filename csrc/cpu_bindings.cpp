@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -17,6 +18,7 @@
 #include "norm/rms_norm.h"
 #include "policy/policy_gradient.h"
 #include "reshard/digest.h"
+#include "sampling/sample_tokens.h"
 
 namespace semion::cpu {
 namespace {
@@ -310,6 +312,25 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& gradient, const Tenso
   SEMION_PICK(rms_norm_weight)(floats(parts), num_blocks, x.size(1), rows.element, of_weight.mutable_data_ptr());
   return {of_x, of_weight};
 }
+
+std::tuple<Tensor, Tensor, Tensor> sample_tokens(const Tensor& logits, const Tensor& temperatures, const Tensor& seeds,
+                                                 bool raw) {
+  check_sampling(logits, temperatures, seeds);
+  const int64_t num_rows = logits.size(0), width = logits.size(1);
+  for (int64_t row = 0; row < num_rows; ++row)
+    if (const float value = floats(temperatures)[row]; !(value > 0 && std::isfinite(value)))
+      refuse("temperatures[", row, "] must be greater than 0 and finite; found ", value);
+  Tensor tokens = new_tensor(logits, ScalarType::Long, num_rows);
+  Tensor log_probs = new_tensor(logits, ScalarType::Float, num_rows);
+  Tensor ranks = new_tensor(logits, ScalarType::Long, num_rows);
+  const SampleRows rows{logits.const_data_ptr(), logits.stride(0), floats(temperatures), data<int64_t>(seeds), width,
+                        element_of(logits), raw};
+  const Samples out{writable<int64_t>(tokens), writable<float>(log_probs), writable<int64_t>(ranks)};
+  const auto kernel = SEMION_PICK(sample_tokens);
+  torch::stable::parallel_for(0, num_rows, rows_per_thread(width),
+                              [&](int64_t begin, int64_t end) { kernel(rows, out, begin, end); });
+  return {tokens, log_probs, ranks};
+}
 }  // namespace
 }  // namespace semion::cpu
 
@@ -327,5 +348,6 @@ STABLE_TORCH_LIBRARY_IMPL(semion, CPU, library) {
   library.impl("swiglu_backward", TORCH_BOX(&semion::cpu::swiglu_backward));
   library.impl("rms_norm", TORCH_BOX(&semion::cpu::rms_norm));
   library.impl("rms_norm_backward", TORCH_BOX(&semion::cpu::rms_norm_backward));
+  library.impl("sample_tokens", TORCH_BOX(&semion::cpu::sample_tokens));
   library.impl("block_digests", TORCH_BOX(&semion::cpu::block_digests));
 }

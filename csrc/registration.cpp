@@ -54,6 +54,12 @@ STABLE_TORCH_LIBRARY(semion, library) {
   library.def(
       "rms_norm_backward(Tensor gradient, Tensor x, Tensor weight, Tensor scales) -> (Tensor of_x, Tensor of_weight)");
 
+  // On the CPU alone. logits [T, V] float32/bfloat16/float16, temperatures [T] float32, seeds [T] int64
+  // -> tokens [T] int64, log_probs [T] float32, ranks [T] int64: csrc/sampling/sample_tokens.h.
+  library.def(
+      "sample_tokens(Tensor logits, Tensor temperatures, Tensor seeds, bool raw) -> "
+      "(Tensor tokens, Tensor log_probs, Tensor ranks)");
+
   // N blocks [R, C] of elements of one size, 1, 2, 4 or 8 bytes, columns [at least col + C] int64: every column's weight
   // -> [N] int64: the digest of each block's bits at (row, col) of the tensor that its seed names (csrc/reshard/digest.h).
   library.def("block_digests(Tensor[] blocks, Tensor columns, int[] rows, int[] cols, int[] seeds) -> Tensor");

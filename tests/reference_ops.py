@@ -177,6 +177,23 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def sample_tokens(
+    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, *, raw_log_probs: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first token whose cumulative probability exceeds a uniform number of the row's seed, its log-prob and its rank."""
+    scaled = logits / temperatures.to(logits.dtype).unsqueeze(1)
+    heights = scaled.softmax(-1).cumsum(-1)
+    tokens = (heights <= (uniforms(seeds).to(logits.dtype) * heights[:, -1]).unsqueeze(1)).sum(-1)
+    of_rows = tokens.unsqueeze(1)
+    log_probs = (logits if raw_log_probs else scaled).log_softmax(-1).gather(1, of_rows).squeeze(1)
+    return tokens, log_probs, (logits >= logits.gather(1, of_rows)).sum(-1)
+
+
+def uniforms(seeds: torch.Tensor) -> torch.Tensor:
+    """float64 in [0, 1): the 53 highest bits of splitmix64 of each seed."""
+    return ((splitmix64(seeds) >> 11) & (2**53 - 1)).double() / 2**53
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """x * weight over the root of x's mean square."""
     return x * weight / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()

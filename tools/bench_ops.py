@@ -40,6 +40,7 @@ from engine.ops import (
     packed_attention,
     policy_gradient_loss,
     rms_norm,
+    sample_tokens,
     swiglu,
     token_log_probs,
 )
@@ -53,7 +54,8 @@ SHAPES = {  # tokens and vocabulary: Llama 3's, and on a CPU one that fits a cac
 HEADS = {"cpu": (256, 1024, 128256), "cuda": (8192, 4096, 128256)}  # tokens, hidden, vocabulary
 TYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CASES = ["log_probs", "policy", "digest", "lm_head", "attention", "swiglu", "norm"]
+CASES = ["log_probs", "policy", "digest", "lm_head", "attention", "swiglu", "norm", "sampling"]
+SAMPLED = ((32, 32000), (256, 260), (256, 1000))  # requests that decode at once, and vocabulary
 WARM_UP_SECONDS, SWEEP_BYTES = 0.3, 256 << 20  # until a GPU's clocks are up; more than any second-level cache
 
 
@@ -298,6 +300,34 @@ def norm_case(figures: Figures, dtype: str) -> None:
     figures.compare(f"RMSNorm [4096 x 1024] {dtype}", works)
 
 
+def sampling_case(figures: Figures, num_rows: int, width: int) -> None:
+    """A token of each row with log-prob and rank, every row with a generator of its own, against vLLM's steps of the same."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+    from vllm.v1.sample.sampler import Sampler
+
+    from engine.inference.cpu_sampler import Seeds
+
+    current_platform.import_kernels()
+    torch.manual_seed(0)
+    logits, temperatures = 3 * torch.randn(num_rows, width), torch.ones(num_rows)
+    generators = {row: torch.Generator().manual_seed(row) for row in range(num_rows)}
+    seeds, draw = Seeds(), TopKTopPSampler("raw_logprobs")
+
+    def vllm() -> object:
+        log_probs = Sampler.compute_logprobs(logits)
+        tokens, _ = draw(Sampler.apply_temperature(logits, temperatures, True), generators, None, None)
+        chosen = log_probs.gather(-1, tokens.unsqueeze(-1))
+        return tokens, chosen, (log_probs >= chosen).sum(-1)
+
+    works: dict[str, Work] = {
+        "semion": lambda: sample_tokens(logits, temperatures, seeds.next(generators, num_rows), raw_log_probs=True),
+        "vllm": vllm,
+    }
+    with torch.inference_mode():
+        figures.compare(f"sampling [{num_rows} x {width}], {torch.get_num_threads()} threads", works)
+
+
 def lm_head_case(figures: Figures, dtype: str) -> None:
     """Hidden states to Llama 3's vocabulary, [256 x 1024] on a CPU and [8192 x 4096] on a GPU: log-probs and both gradients;
     peak of torch's allocations.
@@ -377,6 +407,8 @@ def cases(names: list[str], device: str) -> list[Callable[[Figures], None]]:
         found += [partial(attention_case, length=length, dim=dim, dtype=dtype) for length, dim in lengths]
         found += [partial(swiglu_case, dtype=dtype)] if "swiglu" in names else []
         found += [partial(norm_case, dtype=dtype)] if "norm" in names else []
+    for num_rows, width in SAMPLED if device == "cpu" and "sampling" in names else ():
+        found.append(partial(sampling_case, num_rows=num_rows, width=width))
     return found
 
 

@@ -16,21 +16,9 @@
 #include <cstdint>
 
 #include "../dispatch.h"
-
-#ifdef __CUDACC__
-#define SEMION_EVERYWHERE __host__ __device__
-#else
-#define SEMION_EVERYWHERE
-#endif
+#include "../splitmix64.h"
 
 namespace semion {
-SEMION_EVERYWHERE inline uint64_t splitmix64(uint64_t state) {
-  uint64_t z = state + 0x9E3779B97F4A7C15;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
-  return z ^ (z >> 31);
-}
-
 SEMION_EVERYWHERE inline uint64_t row_weight(uint64_t seed, int64_t row) {
   return splitmix64(seed ^ splitmix64(static_cast<uint64_t>(row))) | 1;
 }

@@ -254,11 +254,19 @@ class SyncWorker:
         dtype = getattr(processor, "head_dtype", None)
         return "the model's" if dtype is None else str(dtype).removeprefix("torch.")
 
+    def semion_draw(self: Any) -> None:
+        """Has a worker on a CPU draw tokens by our kernel."""
+        from engine.inference import cpu_sampler  # here, for it names parts of vLLM that an engine on a GPU does without
+
+        self.model_runner.sampler = cpu_sampler.replaced(self.model_runner.sampler)
+
     def semion_runs(self: Any) -> dict[str, str]:
-        """What the worker runs: the module of vLLM's model runner, of which there are two, and its attention."""
+        """What the worker runs: the module of vLLM's model runner, of which there are two, its attention, and on a CPU its
+        sampler."""
         model = self.model_runner.get_model()
         attention = {layer.attn_backend.get_name() for layer in model.modules() if hasattr(layer, "attn_backend")}
-        return {
+        sampler = {"sampler": type(self.model_runner.sampler).__name__} if self.device.type == "cpu" else {}
+        return sampler | {
             "model_runner": type(self.model_runner).__module__.removeprefix("vllm.v1.worker."),
             "attention": ", ".join(sorted(attention)),
         }

@@ -159,6 +159,8 @@ class VllmEngine:
         if on_cpu:
             arguments["enforce_eager"] = True
         self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+        if on_cpu:
+            self._llm.collective_rpc("semion_draw")
 
     def _check_head(self) -> None:
         """ConfigError where this vLLM, or its platform, leaves the output layer in another type than model.head asks for."""

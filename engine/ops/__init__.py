@@ -12,6 +12,7 @@ from engine.ops.digest import block_digest, block_digests, column_weights
 from engine.ops.lm_head import Coefficients, lm_head_log_probs
 from engine.ops.norm import rms_norm
 from engine.ops.policy_gradient import policy_gradient_loss, policy_gradient_slopes
+from engine.ops.sampling import sample_tokens
 from engine.ops.sequence import sequence_log_probs
 from engine.ops.token_log_probs import log_square_probs, token_log_probs
 
@@ -30,6 +31,7 @@ __all__ = [
     "policy_gradient_loss",
     "policy_gradient_slopes",
     "rms_norm",
+    "sample_tokens",
     "sequence_log_probs",
     "swiglu",
     "token_log_probs",

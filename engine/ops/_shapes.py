@@ -119,6 +119,12 @@ def _rms_norm_backward(
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
+def _sample_tokens(
+    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, raw: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(seeds), torch.empty_like(temperatures), torch.empty_like(seeds)
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "log_prob_parts": _log_prob_parts,
     "log_prob_join": _log_prob_join,
@@ -133,5 +139,6 @@ _FAKES: dict[str, Callable[..., object]] = {
     "swiglu_backward": _swiglu_backward,
     "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,
+    "sample_tokens": _sample_tokens,
     "block_digests": _block_digests,
 }

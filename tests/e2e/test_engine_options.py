@@ -32,6 +32,7 @@ def probed(config: RunConfig, folder: Path, *masks: dict[str, Any]) -> dict[str,
 def test_masks_and_ends_of_an_engine(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     plain = probed(run_config(WARM), tmp_path, *MASKS)
     assert plain["engine"]["model_runner"] == "cpu_model_runner" and plain["engine"]["attention"] == "CPU_ATTN"
+    assert plain["engine"]["sampler"] == "KernelSampler"
     free, first, likeliest = plain["sampled"]
     assert plain["in_several_calls"] == plain["sampled"], "to the last bit"
     assert all(sum(counts) == len(free) for counts in plain["counts"]) and plain["counts"][0][0] >= len(free) // 2
@@ -41,7 +42,9 @@ def test_masks_and_ends_of_an_engine(run_config: Callable[..., RunConfig], tmp_p
     assert min(min(log_probs) for _, log_probs, *_ in first) < -0.01, "log-probs are of all tokens, not of those left"
 
     *_, other, longest = sorted(free, key=lambda one: len(one[0]))
-    stop, end = longest[2][-4:-2], other[0][1]
+    pairs = [longest[2][i : i + 2] for i in range(len(longest[2]) - 1)]
+    stop = next(pair for pair in reversed(pairs) if pair.isascii())  # no part of bytes that make no letter
+    end = next(token for token in other[0] if token not in longest[0])
     options = [WARM, f"sampling.stop=[{json.dumps(stop)}, {end}]", "inference.vllm.max_num_batched_tokens=1024"]
     ended = probed(run_config(*options), tmp_path, {})
     by_text = by_token = 0

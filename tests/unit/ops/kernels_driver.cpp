@@ -16,6 +16,8 @@
 #include "norm/rms_norm.h"
 #include "policy/policy_gradient.h"
 #include "reshard/digest.h"
+#include "sampling/sample_tokens.h"
+#include "splitmix64.h"
 
 namespace {
 using namespace semion;
@@ -87,11 +89,12 @@ struct Kernels {
   decltype(&baseline::rms_norm) norm;
   decltype(&baseline::rms_norm_backward) norm_back;
   decltype(&baseline::rms_norm_weight) norm_weight;
+  decltype(&baseline::sample_tokens) sample;
 };
 
 #define SEMION_KERNELS(isa) {#isa, isa::log_prob_parts, isa::log_prob_join, isa::log_prob_backward, isa::policy_gradient, \
                              isa::block_digest, isa::packed_attention, isa::packed_attention_backward, isa::swiglu, isa::swiglu_backward, \
-                             isa::rms_norm, isa::rms_norm_backward, isa::rms_norm_weight}
+                             isa::rms_norm, isa::rms_norm_backward, isa::rms_norm_weight, isa::sample_tokens}
 
 void check_log_probs(const Kernels& kernels, Element element, int64_t width, float scale, double temperature) {
   const int64_t rows = 3, valid = width > 2 ? width - 2 : width, start = 11;
@@ -354,6 +357,55 @@ void check_norm(const Kernels& kernels, Element element, int64_t width) {
            1e-5 + unit * weight_size[static_cast<size_t>(i)]);
 }
 
+// The uniform number lies between the cumulative sums around the token, log-prob and rank are the token's; a last row has none.
+void check_sampling(const Kernels& kernels, Element element, int64_t width, float scale) {
+  const int64_t rows = 5;
+  Matrix logits(element, rows, width, width + 3);
+  logits.fill(scale);
+  for (int64_t i = 0; i < width; ++i) {
+    const size_t at = static_cast<size_t>((rows - 1) * logits.stride + i);
+    element == Element::float32 ? void(logits.wide[at] = -INFINITY)
+                                : void(logits.narrow[at] = element == Element::bfloat16 ? 0xff80 : 0xfc00);
+  }
+  const std::vector<float> temperatures{1, 0.7f, 1, 1.3f, 1};
+  const std::vector<int64_t> seeds{static_cast<int64_t>(draw()), 0, static_cast<int64_t>(draw()), -5, 7};
+  std::vector<int64_t> tokens(rows), ranks(rows);
+  std::vector<float> log_probs(rows);
+  for (const bool raw : {false, true}) {
+    kernels.sample({logits.data(), logits.stride, temperatures.data(), seeds.data(), width, element, raw},
+                   {tokens.data(), log_probs.data(), ranks.data()}, 0, rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      const size_t n = static_cast<size_t>(row);
+      const double temperature = temperatures[n], divisor = raw ? 1 : temperature;
+      double largest = -INFINITY, total = 0, below = 0, all = 0;
+      for (int64_t i = 0; i < width; ++i) largest = std::max(largest, logits.at(row, i));
+      if (largest == -INFINITY) {
+        expect("no token", kernels.isa, width, static_cast<double>(tokens[n] + ranks[n]), 0, 0);
+        expect("no log-prob", kernels.isa, width, log_probs[n], NAN, 0);
+        continue;
+      }
+      int64_t rank = 0;
+      for (int64_t i = 0; i < width; ++i) {
+        const double weight = std::exp((logits.at(row, i) - largest) / temperature);
+        if (i < tokens[n]) below += weight;
+        total += weight;
+        all += std::exp((logits.at(row, i) - largest) / divisor);
+        rank += logits.at(row, i) >= logits.at(row, tokens[n]);
+      }
+      const double u = static_cast<double>(splitmix64(static_cast<uint64_t>(seeds[n])) >> 11) * 0x1p-53;
+      const double weight = std::exp((logits.at(row, tokens[n]) - largest) / temperature);
+      expect("drawn", kernels.isa, width, std::clamp(u, below / total, (below + weight) / total), u, 1e-5);
+      expect("drawn of weight 0", kernels.isa, width, weight > 0, 1, 0);
+      const double wanted = (logits.at(row, tokens[n]) - largest) / divisor - std::log(all);
+      double size = std::fabs(wanted);  // quotients are rounded before their difference is taken
+      for (int64_t i = 0; i < width; ++i)
+        if (logits.at(row, i) > -INFINITY) size = std::max(size, std::fabs(logits.at(row, i)) / divisor);
+      expect("its log-prob", kernels.isa, width, log_probs[n], wanted, 2e-6 + 2e-7 * size);
+      expect("its rank", kernels.isa, width, static_cast<double>(ranks[n]), static_cast<double>(rank), 0);
+    }
+  }
+}
+
 void check_small_ones() {
   const std::vector<float> values{1, 2, 4, 8};
   const std::vector<int32_t> bounds{0, 0, 3, 4};
@@ -406,6 +458,10 @@ int main() {
       }
     std::printf("checked %s\n", kernels.isa);
   }
+  for (const Kernels& kernels : all)  // after the others, which are drawn as before
+    for (const Element element : {Element::float32, Element::bfloat16, Element::float16})
+      for (int64_t width = 1; width < 6000; width += width < 70 ? 1 : 1409)
+        for (const float scale : {2.0f, 40.0f}) check_sampling(kernels, element, width, scale);
   check_small_ones();
   return num_faults != 0;
 }
