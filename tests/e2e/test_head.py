@@ -27,7 +27,7 @@ def probed(config: RunConfig, folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("quantization", ["none", pytest.param("fp8", marks=pytest.mark.nightly)])
 def test_log_probs_are_those_of_a_product_in_float32(quantization: str, run_config: Make, tmp_path: Path) -> None:
     common = ["model.dtype=bfloat16", f"inference.quantization={quantization}", "sampling.temperature=2.0"]
     in_float32 = probed(run_config(*common, *FLOAT32), tmp_path)
