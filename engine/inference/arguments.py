@@ -30,10 +30,21 @@ DEPTH = 12  # of aliases that lead to each other: more is taken for unknown
 def argument_faults(table: Mapping[str, Any]) -> Iterator[ConfigError]:
     """A ConfigError for each argument of [inference.vllm] that the installed vLLM has not, or takes no such value for. Nothing
     is said where no vLLM is installed, nor of a type that cannot be read from its source."""
-    found = find_spec("vllm") if table else None
-    if found is None or found.origin is None:
-        return
-    yield from _faults("inference.vllm", table, Path(found.origin).parents[1], *OWNER)
+    root = _root() if table else None
+    if root is not None:
+        yield from _faults("inference.vllm", table, root, *OWNER)
+
+
+def argument_names() -> list[str]:
+    """The arguments that the installed vLLM takes; none where there is no vLLM."""
+    root = _root()
+    return [] if root is None else list(_fields(root, *OWNER))
+
+
+def _root() -> Path | None:
+    """The folder that the installed vLLM's package is in."""
+    found = find_spec("vllm")
+    return None if found is None or found.origin is None else Path(found.origin).parents[1]
 
 
 def _installed() -> str:

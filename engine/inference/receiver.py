@@ -30,7 +30,7 @@ from engine.bridge.transports.registry import open_transport
 from engine.bridge.transports.rendezvous import join_store
 from engine.core.errors import SemionError, UndeliveredError, WeightSyncError
 from engine.core.lifetimes import die_with_parent
-from engine.inference import cpu_layers, fp8
+from engine.inference import cpu_layers, fp8, head
 from engine.inference.plain_loader import PLAIN_FORMAT, PlainLoader
 from engine.inference.process import OURS
 from engine.inference.reward_engine import ATHENE
@@ -248,7 +248,7 @@ class SyncWorker:
         capture_here(on)
 
     def semion_head_dtype(self: Any) -> str:
-        """The type that the output layer multiplies in, as model.dtype names types; of a vLLM that has none of its own "the
+        """The type that the output layer multiplies in, as model.dtype names types; of a layer that has none of its own "the
         model's"."""
         processor = self.model_runner.get_model().logits_processor
         dtype = getattr(processor, "head_dtype", None)
@@ -284,9 +284,9 @@ class SyncWorker:
 
 
 def register() -> None:
-    """Makes the inbox, the load format, the quantization, a CPU's layers and Athene's model known to this vLLM process; called
-    by vLLM, any number of times, in each worker before it loads anything. A worker of an engine of ours ends with the engine:
-    not even a stopped one keeps its memory from the engine that follows."""
+    """Makes the inbox, the load format, the quantization, the float32 output layer, a CPU's layers and Athene's model known to
+    this vLLM process; called by vLLM, any number of times, in each worker before it loads anything. A worker of an engine of
+    ours ends with the engine: not even a stopped one keeps its memory from the engine that follows."""
     ours, parent = OURS in os.environ, multiprocessing.parent_process()
     if ours and parent is not None:  # spawned, as vLLM spawns where CUDA is initialised and in an actor of Ray
         die_with_parent(parent.pid)
@@ -294,7 +294,9 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(BACKEND, Inbox)
         register_model_loader(PLAIN_FORMAT)(PlainLoader)
         fp8.register()
-    if ours and current_platform.is_cpu():
-        cpu_layers.register()
+    if ours:
+        head.register()
+        if current_platform.is_cpu():
+            cpu_layers.register()
     if ATHENE not in ModelRegistry.models:  # a worker of a tensor-parallel reward engine knows it by this alone
         ModelRegistry.register_model(ATHENE, f"engine.inference.athene:{ATHENE}")

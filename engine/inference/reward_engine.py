@@ -17,6 +17,8 @@ from engine.config.load import RunConfig
 from engine.core.errors import InferenceError
 from engine.core.importing import uncollected
 from engine.core.types import Message, Score
+from engine.inference.advice import reward_advice
+from engine.inference.nvcc import without_nvcc
 from engine.inference.process import prepare_process
 from engine.observe.telling import activity
 
@@ -30,13 +32,15 @@ class RewardEngine:
         from engine.data.conversations import Conversations
 
         prepare_process(config)
+        self._on_gpu = False
         self._conversations = Conversations(config.reward_model)
         try:
             with activity("engine"):
                 self._load(config)
         except Exception as error:
             why = " ".join(str(error).split())
-            raise InferenceError(f"the reward engine could not start from {config.reward_model.path}: {why}") from error
+            advice = reward_advice(why, config, on_gpu=self._on_gpu)
+            raise InferenceError(f"the reward engine could not start from {config.reward_model.path}: {why}{advice}") from error
 
     def _load(self, config: RunConfig) -> None:
         import torch
@@ -47,10 +51,15 @@ class RewardEngine:
 
             from engine.inference import athene
 
-        options, on_cpu = config.reward_model, not torch.cuda.is_available()
-        parallel: dict[str, Any] = {}
+        options = config.reward_model
+        self._on_gpu = torch.cuda.is_available()
+        on_cpu = not self._on_gpu
+        further: dict[str, Any] = {}
         if options.tensor_parallel > 1:
-            parallel = {"tensor_parallel_size": options.tensor_parallel, "distributed_executor_backend": "mp"}
+            further = {"tensor_parallel_size": options.tensor_parallel, "distributed_executor_backend": "mp"}
+        if self._on_gpu:
+            capability = torch.cuda.get_device_capability(0)
+            further |= without_nvcc({}, capability, dtype=options.dtype, tensor_parallel=options.tensor_parallel)
         torch.set_num_threads(config.inference.threads)
         athene.register()
         is_athene = self._conversations.head.form == "athene"
@@ -72,7 +81,7 @@ class RewardEngine:
             enable_chunked_prefill=False,
             enable_prefix_caching=False,
             disable_log_stats=True,
-            **parallel,
+            **further,
         )
 
     def describe(self) -> dict[str, str]:

@@ -25,14 +25,14 @@ from engine.core.importing import uncollected
 from engine.core.types import Completion
 from engine.data.ends import end_tokens
 from engine.data.templates import policy_tokenizer
-from engine.inference.process import prepare_process
+from engine.inference.advice import policy_advice
+from engine.inference.nvcc import without_nvcc
+from engine.inference.process import MODEL_RUNNER, prepare_process
 from engine.inference.sampling import Part, SampleRequest
 from engine.observe.profiling.phases import Phase, phase
 from engine.observe.profiling.recorder import Recorder, profiled_process
 from engine.observe.telling import activity
 
-# On GPUs, unless the environment says 0: else vLLM chooses by what is installed.
-MODEL_RUNNER = ("VLLM_USE_V2_MODEL_RUNNER", "1")
 UNCOMPILED = {"TORCH_COMPILE_DISABLE": "1"}  # on a CPU: else a C++ compiler runs before the first token, for one small function
 IN_DOUBT = -1  # the version of weights that are not, or not yet, proven to be one
 WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps and wakes
@@ -51,25 +51,6 @@ def require_finite(log_probs: LogProbs, engine: int, version: int) -> None:
         )
 
 
-def to_try(why: str, config: RunConfig, *, on_gpu: bool) -> str:
-    """What to try where an engine does not start, to add to why it did not: by its words the likely cause first."""
-    given = "remove what [inference.vllm] sets" if config.inference.vllm else None
-    room = "lower inference.kv_cache or inference.max_concurrent"
-    eager = "set inference.vllm.enforce_eager = true (no compilation and no CUDA graphs)"
-    attention = "set inference.vllm.attention_backend = 'FLASH_ATTN' or 'TRITON_ATTN'"
-    runner = f"set {MODEL_RUNNER[0]}=0 in the environment (vLLM's older model runner)"
-    causes = {
-        room: ("memory", "kv cache"),
-        attention: ("attention", "flashinfer", "nvcc", "kernel image", "backend"),
-        eager: ("compil", "inductor", "dynamo", "triton", "graph", "captur"),
-    }
-    lower = why.lower()
-    likely = [fix for fix, words in causes.items() if any(word in lower for word in words)]
-    possible = [*likely, eager, attention, runner] if on_gpu else [fix for fix in likely if fix == room]
-    fixes = list(dict.fromkeys([*([given] if given else []), *possible]))
-    return f"; try, in this order: {', or '.join(fixes)}" if fixes else ""
-
-
 class VllmEngine:
     """vLLM with one Llama, weights of one version, and requests in flight."""
 
@@ -85,7 +66,7 @@ class VllmEngine:
                 self._load()
         except Exception as error:
             why = " ".join(str(error).split())
-            advice = to_try(why, config, on_gpu=self._on_gpu)
+            advice = policy_advice(why, config, on_gpu=self._on_gpu)
             raise InferenceError(f"engine {index} could not start from {config.model.path}: {why}{advice}") from error
         self._check_head()
         self._loaded: dict[str, str] = {}  # of FP8 weights that were read from the disk; what a sync brings `receive` tells
@@ -158,6 +139,14 @@ class VllmEngine:
         arguments |= config.inference.vllm  # none of those above, which the configuration refuses
         if on_cpu:
             arguments["enforce_eager"] = True
+        else:
+            arguments |= without_nvcc(
+                config.inference.vllm,
+                torch.cuda.get_device_capability(0),
+                dtype=config.model.dtype,
+                stored=config.inference.stored_dtype,
+                tensor_parallel=config.inference.tensor_parallel,
+            )
         self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
         if on_cpu:
             self._llm.collective_rpc("semion_draw")

@@ -115,7 +115,17 @@ def test_a_driver_or_gpu_that_does_not_fit_is_named(nvidia_smi, line, what, verd
         (
             {},
             {"NCCL_P2P_DISABLE": "1", "NCCL_NVLS_ENABLE": "0"},
-            ["none / ok", "0, NCCL_P2P_DISABLE=1 / unset NCCL_P2P_DISABLE"],
+            ["none / ok", "0, NCCL_P2P_DISABLE=1 / unset NCCL_P2P_DISABLE", "0: no sums inside NVLink's switches.* / ok"],
+        ),
+        (
+            {},
+            {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "yes"},
+            [
+                "none / ok",
+                "yes / ok",
+                "yes: unknown / unset NCCL_NVLS_ENABLE, or set it to 0 or 1 or 2",
+                "1: buffers from CUDA's virtual memory functions.* / ok",
+            ],
         ),
         ({}, {"NCCL_SOCKET_IFNAME": "eth9"}, ["none / ok", "eth9 / unset NCCL_SOCKET_IFNAME: semion sets it"]),
         ({}, {"SEMION_INTERFACE": "lo"}, ["none / ok", "none / ok", "lo / ok"]),
@@ -131,6 +141,20 @@ def test_what_leads_to_other_nodes_and_what_keeps_a_run_from_it(states, environm
     assert len(found) == len(said)
     for text, part in zip(found, said, strict=True):
         assert re.search(re.escape(part) if "*" not in part else part, text), (text, part)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_engines_on_blackwell_do_without_nvcc_is_said(there, nvidia_smi, monkeypatch):
+    nvidia_smi("NVIDIA B200, 183359, 10.0, 580.1\nNVIDIA H200, 143771, 9.0, 580.1")
+    monkeypatch.setattr(doctor, "find_nvcc", lambda: "/usr/local/cuda/bin/nvcc" if there else None)
+    found = findings()
+    told = {name: one for name, one in found.items() if name.startswith("attention of engines")}
+    assert found["nvcc"].found.startswith("/usr" if there else "none")
+    if there:
+        assert not told
+    else:
+        (one,) = told.values()
+        assert one.what.endswith("on 10.0") and one.found.startswith("FLASH_ATTN, unless") and one.verdict == "ok"
 
 
 def test_a_driver_that_fails_is_no_cpu_machine(nvidia_smi):

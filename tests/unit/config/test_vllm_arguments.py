@@ -20,6 +20,8 @@ FORBIDDEN = (
     "kv_cache_memory_bytes",
     "load_format",
     "quantization",
+    "watermark",
+    "profiler_config",
 )
 INEXACT = (
     "quantization_param_path",
@@ -29,6 +31,20 @@ INEXACT = (
     "logits_processors",
     "block_size",
     "cpu_offload_gb",
+    "calculate_kv_scales",
+    "kv_cache_dtype_skip_layers",
+    "long_prefill_token_threshold",
+    "max_num_partial_prefills",
+    "max_num_scheduled_tokens",
+    "kv_sharing_fast_prefill",
+    "enable_dbo",
+    "enable_return_routed_experts",
+    "scheduling_policy",
+    "mm_processor_kwargs",
+    "enable_eplb",
+    "mamba_cache_dtype",
+    "reasoning_parser_plugin",
+    "otlp_traces_endpoint",
 )
 PASSED = {
     "enforce_eager": True,
@@ -67,9 +83,30 @@ def test_what_breaks_exactness_is_refused_with_why(name):
     )
 
 
+def test_a_secret_is_refused_and_not_printed():
+    found = refused(hf_token="hf_1234")
+    assert "inference.vllm.hf_token must stay as the engine sets it: a secret would stand" in found
+    assert "found a secret: remove it" in found and "hf_1234" not in found
+
+
+@pytest.mark.parametrize(
+    ("table", "inner", "why"),
+    [
+        ("attention_config", "use_non_causal", "of another distribution"),
+        ("compilation_config", "compile_sizes", "how long they took"),
+        ("compilation_config", "inductor_compile_config", "how long they took"),
+        ("kernel_config", "moe_backend", "a weight sync writes"),
+    ],
+)
+def test_what_breaks_exactness_inside_a_table_is_refused_by_both_names(table, inner, why):
+    found = refused(**{table: {inner: "x"}})
+    assert re.match(rf"inference\.vllm\.{table}\.{inner} must stay as the engine sets it: .*{why}.*; found 'x'", found)
+    override(config(), {"inference.vllm": {table: {"other": 1}}})
+
+
 def test_no_pattern_takes_what_people_need():
     assert not [name for name in PASSED if name in (*OPTION_OF, *REASONS)]
-    override(config(), {"inference.vllm": dict.fromkeys(("scheduling_policy", "kv_cache_metrics", "stream_interval"), 1)})
+    override(config(), {"inference.vllm": dict.fromkeys(("async_scheduling", "kv_cache_metrics", "stream_interval"), 1)})
 
 
 def test_memory_is_counted_by_what_vllm_is_told():

@@ -7,7 +7,9 @@ import pytest
 
 from engine.capacity.kv_cache import KvCache
 from engine.core.errors import EngineLostError, InferenceError
-from engine.inference.vllm_engine import VllmEngine, to_try
+from engine.inference.advice import policy_advice, reward_advice
+from engine.inference.reward_engine import RewardEngine
+from engine.inference.vllm_engine import VllmEngine
 from tests.builders import config
 
 
@@ -48,19 +50,21 @@ def test_an_engine_whose_prefix_cache_stays_answers_nothing(monkeypatch):
     [
         ("CUDA out of memory", "lower inference.kv_cache"),
         ("no kernel image is available", "set inference.vllm.attention_backend"),
+        ("Could not find nvcc and default cuda_home='/usr/local/cuda'", "set inference.vllm.attention_backend"),
         ("torch._inductor failed to compile", "set inference.vllm.enforce_eager = true"),
         ("something else", "set inference.vllm.enforce_eager = true"),
     ],
 )
-def test_an_engine_that_does_not_start_says_what_to_try(why, first):
-    told = to_try(why, config(), on_gpu=True)
+def test_an_engine_that_does_not_start_says_what_policy_advice(why, first):
+    told = policy_advice(why, config(), on_gpu=True)
     assert told.startswith(f"; try, in this order: {first}") and "VLLM_USE_V2_MODEL_RUNNER=0" in told
+    assert ("VLLM_USE_FLASHINFER_SAMPLER=0" in told and "nvcc of CUDA 13" in told) == ("nvcc" in why)
     given = config(inference={"vllm": {"enforce_eager": True}})
-    assert to_try(why, given, on_gpu=True).startswith("; try, in this order: remove what [inference.vllm] sets")
+    assert policy_advice(why, given, on_gpu=True).startswith("; try, in this order: remove what [inference.vllm] sets")
 
 
 def test_on_a_cpu_only_what_helps_there_is_said(monkeypatch):
-    assert to_try("something else", config(), on_gpu=False) == ""
+    assert policy_advice("something else", config(), on_gpu=False) == ""
 
     def fail(self):
         raise ValueError("no  available\nmemory")
@@ -68,3 +72,22 @@ def test_on_a_cpu_only_what_helps_there_is_said(monkeypatch):
     monkeypatch.setattr(VllmEngine, "_load", fail)
     with pytest.raises(InferenceError, match="could not start from unused: no available memory; try, in this order: lower"):
         VllmEngine(config(), 0, KvCache(1, 1, 1, None, 0))
+
+
+def test_a_reward_engine_that_does_not_start_says_what_can_be_set_for_it(monkeypatch):
+    for why, first in (
+        ("CUDA out of memory", "lower reward_model.kv_cache or reward_model.max_tokens, or raise reward_model.tensor_parallel"),
+        ("FlashInfer: Ninja build failed", "leave VLLM_USE_FLASHINFER_SAMPLER=0 and VLLM_USE_DEEP_GEMM=0 as engines have them"),
+        ("something else", "set VLLM_USE_V2_MODEL_RUNNER=0"),
+    ):
+        told = reward_advice(why, config(), on_gpu=True)
+        assert told.startswith(f"; try, in this order: {first}") and "inference." not in told
+    assert reward_advice("something else", config(), on_gpu=False) == ""
+
+    def fail(self, config):
+        raise ValueError("no  available\nmemory")
+
+    monkeypatch.setattr(RewardEngine, "_load", fail)
+    monkeypatch.setattr("engine.data.conversations.Conversations", lambda options: None)
+    with pytest.raises(InferenceError, match=r"reward engine could not start .*: no available memory; try, in this order: l"):
+        RewardEngine(config())

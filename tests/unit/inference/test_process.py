@@ -7,6 +7,7 @@ import tempfile
 
 import pytest
 
+from engine.inference.nvcc import SWITCHED_OFF
 from engine.inference.process import ENGINES_FOLDER, ENVIRONMENT, LONGEST_FOLDER, prepare_process
 from tests import builders
 
@@ -15,6 +16,9 @@ from tests import builders
 def environment(monkeypatch):
     for name in (*ENVIRONMENT, "OMP_NUM_THREADS", "TMPDIR", ENGINES_FOLDER):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # restored
+    for name in SWITCHED_OFF:
+        monkeypatch.setenv(name, "")  # restored
+        del os.environ[name]
     monkeypatch.setattr(tempfile, "tempdir", None)
 
 
@@ -31,3 +35,15 @@ def test_where_its_name_is_too_long_for_sockets_the_machines_own_is_taken(enviro
     os.environ[ENGINES_FOLDER] = str(tmp_path / ("x" * LONGEST_FOLDER))
     prepare_process(builders.config(tmp_path))
     assert tempfile.gettempdir() == own and not list(tmp_path.iterdir())
+
+
+def test_what_vllm_would_compile_is_off_unless_the_environment_says_otherwise(environment, tmp_path):
+    os.environ["VLLM_USE_DEEP_GEMM"] = "1"
+    prepare_process(builders.config(tmp_path))
+    assert os.environ["VLLM_USE_DEEP_GEMM"] == "1" and os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+
+
+def test_the_installed_vllm_has_what_is_switched_off():
+    import vllm.envs
+
+    assert all(name in vllm.envs.environment_variables for name in SWITCHED_OFF)

@@ -85,6 +85,9 @@ def test_whole_steps_of_the_trainer_and_their_calibration(tmp_path):
 def test_generation_has_what_the_planner_wants(tmp_path, quantization):
     asked = ["--tiny", "--at", "2", "4", "--tokens", "8", "--quantization", quantization]
     start, equal, *decoded = figures(tmp_path, "bench_generation", *asked)
+    runs = {name: start[name] for name in ("model_runner", "attention", "scheduling")}
+    assert runs == {"model_runner": "cpu_model_runner", "attention": "CPU_ATTN", "scheduling": "synchronous"}, start
+    assert start["what"] == "start" and start["seconds"] > 0 and start["vllm"] and start["torch"]
     assert start["seconds"] > 0 and equal == {"what": "equal seeds", "requests": 4, "equal_tokens": True}
     assert [(row["at_once"], row["iterations"], row["prompts"]) for row in decoded] == [(2, 8, 24), (4, 8, 48)]
     assert decoded[1]["context"] == 4 * (12 * 8 + 8 * 7 // 2)
