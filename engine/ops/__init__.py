@@ -14,6 +14,7 @@ from engine.ops.norm import rms_norm
 from engine.ops.policy_gradient import policy_gradient_loss, policy_gradient_slopes
 from engine.ops.sequence import sequence_log_probs
 from engine.ops.token_log_probs import log_square_probs, token_log_probs
+from engine.ops.transfer import to_device
 
 _library.load()
 _shapes.register()
@@ -32,5 +33,6 @@ __all__ = [
     "rms_norm",
     "sequence_log_probs",
     "swiglu",
+    "to_device",
     "token_log_probs",
 ]
