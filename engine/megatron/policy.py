@@ -93,6 +93,8 @@ class Policy:
         self._row_multiple = config.trainer.row_multiple
         self._rows_together = config.trainer.pipeline_parallel if config.trainer.virtual_pipeline > 1 else 1
         self._float32_head = config.model.head == "float32"
+        fuses, widest = config.trainer.fuse_gradient_accumulation, config.trainer.gradient_dtype == "float32"
+        self._head_adds = fuses and widest  # its weight's gradient to the gradient buffer itself, as the layers do
         open_buffers(config.trainer, self.shape.hidden, self.dtype)
         models = build.build_chunks(self.shape, self._config, parallel, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
@@ -524,6 +526,7 @@ class Policy:
                 targets,
                 coefficients=_at(positions, coefficients),
                 float32_logits=self._float32_head,
+                into_main_grad=self._head_adds,
                 **vocabulary,
             )
             return _spread(log_probs, microbatch), None
