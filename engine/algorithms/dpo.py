@@ -156,13 +156,17 @@ class Dpo(Algorithm):
         """See Loss."""
         import torch
 
+        from engine.ops import to_device
+
         leaves = [own.detach().requires_grad_() for own in log_probs]
         split_groups = torch.cat([torch.where(m.split, m.groups, -1) for m in microbatches])
-        pairs, weights = all_pairs(split_groups.tolist(), torch.cat([m.chosen for m in microbatches]).tolist())
+        chosen = torch.cat([m.chosen for m in microbatches])
+        groups, sides = torch.stack([split_groups, chosen.to(split_groups)]).tolist()  # the host waits for the device once
+        pairs, weights = to_device(all_pairs(groups, [side == 1 for side in sides]), leaves[0].device)
         with torch.enable_grad():
             sums = [self._sums(leaf, m) for leaf, m in zip(leaves, microbatches, strict=True)]
             policy, log_ratio, alignment = (torch.cat(parts) for parts in zip(*sums, strict=True))
-            loss, metrics = self._compare(policy, log_ratio, alignment, pairs.to(policy.device), weights.to(policy.device))
+            loss, metrics = self._compare(policy, log_ratio, alignment, pairs, weights)
         return store_split_groups(microbatches, leaves, loss, metrics)
 
     def __call__(
@@ -225,7 +229,7 @@ class Dpo(Algorithm):
         if self.nll_weight:
             loss = loss - self.nll_weight * (weights * policy[chosen]).sum()
         metrics: Parts = {
-            PAIRS.name: margin.new_tensor(float(chosen.numel())),
+            PAIRS.name: margin.new_full((), float(chosen.numel())),
             MARGIN.name: margin.sum().detach(),
             PREFERRED.name: (margin > 0).float().sum(),
             CHOSEN.name: policy[chosen].sum().detach(),

@@ -22,7 +22,6 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -69,7 +68,12 @@ class Group:
     @property
     def num_tokens(self) -> torch.Tensor:
         """Tokens of each response, [N] float32."""
-        return self.rewards.new_tensor([float(ids.numel()) for ids in self.token_ids])
+        import torch
+
+        from engine.ops import to_device
+
+        lengths = torch.tensor([float(ids.numel()) for ids in self.token_ids], dtype=self.rewards.dtype)
+        return to_device([lengths], self.rewards.device)[0]
 
     @staticmethod
     def sums(log_probs: PerToken) -> torch.Tensor:
@@ -205,13 +209,28 @@ class GroupLoss(Algorithm):
         """(sum over groups of the loss, parts of the metrics but the mismatch's); of no group 0, with a gradient of 0."""
         loss = log_probs[:0].sum()
         start = {name: -math.inf if metric.reduce == "max" else 0.0 for name, metric in self._own.items()}
-        metrics: Parts = {name: log_probs.new_tensor(value) for name, value in start.items()}
-        metrics[GROUPS.name] = log_probs.new_tensor(float(len(groups)))
+        metrics: Parts = {name: log_probs.new_full((), value) for name, value in start.items()}
+        metrics[GROUPS.name] = log_probs.new_full((), float(len(groups)))
+        losses: list[torch.Tensor] = []
         for group in groups:
             value, parts = self._evaluated(group)
+            losses.append(value)
             loss = loss + value
             metrics = self._joined(metrics, parts)
+        self._require_finite(groups, losses)
         return loss, metrics
+
+    def _require_finite(self, groups: list[Group], losses: list[torch.Tensor]) -> None:
+        """NumericsError for the first group whose loss is not finite; the device is asked once for all of them."""
+        import torch
+
+        if not groups or bool(torch.isfinite(torch.stack([loss.detach() for loss in losses])).all()):
+            return
+        group, loss = next((group, loss) for group, loss in zip(groups, losses, strict=True) if not torch.isfinite(loss))
+        raise NumericsError(
+            f"{self._name} must return a finite loss; found {loss.item()} for group {group.index} with rewards "
+            f"{group.rewards.tolist()}: mend the loss"
+        )
 
     def _joined(self, metrics: Parts, more: Parts) -> Parts:
         import torch
@@ -238,41 +257,56 @@ class GroupLoss(Algorithm):
                 f"{self._name} must return a loss with a gradient; found none for group {group.index}: compute it from "
                 f"group.log_probs, without .item(), .detach() or torch.no_grad()"
             )
-        if not bool(torch.isfinite(loss)):
-            raise NumericsError(
-                f"{self._name} must return a finite loss; found {loss.item()} for group {group.index} with rewards "
-                f"{group.rewards.tolist()}: mend the loss"
-            )
         if parts.keys() != self._own.keys():
             raise NumericsError(
                 f"{self._name} must return a value for each metric that it declares; found {', '.join(sorted(parts)) or 'none'}"
                 f", declared are {', '.join(sorted(self._own)) or 'none'}: declare them in `metrics`, or return the same names"
             )
-        scalars = {name: torch.as_tensor(value, device=loss.device).detach() for name, value in parts.items()}
+        scalars = {name: _scalar(value, loss) for name, value in parts.items()}
         for name, value in scalars.items():
             if value.dim() != 0:
                 raise NumericsError(f"{self._name}: metric {name} must be a scalar; found shape {list(value.shape)}: reduce it")
         return loss.to(group.rewards.dtype), {name: value.to(group.rewards.dtype) for name, value in scalars.items()}
 
 
+def _scalar(value: Any, like: torch.Tensor) -> torch.Tensor:
+    """A metric's value without gradient, on the device of `like`; a plain number is written there and not copied."""
+    import torch
+
+    if isinstance(value, (bool, int, float)):
+        return torch.full((), value, device=like.device)
+    return torch.as_tensor(value, device=like.device).detach()
+
+
 def groups_of(microbatches: list[Microbatch], log_probs: Many[torch.Tensor], *, split: bool) -> list[Group]:
-    """The groups of these microbatches by number: those that stand in one, or those that are split over several."""
+    """The groups of these microbatches by number: those that stand in one, or those that are split over several. The host reads
+    once a microbatch where its sequences are."""
     members: dict[int, list[tuple[int, Microbatch, int, dict[str, torch.Tensor]]]] = {}
     for microbatch, own in zip(microbatches, log_probs, strict=True):
-        wanted = ((microbatch.groups >= 0) & (microbatch.split == split)).tolist()
-        if not any(wanted):
+        groups, places, counts = _read(microbatch, split)
+        if not any(group >= 0 for group in groups):
             continue
-        counted = microbatch.targets != IGNORED
-        counts = [int(counted[start:end].sum()) for start, end in pairwise(microbatch.cu_seqlens.tolist())]
+        positions = microbatch.target_positions[: sum(counts)]  # of a row without a target none
         per_token = {"token_ids": microbatch.targets, "log_probs": own, "rollout_log_probs": microbatch.rollout_log_probs}
         if microbatch.reference_log_probs is not None:
             per_token["reference_log_probs"] = microbatch.reference_log_probs
-        parts = {name: values[counted].split(counts) for name, values in per_token.items()}
-        for b, group in enumerate(microbatch.groups.tolist()):
-            if wanted[b]:
+        parts = {name: values.index_select(0, positions).split(counts) for name, values in per_token.items()}
+        for b, group in enumerate(groups):
+            if group >= 0:
                 tokens = {name: values[b] for name, values in parts.items()}
-                members.setdefault(group, []).append((int(microbatch.places[b]), microbatch, b, tokens))
+                members.setdefault(group, []).append((places[b], microbatch, b, tokens))
     return [_group(index, sorted(members[index], key=lambda member: member[0])) for index in sorted(members)]
+
+
+def _read(microbatch: Microbatch, split: bool) -> tuple[list[int], list[int], list[int]]:
+    """Of each sequence its group, or -1 where that is not wanted, its place in the step and its tokens with a target."""
+    import torch
+
+    groups = torch.where(microbatch.split == split, microbatch.groups, -1)
+    before = torch.nn.functional.pad((microbatch.targets != IGNORED).cumsum(0), (1, 0))
+    counts = before.index_select(0, microbatch.cu_seqlens).diff()
+    columns: list[list[int]] = torch.stack([groups, microbatch.places, counts]).tolist()
+    return columns[0], columns[1], columns[2]
 
 
 def _group(index: int, members: list[tuple[int, Microbatch, int, dict[str, torch.Tensor]]]) -> Group:

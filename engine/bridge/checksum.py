@@ -24,10 +24,12 @@ class BlockDigests:
     the caches; on a GPU many together, so that small slices do not cost a launch each. Until then a slice must stay as it is.
     """
 
-    def __init__(self, columns: torch.Tensor) -> None:
-        """`columns`: column_weights of the widest parameter, on the device of what will be digested."""
+    def __init__(self, columns: torch.Tensor, *, at_once_bytes: float | None = None) -> None:
+        """`columns`: column_weights of the widest parameter, on the device of what will be digested. `at_once_bytes`: of slices
+        that wait to be digested together; unset: 0 on a CPU, AT_ONCE_BYTES on a GPU."""
         self._columns = columns
-        self._at_once_bytes = 0 if columns.is_cpu else AT_ONCE_BYTES
+        usual = 0 if columns.is_cpu else AT_ONCE_BYTES
+        self._at_once_bytes = usual if at_once_bytes is None else at_once_bytes
         self._pending: list[tuple[ShardOffset, torch.Tensor]] = []
         self._num_bytes = self._num_put = 0
         self._found: list[torch.Tensor] = []

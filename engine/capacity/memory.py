@@ -384,7 +384,8 @@ class Step:
             element = FP32 if self._widened_head else self._e
             rows = min(lm_head.rows_at_once(self._T, self._V, element, on_gpu=self._on_gpu), self._T)
             chunk = rows * self._V * element
-            gradients = self._V * self._H * FP32 + (0 if self._e == FP32 else weight)
+            added = self._trainer.fuse_gradient_accumulation and self._trainer.gradient_dtype == "float32"
+            gradients = self._V * self._H * FP32 + (0 if self._e == FP32 or added else weight)
             return chunk, norm + gathered + rows + gradients + (0 if self._e == FP32 else widened)
         logits = self._T * self._V * self._e  # the gradient overwrites them
         return logits, norm + gathered + rows + (0 if self._trainer.fuse_gradient_accumulation else weight)

@@ -8,7 +8,7 @@ Embedding, output layer and norms stay in model.dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -117,22 +117,20 @@ def quantized_layers(model: torch.nn.Module) -> dict[str, Any]:
 def digest_of(model: torch.nn.Module) -> str:
     """Of the bytes and scales that this worker multiplies with, in hexadecimal; empty where nothing is in FP8. Engines that
     took the same weights have the same."""
-    held = dict(_held(quantized_layers(model)))
-    if not held:
+    layers = quantized_layers(model)
+    if not layers:
         return ""
-    widest = max(tensor.size(1) for tensor in held.values())
-    digests = BlockDigests(column_weights(widest, next(iter(held.values())).device))
-    total = ShardDigest(tuple(held), digests)
-    for name, tensor in held.items():
-        total.add(name, digests.put(ShardOffset(name, 0, 0), tensor))
-        digests.flush()  # bytes and scales are of two sizes, and one launch takes one
+    matrices = {name: layer.weight.data for name, layer in layers.items()}
+    scales = {f"{name}_scale": layer.weight_scale.data for name, layer in layers.items()}
+    widest = max(tensor.size(1) for tensor in matrices.values())
+    # Everything stays where it is, so that all of it may wait to be digested together
+    digests = BlockDigests(column_weights(widest, next(iter(matrices.values())).device), at_once_bytes=math.inf)
+    total = ShardDigest((*matrices, *scales), digests)
+    for held in (matrices, scales):
+        for name, tensor in held.items():
+            total.add(name, digests.put(ShardOffset(name, 0, 0), tensor))
+        digests.flush()  # bytes and scales have elements of two sizes, and one call takes one
     return f"{int(total.sums().sum()) % 2**64:016x}"
-
-
-def _held(layers: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, layer in layers.items():
-        yield name, layer.weight.data
-        yield f"{name}_scale", layer.weight_scale.data
 
 
 def register() -> None:

@@ -47,6 +47,23 @@ class Shared:
     sample_tokens: torch.Tensor
     pieces: Pieces  # the samples of a prompt together, and the prompt
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it has."""
+        return [self.prompt_tokens, self.sample_tokens, self.pieces.of_queries, self.pieces.of_keys]
+
+    def of(self, tensors: list[torch.Tensor]) -> Shared:
+        """The same with other `tensors`, as on another device."""
+        prompts, samples, of_queries, of_keys = tensors
+        return Shared(prompts, samples, Pieces(of_queries, of_keys, self.pieces.query_lengths, self.pieces.key_lengths))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the segments of a row lie."""
+
+    lengths: list[int]  # of the segments, on the host
+    shared: Shared | None  # None where every sequence has a prompt of its own
+
 
 @dataclass
 class Row(PackedSeqParams):
@@ -67,9 +84,10 @@ class Row(PackedSeqParams):
         return Pieces(self.cu_seqlens_q, self.cu_seqlens_kv, self.lengths, self.lengths)
 
 
-def row_of(microbatch: Microbatch, on_host: Microbatch) -> Row:
-    """The row as layers take it: the microbatch on the device, and the same as it came, of which the host reads once a row what
-    layers would otherwise ask the device for."""
+def layout_of(on_host: Microbatch) -> Layout:
+    """Of a row on the host, which is read there once, where layers would otherwise ask the device. Its tensors are on the host
+    too."""
+    assert on_host.cu_seqlens.is_cpu, "the host would wait for a row's segments on the device"
     bounds, parents = on_host.cu_seqlens.tolist(), on_host.parents.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     prompts, samples = [], []
@@ -78,25 +96,31 @@ def row_of(microbatch: Microbatch, on_host: Microbatch) -> Row:
             children = list(family)
             prompts.append(slice(bounds[parent], bounds[parent + 1]))
             samples.append(slice(bounds[children[0]], bounds[children[-1] + 1]))
+    return Layout(lengths, _shared(prompts, samples) if prompts else None)
+
+
+def row_of(microbatch: Microbatch, layout: Layout) -> Row:
+    """The row as layers take it; `microbatch` and the tensors of its layout are on the device."""
+    longest = max(layout.lengths)
     return Row(
         qkv_format="thd",
         cu_seqlens_q=microbatch.cu_seqlens,
         cu_seqlens_kv=microbatch.cu_seqlens,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-        lengths=lengths,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        lengths=layout.lengths,
         parents=microbatch.parents,
-        shared=_shared(prompts, samples, microbatch.cu_seqlens.device) if prompts else None,
+        shared=layout.shared,
         target_positions=microbatch.target_positions,
     )
 
 
-def _shared(prompts: list[slice], samples: list[slice], device: torch.device) -> Shared:
+def _shared(prompts: list[slice], samples: list[slice]) -> Shared:
     def places(parts: list[slice]) -> torch.Tensor:
-        return torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(device)
+        return torch.cat([torch.arange(part.start, part.stop) for part in parts])
 
     def bounds(lengths: list[int]) -> torch.Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
     of_samples, of_prompts = ([part.stop - part.start for part in parts] for parts in (samples, prompts))
     pieces = Pieces(bounds(of_samples), bounds(of_prompts), of_samples, of_prompts)

@@ -113,5 +113,30 @@ def _kernels(implementation: str) -> Kernels:
 
     from engine.megatron.torch_adam import TorchAdam
 
-    plain = (utils.local_multi_tensor_applier, utils.local_multi_tensor_l2_norm, utils.local_multi_tensor_scale)
-    return Kernels(TorchAdam, *plain)
+    return Kernels(TorchAdam, utils.local_multi_tensor_applier, l2_norm, utils.local_multi_tensor_scale)
+
+
+def l2_norm(
+    chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool, *more: Any
+) -> tuple[torch.Tensor, None]:
+    """(norm [1] float32 of all elements of all tensors, None), as megatron-core asks for it.
+
+    On a CPU it is megatron-core's own, to the bit. That one makes a GPU's host wait for every tensor; here the norms of the
+    tensors are a few launches for all of them, each summed in float32 or wider, and the host waits for nothing.
+    """
+    import torch
+    from megatron.core import utils
+
+    tensors = [tensor for tensor_list in tensor_lists for tensor in tensor_list]
+    if all(tensor.is_cpu for tensor in tensors):
+        found: tuple[torch.Tensor, None] = utils.local_multi_tensor_l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor)
+        return found
+    by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
+    norms = [
+        norm.to(torch.float32)
+        for dtype, alike in by_type.items()
+        for norm in torch._foreach_norm(alike, 2, dtype=torch.promote_types(dtype, torch.float32))
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -31,11 +31,11 @@ from engine.core.errors import CheckpointError, NumericsError
 from engine.core.metrics import part_reductions
 from engine.core.types import Batch, Microbatch
 from engine.megatron import build
-from engine.megatron.attention import row_of
 from engine.megatron.fp8.delayed_scaling import Fp8Memory
 from engine.megatron.fp8.parameters import Weights, behind, copied, forget_initial, in_fp8, load, scale
 from engine.megatron.libraries import check_libraries
 from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS, SHARED, UPDATED
+from engine.megatron.moving import Rows, with_scores
 from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
 from engine.megatron.packing import empty_microbatch
@@ -81,6 +81,7 @@ class Policy:
         check_libraries(config.trainer, config.optimizer)
         self.parallel = parallel
         self.loss = loss
+        self._rows = Rows(parallel.device)
         self.shape, self.layout = shape, axes
         self._family = family_of(self.shape)
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
@@ -92,6 +93,8 @@ class Policy:
         self._row_multiple = config.trainer.row_multiple
         self._rows_together = config.trainer.pipeline_parallel if config.trainer.virtual_pipeline > 1 else 1
         self._float32_head = config.model.head == "float32"
+        fuses, widest = config.trainer.fuse_gradient_accumulation, config.trainer.gradient_dtype == "float32"
+        self._head_adds = fuses and widest  # its weight's gradient to the gradient buffer itself, as the layers do
         open_buffers(config.trainer, self.shape.hidden, self.dtype)
         models = build.build_chunks(self.shape, self._config, parallel, headless=self._headless)
         checkpoint = HfCheckpoint(checkpoint_path)
@@ -203,7 +206,7 @@ class Policy:
         if reference:  # on the last stage
             pairs = zip(microbatches, reference, strict=True)
             microbatches = tuple(replace(microbatch, reference_log_probs=scored) for microbatch, scored in pairs)
-        split = [index for index, microbatch in enumerate(microbatches) if microbatch.split.any()]
+        split = [index for index, microbatch in enumerate(microbatches) if any(microbatch.split.tolist())]
         if split or batch.num_spread_groups:
             with phase(Phase.SPREAD):
                 found = self._with_split_groups(batch, [microbatches[index] for index in split])
@@ -223,7 +226,6 @@ class Policy:
             own = self.log_probs(scored, with_squares=self.loss.needs_squares)[: len(rows)]
         if not self.parallel.is_last_stage:
             return []
-        rows = [_to_device(row, self.parallel.device) for row in rows]
         if self.loss.needs_squares:
             rows = [replace(row, log_square_probs=both[1]) for row, both in zip(rows, own, strict=True)]
             own = [both[0] for both in own]
@@ -231,7 +233,8 @@ class Policy:
             rows = [replace(row, reference_log_probs=log_probs) for row, log_probs in zip(rows, own, strict=True)]
         if batch.num_spread_groups:
             return precompute_spread_groups(self.loss, rows, own, self.parallel.device, self.parallel.dp_group)
-        return self.loss.precompute_split_groups(rows, own)
+        found = self.loss.precompute_split_groups([self._rows(row)[0] for row in rows], own)
+        return [with_scores(row, with_gradients) for row, with_gradients in zip(rows, found, strict=True)]
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, *, with_squares: bool = False) -> list[torch.Tensor]:
@@ -327,7 +330,7 @@ class Policy:
             if from_policy and microbatch.reference_log_probs is None:
                 microbatch = replace(microbatch, reference_log_probs=log_probs.detach())
             loss, parts = self.loss(log_probs, microbatch, batch, entropy)
-            num_tokens = loss.new_tensor(float(microbatch.token_ids.numel()))
+            num_tokens = loss.new_full((), float(microbatch.token_ids.numel()))
             return loss, torch.stack([loss.detach(), num_tokens, *(parts[name] for name in names)])
 
         return self.run(batch, lose, forward_only=False)
@@ -477,10 +480,9 @@ class Policy:
         """
 
         def forward_step(microbatches: Iterator[Microbatch], chunk: Any) -> tuple[torch.Tensor, Any]:
-            given = next(microbatches)
-            microbatch = _to_device(given, self.parallel.device)
+            microbatch, row = self._rows(next(microbatches))
             token_ids, position_ids = microbatch.token_ids[None], microbatch.position_ids[None]
-            output = chunk(token_ids, position_ids, None, packed_seq_params=row_of(microbatch, given))
+            output = chunk(token_ids, position_ids, None, packed_seq_params=row)
             return output, partial(finish, microbatch)
 
         def finish(microbatch: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -524,6 +526,7 @@ class Policy:
                 targets,
                 coefficients=_at(positions, coefficients),
                 float32_logits=self._float32_head,
+                into_main_grad=self._head_adds,
                 **vocabulary,
             )
             return _spread(log_probs, microbatch), None
@@ -597,12 +600,3 @@ def _spread(values: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
     """Values [L] at the positions with a target, 0 at all others: [T]."""
     row = torch.zeros(microbatch.targets.shape, dtype=values.dtype, device=values.device)
     return row.index_copy(0, microbatch.target_positions, values)
-
-
-def _to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    def moved(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: moved(inner) for name, inner in value.items()}
-        return value if value is None else value.to(device)
-
-    return Microbatch(**{field.name: moved(getattr(microbatch, field.name)) for field in fields(microbatch)})

@@ -15,6 +15,7 @@ from engine.ops.policy_gradient import policy_gradient_loss, policy_gradient_slo
 from engine.ops.sampling import sample_tokens
 from engine.ops.sequence import sequence_log_probs
 from engine.ops.token_log_probs import log_square_probs, token_log_probs
+from engine.ops.transfer import to_device
 
 _library.load()
 _shapes.register()
@@ -34,5 +35,6 @@ __all__ = [
     "sample_tokens",
     "sequence_log_probs",
     "swiglu",
+    "to_device",
     "token_log_probs",
 ]

@@ -33,7 +33,7 @@ def num_strayed(weight: torch.Tensor, quantized: torch.Tensor, scale: torch.Tens
     found = torch.zeros((), dtype=torch.int64, device=weight.device)
     for rows in _pieces(weight):
         exact = weight[rows].float() / scale[rows]
-        near = torch.maximum(exact.abs() * HALF_STEP, exact.new_tensor(HALF_SUBNORMAL)) * (1 + 1e-6)
+        near = torch.maximum(exact.abs() * HALF_STEP, exact.new_full((), HALF_SUBNORMAL)) * (1 + 1e-6)
         found += ((quantized[rows].float() - exact).abs() <= near).logical_not_().sum()
     return found
 

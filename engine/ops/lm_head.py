@@ -48,6 +48,7 @@ def lm_head_log_probs(
     chunk_rows: int | None = None,
     temperature: float = 1.0,
     float32_logits: bool = False,
+    into_main_grad: bool = False,
 ) -> torch.Tensor:
     """Log-probs [T] (float32) of targets [T] under hidden [T, H] @ weight [V_local, H].T, with gradients to both.
 
@@ -63,6 +64,11 @@ def lm_head_log_probs(
     depends on its own log-prob alone. If what reaches the backward is no multiple of them, a CPU raises ValueError; on a GPU,
     where to ask would make the host wait, the gradients become NaN, which no optimizer step accepts. `chunk_rows` are
     rows_at_once unless given: fewer take less memory and more time, because the weight is read for each chunk anew.
+
+    `into_main_grad`: the backward adds the weight's gradient to `weight.main_grad`, in float32 and never rounded to the
+    weight's type, and says so by `weight.grad_added_to_main_grad`, as megatron-core's layers do with
+    gradient_accumulation_fusion. What autograd then gets for the weight's gradient are zeros if the weight has
+    `zero_out_wgrad`, else undefined.
     """
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1; found {chunk_rows}")
@@ -75,7 +81,9 @@ def lm_head_log_probs(
         raise ValueError(f"targets must have shape [T] = [{hidden.size(0)}]; found {list(targets.shape)}")
     if isinstance(coefficients, torch.Tensor) and coefficients.shape != targets.shape:
         raise ValueError(f"coefficients must have shape [T] = [{hidden.size(0)}]; found {list(coefficients.shape)}")
-    head = _Head(vocab_start, num_valid, group, chunk_rows, temperature, float32_logits)
+    if into_main_grad and (found := getattr(getattr(weight, "main_grad", None), "dtype", "none")) != torch.float32:
+        raise ValueError(f"weight.main_grad must be float32 with into_main_grad; found {found}")
+    head = _Head(vocab_start, num_valid, group, chunk_rows, temperature, float32_logits, into_main_grad)
     log_probs: torch.Tensor = _LmHeadLogProbs.apply(hidden, weight, targets, coefficients, head)
     return log_probs
 
@@ -90,11 +98,18 @@ class _Head:
     chunk_rows: int | None
     temperature: float
     float32_logits: bool
+    into_main_grad: bool = False
 
     def run(
-        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, coefficients: Coefficients | None
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        coefficients: Coefficients | None,
+        main_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, _Gradients | None]:
-        """Log-probs [T] and, given the coefficients, these [T] and the gradients of sum(coefficients * log-probs)."""
+        """Log-probs [T] and, given the coefficients, these [T] and the gradients of sum(coefficients * log-probs), the weight's
+        added to `main_grad` where there is one."""
         num_tokens, width = hidden.size(0), weight.size(0)
         dtype = torch.float32 if self.float32_logits else _products_in(hidden)
         at_once = self.chunk_rows or rows_at_once(num_tokens, width, dtype.itemsize, on_gpu=not hidden.is_cpu)
@@ -103,7 +118,8 @@ class _Head:
         room = hidden.new_empty(min(at_once, num_tokens), width, dtype=dtype)
         gradients = None
         if coefficients is not None:
-            gradients = _Gradients.of(hidden, weight, dtype, single=num_tokens <= at_once)
+            rounds_once = num_tokens <= at_once and dtype == weight.dtype and not self.into_main_grad
+            gradients = _Gradients.of(hidden, weight, weight.dtype if rounds_once else torch.float32, main_grad)
         for first in range(0, num_tokens, at_once):
             rows = slice(first, min(first + at_once, num_tokens))
             x, chunk_targets = _rows_of(hidden, rows).to(dtype), _rows_of(targets, rows)
@@ -124,7 +140,7 @@ class _Head:
             )
             gradients.add(rows, logits, x, weight)
         if gradients is not None:
-            if num_tokens == 0:
+            if num_tokens == 0 and main_grad is None:
                 gradients.weight.zero_()
             if group_size(self.group) > 1:
                 dist.all_reduce(gradients.hidden, group=self.group)
@@ -140,12 +156,13 @@ class _Gradients:
 
     hidden: torch.Tensor
     weight: torch.Tensor
+    begun: bool  # whether `weight` holds a sum already, which is added to
 
     @staticmethod
-    def of(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, *, single: bool) -> _Gradients:
-        """Room for both, undefined. `dtype`: what is multiplied in; `single`: whether one chunk is all."""
-        own = single and dtype == weight.dtype
-        return _Gradients(torch.empty_like(hidden), torch.empty_like(weight, dtype=weight.dtype if own else torch.float32))
+    def of(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, main_grad: torch.Tensor | None) -> _Gradients:
+        """Room for both, undefined, the weight's in `dtype`; or for the weight's what `main_grad` holds."""
+        room = torch.empty_like(weight, dtype=dtype) if main_grad is None else main_grad
+        return _Gradients(torch.empty_like(hidden), room, main_grad is not None)
 
     def add(self, rows: slice, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
         """What the gradient `logits` [C, V_local] of these rows, whose hidden states are x [C, H], makes of both."""
@@ -156,7 +173,7 @@ class _Gradients:
             for block, part in _blocks(weight, x.dtype):
                 back.addmm_(_columns_of(logits, block), part, beta=1 if block.start else 0)
             _rows_of(self.hidden, rows).copy_(back)
-        fresh = rows.start == 0
+        fresh = rows.start == 0 and not self.begun
         if x.dtype == self.weight.dtype:
             self.weight.addmm_(logits.t(), x, beta=0 if fresh else 1)
         elif x.is_cpu:  # which has no such product
@@ -168,10 +185,9 @@ class _Gradients:
 
     def scaled(self, factor: torch.Tensor | float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Both times a number, in `dtype`, the weight's gradient rounded once; in place where that is its type already."""
-        same = isinstance(factor, float) and factor == 1
-        hidden = self.hidden if same else self.hidden.mul_(factor)
+        hidden = self._scaled_hidden(factor)
         if self.weight.dtype == dtype:
-            return hidden, self.weight if same else self.weight.mul_(factor)
+            return hidden, self.weight if _is_one(factor) else self.weight.mul_(factor)
         weight = torch.empty_like(self.weight, dtype=dtype)
         if not weight.is_cpu:
             torch.mul(self.weight, factor, out=weight)
@@ -179,6 +195,19 @@ class _Gradients:
             for part, out in zip(self.weight.split(BLOCK // 4), weight.split(BLOCK // 4), strict=True):
                 out.copy_(part * factor)
         return hidden, weight
+
+    def added(self, factor: torch.Tensor | float, main_grad: torch.Tensor) -> torch.Tensor:
+        """The hidden states' gradient times a number; the weight's times the same number is added to `main_grad`, unless it was
+        summed there."""
+        if not self.begun:
+            if isinstance(factor, float):
+                main_grad.add_(self.weight, alpha=factor)
+            else:
+                main_grad.addcmul_(self.weight, factor.to(self.weight.dtype))
+        return self._scaled_hidden(factor)
+
+    def _scaled_hidden(self, factor: torch.Tensor | float) -> torch.Tensor:
+        return self.hidden if _is_one(factor) else self.hidden.mul_(factor)
 
 
 class _LmHeadLogProbs(torch.autograd.Function):
@@ -195,6 +224,7 @@ class _LmHeadLogProbs(torch.autograd.Function):
         ctx.head, ctx.dtype = head, weight.dtype
         ctx.save_for_backward(*((hidden, weight, targets) if used is None else (used,)))
         ctx.gradients = gradients  # scaled in place: a copy would be as large as the weight
+        ctx.adds_to = weight if head.into_main_grad else None
         return log_probs
 
     @staticmethod
@@ -202,12 +232,29 @@ class _LmHeadLogProbs(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         formed, saved = ctx.gradients, ctx.saved_tensors  # as elsewhere in torch, an error when it runs a second time
         ctx.gradients = None
+        weight = ctx.adds_to
         factor: torch.Tensor | float = 1.0
         if formed is None:
-            _, _, formed = ctx.head.run(*saved, gradient)
+            _, _, formed = ctx.head.run(*saved, gradient, None if weight is None else weight.main_grad)
         else:
             factor = _factor(gradient, *saved)
-        return *formed.scaled(factor, ctx.dtype), None, None, None
+        if weight is None:
+            return *formed.scaled(factor, ctx.dtype), None, None, None
+        hidden = formed.added(factor, weight.main_grad)
+        del formed  # so that its memory is there for what stands for the gradient
+        return hidden, _stand_in(weight), None, None, None
+
+
+def _stand_in(weight: Any) -> torch.Tensor:
+    """What autograd gets for the gradient of a weight whose main_grad has it already: megatron-core's hook wants something that
+    is there, and adds it only to a weight that is also the embedding of this stage, whose own gradient comes with it."""
+    weight.grad_added_to_main_grad = True
+    zeros = getattr(weight, "zero_out_wgrad", False)
+    return torch.zeros_like(weight) if zeros else torch.empty_like(weight)
+
+
+def _is_one(factor: torch.Tensor | float) -> bool:
+    return isinstance(factor, float) and factor == 1
 
 
 def _products_in(hidden: torch.Tensor) -> torch.dtype:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 
+from engine.bridge import checksum
 from engine.core.errors import WeightSyncError
 from engine.inference import fp8
 from engine.inference.receiver import LiveShards
+from engine.ops import block_digest
 from engine.ops.fp8 import FP8
 
 ROWS, COLUMNS = 24, 32
@@ -91,6 +93,26 @@ def test_a_place_that_does_not_take_the_weights_is_found(method: fp8.Fp8Linear, 
     monkeypatch.setattr(fp8, "quantize", lambda layer, weight: None)
     with pytest.raises(WeightSyncError, match="must be within half an FP8 step"):
         shards.complete("layer.weight")
+
+
+def test_a_digest_of_all_layers_is_two_calls(method: fp8.Fp8Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of all bytes and one of all scales, which on a GPU are a launch for every 48 of them; each digest is its own."""
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(loaded(method, drawn(ROWS, COLUMNS + 8 * i, seed=i)).layer for i in range(5))
+    digested, block_digests = [], checksum.block_digests
+
+    def count(blocks: Any, **places: Any) -> torch.Tensor:
+        digested.append([block.dtype for block in blocks])
+        return block_digests(blocks, **places)
+
+    monkeypatch.setattr(checksum, "block_digests", count)
+    found = fp8.digest_of(model)
+    assert digested == [[FP8] * 5, [torch.float32] * 5]
+    alone = torch.zeros((), dtype=torch.int64)
+    for name, layer in fp8.quantized_layers(model).items():
+        for kind, tensor in ((name, layer.weight.data), (f"{name}_scale", layer.weight_scale.data)):
+            alone += block_digest(tensor, row=0, col=0, seed=checksum._seed(kind)).sum()
+    assert found == f"{int(alone) % 2**64:016x}"
 
 
 def test_a_digest_tells_bytes_scales_and_their_places_apart(method: fp8.Fp8Linear) -> None:

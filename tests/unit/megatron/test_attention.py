@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from engine.config.options import Trainer
 from engine.core.types import Microbatch
 from engine.megatron import attention
-from engine.megatron.attention import FLASH, PLAIN, PackedAttention, Pieces, Row, row_of
+from engine.megatron.attention import FLASH, PLAIN, PackedAttention, Pieces, Row, layout_of, row_of
 from engine.megatron.packing import make_batch
 from tests.rollouts import make_sequence
 
@@ -140,7 +140,7 @@ def test_a_shared_prompt_is_attended_to_as_one_of_its_own(
 ) -> None:
     """Outputs and the gradients of queries, keys and values, prompts included, within the type's rounding."""
     microbatch = row_with(random.Random(seed), num_prompts, samples, prompt, completion)
-    row, inputs = row_of(microbatch, microbatch), tensors(microbatch.token_ids.numel(), dtype)
+    row, inputs = row_of(microbatch, layout_of(microbatch)), tensors(microbatch.token_ids.numel(), dtype)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     wanted = by_mask(exact[0], exact[1], exact[2], mask_of(microbatch))
     slope = torch.randn_like(wanted)
@@ -167,7 +167,7 @@ def test_a_long_prompt_with_samples_of_all_lengths_makes_nothing_larger_than_the
     """700 tokens of a prompt, sixteen samples of 5 to 200: no mask, no copy of the prompt's keys for a sample, no padding."""
     made = [make_sequence((1,) * 700, (2,) * (5 + 13 * i), ()) for i in range(16)]
     (microbatch,) = make_batch(made, step=0, num_prompts=1, trainer=Trainer(), dp_rank=0).microbatches
-    row, inputs = row_of(microbatch, microbatch), tensors(microbatch.token_ids.numel(), torch.float32)
+    row, inputs = row_of(microbatch, layout_of(microbatch)), tensors(microbatch.token_ids.numel(), torch.float32)
     with Largest() as largest:
         attend(inputs[0], inputs[1], inputs[2], row).sum().backward()
     assert microbatch.token_ids.numel() == 699 + sum(5 + 13 * i for i in range(16))

@@ -12,11 +12,13 @@ import torch
 from megatron.core import optimizer as megatron
 from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as mixed_precision
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.config.options import Optimizer, Trainer
 from engine.core.errors import ConfigError
-from engine.megatron.libraries import check_libraries, chosen_kernels
+from engine.megatron.libraries import check_libraries, chosen_kernels, l2_norm
 from engine.megatron.torch_adam import TorchAdam
+from tests.unit.ops.counted import Counted
 
 WANTED = {
     "trainer.layers": (Trainer(layers="transformer_engine"), Optimizer(), "transformer_engine"),
@@ -109,7 +111,7 @@ def test_the_chosen_kernels_are_megatrons_while_entered(implementation, monkeypa
         with chosen_kernels("torch"):
             assert megatron.Adam is distrib_optimizer.Adam is TorchAdam
             assert not megatron.USING_PYTORCH_OPTIMIZER, "it takes torch's own by itself, not fused"
-            assert clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm"
+            assert clip_grads.l2_norm_impl is l2_norm
     assert choices() == before
 
 
@@ -162,3 +164,43 @@ def test_fp8_moments_are_one_byte_and_zero_where_gradients_were(monkeypatch):
     assert moment._data.tolist() == [224, 448 % 256]
     adam._apply_scale("exp_avg", torch.zeros(2), moment, torch.ones(1))
     assert moment._data.tolist() == [0, 0]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of a GPU, by pretence."""
+
+    is_cpu = False
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float32, torch.bfloat16, torch.float64)], ids=str
+)
+def test_the_norm_of_a_gpu_is_megatrons_own(dtypes):
+    """Of gradients in float32 to its rounding; of others more exact, since megatron-core rounds each norm to their type."""
+    draw = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(size, generator=draw).to(dtype) for size in (1, 7, 1000, 0, 33) for dtype in dtypes]
+    exact = torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt()
+    found, _ = l2_norm(65536, torch.zeros(1), [[tensor.as_subclass(OnGpu) for tensor in tensors]], False)
+    assert found.shape == (1,) and found.dtype == torch.float32
+    torch.testing.assert_close(found.double().as_subclass(torch.Tensor), exact.view(1), rtol=1e-6, atol=0)
+    if dtypes == (torch.float32,):
+        theirs = torch.norm(torch.tensor([torch.norm(tensor) for tensor in tensors]))
+        torch.testing.assert_close(found.as_subclass(torch.Tensor), theirs.view(1), rtol=2e-7, atol=0)
+
+
+def test_the_norm_on_a_cpu_is_left_to_megatron(monkeypatch):
+    """To the bit, since it is that function which computes it."""
+    monkeypatch.setattr("megatron.core.utils.local_multi_tensor_l2_norm", lambda *given: given)
+    tensors = [torch.ones(3), torch.ones(2)]
+    given: Any = l2_norm(65536, torch.zeros(1), [tensors], False)
+    assert given[2] == [tensors]
+
+
+def test_the_host_waits_for_no_norm_of_a_gpu():
+    """Of 195 tensors, as many as megatron-core has of Llama 3.1 8B; its own function reads 195 numbers back, and writes one."""
+    with FakeTensorMode(), Counted() as count:
+        tensors = [torch.empty(5 + index, device="cuda") for index in range(195)]
+        norm, _ = l2_norm(65536, torch.empty(1), [tensors], False)
+    assert norm.device.type == "cuda" and norm.shape == (1,)
+    assert not count.host_waits and not count.copies
+    assert count.launches["aten::_foreach_norm"] == 1

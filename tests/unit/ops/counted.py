@@ -29,6 +29,7 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.host_waits: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()  # from the host: by "blocking", for which the host waits, and "queued"
         self.num_bytes = self.flops = 0
         self.seconds = 0.0  # each operator at its own limit, one after another
 
@@ -37,6 +38,7 @@ class Counted(TorchDispatchMode):
         name = func._schema.name
         if name in HOST_WAITS:
             self.host_waits[name] += 1
+        self._count_copy(name, args, kwargs)
         if func is torch.ops.aten.addmm.dtype_out:  # torch has no fake of it
             result = kwargs["out"]
             assert result.dtype == args[3] == torch.float32 and result is args[0], "accumulates in place, in float32"
@@ -58,6 +60,20 @@ class Counted(TorchDispatchMode):
         self.num_bytes, self.flops = self.num_bytes + num_bytes, self.flops + flops
         self.seconds += max(num_bytes / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND)
         return result
+
+    def _count_copy(self, name: str, args: Any, kwargs: Any) -> None:
+        """A copy from the host's memory to the device, or from there, for which the host always waits."""
+        if name == "aten::_to_copy":
+            source, target, queued = args[0].device, kwargs.get("device") or args[0].device, kwargs.get("non_blocking", False)
+        elif name == "aten::copy_":
+            source, target = args[1].device, args[0].device
+            queued = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+        else:
+            return
+        if source.type == "cpu" and target.type == "cuda":
+            self.copies["queued" if queued else "blocking"] += 1
+        elif source.type == "cuda" and target.type == "cpu":
+            self.host_waits[name] += 1
 
     @staticmethod
     def _unread(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
