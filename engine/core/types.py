@@ -178,3 +178,4 @@ class Batch:
     num_sequence_tokens: int = 0  # prompts and completions, a prompt counted for each of its samples
     num_saved_tokens: int = 0  # of them, what rows do not hold since samples share prompts
     num_spread_groups: int = 0  # groups of which several data-parallel ranks have sequences
+    num_spread_rows: int = 0  # of this rank's microbatches, the first ones: those with such groups alone

@@ -25,6 +25,7 @@ class Share:
 
     step: int
     rows: tuple[tuple[Outline, ...], ...]  # packed rows, equally many on every rank; some may be empty
+    num_spread_rows: int  # of them, the first ones: with groups that other ranks have parts of, and nothing else
     split: frozenset[int]  # groups of this rank that are split over several rows or ranks
     num_spread_groups: int  # of the step, which several ranks have parts of
     num_prompts: int  # all prompts of the step, skipped ones included
@@ -56,7 +57,15 @@ def deal_step(
         "num_sequence_tokens": num_tokens,
         "num_saved_tokens": num_tokens - sum(costs.num_tokens(row) for of_rank in dealt.rows for row in of_rank),
     }
-    return [Share(step, tuple(map(tuple, rows)), split, **counts) for rows, split in zip(dealt.rows, dealt.split, strict=True)]
+    return [
+        Share(step, tuple(map(tuple, rows)), _num_spread(rows, dealt.spread), split, **counts)
+        for rows, split in zip(dealt.rows, dealt.split, strict=True)
+    ]
+
+
+def _num_spread(rows: Many[Many[Outline]], spread: Collection[int]) -> int:
+    """The rows, which are the first ones, with sequences of groups that are spread over ranks."""
+    return sum(bool(row) and row[0].group in spread for row in rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +84,7 @@ def deal_rows(outlines: Many[Outline], trainer: Trainer, costs: Costs, *, cuts_g
     held = [{one.group for one in part} - {-1} for part in parts]
     spread = frozenset(group for group, ranks in Counter(chain.from_iterable(held)).items() if ranks > 1)
     split = [frozenset(too_large(part, trainer, costs) | (groups & spread)) for part, groups in zip(parts, held, strict=True)]
-    return Dealt(pack_rows(parts, split, trainer, costs), split, spread)
+    return Dealt(pack_rows(parts, split, spread, trainer, costs), split, spread)
 
 
 def split_over_ranks(
@@ -91,16 +100,17 @@ def split_over_ranks(
 
 
 def pack_rows(
-    parts: Many[Many[Outline]], split: Many[Collection[int]], trainer: Trainer, costs: Costs
+    parts: Many[Many[Outline]], split: Many[Collection[int]], spread: Collection[int], trainer: Trainer, costs: Costs
 ) -> list[list[list[Outline]]]:
     """The packed rows of every data-parallel rank, of at most trainer.microbatch_tokens, equally many on each; a rank with
     fewer sequences has empty ones. A group's sequences stand in one row, but for the groups in `split`, whose sequences have
-    rows of their own, since the policy scores these first. ConfigError for a sequence that is larger than a row.
+    rows of their own, since the policy scores these first: the first rows where they are `spread` over ranks, others behind
+    them. ConfigError for a sequence that is larger than a row.
 
     Without a pipeline rows are as few as first fit makes them. A pipeline idles less with more, of equal work: there are
     ROWS_PER_STAGE a stage where each has LEAST_ROW_TOKENS, unless every row is padded to its largest length.
     """
-    rows = [_first_fit(part, apart, trainer, costs) for part, apart in zip(parts, split, strict=True)]
+    rows = [_first_fit(part, apart, spread, trainer, costs) for part, apart in zip(parts, split, strict=True)]
     together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
     num_rows = max(1, *map(len, rows))
     if trainer.pipeline_parallel > 1 and trainer.row_multiple < trainer.microbatch_tokens:
@@ -108,7 +118,7 @@ def pack_rows(
         num_rows = max(num_rows, min(ROWS_PER_STAGE * trainer.pipeline_parallel, largest // LEAST_ROW_TOKENS))
         num_rows = -(-num_rows // together) * together
         rows = [
-            _equal_rows(part, apart, num_rows, trainer, costs) or few
+            _equal_rows(part, apart, spread, num_rows, trainer, costs) or few
             for part, apart, few in zip(parts, split, rows, strict=True)
         ]
     num_rows = -(-num_rows // together) * together
@@ -155,17 +165,20 @@ class _Open:
             self.prompts.setdefault(one.prompt, []).append(one)
 
 
-def _first_fit(outlines: Many[Outline], split: Collection[int], trainer: Trainer, costs: Costs) -> list[list[Outline]]:
-    """As few rows as first fit in the given order makes, those of the `split` groups first. The sequences of a unit that is
-    larger than a row are laid out one by one, those of a group that is not split together."""
-    return [row for part in _by_split(outlines, split) for row in _fit(part, split, trainer, costs)]
+def _first_fit(
+    outlines: Many[Outline], split: Collection[int], spread: Collection[int], trainer: Trainer, costs: Costs
+) -> list[list[Outline]]:
+    """As few rows as first fit in the given order makes, kind by kind. The sequences of a unit that is larger than a row are
+    laid out one by one, those of a group that is not split together."""
+    return [row for kind in _kinds(outlines, split, spread) for row in _fit(kind, split, trainer, costs)]
 
 
-def _by_split(outlines: Many[Outline], split: Collection[int]) -> list[list[Outline]]:
-    """The sequences of split groups, and all others; one list where there is only one kind."""
-    if not split:
-        return [list(outlines)]
-    kinds = [one for one in outlines if one.group in split], [one for one in outlines if one.group not in split]
+def _kinds(outlines: Many[Outline], split: Collection[int], spread: Collection[int]) -> list[list[Outline]]:
+    """What has rows of its own: the sequences of groups that are spread over ranks, of others that are split, and all others,
+    as far as there are any."""
+    kinds: tuple[list[Outline], list[Outline], list[Outline]] = [], [], []
+    for one in outlines:
+        kinds[0 if one.group in spread else 1 if one.group in split else 2].append(one)
     return [kind for kind in kinds if kind]
 
 
@@ -205,13 +218,11 @@ def _whole_groups(unit: list[Outline], split: Collection[int]) -> list[list[Outl
 
 
 def _equal_rows(
-    outlines: Many[Outline], split: Collection[int], num_rows: int, trainer: Trainer, costs: Costs
+    outlines: Many[Outline], split: Collection[int], spread: Collection[int], num_rows: int, trainer: Trainer, costs: Costs
 ) -> list[list[Outline]] | None:
-    """So many rows of about equal work, those of the `split` groups first; None where they are too few for that."""
-    kinds, rows, room = _by_split(outlines, split), list[list[Outline]](), room_of(trainer)
-    work = [costs.work(kind) for kind in kinds]
-    first = num_rows if len(kinds) == 1 else min(max(1, round(num_rows * work[0] / sum(work))), num_rows - 1)
-    for kind, count in zip(kinds, (first, num_rows - first), strict=False):
+    """So many rows of about equal work, kind by kind; None where they are too few for that."""
+    kinds, rows, room = _kinds(outlines, split, spread), list[list[Outline]](), room_of(trainer)
+    for kind, count in zip(kinds, _shared_out(num_rows, [costs.work(kind) for kind in kinds]), strict=True):
         parts = []
         for unit in units_of(kind, costs):
             parts += [unit] if costs.num_tokens(unit) <= room else _whole_groups(unit, split)
@@ -220,3 +231,14 @@ def _equal_rows(
             return None
         rows += dealt
     return rows
+
+
+def _shared_out(count: int, works: list[float]) -> list[int]:
+    """So many rows among kinds with so much work, one at least to each as long as there are any."""
+    found, left = list[int](), sum(works)
+    for place, work in enumerate(works):
+        free, others = count - sum(found), len(works) - place - 1
+        own = max(1, round(free * work / left)) if others else free
+        found.append(max(0, min(own, free - others)))
+        left -= work
+    return found

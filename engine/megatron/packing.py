@@ -73,6 +73,7 @@ def fill_batch(share: Share, sequence: Callable[[int], Sequence], trainer: Train
         num_sequence_tokens=share.num_sequence_tokens,
         num_saved_tokens=share.num_saved_tokens,
         num_spread_groups=share.num_spread_groups,
+        num_spread_rows=share.num_spread_rows,
     )
 
 

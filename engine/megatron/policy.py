@@ -231,10 +231,13 @@ class Policy:
             own = [both[0] for both in own]
         if self.loss.needs_reference and self._reference_source == "policy":
             rows = [replace(row, reference_log_probs=log_probs) for row, log_probs in zip(rows, own, strict=True)]
+        spread, rows = rows[: batch.num_spread_rows], rows[batch.num_spread_rows :]
+        there: list[Microbatch] = []
         if batch.num_spread_groups:
-            return precompute_spread_groups(self.loss, rows, own, self.parallel.device, self.parallel.dp_group)
-        found = self.loss.precompute_split_groups([self._rows(row)[0] for row in rows], own)
-        return [with_scores(row, with_gradients) for row, with_gradients in zip(rows, found, strict=True)]
+            here = self.parallel
+            there = precompute_spread_groups(self.loss, spread, own[: len(spread)], here.device, here.dp_group)
+        found = self.loss.precompute_split_groups([self._rows(row)[0] for row in rows], own[len(spread) :]) if rows else []
+        return there + [with_scores(row, with_gradients) for row, with_gradients in zip(rows, found, strict=True)]
 
     @torch.no_grad()
     def log_probs(self, batch: Batch, *, with_squares: bool = False) -> list[torch.Tensor]:

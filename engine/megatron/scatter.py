@@ -106,7 +106,7 @@ def encode(share: Share, sequences: Many[Sequence]) -> bytes:
     completions = [sequence.completion_ids.data for sequence in own]
     log_probs = [sequence.rollout_log_probs.data for sequence in own]
     told = json.dumps(names).encode()
-    whole = [len(share.rows), len(share.split), len(prompts), len(own), len(names), len(told)]
+    whole = [len(share.rows), share.num_spread_rows, len(share.split), len(prompts), len(own), len(names), len(told)]
     whole += [getattr(share, name) for name in COUNTS]
     whole += map(len, share.rows)
     whole += sorted(share.split)
@@ -122,15 +122,16 @@ def encode(share: Share, sequences: Many[Sequence]) -> bytes:
 class Coded:
     """A share and its sequences as `encode` wrote them, in the machines' byte order, one after another:
 
-    int64: the numbers of rows, split groups, prompts, sequences, values, and bytes of their names; the share's counts; of each
-    row its sequences; the split groups; of each prompt its number and length; of each sequence its place, prompt, group,
+    int64: the numbers of rows, of those with spread groups, of split groups, prompts, sequences, values, and bytes of their
+    names; the share's counts; of each row its sequences; the split groups; of each prompt its number and length; of each
+    sequence its place, prompt, group,
     whether it is chosen, and the lengths of its completion and of its log-probs. float64: of each sequence advantage, reward
     and values. The values' names as JSON. int32: the tokens of the prompts, then of the completions. float32: the log-probs.
     """
 
     def __init__(self, payload: bytes | memoryview) -> None:
         self._payload, self._place = memoryview(payload), 0
-        num_rows, num_split, num_prompts, num_sequences, num_values, num_bytes = self._numbers(np.int64, 6).tolist()
+        num_rows, num_spread, num_split, num_prompts, num_sequences, num_values, num_bytes = self._numbers(np.int64, 7).tolist()
         counts: dict[str, int] = dict(zip(COUNTS, self._numbers(np.int64, len(COUNTS)).tolist(), strict=True))
         bounds = list(accumulate(self._numbers(np.int64, num_rows).tolist(), initial=0))
         split = frozenset(self._numbers(np.int64, num_split).tolist())
@@ -158,7 +159,7 @@ class Coded:
                 values=dict(zip(names, values, strict=True)),
             )
         rows = tuple(tuple(outlines[start:end]) for start, end in pairwise(bounds))
-        self.share = Share(rows=rows, split=split, **counts)
+        self.share = Share(rows=rows, num_spread_rows=num_spread, split=split, **counts)
 
     def _bytes(self, count: int) -> bytes:
         """The next ones."""

@@ -2,7 +2,7 @@
 of a group looks at, computes the loss of all such groups as every other does, to the bit, and keeps the derivative by the
 log-probs of its own sequences. One gather of a few numbers a token a step.
 
-Shape legend: T tokens of a packed row, L positions with a target of a rank's split groups, B sequences of them.
+Shape legend: T tokens of a packed row, L positions with a target of a rank's part of such groups, B sequences of it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from engine.ops import to_device
 def precompute_spread_groups(
     loss: Loss, rows: Many[Microbatch], log_probs: Many[torch.Tensor], device: torch.device, group: dist.ProcessGroup
 ) -> list[Microbatch]:
-    """`loss.precompute_split_groups` of this rank's rows with split groups, where others of the process group have sequences of
-    the same groups. The columns of `rows` are on the host, what scoring filled in and the policy's own `log_probs` [T] of each
-    on `device`.
+    """`loss.precompute_split_groups` of this rank's rows with groups that others of the process group have sequences of. The
+    columns of `rows` are on the host, what scoring filled in and the policy's own `log_probs` [T] of each on `device`.
 
     Collective over the group, also for a rank without such rows. The host waits once for the sizes of the ranks' parts, and as
     often as the loss itself makes it.

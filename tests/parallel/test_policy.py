@@ -77,6 +77,9 @@ EVERYTHING: dict[str, tuple[str, str, dict[str, Any]]] = {  # groups of two pair
     "everything_with_prompts_not_shared": ("odd", "everything", {"share_prompts": False}),
     "everything_tp2": ("odd", "everything", {"tensor_parallel": 2, "sequence_parallel": True}),
     "everything_pp2_dp2": ("odd", "everything", {"pipeline_parallel": 2, "data_parallel": 2}),
+    # a group that both ranks have, and one that is larger than a row on one of them
+    "everything_in_small_rows_dp2": ("odd", "everything", {"data_parallel": 2, "microbatch_tokens": 40}),
+    "own_loss_in_small_rows_dp2": ("odd", "own", {"data_parallel": 2, "microbatch_tokens": 40}),
     "everything_dp4": ("odd", "everything", {"data_parallel": 4}),
     "everything_in_one_group_in_a_whole_row": ("odd", "everything_in_one_group", {"microbatch_tokens": 256}),
     "everything_in_one_group_tp2_dp2": (
@@ -436,6 +439,16 @@ def test_groups_are_split_over_rows_of_one_rank_and_whole_in_larger_ones(train: 
 
 
 SPREAD = [name for name in EVERYTHING if name.endswith(("_dp4", "_one_group_tp2_dp2", "_virtual2_dp2"))]
+
+
+def test_only_what_several_ranks_have_is_exchanged() -> None:
+    """The rows of a group that is larger than a row, but on one rank alone, stand behind those of the group that is spread."""
+    options = material.run_config({"data_parallel": 2, "microbatch_tokens": 40}, {}).trainer
+    batches = [material.batch_of(0, 67, options, rank, 2) for rank in range(2)]
+    found = [[set(row.groups[row.split].tolist()) for row in batch.microbatches] for batch in batches]
+    assert found == [[{1}, {1}, {1}], [{1}, {0}, {0}]]
+    assert [batch.num_spread_rows for batch in batches] == [3, 1]
+    assert {batch.num_spread_groups for batch in batches} == {1}
 
 
 @pytest.mark.parametrize("name", SPREAD)
