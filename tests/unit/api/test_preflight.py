@@ -274,8 +274,8 @@ def test_what_the_engines_are_to_be_told_is_compared_with_the_vllm_that_is_there
     found = faults(wrong)
     assert len(found) == 2 and "sampling.stop must name token ids of the model's vocabulary of 260; found 260" in found[0]
     assert "inference.vllm.enforce_eagr is no argument of the installed vLLM" in found[1]
-    right = override(made, {"inference.vllm": {"enforce_eager": True, "scheduling_policy": "fcfs"}, "sampling.stop": [3]})
-    assert dict(table(check(right)))["further arguments of vLLM"] == 'enforce_eager = true, scheduling_policy = "fcfs"'
+    right = override(made, {"inference.vllm": {"enforce_eager": True, "attention_backend": "FLASH_ATTN"}, "sampling.stop": [3]})
+    assert dict(table(check(right)))["further arguments of vLLM"] == 'enforce_eager = true, attention_backend = "FLASH_ATTN"'
 
 
 def test_end_tokens_that_differ_are_told_and_are_no_fault(made, tmp_path, capsys):
