@@ -2,7 +2,7 @@
 data-parallel ranks with the distributed optimizer. The peer, in the same processes and in turn, is what Semion did before:
 every rank writes all that it holds and rank 0 the model once more, then rank 0 hashes every file while the others wait.
 
-    .venv/bin/python tools/bench_checkpoint.py [--millions 50] [--ranks 2] [--repeats 3]
+    .venv/bin/python -m tools.bench_checkpoint [--millions 50] [--ranks 2] [--repeats 3]
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What stands between the engines and an optimizer step on the host, as batches and data-parallel ranks become many. No model
 runs: rollouts are drawn, and the run's own functions do with them what a run does. Prints tables, and JSON on request.
 
-    python tools/bench_scale.py path --tokens 0.5 2 8 --ranks 1 8 64 512
-    python tools/bench_scale.py balance
-    python tools/bench_scale.py records --texts answers.jsonl
-    python tools/bench_scale.py checkpoint --layers 12 --ranks 4
+    python -m tools.bench_scale path --tokens 0.5 2 8 --ranks 1 8 64 512
+    python -m tools.bench_scale balance
+    python -m tools.bench_scale records --texts answers.jsonl
+    python -m tools.bench_scale checkpoint --layers 12 --ranks 4
 
 `path`: seconds of CPU and bytes a million tokens of each stage, from what vLLM returns to the packed rows of one rank.
 `balance`: the work of the fullest data-parallel rank over the mean, and a pipeline's step over the ideal one, for lengths drawn

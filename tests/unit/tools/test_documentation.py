@@ -320,3 +320,15 @@ def test_the_command_builds_the_site_where_git_ignores_it() -> None:
     assert ignored.returncode == 0
     help = subprocess.run([sys.executable, "tools/docs.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "site" in help.stdout
+
+
+def test_commands_of_tools_find_what_they_import():
+    """`python tools/NAME.py` puts tools/ into the path and not the repository: a tool that imports another one, or the tests, is
+    called as `python -m tools.NAME`, wherever a document or a tool itself says how."""
+    texts = [path for pattern in ("*.md", "docs/*.md", "tools/*.py", "examples/**/*.md") for path in ROOT.glob(pattern)]
+    called = {name for path in texts for name in re.findall(r"python3? tools/(\w+)\.py", path.read_text("utf-8"))}
+    assert len(called) > 5
+    for name in sorted(called):
+        source = (ROOT / "tools" / f"{name}.py").read_text("utf-8")
+        if "sys.path.insert" not in source:
+            assert not re.search(r"^(from|import) (tools|tests)\b", source, re.MULTILINE), f"say python -m tools.{name}"
