@@ -49,7 +49,7 @@ from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
 from engine.observe.profiling.phases import Phase, phase
 from engine.observe.telling import BYTES, activity
-from engine.ops import Coefficients, lm_head_log_probs, log_square_probs, token_log_probs
+from engine.ops import Coefficients, lm_head_log_probs, log_square_probs, to_device, token_log_probs
 
 # What a microbatch gives back on the last stage: (scalar to differentiate, tensor to collect)
 LossOf = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, torch.Tensor]]
@@ -564,7 +564,8 @@ class Policy:
             most = torch.cat([parts, torch.full_like(total, -math.inf).to(parts).unsqueeze(0)]).amax(0).double()
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self.parallel.dp_group)
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self.parallel.pp_group)
-            total = torch.where(torch.tensor(largest, device=total.device), most, total)
+            (of_largest,) = to_device([torch.tensor(largest)], total.device)
+            total = torch.where(of_largest, most, total)
         return total
 
     def _slices_of(self, tp_rank: int) -> dict[str, list[layout.ShardSlice]]:

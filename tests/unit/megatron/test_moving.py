@@ -62,6 +62,7 @@ def batch_of(num_rows, *, microbatch_tokens=60):
     return batch
 
 
+@torch.no_grad()
 def backward(loss):
     """torch's backward, node after node: torch's own asks for the streams of a GPU that there is not."""
     order, seen = [], set()
@@ -100,22 +101,22 @@ def schedule(*, forward_step_func, data_iterator, model, num_microbatches, forwa
     return collected
 
 
-def policy_of(loss, device, *, source="pass"):
+def policy_of(loss, device, *, headless=False):
     """A policy without megatron-core, whose model is an embedding and an output layer."""
     policy: Any = object.__new__(Policy)
     embedding = torch.zeros(VOCABULARY, HIDDEN, device=device, requires_grad=True)
     policy._output_weight = torch.zeros(VOCABULARY, HIDDEN, device=device, requires_grad=True)
 
     def model(token_ids, position_ids, mask, *, packed_seq_params):
-        hidden = torch.nn.functional.embedding(token_ids[0], embedding)
-        return (hidden.index_select(0, packed_seq_params.target_positions) @ policy._output_weight.t()).unsqueeze(0)
+        hidden = torch.nn.functional.embedding(token_ids[0], embedding).index_select(0, packed_seq_params.target_positions)
+        return (hidden if headless else hidden @ policy._output_weight.t()).unsqueeze(0)
 
     policy.parallel = SimpleNamespace(device=device, tp_rank=0, tp_group=None, is_last_stage=True)
     policy.shape = SimpleNamespace(vocab_size=VOCABULARY)
     policy.loss, policy._rows, policy._chunks = loss, Rows(device), [model]
     policy._own = policy._reference = {}
-    policy._reference_on_host = policy._headless = policy._float32_head = False
-    policy._reference_source, policy._temperature = source, 1.0
+    policy._reference_on_host = policy._float32_head = policy._head_adds = False
+    policy._headless, policy._reference_source, policy._temperature = headless, "pass", 1.0
     policy._rows_together = policy._row_multiple = 1
     policy._fp8 = SimpleNamespace(untouched=nullcontext)
     return policy
@@ -127,11 +128,11 @@ def no_schedule(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
 
 
-def counted_step(name, num_rows):
+def counted_step(name, num_rows, *, headless=False):
     """Scores with the reference and trains: a step of `num_rows` rows, on fake tensors of a GPU."""
     batch = batch_of(num_rows)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        policy = policy_of(make_loss(algorithm_options(LOSSES[name])), GPU)
+        policy = policy_of(make_loss(algorithm_options(LOSSES[name])), GPU, headless=headless)
         with Counted() as count:
             parts = policy._backward(policy.score(batch))
     assert len(parts) == num_rows and parts[0].device == GPU
@@ -147,6 +148,15 @@ def test_a_row_costs_one_copy_that_nobody_waits_for(no_schedule, name):
         count = counted_step(name, num_rows)
         assert not count.host_waits
         assert count.copies == {"queued": num_rows}
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_the_fused_output_layer_waits_for_nothing_either(no_schedule, name):
+    """With coefficients known beforehand and without."""
+    count = counted_step(name, 2, headless=True)
+    assert not count.host_waits
+    assert count.copies == {"queued": 2}
 
 
 @needs_cuda_build
