@@ -401,13 +401,20 @@ class Engines:
             engine.submit(now, ())
 
     def pause(self, now: float, until: float) -> None:
-        """What is not done at a time goes on at another, with its tokens kept and computed anew."""
-        self.catch_up(now)
+        """What is not done at a time goes on at another, with its tokens kept and computed anew. All engines have worked until
+        the last of them had completed the steps that they aimed at."""
         for engine in self.engines:
+            engine.slow = 1.0
+        aimed = [(engine, step) for engine in self.engines for step in engine.aim or ()]
+        last = max((engine.done(step, 0.0) for engine, step in aimed), default=now)
+        for engine in self.engines:
+            engine.aim = None
+            engine.submit(min(now, last), ())
             engine.pause(until)
 
     def aim(self, steps: range) -> None:
-        """Each engine works until it has completed these steps, however much it has begun beside them, and then rests."""
+        """The engines work until each has completed these steps, however much they have begun beside them, and then rest until
+        `pause`."""
         for engine in self.engines:
             engine.aim = steps
 

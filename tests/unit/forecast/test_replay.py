@@ -186,6 +186,20 @@ def test_an_engine_rests_once_it_has_what_is_due():
     assert engine.done(1, 0.0) == 21 + 6 and engine.busy == 9
 
 
+def test_no_engine_rests_before_the_last_has_what_is_due():
+    """Two engines with two responses each, of 2 and 9 and of 6 and 9 iterations; the first ones are due. Both have decoded 6
+    when the longest is in, at 6, and go on at 10 with 3 left of each."""
+    engines = one_engine([1], slots=2, num_engines=2, second=1.0)
+    for engine, first in zip(engines.engines, (2, 6), strict=True):
+        engine.submit(0.0, [_Request(0, (0, 0), 1, first), _Request(1, (1, 0), 1, 9)])
+    engines.aim(range(1))
+    assert [engine.done(0, 0.0) for engine in engines.engines] == [2.0, 6.0]
+    engines.pause(8.0, 10.0)
+    assert [engine.busy for engine in engines.engines] == [6.0, 6.0]
+    engines.aim(range(1, 2))
+    assert [engine.done(1, 0.0) for engine in engines.engines] == [13.0, 13.0]
+
+
 def test_what_is_paused_keeps_its_tokens_and_computes_its_prefix_again():
     """A prompt of 4 tokens of 0.25 s each, 1 s an iteration: 3 of 5 tokens at 4, a pause until 10, then 7 tokens of prefix."""
     engine = Engine(Speed(1.0, 0, 0, 0, 0, prompt=0.25), slots=2, room=100)

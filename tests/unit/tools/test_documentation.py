@@ -323,8 +323,8 @@ def test_the_command_builds_the_site_where_git_ignores_it() -> None:
 
 
 def test_commands_of_tools_find_what_they_import():
-    """`python tools/NAME.py` puts tools/ into the path and not the repository: a tool that imports another one, or the tests, is
-    called as `python -m tools.NAME`, wherever a document or a tool itself says how."""
+    """`python tools/NAME.py` puts tools/ into the path and not the repository: a tool that imports another one, or the tests,
+    is called as `python -m tools.NAME`, wherever a document or a tool itself says how."""
     texts = [path for pattern in ("*.md", "docs/*.md", "tools/*.py", "examples/**/*.md") for path in ROOT.glob(pattern)]
     called = {name for path in texts for name in re.findall(r"python3? tools/(\w+)\.py", path.read_text("utf-8"))}
     assert len(called) > 5
