@@ -9,11 +9,11 @@ import engine
 
 
 def main(path: str, intervals: list[str]) -> None:
-    base = engine.load_config(path)
     for s in intervals:
-        interval = int(s) if s.isdigit() else s
-        run = {"directory": f"{base.run.directory}-s{s}"}
-        config = engine.override(base, {"sync.sync_interval": interval, "checkpoint.every": "end"}, run=run)
+        # What steers "auto" has no meaning with a number, so an option without a value takes it out of the configuration
+        unset = [] if s == "auto" else ["sync.auto_metric=", "sync.auto_bound=", "sync.auto_most="]
+        base = engine.load_config(path, [f"sync.sync_interval={s}", "checkpoint.every=end", *unset])
+        config = engine.override(base, run={"directory": f"{base.run.directory}-s{s}"})
         for event in engine.train(config, resume="auto"):
             if isinstance(event, engine.Step):
                 print(f"s = {s}, step {event.step}: reward {event.metrics['reward_mean']:.3f}", flush=True)

@@ -1,7 +1,7 @@
 """Semion's step against TRL's on one machine: equal model, prompts, samples, rewards, loss and optimizer, in turn with each
 other, as many rounds as asked; medians of the steps after the first ones. `--peer` is a Python that has TRL (docs/results.md
 says how it is made). The sides have layouts of their own: TRL one process of all cores or one process a core, with a compiled
-vLLM; Semion what is given after the options. Load on the machine counts, so leave it alone.
+vLLM; Semion what is given after the options. Both have the environment of Semion's processes, malloc's settings too. Load on the machine counts, so leave it alone.
 
     python tools/race.py grpo --peer /path/to/python [--rounds 3] [--steps 8] [--json FILE] [semion.option=value ...]
 
@@ -26,6 +26,7 @@ from typing import Any
 from zlib import crc32
 
 from engine.core.jsonl import read_rows
+from engine.run.nodes import PROCESS_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 2  # steps of each run that are not counted
@@ -154,7 +155,7 @@ def trl(race: Race, options: argparse.Namespace, problems: Path, folder: Path) -
     arguments += ["--last-bit"] if race.larger else []
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if options.processes == 2 else []
     threads = max(1, len(os.sched_getaffinity(0)) // options.processes)
-    own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    own = PROCESS_ENVIRONMENT | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}  # as Semion's processes have it
     execute([options.peer, *launcher, str(ROOT / "tools/race_trl.py"), *arguments], folder, own)
     return json.loads(output.read_text(encoding="utf-8"))
 

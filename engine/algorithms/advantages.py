@@ -54,10 +54,15 @@ def grouped_advantages(rewards: Sequence[float], normalize: Normalize = "mean") 
     values = torch.tensor(rewards, dtype=torch.float64)
     advantages, _ = ops.grouped_advantages(values, bounds, normalize=normalize)
     found: list[float] = advantages.tolist()
-    largest = max(map(abs, found), default=0.0)
-    if largest > LARGEST:
-        raise NumericsError(f"advantages must be at most {LARGEST:.3g}; found {largest:.3g}: scale the rewards down")
-    return found
+    return bounded(found)
+
+
+def bounded(advantages: list[float], most: float = LARGEST) -> list[float]:
+    """These advantages. NumericsError where one is not a number or larger than `most`, of either sign."""
+    largest = max(map(abs, advantages), default=0.0)
+    if largest > most or any(math.isnan(advantage) for advantage in advantages):
+        raise NumericsError(f"advantages must be at most {most:.3g}; found {largest:.3g}: scale the rewards down")
+    return advantages
 
 
 def advantages_of(function: Advantages, group: RolloutGroup) -> list[float]:

@@ -81,6 +81,15 @@ class GroupDpo(Dpo):
                 f"algorithm.correction and algorithm.ratio_level are GRPO's; found {a.correction!r} and {a.ratio_level!r} with "
                 f"{a.loss!r} and algorithm.alpha = 0: leave them at 'none' and 'token'"
             )
+        names = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "dual_clip", "kl_weight")
+        changed = [name for name in names if getattr(a, name) != type(a).model_fields[name].default]
+        if not a.alpha and changed:
+            values = ", ".join(f"{name} = {getattr(a, name)}" for name in changed)
+            broken.append(
+                f"algorithm.{' and algorithm.'.join(changed)} {'are' if len(changed) > 1 else 'is'} of the GRPO that "
+                f"algorithm.alpha adds; found {values} with {a.loss!r} and algorithm.alpha = 0: set alpha, or remove "
+                f"{'them' if len(changed) > 1 else 'it'}"
+            )
         return broken + broken_correction_rules(a) + broken_clip_rules(a)
 
     def __call__(

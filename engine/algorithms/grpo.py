@@ -59,9 +59,16 @@ class PolicyGradientOptions(CorrectionOptions, AdvantageOptions):
 
 
 def broken_clip_rules(options: PolicyGradientOptions) -> list[str]:
-    """Sentences for clips and levels that a correction leaves nothing to do."""
+    """Sentences for clips and levels that a correction, or others of them, leave nothing to do."""
     if options.correction == "none":
-        return []
+        both = None not in (options.clip_ratio_low, options.clip_ratio_high)
+        if not both or options.clip_ratio == PolicyGradientOptions.model_fields["clip_ratio"].default:
+            return []
+        return [
+            f"algorithm.clip_ratio is of the sides that clip_ratio_low and clip_ratio_high do not say, and they say both; "
+            f"found {options.clip_ratio} beside {options.clip_ratio_low} and {options.clip_ratio_high}: remove it, or one of "
+            f"them"
+        ]
     names = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "dual_clip", "ratio_level")
     clips = [getattr(options, name) for name in names]
     if clips == [PolicyGradientOptions.model_fields[name].default for name in names]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from engine.algorithms.advantages import LARGEST, advantages_of, bounded
 from engine.algorithms.base import MISMATCH, RESPONSES, Algorithm, Result, denominator, mismatch, training_sequence
 from engine.algorithms.pairs import correct_and_wrong
 from engine.algorithms.policy_gradient import WITH_SIGNAL
@@ -24,6 +25,7 @@ from engine.core.types import Batch, Microbatch, RolloutGroup, Sequence
 if TYPE_CHECKING:
     import torch
 
+LARGEST_REGRESSED = math.sqrt(LARGEST) / 2**10  # of an advantage: float32 holds the sum of the squares of 2**20 of them
 SHARE = "share_of_group"  # 1 / judged rollouts of the prompt
 RESIDUAL = Metric(
     "residual_square_mean",
@@ -58,15 +60,18 @@ class Oapl(Algorithm):
     metrics = (WITH_SIGNAL, RESIDUAL, *MISMATCH)
 
     def sequences(self, group: RolloutGroup, index: int, run_seed: int) -> tuple[list[Sequence], bool]:
-        """Every judged rollout with its optimal advantage r - V. Raises NumericsError for a reward that is not finite."""
+        """Every judged rollout with its optimal advantage r - V. NumericsError names the prompt, for a reward that is not
+        finite and for an advantage above LARGEST_REGRESSED."""
         correct_and_wrong(group)
-        judged = group.judged
-        advantages = optimal_advantages([rollout.score.value for rollout in judged], self.options.value_beta)
+        judged, advantages = group.judged, advantages_of(self._advantages, group)
         made = [
             training_sequence(group, rollout, advantage=advantage, values={SHARE: 1 / len(judged)})
             for rollout, advantage in zip(judged, advantages, strict=True)
         ]
         return made, any(advantages)
+
+    def _advantages(self, rewards: Many[float]) -> list[float]:
+        return bounded(optimal_advantages(rewards, self.options.value_beta), LARGEST_REGRESSED)
 
     @classmethod
     def broken_rules(cls, config: RunConfig) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run can go on with but somebody should know before it starts: end tokens that the model's files do not agree on, rows
-that are too long, in a sample, held-out problems that are trained on, and values for CPUs on a machine with GPUs. What a run
-cannot go on with is the preflight's to tell; a run itself notes the first three, of all its rows.
+that are too long, in a sample, held-out problems that are trained on, values for CPUs on a machine with GPUs, and old answers
+whose ratios nothing but the clip bounds. What a run cannot go on with is the preflight's to tell; a run itself notes the first
+three, of all its rows.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from engine.run.spec import Spec
 if TYPE_CHECKING:
     from engine.data.templates import Tokenizer
 
+OLDEST_UNCORRECTED = 9  # steps, of the answers of s = 10 (docs/results.md, "Semi-online GRPO")
 LARGE_BYTES = 64 << 20  # of a longer training file held-out problems are looked for when the run reads it
 
 
@@ -35,7 +37,7 @@ def warnings(spec: Spec, tokenizer: Tokenizer) -> list[str]:
     disagreement = end_tokens(config.model.path, tokenizer).disagreement
     pairs = config.data.replay if spec.source == "preferences" else None
     trained = set(_trained(config, pairs)) if any(source.held_out for source in config.data.sources) else set()
-    told = [*filter(None, [disagreement]), *_slow_on_gpus(config)]
+    told = [*filter(None, [disagreement]), *_slow_on_gpus(config), *_uncorrected(spec)]
     return [*told, *_long(config, tokenizer, pairs), *_overlaps(config, trained)]
 
 
@@ -52,6 +54,21 @@ def _slow_on_gpus(config: RunConfig) -> Iterator[str]:
         yield (
             f"trainer.layers = {config.trainer.layers!r} and optimizer.implementation = {config.optimizer.implementation!r} "
             f"on a machine with GPUs: 'transformer_engine' and 'te' are faster"
+        )
+
+
+def _uncorrected(spec: Spec) -> Iterator[str]:
+    """A loss over ratios without a correction, on answers older than those on which it was measured to lose nothing."""
+    config = spec.config
+    if spec.source != "rollouts" or not config.algorithm.uses_ratios or getattr(config.algorithm, "correction", "") != "none":
+        return
+    schedule = config.schedule.planned
+    oldest = max(map(schedule.staleness, range(config.run.steps)))
+    if oldest > OLDEST_UNCORRECTED:
+        yield (
+            f"algorithm.loss = {config.algorithm.loss!r} trains on answers up to {oldest} steps old, and nothing but its clip "
+            f"bounds their ratios: GRPO lost nothing at s = 10, and with s = 40 was 12 points behind one with a correction "
+            f"(docs/results.md); watch ess_share, or set algorithm.correction = 'truncate' and algorithm.correction_high = 2.0"
         )
 
 

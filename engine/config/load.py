@@ -468,7 +468,7 @@ def _pairs(section: dict[str, Any]) -> list[str]:
 
 
 def _holds_tables(value: Any) -> bool:
-    return isinstance(value, tuple) and any(isinstance(element, dict) for element in value)
+    return isinstance(value, (tuple, list)) and any(isinstance(element, dict) for element in value)
 
 
 def toml(value: Any) -> str:

@@ -11,6 +11,7 @@ from engine.config.rewards import broken_reward_rules
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.registry import schedule_of
 from engine.config.transport import refusal
+from engine.config.unused import broken_unused_rules
 from engine.config.vllm_arguments import broken_vllm_rules
 from engine.core.errors import ConfigError
 from engine.core.places import CONTROL, UNEXPANDED
@@ -58,7 +59,7 @@ def broken_rules(config: Options) -> list[str]:
     broken += broken_name_rules(c) + broken_reference_rules(c)
     broken += broken_placement_rules(c) + broken_shrinking_rules(c) + broken_vllm_rules(c)
     broken += broken_data_rules(c) + broken_library_rules(c) + broken_head_rules(c)
-    broken += broken_quantization_rules(c)
+    broken += broken_quantization_rules(c) + broken_unused_rules(c)
     broken += broken_reward_rules(c) + broken_learning_rate_rules(c.optimizer)
     if never_syncs and c.sync.reference == "follow":
         broken.append(

@@ -13,6 +13,8 @@ from engine.config.schedules.base import Schedule
 from engine.core.jsonl import read_rows
 from engine.observe.rollouts import Head, heads, rollouts_of
 
+OF_UPDATES = ("staleness_max", "updated_in_flight")  # metrics that only a run with sync.in_flight has
+
 
 @dataclass(frozen=True, slots=True)
 class Proof:
@@ -71,7 +73,7 @@ def prove(
         wrong_lengths = [fault for at, row in enumerate(metrics) for fault in _of_decision(row, at, schedule)]
     contradictions = [fault for at, row in enumerate(metrics) for fault in _of_step(row, at, schedule, first_step)][:1]
     num_rollouts, steps, counts, ages = 0, list[int](), list[int](), set[int]()
-    tokens: dict[int, list[tuple[int, int]]] = {}  # with updates in flight: (age, number of tokens) by step
+    tokens: dict[int, list[list[tuple[int, int]]]] = {}  # with updates in flight, by step: (age, tokens) of each rollout
     known = schedule.num_steps if schedule.measures is None else len(metrics)  # these rows decide nothing of later steps
     for head in heads(place):
         if head.step > known:
@@ -83,7 +85,7 @@ def prove(
         spans = head.spans or [(head.version, 0)]
         ages.update(head.step - version for version, _ in spans)
         if schedule.updates_in_flight:
-            tokens.setdefault(head.step, []).extend((head.step - version, count) for version, count in spans)
+            tokens.setdefault(head.step, []).append([(head.step - version, count) for version, count in spans])
         if not steps or steps[-1] != head.step:
             steps.append(head.step)
             counts.append(0)
@@ -128,7 +130,7 @@ def _of_counts(name: str, counts: Sequence[int], first: int, due: int) -> list[s
 
 
 def _of_rollout(head: Head, schedule: Schedule, first_step: int) -> str:
-    where, step, version, spans = head
+    where, step, version, spans, num_tokens = head
     if not first_step <= step < schedule.num_steps:
         return f"{where} must be of steps {first_step}..{schedule.num_steps - 1}; found step {step}"
     if schedule.updates_in_flight:
@@ -137,6 +139,8 @@ def _of_rollout(head: Head, schedule: Schedule, first_step: int) -> str:
         if not found or found[0] != version or found != sorted(set(found)) or not set(found) <= set(allowed):
             wanted = ", ".join(map(str, allowed))
             return f"{where} must have spans of versions {wanted}, rising from its `version`, at step {step}; found {spans}"
+        if (total := sum(count for _, count in spans)) != num_tokens:
+            return f"{where} must have spans of as many tokens as `num_tokens` says, {num_tokens}; found {total} in {spans}"
     elif version != schedule.version(step) or spans is not None:
         told = f"{version}" if spans is None else f"spans {spans}"
         return f"{where} must have version {schedule.version(step)} at step {step}; found {told}"
@@ -150,14 +154,26 @@ def _versions(spans: Any) -> list[int]:
     return [version for version, _ in rows] if whole else []
 
 
-def _of_tokens(row: dict[str, Any], number: int, tokens: dict[int, list[tuple[int, int]]]) -> Iterator[str]:
-    """Whether a step's staleness is that of its tokens, where its rollouts are on record."""
-    ages, where = tokens.get(row["step"], []), f"metrics.jsonl line {number + 1}"
-    if ages:
-        mean = sum(age * count for age, count in ages) / sum(count for _, count in ages)
-        if row.get("staleness") != mean:
-            found = row.get("staleness")
-            yield f"{where} must have staleness {mean} at step {row['step']}, the mean of its tokens; found {found}"
+def _of_tokens(row: dict[str, Any], number: int, tokens: dict[int, list[list[tuple[int, int]]]]) -> Iterator[str]:
+    """Whether what a step's metrics say of versions is what its rollouts say, where those are on record."""
+    rollouts = tokens.get(row["step"], [])
+    if not rollouts:
+        return
+    ages = [age for rollout in rollouts for age in rollout]
+    told = {
+        "staleness": (sum(age * count for age, count in ages) / sum(count for _, count in ages), "the mean of its tokens"),
+        "staleness_max": (max(age for age, _ in ages), "that of its oldest token"),
+        "updated_in_flight": (
+            sum(len(rollout) > 1 for rollout in rollouts) / len(rollouts),
+            "the share of its rollouts with several versions",
+        ),
+    }
+    for name, (value, meaning) in told.items():
+        if row.get(name) != value:
+            yield (
+                f"metrics.jsonl line {number + 1} must have {name} {value} at step {row['step']}, {meaning}; found "
+                f"{row.get(name)}"
+            )
 
 
 def _of_step(row: dict[str, Any], number: int, schedule: Schedule, first_step: int) -> Iterator[str]:
@@ -166,6 +182,8 @@ def _of_step(row: dict[str, Any], number: int, schedule: Schedule, first_step: i
         yield f"{where} must be of step {step}; found step {row['step']}"
     elif row.get("staleness") != schedule.staleness(step) and not schedule.updates_in_flight:
         yield f"{where} must have staleness {schedule.staleness(step)} at step {step}; found {row.get('staleness')}"
+    elif not schedule.updates_in_flight and (told := [name for name in OF_UPDATES if row.get(name) is not None]):
+        yield f"{where} must have no {told[0]}, for no weights were updated in flight; found {row[told[0]]}"
     elif ("sync_seconds" in row) != schedule.sync_due(step):
         found, wanted = ("a", "no") if "sync_seconds" in row else ("no", "a")
         yield f"{where} must tell of {wanted} weight sync at step {step}; found {found} sync_seconds"

@@ -14,8 +14,10 @@ from engine.core.segments import is_folder_of_segments, segments_of
 
 ROLLOUTS = "rollouts"  # a folder of segments, in the run's directory
 ROLLOUTS_FILE = "rollouts.jsonl"  # which older versions wrote instead
-# How a row begins as we write it, of one version; others are parsed whole
-_HEAD = re.compile(rb'\{"step": (\d+), "version": (\d+)(?:\}|, (?!"spans"))')
+# How a row begins as we write it, of one version; others are parsed whole, and so is one that says any of this once more, which
+# JSON then reads instead, or may say it in letters that are escaped
+_HEAD = re.compile(rb'\{"step": (\d+), "version": (\d+)[,}]')
+_AGAIN = (b'"step"', b'"version"', b'"spans"', b"\\u00")
 
 
 class Head(NamedTuple):
@@ -25,6 +27,7 @@ class Head(NamedTuple):
     step: int
     version: Any  # an integer, unless somebody changed it
     spans: Any = None  # with sync.in_flight: [version, tokens] of each version that sampled some, unless somebody changed it
+    num_tokens: Any = None  # beside spans: of the whole rollout, unless somebody changed it
 
 
 def rollouts_of(directory: Path) -> Path | None:
@@ -41,11 +44,11 @@ def heads(place: Path) -> Iterator[Head]:
         name = segment.rows.relative_to(place.parent)
         for number, line in enumerate(segment.lines(), start=1):
             where, found = f"{name} line {number}", _HEAD.match(line.data)
-            if found:
+            if found and not any(line.data.find(name, found.end()) >= 0 for name in _AGAIN):
                 yield Head(where, int(found[1]), int(found[2]))
             else:
                 row = row_of(line)
-                yield Head(where, row["step"], row.get("version"), row.get("spans"))
+                yield Head(where, row["step"], row.get("version"), row.get("spans"), row.get("num_tokens"))
 
 
 def rows_of_step(place: Path, step: int) -> list[dict[str, Any]]:

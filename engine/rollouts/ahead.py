@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.config.load import RunConfig
+from engine.core.errors import DataError
 from engine.core.jsonl import JsonlLedger, parsed, read_lines
 from engine.core.types import RolloutGroup
 from engine.data.mixture import Mixture
 from engine.inference.pool import Usage
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
-from engine.rollouts.paused import Pending, write_paused
+from engine.rollouts.paused import Pending, pending, require_temperature, write_paused
 
 AHEAD = "ahead.jsonl"  # its name in a checkpoint
 _USAGE = "usage"
@@ -62,8 +64,9 @@ class Ahead:
                 told = {}
 
 
-def read_ahead(path: Path, prompts: Mixture, samples: int) -> Ahead:
-    """What `write` wrote, with the prompts that it was sampled for. DataError where it does not fit the run."""
+def read_ahead(path: Path, prompts: Mixture, config: RunConfig) -> Ahead:
+    """What `write` wrote, with the prompts that it was sampled for. DataError where it is not of what this run asks for: other
+    prompts, other seeds, or log-probs of another temperature."""
     ledger, usages = RolloutLedger(path), dict[int, Usage]()
     for line in read_lines(path):
         row = parsed(line.where, line.data)
@@ -71,7 +74,18 @@ def read_ahead(path: Path, prompts: Mixture, samples: int) -> Ahead:
             usages[row["step"]] = Usage(**row[_USAGE])
     found = {}
     for step in ledger.steps:
-        asked = prompts.at(step)
-        groups = ledger.groups(step, {prompt.id: prompt for prompt in asked}, len(asked), samples)
+        samples = pending(step, prompts, config)
+        by_id = {prompt.id: prompt for prompt in samples.prompts}
+        groups = ledger.groups(step, by_id, len(samples.prompts), config.algorithm.samples_per_prompt)
+        there = [rollout.completion for group in groups for rollout in group.rollouts]
+        require_temperature(path, step, {one.temperature for one in there}, config)
+        seeds = [(request.prompt_id, request.sample_index, request.seed) for request in samples.asked]
+        for own, wanted in zip([(one.prompt_id, one.sample_index, one.seed) for one in there], seeds, strict=True):
+            if own != wanted:
+                raise DataError(
+                    f"{path}, step {step}: must hold the samples that this run asks for, in their order; found sample {own[1]} "
+                    f"of prompt {own[0]!r} with seed {own[2]} where sample {wanted[1]} of {wanted[0]!r} with seed {wanted[2]} "
+                    f"is asked for: set run.seed, data and algorithm as they were when it was written"
+                )
         found[step] = groups, usages[step]
     return Ahead(found)

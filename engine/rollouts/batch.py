@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 
+from engine.algorithms.advantages import LARGEST
 from engine.algorithms.dpo import PAIRS
 from engine.algorithms.pairs import correct_and_wrong, extremes
 from engine.algorithms.registry import make_algorithm
 from engine.config.load import RunConfig
+from engine.core.errors import NumericsError
 from engine.core.metrics import Metric
 from engine.core.types import RolloutGroup, Sequence
 from engine.rollouts.base import StepData
@@ -105,6 +107,8 @@ def training_sequences(groups: Many[RolloutGroup], config: RunConfig) -> tuple[l
     num_groups = 0
     for group in groups:
         made, has_signal = algorithm.sequences(group, num_groups, config.run.seed)
+        for sequence in made:
+            _require_held(sequence, group, config)
         sequences += made
         num_groups += any(sequence.group >= 0 for sequence in made)
         correct, wrong = correct_and_wrong(group)
@@ -115,6 +119,17 @@ def training_sequences(groups: Many[RolloutGroup], config: RunConfig) -> tuple[l
         counts[UNJUDGED.name] += not group.judged
         counts[TIED.name] += best != worst and len(best) + len(worst) > 2
     return algorithm.of_step(sequences, groups), counts
+
+
+def _require_held(sequence: Sequence, group: RolloutGroup, config: RunConfig) -> None:
+    """NumericsError, which names the prompt, for an advantage or a value of an algorithm that float32, in which losses are,
+    does not hold. Our own algorithms say more before this; a user's may not."""
+    for name, number in (("advantage", sequence.advantage), *sequence.values.items()):
+        if not abs(number) <= LARGEST:
+            raise NumericsError(
+                f"step {group.step}, prompt {group.prompt.id}: algorithm.loss = {config.algorithm.loss!r} must give sequences "
+                f"whose {name} is a number of at most {LARGEST:.3g}; found {number}: scale the rewards down, or mend the loss"
+            )
 
 
 def compared_tokens(sequences: Many[Sequence]) -> dict[str, float]:

@@ -4,7 +4,7 @@ engines pause them to take new weights; rank 0 then holds them, and a checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,12 +129,7 @@ def read_paused(path: Path, prompts: Mixture, config: RunConfig) -> dict[int, Pe
     for step, own in rows.items():
         samples = pending(step, prompts, config)
         asked = samples.asked
-        temperatures = {row.temperature for row in own} - {config.log_prob_temperature}
-        if temperatures:
-            raise DataError(
-                f"{path}, step {step}: log-probs must be of temperature {config.log_prob_temperature}, which this run goes on "
-                f"with; found {temperatures.pop()}: set algorithm and sampling as they were when it was written"
-            )
+        require_temperature(path, step, {row.temperature for row in own}, config)
         there = [(row.prompt_id, row.prompt_tokens, row.sample_index, row.seed) for row in own]
         if there != [(r.prompt_id, token_digest(r.token_ids), r.sample_index, r.seed) for r in asked]:
             raise DataError(
@@ -143,6 +138,15 @@ def read_paused(path: Path, prompts: Mixture, config: RunConfig) -> dict[int, Pe
             )
         found[step] = replace(samples, parts=[row.part(request) for row, request in zip(own, asked, strict=True)])
     return found
+
+
+def require_temperature(path: Path, step: int, found: Set[float], config: RunConfig) -> None:
+    """DataError where log-probs that a checkpoint keeps of a step are of another temperature than the run's loss looks at."""
+    if others := found - {config.log_prob_temperature}:
+        raise DataError(
+            f"{path}, step {step}: log-probs must be of temperature {config.log_prob_temperature}, which this run goes on "
+            f"with; found {min(others)}: set algorithm and sampling as they were when it was written"
+        )
 
 
 def _rows(step: int, samples: Pending, temperature: float) -> Iterator[dict[str, Any]]:

@@ -104,12 +104,6 @@ def ahead_of(manifest: Mapping[str, Any]) -> range:
     return range(*(manifest.get("ahead") or (0, 0)))
 
 
-def paused_of(manifest: Mapping[str, Any]) -> range:
-    """The steps of `ahead_of` whose rollouts are not complete in the checkpoint: engines have paused them."""
-    ahead = ahead_of(manifest)
-    return range(manifest.get("paused_from") or ahead.stop, ahead.stop)
-
-
 def recall_schedule(config: RunConfig, manifest: Mapping[str, Any]) -> None:
     """Has the schedule of `config`, where it decides as the run goes on, go on from what it had decided at a checkpoint."""
     state = (manifest.get("records") or {}).get(SCHEDULE)

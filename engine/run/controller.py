@@ -107,7 +107,7 @@ class Controller:
         """The rollouts of the steps from `start` on that were sampled, or begun, before it. A run that is shorter now needs
         fewer."""
         wanted = self._config.schedule.in_flight(start)
-        known = read_ahead(file, prompts, self._config.algorithm.samples_per_prompt).steps if wanted and file else {}
+        known = read_ahead(file, prompts, self._config).steps if wanted and file else {}
         begun = read_paused(paused, prompts, self._config) if wanted and paused else {}
         assert known.keys() | begun.keys() >= set(wanted), (sorted(known), sorted(begun), wanted)  # check_prolonged
         return Ahead(

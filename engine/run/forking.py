@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config.load import RunConfig, dump_config, flat
-from engine.core.errors import CheckpointError, ConfigError, SemionError
+from engine.config.load import CHECKED, RunConfig, dump_config, flat
+from engine.config.options import AlgorithmOptions
+from engine.core.errors import CheckpointError, ConfigError, SemionError, brief
 from engine.core.files import atomic_write, locked, storing, sync
 from engine.observe.origin import FORK, Origin
 from engine.run.checkpoint import (
@@ -32,7 +33,6 @@ from engine.run.checkpoint import (
     data_digests,
     latest,
     manifest_digest,
-    paused_of,
     read_manifest,
     recall_schedule,
     reference_folder,
@@ -44,6 +44,32 @@ KEPT = {  # options that a fork has as the checkpoint: its weights and its optim
     "model": ("path", "family", "dtype"),
     "trainer": ("fp8", "fp8_parameters"),
     "optimizer": ("implementation", "moment_dtype", "offload_share"),
+}
+# Of each section the options that decide neither what engines sample nor how it is judged; None: none of them does. An option
+# that is not here does, so a new one is refused until somebody has said otherwise.
+LATER: dict[str, set[str] | None] = {
+    "run": {"directory", "steps", "restarts", "on_lost_node", "sinks"},
+    "data": {"held_out"},
+    "algorithm": {"loss", "entropy_weight", "reduction"},  # and what a loss adds to them, which it alone looks at
+    "sync": None,  # versions say what of it counts
+    # Done when a step is trained on (rollouts/truncation.py)
+    "sampling": {"truncated", "overlong_buffer", "overlong_penalty"},
+    "trainer": None,
+    "optimizer": None,
+    # Here and of the reward model: other batches round otherwise, and sample the same
+    "inference": {
+        *("engines", "placement", "tensor_parallel", "max_model_tokens", "max_concurrent", "kv_cache", "threads"),
+        *("packed_weights", "timeout_seconds"),
+    },
+    "rewards": {"workers", "concurrency", "timeout_seconds"},
+    "reward_model": {"kv_cache", "engines", "tensor_parallel", "timeout_seconds"},
+    "checkpoint": None,
+    "records": None,
+    "evaluation": None,
+    "guard": None,
+    "cluster": None,
+    "profile": None,
+    "sft": None,
 }
 JUDGING = ("data.", "evaluation.", "reward", "model.")  # begin the names of options that decide how held-out answers score
 
@@ -129,7 +155,7 @@ def _faults_of_sampled(
     checkpoint: Path, manifest: Mapping[str, Any], config: RunConfig, wanted: range
 ) -> Iterator[SemionError]:
     """Why the rollouts of the steps `wanted`, which the checkpoint keeps, are not those of `config`."""
-    saved = RunConfig.model_validate_json(json.dumps(manifest["config"]))
+    saved = _saved(manifest)
     other = next((t for t in wanted if saved.schedule.versions(t) != config.schedule.versions(t)), None)
     if other is not None:
         yield ConfigError(
@@ -138,11 +164,74 @@ def _faults_of_sampled(
             f"{config.sync.sync_interval!r}, {config.sync.lookahead} and {str(config.sync.in_flight).lower()}, which ask for "
             f"version {_named(config.schedule.versions(other))}: set them back, or lookahead = 0 and in_flight = false"
         )
-    if set(wanted) & set(paused_of(manifest)) and saved.sampling != config.sampling:
+    kept = f"it keeps rollouts of steps {wanted.start} to {wanted.stop - 1}, sampled and judged before it"
+    instead = "set sync.lookahead = 0 and sync.in_flight = false, for a run that samples all its steps itself"
+    for name, (before, now) in sampled_otherwise(_options(saved), _options(config)).items():
         yield ConfigError(
-            f"sampling must be what {checkpoint} was written with, for it keeps responses that engines have begun; found other "
-            f"options: set them back, or sync.lookahead = 0 and sync.in_flight = false"
+            f"{name} must be what {checkpoint} was written with, for {kept}; found {brief(now)} instead of {brief(before)}: "
+            f"set it back, or {instead}"
         )
+    if saved.sampling.temperature == config.sampling.temperature and saved.log_prob_temperature != config.log_prob_temperature:
+        yield ConfigError(
+            f"algorithm.loss = {config.algorithm.loss!r} looks at log-probs of temperature {config.log_prob_temperature}, and "
+            f"those that {checkpoint} keeps must be of it, for {kept}; found temperature {saved.log_prob_temperature}, as "
+            f"{saved.algorithm.loss!r} asked for there: choose a loss that looks at these, or {instead}"
+        )
+    for name in _other_contents(manifest, config):
+        yield ConfigError(
+            f"{name} must be what {checkpoint} was written with, for {kept}; found other contents: put back what it was, or "
+            f"{instead}"
+        )
+
+
+def _options(config: RunConfig) -> dict[str, Any]:
+    """All options by their full names, as JSON has them."""
+    return flat(json.loads(config.model_dump_json()))
+
+
+def sampled_otherwise(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Of the options of two runs, by their full names, those that decide what a rollout holds or how it was judged and are not
+    the same, with both values. What KEPT refuses is left to it. A source that only one of them has is one of these."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in dict.fromkeys((*there, *here)):
+        section, _, option = name.partition(".")
+        before, now = (None if value == [] else value for value in (there.get(name), here.get(name)))  # a list without sources
+        if before == now or option in KEPT.get(section, ()) or not decides_rollouts(name):
+            continue
+        source = name[: name.find("].") + 1] if name.startswith("data.mix[") else ""
+        if source and not (f"{source}.train" in there and f"{source}.train" in here):
+            name, before, now = source, there.get(f"{source}.train"), here.get(f"{source}.train")
+        found[name] = before, now
+    return found
+
+
+def decides_rollouts(name: str) -> bool:
+    """Whether the option of that full name decides what a rollout holds or how it was judged."""
+    section, _, option = name.partition(".")
+    option = option.rpartition("].")[2].partition(".")[0]  # of a further source, or of a table of names
+    if section == "algorithm" and option not in AlgorithmOptions.model_fields:
+        return False
+    later = LATER.get(section, set())
+    return later is not None and option not in later
+
+
+def _other_contents(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
+    """What decides rollouts, is named as it was when the checkpoint was written, and has other contents now: data, a template,
+    a reward. What is not there at all the preflight tells."""
+    try:
+        digests = data_digests(config)
+    except SemionError:
+        return
+    before = manifest.get("data") or {}
+    for key, digest in digests.items():
+        decides = decides_rollouts(key.partition(" ")[0]) or key == "sync.semantics"  # whose versions are told by its code
+        if decides and digest is not None and before.get(key) not in (None, digest):
+            yield key
+
+
+def _saved(manifest: Mapping[str, Any]) -> RunConfig:
+    """The configuration that a checkpoint was written with, which kept the rules of its day."""
+    return RunConfig.model_validate_json(json.dumps(manifest["config"]), context=CHECKED)
 
 
 def _named(versions: Iterable[int]) -> str:
@@ -159,7 +248,7 @@ def planned(checkpoint: Path, config: RunConfig, *, needs_reference: bool) -> Fo
             f"sync.reference = 'never' must be the seed model in an offline run, whose engines sample from it; found "
             f"{checkpoint}, whose reference has moved: set sync.reference to a number of steps, or choose another checkpoint"
         )
-    there, here = flat(manifest["config"]), flat(json.loads(config.model_dump_json()))
+    there, here = flat(manifest["config"]), _options(config)
     names = [name for name in (*there, *(name for name in here if name not in there)) if name != "run.directory"]
     changed = {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
     run = str(checkpoint.parent.parent)
@@ -172,7 +261,7 @@ def _reference(
 ) -> tuple[Literal["seed", "own"] | None, Path | None]:
     """What the reference begins as, and the folder that has it: as it was when the checkpoint's run trained its next step,
     unless the new run takes it from the policy there."""
-    step, saved = int(manifest["step"]), RunConfig.model_validate_json(json.dumps(manifest["config"]))
+    step, saved = int(manifest["step"]), _saved(manifest)
     recall_schedule(saved, manifest)
     if config.schedule.reference_due(step) and config.sync.reference_mix == 1:
         return None, None

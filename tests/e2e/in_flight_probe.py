@@ -130,7 +130,7 @@ class Run:
         self.pool = Pool([handle], 60.0)
         wanted, ahead = self.config.schedule.in_flight(start), None
         if folder is not None and wanted:
-            ahead = read_ahead(folder / AHEAD, self.prompts, self.config.algorithm.samples_per_prompt)
+            ahead = read_ahead(folder / AHEAD, self.prompts, self.config)
             if (folder / PAUSED).exists():
                 ahead = type(ahead)(ahead.steps, read_paused(folder / PAUSED, self.prompts, self.config))
             assert ahead.kept == wanted, (ahead.kept, wanted)

@@ -5,15 +5,20 @@ whatever the layout, with and without the length; and which losses look at ratio
 import math
 
 import pytest
+import torch
 
 from engine.algorithms.advantages import advantages_of, grouped_advantages
+from engine.algorithms.base import training_sequence
 from engine.algorithms.group_dpo import GroupDpoOptions
-from engine.algorithms.grpo import PolicyGradientOptions
+from engine.algorithms.grpo import Grpo, PolicyGradientOptions
 from engine.algorithms.registry import make_algorithm, make_loss
+from engine.config.options import Trainer
 from engine.core.arrays import LogProbs
 from engine.core.errors import NumericsError
 from engine.core.types import Rollout, RolloutGroup, Score
-from tests.builders import algorithm_options
+from engine.megatron.packing import make_batch
+from engine.rollouts.batch import training_sequences
+from tests.builders import algorithm_options, config
 from tests.own_loss import __file__ as OWN_LOSS
 from tests.rollouts import make_completion, make_prompt
 from tests.unit.algorithms.steps import LAYOUTS, Step
@@ -119,7 +124,7 @@ def group_of(*rewards):
     return RolloutGroup(prompt, 3, rollouts)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "group_dpo", f"{OWN_LOSS}:Regression"])
+@pytest.mark.parametrize("loss", ["grpo", "group_dpo", "cispo", f"{OWN_LOSS}:Regression"])
 def test_advantages_are_finite_or_an_error_that_names_the_group(loss):
     """Near-equal rewards are no signal under mean_std; what no float32 holds is told with prompt and step."""
     options = algorithm_options({"loss": loss, "normalize_advantages": "mean_std"})
@@ -130,6 +135,35 @@ def test_advantages_are_finite_or_an_error_that_names_the_group(loss):
         plain.sequences(group_of(1e300, 0.0), 0, 1)
     with pytest.raises(NumericsError, match="step 3, prompt p7: the advantage of reward 0 must be finite"):
         plain.sequences(group_of(1.7e308, -1.7e308, -1.7e308), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "found"),
+    [((1e300, 0.0), "1e\\+300"), ((1.7e308, -1.7e308), "inf"), ((1e30, 0.0, 1.0), "1e\\+30"), ((0.0, 2e16), "2e")],
+)
+@pytest.mark.parametrize("beta", [1e-6, 1.0, 1e6])
+def test_oapl_bounds_the_square_of_an_advantage(rewards, beta, found):
+    oapl = make_algorithm(algorithm_options({"loss": "oapl", "value_beta": beta}))
+    with pytest.raises(NumericsError, match=rf"step 3, prompt p7: advantages must be at most 1.8e\+16; found {found}"):
+        oapl.sequences(group_of(*rewards), 0, 1)
+
+
+def test_the_largest_advantages_of_oapl_have_a_finite_loss():
+    oapl = make_algorithm(algorithm_options({"loss": "oapl"}))
+    made, has_signal = oapl.sequences(group_of(*[1.8e16, 0.0] * 500), 0, 1)
+    batch = make_batch(made, step=0, num_prompts=1, trainer=Trainer(), dp_rank=0)
+    sums = [oapl(torch.zeros(m.targets.numel()), m, batch) for m in batch.microbatches]
+    assert has_signal and all(math.isfinite(loss) and math.isfinite(told["residual_square_mean"]) for loss, told in sums)
+
+
+def test_numbers_of_a_loss_of_the_users_own_are_finite_or_an_error_that_names_the_group(monkeypatch):
+    """A loss that computes its advantages itself, as OAPL does, with nothing that bounds them."""
+    made = config(algorithm={"loss": "grpo"})
+    for name, more in (("advantage", {"advantage": -math.inf}), ("share", {"values": {"share": math.nan}})):
+        sequence = training_sequence(group_of(1.0), group_of(1.0).rollouts[0], **more)
+        monkeypatch.setattr(Grpo, "sequences", lambda *_, sequence=sequence: ([sequence], True))
+        with pytest.raises(NumericsError, match=f"step 3, prompt p7: algorithm.loss = 'grpo' must .* whose {name} is a number"):
+            training_sequences([group_of(1.0, 0.0)], made)
 
 
 def test_a_function_of_the_users_own_is_bounded_too():

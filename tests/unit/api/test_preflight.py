@@ -123,6 +123,27 @@ def test_a_run_that_is_refused_leaves_its_directory_alone(made, tmp_path, capsys
     assert "data.train must be a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"sync.sync_interval": 20}, True),
+        ({"sync.sync_interval": 10}, False),
+        ({"sync.sync_interval": 10, "sync.lookahead": 1}, True),
+        ({"sync.sync_interval": "never"}, True),
+        ({"sync.sync_interval": 20, "algorithm.correction": "truncate", "algorithm.correction_high": 2.0}, False),
+        ({"sync.sync_interval": 20, "algorithm.loss": "oapl"}, False),
+        ({"sync.sync_interval": 20, "algorithm.loss": "dpo"}, False),
+        ({"sync.sync_interval": 20, "algorithm.loss": "group_dpo", "algorithm.alpha": 0.01}, True),
+    ],
+)
+def test_old_answers_whose_ratios_only_a_clip_bounds_are_warned_of(made, options, told):
+    config = override(made, {"algorithm.loss": "grpo", "run.steps": 40} | options)
+    spec = resolve(config)
+    found = [text for text in warnings(spec, policy_tokenizer(config)) if "steps old" in text]
+    assert len(found) == told
+    assert not told or "set algorithm.correction = 'truncate' and algorithm.correction_high = 2.0" in found[0]
+
+
 def test_check_shows_the_run_and_writes_it_as_json(made, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "run.toml").write_text(dump_config(made))

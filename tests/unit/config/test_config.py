@@ -30,6 +30,7 @@ from engine.config.rules import (
     broken_rules,
     broken_sampling_rules,
 )
+from engine.config.unused import broken_unused_rules
 from engine.core.errors import ConfigError
 from tests.builders import config
 
@@ -341,6 +342,19 @@ COMBINATIONS = [
         ["algorithm.loss=grpo", "algorithm.nll_weight=1.0"],
         *("algorithm.nll_weight", "'dpo' and 'group_dpo'", "found 1.0 with 'grpo'", "choose another loss"),
     ),
+    (["reward_model.max_tokens=512"], "reward_model.max_tokens", "reward_model.path", "found 512 with none", "or remove it"),
+    (
+        ['rewards.environment=["KEY"]'],
+        *("rewards.environment", "found ['KEY'] and no such function", "name one in data.reward", "or remove it"),
+    ),
+    (
+        ["algorithm.loss=group_dpo", "algorithm.kl_weight=0.1", "algorithm.dual_clip=3.0"],
+        *("algorithm.dual_clip", "algorithm.alpha adds", "found dual_clip = 3.0, kl_weight = 0.1 with", "remove them"),
+    ),
+    (
+        ["algorithm.loss=grpo", "algorithm.clip_ratio=0.5", "algorithm.clip_ratio_low=0.2", "algorithm.clip_ratio_high=0.3"],
+        *("algorithm.clip_ratio", "clip_ratio_low and clip_ratio_high", "found 0.5 beside 0.2 and 0.3", "remove it"),
+    ),
     (["data.reward=model"], "reward_model.path", "reward = 'model'", "None and sources with 'model'", "name the reward"),
     (["reward_model.path=rm"], "reward_model.path", "reward = 'model'", "'rm' and sources with 'math'", "remove both"),
     (
@@ -393,7 +407,7 @@ def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
     losses = [Algorithm.broken_rules, *(LOSSES.load(name).broken_rules for name in LOSSES.names)]
     tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, broken_head_rules, *losses)
-    tables += (broken_sampling_rules, broken_reference_rules)
+    tables += (broken_sampling_rules, broken_reference_rules, broken_unused_rules)
     rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules, broken_reward_rules)))
     rules += inspect.getsource(broken_source_rules)
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"

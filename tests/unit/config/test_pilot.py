@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config.load import load_config
+from engine.config.options import Sync
 from engine.config.schedules.pilot import REMEMBERED, Pilot, drift, next_length
 from engine.core.errors import ConfigError
 from engine.forecast.seconds import Regime
@@ -175,6 +176,19 @@ def test_what_it_cannot_go_with_is_refused(tmp_path, sync, words):
     file.write_text(written(AUTO | sync))
     with pytest.raises(ConfigError, match=words):
         load_config(file)
+
+
+@pytest.mark.parametrize(("name", "value"), [("auto_bound", 0.1), ("auto_metric", "ess_share"), ("auto_most", 3)])
+def test_what_steers_it_is_refused_without_it(tmp_path, name, value):
+    file = tmp_path / "run.toml"
+    file.write_text(written({"sync_interval": 5, name: value}))
+    words = (
+        rf"^sync\.{name} needs sync\.sync_interval = 'auto', which decides by it; found {value!r} with 5: set that, or remove"
+    )
+    with pytest.raises(ConfigError, match=words):
+        load_config(file)
+    assert load_config(file, [f"sync.{name}="]).sync.sync_interval == 5
+    assert {option for option in Sync.model_fields if option.startswith("auto_")} == {"auto_bound", "auto_metric", "auto_most"}
 
 
 def test_the_best_checkpoint_is_only_chosen_where_each_is_judged(tmp_path):

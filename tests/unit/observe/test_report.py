@@ -211,10 +211,13 @@ def in_flight_records(schedule: Schedule, steps: int) -> tuple[list[dict[str, An
         versions = schedule.versions(row["step"])
         own = (versions, versions[:1], versions[-1:])[place % 3]
         spans = [[version, place % 4 + 1] for version in own]
-        row |= {"version": own[0], "spans": spans, "prompt_id": "p"}
+        row |= {"version": own[0], "spans": spans, "prompt_id": "p", "num_tokens": sum(count for _, count in spans)}
     for row in metrics:
-        spans = [span for one in rollouts if one["step"] == row["step"] for span in one["spans"]]
+        own_spans = [one["spans"] for one in rollouts if one["step"] == row["step"]]
+        spans = [span for one in own_spans for span in one]
         row |= {"staleness": sum((row["step"] - v) * count for v, count in spans) / sum(count for _, count in spans)}
+        row |= {"staleness_max": float(max(row["step"] - v for v, _ in spans))}
+        row |= {"updated_in_flight": sum(len(one) > 1 for one in own_spans) / len(own_spans)}
     return rollouts, metrics
 
 
@@ -242,7 +245,19 @@ def test_with_updates_in_flight_the_regime_is_proven_token_by_token(tmp_path):
         ("rollouts.jsonl", 31, {"spans": [6]}, "must have spans"),
         ("rollouts.jsonl", 31, {"spans": None}, "must have spans"),
         ("metrics.jsonl", 11, {"staleness": 4.0}, "line 11 must have staleness 3."),
-        ("rollouts.jsonl", 31, {"spans": [[6, 9]]}, "metrics.jsonl line 11 must have staleness 3."),
+        ("rollouts.jsonl", 31, {"spans": [[6, 9]], "num_tokens": 9}, "metrics.jsonl line 11 must have staleness 3."),
+        ("rollouts.jsonl", 31, {"spans": [[6, 9]]}, "line 31 must have spans of as many tokens as `num_tokens` says"),
+        ("rollouts.jsonl", 31, {"num_tokens": 10}, "line 31 must have spans of as many tokens as `num_tokens` says, 10; found"),
+        ("rollouts.jsonl", 31, {"num_tokens": None}, "as `num_tokens` says, None; found"),
+        (
+            "metrics.jsonl",
+            11,
+            {"staleness_max": 99.0},
+            "line 11 must have staleness_max 4 at step 10, that of its oldest token",
+        ),
+        ("metrics.jsonl", 11, {"staleness_max": None}, "line 11 must have staleness_max 4 at step 10"),
+        ("metrics.jsonl", 11, {"updated_in_flight": 0.77}, "line 11 must have updated_in_flight 0.33"),
+        ("metrics.jsonl", 11, {"updated_in_flight": None}, "line 11 must have updated_in_flight 0.33"),
     ],
 )
 def test_with_updates_in_flight_the_first_token_that_contradicts_is_named(tmp_path, file, line, change, said):
@@ -261,6 +276,14 @@ def test_with_updates_in_flight_the_first_token_that_contradicts_is_named(tmp_pa
         ("metrics.jsonl", 6, {"staleness": None}, "line 6 must have staleness 1 at step 5; found None"),
         ("metrics.jsonl", 6, {"sync_seconds": 0.1}, "line 6 must tell of no weight sync at step 5; found a"),
         ("metrics.jsonl", 6, {"step": 6}, "line 6 must be of step 5; found step 6"),
+        (
+            "metrics.jsonl",
+            6,
+            {"staleness_max": 9.0},
+            "line 6 must have no staleness_max, for no weights were updated in flight",
+        ),
+        ("metrics.jsonl", 6, {"updated_in_flight": 0.5}, "line 6 must have no updated_in_flight"),
+        ("rollouts.jsonl", 2, {"x": 1, "spans": [[0, 5]]}, "line 2 must have version 0 at step 0; found spans [[0, 5]]"),
         ("rollouts.jsonl", 36, {"step": 12}, "line 36 must be of steps 0..11; found step 12"),
         ("rollouts.jsonl", 2, {"version": None}, "line 2 must have version 0 at step 0; found None"),
         ("rollouts.jsonl", 2, {"step": 1}, "one step after another; found out of its place step 0"),
@@ -274,6 +297,25 @@ def test_the_first_row_that_contradicts_is_named(tmp_path, file, line, change, s
     contradiction = prove(run, SCHEDULE).contradiction
     assert contradiction is not None and contradiction.startswith(file)
     assert said in contradiction
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ('{"step": 0, "version": 0, "x": 1, "spans": [[0, 5]]}', "found spans [[0, 5]]"),
+        ('{"step": 0, "version": 0, "x": 1, "version" : 7}', "found 7"),
+        ('{"step": 0, "version": 0, "x": 1, "step": 3}', "one step after another; found out of its place step 3"),
+        ('{"step": 0, "version": 0, "\\u0073pans": [[0, 5]]}', "found spans [[0, 5]]"),
+        ('{"step": 0, "version": 0, "text": "\\"spans\\": [[0, 5]], \\\\u0073"}', None),
+    ],
+)
+def test_what_a_row_says_behind_its_beginning_counts_too(tmp_path, written, said):
+    """Where a name comes twice JSON has the last one, and so have those who replay the rollouts."""
+    run = write_run(tmp_path / "run")
+    first, _, *rest = (run / "rollouts.jsonl").read_text("utf-8").splitlines()
+    (run / "rollouts.jsonl").write_text("\n".join([first, written, *rest]) + "\n", encoding="utf-8")
+    contradiction = prove(run, SCHEDULE).contradiction
+    assert contradiction is None if said is None else said in str(contradiction)
 
 
 def test_a_missing_sync_and_missing_rollouts_contradict_and_a_step_under_way_does_not(tmp_path):

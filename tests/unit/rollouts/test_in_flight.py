@@ -270,7 +270,7 @@ def test_a_run_goes_on_from_its_files_as_if_nothing_had_happened(begin, tmp_path
     kept = first.kept(cut)
     assert kept.kept == config.schedule.in_flight(cut)
     kept.write(tmp_path)
-    known = read_ahead(tmp_path / AHEAD, mixture(config), 3).steps
+    known = read_ahead(tmp_path / AHEAD, mixture(config), config).steps
     held = read_paused(tmp_path / PAUSED, mixture(config), config) if kept.paused else {}
     assert list(held) == [step for step in kept.kept if step >= (kept.first_paused or STEPS)]
     assert held == kept.paused

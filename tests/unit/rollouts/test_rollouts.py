@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from engine.config.load import RunConfig
 from engine.core.arrays import LogProbs, TokenIds
-from engine.core.errors import InferenceError
+from engine.core.errors import DataError, InferenceError
 from engine.core.types import Rollout, RolloutGroup, Score
 from engine.data.mixture import Mixture
 from engine.data.prompts import PromptOrder, PromptSet
@@ -153,7 +153,19 @@ def test_what_was_sampled_ahead_goes_on_from_its_file_as_if_nothing_had_happened
     whole.drain(3)
     whole.ahead(range(2, 4)).write(tmp_path)
     mixture = Mixture(config.data.sources, (PROMPTS,), config.run.seed)
-    read = read_ahead(tmp_path / AHEAD, mixture, config.algorithm.samples_per_prompt)
+    read = read_ahead(tmp_path / AHEAD, mixture, config)
+    for other, said in (
+        (
+            {"sampling": {"temperature": 0.5}, "algorithm": {"loss": "grpo"}},
+            r"step 2: log-probs must be of temperature 0\.5, .*1\.0",
+        ),
+        (
+            {"run": {"seed": 7}},
+            r"step 2: must hold the samples that this run asks for.* with seed \d+ .* set run\.seed, data and",
+        ),
+    ):
+        with pytest.raises(DataError, match=said):
+            read_ahead(tmp_path / AHEAD, mixture, run_config(sync={"sync_interval": 2, "lookahead": 1}, **other))
     resumed = open_source(config, FakeEngine(version=2), records=rest, ahead=read)
     resumed.open(range(4, 6))
     for step in range(6):

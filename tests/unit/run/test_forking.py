@@ -20,7 +20,7 @@ from engine.observe.reading import read_run
 from engine.observe.regime import prove
 from engine.run.card import complete
 from engine.run.checkpoint import data_digests, export, latest, manifest_digest, read_manifest, reference_place
-from engine.run.forking import _reference, fork_faults
+from engine.run.forking import LATER, _reference, decides_rollouts, fork_faults, sampled_otherwise
 from engine.run.records import Records
 from tests.builders import config, make_model
 from tests.checkpoints import open_folder, snapshot_of
@@ -189,7 +189,7 @@ IN_FLIGHT = {"sync_interval": 2, "lookahead": 2, "in_flight": True}
         (
             IN_FLIGHT,
             {"top_p": 0.5},
-            ["sampling must be what run was written with, for it keeps responses that engines have begun"],
+            ["sampling.top_p must be what run was written with, for it keeps rollouts of steps 4 to 7, sampled and judged"],
         ),
         (
             IN_FLIGHT | {"in_flight": False},
@@ -214,6 +214,145 @@ def test_rollouts_that_a_checkpoint_keeps_are_gone_on_with_as_they_were_begun(
     found = [str(fault) for fault in fork_faults(Path("run"), manifest, made)]
     assert len(found) == len(words)
     assert all(said in fault for said, fault in zip(words, found, strict=True))
+
+
+AHEAD = {"sync_interval": 2, "lookahead": 1}
+GRPO = {"loss": "grpo"}
+
+
+def faults_ahead(folder: Path, saved: dict[str, Any], made: dict[str, Any], **manifest: Any) -> list[str]:
+    """What is said of a fork after 4 steps of a run whose checkpoint keeps the rollouts of steps 4 and 5."""
+    least: dict[str, Any] = {"run": {"steps": 12}, "sync": AHEAD, "algorithm": GRPO}
+    before, now = config(folder / "a", **(least | saved)), config(folder / "b", **(least | made))
+    kept = {"step": 4, "config": json.loads(before.model_dump_json()), "ahead": [4, 6]} | manifest
+    return [str(fault) for fault in fork_faults(Path("run"), kept, now)]
+
+
+@pytest.mark.parametrize(
+    ("saved", "made", "words"),
+    [
+        (
+            {},
+            {"sampling": {"temperature": 0.5}},
+            ["sampling.temperature must be", "found 0.5 instead of 1.0: set it back, or set"],
+        ),
+        ({}, {"sampling": {"max_tokens": 16}}, ["sampling.max_tokens must be", "found 16 instead of 8"]),
+        ({}, {"run": {"steps": 12, "seed": 7}}, ["run.seed must be", "found 7 instead of 0"]),
+        ({}, {"model": {"head": "float32"}}, ["model.head must be", "found 'float32' instead of 'model'"]),
+        ({}, {"rewards": {"unevaluated": "refuse"}}, ["rewards.unevaluated must be", "found 'refuse' instead of 'accept'"]),
+        ({}, {"data": {"reward": "a.py:f"}}, ["data.reward must be", "found 'a.py:f' instead of 'math'"]),
+        ({}, {"data": {"train": "other"}}, ["data.train must be", "found 'other' instead of 'unused'"]),
+        ({}, {"data": {"prompts_per_step": 8}}, ["data.prompts_per_step must be"]),
+        ({}, {"data": {"mix": [{"train": "b", "held_out": "c"}]}}, ["data.mix[0] must be", "found 'b' instead of None"]),
+        ({"data": {"mix": [{"train": "b"}]}}, {}, ["data.mix[0] must be", "found None instead of 'b'"]),
+        (
+            {"data": {"mix": [{"train": "b"}]}},
+            {"data": {"mix": [{"train": "b", "system": "x", "held_out": "c"}]}},
+            ["data.mix[0].system must be", "found 'x' instead of ''"],
+        ),
+        ({}, {"algorithm": GRPO | {"samples_per_prompt": 4}}, ["algorithm.samples_per_prompt must be"]),
+        (
+            {},
+            {"inference": {"vllm": {"kv_cache_dtype": "fp8"}}},
+            ["inference.vllm.kv_cache_dtype must", "'fp8' instead of None"],
+        ),
+        (
+            {"algorithm": {"loss": "dpo"}, "sampling": {"temperature": 0.7}},
+            {"sampling": {"temperature": 0.7}},
+            ["algorithm.loss = 'grpo' looks at log-probs of temperature 0.7", "found temperature 1.0, as 'dpo' asked for"],
+        ),
+    ],
+)
+def test_what_decided_the_rollouts_that_a_checkpoint_keeps_stays_as_it_was(
+    tmp_path: Path, saved: dict[str, Any], made: dict[str, Any], words: list[str]
+) -> None:
+    (found,) = faults_ahead(tmp_path, saved, made)
+    assert all(said in found for said in [*words, "for it keeps rollouts of steps 4 to 5", "set sync.lookahead = 0"])
+    assert faults_ahead(tmp_path, saved, made | {"sync": {"sync_interval": 2}}) == [], "nothing that was kept is trained on"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"sampling": {"truncated": "wrong", "overlong_buffer": 4}},  # of a step when it is trained on, whoever sampled it
+        {"algorithm": GRPO | {"kl_weight": 0.0, "clip_ratio_high": 0.3}},
+        {"algorithm": {"loss": "cispo"}},
+        {"algorithm": {"loss": "dpo"}},  # at temperature 1 both look at the same log-probs
+        {"inference": {"engines": 2}, "optimizer": {"learning_rate": 1e-5}},
+    ],
+)
+def test_what_is_done_with_kept_rollouts_later_may_change(tmp_path: Path, made: dict[str, Any]) -> None:
+    assert faults_ahead(tmp_path, {}, made) == []
+
+
+DECIDE = [
+    "run.seed",
+    "model.path",
+    "model.family",
+    "model.dtype",
+    "model.head",
+    "data.train",
+    "data.template",
+    "data.system",
+    "data.columns",
+    "data.reward",
+    "data.reward_weights",
+    "data.reward_combine",
+    "data.prompts_per_step",
+    "data.spare_prompts",
+    "data.mix",
+    "data.max_prompt_tokens",
+    "data.chat_template",
+    "data.replay",
+    "algorithm.samples_per_prompt",
+    "sampling.temperature",
+    "sampling.top_p",
+    "sampling.top_k",
+    "sampling.min_p",
+    "sampling.stop",
+    "sampling.max_tokens",
+    "inference.quantization",
+    "inference.vllm",
+    "rewards.unevaluated",
+    "rewards.function",
+    "rewards.weights",
+    "rewards.environment",
+    "rewards.deadline_seconds",
+    "rewards.memory_mebibytes",
+    "reward_model.path",
+    "reward_model.dtype",
+    "reward_model.max_tokens",
+]
+
+
+def test_every_option_either_decides_rollouts_or_is_known_not_to() -> None:
+    """An option that is new is on neither list, and is refused until it has been put on one of them."""
+    reviewed = [line.partition(":")[0] for line in (Path(__file__).parents[1] / "config/options.txt").read_text().splitlines()]
+    assert [name for name in reviewed if decides_rollouts(name)] == DECIDE
+    assert decides_rollouts("sampling.new") and decides_rollouts("inference.new") and decides_rollouts("new_section.new")
+    assert decides_rollouts("data.mix[3].columns.problem") and not decides_rollouts("data.mix[3].held_out")
+    for section, names in LATER.items():
+        known = {name.partition(".")[2] for name in reviewed if name.startswith(f"{section}.")}
+        assert known and (names or set()) <= known, section
+    there = dict.fromkeys(reviewed, 0)
+    for name in reviewed:
+        found = sampled_otherwise(there, there | {name: 1})
+        form = name in ("model.path", "model.family", "model.dtype")  # which a fork cannot change with anything kept or not
+        assert found == ({name: (0, 1)} if name in DECIDE and not form else {}), name
+
+
+def test_data_and_rewards_of_other_contents_are_refused_where_rollouts_are_kept(tmp_path: Path) -> None:
+    """As data.train, or the code of a reward, that somebody wrote over since."""
+    train, reward = tmp_path / "train.jsonl", tmp_path / "mine.py"
+    train.write_text(json.dumps(ROW) + "\n")
+    reward.write_text("def right(completion, answer):\n    return 1.0\n")
+    options = {"data": {"train": str(train), "held_out": str(train), "reward": f"{reward}:right"}}
+    digests = data_digests(config(tmp_path / "a", **options))
+    assert faults_ahead(tmp_path, options, options, data=digests) == []
+    for changed in ("data.train", f"data.reward {reward}:right"):
+        (found,) = faults_ahead(tmp_path, options, options, data=digests | {changed: "0"})
+        assert found.startswith(f"{changed} must be what run was written with") and "found other contents" in found
+    assert faults_ahead(tmp_path, options, options, data=digests | {"data.held_out": "0"}) == []
 
 
 def test_a_run_that_decides_its_intervals_is_forked_into_one_of_fixed_ones(tmp_path: Path) -> None:

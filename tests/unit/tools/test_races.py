@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
 from engine.config.load import load_config
+from engine.run.nodes import PROCESS_ENVIRONMENT
 from tools import compare_regimes, race, race_intervals
 
 ROOT = Path(__file__).parents[3]
@@ -45,3 +47,14 @@ def test_a_race_can_be_run(name: str) -> None:
     more = [f"data.reward={race.REWARD}:last_bit"] if entered.larger else []
     load_config(QUICKSTART, [*entered.semion, *more])
     assert race.REWARD.exists()
+
+
+def test_both_sides_of_a_race_have_one_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Above all what malloc is told, which is a tenth of a step."""
+    told: list[dict[str, str]] = []
+    (tmp_path / "trl.json").write_text("{}")
+    monkeypatch.setattr(race, "execute", lambda command, folder, environment: told.append(environment))
+    options = argparse.Namespace(peer="python", model="m", steps=1, processes=2)
+    race.trl(next(iter(race.RACES.values())), options, tmp_path / "problems.jsonl", tmp_path)
+    (environment,) = told
+    assert environment["GLIBC_TUNABLES"] == PROCESS_ENVIRONMENT["GLIBC_TUNABLES"] != ""
