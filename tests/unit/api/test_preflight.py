@@ -161,8 +161,11 @@ def test_check_shows_the_run_and_writes_it_as_json(made, tmp_path, capsys, monke
 
 
 def test_check_needs_neither_ray_nor_an_engine_and_takes_seconds(made, tmp_path):
-    """The bound is loose, for a machine that may be busy; the time of the process itself counts."""
+    """The bound is loose, for a machine that may be busy; the time of the process itself counts. Some versions of transformers
+    import torch where they are imported."""
     (tmp_path / "run.toml").write_text(dump_config(made))
+    own = "import sys, transformers.utils\nprint('torch' in sys.modules)"
+    imports_torch = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, check=True).stdout == "True\n"
     code = (
         "import sys, time\nfrom engine import cli\n"
         f"assert cli.main(['check', {str(tmp_path / 'run.toml')!r}]) == 0\n"
@@ -171,7 +174,7 @@ def test_check_needs_neither_ray_nor_an_engine_and_takes_seconds(made, tmp_path)
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, loaded = done.stdout.splitlines()[-2:]
-    assert loaded == "LOADED"
+    assert loaded == ("LOADED torch" if imports_torch else "LOADED")
     assert float(seconds.split()[1]) < 10
 
 
