@@ -69,7 +69,8 @@ def main() -> int:
     for side, row in table.items():
         alone = table.get(ALONE[side.removeprefix("s=").partition(",")[0]])
         halves = [alone["sampling"], alone["training"]] if alone else []
-        row["best"] = float("nan") if not halves else max(halves) if "lookahead" in side else sum(halves)
+        overlaps = side != "s=1"  # there alone a step is sampled before anything trains
+        row["best"] = float("nan") if not halves else max(halves) if overlaps else sum(halves)
         print(
             f"{side:28} {row['step']:6.2f} {first['step'] / row['step']:6.2f} {row['sampling']:9.2f} {row['training']:9.2f} "
             f"{row['best']:6.2f} {row['trainer_idle']:13.0%}"

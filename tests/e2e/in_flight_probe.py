@@ -120,6 +120,7 @@ class Run:
         steps = range(config.run.steps)
         self.evaluated = {step for step in steps if seed is not None and self._draw.random() < 0.3}
         self.forgotten = {step for step in steps if seed is not None and self._draw.random() < 0.3}
+        self.num_resumed = 0
 
     def _wait(self) -> None:
         time.sleep(MOST_SECONDS * self._draw.random())
@@ -149,6 +150,7 @@ class Run:
                     self.metrics.append(told)
                     start = int(record["step"]) + 1
                     if start in self.forgotten and schedule.resumable(start) and start < schedule.num_steps:
+                        self.num_resumed += 1
                         folder = Path(scratch) / str(start)
                         folder.mkdir()
                         for step in schedule.completes(start):
@@ -243,7 +245,7 @@ def main() -> None:
         other = Run(config, prompts, handle, seed)
         other.run()
         equal += (other.rows, repr(other.metrics)) == (plain.rows, repr(plain.metrics))
-        resumed, evaluated = resumed + len(other.forgotten), evaluated + len(other.evaluated)
+        resumed, evaluated = resumed + other.num_resumed, evaluated + len(other.evaluated)
     spans = [row["spans"] for row in plain.rows]
     texts = [tokenizer.decode(row["token_ids"], skip_special_tokens=True) == row["text"] for row in plain.rows]
     told: dict[str, Any] = {"equal": equal, "rollouts": len(spans), "most_versions": max(map(len, spans))}
