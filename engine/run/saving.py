@@ -18,7 +18,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -43,6 +43,7 @@ from engine.run.checkpoint import (
     MANIFEST,
     POLICY,
     REFERENCE,
+    SLOTS,
     STEPS,
     ahead_of,
     best,
@@ -105,6 +106,7 @@ class Snapshot:
     reference: Weights | None = None  # where the checkpoint must hold one of its own
     reference_step: int | None = None  # the checkpoint whose policy the reference is; None: `reference`, the seed's, or no need
     needs_seed: bool = False  # whether a resumed run needs the very seed model: as its reference, or for its engines
+    slots: Sequence[str] = ()  # the parts of parameters that `state` is of, where data-parallel ranks have different ones
 
     @property
     def num_bytes(self) -> int:
@@ -125,6 +127,7 @@ class Saved:
     folder: Path
     trainer: Trainer  # the options it was written with
     ahead: range  # the steps that it keeps rollouts of
+    slots: Mapping[int, Sequence[str]] | None = None  # by rank, as its snapshot had them; None where nothing tells
 
     def open_rank(self, rank: int) -> Any:
         """The state that a rank of the layout which wrote it holds, as safetensors opens a file."""
@@ -259,7 +262,7 @@ class Checkpoints:
         if snapshot.needs_seed and not self._seed:
             mine = weight_files(Path(config.model.path))[self._rank :: self._world_size]
             self._seed = {file.name: file_record(file) for file in mine}
-        word = {"files": _as_json(save.files), "seed": _as_json(self._seed)}
+        word = {"files": _as_json(save.files), "seed": _as_json(self._seed), "slots": list(snapshot.slots)}
         with atomic_write(staging / PARTS / f"rank_{self._rank:04d}.json", durable=True) as part:
             part.write_text(json.dumps(word), encoding="utf-8")
 
@@ -300,6 +303,9 @@ class Checkpoints:
         shutil.rmtree(staging / PARTS)
         if snapshot.reference is None:
             (staging / REFERENCE).rmdir()
+        if any(word["slots"] for word in words):
+            slots = {rank: word["slots"] for rank, word in enumerate(words)}
+            (staging / SLOTS).write_text(json.dumps(slots), encoding="utf-8")
         known = {name: found for word in words for name, found in word["files"].items()}
         rest = [path for path in sorted(staging.rglob("*")) if path.is_file() and str(path.relative_to(staging)) not in known]
         for path in rest:
@@ -428,11 +434,14 @@ class Checkpoints:
         if "seed" not in manifest:
             raise older(newest, "weights in the ranks' own files")
         recall_schedule(config, manifest)
-        trainer, state = trainer_of(manifest), None
+        trainer, state, slots = trainer_of(manifest), None, None
         if same_layout(trainer, config.trainer):
             own = rank_file(state_rank(trainer, self._rank))
             verify_file(newest, own, manifest)
             state = load_file(newest / own)
+        elif SLOTS in manifest["files"]:
+            verify_file(newest, SLOTS, manifest)
+            slots = {int(rank): own for rank, own in json.loads((newest / SLOTS).read_text(encoding="utf-8")).items()}
         self._verify_share(newest, manifest)
         reference = reference_folder(newest, manifest)
         if reference is not None and reference.parent != newest:
@@ -442,7 +451,7 @@ class Checkpoints:
             verify_seed(Path(config.model.path) / name, seed[name], newest)
         self._host.barrier()
         policy, other = HfCheckpoint(newest / POLICY), HfCheckpoint(reference) if reference is not None else None
-        return Saved(int(manifest["step"]), state, policy, other, newest, trainer, ahead_of(manifest))
+        return Saved(int(manifest["step"]), state, policy, other, newest, trainer, ahead_of(manifest), slots)
 
     def _verify_share(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
         """This rank's share of all files: every one is some rank's."""
