@@ -7,8 +7,9 @@ A state in another layout is equivalent and not bit-equal to one that was never 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -24,33 +25,53 @@ from engine.models.sharding import ShardSlice, TrainerLayout, matrix_slice, shar
 
 OPTIMIZER = "optimizer."
 _KIND = "|".join(re.escape(kind) for kind in sorted(KINDS, key=len, reverse=True))
-KEY = re.compile(rf"^optimizer\.(?P<name>.+?)(?:\[(?P<start>\d+):(?P<end>\d+)\])?\.(?P<kind>{_KIND})$")
+KEY = re.compile(rf"^optimizer\.(?!schedule\.)(?P<slot>.+?(?:\[\d+:\d+\])?)\.(?P<kind>{_KIND})$")
 FP8_KINDS = frozenset(f"{moment}.{part}" for moment in MOMENTS for part in FP8_PARTS)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where the elements `start` to `end` of a flat parameter's moment, or of its fp32 weights, are."""
+    """Where the elements `start` to `end` of a flat parameter are: its moments, and its fp32 weights."""
 
     rank: int
-    key: str
+    slot: str  # the parameter's name, with [start:end] where the rank has a part of it only
     start: int
     end: int | None  # None: all of them
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a shard that was saved, some of whose columns a rank needs, and where its own shard takes them."""
+
+    parts: tuple[Part, ...]  # those that hold some of it
+    row: int
+    rows: int
+    width: int  # of the shard that was saved
+    col: int
+    cols: int
+    into: tuple[int, int]  # row and column
 
 
 @dataclass
 class SavedOptimizer:
     """The optimizer's state that the ranks of one layout wrote.
 
-    `open_rank` gives a rank's file as safetensors opens it: `keys()` and `get_tensor(name)`.
+    `open_rank` gives a rank's file as safetensors opens it: `keys()`, `get_tensor(name)` and `get_slice(name)`. A file is
+    opened where it holds something that is asked for, so that the files opened do not grow with the ranks that wrote. For that
+    it must be known which data-parallel rank has what: `slots` says so by rank, as `slots_of` gave them there; `one_writer`
+    where the first of them has everything. Where neither is known, as of a checkpoint of an older version, all those of a
+    shard that is needed are opened.
     """
 
     shape: ModelShape
     layout: TrainerLayout
     dp_size: int
     open_rank: Callable[[int], Any]
+    slots: Mapping[int, Sequence[str]] | None = None
+    one_writer: bool = False
     _files: dict[int, Any] = field(default_factory=dict)
-    _whole: dict[tuple[int, int, str, str], torch.Tensor] = field(default_factory=dict)  # the last few that were put together
+    _keys: dict[int, dict[str, list[str]]] = field(default_factory=dict)  # by rank, the kinds of each slot in its file
+    _shards: dict[tuple[int, int], dict[str, list[Part]]] = field(default_factory=dict)  # by (tp_rank, pp_rank) and parameter
 
     def state_of(
         self, layout: TrainerLayout, tp_rank: int, pp_rank: int, slots: Mapping[str, tuple[int, ...]]
@@ -58,45 +79,43 @@ class SavedOptimizer:
         """The state of a rank of another layout, as `Policy.state(weights=False)` names it. `slots`: what its optimizer moves,
         by the parameter's name, with [start:end] where it has a part of it only, and in which shape. CheckpointError where the
         state is of a kind that cannot be cut anew."""
-        self._check()
         family = family_of(self.shape)
         slices: dict[str, list[ShardSlice]] = {}
         for one in shard_slices(self.shape, layout, tp_rank, pp_rank):
             slices.setdefault(family.local_name(one.parameter), []).append(one)
         shapes = {family.local_name(name): size for name, size in shard_shapes(self.shape, layout, tp_rank, pp_rank).items()}
-        any_file = self._open(next(iter(self._ranks(0, 0))))
+        any_file = self._open(0)
         found = {name: any_file.get_tensor(name) for name in any_file.keys() if name == f"{OPTIMIZER}schedule.step"}  # noqa: SIM118
         for slot, size in slots.items():
-            name, _, part = slot.partition("[")
-            start, end = map(int, part.rstrip("]").split(":")) if part else (0, None)
-            for kind in self._kinds(slices[name]):
+            name, start, end = _place(slot)
+            end = math.prod(shapes[name]) if end is None else end
+            blocks = list(self._blocks(shapes[name], slices[name], start, end))
+            anywhere = blocks[0].parts[0] if blocks else self._anywhere(slices[name][0])  # padding is of the same kinds
+            self._open(anywhere.rank)
+            for kind in self._keys[anywhere.rank].get(anywhere.slot, []):
+                key = f"{OPTIMIZER}{anywhere.slot}.{kind}"
                 if kind == "step":
-                    found[f"{OPTIMIZER}{slot}.step"] = self._step(slices[name][0])
+                    found[f"{OPTIMIZER}{slot}.step"] = self._open(anywhere.rank).get_tensor(key)
                     continue
-                whole = self._assemble(shapes[name], slices[name], kind)
-                found[f"{OPTIMIZER}{slot}.{kind}"] = whole.flatten()[start:end].view(size).clone()
+                dtype = self._open(anywhere.rank).get_slice(key)[0:1].dtype
+                found[f"{OPTIMIZER}{slot}.{kind}"] = self._assemble(shapes[name], blocks, kind, dtype, start, end).view(size)
         return found
-
-    def _check(self) -> None:
-        """CheckpointError for what is kept per tensor or per rank."""
-        for tp_rank, pp_rank in product(range(self.layout.tp_size), range(self.layout.pp_size)):
-            for rank in self._ranks(tp_rank, pp_rank):
-                for key in self._open(rank).keys():  # noqa: SIM118
-                    known = KEY.match(key)
-                    if key.startswith("fp8.") or (known is not None and known["kind"] in FP8_KINDS):
-                        raise CheckpointError(
-                            f"the trainer's layout must be the one that wrote the checkpoint where trainer.fp8 = 'delayed' or "
-                            f"optimizer.moment_dtype = 'fp8'; found {key}, whose scale is of a whole shard: resume with that "
-                            f"layout"
-                        )
 
     def _ranks(self, tp_rank: int, pp_rank: int) -> list[int]:
         """The ranks that hold the same shards."""
         return [(pp_rank * self.dp_size + dp_rank) * self.layout.tp_size + tp_rank for dp_rank in range(self.dp_size)]
 
     def _open(self, rank: int) -> Any:
+        """A rank's file; CheckpointError for what is kept per tensor or per rank."""
         if rank not in self._files:
-            self._files[rank] = self.open_rank(rank)
+            self._files[rank] = file = self.open_rank(rank)
+            kinds = self._keys[rank] = {}
+            for key in file.keys():  # noqa: SIM118
+                known = KEY.match(key)
+                if key.startswith("fp8.") or (known is not None and known["kind"] in FP8_KINDS):
+                    raise whole_shards_only(key)
+                if known is not None:
+                    kinds.setdefault(known["slot"], []).append(known["kind"])
         return self._files[rank]
 
     @cached_property
@@ -108,72 +127,105 @@ class SavedOptimizer:
                 found.setdefault(one.name, []).append((tp_rank, pp_rank, one))
         return found
 
-    @cached_property
-    def _parts(self) -> dict[tuple[int, int, str, str], list[Part]]:
-        """Where each (tp_rank, pp_rank, parameter, kind) is."""
-        found: dict[tuple[int, int, str, str], list[Part]] = {}
-        for tp_rank, pp_rank in product(range(self.layout.tp_size), range(self.layout.pp_size)):
-            for rank in self._ranks(tp_rank, pp_rank):
-                for key in self._open(rank).keys():  # noqa: SIM118
-                    if (known := KEY.match(key)) is not None:
-                        end = int(known["end"]) if known["end"] is not None else None
-                        part = Part(rank, key, int(known["start"] or 0), end)
-                        found.setdefault((tp_rank, pp_rank, known["name"], known["kind"]), []).append(part)
-        return found
+    def _parts(self, tp_rank: int, pp_rank: int, held: ShardSlice) -> list[Part]:
+        """Where a parameter of a shard that was saved is."""
+        if (tp_rank, pp_rank) not in self._shards:
+            parts: dict[str, list[Part]] = {}
+            ranks = self._ranks(tp_rank, pp_rank)
+            for rank in ranks[:1] if self.one_writer else ranks:
+                for slot in self._slots(rank):
+                    name, start, end = _place(slot)
+                    parts.setdefault(name, []).append(Part(rank, slot, start, end))
+            self._shards[tp_rank, pp_rank] = parts
+        return self._shards[tp_rank, pp_rank][family_of(self.shape).local_name(held.parameter)]
 
-    def _local(self, one: ShardSlice) -> str:
-        return family_of(self.shape).local_name(one.parameter)
+    def _slots(self, rank: int) -> Iterable[str]:
+        if self.slots is not None:
+            return self.slots.get(rank, ())
+        self._open(rank)
+        return self._keys[rank]
 
-    def _kinds(self, slices: list[ShardSlice]) -> list[str]:
-        """What is kept of a parameter."""
-        tp_rank, pp_rank, held = self._holders[slices[0].name][0]
-        name = self._local(held)
-        return [kind for (tp, pp, local, kind) in self._parts if (tp, pp, local) == (tp_rank, pp_rank, name)]
+    def _anywhere(self, one: ShardSlice) -> Part:
+        """Some part of a tensor."""
+        return self._parts(*self._holders[one.name][0])[0]
 
-    def _step(self, one: ShardSlice) -> torch.Tensor:
-        tp_rank, pp_rank, held = self._holders[one.name][0]
-        part = self._parts[tp_rank, pp_rank, self._local(held), "step"][0]
-        found: torch.Tensor = self._open(part.rank).get_tensor(part.key)
-        return found
-
-    def _assemble(self, shape: tuple[int, ...], slices: list[ShardSlice], kind: str) -> torch.Tensor:
-        """A whole shard of the new layout; what no slice covers, padding of the vocabulary, is 0."""
-        made: torch.Tensor | None = None
+    def _blocks(self, shape: tuple[int, ...], slices: list[ShardSlice], start: int, end: int) -> Iterator[Block]:
+        """What the rows with the elements `start` to `end` of a shard of the new layout are made of, or those elements alone
+        where they are in one row; what no block covers is padding of the vocabulary."""
+        width = _width(shape)
+        first, last = start // width, -(-end // width)
+        left, right = (start - first * width, end - first * width) if last - first == 1 else (0, width)
         for wanted in slices:
+            needed = overlap(first, last - first, wanted.shard_row, wanted.rows)
+            columns = overlap(left, right - left, wanted.shard_col, wanted.cols)
+            row, column = wanted.row + needed.start - wanted.shard_row, wanted.col + columns.start - wanted.shard_col
             for tp_rank, pp_rank, held in self._holders[wanted.name]:
-                rows = overlap(wanted.row, wanted.rows, held.row, held.rows)
-                cols = overlap(wanted.col, wanted.cols, held.col, held.cols)
+                rows = overlap(row, len(needed), held.row, held.rows)
+                cols = overlap(column, len(columns), held.col, held.cols)
                 if not rows or not cols:
                     continue
-                source = self._shard(tp_rank, pp_rank, held, kind)
-                if made is None:
-                    made = torch.zeros(shape, dtype=source.dtype)
+                own = _width(shard_shapes(self.shape, self.layout, tp_rank, pp_rank)[held.parameter])
+                out_of, col = held.shard_row + rows.start - held.row, held.shard_col + cols.start - held.col
                 into = wanted.shard_row + rows.start - wanted.row, wanted.shard_col + cols.start - wanted.col
-                out_of = held.shard_row + rows.start - held.row, held.shard_col + cols.start - held.col
-                matrix_slice(made, *into, len(rows), len(cols)).copy_(matrix_slice(source, *out_of, len(rows), len(cols)))
-        return torch.zeros(shape) if made is None else made  # a shard of nothing but padding
+                low, high = out_of * own + col, (out_of + len(rows) - 1) * own + col + len(cols)
+                parts = [
+                    part
+                    for part in self._parts(tp_rank, pp_rank, held)
+                    if part.start < high and (part.end is None or part.end > low)
+                ]
+                yield Block(tuple(parts), out_of, len(rows), own, col, len(cols), into)
 
-    def _shard(self, tp_rank: int, pp_rank: int, held: ShardSlice, kind: str) -> torch.Tensor:
-        """One kind of one parameter of a shard that was saved, put together from its data-parallel ranks' parts."""
-        key = tp_rank, pp_rank, self._local(held), kind
-        if key not in self._whole:
-            shape = shard_shapes(self.shape, self.layout, tp_rank, pp_rank)[held.parameter]
-            self._whole[key] = self._join(shape, self._parts[key])
-            for former in list(self._whole)[: -4 * self.layout.tp_size]:
-                del self._whole[former]
-        return self._whole[key]
+    def _assemble(
+        self, shape: tuple[int, ...], blocks: list[Block], kind: str, dtype: torch.dtype, start: int, end: int
+    ) -> torch.Tensor:
+        """The elements `start` to `end` of a shard of the new layout, flat; what no block covers is 0."""
+        width = _width(shape)
+        first, last = start // width, -(-end // width)
+        made = torch.zeros(last - first, width, dtype=dtype)
+        for block in blocks:
+            row, col = block.into
+            into = matrix_slice(made, row - first, col, block.rows, block.cols)
+            into.copy_(matrix_slice(self._read(block, kind, dtype), 0, block.col, block.rows, block.cols))
+        return made.flatten()[start - first * width : end - first * width].clone()
 
-    def _join(self, shape: tuple[int, ...], parts: list[Part]) -> torch.Tensor:
-        tensors: Iterator[tuple[Part, torch.Tensor]] = ((part, self._open(part.rank).get_tensor(part.key)) for part in parts)
-        flat: torch.Tensor | None = None
-        for part, value in tensors:
-            if part.end is None:
-                return value.view(shape)
-            if flat is None:
-                flat = torch.zeros(torch.Size(shape).numel(), dtype=value.dtype)
-            flat[part.start : part.end] = value.flatten()
-        assert flat is not None
-        return flat.view(shape)
+    def _read(self, block: Block, kind: str, dtype: torch.dtype) -> torch.Tensor:
+        """One kind of the rows of a shard that was saved, put together from its data-parallel ranks' parts; 0 where those have
+        nothing of it."""
+        low, high = block.row * block.width, (block.row + block.rows) * block.width
+        flat = torch.zeros(high - low, dtype=dtype)
+        for part in block.parts:
+            saved = self._open(part.rank).get_slice(f"{OPTIMIZER}{part.slot}.{kind}")
+            if part.end is None and len(saved.get_shape()) > 1:  # in the parameter's own shape
+                return saved[block.row : block.row + block.rows].reshape(block.rows, block.width)
+            found = overlap(low, high - low, part.start, high if part.end is None else part.end - part.start)
+            flat[found.start - low : found.stop - low] = saved[found.start - part.start : found.stop - part.start]
+        return flat.view(block.rows, block.width)
+
+
+def slots_of(state: Iterable[str]) -> list[str]:
+    """The parameters of which a rank's state, given by its names, holds what its optimizer keeps, each with [start:end] where
+    the rank has a part of it only."""
+    return sorted({known["slot"] for key in state if (known := KEY.match(key)) is not None})
+
+
+def whole_shards_only(found: str) -> CheckpointError:
+    """For a state with scales of whole shards, which cannot be cut anew; `found` tells what says that it has some."""
+    return CheckpointError(
+        f"the trainer's layout must be the one that wrote the checkpoint where trainer.fp8 = 'delayed' or "
+        f"optimizer.moment_dtype = 'fp8'; found {found}, whose scale is of a whole shard: resume with that layout"
+    )
+
+
+def _place(slot: str) -> tuple[str, int, int | None]:
+    """The parameter of a slot, and which of its elements: the end is None where it has all."""
+    name, _, part = slot.partition("[")
+    start, end = map(int, part.rstrip("]").split(":")) if part else (0, None)
+    return name, start, end
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    """Elements in a row, as `matrix_slice` has them: 1 of a vector."""
+    return math.prod(shape[1:])
 
 
 def overlap(start: int, length: int, other: int, other_length: int) -> range:

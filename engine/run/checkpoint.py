@@ -10,6 +10,7 @@ digests and exported. How it is written is saving.py's business. It reads no pic
     checkpoints/step_00000040/ahead.jsonl   with sync.lookahead, the rollouts that were sampled for steps after it
     checkpoints/step_00000040/paused.jsonl  with sync.in_flight, what engines have begun for further steps
     checkpoints/step_00000040/rank_0000.safetensors   what this trainer rank needs beside the weights: optimizer, scales
+    checkpoints/step_00000040/slots.json    with the distributed optimizer, which rank keeps which elements of what
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from engine.rewards.registry import identities as reward_identities
 SAVED, SEED = "saved", "seed"  # dtypes of an export beside those that have a name
 STEPS = "step_" + "[0-9]" * 8  # folders of ours; a copy of another name is somebody's own
 MANIFEST, LATEST, BEST = "manifest.json", "LATEST", "BEST"
+SLOTS = "slots.json"  # {rank: what its state keeps of parameters}, by which another layout finds what it needs
 POLICY, REFERENCE = "policy", "reference"
 MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one is part of what the run is
     "run": {"steps", "directory", "restarts", "on_lost_node", "sinks"},

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from engine.core.importing import uncollected
 from engine.core.lifetimes import die_with_parent
 from engine.observe.journal import Journal, traced
+from engine.run.descriptors import raise_limit
 from engine.run.spec import Spec
 
 Needs = Literal["spec", "config"]
@@ -38,6 +39,7 @@ class Hosted:
             die_with_parent()
         journal.open()
         with traced(str(kind)):
+            raise_limit()
             if isinstance(kind, str):
                 kind = _imported(kind)
             assert isinstance(kind, type)

@@ -18,7 +18,7 @@ from engine.config.options import Trainer
 from engine.core.errors import NumericsError, PreemptedError, SemionError, StorageError
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
-from engine.megatron.reshard import SavedOptimizer
+from engine.megatron.reshard import SavedOptimizer, slots_of, whole_shards_only
 from engine.models.sharding import export_files, export_plan, tensors, trainer_layout
 from engine.run.agreement import Agreement
 from engine.run.checkpoint import LATEST, check_prolonged, reference_place, state_rank
@@ -136,7 +136,9 @@ class Milestones:
         at = place if isinstance(place, int) else None
         mine = state_rank(self._config.trainer, self._parallel.rank) == self._parallel.rank
         state = policy.state(weights=False) if mine else {}
-        return Snapshot(state, policy.dtype, self._weights("policy"), reference, at, place == "seed" or policy.holds_seed)
+        slots = slots_of(state) if self._config.trainer.distributed_optimizer else ()
+        seed = place == "seed" or policy.holds_seed
+        return Snapshot(state, policy.dtype, self._weights("policy"), reference, at, seed, slots)
 
     def _weights(self, which: Literal["policy", "reference"]) -> Weights:
         policy, plan = self._policy, self._files
@@ -192,11 +194,15 @@ def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -
         notes.append(f"{pointer} is gone: goes on after {saved.step} steps, from the newest checkpoint that is whole")
     if state is None:
         writer = saved.trainer
-        state = policy.state_from(SavedOptimizer(policy.shape, trainer_layout(writer), writer.data_parallel, saved.open_rank))
-        axes = f"{_axes(writer)} -> {_axes(config.trainer)}"
+        if writer.fp8 == "delayed" or config.optimizer.moment_dtype == "fp8":  # a rank that reads little may not meet a scale
+            raise whole_shards_only(f"{writer.fp8!r} and {config.optimizer.moment_dtype!r}")
+        axes, one_writer = trainer_layout(writer), not writer.distributed_optimizer
+        former = SavedOptimizer(policy.shape, axes, writer.data_parallel, saved.open_rank, saved.slots, one_writer)
+        state = policy.state_from(former)
+        change = f"{_axes(writer)} -> {_axes(config.trainer)}"
         notes.append(
-            f"resumed after {saved.step} steps in another layout than before ({axes}): what follows is equivalent, not bit for "
-            f"bit what the former layout would have made"
+            f"resumed after {saved.step} steps in another layout than before ({change}): what follows is equivalent, not bit "
+            f"for bit what the former layout would have made"
         )
     policy.load_checkpoint(state, saved.policy, saved.reference)
     return saved.step, notes

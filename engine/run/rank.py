@@ -32,6 +32,7 @@ from engine.rewards.model import ScoringEngine
 from engine.run import loop
 from engine.run.agreement import Agreement
 from engine.run.controller import Controller
+from engine.run.descriptors import require_room
 from engine.run.milestones import Milestones, full_weights, resume_policy
 from engine.run.publishers import NoEngines, PoolPublisher
 from engine.run.saving import Checkpoints
@@ -62,7 +63,11 @@ class TrainerRank:
         self._server: socket.socket | None = None
 
     def serve(self) -> int:
-        """Opens the rendezvous of the trainer ranks on this rank's host; its port."""
+        """Opens the rendezvous of the trainer ranks on this rank's host; its port. ConfigError where those and the engines
+        would be more connections than this process may have."""
+        inference = self._config.inference
+        num_engines = inference.engines * inference.tensor_parallel if self._spec.starts_engines else 0
+        require_room(self._config.trainer.world_size, num_engines)
         self._server, port = listen(self._host)
         return port
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from engine.run.checkpoint import (
     MANIFEST,
     POLICY,
     REFERENCE,
+    SLOTS,
     STEPS,
     ahead_of,
     best,
@@ -70,6 +72,7 @@ log = logging.getLogger(__name__)
 
 PARTS = "parts"  # folder of the ranks' words in a staging folder
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.5  # seconds between two looks at the other ranks' words
+PAUSE_PER_RANK = 0.001  # seconds; where the longest pause is more than LONGEST_PAUSE, for a look takes longer with more ranks
 
 
 class Words(Protocol):
@@ -103,6 +106,7 @@ class Snapshot:
     reference: Weights | None = None  # where the checkpoint must hold one of its own
     reference_step: int | None = None  # the checkpoint whose policy the reference is; None: `reference`, the seed's, or no need
     needs_seed: bool = False  # whether a resumed run needs the very seed model: as its reference, or for its engines
+    slots: Sequence[str] = ()  # the parts of parameters that `state` is of, where data-parallel ranks have different ones
 
     @property
     def num_bytes(self) -> int:
@@ -123,6 +127,7 @@ class Saved:
     folder: Path
     trainer: Trainer  # the options it was written with
     ahead: range  # the steps that it keeps rollouts of
+    slots: Mapping[int, Sequence[str]] | None = None  # by rank, as its snapshot had them; None where nothing tells
 
     def open_rank(self, rank: int) -> Any:
         """The state that a rank of the layout which wrote it holds, as safetensors opens a file."""
@@ -257,7 +262,7 @@ class Checkpoints:
         if snapshot.needs_seed and not self._seed:
             mine = weight_files(Path(config.model.path))[self._rank :: self._world_size]
             self._seed = {file.name: file_record(file) for file in mine}
-        word = {"files": _as_json(save.files), "seed": _as_json(self._seed)}
+        word = {"files": _as_json(save.files), "seed": _as_json(self._seed), "slots": list(snapshot.slots)}
         with atomic_write(staging / PARTS / f"rank_{self._rank:04d}.json", durable=True) as part:
             part.write_text(json.dumps(word), encoding="utf-8")
 
@@ -298,6 +303,9 @@ class Checkpoints:
         shutil.rmtree(staging / PARTS)
         if snapshot.reference is None:
             (staging / REFERENCE).rmdir()
+        if any(word["slots"] for word in words):
+            slots = {rank: word["slots"] for rank, word in enumerate(words)}
+            (staging / SLOTS).write_text(json.dumps(slots), encoding="utf-8")
         known = {name: found for word in words for name, found in word["files"].items()}
         rest = [path for path in sorted(staging.rglob("*")) if path.is_file() and str(path.relative_to(staging)) not in known]
         for path in rest:
@@ -325,27 +333,40 @@ class Checkpoints:
 
     def _await_parts(self, staging: Path) -> list[dict[str, Any]]:
         """Every rank's word, once all have said it. WatchdogError where nothing is added to the parts for too long; a rank's
-        failure is raised as that rank's own would be."""
-        paths = [staging / PARTS / f"rank_{rank:04d}.json" for rank in range(self._world_size)]
-        pause, seen, patient_until = FIRST_PAUSE, -1, 0.0
+        failure is raised as that rank's own would be.
+
+        It waits beside rank 0's training, so a look is one listing of the words' folder: a word is read once, and again only
+        where another file has taken its place. The sizes of all files, which need a look at each, are asked for seldom, and
+        once more before the wait is given up."""
+        ranks = {f"rank_{rank:04d}.json": rank for rank in range(self._world_size)}
+        longest = max(LONGEST_PAUSE, PAUSE_PER_RANK * self._world_size)
+        between_sizes = min(10 * longest, self._patience / 4)
+        words: dict[int, dict[str, Any]] = {}
+        files: dict[int, int] = {}  # by rank, the inode of the word that was read
+        pause, seen, sizes_due, patient_until = FIRST_PAUSE, -1, 0.0, 0.0
         while True:
-            words = [_word(path) for path in paths if path.exists()]
-            for word in words:
+            with os.scandir(staging / PARTS) as entries:
+                found = {ranks[entry.name]: entry.inode() for entry in entries if entry.name in ranks}
+            for rank in sorted(rank for rank, inode in found.items() if files.get(rank) != inode):
+                word = _word(staging / PARTS / f"rank_{rank:04d}.json")
                 if "error" in word:
                     raise StorageError(word["error"]) if word["storage"] else CheckpointError(word["error"])
+                words[rank], files[rank] = word, found[rank]
             if len(words) == self._world_size:
-                return words
-            size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-            if size != seen:
-                seen, patient_until = size, time.monotonic() + self._patience
-            if time.monotonic() > patient_until:
-                late = [rank for rank, path in enumerate(paths) if not path.exists()]
-                raise WatchdogError(
-                    f"trainer rank {late[0]} must write its part of a checkpoint into {staging}; found nothing new for "
-                    f"{self._patience:g} s: is that folder the same on every node?"
-                )
+                return [words[rank] for rank in range(self._world_size)]
+            now = time.monotonic()
+            if now >= min(sizes_due, patient_until):
+                size, sizes_due = _size(staging), now + between_sizes
+                if size != seen:
+                    seen, patient_until = size, now + self._patience
+                elif now > patient_until:
+                    late = min(set(range(self._world_size)) - set(words))
+                    raise WatchdogError(
+                        f"trainer rank {late} must write its part of a checkpoint into {staging}; found nothing new for "
+                        f"{self._patience:g} s: is that folder the same on every node?"
+                    )
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, longest)
 
     def _name(self, staging: Path, final: Path, keep: int) -> None:
         """Gives the whole checkpoint its name, and LATEST and BEST theirs."""
@@ -413,11 +434,14 @@ class Checkpoints:
         if "seed" not in manifest:
             raise older(newest, "weights in the ranks' own files")
         recall_schedule(config, manifest)
-        trainer, state = trainer_of(manifest), None
+        trainer, state, slots = trainer_of(manifest), None, None
         if same_layout(trainer, config.trainer):
             own = rank_file(state_rank(trainer, self._rank))
             verify_file(newest, own, manifest)
             state = load_file(newest / own)
+        elif SLOTS in manifest["files"]:
+            verify_file(newest, SLOTS, manifest)
+            slots = {int(rank): own for rank, own in json.loads((newest / SLOTS).read_text(encoding="utf-8")).items()}
         self._verify_share(newest, manifest)
         reference = reference_folder(newest, manifest)
         if reference is not None and reference.parent != newest:
@@ -427,7 +451,7 @@ class Checkpoints:
             verify_seed(Path(config.model.path) / name, seed[name], newest)
         self._host.barrier()
         policy, other = HfCheckpoint(newest / POLICY), HfCheckpoint(reference) if reference is not None else None
-        return Saved(int(manifest["step"]), state, policy, other, newest, trainer, ahead_of(manifest))
+        return Saved(int(manifest["step"]), state, policy, other, newest, trainer, ahead_of(manifest), slots)
 
     def _verify_share(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
         """This rank's share of all files: every one is some rank's."""
@@ -492,6 +516,16 @@ def _word(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text) if text else {"error": f"{path.stem} cannot be written", "storage": True}
     return found
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below a folder; a file that takes its final name meanwhile may be missed."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
 
 
 def _as_json(files: Mapping[str, FileRecord]) -> dict[str, Any]:

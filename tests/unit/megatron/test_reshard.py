@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from engine.core.errors import CheckpointError
-from engine.megatron.reshard import SavedOptimizer
+from engine.megatron.reshard import SavedOptimizer, slots_of
 from engine.models.base import ModelShape
 from engine.models.registry import family_of
 from engine.models.sharding import TrainerLayout, matrix_slice, shard_shapes, shard_slices, tensors
@@ -44,6 +46,22 @@ class Opened:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name]
+
+    def get_slice(self, name: str) -> Sliced:
+        return Sliced(self._tensors[name])
+
+
+class Sliced:
+    """A tensor of which safetensors reads what is asked for."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def __getitem__(self, part: slice) -> torch.Tensor:
+        return self._tensor[part].clone()
 
 
 def whole_model(shape: ModelShape) -> dict[str, dict[str, torch.Tensor]]:
@@ -99,13 +117,17 @@ def saved(
     st.sampled_from(LAYOUTS),
     st.integers(1, 3),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([SMALL, ODD, TIED]),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_layout_goes_on_from_any_other(before, after, dp_size, distributed, shape):
+def test_any_layout_goes_on_from_any_other(before, after, dp_size, distributed, told, shape):
+    """Whether or not the checkpoint tells which rank has what."""
     whole = whole_model(shape)
     files = saved(shape, before, dp_size, whole, distributed=distributed)
-    source = SavedOptimizer(shape, before, dp_size, lambda rank: Opened(files[rank]))
+    who = {rank: slots_of(file) for rank, file in enumerate(files)} if told and distributed else None
+    one_writer = told and not distributed
+    source = SavedOptimizer(shape, before, dp_size, lambda rank: Opened(files[rank]), who, one_writer)
     for pp_rank in range(after.pp_size):
         for tp_rank in range(after.tp_size):
             wanted = shards(shape, after, whole, tp_rank, pp_rank)
@@ -120,6 +142,43 @@ def test_any_layout_goes_on_from_any_other(before, after, dp_size, distributed, 
                     expected = wanted[name, kind].flatten()[1:3] if part else wanted[name, kind]
                     assert torch.equal(found.pop(f"optimizer.{slot}.{kind}"), expected), (slot, kind)
             assert not found
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("dp_size", [2, 8, 64])
+@pytest.mark.parametrize("before", [TrainerLayout(), TrainerLayout(tp_size=2, pp_size=2)])
+def test_a_rank_opens_the_files_of_those_that_hold_what_it_needs(tmp_path, before, dp_size, distributed):
+    """Four elements: the file with the place in the schedule and four at most with those, however many ranks wrote. Read by
+    safetensors itself."""
+    whole = whole_model(SMALL)
+    files = saved(SMALL, before, dp_size, whole, distributed=distributed)
+    for rank, file in enumerate(files):
+        save_file({name: value.contiguous() for name, value in file.items()}, tmp_path / f"{rank}")
+    opened: list[int] = []
+
+    def open_rank(rank: int) -> Any:
+        opened.append(rank)
+        return safe_open(tmp_path / f"{rank}", framework="pt")
+
+    slots = {rank: slots_of(file) for rank, file in enumerate(files)} if distributed else None
+    source = SavedOptimizer(SMALL, before, dp_size, open_rank, slots, one_writer=not distributed)
+    wanted = shards(SMALL, TrainerLayout(), whole, 0, 0)
+    name = "decoder.layers.1.self_attention.linear_proj.weight"
+    width = wanted[name, "main"].shape[1]
+    start = 3 * width + 2
+    found = source.state_of(TrainerLayout(), 0, 0, {f"{name}[{start}:{start + 4}]": (4,)})
+    for kind in KINDS:
+        expected = wanted[name, kind].flatten()[start : start + 4]
+        assert torch.equal(found[f"optimizer.{name}[{start}:{start + 4}].{kind}"], expected)
+    assert float(found[f"optimizer.{name}[{start}:{start + 4}].step"]) == 7.0
+    assert len(opened) == len(set(opened))
+    holding = {
+        rank
+        for rank, file in enumerate(files)
+        for slot in slots_of(file)
+        if slot.partition("[")[0].endswith("self_attention.linear_proj.weight")
+    }
+    assert len(opened) <= 1 + 4 and set(opened) <= holding | {0}, (opened, holding)
 
 
 @pytest.mark.parametrize("key", ["fp8.0.layer.scaling_fwd.scale", "optimizer.decoder.w[3:9].exp_avg.scale_inv"])

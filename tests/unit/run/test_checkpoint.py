@@ -38,6 +38,7 @@ from engine.run.checkpoint import (
     BEST,
     LATEST,
     MANIFEST,
+    SLOTS,
     _content_digest,
     best,
     data_digests,
@@ -309,6 +310,23 @@ def test_several_ranks_write_their_own_parts_at_once(tmp_path):
         except CheckpointError as error:
             refused += "model-00001-of-00002.safetensors differs from its digest" in str(error)
     assert refused == 1
+
+
+def test_another_layout_is_told_which_rank_has_what_and_its_own_needs_no_such_file(tmp_path):
+    config, folder = run_config(tmp_path), tmp_path / "run" / "checkpoints" / "step_00000005"
+    ranks, snapshots = two_ranks(tmp_path)
+    own = ["w[0:3]"], ["w[3:9]", "norm"]
+    for rank, snapshot, slots in zip(ranks, snapshots, own, strict=True):
+        rank.commit(5, replace(snapshot, slots=slots), config)
+    for rank in reversed(ranks):
+        rank.wait()
+    assert open_checkpoints(tmp_path).load(config).slots is None
+    other = run_config(tmp_path, trainer={"data_parallel": 2}, checkpoint={"other_layout": "allow"})
+    found = open_checkpoints(tmp_path).load(other)
+    assert found.state is None and found.slots == dict(enumerate(own))
+    flip(folder / SLOTS, 9)
+    with pytest.raises(CheckpointError, match=r"slots\.json differs from its digest"):
+        open_checkpoints(tmp_path).load(other)
 
 
 def test_a_rank_that_does_not_write_or_cannot_is_told_and_nothing_is_named(tmp_path):
