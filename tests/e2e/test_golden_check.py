@@ -30,7 +30,7 @@ def test_dpo_with_nll_and_entropy(semi_online: tuple[RunConfig, str]) -> None:
     """Tensor-parallel 2, two engines; at step 2 the policy has left the reference."""
     figures = agreed(semi_online[0], 0, 2)
     assert figures["margin_mean"][0] == 0 and abs(figures["margin_mean"][1]) > 1e-4
-    assert min(figures["pairs"]) > 1 and min(figures["entropy_mean"]) > 0.1
+    assert min(figures["pairs"]) >= 1 and min(figures["entropy_mean"]) > 0.1
 
 
 def test_group_dpo_with_stale_grpo(offline: RunConfig) -> None:
@@ -58,7 +58,7 @@ def test_a_wrong_record_is_found(stopped: tuple[RunConfig, str], tmp_path: Path,
     first, *others = rows(stopped[0], "metrics.jsonl")
     (copy / "metrics.jsonl").write_text(json.dumps(first) + "\n")
     assert main([str(copy)]) == 0
-    (copy / "metrics.jsonl").write_text(json.dumps(first | {"loss": first["loss"] * (1 + 2e-5)}) + "\n")
+    (copy / "metrics.jsonl").write_text(json.dumps(first | {"loss": first["loss"] + 1e-5}) + "\n")
     assert main([str(copy)]) == 1
     assert "more than 4e-07" in capsys.readouterr().out
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others[:2]))

@@ -61,7 +61,7 @@ def test_a_run_that_streams_is_the_run_that_does_not(run_config: Make, tmp_path:
         for file in sorted((config.run_directory / "checkpoints/step_00000002/policy").glob("*.safetensors"))
     ]
     assert len(weights) == 2
-    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) <= 1e-5
+    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) <= 2e-5
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
