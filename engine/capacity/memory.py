@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from engine.capacity.dealing import dealt_bytes
 from engine.capacity.kv_cache import GIB, KvCache, item_bytes, kv_bytes_per_token, reward_cache
 from engine.capacity.resolved import Resolved
 from engine.config.options import RewardModel, size_bytes
@@ -99,12 +100,8 @@ def estimate(spec: Resolved, channel: Channel, gpu_bytes: int = H200_BYTES) -> M
     return Memory(devices, tuple(totals), host_bytes_per_node(spec))
 
 
-ASLEEP = (
-    "engine: staging",
-    "engine: CUDA graphs",
-    "engine: context",
-    "other engines: contexts",
-)  # what an engine keeps while the trainer has its turn
+# What an engine keeps while the trainer has its turn.
+ASLEEP = ("engine: staging", "engine: CUDA graphs", "engine: context", "other engines: contexts")
 LARGEST_FLASH_HEAD = 256  # head dim of torch's flash attention on GPUs
 TRANSIENT = ("activations", "recomputed layer", "logits", "workspace")  # what a trainer keeps only in its own turn
 
@@ -327,7 +324,8 @@ class Step:
 
     @property
     def fullest(self) -> Components:
-        """The fullest moment: a layer's backward, log-probs at the last stage, the embedding's gradient, or the update."""
+        """The fullest moment: a layer's backward, log-probs at the last stage, the embedding's gradient, the update, or the
+        dealing of the step's sequences, which lie on rank 0's device."""
         waiting = self.in_flight * self.kept
         again = self.layer if self._trainer.recompute else 0  # its output instead of its input, which is kept already
         moments = [(waiting, again, 0, self._layer_backward)]
@@ -341,6 +339,8 @@ class Step:
         if copied := TrainerState(self._spec, self._stage).scored_with:
             logits, rest = self._head if self._is_last else (0, 0)
             moments.append((0, self.layer, logits, rest + copied))
+        if self._on_gpu:  # before the first microbatch, when engines that share the device sleep already
+            moments.append((0, 0, 0, dealt_bytes(self._spec, on_rank_zero=self._is_first)))
         fullest = max(moments, key=sum)
         return dict(zip(TRANSIENT, (*fullest[:3], fullest[3] + self._buffers), strict=True))
 
