@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from heapq import heapreplace
 from itertools import cycle
@@ -62,6 +62,14 @@ def plan(
         able = _able(model_ranks, source.tp_size, dp_size, senders or ((),) * len(nodes))
         messages = _order(buckets, source.tp_size, dp_size, nodes, able)
     return ShardPlan(messages, source, dp_size, target, nodes, dtype_bytes)
+
+
+def senders_to(shape: ModelShape, source: TrainerLayout, target: EngineLayout) -> dict[int, frozenset[ModelRank]]:
+    """The trainer's model-parallel ranks that send to each tensor rank of an engine; as layers are alike, one a chunk tells."""
+    chunks = source.pp_size * source.vpp_size
+    short = replace(source, first_stage_layers=None, last_stage_layers=None)
+    flows = _flows(replace(shape, num_layers=chunks), short, target)
+    return {rank: frozenset(model for model, to in flows if to == rank) for rank in range(target.tp_size)}
 
 
 @contextmanager

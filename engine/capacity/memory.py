@@ -10,11 +10,13 @@ tensor-parallel size where noted.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from engine.capacity.dealing import dealt_bytes
 from engine.capacity.kv_cache import GIB, KvCache, item_bytes, kv_bytes_per_token, reward_cache
 from engine.capacity.resolved import Resolved
 from engine.config.options import RewardModel, size_bytes
@@ -42,10 +44,12 @@ Components = dict[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """What a weight sync keeps on the fullest trainer rank and engine rank: staging buckets, windows of `ipc`."""
+    """What a weight sync keeps on the fullest trainer rank and engine rank: staging buckets, windows of `ipc`. `contexts`: how
+    many engine ranks of other GPUs open memory on the GPU where most do, by its plan; None: not known, as many as may."""
 
     trainer_bytes: int = 0
     engine_bytes: int = 0
+    contexts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,8 @@ def estimate(spec: Resolved, channel: Channel, gpu_bytes: int = H200_BYTES) -> M
     return Memory(devices, tuple(totals), host_bytes_per_node(spec))
 
 
-ASLEEP = ("engine: staging", "engine: CUDA graphs", "engine: context")  # what an engine keeps while the trainer has its turn
+# What an engine keeps while the trainer has its turn.
+ASLEEP = ("engine: staging", "engine: CUDA graphs", "engine: context", "other engines: contexts")
 LARGEST_FLASH_HEAD = 256  # head dim of torch's flash attention on GPUs
 TRANSIENT = ("activations", "recomputed layer", "logits", "workspace")  # what a trainer keeps only in its own turn
 
@@ -319,7 +324,8 @@ class Step:
 
     @property
     def fullest(self) -> Components:
-        """The fullest moment: a layer's backward, log-probs at the last stage, the embedding's gradient, or the update."""
+        """The fullest moment: a layer's backward, log-probs at the last stage, the embedding's gradient, the update, or the
+        dealing of the step's sequences, which lie on rank 0's device."""
         waiting = self.in_flight * self.kept
         again = self.layer if self._trainer.recompute else 0  # its output instead of its input, which is kept already
         moments = [(waiting, again, 0, self._layer_backward)]
@@ -333,6 +339,8 @@ class Step:
         if copied := TrainerState(self._spec, self._stage).scored_with:
             logits, rest = self._head if self._is_last else (0, 0)
             moments.append((0, self.layer, logits, rest + copied))
+        if self._on_gpu:  # before the first microbatch, when engines that share the device sleep already
+            moments.append((0, 0, 0, dealt_bytes(self._spec, on_rank_zero=self._is_first)))
         fullest = max(moments, key=sum)
         return dict(zip(TRANSIENT, (*fullest[:3], fullest[3] + self._buffers), strict=True))
 
@@ -411,9 +419,11 @@ def _beside(spec: Resolved, channel: Channel) -> int:
     preflight refuses."""
     try:
         check_engine_layout(spec.shape, spec.engine)
-        beside = sum(beside_cache(spec, channel).values())
-        if spec.colocated and "trainer" in spec.parts:
+        shares = spec.colocated and "trainer" in spec.parts
+        if shares:
             check_layout(spec.shape, spec.trainer)
+        beside = sum(beside_cache(spec, channel).values())
+        if shares:
             stages = (while_sampling(trainer_kept(spec, stage, channel)) for stage in range(spec.trainer.pp_size))
             beside += max(sum(kept.values()) for kept in stages)
     except ConfigError:
@@ -451,7 +461,43 @@ def beside_cache(spec: Resolved, channel: Channel) -> Components:
         **({"engine: FP8 staging": _quantizing(spec, matrices, itemsize)} if matrices else {}),
         "engine: CUDA graphs": GRAPH_BYTES,
         "engine: context": CONTEXT_BYTES + (NCCL_BYTES if i.tensor_parallel > 1 else 0),
+        "other engines: contexts": CONTEXT_BYTES * (foreign_contexts(spec) if channel.contexts is None else channel.contexts),
     }
+
+
+def foreign_contexts(spec: Resolved) -> int:
+    """How many engine ranks of other GPUs have a CUDA context on the GPU that has most of them: each makes one, for good, where
+    it opens the memory of a trainer rank that it takes weights from at a sync. None but where engines share the trainer's GPUs
+    and read in place. These are as many as may be: of several replicas near an engine the plan may choose fewer."""
+    from engine.bridge.transports.registry import kind_of
+
+    placement, near = spec.placement, spec.colocation
+    if not spec.colocated or placement is None or near is None or "trainer" not in spec.parts:
+        return 0
+    kind = spec.carrier("cuda").kind
+    if kind is None or not kind_of(kind).reads_in_place:
+        return 0
+    t, senders = spec.config.trainer, _senders(spec.shape, spec.trainer, spec.engine)
+    found: Counter[tuple[int, int]] = Counter()  # by node and GPU
+    for engine, nearest in zip(placement.engines, near.nearest, strict=True):
+        for target, gpu in enumerate(engine.gpus):
+            opened = {
+                (engine.node, placement.ranks[rank].gpus[0])
+                for rank in nearest
+                if (rank // (t.tensor_parallel * t.data_parallel), rank % t.tensor_parallel) in senders[target]
+            }
+            found.update(opened - {(engine.node, gpu)})
+    return max(found.values(), default=0)
+
+
+@lru_cache(maxsize=1024)
+def _senders(
+    shape: ModelShape, trainer: layout.TrainerLayout, engine: layout.EngineLayout
+) -> dict[int, frozenset[tuple[int, int]]]:
+    """The trainer's (stage, tensor rank)s that send to each tensor rank of an engine."""
+    from engine.bridge.plan import senders_to
+
+    return senders_to(shape, trainer, engine)
 
 
 def _quantizing(spec: Resolved, matrices: Sequence[tuple[int, ...]], itemsize: int) -> int:

@@ -51,6 +51,11 @@ class Resolved(Protocol):
         ...
 
     @property
+    def source(self) -> str:
+        """Where training sequences come from."""
+        ...
+
+    @property
     def placement(self) -> Placement | None:
         """The nodes and GPUs of its processes; None where they are too few."""
         ...

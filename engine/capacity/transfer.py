@@ -6,6 +6,7 @@ config.json, and the reward model's where it is to be counted: no weights, no GP
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from engine.bridge.shard_plan import Bucket, Message, ShardOffset, ShardPlan, Tr
 from engine.bridge.transports.base import Transport
 from engine.bridge.transports.registry import kind_of
 from engine.capacity.kv_cache import GIB, require_one_request
-from engine.capacity.memory import Channel, estimate
+from engine.capacity.memory import Channel, estimate, foreign_contexts
 from engine.capacity.resolved import Resolved
 from engine.config.placement import Placement
 from engine.config.transport import AUTO, refusal
@@ -113,7 +114,7 @@ def weigh(spec: Resolved, made: ShardPlan, machine: Machine) -> dict[str, Any]:
     """The memory of each kind of device by component, whether the fullest fits the machine's GPU, and the file for want of
     which the reward engine is not counted. Bytes."""
     gpu_bytes = round(machine.gpu_gibibytes * GIB)
-    held = estimate(spec, channel(made), gpu_bytes)
+    held = estimate(spec, replace(channel(made), contexts=foreign_contexts(spec) and opened(made, spec.placement)), gpu_bytes)
     cache = spec.kv_cache
     size = cache.num_bytes(gpu_bytes) if cache is not None else 0
     return {
@@ -138,6 +139,14 @@ def channel(made: ShardPlan) -> Channel:
         for member in (message.source, *made.receivers(message)) if message.bucket.packed else ():
             staged[member] = max(staged[member], STAGED * message.bucket.num_bytes)
     return Channel(max(staged[: made.trainer_size]), max(staged[made.trainer_size :]))
+
+
+def opened(made: ShardPlan, placement: Placement | None) -> int:
+    """Of the GPU that has most of them: the engine ranks of other GPUs that take something from its memory."""
+    assert placement is not None
+    elsewhere = (message for message in made.messages if not _shares_gpu(made, message, placement))
+    found = {(message.source, message.path[0], message.bucket.target) for message in elsewhere}
+    return max(Counter(source for source, _, _ in found).values(), default=0)
 
 
 def measure(shape: ModelShape, made: ShardPlan, machine: Machine, colocated: Placement | None = None) -> dict[str, Any]:

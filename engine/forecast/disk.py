@@ -9,7 +9,7 @@ from engine.capacity.kv_cache import item_bytes
 from engine.capacity.memory import TrainerState
 from engine.core.tensor_files import SYNC_BYTES
 from engine.models.headers import num_elements
-from engine.run.checkpoint import reference_place
+from engine.run.host_memory import num_models, snapshot_bytes
 from engine.run.spec import Spec
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def checkpoint_bytes(spec: Spec) -> int:
     trainer = spec.config.trainer
     ranks = trainer.tensor_parallel * (trainer.data_parallel if trainer.distributed_optimizer else 1)
     states = sum(TrainerState(spec, stage).saved_bytes * ranks for stage in range(spec.trainer.pp_size))
-    weights = num_elements(spec.shape) * item_bytes(spec.config.model.dtype) * _num_models(spec)
+    weights = num_elements(spec.shape) * item_bytes(spec.config.model.dtype) * num_models(spec)
     return weights + states + ahead_bytes(spec)
 
 
@@ -73,21 +73,3 @@ def ahead_bytes(spec: Spec) -> int:
         return 0
     steps = max((len(config.schedule.in_flight(step)) for step in spec.checkpoint_steps), default=0)
     return steps * config.rollouts_per_step * config.sampling.max_tokens * AHEAD_TOKEN_BYTES
-
-
-def snapshot_bytes(spec: Spec, stage: int | None = None, *, first_replica: bool = True) -> int:
-    """What a trainer rank of a stage, of the one that holds most where not said, copies to its host and writes: its share of
-    the weights and, where nothing else holds it, of the reference, and its optimizer's state. `first_replica`: whether it is of
-    the first, which alone writes the state where all hold the same one."""
-    if stage is None:
-        return max(snapshot_bytes(spec, each) for each in range(spec.trainer.pp_size))
-    t, state = spec.config.trainer, TrainerState(spec, stage)
-    weights = state.num_parameters * item_bytes(spec.config.model.dtype) * _num_models(spec)
-    writes_state = first_replica or t.distributed_optimizer
-    return weights // t.data_parallel + (state.saved_bytes if writes_state else 0)
-
-
-def _num_models(spec: Spec) -> int:
-    """Hugging Face folders in a checkpoint: the policy, and a reference of its own."""
-    places = (reference_place(spec.config, step) for step in spec.checkpoint_steps)
-    return 2 if "reference" in spec.copies and any(place == "own" for place in places) else 1

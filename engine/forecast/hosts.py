@@ -11,13 +11,11 @@ from pathlib import Path
 from engine.capacity.kv_cache import item_bytes
 from engine.capacity.memory import TrainerState
 from engine.core.errors import CheckpointError
-from engine.forecast.disk import snapshot_bytes
 from engine.models.base import ModelShape
 from engine.models.config_file import stored_dtype
 from engine.models.headers import num_elements
+from engine.run.host_memory import most_held, stage_and_replica
 from engine.run.spec import Spec
-
-ROLLOUT_TOKEN_BYTES = 12  # of a token that rank 0 holds: id and log-prob of 4 bytes each, and 4 letters of its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +38,10 @@ def hosts(spec: Spec) -> Hosts:
     """Of a run on GPUs. A node is taken to read a file's bytes once, however many of its processes need them: the others find
     them in its page cache. A reward model whose sizes are not known is left out. ConfigError where the processes do not fit
     the nodes."""
-    read, held = _read(spec), _held(spec)
-    fullest = max(held.values(), key=lambda parts: sum(parts.values()), default={})
+    read = _read(spec)
     return Hosts(
         nodes=len({assignment.node for assignment in spec.placed().assignments}),
-        held=dict(fullest),
+        held=dict(most_held(spec)),
         weights_bytes=num_elements(spec.shape) * _stored_bytes(spec.config.model.path, spec.config.model.dtype),
         most_read=max(read.values()),
         read=sum(read.values()),
@@ -60,30 +57,6 @@ def read_seconds(spec: Spec, disk_bytes_per_second: float) -> float:
     return sum(_read(spec).values()) / disk_bytes_per_second
 
 
-def _held(spec: Spec) -> dict[int, dict[str, int]]:
-    """By node: what its trainer ranks have on the host while a checkpoint is written, and rank 0's rollouts."""
-    found: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for rank, place in enumerate(spec.placed().ranks):
-        stage, replica = _place_of(spec, rank)
-        parts = found[place.node]
-        if spec.checkpoint_steps:
-            parts["snapshot of a checkpoint"] += snapshot_bytes(spec, stage, first_replica=replica == 0)
-        parts["optimizer state and reference"] += TrainerState(spec, stage).host_bytes
-        if rank == 0:
-            parts["rollouts"] += rollout_bytes(spec)
-    return found
-
-
-def rollout_bytes(spec: Spec) -> int:
-    """What rank 0 holds of rollouts at most: of all steps that are sampled before the first of them is trained on, each as long
-    as it may be."""
-    config = spec.config
-    if spec.source != "rollouts":
-        return 0
-    opened = (opens.stop - step for step in range(config.run.steps) if (opens := config.schedule.opens(step)))
-    return max(opened, default=0) * config.rollouts_per_step * config.sampling.max_tokens * ROLLOUT_TOKEN_BYTES
-
-
 def _read(spec: Spec) -> dict[int, int]:
     """By node: bytes of weights. A trainer rank reads what its shards hold, an engine the whole model."""
     config, placed = spec.config, spec.placed()
@@ -91,7 +64,7 @@ def _read(spec: Spec) -> dict[int, int]:
     whole = num_elements(spec.shape) * each
     shards: dict[int, set[tuple[int, int]]] = defaultdict(set)  # (stage, tensor rank) of each node
     for rank, place in enumerate(placed.ranks):
-        shards[place.node].add((_place_of(spec, rank)[0], rank % spec.trainer.tp_size))
+        shards[place.node].add((stage_and_replica(spec, rank)[0], rank % spec.trainer.tp_size))
     sizes = [TrainerState(spec, stage).num_parameters * each for stage in range(spec.trainer.pp_size)]
     found = {node: min(whole, sum(sizes[stage] for stage, _ in there)) for node, there in shards.items()}
     found |= dict.fromkeys((engine.node for engine in placed.engines), whole)
@@ -113,9 +86,3 @@ def _stored_bytes(path: str | Path, dtype: str) -> int:
         return stored_dtype(path).itemsize
     except CheckpointError:
         return item_bytes(dtype)
-
-
-def _place_of(spec: Spec, rank: int) -> tuple[int, int]:
-    """(stage, data-parallel replica) of a trainer rank."""
-    tp_size, dp_size = spec.trainer.tp_size, spec.config.trainer.data_parallel
-    return rank // (tp_size * dp_size), rank // tp_size % dp_size

@@ -25,9 +25,32 @@ QUERY_SECONDS = 30.0  # for nvidia-smi, which waits for a driver that hangs
 GRACE_SECONDS = 5.0  # Ray's own daemons take a few seconds to notice that their driver has left
 
 
-def look(address: str, num_gpus: float) -> tuple[str, tuple[str, ...]]:
-    """Of the node that this runs on: the interface that carries its address, and its GPUs."""
-    return interface_of(address), devices(num_gpus)
+def look(address: str, num_gpus: float) -> tuple[str, tuple[str, ...], int]:
+    """Of the node that this runs on: the interface that carries its address, its GPUs, and the bytes of its memory."""
+    return interface_of(address), devices(num_gpus), host_bytes()
+
+
+def host_bytes(root: Path = Path("/")) -> int:
+    """The memory of this machine, or what the control groups leave this process of it, as those of a container or of a Slurm
+    job: the least counts. `root`: where /proc and /sys are."""
+    limits = [psutil.virtual_memory().total]
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux, or /proc is hidden
+        return limits[0]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        tree = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        own = tree / path.lstrip("/")
+        # In a container its own path may be that on the machine, which is not there: what is there is the top.
+        for group in (own, *own.parents) if own.is_relative_to(tree) else (tree,):
+            with suppress(OSError, ValueError):  # no file at the top, and "max" where nothing is limited
+                limits.append(int((group / ("memory.limit_in_bytes" if controllers else "memory.max")).read_text()))
+            if group == tree:
+                break
+    return min(limits)
 
 
 def devices(num_gpus: float) -> tuple[str, ...]:

@@ -29,8 +29,10 @@ from engine.core.errors import ConfigError, MissingNodeError, PreemptedError, Se
 from engine.inference.process import ENGINES_FOLDER
 from engine.observe.profiling import nsight
 from engine.run.handles import last_line, typed_error
-from engine.run.machine import await_head, devices, look
+from engine.run.host_memory import check_holds, held_by_node
+from engine.run.machine import await_head, devices, host_bytes, look
 from engine.run.shrinking import Room, shrunk
+from engine.run.spec import Spec
 
 HOST = "127.0.0.1"
 SILENT_SECONDS = 30.0  # a node that works starts a process in a few, and on a busy machine in less than these
@@ -70,6 +72,7 @@ class Node:
     address: str  # private: where its ranks and engines meet the others'
     interface: str  # that carries the address
     devices: tuple[str, ...]  # its GPUs by CUDA's names; none on a machine without
+    host_bytes: int  # its memory, or what a container or a job may have of it
 
 
 @contextmanager
@@ -132,7 +135,7 @@ def _start_ray(verbose: bool) -> list[Node]:
             f"Ray did not start on this machine: {last_line(error)} Its logs are in /tmp/ray/session_latest/logs"
         ) from error
     (found,) = ray.nodes()
-    return [Node(found["NodeID"], HOST, "lo", devices(found["Resources"].get("GPU", 0)))]
+    return [Node(found["NodeID"], HOST, "lo", devices(found["Resources"].get("GPU", 0)), host_bytes())]
 
 
 def ray_folder() -> Path:
@@ -290,7 +293,7 @@ class _Asked:
 
 
 def _can_shrink(config: RunConfig, nodes: int) -> bool:
-    """Whether there is a checkpoint to go on from, and a layout for so many nodes that fits their GPUs."""
+    """Whether there is a checkpoint to go on from, and a layout for so many nodes that fits their memory."""
     from engine.run.checkpoint import latest
 
     if not nodes or latest(config.run_directory / "checkpoints") is None:
@@ -323,3 +326,10 @@ def check_devices(placement: Placement, nodes: Sequence[Node], gpus_per_node: in
                 f"cluster.gpus_per_node must not exceed the GPUs of a node; found {gpus_per_node}, "
                 f"and {found} on {node.address}: {f'set it to {found}' if found else 'start Ray on nodes with GPUs only'}"
             )
+
+
+def check_hosts(spec: Spec, nodes: Sequence[Node]) -> None:
+    """ConfigError when a node has less memory than what the processes placed on it keep there. On nodes without
+    GPUs the weights are in the same memory and not counted: what is counted must fit all the same."""
+    for number, held in held_by_node(spec).items():
+        check_holds(spec, held, nodes[number].host_bytes, f"on {nodes[number].address}")

@@ -27,6 +27,7 @@ from engine.run.nodes import (
     PROCESS_ENVIRONMENT,
     Node,
     check_devices,
+    check_hosts,
     environment,
     open_ray,
     remove_leftovers,
@@ -74,6 +75,7 @@ class Cluster:
                 self._placement = self._spec.placed(len(self._nodes[0].devices))
             if self._placement is not None:
                 check_devices(self._placement, self._nodes, self._config.cluster.gpus_per_node)
+                check_hosts(self._spec, self._nodes)
         except BaseException as error:
             self._keeps_ray_logs = isinstance(error, WatchdogError)  # Ray did not start, and its logs say why
             self.__exit__()

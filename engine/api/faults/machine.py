@@ -24,7 +24,8 @@ from engine.models.base import ModelShape
 from engine.models.headers import num_elements
 from engine.models.sharding import shard_shapes, trainer_layout
 from engine.observe.profiling import nsight
-from engine.run.machine import visible_gpus
+from engine.run.host_memory import check_holds, most_held
+from engine.run.machine import host_bytes, visible_gpus
 from engine.run.shrinking import Room, check_can_shrink
 from engine.run.spec import assemble
 
@@ -39,15 +40,28 @@ def machine_faults(look: Look, *, layouts_fit: bool) -> Faults:
     if config.cluster.nodes > 1:
         fits = tried(place, config, look.parts)[1]
         yield from fits
+        if layouts_fit and not fits:
+            yield from caught(_host_memory, look)
         if look.purpose == "train" and not fits and config.run.on_lost_node == "shrink":
             yield from caught(check_can_shrink, config, Room.here(config) if layouts_fit else None)
         return
     if "trainer" in look.parts:
         yield from tried(check_installed, config.trainer, config.optimizer)[1]
     if gpus := visible_gpus():
-        yield from tried(place, config, look.parts, gpus)[1]
+        fits = tried(place, config, look.parts, gpus)[1]
+        yield from fits
+        if layouts_fit and not fits:
+            yield from caught(_host_memory, look)
     if "trainer" in look.parts and look.samples and look.shape is not None and layouts_fit:
         yield from caught(_transport, config, "cuda" if gpus else "cpu", look.shape)
+
+
+def _host_memory(look: Look) -> None:
+    """Whether this machine, whose like the run's nodes are taken to have, holds what a node keeps on the host. Not looked at
+    where no GPU is here: such a machine is none of the nodes of a run on GPUs."""
+    if "trainer" in look.parts and look.shape is not None and visible_gpus():
+        spec = assemble(look.config, look.shape, parts=look.parts)
+        check_holds(spec, most_held(spec), host_bytes(), "on this machine")
 
 
 def _transport(config: RunConfig, device: Literal["cuda", "cpu"], shape: ModelShape) -> None:

@@ -568,3 +568,16 @@ def test_a_sink_that_cannot_work_is_told_before_a_run(made):
     assert "run.sinks must be one of mlflow, tensorboard, wandb" in only(override(made, {"run.sinks": ["tensorbord"]}))
     assert faults(override(made, {"run.sinks": ["tensorbord"]}), "eval") == [], "which tells nobody"
     assert faults(override(made, {"run.sinks": []})) == []
+
+
+def test_a_machine_of_the_run_has_the_memory_for_what_is_kept_on_the_host(made, monkeypatch):
+    """A tiny run asks for next to nothing. Where no GPU is here, this machine is none of those that the run is for."""
+    alone = override(made, {"inference.placement": "colocated"})
+    monkeypatch.setattr(machine, "visible_gpus", lambda: 1)
+    assert faults(alone) == []
+    monkeypatch.setattr(machine, "host_bytes", lambda: 1000)
+    sentence = only(alone)
+    assert "0.0 GiB on this machine for 0.0 GiB needed (snapshot of a checkpoint" in sentence
+    assert "): put fewer trainer ranks on a node" in sentence
+    monkeypatch.setattr(machine, "visible_gpus", lambda: 0)
+    assert faults(alone) == []

@@ -4,6 +4,7 @@ that any layout must have. What torch really allocates is compared in tests/para
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.bridge import setup as opening
 from engine.bridge.plan import plan
+from engine.bridge.shard_plan import ShardPlan
+from engine.bridge.transports.registry import kind_of
+from engine.capacity.dealing import dealt_bytes
 from engine.capacity.kv_cache import kv_bytes_per_token
-from engine.capacity.memory import ASLEEP, GIB, TRANSIENT, Channel, Memory, Step, TrainerState, estimate
-from engine.capacity.transfer import channel
+from engine.capacity.memory import ASLEEP, GIB, TRANSIENT, Channel, Memory, Step, TrainerState, estimate, foreign_contexts
+from engine.capacity.transfer import Machine, channel, opened, plan_run
 from engine.config import options
 from engine.config.load import RunConfig, load_config
+from engine.megatron.dealing import deal_step
+from engine.megatron.outlines import outlines_of
+from engine.megatron.scatter import encode
 from engine.models.base import ModelShape
 from engine.models.config_file import read_shape
 from engine.models.sharding import EngineLayout, TrainerLayout, trainer_layout
@@ -28,6 +36,7 @@ from engine.ops import lm_head
 from engine.ops import swiglu as plain_or_fused
 from engine.run.spec import Spec
 from tests.builders import spec
+from tests.rollouts import make_sequence
 
 ROOT = Path(__file__).parents[3]
 LLAMA_8B = read_shape(ROOT / "configs" / "models" / "llama-3.1-8b")
@@ -270,6 +279,97 @@ def test_the_channel_has_two_buckets():
     staged = channel(made)
     largest = max(message.bucket.num_bytes for message in made.messages if message.bucket.packed)
     assert staged.trainer_bytes == staged.engine_bytes == 2 * largest <= 2000
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "engine_tensor", "most", "planned"),
+    [
+        (1, 1, 1, 0, 0),  # DP 8: all that an engine needs is on its own GPU
+        (2, 1, 1, 4, 4),  # the four engines that have the other shard beside them
+        (1, 2, 1, 4, 1),  # the same, but each stage's buckets come from one replica
+        (4, 1, 1, 6, 3),
+        (2, 1, 2, 0, 0),  # each rank of an engine has the shard that it needs
+        (1, 1, 2, 1, 0),
+        (4, 1, 2, 3, 2),  # a rank needs two shards of four, of which it has one at most
+    ],
+)
+def test_engines_that_open_memory_on_a_gpu_have_a_context_there(
+    tensor: int, pipeline: int, engine_tensor: int, most: int, planned: int
+):
+    """Eight GPUs, engines on all of them; counted again over the messages of the plan."""
+    overrides = [
+        f"trainer.data_parallel={8 // tensor // pipeline}",
+        f"trainer.tensor_parallel={tensor}",
+        f"trainer.pipeline_parallel={pipeline}",
+        f"inference.engines={8 // engine_tensor}",
+        f"inference.tensor_parallel={engine_tensor}",
+    ]
+    resolved = spec_of("8b-colocated", *overrides)
+    made, placement = planned_messages(resolved), resolved.placement
+    assert placement is not None
+    pairs = set()
+    for message in made.messages:
+        assert len(message.path) == 1, "each reads by itself"
+        own = placement.engines[message.path[0]].gpus[message.bucket.target]
+        pairs.add((own, *placement.ranks[message.source].gpus))  # no two engine ranks share a GPU
+    on_each = Counter(there for own, there in pairs if own != there)
+    assert max(on_each.values(), default=0) == opened(made, placement) == planned
+    assert foreign_contexts(resolved) == most
+    for known, wanted in ((None, most), (planned, planned)):
+        components = [device.components for device in estimate(resolved, Channel(contexts=known)).devices]
+        assert [found["other engines: contexts"] for found in components] == [wanted * GIB] * 2, "awake and asleep"
+    figures = plan_run(resolved, Machine())["memory"]["devices"]
+    assert [device["components"]["other engines: contexts"] for device in figures] == [planned * GIB] * 2
+    apart = spec_of("8b-colocated", *overrides, "inference.placement=disaggregated", "cluster.nodes=2", "sync.transport=auto")
+    assert foreign_contexts(apart) == 0
+
+
+def planned_messages(resolved: Spec) -> ShardPlan:
+    """The plan of a run's weight syncs on GPUs."""
+    config = resolved.config
+    nodes, senders = opening.channel([0] * config.inference.engines, kind_of("ipc"), resolved.colocation)
+    dp_size, bucket_bytes = config.trainer.data_parallel, config.sync.bucket_mebibytes << 20
+    return plan(resolved.shape, 2, resolved.trainer, dp_size, resolved.engine, nodes, bucket_bytes, senders)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_what_rank_0_deals_is_counted_as_it_is_sent(shares: bool):
+    """By hand: of 12 prompts of 100 tokens each of four replicas has three, with 2 answers of 60 tokens: 6 * (60 * 8 + 128) and
+    3 * 100 * 4 bytes, and where rows share no prompts 6 * 100 * 4, of which rank 0 holds five. No more is really sent."""
+    sizes = [
+        "data.prompts_per_step=12",
+        "algorithm.samples_per_prompt=2",
+        "sampling.max_tokens=60",
+        "data.max_prompt_tokens=100",
+    ]
+    layout = [f"trainer.share_prompts={str(shares).lower()}", "trainer.layers=local", "trainer.data_parallel=4"]
+    resolved = spec_of("8b-4x4", *sizes, *layout)
+    share = 6 * (60 * 8 + 128) + (3 if shares else 6) * 100 * 4
+    assert dealt_bytes(resolved, on_rank_zero=True) == 5 * share
+    assert dealt_bytes(resolved, on_rank_zero=False) == share
+    made = [
+        make_sequence(tuple(range(prompt, prompt + 100)), tuple(range(60)), (0.5,) * 60, group=prompt)
+        for prompt in range(12)
+        for _ in range(2)
+    ]
+    shares_of_step = deal_step(outlines_of(made), step=0, num_prompts=12, trainer=resolved.config.trainer)
+    sent = [len(encode(one, made)) for one in shares_of_step]
+    assert 0.7 * share < max(sent) <= share
+
+
+def test_a_step_of_which_much_is_dealt_is_fullest_then():
+    """2**19 prompts with 8 answers of up to 2048 tokens. Of usual steps it is a thousandth of what a microbatch takes."""
+    few, many = (of_8b(f"data.prompts_per_step={prompts}").devices[0].components for prompts in (64, 1 << 19))
+    dealt = dealt_bytes(spec_of("8b-4x4", f"data.prompts_per_step={1 << 19}"), on_rank_zero=True)
+    assert many["workspace"] == dealt > sum(few[name] for name in TRANSIENT)
+    assert not any(many[name] for name in TRANSIENT if name != "workspace")
+    assert sum(few[name] for name in TRANSIENT) > 100 * dealt_bytes(spec_of("8b-4x4"), on_rank_zero=True)
+    alone = spec_of(
+        "8b-4x4", "trainer.data_parallel=1", "trainer.overlap_gradients=false", "trainer.distributed_optimizer=false"
+    )
+    assert dealt_bytes(alone, on_rank_zero=True) == 0
+    supervised = spec_of("8b-4x4", "sft.checkpoint_out=x")
+    assert dealt_bytes(supervised, on_rank_zero=True) == 0
 
 
 def test_the_head_is_counted_in_the_operators_own_chunks(monkeypatch):

@@ -50,7 +50,7 @@ class FakeCluster:
         return answer
 
 
-LATE, HERE = ray.exceptions.GetTimeoutError("not yet"), ("eth0", ())
+LATE, HERE = ray.exceptions.GetTimeoutError("not yet"), ("eth0", (), 1 << 40)
 
 
 def layout(nodes: int, timeout_seconds: float, on_lost_node: str = "shrink") -> RunConfig:

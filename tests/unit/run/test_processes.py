@@ -8,9 +8,11 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
+from engine.capacity.kv_cache import GIB
 from engine.config.placement import Part, place
 from engine.core.errors import (
     ConfigError,
@@ -22,12 +24,15 @@ from engine.core.errors import (
     WatchdogError,
     WeightSyncError,
 )
+from engine.models.config_file import read_shape
 from engine.run.handles import RayFuture, typed_error
-from engine.run.machine import devices, interface_of
-from engine.run.nodes import LOOPBACK, PROCESS_ENVIRONMENT, RAY_ENVIRONMENT, Node, check_devices
+from engine.run.host_memory import held_by_node
+from engine.run.machine import devices, host_bytes, interface_of
+from engine.run.nodes import LOOPBACK, PROCESS_ENVIRONMENT, RAY_ENVIRONMENT, Node, check_devices, check_hosts
 from engine.run.processes import Cluster
 from tests.builders import config, spec
 
+LLAMA_8B = read_shape(Path(__file__).parents[3] / "configs" / "models" / "llama-3.1-8b")
 ALL: tuple[Part, ...] = ("trainer", "engines", "reward_engine")
 
 
@@ -42,14 +47,65 @@ def test_gpus_have_the_names_that_cuda_was_told(monkeypatch, named, found):
 
 def test_a_node_with_fewer_gpus_than_are_placed_on_it_is_named():
     made = config(cluster={"nodes": 2}, trainer={"data_parallel": 8})
-    nodes = [Node("a", "10.0.0.1", "eth0", tuple("01234567")), Node("b", "10.0.0.2", "eth0", ())]
+    nodes = [Node("a", "10.0.0.1", "eth0", tuple("01234567"), GIB), Node("b", "10.0.0.2", "eth0", (), GIB)]
     with pytest.raises(ConfigError, match=r"found 8, and 0 on 10\.0\.0\.2: start Ray on nodes with GPUs only"):
         check_devices(place(made, ALL), nodes, 8)
-    nodes[1] = Node("b", "10.0.0.2", "eth0", ("0",))
+    nodes[1] = Node("b", "10.0.0.2", "eth0", ("0",), GIB)
     check_devices(place(made, ALL), nodes, 8)
-    nodes[0] = Node("a", "10.0.0.1", "eth0", tuple("0123"))
+    nodes[0] = Node("a", "10.0.0.1", "eth0", tuple("0123"), GIB)
     with pytest.raises(ConfigError, match=r"found 8, and 4 on 10\.0\.0\.1: set it to 4"):
         check_devices(place(made, ALL), nodes, 8)
+
+
+def test_a_node_with_less_memory_than_is_kept_on_it_is_named():
+    """An 8B whose AdamW is on the hosts, 16 bytes a parameter shared by four ranks, and the reference on each: two a node."""
+    made = config(
+        cluster={"nodes": 2, "gpus_per_node": 2},
+        trainer={"data_parallel": 4, "distributed_optimizer": True, "reference_memory": "host"},
+        inference={"placement": "colocated"},
+        sync={"sync_interval": 10},
+        optimizer={"offload_share": 1.0},
+        model={"dtype": "bfloat16"},
+        checkpoint={"every": 1000},
+    )
+    resolved = spec(made, LLAMA_8B)
+    assert resolved.copies == ("reference",)
+    held = held_by_node(resolved)
+    shared = (16 + 14) * 8_030_261_248 // 2  # and what a checkpoint copies, of the optimizer and weights
+    assert sum(held[1].values()) == pytest.approx(shared + 2 * 2 * 8_030_261_248, rel=1e-6)
+    first, second = (sum(held[node].values()) for node in (0, 1))
+    nodes = [Node("a", "10.0.0.1", "eth0", (), first), Node("b", "10.0.0.2", "eth0", (), second)]
+    check_hosts(resolved, nodes)
+    nodes[1] = Node("b", "10.0.0.2", "eth0", (), second - 1)
+    needed = f"{second / GIB:.1f}"
+    with pytest.raises(
+        ConfigError, match=rf"cluster\.nodes .* GiB on 10\.0\.0\.2 for {needed} GiB needed .*lower optimizer\.off"
+    ):
+        check_hosts(resolved, nodes)
+
+
+def test_nodes_of_a_container_have_what_their_control_groups_leave(tmp_path):
+    """The least of a group, of those above it, and of the machine; both versions of the interface."""
+
+    def there(cgroup: str, **limits: str) -> int:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        (root / "proc" / "self").mkdir(parents=True)
+        (root / "proc" / "self" / "cgroup").write_text(cgroup)
+        for name, text in limits.items():
+            file = root / "sys" / "fs" / "cgroup" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return host_bytes(root)
+
+    whole = psutil.virtual_memory().total
+    assert there("0::/\n") == whole
+    assert there("0::/job/step\n", **{"job/step/memory.max": "max\n", "job/memory.max": "4096\n"}) == 4096
+    assert there("0::/job\n", **{"job/memory.max": f"{2 * whole}\n"}) == whole
+    assert there("0::/not/there\n", **{"memory.max": "8192\n"}) == 8192
+    old = "3:cpuset:/\n4:memory:/docker/x\n0::/\n"
+    assert there(old, **{"memory/docker/x/memory.limit_in_bytes": "9223372036854771712\n"}) == whole
+    assert there(old, **{"memory/memory.limit_in_bytes": "12288\n"}) == 12288
+    assert host_bytes(tmp_path / "nowhere") == whole
 
 
 def test_the_interface_is_the_one_that_carries_the_address():

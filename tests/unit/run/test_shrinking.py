@@ -172,3 +172,28 @@ def test_the_preflight_and_a_restart_ask_for_room(monkeypatch):
     monkeypatch.setattr(Room, "here", lambda _: room_for(config, 3))
     smaller = restarts._smaller(config, config, lost)
     assert smaller is not None and smaller.trainer.data_parallel == 3
+
+
+def test_fewer_replicas_than_a_nodes_memory_holds_are_not_chosen():
+    """AdamW on the hosts, and four ranks on each of two nodes: one node has all of it, whichever layout it takes."""
+    offloaded: dict[str, dict[str, object]] = {"optimizer": {"offload_share": 1.0}}
+    config = on(2, 4, 4, 4, 1, **SHARED, **offloaded)
+    room = Room(1 << 40, builders.spec(config, LLAMA_8B))
+    found = shrunk(config, 1, room)
+    assert found is not None and found.trainer.data_parallel == 2
+    needed, whole = room.on_host(found), room.on_host()
+    assert needed == whole, "all ranks of the whole run are on its first node"
+    spread = on(2, 2, 4, 2, 1, **SHARED, **offloaded, inference={"placement": "colocated", "engines": 4})
+    room = Room(1 << 40, builders.spec(spread, LLAMA_8B))
+    found = shrunk(spread, 1, room)
+    assert found is not None and found.trainer.data_parallel == 2
+    needed, whole = room.on_host(found), room.on_host()
+    assert needed > 1.9 * whole
+    assert shrunk(spread, 1, Room(1 << 40, room.spec, needed)) == found
+    assert shrunk(spread, 1, Room(1 << 40, room.spec, needed - 1)) is None
+    has, held, before = (f"{size / 2**30:.1f}" for size in (needed - 1, needed, whole))
+    with pytest.raises(
+        ConfigError,
+        match=rf"fits a node's memory of {has} GiB; found {held} GiB .*data_parallel = 2, {before} GiB with all nodes",
+    ):
+        check_can_shrink(spread, Room(1 << 40, room.spec, needed - 1))
