@@ -164,7 +164,7 @@ def test_check_needs_neither_ray_nor_an_engine_and_takes_seconds(made, tmp_path)
     """The bound is loose, for a machine that may be busy; the time of the process itself counts. Some versions of transformers
     import torch where they are imported."""
     (tmp_path / "run.toml").write_text(dump_config(made))
-    own = "import sys\nfrom transformers import AutoTokenizer\nprint('torch' in sys.modules)"
+    own = "import sys\nfrom transformers import PreTrainedTokenizerFast\nprint('torch' in sys.modules)"
     imports_torch = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, check=True).stdout == "True\n"
     code = (
         "import sys, time\nfrom engine import cli\n"

@@ -12,6 +12,7 @@ import torch
 from engine.capacity.kv_cache import KvCache
 from engine.inference import reward_engine
 from engine.inference.nvcc import attention_without_nvcc, find_nvcc, without_nvcc
+from engine.inference.process import MODEL_RUNNER
 from engine.inference.reward_engine import RewardEngine
 from engine.inference.vllm_engine import VllmEngine
 from tests.builders import config
@@ -109,6 +110,7 @@ def stop(**arguments: Any) -> None:
 def blackwell(toolkit, monkeypatch):
     """A machine with such a GPU for torch, whose vLLM only takes arguments."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(*MODEL_RUNNER)  # which the engine sets, and other tests of this process do without
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: BLACKWELL)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=1 << 37))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)

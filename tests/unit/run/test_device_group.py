@@ -33,6 +33,10 @@ ALLOWED = {
     ("ops/token_log_probs.py", "all_reduce"): "sums over a vocabulary's shards of what weighs pairs, in the same forward",
     ("megatron/policy.py", "gather"): "weights on their way into a checkpoint's host copy, which every rank makes at once",
     ("megatron/policy.py", "all_reduce"): "the sums of a step's metrics, after its backward",
+    (
+        "megatron/spread.py",
+        "all_gather",
+    ): "of groups that several ranks have, what their loss looks at, once all have scored",
     ("megatron/scatter.py", "scatter"): "the shares of a step's sequences, once rank 0 has told that it has them",
     ("megatron/scatter.py", "broadcast"): "their sizes, and a share inside a model replica",
     (

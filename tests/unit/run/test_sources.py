@@ -22,7 +22,7 @@ from tests.rollouts import make_sequence
 @pytest.mark.parametrize("method", ["drain", "next"])
 def test_ranks_wait_for_the_word_that_rank_0_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str) -> None:
     said: list[bytes] = []
-    monkeypatch.setattr(sources, "scatter_batch", lambda *_: SimpleNamespace(num_target_tokens=3))
+    monkeypatch.setattr(sources, "scatter_batch", lambda *_, **__: SimpleNamespace(num_target_tokens=3))
 
     class Slow:
         def drain(self, step: int, waiting: Any) -> None:
