@@ -52,6 +52,7 @@ def without_nvcc(
         added["attention_backend"] = attention
     compilation = given.get("compilation_config", {})
     if tensor_parallel > 1 and capability[0] in (9, 10) and isinstance(compilation, Mapping):
-        passes = {"fuse_allreduce_rms": False} | dict(compilation.get("pass_config", {}))
+        given_passes = compilation.get("pass_config")
+        passes = {"fuse_allreduce_rms": False} | dict(given_passes if isinstance(given_passes, Mapping) else {})
         added["compilation_config"] = {**compilation, "pass_config": passes}
     return added

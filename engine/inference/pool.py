@@ -11,7 +11,8 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -60,8 +61,8 @@ class Ticket:
 
 
 SLICE_SECONDS = 0.05  # for which an engine decodes on before it listens again
-SLICED_ENGINES = 8  # with more, slices are longer, so that whoever tells engines has no more to do
-POLL_SECONDS = 0.002
+SLICED_ENGINES = 8  # with more, slices and what is between two looks are longer, so that who looks has no more to do
+POLL_SECONDS = 0.002  # between two looks
 
 
 def open_after(count: int) -> list[int]:
@@ -128,7 +129,8 @@ def unlike(held: Mapping[int, tuple[str, ...]]) -> dict[int, SemionError]:
     }
 
 
-RUN_ALIKE = ("vllm", "torch", "model_runner", "attention", "scheduling")  # what decides an engine's bits, as it describes it
+# What decides an engine's tokens, as it describes it; the last two of engines on CPUs.
+RUN_ALIKE = ("vllm", "torch", "model_runner", "attention", "scheduling", "sampler", "instructions")
 
 
 class Pool:
@@ -138,6 +140,7 @@ class Pool:
         self._engines = tuple(engines)
         self._timeout = timeout_seconds
         self._lost: list[int] = []
+        self._runs: dict[str, str | None] = {}  # RUN_ALIKE, of the first engine that was described
         self._profiling: list[tuple[int, Future]] = []  # what engines were last told about a profile
         self._busy_seconds = 0.0  # of all engines together, since `_lap_began`
         self._lap_began: float | None = None
@@ -148,17 +151,22 @@ class Pool:
         same bits into FP8, InferenceError where they do not run alike: equal seeds would give other tokens."""
         futures = [handle.call("describe") for handle in self._engines]
         found = [self._result(future, i, "start") for i, future in enumerate(futures)]
-        for i, one in enumerate(found):
-            for name in RUN_ALIKE:
-                if one.get(name) != found[0].get(name):
-                    raise InferenceError(
-                        f"engine {i} must run as engine 0 does, where {name} is {found[0].get(name)}; found {one.get(name)}: "
-                        f"give all engines the same packages, environment and kind of device"
-                    )
+        for engine, one in enumerate(found):
+            self._require_alike(engine, one)
         loaded = {i: (one["quantized"],) for i, one in enumerate(found) if "quantized" in one}
         for engine, error in unlike(loaded).items():
             raise WeightSyncError(f"engine {engine} must have loaded what the others did: {error}: look at its model.path")
         return found
+
+    def _require_alike(self, engine: int, found: Mapping[str, str]) -> None:
+        """InferenceError where an engine does not run as the first that was described."""
+        self._runs = self._runs or {name: found.get(name) for name in RUN_ALIKE}
+        for name, wanted in self._runs.items():
+            if found.get(name) != wanted:
+                raise InferenceError(
+                    f"engine {engine} must run as the others do, whose {name} is {wanted}; found {found.get(name)}: give all "
+                    f"engines the same packages, environment and kind of device"
+                )
 
     def nodes(self) -> tuple[tuple[int, ...], ...]:
         """Engines by machine."""
@@ -242,44 +250,52 @@ class Pool:
             turned()
         return [found[place] for place in range(len(found))], Usage(int(tokens), max(seconds, default=0.0))
 
-    def paused(self, ticket: Ticket) -> list[Part]:
+    def paused(self, ticket: Ticket, stopped: Callable[[], bool] = lambda: False) -> list[Part]:
         """Waits until the engines have paused what this ticket is of; it, in the order of its requests.
 
         The step at which they pause follows from tokens alone, but is known only when the last engine has completed its part.
         Until then the others decode on, a slice of time after another, and take back what they have decoded too much.
+        CancelledError once it is `stopped`.
         """
         self.wait(ticket.submitted, "submit")
-        last = self._all_done(ticket)
+        last = self._all_done(ticket, stopped)
         futures = [handle.call("pause", last) for handle in self._engines]
         found: dict[int, Part] = {}
         for engine, (future, places) in enumerate(zip(futures, ticket.places, strict=True)):
             found.update(zip(places, self._result(future, engine, "pause"), strict=True))
         return [found[place] for place in range(len(found))]
 
-    def _all_done(self, ticket: Ticket) -> int:
+    def _all_done(self, ticket: Ticket, stopped: Callable[[], bool]) -> int:
         """After how many decoding steps every engine has completed its part of the steps before a pause. Those that have go on
         meanwhile."""
-        seconds = SLICE_SECONDS * max(1.0, len(self._engines) / SLICED_ENGINES)
-        deadline = time.monotonic() + self._timeout * ticket.turns
+        many = max(1.0, len(self._engines) / SLICED_ENGINES)
+        most = self._timeout * ticket.turns
+        deadline = time.monotonic() + most
         parts = {engine: future for engine, (future,) in enumerate(ticket.calls)}  # of engines that have not told
         slices: dict[int, Future | None] = {}  # of those that have: what they decode now
         steps = [0]
         while True:
             for engine, future in list(parts.items()):
-                late = time.monotonic() > deadline
-                with nullcontext() if late else suppress(TimeoutError):
-                    steps.append(self._result(future, engine, "pause", 0.0) if late else future.result(0.0))
+                with suppress(TimeoutError):
+                    steps.append(future.result(0.0))
                     del parts[engine]
                     slices[engine] = None
             if not parts:
                 return max(steps)
+            if stopped():
+                raise CancelledError
+            if time.monotonic() > deadline:
+                raise InferenceError(
+                    f"engine {min(parts)} did not complete its part before a pause within {most:g} s, which is "
+                    f"inference.timeout_seconds = {self._timeout:g} for each step of it: raise it, or look at the engine's log"
+                )
             for engine, slice_ in list(slices.items()):
                 with suppress(TimeoutError):
                     if slice_ is None or slice_.result(0.0):
-                        slices[engine] = self._engines[engine].call("go_on", seconds)
+                        slices[engine] = self._engines[engine].call("go_on", SLICE_SECONDS * many)
                     else:  # it has nothing left to decode
                         del slices[engine]
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS * many)
 
     def generate(self, requests: Sequence[SampleRequest]) -> tuple[list[Completion], Usage]:
         """Submits and waits."""
@@ -352,7 +368,8 @@ class Pool:
         deadline = time.monotonic() + self._timeout
         starting = [(engine, self._engines[engine].call("describe")) for engine in lost]
         for engine, future in starting:
-            self._result(future, engine, "start again", max(0.0, deadline - time.monotonic()))
+            again = self._result(future, engine, "start again", max(0.0, deadline - time.monotonic()))
+            self._require_alike(engine, again)
 
     def commit(self, version: int) -> None:
         """Serves `version`, which every engine has verified."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,11 @@ UNCOMPILED = {"TORCH_COMPILE_DISABLE": "1"}  # on a CPU: else a C++ compiler run
 IN_DOUBT = -1  # the version of weights that are not, or not yet, proven to be one
 WEIGHTS, KV_CACHE = "weights", "kv_cache"  # vLLM's names of what sleeps and wakes
 FORGETTING = 2  # vLLM's level of sleep that keeps nothing: a sync sends every byte again, and proves it
+
+
+def _num_tokens(state: Any) -> int:
+    """Tokens that vLLM has sampled for a request."""
+    return len(state.detokenizer.output_token_ids)
 
 
 def require_finite(log_probs: LogProbs, engine: int, version: int) -> None:
@@ -80,7 +87,7 @@ class VllmEngine:
         self._collecting_since = 0.0
         self._num_steps = 0  # decoding steps since the engine was empty
         self._ended: dict[str, int] = {}  # of what is done, after how many of them
-        self._lengths: dict[int, dict[str, int]] = {}  # after how many of them, since `steps_so_far`: tokens of what was open
+        self._arrived: dict[str, tuple[int, array[int]]] = {}  # since `steps_so_far`: see `_note_tokens`
         self._busy_seconds, self._num_sampled = 0.0, 0
         self._recorder: Recorder | None = None
 
@@ -172,6 +179,8 @@ class VllmEngine:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         known = {"host": machine, "pid": str(os.getpid()), "vllm": vllm.__version__, "torch": torch.__version__}
         runs: dict[str, str] = self._llm.collective_rpc("semion_runs")[0]
+        if not self._on_gpu:
+            runs |= {"instructions": torch.backends.cpu.get_cpu_capability()}
         scheduling = self._llm.vllm_config.scheduler_config.async_scheduling
         return known | runs | self._loaded | {"scheduling": "asynchronous" if scheduling else "synchronous"}
 
@@ -189,7 +198,7 @@ class VllmEngine:
             raise InferenceError(f"engine {self._index} must serve version {version} to answer; it serves {serves}")
         if not self._open:
             self._forget_prefixes()
-            self._num_steps, self._ended, self._lengths = 0, {}, {}
+            self._num_steps, self._ended, self._arrived = 0, {}, {}
         for request in requests:
             parameters = SamplingParams(
                 temperature=request.temperature,
@@ -218,8 +227,9 @@ class VllmEngine:
         the same in one call and in several.
 
         (In the order of `request_ids` the completions, None for what is open or has been handed over; seconds of work since the
-        last call and tokens of what was completed meanwhile, those of before a pause too). InferenceError when all calls of
-        these requests take longer than inference.timeout_seconds."""
+        last call and tokens of what was completed meanwhile, or with sync.in_flight, whose pauses hand over too, of what this
+        call hands over, those of before a pause too). InferenceError when all calls of these requests take longer than
+        inference.timeout_seconds."""
         started = time.monotonic()
         before = self._handed_over
         if not before:
@@ -238,7 +248,9 @@ class VllmEngine:
         ended = {request_id: self._completion(request_id) for request_id in request_ids if request_id in self._done}
         self._handed_over = before | ended.keys() if num_open else set()
         self._busy_seconds += time.monotonic() - started
-        usage = {"seconds": self._busy_seconds, "tokens": float(self._num_sampled)}
+        handed_over = sum(len(completion.token_ids) for completion in ended.values())
+        num_tokens = handed_over if self._config.sync.in_flight else self._num_sampled
+        usage = {"seconds": self._busy_seconds, "tokens": float(num_tokens)}
         self._busy_seconds, self._num_sampled = 0.0, 0
         return [ended.get(request_id) for request_id in request_ids], usage
 
@@ -261,7 +273,7 @@ class VllmEngine:
 
     def steps_so_far(self) -> int:
         """Decoding steps since the engine was empty. From now on it can take back what further ones decode."""
-        self._lengths = {self._num_steps: self._open_lengths()}
+        self._arrived = {state.external_req_id: (_num_tokens(state), array("I")) for state in self._states()}
         return self._num_steps
 
     def go_on(self, seconds: float) -> bool:
@@ -269,14 +281,20 @@ class VllmEngine:
         started = time.monotonic()
         while self._open.keys() - self._done.keys() and time.monotonic() - started < seconds:
             self._decode()
-            self._lengths[self._num_steps] = self._open_lengths()
+            self._note_tokens()
         self._busy_seconds += time.monotonic() - started
         return bool(self._open.keys() - self._done.keys())
 
-    def _open_lengths(self) -> dict[str, int]:
-        """Tokens so far of every request that is not done, without those of before a pause."""
-        states = self._llm.output_processor.request_states.values()
-        return {state.external_req_id: len(state.detokenizer.output_token_ids) for state in states}
+    def _states(self) -> list[Any]:
+        """vLLM's of every request that is not done."""
+        return list(self._llm.output_processor.request_states.values())
+
+    def _note_tokens(self) -> None:
+        """Notes at which decoding step each token came that a request has now and had not before: beside the number that it had
+        at `steps_so_far`, the steps of the others, rising."""
+        for state in self._states():
+            before, steps = self._arrived[state.external_req_id]
+            steps.extend([self._num_steps] * (_num_tokens(state) - before - len(steps)))
 
     def pause(self, num_steps: int) -> list[Part]:
         """Gives up what is open after so many decoding steps, no fewer than `steps_so_far` said, so that the engine is empty;
@@ -286,9 +304,8 @@ class VllmEngine:
         started = time.monotonic()
         while self._num_steps < num_steps and self._open.keys() - self._done.keys():
             self._decode()
-            self._lengths[self._num_steps] = self._open_lengths()
-        lengths = self._lengths[min(num_steps, self._num_steps)]
-        states = {state.external_req_id: state for state in self._llm.output_processor.request_states.values()}
+            self._note_tokens()
+        states = {state.external_req_id: state for state in self._states()}
         parts: list[Part] = []
         waiting: list[str] = []
         for request_id in list(self._open):
@@ -296,13 +313,13 @@ class VllmEngine:
                 parts.append(self._completion(request_id))
                 continue
             if done := request_id in self._done:
-                self._num_sampled -= self._length_of(request_id)
                 output = self._done.pop(request_id)
                 sampled, found = output.token_ids, output.logprobs
             else:
                 state = states[request_id]
                 sampled, found = state.detokenizer.output_token_ids, state.logprobs_processor.logprobs
-            (request, version), count = self._open.pop(request_id), lengths[request_id]
+            (request, version), (before, arrived) = self._open.pop(request_id), self._arrived[request_id]
+            count = before + bisect_right(arrived, num_steps)
             token_ids, log_probs = TokenIds.of(sampled), self._log_probs_of(sampled, found, version)
             parts.append(request.paused(token_ids[:count], log_probs[:count], version))
             if done:
@@ -312,6 +329,7 @@ class VllmEngine:
             else:
                 waiting.append(request_id)
         self._llm.abort_request(waiting)
+        self._arrived = {}
         self._forget_prefixes()
         self._busy_seconds += time.monotonic() - started
         return parts

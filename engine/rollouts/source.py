@@ -147,9 +147,9 @@ class RolloutSource:
     def close(self) -> None:
         """Stops the helper threads; what was under way is dropped. When it returns nothing judges any more, so that the reward
         may be closed; engines are not waited for."""
+        self._closed = True
         for thread in (self._gathering, self._pausing, self._judging):
             thread.shutdown(wait=False, cancel_futures=True)
-        self._closed = True
         for waves in self._arriving.values():
             waves.abandon()
         with self._scoring:  # whoever judged has stopped
@@ -184,10 +184,12 @@ class RolloutSource:
                 ticket, lambda ended: arrived({unfinished[i]: one for i, one in ended.items()}), waves.turn
             )
             streamed.sampled_at = time.monotonic()
-        return [part for part in samples.with_found(found).parts if isinstance(part, Completion)], usage
+        before = sum(len(part.token_ids) for part in samples.parts if isinstance(part, Completion))  # complete when paused
+        completions = [part for part in samples.with_found(found).parts if isinstance(part, Completion)]
+        return completions, replace(usage, num_tokens=usage.num_tokens + before)
 
     def _paused(self, ticket: Ticket, samples: dict[int, Pending]) -> dict[int, Pending]:
-        found = iter(self._pool.paused(ticket))
+        found = iter(self._pool.paused(ticket, lambda: self._closed))
         return {step: of_step.with_found(found) for step, of_step in samples.items()}
 
     def _groups(

@@ -39,13 +39,15 @@ def most_held(spec: Spec) -> Held:
 
 
 def check_holds(spec: Spec, held: Held, host_bytes: int, where: str) -> None:
-    """ConfigError where a node with `host_bytes` of memory is to hold more. `where`: what the node is called."""
+    """ConfigError where a node with `host_bytes` of memory is to hold more, but for rollouts, which are counted as long as they
+    may be. `where`: what the node is called."""
     needed = sum(held.values())
-    if needed <= host_bytes:
+    if needed - held.get(ROLLOUTS, 0) <= host_bytes:
         return
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in held.items() if size)
+    who = "each of cluster.nodes" if spec.config.cluster.nodes > 1 else "the machine"
     raise ConfigError(
-        f"cluster.nodes must each have the memory for what is kept on the host; found {host_bytes / GIB:.1f} GiB {where} for "
+        f"{who} must have the memory for what is kept on the host; found {host_bytes / GIB:.1f} GiB {where} for "
         f"{needed / GIB:.1f} GiB needed ({parts}): {_mended(spec, held)}"
     )
 
@@ -60,7 +62,8 @@ def _mended(spec: Spec, held: Held) -> str:
         fixes.append("set trainer.reference_memory = 'device'")
     if held.get(ROLLOUTS, 0) > max(held.get(SNAPSHOT, 0), held.get(OFFLOADED, 0)):
         fixes.append("lower sync.sync_interval, data.prompts_per_step or sampling.max_tokens")
-    fixes.append("put fewer trainer ranks on a node (raise cluster.nodes, lower cluster.gpus_per_node)")
+    if spec.config.cluster.nodes > 1:
+        fixes.append("put fewer trainer ranks on a node (raise cluster.nodes, lower cluster.gpus_per_node)")
     return ", or ".join([*fixes, "take nodes, or a container's limit, with more memory"])
 
 

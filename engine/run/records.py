@@ -126,14 +126,18 @@ class Records:
     def engines_run_with(self, versions: Mapping[str, str], *, resumed: bool) -> str:
         """Writes down what the engines run with, before anything is sampled; of a resumed run a sentence on what was another
         before, empty where nothing was."""
-        path, before = self._directory / VERSIONS_FILE, dict[str, str]()
+        path = self._directory / VERSIONS_FILE
+        before: Any
         try:
             before = json.loads(path.read_text("utf-8")) if resumed else {}
         except FileNotFoundError:
-            pass  # of a fork, or of an older version
+            write_json(path, versions)
+            return "what engines ran with before is not on record: where it was not the same, equal seeds give other tokens"
         except ValueError:
-            before = dict.fromkeys(versions, "something that cannot be read")
+            before = None
         write_json(path, versions)
+        if not isinstance(before, dict):
+            before = dict.fromkeys(versions, "something that cannot be read")
         changed = [f"{name} {before[name]} before, {now} now" for name, now in versions.items() if before.get(name, now) != now]
         told = f"engines do not run with what they did before ({', '.join(changed)}): equal seeds may give other tokens"
         return told if changed else ""

@@ -40,8 +40,6 @@ def machine_faults(look: Look, *, layouts_fit: bool) -> Faults:
     if config.cluster.nodes > 1:
         fits = tried(place, config, look.parts)[1]
         yield from fits
-        if layouts_fit and not fits:
-            yield from caught(_host_memory, look)
         if look.purpose == "train" and not fits and config.run.on_lost_node == "shrink":
             yield from caught(check_can_shrink, config, Room.here(config) if layouts_fit else None)
         return
@@ -57,8 +55,8 @@ def machine_faults(look: Look, *, layouts_fit: bool) -> Faults:
 
 
 def _host_memory(look: Look) -> None:
-    """Whether this machine, whose like the run's nodes are taken to have, holds what a node keeps on the host. Not looked at
-    where no GPU is here: such a machine is none of the nodes of a run on GPUs."""
+    """Whether this machine, which is all of the run, holds what it keeps on the host; other nodes are looked at when they are
+    there. Not looked at where no GPU is here: such a machine is none of the nodes of a run on GPUs."""
     if "trainer" in look.parts and look.shape is not None and visible_gpus():
         spec = assemble(look.config, look.shape, parts=look.parts)
         check_holds(spec, most_held(spec), host_bytes(), "on this machine")

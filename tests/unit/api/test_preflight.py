@@ -578,6 +578,6 @@ def test_a_machine_of_the_run_has_the_memory_for_what_is_kept_on_the_host(made, 
     monkeypatch.setattr(machine, "host_bytes", lambda: 1000)
     sentence = only(alone)
     assert "0.0 GiB on this machine for 0.0 GiB needed (snapshot of a checkpoint" in sentence
-    assert "): put fewer trainer ranks on a node" in sentence
+    assert "): take nodes, or a container's limit, with more memory" in sentence
     monkeypatch.setattr(machine, "visible_gpus", lambda: 0)
     assert faults(alone) == []

@@ -262,8 +262,21 @@ def test_engines_that_run_in_another_way_are_refused(name):
         ways = Running.ways | {name: "another"}
 
     assert len(Pool([Running(), Running()], 5.0).describe()) == 2
-    with pytest.raises(InferenceError, match=rf"engine 1 must run as engine 0 does, where {name} is .*; found another: give"):
+    with pytest.raises(InferenceError, match=rf"engine 1 must run as the others do, whose {name} is .*; found another: give"):
         Pool([Running(), Other(), Running()], 5.0).describe()
+
+
+def test_an_engine_that_comes_back_running_in_another_way_is_refused():
+    class Changing(FakeEngine):
+        def describe(self) -> dict[str, str]:
+            return super().describe() | {"attention": f"after {self.restarts} restarts"}
+
+    engines = [Changing(), Changing(failing={"receive": LOST})]
+    pool = Pool(engines, 5.0)
+    pool.describe()
+    pool.unverified(1, pool.receive(1, {}), 5.0)
+    with pytest.raises(InferenceError, match="engine 1 must run as the others do, whose attention is after 0 restarts"):
+        pool.replace_lost()
 
 
 def test_engines_must_have_loaded_the_same_bits_into_fp8():

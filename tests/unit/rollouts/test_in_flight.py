@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,25 @@ def test_an_engine_that_pauses_late_is_named():
     assert paused is not None
     with pytest.raises(InferenceError, match=r"engine 1 did not answer 'pause' within inference\.timeout_seconds = 7\.5"):
         pool.paused(paused)
+
+
+@pytest.mark.parametrize(("seconds", "stopped", "error"), [(0.01, False, InferenceError), (60.0, True, CancelledError)])
+def test_an_engine_that_is_late_with_its_part_is_named_and_who_stops_waits_no_longer(seconds, stopped, error):
+    pool = Pool([DecodingEngine(), DecodingEngine(hesitates=10**6)], seconds)
+    _, paused = pool.submit_and_pause([requests(2), requests(2, 1)], 1)
+    assert paused is not None
+    with pytest.raises(error) as caught:
+        pool.paused(paused, lambda: stopped)
+    assert stopped or str(caught.value).startswith("engine 1 did not complete its part before a pause within 0.02 s, which")
+
+
+def test_a_steps_tokens_are_those_of_its_responses_however_they_came(begin, tmp_path):
+    """Also of those that were complete when engines paused, which no call of collect hands over."""
+    run = begin(in_flight(), hesitates=(0, 5, 2))
+    run.steps(0, STEPS)
+    counted = [metrics["generation_tokens"] for metrics in run.metrics]
+    ledger = rows(tmp_path / "0.jsonl")
+    assert counted == [sum(row["num_tokens"] for row in ledger if row["step"] == step) for step in range(STEPS)]
 
 
 def test_what_follows_is_seeded_by_what_is_there():

@@ -259,6 +259,10 @@ def test_what_engines_run_with_is_on_record_before_anything_is_sampled(tmp_path:
     assert "(vllm 1 before, 2 now)" in told
     assert json.loads(path.read_text())["vllm"] == "2"
     assert records.engines_run_with({"vllm": "3"}, resumed=False) == ""
+    path.unlink()
+    assert "is not on record" in records.engines_run_with({"vllm": "3"}, resumed=True)
+    path.write_text("[]")
+    assert "(vllm something that cannot be read before, 3 now)" in records.engines_run_with({"vllm": "3"}, resumed=True)
     path.write_text("{")
     assert "(vllm something that cannot be read before, 3 now)" in records.engines_run_with({"vllm": "3"}, resumed=True)
     records.close()
