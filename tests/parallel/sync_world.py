@@ -185,7 +185,7 @@ class FakeLlm:
             finish_weight_update=lambda: None,
             update_weights=self.inbox.update_weights,
             device=torch.device("cpu"),
-            model_runner=SimpleNamespace(model=self.model, get_model=lambda: self.model, kv_caches=[]),
+            model_runner=SimpleNamespace(model=self.model, get_model=lambda: self.model, kv_caches=[], sampler=None),
         )
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=False))
         self.llm_engine = self
