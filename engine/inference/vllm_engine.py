@@ -228,7 +228,7 @@ class VllmEngine:
 
         (In the order of `request_ids` the completions, None for what is open or has been handed over; seconds of work since the
         last call and tokens of what was completed meanwhile, or with sync.in_flight, whose pauses hand over too, of what this
-        call hands over, those of before a pause too). InferenceError when all calls of these requests take longer than
+        call hands over, also those sampled before a pause). InferenceError when all calls of these requests take longer than
         inference.timeout_seconds."""
         started = time.monotonic()
         before = self._handed_over
@@ -264,12 +264,8 @@ class VllmEngine:
         done = [output for output in outputs if output.finished]
         for output in done:
             self._done[output.request_id], self._ended[output.request_id] = output.outputs[0], self._num_steps
-            self._num_sampled += self._length_of(output.request_id)
+            self._num_sampled += len(output.outputs[0].token_ids)
         return [output.request_id for output in done]
-
-    def _length_of(self, request_id: str) -> int:
-        """Tokens of a request that is done, those of before a pause too."""
-        return len(self._open[request_id][0].sampled.token_ids) + len(self._done[request_id].token_ids)
 
     def steps_so_far(self) -> int:
         """Decoding steps since the engine was empty. From now on it can take back what further ones decode."""

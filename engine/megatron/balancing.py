@@ -37,6 +37,7 @@ class _Unit:
         self._coupled = [one for one in members if one.group >= 0] if self.num_alone < len(members) else []
         work, tokens = costs.size(self._coupled)
         self._scored_first = SCORED_FIRST * work if row is not None and tokens > row else 0.0
+        self._group: Part = (self._coupled, work + self._scored_first, tokens)
         prompt = members[0].num_prompt - 1
         self._shared = costs.shares_prompts and all(one.prompt == members[0].prompt for one in self._alone)
         self._prompt, self._looks = prompt, prompt**2 / 2
@@ -46,15 +47,14 @@ class _Unit:
 
     def parts(self, most: int) -> list[Part]:
         """The unit cut into at most so many parts, its group never."""
-        if most == 1 or not self._alone:
-            return [self._with_group(self.members)]
+        if not self._alone:
+            return [self._group]
+        if most == 1:
+            work, tokens = self._costs.size(self.members)
+            return [(self.members, work + self._scored_first, tokens)]
         size = -(-self.num_alone // most)
         parts = [self._part(start, min(start + size, self.num_alone)) for start in range(0, self.num_alone, size)]
-        return [self._with_group(self._coupled), *parts] if self._coupled else parts
-
-    def _with_group(self, members: list[Outline]) -> Part:
-        work, tokens = self._costs.size(members)
-        return members, work + self._scored_first, tokens
+        return [self._group, *parts] if self._coupled else parts
 
     def _part(self, start: int, end: int) -> Part:
         members = self._alone[start:end]

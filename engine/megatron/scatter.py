@@ -8,6 +8,7 @@ import json
 import math
 from array import array
 from collections.abc import Sequence as Many
+from functools import partial
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -19,7 +20,7 @@ from engine.core.arrays import ITEM_BYTES, LogProbs, TokenIds
 from engine.core.types import Batch, Sequence
 from engine.megatron.dealing import Share, deal_step
 from engine.megatron.outlines import Outline, outlines_of
-from engine.megatron.packing import fill_batch, make_batch
+from engine.megatron.packing import fill_batch
 from engine.megatron.parallel_state import ParallelState
 
 COUNTS = (
@@ -48,19 +49,14 @@ def scatter_batch(
 
     Collective over all trainer ranks.
     """
+    deal = partial(deal_step, step=step, num_prompts=num_prompts, trainer=trainer, attention=attention, cuts_groups=cuts_groups)
     if trainer.world_size == 1:
         assert sequences is not None
-        return make_batch(sequences, step=step, num_prompts=num_prompts, trainer=trainer, dp_rank=0, attention=attention)
+        (share,) = deal(outlines_of(sequences))
+        return fill_batch(share, sequences.__getitem__, trainer)
     payloads = None
     if sequences is not None:
-        shares = deal_step(
-            outlines_of(sequences),
-            step=step,
-            num_prompts=num_prompts,
-            trainer=trainer,
-            attention=attention,
-            cuts_groups=cuts_groups,
-        )
+        shares = deal(outlines_of(sequences))
         payloads = [encode(share, sequences) for share in shares]
     received = Coded(scatter_bytes(payloads, parallel))
     return fill_batch(received.share, received.sequences.__getitem__, trainer)
