@@ -12,6 +12,7 @@
 #include "advantages/advantages.h"
 #include "attention/packed_attention.h"
 #include "check.h"
+#include "linear/few_rows.h"
 #include "logprob/logprob.h"
 #include "logprob/sequences.h"
 #include "memory.h"
@@ -313,6 +314,21 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& gradient, const Tenso
   return {of_x, of_weight};
 }
 
+Tensor few_rows_product(const Tensor& x, const Tensor& weight) {
+  check_type("x", x, {ScalarType::Float});
+  if (x.dim() != 2) refuse("x must have shape [T, H]; found ", shape_of(x));
+  if (weight.dim() != 2) refuse("weight must have shape [N, H]; found ", shape_of(weight));
+  check("x", x, ScalarType::Float, {x.size(0), x.size(1)}, "[T, H]", "weight", weight);
+  check("weight", weight, ScalarType::Float, {weight.size(0), x.size(1)}, "[N, H]", "x", x);
+  Tensor out = new_tensor(x, ScalarType::Float, x.size(0), weight.size(0));
+  const FewRows rows{floats(x), floats(weight), writable<float>(out), x.size(0), weight.size(0), x.size(1)};
+  const int64_t num_blocks = (rows.width + linear_block - 1) / linear_block;
+  const auto kernel = SEMION_PICK(few_rows_product);
+  torch::stable::parallel_for(0, num_blocks, rows_per_thread(linear_block * x.numel() / 8),
+                              [&](int64_t begin, int64_t end) { kernel(rows, begin, end); });
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> sample_tokens(const Tensor& logits, const Tensor& temperatures, const Tensor& seeds,
                                                  bool raw) {
   check_sampling(logits, temperatures, seeds);
@@ -348,6 +364,7 @@ STABLE_TORCH_LIBRARY_IMPL(semion, CPU, library) {
   library.impl("swiglu_backward", TORCH_BOX(&semion::cpu::swiglu_backward));
   library.impl("rms_norm", TORCH_BOX(&semion::cpu::rms_norm));
   library.impl("rms_norm_backward", TORCH_BOX(&semion::cpu::rms_norm_backward));
+  library.impl("few_rows_product", TORCH_BOX(&semion::cpu::few_rows_product));
   library.impl("sample_tokens", TORCH_BOX(&semion::cpu::sample_tokens));
   library.impl("block_digests", TORCH_BOX(&semion::cpu::block_digests));
 }

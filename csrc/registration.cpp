@@ -54,6 +54,9 @@ STABLE_TORCH_LIBRARY(semion, library) {
   library.def(
       "rms_norm_backward(Tensor gradient, Tensor x, Tensor weight, Tensor scales) -> (Tensor of_x, Tensor of_weight)");
 
+  // On the CPU alone, float32. x [T, H], weight [N, H] -> [T, N]: csrc/linear/few_rows.h.
+  library.def("few_rows_product(Tensor x, Tensor weight) -> Tensor");
+
   // On the CPU alone. logits [T, V] float32/bfloat16/float16, temperatures [T] float32, seeds [T] int64
   // -> tokens [T] int64, log_probs [T] float32, ranks [T] int64: csrc/sampling/sample_tokens.h.
   library.def(

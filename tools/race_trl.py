@@ -2,7 +2,8 @@
 processes, and writes the seconds of each step. It runs in an environment of its own that has `trl` and `accelerate` beside what
 Semion runs on (docs/results.md says how it is made), one process or, under torch.distributed.run, several.
 
-TRL's weight sync fails on vLLM's packed CPU weights, so its engine loads them as Semion's do (`engine.inference.plain_loader`).
+TRL's weight sync fails on vLLM's packed CPU weights, so its engine loads them as Semion's do (`engine.inference.plain_loader`),
+and multiplies by them as torch does, without Semion's kernel for few rows.
 """
 
 from __future__ import annotations
@@ -70,9 +71,12 @@ def plain_engine(loss: str, max_model_tokens: int, *, eager: bool) -> None:
     else:
         from trl.experimental.online_dpo import online_dpo_trainer as maker
 
-    from engine.inference import receiver
+    import torch
+
+    from engine.inference import plain_loader, receiver
 
     receiver.register()
+    plain_loader.linear = torch.nn.functional.linear  # type: ignore[attr-defined]
     engine = maker.LLM
 
     def made(**options: Any) -> Any:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+from engine.ops import linear
 
 OPTION = "head_dtype"  # of a model's config, as later versions of vLLM read it too
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from engine.ops import linear
 
 PLAIN_FORMAT = "semion_plain"
 
@@ -19,7 +21,7 @@ class PlainLoader(DefaultModelLoader):
         load_config.load_format = "auto"
         super().__init__(load_config)
 
-    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Takes from every layer the step that would pack its weight after loading, then loads as usual."""
         for module in model.modules():
             method = getattr(module, "quant_method", None)
@@ -29,5 +31,5 @@ class PlainLoader(DefaultModelLoader):
 
 
 def leave_plain(layer: Any) -> None:
-    """In place of vLLM's packing: the layer multiplies by its `.weight`, whatever is written there."""
-    layer.cpu_linear = torch.nn.functional.linear
+    """In place of vLLM's packing: the layer multiplies by its `.weight`, whatever is written there, by the kernel for few rows."""
+    layer.cpu_linear = linear

@@ -9,6 +9,7 @@ from engine.ops.activation import swiglu
 from engine.ops.advantages import grouped_advantages
 from engine.ops.attention import packed_attention
 from engine.ops.digest import block_digest, block_digests, column_weights
+from engine.ops.linear import linear
 from engine.ops.lm_head import Coefficients, lm_head_log_probs
 from engine.ops.norm import rms_norm
 from engine.ops.policy_gradient import policy_gradient_loss, policy_gradient_slopes
@@ -26,6 +27,7 @@ __all__ = [
     "block_digests",
     "column_weights",
     "grouped_advantages",
+    "linear",
     "lm_head_log_probs",
     "log_square_probs",
     "packed_attention",

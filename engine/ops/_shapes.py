@@ -119,6 +119,10 @@ def _rms_norm_backward(
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
+def _few_rows_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.size(0), weight.size(0))
+
+
 def _sample_tokens(
     logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, raw: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -139,6 +143,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "swiglu_backward": _swiglu_backward,
     "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,
+    "few_rows_product": _few_rows_product,
     "sample_tokens": _sample_tokens,
     "block_digests": _block_digests,
 }

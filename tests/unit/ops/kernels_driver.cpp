@@ -11,6 +11,7 @@
 #include "activation/swiglu.h"
 #include "advantages/advantages.h"
 #include "attention/packed_attention.h"
+#include "linear/few_rows.h"
 #include "logprob/logprob.h"
 #include "logprob/sequences.h"
 #include "norm/rms_norm.h"
@@ -90,11 +91,12 @@ struct Kernels {
   decltype(&baseline::rms_norm_backward) norm_back;
   decltype(&baseline::rms_norm_weight) norm_weight;
   decltype(&baseline::sample_tokens) sample;
+  decltype(&baseline::few_rows_product) product;
 };
 
 #define SEMION_KERNELS(isa) {#isa, isa::log_prob_parts, isa::log_prob_join, isa::log_prob_backward, isa::policy_gradient, \
                              isa::block_digest, isa::packed_attention, isa::packed_attention_backward, isa::swiglu, isa::swiglu_backward, \
-                             isa::rms_norm, isa::rms_norm_backward, isa::rms_norm_weight, isa::sample_tokens}
+                             isa::rms_norm, isa::rms_norm_backward, isa::rms_norm_weight, isa::sample_tokens, isa::few_rows_product}
 
 void check_log_probs(const Kernels& kernels, Element element, int64_t width, float scale, double temperature) {
   const int64_t rows = 3, valid = width > 2 ? width - 2 : width, start = 11;
@@ -300,6 +302,20 @@ void check_attention(const Kernels& kernels, Element element, int32_t dim, int32
     }
 }
 
+void check_product(const Kernels& kernels, int64_t rows, int64_t width, int64_t depth) {
+  Matrix x(Element::float32, rows, depth, depth), w(Element::float32, width, depth, depth), out(Element::float32, rows, width, width);
+  std::normal_distribution<float> normal(0, 1);
+  for (Matrix* matrix : {&x, &w})
+    for (float& value : matrix->wide) value = normal(draw);
+  kernels.product({x.wide.data(), w.wide.data(), out.wide.data(), rows, width, depth}, 0, (width + linear_block - 1) / linear_block);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t n = 0; n < width; ++n) {
+      double wanted = 0, size = 1;
+      for (int64_t i = 0; i < depth; ++i) wanted += x.at(row, i) * w.at(n, i), size += std::fabs(x.at(row, i) * w.at(n, i));
+      expect("product", kernels.isa, depth, out.at(row, n), wanted, 1e-6 * size);
+    }
+}
+
 void check_swiglu(const Kernels& kernels, Element element, int64_t width) {
   const int64_t rows = 3;
   Matrix x(element, rows, 2 * width, 2 * width), g(element, rows, width, width);
@@ -462,6 +478,11 @@ int main() {
     for (const Element element : {Element::float32, Element::bfloat16, Element::float16})
       for (int64_t width = 1; width < 6000; width += width < 70 ? 1 : 1409)
         for (const float scale : {2.0f, 40.0f}) check_sampling(kernels, element, width, scale);
+  for (const Kernels& kernels : all)
+    for (int64_t size = 1; size < 40; ++size) {
+      check_product(kernels, size % 15, size, 45 - size);
+      check_product(kernels, 7, 9, 500 + size);
+    }
   check_small_ones();
   return num_faults != 0;
 }

@@ -46,6 +46,7 @@ def arguments(name):
         "swiglu_backward": (logits[:, : V // 2].contiguous(), logits),
         "rms_norm": (logits, logits[0].contiguous(), 1e-5),
         "rms_norm_backward": (logits, logits, logits[0].contiguous(), TOKENS[: logits.size(0)].contiguous()),
+        "few_rows_product": (logits, logits[:3].contiguous()),
         "sample_tokens": (logits, torch.ones(T), TARGETS, True),
         "block_digests": ([logits, logits[2:, :8]], column_weights(V, "cpu"), [0, 2], [0, 0], [7, 7]),
     }[name]
