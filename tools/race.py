@@ -1,5 +1,6 @@
 """Semion's step against TRL's on one machine: equal model, prompts, samples, rewards, loss and optimizer, in turn with each
-other, as many rounds as asked; medians of the steps after the first ones. `--peer` is a Python that has TRL (docs/results.md
+other, as many rounds as asked, each with problems and a seed of its own; medians of the steps after the first ones, and the mean
+reward of each run's later half, with the standard error over rounds of what one side has more. `--peer` is a Python that has TRL (docs/results.md
 says how it is made). The sides have layouts of their own: TRL one process of all cores or one process a core, with a compiled
 vLLM; Semion what is given after the options. Both have the environment of Semion's processes, malloc's settings too. Load on
 the machine counts, so leave it alone.
@@ -90,24 +91,21 @@ def main() -> int:
     if race.larger:
         options.model = str(larger_model(Path(options.model)))
     seconds: dict[str, list[float]] = {"TRL": [], "Semion": []}
-    rewards: dict[str, list[float]] = {"TRL": [], "Semion": []}
+    rewards: dict[str, list[list[float]]] = {"TRL": [], "Semion": []}  # of each round
     for round_ in range(options.rounds):
         with tempfile.TemporaryDirectory(prefix="semion-race-") as folder:
-            problems = problems_of(race, options, Path(folder))
+            problems = problems_of(race, options, round_, Path(folder))
             for side, run in (("TRL", trl), ("Semion", semion)):
-                found = run(race, options, problems, Path(folder))
+                found = run(race, options, problems, round_, Path(folder))
                 versions |= found.get("versions", {})
                 seconds[side] += found["seconds"][WARM_UP:]
-                rewards[side] += found["rewards"][WARM_UP:]
+                rewards[side].append(found["rewards"])
                 print(f"round {round_ + 1}, {side}: {statistics.median(found['seconds'][WARM_UP:]):.2f} s a step", flush=True)
     for side, steps in seconds.items():
-        reward = statistics.mean(rewards[side]) if rewards[side] else float("nan")
-        print(
-            f"{side:7} median {statistics.median(steps):.2f} s a step (least {min(steps):.2f}, {len(steps)} steps), "
-            f"reward {reward:.3f}"
-        )
+        print(f"{side:7} median {statistics.median(steps):.2f} s a step (least {min(steps):.2f}, {len(steps)} steps)")
     ratio = statistics.median(seconds["TRL"]) / statistics.median(seconds["Semion"])
     print(f"{options.race}: Semion's step is {ratio:.2f} times as fast as TRL's")
+    print(told_rewards(rewards))
     print(", ".join(f"{name} {number}" for name, number in sorted(versions.items())))
     if options.json:
         found = {"race": options.race, "seconds": seconds, "rewards": rewards, "ratio": ratio, "versions": versions}
@@ -140,17 +138,31 @@ def larger_model(base: Path) -> Path:
     return folder.rename(target)
 
 
-def problems_of(race: Race, options: argparse.Namespace, folder: Path) -> Path:
-    """A file with the problems of all steps: both sides go through them once, each in an order of its own."""
-    rows = Path(options.data).read_text(encoding="utf-8").splitlines()[: options.steps * race.sizes["prompts"]]
-    (folder / "problems.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+def told_rewards(rewards: dict[str, list[list[float]]]) -> str:
+    """The mean reward of the later half of each side's steps, and the difference of the sides over rounds with its standard
+    error. TRL's online DPO tells no rewards."""
+    means = {side: [statistics.mean(run[len(run) // 2 :]) for run in runs if run] for side, runs in rewards.items()}
+    told = ", ".join(f"{side} {statistics.mean(found):.3f}" for side, found in means.items() if found)
+    more = [ours - theirs for ours, theirs in zip(means["Semion"], means["TRL"], strict=False)]
+    if not more:
+        return f"mean reward of the later half: {told}"
+    error = f" ± {statistics.stdev(more) / len(more) ** 0.5:.3f} over {len(more)} rounds" if len(more) > 1 else " of one round"
+    return f"mean reward of the later half: {told}; Semion's is higher by {statistics.mean(more):+.3f}{error}"
+
+
+def problems_of(race: Race, options: argparse.Namespace, round_: int, folder: Path) -> Path:
+    """A file with the problems of all steps of a round, other ones in each round while there are any: both sides go through
+    them once, each in an order of its own."""
+    rows, count = Path(options.data).read_text(encoding="utf-8").splitlines(), options.steps * race.sizes["prompts"]
+    first = round_ * count if (round_ + 1) * count <= len(rows) else 0
+    (folder / "problems.jsonl").write_text("\n".join(rows[first : first + count]) + "\n", encoding="utf-8")
     return folder / "problems.jsonl"
 
 
-def trl(race: Race, options: argparse.Namespace, problems: Path, folder: Path) -> dict[str, Any]:
+def trl(race: Race, options: argparse.Namespace, problems: Path, seed: int, folder: Path) -> dict[str, Any]:
     """One run of TRL's."""
     output = folder / "trl.json"
-    flags = {"model": options.model, "data": str(problems), "steps": options.steps, **race.sizes}
+    flags = {"model": options.model, "data": str(problems), "steps": options.steps, "seed": seed, **race.sizes}
     flags |= {"loss": race.loss, "kl_weight": race.kl_weight, "output": str(output)}
     arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     arguments += ["--last-bit"] if race.larger else []
@@ -161,7 +173,7 @@ def trl(race: Race, options: argparse.Namespace, problems: Path, folder: Path) -
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-def semion(race: Race, options: argparse.Namespace, problems: Path, folder: Path) -> dict[str, Any]:
+def semion(race: Race, options: argparse.Namespace, problems: Path, seed: int, folder: Path) -> dict[str, Any]:
     """One run of Semion's, online, without evaluation."""
     run, sizes = folder / "semion", race.sizes
     overrides = [
@@ -169,6 +181,7 @@ def semion(race: Race, options: argparse.Namespace, problems: Path, folder: Path
         *([f"data.reward={REWARD}:last_bit"] if race.larger else []),
         f"run.directory={run}",
         f"run.steps={options.steps}",
+        f"run.seed={seed}",
         f"model.path={options.model}",
         f"data.train={problems}",
         "data.held_out=",

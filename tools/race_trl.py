@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, required=True, help="a prompt")
     parser.add_argument("--max-tokens", type=int, required=True)
     parser.add_argument("--max-model-tokens", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--kl-weight", type=float, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--last-bit", action="store_true", help="rewards by tools/race_reward.py, not Math-Verify")
@@ -123,7 +124,7 @@ def shared_options(options: argparse.Namespace) -> dict[str, Any]:
         "use_vllm": True,
         "vllm_mode": "colocate",
         "temperature": 1.0,
-        "seed": 0,
+        "seed": options.seed,
     }
 
 

@@ -55,6 +55,28 @@ def test_both_sides_of_a_race_have_one_environment(monkeypatch: pytest.MonkeyPat
     (tmp_path / "trl.json").write_text("{}")
     monkeypatch.setattr(race, "execute", lambda command, folder, environment: told.append(environment))
     options = argparse.Namespace(peer="python", model="m", steps=1, processes=2)
-    race.trl(next(iter(race.RACES.values())), options, tmp_path / "problems.jsonl", tmp_path)
+    race.trl(next(iter(race.RACES.values())), options, tmp_path / "problems.jsonl", 3, tmp_path)
     (environment,) = told
     assert environment["GLIBC_TUNABLES"] == PROCESS_ENVIRONMENT["GLIBC_TUNABLES"] != ""
+
+
+def test_rewards_of_both_sides_are_told_with_an_error() -> None:
+    """Of three rounds that differ by 0.1, 0.2 and 0.3, the error of the mean is 0.1 / sqrt(3)."""
+    theirs = [[0.0, 0.5, 0.5], [0.0, 0.4, 0.4], [0.0, 0.3, 0.3]]
+    ours = [[0.9, 0.6, 0.6], [0.9, 0.6, 0.6], [0.9, 0.6, 0.6]]
+    told = race.told_rewards({"TRL": theirs, "Semion": ours})
+    assert told.endswith("TRL 0.400, Semion 0.600; Semion's is higher by +0.200 ± 0.058 over 3 rounds")
+    assert race.told_rewards({"TRL": [[]], "Semion": [[0.5, 0.25]]}).endswith("half: Semion 0.250")
+
+
+def test_each_round_has_problems_of_its_own_while_there_are_any(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    entered = next(iter(race.RACES.values()))
+    count = 2 * entered.sizes["prompts"]
+    data.write_text("".join(f"{row}\n" for row in range(2 * count + 1)))
+    options = argparse.Namespace(data=str(data), steps=2)
+
+    def first(round_: int) -> int:
+        return int(race.problems_of(entered, options, round_, tmp_path).read_text().splitlines()[0])
+
+    assert [first(0), first(1), first(2)] == [0, count, 0]
