@@ -1,9 +1,9 @@
 """Semion's step against TRL's on one machine: equal model, prompts, samples, rewards, loss and optimizer, in turn with each
-other, as many rounds as asked, each with problems and a seed of its own; medians of the steps after the first ones, and the mean
-reward of each run's later half, with the standard error over rounds of what one side has more. `--peer` is a Python that has TRL (docs/results.md
-says how it is made). The sides have layouts of their own: TRL one process of all cores or one process a core, with a compiled
-vLLM; Semion what is given after the options. Both have the environment of Semion's processes, malloc's settings too. Load on
-the machine counts, so leave it alone.
+other, as many rounds as asked, each with problems and a seed of its own; medians of the steps after the first ones, and the
+mean reward of each run's later half, with the standard error over rounds of how much higher it is. `--peer` is a Python that
+has TRL (docs/results.md says how it is made). The sides have layouts of their own: TRL one process of all cores or one process
+a core, with a compiled vLLM; Semion what is given after the options. Both have the environment of Semion's processes, malloc's
+settings too. Load on the machine counts, so leave it alone.
 
     python tools/race.py grpo --peer /path/to/python [--rounds 3] [--steps 8] [--json FILE] [semion.option=value ...]
 

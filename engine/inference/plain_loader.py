@@ -31,5 +31,5 @@ class PlainLoader(DefaultModelLoader):
 
 
 def leave_plain(layer: Any) -> None:
-    """In place of vLLM's packing: the layer multiplies by its `.weight`, whatever is written there, by the kernel for few rows."""
+    """In place of vLLM's packing: the layer multiplies by its `.weight`, whatever is written there."""
     layer.cpu_linear = linear

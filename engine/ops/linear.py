@@ -1,5 +1,5 @@
-"""The product of a linear layer. For a few float32 rows on a CPU, as an engine decodes, a kernel that reads the weight once as it
-lies (csrc/linear); elsewhere torch's own, whose libraries pack the weight first, which pays for many rows.
+"""The product of a linear layer. For a few float32 rows on a CPU, as an engine decodes, a kernel that reads the weight once as
+it lies (csrc/linear); elsewhere torch's own, whose libraries pack the weight first, which pays for many rows.
 
 Shape legend: T rows, H their width, N width of the result.
 """
