@@ -51,7 +51,8 @@ def inner_names(table: str) -> list[str]:
 
 def _inside(place: str, annotation: ast.expr, file: str, root: Path, depth: int = DEPTH) -> Iterator[str]:
     inner = _class_of(annotation, root, file)
-    if inner is None or not depth or _is_enumeration(_definition(inner[1], root, inner[0])[0]):
+    found = None if inner is None else _definition(inner[1], root, inner[0])
+    if inner is None or found is None or not depth or _is_enumeration(found[0]):
         return
     for name, field in _fields(root, *inner).items():
         yield f"{place}.{name}"

@@ -81,7 +81,7 @@ REVIEWED = {
     ),
 }
 GRAPHS = "what is compiled and captured, alike at every start"
-REVIEWED_INSIDE = {  # table -> why its arguments may be set -> their names in it
+REVIEWED_INSIDE: dict[str, dict[str, tuple[str, ...]]] = {  # table -> why its arguments may be set -> their names in it
     "attention_config": {
         "kernels of attention, alike at every start; what engines take is on record": (
             "backend",
