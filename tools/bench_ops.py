@@ -5,8 +5,8 @@ versions and processor. Prints a table; --json writes the figures too.
 
 On a machine that others use, look at the ratios of CPU seconds: they forget the time a thread waits for a core. With
 --device cuda, never run so far, times are the device's own, between two events, after clocks have risen, with the second-level
-cache swept before each; shapes are those that docs/kernels.md names, and peers that are not installed (Liger,
-cut-cross-entropy, Transformer Engine) are left out, with a line that says so. A peer that fails costs its own row alone.
+cache swept before each; shapes are those that docs/kernels.md names, and kernels of other libraries (tools/bench_peers.py) are
+compared where they are installed, with a line for those that are not. A peer that fails costs its own row alone.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from engine.ops import (
     token_log_probs,
 )
 from tests import reference_ops
+from tools.bench_peers import CROSS_ENTROPIES, OUTPUT_LAYERS, Peer, installed, versions
 
 Work = Callable[[], object]
 SHAPES = {  # tokens and vocabulary: Llama 3's, and on a CPU one that fits a cache; on a GPU a row of it, and a shard of eight
@@ -60,10 +61,11 @@ WARM_UP_SECONDS, SWEEP_BYTES = 0.3, 256 << 20  # until a GPU's clocks are up; mo
 
 
 class Figures:
-    """Seconds of several peers, run in turn; the first is ours. `device` is where the cases make their tensors."""
+    """Seconds of several peers, run in turn; the first is ours. `device` is where the cases make their tensors, `with_others`
+    whether kernels of other libraries are among the peers: on a GPU they are."""
 
     def __init__(self, repeats: int, device: torch.device) -> None:
-        self.repeats, self.device = repeats, device
+        self.repeats, self.device, self.with_others = repeats, device, device.type == "cuda"
         self.rows: list[dict[str, Any]] = []
         self.failed: set[str] = set()
         self._started = time.perf_counter()
@@ -170,8 +172,10 @@ def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) ->
         "eager": lambda: backward(eager()),
         "megatron": lambda: backward(vocab_parallel_cross_entropy(logits, targets)),
     }
-    if figures.device.type == "cuda":
-        peers |= gpu_peers(logits, targets, backward, torch.compile(eager))
+    if figures.with_others:
+        peers |= gpu_peers(logits, targets, backward)
+        compiled = torch.compile(eager)
+        peers["compiled"] = lambda: backward(compiled())
         totals = weights.new_ones(3, num_tokens)
         call = torch.ops.semion.log_prob_backward
         alone: dict[str, Work] = {
@@ -182,33 +186,13 @@ def log_probs_case(figures: Figures, num_tokens: int, width: int, dtype: str) ->
     figures.compare(f"both {name}", peers, prepare=refresh)
 
 
-def gpu_peers(
-    logits: torch.Tensor, targets: torch.Tensor, backward: Callable[[torch.Tensor], None], compiled: Callable[[], torch.Tensor]
-) -> dict[str, Work]:
-    """The fused cross entropies of others, forward and backward: megatron's by torch.compile, Transformer Engine's, Liger's,
-    and torch.compile's own of the eager one. Each imports what it needs when it is called."""
+def gpu_peers(logits: torch.Tensor, targets: torch.Tensor, backward: Callable[[torch.Tensor], None]) -> dict[str, Work]:
+    """The cross entropies of others that are installed, forward and backward; a loss has the other sign, at the same cost."""
 
-    def fused_megatron() -> None:
-        from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    def both(peer: Peer) -> None:
+        backward(peer.call(logits, targets))
 
-        backward(fused_vocab_parallel_cross_entropy(logits[:, None], targets[:, None], None)[:, 0])
-
-    def transformer_engine() -> None:
-        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
-
-        backward(parallel_cross_entropy(logits[None], targets[None], 0.0, False, None).view(-1))
-
-    def liger() -> None:
-        from liger_kernel.transformers.functional import liger_cross_entropy
-
-        backward(liger_cross_entropy(logits, targets, reduction="none"))
-
-    return {
-        "megatron_fused": fused_megatron,
-        "te": transformer_engine,
-        "liger": liger,
-        "compiled": lambda: backward(compiled()),
-    }
+    return {peer.name: partial(both, peer) for peer in installed(CROSS_ENTROPIES)}
 
 
 def policy_case(figures: Figures) -> None:
@@ -367,7 +351,7 @@ def lm_head_case(figures: Figures, dtype: str) -> None:
         "recompute": head(),
         "eager": eager,
     }
-    if on_gpu:
+    if figures.with_others:
         peers |= gpu_head_peers(hidden, weight, targets)
     peaks = peak_bytes_of(peers, figures.device)
     gradient = weight.nbytes + hidden.nbytes
@@ -377,19 +361,12 @@ def lm_head_case(figures: Figures, dtype: str) -> None:
 
 
 def gpu_head_peers(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict[str, Work]:
-    """Fused output layers of others, whose loss is the mean over the tokens: that alone they form in one pass."""
+    """The output layers of others that are installed, with the mean over the tokens as loss: all form that one in one pass."""
 
-    def liger() -> None:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    def gradients(peer: Peer) -> None:
+        torch.autograd.grad(peer.call(hidden, weight, targets), (hidden, weight))
 
-        torch.autograd.grad(liger_fused_linear_cross_entropy(hidden, weight, targets), (hidden, weight))
-
-    def cut() -> None:
-        from cut_cross_entropy import linear_cross_entropy
-
-        torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
-
-    return {"liger": liger, "cut": cut}
+    return {peer.name: partial(gradients, peer) for peer in installed(OUTPUT_LAYERS)}
 
 
 def cases(names: list[str], device: str) -> list[Callable[[Figures], None]]:
@@ -465,7 +442,7 @@ def main() -> int:
         "python": platform.python_version(),
     }
     if options.device == "cuda":
-        machine["GPU"] = torch.cuda.get_device_name()
+        machine |= {"GPU": torch.cuda.get_device_name()} | versions()
     print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n", flush=True)
     figures = Figures(options.repeats, torch.device(options.device))
     with tempfile.TemporaryDirectory() as folder:

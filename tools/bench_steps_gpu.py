@@ -44,9 +44,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of tra
     "te, fused lm head": (TE | {"fused_lm_head": True}, SMALL),
     "te, fp8 current": (TE | {"fp8": "current"}, SMALL),
     "te, fp8 blockwise": (TE | {"fp8": "blockwise"}, SMALL),
+    "te, fused accumulation": (TE | {"fuse_gradient_accumulation": True}, SMALL),
     "local": ({}, {}),
     "local, fused lm head": ({"fused_lm_head": True}, {}),
 }
+NEEDS = {"te": "transformer_engine", "accumulation": "fused_weight_gradient_mlp_cuda"}  # modules, by a word of a variant's name
 PROMPT = 50  # tokens of each sequence that no loss looks at
 
 
@@ -148,8 +150,9 @@ def main() -> int:
         parallel = open_parallel_state(Trainer(), rank=0, world_size=1, store=store, timeout=timedelta(seconds=120))
         for name in options.only:
             try:
-                if name.startswith("te") and find_spec("transformer_engine") is None:
-                    rows.append({"variant": name, "not run": "transformer_engine is not installed"})
+                words = name.replace(",", "").split()
+                if lacking := [module for word, module in NEEDS.items() if word in words and find_spec(module) is None]:
+                    rows.append({"variant": name, "not run": f"{lacking[0]} is not installed"})
                 else:
                     rows += variant_rows(name, folder, parallel, options)
             except REFUSALS as error:

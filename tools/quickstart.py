@@ -50,15 +50,20 @@ def main() -> int:
     started = time.monotonic()
     sft, train = (SINGLE_SFT, SINGLE_TRAIN) if options.single_device else ((), ())
 
-    run("make problems", seconds, "tools/make_seed.py", "--output", str(FOLDER / "data"), "--seed", str(options.seed))
+    def phase(title: str, *arguments: str) -> None:
+        run(title, seconds, *arguments)
+        if options.json:  # who ends this early keeps what there is
+            Path(options.json).write_text(json.dumps({"seconds": seconds}, indent=2) + "\n", encoding="utf-8")
+
+    phase("make problems", "tools/make_seed.py", "--output", str(FOLDER / "data"), "--seed", str(options.seed))
     mark(FOLDER / "data")
     mark(FOLDER / "sft")  # before what a command writes: a run that is interrupted is ours too
-    run("fine-tune the seed model", seconds, "-m", "engine.cli", "sft", "configs/quickstart_sft.toml", seed, *sft)
+    phase("fine-tune the seed model", "-m", "engine.cli", "sft", "configs/quickstart_sft.toml", seed, *sft)
     mark(FOLDER / "seed_model")
     mark(FOLDER / "train")
     overrides = (seed, *train, *options.overrides)
-    run(TRAIN, seconds, "-m", "engine.cli", "train", "configs/quickstart.toml", *overrides)
-    run("export", seconds, "-m", "engine.cli", "export", str(FOLDER / "train"), str(FOLDER / "model"))
+    phase(TRAIN, "-m", "engine.cli", "train", "configs/quickstart.toml", *overrides)
+    phase("export", "-m", "engine.cli", "export", str(FOLDER / "train"), str(FOLDER / "model"))
     mark(FOLDER / "model")
     heading("compare with transformers")
     comparing = time.monotonic()

@@ -61,6 +61,8 @@ _DISTRIBUTION = "log-probs would be of another distribution than the trainer's"
 _HALVES = "a forward is not cut in halves: vLLM's newer model runner, which engines ask for, refuses it"
 _TIMED = "kernels would be chosen by how long they took at this start, and another start would round otherwise"
 _TOLD = "what a run tells others goes through run.sinks"
+_ITSELF = "vLLM writes it down while it starts, and takes no value"
+_AMD = "it is of AMD's GPUs, where no engine has run"
 REASONS: Final = {  # argument, or a pattern of its name -> why nobody may set it
     "quantization?*": _WEIGHTS,
     "*?quantization": _WEIGHTS,
@@ -149,12 +151,48 @@ REASONS: Final = {  # argument, or a pattern of its name -> why nobody may set i
     "disable_log_stats": "nobody reads these figures; semion's own metrics say what engines do",
     "otlp_*": _TOLD,
     "collect_detailed_traces": _TOLD,
+    "log_config_file": _TOLD,
+    "linear_backend": _TIMED,
 }
-INSIDE: Final = {  # the same of an argument inside a table
+INSIDE: Final = {  # the same of an argument inside a table that may be set, or inside a table of that one
     "attention_config.use_non_causal": _DISTRIBUTION,
+    "attention_config.*mla*": _LAYERS,
+    "attention_config.*indexer_*": _LAYERS,
+    "attention_config.hisparse_config": _LAYERS,
+    "attention_config.minimax_*": _LAYERS,
+    "attention_config.use_prefill_query_quantization": _LAYERS,
+    "attention_config.tq_*": "no engine has a KV cache in TurboQuant's types",
+    "attention_config.use_prefill_decode_attention": _AMD,
     "compilation_config.compile_sizes": _TIMED,
+    "compilation_config.compile_ranges_endpoints": f"{_TIMED}, where a range is of one size",
     "compilation_config.inductor_*": _TIMED,
+    "compilation_config.backend": "it may name any module, whose code would run and not be on record",
+    "compilation_config.cache_dir": "vLLM's own is named by what code is compiled for; from another it takes what it finds",
+    "compilation_config.compile_cache_save_format": "engines compile at the same time, which vLLM's own choice allows",
+    "compilation_config.splitting_ops": "which operators a CUDA graph cannot hold is known to vLLM's attention alone",
+    "compilation_config.*lora": _WEIGHTS,
+    "compilation_config.*_moe_*": _LAYERS,
+    "compilation_config.*decoder_replay*": _LAYERS,
+    "compilation_config.*_mm_*": _TOKENS,
+    "compilation_config.encoder_cudagraph_*": _TOKENS,
+    "compilation_config.*compilation_time": _ITSELF,
+    "compilation_config.*abled_custom_ops": _ITSELF,
+    "compilation_config.static_forward_context": _ITSELF,
+    "compilation_config.traced_files": _ITSELF,
+    "compilation_config.local_cache_dir": _ITSELF,
+    "compilation_config.dynamic_shapes_config.assume_32_bit_indexing": (
+        "an activation of more than 2^31 elements would be read at wrong places, without an error"
+    ),
+    "compilation_config.pass_config.*mla*": _LAYERS,
+    "compilation_config.pass_config.fuse_gemm_comms": "its buffers are not counted as memory",
+    "compilation_config.pass_config.fuse_act_padding": _AMD,
+    "compilation_config.pass_config.*rope_kvcache*": _AMD,
+    "*ir_op_priority.gelu_and_mul_sparse": _LAYERS,
     "kernel_config.moe_backend": _WEIGHTS,
+    "kernel_config.sparse_*": _LAYERS,
+    "kernel_config.linear_backend*": _TIMED,
+    "kernel_config.enable_rocm_*": _AMD,
+    "logging_config.pylogging_config_file": _TOLD,
 }
 SECRETS: Final = frozenset({"hf_token"})  # whose values are not printed
 CACHE_DTYPES: Final = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")  # whose bytes are known
@@ -162,13 +200,8 @@ CACHE_DTYPES: Final = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5
 
 def broken_vllm_rules(c: Options) -> list[str]:
     """Sentences for arguments of [inference.vllm] that are the engine's own, or that it cannot count memory with."""
-    table, broken = c.inference.vllm, list[str]()
-    for name, value in _named(table):
-        found = "a secret" if name in SECRETS else repr(value)
-        if option := option_of(name):
-            broken.append(f"inference.vllm.{name} is what {option} sets; found {found}: remove it, and set {option} instead")
-        elif why := reason_against(name):
-            broken.append(f"inference.vllm.{name} must stay as the engine sets it: {why}; found {found}: remove it")
+    table = c.inference.vllm
+    broken = list(_refused(table))
     batched, cached = table.get(BATCHED), table.get(CACHED, "auto")
     if isinstance(batched, int) and batched < c.inference.max_model_tokens:
         broken.append(
@@ -185,20 +218,24 @@ def broken_vllm_rules(c: Options) -> list[str]:
 
 def option_of(name: str) -> str | None:
     """The option that sets an argument in place of the table; None where none does."""
-    return _found(name, OPTION_OF)
+    return None if "." in name else _found(name, OPTION_OF)
 
 
 def reason_against(name: str) -> str | None:
-    """Why nobody may set an argument, that of a table as `table.argument`; None where the table may."""
+    """Why nobody may set an argument, one inside tables by their names too (`table.argument`); None where anybody may."""
     return _found(name, INSIDE if "." in name else REASONS)
 
 
-def _named(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Arguments, and those inside tables by both names."""
-    for name, value in table.items():
-        yield name, value
-        if isinstance(value, Mapping):
-            yield from ((f"{name}.{inner}", one) for inner, one in value.items())
+def _refused(table: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """Sentences for arguments of a table, and for those of tables in it unless a table is refused as a whole."""
+    for name, value in ((f"{place}{name}", value) for name, value in table.items()):
+        found = "a secret" if name in SECRETS else repr(value)
+        if option := option_of(name):
+            yield f"inference.vllm.{name} is what {option} sets; found {found}: remove it, and set {option} instead"
+        elif why := reason_against(name):
+            yield f"inference.vllm.{name} must stay as the engine sets it: {why}; found {found}: remove it"
+        elif isinstance(value, Mapping):
+            yield from _refused(value, f"{name}.")
 
 
 def _found(name: str, table: dict[str, str]) -> str | None:

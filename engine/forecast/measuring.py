@@ -306,6 +306,7 @@ def _one_rank(config: RunConfig) -> RunConfig:
             "trainer.data_parallel": 1,
             "trainer.sequence_parallel": False,
             "trainer.overlap_tensor_parallel": False,
+            "trainer.fuse_gradient_accumulation": False,  # what it spares is counted, and taken off what constants say
             "inference.engines": 1,
             "inference.tensor_parallel": 1,
             "inference.placement": "disaggregated",

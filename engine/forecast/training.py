@@ -22,6 +22,9 @@ from engine.models.sharding import stage_layers
 
 FORWARD_AND_BACKWARD = 3  # forwards: a backward is two
 REPLAYED_RANKS = 4  # of most work, of which the slowest is sought
+FUSED_HEAD_BYTES = {
+    "float32": 4
+}  # spared of a parameter of the output layer by trainer.fused_lm_head, or more: docs/kernels.md
 COLLECTIVES = 2  # sums of a layer's forward over tensor-parallel ranks
 
 
@@ -85,7 +88,8 @@ class Training:
         place = max(found, key=lambda rank: found[rank].total)
         slowest, passes = found[place], FORWARD_AND_BACKWARD + self._trainer.recompute
         rows = [row for rank in ranks for row in rank.rows]
-        own, mean_ideal = passes * self._busy(ranks[place].rows), passes * self._busy(rows) / len(ranks)
+        own = passes * self._busy(ranks[place].rows) - self._spared_of(ranks[place].rows)
+        mean_ideal = (passes * self._busy(rows) - self._spared_of(rows)) / len(ranks)
         held, targets, looks = (sum(getattr(row, name) for row in rows) for name in ("held", "targets", "looks"))
         seconds = StepSeconds(
             reference=slowest.reference,
@@ -119,8 +123,10 @@ class Training:
             def seconds(stage: int, operation: Operation) -> float:
                 one = forward[operation.row][stage][operation.chunk]
                 together = self._collective(rows[operation.row], stage, operation.chunk)
-                times = 2.0 + recompute if operation.backward else 1.0
-                return times * one + (1.0 + recompute if operation.backward else 1.0) * together
+                if not operation.backward:
+                    return one + together
+                spared = self._spared(rows[operation.row], stage, operation.chunk)
+                return (2.0 + recompute) * one + (1.0 + recompute) * together - spared
 
             return of(self._num_stages, len(rows), self._num_chunks, seconds, hop)
 
@@ -174,6 +180,30 @@ class Training:
         flops = 2 * self._per_layer * num_layers * tokens / self._fp8 + 2 * self._head * targets
         flops += 4 * num_layers * shape.num_heads * shape.head_dim * looks
         return flops / self._peak + num_rows * num_layers * self._constants.layer_row_seconds
+
+    def _spared(self, row: RowSize, stage: int, chunk: int) -> float:
+        """Of a row's backward through a model chunk, with trainer.fuse_gradient_accumulation: the passes over its matrices'
+        gradients, which the product adds up itself. Without it, which is how the constants are measured, the product writes
+        them in the model's type, and megatron-core's hook reads them and adds them to its buffer: the type's bytes, and the
+        buffer's twice, at the memory's bandwidth. What the products themselves write is taken to hide behind them either way,
+        and launches are not counted. At most half of the backward: short rows are not bound by their products."""
+        t = self._trainer
+        if not t.fuse_gradient_accumulation:
+            return 0.0
+        buffer = 2 if t.gradient_dtype == "bfloat16" else 4
+        each = self._item + 2 * buffer
+        spared = each * self._per_layer * len(self._layers[stage][chunk])
+        if stage == self._num_stages - 1 and chunk == self._num_chunks - 1:
+            spared += self._head * (FUSED_HEAD_BYTES.get(t.gradient_dtype, 0) if t.fused_lm_head else each)
+        rate = self._constants.memory_gigabytes_per_second * 1e9 * t.tensor_parallel
+        return min(spared / rate, self._seconds(row, stage, chunk))
+
+    def _spared_of(self, rows: Many[RowSize]) -> float:
+        """Of the backwards of these rows on the mean stage."""
+        if not self._trainer.fuse_gradient_accumulation:
+            return 0.0
+        spared = (self._spared(row, s, c) for row in rows for s in self._stages for c in range(self._num_chunks))
+        return math.fsum(spared) / self._num_stages
 
     def _collective(self, row: RowSize, stage: int, chunk: int) -> float:
         """Of the sums over tensor-parallel ranks in it, that computing does not hide."""

@@ -41,6 +41,24 @@ def argument_names() -> list[str]:
     return [] if root is None else list(_fields(root, *OWNER))
 
 
+def inner_names(table: str) -> list[str]:
+    """The arguments inside one that is a table, and inside tables of it, each as `table.argument`; none of another kind."""
+    root = _root()
+    if root is None or (field := _fields(root, *OWNER).get(table)) is None:
+        return []
+    return list(_inside(table, *field, root))
+
+
+def _inside(place: str, annotation: ast.expr, file: str, root: Path, depth: int = DEPTH) -> Iterator[str]:
+    inner = _class_of(annotation, root, file)
+    found = None if inner is None else _definition(inner[1], root, inner[0])
+    if inner is None or found is None or not depth or _is_enumeration(found[0]):
+        return
+    for name, field in _fields(root, *inner).items():
+        yield f"{place}.{name}"
+        yield from _inside(f"{place}.{name}", *field, root, depth - 1)
+
+
 def _root() -> Path | None:
     """The folder that the installed vLLM's package is in."""
     found = find_spec("vllm")

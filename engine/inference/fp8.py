@@ -78,7 +78,9 @@ class Fp8Linear(LinearMethodBase):  # type: ignore[misc]
         scale = torch.empty(loaded.size(0), 1, dtype=torch.float32, device=loaded.device)
         layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
         quantize(layer, loaded)
-        require_rounded(layer, loaded, "a matrix of the model's files")
+        proof = RoundingProof()
+        proof.add(layer, loaded, "a matrix of the model's files")
+        proof.require()  # at once: vLLM tells a layer when it is loaded, and nobody when all are
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., columns] times the weight [rows, columns], in x's dtype."""
@@ -98,13 +100,31 @@ def quantize(layer: Any, weight: torch.Tensor) -> None:
         layer.weight_scale.data[rows].copy_(scale)
 
 
-def require_rounded(layer: Any, weight: torch.Tensor, name: str) -> None:
-    """WeightSyncError where a layer's bytes and scales are not what this weight is rounded to."""
-    if count := int(num_strayed(weight, layer.weight.data, layer.weight_scale.data)):
-        raise WeightSyncError(
-            f"{name} must be within half an FP8 step of its weights in every engine; found {count} elements that are not, or "
-            f"are not finite: look at the weights, or set inference.quantization = 'none'"
-        )
+class RoundingProof:
+    """Whether layers' bytes and scales are what their weights were rounded to. It is computed on the device, matrix by matrix,
+    and read once for all of them: a host that read each would keep a GPU without work as often."""
+
+    def __init__(self) -> None:
+        self._strayed: dict[str, torch.Tensor] = {}
+
+    def add(self, layer: Any, weight: torch.Tensor, name: str) -> None:
+        """Looks at one layer, without waiting; its weight [rows, columns] is not needed any longer."""
+        self._strayed[name] = num_strayed(weight, layer.weight.data, layer.weight_scale.data)
+
+    def require(self) -> None:
+        """Waits for all that were added. WeightSyncError names the first that is not within half an FP8 step of its weights."""
+        if not self._strayed:
+            return
+        counts = torch.stack(list(self._strayed.values())).cpu().tolist()  # the one wait
+        wrong = {name: count for name, count in zip(self._strayed, counts, strict=True) if count}
+        self._strayed.clear()
+        if wrong:
+            name, count = next(iter(wrong.items()))
+            more = f" (and in {len(wrong) - 1} more matrices)" if len(wrong) > 1 else ""
+            raise WeightSyncError(
+                f"{name} must be within half an FP8 step of its weights in every engine; found {count} elements that are not, "
+                f"or are not finite{more}: look at the weights, or set inference.quantization = 'none'"
+            )
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, Any]:

@@ -135,7 +135,9 @@ class Inbox(WeightTransferEngine[NoInfo, SyncCall]):
     @contextmanager
     def _shards(self, terms: SyncTerms) -> Iterator[Shards]:
         if not terms.engine.whole:
-            yield LiveShards(self.model, terms.torch_dtype)
+            live = LiveShards(self.model, terms.torch_dtype)
+            yield live
+            live.require_rounded()
             return
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -166,6 +168,7 @@ class LiveShards:
         self._parameters = {name: parameter.data for name, parameter in model.named_parameters()}
         self._layers, self._dtype = fp8.quantized_layers(model), dtype
         self._held: dict[str, torch.Tensor] = {}
+        self._proof = fp8.RoundingProof()
 
     def __getitem__(self, parameter: str) -> torch.Tensor:
         if parameter not in self._layers:
@@ -187,13 +190,16 @@ class LiveShards:
         return parameter not in self._layers or parameter in self._held or held < HELD_BYTES
 
     def complete(self, parameter: str) -> None:
-        """It is where it belongs; what is to be in FP8 goes there. WeightSyncError where it then is not what it was rounded
-        from."""
+        """It is where it belongs; what is to be in FP8 goes there."""
         if parameter not in self._layers:
             return
         held, layer = self._held.pop(parameter), self._layers[parameter]
         fp8.quantize(layer, held)
-        fp8.require_rounded(layer, held, f"engine parameter {parameter}")
+        self._proof.add(layer, held, f"engine parameter {parameter}")
+
+    def require_rounded(self) -> None:
+        """WeightSyncError where what went to FP8 is not what it was rounded from. It waits for the device, once."""
+        self._proof.require()
 
 
 class ReloadedShards:

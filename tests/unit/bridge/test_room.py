@@ -53,7 +53,7 @@ class Counted(LiveShards):
             for name, size in shapes.items()
         }
         self._layers: dict[str, Any] = dict.fromkeys(quantized)
-        self._dtype, self._held, self.most = torch.bfloat16, {}, 0
+        self._dtype, self._held, self._proof, self.most = torch.bfloat16, {}, fp8.RoundingProof(), 0
 
     def __getitem__(self, parameter: str) -> torch.Tensor:
         found = super().__getitem__(parameter)
@@ -68,7 +68,7 @@ def test_a_receiver_holds_no_more_than_the_estimate_says(
     monkeypatch: pytest.MonkeyPatch, model: str, tp: int, pp: int, dp: int, engine_tp: int
 ) -> None:
     monkeypatch.setattr(fp8, "quantize", lambda layer, weight: None)
-    monkeypatch.setattr(fp8, "require_rounded", lambda layer, weight, name: None)
+    monkeypatch.setattr(fp8.RoundingProof, "add", lambda self, layer, weight, name: None)
     monkeypatch.setattr(Receiver, "_verify", lambda *arguments: None)
     shape = read_shape(f"configs/models/llama-3.1-{model}")
     sizes = {"tensor_parallel": tp, "pipeline_parallel": pp, "data_parallel": dp}

@@ -95,13 +95,27 @@ def test_a_secret_is_refused_and_not_printed():
         ("attention_config", "use_non_causal", "of another distribution"),
         ("compilation_config", "compile_sizes", "how long they took"),
         ("compilation_config", "inductor_compile_config", "how long they took"),
+        ("compilation_config", "cache_dir", "it takes what it finds"),
+        ("compilation_config.pass_config", "fuse_gemm_comms", "not counted as memory"),
         ("kernel_config", "moe_backend", "a weight sync writes"),
     ],
 )
 def test_what_breaks_exactness_inside_a_table_is_refused_by_both_names(table, inner, why):
-    found = refused(**{table: {inner: "x"}})
-    assert re.match(rf"inference\.vllm\.{table}\.{inner} must stay as the engine sets it: .*{why}.*; found 'x'", found)
-    override(config(), {"inference.vllm": {table: {"other": 1}}})
+    def inside(name, value):
+        for part in reversed(table.split(".")):
+            name, value = part, {name: value}
+        return {name: value}
+
+    found = refused(**inside(inner, "x"))
+    assert re.match(
+        rf"inference\.vllm\.{re.escape(table)}\.{inner} must stay as the engine sets it: .*{why}.*; found 'x'", found
+    )
+    override(config(), {"inference.vllm": inside("other", 1)})
+
+
+def test_a_table_that_is_refused_is_told_once():
+    found = refused(compilation_config={"inductor_compile_config": {"max_autotune": True}})
+    assert found.count("must stay as the engine sets it") == 1
 
 
 def test_no_pattern_takes_what_people_need():

@@ -13,7 +13,8 @@ from engine.core.errors import WeightSyncError
 from engine.inference import fp8
 from engine.inference.receiver import LiveShards
 from engine.ops import block_digest
-from engine.ops.fp8 import FP8
+from engine.ops.fp8 import FP8, num_strayed
+from tests.unit.ops.counted import Counted
 
 ROWS, COLUMNS = 24, 32
 
@@ -83,16 +84,57 @@ def test_weights_that_are_not_finite_end_the_sync_by_name(method: fp8.Fp8Linear,
     shards = LiveShards(loaded(method, drawn(ROWS, COLUMNS)), torch.bfloat16)
     shards["layer.weight"].copy_(drawn(ROWS, COLUMNS))
     shards["layer.weight"][3, 4] = value
+    shards.complete("layer.weight")
     with pytest.raises(WeightSyncError, match=r"layer\.weight must be within half an FP8 step.*look at the weights"):
-        shards.complete("layer.weight")
+        shards.require_rounded()
 
 
 def test_a_place_that_does_not_take_the_weights_is_found(method: fp8.Fp8Linear, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = LiveShards(loaded(method, drawn(ROWS, COLUMNS)), torch.bfloat16)
     shards["layer.weight"].copy_(drawn(ROWS, COLUMNS, seed=7))
     monkeypatch.setattr(fp8, "quantize", lambda layer, weight: None)
+    shards.complete("layer.weight")
     with pytest.raises(WeightSyncError, match="must be within half an FP8 step"):
-        shards.complete("layer.weight")
+        shards.require_rounded()
+
+
+def test_the_proof_of_a_sync_is_read_once(method: fp8.Fp8Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes a host wait for its GPU: rounding matrices and looking at them reads nothing back, and all are read in one
+    list. On a CPU, where a list is read without an operator, so it is counted by itself."""
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(loaded(method, drawn(ROWS, COLUMNS, seed=i)).layer for i in range(7))
+    shards, lists, to_list = LiveShards(model, torch.bfloat16), list[int](), torch.Tensor.tolist
+
+    def noted(tensor: torch.Tensor) -> Any:
+        lists.append(tensor.numel())
+        return to_list(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", noted)
+    with Counted() as counts:
+        for i in range(7):
+            shards[f"layers.{i}.weight"].copy_(drawn(ROWS, COLUMNS, seed=20 + i))
+            shards.complete(f"layers.{i}.weight")
+        assert lists == [] and counts.launches["aten::sum"] == 7
+        for _ in range(2):  # nothing is left to prove the second time
+            shards.require_rounded()
+            assert lists == [7]
+    assert not counts.host_waits
+    with Counted() as counts:
+        assert int(num_strayed(drawn(2, 8), drawn(2, 8, dtype=FP8), torch.ones(2, 1))) > 0
+    assert counts.host_waits == {"aten::_local_scalar_dense": 1}, "a number read by itself is seen"
+
+
+def test_of_several_matrices_the_first_that_is_wrong_is_named(method: fp8.Fp8Linear) -> None:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(loaded(method, drawn(ROWS, COLUMNS, seed=i)).layer for i in range(3))
+    shards = LiveShards(model, torch.bfloat16)
+    for i in range(3):
+        shards[f"layers.{i}.weight"].copy_(drawn(ROWS, COLUMNS, seed=20 + i))
+        if i:
+            shards[f"layers.{i}.weight"][i, :i] = float("nan")
+        shards.complete(f"layers.{i}.weight")
+    with pytest.raises(WeightSyncError, match=r"layers\.1\.weight must .* found 32 elements .* \(and in 1 more matrices\)"):
+        shards.require_rounded()
 
 
 def test_a_digest_of_all_layers_is_two_calls(method: fp8.Fp8Linear, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from engine.forecast.calibration import read_calibration
-from tools import bench_ceilings, bench_layers, fp8_curve, gpu_calibration
+from tests.builders import SMALL
+from tools import bench_ceilings, bench_layers, bench_sync_gpu, fp8_curve, gpu_calibration
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="twins on a CPU; tools/gpu_check is for GPUs")
@@ -64,9 +66,11 @@ def test_a_process_maps_anothers_memory_and_the_probe_says_what_a_spinning_one_l
 
 @pytest.mark.slow
 def test_whole_steps_of_the_trainer_and_their_calibration(tmp_path):
-    arguments = ("--tiny", "--rows", "1", "2", "--repeats", "1", "--only", "te", "local", "local, fused lm head")
-    first, *rows = figures(tmp_path, "bench_steps_gpu", *arguments)
+    arguments = ("--tiny", "--rows", "1", "2", "--repeats", "1", "--only")
+    variants = ("te", "te, fused accumulation", "local", "local, fused lm head")
+    first, second, *rows = figures(tmp_path, "bench_steps_gpu", *arguments, *variants)
     assert first == {"variant": "te", "not run": "transformer_engine is not installed"}
+    assert second == {"variant": "te, fused accumulation", "not run": "transformer_engine is not installed"}
     assert [(row["variant"], row["rows"]) for row in rows] == [
         ("local", 1),
         ("local", 2),
@@ -91,6 +95,43 @@ def test_generation_has_what_the_planner_wants(tmp_path, quantization):
     assert start["seconds"] > 0 and equal == {"what": "equal seeds", "requests": 4, "equal_tokens": True}
     assert [(row["at_once"], row["iterations"], row["prompts"]) for row in decoded] == [(2, 8, 24), (4, 8, 48)]
     assert decoded[1]["context"] == 4 * (12 * 8 + 8 * 7 // 2)
+
+
+@pytest.mark.nightly  # half a minute, most of it vLLM's start
+def test_a_sync_beside_a_copy_and_a_reload(tmp_path):
+    (row,) = figures(tmp_path, "bench_sync_gpu", "--millions", "1", "--repeats", "1")
+    assert row["parameters"] > 200_000 and min(row["sync ms"], row["copy ms"], row["reload ms"]) > 0
+    assert row["sync over copy"] == pytest.approx(row["sync ms"] / row["copy ms"])
+    assert row["sync ms of 8B"] == pytest.approx(row["sync ms"] * 8_030_261_248 * 2 / (4 * row["parameters"]))
+
+
+@pytest.mark.parametrize("failure", [None, EOFError(), TimeoutError("the engine gave no answer")])
+def test_a_sync_is_told_before_a_reload_that_may_end_the_engine(tmp_path, monkeypatch, failure):
+    told: list[dict[str, Any]] = []
+    ended: list[bool] = []
+
+    class Engine:
+        def call(self, method, *arguments):
+            self.method = method
+            return self
+
+        def result(self, seconds):
+            if self.method == "reload" and failure is not None:
+                assert [sorted(row) for row in told] == [sorted(told[0])] and "sync ms" in told[0], "written by then"
+                raise failure
+
+    process = SimpleNamespace(start=lambda: None, kill=lambda: ended.append(True))
+    pipe = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(bench_sync_gpu, "SPAWN", SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=lambda **_: process))
+    monkeypatch.setattr(bench_sync_gpu, "Handle", lambda _: Engine())
+    publisher = SimpleNamespace(publish=lambda version: None)
+    monkeypatch.setattr(bench_sync_gpu, "open_rank", lambda *_: (publisher, SMALL))
+    bench_sync_gpu.measure(tmp_path, "float32", "cpu", 1, told.append)
+    assert ended and len(told) == 2 and told[1].items() >= told[0].items()
+    added = told[1].keys() - told[0].keys()
+    assert added == ({"reload ms"} if failure is None else {"reload"})
+    if failure is not None:
+        assert told[1]["reload"].startswith(f"left out: {type(failure).__name__}")
 
 
 def test_figures_of_the_sections_become_constants(tmp_path):

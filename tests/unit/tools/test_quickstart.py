@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.config.load import load_config
+
 spec = importlib.util.spec_from_file_location("quickstart", Path(__file__).parents[3] / "tools" / "quickstart.py")
 assert spec is not None and spec.loader is not None
 quickstart = importlib.util.module_from_spec(spec)
@@ -29,6 +31,13 @@ def test_a_run_that_it_did_not_make_is_never_deleted(tmp_path):
     with pytest.raises(SystemExit, match="train without its mark"):
         quickstart.clear(tmp_path)
     assert (tmp_path / "train" / "checkpoints").exists() and (tmp_path / "data").exists(), "nothing is taken away"
+
+
+def test_a_single_device_is_one_that_both_sides_take_in_turn():
+    train = load_config("configs/quickstart.toml", list(quickstart.SINGLE_TRAIN))
+    assert (train.trainer.world_size, train.inference.engines, train.inference.placement) == (1, 1, "colocated")
+    options = list(quickstart.SINGLE_SFT)
+    assert load_config("configs/quickstart_sft.toml", options).trainer.world_size == 1
 
 
 def test_the_start_of_its_run_is_shown_by_phase(tmp_path):
