@@ -81,6 +81,14 @@ class Series:
 class Kept(Cluster):
     """The processes of several runs: engines that stay, trainer ranks of each run."""
 
+    def __init__(self, spec: Spec, logs: Path) -> None:
+        super().__init__(spec)
+        self._run_logs, self._series_logs = None, logs  # no run's own, for a run's files go when it was equal
+
+    def _own_logs(self) -> Path:
+        self._series_logs.mkdir(exist_ok=True)
+        return self._series_logs
+
     def serve(self, seed: int | None) -> None:
         """Starts the engines, which load while the caller goes on."""
         kind, more = (ENGINE, ()) if seed is None else ("tools.late:LateEngine", (seed,))
@@ -108,7 +116,7 @@ def serve(series: Series) -> None:
     if not resume:
         shutil.rmtree(configs[0].run_directory, ignore_errors=True)
     spec = check(configs[0], "train", resume=resume)
-    kept = Kept(spec)
+    kept = Kept(spec, configs[0].run_directory.with_suffix(".logs"))
     with kept:
         kept.serve(series.seed)
         for config in configs:
