@@ -429,7 +429,8 @@ class Engines:
             if len(answered) < len(told):
                 break
             turns.append(max(answered))
-        waves, found = Waves(len(groups), size, COMPLETE_SHARES, -(-self._least * len(groups) // len(work.prompts))), []
+        least = -(-self._least * len(groups) // len(work.prompts))
+        waves, found = Waves(len(groups), size, COMPLETE_SHARES, least), list[tuple[float, float]]()
         ends, counts = [deque((engine.ends or {}).get(step, ())) for engine in told], Counter[int]()
         for turn, moment in enumerate(turns if groups else ()):
             for own, ended, most in zip(calls, ends, due, strict=True):

@@ -514,8 +514,9 @@ def test_a_row_of_another_s_is_a_plan_of_that_s():
     for changed in ({}, tenth, tenth | {"sync.lookahead": 1}, {"sync.sync_interval": "never", "sync.reference": "never"}):
         own = hours_of(override(online, changed))
         assert rows[own.sync_interval, own.lookahead] == own
-    for changed in (tenth | {"sync.lookahead": 2, "sync.in_flight": True}, {"sync.streaming": True}):
-        own = hours_of(override(online, changed))
+    more: tuple[dict[str, Any], ...] = (tenth | {"sync.lookahead": 2, "sync.in_flight": True}, {"sync.streaming": True})
+    for overlapping in more:
+        own = hours_of(override(online, overlapping))
         assert own in found.intervals and (own.in_flight or own.streaming)
     assert own.step_seconds == rows[1, 0].step_seconds, "64 pairs on 16 ranks make one wave"
     assert rows[1, 0].train_parts["reference"] == 0 < rows[10, 0].train_parts["reference"]

@@ -113,8 +113,9 @@ def test_streaming_is_worth_what_the_arithmetic_of_the_waves_says(case):
     steps = [drawn(case, draw) for _ in range(num_steps)]
     prompts = (PROMPT,) * case.num_prompts
     works = [StepWork(prompts, tuple(tuple(s[i : i + size]) for i in range(0, len(s), size)), ()) for s in steps]
+    longest = [max(lengths) for lengths in steps]
     for cost in COSTS:
-        expected = sum(max(lengths) * cut(lengths, case).step_time(cost) for lengths in steps)
+        expected = sum(most * cut(lengths, case).step_time(cost) for most, lengths in zip(longest, steps, strict=True))
         made = builders.config(
             data={"prompts_per_step": case.num_prompts},
             algorithm={"samples_per_prompt": size, "loss": "grpo"},
@@ -122,7 +123,8 @@ def test_streaming_is_worth_what_the_arithmetic_of_the_waves_says(case):
             sync={"streaming": True},
         )
         engines = Engines(made, SECOND, 10**9, works)
-        taken = Costs(lambda step, c=cost: c * max(steps[step]), lambda step: 0.0, lambda step: 0.0, 0.0, streams=True)
+        trains = [cost * most for most in longest]
+        taken = Costs(trains.__getitem__, lambda step: 0.0, lambda step: 0.0, 0.0, streams=True)
         played = play(Paper(1, "never", num_steps, 16), num_steps, 0, engines, taken)
         assert played.duration == pytest.approx(expected, rel=0.005)
 
