@@ -37,6 +37,10 @@ right values for your model and machine and all other options as comments, `semi
 here, and `semion check CONFIG --toml` prints the resolved tree. Rules across options stand in `engine/config/rules.py` and in
 each loss's own file.
 
+An option that would change nothing is never taken in silence (`engine/config/unused.py`). It is refused where only a mistake
+sets it without what gives it a meaning. It is told, as a warning of `check`, `train` and `sft` that names it, where a file may
+keep it while something else is off: `evaluation.*` without `data.held_out`, shares of a guard that is off, a profile's window.
+
 `null` means unset. Paths are relative to the directory that the command is started in, not to the file. A unit of "of 1" is a
 share between 0 and 1; "no unit" is a pure number.
 

@@ -130,7 +130,7 @@ def _forecasts(
     own, picture = forecaster.forecast(), forecaster.interval()
     trained = {scores_reference(spec): forecaster.trained}
     others: list[Forecast] = []
-    for regime in regimes(config, intervals):
+    for regime in regimes(config, intervals, offered=True):
         if regime == Regime.asked(config):
             others.append(own)
             continue

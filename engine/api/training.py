@@ -18,6 +18,7 @@ from engine.api.events import Done, Event, Note, Step, typed
 from engine.api.faults.directory import check_fresh, has_steps
 from engine.api.preflight import check
 from engine.config.load import RunConfig, dump_config, flat
+from engine.config.unused import unused_options
 from engine.core.errors import ConfigError, PreemptedError, SemionError
 from engine.core.files import locked, writing
 from engine.observe.journal import LOGS, WARNINGS
@@ -137,7 +138,7 @@ def _followed(config: RunConfig, events: Iterator[Event], started: float, *, ver
 def _checked(
     config: RunConfig, timeline: Timeline, began_unix: float | None, purpose: Literal["train", "sft"], *, resume: bool
 ) -> Generator[Event, None, Spec]:
-    """The preflight, and what it cost; the run as resolved."""
+    """The preflight, what it cost, and which options would change nothing; the run as resolved."""
     if began_unix is not None:
         imports = Doing("imports").event("done")
         yield typed(timeline.add(imports | {"seconds": imports["unix_seconds"] - began_unix}))
@@ -145,6 +146,8 @@ def _checked(
     yield typed(checking.event("begins"))
     spec = check(config, purpose, resume=resume)
     yield typed(timeline.add(checking.event("done")))
+    for sentence in unused_options(config):
+        yield typed(timeline.add({"kind": "note", "text": f"warning: {sentence}", "unix_seconds": time.time()}))
     return spec
 
 

@@ -1,7 +1,7 @@
 """What a run can go on with but somebody should know before it starts: end tokens that the model's files do not agree on, rows
-that are too long, in a sample, held-out problems that are trained on, values for CPUs on a machine with GPUs, and old answers
-whose ratios nothing but the clip bounds. What a run cannot go on with is the preflight's to tell; a run itself notes the first
-three, of all its rows.
+that are too long, in a sample, held-out problems that are trained on, values for CPUs on a machine with GPUs, old answers whose
+ratios nothing but the clip bounds, and options that change nothing. What a run cannot go on with is the preflight's to tell; a
+run itself notes the first three, of all its rows, and the last.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from engine.config.load import RunConfig
 from engine.config.options import Source, source_key
+from engine.config.unused import unused_options
 from engine.core.errors import DataError
 from engine.data.ends import end_tokens
 from engine.data.mixture import longest_asked, prompt_form
@@ -37,7 +38,7 @@ def warnings(spec: Spec, tokenizer: Tokenizer) -> list[str]:
     disagreement = end_tokens(config.model.path, tokenizer).disagreement
     pairs = config.data.replay if spec.source == "preferences" else None
     trained = set(_trained(config, pairs)) if any(source.held_out for source in config.data.sources) else set()
-    told = [*filter(None, [disagreement]), *_slow_on_gpus(config), *_uncorrected(spec)]
+    told = [*unused_options(config), *filter(None, [disagreement]), *_slow_on_gpus(config), *_uncorrected(spec)]
     return [*told, *_long(config, tokenizer, pairs), *_overlaps(config, trained)]
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.capacity.kv_cache import item_bytes, kv_bytes_per_token
 from engine.config.load import RunConfig
@@ -19,8 +20,10 @@ from engine.inference.pool import deal_prompts, open_after
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
 from engine.models.sharding import EngineLayout, layer_matrices
+from engine.rollouts.waves import COMPLETE_SHARES, Waves, least_groups
 
 ROUNDED_BYTES = 130  # read and written of each element that a weight sync rounds to FP8 and proves, most of them float32
+_ANSWER: Any = None  # of which a wave only counts that it is there
 LEAST_DEALT = 4  # engines whose requests are kept where some are dealt: few are told of first, more of them later
 
 
@@ -98,6 +101,7 @@ class Engine:
     most_open: int = 0  # and that ran or waited
     finished: dict[int, float] = field(default_factory=dict)  # of each step, when its last request was done so far
     handed_over: dict[int, list[tuple[float, int]]] = field(default_factory=dict)  # of each step, when so many requests were
+    ends: dict[int, list[tuple[float, int]]] | None = None  # where kept: of each step, when a response to which prompt was done
     stretches: list[tuple[float, float]] = field(default_factory=list)  # in which it was busy, from and until
     _left: dict[int, int] = field(default_factory=dict)
     num_asked: dict[int, int] = field(default_factory=dict)  # of each step
@@ -320,6 +324,8 @@ class Engine:
         request.running = False
         self._left[step] = left = self._left[step] - 1
         self.finished[step] = now
+        if self.ends is not None:
+            self.ends.setdefault(step, []).append((now, request.prompt[1]))
         open_after = self._open_after[step]
         if left == open_after[1]:
             self.handed_over.setdefault(step, []).append((now, open_after[0] - left))
@@ -368,6 +374,12 @@ class Engines:
         ]
         self._deals = deals or Deals(works)
         self._submitted: dict[int, float] = {}
+        self._asked: dict[int, Counter[int]] = {}  # with sync.streaming, of each step: how many responses to which prompt
+        self._least = least_groups(config)
+        self._waves: dict[tuple[int, ...], list[tuple[float, float]]] = {}  # by the step and each engine's calls
+        if config.sync.streaming:
+            for engine in self.engines:
+                engine.ends = {}
 
     def open(self, now: float, steps: range) -> None:
         """Submits the prompts of these steps."""
@@ -381,6 +393,8 @@ class Engines:
                 samples = len(work.completions[0])
                 for i in share[place]:
                     prompt, sample = divmod(i, samples)
+                    if engine.ends is not None:
+                        self._asked.setdefault(step, Counter())[prompt] += 1
                     asked.append(_Request(step, (step, prompt), work.prompts[prompt], work.completions[prompt][sample]))
             engine.submit(now, asked)
 
@@ -393,6 +407,49 @@ class Engines:
         found = sorted(part for engine in self.engines for part in engine.handed_over.get(step, ()))
         count = sum(engine.num_asked.get(step, 0) for engine in self.engines)
         return [(when, number / count) for when, number in found]
+
+    def waves(self, step: int) -> list[tuple[float, float]]:
+        """When which shares of a step's tokens are cut off as a wave (sync.streaming), as far as the engines have come; the
+        last one once no response is missing. As the run's own `Waves` cuts the groups that these engines have to themselves."""
+        told = [engine for engine in self.engines if engine.num_asked.get(step)]
+        calls = [engine.handed_over.get(step, []) for engine in told]
+        key = (step, *map(len, calls))
+        if key not in self._waves:
+            self._waves[key] = self._cut(step, told, calls)
+        return self._waves[key]
+
+    def _cut(self, step: int, told: Many[Engine], calls: Many[Many[tuple[float, int]]]) -> list[tuple[float, float]]:
+        work = self._works[step % len(self._works)]
+        size, due = len(work.completions[0]), [len(open_after(engine.num_asked[step])) for engine in told]
+        groups = {prompt: place for place, prompt in enumerate(p for p, n in self._asked[step].items() if n == size)}
+        turns: list[float] = []  # when all engines have answered so many calls
+        while len(turns) < max(due):
+            last = [min(len(turns), most - 1) for most in due]
+            answered = [own[number][0] for own, number in zip(calls, last, strict=True) if len(own) > number]
+            if len(answered) < len(told):
+                break
+            turns.append(max(answered))
+        least = -(-self._least * len(groups) // len(work.prompts))
+        waves, found = Waves(len(groups), size, COMPLETE_SHARES, least), list[tuple[float, float]]()
+        ends, counts = [deque((engine.ends or {}).get(step, ())) for engine in told], Counter[int]()
+        for turn, moment in enumerate(turns if groups else ()):
+            for own, ended, most in zip(calls, ends, due, strict=True):
+                while ended and ended[0][0] <= own[min(turn, most - 1)][0]:
+                    _, prompt = ended.popleft()
+                    if prompt in groups:
+                        waves.put({groups[prompt] * size + counts[prompt]: _ANSWER})
+                        counts[prompt] += 1
+            waves.turn()
+            early = [wave for wave in waves.made if not wave.is_last]
+            found += [(moment, self._share(work, list(groups), wave.groups)) for wave in early[len(found) :]]
+        if len(turns) == max(due):
+            found.append((turns[-1], 1.0 - sum(share for _, share in found)))
+        return found
+
+    def _share(self, work: StepWork, prompts: Many[int], groups: Many[int]) -> float:
+        """Of the tokens of a step's groups those of some."""
+        tokens = [len(work.completions[p]) * work.prompts[p] + sum(work.completions[p]) for p in prompts]
+        return sum(tokens[group] for group in groups) / sum(tokens)
 
     def catch_up(self, now: float, slow: float = 1.0) -> None:
         """Works up to a time; everything takes `slow` times as long."""

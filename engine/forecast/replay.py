@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.config.schedules.base import Schedule
 
@@ -29,6 +29,11 @@ class Sampling(Protocol):
 
     def handed_over(self, step: int) -> list[tuple[float, float]]:
         """When which shares of a step's responses were handed over, as far as the engines have come, in this order."""
+        ...
+
+    def waves(self, step: int) -> list[tuple[float, float]]:
+        """When which shares of a step's tokens are cut off as a wave (sync.streaming), as far as the engines have come; the
+        last one once no response is missing."""
         ...
 
     def catch_up(self, now: float, slow: float = 1.0) -> None:
@@ -84,6 +89,7 @@ class Costs:
     colocated: bool = False
     cores: Cores | None = None  # None: everybody has devices of his own
     one_by_one: bool = False  # responses are judged as engines hand them over, not when the step's last one is in
+    streams: bool = False  # sync.streaming: the trainer takes a step's groups in waves, while others are sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +191,7 @@ def play(schedule: Schedule, num_steps: int, first: int, engines: Sampling | Non
     played = Played(first=first)
     clock: Clock
     if engines is None:
-        clock = Clock(played.spans)
+        clock = Clock(played.spans, costs)
     elif costs.cores is None:
         clock = Apart(played.spans, engines, costs)
     else:
@@ -196,7 +202,8 @@ def play(schedule: Schedule, num_steps: int, first: int, engines: Sampling | Non
         if step == first and engines is not None:
             engines.catch_up(start)
             busy_before = engines.busy_seconds
-        finish = sync = waited = judged = 0.0
+        finish = sync = waited = judged = train = 0.0
+        share = 1.0  # of the step, that is left to train on
         if engines is not None and schedule.sync_due(step):
             ahead = schedule.in_flight(step)
             due = range(ahead.start, min(ahead.stop, _next_sync(schedule, step))) if schedule.updates_in_flight else ahead
@@ -213,14 +220,20 @@ def play(schedule: Schedule, num_steps: int, first: int, engines: Sampling | Non
                 engines.aim(range(after if step else 0, _next_sync(schedule, after)))
             if opened:
                 clock.open(opened)
-            waited, judged = clock.wait_scored(step, opened if costs.colocated else range(0))
+            while costs.streams:
+                wave = clock.wait_wave(step)
+                waited += wave.waited
+                if not wave.is_early:
+                    break
+                train += clock.train(step, wave.share)
+                share -= wave.share
+            more, judged = clock.wait_scored(step, opened if costs.colocated else range(0))
+            waited += more
             if costs.colocated and opened:
                 sync += costs.turn
                 clock.now += costs.turn
-        host, train = clock.work(costs.host(step), 1.0), 0.0
-        began = clock.now
-        train = clock.work(costs.train(step), costs.cores.trainer if costs.cores else 0.0)
-        played.spans.append(Span("trainer", f"step {step}", began, clock.now))
+        host = clock.work(costs.host(step), 1.0)
+        train += clock.train(step, share)
         played.steps.append(StepTimes(start, sync, finish, waited, judged, host, train))
     if engines is not None:
         engines.catch_up(clock.now)
@@ -233,12 +246,21 @@ def _next_sync(schedule: Schedule, step: int) -> int:
     return next((later for later in range(step + 1, schedule.num_steps) if schedule.sync_due(later)), schedule.num_steps)
 
 
+class Wave(NamedTuple):
+    """A wave of a step that was waited for; where it is not an early one, only the step's last one is left."""
+
+    is_early: bool
+    share: float  # of the step's tokens, that are in it
+    waited: float  # seconds
+
+
 class Clock:
     """The trainer's time, and what goes on beside it; by itself, of a run whose batches come from disk."""
 
-    def __init__(self, spans: list[Span]) -> None:
+    def __init__(self, spans: list[Span], costs: Costs) -> None:
         self.now = 0.0
-        self._spans = spans
+        self._spans, self._costs = spans, costs
+        self._num_waves: dict[int, int] = {}  # of each step, that the trainer has taken
 
     def open(self, steps: range) -> None:
         """Submits the prompts of these steps."""
@@ -251,6 +273,17 @@ class Clock:
         """Until a step's answers are judged, and those of the steps `together`; how long that was, and of that how long after
         the step's last response."""
         return 0.0, 0.0
+
+    def wait_wave(self, step: int) -> Wave:
+        """Until the next wave of a step is judged, or it is known that only the last one is left."""
+        return Wave(False, 0.0, 0.0)
+
+    def train(self, step: int, share: float) -> float:
+        """The trainer trains on so much of a step; how long it was."""
+        began, cores = self.now, self._costs.cores
+        seconds = self.work(share * self._costs.train(step), cores.trainer if cores else 0.0)
+        self._spans.append(Span("trainer", f"step {step}", began, self.now))
+        return seconds
 
     def work(self, seconds: float, threads: float) -> float:
         """The trainer computes what takes so long where nobody else does; how long it was."""
@@ -270,8 +303,8 @@ class Apart(Clock):
     """Trainer, engines and rewards have devices of their own: nobody waits but for what he needs."""
 
     def __init__(self, spans: list[Span], engines: Sampling, costs: Costs) -> None:
-        super().__init__(spans)
-        self._engines, self._costs = engines, costs
+        super().__init__(spans, costs)
+        self._engines = engines
         self._scored: dict[int, float] = {}
         self._judged_until = 0.0  # one thread judges the steps in order
 
@@ -294,10 +327,26 @@ class Apart(Clock):
         judged = max(0.0, self.now - max(asked, sampled))
         return waited, min(judged, waited)
 
+    def wait_wave(self, step: int) -> Wave:
+        """The trainer hurries no engine, so all waves are known beforehand."""
+        self._engines.sampled(step)
+        waves, number = self._engines.waves(step), self._num_waves.get(step, 0)
+        if number == len(waves) - 1:
+            return Wave(False, 0.0, 0.0)
+        judged = judged_at(waves[: number + 1], self._costs.judge(step), self._judged_until)
+        self._num_waves[step] = number + 1
+        asked, self.now = self.now, max(self.now, judged)
+        return Wave(True, waves[number][1], self.now - asked)
+
     def _until_scored(self, step: int) -> float:
         if step not in self._scored:
             sampled = self._engines.sampled(step)
             parts = self._engines.handed_over(step) if self._costs.one_by_one else []
+            if self._costs.streams:  # they judge wave after wave, and the last one as it arrives
+                *early, (_, rest) = self._engines.waves(step)
+                late = [part for part in parts if not early or part[0] > early[-1][0]] or [(sampled, 1.0)]
+                whole = sum(share for _, share in late)
+                parts = early + [(when, rest * share / whole) for when, share in late]
             parts = parts or [(sampled, 1.0)]  # where none of the engines that are replayed has a part of it
             begin = max(parts[0][0], self._judged_until)
             self._judged_until = self._scored[step] = judged_at(parts, self._costs.judge(step), self._judged_until)
@@ -312,8 +361,8 @@ class Together(Clock):
     SLICES = 64  # of a step's training, or of a wait
 
     def __init__(self, spans: list[Span], engines: Sampling, costs: Costs, cores: Cores) -> None:
-        super().__init__(spans)
-        self._engines, self._costs, self._cores = engines, costs, cores
+        super().__init__(spans, costs)
+        self._engines, self._cores = engines, cores
         self._slice = max(costs.train(0), 1e-3) / self.SLICES
         self._judging: deque[tuple[int, float, float]] = deque()  # (step, seconds left, when it began), in the order of steps
         self._sampled: dict[int, float] = {}
@@ -339,6 +388,19 @@ class Together(Clock):
         sampled = max(self._sampled[each] for each in (*together, step))
         return self.now - asked, min(self.now - asked, max(0.0, self.now - max(asked, sampled)))
 
+    def wait_wave(self, step: int) -> Wave:
+        """Slice by slice, until it is cut and as much of the step is judged as there is in it and those before."""
+        asked, number = self.now, self._num_waves.get(step, 0)
+        while len(waves := self._engines.waves(step)) <= number:
+            self._go_on(self._slice, 0.0)
+        if not self._engines.lacks(step) and number == len(waves) - 1:
+            return Wave(False, 0.0, self.now - asked)
+        judge, there = self._costs.judge(step), sum(share for _, share in waves[: number + 1])
+        while step not in self._scored and self._judging[0][1] > (1.0 - there) * judge + 1e-9:
+            self._go_on(self._slice, 0.0)
+        self._num_waves[step] = number + 1
+        return Wave(True, waves[number][1], self.now - asked)
+
     def work(self, seconds: float, threads: float) -> float:
         """Slice by slice, beside whoever else computes."""
         began, left = self.now, seconds
@@ -353,9 +415,11 @@ class Together(Clock):
         step, left, _ = self._judging[0]
         if step in self._sampled:
             return left
-        if not self._costs.one_by_one:
-            return 0.0
-        here = sum(share for _, share in self._engines.handed_over(step))
+        if self._costs.one_by_one:
+            parts = self._engines.handed_over(step)
+        else:
+            parts = self._engines.waves(step) if self._costs.streams else []
+        here = sum(share for _, share in parts)
         return left - (1.0 - here) * self._costs.judge(step)
 
     def _go_on(self, seconds: float, threads: float) -> float:

@@ -64,6 +64,8 @@ class Forecast:
     regime: str
     sync_interval: Interval
     lookahead: int
+    in_flight: bool  # sync.in_flight
+    streaming: bool  # sync.streaming
     staleness_mean: float  # optimizer steps, over the run
     staleness_max: int
     step_seconds: float
@@ -217,6 +219,7 @@ class Forecaster:
             turn=c.sleep_seconds if colocated else 0.0,
             colocated=colocated,
             cores=self._cores() if c.cores else None,
+            streams=self._config.sync.streaming,
             one_by_one=judges_one_by_one(self.given.spec) if self.given.one_by_one is None else self.given.one_by_one,
         )
 
@@ -268,6 +271,8 @@ class Forecaster:
             regime=schedule.regime,
             sync_interval=schedule.sync_interval,
             lookahead=schedule.lookahead,
+            in_flight=schedule.updates_in_flight,
+            streaming=config.sync.streaming,
             staleness_mean=sum(stale) / len(stale),
             staleness_max=max(stale),
             step_seconds=seconds,
@@ -354,22 +359,25 @@ def scores_reference(spec: Spec) -> bool:
 
 
 class Regime(NamedTuple):
-    """Between which weight syncs, and how many intervals ahead."""
+    """Between which weight syncs, how many intervals ahead, and what else overlaps."""
 
     interval: Interval
     lookahead: int = 0
+    in_flight: bool = False
+    streaming: bool = False
 
     @classmethod
     def asked(cls, config: RunConfig) -> Regime:
         """A configuration's own; the most of one that decides on its intervals."""
-        return cls(config.schedule.planned.sync_interval, config.sync.lookahead)
+        sync = config.sync
+        return cls(config.schedule.planned.sync_interval, sync.lookahead, sync.in_flight, sync.streaming)
 
     def of(self, schedule: Schedule) -> Schedule:
-        """A schedule with another s and lookahead; with updates in flight only where there is something to pause."""
-        if self == (schedule.planned.sync_interval, schedule.planned.lookahead):
-            return schedule.planned
-        in_flight = schedule.updates_in_flight and self.lookahead >= LEAST_LOOKAHEAD_IN_FLIGHT
-        changed = {"sync_interval": self.interval, "lookahead": self.lookahead, "updates_in_flight": in_flight}
+        """A schedule with another s and lookahead, and updates in flight or none."""
+        planned = schedule.planned
+        if self[:3] == (planned.sync_interval, planned.lookahead, planned.updates_in_flight):
+            return planned
+        changed = {"sync_interval": self.interval, "lookahead": self.lookahead, "updates_in_flight": self.in_flight}
         return replace(schedule.other, **changed)  # type: ignore[arg-type]
 
     def asked_of(self, config: RunConfig) -> RunConfig:
@@ -381,8 +389,8 @@ class Regime(NamedTuple):
         changed = {
             "sync_interval": self.interval,
             "lookahead": self.lookahead,
-            "in_flight": sync.in_flight and self.lookahead >= LEAST_LOOKAHEAD_IN_FLIGHT,
-            "streaming": False,
+            "in_flight": self.in_flight,
+            "streaming": self.streaming,
             "reference": "never" if self.interval == "never" and sync.reference == "follow" else sync.reference,
         }
         if isinstance(every, int) and isinstance(self.interval, int):
@@ -391,14 +399,21 @@ class Regime(NamedTuple):
         return config.model_copy(update={"sync": sync.model_copy(update=changed), "checkpoint": checkpoint})
 
 
-def regimes(config: RunConfig, intervals: Iterable[Interval]) -> list[Regime]:
+def regimes(config: RunConfig, intervals: Iterable[Interval], *, offered: bool = False) -> list[Regime]:
     """The configuration's own regime and those of several s, each without lookahead, with one interval, and with as many as
-    the configuration has; where nothing can be sampled ahead, without. In order."""
+    the configuration has; where nothing can be sampled ahead, without. `offered`: and what updates in flight and streaming
+    would make of them, where the configuration allows that. In order."""
     own = Regime.asked(config)
     colocated = config.inference.placement == "colocated"
-    found = {own}
+    found, more = {own}, set[Regime]()
     for interval in {*intervals, own.interval}:
         if isinstance(interval, str) or interval <= config.run.steps:
             ahead = (0,) if colocated or isinstance(interval, str) else (0, 1, own.lookahead)
-            found |= {Regime(interval, lookahead) for lookahead in ahead}
+            found |= {Regime(interval, one, own.in_flight and one >= LEAST_LOOKAHEAD_IN_FLIGHT) for one in ahead}
+            if isinstance(interval, int):
+                more.add(Regime(interval, LEAST_LOOKAHEAD_IN_FLIGHT, in_flight=True))
+            if interval == 1:
+                more.add(Regime(1, streaming=True))
+    if offered:
+        found |= {one for one in more - found if not one.asked_of(config).broken_rules}
     return sorted(found, key=lambda one: (isinstance(one.interval, str), *(one if isinstance(one.interval, int) else (0, 0))))

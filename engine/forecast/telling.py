@@ -190,7 +190,7 @@ def _span(seconds: float) -> str:
 
 
 def intervals_table(found: Many[Forecast], own: Regime) -> list[tuple[str, ...]]:
-    """Staleness and seconds for several s and lookaheads; the run's own are marked."""
+    """Staleness and seconds for several s and lookaheads, in flight and streaming; the run's own are marked."""
     heading = (
         "s",
         "lookahead",
@@ -206,8 +206,8 @@ def intervals_table(found: Many[Forecast], own: Regime) -> list[tuple[str, ...]]
         heading,
         *(
             (
-                f"{one.sync_interval}{' *' if (one.sync_interval, one.lookahead) == own else ''}",
-                str(one.lookahead),
+                f"{one.sync_interval}{' *' if (one.sync_interval, one.lookahead, one.in_flight, one.streaming) == own else ''}",
+                _ahead(one.lookahead, one.in_flight, one.streaming),
                 f"{one.staleness_mean:.1f}",
                 str(one.staleness_max),
                 f"{one.step_seconds:.2f}",
@@ -219,6 +219,11 @@ def intervals_table(found: Many[Forecast], own: Regime) -> list[tuple[str, ...]]
             for one in found
         ),
     ]
+
+
+def _ahead(lookahead: int, in_flight: bool, streaming: bool) -> str:
+    """A lookahead, and what else overlaps."""
+    return f"{lookahead}{', in flight' * in_flight}{', streaming' * streaming}"
 
 
 def best_table(found: Many[Found]) -> list[tuple[str, ...]]:
@@ -248,7 +253,7 @@ def frontier_table(best: Mapping[Regime, Many[Found]], own: Regime) -> list[tupl
         *(
             (
                 f"{regime.interval}{' *' if regime == own else ''}",
-                str(regime.lookahead),
+                _ahead(*regime[1:]),
                 f"{found[0].forecast.staleness_mean:.1f}",
                 f"{found[0].forecast.step_seconds:.2f}",
                 str(found[0].forecast.gpus),
@@ -275,7 +280,7 @@ def trust(constants: Constants, measured: dict[str, str], workload: Workload, co
             f"alone is enough for a plan"
         )
     if config.sync.streaming:
-        text += "\nsync.streaming is forecast as a run without it: what it saves of the wait is not counted"
+        text += "\nthe waves of sync.streaming are those of the drawn lengths; that their rows are less full is not counted"
     if places := sorted({how.rpartition("; ")[2] for how in measured.values() if "; " in how}):
         text += f"\n{len(measured)} constants were measured: {'; '.join(places)}"
     if guesses:

@@ -1,5 +1,6 @@
 """Weights that engines take in the middle of responses (sync.in_flight), at moments of a logical clock: whatever is delayed,
-and wherever the run is cut, every bit is what it is without. Nightly: an interval of several steps, evaluated in its middle."""
+and wherever the run is cut, every bit is what it is without. Nightly: an interval of several steps, evaluated in its middle,
+and a few runs of tools/probe_in_flight.py, of which docs/results.md has many."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from tests.e2e.test_golden_check import agreed
 pytestmark = pytest.mark.timeout(1800)
 SCHEDULES = 50
 DELAYS = Path(__file__).with_name("delays")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def kill(run: subprocess.Popen[bytes]) -> None:
@@ -99,3 +101,13 @@ def test_a_delayed_and_killed_run_is_bit_for_bit_the_undisturbed_one(
     assert untimed(rows(other, "metrics.jsonl")) == untimed(told)
     assert rows(other, "evaluations.jsonl") == rows(whole, "evaluations.jsonl")
     assert tensors(other) == tensors(whole)
+
+
+@pytest.mark.nightly
+def test_runs_with_engines_that_stay_waits_and_kills_are_all_the_undisturbed_one(run_config: Make, tmp_path: Path) -> None:
+    probe = [sys.executable, "-m", "tools.probe_in_flight", written(run_config(), tmp_path), str(tmp_path / "runs")]
+    run = subprocess.run([*probe, "--runs", "3", "--killed", "0.7"], capture_output=True, text=True, timeout=1700, cwd=ROOT)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    found = json.loads(run.stdout.split("RESULT ")[1])
+    assert found["equal"] == found["runs"] == 3
+    assert found["kills"] > 0 and found["waited_seconds"] > 10 and found["most_versions"] > 1

@@ -250,12 +250,15 @@ def test_plan_says_seconds_hours_and_what_binds(plan_told):
         assert words in said, words
 
 
-def test_a_run_that_streams_is_foreseen_as_one_that_does_not(plan_told):
-    online = ["--mean-tokens", "300", "data.prompts_per_step=16", "sync.sync_interval=1"]
-    figures, _ = plan_told(*online)
-    streamed, _ = plan_told(*online, "sync.streaming=true", "trainer.overlap_gradients=false")
-    plain, _ = plan_told(*online, "trainer.overlap_gradients=false")
-    assert streamed["forecast"] == plain["forecast"] and figures["forecast"]["step_seconds"] > 0
+def test_what_a_run_that_streams_hides_of_its_training_is_no_wait(plan_told):
+    online = ["--mean-tokens", "300", "data.prompts_per_step=64", "sync.sync_interval=1", "trainer.overlap_gradients=false"]
+    streamed, said = plan_told(*online, "sync.streaming=true")
+    plain, _ = plan_told(*online)
+    rows = [row for row in plain["intervals"] if row["streaming"]]
+    assert [row["step_seconds"] for row in rows] == [streamed["forecast"]["step_seconds"]] and "0, streaming" in said
+    one, other = (figures["forecast"]["parts"] for figures in (streamed, plain))
+    assert one["training"] == pytest.approx(other["training"])
+    assert sum(one.values()) < sum(other.values()) and one["rollouts"] < other["rollouts"]
 
 
 def test_without_rollouts_there_is_no_forecast(plan_told):
@@ -289,7 +292,7 @@ def test_flags_that_cannot_be_used_are_told(arguments, told, monkeypatch, capsys
 def test_a_plan_tells_what_it_leaves_out_and_what_it_was_told(plan_told):
     judged = ["data.reward=model", "reward_model.path=nowhere", "cluster.nodes=2"]
     _, said = plan_told("sync.sync_interval=1", "sync.streaming=true", "trainer.overlap_gradients=false", *judged)
-    assert "prompts: 150 tokens" in said and "sync.streaming is forecast as a run without it" in said
+    assert "prompts: 150 tokens" in said and "the waves of sync.streaming are those of the drawn lengths" in said
     assert f"the reward model's time is not counted, for there is no {Path('nowhere/config.json')}" in said
     _, said = plan_told()
     assert "is not counted" not in said and "sync.streaming" not in said and "constants were measured" not in said
@@ -352,7 +355,7 @@ def test_the_search_finds_layouts_that_fit_and_repeats_itself():
             assert (
                 one.forecast.gpus <= 8
                 and one.spare_bytes >= 0
-                and (one.forecast.sync_interval, one.forecast.lookahead) == regime
+                and (one.forecast.sync_interval, one.forecast.lookahead) == regime[:2]
             )
             assert not regime.lookahead or one.config.inference.placement == "disaggregated"
             assert resolve(one.config, digests=False).placement is not None
@@ -484,6 +487,12 @@ def test_regimes_of_a_table():
     s10 = override(BASE, {"run.steps": 50, "checkpoint.every": 10, "sync.lookahead": 2})
     found = regimes(s10, (1, 100, "never"))
     assert found == [Regime(s, ahead) for s in (1, 10) for ahead in (0, 1, 2)] + [Regime("never")]
+    offered = [Regime(1, 0, streaming=True), Regime(1, 2, in_flight=True), Regime(10, 2, in_flight=True)]
+    assert set(regimes(s10, (1, 100, "never"), offered=True)) == {*found, *offered}
+    texts = override(s10, {"sampling.stop": ["END"], "data.spare_prompts": 2})
+    assert regimes(texts, (1, 100, "never"), offered=True) == found, "what the configuration forbids is not offered"
+    flying = override(s10, {"sync.in_flight": True})
+    assert {one for one in regimes(flying, (1,)) if one.lookahead == 2} == {Regime(s, 2, True) for s in (1, 10)}
     assert Regime(1, 2).of(s10.schedule).lookahead == 2 and Regime("never").of(s10.schedule).lookahead == 0
 
 
@@ -500,11 +509,16 @@ def test_a_row_of_another_s_is_a_plan_of_that_s():
     online = override(BASE, changes)
     assert online.algorithm.loss == "dpo"
     found = planned(online, Machine(), known=calibrated(), workload=LENGTHS, intervals=(10, "never"))
-    rows = {(row.sync_interval, row.lookahead): row for row in found.intervals}
+    rows = {(row.sync_interval, row.lookahead): row for row in found.intervals if not (row.in_flight or row.streaming)}
     tenth = {"sync.sync_interval": 10, "checkpoint.every": 10}
     for changed in ({}, tenth, tenth | {"sync.lookahead": 1}, {"sync.sync_interval": "never", "sync.reference": "never"}):
         own = hours_of(override(online, changed))
         assert rows[own.sync_interval, own.lookahead] == own
+    more: tuple[dict[str, Any], ...] = (tenth | {"sync.lookahead": 2, "sync.in_flight": True}, {"sync.streaming": True})
+    for overlapping in more:
+        own = hours_of(override(online, overlapping))
+        assert own in found.intervals and (own.in_flight or own.streaming)
+    assert own.step_seconds == rows[1, 0].step_seconds, "64 pairs on 16 ranks make one wave"
     assert rows[1, 0].train_parts["reference"] == 0 < rows[10, 0].train_parts["reference"]
 
 

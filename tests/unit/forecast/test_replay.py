@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,6 +14,8 @@ from engine.forecast.lengths import StepWork
 from engine.forecast.replay import Cores, Costs, play, window
 from engine.forecast.seconds import Regime
 from tests import builders
+from tools.bench_streaming import CASES, COSTS, cut, drawn
+from tools.scale_balance import PROMPT
 
 
 @dataclass
@@ -37,6 +40,10 @@ class Steady:
     def handed_over(self, step: int) -> list[tuple[float, float]]:
         """Half of them after half of the time, the others at the end."""
         return [(self.ready[step] - self.seconds / 2, 0.5), (self.ready[step], 0.5)]
+
+    def waves(self, step: int) -> list[tuple[float, float]]:
+        """The same halves."""
+        return self.handed_over(step)
 
     def catch_up(self, now: float, slow: float = 1.0) -> None:
         pass
@@ -88,6 +95,58 @@ def test_one_by_one_the_first_answers_are_judged_while_the_last_are_sampled(judg
     """Half of a step's answers are there after 1.5 s of 3, so that so much of the judging is left at the end."""
     played = play(Paper(1, "never", 2, 16), 2, 0, Steady(3.0), costs(2.0, judge=judge, one_by_one=True))
     assert [(s.waited, s.judged) for s in played.steps] == [(3.0 + left, left)] * 2
+
+
+@pytest.mark.parametrize(("judge", "seconds"), [(0.0, 4.0), (0.5, 4.25), (4.0, 6.5)])
+def test_streaming_half_of_a_step_is_trained_on_while_the_other_half_is_sampled(judge, seconds):
+    """Halves at 1.5 and 3 s, judged in half of the judging each, trained on in 1 s each: the first by 2.5 s at the soonest."""
+    played = play(Paper(1, "never", 3, 16), 3, 0, Steady(3.0), costs(2.0, judge=judge, streams=True))
+    assert [step.seconds for step in played.steps] == pytest.approx([seconds] * 3)
+    assert [step.train for step in played.steps] == [2.0] * 3
+    assert play(Paper(1, "never", 3, 16), 3, 0, Steady(3.0), costs(2.0)).step_seconds == 5.0
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4], CASES[8]], ids=str)
+def test_streaming_is_worth_what_the_arithmetic_of_the_waves_says(case):
+    """tools/bench_streaming.py knows lengths and a clock alone, in which a decoding step takes as long whatever it decodes."""
+    draw, num_steps, size = random.Random(5), 5, case.size
+    steps = [drawn(case, draw) for _ in range(num_steps)]
+    prompts = (PROMPT,) * case.num_prompts
+    works = [StepWork(prompts, tuple(tuple(s[i : i + size]) for i in range(0, len(s), size)), ()) for s in steps]
+    longest = [max(lengths) for lengths in steps]
+    for cost in COSTS:
+        expected = sum(most * cut(lengths, case).step_time(cost) for most, lengths in zip(longest, steps, strict=True))
+        made = builders.config(
+            data={"prompts_per_step": case.num_prompts},
+            algorithm={"samples_per_prompt": size, "loss": "grpo"},
+            inference={"engines": case.num_engines, "max_concurrent": 1000},
+            sync={"streaming": True},
+        )
+        engines = Engines(made, SECOND, 10**9, works)
+        trains = [cost * most for most in longest]
+        taken = Costs(trains.__getitem__, lambda step: 0.0, lambda step: 0.0, 0.0, streams=True)
+        played = play(Paper(1, "never", num_steps, 16), num_steps, 0, engines, taken)
+        assert played.duration == pytest.approx(expected, rel=0.005)
+
+
+def test_on_shared_cores_streaming_hides_no_more_than_cores_are_left():
+    """Two threads of work for two cores overlap as on devices of their own; on one core nothing is gained."""
+    found = {}
+    for cores in (1.0, 2.0):
+        for streams in (False, True):
+            made = builders.config(
+                data={"prompts_per_step": 4},
+                algorithm={"samples_per_prompt": 2, "loss": "grpo"},
+                sync={"streaming": streams},
+            )
+            works = [StepWork((1,) * 4, ((2, 3), (4, 5), (6, 20), (7, 40)), ())]
+            shared = Cores(cores, trainer=1.0, engine=1.0, rewards=0.0)
+            taken = costs(10.0, cores=shared, streams=streams)
+            found[cores, streams] = play(
+                Paper(1, "never", 3, 16), 3, 0, Engines(made, SECOND, 10**9, works), taken
+            ).step_seconds
+    assert found[2.0, False] == pytest.approx(50, rel=0.02) and found[2.0, True] < 47
+    assert found[1.0, True] == pytest.approx(found[1.0, False], rel=0.03)
 
 
 def test_who_takes_turns_waits_for_the_whole_interval():
@@ -263,12 +322,13 @@ def test_a_step_of_which_no_engine_that_is_replayed_has_a_part_is_judged_whole(m
     assert [step.judged for step in played.steps] == [0.5, 0.5]
 
 
-def test_another_lookahead_of_a_run_in_flight_has_updates_in_flight_where_something_can_be_paused():
-    """As in the plan's table of intervals, which has every s without lookahead and with one."""
+def test_another_regime_of_a_run_has_updates_in_flight_where_it_says_so():
+    """As in the plan's table of intervals."""
     asked = Paper(10, "never", 100, 16, 2, True)
-    found = {ahead: Regime(5, ahead).of(asked) for ahead in (0, 1, 2, 3)}
-    assert [one.updates_in_flight for one in found.values()] == [False, False, True, True]
-    for one in found.values():
+    found = [Regime(5, ahead, in_flight).of(asked) for ahead, in_flight in ((0, False), (1, False), (2, True), (3, False))]
+    assert [(one.lookahead, one.updates_in_flight) for one in found] == [(0, False), (1, False), (2, True), (3, False)]
+    assert Regime(10, 2, in_flight=True).of(asked) is asked
+    for one in found:
         play(one, 40, 0, one_engine([8], slots=3), costs(1.0))
 
 
