@@ -12,10 +12,11 @@ from typing import Any
 
 from engine.config.options import Trainer
 from engine.forecast.lengths import LogNormal
-from engine.forecast.pipeline import Operation, replay
 from engine.megatron.balancing import SCORED_FIRST
 from engine.megatron.dealing import deal_step, too_large
 from engine.megatron.outlines import Costs, Outline, units_of
+from engine.megatron.pipeline import BACKWARD, replay_works
+from engine.megatron.pipelined_rows import ROW_COST_TOKENS
 
 ATTENTION = 1 / 61_000  # what a look at a key costs next to the products of a token, of an 8B Llama
 PROMPT = 150  # tokens
@@ -35,6 +36,7 @@ class Case:
     num_sequences: int
     data_parallel: int
     pipeline_parallel: int = 1
+    virtual_pipeline: int = 1
 
 
 BALANCE = [
@@ -50,9 +52,13 @@ BALANCE = [
 ]
 PIPELINES = [
     (Case("DPO", 2, 128, 4, 8), SHORT),
+    (Case("DPO", 2, 256, 4, 8, 2), SHORT),  # configs/scale/llama-3.1-405b.toml, where every prompt has a pair
     (Case("GRPO", 1, 1024, 8, 4), SHORT),
+    (Case("GRPO", 1, 1024, 8, 4, 2), SHORT),
     (Case("GRPO", 1, 1024, 16, 8), LONG),
+    (Case("GRPO", 1, 1024, 16, 8, 2), LONG),
     (Case("GRPO", 1, 512, 32, 4), SHORT),
+    (Case("GRPO", 1, 2048, 4, 8, 2), SHORT),
 ]
 
 
@@ -97,17 +103,16 @@ def works(dealt: Dealt, costs: Costs, split: list[frozenset[int]] | None = None)
     ]
 
 
-def over_ideal(dealt: Dealt, costs: Costs, num_stages: int) -> float:
-    """How long the slowest rank's pipeline takes, over a step in which no stage and no rank ever waits."""
-    work = [[costs.work(row) if row else 0.0 for row in rows] for rows in dealt]
-
-    def seconds(rows: list[float]) -> float:
-        def of(_: int, operation: Operation) -> float:
-            return (2.0 if operation.backward else 1.0) * rows[operation.row] / num_stages
-
-        return replay(num_stages, len(rows), 1, of)
-
-    return max(map(seconds, work)) / (3.0 * fmean(map(sum, work)) / num_stages)
+def over_ideal(dealt: Dealt, costs: Costs, num_stages: int, num_chunks: int) -> float:
+    """How long the slowest rank's pipeline takes, with what rows cost beside their tokens, over a step without such costs in
+    which no stage and no rank ever waits and no prompt is computed twice on a rank."""
+    works = [[costs.work(row) + ROW_COST_TOKENS for row in rows + [[]] * (-len(rows) % num_stages)] for rows in dealt]
+    if num_chunks == 1:
+        works = [own[: len(rows)] for own, rows in zip(works, dealt, strict=True)]
+    once = Costs(True, costs.attention)
+    ideal = fmean(once.work([one for row in rows for one in row]) for rows in dealt)
+    passes = 1.0 + BACKWARD
+    return max(replay_works(own, num_stages, num_chunks) for own in works) / (passes * ideal / num_stages)
 
 
 def dealt_twice(case: Case, lengths: LogNormal, number: int, *, cuts_groups: bool = False) -> tuple[Layout, Layout]:
@@ -115,6 +120,7 @@ def dealt_twice(case: Case, lengths: LogNormal, number: int, *, cuts_groups: boo
     trainer = Trainer(
         data_parallel=case.data_parallel,
         pipeline_parallel=case.pipeline_parallel,
+        virtual_pipeline=case.virtual_pipeline,
         microbatch_tokens=ROW_TOKENS[lengths],
     )
     outlines = drawn(case, lengths, random.Random(number))
@@ -163,11 +169,17 @@ def balance(num_draws: int) -> dict[str, list[dict[str, Any]]]:
             text += f" | {before:19.3f} {kept:6.3f} {now:6.3f} {least:6.3f} {less:6.3f}"
         tables["balance"].append(row)
         print(text)
-    print("\na pipeline's step over one in which nobody waits: rows as few as first fit makes, and as they are made")
+    print(
+        "\na pipeline's step, with what rows cost, over one in which nobody waits: rows as few as first fit makes, and as they"
+    )
+    print("are made; the mean number of rows of each")
     for case, lengths in PIPELINES:
-        twice = [dealt_twice(case, lengths, number) for number in draws]
-        before, now = (fmean(over_ideal(*both[side][:2], case.pipeline_parallel) for both in twice) for side in (0, 1))
+        twice = [dealt_twice(case, lengths, number, cuts_groups=case.group > 2) for number in draws]
+        stages, chunks = case.pipeline_parallel, case.virtual_pipeline
+        before, now = (fmean(over_ideal(*both[side][:2], stages, chunks) for both in twice) for side in (0, 1))
+        few, made = (fmean(len(both[side][0][0]) for both in twice) for side in (0, 1))
         name = f"{case.loss} {case.num_sequences} sequences of {lengths.mean:.0f}, {case.data_parallel} ranks"
-        print(f"{name}, {case.pipeline_parallel} stages: {before:.2f} {now:.2f}")
-        tables["pipeline"].append({"case": name, "stages": case.pipeline_parallel, "by_tokens": before, "now": now})
+        print(f"{name}, {stages} stages of {chunks} chunks: {before:.2f} with {few:.0f} rows, {now:.2f} with {made:.0f}")
+        found = {"case": name, "stages": stages, "chunks": chunks, "by_tokens": before, "now": now, "rows": made}
+        tables["pipeline"].append(found)
     return tables

@@ -50,7 +50,7 @@ class Rows:
         alike = (
             trainer.data_parallel,
             trainer.pipeline_parallel,
-            trainer.virtual_pipeline > 1,
+            trainer.virtual_pipeline,
             trainer.shares_prompts,
             trainer.microbatch_tokens,
             room_of(trainer),

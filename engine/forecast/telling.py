@@ -63,8 +63,9 @@ def binding(found: Forecast, config: RunConfig) -> list[tuple[float, str]]:
         "again": f"groups larger than a row are scored twice: raise trainer.microbatch_tokens (now {t.microbatch_tokens})",
         "compute": "forward and backward: more trainer ranks" + (", or trainer.recompute = false" if t.recompute else ""),
         "imbalance": f"uneven data-parallel ranks: a smaller trainer.data_parallel (now {t.data_parallel}), or more prompts",
-        "pipeline": f"stages wait for each other: more rows a step by a smaller trainer.microbatch_tokens (now "
-        f"{t.microbatch_tokens}), or a smaller trainer.pipeline_parallel (now {t.pipeline_parallel})",
+        "pipeline": "stages wait for each other: more prompts a step, "
+        + ("" if t.virtual_pipeline > 1 else "trainer.virtual_pipeline, ")
+        + f"or a smaller trainer.pipeline_parallel (now {t.pipeline_parallel})",
         "tensor_parallel": f"tensor-parallel sums: a smaller trainer.tensor_parallel (now {t.tensor_parallel})",
         "gradients": "gradients are summed after the last backward: a smaller trainer.data_parallel, or more prompts a step",
         "optimizer": "the optimizer: trainer.distributed_optimizer"

@@ -14,9 +14,9 @@ from engine.capacity.memory import TrainerState
 from engine.capacity.resolved import Resolved
 from engine.config.options import LOSSES
 from engine.forecast.constants import Constants
-from engine.forecast.pipeline import Operation, replay, replay_forward
 from engine.forecast.rows import RankRows, Rows, RowSize
 from engine.megatron.outlines import Outline
+from engine.megatron.pipeline import Operation, replay, replay_forward
 from engine.models.headers import num_elements
 from engine.models.sharding import stage_layers
 

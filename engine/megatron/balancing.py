@@ -11,6 +11,7 @@ import heapq
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
+from functools import cached_property
 from itertools import accumulate
 from typing import TypeVar
 
@@ -25,9 +26,9 @@ Chosen = list[list[int]]  # of each bin the places of its parts
 Dealing = TypeVar("Dealing")
 
 
-class _Unit:
-    """A unit, and what parts of it cost, by sums over its first sequences: a part's size is a difference of two. All of them
-    are multiples of a half and far below 2^53, so it is to the bit what `Costs.size` says."""
+class Unit:
+    """What is dealt together as far as possible, and what parts of it cost, by sums over its first sequences: a part's size is
+    a difference of two. All of them are multiples of a half and far below 2^53, so it is to the bit what `Costs.size` says."""
 
     def __init__(self, members: list[Outline], costs: Costs, row: int | None = None) -> None:
         """`row`: the tokens of a row; a larger group is scored first wherever it is, whole or cut."""
@@ -35,6 +36,7 @@ class _Unit:
         self._alone = [one for one in members if one.group < 0]
         self.num_alone = len(self._alone)
         self._coupled = [one for one in members if one.group >= 0] if self.num_alone < len(members) else []
+        self.work, self.tokens = costs.size(members)
         work, tokens = costs.size(self._coupled)
         self._scored_first = SCORED_FIRST * work if row is not None and tokens > row else 0.0
         self._group: Part = (self._coupled, work + self._scored_first, tokens)
@@ -44,35 +46,115 @@ class _Unit:
         self._tokens_before = list(accumulate((one.num_completion for one in self._alone), initial=0))
         looks = (one.num_completion * (prompt + one.num_completion / 2) for one in self._alone)
         self._looks_before = list(accumulate(looks, initial=0.0))
+        before = zip(self._tokens_before, self._looks_before, strict=True)
+        self._work_before = [tokens + costs.attention * looks for tokens, looks in before]
+        self._prompt_work = prompt + costs.attention * self._looks
 
     def parts(self, most: int) -> list[Part]:
         """The unit cut into at most so many parts, its group never."""
         if not self._alone:
             return [self._group]
         if most == 1:
-            work, tokens = self._costs.size(self.members)
-            return [(self.members, work + self._scored_first, tokens)]
+            return [(self.members, self.work + self._scored_first, self.tokens)]
         size = -(-self.num_alone // most)
         parts = [self._part(start, min(start + size, self.num_alone)) for start in range(0, self.num_alone, size)]
         return [self._group, *parts] if self._coupled else parts
 
     def _part(self, start: int, end: int) -> Part:
-        members = self._alone[start:end]
-        if end - start == 1:
-            tokens = members[0].num_tokens
-            return members, tokens + self._costs.attention * (tokens**2 / 2), tokens
+        return self._alone[start:end], *self.size(start, end)
+
+    @cached_property
+    def largest_piece(self) -> float:
+        """The work of the largest of what may be cut from each other."""
+        return max(work for _, work, _ in self.parts(len(self.members)))
+
+    @property
+    def num_pieces(self) -> int:
+        """What may be cut from each other: its group, and every other sequence."""
+        return bool(self._coupled) + self.num_alone
+
+    def longest(self, start: int, work: float, tokens: int, least: int) -> tuple[int, Part]:
+        """(Where it ends, the longest run of pieces from one on that has no more work and tokens), of at least so many."""
+        before = int(bool(self._coupled))
+        if start < before:
+            fits = self._group[1] <= work and self._group[2] <= tokens
+            return (1, self._group) if fits or least else (0, ([], 0.0, 0))
+        first = start - before
+        end = self._furthest(first, work, tokens)
+        if end - first <= 1:  # one by itself costs a little more than a part of one
+            end = first + (least > 0 or self._within(first, first + 1, work, tokens))
+        return end + before, ((self._alone[first:end], *self.size(first, end)) if end > first else ([], 0.0, 0))
+
+    def _furthest(self, first: int, work: float, tokens: int) -> int:
+        """Where a run from `first` on ends that has no more work and tokens."""
         if not self._shared:
-            return members, *self._costs.size(members)
+            fits = (end for end in range(self.num_alone, first, -1) if self._within(first, end, work, tokens))
+            return next(fits, first)
+        by_work = bisect_right(self._work_before, work - self._prompt_work + self._work_before[first])
+        by_tokens = bisect_right(self._tokens_before, tokens - self._prompt + self._tokens_before[first])
+        return max(first, min(by_work, by_tokens) - 1)
+
+    def _within(self, first: int, end: int, work: float, tokens: int) -> bool:
+        found = self.size(first, end)
+        return found[0] <= work and found[1] <= tokens
+
+    def size(self, start: int, end: int) -> tuple[float, int]:
+        """(work, tokens) of so many of its sequences that may be cut from each other."""
+        if end - start == 1:
+            tokens = self._alone[start].num_tokens
+            return tokens + self._costs.attention * (tokens**2 / 2), tokens
+        if not self._shared:
+            return self._costs.size(self._alone[start:end])
         tokens = self._prompt + self._tokens_before[end] - self._tokens_before[start]
         looks = self._looks + (self._looks_before[end] - self._looks_before[start])
-        return members, tokens + self._costs.attention * looks, tokens
+        return tokens + self._costs.attention * looks, tokens
 
 
-def deal_to_rows(units: list[list[Outline]], num_rows: int, costs: Costs, room: int) -> list[list[Outline]] | None:
-    """Deals units to rows of at most `room` tokens, with the fewest cuts that balance the work; None where these are too few.
-    Every row keeps the given order."""
-    parts, chosen, _ = _cut([_Unit(unit, costs) for unit in units], num_rows, room)
-    return None if chosen is None else _bins_of(parts, chosen)
+def deal_to_rows(units: list[Unit], num_rows: int, room: int) -> list[list[Outline]] | None:
+    """Deals units, or where that makes rows more equal their sequences, to rows of at most `room` tokens, the largest first to
+    the row with the least work that has room; None where rows are too few. Every row keeps the given order. Units that are
+    larger than a row are always cut."""
+    found, least = None, math.inf
+    for whole in (True, False):
+        parts = [part for unit in units for part in unit.parts(1 if whole and unit.tokens <= room else len(unit.members))]
+        chosen, fullest = _largest_first(parts, num_rows, room) if num_rows else (None, 0.0)
+        if chosen is not None and fullest < WORTH_CUTTING * least:
+            found, least = _bins_of(parts, chosen), fullest
+    return found
+
+
+def cut_to_rows(units: list[Unit], num_rows: int, room: int) -> list[list[Outline]] | None:
+    """Fills rows of at most `room` tokens one after another, in the given order, each up to the least limit of work for which
+    so many are enough; None where these are too few. A unit is cut where a row is full, so fewer than `num_rows` prompts are
+    computed again."""
+    if not num_rows:
+        return None
+    largest = max((unit.largest_piece for unit in units), default=0.0)
+    least = max(largest, math.fsum(unit.work for unit in units) / num_rows)
+
+    def attempt(limit: float) -> tuple[list[list[Outline]], float] | None:
+        rows = _filled(units, limit, room)
+        if len(rows) > num_rows or any(tokens > room for _, _, tokens in rows):
+            return None
+        return [members for members, _, _ in rows], max((work for _, work, _ in rows), default=0.0)
+
+    whole = attempt(math.inf)
+    return None if whole is None else (_least_limit(attempt, least, whole[1]) or whole)[0]
+
+
+def _filled(units: list[Unit], limit: float, room: int) -> list[Part]:
+    """Rows one after another, none above limit and room but those of one sequence or group that is."""
+    rows: list[Part] = []
+    own, load, used = list[Outline](), 0.0, 0
+    for unit in units:
+        start = 0
+        while start < unit.num_pieces:
+            start, (members, work, tokens) = unit.longest(start, limit - load, room - used, 0 if own else 1)
+            own, load, used = own + members, load + work, used + tokens
+            if start < unit.num_pieces:
+                rows.append((own, load, used))
+                own, load, used = [], 0.0, 0
+    return [*rows, (own, load, used)] if own else rows
 
 
 def deal_to_ranks(
@@ -81,7 +163,7 @@ def deal_to_ranks(
     """Deals units to ranks, with the fewest cuts that balance the work. Every rank keeps the given order. `row`: the tokens of
     a row; larger groups are scored first, wherever they are. `cuts_groups`: groups may be cut too, and are scored first then.
     """
-    parts, chosen, fullest = _cut([_Unit(unit, costs, row) for unit in units], num_ranks, None)
+    parts, chosen, fullest = _cut([Unit(unit, costs, row) for unit in units], num_ranks, None)
     assert chosen is not None, "a rank has room for everything"
     chosen, fullest = _fitted(parts, num_ranks, fullest) or (chosen, fullest)
     return (_with_groups_cut(parts, num_ranks, costs, fullest) if cuts_groups else None) or _bins_of(parts, chosen)
@@ -91,7 +173,7 @@ def _bins_of(parts: list[Part], chosen: Chosen) -> list[list[Outline]]:
     return [[one for i in sorted(indices) for one in parts[i][0]] for indices in chosen]
 
 
-def _cut(units: list[_Unit], num_bins: int, room: int | None) -> tuple[list[Part], Chosen | None, float]:
+def _cut(units: list[Unit], num_bins: int, room: int | None) -> tuple[list[Part], Chosen | None, float]:
     """(The parts of the units, what of them each bin has, the work of the fullest), the largest part to the least loaded bin
     first."""
     found: tuple[list[Part], Chosen | None, float] = [], None, float("inf")

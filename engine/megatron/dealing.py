@@ -12,11 +12,9 @@ from itertools import chain
 
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError
-from engine.megatron.balancing import deal_to_ranks, deal_to_rows
+from engine.megatron.balancing import deal_to_ranks
 from engine.megatron.outlines import Costs, Outline, units_of
-
-ROWS_PER_STAGE = 4  # a pipeline of p stages idles (p - 1) / (rows + p - 1) of its time: a fifth or less with four rows a stage
-LEAST_ROW_TOKENS = 1024  # fewer make a row's products inefficient, and cost more than the pipeline gains
+from engine.megatron.pipelined_rows import PipelinedRows, best_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +105,33 @@ def pack_rows(
     rows of their own, since the policy scores these first: the first rows where they are `spread` over ranks, others behind
     them. ConfigError for a sequence that is larger than a row.
 
-    Without a pipeline rows are as few as first fit makes them. A pipeline idles less with more, of equal work: there are
-    ROWS_PER_STAGE a stage where each has LEAST_ROW_TOKENS, unless every row is padded to its largest length.
+    Without a pipeline rows are as few as first fit makes them. With one pipelined_rows.py says how many there are and in which
+    order, unless every row is padded to its largest length.
     """
     rows = [_first_fit(part, apart, spread, trainer, costs) for part, apart in zip(parts, split, strict=True)]
     together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
-    num_rows = max(1, *map(len, rows))
+    num_rows = -(-max(1, *map(len, rows)) // together) * together
     if trainer.pipeline_parallel > 1 and trainer.row_multiple < trainer.microbatch_tokens:
-        largest = max(costs.num_tokens(part) for part in parts)
-        num_rows = max(num_rows, min(ROWS_PER_STAGE * trainer.pipeline_parallel, largest // LEAST_ROW_TOKENS))
-        num_rows = -(-num_rows // together) * together
-        rows = [
-            _equal_rows(part, apart, spread, num_rows, trainer, costs) or few
+        ranks = [
+            PipelinedRows(_dealable(part, apart, spread, costs), few, spread, room_of(trainer), trainer, costs)
             for part, apart, few in zip(parts, split, rows, strict=True)
         ]
-    num_rows = -(-num_rows // together) * together
+        num_rows = best_number(ranks, num_rows, trainer)
+        rows = [rank.rows(num_rows)[0] for rank in ranks]
     return [own + [[] for _ in range(num_rows - len(own))] for own in rows]
+
+
+def _dealable(
+    outlines: Many[Outline], split: Collection[int], spread: Collection[int], costs: Costs
+) -> list[list[list[Outline]]]:
+    """What may share rows, kind by kind; of units with groups that are split every sequence by itself."""
+    found = []
+    for kind in _kinds(outlines, split, spread):
+        units = []
+        for unit in units_of(kind, costs):
+            units += _whole_groups(unit, split) if any(one.group in split for one in unit) else [unit]
+        found.append(units)
+    return found
 
 
 def too_large(outlines: Many[Outline], trainer: Trainer, costs: Costs) -> set[int]:
@@ -215,30 +224,3 @@ def _whole_groups(unit: list[Outline], split: Collection[int]) -> list[list[Outl
     """The sequences of a unit one by one, those of a group that is not split together."""
     together = [one for one in unit if one.group >= 0 and one.group not in split]
     return ([together] if together else []) + [[one] for one in unit if one.group < 0 or one.group in split]
-
-
-def _equal_rows(
-    outlines: Many[Outline], split: Collection[int], spread: Collection[int], num_rows: int, trainer: Trainer, costs: Costs
-) -> list[list[Outline]] | None:
-    """So many rows of about equal work, kind by kind; None where they are too few for that."""
-    kinds, rows, room = _kinds(outlines, split, spread), list[list[Outline]](), room_of(trainer)
-    for kind, count in zip(kinds, _shared_out(num_rows, [costs.work(kind) for kind in kinds]), strict=True):
-        parts = []
-        for unit in units_of(kind, costs):
-            parts += [unit] if costs.num_tokens(unit) <= room else _whole_groups(unit, split)
-        dealt = deal_to_rows(parts, count, costs, room) if count else None
-        if dealt is None:
-            return None
-        rows += dealt
-    return rows
-
-
-def _shared_out(count: int, works: list[float]) -> list[int]:
-    """So many rows among kinds with so much work, one at least to each as long as there are any."""
-    found, left = list[int](), sum(works)
-    for place, work in enumerate(works):
-        free, others = count - sum(found), len(works) - place - 1
-        own = max(1, round(free * work / left)) if others else free
-        found.append(max(0, min(own, free - others)))
-        left -= work
-    return found

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from engine.bridge.transports.base import Deadline, Pending, Rendezvous, Transport, TransportError, first_line, started
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 FAILED, POLL_SECONDS = "failed", 0.25  # a key in the store, and how often it is looked for
+MISSING_NAMED = 8  # members that did not come, told by name
 
 
 class Nccl(Transport):
@@ -92,10 +94,28 @@ def grouped(group: Any, start: Callable[[], Any]) -> Any:
 
 
 def _gather(store: dist.Store, member: int, meeting: Rendezvous) -> None:
-    """Waits until every member has come. RuntimeError when one does not within the meeting's time."""
-    store.set(f"here {member}", "1")
-    everybody = [f"here {other}" for other in range(meeting.num_members)]
-    store.wait(everybody, datetime.timedelta(seconds=meeting.timeout_seconds))
+    """Waits until every member has come; each asks the store for four keys at most, however many members there are. RuntimeError
+    when one does not come within the meeting's time."""
+    store.set(_here(member), "1")
+    if int(store.add("come", 1)) == meeting.num_members:
+        store.set("all here", "1")
+    try:
+        store.wait(["all here"], datetime.timedelta(seconds=meeting.timeout_seconds))
+    except RuntimeError as error:
+        late = meeting.num_members - int(store.add("come", 0))
+        who = ""
+        if member == 0:  # one member alone looks for who is missing, so that a failure asks for no more than N keys either
+            missing = (other for other in range(meeting.num_members) if not store.check([_here(other)]))
+            named = [str(other) for other in islice(missing, MISSING_NAMED)]
+            who = f" (member {', '.join(named)}{' and others' if late > len(named) else ''})"
+        raise RuntimeError(
+            f"{late} of {meeting.num_members} members{who} did not come within sync.timeout_seconds = "
+            f"{meeting.timeout_seconds:g}"
+        ) from error
+
+
+def _here(member: int) -> str:
+    return f"here {member}"
 
 
 class _Polled:

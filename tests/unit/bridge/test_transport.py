@@ -4,6 +4,7 @@ messages keep their order, that a member which closes or never comes ends the ot
 
 from __future__ import annotations
 
+import datetime
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from engine.bridge.transports.base import Deadline, Rendezvous, Transport, TransportError, first_line, own_address
-from engine.bridge.transports.nccl import grouped
+from engine.bridge.transports.nccl import _gather, grouped
 from engine.bridge.transports.registry import open_transport
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 
@@ -185,3 +186,60 @@ def test_a_message_is_a_group_of_one_and_a_refused_one_leaves_no_group_open() ->
     with pytest.raises(RuntimeError, match="connection closed"):
         grouped(Backend(), refuse)
     assert calls == ["start", "send", "end", "start", "end"]
+
+
+class Counting:
+    """A member's connection to a real store, and how many keys it asked for."""
+
+    def __init__(self, store: dist.TCPStore) -> None:
+        self._store, self.num_keys = store, 0
+
+    def set(self, key: str, value: str) -> None:
+        self.num_keys += 1
+        self._store.set(key, value)
+
+    def add(self, key: str, amount: int) -> int:
+        self.num_keys += 1
+        return int(self._store.add(key, amount))
+
+    def check(self, keys: list[str]) -> bool:
+        self.num_keys += len(keys)
+        return bool(self._store.check(keys))
+
+    def wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
+        self.num_keys += len(keys)
+        self._store.wait(keys, timeout)
+
+
+def gathered(meeting: Meeting, come: range, seconds: float) -> tuple[dict[int, str], list[int]]:
+    """(What members were told that did not meet all others, the keys that each asked for), of those that come."""
+    stores, told = [Counting(store) for store in meeting.stores], dict[int, str]()
+
+    def join(member: int) -> None:
+        try:
+            _gather(stores[member], member, meeting.rendezvous(seconds))  # type: ignore[arg-type]
+        except RuntimeError as error:
+            told[member] = str(error)
+
+    threads = [threading.Thread(target=join, args=(member,)) for member in come]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert not any(thread.is_alive() for thread in threads)
+    return told, [stores[member].num_keys for member in come]
+
+
+@pytest.mark.parametrize("num_members", [2, 64])
+def test_members_over_nccl_meet_with_as_many_keys_each_whatever_their_number(num_members: int) -> None:
+    told, num_keys = gathered(Meeting(num_members), range(num_members), LONG)
+    assert not told
+    assert sorted(num_keys) == [*[3] * (num_members - 1), 4], "one of them has said that all are here"
+
+
+def test_who_does_not_come_over_nccl_is_named_by_one_member_alone() -> None:
+    """Of sixteen members three stay away; their neighbours ask for no key more than they must."""
+    told, num_keys = gathered(Meeting(16), range(13), 0.3)
+    late = "3 of 16 members{} did not come within sync.timeout_seconds = 0.3"
+    assert told == {member: late.format(" (member 13, 14, 15)" if member == 0 else "") for member in range(13)}
+    assert num_keys == [4 + 16, *[4] * 12]

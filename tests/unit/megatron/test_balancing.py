@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -56,7 +57,7 @@ COSTS = st.builds(Costs, st.booleans(), st.sampled_from((0.0, 1 / 61_000, 0.02))
 def test_what_a_part_of_a_unit_costs_is_what_a_row_of_it_would(outlines: list[Outline], costs: Costs, most: int) -> None:
     """To the bit, though it is told from sums over the unit's first sequences."""
     for unit in units_of(outlines, costs):
-        parts = balancing._Unit(unit, costs).parts(most)
+        parts = balancing.Unit(unit, costs).parts(most)
         assert sorted(one.place for part, _, _ in parts for one in part) == sorted(one.place for one in unit)
         assert all((work, tokens) == costs.size(part) for part, work, tokens in parts)
 
@@ -66,7 +67,7 @@ def test_no_further_cut_balances_better_than_the_one_at_which_dealing_stops(
     outlines: list[Outline], costs: Costs, num_ranks: int
 ) -> None:
     """The plain form deals with every cut and takes the first of those that gain a hundredth."""
-    units = [balancing._Unit(unit, costs) for unit in units_of(outlines, costs)]
+    units = [balancing.Unit(unit, costs) for unit in units_of(outlines, costs)]
     best, least, cut = None, float("inf"), 1
     while cut < 2 * max(1, *(unit.num_alone for unit in units)):
         chosen, fullest = balancing._largest_first([part for unit in units for part in unit.parts(cut)], num_ranks, None)
@@ -74,6 +75,25 @@ def test_no_further_cut_balances_better_than_the_one_at_which_dealing_stops(
             best, least = chosen, fullest
         cut *= 2
     assert balancing._cut(units, num_ranks, None)[1:] == (best, least)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(1, 5), st.integers(0, 8))
+def test_rows_filled_one_after_another_are_within_a_hundredth_of_the_best_cuts(
+    lengths: list[int], num_rows: int, same: int
+) -> None:
+    """The plain form tries every place to cut at. The first `same` sequences are samples of one prompt of 20 tokens."""
+    costs = Costs(True)
+    outlines = [Outline(i, 20, length, -1, 0 if i < same else i) for i, length in enumerate(lengths)]
+    units = [balancing.Unit(unit, costs) for unit in units_of(outlines, costs)]
+    places = range(1, len(lengths))
+    ways = (cuts for count in range(min(num_rows, len(lengths))) for cuts in combinations(places, count))
+    laid = ([outlines[a:b] for a, b in pairwise((0, *cuts, len(lengths)))] for cuts in ways)
+    least = min(max(map(costs.work, rows)) for rows in laid)
+    found = balancing.cut_to_rows(units, num_rows, room=10_000)
+    assert found is not None and len(found) <= num_rows
+    assert [one for row in found for one in row] == outlines
+    assert least <= max(map(costs.work, found)) <= least / balancing.WORTH_CUTTING
+    assert balancing.cut_to_rows(units, num_rows, room=int(least) - 1) is None
 
 
 def works_of(dealt: list[list[Outline]], costs: Costs) -> list[float]:
@@ -94,7 +114,7 @@ def test_what_fits_better_than_the_largest_to_the_least_loaded_is_found() -> Non
 def test_fitting_never_makes_the_fullest_rank_fuller_and_keeps_groups_whole(
     outlines: list[Outline], costs: Costs, num_ranks: int
 ) -> None:
-    units = [balancing._Unit(unit, costs) for unit in units_of(outlines, costs)]
+    units = [balancing.Unit(unit, costs) for unit in units_of(outlines, costs)]
     fullest = balancing._cut(units, num_ranks, None)[2]
     dealt = split_over_ranks(outlines, num_ranks, costs)
     assert sorted(one.place for part in dealt for one in part) == list(range(len(outlines)))

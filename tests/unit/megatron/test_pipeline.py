@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.forecast.pipeline import Operation, order, replay, replay_forward
+from engine.megatron.pipeline import Operation, order, replay, replay_forward, replay_works
 
 
 def equal(stage: int, operation: Operation) -> float:
@@ -53,3 +53,14 @@ def test_a_stage_computes_everything_once():
         operations = order(stage, 4, 8, 2)
         assert len(operations) == len(set(operations)) == 2 * 8 * 2
         assert all(operations.index(op._replace(backward=False)) < operations.index(op) for op in operations if op.backward)
+
+
+@pytest.mark.parametrize(("stages", "rows", "chunks"), [(1, 3, 1), (2, 5, 1), (4, 3, 1), (4, 12, 3), (3, 6, 2)])
+def test_works_are_rows_whose_parts_are_equal(stages, rows, chunks):
+    works = [1.0 + (7 * row) % 5 for row in range(rows)]
+
+    def part(stage: int, operation: Operation) -> float:
+        return equal(stage, operation) * works[operation.row] / (stages * chunks)
+
+    assert replay_works(works, stages, chunks) == pytest.approx(replay(stages, rows, chunks, part))
+    assert replay_works([], stages, chunks) == 0.0
