@@ -36,6 +36,7 @@ from engine.ops import (
     block_digest,
     column_weights,
     grouped_advantages,
+    linear,
     lm_head_log_probs,
     packed_attention,
     policy_gradient_loss,
@@ -55,7 +56,9 @@ SHAPES = {  # tokens and vocabulary: Llama 3's, and on a CPU one that fits a cac
 HEADS = {"cpu": (256, 1024, 128256), "cuda": (8192, 4096, 128256)}  # tokens, hidden, vocabulary
 TYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "float32")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CASES = ["log_probs", "policy", "digest", "lm_head", "attention", "swiglu", "norm", "sampling"]
+CASES = ["log_probs", "policy", "digest", "lm_head", "attention", "swiglu", "norm", "linear", "sampling"]
+DECODED = (1, 4, 8, 16, 32, 64, 128)  # requests that decode at once
+LAYER, NUM_LAYERS, WORDS = ((1024, 512), (512, 512), (4096, 512), (512, 2048)), 8, (32000, 512)  # weights of 48 M parameters
 SAMPLED = ((32, 32000), (256, 260), (256, 1000))  # requests that decode at once, and vocabulary
 WARM_UP_SECONDS, SWEEP_BYTES = 0.3, 256 << 20  # until a GPU's clocks are up; more than any second-level cache
 
@@ -284,6 +287,22 @@ def norm_case(figures: Figures, dtype: str) -> None:
     figures.compare(f"RMSNorm [4096 x 1024] {dtype}", works)
 
 
+def linear_case(figures: Figures, num_rows: int) -> None:
+    """All products of a decoding step of a model of 48 M float32 parameters, whose weights no cache holds, against
+    torch's (MKL here) and oneDNN's on the same plain weights."""
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for _ in range(NUM_LAYERS) for shape in LAYER] + [torch.randn(WORDS)]
+    rows = {width: torch.randn(num_rows, width) for width in (512, 2048)}
+
+    def of(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Work:
+        return lambda: [product(rows[weight.size(1)], weight) for weight in weights]
+
+    onednn = torch.ops.mkldnn._linear_pointwise
+    works = {"semion": of(linear), "torch": of(F.linear), "onednn": of(lambda x, w: onednn(x, w, None, "none", [], ""))}
+    with torch.inference_mode():
+        figures.compare(f"linear [{num_rows}, ...], {torch.get_num_threads()} threads", works)
+
+
 def sampling_case(figures: Figures, num_rows: int, width: int) -> None:
     """A token of each row with log-prob and rank, every row with a generator of its own, against vLLM's steps of the same."""
     from vllm.platforms import current_platform
@@ -384,6 +403,8 @@ def cases(names: list[str], device: str) -> list[Callable[[Figures], None]]:
         found += [partial(attention_case, length=length, dim=dim, dtype=dtype) for length, dim in lengths]
         found += [partial(swiglu_case, dtype=dtype)] if "swiglu" in names else []
         found += [partial(norm_case, dtype=dtype)] if "norm" in names else []
+    for num_rows in DECODED if device == "cpu" and "linear" in names else ():
+        found.append(partial(linear_case, num_rows=num_rows))
     for num_rows, width in SAMPLED if device == "cpu" and "sampling" in names else ():
         found.append(partial(sampling_case, num_rows=num_rows, width=width))
     return found

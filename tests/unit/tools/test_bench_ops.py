@@ -38,5 +38,5 @@ def test_a_gpu_runs_the_shapes_that_documents_name():
     """A row of Llama 3.1 8B in bf16, its LM head, and one shard of eight; every case once, a CPU's own on CPUs alone."""
     assert (8192, 128256) in bench_ops.SHAPES["cuda"]
     assert bench_ops.HEADS["cuda"] == (8192, 4096, 128256)
-    for device, count in (("cpu", 2 * 2 + 1 + 2 * 2 + 2 * (3 * 2 + 2) + 3), ("cuda", 2 * 3 + 1 + 2 * 3)):
+    for device, count in (("cpu", 2 * 2 + 1 + 2 * 2 + 2 * (3 * 2 + 2) + 7 + 3), ("cuda", 2 * 3 + 1 + 2 * 3)):
         assert len(bench_ops.cases(bench_ops.CASES, device)) == count
