@@ -660,7 +660,7 @@ class RewardModel(Section):
         "auto", description="KV cache of its engine, as '16 GiB' or '512 MiB'; 'auto': what it judges at a time needs"
     )
     engines: Annotated[Positive, Unit("engines")] = Field(
-        1, description="that share the answers, each with the whole model on GPUs of its own; scores depend on how many"
+        1, description="that share the answers, each with the whole model on GPUs of its own"
     )
     tensor_parallel: Ranks = Field(
         1, description="of one engine, which share every matrix, inside one node; scores depend on it in their last bits"

@@ -161,7 +161,7 @@ def _sampled(
     for ticket in pool.submit(parts):
         found, _ = pool.gather(ticket)
         places = [place // n for place in range(len(completions), len(completions) + len(found))]
-        scores += reward.score([answer_of(prompts[i], completion, i) for i, completion in zip(places, found, strict=True)])
+        scores += reward.score([answer_of(prompts[i], completion, i, n) for i, completion in zip(places, found, strict=True)])
         completions += found
         part_done(len(completions) // n)
     return completions, scores

@@ -83,7 +83,7 @@ class Costs:
     turn: float = 0.0  # colocated: for the engines to sleep and, at the next sync, to wake
     colocated: bool = False
     cores: Cores | None = None  # None: everybody has devices of his own
-    one_by_one: bool = False  # responses are judged as engines hand them over, not when the step's last one is in
+    together: int = 0  # responses that are judged together, once all are handed over; 0: all of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +258,18 @@ class Clock:
         return seconds
 
 
+def complete(parts: list[tuple[float, float]], together: int) -> list[tuple[float, float]]:
+    """When which shares of a step's responses can be judged, of which such shares are handed over at such times: as many as are
+    judged `together` are there with the last of them. They are taken to be as long as any others are, so that of n all are
+    there with the n-th power of the chance that one is."""
+    found, here, before = [], 0.0, 0.0
+    for when, share in parts:
+        here = min(1.0, here + share)
+        found.append((when, here**together - before))
+        before = here**together
+    return found
+
+
 def judged_at(parts: list[tuple[float, float]], seconds: float, free: float) -> float:
     """When a step's answers are judged, of which such shares are there at such times, by rewards that take so many seconds for
     all of them and are free from a time on."""
@@ -297,7 +309,7 @@ class Apart(Clock):
     def _until_scored(self, step: int) -> float:
         if step not in self._scored:
             sampled = self._engines.sampled(step)
-            parts = self._engines.handed_over(step) if self._costs.one_by_one else []
+            parts = complete(self._engines.handed_over(step), self._costs.together) if self._costs.together else []
             parts = parts or [(sampled, 1.0)]  # where none of the engines that are replayed has a part of it
             begin = max(parts[0][0], self._judged_until)
             self._judged_until = self._scored[step] = judged_at(parts, self._costs.judge(step), self._judged_until)
@@ -353,9 +365,9 @@ class Together(Clock):
         step, left, _ = self._judging[0]
         if step in self._sampled:
             return left
-        if not self._costs.one_by_one:
+        if not self._costs.together:
             return 0.0
-        here = sum(share for _, share in self._engines.handed_over(step))
+        here = sum(share for _, share in complete(self._engines.handed_over(step), self._costs.together))
         return left - (1.0 - here) * self._costs.judge(step)
 
     def _go_on(self, seconds: float, threads: float) -> float:

@@ -21,7 +21,7 @@ from engine.core.errors import ConfigError
 from engine.core.types import Judging, Score
 from engine.rewards import function
 from engine.rewards.arrivals import Arrivals
-from engine.rewards.base import Answer, Reward
+from engine.rewards.base import Answer, Reward, Together
 from engine.rewards.function import FunctionReward
 from engine.rewards.own_class import OwnReward, require_class
 
@@ -87,11 +87,15 @@ def uses_engine(sources: Iterable[Source]) -> bool:
     return any(REWARDS.load(name).uses_engine for name in names)
 
 
-def judge_one_by_one(config: RunConfig) -> bool:
-    """Whether every reward of the run's sources judges an answer by itself, as engines hand it over. ConfigError where a user's
-    own cannot be loaded."""
-    names = {name for source in config.data.sources for name in source.rewards}
-    return all(reward_class(config, name).judges_one_by_one(config, name) for name in sorted(names))
+def judged_together(config: RunConfig) -> Together:
+    """What the run's rewards wait for, by the one that waits longest: an answer, its group, or all of a step. ConfigError where
+    a user's own cannot be loaded."""
+    found: set[Together] = set()
+    for name in sorted({name for source in config.data.sources for name in source.rewards}):
+        kind = reward_class(config, name)
+        is_own = ":" in name and kind is not FunctionReward  # which gets a step whole, whatever it says of itself
+        found.add("step" if is_own else kind.judged_together(config, name))
+    return max(found, key=("answer", "group", "step").index)
 
 
 def check_pairing(config: RunConfig) -> None:
@@ -233,7 +237,7 @@ class RoutedReward(Reward):
         return self.score_as_they_arrive(Arrivals.of(answers))
 
     def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
-        """The same. Rewards that judge one by one do so meanwhile, each in a thread; the others, and users' rules, when all
+        """The same. Rewards that may begin early do so meanwhile, each in a thread; the others, and users' rules, when all
         answers are there, in the order of places and one after another."""
         early: dict[str, Arrivals[Answer]] = {}
         judging: dict[str, Future[list[Score]]] = {}
@@ -242,7 +246,7 @@ class RoutedReward(Reward):
             try:
                 with ExitStack() as arriving:
                     for name, reward in self._rewards.items():
-                        if reward.one_by_one:
+                        if reward.begins_early:
                             early[name] = arriving.enter_context(Arrivals[Answer]())
                             judging[name] = threads.submit(reward.score_as_they_arrive, early[name])
                     while (new := answers.take()) is not None:

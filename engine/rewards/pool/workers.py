@@ -23,7 +23,7 @@ import engine
 from engine.config.options import Rewards
 from engine.core.errors import ConfigError, SemionError, WatchdogError
 from engine.core.types import Score
-from engine.rewards.arrivals import Arrivals, Item
+from engine.rewards.arrivals import Arrivals, Arriving, Item
 from engine.rewards.base import Answer, Reward
 from engine.rewards.pool.frames import decoded, frame, read_frame
 from engine.rewards.pool.slots import SLACK_SECONDS
@@ -204,7 +204,7 @@ class WorkerReward(Reward):
     causes), `invalid` when the judge raised, and what the judge itself says; the value of these three is 0.
     """
 
-    one_by_one = True
+    begins_early = True
     per_group = True
     deterministic = True  # whether equal requests get equal outcomes, so that they are judged once
     OPTIONS: ClassVar[tuple[str, ...]] = ("workers", "concurrency", "deadline_seconds", "memory_mebibytes")
@@ -260,7 +260,7 @@ class WorkerReward(Reward):
         value, status, problem = outcome
         return Score(value, status, problem=problem)
 
-    def _outcomes(self, arrivals: Arrivals[Item], request_of: Callable[[Item], Request]) -> list[Outcome]:
+    def _outcomes(self, arrivals: Arriving[Item], request_of: Callable[[Item], Request]) -> list[Outcome]:
         """The judge's outcome of what each item asks, in the order of places."""
         assert self._finalizer.alive, "score() after close()"
         for worker in list(self._workers):
