@@ -637,7 +637,8 @@ class Rewards(Section):
     )
     environment: tuple[str, ...] = Field((), strict=False, description="variables that functions may see, such as an API key")
     workers: Annotated[Positive, Unit("processes")] | None = Field(
-        None, description="that judge answers beside each other; unset: one for every four cores, 16 at most"
+        None,
+        description="that judge answers beside each other on each node; unset: one a core that the others leave, at most 64",
     )
     concurrency: Annotated[Positive, Unit("answers")] = Field(
         1, description="judged at once in each worker: awaited, or in as many processes"

@@ -120,8 +120,13 @@ def judging_seconds(spec: Spec, constants: Constants, work: StepWork) -> float:
         gpus = judge.engines * judge.tensor_parallel
         return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share * gpus)
     if config.data.rewards == ("math",):
-        return answers / (c.verified_per_second * num_workers(config.rewards))
-    return answers / (c.function_per_second * num_workers(config.rewards) * config.rewards.concurrency)
+        return answers / (c.verified_per_second * num_judges(spec))
+    return answers / (c.function_per_second * num_judges(spec) * config.rewards.concurrency)
+
+
+def num_judges(spec: Spec) -> int:
+    """Worker processes of a reward, on all nodes of the run, each with as many cores as this machine."""
+    return sum(num_workers(spec.config.rewards, spec.threads_on(node)) for node in spec.nodes)
 
 
 class Forecaster:
@@ -229,7 +234,7 @@ class Forecaster:
             self.given.constants.cores,
             trainer=config.trainer.world_size * config.trainer.threads * busy,
             engine=config.inference.tensor_parallel * config.inference.threads,
-            rewards=judges if spec.reward_shape is not None else num_workers(config.rewards),
+            rewards=judges if spec.reward_shape is not None else num_judges(spec),
         )
 
     def _summary(self, schedule: Schedule, played: Played) -> Forecast:

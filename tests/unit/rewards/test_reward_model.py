@@ -30,7 +30,7 @@ from engine.models.reward_head import read_reward_head
 from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer, Reward
 from engine.rewards.model import ModelReward
-from engine.rewards.registry import RoutedReward, open_rewards
+from engine.rewards.registry import Judges, RoutedReward, open_rewards
 from tests.rollouts import make_prompt
 from tests.unit.inference.test_pool import Answer as Future
 from tests.unit.rewards.test_rewards import wait_until
@@ -435,7 +435,7 @@ def test_every_prompt_of_a_mixed_batch_goes_to_the_reward_it_names_and_order_is_
 
 def test_only_the_rewards_that_sources_name_are_opened():
     config = run_config(data={"reward": "model"}, reward_model={"path": "unused"})
-    with open_rewards(config, [FakeScorer()]) as routed:
+    with open_rewards(config, Judges([FakeScorer()])) as routed:
         assert list(routed._rewards) == ["model"]
         assert routed.score([Answer(prompt("a"), "xy")]) == [Score(2.0, "ok")]
 
