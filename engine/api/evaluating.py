@@ -109,7 +109,8 @@ def _sample(
     done = {}
     with Cluster(spec, verbose=verbose, folder=folder) as cluster:
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
-        with open_rewards(config, cluster.start_reward_engines(), list(due.values())) as reward:
+        sources = list(due.values())
+        with open_rewards(config, cluster.start_judges(sources), sources) as reward:
             for name in due:
                 asked = prompts[name]
                 further = _further(name, len(asked.prompts[: config.evaluation.max_problems]), say)

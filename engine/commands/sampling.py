@@ -44,7 +44,7 @@ def rollout(options: argparse.Namespace) -> None:
         part = stack.enter_context(atomic_write(output, durable=True) if is_file else staged_folder(output))
         cluster = stack.enter_context(Cluster(spec, verbose=options.verbose, folder=output.parent))
         pool = Pool(cluster.start_engines(), config.inference.timeout_seconds)
-        reward = stack.enter_context(open_rewards(config, cluster.start_reward_engines()))
+        reward = stack.enter_context(open_rewards(config, cluster.start_judges()))
         records = RolloutWriter(RolloutFile(part) if is_file else RolloutFolder(part, config.records))
         stack.callback(records.close)
         ends = end_tokens(config.model.path, tokenizer)

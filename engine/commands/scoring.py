@@ -49,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--environment", metavar="VARIABLE", action="append", help="that functions may see; may be repeated")
     parser.add_argument("--reward-model", metavar="FOLDER", help="the reward model, as reward_model.path")
     parser.add_argument("--max-tokens", type=int, help="of a conversation for the reward model (4096)")
-    parser.add_argument("--workers", type=int, help="processes that judge (1)")
+    parser.add_argument("--workers", type=int, help="processes that judge (one a core, 64 at most)")
     parser.add_argument("--concurrency", type=int, help="answers at once in each of them (1)")
     parser.add_argument(
         "--deadline-seconds",
@@ -174,7 +174,7 @@ def opened(config: RunConfig) -> Iterator[RoutedReward]:
     from engine.run.spec import resolve
 
     spec = resolve(config, ("reward_engine",), digests=False)
-    with Cluster(spec) as cluster, open_rewards(config, cluster.start_reward_engines()) as reward:
+    with Cluster(spec) as cluster, open_rewards(config, cluster.start_judges()) as reward:
         yield reward
 
 

@@ -637,7 +637,8 @@ class Rewards(Section):
     )
     environment: tuple[str, ...] = Field((), strict=False, description="variables that functions may see, such as an API key")
     workers: Annotated[Positive, Unit("processes")] | None = Field(
-        None, description="that judge answers beside each other; unset: one for every four cores, 16 at most"
+        None,
+        description="that judge answers beside each other on each node; unset: one a core that the others leave, at most 64",
     )
     concurrency: Annotated[Positive, Unit("answers")] = Field(
         1, description="judged at once in each worker: awaited, or in as many processes"
@@ -660,7 +661,7 @@ class RewardModel(Section):
         "auto", description="KV cache of its engine, as '16 GiB' or '512 MiB'; 'auto': what it judges at a time needs"
     )
     engines: Annotated[Positive, Unit("engines")] = Field(
-        1, description="that share the answers, each with the whole model on GPUs of its own; scores depend on how many"
+        1, description="that share the answers, each with the whole model on GPUs of its own"
     )
     tensor_parallel: Ranks = Field(
         1, description="of one engine, which share every matrix, inside one node; scores depend on it in their last bits"

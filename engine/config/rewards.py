@@ -9,7 +9,7 @@ from typing import Any
 from engine.config.options import Options, Source, source_key
 from engine.core.registry import Registry
 
-SUPPORT = ("registry", "arrivals", "pool", "function_worker", "own_class")  # of engine/rewards: no rewards
+SUPPORT = ("registry", "arrivals", "pool", "serving", "function_worker", "own_class")  # of engine/rewards: no rewards
 REWARDS: Registry[Any] = Registry("data.reward", "engine.rewards", "engine.rewards.base:Reward", SUPPORT)
 RULES = ("sum", "product", "min")  # how several rewards of one answer become one
 

@@ -20,7 +20,7 @@ from engine.rewards.base import Reward, answer_of
 # inference.timeout_seconds need not cover 500 problems with 50 seeds, and the engines sample while answers are judged.
 REQUESTS_PER_TICKET = 4096
 # How often it is told how far it has come, unless the parts are too small. Where answers are right or wrong, what is judged
-# with an answer does not change its mark; a reward model's batch could change its last bits, so it gets all at once, as ever.
+# with an answer does not change its mark; a class of the user's may look at all that it is given, so it gets all at once.
 PARTS, PART_PROBLEMS = 16, 8
 Request = TypeVar("Request")
 
@@ -161,7 +161,7 @@ def _sampled(
     for ticket in pool.submit(parts):
         found, _ = pool.gather(ticket)
         places = [place // n for place in range(len(completions), len(completions) + len(found))]
-        scores += reward.score([answer_of(prompts[i], completion, i) for i, completion in zip(places, found, strict=True)])
+        scores += reward.score([answer_of(prompts[i], completion, i, n) for i, completion in zip(places, found, strict=True)])
         completions += found
         part_done(len(completions) // n)
     return completions, scores

@@ -88,8 +88,8 @@ class Costs:
     turn: float = 0.0  # colocated: for the engines to sleep and, at the next sync, to wake
     colocated: bool = False
     cores: Cores | None = None  # None: everybody has devices of his own
-    one_by_one: bool = False  # responses are judged as engines hand them over, not when the step's last one is in
     streams: bool = False  # sync.streaming: the trainer takes a step's groups in waves, while others are sampled
+    together: int = 0  # responses that are judged together, once all are handed over; 0: all of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +291,18 @@ class Clock:
         return seconds
 
 
+def complete(parts: list[tuple[float, float]], together: int) -> list[tuple[float, float]]:
+    """When which shares of a step's responses can be judged, of which such shares are handed over at such times: as many as are
+    judged `together` are there with the last of them. They are taken to be as long as any others are, so that of n all are
+    there with the n-th power of the chance that one is."""
+    found, here, before = [], 0.0, 0.0
+    for when, share in parts:
+        here = min(1.0, here + share)
+        found.append((when, here**together - before))
+        before = here**together
+    return found
+
+
 def judged_at(parts: list[tuple[float, float]], seconds: float, free: float) -> float:
     """When a step's answers are judged, of which such shares are there at such times, by rewards that take so many seconds for
     all of them and are free from a time on."""
@@ -341,7 +353,7 @@ class Apart(Clock):
     def _until_scored(self, step: int) -> float:
         if step not in self._scored:
             sampled = self._engines.sampled(step)
-            parts = self._engines.handed_over(step) if self._costs.one_by_one else []
+            parts = complete(self._engines.handed_over(step), self._costs.together) if self._costs.together else []
             if self._costs.streams:  # they judge wave after wave, and the last one as it arrives
                 *early, (_, rest) = self._engines.waves(step)
                 late = [part for part in parts if not early or part[0] > early[-1][0]] or [(sampled, 1.0)]
@@ -415,8 +427,8 @@ class Together(Clock):
         step, left, _ = self._judging[0]
         if step in self._sampled:
             return left
-        if self._costs.one_by_one:
-            parts = self._engines.handed_over(step)
+        if self._costs.together:
+            parts = complete(self._engines.handed_over(step), self._costs.together)
         else:
             parts = self._engines.waves(step) if self._costs.streams else []
         here = sum(share for _, share in parts)

@@ -21,9 +21,9 @@ from engine.forecast.deadlines import missed
 from engine.forecast.decoding import Deals, Engines, Speed, speed_of
 from engine.forecast.disk import saving
 from engine.forecast.lengths import Workload, draw_steps
-from engine.forecast.replay import judged_at
+from engine.forecast.replay import complete, judged_at
 from engine.forecast.rows import Rows
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, judges_one_by_one, judging_seconds, scores_reference
+from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, judging_seconds, num_judged_together, scores_reference
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.checks import check_engine_layout, check_layout
 from engine.models.headers import num_elements
@@ -126,7 +126,7 @@ class Search:
         together = {interval: Regime(interval).of(self._config.schedule).opens(0) for interval in self._intervals}
         self._together = {interval: len(steps) for interval, steps in together.items()}  # steps that are sampled together
         self._trained: dict[tuple[Trainer, bool], Many[TrainingStep]] = {}
-        self._slack, self._one_by_one = slack, judges_one_by_one(spec)
+        self._slack, self._judged_together = slack, num_judged_together(spec)
         self._late: list[ConfigError] = []  # deadlines that the last layout left out for them would not keep
         self.tried = 0
         self.num_forecasts = 0  # made in full
@@ -301,7 +301,7 @@ class Search:
 
     def _ready(self, spec: Spec, room: int) -> dict[int | str, tuple[float, ...]]:
         """When every step of an interval has been sampled by the first engine and judged, counted from the sync."""
-        one_by_one, judged = self._one_by_one, [judging_seconds(spec, self._constants, work) for work in self.works]
+        together, judged = self._judged_together, [judging_seconds(spec, self._constants, work) for work in self.works]
         speed = speed_of(spec.shape, spec.config, self._constants)
         alone = [speed.iterations(max(map(max, work.completions)), 1, min(work.prompts)) for work in self.works]
         found: dict[int, tuple[float, ...]] = {}
@@ -314,7 +314,7 @@ class Search:
                 engines = Engines(spec.config, speed, room, self.works, 1, self._deals)
                 engines.open(0.0, range(replayed))
                 sampled = [engines.sampled(step) for step in range(replayed)]
-                parts = [engines.handed_over(step) for step in range(replayed)] if one_by_one else []
+                parts = [complete(engines.handed_over(step), together) for step in range(replayed)] if together else []
                 later = max((sampled[-1] - sampled[0]) / max(1, replayed - 1), self._full_engine(spec, speed, room))
                 until, times = 0.0, []
                 for step in range(count):
@@ -432,7 +432,7 @@ class Search:
     def _inputs(self, spec: Spec) -> Inputs:
         i, t = spec.config.inference, spec.config.trainer
         transfer = self._transfer(i.engines * i.tensor_parallel, i.tensor_parallel, t.world_size)
-        return Inputs(spec, self._constants, self._workload, transfer, self._gpu_bytes, self._one_by_one)
+        return Inputs(spec, self._constants, self._workload, transfer, self._gpu_bytes, self._judged_together)
 
     # -- what all of them need
 

@@ -25,7 +25,7 @@ from engine.forecast.rows import Rows
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
 from engine.rewards.pool.workers import num_workers
-from engine.rewards.registry import judge_one_by_one
+from engine.rewards.registry import judged_together
 from engine.run.spec import Spec
 
 Interval = int | str
@@ -54,7 +54,7 @@ class Inputs:
     workload: Workload
     transfer_seconds: float  # of a weight sync, by its plan
     gpu_bytes: int  # of a device, which a KV cache of its own size ('auto') follows
-    one_by_one: bool | None = None  # whether rewards judge answers as engines hand them over; None: they are asked
+    together: int | None = None  # answers that rewards judge together, 0: all of a step; None: they are asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +102,14 @@ class Forecast:
         return self.run_seconds * self.gpus / 3600
 
 
-def judges_one_by_one(spec: Spec) -> bool:
-    """Whether answers are judged as engines hand them over. A reward of the user's own that cannot be loaded here is taken to
-    judge so."""
-    if spec.reward_shape is not None:
-        return False
+def num_judged_together(spec: Spec) -> int:
+    """How many answers the run's rewards judge together, by the one that waits longest: 1, those to a prompt, or 0 for all of a
+    step. A reward of the user's own that cannot be loaded here is taken to judge each by itself."""
     try:
-        return judge_one_by_one(spec.config)
+        found = judged_together(spec.config)
     except ConfigError:
-        return True
+        found = "answer"
+    return {"answer": 1, "group": spec.config.algorithm.samples_per_prompt, "step": 0}[found]
 
 
 def judging_seconds(spec: Spec, constants: Constants, work: StepWork) -> float:
@@ -123,8 +122,13 @@ def judging_seconds(spec: Spec, constants: Constants, work: StepWork) -> float:
         gpus = judge.engines * judge.tensor_parallel
         return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share * gpus)
     if config.data.rewards == ("math",):
-        return answers / (c.verified_per_second * num_workers(config.rewards))
-    return answers / (c.function_per_second * num_workers(config.rewards) * config.rewards.concurrency)
+        return answers / (c.verified_per_second * num_judges(spec))
+    return answers / (c.function_per_second * num_judges(spec) * config.rewards.concurrency)
+
+
+def num_judges(spec: Spec) -> int:
+    """Worker processes of a reward, on all nodes of the run, each with as many cores as this machine."""
+    return sum(num_workers(spec.config.rewards, spec.threads_on(node)) for node in spec.nodes)
 
 
 class Forecaster:
@@ -220,7 +224,7 @@ class Forecaster:
             colocated=colocated,
             cores=self._cores() if c.cores else None,
             streams=self._config.sync.streaming,
-            one_by_one=judges_one_by_one(self.given.spec) if self.given.one_by_one is None else self.given.one_by_one,
+            together=num_judged_together(self.given.spec) if self.given.together is None else self.given.together,
         )
 
     def _cores(self) -> Cores:
@@ -233,7 +237,7 @@ class Forecaster:
             self.given.constants.cores,
             trainer=config.trainer.world_size * config.trainer.threads * busy,
             engine=config.inference.tensor_parallel * config.inference.threads,
-            rewards=judges if spec.reward_shape is not None else num_workers(config.rewards),
+            rewards=judges if spec.reward_shape is not None else num_judges(spec),
         )
 
     def _summary(self, schedule: Schedule, played: Played) -> Forecast:

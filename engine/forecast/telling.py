@@ -17,7 +17,6 @@ from engine.forecast.constants import Constants, Row, rows
 from engine.forecast.lengths import LogNormal, Workload
 from engine.forecast.search import Found
 from engine.forecast.seconds import TRAIN_PARTS, Forecast, Regime
-from engine.rewards.pool.workers import num_workers
 
 WORTH_TELLING = 0.05  # of a step: what is less is not told
 NAMES = {
@@ -43,11 +42,12 @@ KEYS = {  # of what JSON has under "seconds"
 def binding(found: Forecast, config: RunConfig) -> list[tuple[float, str]]:
     """(share of a step, what takes it and what would change that), the largest first."""
     seconds, parts, t = found.step_seconds, found.parts, config.trainer
+    workers = config.rewards.workers or "as many as there are cores"
     told: list[tuple[float, str]] = [
         (parts["rollouts"] / seconds, _rollouts(found, config)),
         (
             parts["rewards"] / seconds,
-            f"rewards come after the step's last response: raise rewards.workers (now {num_workers(config.rewards)})"
+            f"rewards come after the step's last response: raise rewards.workers (now {workers})"
             if config.reward_model.path is None
             else "the reward model judges after the step's last response: raise reward_model.engines (now "
             f"{config.reward_model.engines}), or a smaller model, or shorter responses",

@@ -2,7 +2,8 @@
 makes no pairs, and judges one conversation without looking at the others.
 
 vLLM is not batch-invariant, so what it runs together is fixed: each call's distinct conversations in the order of their
-tokens, nothing kept from earlier calls. A call's scores therefore depend on what it asks, never on the order or on timing.
+tokens, nothing kept from earlier calls. A call's scores therefore depend on what it asks, never on the order, on what was asked
+before or on timing. Who asks makes each call of one group (engine/rewards/model.py).
 """
 
 from __future__ import annotations

@@ -9,11 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import Condition
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+
+if TYPE_CHECKING:
+    from engine.rewards.base import Answer
 
 Item = TypeVar("Item")
+Item_co = TypeVar("Item_co", covariant=True)
+
+
+class Arriving(Protocol[Item_co]):
+    """What a selector loop asks of what arrives; see `Arrivals`."""
+
+    def take_now(self) -> tuple[Mapping[int, Item_co], bool]:
+        """What has arrived since the last call, and whether nothing comes behind it."""
+        ...
+
+    def telling(self, changed: Callable[[], object]) -> AbstractContextManager[None]:
+        """Has `changed` called within the block whenever `take_now` would find something else."""
+        ...
 
 
 class Arrivals(Generic[Item]):
@@ -100,3 +116,42 @@ class Arrivals(Generic[Item]):
         self._changed.notify_all()
         if self._tell is not None:
             self._tell()
+
+
+class Groups:
+    """Answers that arrive, as groups: those to one prompt with one number (`Answer.group`), by their places. A group arrives
+    with the last of its answers (`Answer.group_size`), or at the end where nobody counted them. Its own place is that of its
+    first answer. So what is in a group, and in which order, does not depend on when its answers arrived."""
+
+    def __init__(self, answers: Arrivals[Answer]) -> None:
+        self._answers = answers
+        self._incomplete: dict[tuple[int, str], dict[int, Answer]] = {}
+        self.taken: dict[int, dict[int, Answer]] = {}  # the groups so far, by their places
+
+    def take(self) -> dict[int, dict[int, Answer]] | None:
+        """As `Arrivals.take`, of groups."""
+        while True:
+            new = self._answers.take()
+            if (found := self._complete(new or {}, is_end=new is None)) or new is None:
+                return found or None
+
+    def take_now(self) -> tuple[dict[int, dict[int, Answer]], bool]:
+        """As `Arrivals.take_now`, of groups."""
+        new, is_end = self._answers.take_now()
+        return self._complete(new, is_end=is_end), is_end
+
+    def telling(self, changed: Callable[[], object]) -> AbstractContextManager[None]:
+        """As `Arrivals.telling`."""
+        return self._answers.telling(changed)
+
+    def _complete(self, new: Mapping[int, Answer], *, is_end: bool) -> dict[int, dict[int, Answer]]:
+        for place, answer in new.items():
+            self._incomplete.setdefault((answer.group, answer.prompt.id), {})[place] = answer
+        keys = self._incomplete.keys() if is_end else {(answer.group, answer.prompt.id) for answer in new.values()}
+        found = {}
+        for key in list(keys):
+            group = self._incomplete[key]
+            if is_end or len(group) == next(iter(group.values())).group_size:
+                found[min(group)] = dict(sorted(self._incomplete.pop(key).items()))
+        self.taken |= found
+        return dict(sorted(found.items()))

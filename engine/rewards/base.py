@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engine.rewards.arrivals import Arrivals
 
 Function = TypeVar("Function", bound=Callable[..., object])
+Together = Literal["answer", "group", "step"]  # from what waits least to what waits longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class Answer:
     completion: str  # its text
     num_tokens: int | None = None  # of the completion, the end token included; None where nobody counted
     finish_reason: Literal["stop", "length"] | None = None
-    group: int = 0  # answers to one prompt that have one number are judged together by who asks for groups
+    group: int = 0  # answers to one prompt that have one number are judged together by who judges groups
+    group_size: int | None = None  # how many these are; None where nobody counted
     parts: tuple[tuple[str, float], ...] = ()  # for a combining rule: what each reward gave
 
     @property
@@ -39,9 +41,9 @@ class Answer:
         return frozen_row(self.prompt.row)
 
 
-def answer_of(prompt: Prompt, completion: Completion, group: int) -> Answer:
+def answer_of(prompt: Prompt, completion: Completion, group: int, group_size: int | None = None) -> Answer:
     """What is to judge of a completion that was sampled as one of a group."""
-    return Answer(prompt, completion.text, len(completion.token_ids), completion.finish_reason, group)
+    return Answer(prompt, completion.text, len(completion.token_ids), completion.finish_reason, group, group_size)
 
 
 class Reward:
@@ -52,18 +54,18 @@ class Reward:
     needs_answer: ClassVar[bool] = False  # whether a row without an answer is an error
     wants_row: ClassVar[bool] = False  # whether it looks at further columns of the row, which are kept in memory then
     uses_engine: ClassVar[bool] = False  # whether it judges on the reward model's engine
-    # Whether it judges each answer by itself, so that it may begin when a completion ends and every score is the same whenever
-    # that was. False where an answer's score depends on what is judged beside it: it then gets a step's answers together, in
-    # their order. True only where `score_as_they_arrive` is its own.
-    one_by_one: bool = False
+    # Whether it judges each answer, or each group of answers to a prompt, by itself, and as soon as that is there: every score
+    # is the same whenever that was. False where it gets a step's answers together, in their order. True only where
+    # `score_as_they_arrive` is its own.
+    begins_early: ClassVar[bool] = False
     # Whether an answer's score depends on no answer but those of its own group, to the bit, so that groups may be judged apart.
     per_group: ClassVar[bool] = False
     OPTIONS: ClassVar[tuple[str, ...]] = ()  # the options of [rewards], or [reward_model], that it looks at
 
     @classmethod
-    def judges_one_by_one(cls, config: RunConfig, name: str) -> bool:
-        """What `one_by_one` is of what is opened, known before."""
-        return cls.one_by_one
+    def judged_together(cls, config: RunConfig, name: str) -> Together:
+        """What it judges together, and so waits for."""
+        return "answer" if cls.begins_early else "step"
 
     @classmethod
     def judging(cls, config: RunConfig, name: str) -> Judging:

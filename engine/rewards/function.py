@@ -18,7 +18,7 @@ while it is imported will not do.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -28,8 +28,8 @@ from engine.config.options import Rewards
 from engine.core import registry
 from engine.core.errors import ConfigError
 from engine.core.types import Judging, Score
-from engine.rewards.arrivals import Arrivals
-from engine.rewards.base import Answer
+from engine.rewards.arrivals import Arrivals, Groups
+from engine.rewards.base import Answer, Together
 from engine.rewards.pool.workers import Outcome, Request, WorkerReward, check_environment, facts_of
 
 BUILT_IN = "function"  # the name of a reward that rewards.function holds
@@ -73,7 +73,7 @@ class FunctionReward(WorkerReward):
         named = _named(config, BUILT_IN if name is None else name)
         self.facts = facts(named, option, config)
         _require_function(self.facts, named, option)
-        self.one_by_one, self.deterministic = "group" not in self.facts.asks, self.facts.deterministic
+        self.deterministic = self.facts.deterministic
         super().__init__(config, option, named, environment=config.environment)
         self.weights = config.weights or {}
         self.part_names = set(self.facts.parts)  # declared, or returned so far
@@ -87,9 +87,10 @@ class FunctionReward(WorkerReward):
         return Judging(found.verifiable, found.needs_answer, "row" in found.asks)
 
     @classmethod
-    def judges_one_by_one(cls, config: RunConfig, name: str) -> bool:
-        """Whether it does not ask for the others of its group."""
-        return "group" not in facts(_named(config.rewards, name), _option(name), config.rewards).asks
+    def judged_together(cls, config: RunConfig, name: str) -> Together:
+        """A group where it asks for one."""
+        found = facts(_named(config.rewards, name), _option(name), config.rewards)
+        return "group" if "group" in found.asks else "answer"
 
     @classmethod
     def identity(cls, config: RunConfig, name: str) -> dict[str, str | None]:
@@ -109,15 +110,12 @@ class FunctionReward(WorkerReward):
         return cls(config.rewards, name, _option(name))
 
     def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
-        """One score an answer, in the order of places; a function that asks for `group` waits for all of them."""
-        if self.one_by_one:
+        """One score an answer, in the order of places; a function that asks for `group` is called when a group is complete."""
+        if "group" not in self.facts.asks:
             return super().score_as_they_arrive(answers)
-        groups: dict[tuple[int, str], dict[int, Answer]] = {}
-        for place, answer in answers.all().items():
-            groups.setdefault((answer.group, answer.prompt.id), {})[place] = answer
-        together = [list(group.values()) for group in groups.values()]
-        scores: dict[int, Score] = {}
-        for group, outcome in zip(groups.values(), self._outcomes(Arrivals.of(together), self._group_request), strict=True):
+        groups, scores = Groups(answers), dict[int, Score]()
+        outcomes = self._outcomes(groups, self._group_request)
+        for (_, group), outcome in zip(sorted(groups.taken.items()), outcomes, strict=True):
             given, status, problem = outcome
             each = given if status == "ok" else [given] * len(group)
             scores.update((place, self._score((value, status, problem))) for place, value in zip(group, each, strict=True))
@@ -126,7 +124,8 @@ class FunctionReward(WorkerReward):
     def _request(self, answer: Answer) -> Request:
         return tuple(_offered(answer, name) for name in self.facts.asks)
 
-    def _group_request(self, answers: Sequence[Answer]) -> Request:
+    def _group_request(self, group: Mapping[int, Answer]) -> Request:
+        answers = list(group.values())
         each = {
             "group": tuple(answer.completion for answer in answers),
             "num_tokens": tuple(_offered(answer, "num_tokens") for answer in answers),

@@ -1,8 +1,10 @@
 """The reward of tasks that no verifier can judge: the raw number that a reward model gives to a conversation. The model runs
-on engines elsewhere, seen through handles; this file deals conversations to them, equal ones once, and replaces a lost engine.
+on engines elsewhere, seen through handles; this file deals groups of conversations to them and replaces a lost engine.
 
-The first distinct conversation of a call goes to the first engine, the second to the next, and so on around. What an engine
-runs together changes the last bits of its numbers, so they follow from the call and the number of engines, and nothing else.
+What an engine runs together changes the last bits of its numbers. So it is asked for one group in each call: the distinct
+answers to one prompt, in the order of their places, as soon as the last of them is there. Scores follow from the group and
+nothing else: not from when its answers came, what was asked before, or how many engines there are. Groups go to engines in
+turn, by their numbers in the step.
 """
 
 from __future__ import annotations
@@ -11,16 +13,28 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from engine.config.load import RunConfig
 from engine.core.errors import EngineLostError, InferenceError
 from engine.core.types import Message, Score
-from engine.rewards.base import Answer, Reward
+from engine.rewards.arrivals import Arrivals, Groups
+from engine.rewards.base import Answer, Reward, Together
 
 log = logging.getLogger(__name__)
 Conversation = tuple[str | tuple[Message, ...], str]  # the user's message, or turns up to it, and the answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A group that an engine was asked for."""
+
+    group: Mapping[int, Answer]  # by places
+    conversations: tuple[Conversation, ...]  # the distinct ones
+    engine: int
+    future: Future
 
 
 class Future(Protocol):
@@ -51,6 +65,8 @@ class ModelReward(Reward):
     """
 
     uses_engine = True
+    begins_early = True
+    per_group = True
     OPTIONS = ("reward_model", "max_tokens")
 
     def __init__(self, engines: Sequence[ScoringEngine], timeout_seconds: float) -> None:
@@ -59,6 +75,11 @@ class ModelReward(Reward):
         starting = [engine.call("describe") for engine in self._engines]
         for number, future in enumerate(starting):
             self._answer(number, "describe", future, late_at)
+
+    @classmethod
+    def judged_together(cls, config: RunConfig, name: str) -> Together:
+        """A group."""
+        return "group"
 
     @classmethod
     def identity(cls, config: RunConfig, name: str) -> dict[str, str | None]:
@@ -88,30 +109,44 @@ class ModelReward(Reward):
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:
         """One score an answer, in order; statuses are those of RewardEngine.score."""
-        if not answers:
-            return []
-        conversations = [(answer.prompt.messages or answer.prompt.problem, answer.completion) for answer in answers]
-        distinct = list(dict.fromkeys(conversations))
-        parts = {number: distinct[number :: len(self._engines)] for number in range(min(len(self._engines), len(distinct)))}
-        judged: dict[Conversation, Score] = {}
-        lost = self._ask(parts, judged)
-        for number, error in lost.items():
-            log.warning("%s: starting it anew", error)
-            self._engines[number].restart()
-        for error in self._ask({number: parts[number] for number in lost}, judged).values():
-            raise error
-        return [judged[conversation] for conversation in conversations]
+        return self.score_as_they_arrive(Arrivals.of(answers))
 
-    def _ask(self, parts: Mapping[int, list[Conversation]], judged: dict[Conversation, Score]) -> dict[int, EngineLostError]:
-        """Asks engines, by their numbers, at once, and adds what they say; those that were lost."""
+    def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
+        """The same, each group when it is complete. Once all are there, engines have reward_model.timeout_seconds for what is
+        left. A lost one is then started anew, and asked again for what it owes."""
+        groups, asked = Groups(answers), list[_Asked]()
+        while (new := groups.take()) is not None:
+            for group in new.values():
+                number = next(iter(group.values())).group
+                conversations = tuple(dict.fromkeys(map(_conversation, group.values())))
+                asked.append(self._ask(group, conversations, number % len(self._engines)))
+        scores: dict[int, Score] = {}
+        lost = self._collect(asked, scores)
+        for engine, error in lost.items():
+            log.warning("%s: starting it anew", error)
+            self._engines[engine].restart()
+        owed = [one for one in asked if not one.group.keys() <= scores.keys()]
+        again = [self._ask(one.group, one.conversations, one.engine) for one in owed]
+        for error in self._collect(again, scores).values():
+            raise error
+        return [scores[place] for place in sorted(scores)]
+
+    def _ask(self, group: Mapping[int, Answer], conversations: tuple[Conversation, ...], engine: int) -> _Asked:
+        return _Asked(group, conversations, engine, self._engines[engine].call("score", conversations))
+
+    def _collect(self, asked: Sequence[_Asked], scores: dict[int, Score]) -> dict[int, EngineLostError]:
+        """Waits for what was asked and adds it to `scores`, by places; the engines that were lost."""
         late_at = time.monotonic() + self._timeout
-        asked = {number: self._engines[number].call("score", part) for number, part in parts.items()}
         lost: dict[int, EngineLostError] = {}
-        for number, future in asked.items():
+        for one in asked:
             try:
-                judged.update(zip(parts[number], self._answer(number, "score", future, late_at), strict=True))
+                found = self._answer(one.engine, "score", one.future, late_at)
             except EngineLostError as error:
-                lost[number] = error
+                lost[one.engine] = error
+                continue
+            judged = dict(zip(one.conversations, found, strict=True))
+            for place, answer in one.group.items():
+                scores[place] = judged[_conversation(answer)]
         return lost
 
     def _answer(self, number: int, method: str, future: Future, late_at: float) -> Any:
@@ -123,3 +158,7 @@ class ModelReward(Reward):
                 f"{name} did not answer {method!r} within reward_model.timeout_seconds = {self._timeout}: raise it, "
                 f"or look at the engine's log"
             ) from error
+
+
+def _conversation(answer: Answer) -> Conversation:
+    return answer.prompt.messages or answer.prompt.problem, answer.completion

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,13 +18,16 @@ from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.config.rewards import REWARDS, RULES, label
 from engine.core import registry
-from engine.core.errors import ConfigError
+from engine.core.errors import ConfigError, SemionError, WatchdogError
 from engine.core.types import Judging, Score
 from engine.rewards import function
 from engine.rewards.arrivals import Arrivals
-from engine.rewards.base import Answer, Reward
+from engine.rewards.base import Answer, Reward, Together
 from engine.rewards.function import FunctionReward
+from engine.rewards.model import ScoringEngine
 from engine.rewards.own_class import OwnReward, require_class
+from engine.rewards.pool.nodes import NodeHandle, NodePool, named
+from engine.rewards.pool.workers import WorkerReward, fitted
 
 COMBINE = "data.reward_combine"
 log = logging.getLogger(__name__)
@@ -87,11 +91,15 @@ def uses_engine(sources: Iterable[Source]) -> bool:
     return any(REWARDS.load(name).uses_engine for name in names)
 
 
-def judge_one_by_one(config: RunConfig) -> bool:
-    """Whether every reward of the run's sources judges an answer by itself, as engines hand it over. ConfigError where a user's
-    own cannot be loaded."""
-    names = {name for source in config.data.sources for name in source.rewards}
-    return all(reward_class(config, name).judges_one_by_one(config, name) for name in sorted(names))
+def judged_together(config: RunConfig) -> Together:
+    """What the run's rewards wait for, by the one that waits longest: an answer, its group, or all of a step. ConfigError where
+    a user's own cannot be loaded."""
+    found: set[Together] = set()
+    for name in sorted({name for source in config.data.sources for name in source.rewards}):
+        kind = reward_class(config, name)
+        is_own = ":" in name and kind is not FunctionReward  # which gets a step whole, whatever it says of itself
+        found.add("step" if is_own else kind.judged_together(config, name))
+    return max(found, key=("answer", "group", "step").index)
 
 
 def check_pairing(config: RunConfig) -> None:
@@ -233,7 +241,7 @@ class RoutedReward(Reward):
         return self.score_as_they_arrive(Arrivals.of(answers))
 
     def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
-        """The same. Rewards that judge one by one do so meanwhile, each in a thread; the others, and users' rules, when all
+        """The same. Rewards that may begin early do so meanwhile, each in a thread; the others, and users' rules, when all
         answers are there, in the order of places and one after another."""
         early: dict[str, Arrivals[Answer]] = {}
         judging: dict[str, Future[list[Score]]] = {}
@@ -242,7 +250,7 @@ class RoutedReward(Reward):
             try:
                 with ExitStack() as arriving:
                     for name, reward in self._rewards.items():
-                        if reward.one_by_one:
+                        if reward.begins_early:
                             early[name] = arriving.enter_context(Arrivals[Answer]())
                             judging[name] = threads.submit(reward.score_as_they_arrive, early[name])
                     while (new := answers.take()) is not None:
@@ -337,23 +345,109 @@ def _opened(config: RunConfig, name: str, engines: Sequence[Any]) -> Reward:
     return OwnReward(name, opened, config.rewards.timeout_seconds)
 
 
-def open_rewards(config: RunConfig, engines: Sequence[Any] = (), sources: Sequence[Source] | None = None) -> RoutedReward:
-    """The rewards that the run's sources name, or those of `sources`, started. `engines`: the reward model's, none where it is
-    not among them."""
-    sources = config.data.sources if sources is None else sources
+@dataclass(frozen=True, slots=True)
+class Judges:
+    """What judges elsewhere than in processes of the one that has the rewards, and what this machine does beside."""
+
+    engines: Sequence[ScoringEngine] = ()  # the reward model's; none where no source is judged by it
+    nodes: Sequence[NodeHandle] = ()  # the run's other nodes, whose processes judge too
+    threads: int = 0  # of this machine's ranks and engines, to which its judging processes leave the cores
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a node says of the pools that it has opened (engine/rewards/serving.py)."""
+
+    slots: Mapping[str, int]  # of each pool, the answers that are judged at once
+    identities: Mapping[str, str | None]  # of what judges, as a checkpoint has them
+
+
+def pools(config: RunConfig, sources: Sequence[Source] | None = None) -> dict[str, Callable[[], WorkerReward]]:
+    """What starts each of the rewards of the run's sources, or of `sources`, that judge in worker processes, by a name of its
+    own: a user's combining rule is called with its option."""
+    names, rules = _named(config.data.sources if sources is None else sources)
+    found: dict[str, Callable[[], WorkerReward]] = {
+        name: partial(kind.open, config, name, ())
+        for name in names
+        if issubclass(kind := reward_class(config, name), WorkerReward)
+    }
+    return found | {f"{COMBINE} {rule}": partial(FunctionReward, config.rewards, rule, COMBINE) for rule in rules}
+
+
+def pool_identities(config: RunConfig, sources: Sequence[Source] | None = None) -> dict[str, str | None]:
+    """`identities` of those alone, which must be the same on every node."""
+    found: dict[str, str | None] = {}
+    for name in pools(config, sources):
+        if name.startswith(COMBINE):
+            found[name] = registry.source_digest(name.removeprefix(COMBINE).strip())
+        else:
+            found |= (FunctionReward if ":" in name else REWARDS.load(name)).identity(config, name)
+    return found
+
+
+def _named(sources: Sequence[Source]) -> tuple[list[str], list[str]]:
+    """The rewards that sources name, and users' combining rules."""
     names = sorted({name for source in sources for name in source.rewards})
     combining = [source for source in sources if source.judge not in source.rewards]
-    rules = sorted({source.reward_combine for source in combining} - set(RULES))
+    return names, sorted({source.reward_combine for source in combining} - set(RULES))
+
+
+def open_rewards(
+    config: RunConfig,
+    judges: Judges = Judges(),
+    sources: Sequence[Source] | None = None,
+) -> RoutedReward:
+    """The rewards that the run's sources name, or those of `sources`, started, on `judges` too. ConfigError or WatchdogError
+    where another node cannot judge as this one does."""
+    opening = [(node, node.call("open", sources)) for node in judges.nodes]
+    config = fitted(config, judges.threads)
+    sources = config.data.sources if sources is None else sources
+    names, rules = _named(sources)
+    in_processes = pools(config, sources)
     with ExitStack() as started:
-        rewards: dict[str, Reward] = {}
-        for name in names:
-            rewards[name] = _opened(config, name, engines)
-            started.callback(rewards[name].close)
         opened: dict[str, Reward] = {}
-        for rule in rules:
-            opened[rule] = FunctionReward(config.rewards, rule, COMBINE)
-            started.callback(opened[rule].close)
-        recipes = {source.judge: Recipe.of(config, source) for source in combining}
-        routed = RoutedReward(rewards, recipes, opened, are_all=_are_all(config, sources))
+        for name in (*names, *(f"{COMBINE} {rule}" for rule in rules)):
+            start = in_processes.get(name, partial(_opened, config, name, judges.engines))
+            opened[name] = start()
+            started.callback(opened[name].close)
+        _spread(config, opening, sources, {name: one for name, one in opened.items() if isinstance(one, WorkerReward)})
+        recipes = {source.judge: Recipe.of(config, source) for source in sources if source.judge not in source.rewards}
+        routed = RoutedReward(
+            {name: opened[name] for name in names},
+            recipes,
+            {rule: opened[f"{COMBINE} {rule}"] for rule in rules},
+            are_all=_are_all(config, sources),
+        )
         started.pop_all()
     return routed
+
+
+def _spread(
+    config: RunConfig,
+    opening: Sequence[tuple[NodeHandle, Any]],
+    sources: Sequence[Source],
+    rewards: Mapping[str, WorkerReward],
+) -> None:
+    """Waits until the other nodes are ready, and has them judge too."""
+    own, late_at = pool_identities(config, sources) if opening else {}, time.monotonic() + config.trainer.timeout_seconds
+    slots: dict[str, list[NodePool]] = {name: [] for name in rewards}
+    for node, future in opening:
+        try:
+            found: Opened = future.result(max(0.0, late_at - time.monotonic()))
+        except TimeoutError as error:
+            raise WatchdogError(
+                f"{node.name} did not start within trainer.timeout_seconds = {config.trainer.timeout_seconds:g}: raise it, or "
+                f"look at the node's log"
+            ) from error
+        except SemionError as error:
+            raise named(node, error) from error
+        for what, digest in own.items():
+            if found.identities.get(what) != digest:
+                raise ConfigError(
+                    f"{what} must be the same on every node, for any of them may judge an answer; {node.name} found another "
+                    f"file or version: put it on a file system that all nodes share"
+                )
+        for name in rewards:
+            slots[name].append(NodePool(node, name, found.slots[name]))
+    for name, reward in rewards.items():
+        reward.spread(slots[name])

@@ -174,7 +174,10 @@ class RolloutSource:
         def arrived(completions: dict[int, Completion]) -> None:
             here.update(completions)
             waves.put(
-                {place: answer_of(samples.prompts[place // size], one, place // size) for place, one in completions.items()}
+                {
+                    place: answer_of(samples.prompts[place // size], one, place // size, size)
+                    for place, one in completions.items()
+                }
             )
 
         unfinished = [place for place, part in enumerate(samples.parts) if isinstance(part, SampleRequest)]

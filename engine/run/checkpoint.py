@@ -46,7 +46,7 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
     "trainer": {"timeout_seconds", "reference_memory"},
     "inference": {"placement", "timeout_seconds"},
     "rewards": {"workers", "concurrency"},
-    "reward_model": {"timeout_seconds"},
+    "reward_model": {"engines", "timeout_seconds"},  # each group is judged by itself, whichever engine has it
     "checkpoint": {"keep", "best_by", "other_layout", "on_failure"},
     "records": None,
     "evaluation": None,

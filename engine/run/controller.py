@@ -20,8 +20,7 @@ from engine.evaluation.selection import scores
 from engine.inference.pool import EngineHandle, Pool
 from engine.observe.telling import Doing, activity, tell
 from engine.rewards.math.reward import VERIFIER_VERSION
-from engine.rewards.model import ScoringEngine
-from engine.rewards.registry import RoutedReward, judging_of, open_rewards
+from engine.rewards.registry import Judges, RoutedReward, judging_of, open_rewards
 from engine.rollouts.ahead import Ahead, read_ahead
 from engine.rollouts.base import StepSource
 from engine.rollouts.paused import read_paused
@@ -44,7 +43,7 @@ class Controller:
         self,
         spec: Spec,
         engines: list[EngineHandle],
-        reward_engines: list[ScoringEngine],
+        judges: Judges,
         start: int,
         kept: Mapping[str, Any] | None,
         notes: Sequence[str] = (),
@@ -73,7 +72,7 @@ class Controller:
             self._sets = [(part.name, part.prompts) for part in held_out]  # by name; a set's problems are of one kind
             for part in held_out:
                 _note(f"{part.key}: {part.prompts}")
-            self._reward = open_rewards(config, reward_engines) if spec.starts_engines else RoutedReward({})
+            self._reward = open_rewards(config, judges) if spec.starts_engines else RoutedReward({})
             opened.callback(self._reward.close)
             self.pool = Pool(engines, config.inference.timeout_seconds)
             with activity("engines") if spec.starts_engines else nullcontext():

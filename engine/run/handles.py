@@ -23,7 +23,7 @@ from engine.observe.journal import Journal
 
 
 class RayFuture:
-    """A method of an engine under way in its process."""
+    """A method of an engine, or of a node's judges, under way in its process."""
 
     def __init__(self, reference: Any, name: str, log: Path | None = None) -> None:
         self._reference, self._name, self._log = reference, name, log
@@ -42,12 +42,17 @@ class RayFuture:
             kind = EngineStartError if error.actor_init_failed else EngineLostError
             raise kind(f"the process of {self._name} ended: {last_line(error)}{_see(self._log)}") from error
 
+    def on_done(self, told: Callable[[], object]) -> None:
+        """Has `told` called, in a thread of Ray's, once there is a value or an error."""
+        self._reference.future().add_done_callback(lambda _: told())
+
 
 class RayEngine:
-    """An engine, of the policy or of the reward model, in a Ray actor; errors call it as its journal does, and name its log."""
+    """An engine, of the policy or of the reward model, or a node's judges, in a Ray actor; errors call it as its journal does,
+    and name its log."""
 
     def __init__(self, journal: Journal, start: Callable[[], Any]) -> None:
-        self._name, self._log, self._start = journal.process, journal.log, start
+        self.name, self._log, self._start = journal.process, journal.log, start
         self._actor = start()
 
     def restart(self) -> None:
@@ -62,9 +67,9 @@ class RayEngine:
         ray.kill(self._actor)
 
     def call(self, method: str, *arguments: Any) -> RayFuture:
-        """Starts a method; calls of one caller run in order."""
-        called = self._actor.call.options(name=f"{self._name}: {method}").remote(method, *arguments)
-        return RayFuture(called, self._name, self._log)
+        """Starts a method; calls of one caller run in order, but where the process runs several at once."""
+        called = self._actor.call.options(name=f"{self.name}: {method}").remote(method, *arguments)
+        return RayFuture(called, self.name, self._log)
 
 
 def typed_error(error: Any, name: str, log: Path | None = None) -> SemionError:

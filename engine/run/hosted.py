@@ -23,6 +23,7 @@ RAY_DAEMON = "raylet"  # as the kernel names what starts an actor
 RANK = "engine.run.rank:TrainerRank"
 ENGINE = "engine.inference.vllm_engine:VllmEngine"
 REWARD_ENGINE = "engine.inference.reward_engine:RewardEngine"
+JUDGES = "engine.rewards.serving:NodeJudges"
 
 
 class Hosted:

@@ -15,13 +15,15 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
 
+from engine.config.options import Source
 from engine.config.placement import GpuAssignment, Placement
 from engine.core.errors import WatchdogError
 from engine.observe.journal import LOGS, WARNINGS, Journal, Warnings, sentence
 from engine.observe.profiling import nsight
 from engine.observe.telling import Doing, Told
+from engine.rewards.registry import Judges, pools
 from engine.run.handles import RayEngine, typed_error
-from engine.run.hosted import ENGINE, RANK, REWARD_ENGINE, Needs, hosting
+from engine.run.hosted import ENGINE, JUDGES, RANK, REWARD_ENGINE, Needs, hosting
 from engine.run.machine import descendants, end, families
 from engine.run.nodes import (
     PROCESS_ENVIRONMENT,
@@ -36,6 +38,8 @@ from engine.run.nodes import (
 from engine.run.signals import Event, undisturbed
 from engine.run.spec import Spec
 from engine.run.watch import TOLD_SECONDS, watch
+
+CALLS_PER_POOL = 4  # of a node's judges at once: one gives and one takes, of this judging and of one that was given up
 
 
 class Cluster:
@@ -135,8 +139,22 @@ class Cluster:
         self._engines += engines
         return engines
 
-    def start_reward_engines(self) -> list[RayEngine]:
-        """Starts the engines of the reward model, where the run has one; they load while the caller goes on."""
+    def start_judges(self, sources: Sequence[Source] | None = None) -> Judges:
+        """Starts what judges the run's sources, or `sources`, in processes of its own: the engines of the reward model, where
+        the run has one, and on every other node with a process of the run one that holds the worker processes there, where a
+        reward judges in such. They load while the caller goes on."""
+        spreads = self._spec.starts_engines and len(self._spec.nodes) > 1
+        in_processes = pools(self._config, sources) if spreads else {}
+        nodes = []
+        for number in self._spec.nodes[1:] if in_processes else ():
+            journal, threads = self._journal(f"judges of node {number}"), self._spec.threads_on(number)
+            at_once = CALLS_PER_POOL * len(in_processes)
+            start = self._starter(GpuAssignment(number, ()), journal, JUDGES, "config", threads, at_once=at_once)
+            nodes.append(RayEngine(journal, start))
+        self._engines += nodes
+        return Judges(self._start_reward_engines(), nodes, self._spec.threads_on(0))
+
+    def _start_reward_engines(self) -> list[RayEngine]:
         placed, count = self._placement, self._spec.num_reward_engines
         assignments: Sequence[GpuAssignment | None] = placed.reward_engines if placed else [None] * count
         engines = []
@@ -152,8 +170,8 @@ class Cluster:
         Raises the error of whichever process failed, a typed one before any other.
         """
         engines = self.start_engines() if self._spec.starts_engines else []
-        judges = self.start_reward_engines()
-        return self.run_ranks("train", lambda rank: (*((engines, judges) if rank == 0 else (None, [])), resume))
+        judges = self.start_judges()
+        return self.run_ranks("train", lambda rank: (*((engines, judges) if rank == 0 else (None, Judges())), resume))
 
     def fine_tune(self) -> Iterator[Event]:
         """Runs the supervised loop on every trainer rank."""
@@ -205,9 +223,10 @@ class Cluster:
         needs: Needs,
         *arguments: Any,
         profiled: dict[str, Any] | None = None,
+        at_once: int = 1,
     ) -> Callable[[], Any]:
         """Starts a process with an object of this class on its node and GPUs, each time it is called. `profiled`: what Ray must
-        know to profile it."""
+        know to profile it. `at_once`: calls that it runs at a time, each in a thread, where there are several."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -220,6 +239,7 @@ class Cluster:
             variables["CUDA_VISIBLE_DEVICES"] = assignment.visible(node.devices)
         actor = ray.remote(
             num_cpus=0,
+            max_concurrency=at_once,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.ray_id, soft=False),
             runtime_env={"env_vars": variables} | (profiled or {}),
         )(hosting(kind))

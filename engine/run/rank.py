@@ -28,7 +28,7 @@ from engine.models.hf import write_hf_checkpoint
 from engine.observe.profiling.window import Window
 from engine.observe.telling import activity
 from engine.observe.writing import MetricsWriter
-from engine.rewards.model import ScoringEngine
+from engine.rewards.registry import Judges
 from engine.run import loop
 from engine.run.agreement import Agreement
 from engine.run.controller import Controller
@@ -71,10 +71,8 @@ class TrainerRank:
         self._server, port = listen(self._host)
         return port
 
-    def train(
-        self, port: int, engines: list[EngineHandle] | None, reward_engines: list[ScoringEngine], resume: bool
-    ) -> Iterator[Event]:
-        """Trains; the engines are rank 0's. Every rank must be told to train with the same arguments otherwise."""
+    def train(self, port: int, engines: list[EngineHandle] | None, judges: Judges, resume: bool) -> Iterator[Event]:
+        """Trains; engines and judges are rank 0's. Every rank must be told to train with the same arguments otherwise."""
         spec, config, parallel = self._spec, self._config, self._join(port)
         loss = make_loss(config.algorithm, sampled=spec.sampled)
         with activity("model"):
@@ -98,7 +96,7 @@ class TrainerRank:
         if engines is not None:
             kept = checkpoints.records() if resume else None
             ahead = checkpoints.ahead() if resume else (None, None)
-            controller = Controller(spec, engines, reward_engines, start, kept, notes, *ahead)
+            controller = Controller(spec, engines, judges, start, kept, notes, *ahead)
         pool = controller.pool if controller is not None and spec.starts_engines else None
         publisher: loop.Publisher = NoEngines()
         if spec.starts_engines:

@@ -91,6 +91,24 @@ class Spec:
         return self.num_reward_engines * self.config.reward_model.tensor_parallel
 
     @property
+    def nodes(self) -> tuple[int, ...]:
+        """The nodes that it has processes on; rank 0 is on the first."""
+        return (0,) if self.placement is None else tuple(sorted({place.node for place in self.placement.assignments}))
+
+    def threads_on(self, node: int) -> int:
+        """CPU threads that ranks and engines of a node are taken to keep busy: those that each computes with, and one more."""
+        trainer, inference = self.config.trainer, self.config.inference
+        if self.placement is None:
+            ranks = trainer.world_size if "trainer" in self.parts else 0
+            counts = [ranks, inference.engines if self.starts_engines else 0, self.num_reward_engines]
+        else:
+            placed = self.placement.ranks, self.placement.engines, self.placement.reward_engines
+            counts = [sum(place.node == node for place in of_kind) for of_kind in placed]
+        threads = inference.threads + 1
+        each = trainer.threads + 1, inference.tensor_parallel * threads, self.config.reward_model.tensor_parallel * threads
+        return sum(count * busy for count, busy in zip(counts, each, strict=True))
+
+    @property
     def missing_reward_model(self) -> str | None:
         """The file that would tell the reward model's sizes, where it is to be started and the file is not there."""
         return str(_reward_file(self.config)) if self.starts_reward_engine and self.reward_shape is None else None

@@ -1,5 +1,5 @@
-"""A script, not a test: a reward engine scores conversations in their order, in reverse, each alone, and as two engines would
-that share them.
+"""A script, not a test: a reward engine scores conversations in their order, in reverse, each alone, and in groups of four as a
+run has it: by one engine, and by two whose groups come in another order.
 `python reward_probe.py CONFIG CONVERSATIONS`, the latter a JSON file of [message, answer]."""
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.load import load_config
+from engine.core.types import Score
 from engine.inference.reward_engine import RewardEngine
+from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer
 from engine.rewards.model import ModelReward
 from tests.rollouts import make_prompt
@@ -23,9 +25,20 @@ def main() -> None:
     half = Asked(engine)
     asked = [conversations, conversations[::-1], *([conversation] for conversation in conversations)]
     scores = [[(score.value, score.status) for score in engine.score(some)] for some in asked]
-    answers = [Answer(make_prompt("p", (), message, "", "", ""), answer) for message, answer in conversations]
-    shared = [(score.value, score.status) for score in ModelReward([half, half], 300.0).score(answers)]
-    print("RESULT " + json.dumps([scores[0], scores[1][::-1], [score for (score,) in scores[2:]], shared]))
+    answers = {
+        place: Answer(make_prompt("p", (), message, "", "", ""), answer, group=place // 4, group_size=4)
+        for place, (message, answer) in enumerate(conversations)
+    }
+    by_one = shown(ModelReward([half], 300.0).score(list(answers.values())))
+    arriving = Arrivals[Answer]()
+    with arriving:
+        arriving.put(dict(reversed(answers.items())))
+    by_two = shown(ModelReward([half, half], 300.0).score_as_they_arrive(arriving))
+    print("RESULT " + json.dumps([scores[0], scores[1][::-1], [score for (score,) in scores[2:]], by_one, by_two]))
+
+
+def shown(scores: list[Score]) -> list[tuple[float, str]]:
+    return [(score.value, score.status) for score in scores]
 
 
 class Asked:

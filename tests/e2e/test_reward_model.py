@@ -94,16 +94,17 @@ def test_a_classifier_gives_what_torch_gives_whatever_the_order(
     asked = [*script, str(tmp_path / "conversations.json")]
     run = subprocess.run(asked, capture_output=True, text=True, timeout=300, env=found)
     assert run.returncode == 0, run.stderr[-4000:]
-    forward, backward, alone, shared = json.loads(run.stdout.partition("RESULT ")[2])
+    forward, backward, alone, by_one, by_two = json.loads(run.stdout.partition("RESULT ")[2])
     assert forward == backward, "the same bits in any order"
+    assert by_one == by_two, "and of groups, whatever engine has them and whenever"
     statuses = ["too_long" if len(judge.ids(*conversation)) > longest else "ok" for conversation in conversations]
     assert [status for _, status in forward] == statuses
     assert 10 < statuses.count("ok") < 50
-    for conversation, (value, status), *others in zip(conversations, forward, alone, shared, strict=True):
+    for conversation, (value, status), *others in zip(conversations, forward, alone, by_one, strict=True):
         expected = judge.reward(*conversation) if status == "ok" else 0.0
         assert [value, *(other for other, _ in others)] == pytest.approx([expected] * 3, abs=CLOSE)
-    apart = [abs(value - other) for (value, _), (other, _) in zip(forward, shared, strict=True)]
-    print(f"by two engines {sum(map(bool, apart))} of {len(apart)} numbers are others, by {max(apart):.1e} at most")
+    apart = [abs(value - other) for (value, _), (other, _) in zip(forward, by_one, strict=True)]
+    print(f"in groups {sum(map(bool, apart))} of {len(apart)} numbers are others, by {max(apart):.1e} at most")
 
 
 @pytest.mark.nightly

@@ -3,21 +3,17 @@ and Ray is told to be patient with it. The run leaves it out by name and takes i
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from engine.run.nodes import RAY_ENVIRONMENT
 from tests.e2e.fake_slurm import NODES
-from tools.slurm.node import STARTED, command
+from tests.e2e.ray_nodes import ray_nodes
 
 pytestmark = pytest.mark.timeout(600)
 PORT = 24_617
@@ -42,29 +38,9 @@ print("ended", flush=True)
 
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, psutil.Process]]:
-    """Three Ray nodes, by address; RAY_ADDRESS and the token are set. Ray counts a node that does not answer as alive."""
-    monkeypatch.setenv("RAY_ADDRESS", f"{NODES[0]}:{PORT}")
-    monkeypatch.setenv("SLURM_JOB_ID", f"silent-{os.getpid()}")
-    for name, value in (RAY_ENVIRONMENT | {"RAY_AUTH_TOKEN": "a" * 64, "RAY_health_check_failure_threshold": "1000"}).items():
-        monkeypatch.setenv(name, value)
-    started: dict[str, psutil.Process] = {}
-    try:
-        for address in NODES:
-            log = tmp_path / address
-            arguments = command(address, PORT, is_head=address == NODES[0])
-            with log.open("wb") as said:
-                started[address] = psutil.Popen(arguments, stdout=said, stderr=subprocess.STDOUT)
-            deadline = time.monotonic() + 120
-            while STARTED not in log.read_text():
-                assert time.monotonic() < deadline and started[address].is_running(), log.read_text()
-                time.sleep(0.1)
+    """Three Ray nodes, by address. Ray counts a node that does not answer as alive."""
+    with ray_nodes(NODES, PORT, tmp_path, monkeypatch, RAY_health_check_failure_threshold="1000") as started:
         yield started
-    finally:
-        for keeper in reversed(started.values()):
-            for process in [*keeper.children(recursive=True), keeper]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            keeper.wait()
 
 
 def test_a_node_that_hangs_while_ray_counts_it_is_left_out_for_the_spare(

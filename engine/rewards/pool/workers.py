@@ -1,11 +1,13 @@
 """A pool of judging processes, the ground of every reward that judges in processes of its own (math/, function.py).
 
-This file hands requests to workers (engine/rewards/pool/worker.py) and replaces what is stuck or dead; how a request is judged
-and the deadline of one answer are theirs. It starts no thread: one selector waits on all pipes, and for answers that arrive.
+This file hands requests to workers (engine/rewards/pool/worker.py), here and on the run's other nodes (nodes.py), and replaces
+what is stuck or dead here; how a request is judged and the deadline of one answer are theirs. It starts no thread: one selector
+waits on all pipes, for answers that arrive, and for what other nodes have judged.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 import os
 import selectors
@@ -14,18 +16,21 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import RLock
 from typing import Any, ClassVar, Literal, Self
 
 import engine
+from engine.config.load import RunConfig
 from engine.config.options import Rewards
 from engine.core.errors import ConfigError, SemionError, WatchdogError
 from engine.core.types import Score
-from engine.rewards.arrivals import Arrivals, Item
+from engine.rewards.arrivals import Arrivals, Arriving, Item
 from engine.rewards.base import Answer, Reward
 from engine.rewards.pool.frames import decoded, frame, read_frame
+from engine.rewards.pool.nodes import NodePool, Outcome, Request
 from engine.rewards.pool.slots import SLACK_SECONDS
 
 START_SECONDS = 120.0  # longest start of a worker, on a busy machine
@@ -34,14 +39,12 @@ GRACE_SECONDS = 10.0  # beyond an answer's own deadline, before a worker itself 
 # of CPU time so many, so that a machine must have more than so many runnable threads a core before it changes a verdict.
 WALL_SECONDS_PER_CPU_SECOND = 20.0
 MIN_WALL_SECONDS = 30.0  # for short deadlines: a pause of the machine is as long
-CORES_PER_WORKER, MOST_WORKERS = 4, 16  # where rewards.workers is unset
+MOST_WORKERS = 64  # on a node, where rewards.workers is unset: beyond, one process of ours deals slower than they judge
 MAX_FAILED_STARTS = 3  # in a row
 MAX_TRIES = 2  # of one answer, when workers die under it
 INHERITED = {"PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HF_HOME", "HF_HUB_OFFLINE"}
 INHERITED_PREFIXES = ("LC_", "PYTHON", "OMP_")
 
-Request = tuple[Hashable, ...]  # the arguments of the judge, as JSON can hold them
-Outcome = tuple[Any, Any, str]  # what the judge gave, the status, and the error's text or ""
 DIED: Outcome = (0.0, "died", "")
 
 
@@ -101,10 +104,43 @@ def facts_of(module: str, arguments: Sequence[str], environment: Sequence[str]) 
     return message["ready"]
 
 
-def num_workers(config: Rewards) -> int:
-    """Judging processes of a reward: rewards.workers, or what the cores that this process may use leave room for beside the
-    engines and ranks of the machine."""
-    return config.workers or max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // CORES_PER_WORKER))
+def num_workers(config: Rewards, threads: int = 0) -> int:
+    """Judging processes of a reward on this machine: rewards.workers, or one for each core that this process may use and the
+    `threads` of the machine's ranks and engines leave; at least one."""
+    return config.workers or max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - threads))
+
+
+def fitted(config: RunConfig, threads: int) -> RunConfig:
+    """The configuration with rewards.workers as it is on this machine; `threads` as in `num_workers`."""
+    return config.model_copy(
+        update={"rewards": config.rewards.model_copy(update={"workers": num_workers(config.rewards, threads)})}
+    )
+
+
+class Bell:
+    """Wakes who waits in a selector, from any thread."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable once it has been rung
+        self._lock = RLock()
+        self._is_closed = False
+
+    def ring(self) -> None:
+        """Wakes them; nobody, once it is closed."""
+        with self._lock:
+            if not self._is_closed:
+                os.eventfd_write(self.descriptor, 1)
+
+    def hush(self) -> None:
+        """It has been heard."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.descriptor)
+
+    def close(self) -> None:
+        """Gives the descriptor back."""
+        with self._lock:
+            self._is_closed = True
+            os.close(self.descriptor)
 
 
 class _Worker:
@@ -165,6 +201,7 @@ class _Asked:
         self._numbers: dict[Request, int] = {}
         self._places: dict[int, int] = {}  # the number of each place's request
         self._num_tries: list[int] = []
+        self._first_places: list[int] = []
         self._outcomes: dict[int, Outcome] = {}
 
     def add(self, place: int, request: Request) -> None:
@@ -174,6 +211,7 @@ class _Asked:
         if number == new:
             self._requests.append(request)
             self._num_tries.append(0)
+            self._first_places.append(place)
             self.waiting.append(number)
         self._places[place] = number
 
@@ -183,12 +221,22 @@ class _Asked:
         self._num_tries[number] += 1
         return number, self._requests[number]
 
-    def judged(self, number: int, outcome: Outcome | None) -> None:
+    def again(self, number: int) -> None:
+        """The request is judged anew, through no fault of its own."""
+        self._num_tries[number] -= 1
+        self.waiting.appendleft(number)
+
+    def place(self, number: int) -> int:
+        """The place at which a request came first."""
+        return self._first_places[number]
+
+    def judged(self, number: int, outcome: Outcome | None) -> Outcome | None:
         """What came of a request; None where its worker was lost, so that it is judged again, unless that is no use."""
         if outcome is None and self._num_tries[number] < MAX_TRIES:
             self.waiting.appendleft(number)
-        else:
-            self._outcomes[number] = DIED if outcome is None else outcome
+            return None
+        self._outcomes[number] = DIED if outcome is None else outcome
+        return self._outcomes[number]
 
     def in_order(self) -> list[Outcome]:
         """The outcomes of all places, in their order."""
@@ -204,7 +252,7 @@ class WorkerReward(Reward):
     causes), `invalid` when the judge raised, and what the judge itself says; the value of these three is 0.
     """
 
-    one_by_one = True
+    begins_early = True
     per_group = True
     deterministic = True  # whether equal requests get equal outcomes, so that they are judged once
     OPTIONS: ClassVar[tuple[str, ...]] = ("workers", "concurrency", "deadline_seconds", "memory_mebibytes")
@@ -216,11 +264,25 @@ class WorkerReward(Reward):
         self._config, self._arguments, self._environment = config, arguments, tuple(environment)
         self._workers = [self._new_worker() for _ in range(num_workers(config))]
         self._num_failed_starts = 0
-        self._arrived = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable when answers have arrived while it waits
-        self._finalizer = weakref.finalize(self, _end_all, self._workers, self._arrived)  # also when the interpreter leaves
+        self._nodes: tuple[NodePool, ...] = ()
+        self._bell = Bell()  # rung when answers have arrived, or another node has judged some, while it waits
+        self._finalizer = weakref.finalize(self, _end_all, self._workers, self._bell)  # also when the interpreter leaves
+
+    @property
+    def slots(self) -> int:
+        """Answers that are judged at once on this machine."""
+        return len(self._workers) * self._config.concurrency
+
+    def spread(self, nodes: Sequence[NodePool]) -> None:
+        """Has these judge too, from the next judging on."""
+        self._nodes = tuple(nodes)
+
+    def judge(self, requests: Arrivals[Request], judged: Callable[[int, Outcome], object]) -> None:
+        """Judges requests of another machine's rank 0, as they arrive, and tells what came of each, by its place."""
+        self._outcomes(requests, lambda request: request, judged)
 
     def close(self) -> None:
-        """Ends every process; a second call does nothing."""
+        """Ends every process of this machine; a second call does nothing."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -260,36 +322,81 @@ class WorkerReward(Reward):
         value, status, problem = outcome
         return Score(value, status, problem=problem)
 
-    def _outcomes(self, arrivals: Arrivals[Item], request_of: Callable[[Item], Request]) -> list[Outcome]:
-        """The judge's outcome of what each item asks, in the order of places."""
+    def _outcomes(
+        self,
+        arrivals: Arriving[Item],
+        request_of: Callable[[Item], Request],
+        told: Callable[[int, Outcome], object] = lambda place, outcome: None,
+    ) -> list[Outcome]:
+        """The judge's outcome of what each item asks, in the order of places; `told` hears of each when it is there, with the
+        place at which it was asked first."""
         assert self._finalizer.alive, "score() after close()"
         for worker in list(self._workers):
             if worker.judging or worker.stdout.closed:  # interrupted, or given up at its start
                 self._replace(worker)
+        for node in self._nodes:
+            node.begin(self._bell.ring)
         asked = _Asked(self.deterministic)
-        with arrivals.telling(lambda: os.eventfd_write(self._arrived, 1)):
+        with arrivals.telling(self._bell.ring):
             while True:
-                with suppress(BlockingIOError):  # it is readable again when something else arrives
-                    os.eventfd_read(self._arrived)
+                self._bell.hush()  # it is rung again when something else arrives
+                for node in self._nodes:
+                    found, lost = node.heard()
+                    for number, outcome in found.items():
+                        asked.judged(number, outcome)
+                    for number in lost:
+                        asked.again(number)
                 new, are_all = arrivals.take_now()
                 for place, item in new.items():
                     asked.add(place, request_of(item))
                 self._give(asked)
-                if are_all and not asked.waiting and not any(worker.judging for worker in self._workers):
+                judging = self._num_judging + sum(len(node.judging) for node in self._nodes)
+                if are_all and not asked.waiting and not judging:
                     return asked.in_order()
-                for number, outcome in self._wait(self._arrived):
-                    asked.judged(number, outcome)
+                for number, heard in self._wait():
+                    if (final := asked.judged(number, heard)) is not None:
+                        told(asked.place(number), final)
 
     def _give(self, asked: _Asked) -> None:
-        """Hands out what waits to workers that have room: each one, then each a second one."""
+        """Hands out what waits, each to where least is under way for what is judged at once there: to a worker of this machine,
+        or in one message to a node. Of equally many, this machine comes first."""
+        dealt: list[dict[int, Request]] = [{} for _ in self._nodes]
+        here, hands = len(dealt), self._hands()
+        loads = [(self._num_judging / self.slots, -1, here)]
+        loads += [(len(node.judging) / node.slots, number, number) for number, node in enumerate(self._nodes)]
+        heapq.heapify(loads)
+        while asked.waiting and loads:
+            _, order, place = heapq.heappop(loads)
+            if place == here:
+                worker = next(hands, None)
+                if worker is None:
+                    continue
+                worker.give(*asked.next(), self._patience_seconds)
+                load = self._num_judging / self.slots
+            else:
+                node, requests = self._nodes[place], dealt[place]
+                if len(requests) >= node.room:
+                    continue
+                number, request = asked.next()
+                requests[number] = request
+                load = (len(node.judging) + len(requests)) / node.slots
+            heapq.heappush(loads, (load, order, place))
+        for node, requests in zip(self._nodes, dealt, strict=True):
+            if requests:
+                node.give(requests)
+
+    @property
+    def _num_judging(self) -> int:
+        return sum(len(worker.judging) for worker in self._workers)
+
+    def _hands(self) -> Iterator[_Worker]:
+        """Workers that have room: each one, then each a second time, as often as there is room."""
         for _ in range(self._config.concurrency):
             for worker in list(self._workers):
-                if not asked.waiting:
-                    return
                 if worker.ready and not worker.judging and worker.process.poll() is not None:  # it died with nothing to do
                     self._replace(worker)
                 elif worker.ready and len(worker.judging) < self._config.concurrency:
-                    worker.give(*asked.next(), self._patience_seconds)
+                    yield worker
 
     def _new_worker(self) -> _Worker:
         config = self._config
@@ -311,18 +418,18 @@ class WorkerReward(Reward):
         turns = 1 if at_once == 1 else 2 * at_once
         return turns * (self._wall_seconds + SLACK_SECONDS) + GRACE_SECONDS
 
-    def _wait(self, arrived: int | None = None) -> list[tuple[int, Outcome | None]]:
-        """Waits until a worker speaks, listens, dies or is late, or the descriptor `arrived` is readable; (number, outcome or
-        None where the worker was lost)."""
+    def _wait(self) -> list[tuple[int, Outcome | None]]:
+        """Waits until a worker speaks, listens, dies or is late, a node is late, or the bell rings; (number, outcome or None
+        where the worker was lost)."""
         awaited = [(worker, late_at) for worker in self._workers if (late_at := worker.late_at) is not None]
         with selectors.DefaultSelector() as selector:
             for worker, _ in awaited:
                 selector.register(worker.stdout, selectors.EVENT_READ, worker)
                 if worker.unsent:
                     selector.register(worker.stdin, selectors.EVENT_WRITE, worker)
-            if arrived is not None:
-                selector.register(arrived, selectors.EVENT_READ)
-            first_late_at = min((late_at for _, late_at in awaited), default=None)
+            selector.register(self._bell.descriptor, selectors.EVENT_READ)
+            of_nodes = [late_at for node in self._nodes if (late_at := node.late_at) is not None]
+            first_late_at = min((*(late_at for _, late_at in awaited), *of_nodes), default=None)
             patience = None if first_late_at is None else max(0.0, first_late_at - time.monotonic())
             events = [key for key, _ in selector.select(patience) if key.data is not None]
         speaking = {key.data for key in events if key.fileobj is key.data.stdout}
@@ -364,8 +471,8 @@ class WorkerReward(Reward):
         self._workers[self._workers.index(worker)] = self._new_worker()
 
 
-def _end_all(workers: list[_Worker], arrived: int) -> None:
-    os.close(arrived)
+def _end_all(workers: list[_Worker], bell: Bell) -> None:
+    bell.close()
     for worker in workers:
         worker.stdin.close()  # all of them begin to leave
     for worker in workers:

@@ -93,7 +93,7 @@ def test_rewards_are_given_in_order_by_one_thread():
 @pytest.mark.parametrize(("judge", "left"), [(0.5, 0.25), (3.0, 1.5), (4.0, 2.5)])
 def test_one_by_one_the_first_answers_are_judged_while_the_last_are_sampled(judge, left):
     """Half of a step's answers are there after 1.5 s of 3, so that so much of the judging is left at the end."""
-    played = play(Paper(1, "never", 2, 16), 2, 0, Steady(3.0), costs(2.0, judge=judge, one_by_one=True))
+    played = play(Paper(1, "never", 2, 16), 2, 0, Steady(3.0), costs(2.0, judge=judge, together=1))
     assert [(s.waited, s.judged) for s in played.steps] == [(3.0 + left, left)] * 2
 
 
@@ -147,6 +147,13 @@ def test_on_shared_cores_streaming_hides_no_more_than_cores_are_left():
             ).step_seconds
     assert found[2.0, False] == pytest.approx(50, rel=0.02) and found[2.0, True] < 47
     assert found[1.0, True] == pytest.approx(found[1.0, False], rel=0.03)
+
+
+def test_groups_are_judged_once_they_are_complete():
+    """Half of a step's answers are there after 1.5 s of 3, and of its groups of four a sixteenth."""
+    played = play(Paper(1, "never", 2, 16), 2, 0, Steady(3.0), costs(2.0, judge=1.6, together=4))
+    assert [s.waited for s in played.steps] == pytest.approx([4.5] * 2)
+    assert [s.judged for s in played.steps] == pytest.approx([1.5] * 2)
 
 
 def test_who_takes_turns_waits_for_the_whole_interval():
@@ -308,7 +315,7 @@ def test_rewards_judge_one_by_one_on_a_core_of_their_own_while_others_are_sample
     """Requests of 2, 4, 6 and 8 iterations of 0.5 s: two are handed over at 2 s, one at 3 and one at 4. Of 2 s of judging half
     is done at 3, a quarter at 3.5 and the last, from 4 on, at 4.5; and the same on devices apart."""
     for cores in (Cores(4.0, trainer=1.0, engine=1.0, rewards=1.0), None):
-        step = costs(1.0, judge=2.0, one_by_one=True, cores=cores)
+        step = costs(1.0, judge=2.0, together=1, cores=cores)
         played = play(Paper(1, "never", 2, 16), 2, 0, one_engine([2, 4, 6, 8], 8), step)
         assert played.mean("judged") == pytest.approx(0.5, rel=0.1)
         assert played.mean("waited") == pytest.approx(4.5, rel=0.02)
@@ -318,7 +325,7 @@ def test_a_step_of_which_no_engine_that_is_replayed_has_a_part_is_judged_whole(m
     """Fewer responses than engines, and not all engines are replayed."""
     engines = one_engine([4], slots=1)
     monkeypatch.setattr(engines, "handed_over", lambda step: [])
-    played = play(Paper(1, "never", 2, 16), 2, 0, engines, costs(1.0, judge=0.5, one_by_one=True))
+    played = play(Paper(1, "never", 2, 16), 2, 0, engines, costs(1.0, judge=0.5, together=1))
     assert [step.judged for step in played.steps] == [0.5, 0.5]
 
 

@@ -126,6 +126,33 @@ def test_what_is_judged_may_be_unwanted_after_all_is_there():
         arriving.take()
 
 
+def test_a_group_is_judged_when_it_is_complete(tmp_path):
+    """Whatever arrives with it, and in whatever order: a function that asks for the group gets its texts by their places."""
+    file = tmp_path / "judge.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "def rank(problem, group):\n"
+        "    Path(problem, '-'.join(group)).touch()\n"
+        "    return [group.index(text) + len(group) / 10 for text in group]\n"
+    )
+    folder = tmp_path / "judged"
+    folder.mkdir()
+    prompts = [make_prompt(f"p{i}", (1,), str(folder), "", "", "", reward="rank") for i in range(3)]
+    sizes = (2, 2, None)  # nobody counted the last one: it is complete at the end
+    answers = {i: Answer(prompts[i // 2], text, group=i // 2, group_size=sizes[i // 2]) for i, text in enumerate("abcdef")}
+    arriving = Arrivals[Answer]()
+    with FunctionReward(Rewards(workers=1), f"{file}:rank", "data.reward") as made, ThreadPoolExecutor(1) as thread:
+        scores = thread.submit(made.score_as_they_arrive, arriving)
+        with arriving:
+            arriving.put({place: answers[place] for place in (5, 3, 4, 1)})
+            arriving.put({2: answers[2]})
+            assert wait_until(lambda: judged(folder) == {"c-d"})
+            arriving.put({0: answers[0]})
+            assert wait_until(lambda: judged(folder) == {"c-d", "a-b"})
+        assert [score.value for score in scores.result(20)] == [0.2, 1.2] * 3
+    assert judged(folder) == {"c-d", "a-b", "e-f"}
+
+
 class Whole(Reward):
     """Judges a step together: an answer's value is its place."""
 
@@ -140,7 +167,7 @@ class Whole(Reward):
 class Single(Whole):
     """Judges one by one: an answer's value is its length."""
 
-    one_by_one = True
+    begins_early = True
 
     def score_as_they_arrive(self, answers: Arrivals[Answer]) -> list[Score]:
         found: dict[int, Score] = {}

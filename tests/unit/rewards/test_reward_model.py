@@ -4,10 +4,12 @@ a lost or late engine becomes. tests/e2e/test_reward_model.py runs the real one.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,13 @@ from engine.core.types import Prompt, Score
 from engine.data.conversations import Conversations
 from engine.inference.reward_engine import RewardEngine
 from engine.models.reward_head import read_reward_head
+from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer, Reward
 from engine.rewards.model import ModelReward
-from engine.rewards.registry import RoutedReward, open_rewards
+from engine.rewards.registry import Judges, RoutedReward, open_rewards
 from tests.rollouts import make_prompt
 from tests.unit.inference.test_pool import Answer as Future
+from tests.unit.rewards.test_rewards import wait_until
 from tests.unit.rollouts.test_rollouts import run_config
 from tools.make_reward_model import CLS, make_reward_model
 
@@ -294,9 +298,9 @@ def test_equal_conversations_are_asked_once_and_all_get_the_score():
     reward = ModelReward([engine], 5.0)
     items = [Answer(prompt("a"), "x"), Answer(prompt("b"), "x"), Answer(prompt("a"), "yy"), Answer(prompt("a"), "x")]
     assert [score.value for score in reward.score(items)] == [1.0, 1.0, 2.0, 1.0]
-    assert engine.asked == [[("a", "x"), ("b", "x"), ("a", "yy")]]
+    assert engine.asked == [(("a", "x"), ("a", "yy")), (("b", "x"),)], "a group in each call"
     assert reward.score([]) == []
-    assert len(engine.asked) == 1
+    assert len(engine.asked) == 2
     reward.close()
 
 
@@ -306,29 +310,62 @@ LOST = EngineLostError("the process of the reward engine ended: killed")
 def test_a_lost_engine_is_started_anew_once_and_asked_again(caplog):
     engine = FakeScorer(LOST)
     assert ModelReward([engine], 5.0).score([Answer(prompt("a"), "xyz")]) == [Score(3.0, "ok")]
-    assert (engine.restarts, engine.asked) == (1, [[("a", "xyz")]] * 2)
+    assert (engine.restarts, engine.asked) == (1, [(("a", "xyz"),)] * 2)
     assert "the process of the reward engine ended: killed: starting it anew" in caplog.text
 
 
-def test_several_engines_are_dealt_a_call_in_turn_and_all_asked_at_once():
+def in_groups(count: int, size: int = 1) -> list[Answer]:
+    """Groups of so many answers, of which each is one letter longer than the one before."""
+    return [Answer(prompt(f"p{i // size}"), "x" * (i + 1), group=i // size, group_size=size) for i in range(count * size)]
+
+
+def test_several_engines_are_dealt_groups_in_turn_and_all_asked_at_once():
     engines = [FakeScorer() for _ in range(3)]
-    reward = ModelReward(engines, 5.0)
-    items = [Answer(prompt(f"p{i}"), "x" * i) for i in range(1, 6)]
-    assert [score.value for score in reward.score([*items, items[0]])] == [1.0, 2.0, 3.0, 4.0, 5.0, 1.0]
+    reward, items = ModelReward(engines, 5.0), in_groups(5)
+    assert [score.value for score in reward.score(items)] == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert [engine.asked for engine in engines] == [
-        [[("p1", "x"), ("p4", "xxxx")]],
-        [[("p2", "xx"), ("p5", "xxxxx")]],
-        [[("p3", "xxx")]],
+        [(("p0", "x"),), (("p3", "xxxx"),)],
+        [(("p1", "xx"),), (("p4", "xxxxx"),)],
+        [(("p2", "xxx"),)],
     ]
     assert [score.value for score in reward.score(items[:1])] == [1.0]
-    assert [len(engine.asked) for engine in engines] == [2, 1, 1], "who has nothing to judge is not asked"
+    assert [len(engine.asked) for engine in engines] == [3, 2, 1], "who has nothing to judge is not asked"
+
+
+@given(order=st.permutations(range(12)), cuts=st.sets(st.integers(1, 11)))
+def test_what_an_engine_is_asked_together_does_not_depend_on_when_answers_arrive(order, cuts):
+    """Each group whole, in the order of its places, by the engine of its number, as soon as its last answer is there."""
+    engines, items = [FakeScorer(), FakeScorer()], in_groups(4, size=3)
+    arriving, reward = Arrivals[Answer](), ModelReward(engines, 5.0)
+    steps = [0, *sorted(cuts), 12]
+    with ThreadPoolExecutor(1) as thread:
+        scores = thread.submit(reward.score_as_they_arrive, arriving)
+        with arriving:
+            for start, stop in itertools.pairwise(steps):
+                arriving.put({place: items[place] for place in order[start:stop]})
+        assert [score.value for score in scores.result(20)] == [float(place + 1) for place in range(12)]
+    for number, engine in enumerate(engines):
+        wanted = [tuple((f"p{g}", "x" * (3 * g + i + 1)) for i in range(3)) for g in (number, number + 2)]
+        assert {*map(tuple, engine.asked)} == {*wanted} and len(engine.asked) == len(wanted)
+
+
+def test_a_group_is_asked_while_others_still_arrive():
+    engine, items = FakeScorer(), in_groups(2, size=2)
+    arriving, reward = Arrivals[Answer](), ModelReward([engine], 5.0)
+    with ThreadPoolExecutor(1) as thread:
+        scores = thread.submit(reward.score_as_they_arrive, arriving)
+        with arriving:
+            arriving.put({3: items[3], 0: items[0]})
+            arriving.put({2: items[2]})
+            assert wait_until(lambda: engine.asked == [(("p1", "xxx"), ("p1", "xxxx"))]) and not scores.done()
+            arriving.put({1: items[1]})
+        assert [score.value for score in scores.result(20)] == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_of_several_engines_only_the_lost_ones_are_started_anew_and_asked_again():
-    engines = [FakeScorer(LOST), FakeScorer(), FakeScorer(LOST)]
-    items = [Answer(prompt(f"p{i}"), "x" * i) for i in range(1, 6)]
+    engines, items = [FakeScorer(LOST), FakeScorer(), FakeScorer(LOST)], in_groups(5)
     assert [score.value for score in ModelReward(engines, 5.0).score(items)] == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert [(engine.restarts, len(engine.asked)) for engine in engines] == [(1, 2), (0, 1), (1, 2)]
+    assert [(engine.restarts, len(engine.asked)) for engine in engines] == [(1, 3), (0, 2), (1, 2)]
     late = [FakeScorer(), FakeScorer(TimeoutError())]
     with pytest.raises(
         InferenceError, match=r"reward engine 1 did not answer 'score' within reward_model\.timeout_seconds = 5\.0"
@@ -398,7 +435,7 @@ def test_every_prompt_of_a_mixed_batch_goes_to_the_reward_it_names_and_order_is_
 
 def test_only_the_rewards_that_sources_name_are_opened():
     config = run_config(data={"reward": "model"}, reward_model={"path": "unused"})
-    with open_rewards(config, [FakeScorer()]) as routed:
+    with open_rewards(config, Judges([FakeScorer()])) as routed:
         assert list(routed._rewards) == ["model"]
         assert routed.score([Answer(prompt("a"), "xy")]) == [Score(2.0, "ok")]
 

@@ -114,13 +114,13 @@ def test_memory_is_bounded() -> None:
     assert bomb.value == 0.0 and honest == RIGHT  # the status depends on who notices: Math-Verify or we
 
 
-@pytest.mark.parametrize(("cores", "wanted"), [(1, 1), (7, 1), (16, 4), (192, 16)])
+@pytest.mark.parametrize(("cores", "threads", "wanted"), [(1, 0, 1), (2, 4, 1), (16, 4, 12), (96, 32, 64), (192, 32, 64)])
 def test_so_many_workers_as_fit_the_machine_where_none_are_asked_for(
-    monkeypatch: pytest.MonkeyPatch, cores: int, wanted: int
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, wanted: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert workers.num_workers(Rewards()) == wanted
-    assert workers.num_workers(Rewards(workers=3)) == 3
+    assert workers.num_workers(Rewards(), threads) == wanted
+    assert workers.num_workers(Rewards(workers=3), threads) == 3
 
 
 def test_two_workers_keep_the_order() -> None:
@@ -187,7 +187,7 @@ from engine.rewards.math.reward import MathReward
 from engine.rewards.registry import open_rewards
 from engine.rewards.base import Answer
 from tests.rollouts import make_prompt
-reward = MathReward(Rewards(deadline_seconds=60.0))
+reward = MathReward(Rewards(workers=1, deadline_seconds=60.0))
 reward.score([Answer(make_prompt("id", (1,), "", "5", "", ""), "5")])
 import psutil
 print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)

@@ -239,7 +239,7 @@ class Holding(FakeEngine):
 class OneByOne(Parity):
     """Judges what has arrived at once, and lets engines go on when it has judged so many answers."""
 
-    one_by_one = True
+    begins_early = True
 
     def __init__(self, enough: int) -> None:
         super().__init__()

@@ -210,8 +210,10 @@ def test_what_judges_belongs_to_the_run(tmp_path):
     patient = judges | {"reward_model": judges["reward_model"] | {"timeout_seconds": 9.0}}
     assert open_checkpoints(tmp_path).load(run_config(tmp_path, **patient)).step == 5
     more = judges | {"reward_model": judges["reward_model"] | {"engines": 2}}
-    with pytest.raises(CheckpointError, match=r"reward_model\.engines"):
-        open_checkpoints(tmp_path).load(run_config(tmp_path, **more))
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path, **more)).step == 5
+    split = judges | {"reward_model": judges["reward_model"] | {"tensor_parallel": 2}}
+    with pytest.raises(CheckpointError, match=r"reward_model\.tensor_parallel"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, **split))
     (model / "model.safetensors").write_bytes(b"three")
     with pytest.raises(CheckpointError, match=r"^reward_model\.path must be what .* was written with"):
         open_checkpoints(tmp_path).load(run_config(tmp_path, **judges))

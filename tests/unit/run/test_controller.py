@@ -19,6 +19,7 @@ from engine.data.prompts import PromptSet
 from engine.observe import telling
 from engine.observe.telling import LOGGER
 from engine.rewards.base import Answer, Reward
+from engine.rewards.registry import Judges
 from engine.run import controller as controller_module
 from engine.run.controller import Controller
 from engine.run.records import Records
@@ -106,7 +107,7 @@ def open_controller(tmp_path, monkeypatch, tiny_tokenizer):
         )
         for earlier in opened:
             earlier.finish()
-        controller = Controller(spec(config), [Longest(version)], [], start, kept)
+        controller = Controller(spec(config), [Longest(version)], Judges(), start, kept)
         controller.pool.commit(version)
         opened.append(controller)
         return controller

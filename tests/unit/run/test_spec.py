@@ -269,3 +269,13 @@ def test_what_cannot_be_read_is_refused(tmp_path, made):
     (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(ConfigError, match="must be of a model family that is known"):
         resolve(made)
+
+
+def test_the_threads_of_a_node_are_those_of_what_is_on_it():
+    """Four ranks of two threads and one more each on the first node; two engines of two devices on the second."""
+    sizes = {"trainer": {"data_parallel": 4, "threads": 2}, "inference": {"engines": 2, "tensor_parallel": 2, "threads": 1}}
+    made = spec(config(cluster={"nodes": 2, "gpus_per_node": 4}, **sizes))
+    assert made.nodes == (0, 1)
+    assert [made.threads_on(node) for node in made.nodes] == [4 * 3, 2 * 2 * 2]
+    alone = spec(config(cluster={"nodes": 1, "gpus_per_node": 1}, **sizes))
+    assert (alone.placement, alone.nodes, alone.threads_on(0)) == (None, (0,), 4 * 3 + 2 * 2 * 2)

@@ -1,0 +1,269 @@
+"""Judging processes on several nodes: that no score depends on who judges, what becomes of a node that is lost, silent or
+unlike the others, and that a deadline is the same everywhere. The nodes' pools are real, in threads of this process in place of
+Ray's; tests/e2e/test_judges_of_nodes.py has them in processes of Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+import pytest
+
+from engine.config.load import RunConfig
+from engine.core.errors import ConfigError, EngineLostError, SemionError, WatchdogError
+from engine.core.types import Score
+from engine.rewards.arrivals import Arrivals
+from engine.rewards.base import Answer
+from engine.rewards.pool import nodes
+from engine.rewards.registry import Judges, RoutedReward, open_rewards
+from engine.rewards.serving import NodeJudges
+from tests.builders import config as run_config
+from tests.rollouts import make_prompt
+from tests.unit.rewards.test_rewards import processes, wait_until
+
+JUDGE = '''
+import os, time
+from pathlib import Path
+from engine.rewards.base import reward
+
+def mark(problem, completion):
+    """Leaves the number of the process that judges; `problem` is the folder."""
+    Path(problem, f"{completion}-{os.getppid()}").touch()
+    if completion.startswith("held"):
+        while not Path(problem, "free").exists():
+            time.sleep(0.005)
+    if completion.startswith("hang"):
+        time.sleep(60)
+    if completion.startswith("raise"):
+        raise KeyError(completion)
+    return {"length": float(len(completion))}
+
+def rank(problem, group):
+    return [float(group.index(text)) for text in group]
+'''
+
+
+class Call:
+    """A call under way in a thread, until that is done or the node dies."""
+
+    def __init__(self) -> None:
+        self.outcome: Future[Any] = Future()
+        self._lock = Lock()
+
+    def result(self, timeout_seconds: float) -> Any:
+        return self.outcome.result(timeout_seconds)
+
+    def on_done(self, told: Callable[[], object]) -> None:
+        self.outcome.add_done_callback(lambda _: told())
+
+    def end(self, value: Any, error: BaseException | None) -> None:
+        with self._lock:
+            if self.outcome.done():
+                return
+            if error is None:
+                self.outcome.set_result(value)
+            else:
+                self.outcome.set_exception(error)
+
+
+class Node:
+    """A node's process, in threads."""
+
+    def __init__(self, name: str, config: RunConfig) -> None:
+        self.name, self.judges = name, NodeJudges(config, 0)
+        self.is_dead = self.is_silent = False
+        self.num_given = 0
+        self._threads = ThreadPoolExecutor(8)
+        self._calls: list[Call] = []
+
+    def call(self, method: str, *arguments: Any) -> Call:
+        self._calls.append(call := Call())
+        if method == "give":
+            self.num_given += len(arguments[-1])
+        if self.is_dead:
+            self.stop()
+        elif not (self.is_silent and method == "take"):
+            self._threads.submit(self._run, call, method, arguments)
+        return call
+
+    def stop(self) -> None:
+        self.is_dead = True
+        for call in self._calls:
+            call.end(None, EngineLostError(f"the process of {self.name} ended: killed"))
+
+    def close(self) -> None:
+        end(self.judges)
+        self._threads.shutdown()
+
+    def _run(self, call: Call, method: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            call.end(getattr(self.judges, method)(*arguments), None)
+        except SemionError as error:
+            call.end(None, error)
+
+
+def end(judges: NodeJudges) -> None:
+    """What the end of their process does to them."""
+    for pool in judges._pools.values():
+        pool._arrivals.abandon()
+        pool._thread.shutdown()
+        pool.reward.close()
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("own") / "judge.py"
+    file.write_text(JUDGE)
+    return file
+
+
+@contextmanager
+def opened(reward: str, num_nodes: int = 2, **rewards: Any) -> Iterator[tuple[RoutedReward, list[Node]]]:
+    """A reward with one worker here and one on each other node."""
+    config = run_config(data={"reward": reward}, rewards={"workers": 1} | rewards)
+    found = [Node(f"judges of node {number + 1}", config) for number in range(num_nodes)]
+    try:
+        with open_rewards(config, Judges(nodes=found)) as routed:
+            yield routed, found
+    finally:
+        for node in found:
+            node.close()
+
+
+def asked(folder: Path, texts: list[str], reward: str, group_size: int = 1) -> list[Answer]:
+    folder.mkdir(exist_ok=True)
+    return [
+        Answer(make_prompt(f"p{i // group_size}", (1,), str(folder), "7", "", "", reward=reward), text, group=i // group_size)
+        for i, text in enumerate(texts)
+    ]
+
+
+def judged(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_scores_are_those_of_one_node_and_every_node_judges(judge: Path, tmp_path: Path) -> None:
+    name = f"{judge}:mark"
+    texts = [f"{'raise' if i % 7 == 3 else 'x' * (i % 5)}{i}" for i in range(60)]
+    with opened(name, 0, weights={"length": 0.5}) as (routed, _):
+        alone = routed.score(asked(tmp_path / "alone", texts, name))
+    with opened(name, weights={"length": 0.5}) as (routed, found):
+        for turn in range(2):  # and a second judging, whose numbers begin anew
+            folder = tmp_path / f"shared{turn}"
+            assert routed.score(asked(folder, texts, name)) == alone
+            assert len({one.rpartition("-")[2] for one in judged(folder)}) == 3, "the workers of all three"
+        assert all(node.num_given for node in found)
+    assert {score.status for score in alone} == {"ok", "invalid"} and alone[0] == Score(0.5, "ok", (("length", 1.0),))
+
+
+def test_math_and_groups_are_judged_elsewhere_alike(judge: Path, tmp_path: Path) -> None:
+    golds = ["7", r"\frac{14}{2}", "8", "no answer"]
+    with opened("math", 1) as (routed, (node,)):
+        scores = routed.score(asked(tmp_path, [rf"\boxed{{{golds[i % 4]}}}" + " " * i for i in range(16)], "math"))
+        assert [score.value for score in scores] == [1.0, 1.0, 0.0, 0.0] * 4 and node.num_given
+    with opened(f"{judge}:rank", 1) as (routed, (node,)):
+        scores = routed.score(asked(tmp_path, [f"{i}" for i in range(24)], f"{judge}:rank", group_size=3))
+        assert [score.value for score in scores] == [0.0, 1.0, 2.0] * 8 and node.num_given
+
+
+def test_what_a_lost_node_had_is_judged_by_the_others(judge: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name, texts = f"{judge}:mark", [f"held{i}" for i in range(12)]
+    with opened(name, deadline_seconds=60.0) as (routed, (first, second)), ThreadPoolExecutor(1) as thread:
+        scores = thread.submit(routed.score, asked(tmp_path, texts, name))
+        assert wait_until(lambda: len(judged(tmp_path)) == 3), "each node's worker has one"
+        first.stop()
+        assert wait_until(lambda: "judges of node 1 ended" in caplog.text)
+        (tmp_path / "free").touch()
+        assert [score.value for score in scores.result(30)] == [float(len(text)) for text in texts], "none is a death"
+        before = first.num_given, second.num_given
+        assert {score.status for score in routed.score(asked(tmp_path, texts, name))} == {"ok"}
+        assert first.num_given == before[0] and second.num_given > before[1]
+    assert caplog.text.count("it judges nothing more until the run is started again") == 1
+
+
+def test_a_node_that_gives_no_sign_of_life_is_lost(
+    judge: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{judge}:mark"
+    with opened(name, 1) as (routed, (node,)):
+        monkeypatch.setattr(nodes, "TAKE_SECONDS", 0.2)
+        monkeypatch.setattr(nodes, "SILENT_SECONDS", 0.2)
+        node.is_silent = True
+        assert [score.value for score in routed.score(asked(tmp_path, ["a", "bb", "ccc"], name))] == [1.0, 2.0, 3.0]
+        assert node.num_given and node.is_dead, "it is ended, so that it takes no cores"
+    assert "judges of node 1 gave no sign of life" in caplog.text
+
+
+def test_the_deadline_of_an_answer_is_the_same_everywhere(judge: Path, tmp_path: Path) -> None:
+    name = f"{judge}:mark"
+    with opened(name, deadline_seconds=0.5) as (routed, _):
+        scores = routed.score(asked(tmp_path, ["hang1", "hang2", "hang3", "a", "bb", "ccc"], name))
+        assert [(score.value, score.status) for score in scores[:3]] == [(0.0, "timeout")] * 3
+        assert [score.value for score in scores[3:]] == [1.0, 2.0, 3.0]
+        assert len({one.rpartition("-")[2] for one in judged(tmp_path) if one.startswith("hang")}) == 3, "one on each node"
+
+
+def test_a_judging_that_is_given_up_leaves_nothing_to_the_next(judge: Path, tmp_path: Path) -> None:
+    name = f"{judge}:mark"
+    arriving = Arrivals[Answer]()
+    with opened(name, 1) as (routed, (node,)), ThreadPoolExecutor(1) as thread:
+        scores = thread.submit(routed.score_as_they_arrive, arriving)
+        arriving.put(dict(enumerate(asked(tmp_path / "first", ["hang1", "hang2", "a", "b"], name))))
+        assert wait_until(lambda: node.num_given > 0)
+        arriving.abandon()
+        with pytest.raises(CancelledError):
+            scores.result(20)
+        found = routed.score(asked(tmp_path / "second", ["x", "yy", "zzz", "vvvv"], name))
+        assert [score.value for score in found] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_node_with_another_file_or_none_is_named(judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{judge}:mark"
+    before = set(processes())
+    monkeypatch.setattr("engine.rewards.serving.pool_identities", lambda *_: {f"data.reward {name}": "another"})
+    with pytest.raises(ConfigError, match=r"must be the same on every node.*judges of node 1 found another"), opened(name):
+        pass
+    assert wait_until(lambda: set(processes()) == before)
+
+    def refuses(*_: object) -> None:
+        raise ConfigError("no such file there")
+
+    monkeypatch.setattr("engine.rewards.serving.pools", refuses)
+    with pytest.raises(ConfigError, match=r"^judges of node 1: no such file there"), opened(name):
+        pass
+
+
+def test_a_node_that_does_not_start_is_late(judge: Path) -> None:
+    config = run_config(data={"reward": f"{judge}:mark"}, rewards={"workers": 1}, trainer={"timeout_seconds": 0.1})
+    node = Node("judges of node 1", config)
+    up = Event()
+    node.judges.open = lambda sources: up.wait(60)  # type: ignore[assignment,method-assign,return-value]
+    with pytest.raises(WatchdogError, match=r"judges of node 1 did not start within trainer\.timeout_seconds = 0\.1"):
+        open_rewards(config, Judges(nodes=[node]))
+    up.set()
+    node.close()
+
+
+def test_a_pool_says_what_it_has_for_a_moment_and_when_half_is_judged(judge: Path, tmp_path: Path) -> None:
+    """So that a message carries many outcomes, and none waits for long."""
+    served = NodeJudges(run_config(data={"reward": f"{judge}:mark"}, rewards={"workers": 1, "deadline_seconds": 60.0}), 0)
+    assert served.open(None).slots == {f"{judge}:mark": 1}
+    name, requests = f"{judge}:mark", {i: (str(tmp_path), text) for i, text in enumerate(["a", "held", "b"])}
+    try:
+        served.give(name, 1, requests)
+        assert served.take(name, 1).keys() == {0}
+        (tmp_path / "free").touch()
+        found: dict[int, Any] = {}
+        while len(found) < 2:
+            found |= served.take(name, 1)
+        assert found == {1: ({"length": 4.0}, "ok", ""), 2: ({"length": 1.0}, "ok", "")}
+        served.give(name, 0, {9: (str(tmp_path), "late")})
+        assert served.take(name, 0) == {}, "of an earlier judging nothing is wanted"
+        assert "late" not in {one.partition("-")[0] for one in judged(tmp_path)}
+    finally:
+        end(served)
