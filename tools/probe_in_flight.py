@@ -33,6 +33,7 @@ import psutil
 
 from engine.api.preflight import check
 from engine.config.load import RunConfig, dump_config, load_config
+from engine.core.errors import ConfigError
 from engine.core.files import locked
 from engine.core.jsonl import JsonlLedger, read_rows
 from engine.observe.rollouts import rollouts_of
@@ -280,10 +281,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of waits and kills")
     options = parser.parse_intermixed_args()
     folder = Path(options.folder).resolve()
+    os.environ.setdefault(REWARDS_WAIT, "0")
+    try:
+        config = load_config(options.config, [*IN_FLIGHT, *options.overrides, f"run.directory={folder / 'run'}"])
+    except ConfigError as error:
+        sys.exit(f"probe_in_flight: {error}")
     folder.mkdir(parents=True)
     (folder / WAITS).touch()
-    os.environ.setdefault(REWARDS_WAIT, "0")
-    config = load_config(options.config, [*IN_FLIGHT, *options.overrides, f"run.directory={folder / 'run'}"])
     (folder / BASE).write_text(dump_config(config), encoding="utf-8")
     probe = Probe(config, folder, options.seed, options.killed)
     probe.undisturbed()

@@ -105,7 +105,8 @@ def test_a_delayed_and_killed_run_is_bit_for_bit_the_undisturbed_one(
 
 @pytest.mark.nightly
 def test_runs_with_engines_that_stay_waits_and_kills_are_all_the_undisturbed_one(run_config: Make, tmp_path: Path) -> None:
-    probe = [sys.executable, "-m", "tools.probe_in_flight", written(run_config(), tmp_path), str(tmp_path / "runs")]
+    file = written(run_config("algorithm.loss=grpo"), tmp_path)
+    probe = [sys.executable, "-m", "tools.probe_in_flight", file, str(tmp_path / "runs")]
     run = subprocess.run([*probe, "--runs", "3", "--killed", "0.7"], capture_output=True, text=True, timeout=1700, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
     found = json.loads(run.stdout.split("RESULT ")[1])
