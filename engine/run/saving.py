@@ -326,8 +326,7 @@ class Checkpoints:
             **({"fork": self.origin.as_json()} if self.origin is not None else {}),
         }
         (staging / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
-        folders = [staging / POLICY, *([staging / REFERENCE] if snapshot.reference is not None else []), staging]
-        for path in (staging / MANIFEST, *folders):
+        for path in (staging / MANIFEST, *sorted(path for path in staging.iterdir() if path.is_dir()), staging):
             sync(path)
         self._name(staging, self._folder / f"step_{save.step:08d}", config.checkpoint.keep)
 
@@ -467,11 +466,15 @@ class Checkpoints:
         return {int(path.name.removeprefix("step_")) for path in self._folder.glob(STEPS) if path.name <= newest.name}
 
     def ahead(self) -> tuple[Path | None, Path | None]:
-        """The files of rollouts that the newest checkpoint keeps for steps after it: complete ones, and paused ones; None for
-        each that it does not have."""
+        """Where the newest checkpoint keeps rollouts for steps after it: complete ones, and paused ones, each a folder, or the
+        file that older versions wrote; None for each that it does not have."""
         newest = latest(self._folder)
-        files = read_manifest(newest)["files"] if newest is not None else {}
-        complete, paused = (newest / name if newest is not None and name in files else None for name in (AHEAD, PAUSED))
+        if newest is None:
+            return None, None
+        names = {Path(name).parts[0] for name in read_manifest(newest)["files"]}
+        complete, paused = (
+            next((newest / name for name in (one, f"{one}.jsonl") if name in names), None) for one in (AHEAD, PAUSED)
+        )
         return complete, paused
 
     def records(self) -> dict[str, Any] | None:

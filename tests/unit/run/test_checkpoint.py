@@ -261,7 +261,7 @@ def two_ranks(root: Path, patience_seconds: float = 60.0) -> tuple[list[Checkpoi
 REQUEST = SampleRequest("rollout:7:p0:0", "p0", 0, 1, TokenIds.of([1, 2]), 1.0, 1.0, 8)
 
 
-def test_rollouts_sampled_ahead_are_a_file_of_the_checkpoint(tmp_path):
+def test_rollouts_sampled_ahead_are_files_of_the_checkpoint(tmp_path):
     """Under a digest, as every other; the manifest says of which steps, and from which on they are paused. Without any, there
     is none."""
     config, folder = run_config(tmp_path), tmp_path / "run" / "checkpoints" / "step_00000005"
@@ -271,15 +271,25 @@ def test_rollouts_sampled_ahead_are_a_file_of_the_checkpoint(tmp_path):
     checkpoints.commit(5, snapshot_of(state_of(5), weights_of(5)), config, ahead=ahead)
     checkpoints.wait()
     assert checkpoints.ahead() == (folder / AHEAD, folder / PAUSED)
+    files = read_manifest(folder)["files"]
+    kept = [f"{AHEAD}/00000005.arrows", f"{AHEAD}/00000005.jsonl", f"{PAUSED}/00000007.arrows", f"{PAUSED}/00000007.jsonl"]
+    assert [name for name in files if name.startswith((AHEAD, PAUSED))] == kept
     assert checkpoints.load(config).ahead == range(5, 9)
     assert read_manifest(folder)["paused_from"] == 7
-    flip(folder / PAUSED, 40)
-    with pytest.raises(CheckpointError, match=r"paused\.jsonl differs from its digest"):
-        checkpoints.load(config)
-    flip(folder / PAUSED, 40)
-    flip(folder / AHEAD, 40)
-    with pytest.raises(CheckpointError, match=r"ahead\.jsonl differs from its digest"):
-        checkpoints.load(config)
+    for name in kept:
+        flip(folder / name, 40)
+        with pytest.raises(CheckpointError, match=rf"{name} differs from its digest"):
+            checkpoints.load(config)
+        flip(folder / name, 40)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1])
+        with pytest.raises(CheckpointError, match=rf"{name} must have {len(whole)} bytes; found {len(whole) - 1}"):
+            checkpoints.load(config)
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=rf"{name} must have {len(whole)} bytes; found none"):
+            checkpoints.load(config)
+        (folder / name).write_bytes(whole)
+    assert checkpoints.load(config).step == 5
     commit(tmp_path, 10)
     assert checkpoints.ahead() == (None, None) and checkpoints.load(config).ahead == range(0)
 
