@@ -394,9 +394,9 @@ class Checkpoints:
             self._prune(newest, best(self._folder))
             return
         scores = self._scores
-        folders = {step: self._folder / f"step_{step:08d}" for step in scores}
-        there = [step for step in sorted(folders) if (folders[step] / MANIFEST).exists() and folders[step] <= newest]
-        chosen = folders[max(there, key=lambda step: scores[step])] if there else None
+        there = {int(path.name.removeprefix("step_")): path for path in self._folder.glob(STEPS) if path <= newest}
+        known = sorted(step for step in there.keys() & scores.keys() if (there[step] / MANIFEST).exists())
+        chosen = there[max(known, key=lambda step: scores[step])] if known else None
         if chosen is not None:
             self._point(BEST, chosen.name)
         else:

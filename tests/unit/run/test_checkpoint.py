@@ -500,6 +500,22 @@ def test_retention_never_takes_the_best_nor_what_has_yet_to_be_judged(values, ke
         assert named is not None and named.name == f"step_{expected:08d}"
 
 
+def test_choosing_the_best_looks_at_the_checkpoints_that_are_kept_alone(tmp_path, monkeypatch):
+    """However many steps were judged."""
+    judged_run(tmp_path, {5: 0.5, 10: 0.25, 15: 0.75}, keep=2)
+    looked, exists = list[str](), Path.exists
+
+    def counted(path: Path) -> bool:
+        looked.append(path.parent.name)
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", counted)
+    judged = dict.fromkeys(range(0, 50_000, 5), 0.0) | {10: 1.0}
+    open_checkpoints(tmp_path).select(judged, run_config(tmp_path, checkpoint={"keep": 2}))
+    assert set(looked) <= {"run", "checkpoints", "step_00000010", "step_00000015"} and len(looked) < 20
+    assert (tmp_path / "run" / "checkpoints" / BEST).read_text() == "step_00000010"
+
+
 def test_the_best_of_a_run_that_went_back_is_among_what_it_still_has(tmp_path):
     """LATEST set to an earlier folder by hand: what came after it is of another future."""
     folder = tmp_path / "run" / "checkpoints"
