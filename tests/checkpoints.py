@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,18 @@ from engine.run.saving import Checkpoints, Snapshot, Weights
 class Alone:
     """The words of a rank that hears and waits for nobody."""
 
+    rank = 0
+
     def broadcast(self, word: bytes) -> bytes:
         """Its own."""
         return word
 
     def barrier(self) -> None:
         """Nobody is there."""
+
+    def agreed(self, word: bytes, judge: Callable[[list[bytes]], bytes]) -> bytes:
+        """Of its own."""
+        return judge([word])
 
 
 ALONE = Alone()

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -51,7 +51,6 @@ def as_before(policy: Any, folder: Path, config: Any, step: int, barrier: Callab
     """The same of the peer; training waits all the time."""
     from safetensors.torch import save_file
 
-    from engine.bridge.sender import stream_to_first_rank
     from engine.core.files import sync
     from engine.models.hf import write_hf_checkpoint
     from engine.models.sharding import export_plan
@@ -66,7 +65,7 @@ def as_before(policy: Any, folder: Path, config: Any, step: int, barrier: Callab
     save_file({name: tensor.contiguous() for name, tensor in policy.state().items()}, file)
     sync(file)
     plan = export_plan(policy.shape, policy.layout, policy.dtype, config.sync.bucket_mebibytes << 20)
-    stream = stream_to_first_rank(policy, parallel, plan, policy.dtype)
+    stream = _to_first_rank(policy, plan)
     if parallel.rank == 0:
         write_hf_checkpoint(final / "policy", stream, config.model.path)
     else:
@@ -80,6 +79,25 @@ def as_before(policy: Any, folder: Path, config: Any, step: int, barrier: Callab
     barrier()
     seconds = time.perf_counter() - started
     return seconds, seconds
+
+
+def _to_first_rank(policy: Any, plan: Any) -> Iterator[tuple[str, Any]]:
+    """Every full tensor in plan order on rank 0, from the first rank of its stage; nothing elsewhere. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    here = policy.parallel
+    for bucket in plan:
+        found, leader = policy.gather(bucket), bucket.stage * here.dp_size * here.tp_size
+        for index, meta in enumerate(bucket.tensors):
+            if here.rank == leader == 0:
+                yield meta.name, found[index][1]
+            elif here.rank == leader:
+                dist.send(found[index][1].contiguous(), 0)
+            elif here.rank == 0:
+                received = torch.empty(meta.shape, dtype=policy.dtype, device=here.device)
+                dist.recv(received, leader)
+                yield meta.name, received
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -182,13 +182,6 @@ class Rank:
     device: Any  # torch.device
     host: Any  # HostGroup
 
-    def stage_leaders(self) -> tuple[int, ...]:
-        """One stage."""
-        return (0,)
-
-    def gather(self, bucket: Any) -> None:
-        """Not asked here."""
-
 
 def open_rank(
     rank: int, trainers: int, folder: Path, pool: Any, transport: Any, dtype: str = "float32", device: str = "cpu"

@@ -15,7 +15,7 @@ from engine.capacity.kv_cache import GIB, require_one_request, reward_cache
 from engine.capacity.transfer import Machine, plan_run
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, SemionError, combined
-from engine.core.jsonl import parsed, read_lines, read_rows, require_names
+from engine.core.jsonl import newest_rows, parsed, read_lines, require_names
 from engine.forecast import comparing, disk
 from engine.forecast.calibration import Calibrated, calibrated, read_calibration
 from engine.forecast.constants import Constants, rows
@@ -42,7 +42,7 @@ from engine.observe.predicted import CALIBRATION, Predicted
 from engine.observe.timeline import EVENTS, STARTUP
 from engine.run.spec import Spec, assemble, resolve, settled
 
-MOST_LENGTHS = 20_000  # of a run's newest responses, by which it is forecast
+MOST_LENGTHS, MOST_STEPS = 20_000, 5_000  # of a run's newest responses and steps, by which it is forecast
 NO_CALIBRATION = (
     "No calibration of the run's machine is recorded, so nothing is forecast: `semion calibrate --config CONFIG` measures one. "
     f"`semion train` copies {CALIBRATION} of the folder that it is started in to the run's directory; `semion report "
@@ -195,14 +195,15 @@ class Run:
     """A run that was, for a forecast of it."""
 
     config: RunConfig
-    rows: Many[dict[str, Any]]  # of metrics.jsonl
+    rows: Many[dict[str, Any]]  # of metrics.jsonl, the newest
     seen: dict[str, float]  # seconds by part
     workload: Workload
 
     @classmethod
     def read(cls, directory: Path, config: RunConfig) -> Run:
-        """From its records, which may still grow. ConfigError for one without a step or without rollouts."""
-        rows = list(read_rows(directory / "metrics.jsonl"))
+        """From its newest records, which may still grow. ConfigError for one without a step or without rollouts, DataError
+        where a metric is no number."""
+        rows = newest_rows(directory / "metrics.jsonl", MOST_STEPS, numbers=True)
         if not rows or "step_seconds" not in rows[0]:
             raise ConfigError(f"a run is forecast by its own records; found no step in {directory}: name another run")
         lengths = newest_lengths(directory, MOST_LENGTHS)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from engine.bridge.exchange import Sender
 from engine.bridge.host_group import HostGroup
@@ -24,7 +23,6 @@ from engine.bridge.transports.registry import open_transport
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
 from engine.config.options import SYNC_ATTEMPTS
 from engine.core.errors import SemionError, UndeliveredError, WatchdogError, WeightSyncError
-from engine.models.sharding import ExportBucket
 
 ENGINE_PATIENCE, RANK_PATIENCE = 1.0, 2.0  # seconds beyond the timeout for engines, then ranks, to report their failures
 REASON_BYTES = 1024  # of a rank's failure, as it is sent to the others
@@ -37,10 +35,6 @@ class Source(Protocol):
     @property
     def parameters(self) -> Mapping[str, torch.Tensor]:
         """This rank's shards by megatron's names."""
-        ...
-
-    def gather(self, bucket: ExportBucket) -> list[tuple[str, torch.Tensor]] | None:
-        """Full tensors on the bucket's stage leader, None elsewhere; collective over the stage's tensor-parallel ranks."""
         ...
 
 
@@ -65,10 +59,6 @@ class ParallelState(Protocol):
     @property
     def host(self) -> HostGroup:
         """Words between the trainer ranks; who waits there holds no GPU."""
-        ...
-
-    def stage_leaders(self) -> tuple[int, ...]:
-        """Rank of every stage's leader."""
         ...
 
 
@@ -246,24 +236,3 @@ class Publisher:
 def most_telling(failures: list[Failure]) -> Failure | None:
     """The first that is not an echo of another, or else the first; None of none."""
     return next((failure for failure in failures if not failure.echo), failures[0] if failures else None)
-
-
-def stream_to_first_rank(
-    source: Source, parallel: ParallelState, plan: tuple[ExportBucket, ...], dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every full tensor in plan order on rank 0, nothing elsewhere; collective, and to be drained on every rank."""
-    leaders = parallel.stage_leaders()
-    for bucket in plan:
-        tensors = source.gather(bucket)
-        leader = leaders[bucket.stage]
-        for index, meta in enumerate(bucket.tensors):
-            if parallel.rank == leader == 0:
-                assert tensors is not None
-                yield meta.name, tensors[index][1]
-            elif parallel.rank == leader:
-                assert tensors is not None
-                dist.send(tensors[index][1].contiguous(), 0)
-            elif parallel.rank == 0:
-                received = torch.empty(meta.shape, dtype=dtype, device=parallel.device)
-                dist.recv(received, leader)
-                yield meta.name, received

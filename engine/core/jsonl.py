@@ -12,7 +12,9 @@ import codecs
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -47,11 +49,11 @@ def read_lines(path: str | Path, start: int = 0) -> Iterator[Line]:
 def lines_in(file: BinaryIO, path: str | Path, start: int = 0) -> Iterator[Line]:
     """As `read_lines`, of an opened file; `path`: what messages call it."""
     file.seek(start)
-    offset = start
+    offset, place = start, f"{path}, {'byte' if start else 'line'} "
     for number, data in enumerate(file, start=1):
         if not data.endswith(b"\n"):
             return
-        yield Line(f"{path}, byte {offset}" if start else f"{path}, line {number}", offset, data)
+        yield Line(f"{place}{offset if start else number}", offset, data)
         offset += len(data)
 
 
@@ -104,15 +106,32 @@ def objects_in(lines: Iterable[bytes], path: str | Path, fault: Fault | None = N
 
 
 def read_rows(
-    path: str | Path, start: int = 0, error: type[SemionError] = DataError, needs: Collection[str] = ()
+    path: str | Path,
+    start: int = 0,
+    error: type[SemionError] = DataError,
+    needs: Collection[str] = (),
+    *,
+    numbers: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a ledger, which another process may be writing, from the byte `start` on; none where there is no file.
-    `error` names file and line where one is no JSON object with an integer `step` and all that the reader `needs`."""
+    `error` names file and line where one is no JSON object with an integer `step` and all that the reader `needs`; with
+    `numbers`, also where it has anything but numbers (`require_numbers`)."""
     if Path(path).exists():
         for line in read_lines(path, start):
             row = row_of(line, error)
             require_names(row, needs, line, error)
+            if numbers:
+                require_numbers(row, line, error)
             yield row
+
+
+def require_numbers(row: Row, line: Line, error: type[SemionError] = DataError) -> None:
+    """`error` where a line's row has anything but finite numbers and nulls, as rows of metrics do: somebody else has written
+    it."""
+    for name, value in row.items():
+        is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
+        if value is not None and not is_number:
+            raise error(f"{line.where}: `{name}` must be a number or null; found {brief(value)}: mend or delete that line")
 
 
 def require_names(row: Any, needs: Collection[str], line: Line, error: type[SemionError] = DataError) -> None:
@@ -121,12 +140,20 @@ def require_names(row: Any, needs: Collection[str], line: Line, error: type[Semi
         raise error(f"{line.where}: `{missing[0]}` must be there; found {brief(line.data)}: delete that line")
 
 
+def newest_rows(path: str | Path, most: int, *, numbers: bool = False) -> list[dict[str, Any]]:
+    """The last rows of a ledger, so many at most, in their order, read from its end; none where there is no file. DataError as
+    `read_rows`."""
+    rows = []
+    for line in islice(read_backwards(path), most) if Path(path).exists() else ():
+        rows.append(row_of(line))
+        if numbers:
+            require_numbers(rows[-1], line)
+    return rows[::-1]
+
+
 def last_row(path: str | Path) -> dict[str, Any] | None:
-    """The last row of a ledger, read from its end; None without one. DataError as `read_rows`."""
-    if not Path(path).exists():
-        return None
-    line = next(read_backwards(path), None)
-    return row_of(line) if line is not None else None
+    """The last row of a ledger; None without one. DataError as `read_rows`."""
+    return next(iter(newest_rows(path, 1)), None)
 
 
 def row_of(line: Line, error: type[SemionError] = DataError) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from engine.run.spec import Spec
 if TYPE_CHECKING:
     from engine.forecast.constants import Constants  # whose links load torch, which a preflight does not
 
-AHEAD_TOKEN_BYTES = 40  # JSON of a token's id and log-prob, and its text
+AHEAD_TOKEN_BYTES = 16  # 4 each of a token's id and log-prob, and its text in JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def checkpoint_bytes(spec: Spec) -> int:
 
 def ahead_bytes(spec: Spec) -> int:
     """What the rollouts take at most that a checkpoint keeps for later steps (sync.lookahead): all of them as long as they may
-    be, as rows of JSON."""
+    be, tokens and log-probs in columns that count as if they were not compressed."""
     config = spec.config
     if spec.source != "rollouts":
         return 0

@@ -55,10 +55,6 @@ class ParallelState:
         """Whether this rank holds the output layer, and so sees losses and log-probs."""
         return self.pp_rank == self.pp_size - 1
 
-    def stage_leaders(self) -> tuple[int, ...]:
-        """Global rank with tp_rank 0 and dp_rank 0 of every stage, in stage order."""
-        return tuple(stage * self.dp_size * self.tp_size for stage in range(self.pp_size))
-
     def close(self) -> None:
         """Destroys megatron's groups and leaves torch.distributed."""
         from megatron.core import parallel_state

@@ -21,7 +21,7 @@ from engine.core.errors import ConfigError, DataError
 from engine.core.metrics import Metric
 from engine.observe.journal import WARNINGS, read_warnings
 from engine.observe.origin import read_origin
-from engine.observe.reading import RunRecords, fill, versions_of
+from engine.observe.reading import LEDGERS, RunRecords, fill, versions_of
 from engine.observe.report import content, page
 from engine.observe.summary import RESTARTS, read_restarts
 from engine.observe.tail import Tail
@@ -57,8 +57,7 @@ class LiveRun:
     def __init__(self, directory: Path, name: str, options: Mapping[str, Any]) -> None:
         self.directory = directory
         self.records = RunRecords(name, options, origin=read_origin(directory))
-        files = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "guard.jsonl")
-        self._tails = {file: Tail(directory / file) for file in files}
+        self._tails = {name: Tail(directory / name, **form) for name, form in LEDGERS.items()}
         self._seen: dict[str, float] = {}  # when files that are read whole, for they are small, had changed
 
     @property

@@ -25,6 +25,13 @@ MOST_ROWS = 800  # of metrics that are kept; of more steps, the means of equally
 NUM_ANSWERS = 4  # problems of which a run's answers are shown
 TOKENS = "tokens_sampled"  # up to and with a step; added to its row
 NAMED = ("model.path", "data.train", "algorithm.loss", "sync.sync_interval", "sync.reference", "optimizer.learning_rate")
+# What rows of each ledger must have, as `read_rows` is told
+LEDGERS: dict[str, dict[str, Any]] = {
+    "metrics.jsonl": {"numbers": True},
+    "evaluations.jsonl": {"needs": ("set",)},
+    "samples.jsonl": {"needs": ("set", "problem", "text")},
+    "guard.jsonl": {"needs": ("text",)},
+}
 
 
 class MetricRows:
@@ -160,18 +167,15 @@ def read_run(
     keep_steps: int | None = None,
 ) -> RunRecords:
     """The records of a run, which may still be going on, and the `options` of its configuration by their full names; DataError
-    for a line that is no row. `rollouts_per_step` and `keep_steps` as for `prove`."""
+    for a line that is no row, or of metrics has anything but numbers. Ledgers are read row by row, and of rollouts a segment is
+    held at a time, so what it takes does not grow with the steps. `rollouts_per_step` and `keep_steps` as for `prove`."""
     origin = read_origin(directory)
     first_step = origin.step if origin is not None else 0
     proof = prove(directory, schedule, replayed, rollouts_per_step, keep_steps, first_step)
     records = RunRecords(name, options or {}, proof=proof, origin=origin)
-    fill(
-        records,
-        metrics=read_rows(directory / "metrics.jsonl"),
-        evaluations=read_rows(directory / "evaluations.jsonl", needs=("set",)),
-        samples=read_rows(directory / "samples.jsonl", needs=("set", "problem", "text")),
-    )
-    records.findings, records.restarts = list(read_rows(directory / "guard.jsonl", needs=("text",))), read_restarts(directory)
+    metrics, evaluations, samples, findings = (read_rows(directory / file, **form) for file, form in LEDGERS.items())
+    fill(records, metrics=metrics, evaluations=evaluations, samples=samples)
+    records.findings, records.restarts = list(findings), read_restarts(directory)
     records.warnings = read_warnings(directory / WARNINGS)
     records.versions = versions_of(directory / "summary.json")
     return records

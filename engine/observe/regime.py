@@ -1,11 +1,15 @@
 """The regime of a run, proven from what it wrote down: every rollout's weight version (with sync.in_flight every token's) and
-every step's staleness against the schedule of its configuration. It reads records and trusts none of them.
+every step's staleness against the schedule of its configuration. It reads records row by row, of rollouts a segment at a time,
+and trusts none of them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,92 +62,133 @@ def prove(
     keep_steps: int | None = None,
     first_step: int = 0,
 ) -> Proof:
-    """Checks the rollouts and metrics.jsonl of a run, which may still be going on; DataError for a line that is no row.
-    `rollouts_per_step`: so many every step must have that is in metrics.jsonl, for its rollouts are written before that.
-    `keep_steps`: of so many last steps they must be there; None: of all. `first_step`: the first on record, of a run that was
-    forked off another. A `schedule` that decides as a run goes on decides anew, by metrics.jsonl alone. A run without rollouts,
-    such as a supervised one, has nothing to prove, nor one that replayed a file."""
-    metrics = list(read_rows(directory / "metrics.jsonl"))  # first: a run goes on while its rollouts are read
+    """Checks the rollouts and metrics.jsonl of a run, which may still be going on; DataError for a line that is no row, or of
+    metrics has anything but numbers. `rollouts_per_step`: so many every step must have that is in metrics.jsonl, for its
+    rollouts are written before that. `keep_steps`: of so many last steps they must be there; None: of all. `first_step`: the
+    first on record, of a run that was forked off another. A `schedule` that decides as a run goes on decides anew, by
+    metrics.jsonl alone. A run without rollouts, as a supervised one, has nothing to prove, nor has one that replayed a file."""
     place = rollouts_of(directory)
     if replayed is not None or place is None:
-        return Proof(schedule.regime, len(metrics), 0, None, None, replayed)
-    wrong_lengths = list[str]()  # after one of which the schedule says nothing of versions that could be relied on
+        return Proof(schedule.regime, sum(1 for _ in _metrics(directory)), 0, None, None, replayed)
+    decision = of_metrics = of_rollouts = gap = lacking = of_tokens = ""  # what contradicts first, of each kind
+    num_steps = None  # on record when they are first read, before rollouts: a run goes on meanwhile
     if schedule.measures is not None:
-        schedule = replace(schedule)  # which has decided nothing yet
-        wrong_lengths = [fault for at, row in enumerate(metrics) for fault in _of_decision(row, at, schedule)]
-    contradictions = [fault for at, row in enumerate(metrics) for fault in _of_step(row, at, schedule, first_step)][:1]
-    num_rollouts, steps, counts, ages = 0, list[int](), list[int](), set[int]()
-    tokens: dict[int, list[list[tuple[int, int]]]] = {}  # with updates in flight, by step: (age, tokens) of each rollout
-    known = schedule.num_steps if schedule.measures is None else len(metrics)  # these rows decide nothing of later steps
-    for head in heads(place):
-        if head.step > known:
+        schedule, num_steps = replace(schedule), 0  # which has decided nothing yet
+        for at, row in enumerate(_metrics(directory)):
+            fault, num_steps = _of_decision(row, at, schedule), at + 1
+            decision = decision or fault  # after one the schedule says nothing of versions that could be relied on
+    at = -1
+    for at, row in enumerate(_metrics(directory, num_steps)):
+        of_metrics = of_metrics or _of_step(row, at, schedule, first_step)
+    num_steps = at + 1
+    first, end = first_step, first_step + num_steps  # of the rollouts that must be there, and of all steps on record
+    known = schedule.num_steps if schedule.measures is None else num_steps  # these rows decide nothing of later steps
+    rows = enumerate(_metrics(directory, num_steps), start=first_step)  # once more, beside the rollouts of their steps
+    num_rollouts, ages, odd = 0, set[int](), (0, 0)
+    steps = counted = 0  # of which there are rollouts, and how many rollouts those have that are on record in metrics.jsonl
+    for found in _by_step(place, schedule, first_step, known):
+        num_rollouts += found.num_rollouts
+        ages |= found.ages.keys()
+        if of_rollouts := found.contradiction:
             break
-        num_rollouts += 1
-        if fault := _of_rollout(head, schedule, first_step):
-            contradictions.insert(0, fault)
-            break
-        spans = head.spans or [(head.version, 0)]
-        ages.update(head.step - version for version, _ in spans)
-        if schedule.updates_in_flight:
-            tokens.setdefault(head.step, []).append([(head.step - version, count) for version, count in spans])
-        if not steps or steps[-1] != head.step:
-            steps.append(head.step)
-            counts.append(0)
-        counts[-1] += 1
-    first, end = first_step, first_step + len(metrics)  # of the rollouts that must be there, and of all steps on record
-    if keep_steps is not None and steps:
-        first = min(steps[0], max(first_step, end - keep_steps))
-    if not contradictions and (steps != list(range(first, first + len(steps))) or first + len(steps) < end):
-        odd = next((step for place, step in enumerate(steps, start=first) if step != place), first + len(steps))
-        contradictions.append(
-            f"{place.name} must hold the rollouts of steps {first}..{end - 1}, one step after another; found "
-            f"{'them end before' if odd == first + len(steps) else 'out of its place'} step {odd}"
+        if not steps and keep_steps is not None:
+            first = min(found.step, max(first_step, end - keep_steps))
+        if found.step != first + steps:
+            gap = gap or f"out of its place step {found.step}"
+        if first + steps < end:
+            counted += found.num_rollouts
+            odd = odd if odd[1] or found.num_rollouts == rollouts_per_step else (found.step, found.num_rollouts)
+        if schedule.updates_in_flight and not of_tokens:
+            of_tokens = next((_of_tokens(row, at - first_step, found) for at, row in rows if at == found.step), "")
+        steps += 1
+    if first + steps < end:
+        gap = gap or f"them end before step {first + steps}"
+    if gap:
+        gap = f"{place.name} must hold the rollouts of steps {first}..{end - 1}, one step after another; found {gap}"
+    if rollouts_per_step is not None and odd[1]:
+        told, due = min(steps, end - first), rollouts_per_step
+        lacking = (
+            f"{place.name} must hold {due} rollouts of each of {told} steps, {due * told} in all; found {odd[1]} of step "
+            f"{odd[0]}, {counted} in all"
         )
-    if not contradictions and schedule.updates_in_flight:
-        contradictions = [fault for number, row in enumerate(metrics) for fault in _of_tokens(row, number, tokens)][:1]
-    if not contradictions and rollouts_per_step is not None:
-        contradictions += _of_counts(place.name, counts[: end - first], first, rollouts_per_step)
+    contradiction = decision or of_rollouts or of_metrics or gap or of_tokens or lacking or None
     staleness = (min(ages), max(ages)) if ages else None
-    contradiction = next(iter([*wrong_lengths, *contradictions]), None)
     dropped, by_token = first - first_step, schedule.updates_in_flight
-    return Proof(schedule.regime, len(metrics), num_rollouts, staleness, contradiction, None, dropped, by_token)
+    return Proof(schedule.regime, num_steps, num_rollouts, staleness, contradiction, None, dropped, by_token)
 
 
-def _of_decision(row: Mapping[str, Any], number: int, schedule: Schedule) -> Iterator[str]:
+def _metrics(directory: Path, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl, so many at most."""
+    return islice(read_rows(directory / "metrics.jsonl", numbers=True), most)
+
+
+@dataclass(slots=True)
+class _OfStep:
+    """What the rollouts of a step come to."""
+
+    step: int
+    num_rollouts: int = 0
+    ages: Counter[int] = field(default_factory=Counter)  # how many tokens are so old, or rollouts where all of a step are
+    num_updated: int = 0  # rollouts of several versions
+    contradiction: str = ""  # of the first that the schedule does not allow; nothing is read behind it
+
+
+def _by_step(place: Path, schedule: Schedule, first_step: int, known: int) -> Iterator[_OfStep]:
+    """The steps of the rollouts in `place`, in their order, up to step `known`."""
+    for step, of_step in groupby(heads(place), key=attrgetter("step")):
+        if step > known:
+            return
+        found = _OfStep(step)
+        is_step = first_step <= step < schedule.num_steps
+        allowed = schedule.versions(step) if is_step else ()
+        for head in of_step:
+            found.num_rollouts += 1
+            if not is_step:
+                steps = f"{first_step}..{schedule.num_steps - 1}"
+                found.contradiction = f"{head.where} must be of steps {steps}; found step {step}"
+            elif schedule.updates_in_flight:
+                found.contradiction = _of_spans(head, allowed)
+            elif head.version != allowed[0] or head.spans is not None:
+                told = f"{head.version}" if head.spans is None else f"spans {head.spans}"
+                found.contradiction = f"{head.where} must have version {allowed[0]} at step {step}; found {told}"
+            if found.contradiction:
+                break
+            if schedule.updates_in_flight:
+                for version, num_tokens in head.spans:
+                    found.ages[step - version] += num_tokens
+                found.num_updated += len(head.spans) > 1
+        if not schedule.updates_in_flight and not found.contradiction:
+            found.ages[step - allowed[0]] = found.num_rollouts
+        yield found
+        if found.contradiction:
+            return
+
+
+def _of_decision(row: Mapping[str, Any], number: int, schedule: Schedule) -> str:
     """Whether the interval of a step is as long as `schedule` decides by the rows before it; the row is what it hears next."""
     length = schedule.observe(number, row.get(schedule.measures or ""))
-    if row.get("interval_steps") != length:
-        yield (
-            f"metrics.jsonl line {number + 1} must have interval_steps {length} at step {number}, as {schedule.measures} of "
-            f"the steps before decides; found {row.get('interval_steps')}"
+    if row.get("interval_steps") == length:
+        return ""
+    return (
+        f"metrics.jsonl line {number + 1} must have interval_steps {length} at step {number}, as {schedule.measures} of the "
+        f"steps before decides; found {row.get('interval_steps')}"
+    )
+
+
+def _of_spans(head: Head, allowed: Sequence[int]) -> str:
+    """Whether each token of a rollout may be of the version that its spans say."""
+    found = _versions(head.spans)
+    if not found or found[0] != head.version or found != sorted(set(found)) or not set(found) <= set(allowed):
+        wanted = ", ".join(map(str, allowed))
+        return (
+            f"{head.where} must have spans of versions {wanted}, rising from its `version`, at step {head.step}; found "
+            f"{head.spans}"
         )
-
-
-def _of_counts(name: str, counts: Sequence[int], first: int, due: int) -> list[str]:
-    """Whether every step that was trained on has all its rollouts; a ledger that lost rows has not."""
-    return [
-        f"{name} must hold {due} rollouts of each of {len(counts)} steps, {due * len(counts)} in all; found {count} of "
-        f"step {step}, {sum(counts)} in all"
-        for step, count in enumerate(counts, start=first)
-        if count != due
-    ][:1]
-
-
-def _of_rollout(head: Head, schedule: Schedule, first_step: int) -> str:
-    where, step, version, spans, num_tokens = head
-    if not first_step <= step < schedule.num_steps:
-        return f"{where} must be of steps {first_step}..{schedule.num_steps - 1}; found step {step}"
-    if schedule.updates_in_flight:
-        allowed = schedule.versions(step)
-        found = _versions(spans)
-        if not found or found[0] != version or found != sorted(set(found)) or not set(found) <= set(allowed):
-            wanted = ", ".join(map(str, allowed))
-            return f"{where} must have spans of versions {wanted}, rising from its `version`, at step {step}; found {spans}"
-        if (total := sum(count for _, count in spans)) != num_tokens:
-            return f"{where} must have spans of as many tokens as `num_tokens` says, {num_tokens}; found {total} in {spans}"
-    elif version != schedule.version(step) or spans is not None:
-        told = f"{version}" if spans is None else f"spans {spans}"
-        return f"{where} must have version {schedule.version(step)} at step {step}; found {told}"
+    if (total := sum(count for _, count in head.spans)) != head.num_tokens:
+        return (
+            f"{head.where} must have spans of as many tokens as `num_tokens` says, {head.num_tokens}; found {total} in "
+            f"{head.spans}"
+        )
     return ""
 
 
@@ -154,36 +199,33 @@ def _versions(spans: Any) -> list[int]:
     return [version for version, _ in rows] if whole else []
 
 
-def _of_tokens(row: dict[str, Any], number: int, tokens: dict[int, list[list[tuple[int, int]]]]) -> Iterator[str]:
-    """Whether what a step's metrics say of versions is what its rollouts say, where those are on record."""
-    rollouts = tokens.get(row["step"], [])
-    if not rollouts:
-        return
-    ages = [age for rollout in rollouts for age in rollout]
+def _of_tokens(row: Mapping[str, Any], number: int, found: _OfStep) -> str:
+    """Whether what a step's metrics say of versions is what its rollouts say."""
+    num_tokens = found.ages.total()
     told = {
-        "staleness": (sum(age * count for age, count in ages) / sum(count for _, count in ages), "the mean of its tokens"),
-        "staleness_max": (max(age for age, _ in ages), "that of its oldest token"),
-        "updated_in_flight": (
-            sum(len(rollout) > 1 for rollout in rollouts) / len(rollouts),
-            "the share of its rollouts with several versions",
-        ),
+        "staleness": (sum(age * count for age, count in found.ages.items()) / num_tokens, "the mean of its tokens"),
+        "staleness_max": (max(found.ages), "that of its oldest token"),
+        "updated_in_flight": (found.num_updated / found.num_rollouts, "the share of its rollouts with several versions"),
     }
     for name, (value, meaning) in told.items():
         if row.get(name) != value:
-            yield (
+            return (
                 f"metrics.jsonl line {number + 1} must have {name} {value} at step {row['step']}, {meaning}; found "
                 f"{row.get(name)}"
             )
+    return ""
 
 
-def _of_step(row: dict[str, Any], number: int, schedule: Schedule, first_step: int) -> Iterator[str]:
+def _of_step(row: Mapping[str, Any], number: int, schedule: Schedule, first_step: int) -> str:
+    """Whether a row of metrics.jsonl is of the step, the staleness and the sync that the schedule says."""
     step, where = first_step + number, f"metrics.jsonl line {number + 1}"
     if row["step"] != step:
-        yield f"{where} must be of step {step}; found step {row['step']}"
-    elif row.get("staleness") != schedule.staleness(step) and not schedule.updates_in_flight:
-        yield f"{where} must have staleness {schedule.staleness(step)} at step {step}; found {row.get('staleness')}"
-    elif not schedule.updates_in_flight and (told := [name for name in OF_UPDATES if row.get(name) is not None]):
-        yield f"{where} must have no {told[0]}, for no weights were updated in flight; found {row[told[0]]}"
-    elif ("sync_seconds" in row) != schedule.sync_due(step):
+        return f"{where} must be of step {step}; found step {row['step']}"
+    if row.get("staleness") != schedule.staleness(step) and not schedule.updates_in_flight:
+        return f"{where} must have staleness {schedule.staleness(step)} at step {step}; found {row.get('staleness')}"
+    if not schedule.updates_in_flight and (told := [name for name in OF_UPDATES if row.get(name) is not None]):
+        return f"{where} must have no {told[0]}, for no weights were updated in flight; found {row[told[0]]}"
+    if ("sync_seconds" in row) != schedule.sync_due(step):
         found, wanted = ("a", "no") if "sync_seconds" in row else ("no", "a")
-        yield f"{where} must tell of {wanted} weight sync at step {step}; found {found} sync_seconds"
+        return f"{where} must tell of {wanted} weight sync at step {step}; found {found} sync_seconds"
+    return ""

@@ -17,17 +17,23 @@ ROLLOUTS_FILE = "rollouts.jsonl"  # which older versions wrote instead
 # How a row begins as we write it, of one version; others are parsed whole, and so is one that says any of this once more, which
 # JSON then reads instead, or may say it in letters that are escaped
 _HEAD = re.compile(rb'\{"step": (\d+), "version": (\d+)[,}]')
-_AGAIN = (b'"step"', b'"version"', b'"spans"', b"\\u00")
+_STEP, _VERSION, _SPANS, _ESCAPE = b'"step"', b'"version"', b'"spans"', b"\\u00"
 
 
 class Head(NamedTuple):
     """Which step and which weights a rollout is of."""
 
-    where: str  # file and line
+    file: str  # by its name in the run's directory
+    line: int  # its number in the file, from 1 on
     step: int
     version: Any  # an integer, unless somebody changed it
     spans: Any = None  # with sync.in_flight: [version, tokens] of each version that sampled some, unless somebody changed it
     num_tokens: Any = None  # beside spans: of the whole rollout, unless somebody changed it
+
+    @property
+    def where(self) -> str:
+        """File and line, for messages."""
+        return f"{self.file} line {self.line}"
 
 
 def rollouts_of(directory: Path) -> Path | None:
@@ -39,16 +45,22 @@ def rollouts_of(directory: Path) -> Path | None:
 
 
 def heads(place: Path) -> Iterator[Head]:
-    """Of all rollouts, in order; DataError for a line that is no row."""
+    """Of all rollouts, in order, of which a segment is held at a time; DataError for a line that is no row."""
     for segment in segments_of(place):
-        name = segment.rows.relative_to(place.parent)
+        name = str(segment.rows.relative_to(place.parent))
         for number, line in enumerate(segment.lines(), start=1):
-            where, found = f"{name} line {number}", _HEAD.match(line.data)
-            if found and not any(line.data.find(name, found.end()) >= 0 for name in _AGAIN):
-                yield Head(where, int(found[1]), int(found[2]))
+            found = _HEAD.match(line.data)
+            if found and _says_no_more(line.data, found.end()):
+                yield Head(name, number, int(found[1]), int(found[2]))
             else:
                 row = row_of(line)
-                yield Head(where, row["step"], row.get("version"), row.get("spans"), row.get("num_tokens"))
+                yield Head(name, number, row["step"], row.get("version"), row.get("spans"), row.get("num_tokens"))
+
+
+def _says_no_more(data: bytes, start: int) -> bool:
+    """Whether none of the names comes again in a line, plainly or in letters that are escaped. A long row's time goes here."""
+    find = data.find
+    return find(_STEP, start) < 0 and find(_VERSION, start) < 0 and find(_SPANS, start) < 0 and find(_ESCAPE, start) < 0
 
 
 def rows_of_step(place: Path, step: int) -> list[dict[str, Any]]:

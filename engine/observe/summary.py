@@ -49,8 +49,11 @@ def _took(restart: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, flo
 def summarize(directory: Path) -> dict[str, Any]:
     """{"steps", "totals", "evaluations", "restarts", "warnings"} of the run in `directory`; DataError for a record
     that cannot be read."""
-    metrics = list(read_rows(directory / "metrics.jsonl"))
+    steps, totals = 0, dict.fromkeys(TOTALS, 0.0)
+    for row in read_rows(directory / "metrics.jsonl", numbers=True):
+        steps += 1
+        for name in TOTALS:
+            totals[name] += row.get(name) or 0.0
     evaluations = [{k: v for k, v in row.items() if k != "records"} for row in read_rows(directory / "evaluations.jsonl")]
-    totals = {name: sum(row.get(name) or 0.0 for row in metrics) for name in TOTALS}
     told = {"restarts": read_restarts(directory), "warnings": read_warnings(directory / WARNINGS)}
-    return {"steps": len(metrics), "totals": totals, "evaluations": evaluations} | told
+    return {"steps": steps, "totals": totals, "evaluations": evaluations} | told

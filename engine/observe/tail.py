@@ -5,11 +5,12 @@ the rows it was given no longer stand. It writes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from engine.core.jsonl import read_backwards, read_lines, row_of, step_of
+from engine.core.jsonl import read_backwards, read_lines, require_names, require_numbers, row_of, step_of
 
 
 class Fresh(NamedTuple):
@@ -20,10 +21,10 @@ class Fresh(NamedTuple):
 
 
 class Tail:
-    """Reads a ledger from the byte `start` on, where a line begins."""
+    """Reads a ledger from the byte `start` on, where a line begins. `needs` and `numbers` as for `read_rows`."""
 
-    def __init__(self, path: Path, start: int = 0) -> None:
-        self.path = path
+    def __init__(self, path: Path, start: int = 0, *, needs: Collection[str] = (), numbers: bool = False) -> None:
+        self.path, self._needs, self._numbers = path, needs, numbers
         self._marks: list[tuple[int, int]] = []  # of each row given: the byte after it, and the checksum of its line
         self._start = start
         self._withdrawn = 0  # and not told yet
@@ -56,6 +57,9 @@ class Tail:
                 seen = (-1, -1)  # there is more in it
                 break
             rows.append(row_of(line))
+            require_names(rows[-1], self._needs, line)
+            if self._numbers:
+                require_numbers(rows[-1], line)
             marks.append((line.end, crc32(line.data)))
             self.bytes_read += len(line.data)
         self._marks += marks  # once all could be read: what was before a broken line comes again with what is after it

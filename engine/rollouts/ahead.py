@@ -1,6 +1,6 @@
-"""Rollouts that were sampled and judged ahead of the steps that train on them (sync.lookahead), as a checkpoint keeps them:
-rows of a ledger, of which the first one of a step also says what sampling it took; beside them what engines have paused
-(paused.py). It samples nothing.
+"""Rollouts that were sampled and judged ahead of the steps that train on them (sync.lookahead), as a checkpoint keeps them: a
+folder of segments, as a run's own rollouts are, in which the first row of a step also says what sampling it took; beside it
+what engines have paused (paused.py). It samples nothing.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.load import RunConfig
-from engine.core.errors import DataError
-from engine.core.jsonl import JsonlLedger, parsed, read_lines
+from engine.core.errors import DataError, brief
+from engine.core.segments import SegmentWriter
 from engine.core.types import RolloutGroup
 from engine.data.mixture import Mixture
 from engine.inference.pool import Usage
-from engine.rollouts.ledger import RolloutLedger, ledger_rows
+from engine.rollouts.ledger import COLUMNS, RolloutLedger, columns_of, rollout_rows
 from engine.rollouts.paused import Pending, pending, require_temperature, write_paused
 
-AHEAD = "ahead.jsonl"  # its name in a checkpoint
+AHEAD = "ahead"  # its name in a checkpoint; older versions wrote a file of rows, ahead.jsonl, which is still read
 _USAGE = "usage"
 
 
@@ -43,36 +43,33 @@ class Ahead:
         return min(self.paused, default=None)
 
     def write(self, folder: Path) -> None:
-        """Writes the files into the folder of a checkpoint, where there is anything to keep."""
+        """Writes its folders into that of a checkpoint, where there is anything to keep, and waits until they are on disk.
+        StorageError where the disk has no room."""
         write_paused(folder, self.paused, self.temperature)
         if not self.steps:
             return
-        ledger = JsonlLedger(folder / AHEAD)
+        segments = SegmentWriter(folder / AHEAD, COLUMNS)
         try:
             for step in sorted(self.steps):
-                ledger.append(self._rows(step))
-            ledger.sync()
+                completions = (rollout.completion for group in self.steps[step][0] for rollout in group.rollouts)
+                segments.append(step, self._rows(step), columns_of(completions))
+            segments.sync()
         finally:
-            ledger.close()
+            segments.close()
 
     def _rows(self, step: int) -> Iterator[dict[str, Any]]:
         groups, usage = self.steps[step]
         told: dict[str, Any] = {_USAGE: {"num_tokens": usage.num_tokens, "busy_seconds": usage.busy_seconds}}
         for group in groups:
-            for row in ledger_rows(group):
+            for row in rollout_rows(group):
                 yield row | told
                 told = {}
 
 
 def read_ahead(path: Path, prompts: Mixture, config: RunConfig) -> Ahead:
-    """What `write` wrote, with the prompts that it was sampled for. DataError where it is not of what this run asks for: other
-    prompts, other seeds, or log-probs of another temperature."""
-    ledger, usages = RolloutLedger(path), dict[int, Usage]()
-    for line in read_lines(path):
-        row = parsed(line.where, line.data)
-        if _USAGE in row:
-            usages[row["step"]] = Usage(**row[_USAGE])
-    found = {}
+    """What `write` wrote, with the prompts that it was sampled for. DataError where it is not whole, or not of what this run
+    asks for: other prompts, other seeds, or log-probs of another temperature."""
+    ledger, found = RolloutLedger(path), {}
     for step in ledger.steps:
         samples = pending(step, prompts, config)
         by_id = {prompt.id: prompt for prompt in samples.prompts}
@@ -87,5 +84,17 @@ def read_ahead(path: Path, prompts: Mixture, config: RunConfig) -> Ahead:
                     f"of prompt {own[0]!r} with seed {own[2]} where sample {wanted[1]} of {wanted[0]!r} with seed {wanted[2]} "
                     f"is asked for: set run.seed, data and algorithm as they were when it was written"
                 )
-        found[step] = groups, usages[step]
+        found[step] = groups, _usage(ledger, step)
     return Ahead(found)
+
+
+def _usage(ledger: RolloutLedger, step: int) -> Usage:
+    """What sampling a step took."""
+    where, row = ledger.values(step)[0]
+    try:
+        return Usage(**row[_USAGE])
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{where}: `{_USAGE}` must be there, as the first row of a step in a checkpoint has it; found {brief(row)}: use "
+            f"another checkpoint"
+        ) from error

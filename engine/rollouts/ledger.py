@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -30,8 +30,13 @@ from engine.core.errors import DataError
 from engine.core.jsonl import lines_in, parsed, step_of
 from engine.core.segments import Batch, Segment, read_batches, read_columns, segments_of
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score, Status
+from engine.inference.sampling import Sampled
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KINDS: dict[str, type[Numbers[Any]]] = {"token_ids": TokenIds, "log_probs": LogProbs}  # of the columns, by their names
+COLUMNS = {name: kind.DTYPE for name, kind in KINDS.items()}  # as SegmentWriter is given them
 _INTEGERS = TypeAdapter(list[Annotated[int, Field(ge=-(2**31), lt=2**31)]], config=ConfigDict(strict=True))
 _FLOATS = TypeAdapter(list[float], config=ConfigDict(strict=True))
 
@@ -68,16 +73,21 @@ class RolloutRow(BaseModel):
         return spans
 
 
-def _token_ids(found: Any) -> TokenIds:
-    """At least one, as columns hold them or as a list."""
-    made = found if isinstance(found, TokenIds) else TokenIds.of(_INTEGERS.validate_python(found))
+def token_ids_of(found: Any) -> TokenIds:
+    """As columns hold them or as a list; ValueError for anything else."""
+    return found if isinstance(found, TokenIds) else TokenIds.of(_INTEGERS.validate_python(found))
+
+
+def _some_token_ids(found: Any) -> TokenIds:
+    """At least one."""
+    made = token_ids_of(found)
     if not made:
         raise ValueError("it must not be empty")
     return made
 
 
-def _log_probs(found: Any) -> LogProbs:
-    """Finite ones, as columns hold them or as a list."""
+def log_probs_of(found: Any) -> LogProbs:
+    """Finite ones, as columns hold them or as a list; ValueError for anything else."""
     import numpy as np
 
     made = found if isinstance(found, LogProbs) else LogProbs.of(_FLOATS.validate_python(found))
@@ -89,8 +99,8 @@ def _log_probs(found: Any) -> LogProbs:
 class LedgerRow(RolloutRow):
     """One rollout with all that a replay needs."""
 
-    token_ids: Annotated[TokenIds, PlainValidator(_token_ids)]
-    log_probs: Annotated[LogProbs, PlainValidator(_log_probs)]
+    token_ids: Annotated[TokenIds, PlainValidator(_some_token_ids)]
+    log_probs: Annotated[LogProbs, PlainValidator(log_probs_of)]
 
     def rollout(self) -> Rollout:
         """The rollout as it was sampled and judged."""
@@ -160,11 +170,11 @@ class RolloutLedger:
 
     def read(self, step: int) -> list[RolloutRow]:
         """The rows of a step in their order, as people read them; DataError names a line that is no rollout."""
-        return [_row(RolloutRow, value, where) for where, value in self._values(step)]
+        return [_row(RolloutRow, value, where) for where, value in self.values(step)]
 
     def rows(self, step: int) -> list[LedgerRow]:
         """The same with tokens and log-probs; DataError also where they are not on record."""
-        found = [(where, _row(LedgerRow, value, where)) for where, value in self._with_columns(step)]
+        found = [(where, _row(LedgerRow, value, where)) for where, value in self.with_columns(step)]
         for where, row in found:
             if len(row.token_ids) != len(row.log_probs):
                 raise DataError(
@@ -182,15 +192,16 @@ class RolloutLedger:
             self._index = _Index(self._segments[place])
         return self._index
 
-    def _values(self, step: int) -> list[tuple[str, Any]]:
-        """(where, what it says) of the lines of a step."""
+    def values(self, step: int) -> list[tuple[str, Any]]:
+        """(where, what it says) of the lines of a step. DataError where there is none of it, or one is no JSON."""
         index = self._index_of(step)
         if index is None or step not in index.spans:
             raise DataError(f"{self.path}: must hold step {step}; found none of it: use a ledger as it was written")
         return index.values(step)
 
-    def _with_columns(self, step: int) -> Iterator[tuple[str, Any]]:
-        values, index = self._values(step), self._index
+    def with_columns(self, step: int) -> Iterator[tuple[str, Any]]:
+        """The same, with tokens and log-probs in what each says; DataError also where they are not on record."""
+        values, index = self.values(step), self._index
         assert index is not None
         columns = index.columns(step)
         for name, found in columns.items():
@@ -337,6 +348,12 @@ def rollout_rows(group: RolloutGroup, *, text: bool = True) -> list[dict[str, ob
         }
         for rollout in group.rollouts
     ]
+
+
+def columns_of(sampled: Iterable[Completion | Sampled]) -> dict[str, list[np.ndarray]]:
+    """Tokens [T] int32 and log-probs [T] float32 of each, by the names of COLUMNS."""
+    rows = list(sampled)
+    return {name: [getattr(row, name).array for row in rows] for name in KINDS}
 
 
 def ledger_rows(group: RolloutGroup) -> list[dict[str, object]]:

@@ -1,5 +1,6 @@
 """The samples of a step while engines are not done with them: what was asked, and what there is of each. With sync.in_flight
-engines pause them to take new weights; rank 0 then holds them, and a checkpoint keeps them. It samples nothing.
+engines pause them to take new weights; rank 0 then holds them, and a checkpoint keeps them: a folder of segments, with a row a
+sample, whose tokens and log-probs stand in the columns beside. It samples nothing.
 """
 
 from __future__ import annotations
@@ -8,20 +9,20 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from engine.config.load import RunConfig
 from engine.core.arrays import LogProbs, TokenIds
 from engine.core.errors import DataError, brief
-from engine.core.jsonl import JsonlLedger, parsed, read_lines
+from engine.core.segments import SegmentWriter
 from engine.core.types import Completion, Prompt
 from engine.data.mixture import Mixture
 from engine.inference.sampling import Part, Sampled, SampleRequest, sample_requests
-from engine.rollouts.ledger import token_digest
+from engine.rollouts.ledger import COLUMNS, RolloutLedger, columns_of, log_probs_of, token_digest, token_ids_of
 
-PAUSED = "paused.jsonl"  # its name in a checkpoint
+PAUSED = "paused"  # its name in a checkpoint; older versions wrote a file of rows, paused.jsonl, which is still read
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,21 @@ class _Row(BaseModel):
     text: str
     temperature: float = Field(gt=0)  # of the log-probs
     spans: list[list[int]]
-    token_ids: list[int]
-    log_probs: list[float]
+    num_tokens: int = Field(ge=0)  # so far
+    token_ids: Annotated[TokenIds, PlainValidator(token_ids_of)]
+    log_probs: Annotated[LogProbs, PlainValidator(log_probs_of)]
+
+    @model_validator(mode="after")
+    def _add_up(self) -> _Row:
+        spans = sum(span[-1] for span in self.spans)
+        if not self.num_tokens == spans == len(self.token_ids) == len(self.log_probs):
+            raise ValueError("`spans`, `token_ids` and `log_probs` must be of `num_tokens` tokens")
+        return self
 
     def part(self, request: SampleRequest) -> Part:
         """What there is of the sample that `request` asked for."""
         spans = tuple((version, num_tokens) for version, num_tokens in self.spans)
-        sampled = Sampled(TokenIds.of(self.token_ids), LogProbs.of(self.log_probs), spans)
+        sampled = Sampled(self.token_ids, self.log_probs, spans)
         if self.finish_reason is None:
             return replace(request, sampled=sampled)
         return Completion(
@@ -99,34 +108,25 @@ class _Row(BaseModel):
 
 
 def write_paused(folder: Path, held: Mapping[int, Pending], temperature: float) -> None:
-    """Writes the file into the folder of a checkpoint, where anything is held. `temperature`: of the log-probs."""
+    """Writes its folder into that of a checkpoint, where anything is held, and waits until it is on disk. `temperature`: of the
+    log-probs. StorageError where the disk has no room."""
     if not held:
         return
-    ledger = JsonlLedger(folder / PAUSED)
+    segments = SegmentWriter(folder / PAUSED, COLUMNS)
     try:
         for step in sorted(held):
-            ledger.append(_rows(step, held[step], temperature))
-        ledger.sync()
+            sampled = (_sampled(part) for part in held[step].parts)
+            segments.append(step, _rows(step, held[step], temperature), columns_of(sampled))
+        segments.sync()
     finally:
-        ledger.close()
+        segments.close()
 
 
 def read_paused(path: Path, prompts: Mixture, config: RunConfig) -> dict[int, Pending]:
-    """What `write_paused` wrote, by step. DataError where it is not of what this run asks for."""
-    rows: dict[int, list[_Row]] = {}
-    for line in read_lines(path):
-        try:
-            row = _Row.model_validate(parsed(line.where, line.data))
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "row"
-            raise DataError(
-                f"{line.where}: `{field}` must be as a checkpoint has it ({first['msg'][0].lower() + first['msg'][1:]}); found "
-                f"{brief(first['input'])}: use another checkpoint"
-            ) from error
-        rows.setdefault(row.step, []).append(row)
-    found = {}
-    for step, own in rows.items():
+    """What `write_paused` wrote, by step. DataError where it is not whole, or not of what this run asks for."""
+    ledger, found = RolloutLedger(path), {}
+    for step in ledger.steps:
+        own = [_row(where, value) for where, value in ledger.with_columns(step)]
         samples = pending(step, prompts, config)
         asked = samples.asked
         require_temperature(path, step, {row.temperature for row in own}, config)
@@ -163,9 +163,23 @@ def _rows(step: int, samples: Pending, temperature: float) -> Iterator[dict[str,
         }
         if isinstance(part, Completion):
             row |= {"finish_reason": part.finish_reason, "text": part.text}
-        sampled = part if isinstance(part, Completion) else part.sampled
-        yield row | {
-            "spans": [list(span) for span in sampled.spans],
-            "token_ids": list(sampled.token_ids),
-            "log_probs": list(sampled.log_probs),
-        }
+        sampled = _sampled(part)
+        yield row | {"spans": [list(span) for span in sampled.spans], "num_tokens": len(sampled.token_ids)}
+
+
+def _sampled(part: Part) -> Completion | Sampled:
+    """What has its tokens."""
+    return part if isinstance(part, Completion) else part.sampled
+
+
+def _row(where: str, value: Any) -> _Row:
+    """The sample that a line holds; DataError where it is none."""
+    try:
+        return _Row.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "row"
+        raise DataError(
+            f"{where}: `{field}` must be as a checkpoint has it ({first['msg'][0].lower() + first['msg'][1:]}); found "
+            f"{brief(first['input'])}: use another checkpoint"
+        ) from error

@@ -1,11 +1,13 @@
-"""Steps from disk instead of from engines: the rollouts that a ledger holds, or the pairs of a preference file. Nothing is
-sampled and nothing is judged here; a replayed ledger gives, bit for bit, the steps of the offline run that wrote it.
+"""Steps from disk instead of from engines: the rollouts that a ledger holds, the pairs of a preference file, or the worked
+solutions of supervised training. Nothing is sampled and nothing is judged here; a replayed ledger gives, bit for bit, the steps
+of the offline run that wrote it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,14 +15,17 @@ from engine.algorithms.registry import make_algorithm
 from engine.config.load import RunConfig
 from engine.core.errors import ConfigError, DataError, brief
 from engine.core.segments import is_folder_of_segments
-from engine.core.types import Sequence
+from engine.core.types import Judging, Sequence
+from engine.data.ends import written_end
 from engine.data.forms import Columns, found
-from engine.data.mixture import Mixture, load_mixture, prompt_form
+from engine.data.mixture import Mixture, load_mixture, load_prompts, prompt_form
 from engine.data.overlap import prompt_digest
 from engine.data.preferences import PreferenceSet, load_preferences
 from engine.data.prompts import PromptOrder
 from engine.data.records import records
 from engine.data.rows import wanted_fields
+from engine.data.supervised import supervised_sequence
+from engine.data.tokens import stays_text
 from engine.observe.rollouts import ROLLOUTS, ROLLOUTS_FILE, rollouts_of
 from engine.rewards.registry import judging_of
 from engine.rollouts.base import StepData, Waiting, nothing
@@ -34,7 +39,26 @@ if TYPE_CHECKING:
 _ROLLOUT, _PAIR = {"step", "prompt_id", "token_ids"}, {"chosen", "rejected"}  # what the first row of each has
 
 
-class LedgerSource:
+class _FromDisk:
+    """What need not be made ready: a step is read when it is asked for, as a whole."""
+
+    def open(self, steps: range, until: int | None = None) -> None:
+        """Nothing to open."""
+
+    def finish(self, step: int, waiting: Waiting = nothing) -> None:
+        """No engine is at work."""
+
+    def drain(self, step: int, waiting: Waiting = nothing) -> None:
+        """Nothing is under way."""
+
+    def early(self, step: int, waiting: Waiting = nothing) -> None:
+        """A step is there as a whole."""
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class LedgerSource(_FromDisk):
     """Step k of the run is step k of the ledger, joined with the run's prompts by their ids."""
 
     def __init__(
@@ -66,18 +90,6 @@ class LedgerSource:
     def __str__(self) -> str:
         return f"rollouts of {len(self._ledger.steps)} steps for {len(self._by_id)} prompts"
 
-    def open(self, steps: range, until: int | None = None) -> None:
-        """Nothing to open: a step is read when it is asked for."""
-
-    def finish(self, step: int, waiting: Waiting = nothing) -> None:
-        """No engine is at work."""
-
-    def drain(self, step: int, waiting: Waiting = nothing) -> None:
-        """Nothing is under way."""
-
-    def early(self, step: int, waiting: Waiting = nothing) -> None:
-        """A step is there as a whole."""
-
     def next(self, step: int, waiting: Waiting = nothing) -> StepData:
         """Reads `step`. DataError names what does not fit the run's prompts or options."""
         started = time.monotonic()
@@ -105,11 +117,8 @@ class LedgerSource:
                 f"sampling.temperature as it was when the ledger was written by a loss that uses ratios"
             )
 
-    def close(self) -> None:
-        """Nothing is held open."""
 
-
-class PreferenceSource:
+class PreferenceSource(_FromDisk):
     """data.prompts_per_step pairs a step, in the seeded order of prompts."""
 
     def __init__(self, config: RunConfig, pairs: PreferenceSet) -> None:
@@ -129,18 +138,6 @@ class PreferenceSource:
     def __str__(self) -> str:
         return str(self._pairs)
 
-    def open(self, steps: range, until: int | None = None) -> None:
-        """Nothing to open."""
-
-    def finish(self, step: int, waiting: Waiting = nothing) -> None:
-        """No engine is at work."""
-
-    def drain(self, step: int, waiting: Waiting = nothing) -> None:
-        """Nothing is under way."""
-
-    def early(self, step: int, waiting: Waiting = nothing) -> None:
-        """A step is there as a whole."""
-
     def next(self, step: int, waiting: Waiting = nothing) -> StepData:
         """The pairs of `step`, each a group of its own; they have no rollout log-probs, and no metric needs them."""
         pairs = [self._pairs.pairs[index] for index in self._order.at(step, self._num_pairs)]
@@ -153,8 +150,47 @@ class PreferenceSource:
         metrics = {LENGTH.name: sum(lengths) / len(lengths), LENGTH_MAX.name: float(max(lengths))}
         return StepData(sequences, len(pairs), metrics)
 
-    def close(self) -> None:
-        """Nothing is held open."""
+
+class SupervisedSource(_FromDisk):
+    """sft.sequences_per_step worked solutions a step, in the seeded order. They are held as tokens."""
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, max_positions: int) -> None:
+        """`tokenizer`: the run's (model_tokenizer); `max_positions`: the model's. ConfigError when a solution with its prompt
+        is longer than a microbatch or that."""
+        unjudged = Judging(verifiable=False, needs_answer=False, wants_row=False)
+        loaded = load_prompts(config, config.data, config.data.train, unjudged, tokenizer)
+        end = written_end(tokenizer)
+        prompts = [prompt for prompt in loaded.prompts if stays_text(tokenizer, prompt.solution, end)]
+        self._num_special = loaded.num_special + len(loaded.prompts) - len(prompts)
+        self._loaded = replace(loaded, prompts=())  # what was left out; the texts go
+        self._sequences = [supervised_sequence(prompt, tokenizer) for prompt in prompts]
+        limit = min(config.trainer.microbatch_tokens, max_positions)
+        for prompt, sequence in zip(prompts, self._sequences, strict=True):
+            if sequence.num_tokens > limit:
+                raise ConfigError(
+                    f"trainer.microbatch_tokens and the model's positions must hold every prompt with its solution; found "
+                    f"{sequence.num_tokens} tokens in {prompt.id} and a limit of {limit}: raise trainer.microbatch_tokens, or "
+                    f"shorten or remove the row"
+                )
+        self._order = PromptOrder(len(prompts), config.run.seed)
+        self._num_sequences = config.sft.sequences_per_step
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of a file that lost much of its data."""
+        special = f"left out: {self._num_special} rows that spell special tokens, which the tokenizer cannot keep text"
+        told = [self._loaded.warning, special if self._num_special else ""]
+        return [f"data.train: {text}" for text in told if text]
+
+    def __str__(self) -> str:
+        spell = f", {self._num_special} that spell special tokens" if self._num_special else ""
+        left_out = f"{self._loaded.num_dropped} too long, {self._loaded.num_duplicates} that came before{spell}"
+        return f"{len(self._sequences)} worked solutions; left out: {left_out}"
+
+    def next(self, step: int, waiting: Waiting = nothing) -> StepData:
+        """The solutions of `step`, each alone; what is measured of them is the loss's."""
+        sequences = [self._sequences[index] for index in self._order.at(step, self._num_sequences)]
+        return StepData(sequences, len(sequences), {})
 
 
 def replay_kind(config: RunConfig) -> Literal["rollouts", "preferences"] | None:

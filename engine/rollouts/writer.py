@@ -9,16 +9,15 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from engine.config.options import RolloutRecords
 from engine.core.jsonl import JsonlLedger
 from engine.core.segments import SegmentWriter
 from engine.core.types import RolloutGroup
-from engine.rollouts.ledger import ledger_rows, rollout_rows
+from engine.rollouts.ledger import COLUMNS, columns_of, ledger_rows, rollout_rows
 
 QUEUED = 2  # steps that may wait to be written; who hands over a further one waits
-TOKENS, LOG_PROBS = "token_ids", "log_probs"
 
 
 class Store(Protocol):
@@ -61,14 +60,14 @@ class RolloutFolder:
 
     def __init__(self, folder: Path, options: RolloutRecords) -> None:
         self._options = options
-        columns = {TOKENS: "int32"} if options.tokens else {}
-        columns |= {LOG_PROBS: "float32"} if options.log_probs else {}
+        kept = {"token_ids": options.tokens, "log_probs": options.log_probs}
+        columns = {name: kind for name, kind in COLUMNS.items() if kept[name]}
         self._segments = SegmentWriter(folder, columns, keep_steps=options.keep_steps)
 
     def append(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Adds a step."""
         rows = [row for group in groups for row in rollout_rows(group, text=self._options.text)]
-        self._segments.append(step, rows, columns_of(groups, self._options))
+        self._segments.append(step, rows, columns_of(rollout.completion for group in groups for rollout in group.rollouts))
 
     def sync(self) -> dict[str, int] | None:
         """Waits until all is on disk; where it ends, as `find_cut` is given it."""
@@ -118,14 +117,3 @@ class RolloutWriter:
         self._has_failed = True
         self._store.append(step, groups)
         self._has_failed = False
-
-
-def columns_of(groups: Sequence[RolloutGroup], options: RolloutRecords) -> dict[str, list[Any]]:
-    """Tokens [T] int32 and log-probs [T] float32 of every rollout, as far as they are kept."""
-    completions = [rollout.completion for group in groups for rollout in group.rollouts]
-    columns: dict[str, list[Any]] = {}
-    if options.tokens:
-        columns[TOKENS] = [completion.token_ids.array for completion in completions]
-    if options.log_probs:
-        columns[LOG_PROBS] = [completion.log_probs.array for completion in completions]
-    return columns

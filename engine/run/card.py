@@ -78,13 +78,16 @@ class Made:
 
         def rows(name: str) -> Iterator[dict[str, Any]]:
             inside = checkpoint.parent.name == "checkpoints" and (run / name).exists()
-            return read_rows(run / name) if inside else iter(())
+            return read_rows(run / name, numbers=name == "metrics.jsonl") if inside else iter(())
 
         own, before = list(rows("evaluations.jsonl")), (manifest.get("records") or {}).get("judged", [])
         fork = Origin.from_json(manifest["fork"]) if "fork" in manifest else None
         # A fork's own records begin where it does; what its checkpoint knows of before is its origin's.
         judged = [row for row in before if not own or (fork is not None and row["step"] < fork.step)] + own
-        seconds = [row["unix_seconds"] for row in rows("metrics.jsonl") if row["step"] < step and "unix_seconds" in row]
+        seconds = list[float]()  # when the first and the last step ended
+        for row in rows("metrics.jsonl"):
+            if row["step"] < step and "unix_seconds" in row:
+                seconds[1:] = [row["unix_seconds"]]
         pointer = checkpoint.parent / BEST
         return cls(
             name=Path(named).name,

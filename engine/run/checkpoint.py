@@ -7,8 +7,8 @@ digests and exported. How it is written is saving.py's business. It reads no pic
                                             is, size and SHA-256 of every file and of itself
     checkpoints/step_00000040/policy/       the policy as a Hugging Face folder, each file written by one trainer rank
     checkpoints/step_00000040/reference/    the reference likewise, where nothing else holds it
-    checkpoints/step_00000040/ahead.jsonl   with sync.lookahead, the rollouts that were sampled for steps after it
-    checkpoints/step_00000040/paused.jsonl  with sync.in_flight, what engines have begun for further steps
+    checkpoints/step_00000040/ahead/        with sync.lookahead, the rollouts that were sampled for steps after it
+    checkpoints/step_00000040/paused/       with sync.in_flight, what engines have begun for further steps; both in segments
     checkpoints/step_00000040/rank_0000.safetensors   what this trainer rank needs beside the weights: optimizer, scales
     checkpoints/step_00000040/slots.json    with the distributed optimizer, which rank keeps which elements of what
 """

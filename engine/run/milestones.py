@@ -10,16 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
-import torch
-
-from engine.bridge.sender import stream_to_first_rank
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
 from engine.core.errors import NumericsError, PreemptedError, SemionError, StorageError
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer, slots_of, whole_shards_only
-from engine.models.sharding import export_files, export_plan, tensors, trainer_layout
+from engine.models.sharding import export_files, tensors, trainer_layout
 from engine.run.agreement import Agreement
 from engine.run.checkpoint import LATEST, check_prolonged, reference_place, state_rank
 from engine.run.controller import Controller
@@ -49,9 +46,7 @@ class Milestones:
         self._config, self._policy, self._parallel = config, policy, parallel
         self._checkpoints, self._controller, self._agreement = checkpoints, controller, agreement
         self._source = source
-        bucket_bytes = config.sync.bucket_mebibytes << 20
         self._num_failed = 0
-        self._files = export_files(policy.shape, policy.layout, parallel.dp_size, policy.dtype, bucket_bytes)
         if controller is not None:
             checkpoints.select(controller.scores(), config)
 
@@ -132,20 +127,14 @@ class Milestones:
         """This rank's part of the state after `step` steps, in host memory. Collective."""
         policy = self._policy
         place = reference_place(self._config, step, self._checkpoints.origin) if policy.has_reference else None
-        reference = self._weights("reference") if place == "own" else None
+        reference = weights_in_files(self._config, policy, self._parallel, "reference") if place == "own" else None
         at = place if isinstance(place, int) else None
         mine = state_rank(self._config.trainer, self._parallel.rank) == self._parallel.rank
         state = policy.state(weights=False) if mine else {}
         slots = slots_of(state) if self._config.trainer.distributed_optimizer else ()
         seed = place == "seed" or policy.holds_seed
-        return Snapshot(state, policy.dtype, self._weights("policy"), reference, at, seed, slots)
-
-    def _weights(self, which: Literal["policy", "reference"]) -> Weights:
-        policy, plan = self._policy, self._files
-        names = tuple(file.names for file in plan)
-        sizes = tensors(policy.shape)
-        num_bytes = sum(math.prod(size) for size in sizes.values()) * policy.dtype.itemsize
-        return Weights(names, policy.files(plan, of=which), num_bytes)
+        own = weights_in_files(self._config, policy, self._parallel)
+        return Snapshot(state, policy.dtype, own, reference, at, seed, slots)
 
     def evaluate(self, step: int) -> None:
         """Judges the weights after `step` steps on rank 0 while the others wait. Collective."""
@@ -165,10 +154,14 @@ class Milestones:
         self._agreement.done()
 
 
-def full_weights(config: RunConfig, policy: Policy, parallel: ParallelState) -> Iterator[tuple[str, torch.Tensor]]:
-    """The full policy by Hugging Face names, on rank 0; collective, and empty elsewhere."""
-    plan = export_plan(policy.shape, policy.layout, policy.dtype, config.sync.bucket_mebibytes << 20)
-    return stream_to_first_rank(policy, parallel, plan, policy.dtype)
+def weights_in_files(
+    config: RunConfig, policy: Policy, parallel: ParallelState, which: Literal["policy", "reference"] = "policy"
+) -> Weights:
+    """The policy or its reference as the files of a Hugging Face folder, of which each rank has those that it writes in host
+    memory. Collective over the tensor-parallel ranks of each stage and data-parallel replica."""
+    plan = export_files(policy.shape, policy.layout, parallel.dp_size, policy.dtype, config.sync.bucket_mebibytes << 20)
+    num_bytes = sum(math.prod(size) for size in tensors(policy.shape).values()) * policy.dtype.itemsize
+    return Weights(tuple(file.names for file in plan), policy.files(plan, of=which), num_bytes)
 
 
 def commits(config: RunConfig, step: int, *, ends: bool) -> bool:

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -19,25 +20,26 @@ from engine.algorithms.nll import NllLoss
 from engine.algorithms.registry import make_loss
 from engine.bridge.setup import open_publisher
 from engine.bridge.transports.rendezvous import join_store, listen, serve_store
+from engine.config.options import LOSSES
 from engine.data.ends import end_tokens
-from engine.data.templates import model_tokenizer, read_chat_template
+from engine.data.templates import model_tokenizer
 from engine.inference.pool import EngineHandle
 from engine.megatron.parallel_state import ParallelState, open_parallel_state
 from engine.megatron.policy import Policy
-from engine.models.hf import write_hf_checkpoint
 from engine.observe.profiling.window import Window
 from engine.observe.telling import activity
 from engine.observe.writing import MetricsWriter
 from engine.rewards.registry import Judges
+from engine.rollouts.replay import SupervisedSource
 from engine.run import loop
 from engine.run.agreement import Agreement
 from engine.run.controller import Controller
 from engine.run.descriptors import require_room
-from engine.run.milestones import Milestones, full_weights, resume_policy
+from engine.run.milestones import Milestones, resume_policy, weights_in_files
 from engine.run.publishers import NoEngines, PoolPublisher
-from engine.run.saving import Checkpoints
+from engine.run.saving import Checkpoints, write_model
 from engine.run.signals import Event
-from engine.run.sources import DealtSource, SupervisedSource
+from engine.run.sources import DealtSource
 from engine.run.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,8 @@ class TrainerRank:
                 publisher = PoolPublisher(bridge, parallel, policy.give_back_gradients)
         agreement = Agreement(config, parallel)
         rollouts = controller.source if controller is not None else None
-        source = DealtSource(config, parallel, rollouts, agreement, spec.shape.attention_cost)
+        cuts_groups = LOSSES.load(config.algorithm.loss).splits_groups()
+        source = DealtSource(config, parallel, rollouts, agreement, spec.shape.attention_cost, cuts_groups=cuts_groups)
         milestones = Milestones(config, policy, parallel, checkpoints, controller, agreement, source)
         records = loop.train(
             config.schedule,
@@ -131,36 +134,35 @@ class TrainerRank:
 
     def fine_tune(self, port: int) -> Iterator[Event]:
         """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""
-        config, parallel = self._config, self._join(port)
-        tokenizer = model_tokenizer(config, self._spec.shape.vocab_size)
-        with activity("prompts"):
-            source = SupervisedSource(self._spec, parallel, tokenizer)
+        config, parallel, shape = self._config, self._join(port), self._spec.shape
         with activity("model"):
-            policy = Policy(config, parallel, NllLoss(), config.model.path, self._spec.shape, self._spec.trainer)
+            policy = Policy(config, parallel, NllLoss(), config.model.path, shape, self._spec.trainer)
         parallel.host.barrier()  # all have read their weights
-        writer = MetricsWriter(config.run_directory) if self._rank == 0 else None
+        solutions: SupervisedSource | None = None
+        writer: MetricsWriter | None = None
+        end_ids: tuple[int, ...] = ()
+        if self._rank == 0:  # the others wait at their first step
+            tokenizer = model_tokenizer(config, shape.vocab_size)
+            with activity("prompts"):
+                solutions = SupervisedSource(config, tokenizer, shape.max_positions)
+            ends = end_tokens(config.model.path, tokenizer)
+            for warning in (*solutions.warnings, *([ends.disagreement] if ends.disagreement else [])):
+                log.warning(warning)
+            end_ids, writer = tuple(ends.stop), MetricsWriter(config.run_directory)
+            yield {"kind": "note", "text": f"data.train: {solutions}"}
+        source = DealtSource(config, parallel, solutions, Agreement(config, parallel), shape.attention_cost)
         window = Window(config.profile, config.run_directory, self._rank)
-        if self._rank == 0:
-            yield {"kind": "note", "text": source.told}
         for record in loop.fine_tune(policy, source, num_steps=config.run.steps, window=window):
             if writer is not None:
                 writer.write(record)
                 yield {"kind": "step"} | record
-        weights = full_weights(config, policy, parallel)
-        if writer is None:
-            for _ in weights:
-                pass
-        else:
-            assert config.sft.checkpoint_out is not None
-            ends = end_tokens(config.model.path, tokenizer)
-            if ends.disagreement:
-                log.warning(ends.disagreement)
-            template = read_chat_template(config.data.chat_template) or None
-            out, seed = config.sft.checkpoint_out, config.model.path
-            with activity("export"):
-                write_hf_checkpoint(out, weights, template=seed, end_ids=ends.stop, chat_template=template)
+        out = config.sft.checkpoint_out
+        assert out is not None
+        with activity("export"):
+            write_model(Path(out), weights_in_files(config, policy, parallel), policy.dtype, config, parallel.host, end_ids)
+        if writer is not None:
             writer.close()
-            yield {"kind": "done", "checkpoint": config.sft.checkpoint_out}
+            yield {"kind": "done", "checkpoint": out}
         parallel.close()
 
     def _join(self, port: int) -> ParallelState:

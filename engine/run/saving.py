@@ -18,9 +18,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
 from engine.core.errors import CheckpointError, SemionError, StorageError, WatchdogError, combined
-from engine.core.files import atomic_write, storing, sync
+from engine.core.files import atomic_write, staged_folder, storing, sync
 from engine.core.provenance import provenance
 from engine.core.tensor_files import FileRecord, file_record, write_tensors
 from engine.data.templates import read_chat_template
-from engine.models.hf import HfCheckpoint, shard_names, write_companions
+from engine.models.hf import HfCheckpoint, check_destination, shard_names, write_companions
 from engine.observe.origin import read_origin
 from engine.observe.telling import activity
 from engine.rollouts.ahead import AHEAD, Ahead
@@ -78,12 +78,18 @@ PAUSE_PER_RANK = 0.001  # seconds; where the longest pause is more than LONGEST_
 class Words(Protocol):
     """The trainer ranks' words, which hold no GPU: bridge.host_group's HostGroup."""
 
+    rank: int
+
     def broadcast(self, word: bytes) -> bytes:
         """Rank 0's word, on every rank."""
         ...
 
     def barrier(self) -> None:
         """Waits for all ranks."""
+        ...
+
+    def agreed(self, word: bytes, judge: Callable[[list[bytes]], bytes]) -> bytes:
+        """What rank 0's `judge` makes of every rank's word, on every rank."""
         ...
 
 
@@ -254,11 +260,7 @@ class Checkpoints:
         for folder, weights in ((POLICY, snapshot.policy), (REFERENCE, snapshot.reference)):
             if weights is None:
                 continue
-            files = shard_names(len(weights.names))
-            for index, tensors in weights.own.items():
-                ordered = {name: tensors[name] for name in weights.names[index]}
-                record = write_tensors(staging / folder / files[index], ordered, {"format": "pt"})
-                save.files[f"{folder}/{files[index]}"] = record
+            save.files |= {f"{folder}/{name}": record for name, record in _write_files(staging / folder, weights).items()}
         if snapshot.needs_seed and not self._seed:
             mine = weight_files(Path(config.model.path))[self._rank :: self._world_size]
             self._seed = {file.name: file_record(file) for file in mine}
@@ -294,9 +296,7 @@ class Checkpoints:
         """Rank 0: what stands beside the weights, the manifest, and the names by which the checkpoint is found."""
         for folder, weights in ((POLICY, snapshot.policy), (REFERENCE, snapshot.reference)):
             if weights is not None:
-                files = dict(zip(shard_names(len(weights.names)), weights.names, strict=True))
-                path, seed, text = staging / folder, config.model.path, read_chat_template(config.data.chat_template) or None
-                write_companions(path, files, snapshot.dtype, weights.num_bytes, seed, end_ids, text)
+                _write_beside(staging / folder, weights, snapshot.dtype, config, end_ids)
         if ahead is not None:
             ahead.write(staging)
         words = self._await_parts(staging)
@@ -326,8 +326,7 @@ class Checkpoints:
             **({"fork": self.origin.as_json()} if self.origin is not None else {}),
         }
         (staging / MANIFEST).write_text(json.dumps(sealed(manifest), indent=1), encoding="utf-8")
-        folders = [staging / POLICY, *([staging / REFERENCE] if snapshot.reference is not None else []), staging]
-        for path in (staging / MANIFEST, *folders):
+        for path in (staging / MANIFEST, *sorted(path for path in staging.iterdir() if path.is_dir()), staging):
             sync(path)
         self._name(staging, self._folder / f"step_{save.step:08d}", config.checkpoint.keep)
 
@@ -395,9 +394,9 @@ class Checkpoints:
             self._prune(newest, best(self._folder))
             return
         scores = self._scores
-        folders = {step: self._folder / f"step_{step:08d}" for step in scores}
-        there = [step for step in sorted(folders) if (folders[step] / MANIFEST).exists() and folders[step] <= newest]
-        chosen = folders[max(there, key=lambda step: scores[step])] if there else None
+        there = {int(path.name.removeprefix("step_")): path for path in self._folder.glob(STEPS) if path <= newest}
+        known = sorted(step for step in there.keys() & scores.keys() if (there[step] / MANIFEST).exists())
+        chosen = there[max(known, key=lambda step: scores[step])] if known else None
         if chosen is not None:
             self._point(BEST, chosen.name)
         else:
@@ -467,11 +466,15 @@ class Checkpoints:
         return {int(path.name.removeprefix("step_")) for path in self._folder.glob(STEPS) if path.name <= newest.name}
 
     def ahead(self) -> tuple[Path | None, Path | None]:
-        """The files of rollouts that the newest checkpoint keeps for steps after it: complete ones, and paused ones; None for
-        each that it does not have."""
+        """Where the newest checkpoint keeps rollouts for steps after it: complete ones, and paused ones, each a folder, or the
+        file that older versions wrote; None for each that it does not have."""
         newest = latest(self._folder)
-        files = read_manifest(newest)["files"] if newest is not None else {}
-        complete, paused = (newest / name if newest is not None and name in files else None for name in (AHEAD, PAUSED))
+        if newest is None:
+            return None, None
+        names = {Path(name).parts[0] for name in read_manifest(newest)["files"]}
+        complete, paused = (
+            next((newest / name for name in (one, f"{one}.jsonl") if name in names), None) for one in (AHEAD, PAUSED)
+        )
         return complete, paused
 
     def records(self) -> dict[str, Any] | None:
@@ -479,6 +482,46 @@ class Checkpoints:
         newest = latest(self._folder)
         found: dict[str, Any] | None = read_manifest(newest).get("records") if newest is not None else None
         return found
+
+
+def write_model(
+    folder: Path, weights: Weights, dtype: torch.dtype, config: RunConfig, host: Words, end_ids: Iterable[int] = ()
+) -> None:
+    """Writes a folder that `transformers` and vLLM load: each rank its files of `weights`, into a folder that rank 0 stages
+    beside and names when all are there; a former checkpoint is replaced. `end_ids`, rank 0's: what ends a response. Collective.
+    StorageError on every rank where one cannot write, CheckpointError where `folder` holds other files; then nothing of it
+    stays."""
+    with ExitStack() as stack:
+        told = b""
+        if host.rank == 0:
+            told = str(stack.enter_context(staged_folder(check_destination(folder)))).encode()
+        staging, failure = Path(host.broadcast(told).decode()), ""
+        try:
+            with storing(staging.parent, lambda: weights.num_bytes):
+                _write_files(staging, weights)
+        except StorageError as error:
+            failure = str(error)
+        if failure := host.agreed(failure.encode(), lambda words: next(filter(None, words), b"")).decode():
+            raise StorageError(failure)
+        if host.rank == 0:
+            _write_beside(staging, weights, dtype, config, end_ids)
+    host.barrier()  # it has its name
+
+
+def _write_files(folder: Path, weights: Weights) -> dict[str, FileRecord]:
+    """Writes this rank's files of weights into a folder; what each is, by its name."""
+    files, written = shard_names(len(weights.names)), dict[str, FileRecord]()
+    for index, tensors in weights.own.items():
+        ordered = {name: tensors[name] for name in weights.names[index]}
+        written[files[index]] = write_tensors(folder / files[index], ordered, {"format": "pt"})
+    return written
+
+
+def _write_beside(folder: Path, weights: Weights, dtype: torch.dtype, config: RunConfig, end_ids: Iterable[int]) -> None:
+    """Writes what stands beside the files of weights."""
+    files = dict(zip(shard_names(len(weights.names)), weights.names, strict=True))
+    template = read_chat_template(config.data.chat_template) or None
+    write_companions(folder, files, dtype, weights.num_bytes, config.model.path, end_ids, template)
 
 
 def verify_seed(file: Path, known: Mapping[str, Any], checkpoint: Path) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from engine.core.segments import segments_of
+from engine.rollouts.paused import PAUSED
 from tests.e2e.test_commands import PATIENCE_SECONDS, Make, rollouts, rows, semion, started, tensors, until, untimed, written
 from tests.e2e.test_golden_check import agreed
 
@@ -93,7 +95,8 @@ def test_a_delayed_and_killed_run_is_bit_for_bit_the_undisturbed_one(
         until(lambda: saved.exists() and (other.run_directory / "metrics.jsonl").read_text().count("\n") > interval, run, log)
         kill(run)
     checkpoint = other.run_directory / "checkpoints" / saved.read_text()
-    assert any(json.loads(line)["token_ids"] for line in (checkpoint / "paused.jsonl").read_text().splitlines())
+    paused = [json.loads(line.data) for segment in segments_of(checkpoint / PAUSED) for line in segment.lines()]
+    assert any(row["num_tokens"] for row in paused)
     with started(file, log, "--resume", "auto") as run:
         assert run.wait(PATIENCE_SECONDS) == 0, log.read_text()[-4000:]
     assert sum(row["train_seconds"] for row in rows(other, "metrics.jsonl")) > longest_delay_seconds / 4, "nothing was delayed"

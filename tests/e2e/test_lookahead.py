@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.core.segments import segments_of
+from engine.rollouts.ahead import AHEAD
 from tests.e2e.test_commands import Make, rollouts, rows, semion, started, tensors, until, untimed, written
 from tests.e2e.test_golden_check import agreed
 
@@ -49,7 +51,7 @@ def test_a_run_that_samples_ahead_is_proven_and_resumes_bit_for_bit(
         until(lambda: saved.exists() and (other.run_directory / "metrics.jsonl").read_text().count("\n") > interval, run, log)
         run.kill()
     checkpoint = other.run_directory / "checkpoints" / saved.read_text()
-    kept = [json.loads(line)["step"] for line in (checkpoint / "ahead.jsonl").read_text().splitlines()]
+    kept = [json.loads(line.data)["step"] for segment in segments_of(checkpoint / AHEAD) for line in segment.lines()]
     done = int(checkpoint.name.removeprefix("step_"))
     assert sorted(set(kept)) == list(range(done, min(done + lookahead * interval, num_steps)))
     semion("train", file, "--resume", "auto")

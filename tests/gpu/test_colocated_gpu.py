@@ -139,7 +139,7 @@ class World:
             for name, shape in layout.shard_shapes(self.shape, trainer, 0).items()
         }
         alone = HostGroup(None, 0, 1, patience_seconds=60.0)
-        place: Any = SimpleNamespace(rank=0, world_size=1, dp_size=1, device=device, host=alone, stage_leaders=lambda: (0,))
+        place: Any = SimpleNamespace(rank=0, world_size=1, dp_size=1, device=device, host=alone)
         policy: Any = SimpleNamespace(shape=self.shape, parameters=self.parameters)
         self.publisher = open_publisher(assemble(config, self.shape), policy, place, HOST, self.pool)
 

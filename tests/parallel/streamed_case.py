@@ -8,6 +8,7 @@ import torch
 
 from engine.algorithms.registry import make_loss
 from engine.config.load import RunConfig
+from engine.config.options import LOSSES
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
 from engine.rollouts.base import StepData
@@ -91,7 +92,8 @@ def streamed(config: RunConfig, parallel: ParallelState, checkpoint: str, group_
     for kind, words in ((Whole, Told), (Parts, Known), (Parts, Known)):
         rollouts: Any = kind(size, group_pairs) if parallel.rank == 0 else None
         agreement: Any = words()
-        sources.append(DealtSource(config, parallel, rollouts, agreement))
+        cuts_groups = LOSSES.load(config.algorithm.loss).splits_groups()
+        sources.append(DealtSource(config, parallel, rollouts, agreement, cuts_groups=cuts_groups))
     for step in range(3):
         for policy, source, told in zip(policies, sources, metrics, strict=True):
             batch, rollouts = _next(step, source)

@@ -339,13 +339,6 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     host: HostGroup = field(default_factory=lambda: HostGroup(None, 0, 1, patience_seconds=60.0))
 
-    def stage_leaders(self) -> tuple[int, ...]:
-        """One stage."""
-        return (0,)
-
-    def gather(self, bucket: Any) -> None:
-        """Not asked here."""
-
 
 def open_publisher(rank: int, store: str, timeout_seconds: float, transport: Any, pool: Any) -> tuple[World, Publisher]:
     """Joins the trainer ranks and opens the bridge."""

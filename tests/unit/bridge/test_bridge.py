@@ -18,13 +18,12 @@ from pydantic import ValidationError
 
 from engine.bridge.checksum import BlockDigests
 from engine.bridge.exchange import STAGED
-from engine.bridge.host_group import HostGroup
-from engine.bridge.sender import REASON_BYTES, Failure, most_telling, stream_to_first_rank
+from engine.bridge.sender import REASON_BYTES, Failure, most_telling
 from engine.bridge.shard_plan import Bucket, Message
 from engine.bridge.terms import SyncTerms
 from engine.core.errors import EngineLostError, UndeliveredError, WeightSyncError
 from engine.models.base import Llama3Scaling
-from engine.models.sharding import EngineLayout, ExportBucket, TensorMeta, TrainerLayout
+from engine.models.sharding import EngineLayout, TrainerLayout
 from tests.unit.bridge.memory_transport import InOrder, Network
 from tests.unit.bridge.world import Case, World, small_shape
 
@@ -383,53 +382,3 @@ def test_other_text_is_no_terms(spoil: Callable[[str], str]) -> None:
     assert spoil(text) != text
     with pytest.raises(ValidationError):
         SyncTerms.from_json(spoil(text))
-
-
-# -- full tensors for a checkpoint
-
-EXPORT = (
-    ExportBucket(0, (TensorMeta("embed", (5, 3)), TensorMeta("norm", (3,)))),
-    ExportBucket(0, (TensorMeta("head", (7, 3)),)),
-)
-
-
-@dataclass(frozen=True)
-class OneStage:
-    """A rank of the only pipeline stage, whose leader is rank 0."""
-
-    rank: int
-    world_size: int = 2
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def host(self) -> HostGroup:
-        raise AssertionError("nobody waits here")
-
-    def stage_leaders(self) -> tuple[int, ...]:
-        return (0,)
-
-
-class Whole:
-    """A source of full tensors that counts what it was asked for."""
-
-    def __init__(self, leads: bool) -> None:
-        self.parameters = {meta.name: torch.randn(meta.shape) for bucket in EXPORT for meta in bucket.tensors}
-        self.leads = leads
-        self.asked: list[str] = []
-
-    def gather(self, bucket: ExportBucket) -> list[tuple[str, torch.Tensor]] | None:
-        self.asked.append(bucket.tensors[0].name)
-        return [(meta.name, self.parameters[meta.name]) for meta in bucket.tensors] if self.leads else None
-
-
-@pytest.mark.parametrize(("rank", "names"), [(0, ["embed", "norm", "head"]), (1, [])])
-def test_the_policy_streams_to_the_first_rank_in_the_plans_order(rank: int, names: list[str]) -> None:
-    """Rank 1, a tensor-parallel peer of the stage's leader, yields nothing but takes part in every gather."""
-    source = Whole(rank == 0)
-    streamed = list(stream_to_first_rank(source, OneStage(rank), EXPORT, torch.float32))
-    assert [name for name, _ in streamed] == names
-    assert all(torch.equal(tensor, source.parameters[name]) for name, tensor in streamed)
-    assert source.asked == ["embed", "head"]

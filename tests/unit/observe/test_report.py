@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import tracemalloc
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -30,6 +31,7 @@ from engine.core.segments import SegmentWriter, segments_of
 from engine.observe import charts
 from engine.observe.charts import Line, Mark, Point, chart
 from engine.observe.curves import further_plots, plots
+from engine.observe.live import LiveRun
 from engine.observe.problems import Problems, difference
 from engine.observe.reading import MOST_ROWS, NUM_ANSWERS, MetricRows, read_run
 from engine.observe.regime import prove
@@ -454,6 +456,11 @@ def test_the_page_holds_everything_and_fetches_nothing(run):
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
+        ("metrics.jsonl", '{"step": 0, "loss": "x"}', "line 1: `loss` must be a number or null; found 'x'"),
+        ("metrics.jsonl", '{"step": 0}\n{"step": 1, "loss": [1]}', "line 2: `loss` must be a number or null; found [1]"),
+        ("metrics.jsonl", '{"step": 0, "loss": NaN}', "line 1: `loss` must be a number or null; found nan"),
+        ("metrics.jsonl", '{"step": 0, "loss": 1' + "0" * 400 + "}", "line 1: `loss` must be a number or null; found 1"),
+        ("metrics.jsonl", '{"step": 0, "loss": true}', "line 1: `loss` must be a number or null; found True"),
         ("evaluations.jsonl", '{"step": 1}', "line 1: `set` must be there"),
         ("samples.jsonl", '{"step": 1, "set": "a"}', "line 1: `problem` must be there"),
         ("guard.jsonl", '{"step": 1}', "line 1: `text` must be there"),
@@ -468,6 +475,33 @@ def test_records_that_somebody_else_wrote_are_told_by_file_and_line(run, name, t
     (run / name).write_text(text + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=re.escape(name) + ".*" + re.escape(told)):
         read_run(run, run.name, SCHEDULE)
+    live = LiveRun(run, run.name, {})
+    with pytest.raises(DataError, match=re.escape(name)):
+        live.look()
+
+
+def test_what_a_proof_holds_does_not_grow_with_the_steps(tmp_path):
+    """Four times as many steps, in four times as many segments: rows of metrics and of rollouts go by one after another."""
+
+    def peak(steps: int) -> int:
+        run, schedule = tmp_path / str(steps), Paper(2, "never", steps, 4, 2, True)
+        rollouts, metrics = in_flight_records(schedule, steps)
+        run.mkdir()
+        write(run / "metrics.jsonl", [row | {f"metric_{n}": n / 7 for n in range(60)} for row in metrics])
+        writer = SegmentWriter(run / "rollouts", {}, segment_bytes=20_000)
+        for step in range(steps):
+            writer.append(step, [row | {"text": "x" * 1000} for row in rollouts if row["step"] == step], {})
+        writer.close()
+        assert len(segments_of(run / "rollouts")) > steps / 10
+        prove(run, schedule)  # loads its libraries
+        tracemalloc.start()
+        proof = prove(run, schedule)
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert proof.holds and proof.num_rollouts == 3 * steps
+        return size
+
+    assert peak(200) < 1.5 * peak(50)
 
 
 def test_the_page_says_what_each_part_of_a_restart_took(run):

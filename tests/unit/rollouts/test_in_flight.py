@@ -6,6 +6,7 @@ cutting a run change a token. tests/e2e/test_in_flight.py does the same with a r
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -287,17 +288,52 @@ def test_paused_samples_of_other_data_or_options_are_refused(begin, tmp_path):
     run.steps(0, 2)
     run.kept(2).write(tmp_path)
     file = tmp_path / PAUSED
-    with pytest.raises(DataError, match=r"paused\.jsonl, step 3: must hold the 24 samples that this run asks for"):
+    with pytest.raises(DataError, match=r"paused, step 3: must hold the 24 samples that this run asks for"):
         read_paused(file, mixture(config), in_flight(algorithm={"samples_per_prompt": 6}))
     hot = in_flight(algorithm={"loss": "grpo", "samples_per_prompt": 3}, sampling={"temperature": 0.5})
     with pytest.raises(DataError, match=r"log-probs must be of temperature 0\.5, .* found 1\.0"):
         read_paused(file, mixture(config), hot)
-    row, *others = file.read_text().splitlines()
-    file.write_text("\n".join([json.dumps(json.loads(row) | {"seed": "x"}), *others]) + "\n")
-    with pytest.raises(
-        DataError, match=r"line 1: `seed` must be as a checkpoint has it \(input should be a valid integer\); found"
+    lines = file / "00000003.jsonl"
+    row, *others = lines.read_text().splitlines()
+    for changed, said in (
+        ({"seed": "x"}, r"`seed` must be as a checkpoint has it \(input should be a valid integer\); found"),
+        ({"num_tokens": 99}, r"`row` must be as a checkpoint has it \(.*must be of `num_tokens` tokens\); found"),
     ):
-        read_paused(file, mixture(config), config)
+        lines.write_text("\n".join([json.dumps(json.loads(row) | changed), *others]) + "\n")
+        with pytest.raises(DataError, match=rf"00000003\.jsonl, line 1: {said}"):
+            read_paused(file, mixture(config), config)
+
+
+def test_what_older_checkpoints_hold_as_one_file_of_json_is_read_to_the_same_bits(begin, tmp_path):
+    """With the tokens and log-probs in each row, complete ones and paused ones."""
+    config = in_flight()
+    run = begin(config)
+    run.steps(0, 2)
+    kept = run.kept(2)
+    kept.write(tmp_path)
+    for name in (AHEAD, PAUSED):
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            ledger = RolloutLedger(tmp_path / name)
+            for step in ledger.steps:
+                for _, row in ledger.with_columns(step):
+                    numbers = {name: list(row[name]) for name in ("token_ids", "log_probs")}
+                    file.write(json.dumps({key: value for key, value in row.items() if key != "num_tokens"} | numbers) + "\n")
+    assert read_ahead(tmp_path / "ahead.jsonl", mixture(config), config).steps == kept.steps
+    assert read_paused(tmp_path / "paused.jsonl", mixture(config), config) == kept.paused
+
+
+@pytest.mark.parametrize(("name", "read"), [(AHEAD, read_ahead), (PAUSED, read_paused)])
+@pytest.mark.parametrize("suffix", ["jsonl", "arrows"])
+def test_what_a_checkpoint_keeps_that_ends_early_is_refused(begin, tmp_path, name, read, suffix):
+    """Cut in its last step, of rows or of columns: a checkpoint's digests say so before, this is who reads without them."""
+    config = in_flight()
+    run = begin(config)
+    run.steps(0, 2)
+    run.kept(2).write(tmp_path)
+    file = next((tmp_path / name).glob(f"*.{suffix}"))
+    os.truncate(file, file.stat().st_size - 9)
+    with pytest.raises(DataError, match=rf"{name}/.*(must be one list a rollout|must hold the tokens of step)"):
+        read(tmp_path / name, mixture(config), config)
 
 
 def test_a_ledger_of_updates_in_flight_is_replayed_with_its_versions(begin, tmp_path):

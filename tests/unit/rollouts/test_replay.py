@@ -29,7 +29,7 @@ from engine.inference.pool import Pool
 from engine.rewards.base import Answer
 from engine.rollouts.base import StepData
 from engine.rollouts.ledger import RolloutLedger
-from engine.rollouts.replay import LedgerSource, open_preferences, replay_kind
+from engine.rollouts.replay import LedgerSource, SupervisedSource, open_preferences, replay_kind
 from engine.rollouts.source import RolloutSource
 from engine.rollouts.writer import RolloutFile, RolloutFolder, RolloutWriter
 from tests.builders import algorithm_options
@@ -367,3 +367,41 @@ def test_engines_are_wanted_for_sampling_and_for_evaluation(tmp_path):
     assert not run_config(data=replay, sync=never).uses_engines
     assert run_config(data=replay | {"held_out": "b"}, sync=never).uses_engines
     assert run_config(data=replay | {"mix": ({"train": "b", "held_out": "c"},)}, sync=never).uses_engines
+
+
+# -- worked solutions
+
+SOLVED = [{"problem": f"{n}+{n}?", "answer": f"{2 * n}", "solution": f"It is {2 * n}."} for n in range(5)]
+
+
+def supervised(folder: Path, *rows: dict[str, Any], microbatch_tokens: int = 4096) -> RunConfig:
+    path = write(folder, "solved.jsonl", *rows)
+    return run_config(
+        model={"path": str(folder)},
+        data={"train": path, "template": "figure5", "max_prompt_tokens": 90},
+        sft={"checkpoint_out": "out", "sequences_per_step": 3},
+        trainer={"microbatch_tokens": microbatch_tokens},
+    )
+
+
+def test_worked_solutions_come_in_the_seeded_order_with_nothing_beside_them(model_folder, tiny_tokenizer):
+    config = supervised(model_folder, *SOLVED, SOLVED[2])
+    source = SupervisedSource(config, tiny_tokenizer, 4096)
+    assert str(source) == "5 worked solutions; left out: 0 too long, 1 that came before" and source.warnings == []
+    for step in (4, 0):
+        data = source.next(step)
+        rows = [SOLVED[i] for i in PromptOrder(5, config.run.seed).at(step, 3)]
+        texts = [tiny_tokenizer.decode(sequence.completion_ids) for sequence in data.sequences]
+        assert texts == [f"{row['solution']}<|eot_id|>" for row in rows]
+        assert all(row["problem"] in tiny_tokenizer.decode(s.prompt_ids) for row, s in zip(rows, data.sequences, strict=True))
+        assert all(s.group == -1 and not s.rollout_log_probs for s in data.sequences)
+        assert (data.num_prompts, data.metrics) == (3, {})
+
+
+@pytest.mark.parametrize(("microbatch_tokens", "positions"), [(64, 4096), (4096, 64)])
+def test_a_solution_that_is_longer_than_a_row_or_the_models_positions_is_named(
+    model_folder, tiny_tokenizer, microbatch_tokens, positions
+):
+    config = supervised(model_folder, SOLVED[0] | {"solution": "x" * 80, "id": "long"}, microbatch_tokens=microbatch_tokens)
+    with pytest.raises(ConfigError, match=r"found \d+ tokens in long and a limit of 64: raise trainer\.microbatch_tokens"):
+        SupervisedSource(config, tiny_tokenizer, positions)

@@ -4,6 +4,7 @@ is refused by option, and a process killed at any moment leaves a whole checkpoi
 Run as a script with a folder, this file is the process that gets killed (see the last test).
 """
 
+import errno
 import json
 import os
 import random
@@ -13,8 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from engine.models.hf import HfCheckpoint
 from engine.rewards.math.reward import VERIFIER_VERSION
 from engine.rollouts.ahead import AHEAD, Ahead
 from engine.rollouts.paused import PAUSED, Pending
+from engine.run import saving
 from engine.run.checkpoint import (
     BEST,
     LATEST,
@@ -49,7 +52,7 @@ from engine.run.checkpoint import (
     reference_place,
 )
 from engine.run.milestones import commits, resume_policy
-from engine.run.saving import Checkpoints, Snapshot, Weights
+from engine.run.saving import Checkpoints, Snapshot, Weights, write_model
 from tests import builders
 from tests.checkpoints import commit as committed
 from tests.checkpoints import open_folder, snapshot_of
@@ -260,10 +263,78 @@ def two_ranks(root: Path, patience_seconds: float = 60.0) -> tuple[list[Checkpoi
     return ranks, snapshots
 
 
+class Together:
+    """The words of two ranks that are threads."""
+
+    def __init__(self, rank: int, met: threading.Barrier, said: dict[int, bytes]) -> None:
+        self.rank, self._met, self._said = rank, met, said
+
+    def broadcast(self, word: bytes) -> bytes:
+        return self.agreed(word, lambda words: words[0])
+
+    def barrier(self) -> None:
+        self.agreed(b"", lambda _: b"")
+
+    def agreed(self, word: bytes, judge: Callable[[list[bytes]], bytes]) -> bytes:
+        self._met.wait(30)
+        self._said[self.rank] = word
+        self._met.wait(30)
+        return judge([self._said[0], self._said[1]])
+
+
+def write_together(out: Path, parts: Sequence[Weights], config: RunConfig) -> list[str]:
+    """Two ranks write a model; how it ended for each."""
+    met, said, ended = threading.Barrier(2), dict[int, bytes](), ["", ""]
+
+    def write(rank: int) -> None:
+        try:
+            write_model(out, parts[rank], torch.bfloat16, config, Together(rank, met, said), (7,) if rank == 0 else ())
+        except StorageError as error:
+            ended[rank] = str(error)
+
+    threads = [threading.Thread(target=write, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ended
+
+
+def test_a_model_is_written_by_all_ranks_each_its_own_files(tmp_path, monkeypatch):
+    """It loads with every bit of every rank's; where one cannot write, all hear of it, and what was there before stands."""
+    config, out = run_config(tmp_path), tmp_path / "out"
+    _, snapshots = two_ranks(tmp_path)
+    parts, written = [snapshot.policy for snapshot in snapshots], dict[str, str]()
+    real = saving.write_tensors
+
+    def counted(path: Path, *arguments: Any) -> Any:
+        written[path.name] = threading.current_thread().name
+        return real(path, *arguments)
+
+    monkeypatch.setattr(saving, "write_tensors", counted)
+    assert write_together(out, parts, config) == ["", ""]
+    model = HfCheckpoint(out)
+    assert all(torch.equal(model.tensor(name), tensor) for name, tensor in weights_of(5))
+    assert len(written) == len(set(written.values())) == 2, "a file each"
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [7]
+
+    def full(path: Path, *arguments: Any) -> Any:
+        if path.name.startswith("model-00002"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(saving, "write_tensors", full)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    first, second = write_together(out, parts, config)
+    assert first == second != "" and "the disk is full" in first
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir() if "staging" in path.name] == []
+
+
 REQUEST = SampleRequest("rollout:7:p0:0", "p0", 0, 1, TokenIds.of([1, 2]), 1.0, 1.0, 8)
 
 
-def test_rollouts_sampled_ahead_are_a_file_of_the_checkpoint(tmp_path):
+def test_rollouts_sampled_ahead_are_files_of_the_checkpoint(tmp_path):
     """Under a digest, as every other; the manifest says of which steps, and from which on they are paused. Without any, there
     is none."""
     config, folder = run_config(tmp_path), tmp_path / "run" / "checkpoints" / "step_00000005"
@@ -273,15 +344,25 @@ def test_rollouts_sampled_ahead_are_a_file_of_the_checkpoint(tmp_path):
     checkpoints.commit(5, snapshot_of(state_of(5), weights_of(5)), config, ahead=ahead)
     checkpoints.wait()
     assert checkpoints.ahead() == (folder / AHEAD, folder / PAUSED)
+    files = read_manifest(folder)["files"]
+    kept = [f"{AHEAD}/00000005.arrows", f"{AHEAD}/00000005.jsonl", f"{PAUSED}/00000007.arrows", f"{PAUSED}/00000007.jsonl"]
+    assert [name for name in files if name.startswith((AHEAD, PAUSED))] == kept
     assert checkpoints.load(config).ahead == range(5, 9)
     assert read_manifest(folder)["paused_from"] == 7
-    flip(folder / PAUSED, 40)
-    with pytest.raises(CheckpointError, match=r"paused\.jsonl differs from its digest"):
-        checkpoints.load(config)
-    flip(folder / PAUSED, 40)
-    flip(folder / AHEAD, 40)
-    with pytest.raises(CheckpointError, match=r"ahead\.jsonl differs from its digest"):
-        checkpoints.load(config)
+    for name in kept:
+        flip(folder / name, 40)
+        with pytest.raises(CheckpointError, match=rf"{name} differs from its digest"):
+            checkpoints.load(config)
+        flip(folder / name, 40)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1])
+        with pytest.raises(CheckpointError, match=rf"{name} must have {len(whole)} bytes; found {len(whole) - 1}"):
+            checkpoints.load(config)
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=rf"{name} must have {len(whole)} bytes; found none"):
+            checkpoints.load(config)
+        (folder / name).write_bytes(whole)
+    assert checkpoints.load(config).step == 5
     commit(tmp_path, 10)
     assert checkpoints.ahead() == (None, None) and checkpoints.load(config).ahead == range(0)
 
@@ -490,6 +571,22 @@ def test_retention_never_takes_the_best_nor_what_has_yet_to_be_judged(values, ke
         assert steps_kept(root) == sorted({*newest, expected})
         named = best(root / "run" / "checkpoints")
         assert named is not None and named.name == f"step_{expected:08d}"
+
+
+def test_choosing_the_best_looks_at_the_checkpoints_that_are_kept_alone(tmp_path, monkeypatch):
+    """However many steps were judged."""
+    judged_run(tmp_path, {5: 0.5, 10: 0.25, 15: 0.75}, keep=2)
+    looked, exists = list[str](), Path.exists
+
+    def counted(path: Path) -> bool:
+        looked.append(path.parent.name)
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", counted)
+    judged = dict.fromkeys(range(0, 50_000, 5), 0.0) | {10: 1.0}
+    open_checkpoints(tmp_path).select(judged, run_config(tmp_path, checkpoint={"keep": 2}))
+    assert set(looked) <= {"run", "checkpoints", "step_00000010", "step_00000015"} and len(looked) < 20
+    assert (tmp_path / "run" / "checkpoints" / BEST).read_text() == "step_00000010"
 
 
 def test_the_best_of_a_run_that_went_back_is_among_what_it_still_has(tmp_path):

@@ -31,7 +31,7 @@ ALLOWED = {
         "all_gather_into_tensor",
     ): "log-probs of a vocabulary's shards, in the forward of a step",
     ("ops/token_log_probs.py", "all_reduce"): "sums over a vocabulary's shards of what weighs pairs, in the same forward",
-    ("megatron/policy.py", "gather"): "weights on their way into a checkpoint's host copy, which every rank makes at once",
+    ("megatron/policy.py", "gather"): "weights for the files of a checkpoint or export, into host memory, on all ranks at once",
     ("megatron/policy.py", "all_reduce"): "the sums of a step's metrics, after its backward",
     (
         "megatron/spread.py",
@@ -39,11 +39,6 @@ ALLOWED = {
     ): "of groups that several ranks have, what their loss looks at, once all have scored",
     ("megatron/scatter.py", "scatter"): "the shares of a step's sequences, once rank 0 has told that it has them",
     ("megatron/scatter.py", "broadcast"): "their sizes, and a share inside a model replica",
-    (
-        "bridge/sender.py",
-        "send",
-    ): "the weights at the end of supervised training, tensor by tensor to rank 0, which writes them",
-    ("bridge/sender.py", "recv"): "the same",
 }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,19 @@ import pytest
 import torch
 
 from engine.config.load import RunConfig
+from engine.core.arrays import TokenIds
 from engine.core.errors import StorageError
+from engine.core.types import RolloutGroup
+from engine.inference.pool import Usage
+from engine.inference.sampling import SampleRequest
+from engine.rollouts.ahead import Ahead
+from engine.rollouts.ledger import RolloutLedger
+from engine.rollouts.paused import Pending
 from engine.run.checkpoint import BEST, LATEST, best, latest
 from engine.run.saving import Checkpoints, Snapshot, Weights
 from tests import builders
 from tests.checkpoints import open_folder
+from tests.unit.rollouts.test_rollouts import group
 from tests.unit.run.faulty_disk import Disk, Killed, failing
 
 OLD, NEW = 10, 15
@@ -49,13 +58,30 @@ def snapshot(step: int) -> Snapshot:
     return Snapshot(state_of(step), torch.bfloat16, folder_of(weights_of(step)), folder_of(weights_of(step - 1)))
 
 
+def group_of(step: int) -> RolloutGroup:
+    """What stands ready of a step."""
+    return replace(group([step / 7, 0.0]), step=step)
+
+
+def begun(step: int) -> SampleRequest:
+    """A sample that engines have paused."""
+    asked = SampleRequest(f"rollout:{step}:p0:0", "p0", 0, step, TokenIds.of([1, 2]), 1.0, 1.0, 8)
+    return asked.paused([step, 7], [-1 / step, -0.5], step - 1)
+
+
+def ahead_of(step: int) -> Ahead:
+    """Two steps that are ready and one that is paused."""
+    paused = {step + 2: Pending([], [begun(step + 2)], [begun(step + 2)])}
+    return Ahead({of: ([group_of(of)], Usage(3, 0.5)) for of in (step, step + 1)}, paused)
+
+
 def save(checkpoints: Checkpoints, step: int, config: RunConfig) -> None:
-    checkpoints.commit(step, snapshot(step), config, {"bytes": {"metrics": step}})
+    checkpoints.commit(step, snapshot(step), config, {"bytes": {"metrics": step}}, ahead=ahead_of(step))
     checkpoints.wait()
 
 
 def assert_whole(root: Path, config: RunConfig, steps: set[int]) -> int:
-    """The newest checkpoint is one of these steps in every bit, with its records and its pointers; which one."""
+    """The newest checkpoint is one of these steps in every bit, with its records, rollouts and pointers; which one."""
     checkpoints = open_folder(root / "run" / "checkpoints")
     saved = checkpoints.load(config)
     assert saved.step in steps and saved.state is not None and saved.reference is not None
@@ -64,6 +90,13 @@ def assert_whole(root: Path, config: RunConfig, steps: set[int]) -> int:
     assert saved.state.keys() == state_of(saved.step).keys()
     assert all(torch.equal(saved.state[name], tensor) for name, tensor in state_of(saved.step).items())
     assert checkpoints.records() == {"bytes": {"metrics": saved.step}}
+    complete, unfinished = checkpoints.ahead()
+    assert complete is not None and unfinished is not None
+    ahead, paused = RolloutLedger(complete), RolloutLedger(unfinished)
+    for step in (saved.step, saved.step + 1):
+        assert [row.rollout() for row in ahead.rows(step)] == list(group_of(step).rollouts)
+    ((_, row),) = paused.with_columns(saved.step + 2)
+    assert (row["token_ids"], row["log_probs"]) == (begun(row["step"]).sampled.token_ids, begun(row["step"]).sampled.log_probs)
     chosen = best(root / "run" / "checkpoints")
     assert chosen is not None and (chosen / "policy" / "config.json").exists(), "the best one stands too"
     return saved.step
@@ -106,7 +139,7 @@ def faulty_save(root: Path, disk: Disk, config: RunConfig) -> str:
 
 
 def test_every_operation_of_a_save_may_be_the_last(before: Path, tmp_path: Path) -> None:
-    """Some 100 operations, each three times: killed there, cut from its power, out of room."""
+    """Some 130 operations, each three times: killed there, cut from its power, out of room."""
     root = tmp_path / "root"
 
     def fresh() -> RunConfig:
