@@ -94,8 +94,8 @@ def grouped(group: Any, start: Callable[[], Any]) -> Any:
 
 
 def _gather(store: dist.Store, member: int, meeting: Rendezvous) -> None:
-    """Waits until every member has come; each asks the store for four keys at most, however many members there are. RuntimeError
-    when one does not come within the meeting's time."""
+    """Waits until every member has come; each asks the store for four keys at most, however many members there are.
+    RuntimeError when one does not come within the meeting's time."""
     store.set(_here(member), "1")
     if int(store.add("come", 1)) == meeting.num_members:
         store.set("all here", "1")
