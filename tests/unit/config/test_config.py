@@ -298,7 +298,12 @@ COMBINATIONS = [
         *("optimizer.memory_while_sampling", "needs inference.placement = 'colocated'", "found 'disaggregated'", "= 'device'"),
     ),
     (
-        ["optimizer.memory_while_sampling=host", "inference.placement=colocated", "optimizer.offload_share=0.5"],
+        [
+            *SMALL_MOMENTS[2:],
+            "optimizer.memory_while_sampling=host",
+            "inference.placement=colocated",
+            "optimizer.offload_share=0.5",
+        ],
         *("optimizer.memory_while_sampling", "optimizer.offload_share = 0", "found 0.5", "set one of them otherwise"),
     ),
     (
