@@ -92,7 +92,9 @@ def estimate(spec: Resolved, channel: Channel, gpu_bytes: int = H200_BYTES) -> M
     if spec.starts_engines and config.inference.placement == "disaggregated":
         devices += (Device("engine rank", engine),)
     elif spec.starts_engines:
-        devices = tuple(Device(f"{named}, {turn}", shared(stages[worst], engine, turn)) for turn in ("training", "sampling"))
+        sampling = while_sampling(spec, worst, stages[worst])
+        devices = (Device(f"{named}, training", shared(stages[worst], engine, "training")),)
+        devices += (Device(f"{named}, sampling", shared(sampling, engine, "sampling")),)
     if spec.reward_shape is not None:
         devices += (Device("reward engine", reward_engine(spec.reward_shape, config.reward_model)),)  # each of them
     if spec.starts_engines and config.inference.quantization != "none":
@@ -108,17 +110,21 @@ TRANSIENT = ("activations", "recomputed layer", "logits", "workspace")  # what a
 
 def shared(trainer: Components, engine: Components, turn: Turn) -> Components:
     """Trainer and engine on one device. In the training turn the engine sleeps: its weights and KV cache are gone. In the
-    sampling turn the trainer holds all but its gradients (`while_sampling`) and what a step makes and frees."""
+    sampling turn the trainer, `while_sampling`, holds all but what a step makes and frees."""
     if turn == "training":
         return trainer | {name: size for name, size in engine.items() if name in ASLEEP}
-    return {name: size for name, size in while_sampling(trainer).items() if name not in TRANSIENT} | engine
+    return {name: size for name, size in trainer.items() if name not in TRANSIENT} | engine
 
 
-def while_sampling(trainer: Components) -> Components:
+def while_sampling(spec: Resolved, stage: int, trainer: Components) -> Components:
     """What a trainer on an engine's device holds while that samples. Its gradients have no memory then. But they are made, and
-    given back, before optimizer and reference are, when an engine may be there already: what they exceed those by counts."""
-    later = sum(trainer[name] for name in ("FP8 copies", "reference", "optimizer"))
-    return trainer | {"gradients": max(0, trainer["gradients"] - later)}
+    given back, before optimizer and reference are, when an engine may be there already: what they exceed those by counts. With
+    optimizer.memory_while_sampling = 'host' the same is true of the optimizer, of which there are the fp32 weights then."""
+    gone = {"gradients": trainer["gradients"]}
+    if spec.config.optimizer.memory_while_sampling == "host":
+        gone["optimizer"] = TrainerState(spec, stage).originals
+    later = sum(trainer[name] for name in ("FP8 copies", "reference", "optimizer") if name not in gone)
+    return trainer | dict.fromkeys(gone, 0) | {"gradients": max(0, max(gone.values()) - later)}
 
 
 def trainer_rank(spec: Resolved, stage: int, channel: Channel) -> Components:
@@ -209,6 +215,11 @@ class TrainerState:
         return self.on_device * self._state_bytes
 
     @property
+    def originals(self) -> int:
+        """Of `optimizer`, the float32 weights apart from the model's, which are there before the first step."""
+        return self.on_device * (self._state_bytes - 2 * MOMENT_BYTES[self._config.optimizer.moment_dtype])
+
+    @property
     def saved_bytes(self) -> int:
         """What a rank writes into a checkpoint beside weights: its share of the optimizer's state."""
         return self._shard * self._state_bytes
@@ -221,8 +232,9 @@ class TrainerState:
     @property
     def host_bytes(self) -> int:
         """What is offloaded, with the gradients that the host's update reads, before torch rounds pinned blocks up to powers
-        of two; and a reference that is kept there."""
-        return (self._shard - self.on_device) * (self._state_bytes + FP32) + self.scored_with
+        of two; a reference that is kept there; and the state that waits there while engines sample."""
+        waiting = self.optimizer if self._config.optimizer.memory_while_sampling == "host" else 0
+        return (self._shard - self.on_device) * (self._state_bytes + FP32) + self.scored_with + waiting
 
     @property
     def _state_bytes(self) -> int:
@@ -424,7 +436,7 @@ def _beside(spec: Resolved, channel: Channel) -> int:
             check_layout(spec.shape, spec.trainer)
         beside = sum(beside_cache(spec, channel).values())
         if shares:
-            stages = (while_sampling(trainer_kept(spec, stage, channel)) for stage in range(spec.trainer.pp_size))
+            stages = (while_sampling(spec, stage, trainer_kept(spec, stage, channel)) for stage in range(spec.trainer.pp_size))
             beside += max(sum(kept.values()) for kept in stages)
     except ConfigError:
         return 0
@@ -519,7 +531,7 @@ def _loading(spec: Resolved, engine: Components) -> Components:
     held = {"engine: loaded weights": loaded} | {name: engine[name] for name in ("engine: weights", "engine: context")}
     if not (spec.colocated and "trainer" in spec.parts):
         return held
-    stages = (while_sampling(trainer_kept(spec, stage, Channel())) for stage in range(spec.trainer.pp_size))
+    stages = (while_sampling(spec, stage, trainer_kept(spec, stage, Channel())) for stage in range(spec.trainer.pp_size))
     return max(stages, key=lambda kept: sum(kept.values())) | held
 
 

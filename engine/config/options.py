@@ -551,6 +551,11 @@ class Optimizer(Section):
     )
     moment_dtype: Literal["float32", "bfloat16", "fp8"] = Field("float32", description="of both moments, kept by te's AdamW")
     offload_share: Share = Field(0.0, description="of the optimizer's state, kept and updated in the host's memory")
+    memory_while_sampling: Literal["device", "host"] = Field(
+        "device",
+        description="where colocated engines find the optimizer's state while they sample; host: moved there before they wake, "
+        "and back for the update, the same bits",
+    )
 
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MiB|GiB)")

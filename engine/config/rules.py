@@ -394,6 +394,16 @@ def broken_library_rules(c: Options) -> list[str]:
             f"other weights; found {o.offload_share} with {t.distributed_optimizer} and {c.model.dtype!r}: set both, or "
             f"offload_share = 0"
         )
+    if o.memory_while_sampling == "host" and c.inference.placement != "colocated":
+        broken.append(
+            f"optimizer.memory_while_sampling = 'host' makes room for engines on the trainer's devices, so it needs "
+            f"inference.placement = 'colocated'; found {c.inference.placement!r}: set memory_while_sampling = 'device'"
+        )
+    if o.memory_while_sampling == "host" and o.offload_share:
+        broken.append(
+            f"optimizer.memory_while_sampling = 'host' needs optimizer.offload_share = 0, whose state is on the host at any "
+            f"time; found {o.offload_share}: set one of them otherwise"
+        )
     if o.offload_share and o.moment_dtype != "float32":
         broken.append(
             f"optimizer.offload_share needs optimizer.moment_dtype = 'float32', the host's AdamW knows no other; found "

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.capacity.memory import TrainerState
 from engine.config.load import RunConfig
 from engine.config.rules import LEAST_LOOKAHEAD_IN_FLIGHT
 from engine.config.schedules.base import Schedule
@@ -220,12 +221,20 @@ class Forecaster:
             judge=lambda step: judged[step % len(judged)],
             host=lambda step: hosts[step % len(hosts)],
             sync=self.given.transfer_seconds + c.sync_seconds + rounding if self._speed is not None else 0.0,
-            turn=c.sleep_seconds if colocated else 0.0,
+            turn=c.sleep_seconds + self._moving_seconds(c) if colocated else 0.0,
             colocated=colocated,
             cores=self._cores() if c.cores else None,
             streams=self._config.sync.streaming,
             together=num_judged_together(self.given.spec) if self.given.together is None else self.given.together,
         )
+
+    def _moving_seconds(self, c: Constants) -> float:
+        """For the optimizer's state to go to the host and come back, where it makes room for the engines."""
+        spec = self.given.spec
+        if self._config.optimizer.memory_while_sampling == "device":
+            return 0.0
+        most = max(TrainerState(spec, stage).optimizer for stage in range(spec.trainer.pp_size))
+        return 2 * most / (c.host_copy_gigabytes_per_second * 1e9)
 
     def _cores(self) -> Cores:
         """Who computes with how many threads on the machine's cores; a rank that waits for another one takes none."""

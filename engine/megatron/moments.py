@@ -48,6 +48,10 @@ class Slot:
             found["step"] = torch.as_tensor(step, dtype=torch.float32)
         return found if self.main is None else found | {"main": self.main.data}
 
+    def storages(self) -> Iterator[torch.UntypedStorage]:
+        """The memory of what `tensors` gives, but for the count of steps; nothing else lies in it."""
+        return (value.untyped_storage() for kind, value in self.tensors().items() if kind != "step")
+
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes what `tensors` gave; CheckpointError when it is of another shape or kind."""
         fused = hasattr(self.owner, "_initialize_state")  # Transformer Engine's: it also keeps a scale beside each moment

@@ -19,7 +19,7 @@ from engine.config import options as tables
 from engine.config.learning_rates.registry import learning_rate_of
 from engine.core.errors import CheckpointError, NumericsError
 from engine.megatron.libraries import chosen_kernels
-from engine.megatron.moments import KINDS, find_slots
+from engine.megatron.moments import KINDS, Slot, find_slots
 
 MOMENT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.uint8}
 
@@ -67,10 +67,43 @@ class PolicyOptimizer:
         self._slots = [slot for part in self._optimizer.chained_optimizers for slot in find_slots(part, names)]
         self._learning_rate = learning_rate_of(options)
         self._num_steps = 0  # taken or skipped: the place in the schedule
+        self._host: dict[str, list[torch.Tensor]] = {}  # by slot, memory of the host for its state, as bytes
+        self._away = False  # whether the state is there now
 
     def zero_grad(self) -> None:
         """Forgets the last step's gradients."""
         self._optimizer.zero_grad()
+
+    def to_host(self) -> None:
+        """Moves the state to the host's memory and lets its own go, until the next update or `to_device`; every tensor stays
+        what it is, without memory. On GPUs the host's memory is pinned, and kept from one time to the next."""
+        if not self._away:
+            for slot in self._slots:
+                self._slot_to_host(slot)
+        self._away = True
+
+    def to_device(self) -> None:
+        """Brings the state back, to the bit."""
+        if self._away:
+            for slot in self._slots:
+                self._slot_to_device(slot)
+        self._away = False
+
+    def _slot_to_host(self, slot: Slot) -> None:
+        storages = list(slot.storages())
+        if [held.numel() for held in self._host.setdefault(slot.name, [])] != [storage.nbytes() for storage in storages]:
+            self._host[slot.name] = [
+                torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+                for storage in storages
+            ]
+        for held, storage in zip(self._host[slot.name], storages, strict=True):
+            held.copy_(_bytes_of(storage))
+            storage.resize_(0)
+
+    def _slot_to_device(self, slot: Slot) -> None:
+        for held, storage in zip(self._host[slot.name], slot.storages(), strict=True):
+            storage.resize_(held.numel())
+            _bytes_of(storage).copy_(held)
 
     def apply(self, step: int) -> tuple[float, float, bool]:
         """Clips the reduced gradients, moves the weights and returns (gradient norm before clipping, learning rate, whether
@@ -83,6 +116,7 @@ class PolicyOptimizer:
         Collective over all ranks. NumericsError, on every rank and with the weights untouched, when the norm is not
         finite.
         """
+        self.to_device()
         with chosen_kernels(self._options.implementation):
             return self._apply(step)
 
@@ -116,10 +150,13 @@ class PolicyOptimizer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's moments, step counts, place in the schedule and fp32 weights apart from the model's, by the names of the
-        parameters; live tensors, no copies."""
+        parameters; live tensors, no copies, of the host's memory where the state is there."""
         tensors = {"schedule.step": torch.tensor(self._num_steps)}
         for slot in self._slots:
-            tensors |= {f"{slot.name}.{kind}": value for kind, value in slot.tensors().items()}
+            held = iter(self._host[slot.name] if self._away else ())
+            for kind, value in slot.tensors().items():
+                on_host = self._away and kind != "step"
+                tensors[f"{slot.name}.{kind}"] = _like(value, next(held)) if on_host else value
         return tensors
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -128,7 +165,11 @@ class PolicyOptimizer:
         self._num_steps = int(left.pop("schedule.step"))
         for slot in self._slots:
             kinds = [key for kind in KINDS if (key := f"{slot.name}.{kind}") in left]
+            if self._away:
+                self._slot_to_device(slot)
             slot.restore({key.removeprefix(f"{slot.name}."): left.pop(key) for key in kinds})
+            if self._away:
+                self._slot_to_host(slot)  # one by one: engines may be there
         if left:
             raise CheckpointError(
                 f"optimizer tensor {next(iter(left))} must belong to a parameter of this rank; found none: resume with the "
@@ -137,3 +178,14 @@ class PolicyOptimizer:
         for part in self._optimizer.chained_optimizers:
             if isinstance(part.optimizer, HybridDeviceOptimizer):
                 part.optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """The memory as uint8 [bytes]."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _like(value: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """A tensor like another whose memory is given back, of the bytes that were copied from it."""
+    found = torch.empty(0, dtype=value.dtype)
+    return found.set_(held.untyped_storage(), value.storage_offset(), value.shape, value.stride())

@@ -121,6 +121,9 @@ class Policy:
         self._optimizer = PolicyOptimizer(
             config.optimizer, self._chunks, names, dtype=self.dtype, distributed=distributed, fp8_recipe=recipe
         )
+        self._optimizer_makes_room = config.optimizer.memory_while_sampling == "host"
+        if shares_device and self._optimizer_makes_room:
+            self._optimizer.to_host()
         forget_initial(self._own.values())
         self._begun = False  # whether the gradient buffers hold a part of the step (add_gradient)
         self._parts: list[torch.Tensor] = []  # what that part's microbatches gave back
@@ -174,6 +177,13 @@ class Policy:
         if not self._reference_on_host:
             return self._reference
         return {name: tensor.to(self.parallel.device, copy=True) for name, tensor in self._reference.items()}
+
+    def make_room(self) -> None:
+        """Gives back, until the next training step, what engines on the same device can have: the gradients' memory, and with
+        optimizer.memory_while_sampling = 'host' that of the optimizer's state."""
+        self.give_back_gradients()
+        if self._optimizer_makes_room:
+            self._optimizer.to_host()
 
     def give_back_gradients(self) -> None:
         """Lets the memory of the gradient buffers go until the next training step, as for engines on the same device."""

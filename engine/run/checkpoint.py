@@ -44,6 +44,7 @@ MAY_CHANGE = {  # options that a resumed run may have otherwise; every other one
     "run": {"steps", "directory", "restarts", "on_lost_node", "sinks"},
     "sync": {"timeout_seconds", "bucket_mebibytes"},
     "trainer": {"timeout_seconds", "reference_memory"},
+    "optimizer": {"memory_while_sampling"},
     "inference": {"placement", "timeout_seconds"},
     "rewards": {"workers", "concurrency"},
     "reward_model": {"engines", "timeout_seconds"},  # each group is judged by itself, whichever engine has it

@@ -58,6 +58,8 @@ def _mended(spec: Spec, held: Held) -> str:
     fixes = []
     if optimizer.offload_share > 0:
         fixes.append(f"lower optimizer.offload_share = {optimizer.offload_share:g}")
+    if optimizer.memory_while_sampling == "host":
+        fixes.append("set optimizer.memory_while_sampling = 'device'")
     if trainer.reference_memory == "host" and "reference" in spec.copies:
         fixes.append("set trainer.reference_memory = 'device'")
     if held.get(ROLLOUTS, 0) > max(held.get(SNAPSHOT, 0), held.get(OFFLOADED, 0)):

@@ -104,7 +104,7 @@ class TrainerRank:
         if spec.starts_engines:
             with activity("connect"):
                 bridge = open_publisher(spec, policy, parallel, self._host, pool)
-                publisher = PoolPublisher(bridge, parallel, policy.give_back_gradients)
+                publisher = PoolPublisher(bridge, parallel, policy.make_room)
         agreement = Agreement(config, parallel)
         rollouts = controller.source if controller is not None else None
         cuts_groups = LOSSES.load(config.algorithm.loss).splits_groups()

@@ -70,6 +70,7 @@ def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
         "without_reference": without_reference,
         "memory": memory,
         "same_steps": same_steps,
+        "makes_room": makes_room,
         "scattered": scattered,
         "streamed": streamed,
     }
@@ -278,6 +279,39 @@ def curve(config: RunConfig, parallel: ParallelState, checkpoint: str, num_steps
         assert all(torch.equal(before[name], value) for name, value in policy.state().items()), "scoring moved the state"
         metrics.append(policy.train_step(replace(scored, step=step)))
     return metrics
+
+
+def makes_room(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[str, bool]:
+    """Three steps as they are, and with the optimizer's state on the host before each of them, whether it was there yet or
+    not; and a third one after a state that was loaded while the optimizer's own was on the host."""
+    options = config.optimizer.model_copy(update={"memory_while_sampling": "host"})
+    hosted = config.model_copy(update={"optimizer": options})
+    loss = make_loss(config.algorithm)
+    plain, policy, other = (make_policy(made, parallel, loss, checkpoint) for made in (config, hosted, hosted))
+    found = dict.fromkeys(("freed", "restored", "state", "saved", "metrics", "loaded"), True)
+
+    def memory(held: Policy) -> list[int]:
+        return [storage.nbytes() for slot in held._optimizer._slots for storage in slot.storages()]
+
+    def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+        return list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
+
+    for step in range(3):
+        before, sizes = policy.state(), memory(policy)
+        policy.make_room()
+        found["freed"] &= len(sizes) == len(memory(policy)) and not any(memory(policy))
+        found["saved"] &= equal(policy.state(), before)
+        if step == 2:
+            other.make_room()
+            other.load_state(before)
+            found["loaded"] &= not any(memory(other)) and equal(other.state(), before)
+            again = _steps(other, config, range(2, 3))
+        one, two = (_steps(held, config, range(step, step + 1)) for held in (plain, policy))
+        found["metrics"] &= one == two
+        found["restored"] &= all(memory(policy)) and sum(memory(policy)) >= sum(sizes) > (0 if step else -1)
+        found["state"] &= equal(policy.state(), plain.state())
+    found["loaded"] &= again == two and equal(other.state(), plain.state())
+    return found
 
 
 def same_steps(config: RunConfig, parallel: ParallelState, checkpoint: str, other: dict[str, Any]) -> dict[str, Any]:

@@ -333,6 +333,22 @@ def test_where_the_reference_is_and_when_gradients_are_summed_change_no_bit(
         assert rank["metrics"] and rank["tensors"] and rank["moved"] > 0, rank
 
 
+@pytest.mark.parametrize(
+    ("trainer", "dtype"),
+    [({"distributed_optimizer": True}, "bfloat16"), ({}, "bfloat16"), (SHARED, "bfloat16"), (SHARED, "float32")],
+    ids=str,
+)
+def test_an_optimizer_that_makes_room_for_engines_changes_no_bit(
+    trainer: dict[str, Any], dtype: str, pool: WorkerPool, checkpoint: Checkpoint
+) -> None:
+    """Its storages have no bytes meanwhile; the state is what it was, then, after the next steps and when it was loaded."""
+    size = trainer.get("data_parallel", 1)
+    for rank in pool.run(
+        "makes_room", size, trainer=trainer, options={"model": {"dtype": dtype}}, checkpoint=str(checkpoint("plain"))
+    ):
+        assert all(rank.values()), rank
+
+
 def test_gradients_in_bfloat16_are_near_and_go_on_bit_for_bit(pool: WorkerPool, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A gradient is rounded to 8 bits once a sum; AdamW's first steps are of the size of the learning rate in any case."""
     where, options = {"checkpoint": str(checkpoint("plain"))}, {"model": {"dtype": "bfloat16"}}

@@ -194,6 +194,22 @@ def test_colocated_devices_take_turns():
     assert "engine: KV cache" not in training.components and "activations" not in sampling.components
 
 
+def test_an_optimizer_that_waits_on_the_host_has_no_memory_while_engines_sample():
+    """Two ranks share 12 bytes a parameter. Of their 6 the 2 of fp32 weights are there for a moment when a run starts, and the
+    gradients' 4 before, of which 4 count then and none otherwise. On the host each of a node's eight ranks has its 6."""
+    layout = "trainer.tensor_parallel=4", "trainer.data_parallel=2"
+    here, there = (
+        estimate(spec_of("8b-colocated", *layout, f"optimizer.memory_while_sampling={where}"), Channel())
+        for where in ("device", "host")
+    )
+    assert here.devices[0] == there.devices[0], "the state is there for the update"
+    sampling = here.devices[1].components
+    gradients, state = here.devices[0].components["gradients"], sampling["optimizer"]
+    assert (gradients / 4, sampling["gradients"]) == (pytest.approx(state / 6), 0)
+    assert there.devices[1].components == sampling | {"optimizer": 0, "gradients": gradients}
+    assert there.host_bytes_per_node == here.host_bytes_per_node + 8 * state
+
+
 @pytest.mark.parametrize("overrides", [["sft.checkpoint_out=x"], ["data.replay=x.jsonl", "sync.sync_interval=never"]])
 def test_a_run_that_samples_nothing_has_no_engine(overrides):
     assert [device.name for device in of_8b(*overrides, "sync.reference=never").devices] == ["trainer rank, training"]

@@ -36,7 +36,7 @@ from tests.builders import config
 
 OWN_LOSS = Path(__file__).resolve().parents[2] / "own_loss.py"
 OPTIONS_FILE = Path(__file__).with_name("options.txt")
-MAX_OPTIONS = 165
+MAX_OPTIONS = 166
 
 REQUIRED = """
 [run]
@@ -294,6 +294,19 @@ COMBINATIONS = [
     (["trainer.gradient_dtype=bfloat16"], "trainer.gradient_dtype", "model.dtype = 'bfloat16'", "found 'float32'", "set all"),
     (["trainer.overlap_gradients=true"], "trainer.overlap_gradients", "trainer.data_parallel > 1", "found 1", "= false"),
     (
+        ["optimizer.memory_while_sampling=host"],
+        *("optimizer.memory_while_sampling", "needs inference.placement = 'colocated'", "found 'disaggregated'", "= 'device'"),
+    ),
+    (
+        [
+            *SMALL_MOMENTS[2:],
+            "optimizer.memory_while_sampling=host",
+            "inference.placement=colocated",
+            "optimizer.offload_share=0.5",
+        ],
+        *("optimizer.memory_while_sampling", "optimizer.offload_share = 0", "found 0.5", "set one of them otherwise"),
+    ),
+    (
         ["trainer.reference_memory=host", "sync.sync_interval=never"],
         *("trainer.reference_memory", "sync.reference other than", "found both 'never'", "= 'device'"),
     ),
@@ -446,6 +459,7 @@ def test_every_rule_on_combinations_has_a_case():
         FP8_PARAMETERS,
         [*FP8_PARAMETERS, *SMALL_MOMENTS],
         [*SMALL_MOMENTS[2:], "optimizer.implementation=apex", "optimizer.offload_share=0.5"],
+        ["optimizer.memory_while_sampling=host", "inference.placement=colocated"],
         ['data.reward=["math", "a.py:f", "b.c:g"]', "data.reward_weights=[1, 0.5, 2.0]", 'rewards.weights={"a b"=0.5}'],
         ["data.reward=a.py:f", 'rewards.environment=["KEY"]', "rewards.concurrency=8"],
         ["data.reward=model", "reward_model.path=rm"],
