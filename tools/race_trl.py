@@ -77,7 +77,7 @@ def plain_engine(loss: str, max_model_tokens: int, *, eager: bool) -> None:
     from engine.inference import plain_loader, receiver
 
     receiver.register()
-    plain_loader.linear = torch.nn.functional.linear  # type: ignore[attr-defined]
+    plain_loader.linear = torch.nn.functional.linear  # type: ignore[attr-defined,assignment]
     engine = maker.LLM
 
     def made(**options: Any) -> Any:
