@@ -37,6 +37,7 @@ from engine.core.errors import ConfigError
 from engine.core.files import locked
 from engine.core.jsonl import JsonlLedger, read_rows
 from engine.observe.rollouts import rollouts_of
+from engine.rewards.registry import Judges
 from engine.rollouts.ledger import RolloutLedger
 from engine.run.checkpoint import latest
 from engine.run.handles import RayEngine
@@ -104,7 +105,7 @@ class Kept(Cluster):
 
         self._spec, self._config = spec, spec.config
         kind = RANK if seed is None else "tools.late:LateRank"
-        for _ in self.run_ranks("train", lambda rank: (self._engines if rank == 0 else None, [], resume), kind):
+        for _ in self.run_ranks("train", lambda rank: (self._engines if rank == 0 else None, Judges(), resume), kind):
             pass
         while self._ranks:
             ray.kill(self._ranks.pop())
