@@ -18,11 +18,14 @@ NUMBERS_BYTES = 128  # of a sequence: its place, prompt, group, lengths, advanta
 def dealt_bytes(spec: Resolved, *, on_rank_zero: bool) -> int:
     """Of a step's sequences on a rank's device while they are dealt. Every part of a scatter has the size of the largest: on
     rank 0 there is one for each replica, and the one that arrives there; on another rank that alone. None where one rank has
-    the whole step, or each reads the worked solutions itself."""
+    the whole step."""
     trainer = spec.config.trainer
-    if trainer.world_size == 1 or spec.source == "supervised":
+    if trainer.world_size == 1:
         return 0
     parts = trainer.data_parallel + 1 if on_rank_zero and trainer.data_parallel > 1 else 1
+    if spec.source == "supervised":
+        sequences = -(-spec.config.sft.sequences_per_step // trainer.data_parallel)
+        return parts * sequences * (trainer.microbatch_tokens * ID_BYTES + NUMBERS_BYTES)  # prompt and solution fit a row
     return parts * largest_share_bytes(spec.config, sampled=spec.source != "preferences")
 
 

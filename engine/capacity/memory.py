@@ -169,6 +169,7 @@ class TrainerState:
         t = spec.config.trainer
         self.num_parameters, in_layers = _stage_sizes(spec.shape, spec.trainer, stage)
         self._in_fp8 = in_layers if t.fp8 != "none" else 0
+        self._shares_device = spec.colocated and "trainer" in spec.parts
         self._shard = -(-self.num_parameters // (t.data_parallel if t.distributed_optimizer else 1))
 
     @property
@@ -233,7 +234,8 @@ class TrainerState:
     def host_bytes(self) -> int:
         """What is offloaded, with the gradients that the host's update reads, before torch rounds pinned blocks up to powers
         of two; a reference that is kept there; and the state that waits there while engines sample."""
-        waiting = self.optimizer if self._config.optimizer.memory_while_sampling == "host" else 0
+        waits = self._shares_device and self._config.optimizer.memory_while_sampling == "host"
+        waiting = self.optimizer if waits else 0
         return (self._shard - self.on_device) * (self._state_bytes + FP32) + self.scored_with + waiting
 
     @property

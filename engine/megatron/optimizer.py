@@ -70,10 +70,6 @@ class PolicyOptimizer:
         self._host: dict[str, list[torch.Tensor]] = {}  # by slot, memory of the host for its state, as bytes
         self._away = False  # whether the state is there now
 
-    def zero_grad(self) -> None:
-        """Forgets the last step's gradients."""
-        self._optimizer.zero_grad()
-
     def to_host(self) -> None:
         """Moves the state to the host's memory and lets its own go, until the next update or `to_device`; every tensor stays
         what it is, without memory. On GPUs the host's memory is pinned, and kept from one time to the next."""
@@ -118,7 +114,9 @@ class PolicyOptimizer:
         """
         self.to_device()
         with chosen_kernels(self._options.implementation):
-            return self._apply(step)
+            found = self._apply(step)
+        self._optimizer.zero_grad()  # of gradients in bfloat16 the update has made float32 ones, which nobody needs now
+        return found
 
     def _apply(self, step: int) -> tuple[float, float, bool]:
         self._optimizer.prepare_grads()

@@ -326,7 +326,6 @@ class Policy:
         for chunk in self._chunks:
             chunk.restore_grad_buffers(synchronize=False)  # where they were given back
             chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
         self._begun = True
 
     def _backward(self, batch: Batch) -> list[torch.Tensor]:

@@ -208,6 +208,8 @@ def test_an_optimizer_that_waits_on_the_host_has_no_memory_while_engines_sample(
     assert (gradients / 4, sampling["gradients"]) == (pytest.approx(state / 6), 0)
     assert there.devices[1].components == sampling | {"optimizer": 0, "gradients": gradients}
     assert there.host_bytes_per_node == here.host_bytes_per_node + 8 * state
+    alone = spec_of("8b-colocated", *layout, "optimizer.memory_while_sampling=host", "sft.checkpoint_out=x")
+    assert TrainerState(alone, 0).host_bytes == 0, "no engine is there for whom it would go"
 
 
 @pytest.mark.parametrize("overrides", [["sft.checkpoint_out=x"], ["data.replay=x.jsonl", "sync.sync_interval=never"]])
@@ -384,8 +386,9 @@ def test_a_step_of_which_much_is_dealt_is_fullest_then():
         "8b-4x4", "trainer.data_parallel=1", "trainer.overlap_gradients=false", "trainer.distributed_optimizer=false"
     )
     assert dealt_bytes(alone, on_rank_zero=True) == 0
-    supervised = spec_of("8b-4x4", "sft.checkpoint_out=x")
-    assert dealt_bytes(supervised, on_rank_zero=True) == 0
+    supervised = spec_of("8b-4x4", "sft.checkpoint_out=x", "sft.sequences_per_step=10")
+    row = supervised.config.trainer.microbatch_tokens
+    assert dealt_bytes(supervised, on_rank_zero=True) == 5 * 3 * (4 * row + 128)  # of four replicas one has three of ten
 
 
 def test_the_head_is_counted_in_the_operators_own_chunks(monkeypatch):
