@@ -491,9 +491,29 @@ def test_regimes_of_a_table():
     assert set(regimes(s10, (1, 100, "never"), offered=True)) == {*found, *offered}
     texts = override(s10, {"sampling.stop": ["END"], "data.spare_prompts": 2})
     assert regimes(texts, (1, 100, "never"), offered=True) == found, "what the configuration forbids is not offered"
+    for loss in ({"algorithm.normalize_advantages": "batch_std"}, {}):
+        grpo = override(s10, {"algorithm": {"loss": "grpo"}} | loss)
+        assert (Regime(1, streaming=True) in regimes(grpo, (1,), offered=True)) == (not loss), "as the loss's own rules say"
     flying = override(s10, {"sync.in_flight": True})
     assert {one for one in regimes(flying, (1,)) if one.lookahead == 2} == {Regime(s, 2, True) for s in (1, 10)}
     assert Regime(1, 2).of(s10.schedule).lookahead == 2 and Regime("never").of(s10.schedule).lookahead == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "streams"), [("own.py:Together", False), ("own.py:Apart", True), ("own.py:alone", True), ("nowhere.py:one", False)]
+)
+def test_streaming_is_offered_where_the_rewards_can(tmp_path, name, streams):
+    """`train` refuses it with a class that judges a step together; of a reward that is not here nobody knows."""
+    (tmp_path / "own.py").write_text(
+        "from engine.rewards.base import Reward\n"
+        "class Together(Reward):\n    def score(self, answers):\n        return []\n"
+        "class Apart(Together):\n    per_group = True\n"
+        "def alone(completion):\n    return 0.0\n"
+    )
+    made = override(BASE, {"run.steps": 50, "data.reward": f"{tmp_path}/{name}"})
+    found = regimes(made, (1,), offered=True)
+    assert (Regime(1, streaming=True) in found) == streams
+    assert Regime(1, 2, in_flight=True) in found, "which asks nothing of rewards"
 
 
 def hours_of(config: RunConfig) -> Forecast:
