@@ -19,6 +19,7 @@ from engine.config.load import RunConfig
 from engine.core.importing import uncollected
 from engine.inference.vllm_engine import VllmEngine
 from engine.rewards.base import reward
+from engine.rewards.registry import Judges
 from engine.run.signals import Event
 from engine.run.spec import Spec
 
@@ -80,7 +81,7 @@ class LateRank:
         """As TrainerRank."""
         return self._rank.serve()
 
-    def train(self, port: int, engines: Any, reward_engines: Any, resume: bool) -> Iterator[Event]:
+    def train(self, port: int, engines: Any, judges: Judges, resume: bool) -> Iterator[Event]:
         """As TrainerRank."""
         from engine.megatron.policy import Policy
 
@@ -88,7 +89,7 @@ class LateRank:
         waits, policy = Waits(seed, STEPS_SHARE, self._directory.parent / WAITS), Policy
         for name in ("score", "train_step"):
             setattr(policy, name, waits.before(getattr(policy, name)))
-        return self._rank.train(port, engines, reward_engines, resume)
+        return self._rank.train(port, engines, judges, resume)
 
 
 _answers = random.Random(os.getpid())

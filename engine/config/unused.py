@@ -27,8 +27,6 @@ def broken_unused_rules(c: Options) -> list[str]:
         )
     if c.reward_model.path is None:
         broken += _without("reward_model", c.reward_model, "", "reward_model.path, the model that it is of", "none")
-    if c.sft.checkpoint_out is None:
-        broken += _without("sft", c.sft, "", "sft.checkpoint_out, which makes the run supervised", "none")
     functions = [name for source in c.data.sources for name in (*source.rewards, source.reward_combine) if ":" in name]
     if c.rewards.function is None and not functions and c.rewards.environment:
         broken.append(
@@ -68,22 +66,31 @@ def _keys(table: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{table}.{name}" for name in names)
 
 
-ROLLOUTS = ("sync", "sampling", "inference", "rewards", "checkpoint", "records", "evaluation", "guard", "algorithm")
+ROLLOUTS = ("sampling", "inference", "rewards", "checkpoint", "records", "evaluation", "guard", "algorithm")
+SYNC = (  # but bucket_mebibytes, in which weights are gathered for files too
+    *("sync_interval", "auto_metric", "auto_bound", "auto_most", "reference", "reference_mix", "reference_log_probs"),
+    *("semantics", "lookahead", "in_flight", "streaming", "transport", "timeout_seconds"),
+)
 PROMPTS = ("held_out", "reward", "reward_weights", "reward_combine", "prompts_per_step", "spare_prompts")
 ENGINES = ("engines", "placement", "tensor_parallel", "max_concurrent", "kv_cache", "threads", "packed_weights", "quantization")
 RULES = (
     Rule(
         (
-            *(*ROLLOUTS, *_keys("data", *PROMPTS), "profile.engines", "run.restarts", "run.on_lost_node"),
-            *("trainer.reference_memory", "trainer.share_prompts"),
+            *(*ROLLOUTS, *_keys("sync", *SYNC), *_keys("data", *PROMPTS), "profile.engines"),
+            *("run.restarts", "run.on_lost_node", "trainer.reference_memory", "optimizer.memory_while_sampling"),
         ),
         lambda c: c.sft.checkpoint_out is None,
         "supervised training (sft.checkpoint_out) samples, judges and saves nothing on the way",
     ),
     Rule(
+        ("sft.sequences_per_step",),
+        lambda c: c.sft.checkpoint_out is not None,
+        "sft.checkpoint_out, which would make it supervised, is not set",
+    ),
+    Rule(
         (
             *(*_keys("inference", *ENGINES, "timeout_seconds", "vllm"), "sampling.stop", "profile.engines", "rewards"),
-            *_keys("sync", "bucket_mebibytes", "transport", "timeout_seconds"),
+            *("sync.transport", "sync.timeout_seconds", "optimizer.memory_while_sampling"),
         ),
         lambda c: c.uses_engines,
         "with data.replay and no data.held_out no engine samples and nothing is judged",

@@ -26,7 +26,7 @@ from engine.forecast.rows import Rows
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
 from engine.rewards.pool.workers import num_workers
-from engine.rewards.registry import judged_together
+from engine.rewards.registry import check_streaming, judged_together
 from engine.run.spec import Spec
 
 Interval = int | str
@@ -415,7 +415,7 @@ class Regime(NamedTuple):
 def regimes(config: RunConfig, intervals: Iterable[Interval], *, offered: bool = False) -> list[Regime]:
     """The configuration's own regime and those of several s, each without lookahead, with one interval, and with as many as
     the configuration has; where nothing can be sampled ahead, without. `offered`: and what updates in flight and streaming
-    would make of them, where the configuration allows that. In order."""
+    would make of them, where `train` would take that. In order."""
     own = Regime.asked(config)
     colocated = config.inference.placement == "colocated"
     found, more = {own}, set[Regime]()
@@ -428,5 +428,17 @@ def regimes(config: RunConfig, intervals: Iterable[Interval], *, offered: bool =
             if interval == 1:
                 more.add(Regime(1, streaming=True))
     if offered:
-        found |= {one for one in more - found if not one.asked_of(config).broken_rules}
+        found |= {one for one in more - found if _is_allowed(one.asked_of(config))}
     return sorted(found, key=lambda one: (isinstance(one.interval, str), *(one if isinstance(one.interval, int) else (0, 0))))
+
+
+def _is_allowed(config: RunConfig) -> bool:
+    """Whether no rule on options forbids the configuration, and its rewards can do what sync.streaming asks of them. One that
+    cannot be loaded here does not say that it can."""
+    if config.broken_rules:
+        return False
+    try:
+        check_streaming(config)
+    except ConfigError:
+        return False
+    return True

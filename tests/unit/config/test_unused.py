@@ -20,17 +20,18 @@ HELD_OUT = ["data.held_out=a.jsonl"]
 MODEL = ["data.reward=model", "reward_model.path=rm"]
 GRPO, GROUP_DPO = ["algorithm.loss=grpo"], ["algorithm.loss=group_dpo"]
 # Looked at in any run with rollouts. Not in the list is what means nothing without another option. `model.head`,
-# `trainer.deterministic` and `trainer.layers` may ask for what is so anyway, which is then no less true; inference.threads and
-# cluster.gpus_per_node are of machines without GPUs and with them, which the same file may be for.
+# `trainer.deterministic`, `trainer.layers` and `trainer.share_prompts` may ask for what is so anyway, which is then no less
+# true; inference.threads and cluster.gpus_per_node are of machines without GPUs and with them, which the same file may be for.
 USED = {
     *("run.directory", "run.seed", "run.steps", "run.restarts", "run.sinks", "model.path", "model.family", "model.dtype"),
     *("model.head", "data.train", "data.held_out", "data.template", "data.system", "data.columns", "data.reward", "data.mix"),
     *("data.prompts_per_step", "data.spare_prompts", "data.max_prompt_tokens", "data.chat_template", "data.replay"),
     *("algorithm.loss", "algorithm.samples_per_prompt", "algorithm.entropy_weight", "algorithm.reduction"),
-    *("sync.sync_interval", "sync.semantics", "sampling.max_tokens", "sampling.truncated", "sampling.overlong_buffer"),
+    *("sync.sync_interval", "sync.semantics", "sync.bucket_mebibytes"),
+    *("sampling.max_tokens", "sampling.truncated", "sampling.overlong_buffer"),
     *("trainer.tensor_parallel", "trainer.pipeline_parallel", "trainer.data_parallel", "trainer.distributed_optimizer"),
     *("trainer.recompute", "trainer.fused_lm_head", "trainer.microbatch_tokens", "trainer.threads", "trainer.layers"),
-    *("trainer.timeout_seconds", "trainer.fuse_gradient_accumulation", "trainer.deterministic"),
+    *("trainer.timeout_seconds", "trainer.fuse_gradient_accumulation", "trainer.deterministic", "trainer.share_prompts"),
     *("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.schedule", "optimizer.beta1", "optimizer.beta2"),
     *("optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.implementation"),
     *("inference.max_model_tokens", "checkpoint.every", "checkpoint.keep", "checkpoint.on_failure", "guard.action"),
@@ -53,10 +54,7 @@ WITHOUT = [
     ("sync.lookahead", "1", ["sync.sync_interval=never"]),
     ("sync.in_flight", "true", []),
     ("sync.streaming", "true", ["sync.sync_interval=2"]),
-    *(
-        (f"sync.{name}", value, REPLAY)
-        for name, value in (("bucket_mebibytes", "1"), ("transport", "gloo"), ("timeout_seconds", "9"))
-    ),
+    *((f"sync.{name}", value, REPLAY) for name, value in (("transport", "gloo"), ("timeout_seconds", "9"))),
     *((f"sampling.{name}", value, REPLAY) for name, value in (("temperature", "0.5"), ("top_p", "0.5"), ("top_k", "5"))),
     *((f"sampling.{name}", value, REPLAY) for name, value in (("min_p", "0.5"), ("stop", "[7]"))),
     ("sampling.overlong_penalty", "2.0", []),
@@ -64,7 +62,6 @@ WITHOUT = [
     ("trainer.first_stage_layers", "2", []),
     ("trainer.last_stage_layers", "2", []),
     ("trainer.sequence_parallel", "true", []),
-    ("trainer.share_prompts", "true", ["trainer.layers=transformer_engine", "model.dtype=bfloat16"]),
     ("trainer.fp8", "current", []),
     ("trainer.fp8_parameters", "true", []),
     ("trainer.overlap_tensor_parallel", "true", []),
@@ -76,6 +73,8 @@ WITHOUT = [
     ("optimizer.floor_share", "0.5", []),
     ("optimizer.moment_dtype", "bfloat16", []),
     ("optimizer.offload_share", "0.5", []),
+    ("optimizer.memory_while_sampling", "host", []),
+    ("optimizer.memory_while_sampling", "host", [*REPLAY, "inference.placement=colocated"]),
     *((f"inference.{name}", "2", REPLAY) for name in ("engines", "tensor_parallel", "max_concurrent", "threads")),
     *((f"inference.{name}", value, REPLAY) for name, value in (("kv_cache", "1 GiB"), ("packed_weights", "true"))),
     *((f"inference.{name}", value, REPLAY) for name, value in (("timeout_seconds", "9"), ("placement", "colocated"))),
@@ -116,7 +115,7 @@ SUPERVISED = {  # looked at in a supervised run
     *("run.directory", "run.seed", "run.steps", "run.sinks", "model.path", "model.family", "model.dtype", "model.head"),
     *("data.train", "data.template", "data.system", "data.columns", "data.max_prompt_tokens", "data.chat_template"),
     *("sft.sequences_per_step", "sft.checkpoint_out", "cluster.nodes", "cluster.gpus_per_node", "profile.tool"),
-    *("profile.first_step", "profile.num_steps", "profile.ranks"),
+    *("profile.first_step", "profile.num_steps", "profile.ranks", "trainer.share_prompts", "sync.bucket_mebibytes"),
 }
 
 
@@ -161,11 +160,25 @@ def test_a_supervised_run_tells_all_that_it_does_not_look_at(path):
     supervised = ["sft.checkpoint_out=out"]
     for option in keys() - SUPERVISED:
         table = option.partition(".")[0]
-        if table in ("trainer", "optimizer") and option not in ("trainer.reference_memory", "trainer.share_prompts"):
+        if table in ("trainer", "optimizer") and option not in ("trainer.reference_memory", "optimizer.memory_while_sampling"):
             continue  # as in any training
         if option in values and table not in ("reward_model",):
-            told = said(path, *supervised, f"{option}={values[option]}")
+            placement = ["inference.placement=colocated"] * (option == "optimizer.memory_while_sampling")  # else refused
+            told = said(path, *supervised, *placement, f"{option}={values[option]}")
             assert option in told, (option, told)
+
+
+@pytest.mark.parametrize("run", [["sft.checkpoint_out=out"], REPLAY], ids=["supervised", "replay"])
+def test_what_acts_on_files_and_layers_is_not_called_unused_where_nothing_is_sampled(path, run):
+    """Exports and checkpoints are gathered in buckets of so many bytes; prompts that are shared need local layers."""
+    assert said(path, *run, "sync.bucket_mebibytes=1", "trainer.share_prompts=true") == ""
+
+
+def test_a_file_may_keep_what_only_another_command_looks_at(path):
+    path.write_text(f"{LEAST}[sft]\nsequences_per_step = 3\n")
+    (sentence,) = unused_options(load_config(path))
+    assert sentence.startswith("sft.sequences_per_step = 3 changes nothing in this run") and "sft.checkpoint_out" in sentence
+    assert unused_options(load_config(path, ["sft.checkpoint_out=out"])) == []
 
 
 def test_each_is_told_once_and_with_its_value(path):
