@@ -89,7 +89,7 @@ class Costs:
     colocated: bool = False
     cores: Cores | None = None  # None: everybody has devices of his own
     streams: bool = False  # sync.streaming: the trainer takes a step's groups in waves, while others are sampled
-    together: int = 0  # responses that are judged together, once all are handed over; 0: all of a step
+    together: int = 0  # responses that are judged together, when the last of them is handed over; 0: all of a step
 
 
 @dataclass(frozen=True, slots=True)
