@@ -387,7 +387,7 @@ class Sync(Section):
         description="with sync_interval = 1 and lookahead = 0: compute the gradients of groups that are complete while engines "
         "still sample the rest of the step; the step is the same but for the order of sums",
     )
-    bucket_mebibytes: Mebibytes = Field(64, description="weights sent together in one message, and gathered together for a save")
+    bucket_mebibytes: Mebibytes = Field(64, description="weights sent in one message, and gathered together for a save")
     transport: str = Field(
         "auto",
         description="'gloo', 'nccl', 'ipc' (one machine's memory), or your own Transport as path/to/file.py:Name; 'auto': ipc "
