@@ -47,7 +47,7 @@ from tests.parallel.streamed_case import streamed
 
 Case = Callable[..., Any]
 TIMEOUT = timedelta(seconds=60)
-FILE_BYTES = 40_000  # of a file of weights, so that ranks have several
+FILE_BYTES = 20_000  # of a file of weights, so that ranks have several
 
 
 def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
@@ -167,7 +167,7 @@ def through_files(policy: Policy, checkpoint: str, folder: Path) -> Callable[[Po
     another policy takes it with. Collective."""
     parallel = policy.parallel
     plan = export_files(
-        policy.shape, policy.layout, parallel.dp_size, policy.dtype, 20_000, min_file_bytes=1, max_file_bytes=FILE_BYTES
+        policy.shape, policy.layout, parallel.dp_size, policy.dtype, 10_000, min_file_bytes=1, max_file_bytes=FILE_BYTES
     )
     names = dict(zip(shard_names(len(plan)), (file.names for file in plan), strict=True))
     state = policy.state(weights=False)

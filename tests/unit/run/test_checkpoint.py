@@ -332,7 +332,7 @@ def test_a_model_is_written_by_all_ranks_each_its_own_files(tmp_path, monkeypatc
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for code, why in (
         (errno.ENOSPC, "the disk is full"),
-        (errno.ENOENT, "written by trainer rank 1 on "),
+        (errno.ENOENT, "by trainer rank 1 on "),
         (errno.EIO, "rank 1"),
     ):
 
