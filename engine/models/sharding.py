@@ -13,7 +13,7 @@ vLLM 0.32 (models/llama.py, layers/linear.py, layers/vocab_parallel_embedding.py
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -344,6 +344,22 @@ def export_files(
             found.append(ExportFile(tuple(ExportBucket(stage, run, tp_rank, dp_rank) for run in _runs(part, dtype, max_bytes))))
         turns[stage] += len(parts)
     return tuple(found)
+
+
+def in_turns(plan: Sequence[ExportFile]) -> tuple[tuple[int, ...], ...]:
+    """The places of a plan's files in turns, in each of which a rank writes one at most, so that it need hold no more.
+
+    Pure: every rank computes the same turns.
+    """
+    turns: list[list[int]] = []
+    num_written = dict[tuple[int, int, int], int]()
+    for place, file in enumerate(plan):
+        turn = num_written.get(file.writer, 0)
+        num_written[file.writer] = turn + 1
+        if turn == len(turns):
+            turns.append([])
+        turns[turn].append(place)
+    return tuple(map(tuple, turns))
 
 
 def _by_stage(shape: ModelShape, layout: TrainerLayout) -> Iterator[tuple[int, TensorMeta]]:

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
@@ -16,13 +17,16 @@ from engine.core.errors import NumericsError, PreemptedError, SemionError, Stora
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer, slots_of, whole_shards_only
-from engine.models.sharding import export_files, tensors, trainer_layout
+from engine.models.sharding import ExportFile, export_files, in_turns, tensors, trainer_layout
 from engine.run.agreement import Agreement
 from engine.run.checkpoint import LATEST, check_prolonged, reference_place, state_rank
 from engine.run.controller import Controller
 from engine.run.loop import Record, Source
 from engine.run.metrics import FAILED_CHECKPOINTS, INTERVAL, STEP
 from engine.run.saving import Checkpoints, Snapshot, Weights
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -159,9 +163,29 @@ def weights_in_files(
 ) -> Weights:
     """The policy or its reference as the files of a Hugging Face folder, of which each rank has those that it writes in host
     memory. Collective over the tensor-parallel ranks of each stage and data-parallel replica."""
+    plan, weights = _folder(config, policy, parallel)
+    return replace(weights, own=policy.files(plan, of=which))
+
+
+def weights_in_turns(config: RunConfig, policy: Policy, parallel: ParallelState) -> Iterator[Weights]:
+    """The policy as `weights_in_files` has it, in turns: in each, this rank has one of its files, or none, and no other in host
+    memory. All ranks have as many turns. Each is collective as `weights_in_files` is, when it is asked for."""
+    plan, weights = _folder(config, policy, parallel)
+    for turn in in_turns(plan):
+        yield replace(weights, own=files_of_turn(policy, plan, turn))
+
+
+def files_of_turn(policy: Policy, plan: Sequence[ExportFile], turn: Sequence[int]) -> dict[int, dict[str, torch.Tensor]]:
+    """`Policy.files` of some of a plan's files, by their place in the whole plan. As collective as that."""
+    found = policy.files([plan[place] for place in turn])
+    return {turn[index]: tensors for index, tensors in found.items()}
+
+
+def _folder(config: RunConfig, policy: Policy, parallel: ParallelState) -> tuple[tuple[ExportFile, ...], Weights]:
+    """The files of the model's Hugging Face folder, and the folder as long as no rank has any of its tensors."""
     plan = export_files(policy.shape, policy.layout, parallel.dp_size, policy.dtype, config.sync.bucket_mebibytes << 20)
     num_bytes = sum(math.prod(size) for size in tensors(policy.shape).values()) * policy.dtype.itemsize
-    return Weights(tuple(file.names for file in plan), policy.files(plan, of=which), num_bytes)
+    return plan, Weights(tuple(file.names for file in plan), {}, num_bytes)
 
 
 def commits(config: RunConfig, step: int, *, ends: bool) -> bool:

@@ -35,9 +35,9 @@ from engine.run import loop
 from engine.run.agreement import Agreement
 from engine.run.controller import Controller
 from engine.run.descriptors import require_room
-from engine.run.milestones import Milestones, resume_policy, weights_in_files
+from engine.run.milestones import Milestones, resume_policy, weights_in_turns
 from engine.run.publishers import NoEngines, PoolPublisher
-from engine.run.saving import Checkpoints, write_model
+from engine.run.saving import Checkpoints, check_shared, write_model
 from engine.run.signals import Event
 from engine.run.sources import DealtSource
 from engine.run.spec import Spec
@@ -133,8 +133,13 @@ class TrainerRank:
         parallel.close()
 
     def fine_tune(self, port: int) -> Iterator[Event]:
-        """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out."""
+        """Supervised training on worked solutions, then a Hugging Face checkpoint at sft.checkpoint_out. ConfigError before the
+        first step where that is on a file system that not all nodes of the run share."""
         config, parallel, shape = self._config, self._join(port), self._spec.shape
+        out = config.sft.checkpoint_out
+        assert out is not None
+        if config.cluster.nodes > 1:
+            check_shared(Path(out), parallel.host)
         with activity("model"):
             policy = Policy(config, parallel, NllLoss(), config.model.path, shape, self._spec.trainer)
         parallel.host.barrier()  # all have read their weights
@@ -156,10 +161,8 @@ class TrainerRank:
             if writer is not None:
                 writer.write(record)
                 yield {"kind": "step"} | record
-        out = config.sft.checkpoint_out
-        assert out is not None
         with activity("export"):
-            write_model(Path(out), weights_in_files(config, policy, parallel), policy.dtype, config, parallel.host, end_ids)
+            write_model(Path(out), weights_in_turns(config, policy, parallel), policy.dtype, config, parallel.host, end_ids)
         if writer is not None:
             writer.close()
             yield {"kind": "done", "checkpoint": out}

@@ -15,19 +15,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config.load import RunConfig
 from engine.config.options import Trainer
-from engine.core.errors import CheckpointError, SemionError, StorageError, WatchdogError, combined
+from engine.core.errors import CheckpointError, ConfigError, SemionError, StorageError, WatchdogError, combined
 from engine.core.files import atomic_write, staged_folder, storing, sync
 from engine.core.provenance import provenance
 from engine.core.tensor_files import FileRecord, file_record, write_tensors
@@ -484,28 +486,66 @@ class Checkpoints:
         return found
 
 
+def check_shared(folder: Path, host: Words) -> None:
+    """ConfigError, on every rank, where a node of the run does not see what rank 0 writes beside `folder`, which is
+    sft.checkpoint_out; StorageError, on rank 0, where it cannot write there. Nothing stays but the folder above. Collective."""
+    probe = folder.absolute().with_name(f".{folder.name}.{secrets.token_hex(8)}.probe")  # no node has looked for it before
+    try:
+        if host.rank == 0:
+            with storing(probe.parent):
+                probe.parent.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+        probe = Path(host.broadcast(str(probe).encode()).decode())
+        own = "" if probe.exists() else socket.gethostname()
+        blind = host.agreed(own.encode(), lambda words: b", ".join(sorted(set(filter(None, words))))).decode()
+    finally:
+        if host.rank == 0:
+            with suppress(OSError):
+                probe.unlink()
+    if blind:
+        raise ConfigError(
+            f"sft.checkpoint_out must be on a file system that all nodes share, for every trainer rank writes its own files of "
+            f"the model there; found that {blind} does not see what trainer rank 0 writes in {probe.parent}: name a folder "
+            f"on a shared file system, or train on one node (cluster.nodes = 1)"
+        )
+
+
 def write_model(
-    folder: Path, weights: Weights, dtype: torch.dtype, config: RunConfig, host: Words, end_ids: Iterable[int] = ()
+    folder: Path, turns: Iterable[Weights], dtype: torch.dtype, config: RunConfig, host: Words, end_ids: Iterable[int] = ()
 ) -> None:
-    """Writes a folder that `transformers` and vLLM load: each rank its files of `weights`, into a folder that rank 0 stages
-    beside and names when all are there; a former checkpoint is replaced. `end_ids`, rank 0's: what ends a response. Collective.
-    StorageError on every rank where one cannot write, CheckpointError where `folder` holds other files; then nothing of it
-    stays."""
+    """Writes a folder that `transformers` and vLLM load: in every turn each rank its files, into a folder that rank 0 stages
+    beside and names when all are there; a former checkpoint is replaced. `turns`: the weights with those files that the rank
+    writes next, which is all of them that it need hold; as many turns on every rank, asked for when all have written the one
+    before. `end_ids`, rank 0's: what ends a response. Collective. StorageError on every rank where one cannot write,
+    CheckpointError where `folder` holds other files; then nothing of it stays."""
     with ExitStack() as stack:
         told = b""
         if host.rank == 0:
-            told = str(stack.enter_context(staged_folder(check_destination(folder)))).encode()
-        staging, failure = Path(host.broadcast(told).decode()), ""
-        try:
-            with storing(staging.parent, lambda: weights.num_bytes):
-                _write_files(staging, weights)
-        except StorageError as error:
-            failure = str(error)
-        if failure := host.agreed(failure.encode(), lambda words: next(filter(None, words), b"")).decode():
-            raise StorageError(failure)
+            told = str(stack.enter_context(staged_folder(check_destination(folder).absolute()))).encode()
+        staging, whole = Path(host.broadcast(told).decode()), Weights((), {}, 0)
+        for turn in turns:
+            whole, failure = replace(turn, own={}), _failure(staging, turn, host.rank)
+            del turn  # before the next one is gathered
+            if failure := host.agreed(failure.encode(), lambda words: next(filter(None, words), b"")).decode():
+                raise StorageError(failure)
         if host.rank == 0:
-            _write_beside(staging, weights, dtype, config, end_ids)
+            _write_beside(staging, whole, dtype, config, end_ids)
     host.barrier()  # it has its name
+
+
+def _failure(staging: Path, turn: Weights, rank: int) -> str:
+    """Writes this rank's files of a turn; why it cannot, and nothing where it has."""
+    try:
+        with storing(staging.parent, lambda: turn.num_bytes):
+            _write_files(staging, turn)
+    except StorageError as error:
+        return str(error)
+    except OSError as error:  # not what a full disk or a lack of permission says; the other ranks must hear of it all the same
+        return (
+            f"{staging} cannot be written by trainer rank {rank} on {socket.gethostname()}: {error}: look at the file system "
+            f"there, or name another folder"
+        )
+    return ""
 
 
 def _write_files(folder: Path, weights: Weights) -> dict[str, FileRecord]:

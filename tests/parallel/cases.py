@@ -32,8 +32,9 @@ from engine.megatron.reshard import SavedOptimizer
 from engine.megatron.scatter import scatter_batch
 from engine.models.config_file import read_shape
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
-from engine.models.sharding import export_files, export_plan, trainer_layout
+from engine.models.sharding import export_files, export_plan, in_turns, trainer_layout
 from engine.ops import lm_head_log_probs, log_square_probs, token_log_probs
+from engine.run.milestones import files_of_turn
 from engine.run.spec import assemble
 from tests import reference_ops
 from tests.builders import algorithm_options
@@ -46,6 +47,7 @@ from tests.parallel.streamed_case import streamed
 
 Case = Callable[..., Any]
 TIMEOUT = timedelta(seconds=60)
+FILE_BYTES = 20_000  # of a file of weights, so that ranks have several
 
 
 def run(name: str, place: dict[str, Any], arguments: dict[str, Any]) -> Any:
@@ -164,7 +166,9 @@ def through_files(policy: Policy, checkpoint: str, folder: Path) -> Callable[[Po
     """The policy's state as a checkpoint has it, all ranks writing their files of its weights and its reference's; what
     another policy takes it with. Collective."""
     parallel = policy.parallel
-    plan = export_files(policy.shape, policy.layout, parallel.dp_size, policy.dtype, 20_000, min_file_bytes=1)
+    plan = export_files(
+        policy.shape, policy.layout, parallel.dp_size, policy.dtype, 10_000, min_file_bytes=1, max_file_bytes=FILE_BYTES
+    )
     names = dict(zip(shard_names(len(plan)), (file.names for file in plan), strict=True))
     state = policy.state(weights=False)
     assert not any(name.startswith(("policy.", "reference.")) for name in state)
@@ -172,10 +176,17 @@ def through_files(policy: Policy, checkpoint: str, folder: Path) -> Callable[[Po
     num_written = 0
     for which in sets[: 1 + policy.has_reference]:
         (folder / which).mkdir(parents=True, exist_ok=True)
+        digests = dict[int, str]()
         for index, tensors in policy.files(plan, of=which).items():
             assert set(tensors) == set(plan[index].names)
-            write_tensors(folder / which / [*names][index], tensors)
+            digests[index] = write_tensors(folder / which / [*names][index], tensors).sha256
             num_written += 1
+        if which == "policy":
+            turns = [files_of_turn(policy, plan, turn) for turn in in_turns(plan)]
+            assert len(turns) > 1 and all(len(found) <= 1 for found in turns), "a file of this rank's at a time"
+            again = folder / f"again_{parallel.rank}"
+            found = {index: write_tensors(again, tensors).sha256 for turn in turns for index, tensors in turn.items()}
+            assert found == digests, "in turns it is the same to the byte"
         if parallel.rank == 0:
             write_companions(folder / which, names, policy.dtype, 0, checkpoint)
     written = torch.tensor(num_written)

@@ -263,6 +263,11 @@ def test_files_are_shared_by_the_ranks_of_each_stage(case: tuple[int, TrainerLay
     shape, spread = replace(SMALL, num_layers=case[0], tied=tied), replace(case[1], tp_size=2)
     files = layout.export_files(shape, spread, dp, torch.float32, most, min_file_bytes=1)
     assert [name for file in files for name in file.names] == [*layout.tensors(shape)]
+    turns = layout.in_turns(files)
+    assert sorted(place for turn in turns for place in turn) == [*range(len(files))]
+    written = [[files[place].writer for place in turn] for turn in turns]
+    assert all(len(turn) == len(set(turn)) for turn in written), "of a rank one at most"
+    assert all(set(after) <= set(before) for before, after in pairwise(written)), "and none waits for a later turn"
     for file in files:
         assert {(b.stage, b.dp_rank, b.tp_rank) for b in file.buckets} == {file.writer}
         held = {p.name for tp_rank in range(2) for p in layout.shard_slices(shape, spread, tp_rank, file.writer[0])}

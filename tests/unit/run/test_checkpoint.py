@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 
 from engine.config.load import RunConfig
 from engine.core.arrays import TokenIds
-from engine.core.errors import CheckpointError, StorageError, WatchdogError
+from engine.core.errors import CheckpointError, ConfigError, StorageError, WatchdogError
 from engine.inference.pool import Usage
 from engine.inference.sampling import SampleRequest
 from engine.models.hf import HfCheckpoint
@@ -52,10 +53,10 @@ from engine.run.checkpoint import (
     reference_place,
 )
 from engine.run.milestones import commits, resume_policy
-from engine.run.saving import Checkpoints, Snapshot, Weights, write_model
+from engine.run.saving import Checkpoints, Snapshot, Weights, check_shared, write_model
 from tests import builders
+from tests.checkpoints import ALONE, open_folder, snapshot_of
 from tests.checkpoints import commit as committed
-from tests.checkpoints import open_folder, snapshot_of
 from tests.checkpoints import weights_of as own_weights
 from tests.unit.core.test_files import files_of_at_most
 from tests.unit.rollouts.test_rollouts import group
@@ -282,14 +283,14 @@ class Together:
         return judge([self._said[0], self._said[1]])
 
 
-def write_together(out: Path, parts: Sequence[Weights], config: RunConfig) -> list[str]:
-    """Two ranks write a model; how it ended for each."""
+def together(does: Callable[[int, Together], None]) -> list[str]:
+    """Two ranks do the same; how it ended for each."""
     met, said, ended = threading.Barrier(2), dict[int, bytes](), ["", ""]
 
     def write(rank: int) -> None:
         try:
-            write_model(out, parts[rank], torch.bfloat16, config, Together(rank, met, said), (7,) if rank == 0 else ())
-        except StorageError as error:
+            does(rank, Together(rank, met, said))
+        except (StorageError, ConfigError) as error:
             ended[rank] = str(error)
 
     threads = [threading.Thread(target=write, args=(rank,)) for rank in range(2)]
@@ -298,6 +299,16 @@ def write_together(out: Path, parts: Sequence[Weights], config: RunConfig) -> li
     for thread in threads:
         thread.join()
     return ended
+
+
+def write_together(out: Path, parts: Sequence[Weights], config: RunConfig) -> list[str]:
+    """Two ranks write a model, each in two turns, in the second of which it has nothing to write."""
+
+    def write(rank: int, host: Together) -> None:
+        turns = iter([parts[rank], replace(parts[rank], own={})])
+        write_model(out, turns, torch.bfloat16, config, host, (7,) if rank == 0 else ())
+
+    return together(write)
 
 
 def test_a_model_is_written_by_all_ranks_each_its_own_files(tmp_path, monkeypatch):
@@ -318,16 +329,67 @@ def test_a_model_is_written_by_all_ranks_each_its_own_files(tmp_path, monkeypatc
     assert len(written) == len(set(written.values())) == 2, "a file each"
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [7]
 
-    def full(path: Path, *arguments: Any) -> Any:
-        if path.name.startswith("model-00002"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return real(path, *arguments)
-
-    monkeypatch.setattr(saving, "write_tensors", full)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    first, second = write_together(out, parts, config)
-    assert first == second != "" and "the disk is full" in first
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for code, why in (
+        (errno.ENOSPC, "the disk is full"),
+        (errno.ENOENT, "by trainer rank 1 on "),
+        (errno.EIO, "rank 1"),
+    ):
+
+        def fails(path: Path, *arguments: Any, code: int = code) -> Any:
+            if path.name.startswith("model-00002"):
+                raise OSError(code, os.strerror(code), str(path))
+            return real(path, *arguments)
+
+        monkeypatch.setattr(saving, "write_tensors", fails)
+        first, second = write_together(out, parts, config)
+        assert first == second != "" and why in first
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == [], "nothing staged is left"
+
+
+def test_a_model_is_written_with_one_turn_in_memory_at_a_time(tmp_path):
+    """The tensors of a turn are gone when the next one is asked for."""
+    seen, asked = list[weakref.ref[torch.Tensor]](), list[int]()
+
+    def turns() -> Iterator[Weights]:
+        names = ("embed",), ("norm",)
+        for place, (name,) in enumerate(names):
+            assert all(ref() is None for ref in seen), "held for longer than its turn"
+            asked.append(place)
+            yield Weights(names, {place: {name: remembered(name)}}, 0)
+
+    def remembered(name: str) -> torch.Tensor:
+        tensor = dict(weights_of(5))[name].clone()
+        seen.append(weakref.ref(tensor))
+        return tensor
+
+    write_model(tmp_path / "out", turns(), torch.bfloat16, run_config(tmp_path), ALONE)
+    assert asked == [0, 1]
+    model = HfCheckpoint(tmp_path / "out")
+    assert all(torch.equal(model.tensor(name), tensor) for name, tensor in weights_of(5))
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused_before_training(tmp_path, monkeypatch):
+    """On every rank, by the name of the node; nothing of the look stays. The second rank's node sees nothing of the first's."""
+    out = tmp_path / "new" / "out"
+    assert together(lambda rank, host: check_shared(out, host)) == ["", ""]
+    assert list(out.parent.iterdir()) == []
+    real, first = Path.exists, list[threading.Thread]()
+
+    def exists(path: Path, **options: Any) -> bool:
+        return threading.current_thread() in first and real(path, **options)
+
+    def look(rank: int, host: Together) -> None:
+        if rank == 0:
+            first.append(threading.current_thread())
+        check_shared(out, host)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    monkeypatch.setattr(saving.socket, "gethostname", lambda: "node-7")
+    told = together(look)
+    assert told[0] == told[1] and re.match(r"sft\.checkpoint_out must be on .* share, .*found that node-7 does not", told[0])
+    assert list(out.parent.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir() if "staging" in path.name] == []
 
 
