@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +98,7 @@ def score_file(file: str, reward: str, **flags: Any) -> tuple[dict[str, Any], li
 
     ConfigError for a flag of another reward, DataError for a row that cannot be judged.
     """
+    from engine.rewards.math.reward import versions
     from engine.rewards.registry import judging_of
 
     check_flags(reward, flags)
@@ -249,13 +249,6 @@ def measure(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "agreement": 1 - len(disagreeing) / len(compared) if compared else None,
         "disagreeing": disagreeing,
     }
-
-
-def versions() -> dict[str, str]:
-    """What the verdicts of Math-Verify depend on."""
-    from engine.rewards.math.reward import VERIFIER_VERSION
-
-    return {"verifier": VERIFIER_VERSION} | {name: version(name) for name in ("math-verify", "sympy")}
 
 
 def table(figures: dict[str, Any]) -> list[tuple[str, ...]]:

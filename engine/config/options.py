@@ -643,7 +643,7 @@ class Rewards(Section):
     environment: tuple[str, ...] = Field((), strict=False, description="variables that functions may see, such as an API key")
     workers: Annotated[Positive, Unit("processes")] | None = Field(
         None,
-        description="that judge answers beside each other on each node; unset: one a core that the others leave, at most 64",
+        description="of each reward on each node; unset: one a core that the others leave, 64 at most, which rewards share",
     )
     concurrency: Annotated[Positive, Unit("answers")] = Field(
         1, description="judged at once in each worker: awaited, or in as many processes"

@@ -128,7 +128,8 @@ def judging_seconds(spec: Spec, constants: Constants, work: StepWork) -> float:
 
 
 def num_judges(spec: Spec) -> int:
-    """Worker processes of a reward, on all nodes of the run, each with as many cores as this machine."""
+    """Worker processes of a run's one reward, on all nodes of the run, each with as many cores as this machine. Several rewards
+    share them where rewards.workers is unset."""
     return sum(num_workers(spec.config.rewards, spec.threads_on(node)) for node in spec.nodes)
 
 

@@ -24,6 +24,11 @@ from engine.rewards.arrivals import Arrivals, Groups
 from engine.rewards.base import Answer, Reward, Together
 
 log = logging.getLogger(__name__)
+
+# What decides the last bits of a score beside the model. 1: a step's distinct conversations were dealt over the engines. 2: one
+# call for each group. Checkpoints before 2 say nothing of it.
+ASKED, HOW_ASKED = "how the reward model is asked", "2"
+
 Conversation = tuple[str | tuple[Message, ...], str]  # the user's message, or turns up to it, and the answer
 
 
@@ -83,13 +88,13 @@ class ModelReward(Reward):
 
     @classmethod
     def identity(cls, config: RunConfig, name: str) -> dict[str, str | None]:
-        """Of the names and sizes of its files: reading them would take minutes at every checkpoint."""
+        """How it is asked; and of the names and sizes of its files: reading them would take minutes at every checkpoint."""
         if config.reward_model.path is None:
             return {}
         if not Path(config.reward_model.path).is_dir():
-            return {"reward_model.path": None}
+            return {"reward_model.path": None, ASKED: HOW_ASKED}
         files = sorted((file.name, file.stat().st_size) for file in Path(config.reward_model.path).iterdir())
-        return {"reward_model.path": hashlib.sha256(repr(files).encode()).hexdigest()}
+        return {"reward_model.path": hashlib.sha256(repr(files).encode()).hexdigest(), ASKED: HOW_ASKED}
 
     @classmethod
     def check(cls, config: RunConfig, name: str) -> None:

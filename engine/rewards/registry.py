@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from engine.rewards import function
 from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer, Reward, Together
 from engine.rewards.function import FunctionReward
+from engine.rewards.math.reward import versions
 from engine.rewards.model import ScoringEngine
 from engine.rewards.own_class import OwnReward, require_class
 from engine.rewards.pool.nodes import NodeHandle, NodePool, named
@@ -43,6 +45,12 @@ def reward_class(config: RunConfig, name: str) -> type[Reward]:
     kind: type[Reward] = REWARDS.load(name)
     require_class(kind, name)
     return kind
+
+
+def is_own(name: str, kind: type[Reward]) -> bool:
+    """Whether it is a reward class of the user's, whatever it extends: it judges in the process that opens it, behind
+    OwnReward, and gets a step whole."""
+    return ":" in name and kind is not FunctionReward
 
 
 def judging_of(config: RunConfig, source: Source) -> Judging:
@@ -68,8 +76,9 @@ def _judging(config: RunConfig, name: str) -> Judging:
 
 def _asked(name: str, kind: type[Reward], method: Callable[..., Any], *arguments: Any) -> Any:
     """What a class method of a reward returns. ConfigError names a user's own, with file and line, for whatever it raises."""
-    is_own = ":" in name and kind is not FunctionReward
-    return registry.called(name, "data.reward", method, *arguments, error=ConfigError) if is_own else method(*arguments)
+    if is_own(name, kind):
+        return registry.called(name, "data.reward", method, *arguments, error=ConfigError)
+    return method(*arguments)
 
 
 def identities(config: RunConfig, sources: Iterable[Source] | None = None) -> dict[str, str | None]:
@@ -97,8 +106,7 @@ def judged_together(config: RunConfig) -> Together:
     found: set[Together] = set()
     for name in sorted({name for source in config.data.sources for name in source.rewards}):
         kind = reward_class(config, name)
-        is_own = ":" in name and kind is not FunctionReward  # which gets a step whole, whatever it says of itself
-        found.add("step" if is_own else kind.judged_together(config, name))
+        found.add("step" if is_own(name, kind) else kind.judged_together(config, name))
     return max(found, key=("answer", "group", "step").index)
 
 
@@ -340,9 +348,7 @@ class RoutedReward(Reward):
 def _opened(config: RunConfig, name: str, engines: Sequence[Any]) -> Reward:
     kind = reward_class(config, name)
     opened: Reward = _asked(name, kind, kind.open, config, name, engines)
-    if ":" not in name or kind is FunctionReward:
-        return opened
-    return OwnReward(name, opened, config.rewards.timeout_seconds)
+    return OwnReward(name, opened, config.rewards.timeout_seconds) if is_own(name, kind) else opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,30 +365,34 @@ class Opened:
     """What a node says of the pools that it has opened (engine/rewards/serving.py)."""
 
     slots: Mapping[str, int]  # of each pool, the answers that are judged at once
-    identities: Mapping[str, str | None]  # of what judges, as a checkpoint has them
+    identities: Mapping[str, str | None]  # what `pool_identities` says there
 
 
 def pools(config: RunConfig, sources: Sequence[Source] | None = None) -> dict[str, Callable[[], WorkerReward]]:
     """What starts each of the rewards of the run's sources, or of `sources`, that judge in worker processes, by a name of its
-    own: a user's combining rule is called with its option."""
+    own: a user's combining rule is called with its option. A user's class is none of them, even where it extends one, for
+    its own `score` must be asked."""
     names, rules = _named(config.data.sources if sources is None else sources)
-    found: dict[str, Callable[[], WorkerReward]] = {
-        name: partial(kind.open, config, name, ())
-        for name in names
-        if issubclass(kind := reward_class(config, name), WorkerReward)
-    }
+    found: dict[str, Callable[[], WorkerReward]] = {}
+    for name in names:
+        kind = reward_class(config, name)
+        if issubclass(kind, WorkerReward) and not is_own(name, kind):
+            found[name] = partial(kind.open, config, name, ())
     return found | {f"{COMBINE} {rule}": partial(FunctionReward, config.rewards, rule, COMBINE) for rule in rules}
 
 
 def pool_identities(config: RunConfig, sources: Sequence[Source] | None = None) -> dict[str, str | None]:
-    """`identities` of those alone, which must be the same on every node."""
+    """What must be the same on every node: `identities` of those alone, and the versions of what judges there. A checkpoint has
+    none of these versions, for a run may go on with others."""
     found: dict[str, str | None] = {}
     for name in pools(config, sources):
+        if name == "math":
+            found |= {f"the version of {what}": number for what, number in versions().items()}
         if name.startswith(COMBINE):
             found[name] = registry.source_digest(name.removeprefix(COMBINE).strip())
         else:
             found |= (FunctionReward if ":" in name else REWARDS.load(name)).identity(config, name)
-    return found
+    return found | {"the version of Python": platform.python_version()} if found else {}
 
 
 def _named(sources: Sequence[Source]) -> tuple[list[str], list[str]]:
@@ -400,7 +410,7 @@ def open_rewards(
     """The rewards that the run's sources name, or those of `sources`, started, on `judges` too. ConfigError or WatchdogError
     where another node cannot judge as this one does."""
     opening = [(node, node.call("open", sources)) for node in judges.nodes]
-    config = fitted(config, judges.threads)
+    config = fitted(config, judges.threads, len(pools(config, sources)))
     sources = config.data.sources if sources is None else sources
     names, rules = _named(sources)
     in_processes = pools(config, sources)
@@ -420,6 +430,11 @@ def open_rewards(
         )
         started.pop_all()
     return routed
+
+
+def _said(identity: str | None) -> str:
+    """A version, or the beginning of a digest."""
+    return "none" if identity is None else identity[:12]
 
 
 def _spread(
@@ -444,8 +459,8 @@ def _spread(
         for what, digest in own.items():
             if found.identities.get(what) != digest:
                 raise ConfigError(
-                    f"{what} must be the same on every node, for any of them may judge an answer; {node.name} found another "
-                    f"file or version: put it on a file system that all nodes share"
+                    f"{what} must be the same on every node, for any of them may judge an answer; found {_said(digest)} here "
+                    f"and {_said(found.identities.get(what))} at {node.name}: have the same environment and files on all nodes"
                 )
         for name in rewards:
             slots[name].append(NodePool(node, name, found.slots[name]))

@@ -31,7 +31,7 @@ class NodeJudges:
     def open(self, sources: Sequence[Source] | None) -> Opened:
         """Starts the processes of the rewards that `sources`, or those of the run, name. ConfigError where one cannot judge
         here, WatchdogError where it does not start."""
-        config = fitted(self._config, self._threads)
+        config = fitted(self._config, self._threads, len(pools(self._config, sources)))
         for name, start in pools(config, sources).items():
             self._pools[name] = _Pool(start())
         slots = {name: pool.reward.slots for name, pool in self._pools.items()}

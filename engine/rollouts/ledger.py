@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, type[Numbers[Any]]] = {"token_ids": TokenIds, "log_probs": LogProbs}  # of the columns, by their names
 COLUMNS = {name: kind.DTYPE for name, kind in KINDS.items()}  # as SegmentWriter is given them
+AS_WRITTEN = "replay rollouts as they were written, or where a checkpoint keeps these, go on from an earlier one"  # the fix
 _INTEGERS = TypeAdapter(list[Annotated[int, Field(ge=-(2**31), lt=2**31)]], config=ConfigDict(strict=True))
 _FLOATS = TypeAdapter(list[float], config=ConfigDict(strict=True))
 
@@ -208,7 +209,7 @@ class RolloutLedger:
             if len(found) != len(values):
                 raise DataError(
                     f"{index.segment.columns}, step {step}: `{name}` must be one list a rollout; found {len(found)} for "
-                    f"{len(values)} rows: replay rollouts as they were written"
+                    f"{len(values)} rows: {AS_WRITTEN}"
                 )
         for place, (where, value) in enumerate(values):
             if isinstance(value, dict):
@@ -216,8 +217,9 @@ class RolloutLedger:
                 for name, kind in (("token_ids", "tokens"), ("log_probs", "log_probs")):
                     if name not in value and self.path.is_dir():
                         raise DataError(
-                            f"{where}: `{name}` must be on record, for a replay needs them; found none: the run did not keep "
-                            f"them; sample with {kind!r} in records.rollouts"
+                            f"{where}: `{name}` must be on record, for training on these rollouts needs them; found none: for "
+                            f"a replay sample with {kind!r} in records.rollouts, or where a checkpoint keeps them go on from "
+                            f"an earlier one"
                         )
             yield where, value
 
@@ -302,9 +304,7 @@ class _Index:
         if self._batches is None:
             self._batches = {batch.step: batch for batch in read_batches(self.segment.columns)}
         if step not in self._batches:
-            raise DataError(
-                f"{self.segment.columns}: must hold the tokens of step {step}; found none: replay rollouts as they were written"
-            )
+            raise DataError(f"{self.segment.columns}: must hold the tokens of step {step}; found none: {AS_WRITTEN}")
         return dict(read_columns(self.segment.columns, self._batches[step]))
 
 

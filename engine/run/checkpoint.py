@@ -33,6 +33,7 @@ from engine.data.records import source_digest
 from engine.models.config_file import stored_dtype
 from engine.models.hf import HfCheckpoint, write_hf_checkpoint
 from engine.observe.origin import Origin
+from engine.rewards.model import ASKED
 from engine.rewards.registry import identities as reward_identities
 
 SAVED, SEED = "saved", "seed"  # dtypes of an export beside those that have a name
@@ -73,7 +74,7 @@ LAYOUT = {  # options that may differ beside those with checkpoint.other_layout 
 }
 AXES = LAYOUT["trainer"] - {"sequence_parallel", "recompute", "microbatch_tokens", "share_prompts"}  # what rank holds what
 SCHEDULE = "schedule"  # among what the manifest keeps of the run's records: the state of a regime that measures
-VERIFIER = "the version of the verifier"  # the end of its key among the digests
+VERIFIER = "the version of the verifier"  # its key among the digests
 
 
 def latest(folder: Path) -> Path | None:
@@ -267,11 +268,13 @@ def other_data(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) ->
     """An error for each data file, and each part that judges, that is not the one the run began with."""
     for key, digest in data_digests(config).items():
         saved = manifest["data"].get(key)
-        if digest != saved and key.endswith(VERIFIER):
+        if digest != saved and key in (VERIFIER, ASKED):
+            what = f"version {saved} of the verifier, this Semion has version {digest}"
+            if key == ASKED:
+                what = "a Semion that asks the reward model in another way, which decides the last bits of its scores"
             yield CheckpointError(
-                f"{checkpoint} was written with version {saved} of the verifier, this Semion has version {digest}, and rewards "
-                f"would change in the middle of the run: resume with the Semion that wrote it, or export its policy (semion "
-                f"export) and start a new run with that as model.path"
+                f"{checkpoint} was written with {what}, and rewards would change in the middle of the run: resume with the "
+                f"Semion that wrote it, or export its policy (semion export) and start a new run with that as model.path"
             )
         elif digest != saved:
             yield CheckpointError(

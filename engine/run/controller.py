@@ -50,8 +50,9 @@ class Controller:
         ahead: Path | None = None,
         paused: Path | None = None,
     ) -> None:
-        """The run goes on after `start` steps; `kept` as in `Records.open`; `notes` are told first; `ahead` and `paused`: the
-        files of rollouts that the checkpoint kept for later steps. What was opened is closed where it raises."""
+        """The run goes on after `start` steps; `kept` as in `Records.open`; `notes` are told first; `ahead` and `paused`:
+        where the checkpoint keeps rollouts of later steps, a folder of segments, or one file in an older one. What was opened
+        is closed where it raises."""
         config = self._config = spec.config
         self._spec = spec
         self.collapse: str | None = None  # what the run is to be stopped for

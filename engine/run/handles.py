@@ -29,7 +29,8 @@ class RayFuture:
         self._reference, self._name, self._log = reference, name, log
 
     def result(self, timeout_seconds: float) -> Any:
-        """The value, or the error that the engine raised; TimeoutError when late, EngineLostError when it died."""
+        """The value, or the error that the engine raised; TimeoutError when late, EngineLostError when it died, or what it
+        answered is gone with its machine."""
         import ray
 
         try:
@@ -41,6 +42,9 @@ class RayFuture:
         except ray.exceptions.RayActorError as error:
             kind = EngineStartError if error.actor_init_failed else EngineLostError
             raise kind(f"the process of {self._name} ended: {last_line(error)}{_see(self._log)}") from error
+        except ray.exceptions.RayError as error:  # such as ObjectLostError, of a machine that goes down with what it holds
+            why = f"{type(error).__name__}: {last_line(error)}"
+            raise EngineLostError(f"the answer of {self._name} cannot be had ({why}){_see(self._log)}") from error
 
     def on_done(self, told: Callable[[], object]) -> None:
         """Has `told` called, in a thread of Ray's, once there is a value or an error."""

@@ -13,6 +13,8 @@ from engine.config.options import SYNC_ATTEMPTS
 from engine.core.errors import SemionError, WatchdogError, telling
 from engine.observe.journal import Journal
 from engine.observe.telling import in_order
+from engine.rewards.pool.nodes import SILENT_SECONDS, TAKE_SECONDS
+from engine.rewards.pool.workers import stuck_seconds
 from engine.run.handles import typed_error
 from engine.run.signals import Event, sign_of_life
 
@@ -61,14 +63,15 @@ def _error_of(error: Exception, journal: Journal) -> SemionError:
 
 
 def _patience_seconds(config: RunConfig) -> float:
-    """Longer than any step with its sync and checkpoint may wait for all it waits for."""
+    """Longer than any step with its sync and checkpoint may wait for all it waits for, the judges of other nodes included."""
     ranks, engines, rewards = (
         config.trainer.timeout_seconds,
         config.inference.timeout_seconds,
         config.reward_model.patience_seconds,
     )
     syncing = SYNC_ATTEMPTS * (config.sync.timeout_seconds + engines)  # each attempt may replace an engine
-    return 2 * (ranks + engines + rewards) + syncing
+    judges = stuck_seconds(config.rewards) + TAKE_SECONDS + SILENT_SECONDS if config.cluster.nodes > 1 else 0.0
+    return 2 * (ranks + engines + rewards) + syncing + judges
 
 
 def _alive(config: RunConfig, patience: float) -> bool:

@@ -5,6 +5,7 @@ asked; the verdict is engine/rewards/math/worker.py's, and cases.jsonl beside it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, Self
 
 from engine.config.load import RunConfig
@@ -22,7 +23,14 @@ from engine.rewards.pool.workers import Request, WorkerReward
 # Every case of cases.jsonl says since which version it holds.
 VERIFIER_VERSION = "5"
 
+PACKAGES = ("math-verify", "sympy")  # whose versions may change a verdict
+
 MAX_CHARACTERS = 4000  # of an answer, its end
+
+
+def versions() -> dict[str, str]:
+    """What a verdict depends on: the verifier, and the packages that it asks."""
+    return {"verifier": VERIFIER_VERSION} | {name: version(name) for name in PACKAGES}
 
 
 class MathReward(WorkerReward):

@@ -4,12 +4,15 @@ deadline and its limits are the same everywhere.
 
 Waiting: nothing here waits but for what has been told to be there. A node owes an answer to each `take` within TAKE_SECONDS,
 also where nothing is judged yet, as its sign of life. One that is still silent SILENT_SECONDS later counts as lost, as one
-whose process ended does. What it had is judged by the others, and it gets nothing more until the run is started again.
+whose process ended does. So does one that answers, but has judged nothing of what it has for longer than its processes may take
+with an answer (`workers.stuck_seconds`). What it had is judged by the others, and it gets nothing more until the run is started
+again.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +23,7 @@ from engine.core.errors import EngineLostError, SemionError
 log = logging.getLogger(__name__)
 
 TAKE_SECONDS = 20.0  # after which a node answers at the latest, with nothing where nothing is judged
-SILENT_SECONDS = 60.0  # beyond these, on a busy machine or network
+SILENT_SECONDS = 60.0  # beyond these, and beyond what judging may take, on a busy machine or network
 FETCH_SECONDS = 30.0  # to have here what is known to be there
 QUEUED = 2  # answers that a node holds for each that it judges at once, so that none of its processes waits for us
 
@@ -73,6 +76,8 @@ class NodePool:
     _tell: Callable[[], object] = lambda: None
     _number: int = 0  # of the judging: what comes of an earlier one, which was abandoned, is of no use
     _calls: list[_Call] = field(default_factory=list)
+    _stuck_seconds: float = 0.0  # longest without an outcome, while it has requests
+    _stuck_at: float = math.inf  # when that is over
 
     @property
     def room(self) -> int:
@@ -82,17 +87,20 @@ class NodePool:
     @property
     def late_at(self) -> float | None:
         """When it is silent for too long; None where it owes nothing."""
-        return min((call.late_at for call in self._calls), default=None)
+        return min((*(call.late_at for call in self._calls), *([self._stuck_at] if self.judging else [])), default=None)
 
-    def begin(self, tell: Callable[[], object]) -> None:
-        """Another judging begins; `tell` is called whenever `heard` may have something."""
-        self._number, self._tell = self._number + 1, tell
+    def begin(self, tell: Callable[[], object], stuck_seconds: float) -> None:
+        """Another judging begins; `tell` is called whenever `heard` may have something. `stuck_seconds`: longest that its
+        processes may give no outcome at all."""
+        self._number, self._tell, self._stuck_seconds = self._number + 1, tell, stuck_seconds + SILENT_SECONDS
         self.judging.clear()
         self._calls.clear()
 
     def give(self, requests: Mapping[int, Request]) -> None:
         """Sends requests to judge, by their numbers."""
         takes = bool(self.judging)  # a call that takes is under way then
+        if not takes:
+            self._stuck_at = time.monotonic() + self._stuck_seconds
         self.judging |= requests.keys()
         self._call("give", dict(requests))
         if not takes:
@@ -111,10 +119,14 @@ class NodePool:
                         continue
                     found |= taken
                     self.judging -= taken.keys()
+                    if taken:
+                        self._stuck_at = time.monotonic() + self._stuck_seconds
                     if self.judging:
                         self._call("take")
                 elif time.monotonic() >= call.late_at:
                     raise TimeoutError(f"{self.handle.name} gave no sign of life for {TAKE_SECONDS + SILENT_SECONDS:.0f} s")
+            if self.judging and time.monotonic() >= self._stuck_at:
+                raise TimeoutError(f"{self.handle.name} judged nothing of what it had for {self._stuck_seconds:.0f} s")
         except (TimeoutError, EngineLostError) as error:
             return found, self._lose(error)
         except SemionError as error:

@@ -65,6 +65,7 @@ def _environment(wanted: Sequence[str]) -> dict[str, str]:
     root = str(Path(str(engine.__file__)).parents[1])
     return (
         {name: value for name, value in os.environ.items() if name in INHERITED or name.startswith(INHERITED_PREFIXES)}
+        | {"OMP_NUM_THREADS": "1"}  # each has one core; where it is started must not decide it
         | {name: os.environ[name] for name in wanted}
         | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         | {"PYTHONHASHSEED": "0"}  # the order of a set must not decide a verdict
@@ -104,17 +105,37 @@ def facts_of(module: str, arguments: Sequence[str], environment: Sequence[str]) 
     return message["ready"]
 
 
-def num_workers(config: Rewards, threads: int = 0) -> int:
-    """Judging processes of a reward on this machine: rewards.workers, or one for each core that this process may use and the
-    `threads` of the machine's ranks and engines leave; at least one."""
-    return config.workers or max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) - threads))
+def num_workers(config: Rewards, threads: int = 0, num_pools: int = 1) -> int:
+    """Judging processes of a reward on this machine: rewards.workers, or its part of the cores that this process may use and
+    the `threads` of the machine's ranks and engines leave, of which each of `num_pools` pools gets as many; at least one."""
+    free = min(MOST_WORKERS, len(os.sched_getaffinity(0)) - threads)
+    return config.workers or max(1, free // max(1, num_pools))
 
 
-def fitted(config: RunConfig, threads: int) -> RunConfig:
-    """The configuration with rewards.workers as it is on this machine; `threads` as in `num_workers`."""
-    return config.model_copy(
-        update={"rewards": config.rewards.model_copy(update={"workers": num_workers(config.rewards, threads)})}
-    )
+def fitted(config: RunConfig, threads: int, num_pools: int) -> RunConfig:
+    """The configuration with rewards.workers as it is on this machine; the others as in `num_workers`."""
+    workers = num_workers(config.rewards, threads, num_pools)
+    return config.model_copy(update={"rewards": config.rewards.model_copy(update={"workers": workers})})
+
+
+def stuck_seconds(config: Rewards, clock: Literal["cpu", "wall"] = "cpu") -> float:
+    """Longest that a pool which has answers to judge may give no outcome at all. Each try of an answer waits for a worker to
+    start, for which there are MAX_FAILED_STARTS attempts, and then lasts as long as that worker may be silent. The value for
+    the CPU's clock is the larger one, and so holds for every pool."""
+    return MAX_TRIES * (MAX_FAILED_STARTS * START_SECONDS + _patience_seconds(config, clock))
+
+
+def _wall_seconds(config: Rewards, clock: Literal["cpu", "wall"]) -> float:
+    """Longest judging of one answer by the wall clock."""
+    seconds = config.deadline_seconds
+    return seconds if clock == "wall" else max(MIN_WALL_SECONDS, WALL_SECONDS_PER_CPU_SECOND * seconds)
+
+
+def _patience_seconds(config: Rewards, clock: Literal["cpu", "wall"]) -> float:
+    """Longest that a worker may be silent about a request. Of several that are awaited at once, each may have to wait
+    until the others have been judged alone, before it is judged among some and at last alone itself (slots.py)."""
+    turns = 1 if config.concurrency == 1 else 2 * config.concurrency
+    return turns * (_wall_seconds(config, clock) + SLACK_SECONDS) + GRACE_SECONDS
 
 
 class Bell:
@@ -335,7 +356,7 @@ class WorkerReward(Reward):
             if worker.judging or worker.stdout.closed:  # interrupted, or given up at its start
                 self._replace(worker)
         for node in self._nodes:
-            node.begin(self._bell.ring)
+            node.begin(self._bell.ring, stuck_seconds(self._config, self.CLOCK))
         asked = _Asked(self.deterministic)
         with arrivals.telling(self._bell.ring):
             while True:
@@ -361,7 +382,7 @@ class WorkerReward(Reward):
         """Hands out what waits, each to where least is under way for what is judged at once there: to a worker of this machine,
         or in one message to a node. Of equally many, this machine comes first."""
         dealt: list[dict[int, Request]] = [{} for _ in self._nodes]
-        here, hands = len(dealt), self._hands()
+        here, hands, patience = len(dealt), self._hands(), _patience_seconds(self._config, self.CLOCK)
         loads = [(self._num_judging / self.slots, -1, here)]
         loads += [(len(node.judging) / node.slots, number, number) for number, node in enumerate(self._nodes)]
         heapq.heapify(loads)
@@ -371,7 +392,7 @@ class WorkerReward(Reward):
                 worker = next(hands, None)
                 if worker is None:
                     continue
-                worker.give(*asked.next(), self._patience_seconds)
+                worker.give(*asked.next(), patience)
                 load = self._num_judging / self.slots
             else:
                 node, requests = self._nodes[place], dealt[place]
@@ -401,22 +422,8 @@ class WorkerReward(Reward):
     def _new_worker(self) -> _Worker:
         config = self._config
         cpu_seconds = config.deadline_seconds if self.CLOCK == "cpu" else math.inf
-        limits = cpu_seconds, self._wall_seconds, config.memory_mebibytes, config.concurrency
+        limits = cpu_seconds, _wall_seconds(config, self.CLOCK), config.memory_mebibytes, config.concurrency
         return _Worker(self.MODULE, [*map(str, limits), *self._arguments], self._environment)
-
-    @property
-    def _wall_seconds(self) -> float:
-        """Longest judging of one answer by the wall clock."""
-        seconds = self._config.deadline_seconds
-        return seconds if self.CLOCK == "wall" else max(MIN_WALL_SECONDS, WALL_SECONDS_PER_CPU_SECOND * seconds)
-
-    @property
-    def _patience_seconds(self) -> float:
-        """Longest that a worker may be silent about a request. Of several that are awaited at once, each may have to wait
-        until the others have been judged alone, before it is judged among some and at last alone itself (slots.py)."""
-        at_once = self._config.concurrency
-        turns = 1 if at_once == 1 else 2 * at_once
-        return turns * (self._wall_seconds + SLACK_SECONDS) + GRACE_SECONDS
 
     def _wait(self) -> list[tuple[int, Outcome | None]]:
         """Waits until a worker speaks, listens, dies or is late, a node is late, or the bell rings; (number, outcome or None

@@ -5,7 +5,7 @@ Ray's; tests/e2e/test_judges_of_nodes.py has them in processes of Ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ from engine.core.types import Score
 from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer
 from engine.rewards.pool import nodes
-from engine.rewards.registry import Judges, RoutedReward, open_rewards
+from engine.rewards.registry import Judges, RoutedReward, identities, open_rewards, pool_identities
 from engine.rewards.serving import NodeJudges
 from tests.builders import config as run_config
 from tests.rollouts import make_prompt
@@ -226,7 +226,10 @@ def test_a_node_with_another_file_or_none_is_named(judge: Path, monkeypatch: pyt
     name = f"{judge}:mark"
     before = set(processes())
     monkeypatch.setattr("engine.rewards.serving.pool_identities", lambda *_: {f"data.reward {name}": "another"})
-    with pytest.raises(ConfigError, match=r"must be the same on every node.*judges of node 1 found another"), opened(name):
+    with (
+        pytest.raises(ConfigError, match=r"^data\.reward .* must be the same on every node.*and another at judges of node 1"),
+        opened(name),
+    ):
         pass
     assert wait_until(lambda: set(processes()) == before)
 
@@ -236,6 +239,65 @@ def test_a_node_with_another_file_or_none_is_named(judge: Path, monkeypatch: pyt
     monkeypatch.setattr("engine.rewards.serving.pools", refuses)
     with pytest.raises(ConfigError, match=r"^judges of node 1: no such file there"), opened(name):
         pass
+
+
+def test_a_node_with_other_versions_of_what_judges_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of packages too, which no checkpoint compares: a run may go on with others, but nodes must agree."""
+    config = run_config(data={"reward": "math"})
+    assert "the version of sympy" in pool_identities(config) and "the version of sympy" not in identities(config)
+    there = pool_identities(config) | {"the version of sympy": "0.7"}
+    monkeypatch.setattr("engine.rewards.serving.pool_identities", lambda *_: there)
+    said = r"the version of sympy must be the same on every node.* found 1\.\d+.* here and 0\.7 at judges of node 1"
+    with pytest.raises(ConfigError, match=said), opened("math", 1):
+        pass
+
+
+def test_a_node_that_answers_and_judges_nothing_is_lost(
+    judge: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{judge}:mark"
+
+    def nothing(name: str, judging: int) -> dict[int, Any]:
+        Event().wait(0.05)
+        return {}
+
+    with opened(name, 1) as (routed, (node,)):
+        monkeypatch.setattr(nodes, "SILENT_SECONDS", 0.1)
+        monkeypatch.setattr("engine.rewards.pool.workers.stuck_seconds", lambda *_: 0.3)
+        node.judges.take = nothing  # type: ignore[method-assign]
+        assert [score.value for score in routed.score(asked(tmp_path, ["a", "bb", "ccc"], name))] == [1.0, 2.0, 3.0]
+        assert node.num_given and node.is_dead
+    assert "judges of node 1 judged nothing of what it had for 0 s" in caplog.text
+
+
+def test_each_outcome_of_a_node_gives_it_time_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 s and SILENT_SECONDS: two answers given at 0, one judged at 150, so that the other is due at 310."""
+    now, calls = [0.0], list[Call]()
+    monkeypatch.setattr(nodes.time, "monotonic", lambda: now[0])
+
+    class Handle:
+        name = "judges of node 1"
+
+        def call(self, method: str, *arguments: Any) -> Call:
+            calls.append(call := Call())
+            if method == "give":
+                call.end(None, None)
+            return call
+
+        def stop(self) -> None:
+            """Ends nothing."""
+
+    def answered(at: float, found: dict[int, Any]) -> tuple[dict[int, Any], Sequence[int]]:
+        now[0] = at
+        calls[-1].end(found, None)
+        return pool.heard()
+
+    pool = nodes.NodePool(Handle(), "math", 2)
+    pool.begin(lambda: None, 100.0)
+    pool.give({0: ("a",), 1: ("b",)})
+    assert answered(70.0, {}) == ({}, ()) and answered(150.0, {0: (1.0, "ok", "")})[0].keys() == {0}
+    assert answered(220.0, {}) == ({}, ()) and answered(290.0, {}) == ({}, ()) and pool.late_at == 310.0
+    assert answered(310.0, {}) == ({}, [1]) and pool.is_lost and pool.late_at is None
 
 
 def test_a_node_that_does_not_start_is_late(judge: Path) -> None:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from engine.core.errors import ConfigError, NumericsError, WatchdogError
 from engine.core.types import Score
 from engine.rewards.base import Answer, Reward
 from engine.rewards.own_class import OwnReward, require_class
+from engine.rewards.registry import judged_together, open_rewards, pool_identities, pools
+from tests.builders import config as run_config
 from tests.rollouts import make_prompt
 
 ANSWERS = [Answer(make_prompt("p", (1,), "1+1", "2", "", ""), text) for text in ("2", "3")]
@@ -77,6 +80,26 @@ def test_one_that_leaves_its_thread_is_told():
 
     with pytest.raises(NumericsError, match=r"must not end its process; found SystemExit\(3\)"):
         opened(Mine(leave)).score(ANSWERS)
+
+
+def test_one_that_extends_a_reward_of_ours_is_asked_itself(tmp_path):
+    """Its own score decides, behind the deadline and the check of what it returns, in this process alone."""
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\n"
+        "from engine.rewards.math.reward import MathReward\n"
+        "class Doubled(MathReward):\n"
+        "    def score(self, answers):\n"
+        "        found = [replace(score, value=2 * score.value) for score in super().score(answers)]\n"
+        "        return found[:3]\n"
+    )
+    name = f"{tmp_path}/mine.py:Doubled"
+    config = run_config(data={"reward": name}, rewards={"workers": 1})
+    own = [replace(answer, prompt=replace(answer.prompt, reward=name)) for answer in ANSWERS]
+    assert pools(config) == {} == pool_identities(config) and judged_together(config) == "step"
+    with open_rewards(config) as reward:
+        assert [score.value for score in reward.score(own)] == [2.0, 0.0]
+        with pytest.raises(NumericsError, match=r"mine\.py:Doubled' must return .* each of 4 answers.* found 3 values"):
+            reward.score(own * 2)
 
 
 def test_a_class_without_score_is_refused_before():

@@ -25,6 +25,7 @@ from engine.rewards.math.reward import MathReward
 from engine.rewards.pool import workers
 from engine.rewards.pool.frames import read_frame, write_frame
 from engine.rewards.registry import open_rewards
+from tests.builders import config as run_config
 from tests.rollouts import make_prompt
 
 RIGHT, WRONG = Score(1.0, "ok"), Score(0.0, "ok")
@@ -121,6 +122,15 @@ def test_so_many_workers_as_fit_the_machine_where_none_are_asked_for(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     assert workers.num_workers(Rewards(), threads) == wanted
     assert workers.num_workers(Rewards(workers=3), threads) == 3
+
+
+def test_rewards_share_the_cores_and_see_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    found = [workers.fitted(run_config(), 4, num_pools).rewards.workers for num_pools in (0, 1, 3, 5, 100)]
+    assert found == [12, 12, 4, 2, 1]
+    assert workers.fitted(run_config(rewards={"workers": 9}), 4, 3).rewards.workers == 9, "as asked for"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert workers._environment(())["OMP_NUM_THREADS"] == "1"
 
 
 def test_two_workers_keep_the_order() -> None:

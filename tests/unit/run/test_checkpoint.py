@@ -144,6 +144,18 @@ def test_a_checkpoint_of_an_older_verifier_says_what_to_do(tmp_path):
     assert "resume with the Semion that wrote it, or export its policy (semion export)" in said and "\n" not in said
 
 
+def test_a_checkpoint_from_before_the_reward_model_was_asked_by_groups_says_what_to_do(tmp_path):
+    (tmp_path / "rm").mkdir()
+    judged = {"data": {"reward": "model"}, "reward_model": {"path": str(tmp_path / "rm")}}
+    checkpoint = commit(tmp_path, 5, **judged)
+    assert open_checkpoints(tmp_path).load(run_config(tmp_path, **judged)).step == 5
+    saved = json.loads((checkpoint / "manifest.json").read_text())
+    del saved["data"]["how the reward model is asked"], saved["sha256"]
+    (checkpoint / "manifest.json").write_text(json.dumps(saved | {"sha256": _content_digest(saved)}))
+    with pytest.raises(CheckpointError, match=r"asks the reward model in another way.*: resume with the Semion that wrote it"):
+        open_checkpoints(tmp_path).load(run_config(tmp_path, **judged))
+
+
 def test_a_checkpoint_with_options_of_another_form_says_what_to_do(tmp_path):
     """One that is gone, if it said anything; and sources of data.mix from before a source had all its options of today."""
     commit(tmp_path, 5)

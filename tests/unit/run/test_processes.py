@@ -20,6 +20,7 @@ from engine.core.errors import (
     EngineStartError,
     PreemptedError,
     ProcessLostError,
+    SemionError,
     UnexpectedError,
     WatchdogError,
     WeightSyncError,
@@ -30,6 +31,7 @@ from engine.run.host_memory import held_by_node
 from engine.run.machine import devices, host_bytes, interface_of
 from engine.run.nodes import LOOPBACK, PROCESS_ENVIRONMENT, RAY_ENVIRONMENT, Node, check_devices, check_hosts
 from engine.run.processes import Cluster
+from engine.run.watch import _patience_seconds
 from tests.builders import config, spec
 
 LLAMA_8B = read_shape(Path(__file__).parents[3] / "configs" / "models" / "llama-3.1-8b")
@@ -180,6 +182,31 @@ def test_an_engine_that_cannot_be_made_is_told_from_one_that_is_lost(monkeypatch
     died, never_was = (found(ray.exceptions.RayActorError(actor_init_failed=made)) for made in (False, True))
     assert type(died) is EngineLostError and died.may_pass
     assert isinstance(never_was, EngineStartError) and not never_was.may_pass and never_was.exit_code == 5
+
+
+def test_an_answer_that_is_lost_with_its_machine_is_a_lost_engine_and_a_typed_error_stays_one(monkeypatch):
+    def found(error: Exception) -> Exception:
+        def get(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ray, "get", get)
+        with pytest.raises(SemionError) as caught:
+            RayFuture(None, "judges of node 1", Path("node.log")).result(1.0)
+        return caught.value
+
+    for kind in (ray.exceptions.ObjectLostError, ray.exceptions.OwnerDiedError):
+        gone = found(kind("ab" * 14, None, "judging"))
+        assert type(gone) is EngineLostError and gone.may_pass
+        assert f"the answer of judges of node 1 cannot be had ({kind.__name__}: " in str(gone)
+        assert str(gone).endswith("; its log is node.log")
+    own = ConfigError("no such file there")
+    assert found(ray.exceptions.RayTaskError("open", "traceback", own)) is own
+
+
+def test_the_command_waits_longer_than_for_the_judges_of_other_nodes():
+    """Two tries of an answer, each with three starts of a worker of 120 s and 51 s of silence; and 80 s for the node's word."""
+    one, two = config(trainer={"data_parallel": 8}), config(cluster={"nodes": 2}, trainer={"data_parallel": 8})
+    assert _patience_seconds(two) - _patience_seconds(one) == 2 * (3 * 120 + 51) + 80
 
 
 def test_sigterm_while_ray_starts_leaves_a_run_to_be_continued(monkeypatch, tmp_path):
