@@ -120,7 +120,7 @@ def test_the_proof_of_a_sync_is_read_once(method: fp8.Fp8Linear, monkeypatch: py
             assert lists == [7]
     assert not counts.host_waits
     with Counted() as counts:
-        assert int(num_strayed(drawn(2, 8), drawn(2, 8, dtype=FP8), torch.ones(2, 1))) > 0
+        assert int(num_strayed(drawn(2, 8), drawn(2, 8, seed=2, dtype=FP8), torch.ones(2, 1))) > 0
     assert counts.host_waits == {"aten::_local_scalar_dense": 1}, "a number read by itself is seen"
 
 

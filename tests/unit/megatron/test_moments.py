@@ -97,7 +97,7 @@ def test_another_shape_or_missing_fp32_weights_are_refused():
 def test_a_tensor_of_another_ranks_part_is_refused():
     optimizer = PolicyOptimizer.__new__(PolicyOptimizer)
     optimizer._slots = [torch_slot(1)]
-    optimizer._num_steps = 0
+    optimizer._num_steps, optimizer._away = 0, False
     optimizer._optimizer = SimpleNamespace(chained_optimizers=[])
     state = optimizer.state()
     optimizer.load_state(state)
