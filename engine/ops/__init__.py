@@ -9,10 +9,10 @@ from engine.ops.activation import swiglu
 from engine.ops.advantages import grouped_advantages
 from engine.ops.attention import packed_attention
 from engine.ops.digest import block_digest, block_digests, column_weights
-from engine.ops.linear import linear
 from engine.ops.lm_head import Coefficients, lm_head_log_probs
 from engine.ops.norm import rms_norm
 from engine.ops.policy_gradient import policy_gradient_loss, policy_gradient_slopes
+from engine.ops.products import linear
 from engine.ops.sampling import sample_tokens
 from engine.ops.sequence import sequence_log_probs
 from engine.ops.token_log_probs import log_square_probs, token_log_probs

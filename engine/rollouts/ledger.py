@@ -171,11 +171,11 @@ class RolloutLedger:
 
     def read(self, step: int) -> list[RolloutRow]:
         """The rows of a step in their order, as people read them; DataError names a line that is no rollout."""
-        return [_row(RolloutRow, value, where) for where, value in self.values(step)]
+        return [row_of(RolloutRow, value, where) for where, value in self.values(step)]
 
     def rows(self, step: int) -> list[LedgerRow]:
         """The same with tokens and log-probs; DataError also where they are not on record."""
-        found = [(where, _row(LedgerRow, value, where)) for where, value in self.with_columns(step)]
+        found = [(where, row_of(LedgerRow, value, where)) for where, value in self.with_columns(step)]
         for where, row in found:
             if len(row.token_ids) != len(row.log_probs):
                 raise DataError(
@@ -308,19 +308,25 @@ class _Index:
         return dict(read_columns(self.segment.columns, self._batches[step]))
 
 
-Form = TypeVar("Form", bound=RolloutRow)
+Form = TypeVar("Form", bound=BaseModel)
 
 
-def _row(form: type[Form], value: Any, where: str) -> Form:
-    """The rollout that a line holds; DataError where it is none."""
+def row_of(
+    form: type[Form],
+    value: Any,
+    where: str,
+    whose: str = "a ledger",
+    fix: str = "replay a file that `semion rollout` or a run wrote",
+) -> Form:
+    """What a line holds; DataError where it is not of this form, as `whose` lines are, with what to do then."""
     try:
         return form.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "row"
         raise DataError(
-            f"{where}: `{field}` must be as a ledger has it ({first['msg'][0].lower() + first['msg'][1:]}); found "
-            f"{str(first['input'])[:60]!r}: replay a file that `semion rollout` or a run wrote"
+            f"{where}: `{field}` must be as {whose} has it ({first['msg'][0].lower() + first['msg'][1:]}); found "
+            f"{str(first['input'])[:60]!r}: {fix}"
         ) from error
 
 

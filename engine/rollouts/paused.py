@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from engine.config.load import RunConfig
 from engine.core.arrays import LogProbs, TokenIds
-from engine.core.errors import DataError, brief
+from engine.core.errors import DataError
 from engine.core.segments import SegmentWriter
 from engine.core.types import Completion, Prompt
 from engine.data.mixture import Mixture
 from engine.inference.sampling import Part, Sampled, SampleRequest, sample_requests
-from engine.rollouts.ledger import COLUMNS, RolloutLedger, columns_of, log_probs_of, token_digest, token_ids_of
+from engine.rollouts.ledger import COLUMNS, RolloutLedger, columns_of, log_probs_of, row_of, token_digest, token_ids_of
 
 PAUSED = "paused"  # its name in a checkpoint; older versions wrote a file of rows, paused.jsonl, which is still read
 
@@ -126,7 +126,9 @@ def read_paused(path: Path, prompts: Mixture, config: RunConfig) -> dict[int, Pe
     """What `write_paused` wrote, by step. DataError where it is not whole, or not of what this run asks for."""
     ledger, found = RolloutLedger(path), {}
     for step in ledger.steps:
-        own = [_row(where, value) for where, value in ledger.with_columns(step)]
+        own = [
+            row_of(_Row, value, where, "a checkpoint", "use another checkpoint") for where, value in ledger.with_columns(step)
+        ]
         samples = pending(step, prompts, config)
         asked = samples.asked
         require_temperature(path, step, {row.temperature for row in own}, config)
@@ -170,16 +172,3 @@ def _rows(step: int, samples: Pending, temperature: float) -> Iterator[dict[str,
 def _sampled(part: Part) -> Completion | Sampled:
     """What has its tokens."""
     return part if isinstance(part, Completion) else part.sampled
-
-
-def _row(where: str, value: Any) -> _Row:
-    """The sample that a line holds; DataError where it is none."""
-    try:
-        return _Row.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "row"
-        raise DataError(
-            f"{where}: `{field}` must be as a checkpoint has it ({first['msg'][0].lower() + first['msg'][1:]}); found "
-            f"{brief(first['input'])}: use another checkpoint"
-        ) from error

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.ops import linear
-from engine.ops.linear import MOST_ROWS
+from engine.ops.products import MOST_ROWS
 
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 1030]))  # around vectors, tiles and blocks
 
