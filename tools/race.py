@@ -140,7 +140,7 @@ def larger_model(base: Path) -> Path:
 
 def told_rewards(rewards: dict[str, list[list[float]]]) -> str:
     """The mean reward of the later half of each side's steps, and the difference of the sides over rounds with its standard
-    error. TRL's online DPO tells no rewards."""
+    error. Of two processes TRL's online DPO tells none."""
     means = {side: [statistics.mean(run[len(run) // 2 :]) for run in runs if run] for side, runs in rewards.items()}
     told = ", ".join(f"{side} {statistics.mean(found):.3f}" for side, found in means.items() if found)
     more = [ours - theirs for ours, theirs in zip(means["Semion"], means["TRL"], strict=False)]

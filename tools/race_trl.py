@@ -61,6 +61,8 @@ def main() -> None:
 
         modules = (trl, accelerate, transformers, vllm, torch)
         rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+        if options.loss == "online_dpo" and processes == 1:  # TRL logs none: a call of the reward is a step
+            rewards = trainer.reward_funcs[0].means
         found = {"seconds": clock.seconds, "rewards": rewards, "versions": {m.__name__: m.__version__ for m in modules}}
         Path(options.output).write_text(json.dumps(found), encoding="utf-8")
 
@@ -129,14 +131,24 @@ def shared_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def reward_of(options: argparse.Namespace) -> Any:
-    """TRL's own, or the race's."""
+    """TRL's own, or the race's; the mean of each call is kept in its `means`."""
     from trl.rewards import accuracy_reward
 
-    if not options.last_bit:
-        return accuracy_reward
     from tools.race_reward import last_bit
 
-    return lambda completions, **_: [last_bit(messages[0]["content"]) for messages in completions]
+    means: list[float] = []
+
+    def reward(completions: Any, **columns: Any) -> list[float]:
+        if options.last_bit:
+            found = [last_bit(messages[0]["content"]) for messages in completions]
+        else:
+            found = accuracy_reward(completions, **columns)
+        known = [value for value in found if value is not None]
+        means.append(sum(known) / len(known))
+        return found
+
+    reward.means = means  # type: ignore[attr-defined]
+    return reward
 
 
 def make_grpo(options: argparse.Namespace, processes: int) -> Any:
