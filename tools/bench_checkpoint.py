@@ -30,7 +30,8 @@ LENGTH = 32  # tokens of the one batch that gives the optimizer its state
 def of_now(policy: Any, folder: Path, config: Any, step: int, barrier: Callable[[], None]) -> tuple[float, float]:
     """(seconds that training waits, seconds in all) of the product's checkpoint."""
     from engine.models.sharding import export_files, tensors
-    from engine.run.saving import Checkpoints, Snapshot, Weights
+    from engine.run.model_folder import Weights
+    from engine.run.saving import Checkpoints, Snapshot
 
     parallel = policy.parallel
     checkpoints = Checkpoints(folder, rank=parallel.rank, world_size=parallel.world_size, host=parallel.host, digests={})

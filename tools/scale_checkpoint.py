@@ -83,7 +83,8 @@ def rank_process(end: Connection, rank: int, ranks: int, place: Path) -> None:
     from engine.core import tensor_files
     from engine.models.config_file import read_shape
     from engine.models.sharding import TrainerLayout, export_files, tensors
-    from engine.run.saving import Checkpoints, Snapshot, Weights
+    from engine.run.model_folder import Weights
+    from engine.run.saving import Checkpoints, Snapshot
 
     torch.set_num_threads(1)
     tables = {"run": {"directory": str(place), "steps": 4}, "model": {"path": str(place / "model"), "dtype": "bfloat16"}}

@@ -23,7 +23,8 @@ from engine.run.checkpoint import LATEST, check_prolonged, reference_place, stat
 from engine.run.controller import Controller
 from engine.run.loop import Record, Source
 from engine.run.metrics import FAILED_CHECKPOINTS, INTERVAL, STEP
-from engine.run.saving import Checkpoints, Snapshot, Weights
+from engine.run.model_folder import Weights
+from engine.run.saving import Checkpoints, Snapshot
 
 if TYPE_CHECKING:
     import torch
