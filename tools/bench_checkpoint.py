@@ -41,7 +41,7 @@ def of_now(policy: Any, folder: Path, config: Any, step: int, barrier: Callable[
     names = tuple(file.names for file in plan)
     num_bytes = sum(4 * _elements(shape) for shape in tensors(policy.shape).values())
     weights = Weights(names, policy.files(plan), num_bytes)
-    checkpoints.commit(step, Snapshot(policy.state(weights=False), policy.dtype, weights), config)
+    checkpoints.commit(step, Snapshot(policy.state.copy(weights=False), policy.dtype, weights), config)
     waited = time.perf_counter() - started
     checkpoints.wait()
     barrier()
@@ -63,7 +63,7 @@ def as_before(policy: Any, folder: Path, config: Any, step: int, barrier: Callab
         final.mkdir(parents=True)
     barrier()
     file = final / f"rank_{parallel.rank:04d}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in policy.state().items()}, file)
+    save_file({name: tensor.contiguous() for name, tensor in policy.state.copy().items()}, file)
     sync(file)
     plan = export_plan(policy.shape, policy.layout, policy.dtype, config.sync.bucket_mebibytes << 20)
     stream = _to_first_rank(policy, plan)
@@ -89,7 +89,7 @@ def _to_first_rank(policy: Any, plan: Any) -> Iterator[tuple[str, Any]]:
 
     here = policy.parallel
     for bucket in plan:
-        found, leader = policy.gather(bucket), bucket.stage * here.dp_size * here.tp_size
+        found, leader = policy.gathering.bucket(bucket, policy.parameters), bucket.stage * here.dp_size * here.tp_size
         for index, meta in enumerate(bucket.tensors):
             if here.rank == leader == 0:
                 yield meta.name, found[index][1]

@@ -135,7 +135,7 @@ class Milestones:
         reference = weights_in_files(self._config, policy, self._parallel, "reference") if place == "own" else None
         at = place if isinstance(place, int) else None
         mine = state_rank(self._config.trainer, self._parallel.rank) == self._parallel.rank
-        state = policy.state(weights=False) if mine else {}
+        state = policy.state.copy(weights=False) if mine else {}
         slots = slots_of(state) if self._config.trainer.distributed_optimizer else ()
         seed = place == "seed" or policy.holds_seed
         own = weights_in_files(self._config, policy, self._parallel)
@@ -216,13 +216,13 @@ def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -
             raise whole_shards_only(f"{writer.fp8!r} and {config.optimizer.moment_dtype!r}")
         axes, one_writer = trainer_layout(writer), not writer.distributed_optimizer
         former = SavedOptimizer(policy.shape, axes, writer.data_parallel, saved.open_rank, saved.slots, one_writer)
-        state = policy.state_from(former)
+        state = policy.state.of_other_layout(former)
         change = f"{_axes(writer)} -> {_axes(config.trainer)}"
         notes.append(
             f"resumed after {saved.step} steps in another layout than before ({change}): what follows is equivalent, not bit "
             f"for bit what the former layout would have made"
         )
-    policy.load_checkpoint(state, saved.policy, saved.reference)
+    policy.state.load_checkpoint(state, saved.policy, saved.reference)
     return saved.step, notes
 
 

@@ -808,17 +808,18 @@ def test_a_loss_of_the_users_own_must_be_the_one_the_run_began_with(tmp_path):
 class Loaded:
     """A policy that takes what it is given."""
 
-    state: dict[str, torch.Tensor] | None = None
+    def __init__(self) -> None:
+        self.state, self.tensors = self, dict[str, torch.Tensor]()
 
-    def load_checkpoint(self, state: dict[str, torch.Tensor], policy: HfCheckpoint, reference: HfCheckpoint | None) -> None:
-        self.state = state
+    def load_checkpoint(self, tensors: dict[str, torch.Tensor], policy: HfCheckpoint, reference: HfCheckpoint | None) -> None:
+        self.tensors = tensors
 
 
 def test_resuming_goes_on_at_the_step_of_the_checkpoint_or_says_why_not(tmp_path):
     commit(tmp_path, 12, run={"steps": 12})
     policy: Any = Loaded()
     assert resume_policy(run_config(tmp_path, run={"steps": 12}), open_checkpoints(tmp_path), policy) == (12, [])
-    assert policy.state is not None
+    assert policy.tensors
     with pytest.raises(CheckpointError, match=r"run\.steps cannot be raised from 12: .* found 13: .* is one of 10 steps"):
         resume_policy(run_config(tmp_path, run={"steps": 13}), open_checkpoints(tmp_path), policy)
     with pytest.raises(CheckpointError, match=r"run\.steps must not be less than the 12 steps already done; found 11"):
