@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from engine.capacity.memory import TrainerState
 from engine.config.load import RunConfig
-from engine.config.rules import LEAST_LOOKAHEAD_IN_FLIGHT
 from engine.config.schedules.base import Schedule
+from engine.config.sync_rules import LEAST_LOOKAHEAD_IN_FLIGHT
 from engine.core.errors import ConfigError
 from engine.evaluation.accuracy import tickets
 from engine.forecast import disk
