@@ -18,11 +18,12 @@ from engine.core.errors import ConfigError
 from engine.evaluation.accuracy import tickets
 from engine.forecast import disk
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import Deals, Engines, Speed, quantizing_seconds, speed_of
+from engine.forecast.decoding import Deals, Engines
 from engine.forecast.hosts import read_seconds
 from engine.forecast.lengths import LogNormal, StepWork, Workload, draw_steps
 from engine.forecast.replay import Cores, Costs, Played, Sampled, play, window
 from engine.forecast.rows import Rows
+from engine.forecast.speed import Speed, quantizing_seconds, speed_of
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
 from engine.rewards.pool.workers import num_workers

@@ -24,12 +24,12 @@ from engine.forecast.calibration import (
     write_calibration,
 )
 from engine.forecast.constants import Constants, rows
-from engine.forecast.decoding import Speed
 from engine.forecast.hosts import hosts
 from engine.forecast.lengths import LogNormal, Workload, draw_steps, recorded_lengths
 from engine.forecast.measuring import Decoded, Trained, decoding_constants, training_constants
 from engine.forecast.search import Search
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, regimes
+from engine.forecast.speed import Speed
 from engine.forecast.telling import binding
 from engine.rollouts.writer import RolloutFolder, RolloutWriter
 from engine.run.spec import resolve
