@@ -16,12 +16,12 @@ from engine.capacity.transfer import Machine
 from engine.config.load import RunConfig, override
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError, combined
+from engine.forecast.clocks import complete, judged_at
 from engine.forecast.constants import Constants
 from engine.forecast.deadlines import missed
 from engine.forecast.decoding import Deals, Engines
 from engine.forecast.disk import saving
 from engine.forecast.lengths import Workload, draw_steps
-from engine.forecast.replay import complete, judged_at
 from engine.forecast.rows import Rows
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, judging_seconds, num_judged_together, scores_reference
 from engine.forecast.speed import Speed, speed_of

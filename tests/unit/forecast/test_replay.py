@@ -10,9 +10,10 @@ import pytest
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.paper import Paper
 from engine.forecast.batching import Engine, Request
+from engine.forecast.clocks import Cores, Costs
 from engine.forecast.decoding import Engines
 from engine.forecast.lengths import StepWork
-from engine.forecast.replay import Cores, Costs, play, window
+from engine.forecast.replay import play, window
 from engine.forecast.seconds import Regime
 from engine.forecast.speed import Speed
 from tests import builders
