@@ -29,7 +29,8 @@ LENGTH = 32  # tokens of the one batch that gives the optimizer its state
 
 def of_now(policy: Any, folder: Path, config: Any, step: int, barrier: Callable[[], None]) -> tuple[float, float]:
     """(seconds that training waits, seconds in all) of the product's checkpoint."""
-    from engine.models.sharding import export_files, tensors
+    from engine.models.export_plan import export_files
+    from engine.models.sharding import tensors
     from engine.run.model_folder import Weights
     from engine.run.saving import Checkpoints, Snapshot
 
@@ -53,8 +54,8 @@ def as_before(policy: Any, folder: Path, config: Any, step: int, barrier: Callab
     from safetensors.torch import save_file
 
     from engine.core.files import sync
+    from engine.models.export_plan import export_plan
     from engine.models.hf import write_hf_checkpoint
-    from engine.models.sharding import export_plan
 
     parallel, final = policy.parallel, folder / f"step_{step:08d}"
     barrier()

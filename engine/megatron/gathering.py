@@ -14,6 +14,7 @@ from engine.megatron.fp8.parameters import Weights
 from engine.megatron.parallel_state import ParallelState
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
+from engine.models.export_plan import ExportBucket, ExportFile
 
 
 class Gathering:
@@ -24,7 +25,7 @@ class Gathering:
         self._held = [_by_tensor(layout.shard_slices(shape, axes, rank, parallel.pp_rank)) for rank in range(parallel.tp_size)]
 
     @torch.no_grad()
-    def bucket(self, bucket: layout.ExportBucket, weights: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]] | None:
+    def bucket(self, bucket: ExportBucket, weights: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]] | None:
         """The bucket's full Hugging Face tensors, copied, on the rank of its stage that it names; None on every other rank.
         `weights`: this rank's shards, by megatron's names.
 
@@ -53,9 +54,7 @@ class Gathering:
                 layout.matrix_slice(full[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
         return list(full.items())
 
-    def files(
-        self, plan: Sequence[layout.ExportFile], weights: Mapping[str, torch.Tensor]
-    ) -> dict[int, dict[str, torch.Tensor]]:
+    def files(self, plan: Sequence[ExportFile], weights: Mapping[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
         """Host copies of the full tensors in those files of the plan that this rank writes, by the file's place in the plan.
 
         Collective over the tensor-parallel ranks of each stage and data-parallel replica.

@@ -47,10 +47,11 @@ from engine.megatron.reference import Reference
 from engine.megatron.spread import precompute_spread_groups
 from engine.megatron.target_log_probs import TargetLogProbs
 from engine.megatron.timers import Timers
-from engine.models import sharding as layout
 from engine.models.base import ModelShape
+from engine.models.export_plan import ExportFile
 from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
+from engine.models.sharding import TrainerLayout
 from engine.observe.profiling.phases import Phase, phase
 from engine.ops import to_device
 
@@ -68,7 +69,7 @@ class Policy:
         loss: Loss,
         checkpoint_path: str | Path,
         shape: ModelShape,
-        axes: layout.TrainerLayout,
+        axes: TrainerLayout,
         *,
         copies: Collection[Copy] | None = None,
         shares_device: bool = False,
@@ -320,7 +321,7 @@ class Policy:
         return self.run(batch, lose, forward_only=False)
 
     def files(
-        self, plan: Sequence[layout.ExportFile], *, of: Literal["policy", "reference"] = "policy"
+        self, plan: Sequence[ExportFile], *, of: Literal["policy", "reference"] = "policy"
     ) -> dict[int, dict[str, torch.Tensor]]:
         """Host copies of a set's full tensors in those files of the plan that this rank writes (`Gathering.files`). As
         collective as that."""

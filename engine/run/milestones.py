@@ -17,7 +17,8 @@ from engine.core.errors import NumericsError, PreemptedError, SemionError, Stora
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer, slots_of, whole_shards_only
-from engine.models.sharding import ExportFile, export_files, in_turns, tensors, trainer_layout
+from engine.models.export_plan import ExportFile, export_files, in_turns
+from engine.models.sharding import tensors, trainer_layout
 from engine.run.agreement import Agreement
 from engine.run.checkpoint import LATEST, check_prolonged, reference_place, state_rank
 from engine.run.controller import Controller

@@ -2,7 +2,7 @@
 writes and hashes it while the next steps are trained. Rank 0 names the checkpoint by LATEST once every rank has told that its
 part is on disk (rank_parts.py). At most one is under way. What is removed is retention.py's business, reading one loading.py's.
 
-Each element is written once: weights by the ranks of their stage in turn (models/sharding.py, `export_files`), optimizer state
+Each element is written once: weights by the ranks of their stage in turn (models/export_plan.py), optimizer state
 by the rank that holds it, a reference that equals the policy, another checkpoint or the seed model not at all. Killed at any
 moment, the folder, in which `.staging-step_00000040` becomes `step_00000040`, still holds the last whole checkpoint.
 """

@@ -31,8 +31,9 @@ from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer
 from engine.megatron.scatter import scatter_batch
 from engine.models.config_file import read_shape
+from engine.models.export_plan import export_files, export_plan, in_turns
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
-from engine.models.sharding import export_files, export_plan, in_turns, trainer_layout
+from engine.models.sharding import trainer_layout
 from engine.ops import lm_head_log_probs, log_square_probs, token_log_probs
 from engine.run.milestones import files_of_turn
 from engine.run.spec import assemble

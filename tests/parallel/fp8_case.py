@@ -16,8 +16,9 @@ from engine.config.load import RunConfig
 from engine.core.types import Batch
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
+from engine.models.export_plan import export_plan
 from engine.models.registry import family_of
-from engine.models.sharding import EngineLayout, export_plan
+from engine.models.sharding import EngineLayout
 from tests.parallel.material import batch_of
 from tests.parallel.policies import make_policy
 from tests.unit.bridge.world import Case, World
