@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from engine.config.load import RunConfig
-from engine.run.saving import Checkpoints, Snapshot, Weights
+from engine.run.model_folder import Weights
+from engine.run.saving import Checkpoints, Snapshot
 
 
 class Alone:

@@ -29,8 +29,10 @@ LENGTH = 32  # tokens of the one batch that gives the optimizer its state
 
 def of_now(policy: Any, folder: Path, config: Any, step: int, barrier: Callable[[], None]) -> tuple[float, float]:
     """(seconds that training waits, seconds in all) of the product's checkpoint."""
-    from engine.models.sharding import export_files, tensors
-    from engine.run.saving import Checkpoints, Snapshot, Weights
+    from engine.models.export_plan import export_files
+    from engine.models.sharding import tensors
+    from engine.run.model_folder import Weights
+    from engine.run.saving import Checkpoints, Snapshot
 
     parallel = policy.parallel
     checkpoints = Checkpoints(folder, rank=parallel.rank, world_size=parallel.world_size, host=parallel.host, digests={})
@@ -40,7 +42,7 @@ def of_now(policy: Any, folder: Path, config: Any, step: int, barrier: Callable[
     names = tuple(file.names for file in plan)
     num_bytes = sum(4 * _elements(shape) for shape in tensors(policy.shape).values())
     weights = Weights(names, policy.files(plan), num_bytes)
-    checkpoints.commit(step, Snapshot(policy.state(weights=False), policy.dtype, weights), config)
+    checkpoints.commit(step, Snapshot(policy.state.copy(weights=False), policy.dtype, weights), config)
     waited = time.perf_counter() - started
     checkpoints.wait()
     barrier()
@@ -52,8 +54,8 @@ def as_before(policy: Any, folder: Path, config: Any, step: int, barrier: Callab
     from safetensors.torch import save_file
 
     from engine.core.files import sync
+    from engine.models.export_plan import export_plan
     from engine.models.hf import write_hf_checkpoint
-    from engine.models.sharding import export_plan
 
     parallel, final = policy.parallel, folder / f"step_{step:08d}"
     barrier()
@@ -62,7 +64,7 @@ def as_before(policy: Any, folder: Path, config: Any, step: int, barrier: Callab
         final.mkdir(parents=True)
     barrier()
     file = final / f"rank_{parallel.rank:04d}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in policy.state().items()}, file)
+    save_file({name: tensor.contiguous() for name, tensor in policy.state.copy().items()}, file)
     sync(file)
     plan = export_plan(policy.shape, policy.layout, policy.dtype, config.sync.bucket_mebibytes << 20)
     stream = _to_first_rank(policy, plan)
@@ -88,7 +90,7 @@ def _to_first_rank(policy: Any, plan: Any) -> Iterator[tuple[str, Any]]:
 
     here = policy.parallel
     for bucket in plan:
-        found, leader = policy.gather(bucket), bucket.stage * here.dp_size * here.tp_size
+        found, leader = policy.gathering.bucket(bucket, policy.parameters), bucket.stage * here.dp_size * here.tp_size
         for index, meta in enumerate(bucket.tensors):
             if here.rank == leader == 0:
                 yield meta.name, found[index][1]

@@ -34,8 +34,8 @@ OPTIONS_HEAD = """# Options
 This file is written by `tools/document.py` from `engine/config/options.py` and the files of the losses. A configuration is a
 TOML file with these tables; `section.key=value` on the command line sets an option anew. `semion init` writes a file with the
 right values for your model and machine and all other options as comments, `semion options trainer optimizer.eps` prints what is
-here, and `semion check CONFIG --toml` prints the resolved tree. Rules across options stand in `engine/config/rules.py` and in
-each loss's own file.
+here, and `semion check CONFIG --toml` prints the resolved tree. Rules across options stand in `rules.py`, `sync_rules.py` and
+`trainer_rules.py` of `engine/config`, and in each loss's own file.
 
 An option that would change nothing is never taken in silence (`engine/config/unused.py`). It is refused where only a mistake
 sets it without what gives it a meaning. It is told, as a warning of `check`, `train` and `sft` that names it, where a file may

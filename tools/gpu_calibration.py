@@ -19,8 +19,8 @@ from typing import Any
 from engine.config.load import RunConfig
 from engine.forecast.calibration import Calibration, Measured, write_calibration
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import speed_of
 from engine.forecast.measuring import Decoded, decoding_constants
+from engine.forecast.speed import speed_of
 from engine.models.config_file import read_shape
 
 ROOT = Path(__file__).resolve().parents[1]

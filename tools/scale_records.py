@@ -24,7 +24,8 @@ from engine.config.load import load_config
 from engine.config.options import RolloutRecords
 from engine.core.arrays import LogProbs, TokenIds
 from engine.core.jsonl import JsonlLedger
-from engine.core.segments import cut_back, find_cut, segments_of
+from engine.core.segment_cut import cut_back, find_cut
+from engine.core.segments import segments_of
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score
 from engine.rollouts.ledger import RolloutLedger, ledger_rows
 from engine.rollouts.writer import RolloutFolder, RolloutWriter

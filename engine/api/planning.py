@@ -22,7 +22,7 @@ from engine.forecast.constants import Constants, rows
 from engine.forecast.deadlines import missed, slack_of
 from engine.forecast.hosts import hosts
 from engine.forecast.lengths import Workload, newest_lengths
-from engine.forecast.replay import Played
+from engine.forecast.played import Played
 from engine.forecast.search import Found, Search
 from engine.forecast.seconds import (
     Forecast,

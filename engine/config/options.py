@@ -1,5 +1,5 @@
 """Every option of the engine and its default, one class for each table of a configuration file. Rules across tables are
-in engine/config/rules.py, reading and writing files in engine/config/load.py; no default hides in another package.
+in engine/config/rules.py and the two files it names, reading and writing files in load.py; no default hides in another package.
 """
 
 from __future__ import annotations

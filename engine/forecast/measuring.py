@@ -23,7 +23,7 @@ from engine.core.tensor_files import DIGEST, WRITE_BYTES
 from engine.core.types import Sequence
 from engine.forecast.calibration import Calibration, Measured
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import Speed, speed_of
+from engine.forecast.speed import Speed, speed_of
 from engine.models.base import ModelShape
 from engine.models.headers import num_elements
 from engine.run.machine import gpu_name, visible_gpus

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.capacity.kv_cache import GIB
 from engine.config.load import RunConfig
-from engine.forecast.replay import Played
+from engine.forecast.played import Played
 from engine.forecast.seconds import Forecast, Regime
 from engine.forecast.telling import binding, hosts_table, intervals_table, parts_table, run_table
 from engine.forecast.training import TrainingStep

@@ -12,17 +12,20 @@ from typing import NamedTuple
 
 from engine.capacity.memory import TrainerState
 from engine.config.load import RunConfig
-from engine.config.rules import LEAST_LOOKAHEAD_IN_FLIGHT
 from engine.config.schedules.base import Schedule
+from engine.config.sync_rules import LEAST_LOOKAHEAD_IN_FLIGHT
 from engine.core.errors import ConfigError
 from engine.evaluation.accuracy import tickets
 from engine.forecast import disk
+from engine.forecast.clocks import Cores, Costs
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import Deals, Engines, Speed, quantizing_seconds, speed_of
+from engine.forecast.decoding import Deals, Engines
 from engine.forecast.hosts import read_seconds
 from engine.forecast.lengths import LogNormal, StepWork, Workload, draw_steps
-from engine.forecast.replay import Cores, Costs, Played, Sampled, play, window
+from engine.forecast.played import Played, Sampled
+from engine.forecast.replay import play, window
 from engine.forecast.rows import Rows
+from engine.forecast.speed import Speed, quantizing_seconds, speed_of
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
 from engine.rewards.pool.workers import num_workers

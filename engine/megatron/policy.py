@@ -1,5 +1,6 @@
-"""The policy on this trainer rank: scores batches with the reference, takes optimizer steps through megatron's
-schedules, and hands out its weights and its state. It draws no data, samples nothing and writes no file.
+"""The policy on this trainer rank: scores batches with the reference and takes optimizer steps through megatron's schedules. It
+draws no data, samples nothing and writes no file. Log-probs of its output are made in target_log_probs.py, its tensors put
+together for files in gathering.py, its state copied and taken up again in policy_state.py.
 
 Shape legend: T tokens of a packed row, L of them with a target, V_local vocabulary columns of this rank, H hidden, K metrics of
 the loss.
@@ -8,11 +9,10 @@ the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +25,16 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from engine.algorithms.base import Loss, Slopes, undivided
+from engine.algorithms.base import Loss, undivided
 from engine.config.load import Copy, RunConfig
-from engine.core.errors import CheckpointError, NumericsError
+from engine.config.options import Trainer
+from engine.core.errors import NumericsError
 from engine.core.metrics import part_reductions
 from engine.core.types import Batch, Microbatch
 from engine.megatron import build
 from engine.megatron.fp8.delayed_scaling import Fp8Memory
-from engine.megatron.fp8.parameters import Weights, behind, copied, forget_initial, in_fp8, load, scale
+from engine.megatron.fp8.parameters import Weights, behind, copied, forget_initial
+from engine.megatron.gathering import Gathering
 from engine.megatron.libraries import check_libraries
 from engine.megatron.metrics import GRAD_NORM, LEARNING_RATE, LOSS, NUM_TOKENS, SHARED, UPDATED
 from engine.megatron.moving import Rows, with_scores
@@ -40,16 +42,18 @@ from engine.megatron.optimizer import PolicyOptimizer
 from engine.megatron.overlap import open_buffers
 from engine.megatron.packing import empty_microbatch
 from engine.megatron.parallel_state import ParallelState
-from engine.megatron.reshard import SavedOptimizer
+from engine.megatron.policy_state import PolicyState
+from engine.megatron.reference import Reference
 from engine.megatron.spread import precompute_spread_groups
+from engine.megatron.target_log_probs import TargetLogProbs
 from engine.megatron.timers import Timers
-from engine.models import sharding as layout
 from engine.models.base import ModelShape
+from engine.models.export_plan import ExportFile
 from engine.models.hf import HfCheckpoint
 from engine.models.registry import family_of
+from engine.models.sharding import TrainerLayout
 from engine.observe.profiling.phases import Phase, phase
-from engine.observe.telling import BYTES, activity
-from engine.ops import Coefficients, lm_head_log_probs, log_square_probs, to_device, token_log_probs
+from engine.ops import to_device
 
 # What a microbatch gives back on the last stage: (scalar to differentiate, tensor to collect)
 LossOf = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, torch.Tensor]]
@@ -65,7 +69,7 @@ class Policy:
         loss: Loss,
         checkpoint_path: str | Path,
         shape: ModelShape,
-        axes: layout.TrainerLayout,
+        axes: TrainerLayout,
         *,
         copies: Collection[Copy] | None = None,
         shares_device: bool = False,
@@ -83,41 +87,30 @@ class Policy:
         self.loss = loss
         self._rows = Rows(parallel.device)
         self.shape, self.layout = shape, axes
-        self._family = family_of(self.shape)
         self.dtype: torch.dtype = getattr(torch, config.model.dtype)
-        self._config = build.megatron_config(self.shape, self.layout, config.trainer, self.dtype)
+        self._config = build.megatron_config(shape, axes, config.trainer, self.dtype)
         self._config.finalize_model_grads_func = _finalize
         self._config.timers = Timers()
-        self._headless = config.trainer.fused_lm_head
-        self._temperature = config.log_prob_temperature
         self._row_multiple = config.trainer.row_multiple
         self._rows_together = config.trainer.pipeline_parallel if config.trainer.virtual_pipeline > 1 else 1
-        self._float32_head = config.model.head == "float32"
-        fuses, widest = config.trainer.fuse_gradient_accumulation, config.trainer.gradient_dtype == "float32"
-        self._head_adds = fuses and widest  # its weight's gradient to the gradient buffer itself, as the layers do
-        open_buffers(config.trainer, self.shape.hidden, self.dtype)
-        models = build.build_chunks(self.shape, self._config, parallel, headless=self._headless)
-        checkpoint = HfCheckpoint(checkpoint_path)
-        build.load_all(models, self.shape, self.layout, checkpoint, parallel)
-        self._held = [self._slices_of(tp_rank) for tp_rank in range(parallel.tp_size)]
-        distributed = config.trainer.distributed_optimizer
-        options = DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed,
-            grad_reduce_in_fp32=config.trainer.gradient_dtype == "float32",
-            overlap_grad_reduce=config.trainer.overlap_gradients,
-        )
-        self._chunks = [DistributedDataParallel(self._config, options, model) for model in models]
+        open_buffers(config.trainer, shape.hidden, self.dtype)
+        models = build.build_chunks(shape, self._config, parallel, headless=config.trainer.fused_lm_head)
+        build.load_all(models, shape, axes, HfCheckpoint(checkpoint_path), parallel)
+        self.gathering = Gathering(shape, axes, parallel, self.dtype)
+        self._chunks = _with_gradients(models, self._config, config.trainer)
         if shares_device:
             self.give_back_gradients()
-        if config.trainer.overlap_gradients:
-            (chunk,) = self._chunks
-            self._config.no_sync_func, self._config.grad_sync_func = chunk.no_sync, chunk.start_grad_sync
-        self._output_weight = build.output_weight(models[-1]) if parallel.is_last_stage else None
+        self._target_log_probs: TargetLogProbs | None = None
+        if parallel.is_last_stage:
+            weight, here = build.output_weight(models[-1]), parallel
+            self._target_log_probs = TargetLogProbs(config, weight, shape.vocab_size, here.tp_rank, here.tp_group)
         self._fp8 = Fp8Memory(self._config, models)
         self._own = dict(pair for model in models for pair in build.named_parameters(model))
         self.parameters = Weights(self._own)
-        names = {parameter: self._family.local_name(name) for name, parameter in self._own.items()}
+        family = family_of(shape)
+        names = {parameter: family.local_name(name) for name, parameter in self._own.items()}
         recipe = self._config.fp8_recipe if self._config.fp8_param else None
+        distributed = config.trainer.distributed_optimizer
         self._optimizer = PolicyOptimizer(
             config.optimizer, self._chunks, names, dtype=self.dtype, distributed=distributed, fp8_recipe=recipe
         )
@@ -127,20 +120,28 @@ class Policy:
         forget_initial(self._own.values())
         self._begun = False  # whether the gradient buffers hold a part of the step (add_gradient)
         self._parts: list[torch.Tensor] = []  # what that part's microbatches gave back
-        self._reference: dict[str, torch.Tensor] = {}
-        self._reference_mix = config.sync.reference_mix
-        self._reference_on_host = config.trainer.reference_memory == "host"
+        on_host, mix = config.trainer.reference_memory == "host", config.sync.reference_mix
+        self._reference = Reference(self._own, parallel.device, on_host=on_host, mix=mix)
         self._reference_source = config.reference_source
         needs_pass = loss.needs_reference and self._reference_source == "pass"
         if needs_pass if copies is None else "reference" in copies:
-            self._reference = self._reference_of_policy()
-        still = self._reference if config.sync.reference == "never" else {}  # one that never moves is the seed's weights too
-        self._seed = self._copy() if copies is not None and "seed" in copies else still
+            self._reference.copy()
+        self._seed = dict[str, torch.Tensor]()
+        if copies is not None and "seed" in copies:
+            self._seed = {name: copied(parameter) for name, parameter in self._own.items()}
+        elif config.sync.reference == "never":  # a reference that never moves is the seed's weights too
+            self._seed = self._reference.weights
+        self._tables: dict[str, Mapping[str, torch.Tensor]] = {  # what its state has from the start
+            "policy": self._own,
+            "reference": self._reference.weights,
+            "fp8": self._fp8.tensors,
+        }
+        self.state = PolicyState(self._tables, self._optimizer, shape, axes, parallel, self.dtype)
 
     @property
     def has_reference(self) -> bool:
         """Whether it keeps a reference beside the policy."""
-        return bool(self._reference)
+        return bool(self._reference.weights)
 
     @property
     def holds_seed(self) -> bool:
@@ -148,35 +149,8 @@ class Policy:
         return bool(self._seed)
 
     def refresh_reference(self) -> None:
-        """Makes the reference, where one is kept, a copy of the policy as it is now, or with sync.reference_mix = m its own
-        weights times 1 - m plus the policy's times m, in place, each number rounded once."""
-        if not self._reference:
-            return
-        if self._reference_mix < 1:
-            with torch.no_grad():
-                for name, parameter in self._own.items():
-                    reference = self._reference[name]
-                    reference.lerp_(parameter.detach().to(reference.device), self._reference_mix)
-        else:
-            self._reference = self._reference_of_policy()
-
-    def _reference_of_policy(self) -> dict[str, torch.Tensor]:
-        """A copy of the policy where the reference stands; on the host in the memory of the one before."""
-        if not self._reference_on_host:
-            return self._copy()
-        pinned = self.parallel.device.type == "cuda"
-        places = dict(self._reference)
-        for name, parameter in self._own.items():
-            if name not in places:
-                places[name] = torch.empty_like(parameter.data, device="cpu", pin_memory=pinned)
-            places[name].copy_(parameter.data)
-        return places
-
-    def _reference_to_serve(self) -> dict[str, torch.Tensor]:
-        """The reference on the device: itself, or a copy for as long as somebody has it."""
-        if not self._reference_on_host:
-            return self._reference
-        return {name: tensor.to(self.parallel.device, copy=True) for name, tensor in self._reference.items()}
+        """Has the reference, where one is kept, take the policy's weights as they are now (`Reference.refresh`)."""
+        self._reference.refresh()
 
     def make_room(self) -> None:
         """Gives back, until the next training step, what engines on the same device can have: the gradients' memory, and with
@@ -189,9 +163,6 @@ class Policy:
         """Lets the memory of the gradient buffers go until the next training step, as for engines on the same device."""
         for chunk in self._chunks:
             chunk.offload_grad_buffers(synchronize=self.parallel.device.type == "cuda", empty_cache=False)
-
-    def _copy(self) -> dict[str, torch.Tensor]:
-        return {name: copied(parameter) for name, parameter in self._own.items()}
 
     def as_seed(self) -> AbstractContextManager[None]:
         """While entered, the parameters are the seed model's, which an offline run keeps that publishes them again."""
@@ -209,7 +180,7 @@ class Policy:
         reference: list[torch.Tensor] = []
         needs_reference = self.loss.needs_reference
         if needs_reference and self._reference_source == "pass":
-            with self.serving(self._reference_to_serve()), phase(Phase.REFERENCE):
+            with self.serving(self._reference.on_device()), phase(Phase.REFERENCE):
                 reference = self.log_probs(batch)
         elif needs_reference and self._reference_source == "rollouts":
             reference = [microbatch.rollout_log_probs for microbatch in microbatches]
@@ -258,10 +229,11 @@ class Policy:
         """
 
         def collect(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-            log_probs, _ = self._token_log_probs(output, microbatch)
-            return log_probs.sum(), torch.stack(
-                [log_probs, self._log_square_probs(output, microbatch)]
-            ) if with_squares else log_probs
+            log_probs_of = self._on_last_stage()
+            log_probs, _ = log_probs_of(output, microbatch)
+            if not with_squares:
+                return log_probs.sum(), log_probs
+            return log_probs.sum(), torch.stack([log_probs, log_probs_of.log_squares(output, microbatch)])
 
         return self.run(batch, collect, forward_only=True)
 
@@ -335,10 +307,11 @@ class Policy:
         from_policy = self.loss.needs_reference and self._reference_source == "policy"
 
         def lose(output: torch.Tensor, microbatch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-            coefficients = self.loss.coefficients(microbatch) if self._headless else None
+            log_probs_of = self._on_last_stage()
+            coefficients = self.loss.coefficients(microbatch) if log_probs_of.fused else None
             if self.loss.needs_squares:
-                microbatch = replace(microbatch, log_square_probs=self._log_square_probs(output, microbatch))
-            log_probs, entropy = self._token_log_probs(output, microbatch, coefficients, with_entropy=self.loss.needs_entropy)
+                microbatch = replace(microbatch, log_square_probs=log_probs_of.log_squares(output, microbatch))
+            log_probs, entropy = log_probs_of(output, microbatch, coefficients, with_entropy=self.loss.needs_entropy)
             if from_policy and microbatch.reference_log_probs is None:
                 microbatch = replace(microbatch, reference_log_probs=log_probs.detach())
             loss, parts = self.loss(log_probs, microbatch, batch, entropy)
@@ -347,129 +320,12 @@ class Policy:
 
         return self.run(batch, lose, forward_only=False)
 
-    @torch.no_grad()
-    def gather(
-        self, bucket: layout.ExportBucket, weights: Mapping[str, torch.Tensor] | None = None
-    ) -> list[tuple[str, torch.Tensor]] | None:
-        """The bucket's full Hugging Face tensors, copied, on the rank of its stage that it names; None on every other rank.
-        `weights`: this rank's shards of another set than the policy's.
-
-        Collective over the tensor-parallel ranks of that stage in that data-parallel replica; others return at once.
-        """
-        here = self.parallel
-        if here.pp_rank != bucket.stage or here.dp_rank != bucket.dp_rank:
-            return None
-        shards = self.parameters if weights is None else Weights(weights)
-        slices = [[p for meta in bucket.tensors for p in held.get(meta.name, ())] for held in self._held]
-        flat = torch.empty(max(sum(p.rows * p.cols for p in held) for held in slices), dtype=self.dtype, device=here.device)
-        for name, group in groupby(_parts(slices[here.tp_rank], flat), key=lambda pair: pair[0].parameter):
-            shard = shards[name]
-            for p, part in group:
-                part.copy_(layout.matrix_slice(shard, p.shard_row, p.shard_col, p.rows, p.cols))
-        gathered = [flat]
-        if here.tp_size > 1:
-            receives = here.tp_rank == bucket.tp_rank
-            gathered = [torch.empty_like(flat) for _ in range(here.tp_size)] if receives else []
-            dist.gather(flat, gathered or None, group=here.tp_group, group_dst=bucket.tp_rank)
-        if here.tp_rank != bucket.tp_rank:
-            return None
-        full = {meta.name: torch.empty(meta.shape, dtype=self.dtype, device=here.device) for meta in bucket.tensors}
-        for held, received in zip(slices, gathered, strict=True):
-            for p, part in _parts(held, received):
-                layout.matrix_slice(full[p.name], p.row, p.col, p.rows, p.cols).copy_(part)
-        return list(full.items())
-
     def files(
-        self, plan: Sequence[layout.ExportFile], *, of: Literal["policy", "reference"] = "policy"
+        self, plan: Sequence[ExportFile], *, of: Literal["policy", "reference"] = "policy"
     ) -> dict[int, dict[str, torch.Tensor]]:
-        """Host copies of the full tensors in those files of the plan that this rank writes, by the file's place in the plan.
-
-        Collective over the tensor-parallel ranks of each stage and data-parallel replica.
-        """
-        weights = self._tables()[of]
-        found: dict[int, dict[str, torch.Tensor]] = {}
-        for index, file in enumerate(plan):
-            for bucket in file.buckets:
-                for name, full in self.gather(bucket, weights) or ():
-                    found.setdefault(index, {})[name] = full.cpu()
-        return found
-
-    def state_from(self, saved: SavedOptimizer) -> dict[str, torch.Tensor]:
-        """What `load_checkpoint` takes on this rank, of a state that ranks of another layout wrote."""
-        return saved.state_of(self.layout, self.parallel.tp_rank, self.parallel.pp_rank, self._optimizer.slots)
-
-    def _tables(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        """The tensors of the state that are there from the start, by what the names in it begin with."""
-        return {"policy": self._own, "reference": self._reference, "fp8": self._fp8.tensors}
-
-    def state(self, *, weights: bool = True) -> dict[str, torch.Tensor]:
-        """CPU copies of all this rank needs to continue bit for bit: weights, reference, optimizer, FP8 scales. Local shards,
-        named as in megatron-core's local spec whatever trainer.layers is; in the model's dtype, with their scales beside them
-        where they are kept in FP8. Without `weights`, what `load_checkpoint` needs beside files of the weights."""
-        return {name: value.detach().to("cpu", copy=True) for name, value in self._state(weights)}
-
-    def _state(self, weights: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        """One tensor at a time: one in FP8 is dequantized at every access."""
-        for prefix, table in self._tables().items():
-            held = Weights(table)
-            for name, value in table.items():
-                local = self._family.local_name(name)
-                if weights or prefix == "fp8":
-                    yield f"{prefix}.{local}", held[name]
-                if in_fp8(value):
-                    yield f"{prefix}_scale.{local}", scale(value)
-        for name, value in self._optimizer.state().items():
-            yield f"optimizer.{name}", value
-
-    @torch.no_grad()
-    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Continues from what `state` returned on this rank of the same layout; CheckpointError names what differs."""
-        for prefix, own in self._tables().items():
-            self._load_table(prefix, own, tensors)
-        self._load_optimizer(tensors)
-
-    @torch.no_grad()
-    def load_checkpoint(
-        self, tensors: dict[str, torch.Tensor], policy: HfCheckpoint, reference: HfCheckpoint | None = None
-    ) -> None:
-        """Continues from what `state(weights=False)` returned on this rank of the same layout, and from the policy's and the
-        reference's weights; without the latter the reference stays the model that this policy was made from.
-        CheckpointError names what differs."""
-        self._read("policy", policy, tensors)
-        if reference is not None and self._reference:
-            self._read("reference", reference, tensors)
-        self._load_table("fp8", self._fp8.tensors, tensors)
-        self._load_optimizer(tensors)
-
-    def _read(self, prefix: str, checkpoint: HfCheckpoint, tensors: dict[str, torch.Tensor]) -> None:
-        """Fills a set of weights from a Hugging Face folder; one in FP8 is put together in the host's memory."""
-        table = self._tables()[prefix]
-        places = {
-            name: torch.empty(value.shape, dtype=self.dtype) if in_fp8(value) else value.data for name, value in table.items()
-        }
-        held = layout.shard_slices(self.shape, self.layout, self.parallel.tp_rank, self.parallel.pp_rank)
-        num_bytes = sum(part.rows * part.cols for part in held) * self.dtype.itemsize
-        with activity("weights", f"of the {prefix}", total=num_bytes, unit=BYTES) as reading:
-            build.read_slices(places, held, layout.tensors(self.shape), checkpoint, reading)
-        for name, value in table.items():
-            if in_fp8(value):
-                load(value, places[name], tensors.get(f"{prefix}_scale.{self._family.local_name(name)}"))
-
-    def _load_table(self, prefix: str, table: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
-        for name, value in table.items():
-            key = f"{prefix}.{self._family.local_name(name)}"
-            saved = tensors.get(key)
-            if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
-                raise CheckpointError(
-                    f"trainer state must hold {key} as {list(value.shape)} {value.dtype}; found "
-                    f"{'nothing' if saved is None else f'{list(saved.shape)} {saved.dtype}'}: resume with the "
-                    f"configuration that saved it"
-                )
-            load(value, saved, tensors.get(f"{prefix}_scale.{self._family.local_name(name)}"))
-
-    def _load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
-        prefix = "optimizer."
-        self._optimizer.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        """Host copies of a set's full tensors in those files of the plan that this rank writes (`Gathering.files`). As
+        collective as that."""
+        return self.gathering.files(plan, self._tables[of])
 
     @contextmanager
     def serving(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -515,49 +371,9 @@ class Policy:
             )
         return collected
 
-    def _token_log_probs(
-        self,
-        output: torch.Tensor,
-        microbatch: Microbatch,
-        coefficients: torch.Tensor | Slopes | None = None,
-        with_entropy: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(log-probs [T], 0 where the target is IGNORED, entropy [T] likewise) of the model's output at `target_positions`."""
-        assert self._output_weight is not None, "log-probs off the last stage"
-        vocabulary = self._vocabulary
-        positions = microbatch.target_positions
-        targets = microbatch.targets[positions]
-        with phase(Phase.LOG_PROBS):
-            if not self._headless:
-                log_probs, entropy = token_log_probs(output, targets, with_entropy=with_entropy, **vocabulary)
-                return _spread(log_probs, microbatch), None if entropy is None else _spread(entropy, microbatch)
-            assert not with_entropy, "the configuration allows no entropy with trainer.fused_lm_head"
-            log_probs = lm_head_log_probs(
-                output,
-                self._output_weight,
-                targets,
-                coefficients=_at(positions, coefficients),
-                float32_logits=self._float32_head,
-                into_main_grad=self._head_adds,
-                **vocabulary,
-            )
-            return _spread(log_probs, microbatch), None
-
-    def _log_square_probs(self, logits: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-        assert not self._headless, "the configuration allows no weights of pairs with trainer.fused_lm_head"
-        with phase(Phase.LOG_PROBS):
-            return _spread(log_square_probs(logits, **self._vocabulary), microbatch)
-
-    @property
-    def _vocabulary(self) -> dict[str, Any]:
-        """Which columns of the logits this rank has, and what they are divided by."""
-        assert self._output_weight is not None, "log-probs off the last stage"
-        return {
-            "vocab_start": self.parallel.tp_rank * self._output_weight.size(0),
-            "num_valid": self.shape.vocab_size,
-            "group": self.parallel.tp_group,
-            "temperature": self._temperature,
-        }
+    def _on_last_stage(self) -> TargetLogProbs:
+        assert self._target_log_probs is not None, "log-probs off the last stage"
+        return self._target_log_probs
 
     def _total(self, collected: list[torch.Tensor]) -> torch.Tensor:
         """Over microbatches, then over data-parallel ranks, the sum, or of a metric that says so the maximum; the last stage's
@@ -577,39 +393,21 @@ class Policy:
             total = torch.where(of_largest, most, total)
         return total
 
-    def _slices_of(self, tp_rank: int) -> dict[str, list[layout.ShardSlice]]:
-        """What a tensor-parallel rank of this stage holds of each Hugging Face tensor."""
-        held: dict[str, list[layout.ShardSlice]] = {}
-        for part in layout.shard_slices(self.shape, self.layout, tp_rank, self.parallel.pp_rank):
-            held.setdefault(part.name, []).append(part)
-        return held
 
-
-def _parts(slices: Iterable[layout.ShardSlice], flat: torch.Tensor) -> Iterator[tuple[layout.ShardSlice, torch.Tensor]]:
-    """Each slice with its view [rows, cols] of a flat message that holds them one after another."""
-    start = 0
-    for part in slices:
-        size = part.rows * part.cols
-        yield part, flat[start : start + size].view(part.rows, part.cols)
-        start += size
+def _with_gradients(models: Sequence[Any], config: Any, trainer: Trainer) -> list[DistributedDataParallel]:
+    """The chunks with their gradient buffers; with overlap_gradients their reductions begin in the backward."""
+    options = DistributedDataParallelConfig(
+        use_distributed_optimizer=trainer.distributed_optimizer,
+        grad_reduce_in_fp32=trainer.gradient_dtype == "float32",
+        overlap_grad_reduce=trainer.overlap_gradients,
+    )
+    chunks = [DistributedDataParallel(config, options, model) for model in models]
+    if trainer.overlap_gradients:
+        (chunk,) = chunks
+        config.no_sync_func, config.grad_sync_func = chunk.no_sync, chunk.start_grad_sync
+    return chunks
 
 
 def _finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
     """megatron's gradient reductions without its division by tokens: the loss carries its own denominator."""
     finalize_model_grads(chunks, None, **options)
-
-
-def _at(positions: torch.Tensor, coefficients: torch.Tensor | Slopes | None) -> Coefficients | None:
-    """What a loss says of all tokens, of those at these positions [L]."""
-    if coefficients is None:
-        return None
-    if isinstance(coefficients, torch.Tensor):
-        return coefficients[positions]
-    slopes = coefficients
-    return lambda rows, log_probs: slopes(positions[rows], log_probs)
-
-
-def _spread(values: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-    """Values [L] at the positions with a target, 0 at all others: [T]."""
-    row = torch.zeros(microbatch.targets.shape, dtype=values.dtype, device=values.device)
-    return row.index_copy(0, microbatch.target_positions, values)

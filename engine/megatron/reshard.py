@@ -76,9 +76,9 @@ class SavedOptimizer:
     def state_of(
         self, layout: TrainerLayout, tp_rank: int, pp_rank: int, slots: Mapping[str, tuple[int, ...]]
     ) -> dict[str, torch.Tensor]:
-        """The state of a rank of another layout, as `Policy.state(weights=False)` names it. `slots`: what its optimizer moves,
-        by the parameter's name, with [start:end] where it has a part of it only, and in which shape. CheckpointError where the
-        state is of a kind that cannot be cut anew."""
+        """The state of a rank of another layout, as `PolicyState.copy(weights=False)` names it. `slots`: what its optimizer
+        moves, by the parameter's name, with [start:end] where it has a part of it only, and in which shape. CheckpointError
+        where the state is of a kind that cannot be cut anew."""
         family = family_of(self.shape)
         slices: dict[str, list[ShardSlice]] = {}
         for one in shard_slices(self.shape, layout, tp_rank, pp_rank):

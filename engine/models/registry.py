@@ -12,7 +12,7 @@ FAMILIES: Registry[Family] = Registry(
     "model.family",
     "engine.models",
     "engine.models.base:Family",
-    support=("checks", "config_file", "headers", "hf", "registry", "reward_head", "sharding"),
+    support=("checks", "config_file", "export_plan", "headers", "hf", "registry", "reward_head", "sharding"),
     also=(AUTO,),
 )
 

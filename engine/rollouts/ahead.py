@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.config.load import RunConfig
 from engine.core.errors import DataError, brief
-from engine.core.segments import SegmentWriter
+from engine.core.segment_writer import SegmentWriter
 from engine.core.types import RolloutGroup
 from engine.data.mixture import Mixture
 from engine.inference.pool import Usage

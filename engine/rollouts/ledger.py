@@ -26,9 +26,10 @@ from pydantic import (
 )
 
 from engine.core.arrays import LogProbs, Numbers, TokenIds
+from engine.core.columns import Batch, read_batches, read_columns
 from engine.core.errors import DataError
 from engine.core.jsonl import lines_in, parsed, step_of
-from engine.core.segments import Batch, Segment, read_batches, read_columns, segments_of
+from engine.core.segments import Segment, segments_of
 from engine.core.types import Completion, Prompt, Rollout, RolloutGroup, Score, Status
 from engine.inference.sampling import Sampled
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 from engine.config.load import RunConfig
 from engine.core.arrays import LogProbs, TokenIds
 from engine.core.errors import DataError
-from engine.core.segments import SegmentWriter
+from engine.core.segment_writer import SegmentWriter
 from engine.core.types import Completion, Prompt
 from engine.data.mixture import Mixture
 from engine.inference.sampling import Part, Sampled, SampleRequest, sample_requests

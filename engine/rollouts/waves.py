@@ -22,7 +22,7 @@ Each wave is dealt to data-parallel ranks and packed into rows as a step is. Met
 
 **What it cannot do** is refused before the start: advantages over the batch, spare prompts, rewards that judge a step's answers
 together, a loss that does not say that it is such a sum, gradients that are reduced while they are computed, FP8, colocated
-engines, and any staleness (`broken_streaming_rules` in engine/config/rules.py, `Algorithm.broken_rules`, `check_streaming`).
+engines, and any staleness (`broken_streaming_rules` of engine/config, `Algorithm.broken_rules`, `check_streaming`).
 """
 
 from __future__ import annotations

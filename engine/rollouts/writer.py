@@ -13,7 +13,7 @@ from typing import Protocol
 
 from engine.config.options import RolloutRecords
 from engine.core.jsonl import JsonlLedger
-from engine.core.segments import SegmentWriter
+from engine.core.segment_writer import SegmentWriter
 from engine.core.types import RolloutGroup
 from engine.rollouts.ledger import COLUMNS, columns_of, ledger_rows, rollout_rows
 

@@ -9,20 +9,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.core.errors import ConfigError, DataError
 from engine.core.files import atomic_write
-from engine.core.jsonl import read_rows
 from engine.data.records import HUB, records, source_digest
-from engine.data.templates import NAMED, NO_CHAT, TEMPLATE_DATE, PromptForm, encode_prompt, load_tokenizer, read_chat_template
+from engine.data.templates import NO_CHAT, TEMPLATE_DATE, PromptForm
 from engine.models.config_file import CONFIG, GENERATION_CONFIG, read_end_ids
-from engine.observe.origin import Origin
-from engine.run.checkpoint import BEST, best, read_manifest
+from engine.run.made import Made
 
 CARD, TEMPLATE_FILE = "README.md", "chat_template.jinja"
 LICENSE = re.compile(r"^(license|license_name|license_link):\s*(\S.*)$", re.MULTILINE)
@@ -52,96 +47,6 @@ def generation_config(folder: Path, made: Made) -> dict[str, Any]:
     sampled = {"do_sample": True, "temperature": asked["temperature"], "top_p": asked["top_p"], "top_k": 0}
     how = sampled if asked["temperature"] > 0 else {"do_sample": False}
     return kept | how | {"max_new_tokens": made.config["sampling"]["max_tokens"]}
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a checkpoint and the records beside it say."""
-
-    name: str  # of the run
-    step: int
-    config: Mapping[str, Any]  # the configuration, as JSON has it
-    digests: Mapping[str, str | None]  # of data files and of what judges
-    made_with: Mapping[str, Any]
-    evaluations: Sequence[Mapping[str, Any]]  # up to `step`, in their order
-    samples: Sequence[Mapping[str, Any]]  # greedy answers of `step`
-    findings: Sequence[Mapping[str, Any]]  # of the guard, before `step`
-    times: tuple[float, float] | None  # Unix seconds of the first and the last step
-    chosen: bool  # as the best of several
-    fork: Origin | None = None  # where its run comes from, if from another
-
-    @classmethod
-    def read(cls, checkpoint: Path) -> Made:
-        """Of a checkpoint's folder: its manifest, and the records of its run where it lies in one."""
-        manifest, run = read_manifest(checkpoint), checkpoint.parent.parent
-        step, named = int(manifest["step"]), str(manifest["config"]["run"]["directory"])
-
-        def rows(name: str) -> Iterator[dict[str, Any]]:
-            inside = checkpoint.parent.name == "checkpoints" and (run / name).exists()
-            return read_rows(run / name, numbers=name == "metrics.jsonl") if inside else iter(())
-
-        own, before = list(rows("evaluations.jsonl")), (manifest.get("records") or {}).get("judged", [])
-        fork = Origin.from_json(manifest["fork"]) if "fork" in manifest else None
-        # A fork's own records begin where it does; what its checkpoint knows of before is its origin's.
-        judged = [row for row in before if not own or (fork is not None and row["step"] < fork.step)] + own
-        seconds = list[float]()  # when the first and the last step ended
-        for row in rows("metrics.jsonl"):
-            if row["step"] < step and "unix_seconds" in row:
-                seconds[1:] = [row["unix_seconds"]]
-        pointer = checkpoint.parent / BEST
-        return cls(
-            name=Path(named).name,
-            step=step,
-            config=manifest["config"],
-            digests=manifest["data"],
-            made_with=manifest.get("made_with") or {},
-            evaluations=[row for row in judged if row["step"] <= step],
-            samples=[row for row in rows("samples.jsonl") if row["step"] == step],
-            findings=[row for row in rows("guard.jsonl") if row["step"] < step],
-            times=(seconds[0], seconds[-1]) if seconds else None,
-            chosen=pointer.exists() and best(checkpoint.parent) == checkpoint,
-            fork=fork,
-        )
-
-    @property
-    def base(self) -> str:
-        """What the model that training started from is called: its folder, or its name on the hub where that is the hub's own
-        cache (`models--OWNER--NAME/snapshots/REVISION`)."""
-        path = Path(self.config["model"]["path"])
-        cached = next((part for part in path.parts if part.startswith("models--")), None)
-        return cached.removeprefix("models--").replace("--", "/") if cached else path.name
-
-    @property
-    def sources(self) -> list[Mapping[str, Any]]:
-        """The tables of the run's sources of prompts."""
-        data = self.config["data"]
-        return [data, *data.get("mix", ())]
-
-    @cached_property
-    def example(self) -> tuple[PromptForm, str, str | None]:
-        """(form, problem, greedy answer) of one that was recorded and that `form` makes the recorded tokens of, else the first
-        source's form, no problem and None."""
-        forms = [_form(source, self.config["data"]) for source in self.sources]
-        folder = Path(self.config["model"]["path"])
-        if self.samples and folder.is_dir():
-            tokenizer = load_tokenizer(folder)
-            for sample in self.samples:
-                for form in forms:
-                    try:
-                        chat = read_chat_template(form.chat_template or "tokenizer")
-                        asked = PromptForm(form.template, form.system, chat)
-                        found = encode_prompt(tokenizer, sample["problem"], asked)
-                    except (ConfigError, DataError):
-                        continue
-                    if list(found) == sample["prompt_ids"]:
-                        return form, sample["problem"], sample["text"]
-        return forms[0], "", None
-
-
-def _form(source: Mapping[str, Any], data: Mapping[str, Any]) -> PromptForm:
-    """How a source's problems are put; `chat_template` is what data.chat_template says."""
-    template = source["template"]
-    return PromptForm(NAMED.get(template, template), source.get("system", ""), data.get("chat_template", "tokenizer"))
 
 
 def card(made: Made, folder: Path) -> str:
@@ -199,7 +104,7 @@ def _accuracy(made: Made) -> str:
 
 def _how_to_ask(made: Made, folder: Path) -> str:
     form, problem, answer = made.example
-    templates = dict.fromkeys(_form(source, made.config["data"]).template for source in made.sources)
+    templates = dict.fromkeys(one.template for one in made.forms)
     others = [template for template in templates if template != form.template]
     transformers, vllm = _code(form, problem, _carried_template(made, folder))
     parts = [

@@ -1,5 +1,6 @@
 """The state of a run on disk, as it is read: found, compared with the run that is to go on from it, checked against its
-digests and exported. How it is written is saving.py's business. It reads no pickle: safetensors and JSON only.
+digests and exported. How it is written is saving.py's business, and how a run goes on from it loading.py's. It reads no pickle:
+safetensors and JSON only.
 
     checkpoints/LATEST                      "step_00000040"
     checkpoints/BEST                        "step_00000020", with checkpoint.best_by; kept beside the newest

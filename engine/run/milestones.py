@@ -17,13 +17,15 @@ from engine.core.errors import NumericsError, PreemptedError, SemionError, Stora
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer, slots_of, whole_shards_only
-from engine.models.sharding import ExportFile, export_files, in_turns, tensors, trainer_layout
+from engine.models.export_plan import ExportFile, export_files, in_turns
+from engine.models.sharding import tensors, trainer_layout
 from engine.run.agreement import Agreement
 from engine.run.checkpoint import LATEST, check_prolonged, reference_place, state_rank
 from engine.run.controller import Controller
 from engine.run.loop import Record, Source
 from engine.run.metrics import FAILED_CHECKPOINTS, INTERVAL, STEP
-from engine.run.saving import Checkpoints, Snapshot, Weights
+from engine.run.model_folder import Weights
+from engine.run.saving import Checkpoints, Snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +136,7 @@ class Milestones:
         reference = weights_in_files(self._config, policy, self._parallel, "reference") if place == "own" else None
         at = place if isinstance(place, int) else None
         mine = state_rank(self._config.trainer, self._parallel.rank) == self._parallel.rank
-        state = policy.state(weights=False) if mine else {}
+        state = policy.state.copy(weights=False) if mine else {}
         slots = slots_of(state) if self._config.trainer.distributed_optimizer else ()
         seed = place == "seed" or policy.holds_seed
         own = weights_in_files(self._config, policy, self._parallel)
@@ -215,13 +217,13 @@ def resume_policy(config: RunConfig, checkpoints: Checkpoints, policy: Policy) -
             raise whole_shards_only(f"{writer.fp8!r} and {config.optimizer.moment_dtype!r}")
         axes, one_writer = trainer_layout(writer), not writer.distributed_optimizer
         former = SavedOptimizer(policy.shape, axes, writer.data_parallel, saved.open_rank, saved.slots, one_writer)
-        state = policy.state_from(former)
+        state = policy.state.of_other_layout(former)
         change = f"{_axes(writer)} -> {_axes(config.trainer)}"
         notes.append(
             f"resumed after {saved.step} steps in another layout than before ({change}): what follows is equivalent, not bit "
             f"for bit what the former layout would have made"
         )
-    policy.load_checkpoint(state, saved.policy, saved.reference)
+    policy.state.load_checkpoint(state, saved.policy, saved.reference)
     return saved.step, notes
 
 

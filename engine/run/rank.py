@@ -36,8 +36,9 @@ from engine.run.agreement import Agreement
 from engine.run.controller import Controller
 from engine.run.descriptors import require_room
 from engine.run.milestones import Milestones, resume_policy, weights_in_turns
+from engine.run.model_folder import check_shared, write_model
 from engine.run.publishers import NoEngines, PoolPublisher
-from engine.run.saving import Checkpoints, check_shared, write_model
+from engine.run.saving import Checkpoints
 from engine.run.signals import Event
 from engine.run.sources import DealtSource
 from engine.run.spec import Spec

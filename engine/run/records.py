@@ -18,7 +18,7 @@ from typing import Any
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import CheckpointError
 from engine.core.jsonl import JsonlLedger, read_lines, row_of, step_of
-from engine.core.segments import adopt, cut_back, find_cut
+from engine.core.segment_cut import adopt, cut_back, find_cut
 from engine.observe.guard import Finding, Guard
 from engine.observe.rollouts import ROLLOUTS, ROLLOUTS_FILE
 from engine.observe.writing import MetricsWriter, write_json, write_text

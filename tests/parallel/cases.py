@@ -31,8 +31,9 @@ from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer
 from engine.megatron.scatter import scatter_batch
 from engine.models.config_file import read_shape
+from engine.models.export_plan import export_files, export_plan, in_turns
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
-from engine.models.sharding import export_files, export_plan, in_turns, trainer_layout
+from engine.models.sharding import trainer_layout
 from engine.ops import lm_head_log_probs, log_square_probs, token_log_probs
 from engine.run.milestones import files_of_turn
 from engine.run.spec import assemble
@@ -94,7 +95,7 @@ def loss_of(name: str) -> Loss:
 def full_tensors(policy: Policy, prefix: str) -> dict[str, torch.Tensor]:
     """This leader's Hugging Face tensors of what the policy now serves, in small buckets; empty off the leaders."""
     plan = export_plan(policy.shape, policy.layout, policy.dtype, 20_000)
-    gathered = [policy.gather(bucket) for bucket in plan]
+    gathered = [policy.gathering.bucket(bucket, policy.parameters) for bucket in plan]
     return {prefix + name: value for bucket in gathered if bucket is not None for name, value in bucket}
 
 
@@ -132,7 +133,8 @@ def train(
     metrics. `head_adds`: the output layer adds its weight's gradient itself, as with trainer.fuse_gradient_accumulation, for
     which the other layers need a GPU."""
     policy = make_policy(config, parallel, loss_of(loss), checkpoint)
-    policy._head_adds |= head_adds
+    if policy._target_log_probs is not None:
+        policy._target_log_probs.into_main_grad |= head_adds
     kept: dict[str, torch.Tensor] = {}
     metrics = []
     for step in range(3):
@@ -170,7 +172,7 @@ def through_files(policy: Policy, checkpoint: str, folder: Path) -> Callable[[Po
         policy.shape, policy.layout, parallel.dp_size, policy.dtype, 10_000, min_file_bytes=1, max_file_bytes=FILE_BYTES
     )
     names = dict(zip(shard_names(len(plan)), (file.names for file in plan), strict=True))
-    state = policy.state(weights=False)
+    state = policy.state.copy(weights=False)
     assert not any(name.startswith(("policy.", "reference.")) for name in state)
     sets: tuple[Literal["policy"], Literal["reference"]] = ("policy", "reference")
     num_written = 0
@@ -193,7 +195,7 @@ def through_files(policy: Policy, checkpoint: str, folder: Path) -> Callable[[Po
     dist.all_reduce(written)
     assert int(written) == len(plan) * (1 + policy.has_reference), "each file is one rank's"
     read = [HfCheckpoint(folder / which) for which in sets[: 1 + policy.has_reference]]
-    return lambda other: other.load_checkpoint(state, *read)
+    return lambda other: other.state.load_checkpoint(state, *read)
 
 
 def leave(config: RunConfig, parallel: ParallelState, checkpoint: str, output: str) -> list[dict[str, float]]:
@@ -203,7 +205,7 @@ def leave(config: RunConfig, parallel: ParallelState, checkpoint: str, output: s
     policy.refresh_reference()
     metrics += _steps(policy, config, range(1, 2))
     through_files(policy, checkpoint, Path(output))
-    save_file(policy.state(weights=False), Path(output) / f"{parallel.rank}.safetensors")
+    save_file(policy.state.copy(weights=False), Path(output) / f"{parallel.rank}.safetensors")
     return metrics + _steps(policy, config, range(2, 4))
 
 
@@ -219,9 +221,9 @@ def go_on(
         writer.data_parallel,
         lambda rank: safe_open(Path(output) / f"{rank}.safetensors", framework="pt"),
     )
-    state = policy.state_from(saved)
-    policy.load_checkpoint(state, *(HfCheckpoint(Path(output) / which) for which in ("policy", "reference")))
-    assert policy.state(weights=False).keys() == state.keys()
+    state = policy.state.of_other_layout(saved)
+    policy.state.load_checkpoint(state, *(HfCheckpoint(Path(output) / which) for which in ("policy", "reference")))
+    assert policy.state.copy(weights=False).keys() == state.keys()
     return _steps(policy, config, range(2, 4))
 
 
@@ -239,30 +241,30 @@ def resume(config: RunConfig, parallel: ParallelState, checkpoint: str, output: 
 
     file = Path(output) / f"state.{parallel.rank}.safetensors"
     first = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
-    save_file(first.state(), file)
+    save_file(first.state.copy(), file)
     untrained = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
-    untrained.load_state(load_file(file))
+    untrained.state.load(load_file(file))
     steps(first, range(1))
     mixed = True
     if first.has_reference:
-        mix, before = config.sync.reference_mix, first.state()
+        mix, before = config.sync.reference_mix, first.state.copy()
         first.refresh_reference()
-        for name, now in first.state().items():
+        for name, now in first.state.copy().items():
             if name.startswith("reference."):
                 own, old = before[name.replace("reference.", "policy.", 1)], before[name]
                 between = torch.allclose(now, old + mix * (own - old), rtol=1e-6, atol=1e-8) and not torch.equal(now, old)
                 mixed &= between if mix < 1 else torch.equal(now, own)
-    save_file(first.state(), file)
+    save_file(first.state.copy(), file)
     whole = steps(first, range(1, 2))
     resume_at_two = through_files(first, checkpoint, Path(output) / "files")
     whole += steps(first, range(2, 3))
     second = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
-    second.load_state(load_file(file))
+    second.state.load(load_file(file))
     again = steps(second, range(1, 3))
     third = make_policy(config, parallel, make_loss(config.algorithm), checkpoint)
     resume_at_two(third)
     last = steps(third, range(2, 3))
-    ours, theirs, of_files = first.state(), second.state(), third.state()
+    ours, theirs, of_files = first.state.copy(), second.state.copy(), third.state.copy()
     return {
         "metrics": whole == again and whole[1:] == last,
         "keys": list(ours) == list(theirs) == list(of_files),
@@ -285,9 +287,9 @@ def curve(config: RunConfig, parallel: ParallelState, checkpoint: str, num_steps
     batches = [batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank) for step in range(2)]
     metrics = []
     for step in range(num_steps):
-        before = policy.state()
+        before = policy.state.copy()
         scored = policy.score(batches[step % 2])
-        assert all(torch.equal(before[name], value) for name, value in policy.state().items()), "scoring moved the state"
+        assert all(torch.equal(before[name], value) for name, value in policy.state.copy().items()), "scoring moved the state"
         metrics.append(policy.train_step(replace(scored, step=step)))
     return metrics
 
@@ -308,20 +310,20 @@ def makes_room(config: RunConfig, parallel: ParallelState, checkpoint: str) -> d
         return list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
 
     for step in range(3):
-        before, sizes = policy.state(), memory(policy)
+        before, sizes = policy.state.copy(), memory(policy)
         policy.make_room()
         found["freed"] &= len(sizes) == len(memory(policy)) and not any(memory(policy))
-        found["saved"] &= equal(policy.state(), before)
+        found["saved"] &= equal(policy.state.copy(), before)
         if step == 2:
             other.make_room()
-            other.load_state(before)
-            found["loaded"] &= not any(memory(other)) and equal(other.state(), before)
+            other.state.load(before)
+            found["loaded"] &= not any(memory(other)) and equal(other.state.copy(), before)
             again = _steps(other, config, range(2, 3))
         one, two = (_steps(held, config, range(step, step + 1)) for held in (plain, policy))
         found["metrics"] &= one == two
         found["restored"] &= all(memory(policy)) and sum(memory(policy)) >= sum(sizes) > (0 if step else -1)
-        found["state"] &= equal(policy.state(), plain.state())
-    found["loaded"] &= again == two and equal(other.state(), plain.state())
+        found["state"] &= equal(policy.state.copy(), plain.state.copy())
+    found["loaded"] &= again == two and equal(other.state.copy(), plain.state.copy())
     return found
 
 
@@ -341,7 +343,7 @@ def same_steps(config: RunConfig, parallel: ParallelState, checkpoint: str, othe
         return metrics + _steps(policy, config, range(2, 3)), policy
 
     (metrics, plain), (others, policy) = run({}), run(other)
-    one, two = plain.state(), policy.state()
+    one, two = plain.state.copy(), policy.state.copy()
     weights = [name for name in one if name.startswith("policy.")]
     return {
         "metrics": metrics == others,
@@ -367,11 +369,11 @@ def change_layers(config: RunConfig, parallel: ParallelState, checkpoint: str) -
 
     local = with_layers("local")
     steps(local, range(2))
-    state = local.state()
+    state = local.state.copy()
     between, back = with_layers(config.trainer.layers), with_layers("local")
-    between.load_state(state)
-    back.load_state(between.state())
-    again = back.state()
+    between.state.load(state)
+    back.state.load(between.state.copy())
+    again = back.state.copy()
     return {
         "names": again.keys() == state.keys(),
         "tensors": all(torch.equal(again[name], value) for name, value in state.items()),
@@ -392,7 +394,7 @@ def offload(config: RunConfig, parallel: ParallelState, checkpoint: str, output:
             )
             for step in range(3):
                 policy.train_step(policy.score(batch_of(step, policy.shape.vocab_size, config.trainer, parallel.dp_rank)))
-            states.append(policy.state())
+            states.append(policy.state.copy())
             if share:
                 adam = policy._optimizer._optimizer.optimizer
                 hosted = sum(p.numel() for one in adam.cpu_optimizers for group in one.param_groups for p in group["params"])
@@ -436,12 +438,12 @@ def _without_signal(config: RunConfig, parallel: ParallelState, checkpoint: str)
     steps, states = [], []
     for batch in batches:
         steps.append(policy.train_step(policy.score(batch)))
-        states.append(policy.state())
+        states.append(policy.state.copy())
     changed = [name for name, value in states[1].items() if not torch.equal(value, states[0][name])]
     second = make_policy(config, parallel, loss_of("dpo"), checkpoint)
-    second.load_state(states[1])
+    second.state.load(states[1])
     again = second.train_step(second.score(batches[2]))
-    resumed = again == steps[2] and all(torch.equal(value, states[2][name]) for name, value in second.state().items())
+    resumed = again == steps[2] and all(torch.equal(value, states[2][name]) for name, value in second.state.copy().items())
     return {
         "updated": [step["updated"] for step in steps],
         "rates": [step["learning_rate"] for step in steps],
@@ -499,7 +501,7 @@ def seed(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dict[st
             policy.refresh_reference()
     trained = weights(policy)
     resumed = make_policy(config, parallel, loss, checkpoint, copies=copies)
-    resumed.load_state(policy.state())
+    resumed.state.load(policy.state.copy())
     found = {}
     for name, one in (("first", policy), ("resumed", resumed)):
         with one.as_seed():
@@ -519,8 +521,8 @@ def distribution(config: RunConfig, parallel: ParallelState, checkpoint: str) ->
         "reference": [m.reference_log_probs.tolist() for m in batch.microbatches if m.reference_log_probs is not None],
     }
     if config.trainer.fused_lm_head:
-        weight, temperature = policy._output_weight, config.log_prob_temperature
-        assert weight is not None
+        assert policy._target_log_probs is not None
+        weight, temperature = policy._target_log_probs.weight, config.log_prob_temperature
 
         def exact(hidden: torch.Tensor, row: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
             valid = weight.detach().double()[: policy.shape.vocab_size]
@@ -550,7 +552,7 @@ def without_reference(config: RunConfig, parallel: ParallelState, checkpoint: st
         keeps.refresh_reference()
         without.refresh_reference()
         found.append(without.train_step(without.score(batch)) == keeps.train_step(keeps.score(batch)))
-    ours, theirs = without.state(), keeps.state()
+    ours, theirs = without.state.copy(), keeps.state.copy()
     kept = {name for name in theirs if name.startswith("reference")}
     keeps.refresh_reference()
     rows = []  # as if the reference had sampled them, to the bit
@@ -558,7 +560,7 @@ def without_reference(config: RunConfig, parallel: ParallelState, checkpoint: st
         known = scored.reference_log_probs  # on the last stage
         rows.append(row if known is None else replace(row, rollout_log_probs=known))
     batch = replace(batches[0], microbatches=tuple(rows))
-    of_rollouts.load_state({name: value for name, value in theirs.items() if name not in kept})
+    of_rollouts.state.load({name: value for name, value in theirs.items() if name not in kept})
     again = [policy.train_step(policy.score(batch)) for policy in (of_rollouts, keeps)]
     return {
         "metrics": all(found),
@@ -575,11 +577,11 @@ def infinite(config: RunConfig, parallel: ParallelState, checkpoint: str) -> dic
     if parallel.dp_rank == parallel.dp_size - 1:
         row = batch.microbatches[0]
         row.advantages[row.places.argmax()] = float("inf")
-    before = policy.state()
+    before = policy.state.copy()
     try:
         policy.train_step(policy.score(batch))
     except NumericsError as error:
-        after = policy.state()
+        after = policy.state.copy()
         return {"message": str(error), "untouched": all(torch.equal(before[name], after[name]) for name in before)}
     return {"message": "", "untouched": False}
 

@@ -16,8 +16,9 @@ from engine.config.load import RunConfig
 from engine.core.types import Batch
 from engine.megatron.parallel_state import ParallelState
 from engine.megatron.policy import Policy
+from engine.models.export_plan import export_plan
 from engine.models.registry import family_of
-from engine.models.sharding import EngineLayout, export_plan
+from engine.models.sharding import EngineLayout
 from tests.parallel.material import batch_of
 from tests.parallel.policies import make_policy
 from tests.unit.bridge.world import Case, World
@@ -47,7 +48,8 @@ def fp8_parameters(config: RunConfig, parallel: ParallelState, checkpoint: str) 
     found["reference_moves"] = not _equal(first, _reference_log_probs(policy, batches[0]))
     found["losses"].append(policy.train_step(policy.score(batches[2]))["loss"])
     found["looked_up"] = all(torch.equal(policy.parameters[name], _by_hand(tensor)) for name, tensor in kept.items())
-    found["copies_as_counted"] = all(_copies(kept[name]) == 2 and _copies(policy._reference[name]) == 1 for name in kept)
+    reference = policy._reference.weights
+    found["copies_as_counted"] = all(_copies(kept[name]) == 2 and _copies(reference[name]) == 1 for name in kept)
     found["in_fp8"] = sum(tensor.numel() for tensor in kept.values())
     found["of"] = sum(tensor.numel() for tensor in policy._own.values())
     found["same_on_all_ranks"] = _same(torch.cat([policy.parameters[name].flatten() for name in policy.parameters]), parallel)
@@ -68,10 +70,10 @@ def change_weights(config: RunConfig, parallel: ParallelState, checkpoint: str) 
     *before, last = (batch_of(step, plain.shape.vocab_size, config.trainer, parallel.dp_rank) for step in range(3))
     for batch in before:
         plain.train_step(plain.score(batch))
-    state = plain.state()
-    between.load_state(state)
-    back.load_state(between.state())
-    again = back.state()
+    state = plain.state.copy()
+    between.state.load(state)
+    back.state.load(between.state.copy())
+    again = back.state.copy()
     return {
         "names": again.keys() == state.keys(),
         "optimizer": all(torch.equal(again[name], value) for name, value in state.items() if name.startswith("optimizer.")),
@@ -153,7 +155,7 @@ def _same(mine: torch.Tensor, parallel: ParallelState) -> bool:
 def _synced(policy: Policy) -> bool:
     """Whether an engine holds, after a sync of two tensor ranks, what an export of the policy says, to the bit."""
     plan = export_plan(policy.shape, policy.layout, policy.dtype, 1 << 20)
-    exported = {name: full.cpu() for bucket in plan for name, full in policy.gather(bucket) or ()}
+    exported = {name: full.cpu() for bucket in plan for name, full in policy.gathering.bucket(bucket, policy.parameters) or ()}
     case = Case(policy.shape, policy.layout, engine=EngineLayout(2), bucket_bytes=100_000, dtype="bfloat16")
     world = World(case)
     assert all(message.bucket.packed for message in world.plan.messages), "what is made for a look cannot be sent from there"

@@ -86,7 +86,7 @@ def _held(policy: Policy) -> dict[str, int]:
     return {
         "weights": _bytes(policy.parameters.values(), seen),
         "gradients": _bytes((buffer.grad_data for buffer in buffers), seen),
-        "reference": _bytes(policy._reference.values(), seen),
+        "reference": _bytes(policy._reference.weights.values(), seen),
         "optimizer": _bytes(policy._optimizer.state().values(), seen),
     }
 

@@ -106,7 +106,7 @@ def streamed(config: RunConfig, parallel: ParallelState, checkpoint: str, group_
         norm = metrics[0][-1]["grad_norm"]
         apart = max(apart, *(float((a - b).abs().max()) / norm for a, b in zip(whole, parts, strict=True)))
         equal &= all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
-    states = [policy.state() for policy in policies]
+    states = [policy.state.copy() for policy in policies]
     names = [name for name in states[0] if name.startswith("policy.")]
     untimed = [[{k: v for k, v in row.items() if "seconds" not in k} for row in told] for told in metrics]
     return {

@@ -23,7 +23,7 @@ from engine.commands.checking import table
 from engine.config.load import RunConfig, dump_config, override
 from engine.core.errors import CheckpointError, ConfigError, DataError, SemionError, StorageError, combined
 from engine.core.files import locked
-from engine.core.segments import SegmentWriter
+from engine.core.segment_writer import SegmentWriter
 from engine.data import templates
 from engine.data.templates import policy_tokenizer
 from engine.run.spec import Spec, resolve, settled

@@ -20,16 +20,16 @@ from engine.config.load import RunConfig, dump_config, load_config, override, re
 from engine.config.options import LOSSES
 from engine.config.rewards import broken_reward_rules, broken_source_rules
 from engine.config.rules import (
+    broken_best_rules,
     broken_data_rules,
-    broken_head_rules,
-    broken_library_rules,
     broken_placement_rules,
     broken_profile_rules,
-    broken_reference_rules,
     broken_rollout_rules,
     broken_rules,
     broken_sampling_rules,
 )
+from engine.config.sync_rules import broken_lookahead_rules, broken_reference_rules
+from engine.config.trainer_rules import broken_head_rules, broken_layout_rules, broken_library_rules, broken_optimizer_rules
 from engine.config.unused import broken_unused_rules
 from engine.core.errors import ConfigError
 from tests.builders import config
@@ -419,10 +419,11 @@ def test_an_impossible_combination_names_both_options_the_values_and_the_fix(pat
 def test_every_rule_on_combinations_has_a_case():
     named = {case[1].split(" ")[0] for case in COMBINATIONS}
     losses = [Algorithm.broken_rules, *(LOSSES.load(name).broken_rules for name in LOSSES.names)]
-    tables = (broken_rules, broken_data_rules, broken_library_rules, broken_placement_rules, broken_head_rules, *losses)
+    tables = (broken_rules, broken_best_rules, broken_layout_rules, broken_data_rules, broken_library_rules, *losses)
+    tables += (broken_optimizer_rules, broken_placement_rules, broken_head_rules)
     tables += (broken_sampling_rules, broken_reference_rules, broken_unused_rules)
     rules = "".join(map(inspect.getsource, (*tables, broken_rollout_rules, broken_profile_rules, broken_reward_rules)))
-    rules += inspect.getsource(broken_source_rules)
+    rules += inspect.getsource(broken_source_rules) + inspect.getsource(broken_lookahead_rules)
     assert len(COMBINATIONS) >= rules.count("broken.append(") >= len(named), "each rule has a case"
 
 

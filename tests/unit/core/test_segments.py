@@ -14,18 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from engine.core import segments
+from engine.core.columns import read_batches, read_columns
 from engine.core.errors import DataError
-from engine.core.segments import (
-    Cut,
-    SegmentWriter,
-    adopt,
-    cut_back,
-    find_cut,
-    read_batches,
-    read_columns,
-    segments_of,
-)
+from engine.core.jsonl import line_of, step_of
+from engine.core.segment_cut import Cut, adopt, cut_back, find_cut
+from engine.core.segment_writer import SegmentWriter
+from engine.core.segments import segments_of
 
 COLUMNS = {"token_ids": "int32", "log_probs": "float32"}
 FLOATS = arrays.arrays(np.float32, st.integers(0, 5), elements=st.floats(width=32, allow_nan=False))
@@ -65,7 +59,7 @@ def content(folder: Path) -> dict[int, tuple[list[bytes], dict[str, list[Any]]]]
     for segment in segments_of(folder):
         assert segment.columns is not None
         for line in segment.lines():
-            found.setdefault(segments.step_of(line), ([], {}))[0].append(line.data)
+            found.setdefault(step_of(line), ([], {}))[0].append(line.data)
         for batch in read_batches(segment.columns):
             if batch.step in found:
                 found[batch.step][1].update(read_columns(segment.columns, batch))
@@ -78,7 +72,7 @@ def test_what_is_added_comes_back_as_it_was_and_full_segments_are_packed(tmp_pat
     assert list(found) == list(range(12))
     for step, (lines, columns) in found.items():
         rows, wanted = step_of_size(step)
-        assert lines == [segments.line_of(row).encode() for row in rows]
+        assert lines == [line_of(row).encode() for row in rows]
         for name in COLUMNS:
             assert all(np.array_equal(*pair) for pair in zip(columns[name], wanted[name], strict=True))
     there = segments_of(tmp_path / "r")

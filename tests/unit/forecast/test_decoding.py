@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from engine.core.arrays import NO_TOKENS
+from engine.forecast.batching import Engine, Request
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import Deals, Engine, Engines, Speed, _Request, quantizing_seconds, speed_of
+from engine.forecast.decoding import Deals, Engines
 from engine.forecast.lengths import LogNormal, Workload, draw_steps
+from engine.forecast.speed import Speed, quantizing_seconds, speed_of
 from engine.inference.pool import deal
 from engine.inference.sampling import SampleRequest
 from engine.models.config_file import read_shape
@@ -22,8 +24,8 @@ SECOND = Speed(fixed=1.0, request=0.0, weights=0.0, products=0.0, context=0.0, p
 MIXED = Speed(fixed=0.5, request=0.25, weights=0.125, products=0.0625, context=0.001, prompt=0.01)
 
 
-def request(step: int, length: int, prompt: int = 4, place: int = 0) -> _Request:
-    return _Request(step, (step, place), prompt, length)
+def request(step: int, length: int, prompt: int = 4, place: int = 0) -> Request:
+    return Request(step, (step, place), prompt, length)
 
 
 def test_two_requests_on_one_slot_follow_each_other():
@@ -102,7 +104,7 @@ def test_the_replay_equals_its_token_by_token_twin(room):
     requests = [(draw.randint(1, 9), draw.randint(1, 40)) for _ in range(60)]
     wanted, preempted = plain(MIXED, 7, room, requests)
     engine = Engine(MIXED, slots=7, room=room)
-    engine.submit(0.0, [_Request(i, (i, 0), prompt, length) for i, (prompt, length) in enumerate(requests)])
+    engine.submit(0.0, [Request(i, (i, 0), prompt, length) for i, (prompt, length) in enumerate(requests)])
     assert [engine.done(i, 0) for i in range(len(requests))] == pytest.approx(wanted)
     assert engine.preempted == preempted and (preempted > 0) == (room == 60)
 
@@ -115,7 +117,7 @@ def test_the_fast_loop_equals_going_from_completion_to_completion(room, slots, m
         draw = random.Random(slots)
         engine, now = Engine(MIXED, slots, room), 0.0
         for step in range(6):
-            asked = [_Request(step, (step, i // 4), draw.randint(1, 9), draw.randint(1, 90)) for i in range(30)]
+            asked = [Request(step, (step, i // 4), draw.randint(1, 9), draw.randint(1, 90)) for i in range(30)]
             engine.submit(now, asked)
             now = max(now, engine.done(step, now)) if step % 3 == 1 else now + 100 * draw.random()
             if step == 3:

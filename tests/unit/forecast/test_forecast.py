@@ -24,12 +24,12 @@ from engine.forecast.calibration import (
     write_calibration,
 )
 from engine.forecast.constants import Constants, rows
-from engine.forecast.decoding import Speed
 from engine.forecast.hosts import hosts
 from engine.forecast.lengths import LogNormal, Workload, draw_steps, recorded_lengths
 from engine.forecast.measuring import Decoded, Trained, decoding_constants, training_constants
 from engine.forecast.search import Search
 from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, regimes
+from engine.forecast.speed import Speed
 from engine.forecast.telling import binding
 from engine.rollouts.writer import RolloutFolder, RolloutWriter
 from engine.run.spec import resolve
@@ -315,7 +315,7 @@ def test_stages_are_tried_that_126_layers_divide_into():
     search = Search(
         spec, Machine(), Constants(), Workload(LogNormal(700, 0.6, 2048), LogNormal(150, 0, 1024)), 320, (Regime(10),)
     )
-    stages = {choice.options["trainer.pipeline_parallel"] for choice in search._shallowest(224, 8, Regime(10))}
+    stages = {choice.options["trainer.pipeline_parallel"] for choice in search.trainers._shallowest(224, 8, Regime(10))}
     assert len(stages) == 2 and all(126 % count == 0 and count > 2 for count in stages), stages
 
 
@@ -368,7 +368,7 @@ def test_the_search_finds_what_forecasting_every_layout_in_full_finds():
     search = small_search(4)
     best = search.best()
     made, layouts = search.num_forecasts, 0
-    trainers, engines = list(search._trainers(Regime(10))), list(search._engines())
+    trainers, engines = list(search.trainers.choices(Regime(10))), list(search.engines.choices())
     for regime, found in best.items():
         every: list[float] = []
         for trainer, engine, placement in search._pairs(trainers, engines):
@@ -386,8 +386,8 @@ def test_the_search_finds_what_forecasting_every_layout_in_full_finds():
 def test_engines_whose_longest_response_another_one_has_are_not_taken_for_faster():
     """Online, of eight engines of one GPU only one has the step's longest response: estimates must know of it."""
     search = small_search(8)
-    longest = max(map(max, search.works[0].completions))
-    engines = list(search._engines())
+    longest = max(map(max, search.space.works[0].completions))
+    engines = list(search.engines.choices())
     assert any(engine.options["inference.engines"] == 8 for engine in engines)
     for engine in engines:
         assert engine.ready[1][0] > 0.003 * longest, "an iteration takes 3 ms at least"
@@ -403,8 +403,8 @@ def test_sampling_ahead_is_never_slower_than_waiting():
 def test_a_search_of_overlapping_gradients_tries_single_ranks_too():
     """Which have nothing to overlap: what it finds says so, and is what a configuration takes."""
     search = small_search(8, **{"trainer.overlap_gradients": True})
-    alone = [choice for choice in search._trainers(Regime(10)) if choice.options["trainer.data_parallel"] == 1]
-    several = [choice for choice in search._trainers(Regime(10)) if choice.options["trainer.data_parallel"] > 1]
+    alone = [choice for choice in search.trainers.choices(Regime(10)) if choice.options["trainer.data_parallel"] == 1]
+    several = [choice for choice in search.trainers.choices(Regime(10)) if choice.options["trainer.data_parallel"] > 1]
     assert alone and several
     assert {choice.options["trainer.overlap_gradients"] for choice in alone} == {False}
     assert {choice.options["trainer.overlap_gradients"] for choice in several} == {True}
@@ -462,7 +462,7 @@ def test_a_reward_that_is_not_on_this_machine_is_asked_for_once(monkeypatch):
         raise ConfigError("there is none")
 
     monkeypatch.setattr("engine.rewards.function.facts_of", absent)
-    assert list(small_search(4, **{"data.reward": "nowhere.py:one"})._engines())
+    assert list(small_search(4, **{"data.reward": "nowhere.py:one"}).engines.choices())
     assert len(asked) == 1
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from engine.config.load import RunConfig, load_config, override
 from engine.forecast.constants import Constants
-from engine.forecast.decoding import speed_of
 from engine.forecast.lengths import LogNormal, Workload
 from engine.forecast.seconds import Forecaster, Inputs
+from engine.forecast.speed import speed_of
 from engine.forecast.training import Training
 from engine.megatron.outlines import outlines_of
 from engine.run.spec import resolve

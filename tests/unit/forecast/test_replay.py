@@ -9,10 +9,13 @@ import pytest
 
 from engine.config.schedules.base import Schedule
 from engine.config.schedules.paper import Paper
-from engine.forecast.decoding import Engine, Engines, Speed, _Request
+from engine.forecast.batching import Engine, Request
+from engine.forecast.clocks import Cores, Costs
+from engine.forecast.decoding import Engines
 from engine.forecast.lengths import StepWork
-from engine.forecast.replay import Cores, Costs, play, window
+from engine.forecast.replay import play, window
 from engine.forecast.seconds import Regime
+from engine.forecast.speed import Speed
 from tests import builders
 from tools.bench_streaming import CASES, COSTS, cut, drawn
 from tools.scale_balance import PROMPT
@@ -244,7 +247,7 @@ def test_a_sync_in_flight_waits_for_the_interval_that_is_due_alone():
 def test_an_engine_rests_once_it_has_what_is_due():
     """Of two responses of 3 and 9 iterations, aimed at the first: it stops after 3, and goes on with the other one then."""
     engine = Engine(SECOND, slots=2, room=100, aim=range(1))
-    engine.submit(0.0, [_Request(0, (0, 0), 1, 3), _Request(1, (1, 0), 1, 9)])
+    engine.submit(0.0, [Request(0, (0, 0), 1, 3), Request(1, (1, 0), 1, 9)])
     engine.submit(20.0, [])
     assert (engine.done(0, 0.0), engine.works, engine.busy) == (3.0, False, 3.0)
     engine.pause(21.0)
@@ -257,7 +260,7 @@ def test_no_engine_rests_before_the_last_has_what_is_due():
     when the longest is in, at 6, and go on at 10 with 3 left of each."""
     engines = one_engine([1], slots=2, num_engines=2, second=1.0)
     for engine, first in zip(engines.engines, (2, 6), strict=True):
-        engine.submit(0.0, [_Request(0, (0, 0), 1, first), _Request(1, (1, 0), 1, 9)])
+        engine.submit(0.0, [Request(0, (0, 0), 1, first), Request(1, (1, 0), 1, 9)])
     engines.aim(range(1))
     assert [engine.done(0, 0.0) for engine in engines.engines] == [2.0, 6.0]
     engines.pause(8.0, 10.0)
@@ -269,7 +272,7 @@ def test_no_engine_rests_before_the_last_has_what_is_due():
 def test_what_is_paused_keeps_its_tokens_and_computes_its_prefix_again():
     """A prompt of 4 tokens of 0.25 s each, 1 s an iteration: 3 of 5 tokens at 4, a pause until 10, then 7 tokens of prefix."""
     engine = Engine(Speed(1.0, 0, 0, 0, 0, prompt=0.25), slots=2, room=100)
-    engine.submit(0.0, [_Request(0, (0, 0), 4, 5)])
+    engine.submit(0.0, [Request(0, (0, 0), 4, 5)])
     engine.submit(4.0, [])
     engine.pause(10.0)
     assert engine.done(0, 0.0) == 10 + 7 * 0.25 + 2 and engine.preempted == 0

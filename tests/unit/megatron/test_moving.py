@@ -22,7 +22,10 @@ from engine.megatron import spread
 from engine.megatron.moving import Rows
 from engine.megatron.packing import make_batch
 from engine.megatron.policy import Policy
+from engine.megatron.reference import Reference
+from engine.megatron.target_log_probs import TargetLogProbs
 from engine.ops import to_device
+from tests import builders
 from tests.builders import algorithm_options
 from tests.rollouts import make_sequence
 from tests.unit.algorithms.steps import Step
@@ -105,18 +108,18 @@ def policy_of(loss, device, *, headless=False):
     """A policy without megatron-core, whose model is an embedding and an output layer."""
     policy: Any = object.__new__(Policy)
     embedding = torch.zeros(VOCABULARY, HIDDEN, device=device, requires_grad=True)
-    policy._output_weight = torch.zeros(VOCABULARY, HIDDEN, device=device, requires_grad=True)
+    weight = torch.zeros(VOCABULARY, HIDDEN, device=device, requires_grad=True)
 
     def model(token_ids, position_ids, mask, *, packed_seq_params):
         hidden = torch.nn.functional.embedding(token_ids[0], embedding).index_select(0, packed_seq_params.target_positions)
-        return (hidden if headless else hidden @ policy._output_weight.t()).unsqueeze(0)
+        return (hidden if headless else hidden @ weight.t()).unsqueeze(0)
 
-    policy.parallel = SimpleNamespace(device=device, tp_rank=0, tp_group=None, is_last_stage=True)
-    policy.shape = SimpleNamespace(vocab_size=VOCABULARY)
+    policy.parallel = SimpleNamespace(device=device, is_last_stage=True)
     policy.loss, policy._rows, policy._chunks = loss, Rows(device), [model]
-    policy._own = policy._reference = {}
-    policy._reference_on_host = policy._float32_head = policy._head_adds = False
-    policy._headless, policy._reference_source, policy._temperature = headless, "pass", 1.0
+    config = builders.config("run", trainer={"fused_lm_head": headless})
+    policy._target_log_probs = TargetLogProbs(config, weight, VOCABULARY, 0, None)
+    policy._own, policy._reference_source = {}, "pass"
+    policy._reference = Reference(policy._own, device, on_host=False, mix=1.0)
     policy._rows_together = policy._row_multiple = 1
     policy._fp8 = SimpleNamespace(untouched=nullcontext)
     return policy

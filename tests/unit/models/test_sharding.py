@@ -18,6 +18,7 @@ from engine.core.errors import ConfigError
 from engine.models import checks
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
+from engine.models.export_plan import export_files, export_plan, in_turns
 from engine.models.llama import Llama
 from engine.models.sharding import EngineLayout, Layout, TrainerLayout
 
@@ -244,7 +245,7 @@ def test_layers_stand_where_megatron_puts_them(case: tuple[int, TrainerLayout]) 
 def test_export_plan_covers_every_tensor_once(case: tuple[int, TrainerLayout], max_bytes: int, tied: bool) -> None:
     """In order, each bucket of the stage that holds it and within the limit unless it is a single tensor."""
     shape = replace(SMALL, num_layers=case[0], tied=tied)
-    plan = layout.export_plan(shape, case[1], torch.float32, max_bytes)
+    plan = export_plan(shape, case[1], torch.float32, max_bytes)
     assert {meta.name: meta.shape for bucket in plan for meta in bucket.tensors} == layout.tensors(shape)
     assert sum(len(bucket.tensors) for bucket in plan) == len(layout.tensors(shape))
     for bucket in plan:
@@ -261,9 +262,9 @@ def test_files_are_shared_by_the_ranks_of_each_stage(case: tuple[int, TrainerLay
     """Every tensor once and in order, each file of one writer of the stage that holds it, and no rank with two files more than
     another of its stage; a small model is one file a stage."""
     shape, spread = replace(SMALL, num_layers=case[0], tied=tied), replace(case[1], tp_size=2)
-    files = layout.export_files(shape, spread, dp, torch.float32, most, min_file_bytes=1)
+    files = export_files(shape, spread, dp, torch.float32, most, min_file_bytes=1)
     assert [name for file in files for name in file.names] == [*layout.tensors(shape)]
-    turns = layout.in_turns(files)
+    turns = in_turns(files)
     assert sorted(place for turn in turns for place in turn) == [*range(len(files))]
     written = [[files[place].writer for place in turn] for turn in turns]
     assert all(len(turn) == len(set(turn)) for turn in written), "of a rank one at most"
@@ -277,7 +278,7 @@ def test_files_are_shared_by_the_ranks_of_each_stage(case: tuple[int, TrainerLay
             writers = [file.writer for file in files if file.writer[0] == stage]
             assert len(writers) == len(set(writers)), "one file each"
             assert len(writers) > 1 or 2 * dp == 1, "and not all by one"
-        small = layout.export_files(shape, spread, dp, torch.float32, most)
+        small = export_files(shape, spread, dp, torch.float32, most)
         assert [file.writer for file in small] == [(stage, 0, 0) for stage in range(spread.pp_size)]
 
 

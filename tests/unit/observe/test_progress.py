@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from engine.core.segments import SegmentWriter
+from engine.core.segment_writer import SegmentWriter
 from engine.observe import progress as progress_module
 from engine.observe.answers import greedy_answers, in_a_line, rollouts
 from engine.observe.pace import Pace

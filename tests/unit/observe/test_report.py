@@ -27,7 +27,8 @@ from engine.config.schedules.pilot import Pilot
 from engine.core.errors import DataError
 from engine.core.jsonl import read_rows
 from engine.core.metrics import Metric
-from engine.core.segments import SegmentWriter, segments_of
+from engine.core.segment_writer import SegmentWriter
+from engine.core.segments import segments_of
 from engine.observe import charts
 from engine.observe.charts import Line, Mark, Point, chart
 from engine.observe.curves import further_plots, plots

@@ -19,7 +19,8 @@ from engine.config import options
 from engine.config.load import RunConfig
 from engine.core.arrays import TokenIds
 from engine.core.errors import ConfigError, DataError
-from engine.core.segments import SegmentWriter, segments_of
+from engine.core.segment_writer import SegmentWriter
+from engine.core.segments import segments_of
 from engine.core.types import Rollout, RolloutGroup, Score, Status
 from engine.data.mixture import Mixture
 from engine.data.preferences import load_preferences

@@ -37,7 +37,7 @@ from engine.models.hf import HfCheckpoint
 from engine.rewards.math.reward import VERIFIER_VERSION
 from engine.rollouts.ahead import AHEAD, Ahead
 from engine.rollouts.paused import PAUSED, Pending
-from engine.run import saving
+from engine.run import model_folder
 from engine.run.checkpoint import (
     BEST,
     LATEST,
@@ -53,7 +53,8 @@ from engine.run.checkpoint import (
     reference_place,
 )
 from engine.run.milestones import commits, resume_policy
-from engine.run.saving import Checkpoints, Snapshot, Weights, check_shared, write_model
+from engine.run.model_folder import Weights, check_shared, write_model
+from engine.run.saving import Checkpoints, Snapshot
 from tests import builders
 from tests.checkpoints import ALONE, open_folder, snapshot_of
 from tests.checkpoints import commit as committed
@@ -328,13 +329,13 @@ def test_a_model_is_written_by_all_ranks_each_its_own_files(tmp_path, monkeypatc
     config, out = run_config(tmp_path), tmp_path / "out"
     _, snapshots = two_ranks(tmp_path)
     parts, written = [snapshot.policy for snapshot in snapshots], dict[str, str]()
-    real = saving.write_tensors
+    real = model_folder.write_tensors
 
     def counted(path: Path, *arguments: Any) -> Any:
         written[path.name] = threading.current_thread().name
         return real(path, *arguments)
 
-    monkeypatch.setattr(saving, "write_tensors", counted)
+    monkeypatch.setattr(model_folder, "write_tensors", counted)
     assert write_together(out, parts, config) == ["", ""]
     model = HfCheckpoint(out)
     assert all(torch.equal(model.tensor(name), tensor) for name, tensor in weights_of(5))
@@ -353,7 +354,7 @@ def test_a_model_is_written_by_all_ranks_each_its_own_files(tmp_path, monkeypatc
                 raise OSError(code, os.strerror(code), str(path))
             return real(path, *arguments)
 
-        monkeypatch.setattr(saving, "write_tensors", fails)
+        monkeypatch.setattr(model_folder, "write_tensors", fails)
         first, second = write_together(out, parts, config)
         assert first == second != "" and why in first
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -398,7 +399,7 @@ def test_a_folder_that_a_node_does_not_see_is_refused_before_training(tmp_path, 
         check_shared(out, host)
 
     monkeypatch.setattr(Path, "exists", exists)
-    monkeypatch.setattr(saving.socket, "gethostname", lambda: "node-7")
+    monkeypatch.setattr(model_folder.socket, "gethostname", lambda: "node-7")
     told = together(look)
     assert told[0] == told[1] and re.match(r"sft\.checkpoint_out must be on .* share, .*found that node-7 does not", told[0])
     assert list(out.parent.iterdir()) == []
@@ -807,17 +808,18 @@ def test_a_loss_of_the_users_own_must_be_the_one_the_run_began_with(tmp_path):
 class Loaded:
     """A policy that takes what it is given."""
 
-    state: dict[str, torch.Tensor] | None = None
+    def __init__(self) -> None:
+        self.state, self.tensors = self, dict[str, torch.Tensor]()
 
-    def load_checkpoint(self, state: dict[str, torch.Tensor], policy: HfCheckpoint, reference: HfCheckpoint | None) -> None:
-        self.state = state
+    def load_checkpoint(self, tensors: dict[str, torch.Tensor], policy: HfCheckpoint, reference: HfCheckpoint | None) -> None:
+        self.tensors = tensors
 
 
 def test_resuming_goes_on_at_the_step_of_the_checkpoint_or_says_why_not(tmp_path):
     commit(tmp_path, 12, run={"steps": 12})
     policy: Any = Loaded()
     assert resume_policy(run_config(tmp_path, run={"steps": 12}), open_checkpoints(tmp_path), policy) == (12, [])
-    assert policy.state is not None
+    assert policy.tensors
     with pytest.raises(CheckpointError, match=r"run\.steps cannot be raised from 12: .* found 13: .* is one of 10 steps"):
         resume_policy(run_config(tmp_path, run={"steps": 13}), open_checkpoints(tmp_path), policy)
     with pytest.raises(CheckpointError, match=r"run\.steps must not be less than the 12 steps already done; found 11"):

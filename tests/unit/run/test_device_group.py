@@ -31,7 +31,7 @@ ALLOWED = {
         "all_gather_into_tensor",
     ): "log-probs of a vocabulary's shards, in the forward of a step",
     ("ops/token_log_probs.py", "all_reduce"): "sums over a vocabulary's shards of what weighs pairs, in the same forward",
-    ("megatron/policy.py", "gather"): "weights for the files of a checkpoint or export, into host memory, on all ranks at once",
+    ("megatron/gathering.py", "gather"): "weights for the files of a checkpoint or export, on all ranks at once",
     ("megatron/policy.py", "all_reduce"): "the sums of a step's metrics, after its backward",
     (
         "megatron/spread.py",

@@ -23,7 +23,8 @@ from engine.rollouts.ahead import Ahead
 from engine.rollouts.ledger import RolloutLedger
 from engine.rollouts.paused import Pending
 from engine.run.checkpoint import BEST, LATEST, best, latest
-from engine.run.saving import Checkpoints, Snapshot, Weights
+from engine.run.model_folder import Weights
+from engine.run.saving import Checkpoints, Snapshot
 from tests import builders
 from tests.checkpoints import open_folder
 from tests.unit.rollouts.test_rollouts import group

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from engine.config.load import RunConfig
 from engine.core.errors import CheckpointError, StorageError
 from engine.core.jsonl import line_of, read_rows
-from engine.core.segments import SegmentWriter, segments_of
+from engine.core.segment_writer import SegmentWriter
+from engine.core.segments import segments_of
 from engine.core.types import Rollout, RolloutGroup, Score
 from engine.observe.guard import Guard
 from engine.observe.rollouts import heads

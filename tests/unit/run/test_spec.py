@@ -209,10 +209,15 @@ RESOLVERS = {
         "api/faults/",
         "api/initial.py",
         "run/milestones.py",
-        "forecast/search.py",
+        "forecast/trainer_layouts.py",
     ),  # of the run that wrote a checkpoint
-    # forecast/search.py looks which of many runs could be
-    "engine.models.sharding.engine_layout": ("run/spec.py", "api/faults/model.py", "api/initial.py", "forecast/search.py"),
+    # a forecast's search looks which of many runs could be
+    "engine.models.sharding.engine_layout": (
+        "run/spec.py",
+        "api/faults/model.py",
+        "api/initial.py",
+        "forecast/engine_layouts.py",
+    ),
     "engine.rollouts.replay.replay_kind": ("run/spec.py", "api/faults/"),
     "engine.bridge.transports.registry.choose": ("run/spec.py", "api/faults/machine.py", "bridge/setup.py"),  # on real devices
 }

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from engine.core.errors import CheckpointError, WatchdogError
-from engine.run import saving
-from engine.run.saving import PARTS
-from tests.checkpoints import open_folder
+from engine.run import rank_parts
+from engine.run.rank_parts import PARTS, await_parts
 
 RANKS = 200
+PATIENCE = 1200.0  # seconds
 
 
 class Looks:
@@ -23,7 +23,7 @@ class Looks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> None:
         self.now, self.count, self.sizes = 1000.0, 0, 0
         self.read: list[str] = []
-        self._then, word, size = then, saving._word, saving._size
+        self._then, word, size = then, rank_parts._word, rank_parts._size
 
         def read(path: Path) -> dict[str, Any]:
             self.read.append(path.name)
@@ -33,9 +33,9 @@ class Looks:
             self.sizes += 1
             return size(folder)
 
-        monkeypatch.setattr(saving, "_word", read)
-        monkeypatch.setattr(saving, "_size", measure)
-        monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep))
+        monkeypatch.setattr(rank_parts, "_word", read)
+        monkeypatch.setattr(rank_parts, "_size", measure)
+        monkeypatch.setattr(rank_parts, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep))
 
     def _sleep(self, seconds: float) -> None:
         self.now, self.count = self.now + seconds, self.count + 1
@@ -54,10 +54,6 @@ def say(staging: Path, rank: int, **word: Any) -> None:
     os.replace(part, str(part).removesuffix(".part"))
 
 
-def await_parts(staging: Path, ranks: int, patience_seconds: float = 1200.0) -> list[dict[str, Any]]:
-    return open_folder(staging, 0, ranks, patience_seconds=patience_seconds)._await_parts(staging)
-
-
 def test_a_word_is_read_once_and_sizes_are_asked_for_seldom(staging, monkeypatch):
     """However many looks the last rank takes; the words come in the order of the ranks, whoever was first."""
 
@@ -68,7 +64,7 @@ def test_a_word_is_read_once_and_sizes_are_asked_for_seldom(staging, monkeypatch
             say(staging, 0, files={"of": 0})
 
     looks = Looks(monkeypatch, then)
-    words = await_parts(staging, RANKS)
+    words = await_parts(staging, RANKS, PATIENCE)
     assert [word["files"]["of"] for word in words] == list(range(RANKS))
     assert looks.count == 300 and sorted(looks.read) == sorted({f"rank_{rank:04d}.json" for rank in range(RANKS)})
     assert looks.sizes <= 1 + (looks.now - 1000) / 5, "one at the start, and one in ten pauses of half a second"
@@ -81,7 +77,7 @@ def test_more_ranks_are_looked_at_less_often(staging, monkeypatch):
                 say(staging, rank, files={})
 
     looks = Looks(monkeypatch, then)
-    assert len(await_parts(staging, 4096)) == 4096
+    assert len(await_parts(staging, 4096, PATIENCE)) == 4096
     assert (looks.now - 1000) / 50 > 3, "seconds between two looks"
 
 
@@ -114,5 +110,5 @@ def test_a_rank_that_takes_its_word_back_is_heard(staging, monkeypatch):
     looks = Looks(monkeypatch, then)
     say(staging, 1, files={})
     with pytest.raises(CheckpointError, match="the disk is gone"):
-        await_parts(staging, 2)
+        await_parts(staging, 2, PATIENCE)
     assert looks.count == 3
