@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from engine.models.base import Family, ModelShape, Section, TensorMapping
 from engine.models.registry import family_of
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     import torch
 
     from engine.config.options import Inference, Trainer
+
+
+class Sized(Protocol):
+    """A dtype, of which only the size counts."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        ...
 
 
 VLLM_VOCABULARY_MULTIPLE = 64  # vLLM pads the vocabulary to it before it cuts
@@ -317,7 +326,7 @@ def export_files(
     shape: ModelShape,
     layout: TrainerLayout,
     dp_size: int,
-    dtype: torch.dtype,
+    dtype: Sized,
     max_bytes: int,
     *,
     min_file_bytes: int = 64 << 20,
@@ -346,6 +355,11 @@ def export_files(
     return tuple(found)
 
 
+def file_bytes(file: ExportFile, dtype: Sized) -> int:
+    """Bytes of a file's tensors."""
+    return sum(_num_bytes(meta, dtype) for bucket in file.buckets for meta in bucket.tensors)
+
+
 def in_turns(plan: Sequence[ExportFile]) -> tuple[tuple[int, ...], ...]:
     """The places of a plan's files in turns, in each of which a rank writes one at most, so that it need hold no more.
 
@@ -372,11 +386,11 @@ def _by_stage(shape: ModelShape, layout: TrainerLayout) -> Iterator[tuple[int, T
         yield stages[layer] if layer is not None else last_stage, TensorMeta(name, shard.shape)
 
 
-def _num_bytes(meta: TensorMeta, dtype: torch.dtype) -> int:
+def _num_bytes(meta: TensorMeta, dtype: Sized) -> int:
     return math.prod(meta.shape) * dtype.itemsize
 
 
-def _runs(metas: list[TensorMeta], dtype: torch.dtype, max_bytes: int) -> Iterator[tuple[TensorMeta, ...]]:
+def _runs(metas: list[TensorMeta], dtype: Sized, max_bytes: int) -> Iterator[tuple[TensorMeta, ...]]:
     """Consecutive tensors of at most `max_bytes`; a larger one stands alone."""
     held: list[TensorMeta] = []
     held_bytes = 0
@@ -390,7 +404,7 @@ def _runs(metas: list[TensorMeta], dtype: torch.dtype, max_bytes: int) -> Iterat
     yield tuple(held)
 
 
-def _even_parts(metas: list[TensorMeta], dtype: torch.dtype, count: int) -> list[list[TensorMeta]]:
+def _even_parts(metas: list[TensorMeta], dtype: Sized, count: int) -> list[list[TensorMeta]]:
     """At most `count` consecutive parts of about as many bytes each; none is empty."""
     total, before = sum(_num_bytes(meta, dtype) for meta in metas), 0
     parts: dict[int, list[TensorMeta]] = {}
