@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from engine.models.base import ModelShape
 from engine.models.registry import family_of
@@ -16,6 +16,15 @@ from engine.models.sharding import WHOLE, TrainerLayout, held_shards, stage_laye
 
 if TYPE_CHECKING:
     import torch
+
+
+class Sized(Protocol):
+    """A dtype, of which only the size counts."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +79,7 @@ def export_files(
     shape: ModelShape,
     layout: TrainerLayout,
     dp_size: int,
-    dtype: torch.dtype,
+    dtype: Sized,
     max_bytes: int,
     *,
     min_file_bytes: int = 64 << 20,
@@ -99,6 +108,11 @@ def export_files(
     return tuple(found)
 
 
+def file_bytes(file: ExportFile, dtype: Sized) -> int:
+    """Bytes of a file's tensors."""
+    return sum(_num_bytes(meta, dtype) for bucket in file.buckets for meta in bucket.tensors)
+
+
 def in_turns(plan: Sequence[ExportFile]) -> tuple[tuple[int, ...], ...]:
     """The places of a plan's files in turns, in each of which a rank writes one at most, so that it need hold no more.
 
@@ -125,11 +139,11 @@ def _by_stage(shape: ModelShape, layout: TrainerLayout) -> Iterator[tuple[int, T
         yield stages[layer] if layer is not None else last_stage, TensorMeta(name, shard.shape)
 
 
-def _num_bytes(meta: TensorMeta, dtype: torch.dtype) -> int:
+def _num_bytes(meta: TensorMeta, dtype: Sized) -> int:
     return math.prod(meta.shape) * dtype.itemsize
 
 
-def _runs(metas: list[TensorMeta], dtype: torch.dtype, max_bytes: int) -> Iterator[tuple[TensorMeta, ...]]:
+def _runs(metas: list[TensorMeta], dtype: Sized, max_bytes: int) -> Iterator[tuple[TensorMeta, ...]]:
     """Consecutive tensors of at most `max_bytes`; a larger one stands alone."""
     held: list[TensorMeta] = []
     held_bytes = 0
@@ -143,7 +157,7 @@ def _runs(metas: list[TensorMeta], dtype: torch.dtype, max_bytes: int) -> Iterat
     yield tuple(held)
 
 
-def _even_parts(metas: list[TensorMeta], dtype: torch.dtype, count: int) -> list[list[TensorMeta]]:
+def _even_parts(metas: list[TensorMeta], dtype: Sized, count: int) -> list[list[TensorMeta]]:
     """At most `count` consecutive parts of about as many bytes each; none is empty."""
     total, before = sum(_num_bytes(meta, dtype) for meta in metas), 0
     parts: dict[int, list[TensorMeta]] = {}

@@ -22,7 +22,8 @@ class Origin:
     run: str  # run.directory of the run that wrote it, as it was named
     step: int  # optimizer steps done before it
     checkpoint: str  # SHA-256 that the checkpoint's manifest has of itself
-    changed: Mapping[str, tuple[Any, Any]]  # options by their full names: (there, here)
+    # (there, here) of options by their full names, and where these are the same of the contents of files, and of who judges
+    changed: Mapping[str, tuple[Any, Any]]
     reference: Literal["seed", "own"] | None = None  # what the reference was there; None: taken from the policy, or not needed
 
     def as_json(self) -> dict[str, Any]:

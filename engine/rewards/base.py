@@ -59,6 +59,8 @@ class Reward:
     # `score_as_they_arrive` is its own.
     begins_early: ClassVar[bool] = False
     # Whether an answer's score depends on no answer but those of its own group, to the bit, so that groups may be judged apart.
+    # A user's class says it itself, for what it inherits was said of another `score`; it is then asked for one group in each
+    # call, and on several nodes opened on each.
     per_group: ClassVar[bool] = False
     OPTIONS: ClassVar[tuple[str, ...]] = ()  # the options of [rewards], or [reward_model], that it looks at
 
@@ -86,7 +88,8 @@ class Reward:
 
     @classmethod
     def open(cls, config: RunConfig, name: str, engines: Sequence[Any]) -> Self:
-        """Starts it. `engines`: the reward model's (each a model.ScoringEngine), none where no source is judged by it."""
+        """Starts it. `engines`: the reward model's (each a model.ScoringEngine), none where no source is judged by it, or the
+        reward judges on every node."""
         return cls()
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:

@@ -25,9 +25,9 @@ from engine.rewards import function
 from engine.rewards.arrivals import Arrivals
 from engine.rewards.base import Answer, Reward, Together
 from engine.rewards.function import FunctionReward
-from engine.rewards.math.reward import versions
+from engine.rewards.math.reward import MathReward, versions
 from engine.rewards.model import ScoringEngine
-from engine.rewards.own_class import OwnReward, require_class
+from engine.rewards.own_class import OwnReward, require_class, says_per_group, spreads
 from engine.rewards.pool.nodes import NodeHandle, NodePool, named
 from engine.rewards.pool.workers import WorkerReward, fitted
 
@@ -49,7 +49,7 @@ def reward_class(config: RunConfig, name: str) -> type[Reward]:
 
 def is_own(name: str, kind: type[Reward]) -> bool:
     """Whether it is a reward class of the user's, whatever it extends: it judges in the process that opens it, behind
-    OwnReward, and gets a step whole."""
+    OwnReward."""
     return ":" in name and kind is not FunctionReward
 
 
@@ -106,7 +106,10 @@ def judged_together(config: RunConfig) -> Together:
     found: set[Together] = set()
     for name in sorted({name for source in config.data.sources for name in source.rewards}):
         kind = reward_class(config, name)
-        found.add("step" if is_own(name, kind) else kind.judged_together(config, name))
+        if is_own(name, kind):
+            found.add("group" if spreads(kind) else "step")
+        else:
+            found.add(kind.judged_together(config, name))
     return max(found, key=("answer", "group", "step").index)
 
 
@@ -125,11 +128,15 @@ def check_streaming(config: RunConfig) -> None:
     """ConfigError where sync.streaming would have a reward judge a step in parts that gets a step's answers together."""
     names = sorted({name for source in config.data.sources for name in source.rewards}) if config.sync.streaming else []
     for name in names:
-        if not reward_class(config, name).per_group:
-            raise ConfigError(
-                f"sync.streaming needs rewards that can judge a step's groups apart: 'math', functions, or a class with "
-                f"per_group = True; found data.reward = {name!r}, which judges a step together: set sync.streaming = false"
-            )
+        kind = reward_class(config, name)
+        if says_per_group(kind) if is_own(name, kind) else kind.per_group:
+            continue
+        says = "inherits per_group, which was said of another score" if kind.per_group else "judges a step together"
+        raise ConfigError(
+            f"sync.streaming needs rewards that can judge a step's groups apart: 'math', functions, or a class that says "
+            f"per_group = True itself; found data.reward = {name!r}, which {says}: set per_group = True in the class, if "
+            f"its scores depend on no answer of another group, else sync.streaming = false"
+        )
 
 
 def checks(config: RunConfig, sources: Iterable[Source] | None = None) -> Iterator[Callable[[], None]]:
@@ -347,8 +354,14 @@ class RoutedReward(Reward):
 
 def _opened(config: RunConfig, name: str, engines: Sequence[Any]) -> Reward:
     kind = reward_class(config, name)
+    if is_own(name, kind):
+        return _own(config, name, kind, engines)
+    return kind.open(config, name, engines)
+
+
+def _own(config: RunConfig, name: str, kind: type[Reward], engines: Sequence[Any] = ()) -> OwnReward:
     opened: Reward = _asked(name, kind, kind.open, config, name, engines)
-    return OwnReward(name, opened, config.rewards.timeout_seconds) if is_own(name, kind) else opened
+    return OwnReward(name, opened, config.rewards.timeout_seconds, spreads=spreads(kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,17 +381,31 @@ class Opened:
     identities: Mapping[str, str | None]  # what `pool_identities` says there
 
 
-def pools(config: RunConfig, sources: Sequence[Source] | None = None) -> dict[str, Callable[[], WorkerReward]]:
-    """What starts each of the rewards of the run's sources, or of `sources`, that judge in worker processes, by a name of its
-    own: a user's combining rule is called with its option. A user's class is none of them, even where it extends one, for
-    its own `score` must be asked."""
+Pool = WorkerReward | OwnReward  # what judges on every node
+
+
+def pools(config: RunConfig, sources: Sequence[Source] | None = None) -> dict[str, Callable[[], Pool]]:
+    """What starts each of the rewards of the run's sources, or of `sources`, that judge on every node, by a name of its own: a
+    user's combining rule is called with its option. A user's class is one of them where it spreads, and then gets no engines,
+    which are rank 0's to ask."""
     names, rules = _named(config.data.sources if sources is None else sources)
-    found: dict[str, Callable[[], WorkerReward]] = {}
+    found: dict[str, Callable[[], Pool]] = {}
     for name in names:
         kind = reward_class(config, name)
-        if issubclass(kind, WorkerReward) and not is_own(name, kind):
+        if is_own(name, kind):
+            if spreads(kind):
+                found[name] = partial(_own, config, name, kind)
+        elif issubclass(kind, WorkerReward):
             found[name] = partial(kind.open, config, name, ())
     return found | {f"{COMBINE} {rule}": partial(FunctionReward, config.rewards, rule, COMBINE) for rule in rules}
+
+
+def fitted_to(config: RunConfig, threads: int, sources: Sequence[Source] | None = None) -> RunConfig:
+    """The configuration with rewards.workers as it is on this machine, whose ranks and engines have `threads`: what judges in
+    worker processes shares the cores that these leave."""
+    names, rules = _named(config.data.sources if sources is None else sources)
+    in_workers = [name for name in names if issubclass(reward_class(config, name), WorkerReward)]
+    return fitted(config, threads, len(in_workers) + len(rules))
 
 
 def pool_identities(config: RunConfig, sources: Sequence[Source] | None = None) -> dict[str, str | None]:
@@ -386,12 +413,12 @@ def pool_identities(config: RunConfig, sources: Sequence[Source] | None = None) 
     none of these versions, for a run may go on with others."""
     found: dict[str, str | None] = {}
     for name in pools(config, sources):
-        if name == "math":
-            found |= {f"the version of {what}": number for what, number in versions().items()}
         if name.startswith(COMBINE):
             found[name] = registry.source_digest(name.removeprefix(COMBINE).strip())
-        else:
-            found |= (FunctionReward if ":" in name else REWARDS.load(name)).identity(config, name)
+            continue
+        if issubclass(reward_class(config, name), MathReward):
+            found |= {f"the version of {what}": number for what, number in versions().items()}
+        found |= (FunctionReward if ":" in name else REWARDS.load(name)).identity(config, name)
     return found | {"the version of Python": platform.python_version()} if found else {}
 
 
@@ -410,17 +437,17 @@ def open_rewards(
     """The rewards that the run's sources name, or those of `sources`, started, on `judges` too. ConfigError or WatchdogError
     where another node cannot judge as this one does."""
     opening = [(node, node.call("open", sources)) for node in judges.nodes]
-    config = fitted(config, judges.threads, len(pools(config, sources)))
+    config = fitted_to(config, judges.threads, sources)
     sources = config.data.sources if sources is None else sources
     names, rules = _named(sources)
-    in_processes = pools(config, sources)
+    everywhere = pools(config, sources)
     with ExitStack() as started:
-        opened: dict[str, Reward] = {}
+        opened: dict[str, Any] = {}
         for name in (*names, *(f"{COMBINE} {rule}" for rule in rules)):
-            start = in_processes.get(name, partial(_opened, config, name, judges.engines))
+            start = everywhere.get(name, partial(_opened, config, name, judges.engines))
             opened[name] = start()
             started.callback(opened[name].close)
-        _spread(config, opening, sources, {name: one for name, one in opened.items() if isinstance(one, WorkerReward)})
+        _spread(config, opening, sources, {name: opened[name] for name in everywhere})
         recipes = {source.judge: Recipe.of(config, source) for source in sources if source.judge not in source.rewards}
         routed = RoutedReward(
             {name: opened[name] for name in names},
@@ -441,7 +468,7 @@ def _spread(
     config: RunConfig,
     opening: Sequence[tuple[NodeHandle, Any]],
     sources: Sequence[Source],
-    rewards: Mapping[str, WorkerReward],
+    rewards: Mapping[str, Pool],
 ) -> None:
     """Waits until the other nodes are ready, and has them judge too."""
     own, late_at = pool_identities(config, sources) if opening else {}, time.monotonic() + config.trainer.timeout_seconds

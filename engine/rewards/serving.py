@@ -1,6 +1,7 @@
-"""The judging processes of one node of a run, in the process there that holds them: pools as rank 0 has itself, which judge
-what rank 0 gives and keep what came of it until it is taken (engine/rewards/pool/nodes.py is the other side). It decides
-nothing: which answers are judged here, and what becomes of those of a node that is lost, is rank 0's business.
+"""What judges on one node of a run, in the process there that holds it: pools as rank 0 has itself, of worker processes or of
+a user's class, which judge what rank 0 gives and keep what came of it until it is taken (engine/rewards/pool/nodes.py is the
+other side). It decides nothing: which answers are judged here, and what becomes of those of a node that is lost, is rank 0's
+business.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ from engine.config.load import RunConfig
 from engine.config.options import Source
 from engine.rewards.arrivals import Arrivals
 from engine.rewards.pool.nodes import TAKE_SECONDS, Outcome, Request
-from engine.rewards.pool.workers import WorkerReward, fitted
-from engine.rewards.registry import Opened, pool_identities, pools
+from engine.rewards.registry import Opened, Pool, fitted_to, pool_identities, pools
 
 MOMENT_SECONDS = 0.02  # for which a first outcome waits for others, unless half of what is here is judged
 
@@ -31,7 +31,7 @@ class NodeJudges:
     def open(self, sources: Sequence[Source] | None) -> Opened:
         """Starts the processes of the rewards that `sources`, or those of the run, name. ConfigError where one cannot judge
         here, WatchdogError where it does not start."""
-        config = fitted(self._config, self._threads, len(pools(self._config, sources)))
+        config = fitted_to(self._config, self._threads, sources)
         for name, start in pools(config, sources).items():
             self._pools[name] = _Pool(start())
         slots = {name: pool.reward.slots for name, pool in self._pools.items()}
@@ -49,7 +49,7 @@ class NodeJudges:
 class _Pool:
     """One reward's processes, and the judging that is under way."""
 
-    def __init__(self, reward: WorkerReward) -> None:
+    def __init__(self, reward: Pool) -> None:
         self.reward = reward
         self._thread = ThreadPoolExecutor(1, "judging")
         self._changed = Condition()

@@ -34,7 +34,7 @@ from engine.data.records import source_digest
 from engine.models.config_file import stored_dtype
 from engine.models.hf import HfCheckpoint, write_hf_checkpoint
 from engine.observe.origin import Origin
-from engine.rewards.model import ASKED
+from engine.rewards.model import ASKED, READ
 from engine.rewards.registry import identities as reward_identities
 
 SAVED, SEED = "saved", "seed"  # dtypes of an export beside those that have a name
@@ -269,6 +269,8 @@ def other_data(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) ->
     """An error for each data file, and each part that judges, that is not the one the run began with."""
     for key, digest in data_digests(config).items():
         saved = manifest["data"].get(key)
+        if key == READ and saved is None:
+            continue  # it was written before that was looked at
         if digest != saved and key in (VERIFIER, ASKED):
             what = f"version {saved} of the verifier, this Semion has version {digest}"
             if key == ASKED:

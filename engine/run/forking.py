@@ -2,7 +2,8 @@
 begins with. The other run's directory is read and not touched; what is trained from there on is the loop's business, which
 goes on from the checkpoint in the new directory as after any interruption.
 
-    DIRECTORY/fork.json                     where it comes from: run, step, digest of the checkpoint, options that differ
+    DIRECTORY/fork.json                     where it comes from: run, step, digest of the checkpoint, options and contents that
+                                            differ
     DIRECTORY/config.toml                   the options of the new run
     DIRECTORY/checkpoints/step_00000040/    the checkpoint's files (hard links where the disk has them), under a new manifest
 """
@@ -22,6 +23,7 @@ from engine.config.options import AlgorithmOptions
 from engine.core.errors import CheckpointError, ConfigError, SemionError, brief
 from engine.core.files import atomic_write, locked, storing, sync
 from engine.observe.origin import FORK, Origin
+from engine.rewards.model import ASKED, READ
 from engine.run.checkpoint import (
     AXES,
     LATEST,
@@ -29,6 +31,7 @@ from engine.run.checkpoint import (
     POLICY,
     REFERENCE,
     STEPS,
+    VERIFIER,
     ahead_of,
     data_digests,
     latest,
@@ -71,7 +74,8 @@ LATER: dict[str, set[str] | None] = {
     "profile": None,
     "sft": None,
 }
-JUDGING = ("data.", "evaluation.", "reward", "model.")  # begin the names of options that decide how held-out answers score
+# Begin the names of options, and of contents, that decide how held-out answers score
+JUDGING = ("data.", "evaluation.", "reward", "model.", ASKED, READ, VERIFIER)
 
 
 @dataclass(frozen=True)
@@ -217,16 +221,27 @@ def decides_rollouts(name: str) -> bool:
 
 def _other_contents(manifest: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
     """What decides rollouts, is named as it was when the checkpoint was written, and has other contents now: data, a template,
-    a reward. What is not there at all the preflight tells."""
+    a reward, how the reward model is asked. What is not there at all the preflight tells."""
     try:
-        digests = data_digests(config)
+        found = other_contents(manifest, config)
     except SemionError:
         return
-    before = manifest.get("data") or {}
-    for key, digest in digests.items():
-        decides = decides_rollouts(key.partition(" ")[0]) or key == "sync.semantics"  # whose versions are told by its code
-        if decides and digest is not None and before.get(key) not in (None, digest):
+    for key in found:
+        if decides_rollouts(key.partition(" ")[0]) or key == "sync.semantics":  # whose versions are told by its code
             yield key
+
+
+def other_contents(manifest: Mapping[str, Any], config: RunConfig) -> dict[str, tuple[str | None, str]]:
+    """Of what a checkpoint records beside options, data and who judges, what has other contents in `config`, with both digests
+    or versions. What only one of them has follows from their options."""
+    before: Mapping[str, str | None] = manifest.get("data") or {}
+    asked_then = {ASKED: None} if "reward_model.path" in before else {}  # and did not say how
+    there = asked_then | dict(before)
+    found = {}
+    for key, digest in data_digests(config).items():
+        if digest is not None and key in there and digest != there[key] and (there[key] is not None or key == ASKED):
+            found[key] = there[key], digest
+    return found
 
 
 def _saved(manifest: Mapping[str, Any]) -> RunConfig:
@@ -251,6 +266,10 @@ def planned(checkpoint: Path, config: RunConfig, *, needs_reference: bool) -> Fo
     there, here = flat(manifest["config"]), _options(config)
     names = [name for name in (*there, *(name for name in here if name not in there)) if name != "run.directory"]
     changed = {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
+    for key, (before, now) in other_contents(manifest, config).items():
+        if key not in changed:  # else its option tells
+            what = f"{key} (contents)" if "." in key.partition(" ")[0] else key
+            changed[what] = before and before[:12], now[:12]
     run = str(checkpoint.parent.parent)
     origin = Origin(run, int(manifest["step"]), manifest_digest(checkpoint), changed, place)
     return Fork(checkpoint, manifest, config, origin, folder)

@@ -53,10 +53,12 @@ class RayFuture:
 
 class RayEngine:
     """An engine, of the policy or of the reward model, or a node's judges, in a Ray actor; errors call it as its journal does,
-    and name its log."""
+    say on which of several nodes it runs, and name its log."""
 
-    def __init__(self, journal: Journal, start: Callable[[], Any]) -> None:
-        self.name, self._log, self._start = journal.process, journal.log, start
+    def __init__(self, journal: Journal, start: Callable[[], Any], node: int | None = None) -> None:
+        """`node`: where it runs, as errors say it; None where that needs no word."""
+        self.name = journal.process if node is None else f"{journal.process} on node {node}"
+        self._log, self._start = journal.log, start
         self._actor = start()
 
     def restart(self) -> None:

@@ -5,22 +5,25 @@ processes go. What a node has is looked at in machine.py, and comes from there a
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 from engine.capacity.kv_cache import GIB, item_bytes
 from engine.capacity.memory import TrainerState
 from engine.core.errors import ConfigError
+from engine.models.export_plan import export_files, file_bytes, in_turns
 from engine.run.checkpoint import reference_place
 from engine.run.spec import Spec
 
 ROLLOUT_TOKEN_BYTES = 12  # of a token that rank 0 holds: id and log-prob of 4 bytes each, and 4 letters of its text
 SNAPSHOT, OFFLOADED, ROLLOUTS = "snapshot of a checkpoint", "optimizer state and reference", "rollouts"
+EXPORTED = "files of the exported model"
 
 Held = dict[str, int]  # bytes, by what is held
 
 
 def held_by_node(spec: Spec) -> dict[int, Held]:
-    """By node: what its trainer ranks have on the host while a checkpoint is written, and rank 0's rollouts. Of a run on GPUs;
-    ConfigError where its processes do not fit the nodes."""
+    """By node: what its trainer ranks have on the host while a checkpoint, or the model that supervised training exports, is
+    written, and rank 0's rollouts. Of a run on GPUs; ConfigError where its processes do not fit the nodes."""
     found: dict[int, Held] = {}
     for rank, place in enumerate(spec.placed().ranks):
         stage, replica = stage_and_replica(spec, rank)
@@ -30,6 +33,8 @@ def held_by_node(spec: Spec) -> dict[int, Held]:
         parts[OFFLOADED] += TrainerState(spec, stage).host_bytes
         if rank == 0:
             parts[ROLLOUTS] += rollout_bytes(spec)
+    for node, size in exported_by_node(spec).items():
+        found[node][EXPORTED] = size
     return found
 
 
@@ -73,7 +78,7 @@ def rollout_bytes(spec: Spec) -> int:
     """What rank 0 holds of rollouts at most: of all steps that are sampled before the first of them is trained on, each as long
     as it may be."""
     config = spec.config
-    if spec.source != "rollouts":
+    if spec.source != "rollouts" or config.sft.checkpoint_out is not None:
         return 0
     opened = (opens.stop - step for step in range(config.run.steps) if (opens := config.schedule.opens(step)))
     return max(opened, default=0) * config.rollouts_per_step * config.sampling.max_tokens * ROLLOUT_TOKEN_BYTES
@@ -89,6 +94,31 @@ def snapshot_bytes(spec: Spec, stage: int | None = None, *, first_replica: bool 
     weights = state.num_parameters * item_bytes(spec.config.model.dtype) * num_models(spec)
     writes_state = first_replica or t.distributed_optimizer
     return weights // t.data_parallel + (state.saved_bytes if writes_state else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    itemsize: int
+
+
+def exported_by_node(spec: Spec) -> dict[int, int]:
+    """By node: what its trainer ranks have on the host at most of the model that supervised training exports at its end: each
+    one file at a time, whole (`milestones.weights_in_turns`). Of a run on GPUs."""
+    if spec.config.sft.checkpoint_out is None:
+        return {}
+    t, dtype = spec.config.trainer, _Item(item_bytes(spec.config.model.dtype))
+    plan = export_files(spec.shape, spec.trainer, t.data_parallel, dtype, spec.config.sync.bucket_mebibytes << 20)
+    ranks = spec.placed().ranks
+    found: dict[int, int] = defaultdict(int)
+    for turn in in_turns(plan):
+        held: dict[int, int] = defaultdict(int)
+        for file in (plan[place] for place in turn):
+            stage, replica, tp_rank = file.writer
+            rank = (stage * t.data_parallel + replica) * spec.trainer.tp_size + tp_rank
+            held[ranks[rank].node] += file_bytes(file, dtype)
+        for node, size in held.items():
+            found[node] = max(found[node], size)
+    return found
 
 
 def num_models(spec: Spec) -> int:

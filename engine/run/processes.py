@@ -141,14 +141,14 @@ class Cluster:
 
     def start_judges(self, sources: Sequence[Source] | None = None) -> Judges:
         """Starts what judges the run's sources, or `sources`, in processes of its own: the engines of the reward model, where
-        the run has one, and on every other node with a process of the run one that holds the worker processes there, where a
-        reward judges in such. They load while the caller goes on."""
+        the run has one, and on every other node with a process of the run one that holds what judges there, where a reward
+        judges on every node. They load while the caller goes on."""
         spreads = self._spec.starts_engines and len(self._spec.nodes) > 1
-        in_processes = pools(self._config, sources) if spreads else {}
+        everywhere = pools(self._config, sources) if spreads else {}
         nodes = []
-        for number in self._spec.nodes[1:] if in_processes else ():
+        for number in self._spec.nodes[1:] if everywhere else ():
             journal, threads = self._journal(f"judges of node {number}"), self._spec.threads_on(number)
-            at_once = CALLS_PER_POOL * len(in_processes)
+            at_once = CALLS_PER_POOL * len(everywhere)
             start = self._starter(GpuAssignment(number, ()), journal, JUDGES, "config", threads, at_once=at_once)
             nodes.append(RayEngine(journal, start))
         self._engines += nodes
@@ -160,7 +160,9 @@ class Cluster:
         engines = []
         for i, assignment in enumerate(assignments):
             journal = self._journal("the reward engine" if count == 1 else f"reward engine {i}")
-            engines.append(RayEngine(journal, self._starter(assignment, journal, REWARD_ENGINE, "config")))
+            start = self._starter(assignment, journal, REWARD_ENGINE, "config")
+            node = assignment.node if assignment is not None and self._config.cluster.nodes > 1 else None
+            engines.append(RayEngine(journal, start, node))
         self._engines += engines
         return engines
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,21 @@ def shown(scores: list[Score]) -> list[tuple[float, str]]:
     return [(score.value, score.status) for score in scores]
 
 
+class Done(Future[Any]):
+    def on_done(self, told: Callable[[], object]) -> None:
+        self.add_done_callback(lambda _: told())
+
+
 class Asked:
     """The engine's handle, whose calls are done at once."""
+
+    name = "the reward engine"
 
     def __init__(self, engine: RewardEngine) -> None:
         self._engine = engine
 
     def call(self, method: str, *arguments: Any) -> Any:
-        done: Future[Any] = Future()
+        done = Done()
         done.set_result(getattr(self._engine, method)(*arguments))
         return done
 

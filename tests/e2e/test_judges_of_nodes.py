@@ -19,6 +19,17 @@ JUDGE = '''
 import os, time
 from pathlib import Path
 
+from engine.core.types import Score
+from engine.rewards.base import Reward
+
+class Grouped(Reward):
+    per_group = True
+
+    def score(self, answers):
+        Path(answers[0].prompt.problem, f"{answers[0].completion}-{os.getpid()}").touch()
+        time.sleep(0.01)
+        return [Score(float(len(answer.completion)), "ok", (("of", float(len(answers))),)) for answer in answers]
+
 def mark(problem, completion):
     """Leaves the number of the process that judges; `problem` is the folder."""
     Path(problem, f"{completion}-{os.getppid()}").touch()
@@ -32,6 +43,7 @@ def mark(problem, completion):
 PROGRAM = """
 import json, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -89,6 +101,12 @@ with Cluster(resolved) as cluster, open_rewards(made, cluster.start_judges()) as
         (root / "held" / "free").touch()
         told["killed"] = shown(scores.result(120))
     told["after"] = shown(reward.score(asked(root / "after", texts)))
+    sources = config(root / "run", data={"reward": name.replace(":mark", ":Grouped")}).data.sources
+    with open_rewards(made, cluster.start_judges(sources), sources) as reward:
+        found = reward.score([replace(a, group=i // 4, prompt=replace(a.prompt, reward=sources[0].judge))
+                              for i, a in enumerate(asked(root / "class", texts))])
+        told["class"], told["sizes"] = shown(found), sorted({dict(score.parts)["of"] for score in found})
+        told["class nodes"] = len(workers(root / "class"))
 print("TOLD " + json.dumps(told))
 """
 
@@ -103,6 +121,7 @@ def test_two_nodes_judge_as_one_and_one_goes_on_without_the_other(tmp_path: Path
     told = json.loads(done.stdout.partition("TOLD ")[2])
     right = [[float(len("x" * (i % 9 + 1) + str(i))), "ok"] for i in range(200)]
     assert told["scores"] == told["after"] == right
+    assert told["class"] == right and told["sizes"] == [4.0] and told["class nodes"] == 2, "a class, group by group"
     assert told["workers"] == told["hanging workers"] == 2, "one of each node"
     assert told["hanging"] == [[0.0, "timeout"], [0.0, "timeout"], [1.0, "ok"], [2.0, "ok"]]
     assert told["killed"] == [[5.0, "ok"]] * 6, "no answer is taken for one that killed its judge"

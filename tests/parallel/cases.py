@@ -31,7 +31,7 @@ from engine.megatron.policy import Policy
 from engine.megatron.reshard import SavedOptimizer
 from engine.megatron.scatter import scatter_batch
 from engine.models.config_file import read_shape
-from engine.models.export_plan import export_files, export_plan, in_turns
+from engine.models.export_plan import export_files, export_plan, file_bytes, in_turns
 from engine.models.hf import HfCheckpoint, shard_names, write_companions
 from engine.models.sharding import trainer_layout
 from engine.ops import lm_head_log_probs, log_square_probs, token_log_probs
@@ -181,6 +181,7 @@ def through_files(policy: Policy, checkpoint: str, folder: Path) -> Callable[[Po
         digests = dict[int, str]()
         for index, tensors in policy.files(plan, of=which).items():
             assert set(tensors) == set(plan[index].names)
+            assert sum(tensor.nbytes for tensor in tensors.values()) == file_bytes(plan[index], policy.dtype), "as planned"
             digests[index] = write_tensors(folder / which / [*names][index], tensors).sha256
             num_written += 1
         if which == "policy":

@@ -1,5 +1,5 @@
-"""The judging processes of the run's other nodes, as rank 0 has them: a process on each of those nodes holds a pool like the
-one here (engine/rewards/serving.py) and is given its part of what is to be judged. Who judges changes no score: the judge, its
+"""What judges on the run's other nodes, as rank 0 has it: a process on each of those nodes holds a pool like the one here
+(engine/rewards/serving.py) and is given its part of what is to be judged. Who judges changes no score: the judge, its
 deadline and its limits are the same everywhere.
 
 Waiting: nothing here waits but for what has been told to be there. A node owes an answer to each `take` within TAKE_SECONDS,
@@ -27,8 +27,8 @@ SILENT_SECONDS = 60.0  # beyond these, and beyond what judging may take, on a bu
 FETCH_SECONDS = 30.0  # to have here what is known to be there
 QUEUED = 2  # answers that a node holds for each that it judges at once, so that none of its processes waits for us
 
-Request = tuple[Any, ...]  # the arguments of the judge, as JSON can hold them
-Outcome = tuple[Any, Any, str]  # what the judge gave, the status, and the error's text or ""
+Request = tuple[Any, ...]  # the arguments of the judge, as JSON can hold them; for a user's class a group of answers
+Outcome = tuple[Any, Any, str]  # what the judge gave (of a user's class scores), the status, and the error's text or ""
 
 
 class Future(Protocol):

@@ -19,6 +19,7 @@ from engine.forecast import disk, hosts
 from engine.forecast.calibration import Calibration, Measured, calibrated
 from engine.forecast.constants import Constants
 from engine.forecast.seconds import Regime
+from engine.run.host_memory import check_holds
 from engine.run.spec import Spec, resolve, settled
 
 ROOT = Path(__file__).parents[3]
@@ -127,6 +128,28 @@ def test_a_reference_on_the_host_and_offloaded_state_are_on_every_rank_of_a_node
     assert held["optimizer state and reference"] == 8 * WEIGHTS * PARAMETERS["8b"]
     held = hosts.hosts(spec_of(of("8b-4x4", "optimizer.offload_share=1.0"))).held
     assert held["optimizer state and reference"] == pytest.approx(16 * PARAMETERS["8b"])
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "stage", "files", "on_node"),
+    [
+        ("8b-4x4", 4, 8.03e9, 4, 4),  # (parameters of a stage, its files, of them on the fullest node at a time)
+        ("8b-16x24", 16, 8.03e9, 16, 8),
+        ("70b-fp8", 16, PARAMETERS["70b"] / 2, 14, 8),  # files are no larger than 5 GiB, so its eight ranks write in two turns
+        ("405b", 256, LAST_405B, 64, 8),  # a stage's two chunks one after the other, of 32 files each
+    ],
+)
+def test_the_exported_model_of_supervised_training_is_held_file_by_file(
+    name: str, ranks: int, stage: float, files: int, on_node: int
+):
+    """Whole tensors stand in a file, so files are of about one size."""
+    spec = spec_of(of(name, "sft.checkpoint_out=x"))
+    held = hosts.hosts(spec).held
+    assert spec.config.trainer.world_size == ranks and not held.get("rollouts") and "snapshot of a checkpoint" not in held
+    assert held["files of the exported model"] == pytest.approx(WEIGHTS * stage * on_node / files, rel=0.1)
+    assert "files of the exported model" not in hosts.hosts(spec_of(of(name))).held
+    with pytest.raises(ConfigError, match=r"must have the memory for .* GiB needed \(.*files of the exported model \d+"):
+        check_holds(spec, held, 1 << 30, "here")
 
 
 def test_a_reference_of_its_own_is_written_and_copied_too():

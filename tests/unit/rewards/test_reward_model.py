@@ -4,12 +4,15 @@ a lost or late engine becomes. tests/e2e/test_reward_model.py runs the real one.
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from engine.config.options import RewardModel
-from engine.core.errors import CheckpointError, ConfigError, EngineLostError, InferenceError, WatchdogError
+from engine.core.errors import CheckpointError, ConfigError, EngineLostError, EngineStartError, InferenceError, WatchdogError
 from engine.core.types import Prompt, Score
 from engine.data.conversations import Conversations
 from engine.inference.reward_engine import RewardEngine
@@ -270,23 +273,66 @@ def test_the_engine_reads_distinct_conversations_in_an_order_of_their_own():
 # -- the reward
 
 
+class Call(Future):
+    """A call that has ended, or with TimeoutError never does."""
+
+    def on_done(self, told: Callable[[], object]) -> None:
+        if not isinstance(self.error, TimeoutError):
+            told()
+
+
 class FakeScorer:
     """Answers at once, the score of an answer being its length; `errors` come first, one a call of score."""
 
-    def __init__(self, *errors: Exception, start: Exception | None = None) -> None:
-        self.errors, self.start = list(errors), start
+    def __init__(self, *errors: Exception, start: Exception | None = None, name: str = "the reward engine") -> None:
+        self.errors, self.start, self.name = list(errors), start, name
         self.restarts = 0
         self.asked: list[Sequence[tuple[str, str]]] = []
 
-    def call(self, method: str, *arguments: Any) -> Future:
+    def call(self, method: str, *arguments: Any) -> Any:
         if method == "describe":
-            return Future({"form": "fake"}, self.start)
+            return Call({"form": "fake"}, self.start)
         self.asked.append(arguments[0])
         error = self.errors.pop(0) if self.errors else None
-        return Future([Score(float(len(answer)), "ok") for _, answer in arguments[0]], error)
+        return Call([Score(float(len(answer)), "ok") for _, answer in arguments[0]], error)
 
     def restart(self) -> None:
         self.restarts += 1
+
+
+class Killable(FakeScorer):
+    """Answers when it is told to; until it is killed, and anew when it is restarted, unless that fails with `then`."""
+
+    def __init__(self, name: str, then: Exception | None = None) -> None:
+        super().__init__(name=name)
+        self.then = then
+        self.open: list[tuple[Waiting, Any]] = []
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        call = Waiting()
+        if method == "describe" and not self.restarts:
+            call.set_result({})
+            return call
+        if method == "score":
+            self.asked.append(arguments[0])
+        self.open.append((call, [Score(float(len(text)), "ok") for _, text in arguments[0]] if arguments else {}))
+        return call
+
+    def go_on(self) -> None:
+        for call, value in self.open:
+            call.set_result(value)
+        self.open.clear()
+
+    def kill(self, error: Exception | None = None) -> None:
+        """All calls at once, as Ray has it."""
+        owed, self.open = self.open, []
+        for call, _ in owed:
+            call.set_exception(error or EngineLostError(f"the process of {self.name} ended: killed; its log is a.log"))
+
+
+class Waiting(concurrent.futures.Future[Any]):
+    def on_done(self, told: Callable[[], object]) -> None:
+        self.add_done_callback(lambda _: told())
 
 
 def prompt(problem: str, reward: str = "model") -> Prompt:
@@ -311,7 +357,84 @@ def test_a_lost_engine_is_started_anew_once_and_asked_again(caplog):
     engine = FakeScorer(LOST)
     assert ModelReward([engine], 5.0).score([Answer(prompt("a"), "xyz")]) == [Score(3.0, "ok")]
     assert (engine.restarts, engine.asked) == (1, [(("a", "xyz"),)] * 2)
-    assert "the process of the reward engine ended: killed: starting it anew" in caplog.text
+    assert caplog.messages == [
+        "the process of the reward engine ended: killed; it was asked for 1 answers to 1 prompts: starting it anew; asked for "
+        "these now: the reward engine"
+    ]
+
+
+@contextmanager
+def judging(reward: ModelReward) -> Iterator[tuple[Arrivals[Answer], concurrent.futures.Future[list[Score]]]]:
+    """A judging under way; the answers end with the block."""
+    arriving = Arrivals[Answer]()
+    with ThreadPoolExecutor(1) as thread, arriving:
+        yield arriving, thread.submit(reward.score_as_they_arrive, arriving)
+
+
+def test_a_loss_is_noticed_while_answers_still_arrive_and_others_take_what_it_had(caplog):
+    """Also what comes later, until it is up again; then it has its own groups again."""
+    first, second = Killable("reward engine 0 on node 1"), Killable("reward engine 1 on node 2")
+    reward, items = ModelReward([first, second], 60.0), in_groups(8, size=2)
+    with judging(reward) as (arriving, scores):
+        arriving.put(dict(enumerate(items[:8])))
+        assert wait_until(lambda: len(first.open) == len(second.open) == 2)
+        second.kill()
+        assert wait_until(lambda: len(first.open) == 4), "at once, with half of the answers to come"
+        assert second.restarts == 1 and not scores.done()
+        arriving.put({place: items[place] for place in (8, 9, 10, 11)})
+        assert wait_until(lambda: len(first.open) == 6)
+        second.go_on()
+        assert wait_until(lambda: reward._engines[1].starting is None)
+        arriving.put({place: items[place] for place in (12, 13, 14, 15)})
+        assert wait_until(lambda: len(second.open) == 1 and len(first.open) == 7)
+        first.go_on()
+        second.go_on()
+    assert [score.value for score in scores.result(20)] == [float(i + 1) for i in range(16)]
+    assert caplog.messages == [
+        "the process of reward engine 1 on node 2 ended: killed; its log is a.log; it was asked for 4 answers to 2 prompts: "
+        "starting it anew; asked for these now: reward engine 0 on node 1"
+    ]
+
+
+def test_an_engine_that_cannot_start_again_is_asked_nothing_more_and_the_last_one_ends_the_run_at_once(caplog):
+    failing = EngineStartError("the process of reward engine 1 ended: no memory")
+    first, second = Killable("reward engine 0"), Killable("reward engine 1")
+    reward, items = ModelReward([first, second], 60.0), in_groups(4)
+    with judging(reward) as (arriving, scores):
+        arriving.put(dict(enumerate(items[:2])))
+        assert wait_until(lambda: len(second.open) == 1)
+        second.kill()
+        assert wait_until(lambda: second.restarts == 1 and len(first.open) == 2)
+        second.kill(failing)
+        assert wait_until(lambda: reward._engines[1].is_out)
+        assert "no memory: it is asked nothing more until the run is started again" in caplog.text
+        arriving.put({2: items[2], 3: items[3]})
+        assert wait_until(lambda: len(first.open) == 4)
+        first.open, later = first.open[:2], first.open[2:]  # it judges two, and is lost over another
+        first.go_on()
+        first.open = later
+        first.kill()
+        assert wait_until(lambda: first.restarts == 1 and len(first.open) == 3), "it starts anew, and is asked again"
+        began = time.monotonic()
+        first.kill(EngineStartError("the process of reward engine 0 ended: no memory"))
+        with pytest.raises(EngineStartError, match="reward engine 0 ended: no memory"):
+            scores.result(10)
+        assert time.monotonic() - began < 10
+
+
+def test_a_group_under_which_two_engines_are_lost_ends_the_run():
+    first, second = Killable("reward engine 0"), Killable("reward engine 1")
+    with judging(ModelReward([first, second], 60.0)) as (arriving, scores):
+        arriving.put(dict(enumerate(in_groups(1, size=3))))
+        assert wait_until(lambda: len(first.open) == 1)
+        first.kill()
+        assert wait_until(lambda: len(second.open) == 1)
+        second.kill()
+        with pytest.raises(
+            EngineLostError,
+            match=r"engine 1 ended: .* asked for 3 answers to 1 prompts, and is the second that was lost over one",
+        ):
+            scores.result(10)
 
 
 def in_groups(count: int, size: int = 1) -> list[Answer]:
@@ -362,30 +485,27 @@ def test_a_group_is_asked_while_others_still_arrive():
         assert [score.value for score in scores.result(20)] == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_of_several_engines_only_the_lost_ones_are_started_anew_and_asked_again():
-    engines, items = [FakeScorer(LOST), FakeScorer(), FakeScorer(LOST)], in_groups(5)
-    assert [score.value for score in ModelReward(engines, 5.0).score(items)] == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert [(engine.restarts, len(engine.asked)) for engine in engines] == [(1, 3), (0, 2), (1, 2)]
-    late = [FakeScorer(), FakeScorer(TimeoutError())]
+def test_the_engine_that_is_late_is_named():
+    late = [FakeScorer(name="reward engine 0"), FakeScorer(TimeoutError(), name="reward engine 1")]
     with pytest.raises(
-        InferenceError, match=r"reward engine 1 did not answer 'score' within reward_model\.timeout_seconds = 5\.0"
+        InferenceError, match=r"reward engine 1 did not answer 'score' within reward_model\.timeout_seconds = 0\.2"
     ):
-        ModelReward(late, 5.0).score(items)
+        ModelReward(late, 0.2).score(in_groups(5))
 
 
 @pytest.mark.parametrize(
     ("errors", "restarts", "kind", "sentence"),
     [
         ((LOST, LOST), 1, InferenceError, "the reward engine ended: killed"),
-        ((TimeoutError(),), 0, InferenceError, r"answer 'score' within reward_model\.timeout_seconds = 5\.0: raise it"),
-        ((LOST, TimeoutError()), 1, InferenceError, r"answer 'score' within reward_model\.timeout_seconds = 5\.0"),
+        ((TimeoutError(),), 0, InferenceError, r"answer 'score' within reward_model\.timeout_seconds = 0\.2: raise it"),
+        ((LOST, TimeoutError()), 1, InferenceError, r"answer 'score' within reward_model\.timeout_seconds = 0\.2"),
         ((WatchdogError("it failed"),), 0, WatchdogError, "it failed"),
     ],
 )
 def test_what_a_second_start_does_not_mend_ends_the_run(errors, restarts, kind, sentence):
     engine = FakeScorer(*errors)
     with pytest.raises(kind, match=sentence):
-        ModelReward([engine], 5.0).score([Answer(prompt("a"), "x")])
+        ModelReward([engine], 0.2).score([Answer(prompt("a"), "x")])
     assert engine.restarts == restarts
 
 

@@ -383,6 +383,8 @@ def test_a_reward_streams_where_its_scores_depend_on_no_other_group(tmp_path: An
         "from engine.rewards.base import Reward\n"
         "class Together(Reward):\n    def score(self, answers):\n        return []\n"
         "class Apart(Together):\n    per_group = True\n"
+        "from engine.rewards.math.reward import MathReward\n"
+        "class Verifier(MathReward):\n    def score(self, answers):\n        return []\n"
         "def alone(completion):\n    return 0.0\n"
         "def of_group(group):\n    return [0.0 for _ in group]\n"
     )
@@ -397,6 +399,10 @@ def test_a_reward_streams_where_its_scores_depend_on_no_other_group(tmp_path: An
     check("model", reward_model={"path": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"found data.reward = .*Together', which judges a step together"):
         check("Together")
+    with pytest.raises(
+        ConfigError, match=r"found .*:Verifier', which inherits per_group, .* set per_group = True in the class"
+    ):
+        check("Verifier")
     check("Together", sync={"sync_interval": 1})
 
 

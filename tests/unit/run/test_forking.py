@@ -18,9 +18,10 @@ from engine.models.hf import HfCheckpoint
 from engine.observe.origin import read_origin
 from engine.observe.reading import read_run
 from engine.observe.regime import prove
+from engine.rewards.model import ASKED, READ
 from engine.run.card import complete
 from engine.run.checkpoint import data_digests, export, latest, manifest_digest, read_manifest, reference_place
-from engine.run.forking import LATER, _reference, decides_rollouts, fork_faults, sampled_otherwise
+from engine.run.forking import LATER, _reference, decides_rollouts, fork_faults, other_contents, sampled_otherwise
 from engine.run.records import Records
 from tests.builders import config, make_model
 from tests.checkpoints import open_folder, snapshot_of
@@ -101,6 +102,37 @@ def test_a_fork_begins_with_the_bits_of_the_newest_checkpoint(source: RunConfig,
     assert "after 8 steps" in said and "algorithm.beta 0.1 -> 0.5" in said
     assert f"semion train {directory}/config.toml --resume auto" in said
     assert cli.main(["check", str(directory / "config.toml"), "--resume", "auto"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "what", "judged"),
+    [
+        ("train.jsonl", "data.train (contents)", []),
+        ("held_out.jsonl", "data.held_out (contents)", []),
+        (None, "the version of the verifier", []),
+        ("other.jsonl", None, [JUDGED]),
+    ],
+)
+def test_other_contents_are_recorded_and_old_accuracies_not_put_beside_new_ones(
+    source: RunConfig, monkeypatch: pytest.MonkeyPatch, file: str | None, what: str | None, judged: list[Any]
+) -> None:
+    """Of what has the same name in both runs: data, and who judges."""
+    if file is None:
+        monkeypatch.setattr("engine.rewards.math.reward.VERIFIER_VERSION", "next")
+    else:
+        (source.run_directory.parent / file).write_text(json.dumps(ROW | {"problem": "changed"}) + "\n")
+    before = read_manifest(source.run_directory / "checkpoints" / "step_00000008")["data"]
+    directory = fork(source, "run.steps=20")
+    made, saved = loaded(directory)
+    origin = read_origin(directory)
+    assert origin is not None and set(origin.changed) == {"run.steps", *([] if what is None else [what])}
+    if what is not None:
+        key = what.removesuffix(" (contents)")
+        assert origin.changed[what] == tuple(str(digests[key])[:12] for digests in (before, data_digests(made)))
+        assert what in origin.differences()
+    records = Records.open(made, saved.step, open_folder(directory / "checkpoints").records())
+    assert records.judged == judged
+    records.close()
 
 
 def test_its_records_begin_with_it_and_every_checkpoint_says_where_it_comes_from(source: RunConfig, tmp_path: Path) -> None:
@@ -410,3 +442,29 @@ def test_a_fork_that_was_killed_on_the_way_is_made_again(source: RunConfig) -> N
     ledger.close()
     (directory / "checkpoints" / "LATEST").unlink()
     fork(source, "run.steps=20", expect=2)  # there are steps on record
+
+
+def test_how_the_reward_model_was_asked_is_asked_too(tmp_path: Path) -> None:
+    """Of kept rollouts; and where nothing is kept, it is told. A checkpoint that says nothing of it is of one that asked
+    otherwise, but of how the files read, which was looked at later, nothing is known then."""
+    (folder := tmp_path / "judge").mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("aaa")
+    options: dict[str, Any] = {"data": {"reward": "model"}, "reward_model": {"path": str(folder)}}
+    least: dict[str, Any] = {"run": {"steps": 12}, "sync": AHEAD, "algorithm": GRPO}
+    made = config(tmp_path / "c", **(least | options))
+    digests = data_digests(made)
+    assert faults_ahead(tmp_path, options, options, data=digests) == []
+    for known, found in (
+        ({name: digest for name, digest in digests.items() if name != ASKED}, [ASKED]),
+        (digests | {ASKED: "1"}, [ASKED]),
+        ({name: digest for name, digest in digests.items() if name != READ}, []),
+        (digests | {"reward_model.path": "0"}, ["reward_model.path"]),
+    ):
+        assert list(other_contents({"data": known}, made)) == found
+        faults = faults_ahead(tmp_path, options, options, data=known)
+        assert [fault.partition(" must be what run was written with")[0] for fault in faults] == found
+    (folder / "chat_template.jinja").write_text("bbb")  # as long as it was
+    assert list(other_contents({"data": digests}, made)) == [READ]
+    assert [fault.partition(" must be")[0] for fault in faults_ahead(tmp_path, options, options, data=digests)] == [READ]
+    assert other_contents({"data": {}}, made) == {}, "another reward, which an option tells"
