@@ -5,8 +5,9 @@ tokens in whole units, and beside rows that are as few and as full as first fit 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -117,18 +118,36 @@ def over_ideal(dealt: Dealt, costs: Costs, num_stages: int, num_chunks: int) -> 
 
 def dealt_twice(case: Case, lengths: LogNormal, number: int, *, cuts_groups: bool = False) -> tuple[Layout, Layout]:
     """A draw as the peer deals it and as it is dealt now."""
-    trainer = Trainer(
-        data_parallel=case.data_parallel,
-        pipeline_parallel=case.pipeline_parallel,
-        virtual_pipeline=case.virtual_pipeline,
-        microbatch_tokens=ROW_TOKENS[lengths],
-    )
+    trainer = trainer_of(case, lengths)
     outlines = drawn(case, lengths, random.Random(number))
     shares = deal_step(outlines, step=0, num_prompts=0, trainer=trainer, attention=ATTENTION, cuts_groups=cuts_groups)
     now, split = [list(map(list, share.rows)) for share in shares], [share.split for share in shares]
     peer, costs = by_tokens(outlines, trainer), Costs(False, ATTENTION)
     larger = [frozenset(too_large([one for row in rows for one in row], trainer, costs)) for rows in peer]
     return (peer, costs, larger), (now, Costs(True, ATTENTION), split)
+
+
+def dealing_seconds(case: Case, lengths: LogNormal) -> float:
+    """Of CPU, for about a million trained tokens: the fastest of three, a million tokens."""
+    together = 16 if case.group == 1 else case.group
+    case = replace(case, num_sequences=round(1e6 / lengths.mean / together) * together)
+    trainer, outlines = trainer_of(case, lengths), drawn(case, lengths, random.Random(0))
+    found = []
+    for _ in range(3):
+        started = time.process_time()
+        deal_step(outlines, step=0, num_prompts=0, trainer=trainer, attention=ATTENTION, cuts_groups=case.group > 2)
+        found.append(time.process_time() - started)
+    return min(found) / sum(one.num_completion for one in outlines) * 1e6
+
+
+def trainer_of(case: Case, lengths: LogNormal) -> Trainer:
+    """Its layout."""
+    return Trainer(
+        data_parallel=case.data_parallel,
+        pipeline_parallel=case.pipeline_parallel,
+        virtual_pipeline=case.virtual_pipeline,
+        microbatch_tokens=ROW_TOKENS[lengths],
+    )
 
 
 def bound(case: Case, lengths: LogNormal, num_draws: int) -> float:
@@ -172,14 +191,17 @@ def balance(num_draws: int) -> dict[str, list[dict[str, Any]]]:
     print(
         "\na pipeline's step, with what rows cost, over one in which nobody waits: rows as few as first fit makes, and as they"
     )
-    print("are made; the mean number of rows of each")
+    print("are made; the mean number of rows of each; seconds of CPU that dealing takes a million trained tokens")
     for case, lengths in PIPELINES:
         twice = [dealt_twice(case, lengths, number, cuts_groups=case.group > 2) for number in draws]
         stages, chunks = case.pipeline_parallel, case.virtual_pipeline
         before, now = (fmean(over_ideal(*both[side][:2], stages, chunks) for both in twice) for side in (0, 1))
         few, made = (fmean(len(both[side][0][0]) for both in twice) for side in (0, 1))
         name = f"{case.loss} {case.num_sequences} sequences of {lengths.mean:.0f}, {case.data_parallel} ranks"
-        print(f"{name}, {stages} stages of {chunks} chunks: {before:.2f} with {few:.0f} rows, {now:.2f} with {made:.0f}")
+        seconds = dealing_seconds(case, lengths)
+        told = f"{before:.2f} with {few:.0f} rows, {now:.2f} with {made:.0f}; {seconds:.4f} s"
+        print(f"{name}, {stages} stages of {chunks} chunks: {told}")
         found = {"case": name, "stages": stages, "chunks": chunks, "by_tokens": before, "now": now, "rows": made}
+        found["dealing_seconds_per_million"] = seconds
         tables["pipeline"].append(found)
     return tables

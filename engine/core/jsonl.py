@@ -111,24 +111,26 @@ def read_rows(
     error: type[SemionError] = DataError,
     needs: Collection[str] = (),
     *,
-    numbers: bool = False,
+    numbers: bool | Collection[str] = False,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a ledger, which another process may be writing, from the byte `start` on; none where there is no file.
     `error` names file and line where one is no JSON object with an integer `step` and all that the reader `needs`; with
-    `numbers`, also where it has anything but numbers (`require_numbers`)."""
+    `numbers`, also where it has anything but numbers, or those that are named have (`require_numbers`)."""
     if Path(path).exists():
         for line in read_lines(path, start):
             row = row_of(line, error)
             require_names(row, needs, line, error)
             if numbers:
-                require_numbers(row, line, error)
+                require_numbers(row, line, error, names=None if numbers is True else numbers)
             yield row
 
 
-def require_numbers(row: Row, line: Line, error: type[SemionError] = DataError) -> None:
-    """`error` where a line's row has anything but finite numbers and nulls, as rows of metrics do: somebody else has written
-    it."""
-    for name, value in row.items():
+def require_numbers(
+    row: Row, line: Line, error: type[SemionError] = DataError, *, names: Collection[str] | None = None
+) -> None:
+    """`error` where a line's row has anything but finite numbers and nulls, as rows of metrics do, or where what is at `names`,
+    which are there, is anything else: somebody else has written it."""
+    for name, value in row.items() if names is None else [(name, row[name]) for name in names]:
         is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
         if value is not None and not is_number:
             raise error(f"{line.where}: `{name}` must be a number or null; found {brief(value)}: mend or delete that line")

@@ -1,4 +1,4 @@
-"""Balances units of a step over bins, ranks or rows, by their work: with whole units where that is even, else with units cut.
+"""Balances units of a step over ranks by their work: with whole units where that is even, else with units cut.
 
 A unit without a group may be cut; its prompt is then computed once in every part. A group may be cut over ranks where its loss
 can be differentiated by log-probs that several ranks have: the policy then scores its sequences first, which is a forward more
@@ -11,7 +11,6 @@ import heapq
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
-from functools import cached_property
 from itertools import accumulate
 from typing import TypeVar
 
@@ -37,18 +36,19 @@ class Unit:
         self.num_alone = len(self._alone)
         self._coupled = [one for one in members if one.group >= 0] if self.num_alone < len(members) else []
         self.work, self.tokens = costs.size(members)
-        work, tokens = costs.size(self._coupled)
-        self._scored_first = SCORED_FIRST * work if row is not None and tokens > row else 0.0
+        work, tokens = costs.size(self._coupled) if self._alone else (self.work, self.tokens)
+        self._scored_first = SCORED_FIRST * work if self._coupled and row is not None and tokens > row else 0.0
         self._group: Part = (self._coupled, work + self._scored_first, tokens)
-        prompt = members[0].num_prompt - 1
-        self._shared = costs.shares_prompts and all(one.prompt == members[0].prompt for one in self._alone)
+        if self._alone:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        prompt = self.members[0].num_prompt - 1
+        self._shared = self._costs.shares_prompts and all(one.prompt == self.members[0].prompt for one in self._alone)
         self._prompt, self._looks = prompt, prompt**2 / 2
         self._tokens_before = list(accumulate((one.num_completion for one in self._alone), initial=0))
         looks = (one.num_completion * (prompt + one.num_completion / 2) for one in self._alone)
         self._looks_before = list(accumulate(looks, initial=0.0))
-        before = zip(self._tokens_before, self._looks_before, strict=True)
-        self._work_before = [tokens + costs.attention * looks for tokens, looks in before]
-        self._prompt_work = prompt + costs.attention * self._looks
 
     def parts(self, most: int) -> list[Part]:
         """The unit cut into at most so many parts, its group never."""
@@ -63,41 +63,6 @@ class Unit:
     def _part(self, start: int, end: int) -> Part:
         return self._alone[start:end], *self.size(start, end)
 
-    @cached_property
-    def largest_piece(self) -> float:
-        """The work of the largest of what may be cut from each other."""
-        return max(work for _, work, _ in self.parts(len(self.members)))
-
-    @property
-    def num_pieces(self) -> int:
-        """What may be cut from each other: its group, and every other sequence."""
-        return bool(self._coupled) + self.num_alone
-
-    def longest(self, start: int, work: float, tokens: int, least: int) -> tuple[int, Part]:
-        """(Where it ends, the longest run of pieces from one on that has no more work and tokens), of at least so many."""
-        before = int(bool(self._coupled))
-        if start < before:
-            fits = self._group[1] <= work and self._group[2] <= tokens
-            return (1, self._group) if fits or least else (0, ([], 0.0, 0))
-        first = start - before
-        end = self._furthest(first, work, tokens)
-        if end - first <= 1:  # one by itself costs a little more than a part of one
-            end = first + (least > 0 or self._within(first, first + 1, work, tokens))
-        return end + before, ((self._alone[first:end], *self.size(first, end)) if end > first else ([], 0.0, 0))
-
-    def _furthest(self, first: int, work: float, tokens: int) -> int:
-        """Where a run from `first` on ends that has no more work and tokens."""
-        if not self._shared:
-            fits = (end for end in range(self.num_alone, first, -1) if self._within(first, end, work, tokens))
-            return next(fits, first)
-        by_work = bisect_right(self._work_before, work - self._prompt_work + self._work_before[first])
-        by_tokens = bisect_right(self._tokens_before, tokens - self._prompt + self._tokens_before[first])
-        return max(first, min(by_work, by_tokens) - 1)
-
-    def _within(self, first: int, end: int, work: float, tokens: int) -> bool:
-        found = self.size(first, end)
-        return found[0] <= work and found[1] <= tokens
-
     def size(self, start: int, end: int) -> tuple[float, int]:
         """(work, tokens) of so many of its sequences that may be cut from each other."""
         if end - start == 1:
@@ -110,61 +75,13 @@ class Unit:
         return tokens + self._costs.attention * looks, tokens
 
 
-def deal_to_rows(units: list[Unit], num_rows: int, room: int) -> list[list[Outline]] | None:
-    """Deals units, or where that makes rows more equal their sequences, to rows of at most `room` tokens, the largest first to
-    the row with the least work that has room; None where rows are too few. Every row keeps the given order. Units that are
-    larger than a row are always cut."""
-    found, least = None, math.inf
-    for whole in (True, False):
-        parts = [part for unit in units for part in unit.parts(1 if whole and unit.tokens <= room else len(unit.members))]
-        chosen, fullest = _largest_first(parts, num_rows, room) if num_rows else (None, 0.0)
-        if chosen is not None and fullest < WORTH_CUTTING * least:
-            found, least = _bins_of(parts, chosen), fullest
-    return found
-
-
-def cut_to_rows(units: list[Unit], num_rows: int, room: int) -> list[list[Outline]] | None:
-    """Fills rows of at most `room` tokens one after another, in the given order, each up to the least limit of work for which
-    so many are enough; None where these are too few. A unit is cut where a row is full, so fewer than `num_rows` prompts are
-    computed again."""
-    if not num_rows:
-        return None
-    largest = max((unit.largest_piece for unit in units), default=0.0)
-    least = max(largest, math.fsum(unit.work for unit in units) / num_rows)
-
-    def attempt(limit: float) -> tuple[list[list[Outline]], float] | None:
-        rows = _filled(units, limit, room)
-        if len(rows) > num_rows or any(tokens > room for _, _, tokens in rows):
-            return None
-        return [members for members, _, _ in rows], max((work for _, work, _ in rows), default=0.0)
-
-    whole = attempt(math.inf)
-    return None if whole is None else (_least_limit(attempt, least, whole[1]) or whole)[0]
-
-
-def _filled(units: list[Unit], limit: float, room: int) -> list[Part]:
-    """Rows one after another, none above limit and room but those of one sequence or group that is."""
-    rows: list[Part] = []
-    own, load, used = list[Outline](), 0.0, 0
-    for unit in units:
-        start = 0
-        while start < unit.num_pieces:
-            start, (members, work, tokens) = unit.longest(start, limit - load, room - used, 0 if own else 1)
-            own, load, used = own + members, load + work, used + tokens
-            if start < unit.num_pieces:
-                rows.append((own, load, used))
-                own, load, used = [], 0.0, 0
-    return [*rows, (own, load, used)] if own else rows
-
-
 def deal_to_ranks(
     units: list[list[Outline]], num_ranks: int, costs: Costs, *, row: int | None = None, cuts_groups: bool = False
 ) -> list[list[Outline]]:
     """Deals units to ranks, with the fewest cuts that balance the work. Every rank keeps the given order. `row`: the tokens of
     a row; larger groups are scored first, wherever they are. `cuts_groups`: groups may be cut too, and are scored first then.
     """
-    parts, chosen, fullest = _cut([Unit(unit, costs, row) for unit in units], num_ranks, None)
-    assert chosen is not None, "a rank has room for everything"
+    parts, chosen, fullest = _cut([Unit(unit, costs, row) for unit in units], num_ranks)
     chosen, fullest = _fitted(parts, num_ranks, fullest) or (chosen, fullest)
     return (_with_groups_cut(parts, num_ranks, costs, fullest) if cuts_groups else None) or _bins_of(parts, chosen)
 
@@ -173,15 +90,15 @@ def _bins_of(parts: list[Part], chosen: Chosen) -> list[list[Outline]]:
     return [[one for i in sorted(indices) for one in parts[i][0]] for indices in chosen]
 
 
-def _cut(units: list[Unit], num_bins: int, room: int | None) -> tuple[list[Part], Chosen | None, float]:
+def _cut(units: list[Unit], num_bins: int) -> tuple[list[Part], Chosen, float]:
     """(The parts of the units, what of them each bin has, the work of the fullest), the largest part to the least loaded bin
     first."""
-    found: tuple[list[Part], Chosen | None, float] = [], None, float("inf")
+    found: tuple[list[Part], Chosen, float] = [], [], math.inf
     most, cut = max((unit.num_alone for unit in units), default=1), 1
     while True:
         parts = [part for unit in units for part in unit.parts(cut)]
-        chosen, fullest = _largest_first(parts, num_bins, room)
-        if chosen is not None and fullest < WORTH_CUTTING * found[2]:
+        chosen, fullest = _largest_first(parts, num_bins)
+        if fullest < WORTH_CUTTING * found[2]:
             found = parts, chosen, fullest
         # A cut takes no work away, so no bin gets below today's mean by another one.
         mean = math.fsum(work for _, work, _ in parts) / num_bins
@@ -190,26 +107,13 @@ def _cut(units: list[Unit], num_bins: int, room: int | None) -> tuple[list[Part]
         cut *= 2
 
 
-def _largest_first(parts: list[Part], num_bins: int, room: int | None) -> tuple[Chosen | None, float]:
-    """(What each bin has, the work of the fullest.)"""
+def _largest_first(parts: list[Part], num_bins: int) -> tuple[Chosen, float]:
+    """(What each bin has, the work of the fullest), the largest part to the least loaded bin first."""
     chosen: Chosen = [[] for _ in range(num_bins)]
-    used = [0] * num_bins
     loads = [(0.0, place) for place in range(num_bins)]
     for i in _by_work(parts):
-        _, work, tokens = parts[i]
-        if room is None:
-            load, place = loads[0]
-            heapq.heapreplace(loads, (load + work, place))
-        else:
-            full = []
-            while loads and used[loads[0][1]] + tokens > room:
-                full.append(heapq.heappop(loads))
-            if not loads:
-                return None, 0.0
-            load, place = heapq.heappop(loads)
-            used[place] += tokens
-            for entry in (*full, (load + work, place)):
-                heapq.heappush(loads, entry)
+        load, place = loads[0]
+        heapq.heapreplace(loads, (load + parts[i][1], place))
         chosen[place].append(i)
     return chosen, max(load for load, _ in loads)
 
@@ -228,16 +132,19 @@ def _fitted(parts: list[Part], num_bins: int, fullest: float) -> tuple[Chosen, f
     """
     works, order = [work for _, work, _ in parts], _by_work(parts)
     least = max(max(works, default=0.0), math.fsum(works) / num_bins)
-    return _least_limit(lambda limit: _best_fit(works, order, num_bins, limit), least, fullest)
+    return least_limit(lambda limit: _best_fit(works, order, num_bins, limit), least, fullest)
 
 
-def _least_limit(
-    attempt: Callable[[float], tuple[Dealing, float] | None], least: float, fullest: float
+def least_limit(
+    attempt: Callable[[float], tuple[Dealing, float] | None],
+    least: float,
+    fullest: float,
+    close: float = (1 - WORTH_CUTTING) / 2,
 ) -> tuple[Dealing, float] | None:
     """What `attempt` gives, a dealing and its fullest bin's work, for about the least limit between `least` and `fullest` for
-    which it gives one; None where none is WORTH_CUTTING."""
+    which it gives one, to `close` times the least; None where none is WORTH_CUTTING."""
     found, low, high = None, least, WORTH_CUTTING * fullest
-    while high - low > (1 - WORTH_CUTTING) / 2 * least:
+    while high - low > close * least:
         limit = high if found is None else (low + high) / 2
         if (tried := attempt(limit)) is not None:
             found, high = tried, tried[1]
@@ -316,7 +223,7 @@ def _with_groups_cut(parts: list[Part], num_bins: int, costs: Costs, fullest: fl
                 chosen[place].append((i, one))
         return chosen, max(bins.loads)
 
-    found = _least_limit(attempt, mean, fullest)
+    found = least_limit(attempt, mean, fullest)
     if found is None:
         return None
     return [[one for _, one in sorted(own, key=lambda part: (part[0], part[1].place))] for own in found[0]]

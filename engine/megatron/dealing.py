@@ -13,8 +13,11 @@ from itertools import chain
 from engine.config.options import Trainer
 from engine.core.errors import ConfigError
 from engine.megatron.balancing import deal_to_ranks
-from engine.megatron.outlines import Costs, Outline, units_of
-from engine.megatron.pipelined_rows import PipelinedRows, best_number
+from engine.megatron.outlines import Costs, Outline, units_of, whole_groups
+from engine.megatron.pipelined_rows import pipelined_rows
+from engine.megatron.row_filling import Pieces
+
+Rows = list[list[Outline]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,21 @@ def deal_step(
         "num_groups": len({outline.group for outline in outlines} - {-1}),
         "num_target_tokens": sum(outline.num_completion for outline in outlines),
         "num_sequence_tokens": num_tokens,
-        "num_saved_tokens": num_tokens - sum(costs.num_tokens(row) for of_rank in dealt.rows for row in of_rank),
+        "num_saved_tokens": sum(_saved(row) for of_rank in dealt.rows for row in of_rank) if costs.shares_prompts else 0,
     }
     return [
         Share(step, tuple(map(tuple, rows)), _num_spread(rows, dealt.spread), split, **counts)
         for rows, split in zip(dealt.rows, dealt.split, strict=True)
     ]
+
+
+def _saved(row: Many[Outline]) -> int:
+    """Tokens that a row does not hold since samples share prompts: of each shared one all but one copy, and its last token."""
+    prompts = {one.prompt: one.num_prompt for one in row}
+    if len(prompts) == len(row):
+        return 0
+    counts = Counter([one.prompt for one in row])
+    return sum((count - 1) * prompts[prompt] + 1 for prompt, count in counts.items() if count > 1)
 
 
 def _num_spread(rows: Many[Many[Outline]], spread: Collection[int]) -> int:
@@ -70,7 +82,7 @@ def _num_spread(rows: Many[Many[Outline]], spread: Collection[int]) -> int:
 class Dealt:
     """A step's sequences in rows."""
 
-    rows: list[list[list[Outline]]]  # of every data-parallel rank, equally many on each; some may be empty
+    rows: list[Rows]  # of every data-parallel rank, equally many on each; some may be empty
     split: list[frozenset[int]]  # of every rank its groups that are split over several rows or ranks
     spread: frozenset[int]  # the groups that several ranks have parts of
 
@@ -108,39 +120,41 @@ def pack_rows(
     Without a pipeline rows are as few as first fit makes them. With one pipelined_rows.py says how many there are and in which
     order, unless every row is padded to its largest length.
     """
-    rows = [_first_fit(part, apart, spread, trainer, costs) for part, apart in zip(parts, split, strict=True)]
+    room, kinds = room_of(trainer), [_kinds(part, apart, spread) for part, apart in zip(parts, split, strict=True)]
+    _refuse_longer(parts, room, trainer.row_multiple)
+    if trainer.pipeline_parallel > 1 and trainer.row_multiple < trainer.microbatch_tokens:
+        return pipelined_rows(
+            [[Pieces(kind, apart, room, costs) for kind in of_rank] for of_rank, apart in zip(kinds, split, strict=True)],
+            spread,
+            trainer,
+        )
+    rows = [
+        [row for kind in of_rank for row in _fit(kind, apart, room, costs)] for of_rank, apart in zip(kinds, split, strict=True)
+    ]
     together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
     num_rows = -(-max(1, *map(len, rows)) // together) * together
-    if trainer.pipeline_parallel > 1 and trainer.row_multiple < trainer.microbatch_tokens:
-        ranks = [
-            PipelinedRows(_dealable(part, apart, spread, costs), few, spread, room_of(trainer), trainer, costs)
-            for part, apart, few in zip(parts, split, rows, strict=True)
-        ]
-        num_rows = best_number(ranks, num_rows, trainer)
-        rows = [rank.rows(num_rows)[0] for rank in ranks]
     return [own + [[] for _ in range(num_rows - len(own))] for own in rows]
 
 
-def _dealable(
-    outlines: Many[Outline], split: Collection[int], spread: Collection[int], costs: Costs
-) -> list[list[list[Outline]]]:
-    """What may share rows, kind by kind; of units with groups that are split every sequence by itself."""
-    found = []
-    for kind in _kinds(outlines, split, spread):
-        units = []
-        for unit in units_of(kind, costs):
-            units += _whole_groups(unit, split) if any(one.group in split for one in unit) else [unit]
-        found.append(units)
-    return found
+def _refuse_longer(parts: Many[Many[Outline]], room: int, multiple: int) -> None:
+    longest = max((one.num_prompt + one.num_completion for part in parts for one in part), default=0)
+    if longest > room:
+        raise ConfigError(
+            f"trainer.microbatch_tokens must hold a sequence; found {room} < {longest}: raise it "
+            f"to {-(-longest // multiple) * multiple}, or shorten data.max_prompt_tokens or sampling.max_tokens"
+        )
 
 
 def too_large(outlines: Many[Outline], trainer: Trainer, costs: Costs) -> set[int]:
     """The groups that are larger than a row."""
     groups: dict[int, list[Outline]] = {}
+    tokens = Counter[int]()
     for one in outlines:
         if one.group >= 0:
             groups.setdefault(one.group, []).append(one)
-    return {group for group, members in groups.items() if costs.num_tokens(members) > room_of(trainer)}
+            tokens[one.group] += one.num_prompt + one.num_completion
+    room = room_of(trainer)
+    return {group for group, members in groups.items() if tokens[group] > room and costs.num_tokens(members) > room}
 
 
 def room_of(trainer: Trainer) -> int:
@@ -174,14 +188,6 @@ class _Open:
             self.prompts.setdefault(one.prompt, []).append(one)
 
 
-def _first_fit(
-    outlines: Many[Outline], split: Collection[int], spread: Collection[int], trainer: Trainer, costs: Costs
-) -> list[list[Outline]]:
-    """As few rows as first fit in the given order makes, kind by kind. The sequences of a unit that is larger than a row are
-    laid out one by one, those of a group that is not split together."""
-    return [row for kind in _kinds(outlines, split, spread) for row in _fit(kind, split, trainer, costs)]
-
-
 def _kinds(outlines: Many[Outline], split: Collection[int], spread: Collection[int]) -> list[list[Outline]]:
     """What has rows of its own: the sequences of groups that are spread over ranks, of others that are split, and all others,
     as far as there are any."""
@@ -191,9 +197,10 @@ def _kinds(outlines: Many[Outline], split: Collection[int], spread: Collection[i
     return [kind for kind in kinds if kind]
 
 
-def _fit(outlines: list[Outline], split: Collection[int], trainer: Trainer, costs: Costs) -> list[list[Outline]]:
-    rows: list[_Open] = []
-    room, units = room_of(trainer), units_of(outlines, costs)
+def _fit(outlines: list[Outline], split: Collection[int], room: int, costs: Costs) -> Rows:
+    """As few rows as first fit in the given order makes. The sequences of a unit that is larger than a row are laid out one by
+    one, those of a group that is not split together."""
+    rows, units = list[_Open](), units_of(outlines, costs)
     if outlines and costs.num_tokens(outlines) <= room:
         return [[one for unit in units for one in unit]]
 
@@ -209,18 +216,6 @@ def _fit(outlines: list[Outline], split: Collection[int], trainer: Trainer, cost
         if (size := costs.num_tokens(unit)) <= room:
             place(unit, size)
             continue
-        for part in _whole_groups(unit, split):
-            if len(part) == 1 and part[0].num_tokens > room:
-                multiple, size = trainer.row_multiple, part[0].num_tokens
-                raise ConfigError(
-                    f"trainer.microbatch_tokens must hold a sequence; found {room} < {size}: raise it "
-                    f"to {-(-size // multiple) * multiple}, or shorten data.max_prompt_tokens or sampling.max_tokens"
-                )
+        for part in whole_groups(unit, split):
             place(part, costs.num_tokens(part))
     return [row.outlines for row in rows]
-
-
-def _whole_groups(unit: list[Outline], split: Collection[int]) -> list[list[Outline]]:
-    """The sequences of a unit one by one, those of a group that is not split together."""
-    together = [one for one in unit if one.group >= 0 and one.group not in split]
-    return ([together] if together else []) + [[one] for one in unit if one.group < 0 or one.group in split]

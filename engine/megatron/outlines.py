@@ -6,6 +6,7 @@ prompt.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -62,6 +63,16 @@ class Costs:
 
     def size(self, outlines: Many[Outline]) -> tuple[float, int]:
         """(work, tokens) of a row with these sequences."""
+        if len(outlines) == 1:
+            tokens = outlines[0].num_prompt + outlines[0].num_completion
+            return tokens + self.attention * (tokens**2 / 2), tokens
+        first = outlines[0].prompt if outlines else -1
+        if self.shares_prompts and all([one.prompt == first for one in outlines]):
+            prompt = outlines[0].num_prompt - 1 if outlines else 0
+            completions = [one.num_completion for one in outlines]
+            tokens = prompt + sum(completions)
+            looks = prompt**2 / 2 + sum([count * (prompt + count / 2) for count in completions])
+            return tokens + self.attention * looks, tokens
         work, num_tokens = 0.0, 0
         for members in self.by_prompt(outlines):
             tokens = self.tokens_of(members)
@@ -100,3 +111,11 @@ def units_of(outlines: Many[Outline], costs: Costs) -> list[list[Outline]]:
             key = ("place", one.place)
         units.setdefault(key, []).append(one)
     return list(units.values())
+
+
+def whole_groups(unit: list[Outline], split: Collection[int]) -> list[list[Outline]]:
+    """The sequences of a unit one by one, those of a group that is not split together."""
+    together = [one for one in unit if one.group >= 0 and one.group not in split]
+    if len(together) == len(unit):
+        return [unit]
+    return ([together] if together else []) + [[one] for one in unit if one.group < 0 or one.group in split]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Operation(NamedTuple):
     """A forward or a backward of one row through one model chunk of a stage."""
@@ -53,6 +55,67 @@ def replay_works(works: Sequence[float], num_stages: int, num_chunks: int) -> fl
     forward = [work / num_parts for work in works]
     durations = forward * num_parts + [BACKWARD * one for one in forward] * num_parts
     return _run(_orders(num_stages, len(works), num_chunks), durations, len(works), num_parts, 0.0)
+
+
+def replay_many(candidates: Sequence[Sequence[float]], num_stages: int, num_chunks: int) -> list[float]:
+    """To the bit what `replay_works` says of each candidate, of any numbers of rows, all at once; with several chunks these are
+    multiples of num_stages, as megatron demands.
+
+    Operations are numbered by when they are computed where all take as long, so that whatever one needs, of its own stage or of
+    a neighbour, has an earlier number: with n the place among a stage's forwards or backwards, p stages and v chunks, the
+    forward n of stage s has 2n + s and its backward 2n - s + 2p - 1; with several chunks, of 2 (n + s) and
+    2 (n - s + 2 (p - 1) + (v - 1) p) + 1. What a neighbour must have computed has the number before, with several chunks the
+    second before. So all stages of all candidates take a step together."""
+    most = max(map(len, candidates), default=0)
+    if not most:
+        return [0.0] * len(candidates)
+    num_parts = num_stages * num_chunks
+    assert num_chunks == 1 or not any(len(works) % num_stages for works in candidates), list(map(len, candidates))
+    forward = np.zeros((most + 1, len(candidates)))  # of each row, and of a row that is not there
+    for place, works in enumerate(candidates):
+        forward[: len(works), place] = np.asarray(works) / num_parts
+    rows, needed, lag = _steps(num_stages, most, num_chunks)
+    durations = np.concatenate((forward, BACKWARD * forward))[rows].reshape(len(rows), -1)  # [steps, stages * candidates]
+    there = rows[..., None] % (most + 1) < np.array([len(works) for works in candidates])
+    count = len(candidates)
+    sources = np.where(there, needed[..., None] * count + np.arange(count), num_stages * count).reshape(len(rows), -1)
+    done = np.zeros((lag + len(rows), num_stages * count + 1))  # the last column is what nobody waits for
+    ends = list(done[:, :-1])
+    for step, (before, found, duration) in enumerate(zip(done, sources, durations, strict=False)):
+        now = ends[step + lag]
+        before.take(found, out=now, mode="clip")
+        np.maximum(now, ends[step + lag - 1], out=now)
+        np.add(now, duration, out=now)
+    return [float(time) for time in done[-1, :-1].reshape(num_stages, count).max(0)]
+
+
+def _steps(num_stages: int, num_rows: int, num_chunks: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(Of each step and stage the row that it computes, num_rows where none, and num_rows + 1 more where backward; the stage
+    whose result it needs, num_stages where none; how many steps before it has that), both [steps, stages]."""
+    stages = np.arange(num_stages)
+    if num_chunks == 1:
+        lag, num_steps = 1, 2 * (num_rows + num_stages - 1)
+        steps = np.arange(num_steps)[:, None]
+        backward = (steps - stages) % 2 == 1
+        places = np.where(backward, steps + stages - 2 * num_stages + 1, steps - stages) // 2
+        inside = (places >= 0) & (places < num_rows)
+        rows, first_part = places, np.broadcast_to(stages == 0, places.shape)
+        last_part = np.broadcast_to(stages == num_stages - 1, places.shape)
+    else:
+        behind = 2 * (num_stages - 1) + (num_chunks - 1) * num_stages
+        count = num_rows * num_chunks
+        lag, num_steps = 2, 2 * (count + behind)
+        steps = np.arange(num_steps)[:, None]
+        backward = np.broadcast_to(steps % 2 == 1, (num_steps, num_stages))
+        places = np.where(backward, steps // 2 + stages - behind, steps // 2 - stages)
+        inside = (places >= 0) & (places < count)
+        group = num_stages * num_chunks
+        rows = places // group * num_stages + places % num_stages
+        begins = places % group < num_stages  # with the first chunk forward, and with the last one backward
+        first_part, last_part = begins & (stages == 0), begins & (stages == num_stages - 1)
+    needed = np.where(backward, (stages + 1) % num_stages, (stages - 1) % num_stages)
+    needed = np.where(np.where(backward, last_part, first_part), num_stages, needed)
+    return np.where(inside, rows, num_rows) + backward * (num_rows + 1), needed, lag
 
 
 def order(stage: int, num_stages: int, num_rows: int, num_chunks: int) -> list[Operation]:

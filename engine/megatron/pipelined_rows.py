@@ -8,114 +8,160 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
 from engine.config.options import Trainer
-from engine.megatron.balancing import Unit, cut_to_rows, deal_to_rows
-from engine.megatron.outlines import Costs, Outline
-from engine.megatron.pipeline import replay_works
+from engine.megatron.outlines import Outline
+from engine.megatron.pipeline import replay_many
+from engine.megatron.row_filling import Laid, Pieces
 
 # What a row costs beside its own tokens, in tokens of short sequences: the sum of two, unverified on a GPU. Products are
 # computed in tiles of 128 tokens, of which a row's last is half empty on the mean. The launches of a layer's kernels, 100
 # microseconds by the forecast's guess (layer_row_seconds), take as long as 50 tokens of a 405B model over eight tensor-parallel
 # GPUs, and 110 of an 8B model on one.
 ROW_COST_TOKENS = 128
-RATIO = math.sqrt(2)  # between numbers of rows that are tried, and its root next to the best: the time is flat there
+RATIO = math.sqrt(2)  # between numbers of rows that are tried, and its root beside the best two
+CLOSE = 1.01  # a rank that is so much slower than those that were looked at makes no difference
 MANY = 4  # sequences of a row, of which one more or less no longer makes it unequal
 
 Rows = list[list[Outline]]
 
 
+def pipelined_rows(ranks: Many[Many[Pieces]], spread: Collection[int], trainer: Trainer) -> list[Rows]:
+    """The rows of every data-parallel rank, equally many on each, in their order; some may be empty. `ranks`: of each its
+    pieces by what has rows of its own; `spread`: groups whose rows stay the first ones."""
+    own = [PipelinedRows(kinds, spread, trainer) for kinds in ranks]
+    num_rows = best_number(own, trainer)
+    return [rank.found[num_rows][1].rows() for rank in own]
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """Rows kind by kind, the order in which a pipeline is to have them, and what each costs then; some may be empty."""
+
+    kinds: list[Laid]
+    order: list[int]
+    costs: list[float]
+
+    def rows(self) -> Rows:
+        """The rows in that order."""
+        made = [row for laid in self.kinds for row in laid.rows()]
+        made += [[] for _ in range(len(self.order) - len(made))]
+        return [made[i] for i in self.order]
+
+
 class PipelinedRows:
     """The sequences of a data-parallel rank, to be laid into rows of its pipeline."""
 
-    def __init__(
-        self,
-        kinds: Many[list[list[Outline]]],
-        few: Rows,
-        spread: Collection[int],
-        room: int,
-        trainer: Trainer,
-        costs: Costs,
-    ) -> None:
-        """`kinds`: units by what has rows of its own; `few`: as few rows as first fit makes of them; `spread`: groups whose
-        rows stay the first ones; `room`: tokens of a row at most."""
-        self._units = [[Unit(unit, costs) for unit in units] for units in kinds]
-        self._works = [math.fsum(unit.work for unit in units) for units in self._units]
-        self._few, self._spread, self._costs = few, spread, costs
-        self._room = room
+    def __init__(self, kinds: Many[Pieces], spread: Collection[int], trainer: Trainer) -> None:
+        """`kinds` and `spread`: see pipelined_rows."""
+        self._kinds, self._spread = kinds, spread
         self._num_stages, self._num_chunks = trainer.pipeline_parallel, trainer.virtual_pipeline
-        self.work = sum(self._works)
-        every = [unit for units in self._units for unit in units]
-        self.num_pieces = sum(unit.num_pieces for unit in every)
-        self.largest_piece = max((unit.largest_piece for unit in every), default=0.0)
-        self._cuttable = self.num_pieces > len(every)
+        self.found: dict[int, tuple[float, Ordered]] = {}  # by numbers of rows that were tried: (the time, the rows)
+        self.work = sum(kind.work for kind in kinds)
+        self.num_pieces = sum(kind.num_pieces for kind in kinds)
+        self.largest_piece = max((kind.largest for kind in kinds), default=0.0)
+        self._cuttable = self.num_pieces > sum(kind.num_units for kind in kinds)
 
-    def rows(self, num_rows: int) -> tuple[Rows, float]:
-        """(So many rows of about equal work, some perhaps empty, in the order in which a pipeline takes least; that time, in
-        the unit of works). The largest unit first to the row with the least work makes rows most equal; rows that are filled
-        one after another compute fewer prompts again. Where so many are too few for both, those of first fit."""
-        counts = _shared_out(num_rows, self._works)
-        deals = [cut_to_rows] if self._cuttable and self.num_pieces > MANY * num_rows else [deal_to_rows, cut_to_rows]
-        found = [
-            self._ordered([row for rows in laid for row in rows or ()], num_rows)
-            for deal in deals
-            if None not in (laid := [deal(units, count, self._room) for units, count in zip(self._units, counts, strict=True)])
+    @property
+    def num_filled(self) -> int:
+        """How many rows there are where one is filled after another."""
+        return sum(kind.num_filled for kind in self._kinds)
+
+    @property
+    def num_few(self) -> int:
+        """How many there are at least."""
+        return sum(kind.num_few for kind in self._kinds)
+
+    def ways(self, num_rows: int) -> list[Ordered]:
+        """So many rows of about equal work, `num_few` or more, in the order in which a pipeline takes least: one or two ways.
+        The largest unit first to the row with the least work makes rows most equal; rows that are filled one after another
+        compute fewer prompts again."""
+        deals = [Pieces.cut, Pieces.evened]
+        if not self._cuttable or self.num_pieces <= MANY * num_rows:
+            deals.append(Pieces.dealt)
+        counts = self._shared_out(num_rows)
+        found = [[deal(kind, count) for kind, count in zip(self._kinds, counts, strict=True)] for deal in deals]
+        return [self._ordered([laid for laid in kinds if laid], num_rows) for kinds in found if None not in kinds] or [
+            self._ordered([kind.few() for kind in self._kinds], num_rows)
         ]
-        return min(found or [self._ordered(self._few, num_rows)], key=lambda one: one[1])
 
-    def _ordered(self, rows: Rows, num_rows: int) -> tuple[Rows, float]:
+    def _shared_out(self, count: int) -> list[int]:
+        """So many rows among the kinds by their work, to each what it needs."""
+        needed = [kind.num_filled for kind in self._kinds]
+        if sum(needed) > count:
+            needed = [kind.num_few for kind in self._kinds]
+        assert count >= sum(needed), (count, needed)
+        found, work, least = list[int](), self.work, sum(needed)
+        for kind, own in zip(self._kinds, needed, strict=True):
+            free, least = count - sum(found), least - own
+            found.append(max(own, min(round(free * kind.work / work) if least else free, free - least)))
+            work -= kind.work
+        return found
+
+    def _ordered(self, kinds: list[Laid], num_rows: int) -> Ordered:
         """While a pipeline fills and drains every stage waits for the largest row on its way, so small rows are at both ends;
         with model chunks, which rows go through in groups of as many as there are stages, the smallest group is the first one
         and all others fall."""
-        rows = rows + [[] for _ in range(num_rows - len(rows))]
-        works = [self._costs.work(row) + ROW_COST_TOKENS for row in rows]
-        first = [i for i, row in enumerate(rows) if row and row[0].group in self._spread]
-        rising = sorted(set(range(len(rows))) - set(first), key=lambda i: (works[i], i))
+        costs = [work + ROW_COST_TOKENS for laid in kinds for work in laid.works]
+        costs += [float(ROW_COST_TOKENS)] * (num_rows - len(costs))
+        num_first = sum(len(laid.works) for laid in kinds if laid.group in self._spread)
+        rising = sorted(range(num_first, num_rows), key=costs.__getitem__)
         if self._num_chunks == 1:
-            order = first + rising[::2] + rising[1::2][::-1]
+            order = [*range(num_first), *rising[::2], *rising[1::2][::-1]]
         else:
-            order = first + rising[: self._num_stages] + rising[self._num_stages :][::-1]
-        return [rows[i] for i in order], replay_works([works[i] for i in order], self._num_stages, self._num_chunks)
+            order = [*range(num_first), *rising[: self._num_stages], *rising[self._num_stages :][::-1]]
+        return Ordered(kinds, order, [costs[i] for i in order])
 
 
-def best_number(ranks: Many[PipelinedRows], least: int, trainer: Trainer) -> int:
-    """How many rows, at least so many, make the longest of the ranks' pipelines shortest. Rows that could be cut anywhere, with
-    so much work W, take about (m + (p - 1) / v) (W / m + ROW_COST_TOKENS) on p stages of v chunks, which is least for
-    m^2 = W (p - 1) / (v ROW_COST_TOKENS). What is tried goes from the fewest rows, which share most prompts, to beyond that, on
-    the rank with most work and on the one that is slowest where rows are as small as can be."""
+def best_number(ranks: Many[PipelinedRows], trainer: Trainer) -> int:
+    """How many rows make the longest of the ranks' pipelines shortest; every rank has tried it. Rows that could be cut
+    anywhere, with so much work W, take about (m + (p - 1) / v) (W / m + ROW_COST_TOKENS) on p stages of v chunks, which
+    is least for m^2 = W (p - 1) / (v ROW_COST_TOKENS). What is tried goes from the fewest rows, which share most prompts,
+    to beyond that, and then beside the best two, on the rank with most work and on the one that is slowest where rows are
+    as small as can be. A rank that then turns out to be slower than these tries the numbers too, as far as they are
+    shorter."""
     waits = (trainer.pipeline_parallel - 1) / trainer.virtual_pipeline  # for the largest row, in times
-    together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
     by_work = max(ranks, key=lambda rank: rank.work)
     slowest = max(ranks, key=lambda rank: rank.work + waits * rank.largest_piece)
     looked_at = [by_work] if by_work is slowest else [by_work, slowest]
-    smooth = math.ceil(RATIO * math.sqrt(by_work.work * waits / ROW_COST_TOKENS))
-    most = max(least, min(smooth, max(rank.num_pieces for rank in looked_at)))
+    smooth = RATIO * math.sqrt(by_work.work * waits / ROW_COST_TOKENS)
+    together = trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1  # virtual stages take rows in groups
+    least = together
+    for rank in sorted(ranks, key=lambda rank: -rank.num_filled):
+        if rank.num_filled > least:
+            least = max(least, -(-rank.num_few // together) * together)
+    most = max(least, min(math.ceil(smooth), max(rank.num_pieces for rank in looked_at)))
     found: dict[int, float] = {}
 
-    def attempt(number: float) -> None:
-        rows = -(-round(number) // together) * together
-        if rows not in found:
-            found[rows] = max(rank.rows(rows)[1] for rank in looked_at)
-
-    def best() -> int:
+    def attempt(wanted: list[float]) -> int:
+        numbers = [-(-round(number) // together) * together for number in wanted]
+        _try([(rank, number) for number in numbers for rank in looked_at], trainer)
+        found.update({number: max(rank.found[number][0] for rank in looked_at) for number in numbers})
         return min(found, key=lambda number: (found[number], number))
 
-    number = float(least)
-    while number < most:
-        attempt(number)
-        number *= RATIO
-    attempt(most)
-    for number in (max(least, best() / math.sqrt(RATIO)), min(most, best() * math.sqrt(RATIO))):
-        attempt(number)
-    return best()
+    numbers = [float(least)]
+    while numbers[-1] * RATIO < most:
+        numbers.append(numbers[-1] * RATIO)
+    attempt([*numbers, most])
+    shortest = sorted(found, key=lambda number: (found[number], number))[:2]  # there may be a dip beside either
+    best = attempt([min(most, max(least, number * near)) for number in shortest for near in (RATIO**-0.5, RATIO**0.5)])
+    while True:
+        _try([(rank, best) for rank in ranks], trainer)
+        last = max(ranks, key=lambda rank: rank.found[best][0])
+        time = last.found[best][0]
+        if time <= CLOSE * found[best]:
+            return best
+        looked_at.append(last)
+        found[best] = time
+        best = attempt([number for number, others in found.items() if others <= time])
 
 
-def _shared_out(count: int, works: list[float]) -> list[int]:
-    """So many rows among kinds with so much work, one at least to each as long as there are any."""
-    found, left = list[int](), sum(works)
-    for place, work in enumerate(works):
-        free, others = count - sum(found), len(works) - place - 1
-        own = max(1, round(free * work / left)) if others else free
-        found.append(max(0, min(own, free - others)))
-        left -= work
-    return found
+def _try(wanted: Many[tuple[PipelinedRows, int]], trainer: Trainer) -> None:
+    """Ranks try numbers of rows, as far as they have not yet."""
+    new = [(rank, number) for rank, number in dict.fromkeys(wanted) if number not in rank.found]
+    ways = [(rank, number, way) for rank, number in new for way in rank.ways(number)]
+    times = replay_many([way.costs for _, _, way in ways], trainer.pipeline_parallel, trainer.virtual_pipeline)
+    for (rank, number, way), time in zip(ways, times, strict=True):
+        if number not in rank.found or time < rank.found[number][0]:
+            rank.found[number] = time, way

@@ -38,10 +38,11 @@ class Problems:
         known = self.sets.setdefault(evaluation["set"], {})
         rewards: dict[str, list[float]] = {}
         worst: dict[str, float] = {}
-        for record in evaluation.get("records", ()):
-            if not isinstance(record, Mapping):
+        for record in evaluation.get("records") or ():
+            if not isinstance(record, Mapping) or not isinstance(name := record.get("prompt_id"), str):
                 continue
-            name, reward = record["prompt_id"], float(record.get("reward") or 0.0)
+            found = record.get("reward")
+            reward = float(found) if isinstance(found, int | float) else 0.0
             problem = known.get(name)
             if problem is None:
                 problem = known[name] = Problem(_cut(record.get("problem")), _cut(record.get("answer")))

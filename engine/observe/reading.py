@@ -19,7 +19,7 @@ from engine.observe.origin import Origin, read_origin
 from engine.observe.predicted import Predicted
 from engine.observe.problems import Problems
 from engine.observe.regime import Proof, prove
-from engine.observe.summary import read_restarts
+from engine.observe.summary import EVALUATION, read_restarts
 
 MOST_ROWS = 800  # of metrics that are kept; of more steps, the means of equally many neighbours
 NUM_ANSWERS = 4  # problems of which a run's answers are shown
@@ -28,7 +28,7 @@ NAMED = ("model.path", "data.train", "algorithm.loss", "sync.sync_interval", "sy
 # What rows of each ledger must have, as `read_rows` is told
 LEDGERS: dict[str, dict[str, Any]] = {
     "metrics.jsonl": {"numbers": True},
-    "evaluations.jsonl": {"needs": ("set",)},
+    "evaluations.jsonl": EVALUATION,
     "samples.jsonl": {"needs": ("set", "problem", "text")},
     "guard.jsonl": {"needs": ("text",)},
 }

@@ -14,6 +14,9 @@ TOTALS = (
     *("train_seconds", "wait_seconds", "sync_seconds", "step_seconds", "generation_seconds"),
     *("generation_tokens", "num_tokens", "reward_timeouts", "skipped_prompts"),
 )
+# What a row of evaluations.jsonl must have, and of that what must be a number or null, as `read_rows` is told
+_FIGURES = ("mean", "standard_error", "completion_tokens_mean")
+EVALUATION: dict[str, Any] = {"needs": ("set", "measure", *_FIGURES), "numbers": _FIGURES}
 RESTARTS = "restarts.jsonl"  # what the command wrote down of losses, in the run's directory; no resume cuts it back
 # What a restart's seconds go to, and the phases of its start (startup.jsonl) that are summed for it: those of the command and
 # of trainer rank 0, which follow one another. `weights` are within `model`, and engines load beside all that.
@@ -54,6 +57,8 @@ def summarize(directory: Path) -> dict[str, Any]:
         steps += 1
         for name in TOTALS:
             totals[name] += row.get(name) or 0.0
-    evaluations = [{k: v for k, v in row.items() if k != "records"} for row in read_rows(directory / "evaluations.jsonl")]
+    evaluations = [
+        {k: v for k, v in row.items() if k != "records"} for row in read_rows(directory / "evaluations.jsonl", **EVALUATION)
+    ]
     told = {"restarts": read_restarts(directory), "warnings": read_warnings(directory / WARNINGS)}
     return {"steps": steps, "totals": totals, "evaluations": evaluations} | told

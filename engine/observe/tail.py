@@ -1,6 +1,6 @@
 """The rows of a ledger as they come, for those who look on while a run writes: each is read once, so that a look costs what was
-added since the last one and not the run's age. A run that is resumed cuts its ledgers back; the looker-on is told how many of
-the rows it was given no longer stand. It writes nothing.
+added since the last one and not the run's age; nor does what is kept in memory grow with it. A run that is resumed cuts its
+ledgers back; the looker-on is told how many of the rows it was given no longer stand. It writes nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from zlib import crc32
 
 from engine.core.jsonl import read_backwards, read_lines, require_names, require_numbers, row_of, step_of
 
+MOST_MARKS = 4096  # of rows that are remembered
+
 
 class Fresh(NamedTuple):
     """What a look found."""
@@ -20,12 +22,24 @@ class Fresh(NamedTuple):
     rows: list[dict[str, Any]]
 
 
+class _Mark(NamedTuple):
+    """A row that was given."""
+
+    begin: int  # of its line, in bytes
+    end: int
+    checksum: int  # of its line
+    step: int
+    rows: int  # given up to it, itself included
+
+
 class Tail:
     """Reads a ledger from the byte `start` on, where a line begins. `needs` and `numbers` as for `read_rows`."""
 
-    def __init__(self, path: Path, start: int = 0, *, needs: Collection[str] = (), numbers: bool = False) -> None:
+    def __init__(
+        self, path: Path, start: int = 0, *, needs: Collection[str] = (), numbers: bool | Collection[str] = False
+    ) -> None:
         self.path, self._needs, self._numbers = path, needs, numbers
-        self._marks: list[tuple[int, int]] = []  # of each row given: the byte after it, and the checksum of its line
+        self._marks: list[_Mark] = []  # of rows given, in order; see _thin
         self._start = start
         self._withdrawn = 0  # and not told yet
         self._seen = (-1, -1)  # size and time of the file at the last look
@@ -45,13 +59,13 @@ class Tail:
         """The rows that came since the last look, `most` at most; none where there is no file. DataError for a line that is no
         row."""
         if not self.path.exists():
-            self._withdrawn, self._marks = self._withdrawn + len(self._marks), []
+            self._withdrawn, self._marks = self._withdrawn + self._given, []
             return self._told([])
         status = self.path.stat()
         if (seen := (status.st_size, status.st_mtime_ns)) == self._seen:
             return Fresh(0, [])
         self._withdrawn += self._withdraw(status.st_size)
-        rows, marks = list[dict[str, Any]](), list[tuple[int, int]]()
+        rows, marks, given = list[dict[str, Any]](), list[_Mark](), self._given
         for line in read_lines(self.path, self._end):
             if most is not None and len(rows) == most:
                 seen = (-1, -1)  # there is more in it
@@ -59,10 +73,11 @@ class Tail:
             rows.append(row_of(line))
             require_names(rows[-1], self._needs, line)
             if self._numbers:
-                require_numbers(rows[-1], line)
-            marks.append((line.end, crc32(line.data)))
+                require_numbers(rows[-1], line, names=None if self._numbers is True else self._numbers)
+            marks.append(_Mark(line.offset, line.end, crc32(line.data), rows[-1]["step"], given + len(rows)))
             self.bytes_read += len(line.data)
         self._marks += marks  # once all could be read: what was before a broken line comes again with what is after it
+        self._thin()
         self._seen = seen
         return self._told(rows)
 
@@ -72,23 +87,34 @@ class Tail:
 
     @property
     def _end(self) -> int:
-        return self._marks[-1][0] if self._marks else self._start
+        return self._marks[-1].end if self._marks else self._start
+
+    @property
+    def _given(self) -> int:
+        return self._marks[-1].rows if self._marks else 0
+
+    def _thin(self) -> None:
+        """Keeps MOST_MARKS at most: of the older half every second one, and only where a step ends. Where a ledger was cut
+        between two of those kept, the rows behind the first of them are withdrawn too, and come again."""
+        while len(self._marks) > MOST_MARKS:
+            half = len(self._marks) // 2
+            older = [self._marks[i] for i in range(0, half, 2) if self._marks[i].step != self._marks[i + 1].step]
+            self._marks = [*older, *self._marks[half:]]
 
     def _withdraw(self, size: int) -> int:
-        """Forgets rows from the last one back to one that still stands where it stood; how many."""
-        count = len(self._marks)
+        """Forgets rows from the last one back to one that is known to stand where it stood; how many."""
+        count = self._given
         if size < self._start:
             self._start, self._marks = 0, []
             return count
         with self.path.open("rb") as file:
             while self._marks:
-                end, checksum = self._marks[-1]
-                begin = self._marks[-2][0] if len(self._marks) > 1 else self._start
-                if end <= size:
-                    file.seek(begin)
-                    data = file.read(end - begin)
+                mark = self._marks[-1]
+                if mark.end <= size:
+                    file.seek(mark.begin)
+                    data = file.read(mark.end - mark.begin)
                     self.bytes_read += len(data)
-                    if crc32(data) == checksum:
+                    if crc32(data) == mark.checksum:
                         break
                 self._marks.pop()
-        return count - len(self._marks)
+        return count - self._given

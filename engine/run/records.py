@@ -17,10 +17,11 @@ from typing import Any
 
 from engine.config.load import RunConfig, dump_config
 from engine.core.errors import CheckpointError
-from engine.core.jsonl import JsonlLedger, read_lines, row_of, step_of
+from engine.core.jsonl import JsonlLedger, read_lines, require_names, require_numbers, row_of, step_of
 from engine.core.segment_cut import adopt, cut_back, find_cut
 from engine.observe.guard import Finding, Guard
 from engine.observe.rollouts import ROLLOUTS, ROLLOUTS_FILE
+from engine.observe.summary import EVALUATION
 from engine.observe.writing import MetricsWriter, write_json, write_text
 from engine.rollouts.writer import RolloutFolder, RolloutWriter
 
@@ -109,7 +110,7 @@ class Records:
     def _recall(self, begin: int, end: int, kept: Mapping[str, Any] | None) -> None:
         """Finds what was judged: in the checkpoint, and in the ledger what came after it and stays, from `begin` to `end`."""
         known = kept["judged"] if kept is not None else ()
-        rows = _rows(self.evaluations, begin if kept is not None else 0, end)
+        rows = _rows(self.evaluations, begin if kept is not None else 0, end, **EVALUATION)
         self.judged = [{name: value for name, value in row.items() if name != "records"} for row in (*known, *rows)]
 
     def kept(self, checkpoints: Collection[int]) -> dict[str, Any]:
@@ -186,9 +187,14 @@ def _end(ledger: JsonlLedger, begin: int, step: int) -> int:
     return end
 
 
-def _rows(ledger: JsonlLedger, begin: int, end: int) -> Iterator[dict[str, Any]]:
-    """The rows between two of its bytes."""
+def _rows(
+    ledger: JsonlLedger, begin: int, end: int, *, needs: Collection[str] = (), numbers: Collection[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """The rows between two of its bytes; CheckpointError for one without what it `needs`, of that `numbers`."""
     for line in read_lines(ledger.path, begin) if begin < end else ():
         if line.end > end:
             break
-        yield row_of(line, CheckpointError)
+        row = row_of(line, CheckpointError)
+        require_names(row, needs, line, CheckpointError)
+        require_numbers(row, line, CheckpointError, names=numbers)
+        yield row

@@ -386,7 +386,7 @@ def test_a_run_is_shown_while_it_comes_and_summed_up_from_its_records(file, tmp_
     config.run_directory.mkdir()
     (config.run_directory / "config.toml").write_text(dump_config(config))
     accuracy: dict[str, Any] = {"step": 0, "set": "sums", "measure": "accuracy", "mean": 0.5, "standard_error": 0.1}
-    accuracy |= {"num_problems": 10, "num_seeds": 2}
+    accuracy |= {"num_problems": 10, "num_seeds": 2, "completion_tokens_mean": 3.0}
     graded = accuracy | {"set": "chats", "measure": "reward", "mean": -1.25, "standard_error": None}
     with MetricsWriter(config.run_directory) as writer:
         writer.write({"step": 0, "train_seconds": 1.0, "step_seconds": 2.0, "sync_seconds": 0.5})

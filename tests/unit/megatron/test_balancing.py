@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -14,6 +13,7 @@ from engine.megatron import balancing
 from engine.megatron.dealing import split_over_ranks
 from engine.megatron.outlines import Costs, Outline, outlines_of, units_of
 from tests.rollouts import make_sequence
+from tests.unit.megatron.outlines import COSTS, outline_lists
 from tools.scale_balance import ATTENTION, LONG, SHORT, Case, drawn
 
 
@@ -38,21 +38,6 @@ def test_work_counts_what_a_token_attends_to() -> None:
     assert [len(part) for part in split_over_ranks([*outlines, *outlines[1:3]], 2, Costs(True, 0.02))] == [1, 6]
 
 
-@st.composite
-def outline_lists(draw: st.DrawFn) -> list[Outline]:
-    """Prompts of some samples each, which a group couples or not."""
-    made: list[Outline] = []
-    for prompt in range(draw(st.integers(1, 6))):
-        length = draw(st.integers(1, 300))
-        for _ in range(draw(st.integers(1, 9))):
-            group = prompt if draw(st.booleans()) else -1
-            made.append(Outline(len(made), length, draw(st.integers(1, 3000)), group, prompt))
-    return made
-
-
-COSTS = st.builds(Costs, st.booleans(), st.sampled_from((0.0, 1 / 61_000, 0.02)))
-
-
 @given(outline_lists(), COSTS, st.integers(1, 12))
 def test_what_a_part_of_a_unit_costs_is_what_a_row_of_it_would(outlines: list[Outline], costs: Costs, most: int) -> None:
     """To the bit, though it is told from sums over the unit's first sequences."""
@@ -70,30 +55,11 @@ def test_no_further_cut_balances_better_than_the_one_at_which_dealing_stops(
     units = [balancing.Unit(unit, costs) for unit in units_of(outlines, costs)]
     best, least, cut = None, float("inf"), 1
     while cut < 2 * max(1, *(unit.num_alone for unit in units)):
-        chosen, fullest = balancing._largest_first([part for unit in units for part in unit.parts(cut)], num_ranks, None)
+        chosen, fullest = balancing._largest_first([part for unit in units for part in unit.parts(cut)], num_ranks)
         if fullest < 0.99 * least:
             best, least = chosen, fullest
         cut *= 2
-    assert balancing._cut(units, num_ranks, None)[1:] == (best, least)
-
-
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(1, 5), st.integers(0, 8))
-def test_rows_filled_one_after_another_are_within_a_hundredth_of_the_best_cuts(
-    lengths: list[int], num_rows: int, same: int
-) -> None:
-    """The plain form tries every place to cut at. The first `same` sequences are samples of one prompt of 20 tokens."""
-    costs = Costs(True)
-    outlines = [Outline(i, 20, length, -1, 0 if i < same else i) for i, length in enumerate(lengths)]
-    units = [balancing.Unit(unit, costs) for unit in units_of(outlines, costs)]
-    places = range(1, len(lengths))
-    ways = (cuts for count in range(min(num_rows, len(lengths))) for cuts in combinations(places, count))
-    laid = ([outlines[a:b] for a, b in pairwise((0, *cuts, len(lengths)))] for cuts in ways)
-    least = min(max(map(costs.work, rows)) for rows in laid)
-    found = balancing.cut_to_rows(units, num_rows, room=10_000)
-    assert found is not None and len(found) <= num_rows
-    assert [one for row in found for one in row] == outlines
-    assert least <= max(map(costs.work, found)) <= least / balancing.WORTH_CUTTING
-    assert balancing.cut_to_rows(units, num_rows, room=int(least) - 1) is None
+    assert balancing._cut(units, num_ranks)[1:] == (best, least)
 
 
 def works_of(dealt: list[list[Outline]], costs: Costs) -> list[float]:
@@ -115,7 +81,7 @@ def test_fitting_never_makes_the_fullest_rank_fuller_and_keeps_groups_whole(
     outlines: list[Outline], costs: Costs, num_ranks: int
 ) -> None:
     units = [balancing.Unit(unit, costs) for unit in units_of(outlines, costs)]
-    fullest = balancing._cut(units, num_ranks, None)[2]
+    fullest = balancing._cut(units, num_ranks)[2]
     dealt = split_over_ranks(outlines, num_ranks, costs)
     assert sorted(one.place for part in dealt for one in part) == list(range(len(outlines)))
     assert max(works_of(dealt, costs)) <= fullest * (1 + 1e-12)

@@ -1,8 +1,10 @@
 """Pipeline schedules, replayed, against the formulas for equal rows and by hand."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.megatron.pipeline import Operation, order, replay, replay_forward, replay_works
+from engine.megatron.pipeline import Operation, order, replay, replay_forward, replay_many, replay_works
 
 
 def equal(stage: int, operation: Operation) -> float:
@@ -64,3 +66,13 @@ def test_works_are_rows_whose_parts_are_equal(stages, rows, chunks):
 
     assert replay_works(works, stages, chunks) == pytest.approx(replay(stages, rows, chunks, part))
     assert replay_works([], stages, chunks) == 0.0
+
+
+@given(
+    st.integers(1, 6), st.integers(1, 4), st.lists(st.lists(st.integers(0, 9), max_size=26).map(tuple), min_size=1, max_size=4)
+)
+def test_many_at_once_are_to_the_bit_each_by_itself(stages, chunks, drawn):
+    """Of several numbers of rows, fewer than stages and none among them; of virtual stages multiples of the stages."""
+    together = stages if chunks > 1 else 1
+    candidates = [[work / 7 for work in works[: len(works) // together * together]] for works in drawn]
+    assert replay_many(candidates, stages, chunks) == [replay_works(works, stages, chunks) for works in candidates]

@@ -454,6 +454,9 @@ def test_the_page_holds_everything_and_fetches_nothing(run):
     assert "next-token entropy" not in words, "what is not on record has no chart and no explanation"
 
 
+JUDGED = '{"step": 1, "set": "a", "measure": "reward", "mean": 0.5, "standard_error": null, "completion_tokens_mean": 3}'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
@@ -463,6 +466,8 @@ def test_the_page_holds_everything_and_fetches_nothing(run):
         ("metrics.jsonl", '{"step": 0, "loss": 1' + "0" * 400 + "}", "line 1: `loss` must be a number or null; found 1"),
         ("metrics.jsonl", '{"step": 0, "loss": true}', "line 1: `loss` must be a number or null; found True"),
         ("evaluations.jsonl", '{"step": 1}', "line 1: `set` must be there"),
+        ("evaluations.jsonl", '{"step": 1, "set": "a", "measure": "reward"}', "line 1: `mean` must be there"),
+        ("evaluations.jsonl", JUDGED.replace("0.5", '"x"'), "line 1: `mean` must be a number or null; found 'x'"),
         ("samples.jsonl", '{"step": 1, "set": "a"}', "line 1: `problem` must be there"),
         ("guard.jsonl", '{"step": 1}', "line 1: `text` must be there"),
         ("restarts.jsonl", '{"step": 1, "text": "x"}', "line 1: `lost_steps` must be there"),
@@ -794,3 +799,11 @@ def test_very_many_warnings_are_not_all_on_the_page(run):
     (run / "warnings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in warned))
     html = page([read_run(run, "a", SCHEDULE)], METRICS)
     assert "odd 0<" in html and "odd 499<" in html and "odd 250<" not in html and "… 440 more …" in html
+
+
+def test_a_record_of_an_evaluation_that_is_none_says_nothing_of_a_problem(run):
+    (run / "evaluations.jsonl").write_text(
+        JUDGED[:-1] + ', "records": [1, {"reward": 1}, {"prompt_id": "p", "reward": "x"}]}\n'
+    )
+    problems = read_run(run, run.name, SCHEDULE).problems
+    assert problems.sets["a"].keys() == {"p"} and problems.sets["a"]["p"].means == {1: 0.0}

@@ -28,6 +28,7 @@ from tests.checkpoints import commit as save
 from tests.checkpoints import open_folder
 
 ROW = {"measure": "accuracy", "num_problems": 5, "num_seeds": 2, "truncated": 0.125, "standard_error": 0.0625}
+ROW |= {"completion_tokens_mean": 9.0}
 STEP = 4
 Make = Callable[..., tuple[RunConfig, Path]]
 

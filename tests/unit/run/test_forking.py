@@ -30,7 +30,7 @@ from tests.unit.run.test_records import rollouts_of
 ROW = {"problem": "1+1", "answer": "2", "solution": "It is 2."}
 SYNC = {"sync_interval": 2, "reference": 6}
 JUDGED = {"step": 0, "set": "held_out", "mean": 0.25, "measure": "accuracy", "standard_error": 0.0, "truncated": 0.0}
-JUDGED |= {"num_problems": 1, "num_seeds": 2}
+JUDGED |= {"num_problems": 1, "num_seeds": 2, "completion_tokens_mean": 9.0}
 STATE = {"0.exp_avg": torch.arange(6.0), "schedule.step": torch.tensor(8)}
 
 
