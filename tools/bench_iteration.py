@@ -1,10 +1,10 @@
-"""What a decoding iteration of an engine on a CPU is made of: CPU time by part, of one real engine of one thread in this process.
+"""What a decoding iteration of an engine on a CPU is made of: CPU time by part, of a real engine of one thread, here.
 
     python -m tools.bench_iteration --model FOLDER [--requests 32] [--tokens 32] [--prompt 12] [--rounds 5] [--json PATH]
 
-Rounds are taken in turn with vLLM's own layers and bookkeeping and with ours in the same engine; of each iteration's part the
-median is a round's, and of rounds the least is told. The first iteration of a round, which computes the prompts, is left out.
-A part's time has what it calls taken out where that is a part of its own.
+Rounds are taken in turn with vLLM's own layers and with ours (engine/inference/cpu_decoder.py) in one engine, of the same
+requests, which must give the same tokens. Of a part a round has the median of its iterations, without the first one, which
+computes the prompts, and the least round is told. A part's time is without what it calls where that is a part of its own.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     def decoded(name: str) -> tuple[list[dict[str, float]], list[Any]]:
         asked = [
-            SampleRequest(f"{name}:{i}", f"{i}", 0, 1000 + i, prompt, 1.0, 1.0, options.tokens) for i, prompt in enumerate(prompts)
+            SampleRequest(f"{name}:{i}", f"{i}", 0, 1000 + i, prompt, 1.0, 1.0, options.tokens)
+            for i, prompt in enumerate(prompts)
         ]
         engine.submit(asked, 0)
         engine._decode()
@@ -155,18 +156,20 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     ours = model.forward
     ways = {"vLLM's": ours._elsewhere, "ours": ours}
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    sampled: dict[str, list[Any]] = {}
     for number in range(-1, options.rounds):
         for way, forward in ways.items():
             model.forward = forward
-            iterations, tokens = decoded(f"{way} {number}")
-            if number < 0:
-                print(way, hash(tuple(tokens)) % 10007)
+            iterations, sampled[way] = decoded(f"{way} {number}")
+            if number < 0:  # to warm up
                 continue
             for part in sorted({name for iteration in iterations for name in iteration}):
                 found[way, part].append(statistics.median(iteration.get(part, 0.0) for iteration in iterations))
             found[way, "all"].append(statistics.median(sum(iteration.values()) for iteration in iterations))
             beside = [sum(iteration.values()) - iteration["products"] for iteration in iterations]
             found[way, "all but products"].append(statistics.median(beside))
+    if sampled["ours"] != sampled["vLLM's"]:
+        raise SystemExit("both ways must sample the same tokens; found others: their numbers differ by more than rounding")
     return [{"way": way, "part": part, "milliseconds": 1e3 * min(rounds)} for (way, part), rounds in found.items()]
 
 

@@ -2,10 +2,10 @@
 once, on the weights as they lie, and attention with its rotation and its cache is one of them (csrc/attention). vLLM's way
 there is some hundred calls of Python a layer.
 
-It takes the place of the `forward` of vLLM's LlamaModel where it knows everything that the layers do (`replaced`), and passes on
-what is not for it: more tokens than `MOST_ROWS`, as most prompts have, a pass without a cache, and what is not causal. Norms,
-products and activation are the same kernels either way, so a token's numbers differ by the rounding of attention alone. In its
-own way they follow from the token's request and from nothing that is computed beside it.
+It takes the place of the `forward` of vLLM's LlamaModel where it knows everything that the layers do (`replace`), and passes
+on what is not for it: more tokens than `MOST_ROWS`, as most prompts have, a pass without a cache, and what is not causal.
+Norms, products and activation are the same kernels either way, so a token's numbers differ by the rounding of attention alone.
+In its own way they follow from the token's request and from nothing that is computed beside it.
 
 Shape legend: T tokens, H hidden size, N query heads, M key-value heads, D head size, B tokens of a block of the cache.
 """
@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
 from engine.inference.cpu_layers import KernelRMSNorm, KernelSiluAndMul
-from engine.ops import linear
+from engine.ops import cached_attention, linear
 from engine.ops.products import MOST_ROWS
 
 ROTATIONS = (RotaryEmbedding, Llama3RotaryEmbedding)  # whose angles are a table by position
@@ -74,12 +74,12 @@ class KernelDecoder:
         self.num_passes += 1
         operators = torch.ops.semion
         norm, product, swiglu = operators.rms_norm.default, operators.few_rows_product.default, operators.swiglu.default
-        attention, epsilon = operators.cached_attention.default, self._epsilon
+        epsilon = self._epsilon
         hidden = self._model.embed_input_ids(input_ids)
         for layer in self._layers:
             at = metadata[layer.name]
             qkv = product(norm(hidden, layer.input_norm, epsilon)[0], layer.qkv)
-            attended = attention(
+            attended = cached_attention(
                 qkv,
                 positions,
                 at.slot_mapping,
