@@ -267,7 +267,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
 std::vector<int32_t> requests_of(const CachedAttention& in, const Tensor& qkv, const Tensor& starts, const Tensor& table,
                                  int64_t num_positions, int64_t num_blocks) {
   const int64_t num_requests = check_rising("starts", starts, "qkv", qkv, in.num_tokens);
-  if (table.size(0) < num_requests) refuse("table must have a row for each of ", num_requests, " requests; found ", table.size(0));
+  if (table.size(0) < num_requests)
+    refuse("table must have a row for each of ", num_requests, " requests; found ", table.size(0));
   std::vector<int32_t> requests(static_cast<size_t>(in.num_tokens));
   for (int64_t request = 0; request < num_requests; ++request) {
     for (int64_t token = bounds_of(starts)[request]; token < bounds_of(starts)[request + 1]; ++token) {

@@ -1,6 +1,6 @@
-// Attention of the tokens of an iteration of an engine to the keys and values of its cache, float32: queries and keys are rotated,
-// the new keys and values written to their slots, then every token attends to its request's positions up to its own. Nothing is
-// shared between tokens, so that a token's output depends on its own request alone, and not on what is computed beside it.
+// Attention of the tokens of an iteration of an engine to the keys and values of its cache, float32: queries and keys are
+// rotated, the new keys and values written to their slots, then every token attends to its request's positions up to its own.
+// Nothing is shared between tokens, so that a token's output depends on its own request alone, and not on what is beside it.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 #include "../dispatch.h"
 
 namespace semion {
-// A block of the cache has, for each head, B tokens' keys as [D, B] and then their values as [B, D]: the form of vLLM's attention on
-// CPUs. Vectors go along B, so B is a multiple of the longest, and so is D.
+// A block of the cache has, for each head, B tokens' keys as [D, B] and then their values as [B, D]: the form of vLLM's
+// attention on CPUs. Vectors go along B, so B is a multiple of the longest, and so is D.
 constexpr int64_t cache_multiple = 32;
 
 struct CachedAttention {
@@ -17,7 +17,7 @@ struct CachedAttention {
   const int64_t* positions;  // [T] in [0, P)
   const int64_t* slots;      // [T]: block * B + place, where the token's key and value go
   const int32_t* requests;   // [T]: row of the table
-  const int32_t* table;      // [R, at least the blocks up to the longest position]: a request's blocks in the order of positions
+  const int32_t* table;      // [R, at least those of the longest request]: its blocks, in the order of positions
   const float* angles;       // [P, D]: of a position D / 2 cosines, then the sines
   float* cache;
   int64_t table_stride, block_stride, head_stride;

@@ -1,5 +1,5 @@
-// cached_attention.h on the CPU, compiled once per instruction set. Keys lie token beside token, so that a vector has the scores of as
-// many tokens and no lanes are summed; a score is a sum along D and an output one along positions, each in one order.
+// cached_attention.h on the CPU, compiled once per instruction set. Keys lie token beside token, so that a vector has the
+// scores of as many tokens and no lanes are summed; a score is a sum along D and an output one along positions, each in one order.
 #include "cached_attention.h"
 
 #include "../vec.h"

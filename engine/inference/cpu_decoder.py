@@ -187,3 +187,9 @@ def replace(model: Any) -> bool:
     if known and not isinstance(model.model.forward, KernelDecoder):
         model.model.forward = KernelDecoder(model.model)
     return known
+
+
+def told(model: Any) -> str:
+    """What computes the layers of few tokens."""
+    forward = getattr(getattr(model, "model", None), "forward", None)
+    return type(forward).__name__ if isinstance(forward, KernelDecoder) else "vLLM's"

@@ -274,9 +274,9 @@ class SyncWorker:
         attention = {layer.attn_backend.get_name() for layer in model.modules() if hasattr(layer, "attn_backend")}
         ours = {}
         if self.device.type == "cpu":
-            decoder = getattr(getattr(model, "model", model), "forward", None)
-            known = type(decoder).__name__ == "KernelDecoder"
-            ours = {"sampler": type(self.model_runner.sampler).__name__, "layers": "KernelDecoder" if known else "vLLM's"}
+            from engine.inference import cpu_decoder
+
+            ours = {"sampler": type(self.model_runner.sampler).__name__, "layers": cpu_decoder.told(model)}
         return ours | {
             "model_runner": type(self.model_runner).__module__.removeprefix("vllm.v1.worker."),
             "attention": ", ".join(sorted(attention)),

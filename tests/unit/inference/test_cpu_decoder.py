@@ -135,7 +135,8 @@ def test_it_is_the_layer_s_definition(model: Any, monkeypatch: pytest.MonkeyPatc
         )
         keys[1, :, :, position], values[1, :, position] = earlier[0, position], earlier[1, position]
     monkeypatch.setattr(cpu_decoder, "get_forward_context", context)
-    assert cpu_decoder.replace(model) and cpu_decoder.replace(model)
+    assert cpu_decoder.told(model) == "vLLM's"
+    assert cpu_decoder.replace(model) and cpu_decoder.replace(model) and cpu_decoder.told(model) == "KernelDecoder"
     ids = torch.tensor([1, 2, 3, 4, 5])
     with torch.inference_mode():
         found = model.model.forward(ids, POSITIONS)
