@@ -222,6 +222,33 @@ inline void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, c
   if (!(scale > 0)) refuse("scale must be greater than 0; found ", scale);
 }
 
+// Everything of cached_attention but what positions, slots, starts and table say; the number N of heads.
+inline int64_t check_cached_attention(const Tensor& qkv, const Tensor& positions, const Tensor& slots, const Tensor& table,
+                                      const Tensor& angles, const Tensor& cache, double scale, int64_t multiple) {
+  check_type("cache", cache, {ScalarType::Float});
+  if (cache.dim() != 4 || !cache.is_contiguous() || cache.size(1) < 1 || cache.size(2) < 1 || cache.size(3) < 2)
+    refuse("cache must be contiguous and have shape [blocks, M, B, 2 D]; found ", shape_of(cache));
+  const int64_t kv_heads = cache.size(1), dim = cache.size(3) / 2;
+  if (cache.size(2) % multiple != 0 || cache.size(3) % (2 * multiple) != 0)
+    refuse("B and D of the cache must be multiples of ", multiple, "; found B = ", cache.size(2), " and 2 D = ", cache.size(3));
+  if (qkv.dim() != 2) refuse("qkv must have shape [T, (N + 2 M) D]; found ", shape_of(qkv));
+  const int64_t heads = qkv.size(1) / dim - 2 * kv_heads;
+  if (qkv.size(1) % dim != 0 || heads < 1 || heads % kv_heads != 0)
+    refuse("qkv must have a multiple of M = ", kv_heads, " heads of D = ", dim, " beside M of keys and M of values; found ",
+           shape_of(qkv));
+  check("qkv", qkv, ScalarType::Float, {qkv.size(0), qkv.size(1)}, "[T, (N + 2 M) D]", "cache", cache);
+  check("positions", positions, ScalarType::Long, {qkv.size(0)}, "[T]", "qkv", qkv);
+  check("slots", slots, ScalarType::Long, {qkv.size(0)}, "[T]", "qkv", qkv);
+  check_type("angles", angles, {ScalarType::Float});
+  if (angles.dim() != 2) refuse("angles must have shape [P, D]; found ", shape_of(angles));
+  check("angles", angles, ScalarType::Float, {angles.size(0), dim}, "[P, D]", "cache", cache);
+  check_type("table", table, {ScalarType::Int});
+  if (table.dim() != 2 || (table.size(1) > 1 && table.stride(1) != 1))
+    refuse("table must have shape [R, blocks] and a column stride of 1; found ", shape_of(table));
+  if (!(scale > 0)) refuse("scale must be greater than 0; found ", scale);
+  return heads;
+}
+
 inline void check_swiglu(const Tensor& x) {
   check_type("x", x, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   if (x.dim() != 2 || x.size(1) % 2 != 0) refuse("x must have shape [T, 2 F]; found ", shape_of(x));

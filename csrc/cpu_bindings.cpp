@@ -10,6 +10,7 @@
 
 #include "activation/swiglu.h"
 #include "advantages/advantages.h"
+#include "attention/cached_attention.h"
 #include "attention/packed_attention.h"
 #include "check.h"
 #include "linear/few_rows.h"
@@ -262,6 +263,55 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
   return {dq, dk, dv};
 }
 
+// Of each token its request; positions, slots and blocks are where there is something.
+std::vector<int32_t> requests_of(const CachedAttention& in, const Tensor& qkv, const Tensor& starts, const Tensor& table,
+                                 int64_t num_positions, int64_t num_blocks) {
+  const int64_t num_requests = check_rising("starts", starts, "qkv", qkv, in.num_tokens);
+  if (table.size(0) < num_requests)
+    refuse("table must have a row for each of ", num_requests, " requests; found ", table.size(0));
+  std::vector<int32_t> requests(static_cast<size_t>(in.num_tokens));
+  for (int64_t request = 0; request < num_requests; ++request) {
+    for (int64_t token = bounds_of(starts)[request]; token < bounds_of(starts)[request + 1]; ++token) {
+      requests[static_cast<size_t>(token)] = static_cast<int32_t>(request);
+      const int64_t position = in.positions[token], slot = in.slots[token];
+      if (position < 0 || position >= num_positions)
+        refuse("positions[", token, "] must be in [0, ", num_positions, "); found ", position);
+      if (slot < 0 || slot >= num_blocks * in.block_size)
+        refuse("slots[", token, "] must be in [0, ", num_blocks * in.block_size, "); found ", slot);
+      const int64_t last = position / in.block_size;
+      if (last >= table.size(1))
+        refuse("table must have the block of position ", position, ", the ", last, "th; found ", table.size(1), " columns");
+      for (int64_t block = 0; block <= last; ++block)
+        if (const int32_t at = in.table[request * in.table_stride + block]; at < 0 || at >= num_blocks)
+          refuse("table[", request, ", ", block, "] must be in [0, ", num_blocks, "); found ", at);
+    }
+  }
+  return requests;
+}
+
+Tensor cached_attention(const Tensor& qkv, const Tensor& positions, const Tensor& slots, const Tensor& starts,
+                        const Tensor& table, const Tensor& angles, Tensor cache, double scale) {
+  const int64_t heads = check_cached_attention(qkv, positions, slots, table, angles, cache, scale, cache_multiple);
+  const int64_t num_tokens = qkv.size(0), kv_heads = cache.size(1), dim = cache.size(3) / 2;
+  CachedAttention in{floats(qkv),      data<int64_t>(positions), data<int64_t>(slots), nullptr,         data<int32_t>(table),
+                     floats(angles),   writable<float>(cache),   table.stride(0),      cache.stride(0), cache.stride(1),
+                     num_tokens,       heads,                    kv_heads,             dim,             cache.size(2),
+                     static_cast<float>(scale)};
+  const std::vector<int32_t> requests = requests_of(in, qkv, starts, table, angles.size(0), cache.size(0));
+  in.requests = requests.data();
+  Tensor out = new_tensor(qkv, ScalarType::Float, num_tokens, heads * dim);
+  const auto write = SEMION_PICK(cache_tokens);
+  const auto attend = SEMION_PICK(cached_attention);
+  int64_t read = 0;  // numbers of the cache, of one head
+  for (int64_t token = 0; token < num_tokens; ++token) read += 2 * dim * (in.positions[token] + 1);
+  torch::stable::parallel_for(0, num_tokens, rows_per_thread(2 * kv_heads * dim),
+                              [&](int64_t begin, int64_t end) { write(in, begin, end); });
+  float* to = writable<float>(out);
+  torch::stable::parallel_for(0, num_tokens * kv_heads, rows_per_thread(read / std::max<int64_t>(1, num_tokens)),
+                              [&](int64_t begin, int64_t end) { attend(in, to, begin, end); });
+  return out;
+}
+
 Tensor swiglu(const Tensor& x) {
   check_swiglu(x);
   Tensor out = new_tensor(x, x.scalar_type(), x.size(0), x.size(1) / 2);
@@ -360,6 +410,7 @@ STABLE_TORCH_LIBRARY_IMPL(semion, CPU, library) {
   library.impl("policy_gradient", TORCH_BOX(&semion::cpu::policy_gradient));
   library.impl("packed_attention", TORCH_BOX(&semion::cpu::packed_attention));
   library.impl("packed_attention_backward", TORCH_BOX(&semion::cpu::packed_attention_backward));
+  library.impl("cached_attention", TORCH_BOX(&semion::cpu::cached_attention));
   library.impl("swiglu", TORCH_BOX(&semion::cpu::swiglu));
   library.impl("swiglu_backward", TORCH_BOX(&semion::cpu::swiglu_backward));
   library.impl("rms_norm", TORCH_BOX(&semion::cpu::rms_norm));

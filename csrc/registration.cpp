@@ -45,6 +45,12 @@ STABLE_TORCH_LIBRARY(semion, library) {
       "packed_attention_backward(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor? cosines, Tensor? sines, "
       "Tensor cu_seqlens, Tensor parents, Tensor output, Tensor sums, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 
+  // On the CPU alone, float32. qkv [T, (N + 2 M) D], positions and slots [T] int64, starts [R + 1] int32: each request's tokens,
+  // table [R, blocks] int32, angles [P, D], cache [blocks, M, B, 2 D], written to -> [T, N D]: csrc/attention/cached_attention.h.
+  library.def(
+      "cached_attention(Tensor qkv, Tensor positions, Tensor slots, Tensor starts, Tensor table, Tensor angles, "
+      "Tensor(a!) cache, float scale) -> Tensor");
+
   // On the CPU alone. x [T, 2 F] -> [T, F], and back: csrc/activation/swiglu.h.
   library.def("swiglu(Tensor x) -> Tensor");
   library.def("swiglu_backward(Tensor gradient, Tensor x) -> Tensor");

@@ -166,6 +166,21 @@ def packed_attention(
     return torch.einsum("nls,snd->lnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
+def cached_attention(
+    qkv: torch.Tensor, positions: torch.Tensor, angles: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention [T, N D] of one request's tokens [T, (N + 2 M) D] to positions up to their own, of which keys (rotated already)
+    and values [.., M, D] are the first."""
+    kv_heads, dim = keys.shape[1:]
+    q, k, v = qkv.view(len(qkv), -1, dim).split((qkv.size(1) // dim - 2 * kv_heads, kv_heads, kv_heads), 1)
+    rotary = [part.unsqueeze(1) for part in angles[positions].chunk(2, -1)]
+    q, keys, values = _turned(q, *rotary), torch.cat((keys, _turned(k, *rotary))), torch.cat((values, v))
+    keys, values = (x.repeat_interleave(q.size(1) // kv_heads, 1) for x in (keys, values))
+    seen = torch.arange(len(keys)) <= positions.unsqueeze(1)
+    scores = torch.einsum("lnd,snd->nls", q, keys) * scale
+    return torch.einsum("nls,snd->lnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values).flatten(1)
+
+
 def _turned(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), -1)

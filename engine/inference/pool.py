@@ -129,8 +129,8 @@ def unlike(held: Mapping[int, tuple[str, ...]]) -> dict[int, SemionError]:
     }
 
 
-# What decides an engine's tokens, as it describes it; the last two of engines on CPUs.
-RUN_ALIKE = ("vllm", "torch", "model_runner", "attention", "scheduling", "sampler", "instructions")
+# What decides an engine's tokens, as it describes it; the last three of engines on CPUs.
+RUN_ALIKE = ("vllm", "torch", "model_runner", "attention", "scheduling", "sampler", "layers", "instructions")
 
 
 class Pool:

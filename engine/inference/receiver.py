@@ -260,19 +260,24 @@ class SyncWorker:
         dtype = getattr(processor, "head_dtype", None)
         return "the model's" if dtype is None else str(dtype).removeprefix("torch.")
 
-    def semion_draw(self: Any) -> None:
-        """Has a worker on a CPU draw tokens by our kernel."""
-        from engine.inference import cpu_sampler  # here, for it names parts of vLLM that an engine on a GPU does without
+    def semion_decode(self: Any) -> None:
+        """Has a worker on a CPU compute the layers of few tokens, and draw tokens, by our kernels."""
+        from engine.inference import cpu_decoder, cpu_sampler  # here, for they name parts of vLLM that a GPU does without
 
+        cpu_decoder.replace(self.model_runner.get_model())
         self.model_runner.sampler = cpu_sampler.replaced(self.model_runner.sampler)
 
     def semion_runs(self: Any) -> dict[str, str]:
         """What the worker runs: the module of vLLM's model runner, of which there are two, its attention, and on a CPU its
-        sampler."""
+        sampler and what computes the layers of few tokens."""
         model = self.model_runner.get_model()
         attention = {layer.attn_backend.get_name() for layer in model.modules() if hasattr(layer, "attn_backend")}
-        sampler = {"sampler": type(self.model_runner.sampler).__name__} if self.device.type == "cpu" else {}
-        return sampler | {
+        ours = {}
+        if self.device.type == "cpu":
+            from engine.inference import cpu_decoder
+
+            ours = {"sampler": type(self.model_runner.sampler).__name__, "layers": cpu_decoder.told(model)}
+        return ours | {
             "model_runner": type(self.model_runner).__module__.removeprefix("vllm.v1.worker."),
             "attention": ", ".join(sorted(attention)),
         }

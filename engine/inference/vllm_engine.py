@@ -156,7 +156,7 @@ class VllmEngine:
             )
         self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
         if on_cpu:
-            self._llm.collective_rpc("semion_draw")
+            self._llm.collective_rpc("semion_decode")
 
     def _check_head(self) -> None:
         """ConfigError where this vLLM, or its platform, leaves the output layer in another type than model.head asks for."""

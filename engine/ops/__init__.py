@@ -7,7 +7,7 @@ Shape legend: T tokens of a packed row, V_local vocabulary columns of this rank,
 from engine.ops import _library, _shapes
 from engine.ops.activation import swiglu
 from engine.ops.advantages import grouped_advantages
-from engine.ops.attention import packed_attention
+from engine.ops.attention import cached_attention, packed_attention
 from engine.ops.digest import block_digest, block_digests, column_weights
 from engine.ops.lm_head import Coefficients, lm_head_log_probs
 from engine.ops.norm import rms_norm
@@ -25,6 +25,7 @@ __all__ = [
     "Coefficients",
     "block_digest",
     "block_digests",
+    "cached_attention",
     "column_weights",
     "grouped_advantages",
     "linear",

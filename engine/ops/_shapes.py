@@ -101,6 +101,19 @@ def _packed_attention_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _cached_attention(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    table: torch.Tensor,
+    angles: torch.Tensor,
+    cache: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    return qkv.new_empty(qkv.size(0), qkv.size(1) - cache.size(1) * cache.size(3))
+
+
 def _swiglu(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.size(0), x.size(1) // 2)
 
@@ -139,6 +152,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "policy_gradient": _policy_gradient,
     "packed_attention": _packed_attention,
     "packed_attention_backward": _packed_attention_backward,
+    "cached_attention": _cached_attention,
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,
     "rms_norm": _rms_norm,

@@ -1,5 +1,6 @@
 """One vLLM engine in a process of its own: samples what the command line says and prints what came, as JSON, in one call and
-as the pool asks for it, in several, with how many came in each of these, and what the engine says of itself.
+as the pool asks for it, in several, with how many came in each of these, once more with vLLM's layers in the place of ours, and
+what the engine says of itself, with how many passes through the layers were ours.
 `python tests/e2e/engine_probe.py CONFIG MASKS...`, each of these a JSON table with top_k or min_p."""
 
 import json
@@ -23,7 +24,7 @@ def main() -> None:
     cache = resolve(config, ("engines",), digests=False).kv_cache
     assert cache is not None
     engine = VllmEngine(config, 0, cache)
-    found: dict[str, list[Any]] = {"sampled": [], "in_several_calls": [], "counts": []}
+    found: dict[str, list[Any]] = {"sampled": [], "in_several_calls": [], "counts": [], "vllm_layers": [], "passes": []}
     for text in sys.argv[2:]:
         masks = json.loads(text)
         requests = [
@@ -37,6 +38,12 @@ def main() -> None:
         calls = [told(engine.collect(names, left)[0]) for left in open_after(len(names))]
         found["in_several_calls"].append([next(filter(None, of_request)) for of_request in zip(*calls, strict=True)])
         found["counts"].append([sum(one is not None for one in call) for call in calls])
+        model = engine._llm.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model.model
+        ours, model.forward = model.forward, type(model).forward.__get__(model)
+        engine.submit(requests, 0)
+        found["vllm_layers"].append(told(engine.collect(names)[0]))
+        model.forward = ours
+        found["passes"].append(getattr(ours, "num_passes", 0))
     print(json.dumps({"engine": engine.describe()} | found))
 
 

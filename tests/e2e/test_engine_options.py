@@ -33,7 +33,11 @@ def test_masks_and_ends_of_an_engine(run_config: Callable[..., RunConfig], tmp_p
     plain = probed(run_config(WARM), tmp_path, *MASKS)
     assert plain["engine"]["model_runner"] == "cpu_model_runner" and plain["engine"]["attention"] == "CPU_ATTN"
     assert plain["engine"]["sampler"] == "KernelSampler"
+    assert plain["engine"]["layers"] == "KernelDecoder"
     free, first, likeliest = plain["sampled"]
+    assert plain["passes"][0] >= 2 * (max(len(tokens) for tokens, *_ in free) - 1), "every decoding step of both rounds"
+    for ours, theirs in zip(free, plain["vllm_layers"][0], strict=True):
+        assert ours[0] == theirs[0] and ours[1] == pytest.approx(theirs[1], abs=1e-5), "by vLLM's layers, but for rounding"
     assert plain["in_several_calls"] == plain["sampled"], "to the last bit"
     assert all(sum(counts) == len(free) for counts in plain["counts"]) and plain["counts"][0][0] >= len(free) // 2
     assert len(free) > plain["counts"][0][0], "some end later than others"

@@ -10,6 +10,7 @@
 
 #include "activation/swiglu.h"
 #include "advantages/advantages.h"
+#include "attention/cached_attention.h"
 #include "attention/packed_attention.h"
 #include "linear/few_rows.h"
 #include "logprob/logprob.h"
@@ -92,11 +93,14 @@ struct Kernels {
   decltype(&baseline::rms_norm_weight) norm_weight;
   decltype(&baseline::sample_tokens) sample;
   decltype(&baseline::few_rows_product) product;
+  decltype(&baseline::cache_tokens) cache_tokens;
+  decltype(&baseline::cached_attention) cached_attention;
 };
 
 #define SEMION_KERNELS(isa) {#isa, isa::log_prob_parts, isa::log_prob_join, isa::log_prob_backward, isa::policy_gradient, \
                              isa::block_digest, isa::packed_attention, isa::packed_attention_backward, isa::swiglu, isa::swiglu_backward, \
-                             isa::rms_norm, isa::rms_norm_backward, isa::rms_norm_weight, isa::sample_tokens, isa::few_rows_product}
+                             isa::rms_norm, isa::rms_norm_backward, isa::rms_norm_weight, isa::sample_tokens, isa::few_rows_product, \
+                             isa::cache_tokens, isa::cached_attention}
 
 void check_log_probs(const Kernels& kernels, Element element, int64_t width, float scale, double temperature) {
   const int64_t rows = 3, valid = width > 2 ? width - 2 : width, start = 11;
@@ -302,6 +306,49 @@ void check_attention(const Kernels& kernels, Element element, int32_t dim, int32
     }
 }
 
+// One request whose tokens fill its blocks one after the other, in a cache whose other slots hold no number.
+void check_cached_attention(const Kernels& kernels, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim) {
+  const int64_t places = 32, blocks = (tokens + places - 1) / places, width = (heads + 2 * kv_heads) * dim;
+  Matrix qkv(Element::float32, tokens, width, width), angles(Element::float32, tokens, dim, dim);
+  std::normal_distribution<float> normal;
+  for (float& value : qkv.wide) value = normal(draw);
+  for (float& value : angles.wide) value = normal(draw);
+  std::vector<float> cache(static_cast<size_t>(blocks * kv_heads * places * 2 * dim), NAN), out(static_cast<size_t>(tokens * heads * dim));
+  std::vector<int64_t> positions, slots;
+  std::vector<int32_t> requests(static_cast<size_t>(tokens)), table;
+  for (int64_t block = 0; block < blocks; ++block) table.push_back(static_cast<int32_t>(blocks - 1 - block));
+  for (int64_t i = 0; i < tokens; ++i) positions.push_back(i), slots.push_back(table[static_cast<size_t>(i / places)] * places + i % places);
+  const CachedAttention in{qkv.wide.data(), positions.data(), slots.data(), requests.data(), table.data(), angles.wide.data(), cache.data(),
+                           blocks, kv_heads * places * 2 * dim, places * 2 * dim, tokens, heads, kv_heads, dim, places, 0.3f};
+  kernels.cache_tokens(in, 0, tokens);
+  kernels.cached_attention(in, out.data(), 0, tokens * kv_heads);
+  const auto turned = [&](int64_t row, int64_t head, int64_t d) {
+    const int64_t half = dim / 2, i = d % half;
+    const double first = qkv.at(row, head * dim + i), second = qkv.at(row, head * dim + half + i);
+    const double cosine = angles.at(row, i), sine = angles.at(row, half + i);
+    return d < half ? first * cosine - second * sine : second * cosine + first * sine;
+  };
+  for (int64_t row = 0; row < tokens; row += 1 + tokens / 5)
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t kv_head = head / (heads / kv_heads);
+      std::vector<double> scores;
+      double total = 0, size = 0;
+      for (int64_t key = 0; key <= row; ++key) {
+        double score = 0;
+        for (int64_t d = 0; d < dim; ++d) score += turned(row, head, d) * turned(key, heads + kv_head, d);
+        scores.push_back(0.3 * score), size = std::max(size, std::fabs(0.3 * score));
+      }
+      const double largest = *std::max_element(scores.begin(), scores.end());
+      for (double& score : scores) total += score = std::exp(score - largest);
+      for (int64_t d = 0; d < dim; ++d) {
+        double wanted = 0;
+        for (int64_t key = 0; key <= row; ++key)
+          wanted += scores[static_cast<size_t>(key)] / total * qkv.at(key, (heads + kv_heads + kv_head) * dim + d);
+        expect("cached attention", kernels.isa, tokens, out[static_cast<size_t>((row * heads + head) * dim + d)], wanted, 1e-5 * (1 + size));
+      }
+    }
+}
+
 void check_product(const Kernels& kernels, int64_t rows, int64_t width, int64_t depth) {
   Matrix x(Element::float32, rows, depth, depth), w(Element::float32, width, depth, depth), out(Element::float32, rows, width, width);
   std::normal_distribution<float> normal(0, 1);
@@ -482,6 +529,12 @@ int main() {
     for (int64_t size = 1; size < 40; ++size) {
       check_product(kernels, size % 15, size, 45 - size);
       check_product(kernels, 7, 9, 500 + size);
+    }
+  for (const Kernels& kernels : all)
+    for (const int64_t tokens : {1, 8, 16, 17, 31, 33, 70}) {
+      check_cached_attention(kernels, tokens, 2, 2, 32);
+      check_cached_attention(kernels, tokens, 6, 2, 64);
+      check_cached_attention(kernels, tokens, 7, 1, 96);
     }
   check_small_ones();
   return num_faults != 0;

@@ -22,6 +22,14 @@ TARGETS, BOUNDS = torch.tensor([3, -100, 0, 39, 5, 7]), torch.tensor([0, 2, 6], 
 TOKENS = torch.linspace(-1, 0, T)
 
 
+def cached_attention_arguments():
+    """Two requests' four tokens, at two heads over one of keys."""
+    qkv, cache = torch.linspace(-1, 1, 4 * 4 * 32).view(4, 128), torch.zeros(3, 1, 32, 64)
+    positions, slots = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 64, 65])
+    starts, table = torch.tensor([0, 2, 4], dtype=torch.int32), torch.tensor([[0], [2]], dtype=torch.int32)
+    return qkv, positions, slots, starts, table, torch.ones(5, 32), cache, 0.3
+
+
 def arguments(name):
     """Small and valid ones."""
     logits = torch.linspace(-3, 3, T * V).view(T, V)
@@ -42,6 +50,7 @@ def arguments(name):
         "policy_gradient": policy,
         "packed_attention": (*attention, 0.4),
         "packed_attention_backward": (heads, *attention, output, sums, 0.4),
+        "cached_attention": cached_attention_arguments(),
         "swiglu": (logits,),
         "swiglu_backward": (logits[:, : V // 2].contiguous(), logits),
         "rms_norm": (logits, logits[0].contiguous(), 1e-5),
