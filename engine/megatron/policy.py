@@ -43,6 +43,7 @@ from engine.megatron.parallel_state import ParallelState
 from engine.megatron.reshard import SavedOptimizer
 from engine.megatron.spread import precompute_spread_groups
 from engine.megatron.timers import Timers
+from engine.megatron.weight_gradients import add_by_torch
 from engine.models import sharding as layout
 from engine.models.base import ModelShape
 from engine.models.hf import HfCheckpoint
@@ -93,7 +94,9 @@ class Policy:
         self._row_multiple = config.trainer.row_multiple
         self._rows_together = config.trainer.pipeline_parallel if config.trainer.virtual_pipeline > 1 else 1
         self._float32_head = config.model.head == "float32"
-        fuses, widest = config.trainer.fuse_gradient_accumulation, config.trainer.gradient_dtype == "float32"
+        if fuses := config.trainer.fuses_accumulation:
+            add_by_torch()
+        widest = config.trainer.gradient_dtype == "float32"
         self._head_adds = fuses and widest  # its weight's gradient to the gradient buffer itself, as the layers do
         open_buffers(config.trainer, self.shape.hidden, self.dtype)
         models = build.build_chunks(self.shape, self._config, parallel, headless=self._headless)
