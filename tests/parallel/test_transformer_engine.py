@@ -9,6 +9,7 @@ are those of tests/te_cpu.
 import functools
 import math
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -348,7 +349,7 @@ def test_fp8_moments_of_zero_gradients_are_zero(pool):
     assert found["one"] == pytest.approx([0.1] * 48, rel=0.07)  # three bits of mantissa
 
 
-FUSED = {  # checkpoint, trainer
+FUSED: dict[str, tuple[str, dict[str, Any]]] = {  # checkpoint, trainer
     "local": ("wide", {"layers": "local"}),
     "local_bf16_sum": ("wide", {"layers": "local", "gradient_dtype": "bfloat16"}),
     "te": ("wide", TE),
