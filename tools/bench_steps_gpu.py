@@ -37,18 +37,19 @@ from engine.run.spec import resolve
 from tools.bench_layers import REFUSALS, flops, peak_of
 from tools.bench_sync import write_model
 
-TE = {"layers": "transformer_engine", "distributed_optimizer": True}
+TE = {"layers": "transformer_engine", "distributed_optimizer": True}  # without what only a resolved run has of "auto"
 SMALL = {"implementation": "te", "moment_dtype": "bfloat16"}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of trainer and optimizer
     "te": (TE, SMALL),
+    "te, fused accumulation": (TE | {"fuse_gradient_accumulation": True}, SMALL),
     "te, fused lm head": (TE | {"fused_lm_head": True}, SMALL),
     "te, fp8 current": (TE | {"fp8": "current"}, SMALL),
     "te, fp8 blockwise": (TE | {"fp8": "blockwise"}, SMALL),
-    "te, fused accumulation": (TE | {"fuse_gradient_accumulation": True}, SMALL),
     "local": ({}, {}),
     "local, fused lm head": ({"fused_lm_head": True}, {}),
+    "local, fused accumulation": ({"fuse_gradient_accumulation": True}, {}),
 }
-NEEDS = {"te": "transformer_engine", "accumulation": "fused_weight_gradient_mlp_cuda"}  # modules, by a word of a variant's name
+NEEDS = {"te": "transformer_engine"}  # modules, by a word of a variant's name
 PROMPT = 50  # tokens of each sequence that no loss looks at
 
 

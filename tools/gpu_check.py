@@ -96,7 +96,7 @@ class Report:
         if not path.exists():
             return
         for row in json.loads(path.read_text("utf-8"))["sections"]:
-            if row["name"] in self.outcomes and row["verdict"] != "NOT RUN":
+            if row["name"] in self.outcomes and (row["verdict"] != "NOT RUN" or row["figures"]):
                 self.outcomes[row["name"]] = Outcome(**row)
 
     def write(self) -> None:
@@ -221,7 +221,19 @@ class Running:
         tail = " / ".join(self._log.read_text("utf-8", "replace").splitlines()[-TAIL_LINES:])[-600:]
         late = f"late after {self._seconds:.0f} s: {tail}"
         outcome.reason = "" if code == 0 else late if code is None else f"exit code {code}: {tail}"
-        read_figures(outcome, self._figures, self._junit)
+        self._read()
+
+    def cut_off(self) -> None:
+        """Ends it before its time, where gpu_check itself is asked to end: its figures so far are kept, and it is run again."""
+        self.kill()
+        self._outcome.seconds = time.monotonic() - self._started
+        self._read()
+        self._outcome.reason = "gpu_check was asked to end while it ran"
+
+    def _read(self) -> None:
+        read_figures(self._outcome, self._figures, self._junit)
+        if not self._outcome.figures:
+            self._outcome.figures = tests_in(self._log.read_text("utf-8", "replace"))
 
 
 def read_figures(outcome: Outcome, figures: Path, junit: Path) -> None:
@@ -244,6 +256,12 @@ def read_figures(outcome: Outcome, figures: Path, junit: Path) -> None:
             outcome.reason = f"failed: {', '.join(failed)[:600]}"
         elif outcome.verdict == "PASS" and not passed:
             outcome.verdict, outcome.reason = "NOT RUN", "every test was skipped"
+
+
+def tests_in(log: str) -> list[dict[str, Any]]:
+    """Of tests that were ended before their report was written: how many passed and failed, by what pytest -v printed."""
+    found = re.findall(r"(?m)::\S+ (PASSED|FAILED|ERROR)\b", log)
+    return [{"passed": found.count("PASSED"), "failed": len(found) - found.count("PASSED"), "cut off": True}] if found else []
 
 
 def groups(sections: Sequence[Section]) -> list[list[Section]]:
@@ -291,7 +309,7 @@ def run_sections(sections: Sequence[Section], report: Report, environment: dict[
                 time.sleep(POLL_SECONDS)
         finally:
             for one in running.values():  # where this program is asked to end
-                one.kill()
+                one.cut_off()
             report.about["seconds"] = round(budget_seconds - (end - time.monotonic()))
             report.write()  # their logs too
     return int(any(report.outcomes[section.name].verdict == "FAIL" for section in sections))

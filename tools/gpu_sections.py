@@ -55,7 +55,14 @@ CALIBRATION = ("-m", "tools.gpu_calibration", "{report}", "--output", "{kept}/ca
 # What nothing is known of comes first: a budget that ends early loses the end of a call. What is timed runs alone; tests of
 # what is right run while an engine compiles on the host.
 SECTIONS = (
-    Section("extension", "our CUDA kernels build", ("setup.py", "build_ext", "--inplace"), 60, programs=("nvcc",)),
+    Section(
+        "extension",
+        "our CUDA kernels build",
+        ("setup.py", "build_ext", "--inplace"),
+        60,
+        modules=("torch", "setuptools"),
+        programs=("nvcc",),
+    ),
     Section(
         "probe",
         "a process maps another's memory on the GPU; what one that spins leaves to another",

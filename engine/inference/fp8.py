@@ -68,9 +68,11 @@ class Fp8Linear(LinearMethodBase):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._quantize_tokens = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN)
+        self.strayed: torch.Tensor | None = None  # of what was loaded, until `require_loaded` has read it
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Quantizes what was loaded, once; later weights come by `quantize`."""
+        """Quantizes what was loaded, once, and looks at it; later weights come by `quantize`. vLLM tells a layer when it is
+        loaded and nobody when all are, so `require_loaded` is to be called."""
         loaded = layer.weight.data
         if loaded.dtype == FP8:
             return
@@ -78,9 +80,7 @@ class Fp8Linear(LinearMethodBase):  # type: ignore[misc]
         scale = torch.empty(loaded.size(0), 1, dtype=torch.float32, device=loaded.device)
         layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
         quantize(layer, loaded)
-        proof = RoundingProof()
-        proof.add(layer, loaded, "a matrix of the model's files")
-        proof.require()  # at once: vLLM tells a layer when it is loaded, and nobody when all are
+        self.strayed = num_strayed(loaded, layer.weight.data, layer.weight_scale.data)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., columns] times the weight [rows, columns], in x's dtype."""
@@ -111,6 +111,11 @@ class RoundingProof:
         """Looks at one layer, without waiting; its weight [rows, columns] is not needed any longer."""
         self._strayed[name] = num_strayed(weight, layer.weight.data, layer.weight_scale.data)
 
+    def add_loaded(self, method: Fp8Linear, name: str) -> None:
+        """Takes over what a layer found as it was loaded."""
+        assert method.strayed is not None, f"{name} is proven once after it was loaded"
+        self._strayed[name], method.strayed = method.strayed, None
+
     def require(self) -> None:
         """Waits for all that were added. WeightSyncError names the first that is not within half an FP8 step of its weights."""
         if not self._strayed:
@@ -131,6 +136,15 @@ def quantized_layers(model: torch.nn.Module) -> dict[str, Any]:
     """The layers whose weights are in FP8, by the names of these parameters."""
     named = model.named_modules()
     return {f"{name}.weight": layer for name, layer in named if isinstance(getattr(layer, "quant_method", None), Fp8Linear)}
+
+
+def require_loaded(model: torch.nn.Module) -> None:
+    """Once, after vLLM has loaded a model. WeightSyncError where what an engine multiplies with is not what its files' weights
+    were rounded to. It waits for the device, once for all matrices."""
+    proof = RoundingProof()
+    for name, layer in quantized_layers(model).items():
+        proof.add_loaded(layer.quant_method, f"engine parameter {name}, loaded from the model's files,")
+    proof.require()
 
 
 @torch.no_grad()

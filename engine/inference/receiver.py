@@ -283,8 +283,10 @@ class SyncWorker:
         }
 
     def semion_quantized(self: Any) -> str:
-        """The digest of what is in FP8; empty where nothing is."""
-        return fp8.digest_of(self.model_runner.get_model())
+        """Once, after the start: proves what was rounded to FP8 when it was loaded. Its digest; empty where nothing was."""
+        model = self.model_runner.get_model()
+        fp8.require_loaded(model)
+        return fp8.digest_of(model)
 
     def semion_release(self: Any) -> None:
         """Gives the pages of weights and KV cache back to the machine on a CPU, where vLLM's sleep does nothing. Their

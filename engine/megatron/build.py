@@ -160,7 +160,7 @@ def megatron_config(shape: ModelShape, axes: layout.TrainerLayout, trainer: Trai
         use_te_activation_func=not trainer.uses_te,  # megatron's name for an activation that the layer's spec brings
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=trainer.fuse_gradient_accumulation,
+        gradient_accumulation_fusion=trainer.fuses_accumulation,
         transformer_impl=trainer.layer_spec,
         deterministic_mode=trainer.deterministic and torch.cuda.is_available(),
         fp8=FP8_FORMATS[trainer.fp8],

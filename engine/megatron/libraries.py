@@ -50,10 +50,8 @@ def check_installed(trainer: Trainer, optimizer: Optimizer) -> dict[str, str]:
     """What to do instead, by option, for every option that needs a library of a GPU. ConfigError naming the first whose library
     is not on this machine."""
     te, apex = ("Transformer Engine", "transformer_engine", INSTALL_TE), ("apex", "amp_C", INSTALL_APEX)
-    fusion = ("apex", "fused_weight_gradient_mlp_cuda", INSTALL_APEX)
     asked = [
         (trainer.uses_te, "trainer.layers = 'transformer_engine'", te, "use 'local'"),
-        (trainer.fuse_gradient_accumulation, "trainer.fuse_gradient_accumulation", fusion, "set it to false"),
         (optimizer.implementation == "te", "optimizer.implementation = 'te'", te, "use 'torch'"),
         (optimizer.implementation == "apex", "optimizer.implementation = 'apex'", apex, "use 'torch'"),
         (optimizer.offload_share > 0, "optimizer.offload_share", te, "set it to 0"),  # megatron-core asks for its version

@@ -47,6 +47,7 @@ from engine.megatron.reference import Reference
 from engine.megatron.spread import precompute_spread_groups
 from engine.megatron.target_log_probs import TargetLogProbs
 from engine.megatron.timers import Timers
+from engine.megatron.weight_gradients import add_by_torch
 from engine.models.base import ModelShape
 from engine.models.export_plan import ExportFile
 from engine.models.hf import HfCheckpoint
@@ -93,6 +94,8 @@ class Policy:
         self._config.timers = Timers()
         self._row_multiple = config.trainer.row_multiple
         self._rows_together = config.trainer.pipeline_parallel if config.trainer.virtual_pipeline > 1 else 1
+        if config.trainer.fuses_accumulation:
+            add_by_torch()
         open_buffers(config.trainer, shape.hidden, self.dtype)
         models = build.build_chunks(shape, self._config, parallel, headless=config.trainer.fused_lm_head)
         build.load_all(models, shape, axes, HfCheckpoint(checkpoint_path), parallel)

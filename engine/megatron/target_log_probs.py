@@ -28,7 +28,7 @@ class TargetLogProbs:
         self.weight = weight
         self.fused = config.trainer.fused_lm_head  # the output is hidden states
         self._float32_logits = config.model.head == "float32"
-        fuses, widest = config.trainer.fuse_gradient_accumulation, config.trainer.gradient_dtype == "float32"
+        fuses, widest = config.trainer.fuses_accumulation, config.trainer.gradient_dtype == "float32"
         self.into_main_grad = fuses and widest  # the weight's gradient to the gradient buffer itself, as the layers do
         self._vocabulary: dict[str, Any] = {  # which columns of the logits this rank has, and what they are divided by
             "vocab_start": tp_rank * weight.size(0),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -139,16 +139,21 @@ _ADAPTER = TypeAdapter(Spec)
 
 
 def settled(config: RunConfig, *, on_gpus: bool | None = None) -> RunConfig:
-    """The configuration with what trainer.layers = 'auto' becomes: Transformer Engine's layers on GPUs with model.dtype =
-    'bfloat16', or where an option asks for them, else megatron-core's own. What is installed decides nothing. `on_gpus`:
-    whether the run is for GPUs, by what this machine has where not said. Any other configuration is returned as it is."""
-    t = config.trainer
-    if t.layers != "auto":
+    """The configuration with what 'auto' becomes. trainer.layers: Transformer Engine's on GPUs with model.dtype = 'bfloat16',
+    or where an option asks for them, else megatron-core's own. trainer.fuse_gradient_accumulation: true on GPUs. What is
+    installed decides nothing. `on_gpus`: whether the run is for GPUs, by what this machine has where not said. Any other
+    configuration is returned as it is."""
+    t, chosen = config.trainer, dict[str, Any]()
+    if "auto" not in (t.layers, t.fuse_gradient_accumulation):
         return config
-    asked = t.fp8 != "none" or t.overlap_tensor_parallel
-    wanted = config.may_use_te and (asked or (visible_gpus() > 0 if on_gpus is None else on_gpus))
-    layers = "transformer_engine" if wanted else "local"
-    return config.model_copy(update={"trainer": t.model_copy(update={"layers": layers})})
+    if on_gpus is None:
+        on_gpus = visible_gpus() > 0
+    if t.layers == "auto":
+        asked = t.fp8 != "none" or t.overlap_tensor_parallel
+        chosen["layers"] = "transformer_engine" if config.may_use_te and (asked or on_gpus) else "local"
+    if t.fuse_gradient_accumulation == "auto":
+        chosen["fuse_gradient_accumulation"] = on_gpus
+    return config.model_copy(update={"trainer": t.model_copy(update=chosen)})
 
 
 def resolve(config: RunConfig, parts: tuple[Part, ...] | None = None, *, digests: bool = True) -> Spec:

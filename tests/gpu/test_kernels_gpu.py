@@ -34,6 +34,11 @@ pytestmark = [
 ]
 # Llama 3's vocabulary (rows that one block reads, and few rows that several blocks share), a small one, an odd one.
 SIZES = [(600, 128_256), (3, 128_256), (64, 320), (33, 5_003), (1, 1), (0, 128)]
+GIGABYTE, BEYOND = (4096, 128_256), (16_745, 128_256)  # logits of 1 GB in bf16, and of 2^31 elements
+assert BEYOND[0] * BEYOND[1] > 2**31
+HEAD = (8192, 4096, 128_256)  # tokens, hidden, vocabulary
+ROWS = 32_000  # of a smaller vocabulary
+DIGESTED = 1 << 21  # rows of 1024 bytes
 
 
 def problem(num_tokens, num_columns, dtype, gap=0):
@@ -84,7 +89,7 @@ def test_rows_beside_a_boundary(gap):
 
 def test_memory_is_that_of_the_logits_alone():
     """Forward and backward of 1 GB of logits take less than 2 MB beside them."""
-    logits, targets, weights = problem(4096, 128_256, torch.bfloat16)
+    logits, targets, weights = problem(*GIGABYTE, torch.bfloat16)
     inner = logits.requires_grad_() * 1  # the op writes over its input, which autograd would copy of a leaf
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -103,8 +108,8 @@ def test_lm_head_equals_float64(dtype, chunk_rows, known):
     """Several chunks, whose products add to a float32 gradient, and one; coefficients given, made in the chunk, or none."""
     torch.manual_seed(0)
     hidden = torch.randn(300, 256, device="cuda").to(dtype).requires_grad_()
-    weight = (torch.randn(32_000, 256, device="cuda") / 16).to(dtype).requires_grad_()
-    targets, old = torch.randint(0, 32_000, (300,), device="cuda"), -10 + torch.rand(300, device="cuda")
+    weight = (torch.randn(ROWS, 256, device="cuda") / 16).to(dtype).requires_grad_()
+    targets, old = torch.randint(0, ROWS, (300,), device="cuda"), -10 + torch.rand(300, device="cuda")
     targets[::7] = IGNORED
     bounds, advantages = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda"), torch.tensor([1.5, -0.5], device="cuda")
     each, clips = advantages.repeat_interleave(bounds.diff()), dict[str, Any](clip_low=9.0, clip_high=1e9, kl_weight=0.0)
@@ -148,9 +153,10 @@ def test_lm_head_never_waits_and_refuses_wrong_coefficients_by_nan():
 
 def test_lm_head_of_8b_holds_a_gibibyte_of_logits():
     """[8192 x 4096 -> 128256]: beside the gradients no more than one chunk and the float32 gradient."""
-    hidden = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(128_256, 4096, device="cuda", dtype=torch.bfloat16) / 64).requires_grad_()
-    targets, ones = torch.randint(0, 128_256, (8192,), device="cuda"), torch.ones(8192, device="cuda")
+    tokens, width, vocabulary = HEAD
+    hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16) / 64).requires_grad_()
+    targets, ones = torch.randint(0, vocabulary, (tokens,), device="cuda"), torch.ones(tokens, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -174,16 +180,15 @@ def test_digests_equal_the_cpus(dtype):
         weights = column_weights(5000, device)
         found.append(block_digests([block.to(device) for block in blocks], columns=weights, **places).cpu())
     assert torch.equal(*found)
-    whole = torch.randint(0, 256, (1 << 21, 1024), device="cuda", dtype=torch.uint8)  # 2 GiB
-    halves = whole[: 1 << 20], whole[1 << 20 :]
-    parts = [block_digest(half, row=i << 20, col=0, seed=3) for i, half in enumerate(halves)]
+    whole = torch.randint(0, 256, (DIGESTED, 1024), device="cuda", dtype=torch.uint8)  # 2 GiB
+    middle = DIGESTED // 2
+    parts = [block_digest(half, row=i * middle, col=0, seed=3) for i, half in enumerate((whole[:middle], whole[middle:]))]
     assert torch.equal(block_digest(whole, row=0, col=0, seed=3), parts[0] + parts[1])
 
 
 def test_rows_beyond_two_to_the_31_elements():
     """16,745 rows of 128,256 columns are 2^31 and more: the last rows alone give the same bits, values and gradients."""
-    num_tokens, num_columns = 16_745, 128_256
-    assert num_tokens * num_columns > 2**31
+    num_tokens, num_columns = BEYOND
     logits = torch.empty(num_tokens, num_columns, device="cuda", dtype=torch.bfloat16).normal_()
     targets, weights = torch.randint(0, num_columns, (num_tokens,), device="cuda"), torch.randn(num_tokens, device="cuda")
     last = logits[-64:].clone()

@@ -126,15 +126,10 @@ def collect_gradients(policy: Policy) -> None:
         dist.all_gather_into_tensor(bucket.grad_data, own, group=parallel.dp_group)
 
 
-def train(
-    config: RunConfig, parallel: ParallelState, checkpoint: str, loss: str, output: str, head_adds: bool = False
-) -> list[dict[str, float]]:
+def train(config: RunConfig, parallel: ParallelState, checkpoint: str, loss: str, output: str) -> list[dict[str, float]]:
     """Three steps; leaders write logits before them, gradients of each (as clipped) and weights after. Returns the
-    metrics. `head_adds`: the output layer adds its weight's gradient itself, as with trainer.fuse_gradient_accumulation, for
-    which the other layers need a GPU."""
+    metrics."""
     policy = make_policy(config, parallel, loss_of(loss), checkpoint)
-    if policy._target_log_probs is not None:
-        policy._target_log_probs.into_main_grad |= head_adds
     kept: dict[str, torch.Tensor] = {}
     metrics = []
     for step in range(3):

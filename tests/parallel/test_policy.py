@@ -128,14 +128,14 @@ def train(pool: WorkerPool, checkpoint: Checkpoint, tmp_path_factory: pytest.Tem
     """Runs the case `train` once per checkpoint, loss, layout and clip_norm."""
     made: dict[str, Trained] = {}
 
-    def run(variant: str, loss: str, trainer: dict[str, Any], clip_norm: float = material.UNCLIPPED, **more: bool) -> Trained:
-        key = json.dumps([variant, loss, trainer, clip_norm, more])
+    def run(variant: str, loss: str, trainer: dict[str, Any], clip_norm: float = material.UNCLIPPED) -> Trained:
+        key = json.dumps([variant, loss, trainer, clip_norm])
         if key not in made:
             size = math.prod(trainer.get(f"{axis}_parallel", 1) for axis in ("tensor", "pipeline", "data"))
             output = tmp_path_factory.mktemp("train")
             where = {"checkpoint": str(checkpoint(variant)), "output": str(output)}
             options = {"optimizer": {"clip_norm": clip_norm}}
-            metrics = pool.run("train", size, trainer=trainer, options=options, loss=loss, **where, **more)
+            metrics = pool.run("train", size, trainer=trainer, options=options, loss=loss, **where)
             tensors: dict[str, torch.Tensor] = {}
             for file in output.glob("*.safetensors"):
                 tensors |= load_file(file)
@@ -182,15 +182,18 @@ def test_layout_equals_one_rank(name: str, clip_norm: float, train: Train) -> No
         ("tied", "dpo", {}),
         ("tied", "grpo", {"data_parallel": 2, "overlap_gradients": True}),
         ("tied", "dpo", {"tensor_parallel": 2, "pipeline_parallel": 2}),
+        ("deep", "dpo", {"pipeline_parallel": 2, "virtual_pipeline": 2, "recompute": True}),
     ],
-    ids=["one_rank", "tp2_sp", "tied", "tied_dp2_overlap", "tied_tp2_pp2"],
+    ids=["one_rank", "tp2_sp", "tied", "tied_dp2_overlap", "tied_tp2_pp2", "pp2_virtual2_recompute"],
 )
-def test_a_head_that_adds_to_main_grad_gives_the_same_gradients(
-    variant: str, loss: str, trainer: dict[str, Any], train: Train
+@pytest.mark.parametrize("fused_lm_head", [False, True], ids=["", "fused_head"])
+def test_products_that_add_to_main_grad_give_the_same_gradients(
+    variant: str, loss: str, trainer: dict[str, Any], fused_lm_head: bool, train: Train
 ) -> None:
-    """Three steps; in float32, where nothing is rounded either way."""
-    layout = trainer | {"fused_lm_head": True}
-    found, expected = train(variant, loss, layout, head_adds=True), train(variant, loss, layout)
+    """Those of all layers, of the output layer in both forms, and of embeddings that are the same weight. Three steps; in
+    float32, where nothing is rounded either way."""
+    layout = trainer | {"fused_lm_head": fused_lm_head}
+    found, expected = train(variant, loss, layout | {"fuse_gradient_accumulation": True}), train(variant, loss, layout)
     largest = max(step["grad_norm"] for step in expected.metrics[0])
     assert worst(found.select("gradient."), expected.select("gradient.")) <= max(1e-6, 1e-6 * largest)
     assert worst(found.select("weight."), expected.select("weight.")) <= 2e-5

@@ -9,6 +9,7 @@ are those of tests/te_cpu.
 import functools
 import math
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -348,17 +349,46 @@ def test_fp8_moments_of_zero_gradients_are_zero(pool):
     assert found["one"] == pytest.approx([0.1] * 48, rel=0.07)  # three bits of mantissa
 
 
-@pytest.mark.skipif(find_spec("fused_weight_gradient_mlp_cuda") is None, reason="apex is not installed")
-@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
-@pytest.mark.parametrize("variant", ["plain", "tied"])
-def test_fused_gradient_accumulation_gives_the_same_gradients(variant, layers, pool, checkpoint, tmp_path):
-    (tmp_path / "fused").mkdir()
-    (tmp_path / "plain").mkdir()
-    trainer = {"layers": layers, "fuse_gradient_accumulation": True}
-    _, fused = trained(pool, checkpoint(variant), tmp_path / "fused", trainer, BF16)
-    _, plain = trained(pool, checkpoint(variant), tmp_path / "plain", {"layers": layers}, BF16)
-    wanted = {name: value.to(DEVICE) for name, value in plain.items() if name.startswith("gradient.0.")}
-    assert error(fused, wanted) <= 1e-2
+FUSED: dict[str, tuple[str, dict[str, Any]]] = {  # checkpoint, trainer
+    "local": ("wide", {"layers": "local"}),
+    "local_bf16_sum": ("wide", {"layers": "local", "gradient_dtype": "bfloat16"}),
+    "te": ("wide", TE),
+    "te_tied_recompute": ("tied", TE | {"recompute": True}),
+    "te_bf16_sum": ("wide", TE | {"gradient_dtype": "bfloat16"}),
+    "te_fp8_delayed": ("wide", TE | {"fp8": "delayed"}),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_gradient_accumulation_gives_the_same_gradients(name, pool, checkpoint, tmp_path):
+    """With no apex, whatever the layers: Transformer Engine's add by themselves, all others by torch's product. `plain` rounds
+    each microbatch's gradient to bfloat16 before it is added."""
+    (variant, trainer), found = FUSED[name], {}
+    for kind in ("plain", "fused"):
+        (tmp_path / kind).mkdir()
+        options = trainer | {"fuse_gradient_accumulation": kind == "fused"}
+        _, found[kind] = trained(pool, checkpoint(variant), tmp_path / kind, options, BF16)
+    wanted = {key: value.to(DEVICE) for key, value in found["plain"].items() if key.startswith("gradient.0.")}
+    assert wanted and error(found["fused"], wanted) <= 1e-2
+
+
+def test_fused_gradient_accumulation_of_fp8_parameters_gives_the_same_norms(pool, checkpoint):
+    where = {"checkpoint": str(checkpoint("wide")), "options": BF16}
+    norms = []
+    for fuses in (False, True):
+        trainer = FP8_PARAMETERS | {"fp8": "blockwise", "fuse_gradient_accumulation": fuses}
+        norms.append(pool.run("fp8_parameters", 1, trainer=trainer, **where)[0]["norms"])
+    assert norms[1][0] == pytest.approx(norms[0][0], rel=1e-3) and norms[0][0] > 0
+    assert norms[1] == pytest.approx(norms[0], rel=5e-2), "a step later weights differ"
+
+
+def test_a_fused_step_in_parts_is_the_step_in_one_piece(pool, checkpoint):
+    """sync.streaming: no part overwrites what an earlier one added. Rows are others, and so is their rounding."""
+    options = BF16 | {"sync": {"streaming": True}}
+    trainer = TE | {"fuse_gradient_accumulation": True}
+    (found,) = pool.run("streamed", 1, trainer=trainer, options=options, checkpoint=str(checkpoint("wide")))
+    assert found["repeats"]
+    assert found["gradient"] <= 2e-2, found["gradient"]
 
 
 def test_an_importable_transformer_engine_changes_no_bit(pool, checkpoint, tmp_path, monkeypatch):

@@ -471,3 +471,16 @@ def test_any_layout_holds_the_model_once_and_less_of_it_takes_less(axes: dict[st
     assert sum(fewer.fullest.values()) <= sum(step_of(0).fullest.values())
     in_flight = [step_of(stage).in_flight for stage in stages]
     assert in_flight == sorted(in_flight, reverse=True) and in_flight[-1] == 1
+
+
+def test_what_stands_for_gradients_that_products_add_is_counted() -> None:
+    """One bf16 tensor for each shape of a linear layer, kept, and of the output layer unless it has logits a few at a time; a
+    layer's backward makes no gradient of gate and up then."""
+    layer = 2 * 4096 * (6144 + 4096 + 3 * 14336)
+    for fused_head, head in ((False, VOCABULARY // 2 * 2), (True, 0)):
+        asked = f"trainer.fused_lm_head={str(fused_head).lower()}"
+        plain, fused = (Step(spec_of("8b-4x4", asked, f"trainer.fuse_gradient_accumulation={f}"), 0) for f in ("false", "true"))
+        assert fused._buffers - plain._buffers == layer + head
+        assert plain._layer_backward - fused._layer_backward <= 2 * 2 * 14336 * 4096
+    on_cpu = (Step(spec_of("8b-4x4", f"trainer.fuse_gradient_accumulation={f}"), 0, on_gpu=False) for f in ("false", "true"))
+    assert len({step._buffers for step in on_cpu}) == 1, "freed at once there, as a gradient is"

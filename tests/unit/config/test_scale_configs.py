@@ -9,6 +9,7 @@ from engine.api.planning import plan
 from engine.capacity.transfer import Machine
 from engine.config.load import load_config
 from engine.core.errors import ConfigError
+from engine.run.spec import settled
 
 ROOT = Path(__file__).resolve().parents[3]
 SCALE = {path.stem: path for path in (ROOT / "configs" / "scale").glob("*.toml")}
@@ -45,6 +46,6 @@ def test_8b_fits_a_node_of_80_gb_cards_with_ten_to_spare(interval: int) -> None:
 @pytest.mark.parametrize("name", SCALE)
 def test_a_file_asks_for_what_its_layout_allows(name: str, option: str) -> None:
     """Gradients are summed beside the backward, and added up inside the product, wherever no rule is against it."""
-    if not getattr(load_config(SCALE[name]).trainer, option):
+    if not getattr(settled(load_config(SCALE[name]), on_gpus=True).trainer, option):
         with pytest.raises(ConfigError, match=f"trainer.{option}"):
             load_config(SCALE[name], [f"trainer.{option}=true"])

@@ -124,6 +124,33 @@ def test_the_proof_of_a_sync_is_read_once(method: fp8.Fp8Linear, monkeypatch: py
     assert counts.host_waits == {"aten::_local_scalar_dense": 1}, "a number read by itself is seen"
 
 
+def test_the_proof_of_a_start_is_read_once(method: fp8.Fp8Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a matrix reads nothing back; all of them are read in one list. A second proof of the same is refused."""
+    lists, to_list, model = list[int](), torch.Tensor.tolist, torch.nn.Module()
+
+    def noted(tensor: torch.Tensor) -> Any:
+        lists.append(tensor.numel())
+        return to_list(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", noted)
+    with Counted() as counts, set_current_vllm_config(VllmConfig()):
+        model.layers = torch.nn.ModuleList(loaded(fp8.Fp8Linear(), drawn(ROWS, COLUMNS, seed=i)).layer for i in range(7))
+        assert lists == [] and counts.launches["aten::sum"] == 7
+        fp8.require_loaded(model)
+        assert lists == [7]
+    assert not counts.host_waits
+    with pytest.raises(AssertionError, match="once"):
+        fp8.require_loaded(model)
+
+
+def test_what_was_loaded_wrong_ends_the_start_by_name(method: fp8.Fp8Linear) -> None:
+    weight = drawn(ROWS, COLUMNS)
+    weight[3, 4] = float("nan")
+    model = loaded(method, weight)
+    with pytest.raises(WeightSyncError, match=r"parameter layer\.weight, loaded from the model's files, must be .* found 32 "):
+        fp8.require_loaded(model)
+
+
 def test_of_several_matrices_the_first_that_is_wrong_is_named(method: fp8.Fp8Linear) -> None:
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList(loaded(method, drawn(ROWS, COLUMNS, seed=i)).layer for i in range(3))

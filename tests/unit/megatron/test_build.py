@@ -37,6 +37,7 @@ def test_nothing_of_transformer_engine_or_apex_by_default():
     config = made()
     assert (config.transformer_impl, config.fp8, config.tp_comm_overlap) == ("local", None, False)
     assert not config.gradient_accumulation_fusion
+    assert made(fuse_gradient_accumulation=True).gradient_accumulation_fusion
     assert not config.bias_activation_fusion and not config.apply_rope_fusion
 
 

@@ -22,12 +22,11 @@ from tests.unit.ops.counted import Counted
 
 WANTED = {
     "trainer.layers": (Trainer(layers="transformer_engine"), Optimizer(), "transformer_engine"),
-    "trainer.fuse_gradient_accumulation": (Trainer(fuse_gradient_accumulation=True), Optimizer(), "fused_weight"),
     "optimizer.implementation = 'te'": (Trainer(), Optimizer(implementation="te"), "transformer_engine"),
     "optimizer.implementation = 'apex'": (Trainer(), Optimizer(implementation="apex"), "amp_C"),
     "optimizer.offload_share": (Trainer(), Optimizer(offload_share=0.5), "transformer_engine"),
 }
-MODULES = ("transformer_engine", "amp_C", "fused_weight_gradient_mlp_cuda")
+MODULES = ("transformer_engine", "amp_C")
 
 
 def place(monkeypatch, name, **members):
@@ -60,6 +59,7 @@ def choices():
 
 def test_plain_options_need_no_library():
     check_libraries(Trainer(), Optimizer())
+    check_libraries(Trainer(fuse_gradient_accumulation=True), Optimizer())
 
 
 @pytest.mark.parametrize("option", WANTED)

@@ -80,8 +80,15 @@ FP8 = {"fp8": "current"}
 def test_what_automatic_layers_become(tables, on_gpus, layers):
     made = settled(config(**tables), on_gpus=on_gpus)
     assert made.trainer.layers == layers and settled(made, on_gpus=not on_gpus) is made
+    assert made.trainer.fuse_gradient_accumulation is made.trainer.fuses_accumulation is on_gpus
     assert made.trainer.shares_prompts is (layers == "local")
     assert trainer_layout(made.trainer).spec == layers
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_said_of_accumulation_stays_as_it_is(asked):
+    made = config(trainer={"fuse_gradient_accumulation": asked})
+    assert all(settled(made, on_gpus=on_gpus).trainer.fuse_gradient_accumulation is asked for on_gpus in (False, True))
 
 
 def test_a_resolved_run_says_what_its_layers_are(monkeypatch):

@@ -108,6 +108,14 @@ def test_pytest_is_counted_from_its_own_report(tmp_path):
     assert (found["skipped"]["verdict"], found["skipped"]["reason"]) == ("NOT RUN", "every test was skipped")
 
 
+def test_tests_that_are_late_are_counted_by_what_they_printed(tmp_path):
+    """pytest writes its own report at its end only."""
+    lines = "a.py::test_a[x] PASSED [ 30%]", "a.py::test_b FAILED [ 60%]", "a.py::test_c PASSED [ 90%]", "a.py::test_d "
+    code = f"print({chr(10).join(lines)!r}, flush=True); import time; time.sleep(15)"
+    status, found, _ = run(tmp_path, [section("tests", code, seconds=2)])
+    assert status == 1 and found["tests"]["figures"] == [{"passed": 2, "failed": 1, "cut off": True}]
+
+
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_runner_leaves_a_whole_report(tmp_path, ending):
     driver = tmp_path / "driver.py"
@@ -116,8 +124,10 @@ def test_a_killed_runner_leaves_a_whole_report(tmp_path, ending):
         "signal.signal(signal.SIGTERM, stop)\n"
         "folder = Path(sys.argv[1])\n"
         "NAMES = ['report.json', 'report.md', 'details.zip']\n"
-        "sleep = 'import time, os; print(os.getpid(), flush=True); time.sleep(15)'\n"
-        "sections = [Section('one', '', ('-c', ''), 20), Section('two', '', ('-c', sleep), 20), Section('three', '', (), 1)]\n"
+        "sleep = 'import time, os, sys; open(sys.argv[1], \\'w\\').write(\\'[{\"so far\": 1}]\\'); '\n"
+        "sleep += 'print(os.getpid(), flush=True); time.sleep(15)'\n"
+        "two = Section('two', '', ('-c', sleep, '{json}'), 20)\n"
+        "sections = [Section('one', '', ('-c', ''), 20), two, Section('three', '', (), 1)]\n"
         "report = Report(sections, [folder / n for n in NAMES], {'date': 'today'}, folder / 'details')\n"
         "run_sections(sections, report, dict(os.environ), 60)\n"
     )
@@ -134,12 +144,13 @@ def test_a_killed_runner_leaves_a_whole_report(tmp_path, ending):
     found = json.loads((tmp_path / "report.json").read_text())["sections"]
     assert [(row["name"], row["verdict"], row["reason"]) for row in found] == [
         ("one", "PASS", ""),
-        ("two", "NOT RUN", "not reached"),
+        ("two", "NOT RUN", "gpu_check was asked to end while it ran" if ending == signal.SIGTERM else "not reached"),
         ("three", "NOT RUN", "not reached"),
     ]
+    assert found[1]["figures"] == ([{"so far": 1}] if ending == signal.SIGTERM else [])
     with zipfile.ZipFile(tmp_path / "details.zip") as packed:
         assert packed.testzip() is None
-        assert packed.namelist() == (["one.log", "two.log"] if ending == signal.SIGTERM else ["one.log"])
+        assert packed.namelist() == (["one.log", "two.json", "two.log"] if ending == signal.SIGTERM else ["one.log"])
     if ending == signal.SIGTERM:
         assert not Path(f"/proc/{section_pid}").exists()
     else:

@@ -67,7 +67,7 @@ def test_a_process_maps_anothers_memory_and_the_probe_says_what_a_spinning_one_l
 @pytest.mark.slow
 def test_whole_steps_of_the_trainer_and_their_calibration(tmp_path):
     arguments = ("--tiny", "--rows", "1", "2", "--repeats", "1", "--only")
-    variants = ("te", "te, fused accumulation", "local", "local, fused lm head")
+    variants = ("te", "te, fused accumulation", "local", "local, fused lm head", "local, fused accumulation")
     first, second, *rows = figures(tmp_path, "bench_steps_gpu", *arguments, *variants)
     assert first == {"variant": "te", "not run": "transformer_engine is not installed"}
     assert second == {"variant": "te, fused accumulation", "not run": "transformer_engine is not installed"}
@@ -76,9 +76,13 @@ def test_whole_steps_of_the_trainer_and_their_calibration(tmp_path):
         ("local", 2),
         ("local, fused lm head", 1),
         ("local, fused lm head", 2),
+        ("local, fused accumulation", 1),
+        ("local, fused accumulation", 2),
     ]
     assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-6)
+    assert rows[0]["loss"] == pytest.approx(rows[4]["loss"], rel=1e-6)
     assert rows[1]["grad_norm"] == pytest.approx(rows[3]["grad_norm"], rel=1e-4)
+    assert rows[1]["grad_norm"] == pytest.approx(rows[5]["grad_norm"], rel=1e-4)
     assert rows[1]["tokens"] == 480 and rows[1]["TFLOP/s"] * 1e12 == pytest.approx(
         rows[1]["flops"] * 4 / 3 / (rows[1]["score_seconds"] + rows[1]["train_seconds"])
     )
