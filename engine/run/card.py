@@ -22,7 +22,7 @@ from engine.data.records import HUB, records, source_digest
 from engine.data.templates import NAMED, NO_CHAT, TEMPLATE_DATE, PromptForm, encode_prompt, load_tokenizer, read_chat_template
 from engine.models.config_file import CONFIG, GENERATION_CONFIG, read_end_ids
 from engine.observe.origin import Origin
-from engine.observe.reading import LEDGERS
+from engine.observe.summary import EVALUATION
 from engine.run.checkpoint import BEST, best, read_manifest
 
 CARD, TEMPLATE_FILE = "README.md", "chat_template.jinja"
@@ -79,7 +79,8 @@ class Made:
 
         def rows(name: str) -> Iterator[dict[str, Any]]:
             inside = checkpoint.parent.name == "checkpoints" and (run / name).exists()
-            return read_rows(run / name, **LEDGERS[name]) if inside else iter(())
+            form: dict[str, Any] = EVALUATION if name == "evaluations.jsonl" else {"numbers": name == "metrics.jsonl"}
+            return read_rows(run / name, **form) if inside else iter(())
 
         own, before = list(rows("evaluations.jsonl")), (manifest.get("records") or {}).get("judged", [])
         fork = Origin.from_json(manifest["fork"]) if "fork" in manifest else None
