@@ -14,7 +14,7 @@ from engine.core.errors import ConfigError, DataError
 from engine.core.jsonl import read_rows
 from engine.data.templates import NAMED, PromptForm, encode_prompt, load_tokenizer, read_chat_template
 from engine.observe.origin import Origin
-from engine.observe.reading import LEDGERS
+from engine.observe.summary import EVALUATION
 from engine.run.checkpoint import BEST, best, read_manifest
 
 
@@ -42,7 +42,8 @@ class Made:
 
         def rows(name: str) -> Iterator[dict[str, Any]]:
             inside = checkpoint.parent.name == "checkpoints" and (run / name).exists()
-            return read_rows(run / name, **LEDGERS[name]) if inside else iter(())
+            form: dict[str, Any] = EVALUATION if name == "evaluations.jsonl" else {"numbers": name == "metrics.jsonl"}
+            return read_rows(run / name, **form) if inside else iter(())
 
         own, before = list(rows("evaluations.jsonl")), (manifest.get("records") or {}).get("judged", [])
         fork = Origin.from_json(manifest["fork"]) if "fork" in manifest else None
