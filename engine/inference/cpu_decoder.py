@@ -68,8 +68,8 @@ class KernelDecoder:
     ) -> Any:
         """Hidden states [T, H] after the last norm, of tokens [T] at positions [T] int64."""
         metadata = get_forward_context().attn_metadata
-        plain = input_ids is not None and intermediate_tensors is None and inputs_embeds is None and not options
-        if not plain or not _is_for_us(metadata, self._layers[0].name, input_ids.numel()):
+        other = intermediate_tensors is not None or inputs_embeds is not None or options
+        if other or input_ids is None or not _is_for_us(metadata, self._layers[0].name, input_ids.numel()):
             return self._elsewhere(input_ids, positions, intermediate_tensors, inputs_embeds, **options)
         self.num_passes += 1
         operators = torch.ops.semion

@@ -23,7 +23,7 @@ H, N, M, D, F, T = 48, 4, 2, 32, 40, 5
 NAME = "model.layers.0.self_attn.attn"
 
 
-def made(kind: type, **fields: Any) -> Any:
+def made(kind: Any, **fields: Any) -> Any:
     """An object of vLLM's class with these fields, made without a configuration of vLLM's."""
     one = kind.__new__(kind)
     if isinstance(one, torch.nn.Module):
@@ -147,7 +147,7 @@ def test_it_is_the_layer_s_definition(model: Any, monkeypatch: pytest.MonkeyPatc
     qkv = reference_ops.rms_norm(hidden, layer.input_layernorm.weight.double(), 1e-5) @ weights["qkv_proj"].t()
     angles, none = layer.self_attn.rotary_emb.cos_sin_cache.double(), torch.zeros(2, 0, M, D).double()
     attended = [
-        reference_ops.cached_attention(qkv[rows], POSITIONS[rows], angles, *before, D**-0.5)
+        reference_ops.cached_attention(qkv[rows], POSITIONS[rows], angles, before[0], before[1], D**-0.5)
         for rows, before in ((slice(0, 2), none), (slice(2, 5), earlier.double()))
     ]
     hidden = hidden + torch.cat(attended) @ weights["o_proj"].t()
