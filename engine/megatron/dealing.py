@@ -5,7 +5,7 @@ groups and prompts. It sees outlines, no tokens; balancing.py balances them, and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from itertools import chain
@@ -94,7 +94,15 @@ def deal_rows(outlines: Many[Outline], trainer: Trainer, costs: Costs, *, cuts_g
     held = [{one.group for one in part} - {-1} for part in parts]
     spread = frozenset(group for group, ranks in Counter(chain.from_iterable(held)).items() if ranks > 1)
     split = [frozenset(too_large(part, trainer, costs) | (groups & spread)) for part, groups in zip(parts, held, strict=True)]
-    return Dealt(pack_rows(parts, split, spread, trainer, costs), split, spread)
+    rows = pack_rows(parts, split, spread, trainer, costs)
+    _refuse_to_lose(outlines, chain.from_iterable(rows))
+    return Dealt(rows, split, spread)
+
+
+def _refuse_to_lose(outlines: Many[Outline], rows: Iterable[Many[Outline]]) -> None:
+    """A sequence that were lost or doubled on the way to rows would change what is trained on, and nothing else would tell."""
+    given, laid = Counter([one.place for one in outlines]), Counter([one.place for row in rows for one in row])
+    assert laid == given, f"places of the step that rows lack: {list(given - laid)}; that they have again: {list(laid - given)}"
 
 
 def split_over_ranks(

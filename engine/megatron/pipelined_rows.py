@@ -46,6 +46,7 @@ class Ordered:
     def rows(self) -> Rows:
         """The rows in that order."""
         made = [row for laid in self.kinds for row in laid.rows()]
+        assert len(made) == sum(len(laid.works) for laid in self.kinds) <= len(self.order), (len(made), len(self.order))
         made += [[] for _ in range(len(self.order) - len(made))]
         return [made[i] for i in self.order]
 
@@ -81,9 +82,10 @@ class PipelinedRows:
         if not self._cuttable or self.num_pieces <= MANY * num_rows:
             deals.append(Pieces.dealt)
         counts = self._shared_out(num_rows)
-        found = [[deal(kind, count) for kind, count in zip(self._kinds, counts, strict=True)] for deal in deals]
+        shares = list(zip(self._kinds, counts, strict=True))
+        found = [[deal(kind, count) for kind, count in shares] for deal in deals]
         return [self._ordered([laid for laid in kinds if laid], num_rows) for kinds in found if None not in kinds] or [
-            self._ordered([kind.few() for kind in self._kinds], num_rows)
+            self._ordered([kind.cut(count) or kind.few() for kind, count in shares], num_rows)  # one of which is few enough
         ]
 
     def _shared_out(self, count: int) -> list[int]:
@@ -104,6 +106,7 @@ class PipelinedRows:
         with model chunks, which rows go through in groups of as many as there are stages, the smallest group is the first one
         and all others fall."""
         costs = [work + ROW_COST_TOKENS for laid in kinds for work in laid.works]
+        assert len(costs) <= num_rows, (len(costs), num_rows)
         costs += [float(ROW_COST_TOKENS)] * (num_rows - len(costs))
         num_first = sum(len(laid.works) for laid in kinds if laid.group in self._spread)
         rising = sorted(range(num_first, num_rows), key=costs.__getitem__)

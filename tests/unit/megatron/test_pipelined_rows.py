@@ -132,3 +132,21 @@ def test_rows_of_spread_groups_stay_the_first():
     rows = shortest_rows(PipelinedRows(kinds, {7}, trainer), 8, trainer)
     assert [[one.group for one in row] for row in rows[:2]] == [[7], [7]]
     assert [one.num_completion for row in rows[2:] for one in row] == [600, 1200, 1800, 2100, 1500, 900]
+
+
+def test_as_few_rows_as_kinds_need_together_hold_all_of_each_kind():
+    """Rows of 1,000 tokens. The split group fills two in order and would take three the largest first; of the others it is the
+    reverse, and the largest to the emptiest of two does not fit. So four rows are two filled ones and two full ones."""
+    trainer = Trainer(pipeline_parallel=2, microbatch_tokens=1000)
+    lengths = {7: (400, 300, 300, 400, 300, 300), -1: (500, 400, 500, 300, 300)}
+    every = [(group, length) for group, own in lengths.items() for length in own]
+    outlines = [Outline(i, 1, length - 1, group, i) for i, (group, length) in enumerate(every)]
+    split, others = (Pieces([one for one in outlines if one.group == group], {7}, 1000, COSTS) for group in lengths)
+    assert (split.num_few, split.num_filled, len(split.few().works)) == (2, 2, 3)
+    assert (others.num_few, others.num_filled, len(others.few().works), others.dealt(2)) == (2, 3, 2, None)
+    rank = PipelinedRows([split, others], (), trainer)
+    (way,) = rank.ways(rank.num_few)
+    rows = way.rows()
+    assert sorted([one.num_tokens for one in row] for row in rows) == [[400, 300, 300]] * 2 + [[400, 300, 300], [500, 500]]
+    assert sorted(one.place for row in rows for one in row) == list(range(11))
+    assert way.costs == pytest.approx([COSTS.work(row) + ROW_COST_TOKENS for row in rows])
