@@ -76,10 +76,11 @@ class Search:
         self.space = Space(spec, machine, constants, workload, num_gpus)
         self._weight_bytes = num_elements(spec.shape) * item_bytes(spec.config.model.dtype)
         self.trainers = TrainerLayouts(self.space)
-        self.engines = EngineLayouts(self.space, [regime.interval for regime in regimes])
+        self._judged = how_judged(spec)
+        self.engines = EngineLayouts(self.space, [regime.interval for regime in regimes], self._judged)
         self._schedules = {regime: regime.of(spec.config.schedule) for regime in regimes}
         self._trained: dict[tuple[Trainer, bool], Many[TrainingStep]] = {}
-        self._slack, self._judged = slack, how_judged(spec)
+        self._slack = slack
         self._late: list[ConfigError] = []  # deadlines that the last layout left out for them would not keep
         self.tried = 0
         self.num_forecasts = 0  # made in full

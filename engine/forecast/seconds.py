@@ -230,7 +230,7 @@ class Forecaster:
             (c.sampled_megatoken_seconds * work.num_sampled + c.trained_megatoken_seconds * work.num_trained) / 1e6
             for work in self.works
         ]
-        judged = [judging_seconds(self.given.spec, c, work) for work in self.works]
+        judged = [judging_seconds(self.given.spec, c, work, self._judged.calls) for work in self.works]
         colocated = self.given.spec.colocated
         rounding = quantizing_seconds(self.given.spec.shape, self._config, c)
         return Costs(
@@ -329,7 +329,7 @@ class Forecaster:
             checkpoint_disk_seconds=written,
             num_checkpoints=count,
             longest_wait_seconds=self._seen[3],
-            judging_seconds=max(judging_seconds(spec, c, work) for work in self.works),
+            judging_seconds=max(judging_seconds(spec, c, work, self._judged.calls) for work in self.works),
             ledger_bytes_per_day=sampled * c.ledger_token_bytes * 86400 / seconds if self._speed is not None else 0.0,
             run_seconds=run,
         )
