@@ -357,7 +357,7 @@ class Forecaster:
         engines.open(0.0, range(len(parts)))
         sampled = max(map(engines.sampled, range(len(parts))))
         everything = StepWork(tuple(prompts), tuple(answers), ())
-        return sampled + judging_seconds(spec, self.given.constants, everything), engines.longest_wait
+        return sampled + judging_seconds(spec, self.given.constants, everything, self._judged.calls), engines.longest_wait
 
 
 TRAIN_PARTS = (
