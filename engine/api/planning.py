@@ -30,7 +30,7 @@ from engine.forecast.seconds import (
     Inputs,
     Regime,
     assumed_workload,
-    num_judged_together,
+    how_judged,
     regimes,
     scores_reference,
 )
@@ -186,8 +186,8 @@ def optimized(
 
 def inputs(spec: Spec, constants: Constants, workload: Workload | None, transfer_seconds: float, machine: Machine) -> Inputs:
     """What the forecast of a run takes."""
-    gpu_bytes, together = round(machine.gpu_gibibytes * GIB), num_judged_together(spec)
-    return Inputs(spec, constants, workload or assumed_workload(spec), transfer_seconds, gpu_bytes, together)
+    gpu_bytes, judged = round(machine.gpu_gibibytes * GIB), how_judged(spec)
+    return Inputs(spec, constants, workload or assumed_workload(spec), transfer_seconds, gpu_bytes, judged)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from engine.core.errors import combined, unique
 
 if TYPE_CHECKING:
     from engine.capacity.kv_cache import KvCache
+    from engine.rewards.registry import Where
     from engine.run.spec import Spec
 
 
@@ -52,6 +53,8 @@ def check(options: argparse.Namespace) -> None:
 
 def table(spec: Spec) -> list[tuple[str, str]]:
     """The run for people: heading, then a row a fact."""
+    from engine.rewards.registry import where_judged
+
     c, shape, t, e = spec.config, spec.shape, spec.trainer, spec.engine
     rows = [
         ("what", "as resolved"),
@@ -79,6 +82,8 @@ def table(spec: Spec) -> list[tuple[str, str]]:
     if spec.starts_reward_engine:
         count = spec.num_reward_engines
         rows.append(("reward model", f"{c.reward_model.path}, on {count} engine{'s' * (count > 1)} of its own"))
+    if spec.starts_engines:
+        rows += [(f"judged by {name}", _judged(spec, where)) for name, where in where_judged(c).items()]
     rows += [(f"weight syncs on {carrier.device}", f"{carrier.kind or 'none'}: {carrier.why}") for carrier in spec.transports]
     if spec.placement is not None:
         nodes = len({assignment.node for assignment in spec.placement.assignments})
@@ -89,6 +94,19 @@ def table(spec: Spec) -> list[tuple[str, str]]:
     rows.append(("checkpoints", f"after steps {_steps(spec.checkpoint_steps)}" if spec.checkpoint_steps else "none"))
     rows += [(f"digest of {name}", (digest or "none")[:16]) for name, digest in spec.digests.items()]
     return rows
+
+
+def _judged(spec: Spec, where: Where) -> str:
+    """What a reward gets in each call, and where it judges."""
+    what = f"each {where.together}"
+    if where.kind == "engines":
+        return f"{what}, on the reward model's engines"
+    if where.kind == "class":
+        on = "each node" if where.every_node else "rank 0's node"
+        return f"{what}, one call at a time, on {on}"
+    workers = spec.config.rewards.workers
+    count = "a process a free core" if workers is None else f"{workers} process{'es' * (workers > 1)}"
+    return f"{what}, by {count} on {'each node' if len(spec.nodes) > 1 else 'this node'}"
 
 
 def cache_sizes(cache: KvCache) -> Iterator[tuple[str, int]]:

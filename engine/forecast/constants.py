@@ -117,7 +117,7 @@ class Constants(Section):
         1000.0,
         "guess",
         "a function that reads text; yours may call a service",
-        "that one judging process does with your function",
+        "that one judging process does with your function, or one call at a time of your class",
     )
     start_seconds: Cost = _constant(
         180.0, "guess", UNVERIFIED, "from the command to the first step, beside reading the weights"

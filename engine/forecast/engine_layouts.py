@@ -11,7 +11,7 @@ from engine.capacity.memory import estimate
 from engine.core.errors import ConfigError
 from engine.forecast.clocks import complete, judged_at
 from engine.forecast.decoding import Engines
-from engine.forecast.seconds import Regime, judging_seconds, num_judged_together
+from engine.forecast.seconds import Judged, Regime, judging_seconds
 from engine.forecast.space import Space
 from engine.forecast.speed import Speed, speed_of
 from engine.models.checks import check_engine_layout
@@ -34,12 +34,12 @@ class EngineChoice:
 class EngineLayouts:
     """The engines' layouts of a space, for some s."""
 
-    def __init__(self, space: Space, intervals: Many[int | str]) -> None:
+    def __init__(self, space: Space, intervals: Many[int | str], judged: Judged) -> None:
         self._space = space
         self._intervals = tuple(dict.fromkeys(intervals))
         together = {interval: Regime(interval).of(space.config.schedule).opens(0) for interval in self._intervals}
         self._together = {interval: len(steps) for interval, steps in together.items()}  # steps that are sampled together
-        self._judged_together = num_judged_together(space.spec)
+        self._judged = judged
 
     def choices(self) -> Iterator[EngineChoice]:
         """Of every number of GPUs those that an engine fits, by slots that it can fill."""
@@ -87,8 +87,8 @@ class EngineLayouts:
     def _ready(self, spec: Spec, room: int) -> dict[int | str, tuple[float, ...]]:
         """When every step of an interval has been sampled by the first engine and judged, counted from the sync."""
         space = self._space
-        together = self._judged_together
-        judged = [judging_seconds(spec, space.constants, work) for work in space.works]
+        together = self._judged.together
+        judged = [judging_seconds(spec, space.constants, work, self._judged.calls) for work in space.works]
         speed = speed_of(spec.shape, spec.config, space.constants)
         alone = [speed.iterations(max(map(max, work.completions)), 1, min(work.prompts)) for work in space.works]
         found: dict[int, tuple[float, ...]] = {}

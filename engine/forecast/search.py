@@ -21,7 +21,7 @@ from engine.forecast.deadlines import missed
 from engine.forecast.disk import saving
 from engine.forecast.engine_layouts import EngineChoice, EngineLayouts
 from engine.forecast.lengths import Workload
-from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, num_judged_together, scores_reference
+from engine.forecast.seconds import Forecast, Forecaster, Inputs, Regime, how_judged, scores_reference
 from engine.forecast.space import Space
 from engine.forecast.trainer_layouts import TrainerChoice, TrainerLayouts
 from engine.forecast.training import TrainingStep
@@ -76,10 +76,11 @@ class Search:
         self.space = Space(spec, machine, constants, workload, num_gpus)
         self._weight_bytes = num_elements(spec.shape) * item_bytes(spec.config.model.dtype)
         self.trainers = TrainerLayouts(self.space)
-        self.engines = EngineLayouts(self.space, [regime.interval for regime in regimes])
+        self._judged = how_judged(spec)
+        self.engines = EngineLayouts(self.space, [regime.interval for regime in regimes], self._judged)
         self._schedules = {regime: regime.of(spec.config.schedule) for regime in regimes}
         self._trained: dict[tuple[Trainer, bool], Many[TrainingStep]] = {}
-        self._slack, self._judged_together = slack, num_judged_together(spec)
+        self._slack = slack
         self._late: list[ConfigError] = []  # deadlines that the last layout left out for them would not keep
         self.tried = 0
         self.num_forecasts = 0  # made in full
@@ -247,7 +248,7 @@ class Search:
     def _inputs(self, spec: Spec) -> Inputs:
         i, t = spec.config.inference, spec.config.trainer
         transfer = self._transfer(i.engines * i.tensor_parallel, i.tensor_parallel, t.world_size)
-        return Inputs(spec, self.space.constants, self._workload, transfer, self.space.gpu_bytes, self._judged_together)
+        return Inputs(spec, self.space.constants, self._workload, transfer, self.space.gpu_bytes, self._judged)
 
 
 def _slowest(found: Many[Found]) -> float:

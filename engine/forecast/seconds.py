@@ -29,7 +29,7 @@ from engine.forecast.speed import Speed, quantizing_seconds, speed_of
 from engine.forecast.training import Training, TrainingStep, mean_step
 from engine.models.headers import num_elements
 from engine.rewards.pool.workers import num_workers
-from engine.rewards.registry import check_streaming, judged_together
+from engine.rewards.registry import check_streaming, where_judged
 from engine.run.spec import Spec
 
 Interval = int | str
@@ -58,7 +58,7 @@ class Inputs:
     workload: Workload
     transfer_seconds: float  # of a weight sync, by its plan
     gpu_bytes: int  # of a device, which a KV cache of its own size ('auto') follows
-    together: int | None = None  # answers that rewards judge together, 0: all of a step; None: they are asked
+    judged: Judged | None = None  # how rewards judge; None: they are asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +106,28 @@ class Forecast:
         return self.run_seconds * self.gpus / 3600
 
 
-def num_judged_together(spec: Spec) -> int:
-    """How many answers the run's rewards judge together, by the one that waits longest: 1, those to a prompt, or 0 for all of a
-    step. A reward of the user's own that cannot be loaded here is taken to judge each by itself."""
+class Judged(NamedTuple):
+    """How a run's rewards judge, by the one that waits longest."""
+
+    together: int  # answers that it judges together: 1, those to a prompt, or 0 for all of a step
+    calls: int | None  # of a user's class, which judges in one call at a time on a node; None where worker processes judge
+
+
+def how_judged(spec: Spec) -> Judged:
+    """How the run's rewards judge. One of the user's own that cannot be loaded here is taken for a function of one answer."""
     try:
-        found = judged_together(spec.config)
+        found = where_judged(spec.config).values()
     except ConfigError:
-        found = "answer"
-    return {"answer": 1, "group": spec.config.algorithm.samples_per_prompt, "step": 0}[found]
+        return Judged(1, None)
+    together = max((where.together for where in found), key=("answer", "group", "step").index)
+    calls = [len(spec.nodes) if where.every_node else 1 for where in found if where.kind == "class"]
+    return Judged(
+        {"answer": 1, "group": spec.config.algorithm.samples_per_prompt, "step": 0}[together], min(calls, default=None)
+    )
 
 
-def judging_seconds(spec: Spec, constants: Constants, work: StepWork) -> float:
-    """Seconds for which a step's answers are judged."""
+def judging_seconds(spec: Spec, constants: Constants, work: StepWork, calls: int | None) -> float:
+    """Seconds for which a step's answers are judged. `calls`: as in Judged."""
     c, config = constants, spec.config
     answers = sum(map(len, work.completions))
     if spec.reward_shape is not None:
@@ -125,6 +135,8 @@ def judging_seconds(spec: Spec, constants: Constants, work: StepWork) -> float:
         flops, judge = 2 * num_elements(spec.reward_shape) * tokens, config.reward_model
         gpus = judge.engines * judge.tensor_parallel
         return flops / (c.peak_teraflops * 1e12 * c.prefill_peak_share * gpus)
+    if calls is not None:
+        return answers / (c.function_per_second * calls)
     if config.data.rewards == ("math",):
         return answers / (c.verified_per_second * num_judges(spec))
     return answers / (c.function_per_second * num_judges(spec) * config.rewards.concurrency)
@@ -152,6 +164,7 @@ class Forecaster:
         the steps of a trainer of the same layout. `deals`, `rows`: of these works, dealt and laid out before."""
         self.given = given
         self._config = given.spec.config
+        self._judged = given.judged or how_judged(given.spec)
         self._only = only
         self.works = works or draw_steps(self._config, given.workload, self._config.run.steps)
         self.deals = deals or Deals(self.works)  # as dealt to engines, for another forecast
@@ -217,7 +230,7 @@ class Forecaster:
             (c.sampled_megatoken_seconds * work.num_sampled + c.trained_megatoken_seconds * work.num_trained) / 1e6
             for work in self.works
         ]
-        judged = [judging_seconds(self.given.spec, c, work) for work in self.works]
+        judged = [judging_seconds(self.given.spec, c, work, self._judged.calls) for work in self.works]
         colocated = self.given.spec.colocated
         rounding = quantizing_seconds(self.given.spec.shape, self._config, c)
         return Costs(
@@ -229,7 +242,7 @@ class Forecaster:
             colocated=colocated,
             cores=self._cores() if c.cores else None,
             streams=self._config.sync.streaming,
-            together=num_judged_together(self.given.spec) if self.given.together is None else self.given.together,
+            together=self._judged.together,
         )
 
     def _moving_seconds(self, c: Constants) -> float:
@@ -250,7 +263,7 @@ class Forecaster:
             self.given.constants.cores,
             trainer=config.trainer.world_size * config.trainer.threads * busy,
             engine=config.inference.tensor_parallel * config.inference.threads,
-            rewards=judges if spec.reward_shape is not None else num_judges(spec),
+            rewards=judges if spec.reward_shape is not None else (self._judged.calls or num_judges(spec)),
         )
 
     def _summary(self, schedule: Schedule, played: Played) -> Forecast:
@@ -316,7 +329,7 @@ class Forecaster:
             checkpoint_disk_seconds=written,
             num_checkpoints=count,
             longest_wait_seconds=self._seen[3],
-            judging_seconds=max(judging_seconds(spec, c, work) for work in self.works),
+            judging_seconds=max(judging_seconds(spec, c, work, self._judged.calls) for work in self.works),
             ledger_bytes_per_day=sampled * c.ledger_token_bytes * 86400 / seconds if self._speed is not None else 0.0,
             run_seconds=run,
         )
@@ -344,7 +357,7 @@ class Forecaster:
         engines.open(0.0, range(len(parts)))
         sampled = max(map(engines.sampled, range(len(parts))))
         everything = StepWork(tuple(prompts), tuple(answers), ())
-        return sampled + judging_seconds(spec, self.given.constants, everything), engines.longest_wait
+        return sampled + judging_seconds(spec, self.given.constants, everything, self._judged.calls), engines.longest_wait
 
 
 TRAIN_PARTS = (

@@ -86,7 +86,8 @@ class _Engine:
 
     handle: ScoringEngine
     starting: _Call | None = None
-    is_fresh: bool = False  # started anew, and has answered nothing since
+    is_fresh: bool = False  # started anew, and has judged nothing since
+    is_seen: bool = False  # has answered something since this judging began, or since it was started anew
     is_out: bool = False  # lost again before it answered anything: it is asked nothing more
 
 
@@ -159,6 +160,8 @@ class ModelReward(Reward):
         left, and as much again where one of them is lost then."""
         groups, asked, scores = Groups(answers), list[_Asked](), dict[int, Score]()
         late_at, may_wait_again = None, True
+        for engine in self._engines:
+            engine.is_seen = False
         with groups.telling(self._woken.set):
             while True:
                 self._woken.clear()
@@ -212,7 +215,7 @@ class ModelReward(Reward):
             except TimeoutError as error:
                 raise self._late(one.engine, "score") from error
             asked.remove(one)
-            one.engine.is_fresh = False
+            one.engine.is_fresh, one.engine.is_seen = False, True
             judged = dict(zip(one.conversations, found, strict=True))
             scores.update({place: judged[_conversation(answer)] for place, answer in one.group.items()})
         for engine, loss in lost.items():
@@ -223,8 +226,9 @@ class ModelReward(Reward):
 
     def _replace(self, engine: _Engine, error: EngineLostError, owed: Sequence[_Asked]) -> None:
         """Starts a lost engine anew and has others asked for the groups that it `owed`, in the order of its calls: it was
-        judging the first one, if it was up."""
-        owed[0].num_lost += engine.starting is None and not engine.is_out
+        judging the first one, unless it was gone before. One that has answered nothing in this judging may have been."""
+        owed[0].num_lost += engine.is_seen
+        engine.is_seen = False
         what = f"{error}; it was asked for {sum(len(one.group) for one in owed)} answers to {len(owed)} prompts"
         if owed[0].num_lost > 1:
             raise type(error)(f"{what}, and is the second that was lost over one of them: look at its log")
@@ -253,6 +257,9 @@ class ModelReward(Reward):
         call, engine.starting = engine.starting, None
         try:
             call.future.result(FETCH_SECONDS)
+            engine.is_seen = True
+        except TimeoutError as error:
+            raise self._late(engine, "describe") from error
         except EngineLostError as error:
             engine.is_out = True
             if all(each.is_out for each in self._engines):

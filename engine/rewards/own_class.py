@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import queue
+import reprlib
 import threading
 import time
 from collections import deque
@@ -29,6 +30,9 @@ from engine.rewards.base import Answer, Reward
 from engine.rewards.pool.nodes import NodePool, Outcome, Request
 
 OPTION = "data.reward"
+PARTS = "whose parts must be a tuple of (name, finite number)"
+SHORT = reprlib.Repr()
+SHORT.maxother = SHORT.maxstring = 80
 
 
 def require_class(kind: type[Reward], name: str) -> None:
@@ -207,46 +211,77 @@ class OwnReward(Reward):
             )
 
     def _checked(self, call: _Call) -> list[Score]:
-        """What a call has found."""
+        """What a call has found, with Python's own values."""
         found, count = call.found, len(call.answers)
         if call.error is not None:
             raise call.error
-        if not isinstance(found, (list, tuple)) or len(found) != count or any(map(_wrong, found)):
-            what = f"{len(found)} values" if isinstance(found, (list, tuple)) else repr(found)
-            raise NumericsError(
-                f"{OPTION} = {self._name!r} must return one Score with a finite value for each of {count} answers, in order; "
-                f"found {what}{_first_bad(found)}: mend its score"
-            )
-        return list(map(_plain, found))
+        if not isinstance(found, (list, tuple)):
+            raise self._broken(count, _shown(found))
+        if len(found) != count:
+            raise self._broken(count, f"{len(found)} values")
+        scores = []
+        for each in found:
+            try:
+                scores.append(_plain(each))
+            except ValueError as wrong:
+                raise self._broken(count, f"{count} values, one of them {_shown(each)}, {wrong}") from None
+        return scores
+
+    def _broken(self, count: int, found: str) -> NumericsError:
+        return NumericsError(
+            f"{OPTION} = {self._name!r} must return one Score with a finite value for each of {count} answers, in order; "
+            f"found {found}: mend its score"
+        )
 
 
-def _wrong(found: object) -> str:
-    """What is wrong with a value that should be a Score; nothing where it is one."""
+def _plain(found: object) -> Score:
+    """What should be a Score, as one of Python's own values, which records and other nodes can hold; a user's may have those of
+    another library. ValueError says what is wrong with it."""
     if not isinstance(found, Score):
-        return "which is no Score"
-    if not _is_number(found.value):
-        return "whose value must be finite"
-    if found.status not in get_args(Status):
-        return f"whose status must be one of {', '.join(map(repr, get_args(Status)))}"
-    pairs = isinstance(found.parts, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in found.parts)
-    if not pairs or not all(isinstance(name, str) and _is_number(value) for name, value in found.parts):
-        return "whose parts must be a tuple of (name, finite number)"
-    return ""
+        raise ValueError("which is no Score")
+    value = _number(found.value)
+    if value is None:
+        raise ValueError("whose value must be finite")
+    status = next((each for each in get_args(Status) if isinstance(found.status, str) and found.status == each), None)
+    if status is None:
+        raise ValueError(f"whose status must be one of {', '.join(map(repr, get_args(Status)))}")
+    if not isinstance(found.parts, tuple):
+        raise ValueError(PARTS)
+    parts = tuple(map(_part, found.parts))
+    if not isinstance(found.problem, str):
+        raise ValueError("whose problem must be a str")
+    return Score(value, status, parts, _truth(found.right), str.__str__(found.problem))
 
 
-def _is_number(value: Any) -> bool:
+def _part(pair: object) -> tuple[str, float]:
+    if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+        raise ValueError(PARTS)
+    value = _number(pair[1])
+    if value is None:
+        raise ValueError(PARTS)
+    return str.__str__(pair[0]), value
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as Python's; None for anything else."""
     try:
-        return math.isfinite(value)
-    except TypeError:
-        return False
+        return float(value) if math.isfinite(value) else None
+    except Exception:  # a tensor of two, a whole number beyond floats, or whatever an object of the user's raises
+        return None
 
 
-def _plain(score: Score) -> Score:
-    """The same with Python's own numbers, as records and other nodes can hold them, where it has those of another library."""
-    parts = tuple((name, float(value)) for name, value in score.parts)
-    return Score(float(score.value), score.status, parts, score.right, score.problem)
+def _truth(right: Any) -> bool | None:
+    """True, False or None; a number that equals one of them is that."""
+    if right is None:
+        return None
+    try:
+        if right == True or right == False:  # noqa: E712  # what numpy and torch have of them is not the same object
+            return bool(right)
+    except Exception:  # a tensor of two is neither
+        pass
+    raise ValueError("whose right must be True, False or None")
 
 
-def _first_bad(found: Any) -> str:
-    bad = [value for value in found if _wrong(value)] if isinstance(found, (list, tuple)) else []
-    return f", one of them {bad[0]!r:.80}, {_wrong(bad[0])}" if bad else ""
+def _shown(found: object) -> str:
+    """A user's value in a message; some cannot be printed."""
+    return SHORT.repr(found)

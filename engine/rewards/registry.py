@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from engine.config.load import RunConfig
 from engine.config.options import Source
@@ -28,7 +28,7 @@ from engine.rewards.function import FunctionReward
 from engine.rewards.math.reward import MathReward, versions
 from engine.rewards.model import ScoringEngine
 from engine.rewards.own_class import OwnReward, require_class, says_per_group, spreads
-from engine.rewards.pool.nodes import NodeHandle, NodePool, named
+from engine.rewards.pool.nodes import NodeHandle, NodePool, closing, named
 from engine.rewards.pool.workers import WorkerReward, fitted
 
 COMBINE = "data.reward_combine"
@@ -103,14 +103,30 @@ def uses_engine(sources: Iterable[Source]) -> bool:
 def judged_together(config: RunConfig) -> Together:
     """What the run's rewards wait for, by the one that waits longest: an answer, its group, or all of a step. ConfigError where
     a user's own cannot be loaded."""
-    found: set[Together] = set()
+    found = {where.together for where in where_judged(config).values()}
+    return max(found, key=("answer", "group", "step").index)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What a reward gets in each call, and what it judges with."""
+
+    together: Together
+    kind: Literal["processes", "engines", "class"]
+    every_node: bool  # else on rank 0's alone
+
+
+def where_judged(config: RunConfig) -> dict[str, Where]:
+    """Of each reward of the run's sources. ConfigError where a user's own cannot be loaded."""
+    found = {}
     for name in sorted({name for source in config.data.sources for name in source.rewards}):
         kind = reward_class(config, name)
         if is_own(name, kind):
-            found.add("group" if spreads(kind) else "step")
+            found[name] = Where("group" if spreads(kind) else "step", "class", spreads(kind))
         else:
-            found.add(kind.judged_together(config, name))
-    return max(found, key=("answer", "group", "step").index)
+            together = kind.judged_together(config, name)
+            found[name] = Where(together, "engines" if kind.uses_engine else "processes", not kind.uses_engine)
+    return found
 
 
 def check_pairing(config: RunConfig) -> None:
@@ -241,13 +257,16 @@ class RoutedReward(Reward):
         rules: Mapping[str, Reward] | None = None,
         *,
         are_all: bool = True,
+        nodes: Sequence[NodeHandle] = (),
     ) -> None:
         """`recipes`: by what Prompt.reward says; what is none of them is the name of a reward. `rules`: users' combining rules
-        by their names. `are_all`: whether these are all rewards of the run, so that a weight of no part of theirs is wrong."""
+        by their names. `are_all`: whether these are all rewards of the run, so that a weight of no part of theirs is wrong.
+        `nodes`: those that have opened some of them too, which they close with these."""
         self._rewards = dict(rewards)
         self._recipes = dict(recipes or {})
         self._rules = dict(rules or {})
         functions = [reward for reward in (*rewards.values(), *self._rules.values()) if isinstance(reward, FunctionReward)]
+        self._nodes = tuple(nodes)
         self._weighing = functions if are_all else []
         self.problems: dict[str, str] = {}  # the first traceback of each reward whose answer was invalid
 
@@ -308,8 +327,10 @@ class RoutedReward(Reward):
             self._weighing = []
 
     def close(self) -> None:
-        """Closes every reward, also when one of them fails to close."""
+        """Closes every reward, here and on other nodes, also when one of them fails to close."""
         with ExitStack() as stack:
+            nodes, self._nodes = self._nodes, ()
+            stack.callback(closing(nodes))
             for reward in (*self._rewards.values(), *self._rules.values()):
                 stack.callback(reward.close)
 
@@ -454,6 +475,7 @@ def open_rewards(
             recipes,
             {rule: opened[f"{COMBINE} {rule}"] for rule in rules},
             are_all=_are_all(config, sources),
+            nodes=judges.nodes,
         )
         started.pop_all()
     return routed

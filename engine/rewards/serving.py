@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from threading import Condition
 
 from engine.config.load import RunConfig
@@ -44,6 +45,12 @@ class NodeJudges:
     def take(self, name: str, judging: int) -> dict[int, Outcome]:
         """Waits for outcomes, TAKE_SECONDS at most; those that nobody has taken. Raises what the judging raised."""
         return self._pools[name].take(judging)
+
+    def close(self) -> None:
+        """Closes every reward, also when one of them fails to; what is judged here is given up. A second call does nothing."""
+        with ExitStack() as stack:
+            while self._pools:
+                stack.callback(self._pools.popitem()[1].close)
 
 
 class _Pool:
@@ -83,6 +90,13 @@ class _Pool:
                 self._running.result()
             found, self._found = self._found, {}
             return found
+
+    def close(self) -> None:
+        """Closes the reward, when what is judged has been given up."""
+        with self._changed:
+            self._arrivals.abandon()
+        self._thread.shutdown()
+        self.reward.close()
 
     def _begin(self, judging: int) -> None:
         self._arrivals.abandon()

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 TAKE_SECONDS = 20.0  # after which a node answers at the latest, with nothing where nothing is judged
 SILENT_SECONDS = 60.0  # beyond these, and beyond what judging may take, on a busy machine or network
+CLOSE_SECONDS = 30.0  # in which all nodes close what they have opened
 FETCH_SECONDS = 30.0  # to have here what is known to be there
 QUEUED = 2  # answers that a node holds for each that it judges at once, so that none of its processes waits for us
 
@@ -154,6 +155,33 @@ class NodePool:
         self.judging.clear()
         self._calls.clear()
         return owed
+
+
+def closing(nodes: Sequence[NodeHandle]) -> Callable[[], None]:
+    """Has nodes close what they have opened, all at once, and returns what waits for that: CLOSE_SECONDS from now at most. A
+    node that does not answer by then, or is gone, is a warning. It raises what the closing of a reward raised, named."""
+    closed = [(node, node.call("close")) for node in nodes]
+    late_at = time.monotonic() + CLOSE_SECONDS
+
+    def wait() -> None:
+        failed: SemionError | None = None
+        for node, future in closed:
+            try:
+                future.result(max(0.0, late_at - time.monotonic()))
+            except TimeoutError:
+                log.warning(
+                    "%s did not close its rewards within CLOSE_SECONDS = %g: its process is ended as it is",
+                    node.name,
+                    CLOSE_SECONDS,
+                )
+            except EngineLostError as error:
+                log.warning("%s: it has closed none of its rewards", error)
+            except SemionError as error:
+                failed = failed or named(node, error)
+        if failed is not None:
+            raise failed
+
+    return wait
 
 
 def named(handle: NodeHandle, error: SemionError) -> SemionError:

@@ -442,15 +442,17 @@ def test_what_judges_a_group_begins_when_the_last_of_it_is_there(tmp_path):
         "def one(completion): return 0.0\n"
         "def all_of_it(group): return [0.0] * len(group)\n"
         "class Step(Reward):\n    def score(self, answers): return []\n"
+        "class Group(Step):\n    per_group = True\n    def score(self, answers): return []\n"
     )
     slow = WORKED.model_copy(update={"function_per_second": 1.0})  # of each of 8 workers on 5 nodes
     seconds = {}
-    for name in ("one", "all_of_it", "Step"):
+    for name in ("one", "all_of_it", "Step", "Group"):
         config = override(BASE, {"sync.sync_interval": 1, "data.reward": f"{tmp_path}/own.py:{name}", "rewards.workers": 8})
         found = Forecaster(Inputs(resolve(config, digests=False), slow, LENGTHS, 0.119, 139 * GIB)).forecast()
         seconds[name] = found.parts["rewards"]
-    assert seconds["Step"] == pytest.approx(512 / (5 * 8), rel=0.01), seconds
-    assert seconds["one"] < seconds["all_of_it"] < 0.5 * seconds["Step"], seconds
+    assert seconds["Step"] == pytest.approx(512, rel=0.01), "one call at a time, on one node"
+    assert seconds["one"] < seconds["all_of_it"] < 0.5 * 512 / (5 * 8), seconds
+    assert 0.5 * 512 / 5 < seconds["Group"] < 512 / 5, "one call at a time on each of 5 nodes, while engines sample"
 
 
 def test_a_reward_that_is_not_on_this_machine_is_asked_for_once(monkeypatch):

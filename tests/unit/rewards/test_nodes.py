@@ -38,6 +38,7 @@ from tests.unit.rewards.test_rewards import processes, wait_until
 JUDGE = '''
 import os, time
 from pathlib import Path
+from threading import current_thread
 from engine.core.types import Score
 from engine.rewards.base import Reward, reward
 from engine.rewards.math.reward import MathReward
@@ -80,34 +81,13 @@ class Mine(Reward):
             raise KeyError(texts[0])
         return [Score(float(len(text)), "ok", (("place", float(place)),)) for place, text in enumerate(texts)]
 
-class Alone(Mine):
-    """What Mine says of itself says nothing of what extends it."""
-
-class Ours(MathReward):
-    per_group = True
-
-class Mine(Reward):
-    """Says which node judged which group: each opens one of its own."""
-    per_group = True
-    opened = []
-
-    def __init__(self):
-        self.number = len(self.opened)
-        self.opened.append(self)
-
-    @classmethod
-    def open(cls, config, name, engines):
-        assert not engines
-        return cls()
-
-    def score(self, answers):
-        folder, texts = answers[0].prompt.problem, [answer.completion for answer in answers]
-        Path(folder, f"{texts[0]}-{self.number}").touch()
-        while texts[0].startswith("held") and not Path(folder, "free").exists():
-            time.sleep(0.005)
-        if texts[0].startswith("raise"):
-            raise KeyError(texts[0])
-        return [Score(float(len(text)), "ok", (("place", float(place)),)) for place, text in enumerate(texts)]
+    def close(self):
+        if folder := os.environ.get("CLOSED"):
+            Path(folder, f"closed-{self.number}").touch()
+            if Path(folder, "fail").exists():
+                raise KeyError("closing")
+            while Path(folder, "hold").exists() and current_thread().name.startswith("node"):
+                time.sleep(0.005)
 
 class Alone(Mine):
     """What Mine says of itself says nothing of what extends it."""
@@ -147,7 +127,7 @@ class Node:
         self.name, self.judges = name, NodeJudges(config, 0)
         self.is_dead = self.is_silent = False
         self.num_given = 0
-        self._threads = ThreadPoolExecutor(8)
+        self._threads = ThreadPoolExecutor(8, "node")
         self._calls: list[Call] = []
 
     def call(self, method: str, *arguments: Any) -> Call:
@@ -166,7 +146,7 @@ class Node:
             call.end(None, EngineLostError(f"the process of {self.name} ended: killed"))
 
     def close(self) -> None:
-        end(self.judges)
+        self.judges.close()
         self._threads.shutdown()
 
     def _run(self, call: Call, method: str, arguments: tuple[Any, ...]) -> None:
@@ -174,14 +154,6 @@ class Node:
             call.end(getattr(self.judges, method)(*arguments), None)
         except SemionError as error:
             call.end(None, error)
-
-
-def end(judges: NodeJudges) -> None:
-    """What the end of their process does to them."""
-    for pool in judges._pools.values():
-        pool._arrivals.abandon()
-        pool._thread.shutdown()
-        pool.reward.close()
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +260,38 @@ def test_a_class_that_says_per_group_judges_on_every_node_with_the_scores_of_one
         assert judged_together(config) == ("group" if name.endswith("Mine") else "step")
 
 
+def test_a_class_is_closed_on_every_node(judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is still asked for a group, when its call has ended."""
+    monkeypatch.setenv("CLOSED", str(tmp_path))
+    name = f"{judge}:Mine"
+    with opened(name) as (routed, _):
+        routed.score(asked(tmp_path / "all", ["a", "b", "c"], name))
+        assert not {one for one in judged(tmp_path) if one.startswith("closed")}
+        routed.close()
+        assert len({one for one in judged(tmp_path) if one.startswith("closed")}) == 3
+    (tmp_path / "fail").touch()
+    with pytest.raises(NumericsError, match=r"failed with KeyError: 'closing'"), opened(name, 1) as (_, (node,)):
+        pass
+    assert not node.judges._pools
+
+
+def test_a_node_that_does_not_close_in_time_or_is_lost_is_a_warning(
+    judge: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOSED", str(tmp_path))
+    monkeypatch.setattr(nodes, "CLOSE_SECONDS", 0.3)
+    (tmp_path / "hold").touch()
+    try:
+        with opened(f"{judge}:Mine") as (routed, (first, _)):
+            first.stop()
+            routed.close()
+            (tmp_path / "hold").unlink()
+    finally:
+        (tmp_path / "hold").unlink(missing_ok=True)
+    assert "the process of judges of node 1 ended: killed: it has closed none of its rewards" in caplog.text
+    assert "judges of node 2 did not close its rewards within CLOSE_SECONDS = 0.3" in caplog.text
+
+
 def test_a_group_whose_node_is_lost_is_judged_by_the_others(
     judge: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -316,71 +320,6 @@ def test_nodes_compare_the_file_of_a_class_and_what_it_extends(judge: Path, monk
     assert set(mine) == {f"data.reward {judge}:Mine", "the version of Python"}
     of_math = set(pool_identities(run_config(data={"reward": "math"}))) - {"the version of the verifier"}  # it has another name
     assert set(ours) == {f"data.reward {judge}:Ours"} | of_math and "the version of sympy" in of_math
-    monkeypatch.setattr("engine.rewards.serving.pool_identities", lambda *_: dict.fromkeys(mine, "another"))
-    with pytest.raises(ConfigError, match=r"must be the same on every node.* and another at judges of node 1"):  # noqa: SIM117
-        with opened(f"{judge}:Mine", 1):
-            pass
-
-
-def test_what_judges_in_workers_shares_the_cores(judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's class takes a share of them where it has workers, which it may start itself."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12))
-    for names, workers in (
-        (["math"], 12),
-        (["math", f"{judge}:Mine"], 12),
-        (["math", f"{judge}:Ours"], 6),
-        (["math", f"{judge}:Ours", f"{judge}:mark"], 4),
-    ):
-        assert fitted_to(run_config(data={"reward": names}), 0).rewards.workers == workers
-
-
-def test_a_class_that_says_per_group_judges_on_every_node_with_the_scores_of_one(judge: Path, tmp_path: Path) -> None:
-    name, texts = f"{judge}:Mine", ["x" * (i % 5) + str(i) for i in range(60)]
-    with opened(name, 0) as (routed, _):
-        alone = routed.score(asked(tmp_path / "alone", texts, name, group_size=3))
-    with opened(name) as (routed, found):
-        for turn in range(2):
-            folder = tmp_path / f"shared{turn}"
-            assert routed.score(asked(folder, texts, name, group_size=3)) == alone
-        assert all(node.num_given for node in found)
-        assert len(judged(folder)) == 20, "each group in one call"
-        assert len({one.rpartition("-")[2] for one in judged(folder)}) == 3, "the classes of all three"
-        with pytest.raises(NumericsError, match=rf"{name}' failed with KeyError: 'raise.*\(.*judge\.py, line \d+\): mend it"):
-            routed.score(asked(tmp_path / "raise", ["raise"] * 12, name))
-    assert [score.value for score in alone] == [float(len(text)) for text in texts]
-    for name in (f"{judge}:Alone", f"{judge}:Mine"):
-        config = run_config(data={"reward": name})
-        assert (name in pools(config)) == name.endswith("Mine")
-        assert judged_together(config) == ("group" if name.endswith("Mine") else "step")
-
-
-def test_a_group_whose_node_is_lost_is_judged_by_the_others(
-    judge: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    name, texts = f"{judge}:Mine", [f"held{i}" for i in range(12)]
-    with opened(name) as (routed, (first, _)), ThreadPoolExecutor(1) as thread:
-        scores = thread.submit(routed.score, asked(tmp_path, texts, name))
-        assert wait_until(lambda: len(judged(tmp_path)) == 3), "each node has one"
-        first.stop()
-        assert wait_until(lambda: "judges of node 1 ended" in caplog.text)
-        (tmp_path / "free").touch()
-        assert [score.value for score in scores.result(30)] == [float(len(text)) for text in texts]
-
-
-def test_an_error_of_a_class_names_its_node(judge: Path, tmp_path: Path) -> None:
-    name = f"{judge}:Mine"
-    with opened(name, 1) as (routed, (node,)), ThreadPoolExecutor(1) as thread:
-        scores = thread.submit(routed.score, asked(tmp_path, ["held", "raise"], name))  # the first here, the second there
-        with pytest.raises(NumericsError, match=rf"^judges of node 1: data\.reward = '{name}' failed with KeyError"):
-            scores.result(30)
-        (tmp_path / "free").touch()
-        assert node.num_given == 1
-
-
-def test_nodes_compare_the_file_of_a_class_and_what_it_extends(judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, ours = (pool_identities(run_config(data={"reward": f"{judge}:{name}"})) for name in ("Mine", "Ours"))
-    assert set(mine) == {f"data.reward {judge}:Mine", "the version of Python"}
-    assert set(ours) == {f"data.reward {judge}:Ours"} | set(pool_identities(run_config(data={"reward": "math"})))
     monkeypatch.setattr("engine.rewards.serving.pool_identities", lambda *_: dict.fromkeys(mine, "another"))
     with pytest.raises(ConfigError, match=r"must be the same on every node.* and another at judges of node 1"):  # noqa: SIM117
         with opened(f"{judge}:Mine", 1):
@@ -528,4 +467,4 @@ def test_a_pool_says_what_it_has_for_a_moment_and_when_half_is_judged(judge: Pat
         assert served.take(name, 0) == {}, "of an earlier judging nothing is wanted"
         assert "late" not in {one.partition("-")[0] for one in judged(tmp_path)}
     finally:
-        end(served)
+        served.close()

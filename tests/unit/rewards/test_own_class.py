@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,6 @@ from engine.rewards.own_class import OwnReward, require_class, says_per_group, s
 from engine.rewards.registry import judged_together, open_rewards, pool_identities, pools
 from tests.builders import config as run_config
 from tests.rollouts import make_prompt
-from tests.unit.rewards.test_rewards import wait_until
 from tests.unit.rewards.test_rewards import wait_until
 
 ANSWERS = [Answer(make_prompt("p", (1,), "1+1", "2", "", ""), text) for text in ("2", "3")]
@@ -65,6 +63,14 @@ def test_it_judges_in_one_thread_of_its_own_and_is_closed_once():
         (lambda answers: [Score(1.0, "wrong")] * 2, "whose status must be one of 'ok', .*: mend"),  # type: ignore[arg-type]
         (lambda answers: [Score(1.0, "ok", {"a": 1.0})] * 2, "whose parts must be a tuple of"),  # type: ignore[arg-type]
         (lambda answers: [Score(1.0, "ok", (("a", float("inf")),))] * 2, "whose parts must be a tuple of .name, finite number"),
+        (lambda answers: [Score(torch.tensor([1.0, 2.0]), "ok")] * 2, "one of them Score.*, whose value must be finite: mend"),
+        (lambda answers: [Score(10**400, "ok")] * 2, "whose value must be finite: mend"),
+        (lambda answers: [Score(10**5000, "ok")] * 2, "one of them <Score instance .*, whose value must be finite: mend"),
+        (lambda answers: [Score(1.0, "ok", (("a", torch.ones(2)),))] * 2, "whose parts must be a tuple of"),
+        (lambda answers: [Score(1.0, np.array(["ok", "ok"]))] * 2, "whose status must be one of"),
+        (lambda answers: [Score(1.0, "ok", right="yes")] * 2, "whose right must be True, False or None: mend"),
+        (lambda answers: [Score(1.0, "ok", right=torch.ones(2))] * 2, "whose right must be True, False or None: mend"),
+        (lambda answers: [Score(0.0, "invalid", problem=KeyError("a"))] * 2, "whose problem must be a str: mend"),
         (lambda answers: [Score(float("nan"), "ok")] * 2, "with a finite value .* one of them Score"),
         (lambda answers: dict[str, int]()["gone"], r"failed with KeyError: 'gone' \(.*test_own_class\.py, line \d+\): mend it"),
     ],
@@ -74,11 +80,17 @@ def test_what_breaks_its_promise_is_told_by_name(found, said):
         opened(Mine(found)).score(ANSWERS)
 
 
-def test_numbers_of_other_libraries_become_pythons():
+def test_values_of_other_libraries_become_pythons():
     """Which records and other nodes can hold."""
-    given = Score(np.float32(0.5), "ok", (("a", torch.tensor(2.0)),))  # type: ignore[arg-type]
+    parts = ((np.str_("a"), torch.tensor(2.0)),)
+    given = Score(np.float32(0.5), np.str_("ok"), parts, np.bool_(True), np.str_("why"))  # type: ignore[arg-type]
     for score in opened(Mine(lambda answers: [given] * 2)).score(ANSWERS):
-        assert json.dumps([score.value, score.parts]) == '[0.5, [["a", 2.0]]]'
+        (name, number), *_ = score.parts
+        kinds = [type(each) for each in (score.value, score.status, score.parts, name, number, score.right, score.problem)]
+        assert kinds == [float, str, tuple, str, float, bool, str]
+        assert json.dumps([score.value, score.status, score.parts, score.right]) == '[0.5, "ok", [["a", 2.0]], true]'
+    none, one = opened(Mine(lambda answers: [Score(1.0, "ok"), Score(1, "ok", right=torch.tensor(False))])).score(ANSWERS)  # type: ignore[arg-type]
+    assert none.right is None and one.right is False and type(one.value) is float
 
 
 def test_one_that_hangs_ends_the_run_and_is_not_closed():
@@ -122,72 +134,6 @@ def test_one_that_extends_a_reward_of_ours_is_asked_itself(tmp_path):
         assert [score.value for score in reward.score(own)] == [2.0, 0.0]
         with pytest.raises(NumericsError, match=r"mine\.py:Doubled' must return .* each of 4 answers.* found 3 values"):
             reward.score(own * 2)
-
-
-def in_groups(count: int, size: int = 2) -> list[Answer]:
-    return [replace(ANSWERS[0], completion="x" * i, group=i // size, group_size=size) for i in range(count * size)]
-
-
-def test_one_that_judges_group_by_group_is_asked_for_each_when_it_is_complete():
-    """In the order of its places, whatever came first, while others are still sampled."""
-    asked: list[list[int]] = []
-
-    def found(answers):
-        asked.append([len(answer.completion) for answer in answers])
-        return [Score(float(len(answer.completion)), "ok") for answer in answers]
-
-    reward, arriving, items = OwnReward("mine.py:Mine", Mine(found), 20.0, spreads=True), Arrivals[Answer](), in_groups(3)
-    assert reward.begins_early and not opened(Mine(found)).begins_early
-    with ThreadPoolExecutor(1) as thread:
-        scores = thread.submit(reward.score_as_they_arrive, arriving)
-        with arriving:
-            arriving.put({5: items[5], 0: items[0], 4: items[4]})
-            assert wait_until(lambda: asked == [[4, 5]]) and not scores.done()
-            arriving.put({place: items[place] for place in (3, 2, 1)})
-        assert [score.value for score in scores.result(20)] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    assert sorted(asked) == [[0, 1], [2, 3], [4, 5]]
-    assert reward.score([]) == []
-    reward.close()
-
-
-def test_a_judging_that_is_given_up_ends_before_the_next_and_leaves_it_nothing():
-    release, begun = threading.Event(), threading.Event()
-
-    def found(answers):
-        begun.set()
-        release.wait(20)
-        return [Score(float(len(answer.completion)), "ok") for answer in answers]
-
-    reward, arriving = OwnReward("mine.py:Mine", Mine(found), 20.0, spreads=True), Arrivals[Answer]()
-    with ThreadPoolExecutor(1) as thread:
-        scores = thread.submit(reward.score_as_they_arrive, arriving)
-        arriving.put(dict(enumerate(in_groups(1))))
-        assert begun.wait(10)
-        arriving.abandon()
-        with pytest.raises(CancelledError):
-            scores.result(20)
-        again = thread.submit(reward.score, in_groups(2)[2:])
-        release.set()
-        assert [score.value for score in again.result(20)] == [2.0, 3.0]
-    reward.close()
-
-
-@pytest.mark.parametrize("spreads", [False, True])
-def test_one_of_a_group_that_hangs_is_told_with_its_answers(spreads):
-    release = threading.Event()
-    reward = OwnReward("mine.py:Mine", Mine(lambda answers: release.wait(20)), 0.05, spreads=spreads)
-    with pytest.raises(WatchdogError, match=rf"must score {2 if spreads else 4} answers within .* found it still at work"):
-        reward.score(in_groups(2))
-    release.set()
-
-
-def test_per_group_counts_where_the_class_itself_says_it():
-    apart = type("Apart", (MathReward,), {"score": lambda self, answers: [], "per_group": True})
-    assert MathReward.per_group and not says_per_group(type("Mine", (MathReward,), {}))
-    assert says_per_group(apart) and not says_per_group(type("Again", (apart,), {"score": lambda self, answers: []}))
-    assert spreads(apart) and not spreads(type("Asks", (apart,), {"per_group": True, "uses_engine": True}))
-    with pytest.raises(ConfigError, match=r"'a\.py:Odd' must say per_group = True or False; found 'yes': set it"):
-        require_class(type("Odd", (apart,), {"per_group": "yes"}), "a.py:Odd")
 
 
 def in_groups(count: int, size: int = 2) -> list[Answer]:

@@ -424,8 +424,14 @@ def test_an_engine_that_cannot_start_again_is_asked_nothing_more_and_the_last_on
 
 def test_a_group_under_which_two_engines_are_lost_ends_the_run():
     first, second = Killable("reward engine 0"), Killable("reward engine 1")
-    with judging(ModelReward([first, second], 60.0)) as (arriving, scores):
-        arriving.put(dict(enumerate(in_groups(1, size=3))))
+    reward, items = ModelReward([first, second], 60.0), in_groups(3, size=3)
+    with judging(reward) as (arriving, scores):
+        arriving.put(dict(enumerate(items[:6])))
+        assert wait_until(lambda: len(first.open) == len(second.open) == 1)
+        first.go_on()
+        second.go_on()
+        assert wait_until(lambda: all(engine.is_seen for engine in reward._engines))
+        arriving.put(dict(list(enumerate(items))[6:]))
         assert wait_until(lambda: len(first.open) == 1)
         first.kill()
         assert wait_until(lambda: len(second.open) == 1)
@@ -434,6 +440,33 @@ def test_a_group_under_which_two_engines_are_lost_ends_the_run():
             EngineLostError,
             match=r"engine 1 ended: .* asked for 3 answers to 1 prompts, and is the second that was lost over one",
         ):
+            scores.result(10)
+
+
+def test_engines_that_died_before_a_judging_are_no_fault_of_its_first_group():
+    """Whose loss is noticed when they are asked next, one after another for the same group."""
+    engines = [FakeScorer(name=f"reward engine {number}") for number in range(4)]
+    reward, items = ModelReward(engines, 5.0), in_groups(4)
+    reward.score(items)
+    for engine in engines[:3]:
+        engine.errors.append(LOST)
+    assert reward.score(items[:1]) == [Score(1.0, "ok")]
+    assert sum(engine.restarts for engine in engines) >= 2 and not any(engine.is_out for engine in reward._engines)
+
+
+def test_a_start_whose_answer_does_not_come_is_told_by_name():
+    engine = FakeScorer(LOST, name="reward engine 0")
+    reward = ModelReward([engine], 5.0)
+    engine.start = TimeoutError()
+    with ThreadPoolExecutor(1) as thread, Arrivals[Answer]() as arriving:
+        scores = thread.submit(reward.score_as_they_arrive, arriving)
+        arriving.put({0: in_groups(1)[0]})
+        assert wait_until(lambda: scores.done() or reward._engines[0].starting is not None)
+        starting = reward._engines[0].starting
+        if starting is not None:  # it is said to be there, and does not get here
+            starting.is_done = True
+            reward._woken.set()
+        with pytest.raises(InferenceError, match="reward engine 0 did not answer 'describe' within"):
             scores.result(10)
 
 

@@ -248,6 +248,19 @@ def test_the_reward_of_the_guide_judges_the_rows_of_the_guide(tmp_path: Path, mo
     assert json.loads(figures.read_text())["agreement"] == 1.0
 
 
+def test_the_class_of_the_guide_judges_as_it_says(tmp_path: Path) -> None:
+    """Written to a file, as it stands there, it judges rows of two problems."""
+    (text,) = (text for language, text in blocks(DOCS / "own_reward.md") if language == "python" and "class Diverse" in text)
+    (tmp_path / "reward.py").write_text(text)
+    rows = [("1+1", "two", 0.5), ("1+1", "two ", 0.5), ("1+1", "2", 1.0), ("2+2", "two", 1.0)]
+    lines = [json.dumps({"problem": p, "completion": c, "answer": "", "expected": e}) for p, c, e in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    figures, command = tmp_path / "figures.json", ["score", str(tmp_path / "rows.jsonl"), "--reward"]
+    with redirect_stdout(io.StringIO()):
+        assert cli.main([*command, f"{tmp_path}/reward.py:Diverse", "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())["agreement"] == 1.0
+
+
 @pytest.mark.parametrize("page", ["own_data.md", "own_reward.md"])
 def test_the_rows_of_a_guide_are_rows(page: str, tmp_path: Path) -> None:
     for number, text in enumerate(text for language, text in blocks(DOCS / page) if language == "jsonl"):
