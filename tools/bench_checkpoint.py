@@ -131,7 +131,12 @@ def rank_process(end: Connection, rank: int, ranks: int, folder: Path, repeats: 
             "model": {"path": str(folder / "model"), "dtype": "float32"},
             "data": {"train": "unused", "max_prompt_tokens": 1},
             "sampling": {"max_tokens": LENGTH},
-            "trainer": {"data_parallel": ranks, "distributed_optimizer": True, "microbatch_tokens": 2 * LENGTH},
+            "trainer": {
+                "data_parallel": ranks,
+                "distributed_optimizer": True,
+                "microbatch_tokens": 2 * LENGTH,
+                "fuse_gradient_accumulation": False,
+            },
         }
     )
     store = dist.FileStore(str(folder / "store"), ranks)

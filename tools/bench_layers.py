@@ -76,7 +76,7 @@ def flops(shape: ModelShape, num_tokens: int, length: int) -> float:
 
 def build_chunk(shape: ModelShape, options: dict[str, Any], parallel: ParallelState) -> tuple[Any, Any]:
     """(megatron's configuration, the model in random bf16 weights)."""
-    trainer = Trainer(**options)
+    trainer = Trainer(**{"fuse_gradient_accumulation": False} | options)
     config = build.megatron_config(shape, trainer_layout(trainer), trainer, torch.bfloat16)
     (chunk,) = build.build_chunks(shape, config, parallel)
     return config, chunk.to(parallel.device)

@@ -116,8 +116,8 @@ def serve(case: Case, model: Path, options: list[str], folder: Path) -> None:
     from engine.run.spec import resolve
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    config = configuration(case, model, options)
-    spec = resolve(config, digests=False)
+    spec = resolve(configuration(case, model, options), digests=False)
+    config = spec.config
     store = dist.FileStore(str(folder / f"store{os.getpid()}"), 1)
     parallel = open_parallel_state(config.trainer, rank=0, world_size=1, store=store, timeout=timedelta(seconds=60))
     policy = Policy(config, parallel, make_loss(config.algorithm), model, spec.shape, spec.trainer, copies=spec.copies)

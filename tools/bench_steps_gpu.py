@@ -37,7 +37,8 @@ from engine.run.spec import resolve
 from tools.bench_layers import REFUSALS, flops, peak_of
 from tools.bench_sync import write_model
 
-TE = {"layers": "transformer_engine", "distributed_optimizer": True}  # without what only a resolved run has of "auto"
+SAID = {"layers": "local", "fuse_gradient_accumulation": False}  # of every variant that says nothing else: never "auto"
+TE = {"layers": "transformer_engine", "distributed_optimizer": True}
 SMALL = {"implementation": "te", "moment_dtype": "bfloat16"}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # options of trainer and optimizer
     "te": (TE, SMALL),
@@ -78,11 +79,11 @@ def variant_rows(name: str, folder: Path, parallel: ParallelState, options: argp
         "sampling": {"max_tokens": options.length - min(PROMPT, options.length // 2)},
         "algorithm": {"loss": "dpo"},
         "sync": {"reference": "never"},
-        "trainer": {"microbatch_tokens": options.tokens, **trainer},
+        "trainer": {"microbatch_tokens": options.tokens, **SAID, **trainer},
         "optimizer": {"learning_rate": 1e-6, **optimizer},
     }
-    config = RunConfig.model_validate(tree)
-    spec = resolve(config, digests=False)
+    spec = resolve(RunConfig.model_validate(tree), digests=False)
+    config = spec.config
     policy = Policy(config, parallel, make_loss(config.algorithm), folder, spec.shape, spec.trainer, copies=spec.copies)
     found = []
     for rows in options.rows:

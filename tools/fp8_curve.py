@@ -97,7 +97,7 @@ def curve(variant: Variant, folder: Path, steps: int, num_sequences: int, parall
             "model": {"path": str(folder), "dtype": dtype},
             "data": {"train": "unused", "max_prompt_tokens": 1},
             "sampling": {"max_tokens": LENGTH},
-            "trainer": {"microbatch_tokens": LENGTH * num_sequences, **trainer},
+            "trainer": {"microbatch_tokens": LENGTH * num_sequences, "fuse_gradient_accumulation": False, **trainer},
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 20, "eps": 1e-8},
         }
     )

@@ -183,6 +183,7 @@ class Running:
 
     def __init__(self, section: Section, outcome: Outcome, details: Path, environment: dict[str, str], seconds: float) -> None:
         self._outcome, self._seconds = outcome, seconds
+        outcome.verdict, outcome.reason, outcome.figures = "NOT RUN", "not reached", []  # not those of an earlier call
         self._figures, self._junit = details / f"{section.name}.json", details / f"{section.name}.xml"
         self._log = details / f"{section.name}.log"
         for stale in (self._figures, self._junit):
@@ -241,13 +242,19 @@ def read_figures(outcome: Outcome, figures: Path, junit: Path) -> None:
     if figures.exists():
         try:
             outcome.figures = rows_of(json.loads(figures.read_text("utf-8")))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             outcome.reason += f" (figures cut off: {error})"
     unfit = [row for row in outcome.figures if row.get("verdict", "ok") != "ok"]  # the doctor's
     if unfit:
         outcome.reason = "; ".join(f"{row.get('what')}: {row.get('found')}: {row['verdict']}" for row in unfit)
     if junit.exists():
-        cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
+        try:
+            cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
+        except ElementTree.ParseError as error:  # ended while pytest wrote it
+            outcome.reason += f" (report of the tests cut off: {error})"
+            if outcome.verdict == "PASS":
+                outcome.verdict = "FAIL"
+            return
         kinds = {kind: [case for case in cases if case.find(kind) is not None] for kind in ("failure", "error", "skipped")}
         passed = len(cases) - sum(map(len, kinds.values()))
         outcome.figures = [{"passed": passed, **{kind: len(found) for kind, found in kinds.items()}}]
@@ -308,7 +315,9 @@ def run_sections(sections: Sequence[Section], report: Report, environment: dict[
                     report.write()
                 time.sleep(POLL_SECONDS)
         finally:
-            for one in running.values():  # where this program is asked to end
+            for one in running.values():  # where this program is asked to end: all of them, before any file is read
+                one.kill()
+            for one in running.values():
                 one.cut_off()
             report.about["seconds"] = round(budget_seconds - (end - time.monotonic()))
             report.write()  # their logs too

@@ -1,6 +1,6 @@
 """Counts the structure of engine/: packages, levels, imports between packages, circles, loose files, imports inside functions.
 A package here is a folder of engine/ or a file directly in it; an arrow is at least one import from one package to another,
-also inside functions.
+also inside functions. Circles of files are of what runs: an import under TYPE_CHECKING loads nothing.
 
     python tools/structure.py [CHECKOUT]
 """
@@ -14,9 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def imported(tree: ast.AST, modules: set[str]) -> Iterator[str]:
-    """The modules of the package that a file imports, wherever in it."""
+def imported(tree: ast.AST, modules: set[str], *, types: bool = True) -> Iterator[str]:
+    """The modules of the package that a file imports, wherever in it; those that it names in types alone, if `types`."""
+    guarded = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(tree):
+        if node in guarded and not types:
+            continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "engine":
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
@@ -56,6 +64,7 @@ def figures(root: Path) -> dict[str, object]:
     names = {path: ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in trees}
     modules = set(names.values())
     files = {names[path]: set(imported(tree, modules)) - {names[path]} for path, tree in trees.items()}
+    run = {names[path]: set(imported(tree, modules, types=False)) - {names[path]} for path, tree in trees.items()}
     package_of = {module: module.split(".")[1] if "." in module else "" for module in modules}
     packages: dict[str, set[str]] = {package: set() for package in package_of.values() if package}
     for module, targets in files.items():
@@ -76,7 +85,7 @@ def figures(root: Path) -> dict[str, object]:
         "arrows between packages": sum(map(len, packages.values())),
         "loose files beside cli.py": len(loose),
         "packages in a circle": circles(packages),
-        "files in a circle": circles(files),
+        "files in a circle": circles(run),
         "imports inside functions": inside,
         "files": len(trees),
         "lines": sum(len(path.read_text("utf-8").splitlines()) for path in trees),

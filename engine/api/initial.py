@@ -24,7 +24,7 @@ from engine.models.checks import check_engine_layout, check_layout
 from engine.models.config_file import read_shape
 from engine.models.headers import num_elements
 from engine.models.sharding import engine_layout, trainer_layout
-from engine.run.spec import Spec, assemble
+from engine.run.spec import Spec, assemble, settled
 
 FREE_SHARE = 0.08  # of a GPU that a layout must leave: for fragmentation, and for what the estimate does not see
 ENOUGH_REQUESTS = 32  # at full length that an engine must decode together to be of use
@@ -209,4 +209,5 @@ def _made(wishes: Wishes, found: Found, layout: Layout | None) -> Choice:
     values = values_of(wishes, found, layout)
     tree = {section: {name: value.value for name, value in table.items()} for section, table in values.items()}
     config = load_tree(tree)
-    return Choice(wishes, values, config, assemble(config, found.shape, reward_shape=found.reward_shape))
+    meant = settled(config, on_gpus=layout is not None)  # whatever machine `init` is asked on
+    return Choice(wishes, values, config, assemble(meant, found.shape, reward_shape=found.reward_shape))

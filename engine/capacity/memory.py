@@ -144,6 +144,7 @@ def trainer_kept(spec: Resolved, stage: int, channel: Channel) -> Components:
         "reference": held.copies,
         "gradients": held.gradients,
         "optimizer": held.optimizer,
+        "gradient stand-ins": Step(spec, stage).stand_ins,
         "staging": channel.trainer_bytes,
         "context": CONTEXT_BYTES + NCCL_BYTES,
     }
@@ -374,7 +375,7 @@ class Step:
         gone; or those of gate and up and of their weight, when gate and up are gone too."""
         product = self._T * self._F * self._into_linear
         factors = 3 * self._T * self._F * self._e - product
-        weight = 0 if self._stand_ins else 2 * self._F * self._H * self._e
+        weight = 0 if self.stand_ins else 2 * self._F * self._H * self._e
         return self._T_own * self._H * self._e + max(factors, weight + self._whole_rows - product)
 
     @property
@@ -391,12 +392,13 @@ class Step:
         at_an_end = (self._is_first or self._is_last) and t.virtual_pipeline == 1
         neighbours = 0 if t.pipeline_parallel == 1 else 1 if at_an_end else 2
         received = neighbours * self._T_own * self._H * self._e
-        return gathered + received + (OVERLAP_BUFFERS * rows if t.overlap_tensor_parallel else 0) + self._stand_ins
+        return gathered + received + (OVERLAP_BUFFERS * rows if t.overlap_tensor_parallel else 0)
 
     @property
-    def _stand_ins(self) -> int:
+    def stand_ins(self) -> int:
         """What autograd is given in place of weight gradients that products add up themselves. On GPUs Transformer Engine keeps
-        one tensor for each shape of a linear layer, its own and megatron-core's; else it is made and freed as a gradient is."""
+        one tensor for each shape of a linear layer, its own and megatron-core's, from the first backward until the process
+        ends; else it is made and freed as a gradient is."""
         if not self._on_gpu or not self._trainer.fuses_accumulation:
             return 0
         layer = (2 * self._Q + 2 * self._K + 3 * self._F) * self._H
@@ -420,7 +422,7 @@ class Step:
             gradients = self._V * self._H * FP32 + (0 if self._e == FP32 or added else weight)
             return chunk, norm + gathered + rows + gradients + (0 if self._e == FP32 else widened)
         logits = self._T * self._V * self._e  # the gradient overwrites them
-        return logits, norm + gathered + rows + (0 if self._stand_ins else weight)
+        return logits, norm + gathered + rows + (0 if self.stand_ins else weight)
 
 
 def resolve_kv_cache(spec: Resolved) -> KvCache:

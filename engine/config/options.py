@@ -521,8 +521,9 @@ class Trainer(Section):
 
     @property
     def fuses_accumulation(self) -> bool:
-        """Whether products add weight gradients up; of 'auto' it is known only where the run is resolved, on which machine."""
-        return self.fuse_gradient_accumulation is True
+        """Whether products add weight gradients up. Only for a run that is resolved: before, nobody knows what 'auto' is."""
+        assert self.fuse_gradient_accumulation != "auto", "trainer.fuse_gradient_accumulation must be settled"
+        return self.fuse_gradient_accumulation
 
     @property
     def row_block(self) -> int:

@@ -11,7 +11,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.adapters import as_seq_cls_model
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
-from engine.inference.reward_engine import ATHENE
+from engine.models.reward_head import ATHENE
 
 
 class AtheneForSequenceClassification(as_seq_cls_model(LlamaForCausalLM)):  # type: ignore[misc]

@@ -33,9 +33,9 @@ from engine.core.lifetimes import die_with_parent
 from engine.inference import cpu_layers, fp8, head
 from engine.inference.plain_loader import PLAIN_FORMAT, PlainLoader
 from engine.inference.process import OURS
-from engine.inference.reward_engine import ATHENE
 from engine.inference.sleep import release_pages
 from engine.models import sharding as layout
+from engine.models.reward_head import ATHENE
 from engine.observe.profiling.recorder import capture_here
 from engine.ops.fp8 import HELD_BYTES
 
@@ -282,11 +282,15 @@ class SyncWorker:
             "attention": ", ".join(sorted(attention)),
         }
 
-    def semion_quantized(self: Any) -> str:
-        """Once, after the start: proves what was rounded to FP8 when it was loaded. Its digest; empty where nothing was."""
-        model = self.model_runner.get_model()
-        fp8.require_loaded(model)
-        return fp8.digest_of(model)
+    def semion_quantized(self: Any) -> tuple[str, str]:
+        """Once, after the start: proves what was rounded to FP8 when it was loaded. (nothing, or why it is not what it must be;
+        its digest, empty where nothing was rounded). It never raises, as `semion_receive`."""
+        try:
+            model = self.model_runner.get_model()
+            fp8.require_loaded(model)
+            return "", fp8.digest_of(model)
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__, ""
 
     def semion_release(self: Any) -> None:
         """Gives the pages of weights and KV cache back to the machine on a CPU, where vLLM's sleep does nothing. Their

@@ -21,9 +21,8 @@ from engine.core.types import Message, Score
 from engine.inference.advice import reward_advice
 from engine.inference.nvcc import without_nvcc
 from engine.inference.process import prepare_process
+from engine.models.reward_head import ATHENE
 from engine.observe.telling import activity
-
-ATHENE = "AtheneForSequenceClassification"  # the architecture that athene.py has for vLLM
 
 
 class RewardEngine:

@@ -71,14 +71,12 @@ class VllmEngine:
         try:
             with activity("engine", total=config.inference.engines):
                 self._load()
+                self._loaded = self._digests_loaded()
         except Exception as error:
             why = " ".join(str(error).split())
             advice = policy_advice(why, config, on_gpu=self._on_gpu)
             raise InferenceError(f"engine {index} could not start from {config.model.path}: {why}{advice}") from error
         self._check_head()
-        self._loaded: dict[str, str] = {}  # of FP8 weights that were read from the disk; what a sync brings `receive` tells
-        if config.inference.quantization == "fp8":
-            self._loaded["quantized"] = " ".join(self._llm.collective_rpc("semion_quantized"))
         self._version = 0
         self._asleep: list[str] = []
         self._open: dict[str, tuple[SampleRequest, int]] = {}  # and the version that is to answer it
@@ -157,6 +155,15 @@ class VllmEngine:
         self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
         if on_cpu:
             self._llm.collective_rpc("semion_decode")
+
+    def _digests_loaded(self) -> dict[str, str]:
+        """Of FP8 weights that were read from the disk, once they are proven; what a sync brings `receive` tells."""
+        if self._config.inference.quantization != "fp8":
+            return {}
+        answers = self._llm.collective_rpc("semion_quantized")
+        if found := [f"worker {rank}: {why}" for rank, (why, _) in enumerate(answers) if why]:
+            raise WeightSyncError("; ".join(found))
+        return {"quantized": " ".join(digest for _, digest in answers)}
 
     def _check_head(self) -> None:
         """ConfigError where this vLLM, or its platform, leaves the output layer in another type than model.head asks for."""

@@ -87,6 +87,7 @@ def open_parallel_state(
             f"trainer.tensor_parallel * pipeline_parallel * data_parallel must equal the number of trainer ranks; "
             f"found {trainer.world_size} and {world_size}: start {trainer.world_size} ranks"
         )
+    _sum_in_float32()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         device = torch.device("cuda", 0)  # whoever starts this process puts its own device first
@@ -98,6 +99,14 @@ def open_parallel_state(
     told = dist.PrefixStore("host", words if words is not None else store)
     host = HostGroup(told, rank, world_size, patience_seconds=timeout.total_seconds())
     return _make_groups(trainer, device, timeout, seed, host)
+
+
+def _sum_in_float32() -> None:
+    """Of a product of half-precision factors that a GPU computes in parts (split-K) torch lets cuBLAS add the parts in half
+    precision, where its heuristic finds that faster; here they are added in float32, whatever the sizes. For torch's own
+    products, in this process."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def _make_groups(trainer: Trainer, device: torch.device, timeout: timedelta, seed: int, host: HostGroup) -> ParallelState:

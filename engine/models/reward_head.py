@@ -18,6 +18,7 @@ from engine.models.config_file import read_shape
 from engine.models.hf import HfCheckpoint
 
 OPTION = "reward_model.path"
+ATHENE = "AtheneForSequenceClassification"  # the architecture that engine/inference/athene.py has for vLLM
 FAMILY = "llama"  # the one that the reward engine can serve with a head
 HEADS: dict[str, Literal["classification", "athene"]] = {"score.weight": "classification", "v_head.weight": "athene"}
 

@@ -49,7 +49,7 @@ HEAVY = {
 }
 
 # Functions that may take any error and answer with its words: vLLM loses the other workers' answers when one of them raises.
-ANSWERING = {"semion_receive"}
+ANSWERING = {"semion_receive", "semion_quantized"}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 FORBIDDEN_CALLS = {"eval", "exec", "pickle.load", "pickle.loads", "cloudpickle.load", "cloudpickle.loads", "torch.load"}

@@ -136,6 +136,17 @@ def test_online_takes_turns_and_semi_online_does_not():
     assert (online.inference.placement, semi.inference.placement) == ("colocated", "disaggregated")
 
 
+@pytest.mark.parametrize("gpus_here", [0, 8])
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_a_run_is_estimated_for_the_machine_that_it_is_for(gpus, gpus_here, monkeypatch):
+    """Not for the one, as a login node, that `init` is asked on."""
+    monkeypatch.setattr("engine.run.spec.visible_gpus", lambda: gpus_here)
+    choice = choose(Wishes("m", "t", gpus_per_node=gpus, gpu_gibibytes=139.0), found(LLAMA_8B if gpus else LLAMA_1B))
+    assert choice.config.trainer.fuse_gradient_accumulation == "auto"
+    assert choice.spec.config.trainer.fuses_accumulation is (gpus > 0)
+    assert choice.spec.config.trainer.uses_te is (gpus > 0)
+
+
 def test_what_does_not_fit_is_told_with_what_would():
     with pytest.raises(ConfigError, match=r"needs more memory than 1 x 1 GPUs of 79 GiB .* 1 x 2 GPUs of 79 GiB would do"):
         choose(Wishes("m", "t", gpus_per_node=1, gpu_gibibytes=79.0), found(LLAMA_8B))

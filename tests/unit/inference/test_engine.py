@@ -74,6 +74,25 @@ def test_on_a_cpu_only_what_helps_there_is_said(monkeypatch):
         VllmEngine(config(), 0, KvCache(1, 1, 1, None, 0))
 
 
+def test_fp8_weights_that_were_loaded_wrong_are_an_engine_that_could_not_start(monkeypatch):
+    """With the model's path, the worker and what can be tried; where all are right, the digest of each worker."""
+    answers = [("", "abc"), ("parameter layer.weight must be finite", "")]
+    asked = []
+
+    def load(self):
+        self._on_gpu = True
+        self._llm = SimpleNamespace(collective_rpc=lambda method: asked.append(method) or answers)
+
+    monkeypatch.setattr(VllmEngine, "_load", load)
+    made = config(model={"path": "seed", "dtype": "bfloat16"}, inference={"quantization": "fp8"})
+    expected = r"engine 3 could not start from seed: worker 1: parameter layer.weight must be finite; try, in this order: "
+    with pytest.raises(InferenceError, match=expected):
+        VllmEngine(made, 3, KvCache(1, 1, 1, None, 0))
+    answers[1] = ("", "def")
+    assert VllmEngine(made, 3, KvCache(1, 1, 1, None, 0))._loaded == {"quantized": "abc def"}
+    assert asked == ["semion_quantized"] * 2
+
+
 def test_a_reward_engine_that_does_not_start_says_what_can_be_set_for_it(monkeypatch):
     for why, first in (
         ("CUDA out of memory", "lower reward_model.kv_cache or reward_model.max_tokens, or raise reward_model.tensor_parallel"),

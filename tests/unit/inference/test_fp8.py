@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +150,20 @@ def test_what_was_loaded_wrong_ends_the_start_by_name(method: fp8.Fp8Linear) -> 
     model = loaded(method, weight)
     with pytest.raises(WeightSyncError, match=r"parameter layer\.weight, loaded from the model's files, must be .* found 32 "):
         fp8.require_loaded(model)
+
+
+def test_a_worker_answers_what_was_loaded_wrong_and_does_not_raise(method: fp8.Fp8Linear) -> None:
+    """As it answers a sync: vLLM would take the other workers' answers for those of the next call."""
+    from engine.inference.receiver import SyncWorker
+
+    weight = drawn(ROWS, COLUMNS)
+    with set_current_vllm_config(VllmConfig()):
+        right = loaded(fp8.Fp8Linear(), weight.clone())
+        wrong = loaded(fp8.Fp8Linear(), weight.fill_(float("nan")))
+    why, digest = SyncWorker.semion_quantized(SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: right)))
+    assert why == "" and digest
+    why, digest = SyncWorker.semion_quantized(SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: wrong)))
+    assert why.startswith("parameter layer.weight, loaded from the model's files, must be ") and digest == ""
 
 
 def test_of_several_matrices_the_first_that_is_wrong_is_named(method: fp8.Fp8Linear) -> None:

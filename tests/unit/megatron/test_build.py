@@ -29,7 +29,7 @@ SHAPE = ModelShape(
 
 
 def made(shape=SHAPE, **options):
-    trainer = Trainer(**options)
+    trainer = Trainer(**{"fuse_gradient_accumulation": False} | options)
     return megatron_config(shape, trainer_layout(trainer), trainer, torch.bfloat16)
 
 

@@ -116,7 +116,7 @@ def policy_of(loss, device, *, headless=False):
 
     policy.parallel = SimpleNamespace(device=device, is_last_stage=True)
     policy.loss, policy._rows, policy._chunks = loss, Rows(device), [model]
-    config = builders.config("run", trainer={"fused_lm_head": headless})
+    config = builders.config("run", trainer={"fused_lm_head": headless, "fuse_gradient_accumulation": False})
     policy._target_log_probs = TargetLogProbs(config, weight, VOCABULARY, 0, None)
     policy._own, policy._reference_source = {}, "pass"
     policy._reference = Reference(policy._own, device, on_host=False, mix=1.0)

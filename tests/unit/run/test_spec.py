@@ -85,6 +85,11 @@ def test_what_automatic_layers_become(tables, on_gpus, layers):
     assert trainer_layout(made.trainer).spec == layers
 
 
+def test_what_is_not_settled_yet_is_not_taken_for_false():
+    with pytest.raises(AssertionError, match="must be settled"):
+        _ = config().trainer.fuses_accumulation
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_what_is_said_of_accumulation_stays_as_it_is(asked):
     made = config(trainer={"fuse_gradient_accumulation": asked})

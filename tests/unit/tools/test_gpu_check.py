@@ -116,6 +116,40 @@ def test_tests_that_are_late_are_counted_by_what_they_printed(tmp_path):
     assert status == 1 and found["tests"]["figures"] == [{"passed": 2, "failed": 1, "cut off": True}]
 
 
+def test_a_report_of_tests_that_is_cut_off_is_told_and_what_was_printed_counts(tmp_path):
+    """As of a section that is killed while pytest writes it; one that ends well so has proven nothing."""
+    code = "import sys; open(sys.argv[1], 'w').write('<testsuites><testcase'); print('a.py::test_a PASSED'); sys.exit({})"
+    sections = [section("ends", code.format(0), "{junit}"), section("fails", code.format(2), "{junit}")]
+    status, found, _ = run(tmp_path, sections)
+    assert status == 1
+    for name in ("ends", "fails"):
+        assert found[name]["verdict"] == "FAIL" and "report of the tests cut off" in found[name]["reason"]
+        assert found[name]["figures"] == [{"passed": 1, "failed": 0, "cut off": True}]
+
+
+def test_all_sections_are_killed_and_the_report_written_whatever_one_of_them_left(tmp_path, monkeypatch):
+    """Both run when this program is asked to end; the first has begun to write its report. Figures of an earlier call are not
+    taken for those of this one."""
+    code = "import os, sys, time; open(sys.argv[1], 'w').write('<testsuites>'); print(os.getpid(), flush=True); time.sleep(60)"
+    sections = [section("one", code, "{junit}"), section("two", code, "{junit}", beside="one")]
+    targets = [tmp_path / "report.json"]
+    report = Report(sections, targets, {"date": "today"}, tmp_path)
+    for outcome in report.outcomes.values():
+        outcome.verdict, outcome.figures = "FAIL", [{"old": 1}]
+    logs = [tmp_path / "one.log", tmp_path / "two.log"]
+
+    def asked_to_end(seconds):
+        if all(log.exists() and log.read_text().strip() for log in logs):
+            raise SystemExit(143)
+
+    monkeypatch.setattr(gpu_check.time, "sleep", asked_to_end)
+    with pytest.raises(SystemExit):
+        run_sections(sections, report, ENVIRONMENT, 60)
+    for row, log in zip(json.loads(targets[0].read_text())["sections"], logs, strict=True):
+        assert (row["verdict"], row["reason"]) == ("NOT RUN", "gpu_check was asked to end while it ran")
+        assert row["figures"] == [] and not Path(f"/proc/{int(log.read_text())}").exists()
+
+
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_runner_leaves_a_whole_report(tmp_path, ending):
     driver = tmp_path / "driver.py"
