@@ -79,9 +79,13 @@ def test_fp8_weights_that_were_loaded_wrong_are_an_engine_that_could_not_start(m
     answers = [("", "abc"), ("parameter layer.weight must be finite", "")]
     asked = []
 
+    def ask(method):
+        asked.append(method)
+        return answers
+
     def load(self):
         self._on_gpu = True
-        self._llm = SimpleNamespace(collective_rpc=lambda method: asked.append(method) or answers)
+        self._llm = SimpleNamespace(collective_rpc=ask)
 
     monkeypatch.setattr(VllmEngine, "_load", load)
     made = config(model={"path": "seed", "dtype": "bfloat16"}, inference={"quantization": "fp8"})

@@ -63,14 +63,14 @@ def test_it_judges_in_one_thread_of_its_own_and_is_closed_once():
         (lambda answers: [Score(1.0, "wrong")] * 2, "whose status must be one of 'ok', .*: mend"),  # type: ignore[arg-type]
         (lambda answers: [Score(1.0, "ok", {"a": 1.0})] * 2, "whose parts must be a tuple of"),  # type: ignore[arg-type]
         (lambda answers: [Score(1.0, "ok", (("a", float("inf")),))] * 2, "whose parts must be a tuple of .name, finite number"),
-        (lambda answers: [Score(torch.tensor([1.0, 2.0]), "ok")] * 2, "one of them Score.*, whose value must be finite: mend"),
+        (lambda answers: [Score(torch.tensor([1.0, 2.0]), "ok")] * 2, "one of them Score.*, whose value must be finite: mend"),  # type: ignore[arg-type]
         (lambda answers: [Score(10**400, "ok")] * 2, "whose value must be finite: mend"),
         (lambda answers: [Score(10**5000, "ok")] * 2, "one of them <Score instance .*, whose value must be finite: mend"),
-        (lambda answers: [Score(1.0, "ok", (("a", torch.ones(2)),))] * 2, "whose parts must be a tuple of"),
-        (lambda answers: [Score(1.0, np.array(["ok", "ok"]))] * 2, "whose status must be one of"),
-        (lambda answers: [Score(1.0, "ok", right="yes")] * 2, "whose right must be True, False or None: mend"),
-        (lambda answers: [Score(1.0, "ok", right=torch.ones(2))] * 2, "whose right must be True, False or None: mend"),
-        (lambda answers: [Score(0.0, "invalid", problem=KeyError("a"))] * 2, "whose problem must be a str: mend"),
+        (lambda answers: [Score(1.0, "ok", (("a", torch.ones(2)),))] * 2, "whose parts must be a tuple of"),  # type: ignore[arg-type]
+        (lambda answers: [Score(1.0, np.array(["ok", "ok"]))] * 2, "whose status must be one of"),  # type: ignore[arg-type]
+        (lambda answers: [Score(1.0, "ok", right="yes")] * 2, "whose right must be True, False or None: mend"),  # type: ignore[arg-type]
+        (lambda answers: [Score(1.0, "ok", right=torch.ones(2))] * 2, "whose right must be True, False or None: mend"),  # type: ignore[arg-type]
+        (lambda answers: [Score(0.0, "invalid", problem=KeyError("a"))] * 2, "whose problem must be a str: mend"),  # type: ignore[arg-type]
         (lambda answers: [Score(float("nan"), "ok")] * 2, "with a finite value .* one of them Score"),
         (lambda answers: dict[str, int]()["gone"], r"failed with KeyError: 'gone' \(.*test_own_class\.py, line \d+\): mend it"),
     ],
