@@ -163,7 +163,7 @@ def test_a_worker_answers_what_was_loaded_wrong_and_does_not_raise(method: fp8.F
     why, digest = SyncWorker.semion_quantized(SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: right)))
     assert why == "" and digest
     why, digest = SyncWorker.semion_quantized(SimpleNamespace(model_runner=SimpleNamespace(get_model=lambda: wrong)))
-    assert why.startswith("parameter layer.weight, loaded from the model's files, must be ") and digest == ""
+    assert why.startswith("engine parameter layer.weight, loaded from the model's files, must be ") and digest == ""
 
 
 def test_of_several_matrices_the_first_that_is_wrong_is_named(method: fp8.Fp8Linear) -> None:
