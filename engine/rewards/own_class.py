@@ -30,6 +30,7 @@ from engine.rewards.base import Answer, Reward
 from engine.rewards.pool.nodes import NodePool, Outcome, Request
 
 OPTION = "data.reward"
+UNUSABLE = (TypeError, ValueError, ArithmeticError, RuntimeError)  # what numbers of Python, numpy and torch raise
 PARTS = "whose parts must be a tuple of (name, finite number)"
 SHORT = reprlib.Repr()
 SHORT.maxother = SHORT.maxstring = 80
@@ -266,7 +267,7 @@ def _number(value: Any) -> float | None:
     """A finite number as Python's; None for anything else."""
     try:
         return float(value) if math.isfinite(value) else None
-    except Exception:  # a tensor of two, a whole number beyond floats, or whatever an object of the user's raises
+    except UNUSABLE:  # no number, a tensor of two, or a whole number beyond floats
         return None
 
 
@@ -277,7 +278,7 @@ def _truth(right: Any) -> bool | None:
     try:
         if right == True or right == False:  # noqa: E712  # what numpy and torch have of them is not the same object
             return bool(right)
-    except Exception:  # a tensor of two is neither
+    except UNUSABLE:  # a tensor of two is neither
         pass
     raise ValueError("whose right must be True, False or None")
 

@@ -382,7 +382,8 @@ class Finished:
 
 def test_a_run_is_shown_while_it_comes_and_summed_up_from_its_records(file, tmp_path, capsys, monkeypatch):
     """The summary counts what the records hold, also of before a resume; events are only shown."""
-    config = load_config(file, [f"run.directory={tmp_path / 'run'}", "trainer.layers=local"])  # as a resolved run has it
+    resolved = ["trainer.layers=local", "trainer.fuse_gradient_accumulation=false"]
+    config = load_config(file, [f"run.directory={tmp_path / 'run'}", *resolved])
     config.run_directory.mkdir()
     (config.run_directory / "config.toml").write_text(dump_config(config))
     accuracy: dict[str, Any] = {"step": 0, "set": "sums", "measure": "accuracy", "mean": 0.5, "standard_error": 0.1}

@@ -48,7 +48,7 @@ def source(tmp_path: Path, tiny_tokenizer: Any) -> RunConfig:
         run={"steps": 8},
         sync=SYNC,
         checkpoint={"every": 2, "keep": 3},
-        trainer={"layers": "local"},  # as a resolved run has it
+        trainer={"layers": "local", "fuse_gradient_accumulation": False},  # as a resolved run has it
     )
     checkpoints = open_folder(made.run_directory / "checkpoints", digests=data_digests(made))
     records = Records.open(made, 0, None)

@@ -42,7 +42,8 @@ def live(records: Records, steps: range) -> None:
     """What a run of these steps writes; an evaluation every 50."""
     for step in steps:
         if step % 50 == 0:
-            records.judge({"step": step, "set": "sums", "mean": float(step)}, [{"problem": 1}])
+            judged = {"step": step, "set": "sums", "measure": "accuracy", "mean": float(step), "standard_error": 0.1}
+            records.judge(judged | {"completion_tokens_mean": 3.0}, [{"problem": 1}])
             records.samples.append([{"step": step, "set": "sums"}])
         records.rollouts.append(step, [rollouts_of(step)])
         entropy = 1.0 if step % 40 < 25 else 0.01
