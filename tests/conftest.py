@@ -3,12 +3,15 @@ imported, by whichever test comes first."""
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key  # what pytest keeps of stderr before it captures it
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -58,6 +61,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(item.path.is_relative_to(unit / place) for place in SLOW):
             item.add_marker(pytest.mark.slow)
+
+
+MORE_SECONDS = 60.0  # than pytest-timeout gives a test: for its teardown
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Ends the process with the stacks of its threads where a test goes on after pytest-timeout ended it. That raises once in the
+    main thread, which hears nothing inside a call of a library, and may wait for a thread again on its way out."""
+    await_end(item)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """Pytest's own plugin has just cancelled what was set; a test that failed has its teardown before it."""
+    if isinstance(node, pytest.Item):
+        await_end(node)
+
+
+def await_end(item: pytest.Item) -> None:
+    """Sets the end of a test that does not end."""
+    mark = item.get_closest_marker("timeout")
+    seconds = float(mark.args[0] if mark else item.config.getini("timeout"))
+    stderr = item.config.stash[fault_handler_stderr_fd_key]
+    faulthandler.dump_traceback_later(seconds + MORE_SECONDS, exit=True, file=stderr)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process whose tests are over ends too, whatever threads it still has."""
+    faulthandler.dump_traceback_later(2 * MORE_SECONDS, exit=True, file=session.config.stash[fault_handler_stderr_fd_key])
 
 
 @pytest.fixture(scope="session")

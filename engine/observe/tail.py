@@ -6,13 +6,14 @@ ledgers back; the looker-on is told how many of the rows it was given no longer 
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from engine.core.jsonl import read_backwards, read_lines, require_names, require_numbers, row_of, step_of
 
-MOST_MARKS = 4096  # of rows that are remembered
+MOST_MARKS = 4096  # of rows that are remembered; at least 2, the first and the last
 
 
 class Fresh(NamedTuple):
@@ -94,12 +95,12 @@ class Tail:
         return self._marks[-1].rows if self._marks else 0
 
     def _thin(self) -> None:
-        """Keeps MOST_MARKS at most: of the older half every second one, and only where a step ends. Where a ledger was cut
+        """Keeps MOST_MARKS at most: of the older half where a step ends, of those every second one. Where a ledger was cut
         between two of those kept, the rows behind the first of them are withdrawn too, and come again."""
         while len(self._marks) > MOST_MARKS:
-            half = len(self._marks) // 2
-            older = [self._marks[i] for i in range(0, half, 2) if self._marks[i].step != self._marks[i + 1].step]
-            self._marks = [*older, *self._marks[half:]]
+            half = (len(self._marks) + 1) // 2  # 2 at least, so one of them goes
+            ends = [mark for mark, later in pairwise(self._marks[: half + 1]) if mark.step != later.step]
+            self._marks = [*ends[::2], *self._marks[half:]]
 
     def _withdraw(self, size: int) -> int:
         """Forgets rows from the last one back to one that is known to stand where it stood; how many."""
