@@ -68,8 +68,8 @@ MORE_SECONDS = 60.0  # than pytest-timeout gives a test: for its teardown
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Ends the process with the stacks of its threads where a test goes on after pytest-timeout ended it. That raises once in the
-    main thread, which hears nothing inside a call of a library, and may wait for a thread again on its way out."""
+    """Ends the process with the stacks of its threads where a test goes on after pytest-timeout ended it. That raises once in
+    the main thread, which hears nothing inside a library's call and may wait for a thread again on its way out."""
     await_end(item)
     try:
         return (yield)
