@@ -5,11 +5,12 @@ the time went into, and draws the means over the seeds. A run that is there alre
   round;
 - ahead: online DPO and GRPO and s = 10 with rollouts sampled ahead, and with weights in flight;
 - grpo: what the paper leaves open, semi-online GRPO: s = 1, 5, 10 and 40 with no correction but the clip, with the ratio
-  truncated, and with OAPL.
+  truncated (at s = 1 there is nothing to truncate: the ratio is 1), and with OAPL.
 
 It wants what tools/quickstart has made:
 
-    .venv/bin/python tools/compare_regimes.py run.steps=120 --seeds 0 1 2 [--study grpo] [--json PATH] [--plots FOLDER]
+    .venv/bin/python tools/compare_regimes.py run.steps=120 --seeds 0 1 2 [--study grpo [--regimes "OAPL, s = 1"]]
+        [--json PATH] [--plots FOLDER]
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ STUDIES = {
         for how, more in (("", []), (", lookahead 1", AHEAD), (", lookahead 2, in flight", IN_FLIGHT))
     }
     | {"semi-online DPO, s = 10, lookahead 1": ["sync.sync_interval=10", *DPO, *AHEAD]},
-    "grpo": {"GRPO, s = 1": [*GRPO, "sync.sync_interval=1"]}
+    "grpo": {f"{name}, s = 1": [*loss, "sync.sync_interval=1"] for name, loss in (("GRPO", GRPO), ("OAPL", OAPL))}
     | {
         f"{name}, s = {s}": [*loss, f"sync.sync_interval={s}"]
         for s in (5, 10, 40)
@@ -69,6 +70,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options set anew in every regime")
     parser.add_argument("--config", default="configs/quickstart.toml")
     parser.add_argument("--study", choices=STUDIES, default="paper")
+    parser.add_argument("--regimes", nargs="+", metavar="NAME", help="only these of the study, as its table names them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a run of every regime for each")
     parser.add_argument(
         "--grpo", nargs="*", default=[], metavar="section.key=value", help="options of the runs with GRPO alone"
@@ -78,6 +80,9 @@ def main() -> int:
     options = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {}
     regimes = STUDIES[options.study]
+    if unknown := [name for name in options.regimes or () if name not in regimes]:
+        parser.error(f"--regimes must be of the study's {', '.join(map(repr, regimes))}; found {unknown[0]!r}")
+    regimes = {name: own for name, own in regimes.items() if name in (options.regimes or regimes)}
     for seed in options.seeds:
         for regime, overrides in regimes.items():
             own = options.grpo if "algorithm.loss=grpo" in overrides else []

@@ -96,6 +96,11 @@ def _rollouts(found: Forecast, config: RunConfig) -> str:
     if config.inference.placement == "colocated":
         return "trainer and engines take turns: inference.placement = 'disaggregated' lets them overlap"
     if found.most_open <= found.most_concurrent and not found.preempted:
+        if not config.sync.lookahead and found.sync_interval not in (1, "never"):
+            return (
+                f"an engine samples a whole interval at once ({found.most_concurrent} together), so its first step is hardly "
+                f"there before its last: a smaller inference.max_concurrent (now {i.max_concurrent}), or sampling further ahead"
+            )
         return (
             f"the longest response decides, for an engine samples all that it is asked at once ({found.most_concurrent} "
             f"together): a larger s, or sampling further ahead; more engines change little"

@@ -486,6 +486,14 @@ def test_what_a_step_waits_for(slots, gibibytes, told):
     assert any(text.startswith(told) for text in said), (said, found.most_concurrent, found.most_open)
 
 
+def test_who_samples_an_interval_at_once_is_told_how_its_first_step_comes_sooner():
+    changes = {"trainer.data_parallel": 4, "inference.engines": 4, "inference.kv_cache": "96 GiB", "sync.sync_interval": 4}
+    for ahead, told in ((0, "its first step is hardly there before its last"), (1, "the longest response decides")):
+        config = override(BASE, changes | {"inference.max_concurrent": 1024, "sync.lookahead": ahead})
+        found = Forecaster(Inputs(resolve(config, digests=False), WORKED, LENGTHS, 0.119, 139 * GIB)).forecast()
+        assert any(told in text for _, text in binding(found, config)), binding(found, config)
+
+
 def test_regimes_of_a_table():
     s10 = override(BASE, {"run.steps": 50, "checkpoint.every": 10, "sync.lookahead": 2})
     found = regimes(s10, (1, 100, "never"))
