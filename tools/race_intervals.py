@@ -30,9 +30,14 @@ SIDES = {  # name: options, steps that are not counted at the start, steps that 
     "s=1, lookahead 1": (["sync.sync_interval=1", "sync.lookahead=1"], 4, 10, 1),
     "s=1, lookahead 2, in flight": (["sync.sync_interval=1", "sync.lookahead=2", "sync.in_flight=true"], 4, 10, 2),
     "s=10": (["sync.sync_interval=10"], 10, 20, 0),
+    "s=10, reference from rollouts": (["sync.sync_interval=10", "sync.reference_log_probs=rollouts"], 10, 20, 0),
     "s=10, lookahead 1": (["sync.sync_interval=10", "sync.lookahead=1"], 20, 20, 10),
 }
-ALONE = {"1": "s=1", "10": "s=10"}  # where nothing overlaps, so that each half is measured by itself
+ALONE = {  # where the same halves do not overlap, so that each is measured by itself
+    "s=1, lookahead 1": "s=1",
+    "s=1, lookahead 2, in flight": "s=1",
+    "s=10, lookahead 1": "s=10",
+}
 OPTIONS = {
     "quickstart": ["trainer.tensor_parallel=1", "optimizer.learning_rate=1e-9"],  # so that lengths stay what they are
     "larger": [
@@ -42,7 +47,7 @@ OPTIONS = {
         "algorithm.choose_truncated=true",
         "sampling.max_tokens=64",
         "optimizer.learning_rate=1e-9",
-        f"data.reward={REWARD}:last_bit",
+        f"data.reward={REWARD}:all_bits",
     ],
 }
 
@@ -65,15 +70,15 @@ def main() -> int:
             print(f"round {round_ + 1}, {side}: {found[side][-1]['step']:.3f} s a step", flush=True)
     table = {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
     first = table[options.sides[0]]
-    print(f"{'':28} {'step':>6} {'times':>6} {'sampling':>9} {'training':>9} {'best':>6} {'trainer idle':>13}")
+    print(f"{'':30} {'step':>6} {'times':>6} {'sampling':>9} {'training':>9} {'best':>6} {'trainer idle':>13} {'trained':>8}")
     for side, row in table.items():
-        alone = table.get(ALONE[side.removeprefix("s=").partition(",")[0]])
+        alone = table.get(ALONE.get(side, side))
         halves = [alone["sampling"], alone["training"]] if alone else []
         overlaps = side != "s=1"  # there alone a step is sampled before anything trains
         row["best"] = float("nan") if not halves else max(halves) if overlaps else sum(halves)
         print(
-            f"{side:28} {row['step']:6.2f} {first['step'] / row['step']:6.2f} {row['sampling']:9.2f} {row['training']:9.2f} "
-            f"{row['best']:6.2f} {row['trainer_idle']:13.0%}"
+            f"{side:30} {row['step']:6.2f} {first['step'] / row['step']:6.2f} {row['sampling']:9.2f} {row['training']:9.2f} "
+            f"{row['best']:6.2f} {row['trainer_idle']:13.0%} {row['tokens']:8.0f}"
         )
     if options.json:
         Path(options.json).write_text(json.dumps({"runs": found, "medians": table}, indent=2) + "\n", encoding="utf-8")
@@ -81,7 +86,8 @@ def main() -> int:
 
 
 def run(side: str, overrides: list[str]) -> dict[str, float]:
-    """Means over the counted steps of one run, which are whole intervals; seconds from the end of one to that of the next."""
+    """Means over the counted steps of one run, which are whole intervals; seconds from the end of one to that of the next, and
+    the completions' tokens that were trained on."""
     own, before, counted, after = SIDES[side]
     with tempfile.TemporaryDirectory(prefix="semion-race-") as folder:
         directory = Path(folder) / "run"
@@ -97,7 +103,7 @@ def run(side: str, overrides: list[str]) -> dict[str, float]:
     rows = rows[1:]
     waited = statistics.fmean(row["trainer_idle_share"] * row["step_seconds"] for row in rows)
     found = {"step": seconds, "sampling": mean(rows, "generation_seconds"), "training": mean(rows, "train_seconds")}
-    return found | {"trainer_idle": waited / seconds}
+    return found | {"trainer_idle": waited / seconds, "tokens": mean(rows, "target_tokens")}
 
 
 def mean(rows: list[dict[str, Any]], name: str) -> float:
