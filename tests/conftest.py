@@ -85,11 +85,13 @@ def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
 
 
 def await_end(item: pytest.Item) -> None:
-    """Sets the end of a test that does not end."""
-    mark = item.get_closest_marker("timeout")
-    seconds = float(mark.args[0] if mark else item.config.getini("timeout"))
-    stderr = item.config.stash[fault_handler_stderr_fd_key]
-    faulthandler.dump_traceback_later(seconds + MORE_SECONDS, exit=True, file=stderr)
+    """Sets the end of a test that does not end: MORE_SECONDS after its mark, --timeout or the configuration has pytest-timeout
+    end it; none where that is 0."""
+    mark, asked = item.get_closest_marker("timeout"), item.config.getoption("timeout")
+    seconds = float(mark.args[0] if mark else item.config.getini("timeout") if asked is None else asked)
+    if seconds > 0:
+        stderr = item.config.stash[fault_handler_stderr_fd_key]
+        faulthandler.dump_traceback_later(seconds + MORE_SECONDS, exit=True, file=stderr)
 
 
 @pytest.hookimpl(trylast=True)
